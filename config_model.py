@@ -1,0 +1,286 @@
+"""The numbers: what a model is made of, how it is trained, and what that costs.
+
+`ModelConfig` and `TrainConfig` are frozen dataclasses. Every field carries its help text, its unit and its allowed range;
+the command line (runtime/cli.py), the validation below and `--help` are all made from that one place. Nothing here needs
+more than the standard library, so a config can be read, checked and priced on any machine.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+
+
+def option(default, help, *, choices=None, minimum=None, maximum=None, above=None):
+    """A dataclass field with its help text and range. `above` is an exclusive minimum."""
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def _check_fields(config) -> None:
+    """Check type and range of every field. Raises ValueError that names the field, the value and what is allowed."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, kind, limits = getattr(config, f.name), hints[f.name], f.metadata
+        if kind is float and type(value) is int:  # 1 is a good float; the config stays frozen, so set it underneath
+            value = float(value)
+            object.__setattr__(config, f.name, value)
+        if type(value) is not kind:  # type(), not isinstance: True is no int here
+            raise ValueError(f"{f.name} must be of type {kind.__name__}, not {value!r} ({type(value).__name__})")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{f.name} must be a finite number, not {value}")
+        if limits["choices"] is not None and value not in limits["choices"]:
+            raise ValueError(f"{f.name} must be one of {', '.join(map(repr, limits['choices']))}, not {value!r}")
+        if limits["minimum"] is not None and value < limits["minimum"]:
+            raise ValueError(f"{f.name} must be at least {limits['minimum']}, not {value}")
+        if limits["above"] is not None and value <= limits["above"]:
+            raise ValueError(f"{f.name} must be greater than {limits['above']}, not {value}")
+        if limits["maximum"] is not None and value > limits["maximum"]:
+            raise ValueError(f"{f.name} must be at most {limits['maximum']}, not {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. The defaults are the published 3.66 B model, biases and learned position table included."""
+
+    # sizes
+    d_model: int = option(1024, "width of the residual stream (features)", minimum=1, maximum=65_536)
+    transformer_blocks: int = option(12, "number of blocks, each attention + mixture of experts", minimum=1, maximum=1_024)
+    context_length: int = option(2048, "tokens the model attends over at most", minimum=1, maximum=16_777_216)
+    vocabulary_size: int = option(200_019, "rows of the embedding (token ids); train.py takes it from the data unless it is given (default: o200k_base)", minimum=1, maximum=16_777_216)
+    # attention
+    num_heads: int = option(32, "query heads", minimum=1, maximum=4_096)
+    num_kv_heads: int = option(8, "key/value heads shared by groups of query heads (GQA)", minimum=1, maximum=4_096)
+    head_dim: int = option(0, "features per head; 0 = d_model / num_heads", minimum=0, maximum=4_096)
+    qkv_bias: bool = option(False, "biases on the query, key and value projections")
+    out_proj_bias: bool = option(True, "bias on the attention output projection")
+    qk_norm: bool = option(False, "RMSNorm on each head's queries and keys before RoPE (Qwen3)")
+    use_attention_bias: bool = option(True, "learned table of context_length x context_length attention biases per head and block")
+    sliding_window: int = option(0, "tokens a windowed block looks back over, itself included; 0 = no window", minimum=0, maximum=16_777_216)
+    window_pattern: str = option("all", "which blocks are windowed when sliding_window is set: all, or alternating (blocks 0, 2, 4, ...)", choices=("all", "alternating"))
+    # positions
+    use_rope: bool = option(True, "rotary position embedding, rotate-half")
+    rope_theta: float = option(10_000.0, "base of the rotary wavelengths", above=0.0)
+    rope_scaling: str = option("none", "how positions beyond the trained context are reached: none, linear (position interpolation) or yarn", choices=("none", "linear", "yarn"))
+    rope_scaling_factor: float = option(1.0, "context_length / trained context length, used by rope_scaling", minimum=1.0, maximum=65_536.0)
+    # mixture of experts
+    num_experts: int = option(32, "experts per block", minimum=1, maximum=4_096)
+    top_k: int = option(2, "experts that each token is sent to", minimum=1, maximum=4_096)
+    d_ff: int = option(2048, "hidden features of one expert", minimum=1, maximum=262_144)
+    expert_activation: str = option("gelu", "gelu: Linear-GELU-Linear; swiglu: gated SiLU, one more matrix per expert", choices=("gelu", "swiglu"))
+    expert_bias: bool = option(True, "biases on the experts' matrices")
+    capacity_factor: float = option(0.0, "training: each expert takes at most ceil(capacity_factor * tokens * top_k / num_experts) assignments, lowest gates dropped first; 0 = dropless", minimum=0.0, maximum=65_536.0)
+    aux_loss_coef: float = option(1e-2, "weight of the load-balance loss, which is 1.0 per block at perfect balance", minimum=0.0)
+    z_loss_coef: float = option(0.0, "weight of the router z-loss (ST-MoE)", minimum=0.0)
+    router_bias_rate: float = option(0.0, "step of the selection bias that balances experts without a loss (DeepSeek-V3); 0 = off", minimum=0.0)
+    # the rest
+    dropout: float = option(0.0, "dropout probability on attention weights and on the experts' hidden layer", minimum=0.0, maximum=0.99)
+    rms_norm_eps: float = option(2.0 ** -23, "epsilon of every RMSNorm (default: float32 machine epsilon, as in the published model)", above=0.0)
+    tie_embeddings: bool = option(False, "use the embedding matrix as the output head")
+    head_bias: bool = option(True, "bias on the output head")
+    init_std: float = option(0.02, "standard deviation of the initial weights; residual projections get init_std / sqrt(2 * transformer_blocks)", above=0.0)
+
+    def __post_init__(self):
+        _check_fields(self)
+        if self.head_dim == 0 and self.d_model % self.num_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}: change one of them or set head_dim")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.use_rope and self.attention_head_dim % 2:
+            raise ValueError(f"RoPE rotates pairs of features, so head_dim must be even, not {self.attention_head_dim}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} must not exceed num_experts {self.num_experts}")
+        if self.rope_scaling == "none" and self.rope_scaling_factor != 1.0:
+            raise ValueError(f"rope_scaling_factor {self.rope_scaling_factor} has no effect with rope_scaling none: set rope_scaling to linear or yarn")
+        if self.rope_scaling != "none" and not self.use_rope:
+            raise ValueError(f"rope_scaling {self.rope_scaling} needs use_rope")
+        if self.window_pattern != "all" and not self.sliding_window:
+            raise ValueError(f"window_pattern {self.window_pattern} has no effect without sliding_window")
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Features per head: head_dim, or d_model / num_heads where that is 0."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    def window(self, block: int) -> int:
+        """Tokens that block number `block` looks back over, itself included; 0 = all of them."""
+        return self.sliding_window if self.window_pattern == "all" or block % 2 == 0 else 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: data, batch, schedule, optimizer, output."""
+
+    # data and output
+    data_dir: str = option("data", "folder with the shards that prepare_data.py wrote (train/ and val/)")
+    ckpt_dir: str = option("checkpoints", "folder for checkpoints")
+    graph_dir: str = option("artifacts/graphs", "folder for metrics and plots")
+    # batch
+    batch_size: int = option(2, "sequences per micro-batch", minimum=1, maximum=1_000_000)
+    grad_accum: int = option(8, "micro-batches per optimizer step", minimum=1, maximum=1_000_000)
+    max_steps: int = option(50_000, "optimizer steps", minimum=1, maximum=1_000_000_000)
+    # optimizer (AdamW) and schedule
+    lr: float = option(3e-4, "peak learning rate", above=0.0)
+    min_lr: float = option(3e-5, "final learning rate", minimum=0.0)
+    schedule: str = option("cosine", "learning rate after warm-up: cosine, wsd (constant, then linear decay over the last decay_fraction) or constant", choices=("cosine", "wsd", "constant"))
+    warmup_steps: int = option(1000, "steps of linear warm-up", minimum=0)
+    decay_fraction: float = option(0.2, "share of max_steps that schedule wsd decays over", above=0.0, maximum=1.0)
+    weight_decay: float = option(0.1, "AdamW weight decay, on matrices and the attention-bias table; norms, biases and the router's selection bias have none", minimum=0.0)
+    beta1: float = option(0.9, "AdamW beta1", minimum=0.0, maximum=0.999999)
+    beta2: float = option(0.95, "AdamW beta2", minimum=0.0, maximum=0.999999)
+    adam_eps: float = option(1e-8, "AdamW epsilon", above=0.0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0.0)
+    # how it runs
+    device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")
+    dtype: str = option("auto", "arithmetic of the forward and backward pass; weights stay float32; auto = the best for the device", choices=("auto", "bfloat16", "float16", "float32"))
+    compile: bool = option(False, "compile the blocks with torch.compile")
+    num_threads: int = option(0, "CPU threads; 0 = PyTorch's choice", minimum=0, maximum=4_096)
+    seed: int = option(42, "seed of the initial weights, the data order and dropout", minimum=0, maximum=2**63 - 1)
+    # what it reports and keeps
+    log_interval: int = option(10, "steps between log lines", minimum=1)
+    val_interval: int = option(100, "steps between validations", minimum=1)
+    val_steps: int = option(50, "micro-batches per validation; the same windows every time", minimum=1)
+    save_interval: int = option(1000, "steps between checkpoints and plots", minimum=1)
+    keep_last: int = option(3, "step checkpoints to keep, besides latest.pt and best.pt; 0 = all", minimum=0)
+    resume: bool = option(False, "go on from ckpt_dir/latest.pt with that run's settings; only flags that do not change its arithmetic may be given again")
+    init_from: str = option("", "checkpoint whose weights the run starts from (ours or the reference's format)")
+    wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
+    tensorboard: bool = option(False, "also log to TensorBoard (pip install tensorboard)")
+
+    def __post_init__(self):
+        _check_fields(self)
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} must not exceed lr {self.lr}")
+        if self.warmup_steps >= self.max_steps and self.schedule != "constant":
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than max_steps {self.max_steps}: lower --warmup_steps or raise --max_steps")
+        if self.resume and self.init_from:
+            raise ValueError("give either resume (go on with a run) or init_from (start a new run from weights), not both")
+
+
+# --------------------------------------------------------------------------------------------------------------- presets
+@dataclass(frozen=True)
+class Preset:
+    """Values that differ from the defaults, for the model and for its training."""
+    description: str
+    model: dict
+    train: dict
+
+
+# What one would choose today, and what a published class (Qwen3-MoE) can hold: SwiGLU experts and no biases (Shazeer 2020;
+# PaLM, Chowdhery et al. 2022, section 2), per-head QK-norm (Dehghani et al. 2023; Qwen3), no position table.
+_MODERN = dict(expert_activation="swiglu", expert_bias=False, out_proj_bias=False, head_bias=False, qk_norm=True,
+               use_attention_bias=False, rms_norm_eps=1e-6)
+
+PRESETS = {
+    "gptoss": Preset("the published default, learned position table included; one 141 GB GPU", {}, {}),
+    "gptoss-modern": Preset(
+        "the default's width, depth and experts with today's choices; one 141 GB GPU",
+        _MODERN | dict(num_heads=16, num_kv_heads=4, head_dim=64),
+        dict(batch_size=16, grad_accum=2, max_steps=20_000)),
+    "modern-24gb": Preset(
+        "modern, for one 24 GB GPU",
+        _MODERN | dict(d_model=768, num_heads=12, num_kv_heads=4, head_dim=64, d_ff=768, context_length=1024, tie_embeddings=True),
+        dict(batch_size=8, grad_accum=8, max_steps=20_000, lr=6e-4, min_lr=6e-5)),
+    "modern-8gb": Preset(
+        "modern, for one 8 GB GPU",
+        _MODERN | dict(d_model=512, transformer_blocks=8, num_heads=8, num_kv_heads=2, head_dim=64, num_experts=16, d_ff=512,
+                       context_length=512, tie_embeddings=True),
+        dict(batch_size=8, grad_accum=8, max_steps=20_000, lr=1e-3, min_lr=1e-4)),
+    "nano": Preset(
+        "modern, for a laptop's CPU, minutes; wants a small vocabulary (prepare_data.py --tokenizer bpe:4096)",
+        _MODERN | dict(d_model=128, transformer_blocks=4, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, d_ff=256,
+                       context_length=256, vocabulary_size=4096, tie_embeddings=True),
+        dict(batch_size=8, grad_accum=1, max_steps=1_000, lr=3e-3, min_lr=1e-4, warmup_steps=50, val_interval=100,
+             val_steps=20, save_interval=250)),
+}
+
+
+# ------------------------------------------------------------------------------------- closed forms: what does it cost?
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, in closed form; the values sum to the module's own count (tests hold the two together)."""
+    c, L, D = config, config.transformer_blocks, config.attention_head_dim
+    q, kv = c.num_heads * D, c.num_kv_heads * D
+    attention = c.d_model * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.out_proj_bias * c.d_model + c.qk_norm * 2 * D
+    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
+    expert = c.d_model * (f_in + c.d_ff) + c.expert_bias * (f_in + c.d_model)
+    return {
+        "embedding": c.vocabulary_size * c.d_model,
+        "attention": L * attention,
+        "attention bias table": L * c.use_attention_bias * c.num_heads * c.context_length ** 2,
+        "router": L * c.d_model * c.num_experts,
+        "experts": L * c.num_experts * expert,
+        "norms": (2 * L + 1) * c.d_model,
+        "head": (not c.tie_embeddings) * c.vocabulary_size * c.d_model + c.head_bias * c.vocabulary_size,
+    }
+
+
+def total_parameters(config: ModelConfig) -> int:
+    return sum(parameter_counts(config).values())
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token meets: all but the experts it is not sent to and the position table, which is only added."""
+    counts = parameter_counts(config)
+    experts = counts["experts"] * config.top_k // config.num_experts
+    return sum(counts.values()) - counts["experts"] - counts["attention bias table"] + experts
+
+
+def _mean_keys(config: ModelConfig, block: int, tokens: int) -> float:
+    """Keys that a query attends to on average in a causal sequence of `tokens` tokens."""
+    window = min(config.window(block) or tokens, tokens)
+    return (window * (window + 1) / 2 + (tokens - window) * window) / tokens
+
+
+def flops_per_token(config: ModelConfig, sequence_tokens: int | None = None) -> int:
+    """Matrix-multiply FLOPs of one forward pass, per token of a causal sequence of `sequence_tokens` (default: the context).
+
+    A multiply-add counts 2, only the top_k experts and only the keys inside the mask count. Training costs three times
+    this: forward, and backward with respect to inputs and weights (Kaplan et al. 2020, section 2.1).
+    """
+    c, D = config, config.attention_head_dim
+    q, kv = c.num_heads * D, c.num_kv_heads * D
+    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
+    matrices = c.d_model * (2 * q + 2 * kv) + c.d_model * c.num_experts + c.top_k * c.d_model * (f_in + c.d_ff)
+    keys = sum(_mean_keys(c, block, sequence_tokens or c.context_length) for block in range(c.transformer_blocks))
+    return round(2 * (c.transformer_blocks * matrices + c.d_model * c.vocabulary_size) + 4 * q * keys)
+
+
+def kv_cache_bytes_per_token(config: ModelConfig, element_bytes: int = 2) -> int:
+    """KV-cache bytes that one more token costs while no window is full; windowed blocks stop growing at their window."""
+    return 2 * config.transformer_blocks * config.num_kv_heads * config.attention_head_dim * element_bytes
+
+
+def training_memory_bytes(config: ModelConfig, micro_batch: int, compute_bytes: int = 4, on_gpu: bool = False) -> dict[str, int]:
+    """Estimated peak memory of a training step, by part, in bytes.
+
+    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter. `compute_bytes` is 2 under bfloat16 or
+    float16 autocast, which keeps a cast copy of the matrices. Activations are what autograd saves for one micro-batch of
+    `micro_batch` full contexts (tests compare them with the tensors that it does save); the loss never holds all logits.
+    """
+    c, D, b = config, config.attention_head_dim, compute_bytes
+    q, kv = c.num_heads * D, c.num_kv_heads * D
+    parameters = total_parameters(c)
+    cast = 0 if b == 4 else b * (parameters - parameter_counts(c)["attention bias table"])
+    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
+    norms = 2 * (4 * c.d_model + (b + 4 if b != 4 else 4) * c.d_model)             # fp32 in, normalised out (cast if AMP)
+    attention = b * (2 * q + (3 if c.qk_norm else 1) * (q + kv) + kv)                # q, k, v as the kernel reads them, output
+    experts = c.top_k * (b * (2 * c.d_model + f_in + 2 * c.d_ff) + 4)                # sorted rows, hidden before/after, outputs
+    per_token = c.transformer_blocks * (norms + attention + experts) + 4 * c.d_model
+    tokens = micro_batch * c.context_length
+    # A learned table rules out the flash kernels: scores are held per head, twice over (before and after the softmax).
+    scores = 2 * b * c.num_heads * c.context_length * tokens * c.transformer_blocks if c.use_attention_bias and not on_gpu else 0
+    loss_rows = min(LOSS_CHUNK_ROWS["gpu" if on_gpu else "cpu"], tokens)
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer state": 8 * parameters,
+        "cast weights": cast,
+        "activations": tokens * per_token + scores,
+        "loss": loss_rows * c.vocabulary_size * (4 + b) + 4 * c.vocabulary_size * c.d_model,
+    }
+
+
+# Rows of logits that the loss holds at a time: small on a CPU (cache), larger on a GPU, where each chunk is one pass over
+# the float32 gradient of the head.
+LOSS_CHUNK_ROWS = {"cpu": 256, "gpu": 2048}

@@ -1,0 +1,126 @@
+"""Command lines made from the config dataclasses: every field a flag, and one line for every mistake.
+
+Precedence, highest first: a flag, `--config FILE.toml`, `--preset NAME`, the field's default.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from config_model import PRESETS, ModelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for: `values` by field name, preset included; `explicit` are those from flags or the TOML file."""
+    values: dict
+    explicit: frozenset
+
+    def build(self, config_class, **replacements):
+        """A config of `config_class` from the settings that are its fields; `replacements` win. Raises ValueError."""
+        names = {f.name for f in dataclasses.fields(config_class)}
+        return config_class(**{k: v for k, v in (self.values | replacements).items() if k in names})
+
+
+def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """An ArgumentParser as every script here uses it: whole flag names only, plain help."""
+    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:
+    """Add `--preset`, `--config` and a flag for every field of the given dataclasses, with its help, choices and default."""
+    to.add_argument("--preset", choices=sorted(PRESETS), help="named model and training settings: " + "; ".join(f"{n}: {p.description}" for n, p in PRESETS.items()))
+    to.add_argument("--config", metavar="FILE.toml", help="settings from a TOML file, keys as the flags' names, in [model] and [train] tables or without")
+    for config_class in config_classes:
+        group = to.add_argument_group(config_class.__name__, config_class.__doc__)
+        hints = typing.get_type_hints(config_class)
+        for f in dataclasses.fields(config_class):
+            kind = hints[f.name]
+            shown = repr(f.default) if kind is str else f.default
+            help = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
+            if kind is bool:
+                group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+            else:
+                group.add_argument(f"--{f.name}", type=kind, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper(),
+                                   default=argparse.SUPPRESS, help=help)
+
+
+def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
+    """Merge preset, TOML file and flags. Raises ValueError for an unknown key or an unreadable file."""
+    known = {f.name for c in config_classes for f in dataclasses.fields(c)}
+    preset = PRESETS[args.preset] if args.preset else PRESETS["gptoss"]
+    file = _read_toml(args.config, known) if args.config else {}
+    flags = {k: v for k, v in vars(args).items() if k in known}
+    values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
+    return Settings(values | file | flags, frozenset(file) | frozenset(flags))
+
+
+def _read_toml(path: str, known: Iterable[str]) -> dict:
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise ValueError(f"cannot read --config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not valid TOML: {error}") from error
+    flat = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    owners = {"model": ModelConfig, "train": TrainConfig}
+    for name, section in table.items():
+        if isinstance(section, dict):
+            if name not in owners:
+                raise ValueError(f"--config {path} has an unknown table [{name}]: only [model] and [train] are read")
+            allowed = {f.name for f in dataclasses.fields(owners[name])}
+            if unknown := sorted(set(section) - allowed):
+                raise ValueError(f"--config {path} has unknown keys in [{name}]: {', '.join(unknown)}; see --help for the known names")
+            flat |= section
+    if unknown := sorted(set(flat) - set(known)):
+        raise ValueError(f"--config {path} has unknown keys: {', '.join(unknown)}; see --help for the known names")
+    return flat
+
+
+def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
+    """Run a script's `main(argv)` and exit: 0 or its return value; 2 with one line for a user's mistake; 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a cp1252 or ascii console must not end the program
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` closed our output: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + getattr(signal, "SIGPIPE", 13)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("GPTOSS_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def parse_count(text: str) -> int:
+    """A whole number as people write large ones: 100000, 100_000 or 1e5. Raises ValueError (argparse shows it)."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    if number != int(number):
+        raise ValueError(f"{text} is not a whole number")
+    return int(number)
+
+
+def existing_file(path: str) -> Path:
+    """`path` as a Path. Raises ValueError if there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    return Path(path)

@@ -1,0 +1,108 @@
+"""What the machine can do: device, arithmetic, memory, peak speed. The only module, with runtime/, that asks torch.cuda."""
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Dense bf16/fp16 peak in FLOP/s, without sparsity, from the vendors' data sheets; matched against the device's name.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12, "V100": 125e12,
+}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name` (auto: CUDA, then MPS, then CPU). Raises ValueError if this machine does not have it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"unknown device {name!r}: allowed are auto, cuda, cuda:N, mps and cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not here; try --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic called `name` on `device`; auto is bfloat16 where the GPU has it in hardware, else float16 on CUDA, else float32.
+
+    Raises ValueError for what the device cannot do: a dtype that was asked for is honoured or refused, never replaced.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: allowed are auto, {', '.join(DTYPES)}")
+    if device.type == "cuda" and name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float16 or float32")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Context in which matrix multiplications run in `dtype`; does nothing for float32."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext()
+
+
+def device_name(device: torch.device) -> str:
+    """A name to print and to record: the GPU's, or the CPU's with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Vendor's dense peak for half precision in FLOP/s, or None where it is not known (then no MFU is printed)."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int] | None:
+    """(free, total) memory of the device in bytes; for a CPU what a new process may take. None where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        return free, total
+    except (OSError, ValueError, AttributeError, StopIteration):
+        return None
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that this process has held on the device so far, in bytes. None where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    import sys
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device's memory is used up, in any of PyTorch's spellings."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything given to the device is done, so that a clock read next is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

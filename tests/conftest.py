@@ -1,0 +1,44 @@
+"""Shared fixtures: where the real text and the real tokenizer file are, and what happens when they are not."""
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))
+O200K_CACHE_NAME = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def need(path: Path) -> Path:
+    """Skip the test if `path` is not on this machine; under CI it must be."""
+    if not path.exists():
+        message = f"{path.name} is not on this machine (set GPTOSS_SHARED to the folder that has it)"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with the real TinyStories text and the reference's checkpoints."""
+    return need(SHARED)
+
+
+@pytest.fixture(scope="session")
+def o200k(tmp_path_factory):
+    """Make tiktoken find the real o200k_base file with no network; returns the cache folder (also in TIKTOKEN_CACHE_DIR)."""
+    source = need(SHARED / "o200k_base.tiktoken")
+    folder = tmp_path_factory.mktemp("tiktoken")
+    shutil.copy(source, folder / O200K_CACHE_NAME)
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+    else:
+        os.environ["TIKTOKEN_CACHE_DIR"] = before

@@ -1,0 +1,275 @@
+"""The model: embedding, blocks, head; its initialisation, its loss, sampling and streaming generation.
+
+Shape letters as in model_parts.py, and V vocabulary.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config_model import LOSS_CHUNK_ROWS, ModelConfig
+from model_parts import Block, KVCache, RouterStats, rope_tables
+
+IGNORE = -100  # a target with this value is not predicted and not counted
+
+
+class Output(NamedTuple):
+    """What one forward pass gives. Without targets: logits. With targets: the loss, and no logits."""
+    logits: Tensor | None             # [B, T, V], or [B, 1, V] with last_token_only
+    cross_entropy_sum: Tensor | None  # scalar, float32 or better: summed over valid targets (nats)
+    num_targets: Tensor | None        # scalar int64: valid targets
+    aux_loss: Tensor                  # scalar: aux_loss_coef * sum over blocks
+    z_loss: Tensor                    # scalar: z_loss_coef * sum over blocks
+    router: RouterStats               # per block
+
+
+class Head(nn.Module):
+    """Output projection; `weight` is None where the embedding is used in its place (tied)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", nn.Parameter(torch.empty(config.vocabulary_size)) if config.head_bias else None)
+
+
+class LLM(nn.Module):
+    """Decoder-only Mixture-of-Experts language model (see ModelConfig for every choice).
+
+    It holds no generation state: pass a `KVCache` to continue a sequence.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocabulary_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, block) for block in range(config.transformer_blocks))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.out_head = Head(config)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal weights with standard deviation init_std, those that write to the residual stream smaller by sqrt(2L).
+
+        GPT-2 (Radford et al. 2019, section 2.3): the stream sums 2L of them, so its variance does not grow with depth.
+        Norms start at 1; biases, the selection bias and the position table at 0.
+        """
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.transformer_blocks)
+        for name, parameter in self.named_parameters():
+            kind = name.rsplit(".", 1)[-1]
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif kind in ("bias", "b_in", "b_out", "attention_bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, residual_std if name.endswith(("out_proj.weight", "w_out")) else self.config.init_std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, C]"""
+        return self.embed.weight if self.out_head.weight is None else self.out_head.weight
+
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, last_token_only: bool = False) -> Output:
+        """One pass over ids [B, T] int64, which continue what is in `cache` if one is given.
+
+        targets [B, T]: the id that should follow each token, IGNORE where none counts. last_token_only: logits of the last
+        token alone (prefill needs no others). Raises ValueError for ids out of range, an empty input, a full cache, or
+        positions that a learned table does not have.
+        """
+        (B, T), start = ids_BT.shape, 0 if cache is None else cache.length
+        self._check_input(ids_BT, start, cache)
+        x_BTC = self.embed(ids_BT)
+        dtype = torch.promote_types(x_BTC.dtype, torch.float32)
+        rope = rope_tables(self.config, start, T, dtype, x_BTC.device) if self.config.use_rope else None
+        per_block = []
+        for block in self.layers:
+            x_BTC, stats = block(x_BTC, rope, cache)
+            per_block.append(stats)
+        if cache is not None:
+            cache.advance(T)
+        stats = RouterStats(*(torch.stack(values) for values in zip(*per_block, strict=True)))
+        x_BTC = self.norm(x_BTC[:, -1:] if last_token_only else x_BTC)
+        logits = cross_entropy_sum = num_targets = None
+        if targets_BT is None:
+            logits = F.linear(x_BTC, self.head_weight, self.out_head.bias)
+        else:
+            cross_entropy_sum = linear_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, self.out_head.bias, targets_BT.flatten())
+            num_targets = (targets_BT != IGNORE).sum()
+        return Output(logits, cross_entropy_sum, num_targets, self.config.aux_loss_coef * stats.aux_loss.sum(),
+                      self.config.z_loss_coef * stats.z_loss.sum(), stats)
+
+    def _check_input(self, ids_BT: Tensor, start: int, cache: KVCache | None) -> None:
+        B, T = ids_BT.shape
+        if B == 0 or T == 0:
+            raise ValueError(f"the input must hold at least one token, not {B} rows of {T}")
+        if cache is not None:
+            cache.check_fits(B, T)
+        if self.config.use_attention_bias and start + T > self.config.context_length:
+            raise ValueError(f"{start + T} tokens do not fit the context of {self.config.context_length}: this model adds a learned bias for each pair of "
+                             "positions (use_attention_bias) and has none beyond; a model without that table can go further")
+        # Reading ids back from a GPU would stop it; there the callers (data manifest, tokenizer) have checked them.
+        if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling() and (ids_BT.min() < 0 or ids_BT.max() >= self.config.vocabulary_size):
+            raise ValueError(f"token ids must be from 0 to {self.config.vocabulary_size - 1}, got {ids_BT.min().item()} to {ids_BT.max().item()}")
+
+    @torch.no_grad()
+    def balance_experts(self, load_LE: Tensor) -> None:
+        """Move each router's selection bias by router_bias_rate towards underused experts; call once per optimizer step.
+
+        load_LE: RouterStats.load of the whole step (1.0 = fair share). DeepSeek-V3, section 2.1.2.
+        """
+        for block, load_E in zip(self.layers, load_LE, strict=True):
+            bias = block.moe.router.selection_bias
+            if bias is not None:
+                bias += self.config.router_bias_rate * torch.sign(1.0 - load_E).to(bias)
+
+
+# ------------------------------------------------------------------------------------------------------------------ loss
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum over valid rows of logsumexp(h W' + b) - (h W' + b)[target], a few rows of logits at a time.
+
+    The gradient with respect to the logits is softmax - one_hot, so a chunk's share of every gradient is known while its
+    logits are there, and they are dropped before the next chunk: no [N, V] tensor exists. Softmax and sums are float32 (or
+    float64); the matrix products are in `dtype`, their gradients are summed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients):
+        wide = torch.promote_types(dtype, torch.float32)
+        h, weight = h_NC.to(dtype), weight_VC.to(dtype)
+        bias = None if bias_V is None else bias_V.to(wide)
+        total = torch.zeros((), dtype=wide, device=h.device)
+        grads = None
+        if needs_gradients:
+            grads = (torch.empty(h.shape, dtype=wide, device=h.device), torch.zeros(weight.shape, dtype=wide, device=h.device),
+                     None if bias is None else torch.zeros_like(bias))
+        for first in range(0, len(h), chunk_rows):
+            rows = slice(first, first + chunk_rows)
+            valid_N1 = (targets_N[rows] != IGNORE)[:, None]
+            target_N1 = targets_N[rows].clamp(min=0)[:, None]
+            logits_NV = (h[rows] @ weight.T).to(wide)
+            if bias is not None:
+                logits_NV += bias
+            log_sum_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+            total += ((log_sum_N1 - logits_NV.gather(1, target_N1)) * valid_N1).sum()
+            if grads is not None:
+                grad_NV = logits_NV.sub_(log_sum_N1).exp_()
+                grad_NV.scatter_add_(1, target_N1, torch.full_like(target_N1, -1, dtype=wide)).mul_(valid_N1)
+                if bias is not None:
+                    grads[2].add_(grad_NV.sum(dim=0))
+                grad_NV = grad_NV.to(dtype)
+                grads[0][rows] = grad_NV @ weight
+                if dtype == wide:
+                    grads[1].addmm_(grad_NV.T, h[rows])
+                else:
+                    grads[1].add_(grad_NV.T @ h[rows])
+        ctx.grads, ctx.dtypes = grads, (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert ctx.grads is not None, "the loss was computed without gradients, or backward ran twice"
+        grads, ctx.grads = ctx.grads, None  # scaled in place: these are the largest tensors of a step
+        return *(None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None, None
+
+
+def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """Summed cross-entropy (nats) of softmax(h W' + b) against targets, without holding the [N, V] logits.
+
+    h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not count. The products run in
+    autocast's dtype if it is on; result float32 (float64 for float64 inputs). One backward pass, once.
+    """
+    device = h_NC.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
+    inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
+    needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    chunk_rows = chunk_rows or LOSS_CHUNK_ROWS["cpu" if device == "cpu" else "gpu"]
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients)
+
+
+# ------------------------------------------------------------------------------------------------------------ generation
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError for settings that define no distribution."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or a positive count, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be greater than 0 and at most 1, not {top_p}")
+
+
+def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, banned_ids: Tensor | None = None,
+           generator: torch.Generator | None = None) -> Tensor:
+    """Draw one id per row from logits [B, V], in float32: ids [B] int64.
+
+    banned_ids [*] int64 are never drawn. temperature 0 takes the largest logit. top_k keeps exactly that many (0, or more
+    than there are: all); top_p then keeps the fewest whose probabilities sum to at least top_p (Holtzman et al. 2019).
+    """
+    check_sampling(temperature, top_k, top_p)
+    logits_BV = logits_BV.float()
+    if banned_ids is not None and len(banned_ids):
+        logits_BV = logits_BV.index_fill(1, banned_ids, -math.inf)
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    # Shifted so that the largest is 0: a tiny temperature then sends the others to -inf and never makes inf - inf.
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    ids_BV = None
+    V = logits_BV.shape[1]
+    if 0 < top_k < V or top_p < 1:
+        logits_BV, ids_BV = logits_BV.topk(min(top_k or V, V), dim=-1)  # sorted, largest first
+    probabilities_BV = logits_BV.softmax(dim=-1)
+    if top_p < 1:
+        before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
+        probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
+    drawn_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
+    return (drawn_B1 if ids_BV is None else ids_BV.gather(1, drawn_B1))[:, 0]
+
+
+@torch.no_grad()
+def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: float = 0.9, top_k: int = 50, top_p: float = 1.0,
+             stop_ids: Sequence[int] = (), banned_ids: Sequence[int] = (), generator: torch.Generator | None = None,
+             cache_dtype: torch.dtype | None = None, slide: bool = True) -> Iterator[Tensor]:
+    """Continue prompts [B, T], yielding one id per row, [B] int64, as soon as it is drawn.
+
+    A row that has drawn one of `stop_ids` repeats it until all rows have; then generation ends. When the context is full,
+    `slide` drops the older half of it and goes on from the newer; otherwise generation ends there. A prompt longer than
+    the context is cut to its last context_length tokens. The model's train/eval mode is restored.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if max_new_tokens == 0:
+        return
+    (B, T), context, device = ids_BT.shape, model.config.context_length, ids_BT.device
+    cache = KVCache(model.config, B, min(context, T + max_new_tokens), cache_dtype or model.embed.weight.dtype, device)
+    banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+    stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
+    history_BT, next_BT = ids_BT[:, -context:], ids_BT[:, -context:]
+    was_training = model.training
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            if cache.length + next_BT.shape[1] > context:
+                if not slide:
+                    return
+                cache.reset()
+                next_BT = history_BT = history_BT[:, -max(1, context // 2):]
+            logits_BV = model(next_BT, cache=cache, last_token_only=True).logits[:, -1]
+            drawn_B = sample(logits_BV, temperature, top_k, top_p, banned, generator)
+            if len(stops):
+                drawn_B = torch.where(stopped_B, history_BT[:, -1], drawn_B)
+                stopped_B = stopped_B | torch.isin(drawn_B, stops)
+            yield drawn_B
+            if len(stops) and stopped_B.all():
+                return
+            next_BT = drawn_B[:, None]
+            history_BT = torch.cat((history_BT, next_BT), dim=1)[:, -context:]
+    finally:
+        model.train(was_training)

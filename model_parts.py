@@ -1,0 +1,381 @@
+"""The model's pieces: rotary positions, KV cache, attention, router, experts, block.
+
+Shapes are written into names: B batch, T query tokens, S key tokens, C d_model, H query heads, G key/value heads, D head_dim,
+N = B*T tokens, E experts, K top_k, R = N*K rows (token-expert assignments), F d_ff, L blocks. A True in a mask keeps.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config_model import ModelConfig
+
+
+# ------------------------------------------------------------------------------------------------------------- positions
+def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
+    """Angular frequency of each rotated pair, [D/2] float64, in radians per position, and scaled as `rope_scaling` says.
+
+    linear divides every frequency by the factor (Chen et al. 2023, "position interpolation"). yarn divides only the slow
+    ones, those that turn less than once over the trained context, and blends up to those that turn 32 times (Peng et al.
+    2023, section 3.2, ramp over the pair's index as in the authors' code).
+    """
+    D, factor = config.attention_head_dim, config.rope_scaling_factor
+    pairs = torch.arange(0, D, 2, dtype=torch.float64, device=device) / D
+    frequencies = config.rope_theta ** -pairs
+    if config.rope_scaling == "linear":
+        return frequencies / factor
+    if config.rope_scaling == "yarn":
+        trained_tokens = config.context_length / factor
+
+        def pair_that_turns(times: float) -> float:
+            return D * math.log(trained_tokens / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+        fast, slow = max(pair_that_turns(32), 0.0), min(pair_that_turns(1), D - 1.0)
+        index = torch.arange(D // 2, dtype=torch.float64, device=device)
+        keep = 1 - ((index - fast) / max(slow - fast, 1e-3)).clamp(0, 1)
+        return frequencies * keep + frequencies / factor * (1 - keep)
+    return frequencies
+
+
+def rope_tables(config: ModelConfig, start: int, T: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    """(cos, sin) for absolute positions start .. start+T-1, each [T, D] in `dtype`, which should be float32 or float64.
+
+    Made for each forward pass and never stored, so that casting a model cannot round its positions.
+    """
+    positions_T = torch.arange(start, start + T, dtype=torch.float64, device=device)
+    angles_TD = torch.outer(positions_T, rope_frequencies(config, device)).repeat(1, 2)
+    # YaRN also sharpens attention by a temperature, folded into the tables (Peng et al. 2023, section 3.4).
+    scale = 0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling == "yarn" else 1.0
+    return (angles_TD.cos() * scale).to(dtype), (angles_TD.sin() * scale).to(dtype)
+
+
+def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of every head by their position's angle, in the tables' precision (Su et al. 2021)."""
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return (x_BHTD * cos_TD + torch.cat((-second, first), dim=-1) * sin_TD).to(x_BHTD.dtype)
+
+
+def attention_mask(q_positions_T: Tensor, k_positions_S: Tensor, window: int) -> Tensor:
+    """The one mask rule, [T, S] bool: a query sees keys at its own and earlier positions, at most `window` of them (0 = all)."""
+    distance_TS = q_positions_T[:, None] - k_positions_S[None, :]
+    visible_TS = distance_TS >= 0
+    return visible_TS & (distance_TS < window) if window else visible_TS
+
+
+# -------------------------------------------------------------------------------------------------------------- KV cache
+class KVCache:
+    """Keys and values of the tokens seen so far. The caller makes it, passes it to `LLM.forward`, and owns it.
+
+    Per block two tensors [B, G, capacity, D] in `dtype`. Where a block has a window smaller than `max_tokens`, its
+    capacity is the window and position p lives in slot p % window (a ring); elsewhere the capacity is `max_tokens`.
+    `length` counts the tokens of every row that are in; ValueError where a forward pass does not fit.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32, device="cpu"):
+        self.batch_size, self.max_tokens, self.length = batch_size, max_tokens, 0
+        windows = [config.window(block) for block in range(config.transformer_blocks)]
+        self.is_ring = [0 < window < max_tokens for window in windows]
+        shapes = [(batch_size, config.num_kv_heads, window if ring else max_tokens, config.attention_head_dim)
+                  for window, ring in zip(windows, self.is_ring, strict=True)]
+        with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+    def num_bytes(self) -> int:
+        """Bytes that the cache holds."""
+        return sum(t.numel() * t.element_size() for t in self.keys + self.values)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.length = 0
+
+    def check_fits(self, B: int, T: int) -> None:
+        """Raise ValueError if T more tokens for B rows do not fit."""
+        if B != self.batch_size:
+            raise ValueError(f"this KV cache was made for {self.batch_size} rows and was given {B}: make one for that batch")
+        if self.length + T > self.max_tokens:
+            raise ValueError(f"the KV cache holds {self.max_tokens} tokens, {self.length} of them are used and {T} more do not fit")
+
+    def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new keys and values of one block at positions length .. length+T-1; return all that a query may need.
+
+        The result is [B, G, S, D] in the queries' dtype, its positions are `key_positions(block, T)`.
+        """
+        start, T, W = self.length, k_BGTD.shape[2], self.keys[block].shape[2]
+        results = []
+        for store, new in ((self.keys[block], k_BGTD), (self.values[block], v_BGTD)):
+            new = new.to(store.dtype)
+            if not self.is_ring[block]:
+                store[:, :, start:start + T] = new
+                everything = store[:, :, :start + T]
+            elif T == 1:
+                store[:, :, start % W] = new[:, :, 0]
+                everything = store[:, :, :start + 1]
+            else:  # the chunk's first queries need keys that its last ones overwrite: read, then write
+                before = torch.arange(max(0, start - W), start, device=store.device) % W
+                everything = torch.cat((store[:, :, before], new), dim=2)
+                kept = min(T, W)
+                store[:, :, torch.arange(start + T - kept, start + T, device=store.device) % W] = new[:, :, T - kept:]
+            results.append(everything.to(k_BGTD.dtype))
+        return results[0], results[1]
+
+    def key_positions(self, block: int, T: int) -> Tensor:
+        """Absolute positions [S] of the keys that `update` returned for a chunk of T tokens (before `advance`)."""
+        start, W, device = self.length, self.keys[block].shape[2], self.keys[block].device
+        if not self.is_ring[block]:
+            return torch.arange(start + T, device=device)
+        if T == 1:
+            slots = torch.arange(min(start + 1, W), device=device)
+            return start - (start - slots) % W
+        return torch.arange(max(0, start - W), start + T, device=device)
+
+    def advance(self, T: int) -> None:
+        """Count T tokens as seen; called once, when every block has them."""
+        self.length += T
+
+
+# ------------------------------------------------------------------------------------------------------------- attention
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, optional QK-norm and learned position table."""
+
+    def __init__(self, config: ModelConfig, block: int):
+        super().__init__()
+        self.H, self.G, self.D = config.num_heads, config.num_kv_heads, config.attention_head_dim
+        self.block, self.window, self.dropout = block, config.window(block), config.dropout
+        self.W_q = nn.Linear(config.d_model, self.H * self.D, bias=config.qkv_bias)
+        self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
+        self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(self.H * self.D, config.d_model, bias=config.out_proj_bias)
+        self.q_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
+        table = torch.empty(self.H, config.context_length, config.context_length) if config.use_attention_bias else None
+        self.register_parameter("attention_bias", None if table is None else nn.Parameter(table))
+
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+        B, T, _ = x_BTC.shape
+        q_BHTD = self.W_q(x_BTC).view(B, T, self.H, self.D).transpose(1, 2)
+        k_BGSD = self.W_k(x_BTC).view(B, T, self.G, self.D).transpose(1, 2)
+        v_BGSD = self.W_v(x_BTC).view(B, T, self.G, self.D).transpose(1, 2)
+        if self.q_norm is not None:
+            q_BHTD, k_BGSD = self.q_norm(q_BHTD).to(v_BGSD.dtype), self.k_norm(k_BGSD).to(v_BGSD.dtype)
+        if rope is not None:
+            q_BHTD, k_BGSD = rotate(q_BHTD, *rope), rotate(k_BGSD, *rope)
+        start = 0
+        if cache is not None:
+            start = cache.length
+            k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
+        mask, is_causal = self._mask(start, T, q_BHTD, cache)
+        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal,
+                                                dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.H != self.G)
+        return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+    def _mask(self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None) -> tuple[Tensor | None, bool]:
+        """(attn_mask, is_causal) for the kernel: the one rule, spelled the fastest way that says the same."""
+        if self.attention_bias is None:
+            if start == 0 and (not self.window or T <= self.window):
+                return None, T > 1
+            if T == 1:  # the cache hands one query nothing that it may not see
+                return None, False
+        q_positions_T = torch.arange(start, start + T, device=q_BHTD.device)
+        k_positions_S = q_positions_T if cache is None else cache.key_positions(self.block, T)
+        mask_TS = attention_mask(q_positions_T, k_positions_S, self.window)
+        if self.attention_bias is None:
+            return mask_TS, False
+        bias_HTS = self.attention_bias[:, start:start + T]
+        ring = cache is not None and cache.is_ring[self.block]
+        bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, :start + T]
+        return bias_HTS.to(q_BHTD.dtype).masked_fill(~mask_TS, -math.inf)[None], False
+
+
+# ---------------------------------------------------------------------------------------------------- mixture of experts
+class RouterStats(NamedTuple):
+    """What the routers did, one entry per block once `LLM` has stacked them. Losses carry gradients, the rest does not."""
+    aux_loss: Tensor       # [L] load-balance loss without its coefficient, 1.0 at perfect balance
+    z_loss: Tensor         # [L] mean squared log-partition of the router, without its coefficient
+    load: Tensor           # [L, E] assignments to each expert over its fair share: 1.0 = fair
+    entropy: Tensor        # [L] mean entropy of a token's router distribution (nats)
+    dropped_share: Tensor  # [L] assignments dropped by capacity_factor, as a share of all
+
+
+class Router(nn.Module):
+    """Chooses top_k experts per token by softmax in float32, and weighs them so that the weights of a token sum to 1."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
+        # Added to the scores for the choice only, not for the weights; moved after each step by
+        # LLM.balance_experts (Wang et al. 2024, "auxiliary-loss-free load balancing"; DeepSeek-V3, section 2.1.2).
+        self.register_buffer("selection_bias", torch.zeros(config.num_experts) if config.router_bias_rate else None)
+
+    def forward(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns (weights [N, K], experts [N, K] int64, probabilities [N, E], logits [N, E]), floats in float32 or better."""
+        dtype = torch.promote_types(x_NC.dtype, torch.float32)
+        with torch.autocast(x_NC.device.type, enabled=False):
+            logits_NE = F.linear(x_NC.to(dtype), self.weight.to(dtype))
+        probabilities_NE = logits_NE.softmax(dim=-1)
+        scores_NE = probabilities_NE if self.selection_bias is None else probabilities_NE + self.selection_bias
+        experts_NK = scores_NE.topk(self.top_k, dim=-1).indices
+        weights_NK = probabilities_NE.gather(1, experts_NK)
+        return weights_NK / weights_NK.sum(dim=-1, keepdim=True), experts_NK, probabilities_NE, logits_NE
+
+
+def balance_loss(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
+    """E * sum_e(f_e * P_e): f_e the share of assignments to expert e, P_e its mean probability; 1.0 at perfect balance.
+
+    Switch Transformer (Fedus et al. 2021), equations 4-6, with f_e a share of the N*K assignments.
+    """
+    share_E = counts_E.to(probabilities_NE.dtype) / counts_E.sum()
+    return probabilities_NE.shape[1] * (share_E * probabilities_NE.mean(dim=0)).sum()
+
+
+def drop_over_capacity(weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, capacity_factor: float) -> tuple[Tensor, Tensor]:
+    """Zero the weights of assignments beyond ceil(capacity_factor * N * K / E) per expert; returns (weights, dropped share).
+
+    The capacity is GShard's (Lepikhin et al. 2020) and Switch's. Which ones go does not depend on the place in the batch:
+    the lowest weights do (batch priority routing, Riquelme et al. 2021, section 4). What is left is not renormalised; a
+    token that lost all its experts passes through the residual. The rows are still computed: capacity is here to be
+    studied, the dropless path is the fast one.
+    """
+    (N, K), E = weights_NK.shape, counts_E.shape[0]
+    capacity = math.ceil(capacity_factor * N * K / E)
+    by_weight = weights_NK.detach().flatten().argsort(descending=True, stable=True)
+    experts_R = experts_NK.flatten()
+    order = by_weight[experts_R[by_weight].argsort(stable=True)]          # by expert, then by falling weight
+    first_E = counts_E.cumsum(0) - counts_E
+    rank_R = torch.arange(N * K, device=order.device) - first_E[experts_R[order]]
+    kept_R = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank_R < capacity)
+    return weights_NK * kept_R.view(N, K), 1 - kept_R.float().mean()
+
+
+class _GatherRows(torch.autograd.Function):
+    """x[index // K] for a permutation `index` of R = rows(x) * K assignments, with a backward pass that gathers too.
+
+    PyTorch's own backward of a gather adds atomically, in an order that changes from run to run; knowing the inverse
+    permutation, the gradient of row n is the sum over its K places, always in the same order.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, K):
+        ctx.save_for_backward(inverse)
+        ctx.K = K
+        return x.index_select(0, index // K if K > 1 else index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        grad = grad.index_select(0, inverse)
+        return (grad.view(-1, ctx.K, grad.shape[1]).sum(dim=1) if ctx.K > 1 else grad), None, None, None
+
+
+class Experts(nn.Module):
+    """E feed-forward networks with stacked weights: w_in [E, F, C] (swiglu: [E, 2F, C], gate rows before up rows), w_out [E, C, F]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, C, d_ff = config.num_experts, config.d_model, config.d_ff
+        self.is_swiglu, self.dropout = config.expert_activation == "swiglu", config.dropout
+        f_in = 2 * d_ff if self.is_swiglu else d_ff
+        self.w_in = nn.Parameter(torch.empty(E, f_in, C))
+        self.w_out = nn.Parameter(torch.empty(E, C, d_ff))
+        self.register_parameter("b_in", nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None)
+        self.register_parameter("b_out", nn.Parameter(torch.empty(E, C)) if config.expert_bias else None)
+        self.grouped: bool | None = None  # None: grouped_mm where it is fast; True or False: as told (tests, benchmarks)
+
+    def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert through their experts: [R, C] -> [R, C].  experts_R: each row's expert; counts_E: rows of each."""
+        device = x_RC.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RC.dtype
+        x_RC = x_RC.to(dtype)
+        w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)
+        b_in, b_out = (None if b is None else b.to(dtype) for b in (self.b_in, self.b_out))
+        if self._use_grouped_mm(x_RC):
+            ends_E = counts_E.cumsum(0).to(torch.int32)
+            h_RF = F.grouped_mm(x_RC, w_in.transpose(1, 2), offs=ends_E)
+            h_RF = self._activate(h_RF if b_in is None else h_RF + b_in[experts_R])
+            y_RC = F.grouped_mm(h_RF, w_out.transpose(1, 2), offs=ends_E)
+            return y_RC if b_out is None else y_RC + b_out[experts_R]
+        # One expert after another. unbind, not w[e]: its backward writes each expert's gradient once, in place.
+        nothing = [None] * len(w_in)
+        parts = zip(x_RC.split(counts_E.tolist()), w_in.unbind(), nothing if b_in is None else b_in.unbind(),
+                    w_out.unbind(), nothing if b_out is None else b_out.unbind(), strict=True)
+        return torch.cat([F.linear(self._activate(F.linear(x, wi, bi)), wo, bo) for x, wi, bi, wo, bo in parts if len(x)])
+
+    def _activate(self, h_RF: Tensor) -> Tensor:
+        if self.is_swiglu:
+            gate, up = h_RF.chunk(2, dim=-1)
+            h_RF = F.silu(gate) * up
+        else:
+            h_RF = F.gelu(h_RF)
+        return F.dropout(h_RF, self.dropout, self.training) if self.dropout else h_RF
+
+    def _use_grouped_mm(self, x_RC: Tensor) -> bool:
+        if self.grouped is not None:
+            return self.grouped
+        # One kernel for all experts and no wait for the counts; its fast path is bfloat16 on Hopper and later, and it
+        # wants rows of a multiple of 16 bytes.
+        return (x_RC.is_cuda and x_RC.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x_RC.device) >= (9, 0)
+                and self.w_in.shape[2] % 8 == 0 and self.w_out.shape[2] % 8 == 0)
+
+
+class LocalDispatcher:
+    """Brings tokens to experts that are all on this device: sort assignments by expert, compute, put back in order.
+
+    The seam for expert parallelism: anything with this `__call__` can take its place in `MoE.dispatcher`.
+    """
+
+    def __call__(self, x_NC: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
+        """[N, C] -> [N, C]: each token's experts' outputs, weighted and summed."""
+        N, K = experts_NK.shape
+        experts_R = experts_NK.flatten()
+        order_R = experts_R.argsort(stable=True)
+        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(N * K, device=order_R.device))
+        y_RC = experts(_GatherRows.apply(x_NC, order_R, inverse_R, K), experts_R[order_R], counts_E)
+        y_NKC = _GatherRows.apply(y_RC, inverse_R, order_R, 1).view(N, K, -1)
+        return (y_NKC * weights_NK[:, :, None]).sum(dim=1)
+
+
+class MoE(nn.Module):
+    """Router, dispatcher, experts. Returns the output and what the router did."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.capacity_factor = config.capacity_factor
+        self.router, self.experts, self.dispatcher = Router(config), Experts(config), LocalDispatcher()
+
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, RouterStats]:
+        x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
+        weights_NK, experts_NK, probabilities_NE, logits_NE = self.router(x_NC)
+        E, assignments = probabilities_NE.shape[1], experts_NK.numel()
+        counts_E = torch.zeros(E, dtype=torch.int64, device=x_NC.device).scatter_add_(0, experts_NK.flatten(), torch.ones_like(experts_NK.flatten()))
+        aux_loss = balance_loss(probabilities_NE, counts_E)
+        # ST-MoE (Zoph et al. 2022), equation 5
+        z_loss = logits_NE.logsumexp(dim=-1).square().mean()
+        with torch.no_grad():
+            entropy = -torch.special.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1).mean()
+            load_E = counts_E.to(entropy.dtype) * (E / assignments)
+        dropped_share = torch.zeros_like(entropy)
+        if self.capacity_factor and self.training:  # drops make a token depend on its batch; inference never does
+            weights_NK, dropped_share = drop_over_capacity(weights_NK, experts_NK, counts_E, self.capacity_factor)
+        y_NC = self.dispatcher(x_NC, weights_NK, experts_NK, counts_E, self.experts)
+        return y_NC.to(x_BTC.dtype).view_as(x_BTC), RouterStats(aux_loss, z_loss, load_E, entropy, dropped_share)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then mixture of experts."""
+
+    def __init__(self, config: ModelConfig, block: int):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.attention = Attention(config, block)
+        self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.moe = MoE(config)
+
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
+        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache)
+        y_BTC, stats = self.moe(self.norm2(x_BTC))
+        return x_BTC + y_BTC, stats

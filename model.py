@@ -168,21 +168,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grads[1].addmm_(grad_NV.T, h[rows])
                 else:
                     grads[1].add_(grad_NV.T @ h[rows])
-        ctx.grads, ctx.dtypes = grads, (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.dtypes = (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
+        if grads is not None:
+            ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        assert ctx.grads is not None, "the loss was computed without gradients, or backward ran twice"
-        grads, ctx.grads = ctx.grads, None  # scaled in place: these are the largest tensors of a step
-        return *(None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None, None
+        grads = (None if g is None else (g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *grads, None, None, None, None
 
 
 def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Summed cross-entropy (nats) of softmax(h W' + b) against targets, without holding the [N, V] logits.
 
     h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not count. The products run in
-    autocast's dtype if it is on; result float32 (float64 for float64 inputs). One backward pass, once.
+    autocast's dtype if it is on; result float32 (float64 for float64 inputs).
     """
     device = h_NC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype

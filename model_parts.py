@@ -95,7 +95,7 @@ class KVCache:
 
     def check_fits(self, B: int, T: int) -> None:
         """Raise ValueError if T more tokens for B rows do not fit."""
-        if B != self.batch_size:
+        if self.batch_size != B:
             raise ValueError(f"this KV cache was made for {self.batch_size} rows and was given {B}: make one for that batch")
         if self.length + T > self.max_tokens:
             raise ValueError(f"the KV cache holds {self.max_tokens} tokens, {self.length} of them are used and {T} more do not fit")
@@ -176,7 +176,7 @@ class Attention(nn.Module):
     def _mask(self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None) -> tuple[Tensor | None, bool]:
         """(attn_mask, is_causal) for the kernel: the one rule, spelled the fastest way that says the same."""
         if self.attention_bias is None:
-            if start == 0 and (not self.window or T <= self.window):
+            if start == 0 and (not self.window or self.window >= T):
                 return None, T > 1
             if T == 1:  # the cache hands one query nothing that it may not see
                 return None, False
@@ -299,7 +299,12 @@ class Experts(nn.Module):
             h_RF = self._activate(h_RF if b_in is None else h_RF + b_in[experts_R])
             y_RC = F.grouped_mm(h_RF, w_out.transpose(1, 2), offs=ends_E)
             return y_RC if b_out is None else y_RC + b_out[experts_R]
-        # One expert after another. unbind, not w[e]: its backward writes each expert's gradient once, in place.
+        return self._one_after_another(x_RC, counts_E, w_in, b_in, w_out, b_out)
+
+    @torch.compiler.disable  # the loads are Python numbers here: compiled, each new one would be a recompilation
+    def _one_after_another(self, x_RC, counts_E, w_in, b_in, w_out, b_out) -> Tensor:
+        """The plain path, for CPUs, float64 and older cards: waits once for the counts, then one expert after another."""
+        # unbind, not w[e]: its backward writes each expert's gradient once, in place.
         nothing = [None] * len(w_in)
         parts = zip(x_RC.split(counts_E.tolist()), w_in.unbind(), nothing if b_in is None else b_in.unbind(),
                     w_out.unbind(), nothing if b_out is None else b_out.unbind(), strict=True)

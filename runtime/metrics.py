@@ -86,16 +86,20 @@ def _scan(path: Path) -> Iterator[tuple[int, bytes, dict | None, str, bool]]:
             number, line = number + 1, following
 
 
+def _good_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
+    for number, line, record, problem, last in _scan(path):
+        if record is not None:
+            yield line, record
+        elif not last:
+            raise ValueError(f"{path}, line {number}: not a metrics record ({problem}); mend or delete that line")
+
+
 def read_records(path: str | Path) -> Iterator[dict]:
     """The records of a metrics.jsonl, one at a time.
 
     A last line that cannot be read was cut off by a kill and is skipped; any other raises ValueError with file and line.
     """
-    for number, _, record, problem, last in _scan(Path(path)):
-        if record is not None:
-            yield record
-        elif not last:
-            raise ValueError(f"{path}, line {number}: not a metrics record ({problem}); mend or delete that line")
+    return (record for _, record in _good_lines(Path(path)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- log
@@ -139,7 +143,7 @@ class MetricsLog:
 
     def _adopt(self, last_step: float) -> None:
         """Open the metrics that are there, without records after `last_step` and without what cannot be read."""
-        kept, problems, dropped, torn, foreign = [], [], 0, False, None
+        kept, problems, dropped, repeated, torn, foreign = [], [], 0, 0, False, None
         self._last = dict.fromkeys(KINDS, -1)
         if not self.path.exists():
             self.messages.append(f"{self.path} is not there: it begins anew, with what comes now")
@@ -154,9 +158,11 @@ class MetricsLog:
                     foreign = record["run_id"]
                 elif record["step"] > last_step:
                     dropped += 1
+                elif record["step"] <= self._last[record["kind"]]:
+                    repeated += 1
                 else:
                     kept.append(line)
-                    self._last[record["kind"]] = max(self._last[record["kind"]], record["step"])
+                    self._last[record["kind"]] = record["step"]
         except OSError as error:  # no permission, a folder, a failing disk
             problems.append(error.strerror or type(error).__name__)
         if foreign is not None:
@@ -171,6 +177,8 @@ class MetricsLog:
             self.messages.append(f"the last line of {self.path} was cut off and is dropped")
         if dropped:
             self.messages.append(f"{dropped} records after step {last_step} are dropped from {self.path}; the resumed run makes them again")
+        if repeated:
+            self.messages.append(f"{repeated} records of {self.path} repeat a step that it already has and are dropped")
         # Always rewritten: it costs little, and heals a missing line end, too.
         write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
         self._open()
@@ -242,13 +250,13 @@ class MetricsLog:
             val = []
             file.write(b'{"run":' + _dump(self.run_info) + b',\n"train":[')
             separator = b"\n"
-            for record in read_records(self.path):
+            for line, record in _good_lines(self.path):
                 if record["kind"] == "val":
-                    val.append(record)
+                    val.append(line)
                 else:
-                    file.write(separator + _dump(record))
+                    file.write(separator + line)
                     separator = b",\n"
-            file.write(b'],\n"val":[\n' + b",\n".join(map(_dump, val)) + b"]}\n")
+            file.write(b'],\n"val":[\n' + b",\n".join(val) + b"]}\n")
 
         if not self._file.closed:
             os.fsync(self._file.fileno())

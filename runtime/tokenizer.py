@@ -1,0 +1,272 @@
+"""Text <-> token ids. One class over tiktoken, whatever the vocabulary: a published one, plain bytes, or a BPE trained here.
+
+Nothing is read or downloaded at import. A tokenizer travels as its *state*: plain JSON values that a manifest and a
+checkpoint carry. A published vocabulary is stored by name and fingerprint, a trained one with all its tokens, so a
+checkpoint never meets ids that mean something else.
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import functools
+import hashlib
+import itertools
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED = ("o200k_base", "gpt2", "cl100k_base")  # vocabularies that tiktoken downloads
+STATE_FILE = "tokenizer.json"                  # where a trained tokenizer is saved, beside the shards
+SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000     # 256 bytes and end-of-text; far above any useful size
+BPE_SAMPLE_CHARACTERS = 1 << 28                # a BPE is trained on at most this much text, from the start of the corpus
+
+# How o200k_base cuts text into words before merging. Trained BPEs use the same rule, which llama.cpp knows as "gpt-4o".
+_LETTER_CASE = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+WORD_PATTERN = "|".join([
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER_CASE[0]}*{_LETTER_CASE[1]}+{_CONTRACTION}",  # word, lower case at its end
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER_CASE[0]}+{_LETTER_CASE[1]}*{_CONTRACTION}",  # word, upper case at its start
+    r"\p{N}{1,3}",                                                                 # digits by threes
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",                                                 # punctuation
+    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",                                           # white space
+])
+_BYTE_PATTERN = r"[\s\S]{1,64}"  # bytes never merge, so any cut will do; short pieces are the fastest
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+def _without_surrogates(text: str) -> str:
+    """Valid Unicode: surrogate pairs joined, lone ones replaced by U+FFFD. (JSON can spell what UTF-8 cannot hold.)"""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Tokenizer:
+    """A vocabulary and its end-of-text id. Ids run from 0 to vocabulary_size - 1; made by load_tokenizer, train_bpe or from_state."""
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding):
+        self.name = name
+        self.encoding = encoding
+        self.vocabulary_size: int = encoding.n_vocab
+        self.end_of_text_id: int = encoding.eot_token
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of all that decides what an id means: every token's bytes and id, the word pattern, the special tokens."""
+        digest = hashlib.sha256(self.encoding._pat_str.encode())
+        specials = {text.encode(): i for text, i in self.encoding._special_tokens.items()}
+        for kind, tokens in (b"token", self.encoding._mergeable_ranks), (b"special", specials):
+            for token, i in sorted(tokens.items(), key=lambda item: item[1]):
+                digest.update(kind + struct.pack("<II", i, len(token)) + token)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def undecodable_ids(self) -> list[int]:
+        """Ids below vocabulary_size that stand for nothing (o200k_base has 19): a model must never sample them."""
+        known = {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
+        return [i for i in range(self.vocabulary_size) if i not in known]
+
+    # ------------------------------------------------------------------------------------------------------------ encode
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """Ids of a text, uint32 [tokens]. The words of a special token are ordinary text; lone surrogates become U+FFFD."""
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode_to_numpy(_without_surrogates(text))
+        except ValueError:  # the word pattern gives up on a run of a million spaces or so: cut the text in two
+            if len(text) < 2:
+                raise
+            half = len(text) // 2
+            return np.concatenate([self.encode_to_numpy(text[:half]), self.encode_to_numpy(text[half:])])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, as a list."""
+        return self.encode_to_numpy(text).tolist()
+
+    # ------------------------------------------------------------------------------------------------------------ decode
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one id; U+FFFD for an id that stands for nothing. ValueError outside the vocabulary."""
+        try:
+            return self.encoding.decode_single_token_bytes(token_id)
+        except (KeyError, OverflowError):
+            if not 0 <= token_id < self.vocabulary_size:
+                raise ValueError(f"token id {token_id} is not in {self.name}, which has ids 0 to {self.vocabulary_size - 1}") from None
+            return _REPLACEMENT
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of a sequence of ids."""
+        return b"".join(self.token_bytes(int(i)) for i in ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a sequence of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    # ------------------------------------------------------------------------------------------------------------- state
+    @property
+    def is_trained(self) -> bool:
+        """Whether this vocabulary exists nowhere else, so that it must be stored with what it made."""
+        return self.name.startswith("bpe:")
+
+    def summary(self) -> dict:
+        """What identifies this tokenizer, in plain JSON values."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "vocabulary_size": self.vocabulary_size, "end_of_text_id": self.end_of_text_id}
+
+    def to_state(self) -> dict:
+        """All that `from_state` needs, in plain JSON values; a trained BPE carries its tokens (base64, by id)."""
+        if not self.is_trained:
+            return self.summary()
+        ranks = self.encoding._mergeable_ranks
+        return self.summary() | {"tokens": [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__)]}
+
+    @staticmethod
+    def from_state(state: dict) -> Tokenizer:
+        """The tokenizer that `to_state` described. ValueError if it is malformed or if this is not the vocabulary it was."""
+        if not isinstance(state, dict) or not isinstance(state.get("name"), str):
+            raise ValueError("the stored tokenizer is damaged: it has no name")
+        name = state["name"]
+        if name.startswith("bpe:"):
+            try:
+                tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
+            except (KeyError, TypeError, ValueError, binascii.Error):
+                raise ValueError(f"the stored tokenizer {name} is damaged: its tokens cannot be read") from None
+            tokenizer = _bpe_tokenizer(name, tokens)
+        else:
+            tokenizer = load_tokenizer(name)
+        for key, value in tokenizer.summary().items():
+            if state.get(key) != value:
+                raise ValueError(f"the stored tokenizer {name} is not the {name} found here: its {key} is {state.get(key)!r}, here it is {value!r}")
+        return tokenizer
+
+
+class TokenStream:
+    """Text from ids as they come: each push returns the characters that are now complete, flush the rest."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Characters completed by this id; "" while it ends inside a character."""
+        return self._decoder.decode(self.tokenizer.token_bytes(int(token_id)))
+
+    def flush(self) -> str:
+        """What is left: U+FFFD for a character that was never completed. The stream can be used again."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+# --------------------------------------------------------------------------------------------------------- making one
+def bpe_size(name: str) -> int:
+    """SIZE of `bpe:SIZE`. ValueError if it is none or out of range."""
+    digits = name.removeprefix("bpe:")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 10 and SMALLEST_BPE <= int(digits) <= LARGEST_BPE):
+        raise ValueError(f"tokenizer {name!r}: SIZE of bpe:SIZE must be a whole number from {SMALLEST_BPE} (256 bytes and end-of-text) to {LARGEST_BPE:,}")
+    return int(digits)
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is a tokenizer that `load_tokenizer` or `train_bpe` can make. Touches neither network nor disk."""
+    if name.startswith("bpe:"):
+        bpe_size(name)
+    elif name not in (*NAMED, "byte"):
+        raise ValueError(f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE")
+
+
+def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
+    """A tokenizer by name.
+
+    o200k_base, gpt2 and cl100k_base come from tiktoken, which downloads the vocabulary once and checks its hash; `byte` is
+    256 bytes and end-of-text = 256; `bpe:SIZE` is read from `folder`, beside the shards of the text it was trained on.
+    """
+    check_name(name)
+    if name == "byte":
+        return _from_tokens(name, [bytes([b]) for b in range(256)], _BYTE_PATTERN)
+    if not name.startswith("bpe:"):
+        return _load_named(name)
+    if folder is None:
+        raise ValueError(f"tokenizer {name} is trained on a text: give the folder that prepare_data.py saved it in")
+    path = Path(folder) / STATE_FILE
+    try:
+        tokenizer = Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: prepare_data.py --tokenizer {name} writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is damaged: run prepare_data.py again") from None
+    if tokenizer.name != name:
+        raise ValueError(f"{path} holds {tokenizer.name}, not {name}")
+    return tokenizer
+
+
+def _load_named(name: str) -> Tokenizer:
+    try:
+        return Tokenizer(name, tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"the vocabulary {name} could not be downloaded ({type(error).__name__}: {reason}): set TIKTOKEN_CACHE_DIR to a folder "
+            f"that has it, or prepare the text with --tokenizer byte or --tokenizer bpe:8192, which need no network") from None
+
+
+def _from_tokens(name: str, tokens: list[bytes], pattern: str) -> Tokenizer:
+    """A tokenizer whose ids are the positions in `tokens`, followed by end-of-text."""
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return Tokenizer(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}))
+
+
+def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
+    """A trained BPE from its tokens by id. ValueError unless they are 256 bytes and then distinct, longer ones."""
+    if len(tokens) + 1 != bpe_size(name) or tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens) or b"" in tokens:
+        raise ValueError(f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, {name.removeprefix('bpe:')} with end-of-text")
+    return _from_tokens(name, tokens, WORD_PATTERN)
+
+
+def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """A byte-level BPE of `size` ids in all (256 bytes, merges, end-of-text last), trained on `texts`; the same texts give the same ids.
+
+    Trained by the `tokenizers` library, used through tiktoken. At most BPE_SAMPLE_CHARACTERS of text are read, from the
+    start; memory grows with the number of distinct words in them only. ValueError if the text has too few pairs that occur twice.
+    """
+    name = f"bpe:{size}"
+    bpe_size(name)
+    try:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Trainable
+    except ImportError:
+        raise ValueError(f"training {name} needs the tokenizers library: pip install tokenizers") from None
+    model = Trainable(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(_sample(texts), trainer)
+
+    to_byte = _byte_of_character()
+    tokens = [bytes([b]) for b in range(256)]
+    for pair in json.loads(model.to_str())["model"]["merges"]:
+        tokens.append(bytes(to_byte[character] for character in "".join(pair)))
+    tokens = list(dict.fromkeys(tokens))  # two merges can spell one token: it has one id
+    if len(tokens) + 1 < size:
+        raise ValueError(f"this text is too small for --tokenizer {name}: it gives {len(tokens) + 1:,} ids at most; use bpe:{len(tokens) + 1} or less, or more text")
+    return _bpe_tokenizer(name, tokens)
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, up to BPE_SAMPLE_CHARACTERS of them; lone surrogates replaced as in encoding."""
+    left = BPE_SAMPLE_CHARACTERS
+    for text in texts:
+        yield _without_surrogates(text[:left])
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The visible character that byte-level BPEs (GPT-2) write for each byte, mapped back: itself if printable Latin-1, else U+0100 up."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = itertools.count(0x100)
+    return {chr(b if b in visible else next(hidden)): b for b in range(256)}

@@ -1,0 +1,263 @@
+"""The whole model: initialisation, loss, sampling, generation."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from config_model import PRESETS, ModelConfig
+from model import IGNORE, LLM, generate, linear_cross_entropy, sample
+from model_parts import KVCache
+from tests.util import random_model, tiny_config
+
+
+# -------------------------------------------------------------------------------------------------------- initialisation
+def test_initial_weights():
+    config = tiny_config(d_model=128, transformer_blocks=8, d_ff=64, num_experts=8, head_dim=32, vocabulary_size=500, use_attention_bias=True,
+                         expert_bias=True, out_proj_bias=True, head_bias=True, init_std=0.03)
+    torch.manual_seed(0)
+    model = LLM(config)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert (p == 1).all(), name
+        elif name.endswith(("bias", "b_in", "b_out")):
+            assert (p == 0).all(), name
+        else:
+            expected = 0.03 / math.sqrt(16) if name.endswith(("out_proj.weight", "w_out")) else 0.03
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name
+
+
+def test_first_loss_is_that_of_guessing():
+    config = ModelConfig(**PRESETS["nano"].model)
+    torch.manual_seed(0)
+    ids = torch.randint(0, config.vocabulary_size, (4, 65))
+    out = LLM(config)(ids[:, :-1], ids[:, 1:])
+    assert (out.cross_entropy_sum / out.num_targets).item() == pytest.approx(math.log(config.vocabulary_size), abs=0.15)
+
+
+def test_tied_head_is_the_embedding():
+    model = LLM(tiny_config(tie_embeddings=True))
+    assert model.head_weight is model.embed.weight and "out_head.weight" not in model.state_dict()
+    untied = LLM(tiny_config())
+    assert untied.head_weight is untied.out_head.weight
+
+
+# ------------------------------------------------------------------------------------------------------------------ loss
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_chunked_loss_equals_the_plain_one(bias, rows):
+    """Value and all three gradients, for chunks that divide the rows and for ones that do not, with ignored targets."""
+    torch.manual_seed(1)
+    h, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,)))
+    targets = torch.tensor([3, IGNORE, 0, 10, 7, IGNORE, 2])
+    plain = F.cross_entropy(F.linear(h, w, b if bias else None), targets, ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(3 * plain, [h, w] + [b] * bias)
+    chunked = linear_cross_entropy(h, w, b if bias else None, targets, rows)
+    actual = torch.autograd.grad(3 * chunked, [h, w] + [b] * bias)
+    assert chunked.item() == pytest.approx(plain.item(), abs=1e-12)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.allclose(a, e, atol=1e-12)
+
+
+def test_loss_never_holds_all_logits():
+    """Not one tensor of N x V elements, forward or backward (the reference held four, in fp32)."""
+    N, V = 600, 1000
+    h, w = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            return out
+
+    with Watch():
+        linear_cross_entropy(h, w, None, torch.randint(0, V, (N,))).backward()
+    assert max(sizes) == 256 * V < N * V
+
+
+def test_reported_loss_is_the_loss():
+    """Recomputed in float64 from the logits with numpy; auxiliary losses are apart and scale with their coefficients."""
+    model = random_model(tiny_config(aux_loss_coef=0.5, z_loss_coef=0.25))
+    ids = torch.randint(0, 61, (3, 12))
+    targets = torch.randint(0, 61, (3, 12))
+    targets[0, :5] = IGNORE
+    with torch.no_grad():
+        out = model(ids, targets)
+        logits = model(ids).logits.double().numpy().reshape(-1, 61)
+    t = targets.numpy().ravel()
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
+    expected = -log_p[np.arange(36), np.clip(t, 0, None)][t != IGNORE].sum()
+    assert out.num_targets == 31 and out.logits is None
+    assert out.cross_entropy_sum.item() == pytest.approx(expected, rel=1e-5)
+    assert out.aux_loss.item() == pytest.approx(0.5 * out.router.aux_loss.sum().item())
+    assert out.z_loss.item() == pytest.approx(0.25 * out.router.z_loss.sum().item())
+
+
+def test_loss_without_gradients_computes_none():
+    model = random_model(tiny_config())
+    ids = torch.randint(0, 61, (1, 4))
+    with torch.no_grad():
+        assert not model(ids, ids).cross_entropy_sum.requires_grad
+
+
+@pytest.mark.parametrize("ids, message", [
+    (torch.tensor([[61]]), "from 0 to 60"), (torch.tensor([[-1]]), "from 0 to 60"), (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
+])
+def test_bad_ids_are_told(ids, message):
+    """The reference gave a raw IndexError, and logits of shape (1, 0, V) for nothing (its fault M9)."""
+    with pytest.raises(ValueError, match=message):
+        LLM(tiny_config())(ids)
+
+
+def test_compiled_blocks_compute_the_same_and_keep_their_names():
+    """Blocks are compiled in place, so a checkpoint does not know about it (the reference's keys got a prefix, T1)."""
+    model = random_model(tiny_config(transformer_blocks=1))
+    ids = torch.randint(0, 61, (2, 16))
+    names = list(model.state_dict())
+    plain = model(ids, ids)
+    plain.cross_entropy_sum.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for block in model.layers:
+        block.compile()
+    compiled = model(ids, ids)
+    compiled.cross_entropy_sum.backward()
+    assert list(model.state_dict()) == names
+    assert compiled.cross_entropy_sum.item() == pytest.approx(plain.cross_entropy_sum.item(), rel=1e-5)
+    for n, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[n], rtol=1e-4, atol=1e-4 * gradients[n].abs().max()), n
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
+def chi_square_p(counts, probabilities) -> float:
+    """P value of Pearson's test (Wilson-Hilferty approximation of the tail)."""
+    expected = probabilities * counts.sum()
+    used = expected > 0
+    assert (counts[~used] == 0).all()
+    degrees = int(used.sum()) - 1
+    statistic = float((((counts - expected) ** 2)[used] / expected[used]).sum())
+    z = ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 4, 1.0), (1.0, 0, 0.8), (0.9, 6, 0.7), (1.0, 999, 1.0)])
+def test_samples_follow_the_distribution(temperature, top_k, top_p):
+    torch.manual_seed(5)
+    logits = torch.randn(12) * 0.7
+    p = np.exp(logits.double().numpy() / temperature)
+    order = np.argsort(-p)
+    keep = np.zeros(12, bool)
+    keep[order[:top_k or 12]] = True
+    p = np.where(keep, p, 0) / p[keep].sum()
+    if top_p < 1:
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= top_p]] = 0
+        p /= p.sum()
+    drawn = sample(logits.expand(100_000, 12), temperature, top_k, top_p, generator=torch.Generator().manual_seed(7))
+    assert chi_square_p(np.bincount(drawn.numpy(), minlength=12), p) > 1e-4
+
+
+def test_greedy_banned_and_extreme_settings():
+    """Temperature 0 and 1e-40, top_k above the vocabulary and ties in bf16 broke the reference (P2, P3, P14)."""
+    logits = torch.tensor([[1.0, 5.0, 3.0], [2.0, 0.0, -1.0]])
+    assert sample(logits, 0).tolist() == [1, 0]
+    assert sample(logits, 1e-40).tolist() == [1, 0] and sample(logits * 1e30, 1e-3).tolist() == [1, 0]
+    assert sample(logits, 0, banned_ids=torch.tensor([1])).tolist() == [2, 0]
+    assert sample(logits, 1e6, top_k=1).tolist() == [1, 0] and sample(logits, 1e6, top_p=1e-9).tolist() == [1, 0]
+    ties = torch.zeros(1000, 50, dtype=torch.bfloat16)
+    assert len(set(sample(ties, 1.0, top_k=7).tolist())) == 7
+    banned = sample(torch.zeros(5000, 4), 1.0, banned_ids=torch.tensor([0, 2]))
+    assert set(banned.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("settings", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -5, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1), (1.0, 0, float("nan"))])
+def test_settings_without_a_meaning_are_refused(settings):
+    with pytest.raises(ValueError, match="must be"):
+        sample(torch.zeros(1, 3), *settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ generation
+def greedy_by_full_forward(model, ids, count):
+    for _ in range(count):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+    return ids
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True}, {"sliding_window": 4, "window_pattern": "alternating"}, {"num_kv_heads": 4}])
+def test_greedy_generation_equals_full_forward_passes(changes):
+    model = random_model(tiny_config(**changes), 2, torch.float64).eval()
+    prompt = torch.randint(0, 61, (2, 7))
+    with torch.no_grad():
+        expected = greedy_by_full_forward(model, prompt, 20)[:, 7:]
+    drawn = torch.stack(list(generate(model, prompt, 20, temperature=0)), 1)
+    assert torch.equal(drawn, expected)
+
+
+def test_generation_leaves_the_model_as_it_was_and_wastes_no_forward_pass():
+    """The reference ended in eval mode (M4c) and ran one forward pass too many (P16)."""
+    model = random_model(tiny_config()).train()
+    calls = []
+    model.layers[0].register_forward_hook(lambda m, a, out: calls.append(a[0].shape[1]))
+    assert len(list(generate(model, torch.tensor([[1, 2, 3]]), 4))) == 4
+    assert model.training and calls == [3, 1, 1, 1]
+    stream = generate(model, torch.tensor([[1, 2, 3]]), 4)
+    next(stream)
+    stream.close()
+    assert model.training and list(generate(model, torch.tensor([[1]]), 0)) == []
+
+
+def test_prefill_computes_logits_of_the_last_token_only():
+    model = random_model(tiny_config()).eval()
+    ids = torch.randint(0, 61, (2, 9))
+    with torch.no_grad():
+        last = model(ids, cache=KVCache(model.config, 2, 9), last_token_only=True).logits
+        assert last.shape == (2, 1, 61) and torch.allclose(last, model(ids).logits[:, -1:], atol=1e-5)
+
+
+def test_stop_ids_end_rows_and_then_the_call():
+    """Rows past their end kept sampling in the reference (P15)."""
+    model = random_model(tiny_config())
+    drawn = torch.stack(list(generate(model, torch.randint(0, 61, (4, 3)), 29, temperature=5.0, top_k=0, stop_ids=range(0, 61, 3),
+                                      generator=torch.Generator().manual_seed(0))), 1)
+    assert drawn.shape[1] < 29
+    for row in drawn.tolist():
+        first = next(i for i, t in enumerate(row) if t % 3 == 0)
+        assert all(t == row[first] for t in row[first:])
+    assert any(row[0] % 3 != 0 for row in drawn.tolist())
+
+
+def test_same_seed_same_text():
+    model = random_model(tiny_config())
+    runs = [[t.item() for t in generate(model, torch.tensor([[1, 2]]), 20, generator=torch.Generator().manual_seed(s))] for s in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 31, 32, 33, 320])
+@pytest.mark.parametrize("table", [True, False])
+def test_a_full_context_slides_or_stops(prompt_tokens, table):
+    """No prompt and no answer is too long (the reference crashed and lost the text, P4); each id equals a fresh forward pass."""
+    model = random_model(tiny_config(use_attention_bias=table), 1, torch.float64).eval()
+    prompt = torch.randint(0, 61, (1, prompt_tokens))
+    drawn = [t.item() for t in generate(model, prompt, 60, temperature=0)]
+    assert len(drawn) == 60
+    window = prompt[0, -32:].tolist()
+    for token in drawn:
+        if len(window) > 32:
+            window = window[-16:]
+        with torch.no_grad():
+            assert model(torch.tensor([window])).logits[0, -1].argmax().item() == token
+        window.append(token)
+    stopped = list(generate(model, prompt, 60, temperature=0, slide=False))
+    assert len(stopped) == max(1, 33 - prompt_tokens)
+
+
+def test_undecodable_ids_are_never_drawn():
+    """19 ids of o200k_base have no bytes; drawing one ended the reference's session (P1)."""
+    model = random_model(tiny_config())
+    banned = [i for i in range(61) if i % 7]
+    drawn = [t.item() for t in generate(model, torch.tensor([[1]]), 200, temperature=10.0, top_k=0, banned_ids=banned)]
+    assert all(t % 7 == 0 for t in drawn)

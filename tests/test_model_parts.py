@@ -1,0 +1,410 @@
+"""Positions, cache, attention, router, experts: each against a plain restatement of what it should compute."""
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config_model import ModelConfig
+from model import LLM
+from model_parts import (
+    Experts,
+    KVCache,
+    LocalDispatcher,
+    MoE,
+    Router,
+    attention_mask,
+    balance_loss,
+    drop_over_capacity,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+)
+from tests.util import random_config, random_model, tiny_config
+
+
+# ------------------------------------------------------------------------------------------------------------- positions
+def test_rope_is_a_rotation_by_position_times_frequency():
+    config = tiny_config(head_dim=8)
+    cos, sin = rope_tables(config, 5, 3, torch.float64, "cpu")
+    x = torch.randn(1, 1, 3, 8, dtype=torch.float64)
+    z = torch.complex(x[..., :4], x[..., 4:])
+    frequencies = torch.tensor([10_000.0 ** (-2 * i / 8) for i in range(4)], dtype=torch.float64)
+    turned = z * torch.exp(1j * torch.outer(torch.arange(5.0, 8.0, dtype=torch.float64), frequencies))
+    assert torch.allclose(rotate(x, cos, sin), torch.cat((turned.real, turned.imag), -1), atol=1e-14)
+
+
+def test_rope_theta_and_linear_scaling_reach_the_frequencies():
+    plain = rope_frequencies(tiny_config())
+    assert torch.allclose(rope_frequencies(tiny_config(rope_theta=500.0)), 500.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8))
+    assert torch.allclose(rope_frequencies(tiny_config(rope_scaling="linear", rope_scaling_factor=4.0)), plain / 4)
+
+
+def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
+    config = ModelConfig(head_dim=64, context_length=8192, rope_scaling="yarn", rope_scaling_factor=4.0, use_attention_bias=False)
+    plain, scaled = rope_frequencies(ModelConfig(head_dim=64)), rope_frequencies(config)
+    turns = 2048 * plain / (2 * math.pi)  # over the trained context
+    assert torch.equal(scaled[turns > 33], plain[turns > 33])
+    assert torch.allclose(scaled[turns < 0.9], plain[turns < 0.9] / 4)
+    between = (turns < 25) & (turns > 1.5)
+    assert ((scaled < plain) & (scaled > plain / 4))[between].all() and between.any()
+    cos, _ = rope_tables(config, 0, 1, torch.float64, "cpu")
+    assert cos[0, 0] == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_casting_the_model_does_not_round_positions():
+    """The reference stored its RoPE tables as buffers, so .to(bfloat16) rounded them by 2e-3 (its fault M3b)."""
+    model = LLM(tiny_config()).to(torch.bfloat16)
+    assert not [name for name, _ in model.named_buffers() if "cos" in name or "sin" in name]
+    cache = KVCache(model.config, 1, 8, torch.bfloat16)
+    out = model(torch.tensor([[1, 2, 3]]), cache=cache)
+    assert out.logits.dtype == torch.bfloat16 and torch.isfinite(out.logits).all()
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_mask_rule(window):
+    mask = attention_mask(torch.arange(4, 8), torch.arange(8), window)
+    for i, q in enumerate(range(4, 8)):
+        for k in range(8):
+            assert mask[i, k] == (k <= q and (not window or q - k < window))
+
+
+# -------------------------------------------------------------------------------------------- causality, cached = uncached
+def chunks_of(total: int, r: random.Random) -> list[int]:
+    sizes = []
+    while sum(sizes) < total:
+        sizes.append(min(r.choice([1, 1, 2, 3, 5, 9]), total - sum(sizes)))
+    return sizes
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_cached_logits_equal_uncached(seed):
+    """Over random architectures, windows, chunkings and batches; fp32 to 1e-5 of the logits' scale, fp64 to 1e-12.
+
+    The reference's cached prefill had no causal mask (its fault M1): position 0 moved by 0.037 when the last token changed.
+    """
+    r = random.Random(seed)
+    config = random_config(seed)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        model = random_model(config, seed, dtype).eval()
+        B, T = r.choice([1, 2, 3]), r.randint(2, config.context_length)
+        ids = torch.randint(0, config.vocabulary_size, (B, T))
+        with torch.no_grad():
+            whole = model(ids).logits
+            cache = KVCache(config, B, r.choice([T, T + 3]), dtype)
+            parts, at = [], 0
+            for size in chunks_of(T, r):
+                parts.append(model(ids[:, at:at + size], cache=cache).logits)
+                at += size
+        assert cache.length == T
+        difference = (torch.cat(parts, 1) - whole).abs().max()
+        assert torch.isfinite(whole).all() and difference <= tolerance * whole.abs().max().clamp(min=1), f"seed {seed} {dtype}"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_gradient_flows_from_later_tokens(seed):
+    """The logits at t depend on no token after t: the gradient is exactly 0, with and without a cache."""
+    config = random_config(1000 + seed)
+    model = random_model(config, seed, torch.float64).eval()
+    T, t = 9, seed % 8
+    ids = torch.randint(0, config.vocabulary_size, (2, T))
+    for cached in (False, True):
+        inputs = {}
+
+        def keep(module, args, output, inputs=inputs):
+            output.retain_grad()
+            inputs["x"] = output
+
+        handle = model.embed.register_forward_hook(keep)
+        logits = model(ids, cache=KVCache(config, 2, T, torch.float64) if cached else None).logits
+        handle.remove()
+        logits[:, t].sum().backward()
+        grad = inputs["x"].grad
+        assert (grad[:, t + 1:] == 0).all() and (grad[:, t] != 0).any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_a_batch_do_not_meet(seed):
+    """In train mode too (dropless): changing row 0 leaves row 1 as it was. The reference's capacity coupled them by 0.32."""
+    config = random_config(2000 + seed)
+    model = random_model(config, seed, torch.float64).train()
+    ids = torch.randint(0, config.vocabulary_size, (2, 8))
+    other = torch.stack((torch.randint(0, config.vocabulary_size, (8,)), ids[1]))
+    assert torch.allclose(model(ids).logits[1], model(other).logits[1], rtol=0, atol=1e-12)
+
+
+def test_window_of_one_block_limits_what_is_seen():
+    """With one block a query sees exactly `window` tokens; alternating windows leave odd blocks open."""
+    config = tiny_config(transformer_blocks=1, sliding_window=3, context_length=16)
+    model = random_model(config, 0, torch.float64).eval()
+    ids = torch.randint(0, 61, (1, 10))
+    with torch.no_grad():
+        before = model(ids).logits
+        changed = ids.clone()
+        changed[0, 4] = (changed[0, 4] + 1) % 61
+        after = model(changed).logits
+    moved = (before - after).abs().amax(-1)[0] > 1e-12  # rows are grouped by expert, so products round otherwise
+    assert moved.tolist() == [False] * 4 + [True] * 3 + [False] * 3
+    alternating = tiny_config(transformer_blocks=4, sliding_window=3, window_pattern="alternating")
+    assert [alternating.window(b) for b in range(4)] == [3, 0, 3, 0]
+
+
+def test_a_ring_holds_only_its_window():
+    config = tiny_config(sliding_window=4, window_pattern="alternating")
+    cache = KVCache(config, 2, 20)
+    assert [k.shape for k in cache.keys] == [(2, 2, 4, 8), (2, 2, 20, 8)]  # as many KV heads as the model has: no repeat
+
+
+# -------------------------------------------------------------------------------------------------------- cache as object
+def test_cache_is_the_callers_and_its_limits_are_told():
+    """The reference kept one cache on the module: another batch size crashed, and a second call saw the first (M4, M4d)."""
+    model = random_model(tiny_config()).eval()
+    ids = torch.randint(0, 61, (2, 5))
+    with torch.no_grad():
+        first = model(ids, cache=KVCache(model.config, 2, 5)).logits
+        again = model(ids, cache=KVCache(model.config, 2, 5)).logits
+        assert torch.equal(first, again)
+        cache = KVCache(model.config, 1, 6)
+        with pytest.raises(ValueError, match="made for 1 rows and was given 2"):
+            model(ids, cache=cache)
+        model(ids[:1], cache=cache)
+        with pytest.raises(ValueError, match="holds 6 tokens, 5 of them are used and 2 more"):
+            model(ids[:1, :2], cache=cache)
+        assert cache.length == 5  # a refused call leaves it usable
+        model(ids[:1, :1], cache=cache)
+
+
+def test_cache_made_in_inference_mode_works_outside_it():
+    """M4b: an inference tensor could not be written later: 'Inplace update to inference tensor'."""
+    model = random_model(tiny_config()).eval()
+    with torch.inference_mode():
+        cache = KVCache(model.config, 1, 8)
+        model(torch.tensor([[1, 2]]), cache=cache)
+    with torch.no_grad():
+        model(torch.tensor([[3]]), cache=cache)
+    assert cache.length == 3
+
+
+def test_cache_keeps_the_dtype_asked_for():
+    model = random_model(tiny_config()).eval()
+    ids = torch.randint(0, 61, (1, 6))
+    cache = KVCache(model.config, 1, 6, torch.bfloat16)
+    with torch.no_grad():
+        logits = model(ids, cache=cache).logits
+        assert cache.keys[0].dtype == torch.bfloat16 and logits.dtype == torch.float32
+        assert torch.allclose(logits, model(ids).logits, atol=0.2)
+
+
+def test_longer_context_than_trained():
+    """Without the table positions go on; with it the error says why not (the reference promised it and crashed, M2c)."""
+    long = torch.randint(0, 61, (1, 50))
+    assert LLM(tiny_config(context_length=32))(long).logits.shape == (1, 50, 61)
+    with pytest.raises(ValueError, match="learned bias.*none beyond"):
+        LLM(tiny_config(context_length=32, use_attention_bias=True))(long)
+
+
+def test_attention_table_is_added_to_the_scores():
+    config = tiny_config(transformer_blocks=1, use_attention_bias=True, context_length=6, num_heads=2, num_kv_heads=1, use_rope=False, qk_norm=False)
+    model = random_model(config, 3, torch.float64)
+    attention = model.layers[0].attention
+    x = torch.randn(1, 6, 32, dtype=torch.float64)
+    q, k, v = (w(x).view(1, 6, -1, 8).transpose(1, 2) for w in (attention.W_q, attention.W_k, attention.W_v))
+    scores = q @ k.transpose(-1, -2).expand(1, 2, 8, 6) / math.sqrt(8) + attention.attention_bias
+    scores = scores.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -math.inf)
+    expected = attention.out_proj((scores.softmax(-1) @ v.expand(1, 2, 6, 8)).transpose(1, 2).reshape(1, 6, 16))
+    assert torch.allclose(attention(x, None), expected, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- mixture of experts
+def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
+    """The layer once more, a token and an expert at a time; returns (output, assignments per expert, dropped)."""
+    E, K = moe.router.num_experts, moe.router.top_k
+    logits = x_NC @ moe.router.weight.T
+    probabilities = torch.softmax(logits, -1)
+    chosen = []
+    for n in range(len(x_NC)):
+        scores = probabilities[n] + (moe.router.selection_bias.double() if moe.router.selection_bias is not None else 0)
+        best = torch.argsort(scores, descending=True)[:K].tolist()
+        total = sum(probabilities[n, e] for e in best)
+        chosen += [(n, e, probabilities[n, e] / total) for e in best]
+    load = [sum(1 for _, e, _ in chosen if e == expert) for expert in range(E)]
+    dropped = 0
+    if capacity_factor:
+        capacity = math.ceil(capacity_factor * len(x_NC) * K / E)
+        kept = []
+        for expert in range(E):
+            mine = sorted((a for a in chosen if a[1] == expert), key=lambda a: -a[2].item())
+            kept += mine[:capacity]
+            dropped += max(0, len(mine) - capacity)
+        chosen = kept
+    y, ex = torch.zeros_like(x_NC), moe.experts
+    for n, e, weight in chosen:
+        h = F.linear(x_NC[n], ex.w_in[e], None if ex.b_in is None else ex.b_in[e])
+        if ex.is_swiglu:
+            F_ = len(h) // 2
+            h = F.silu(h[:F_]) * h[F_:]
+        else:
+            h = F.gelu(h)
+        y[n] += weight * F.linear(h, ex.w_out[e], None if ex.b_out is None else ex.b_out[e])
+    return y, load, dropped
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_moe_against_a_per_token_loop(seed):
+    """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer tokens than experts, ..."""
+    r = random.Random(seed)
+    E = r.choice([1, 2, 4, 9])
+    config = tiny_config(d_model=12, d_ff=8, num_experts=E, top_k=r.randint(1, E), expert_activation=r.choice(["gelu", "swiglu"]),
+                         expert_bias=r.random() < 0.5, capacity_factor=r.choice([0.0, 0.0, 0.5, 1.0, 1.25]), router_bias_rate=r.choice([0.0, 1e-3]))
+    moe = random_model(config, seed, torch.float64).layers[0].moe.train()
+    N = r.choice([1, 3, 17])
+    x = torch.randn(1, N, 12, dtype=torch.float64)
+    y, stats = moe(x)
+    expected, load, dropped = moe_by_token(moe, x[0], config.capacity_factor)
+    assert torch.allclose(y[0], expected, atol=1e-10), f"seed {seed}"
+    assert torch.allclose(stats.load * N * config.top_k / E, torch.tensor(load, dtype=stats.load.dtype), atol=1e-9)
+    assert stats.dropped_share.item() == pytest.approx(dropped / (N * config.top_k), abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"expert_activation": "gelu", "expert_bias": True}])
+def test_grouped_matmul_equals_one_expert_after_another(changes):
+    """The GPU's path, run here in fp32: outputs and every gradient."""
+    config = tiny_config(**changes)
+    moe = random_model(config, 1).layers[0].moe
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    results = []
+    for grouped in (False, True):
+        moe.experts.grouped = grouped
+        moe.zero_grad()
+        x.grad = None
+        y, _ = moe(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad] + [p.grad.clone() for p in moe.parameters()])
+    for plain, fast in zip(*results, strict=True):
+        assert torch.allclose(plain, fast, rtol=1e-4, atol=1e-4 * plain.abs().max())
+
+
+def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
+    """The reference's was top_k at balance (its fault M6)."""
+    for E, K in ((4, 1), (8, 2), (6, 3)):
+        uniform = torch.full((24, E), 1 / E)
+        assert balance_loss(uniform, torch.full((E,), 24 * K // E)).item() == pytest.approx(1.0)
+        collapsed = torch.zeros(24, E)
+        collapsed[:, 0] = 1.0
+        counts = torch.zeros(E)
+        counts[0] = 24
+        assert balance_loss(collapsed, counts).item() == pytest.approx(E)
+
+
+def test_capacity_keeps_everything_at_balance_and_drops_by_weight():
+    """The reference's capacity forgot top_k and dropped 37.5 % of a perfectly balanced batch, late rows first (M5, M5b)."""
+    E, K, N = 4, 2, 32
+    experts = torch.stack((torch.arange(N) % E, (torch.arange(N) + 1) % E), 1)
+    counts = torch.bincount(experts.flatten(), minlength=E)
+    weights = torch.rand(N, K)
+    kept, share = drop_over_capacity(weights, experts, counts, 1.0)
+    assert share == 0 and torch.equal(kept, weights)
+    everything_to_one = torch.zeros(N, 1, dtype=torch.int64)
+    kept, share = drop_over_capacity(weights[:, :1], everything_to_one, torch.tensor([N, 0, 0, 0]), 1.0)
+    assert share.item() == pytest.approx(0.75) and (kept > 0).sum() == N / E
+    assert kept[kept > 0].min() >= weights[:, :1][kept == 0].max()
+
+
+def test_capacity_does_not_apply_at_inference():
+    config = tiny_config(capacity_factor=0.25)
+    model, ids = random_model(config), torch.randint(0, 61, (2, 16))
+    assert model.train()(ids).router.dropped_share.min() > 0
+    assert (model.eval()(ids).router.dropped_share == 0).all()
+
+
+def test_router_is_float32_under_autocast():
+    """And a bf16 forward and backward pass run on the CPU at all (the reference's index_add_ did not: M3)."""
+    model, ids = random_model(tiny_config()), torch.randint(0, 61, (2, 8))
+    seen = {}
+    model.layers[0].moe.router.register_forward_hook(lambda m, a, out: seen.update(weights=out[0].dtype, logits=out[3].dtype))
+    exact = model(ids, ids)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            out = model(ids, ids)
+        out.cross_entropy_sum.backward()
+        assert seen == {"weights": torch.float32, "logits": torch.float32}
+        assert out.cross_entropy_sum.dtype == torch.float32
+        assert out.cross_entropy_sum.item() == pytest.approx(exact.cross_entropy_sum.item(), rel=0.05)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_selection_bias_moves_the_choice_but_not_the_weights():
+    config = tiny_config(router_bias_rate=0.1, top_k=1)
+    router = Router(config)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(5, 32)
+    router.selection_bias[3] = 100.0
+    weights, experts, probabilities, _ = router(x)
+    assert (experts == 3).all() and torch.allclose(weights, torch.ones(5, 1))
+
+
+def test_balance_experts_moves_biases_towards_the_idle():
+    model = LLM(tiny_config(router_bias_rate=0.1))
+    model.balance_experts(torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert torch.allclose(model.layers[0].moe.router.selection_bias, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
+    assert (model.layers[1].moe.router.selection_bias == 0).all()
+
+
+def test_router_entropy_and_z_loss():
+    config = tiny_config(top_k=1)
+    moe = MoE(config)
+    torch.nn.init.normal_(moe.experts.w_in)
+    torch.nn.init.normal_(moe.experts.w_out)
+    torch.nn.init.zeros_(moe.router.weight)
+    _, stats = moe(torch.randn(1, 6, 32))
+    assert stats.entropy.item() == pytest.approx(math.log(4)) and stats.z_loss.item() == pytest.approx(math.log(4) ** 2)
+
+
+def test_expert_dropout_is_on_in_training_only():
+    """The reference parsed --dropout and ignored it (T11)."""
+    for field in ("experts", "attention"):
+        model = random_model(tiny_config(dropout=0.5))
+        module = model.layers[0].moe if field == "experts" else model.layers[0].attention
+        x = torch.randn(1, 8, 32)
+        call = (lambda m=module: m(x)[0]) if field == "experts" else (lambda m=module: m(x, None))
+        model.train()
+        assert not torch.equal(call(), call())
+        model.eval()
+        assert torch.equal(call(), call())
+
+
+def test_dispatcher_is_a_seam():
+    """Whatever stands in MoE.dispatcher is given the assignments, in this form, and its result is used."""
+    moe = random_model(tiny_config()).layers[0].moe
+    x, calls = torch.randn(1, 5, 32), []
+
+    class Spy(LocalDispatcher):
+        def __call__(self, x_NC, weights_NK, experts_NK, counts_E, experts):
+            calls.append((x_NC.shape, weights_NK.shape, experts_NK.shape, counts_E.sum().item(), type(experts)))
+            return 2 * super().__call__(x_NC, weights_NK, experts_NK, counts_E, experts)
+
+    plain, _ = moe(x)
+    moe.dispatcher = Spy()
+    doubled, _ = moe(x)
+    assert torch.allclose(doubled, 2 * plain) and calls == [((5, 32), (5, 2), (5, 2), 10, Experts)]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"expert_activation": "gelu", "expert_bias": True, "qkv_bias": True, "out_proj_bias": True, "head_bias": True, "use_attention_bias": True},
+    {"tie_embeddings": True, "sliding_window": 3, "z_loss_coef": 1e-2},
+])
+def test_gradients_of_the_whole_model(changes):
+    """gradcheck in float64: every parameter against finite differences, hand-written backward passes included."""
+    config = tiny_config(d_model=6, d_ff=4, num_heads=2, num_kv_heads=1, head_dim=4, vocabulary_size=7, context_length=5, num_experts=3,
+                         transformer_blocks=1, aux_loss_coef=0.1, **changes)
+    model = random_model(config, 4, torch.float64)
+    ids = torch.randint(0, 7, (2, 5))
+    names = [n for n, _ in model.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in model.parameters()]
+
+    def loss(*values):
+        out = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (ids, ids))
+        return out.cross_entropy_sum / out.num_targets + out.aux_loss + out.z_loss
+
+    assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-6, nondet_tol=0.0)

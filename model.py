@@ -82,7 +82,7 @@ class LLM(nn.Module):
         token alone (prefill needs no others). Raises ValueError for ids out of range, an empty input, a full cache, or
         positions that a learned table does not have.
         """
-        (B, T), start = ids_BT.shape, 0 if cache is None else cache.length
+        T, start = ids_BT.shape[1], 0 if cache is None else cache.length
         self._check_input(ids_BT, start, cache)
         x_BTC = self.embed(ids_BT)
         dtype = torch.promote_types(x_BTC.dtype, torch.float32)
@@ -256,7 +256,7 @@ def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: fl
     was_training = model.training
     model.eval()
     try:
-        for step in range(max_new_tokens):
+        for _ in range(max_new_tokens):
             if cache.length + next_BT.shape[1] > context:
                 if not slide:
                     return

@@ -108,7 +108,7 @@ def save_checkpoint(ckpt_dir: str | Path, step: int, model: LLM, optimizer: Opti
             raise ValueError(f"checkpoints hold float32 weights, and {wrong[0]} is {groups['model'][wrong[0]].dtype}")
         folder.mkdir(parents=True, exist_ok=True)
         _check_disk_space(folder, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()))
-        digests = {f"{group}/{name}": digest for group, tensors in groups.items() for name, digest in _digests(tensors, group).items()}
+        digests = _digests(groups["model"], "model") | _digests(groups["optimizer"], "optimizer")
         groups = {group: {name: _own_storage(tensor) for name, tensor in tensors.items()} for group, tensors in groups.items()}
         contents = {"step": step, **groups, **header, "digests": digests | {"header": _header_digest(header)}}
         write_atomic(path, lambda file: _torch_save(contents, file))
@@ -123,7 +123,7 @@ def save_checkpoint(ckpt_dir: str | Path, step: int, model: LLM, optimizer: Opti
 
 
 class _Sink:
-    """A file whose first OSError is kept: torch.save goes on to close its zip and reports that failure instead."""
+    """A file whose first error (disk full, Ctrl-C) is kept: torch.save goes on to close its zip and reports that failure instead."""
 
     def __init__(self, file):
         self.file, self.error = file, None
@@ -131,7 +131,7 @@ class _Sink:
     def write(self, data) -> int:
         try:
             return self.file.write(data)
-        except OSError as error:
+        except BaseException as error:
             self.error = self.error or error
             raise
 
@@ -185,13 +185,19 @@ def _prune(folder: Path, step: int, keep_last: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- digests and header
-def _digests(tensors: dict[str, Tensor], group: str) -> dict[str, str]:
-    """SHA-256 of every tensor, one thread each (hashing frees the interpreter lock). ValueError where one is not finite."""
+def _digests(tensors: dict[str, Tensor], group: str, recorded: dict | None = None) -> dict[str, str]:
+    """SHA-256 of every tensor as {"GROUP/NAME": digest}, one thread each (hashing frees the interpreter lock).
+
+    ValueError where one is not what was `recorded`, or is not finite.
+    """
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         results = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+    for name, (digest, _) in results.items():
+        if recorded is not None and recorded.get(f"{group}/{name}") != digest:
+            raise ValueError(f"damaged: {group} tensor {name} does not match its digest")
     if bad := [name for name, (_, finite) in results.items() if not finite]:
-        raise ValueError(f"{group} tensor {bad[0]} holds NaN or infinity (and {len(bad) - 1} more tensors)")
-    return {name: digest for name, (digest, _) in results.items()}
+        raise ValueError(f"{group} tensor {bad[0]} holds NaN or infinity" + (f", and so do {len(bad) - 1} more" if len(bad) > 1 else ""))
+    return {f"{group}/{name}": digest for name, (digest, _) in results.items()}
 
 
 def _digest(tensor: Tensor) -> tuple[str, bool]:
@@ -284,8 +290,10 @@ def _unpack(path: Path) -> tuple[dict, set[tuple[int, int]]]:
         private = contextlib.nullcontext() if sys.platform == "win32" else torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
         with private:   # copy-on-write: training on a mapped tensor never reaches the file
             contents = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, UnicodeError) as error:
         raise CheckpointError(path, f"damaged or cut short: {error}") from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise CheckpointError(path, error) from error
     except Exception as error:  # zipfile, pickle and torch raise nearly everything on damaged input; the cause is kept
@@ -335,10 +343,8 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
         state = _tensors(_dict(contents, "optimizer"), "optimizer", file_bytes)
         if not state:
             raise ValueError("holds weights but no optimizer state, so training cannot be resumed from it: start a new run with --init_from")
-    for group, tensors in (("model", model), ("optimizer", state)):
-        for name, digest in _digests(tensors or {}, group).items():
-            if digests.get(f"{group}/{name}") != digest:
-                raise ValueError(f"damaged: {group} tensor {name} does not match its digest")
+    _digests(model, "model", digests)
+    _digests(state or {}, "optimizer", digests)
     return Checkpoint(path, header["step"], config, model, state, header["val_loss"], header["train_cfg"], header["tokenizer"],
                       header["data_fingerprint"], header["run"], header["versions"], False)
 

@@ -104,7 +104,7 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
         if os.environ.get("GPTOSS_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        code = getattr(error, "exit_code", 2)
     sys.exit(code)
 
 

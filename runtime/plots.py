@@ -42,6 +42,8 @@ VAL_KEYS = ("loss", "perplexity", "bits_per_byte", "tokens_seen")
 
 def human(number: float, digits: int = 3) -> str:
     """`number` with a unit of thousands: 950, 1.5k, 65.5M, 3.66B."""
+    if abs(number) >= 1e15:
+        return _scientific(number)
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size * (1 - 0.5 * 10 ** -digits):
             number, suffix = number / size, unit
@@ -55,7 +57,7 @@ def human(number: float, digits: int = 3) -> str:
 # ------------------------------------------------------------------------------------------------- what is to be shown
 def _number(value) -> float:
     """A record's number as float; what is missing, null or no number is NaN."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return float(value)
     return math.nan
 
@@ -71,7 +73,7 @@ class History:
     def __init__(self, records: Iterable[dict]):
         import numpy as np
 
-        columns = {"train": {k: array("d") for k in ("step", *TRAIN_KEYS)}, "val": {k: array("d") for k in ("step", *VAL_KEYS)}}
+        columns = {"train": {k: array("d") for k in ("step", "non_finite", *TRAIN_KEYS)}, "val": {k: array("d") for k in ("step", *VAL_KEYS)}}
         kept, newest, stride, seen = [], None, 1, 0
         for record in records:
             table = columns[record["kind"]]
@@ -251,10 +253,15 @@ def _note(axes, x, y, text, color):
                   color=color, fontsize=12, fontweight="bold", zorder=9, path_effects=[withStroke(linewidth=3, foreground=PANEL)])
 
 
-def _gone(axes, steps) -> None:
-    """Red ticks on the x axis at the steps whose number was not finite."""
+def _gone(axes, table: dict, key: str) -> None:
+    """Red ticks on the x axis at the steps whose `key` was not finite."""
+    import numpy as np
+
+    steps = table["step"][np.isnan(table[key]) & (table["non_finite"] == 1)]
     if len(steps):
-        axes.plot(steps, [0.012] * len(steps), "|", color=RED, markersize=9, markeredgewidth=1.6, transform=axes.get_xaxis_transform(),
+        low, high = axes.get_xlim()
+        seen = steps[np.unique(np.round((steps - low) / (high - low) * POINTS), return_index=True)[1]]
+        axes.plot(seen, [0.012] * len(seen), "|", color=RED, markersize=9, markeredgewidth=1.6, transform=axes.get_xaxis_transform(),
                   zorder=8, label=f"not finite: {len(steps):,}")
 
 
@@ -339,7 +346,7 @@ def _curve(title: str, key: str, unit: str, history: History, status: str, log: 
         axes.plot(x[best], y[best], "o", markersize=12, markerfacecolor="none", markeredgecolor=ORANGE, markeredgewidth=1.8, zorder=5)
         _note(axes, x[best], y[best], f"best {_value(y[best])}", ORANGE)
     if key == "loss":
-        _gone(axes, train["step"][np.isnan(train[key])])
+        _gone(axes, train, key)
     axes.set_ylabel(unit)
     _legend(axes)
     return page
@@ -448,7 +455,7 @@ def _draw_grad_norm(history, status):
         _line(axes, steps, values, PINK, _value(_last(values)))
     top = int(np.nanargmax(values))
     axes.plot(steps[top], values[top], "v", color=YELLOW, markersize=8, zorder=6, linestyle="none", label=f"largest {_value(values[top])} at step {steps[top]:,.0f}")
-    _gone(axes, steps[np.isnan(history.train["grad_norm"])])
+    _gone(axes, history.train, "grad_norm")
     _legend(axes)
     return page
 
@@ -535,10 +542,10 @@ def _draw_router(history, status):
             experts = history.loads.shape[1]
             # One expert leaves no choice: its 0 nats are all there is to have.
             values = values / math.log(experts) if experts > 1 else np.ones_like(values)
-            title, unit = f"entropy of the router; 1: all {experts} experts are equally likely", "normalised entropy"
+            title, unit = "entropy as a share of the highest, where all experts are equally likely", "router entropy"
             axes.set_ylim(-0.03, 1.06)
         elif part == "entropy":
-            title, unit = "entropy of the router", "entropy (nats)"
+            title, unit = "entropy of the router's choice", "router entropy (nats)"
             axes.set_ylim(0, 1.1 * (np.nanmax(values) if _has(values) else 1.0) or 1.0)
         else:
             values = 100 * values

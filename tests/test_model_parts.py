@@ -367,7 +367,7 @@ def test_expert_dropout_is_on_in_training_only():
         model = random_model(tiny_config(dropout=0.5))
         module = model.layers[0].moe if field == "experts" else model.layers[0].attention
         x = torch.randn(1, 8, 32)
-        call = (lambda m=module: m(x)[0]) if field == "experts" else (lambda m=module: m(x, None))
+        call = (lambda m=module, x=x: m(x)[0]) if field == "experts" else (lambda m=module, x=x: m(x, None))
         model.train()
         assert not torch.equal(call(), call())
         model.eval()

@@ -1,0 +1,610 @@
+"""Text -> token shards: read documents, decide each one's split, tokenise on all cores, write data/train and data/val.
+
+Documents flow through in batches and in order, so memory does not grow with the corpus and the same input gives the same
+bytes, whatever the number of cores. Nothing in --out_dir changes before the new set is whole (see runtime/data.py).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import functools
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime import data
+from runtime.cli import parser, run_main
+from runtime.tokenizer import END_OF_TEXT, Tokenizer, check_name, load_tokenizer, train_bpe
+
+DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
+DEFAULT_VAL_RATIO, DEFAULT_TOY_STORIES = 0.01, 30_000
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")  # what a dataset may call its own validation split
+TEXT_FORMATS = (".txt", ".jsonl", ".csv")                 # these may also be .gz
+FORMATS = (*TEXT_FORMATS, ".parquet")
+BATCH_CHARACTERS = 1 << 17     # one unit of work for one core: about 15 ms
+PART_CHARACTERS = 1 << 20      # a longer document in a .txt file is read and tokenised in parts of this size
+LARGEST_COUNT = 1 << 47
+
+Part = tuple[str, bool]        # text, and whether its document ends with it; all but huge documents have one part
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+# A source has documents() -> Iterator[Part], which can be called again; fraction, the share read so far (None: unknown);
+# and description, what the manifest says about it.
+class ToySource:
+    """Stories from the generator in runtime/toy_stories.py."""
+
+    def __init__(self, num_stories: int):
+        from runtime import toy_stories
+        if num_stories > toy_stories.NUM_DISTINCT:
+            raise ValueError(f"--num_stories {num_stories:,}: there are {toy_stories.NUM_DISTINCT:,} distinct stories")
+        self._story, self.num_stories, self.fraction = toy_stories.story, num_stories, 0.0
+        self.description = {"dataset": "toy", "num_stories": num_stories}
+
+    def documents(self) -> Iterator[Part]:
+        for i in range(self.num_stories):
+            self.fraction = i / self.num_stories
+            yield self._story(i), True
+
+
+class HubSource:
+    """One split of a dataset that the `datasets` library can load, from the Hub or from a local folder."""
+
+    def __init__(self, name: str, config: str | None, split: str, text_column: str, streaming: bool):
+        self.name, self.column, self.fraction = name, text_column, None
+        self.description = {"dataset": name, "config": config, "split": split, "text_column": text_column}
+        with _library_errors(name):
+            rows = _datasets().load_dataset(name, config, split=split, streaming=streaming)
+            columns = rows.column_names or list(next(iter(rows), {}))
+            self._num_rows = None if streaming else len(rows)
+        if text_column not in columns:
+            raise ValueError(f"dataset {name} has no column {text_column!r}: give --text_column as one of {', '.join(columns)}")
+        self._rows = rows.select_columns([text_column])
+
+    def documents(self) -> Iterator[Part]:
+        with _library_errors(self.name):
+            row = 0
+            for batch in self._rows.iter(batch_size=1000):
+                self.fraction = row / self._num_rows if self._num_rows else None
+                for text in batch[self.column]:
+                    yield _text_of(text, f"row {row} of dataset {self.name}", self.column), True
+                    row += 1
+
+
+class FileSource:
+    """Local files: .txt, whose documents a separator divides, .jsonl, .csv and .parquet, which have a text column; also .gz."""
+
+    def __init__(self, paths: list[str], text_column: str, separator: str):
+        self.paths = [Path(path) for path in paths]
+        self.column, self.separator = text_column, separator
+        self._raw, self._bytes_done, self._bytes = None, 0, sum(path.stat().st_size for path in self.paths)
+        self.description = {"files": [{"name": path.as_posix(), "bytes": path.stat().st_size} for path in self.paths]}
+        kinds = {file_format(path) for path in self.paths}
+        self.description |= {"text_column": text_column} if kinds - {".txt"} else {}
+        self.description |= {"document_separator": separator} if ".txt" in kinds else {}
+        for path in self.paths:  # what cannot be read is refused before the work starts
+            with contextlib.closing(self._read(path)) as parts:
+                next(parts, None)
+
+    @property
+    def fraction(self) -> float | None:
+        here = self._raw.tell() if self._raw and not self._raw.closed else 0
+        return (self._bytes_done + here) / self._bytes if self._bytes else None
+
+    def documents(self) -> Iterator[Part]:
+        self._bytes_done = 0
+        for path in self.paths:
+            yield from self._read(path)
+            self._bytes_done += path.stat().st_size
+
+    def _read(self, path: Path) -> Iterator[Part]:
+        """The parts of one file; every error names the file."""
+        kind = file_format(path)
+        try:
+            with open(path, "rb") as self._raw:
+                if kind == ".parquet":
+                    yield from read_parquet(self._raw, path, self.column)
+                    return
+                stream = gzip.GzipFile(fileobj=self._raw) if path.suffix == ".gz" else self._raw
+                text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if kind == ".csv" else None)
+                if kind == ".txt":
+                    yield from read_txt(text, self.separator)
+                else:
+                    yield from (read_jsonl if kind == ".jsonl" else read_csv)(text, path, self.column)
+        except (OSError, ValueError, EOFError, RecursionError, zlib.error, csv.Error) as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def file_format(path: Path) -> str:
+    """Which of FORMATS a file name says it is. ValueError if none."""
+    name = path.name.lower()
+    for kind in FORMATS:
+        if name.endswith(kind) or (kind in TEXT_FORMATS and name.endswith(kind + ".gz")):
+            return kind
+    raise ValueError(f"{path} is of no known format: {', '.join(FORMATS)}, and .gz of the first three")
+
+
+def read_txt(file: Iterable[str], separator: str) -> Iterator[Part]:
+    """Documents between separators, stripped; only a piece of one is in memory at a time."""
+    text, begun = "", False  # begun: a part of this document is already out
+    while chunk := file.read(1 << 16):
+        text += chunk
+        *whole, text = text.split(separator)
+        for document in whole:
+            yield (document.rstrip() if begun else document.strip()), True
+            begun = False
+        while len(text) > PART_CHARACTERS + len(separator):
+            text = text if begun else text.lstrip()
+            if len(text) > PART_CHARACTERS + len(separator):
+                cut = safe_cut(text, PART_CHARACTERS)
+                yield text[:cut], False
+                text, begun = text[cut:], True
+    yield (text.rstrip() if begun else text.strip()), True
+
+
+# Before a single space between words, and after a newline before a word, every word pattern here cuts anyway: tokens are
+# the same as those of the whole text.
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_])|(?<=\S\n)(?=[^\W_])")
+
+
+def safe_cut(text: str, end: int) -> int:
+    """The last place in the 4,096 characters before `end` where a cut changes no token; `end` if there is none."""
+    return max((match.start() for match in _BETWEEN_WORDS.finditer(text, max(1, end - 4096), end)), default=end)
+
+
+def read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
+    """One JSON object a line."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or column not in row:
+            columns = ", ".join(row) if isinstance(row, dict) else "no columns"
+            raise ValueError(f"{path} line {number} has no {column!r} (it has {columns}): give --text_column")
+        yield _text_of(row[column], f"{path} line {number}", column), True
+
+
+def read_csv(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
+    """Comma-separated values under a line of column names."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(file)
+    if column not in (rows.fieldnames or []):
+        raise ValueError(f"{path} has no column {column!r} (it has {', '.join(rows.fieldnames or ['none'])}): give --text_column")
+    for row in rows:
+        yield _text_of(row[column], f"{path} line {rows.line_num}", column), True
+
+
+def read_parquet(file: io.BufferedReader, path: Path, column: str) -> Iterator[Part]:
+    """One column of a Parquet file, a thousand rows at a time."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
+    table = pyarrow.parquet.ParquetFile(file)
+    if column not in table.schema_arrow.names:
+        raise ValueError(f"{path} has no column {column!r} (it has {', '.join(table.schema_arrow.names)}): give --text_column")
+    for batch in table.iter_batches(batch_size=1000, columns=[column]):
+        for text in batch.column(0).to_pylist():
+            yield _text_of(text, str(path), column), True
+
+
+def _text_of(value: object, where: str, column: str) -> str:
+    """A text column's value: nothing is an empty document, anything else that is no text a mistake."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, not text: give another --text_column")
+    return value
+
+
+def _datasets():
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError:
+        raise ValueError("downloading a dataset needs the datasets library (pip install datasets); --files and --dataset toy do without") from None
+    for library in (datasets, huggingface_hub):  # their warnings about retries; an error comes out as one line of ours
+        library.logging.set_verbosity_error()
+    return datasets
+
+
+@contextlib.contextmanager
+def _library_errors(name: str) -> Iterator[None]:
+    """One line for whatever `datasets` and the dozen libraries below it raise; our own lines pass."""
+    try:
+        yield
+    except ValueError as error:
+        if name in str(error):
+            raise
+        raise ValueError(f"dataset {name}: {error}") from error
+    except Exception as error:  # their errors share no base class
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"dataset {name} could not be read ({reason}); without a network use --dataset toy or --files") from error
+
+
+def own_validation(name: str, config: str | None, split: str) -> str | None:
+    """The name of a dataset's own validation split, unless that is what `split` trains on. ValueError if `split` is not there."""
+    with _library_errors(name):
+        names = _datasets().get_dataset_split_names(name, config)
+    wanted = {part.split("[")[0].strip() for part in split.split("+")}  # split may be train[:10%]+extra
+    if missing := sorted(wanted - set(names)):
+        raise ValueError(f"dataset {name} has no split {missing[0]!r}: give --split as one of {', '.join(names)}")
+    return next((own for own in VALIDATION_NAMES if own in names and own not in wanted), None)
+
+
+# ------------------------------------------------------------------------------------------------------- split, tokenise
+def text_digest(text: str) -> bytes:
+    """16 bytes that stand for a text, without the white space around it."""
+    return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def split_by_hash(val_ratio: float) -> Callable[[bytes], str]:
+    """Sends a digest to val or train: the same text always to the same side, so none is on both, in constant memory."""
+    threshold = round(val_ratio * 2**64)
+    return lambda digest: "val" if int.from_bytes(digest[:8], "big") < threshold else "train"
+
+
+@dataclass
+class Batch:
+    """Some documents in a row: one unit of work."""
+    parts: dict[str, list[Part]] = field(default_factory=lambda: {split: [] for split in data.SPLITS})
+    met: set[bytes] = field(default_factory=set)  # digests of those among them that were looked for
+    fraction: float | None = None                 # of the source, at the end of the batch
+
+
+def make_batches(source, route: Callable[[bytes], str | None], look_for: Iterable[bytes] = frozenset()) -> Iterator[Batch]:
+    """Documents in order, each with the split that `route` gives its digest (None: left out); empty ones are left out.
+
+    A document of several parts is known by its first.
+    """
+    batch, size, split, begun = Batch(), 0, None, False
+    for text, ends in source.documents():
+        if not begun:
+            if ends and not text.strip():
+                continue
+            digest = text_digest(text)
+            split = route(digest)
+            if digest in look_for:
+                batch.met.add(digest)
+        begun = not ends
+        if split is not None:
+            batch.parts[split].append((text, ends))
+            size += len(text)
+        if size >= BATCH_CHARACTERS:
+            batch.fraction = source.fraction
+            yield batch
+            batch, size = Batch(), 0
+    batch.fraction = 1.0
+    yield batch
+
+
+@dataclass
+class Encoded:
+    """The ids of one batch's documents in one split, end-of-text after each, and of every part its tokens, UTF-8 bytes and end."""
+    ids: np.ndarray
+    parts: list[tuple[int, int, bool]]
+
+
+def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
+    """Runs in a thread: tiktoken lets go of the interpreter while it works, and numpy arrays cost no list of numbers."""
+    end = np.array([tokenizer.end_of_text_id], dtype=np.uint32)
+    encoded = {}
+    for split, parts in batch.parts.items():
+        arrays, sizes = [], []
+        for text, ends in parts:
+            ids = tokenizer.encode_to_numpy(text)
+            arrays += [ids, end] if ends else [ids]
+            num_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            sizes.append((len(ids) + ends, num_bytes, ends))
+        if arrays:
+            encoded[split] = Encoded(np.concatenate(arrays), sizes)
+    return encoded
+
+
+def encode_in_order(tokenizer: Tokenizer, batches: Iterable[Batch], num_proc: int) -> Iterator[tuple[Batch, dict[str, Encoded]]]:
+    """Batches and their ids, in order, with `num_proc` threads at work on the ones ahead and a bounded number of them in memory."""
+    waiting = deque()
+    pool = ThreadPoolExecutor(num_proc)
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(encode_batch, tokenizer, batch)))
+            if len(waiting) > 2 * num_proc + 2:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class SplitWriter:
+    """One split on its way to disk: its shards and its counts, up to `limit` tokens."""
+
+    def __init__(self, folder: Path, shard_size: int, limit: int, tokenizer: Tokenizer):
+        self.writer, self.limit, self.tokenizer = data.ShardWriter(folder, shard_size), limit, tokenizer
+        self.folder, self.num_documents, self.num_bytes = folder, 0, 0
+
+    @property
+    def full(self) -> bool:
+        return self.writer.total_tokens >= self.limit
+
+    def add(self, encoded: Encoded) -> None:
+        """Append ids; the document that reaches the limit is cut there."""
+        room = self.limit - self.writer.total_tokens
+        self.writer.append(encoded.ids[:room])
+        start = 0
+        for num_tokens, num_bytes, ends in encoded.parts:
+            if start >= room:
+                break
+            if cut := start + num_tokens > room:
+                num_bytes = len(self.tokenizer.decode_bytes(encoded.ids[start:room]))
+            self.num_bytes += num_bytes
+            self.num_documents += ends or cut
+            start += num_tokens
+
+    def finish(self) -> dict:
+        """Close the shards; returns what the manifest says about them."""
+        return {"total_documents": self.num_documents, "total_bytes": self.num_bytes, **self.writer.finish()}
+
+
+def write_splits(tokenizer: Tokenizer, batches: Iterable[Batch], writers: dict[str, SplitWriter], until_full: str, num_proc: int) -> set[bytes]:
+    """Tokenise batches into the writers until they end or `until_full` is full; returns the digests met that were looked for."""
+    met: set[bytes] = set()
+    label = " + ".join(writers)
+    with contextlib.closing(encode_in_order(tokenizer, batches, num_proc)) as results, \
+            tqdm(desc=label, unit=" tokens", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+        for batch, encoded in results:
+            met |= batch.met
+            before = sum(writer.writer.total_tokens for writer in writers.values())
+            for split, ids in encoded.items():
+                writers[split].add(ids)
+            written = sum(writer.writer.total_tokens for writer in writers.values())
+            if batch.fraction:
+                bar.total = round(min(written / batch.fraction, writers[until_full].limit * len(writers)))
+            bar.update(written - before)
+            if writers[until_full].full:
+                break
+    return met
+
+
+# ------------------------------------------------------------------------------------------------------------- the verb
+@dataclass
+class Plan:
+    """What to read: training text, and either a validation source of its own or a share of the training text."""
+    train: object
+    val: object | None
+    val_ratio: float | None
+    description: dict
+
+
+def open_sources(options: argparse.Namespace) -> Plan:
+    """Open everything that will be read. ValueError if some of it is not there or has no such column or split."""
+    o = options
+    column, separator = o.text_column or DEFAULT_COLUMN, o.document_separator or END_OF_TEXT
+    own = None
+    if o.files:
+        train = FileSource(o.files, column, separator)
+    elif o.dataset == "toy":
+        train = ToySource(o.num_stories or DEFAULT_TOY_STORIES)
+    else:
+        print(f"opening dataset {o.dataset} ...", flush=True)
+        own = own_validation(o.dataset, o.dataset_config, o.split)
+        train = HubSource(o.dataset, o.dataset_config, o.split, column, o.streaming)
+    if o.val_files:
+        val = FileSource(o.val_files, column, separator)
+    elif own and o.val_ratio is None:
+        val = HubSource(o.dataset, o.dataset_config, own, column, o.streaming)
+    else:
+        val = None
+    ratio = None if val else o.val_ratio or DEFAULT_VAL_RATIO
+    limits = {"max_tokens": o.max_tokens} if o.max_tokens else {}
+    return Plan(train, val, ratio, train.description | limits | {"validation": val.description if val else {"val_ratio": ratio}})
+
+
+def make_tokenizer(name: str, plan: Plan) -> Tokenizer:
+    """Load a tokenizer, or train it on the training text alone."""
+    if not name.startswith("bpe:"):
+        return load_tokenizer(name)
+    print(f"training {name} ...", flush=True)
+    route = split_by_hash(plan.val_ratio) if plan.val is None else lambda digest: "train"
+    return train_bpe((text for batch in make_batches(plan.train, route) for text, _ in batch.parts["train"]), int(name[4:]))
+
+
+def prepare(options: argparse.Namespace) -> dict[str, dict]:
+    """Write the set that `options` describe to options.out_dir; returns both manifests. On any error the earlier set stays."""
+    o, out_dir = options, Path(options.out_dir)
+    data.check_replaceable(out_dir)
+    tokenizer = None if o.tokenizer.startswith("bpe:") else load_tokenizer(o.tokenizer)  # no download of text before this works
+    plan = open_sources(o)
+    created = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with data.folder_lock(out_dir):
+        data.check_replaceable(out_dir)
+        data.finish_publishing(out_dir)
+        data.remove_partial(out_dir)
+        try:
+            manifests = write_partial(out_dir / data.PARTIAL, tokenizer or make_tokenizer(o.tokenizer, plan), plan, o)
+            data.publish(out_dir)
+        except BaseException:
+            data.remove_partial(out_dir)
+            if created:
+                with contextlib.suppress(OSError):
+                    out_dir.rmdir()
+            raise
+    return manifests
+
+
+def write_partial(folder: Path, tokenizer: Tokenizer, plan: Plan, o: argparse.Namespace) -> dict[str, dict]:
+    """Write both splits with their manifests, which come last, into an empty folder."""
+    with contextlib.ExitStack() as stack:
+        writers = {split: SplitWriter(folder / split, o.shard_size, o.max_tokens or LARGEST_COUNT, tokenizer) for split in data.SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.writer.close)
+        work = functools.partial(write_splits, tokenizer, num_proc=o.num_proc)
+        if plan.val is None:
+            work(make_batches(plan.train, split_by_hash(plan.val_ratio)), writers, "train")
+        else:  # the validation side is small: remember its digests, find those that training has too, leave them out
+            wanted = {digest for batch in make_batches(plan.val, lambda digest: "val") for digest in _digests(batch)}
+            in_train = work(make_batches(plan.train, lambda digest: "train", wanted), {"train": writers["train"]}, "train")
+            work(make_batches(plan.val, lambda digest: None if digest in in_train else "val"), {"val": writers["val"]}, "val")
+        for split, writer in writers.items():
+            if not writer.writer.total_tokens:
+                raise ValueError(_why_empty(split, plan, sum(writer.num_documents for writer in writers.values())))
+        counts = {split: writer.finish() for split, writer in writers.items()}
+
+    pair = data.pair_id(tokenizer, [counts[split]["tokens_sha256"] for split in data.SPLITS])
+    manifests = {}
+    for split in data.SPLITS:
+        manifests[split] = {
+            "format": data.FORMAT, "version": data.VERSION, "split": split, "pair": pair,
+            "tokenizer": data.write_tokenizer(folder / split, tokenizer),
+            "vocabulary_size": tokenizer.vocabulary_size, "end_of_text_id": tokenizer.end_of_text_id,
+            "source": plan.description, **counts[split],
+        }
+        data.write_manifest(folder / split, manifests[split])
+    return manifests
+
+
+def _digests(batch: Batch) -> Iterator[bytes]:
+    """Digests of a batch's documents, by their first parts."""
+    begun = False
+    for text, ends in batch.parts["val"]:
+        if not begun:
+            yield text_digest(text)
+        begun = not ends
+
+
+def _why_empty(split: str, plan: Plan, num_documents: int) -> str:
+    if not num_documents:
+        return "there is no text to prepare: all documents are empty"
+    if plan.val is None:
+        other = "raise" if split == "val" else "lower"
+        return (f"all {num_documents} documents went to the other side of val_ratio {plan.val_ratio}, so {split} would be empty: {other} --val_ratio, "
+                f"give --val_files, or divide the text into more documents (--document_separator)")
+    return f"{split} would be empty: " + ("every validation document is also in train, or empty" if split == "val" else "all its documents are empty")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1, also written as 1e8 or 100_000. (Decimal: 1e8 is exact, and 1e999999999 costs nothing.)"""
+    try:
+        number = Decimal(text.replace("_", ""))
+        if 1 <= number <= LARGEST_COUNT and number == number.to_integral_value():
+            return int(number)
+    except InvalidOperation:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {LARGEST_COUNT:.0e}, such as 1e8 or 100000000, not {text!r}")
+
+
+def _ratio(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, such as 0.01, not {text!r}")
+
+
+def _all_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options from the command line. ValueError for each that is wrong or that the others would leave without effect."""
+    p = parser("Turn text into token shards for train.py.", epilog=(
+        "examples:\n  python prepare_data.py                                         TinyStories, o200k_base (downloads both)\n"
+        "  python prepare_data.py --dataset toy --tokenizer bpe:4096      made-up stories, no network\n"
+        "  python prepare_data.py --files a.jsonl b.txt.gz --val_ratio 0.02\n"
+        "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu --dataset_config sample-10BT --streaming --max_tokens 1e9"))
+
+    def fail(message: str) -> None:
+        raise ValueError(message)
+
+    p.error = fail
+    add = p.add_argument
+    add("--dataset", metavar="NAME", help=f"text set on the Hugging Face Hub, or a local folder that `datasets` can load, or toy: generated stories (default: {DEFAULT_DATASET})")
+    add("--dataset_config", metavar="NAME", help="configuration of the dataset")
+    add("--split", metavar="NAME", help="split of the dataset to train on (default: train)")
+    add("--text_column", metavar="NAME", help=f"column that holds the text (default: {DEFAULT_COLUMN})")
+    add("--streaming", action="store_true", help="read the dataset from the network as it is used, without storing it first")
+    add("--num_stories", type=_count, metavar="STORIES", help=f"stories that --dataset toy generates (default: {DEFAULT_TOY_STORIES})")
+    add("--files", nargs="+", metavar="FILE", help="local text in place of a dataset: .txt, .jsonl, .csv (each also .gz), .parquet")
+    add("--val_files", nargs="+", metavar="FILE", help="validation text; documents that are also in the training text are left out")
+    add("--val_ratio", type=_ratio, metavar="SHARE",
+        help=f"share of the documents that go to validation, chosen by a hash of their text (default: the dataset's own validation split, else {DEFAULT_VAL_RATIO})")
+    add("--document_separator", metavar="TEXT", help=rf"what divides the documents of a .txt file; \n is a newline (default: {END_OF_TEXT})")
+    add("--max_tokens", type=_count, metavar="TOKENS", help="stop when train has this many tokens; val gets no more than that either (default: all)")
+    add("--out_dir", default="data", metavar="FOLDER", help="where train/ and val/ go, in the place of an earlier set (default: data)")
+    add("--tokenizer", default="o200k_base", metavar="NAME",
+        help="o200k_base, gpt2, cl100k_base (downloaded once), byte, or bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text (default: o200k_base)")
+    add("--shard_size", type=_count, default=10**8, metavar="TOKENS", help="tokens per shard, 4 bytes each (default: 1e8)")
+    add("--num_proc", type=_count, default=_all_cores(), metavar="CORES", help="cores that tokenise (default: all)")
+    o = p.parse_args(argv)
+
+    def refuse(flags: Iterable[str], why: str) -> None:
+        for flag in flags:
+            if getattr(o, flag):
+                raise ValueError(f"--{flag} has no effect {why}: leave it out")
+
+    files = (o.files or []) + (o.val_files or [])
+    if o.files:
+        refuse(("dataset", "dataset_config", "split", "streaming", "num_stories"), "with --files")
+    elif o.dataset == "toy":
+        refuse(("dataset_config", "split", "streaming"), "with --dataset toy")
+    else:
+        refuse(("num_stories",), "without --dataset toy")
+        o.dataset, o.split = o.dataset or DEFAULT_DATASET, o.split or "train"
+    if o.val_files:
+        refuse(("val_ratio",), "with --val_files")
+    missing = [name for name in files if not Path(name).is_file()]
+    if missing:
+        raise ValueError(f"there is no file {missing[0]}")
+    kinds = {file_format(Path(name)) for name in files}
+    if len({Path(name).resolve() for name in files}) < len(files):
+        raise ValueError("a file is given twice in --files and --val_files")
+    if ".txt" not in kinds:
+        refuse(("document_separator",), "without .txt files")
+    if kinds <= {".txt"} and (o.files or o.dataset == "toy"):
+        refuse(("text_column",), "on text without columns")
+    if o.document_separator is not None:
+        o.document_separator = o.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        if not o.document_separator:
+            raise ValueError("--document_separator must not be empty")
+    if o.num_proc > 1024:
+        raise ValueError(f"--num_proc {o.num_proc} is more than 1024 threads")
+    check_name(o.tokenizer)
+    return o
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_options(argv)
+    started = time.perf_counter()
+    manifests = prepare(options)
+    seconds = time.perf_counter() - started
+    for split, m in manifests.items():
+        print(f"{Path(options.out_dir) / split}: {m['total_documents']:,} documents, {m['total_tokens']:,} tokens ({m['total_bytes'] / m['total_tokens']:.2f} bytes each), "
+              f"{m['num_shards']:,} shard{'s' * (m['num_shards'] > 1)}")
+    tokens = sum(m["total_tokens"] for m in manifests.values())
+    print(f"{manifests['train']['tokenizer']['name']}, vocabulary {manifests['train']['vocabulary_size']:,}; {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
+          f"Next: python train.py --data_dir {options.out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,544 @@
+"""Shards -> checkpoint.
+
+    python train.py                                the 3.66 B default
+    python train.py --preset nano                  minutes on a laptop
+    python train.py --resume                       go on where the run in checkpoints/ stopped, bit for bit on a CPU
+
+The step is in `fit`, which is given its model, data and loss; everything around it (settings, memory, metrics, checkpoints,
+signals) is below. What a step does is a function of (weights, optimizer state, seed, step), so a resumed run repeats nothing
+and skips nothing: data order comes from (seed, epoch), and the random numbers of dropout from (seed, step).
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config_model import (
+    PRESETS,
+    ModelConfig,
+    TrainConfig,
+    active_parameters,
+    flops_per_token,
+    parameter_counts,
+    total_parameters,
+    training_memory_bytes,
+)
+from model import IGNORE, LLM, Output
+from runtime import cli
+from runtime.checkpoint import Checkpoint, build_model, find_latest, folder_has_run, load_training_state, read_checkpoint, save_checkpoint
+from runtime.data import TokenShards, WindowLoader, open_data, prefetch, validation_batches
+from runtime.device import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    device_name,
+    is_out_of_memory,
+    memory_bytes,
+    peak_flops,
+    peak_memory_bytes,
+    synchronize,
+)
+from runtime.metrics import MetricsLog, make_sinks
+from runtime.optimizer import build_adamw, initialise_state
+from runtime.plots import draw_plots
+from runtime.text import human_bytes, human_count, human_seconds
+
+# With --resume these may be given anew; every other setting is the run's and must stay what it is.
+FREE_ON_RESUME = {"data_dir", "ckpt_dir", "graph_dir", "device", "compile", "num_threads", "log_interval", "val_interval", "val_steps",
+                  "save_interval", "keep_last", "max_steps", "resume", "wandb", "tensorboard"}
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+MOST_SKIPPED_IN_A_ROW = 25
+SMALLEST_LOSS_SCALE = 2.0 ** -14  # float16's smallest normal number: a gradient that overflows even so is not a matter of scale
+
+
+class TrainingDiverged(ValueError):
+    """The loss or its gradient is not finite and does not recover."""
+    exit_code = 3
+
+
+# ----------------------------------------------------------------------------------------------------------------- the step
+@dataclass
+class RunState:
+    """Everything besides weights and optimizer state that a run needs to go on. Plain numbers: it is saved as JSON."""
+    step: int = 0                 # optimizer steps done, skipped ones included
+    samples_seen: int = 0         # sequences taken from the loader
+    tokens_seen: int = 0
+    skipped_steps: int = 0        # steps without an update, because a gradient was not finite
+    skipped_in_a_row: int = 0
+    best_val_loss: float | None = None
+    train_seconds: float = 0.0    # spent in steps; validation, saving and plotting excluded
+    run_id: str = ""
+    scaler: dict = field(default_factory=dict)  # float16's loss scaler
+    window: dict = field(default_factory=dict)  # sums since the last log line
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rate of step number `step` (0 is the first): linear warm-up, then cosine (Loshchilov & Hutter 2016) to min_lr, wsd
+    (Hu et al. 2024, "MiniCPM": constant, then linear to min_lr over the last decay_fraction) or constant."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    first = config.warmup_steps if config.schedule == "cosine" else max(config.warmup_steps, round(config.max_steps * (1 - config.decay_fraction)))
+    done = min(max((step - first) / max(config.max_steps - 1 - first, 1), 0.0), 1.0)
+    falling = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.min_lr + (config.lr - config.min_lr) * falling
+
+
+def next_token_loss(model: LLM, batch: tuple[Tensor, Tensor]) -> Output:
+    """The loss of pre-training: each target is the token after its input."""
+    inputs_BT, targets_BT = batch
+    return model(inputs_BT, targets_BT)
+
+
+def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Tensors of a batch on `device`; from pinned memory without waiting where that is a GPU."""
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+    return tuple(t.to(device) for t in batch)
+
+
+@torch.no_grad()
+def evaluate(model: LLM, batches: Iterable, loss_fn: Callable = next_token_loss, dtype: torch.dtype = torch.float32) -> float:
+    """Mean cross-entropy (nats) over the valid targets of `batches`; auxiliary losses are not in it. Draws no random numbers."""
+    device, was_training = model.embed.weight.device, model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for batch in batches:
+            with autocast(device, dtype):
+                out = loss_fn(model, to_device(batch, device))
+            total += out.cross_entropy_sum.item()
+            count += out.num_targets.item()
+    finally:
+        model.train(was_training)
+    return total / count
+
+
+def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple], Output] = next_token_loss, *, optimizer=None, state: RunState | None = None,
+        val_batches: Iterable = (), dtype: torch.dtype = torch.float32, on_log: Callable[[dict], None] = lambda record: None,
+        on_save: Callable[[RunState, float | None, bool], None] = lambda state, val_loss, is_best: None,
+        stop_requested: Callable[[], bool] = lambda: False) -> RunState:
+    """Train `model` in place until config.max_steps, or until `stop_requested()` after a step; returns the state reached.
+
+    loader: `.batch(first_sample) -> (inputs, targets)` for `.batch_size` samples from an endless, numbered stream.
+    loss_fn(model, batch) -> Output: the step minimises sum(cross_entropy_sum) / sum(valid targets) over its grad_accum
+    micro-batches, which is the gradient of the one big batch, plus the mean of their auxiliary losses.
+    on_log gets a record every log_interval steps ("train") and after each validation ("val"); on_save(state, val_loss,
+    is_best) is called every save_interval steps, at the end, and when stopped. Raises TrainingDiverged.
+    """
+    state = state or RunState()
+    optimizer = optimizer or build_adamw(model, config)
+    device = model.embed.weight.device
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state.scaler:
+        scaler.load_state_dict(state.scaler)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    samples_per_step = config.batch_size * config.grad_accum
+    steps = range(state.step, config.max_steps)
+    first_sample = state.samples_seen
+    stream = prefetch([loader.batch(first_sample + i * samples_per_step + j * config.batch_size) for j in range(config.grad_accum)] for i in range(len(steps)))
+    model.train()
+    with contextlib.closing(stream):
+        for step in steps:
+            started = time.perf_counter()
+            micro_batches = next(stream)
+            lr = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed((config.seed * 1_000_003 + step) % 2 ** 63)  # dropout: a function of (seed, step), so a resume needs no RNG state
+            valid_targets = sum(int((batch[1] != IGNORE).sum()) for batch in micro_batches)
+            sums, router = 0.0, None
+            for batch in micro_batches:
+                with autocast(device, dtype):
+                    out = loss_fn(model, to_device(batch, device))
+                    loss = out.cross_entropy_sum / valid_targets + (out.aux_loss + out.z_loss) / config.grad_accum
+                scaler.scale(loss).backward()
+                sums = sums + torch.stack((out.cross_entropy_sum.detach(), out.aux_loss.detach() / config.grad_accum, out.z_loss.detach() / config.grad_accum))
+                mine = torch.cat((out.router.load, out.router.entropy[:, None], out.router.dropped_share[:, None]), dim=1) / config.grad_accum
+                router = mine if router is None else router + mine
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            ce_sum, aux_loss, z_loss, grad_norm = torch.cat((sums, norm[None].to(sums))).tolist()  # the step's one wait for the device
+            good = math.isfinite(ce_sum) and math.isfinite(grad_norm)
+            if good:
+                if config.grad_clip and grad_norm > config.grad_clip:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+                scaler.step(optimizer)
+                model.balance_experts(router[:, :-2])
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            state.step, state.samples_seen = step + 1, state.samples_seen + samples_per_step
+            state.tokens_seen += sum(batch[0].numel() for batch in micro_batches)
+            state.train_seconds += (seconds := time.perf_counter() - started)
+            state.skipped_steps += not good
+            state.skipped_in_a_row = 0 if good else state.skipped_in_a_row + 1
+            state.scaler = scaler.state_dict() if scaler.is_enabled() else {}
+            if state.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW and (not scaler.is_enabled() or scaler.get_scale() < SMALLEST_LOSS_SCALE):
+                raise TrainingDiverged(f"the gradient has not been finite for {state.skipped_in_a_row} steps (step {state.step}): go back to the last "
+                                       "checkpoint with a lower --lr or a longer --warmup_steps, or try --dtype float32")
+            _add_to_window(state.window, good, tokens=sum(batch[0].numel() for batch in micro_batches), targets=valid_targets, cross_entropy=ce_sum,
+                           steps=1, aux_loss=aux_loss, z_loss=z_loss, seconds=seconds)
+            last, stopping = state.step == config.max_steps, stop_requested()
+            if state.step % config.log_interval == 0 or last:
+                on_log(_train_record(state, lr, grad_norm, router))
+                state.window = {}
+            val_loss = None
+            saving = state.step % config.save_interval == 0 or last
+            if val_batches and (state.step % config.val_interval == 0 or saving):
+                val_loss = evaluate(model, val_batches, loss_fn, dtype)
+                on_log({"kind": "val", "step": state.step, "tokens_seen": state.tokens_seen, "loss": val_loss, "perplexity": _perplexity(val_loss)})
+            if saving or stopping:
+                is_best = val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss)
+                state.best_val_loss = val_loss if is_best else state.best_val_loss
+                on_save(state, val_loss, is_best)
+            if stopping:
+                break
+    return state
+
+
+def _add_to_window(window: dict, good: bool, **numbers: float) -> None:
+    """Add a step to the sums of the next log line. A step that was skipped counts its time and tokens, not its loss."""
+    for name, number in numbers.items():
+        if good or name in ("tokens", "seconds"):
+            window[name] = window.get(name, 0) + number
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _train_record(state: RunState, lr: float, grad_norm: float, router: Tensor) -> dict:
+    """A log record: means over the window by valid targets; the router's numbers are the last step's."""
+    window, table = state.window, router.tolist()
+    steps = window.get("steps", 0)
+    loss = window["cross_entropy"] / window["targets"] if steps else math.nan
+    return {"kind": "train", "step": state.step, "tokens_seen": state.tokens_seen, "loss": loss, "perplexity": _perplexity(loss),
+            "aux_loss": window["aux_loss"] / steps if steps else math.nan, "z_loss": window["z_loss"] / steps if steps else math.nan,
+            "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": window["tokens"] / max(window["seconds"], 1e-9), "seconds": state.train_seconds,
+            "skipped_steps": state.skipped_steps, "expert_load": [row[:-2] for row in table], "router_entropy": [row[-2] for row in table],
+            "dropped_share": [row[-1] for row in table]}
+
+
+# ----------------------------------------------------------------------------------------------------------- what is to run
+@dataclass
+class Plan:
+    """A run, decided and checked, before anything large is made."""
+    model_config: ModelConfig
+    config: TrainConfig
+    device: torch.device
+    dtype: torch.dtype
+    train: TokenShards
+    val: TokenShards
+    source: Checkpoint | None  # what is resumed or started from
+    notes: list[str]
+
+
+def make_plan(settings: cli.Settings) -> Plan:
+    """Settings -> plan. Raises ValueError for whatever cannot be honoured."""
+    config = settings.build(TrainConfig)
+    notes: list[str] = []
+    source = None
+    if config.resume:
+        source, skipped = find_latest(config.ckpt_dir)
+        notes += [f"skipped a damaged checkpoint: {line}" for line in skipped] + [f"resuming {source.path} at step {source.step:,}"]
+        config, model_config = _resumed_configs(settings, source)
+    else:
+        if folder_has_run(config.ckpt_dir):
+            raise ValueError(f"{config.ckpt_dir} holds the checkpoints of another run: go on with it by --resume, or give this run another --ckpt_dir")
+        model_config = settings.build(ModelConfig)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    train, val = open_data(config.data_dir)
+    if config.resume:
+        if source.data_fingerprint != train.fingerprint:
+            raise ValueError(f"{config.data_dir} is not the text that {source.path} was trained on: give the run's own --data_dir, or start anew with --init_from")
+    else:
+        if config.init_from:
+            source = read_checkpoint(config.init_from)
+            model_config = _initial_config(settings, source)
+            notes.append(f"starting from the weights of {source.path} (step {source.step:,})")
+        elif "vocabulary_size" not in settings.explicit:
+            model_config = dataclasses.replace(model_config, vocabulary_size=train.vocabulary_size)
+        _check_vocabulary(model_config, train, source)
+    return Plan(model_config, dataclasses.replace(config, dtype=str(dtype).removeprefix("torch.")), device, dtype, train, val, source, notes)
+
+
+def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainConfig, ModelConfig]:
+    """The checkpoint's settings, with those given anew that may be. Raises ValueError for the others, and for a finished run."""
+    if source.is_reference_format or not source.run:
+        raise ValueError(f"{source.path} holds no run to go on with: start a new one from its weights with --init_from {source.path}")
+    saved = source.train_config | dataclasses.asdict(source.model_config)
+    given = {name: settings.values[name] for name in settings.explicit}
+    for name, value in given.items():
+        if name not in FREE_ON_RESUME and value != saved.get(name):
+            raise ValueError(f"--{name} {value} differs from the run in {source.path}, which has {saved.get(name)}: leave it out to go on, or start "
+                             "a new run with another --ckpt_dir (and --init_from)")
+    free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    try:
+        config = TrainConfig(**source.train_config | free | {"resume": True, "init_from": "", "ckpt_dir": settings.build(TrainConfig).ckpt_dir})
+    except TypeError as error:
+        raise ValueError(f"{source.path} has training settings that this version does not know: {error}") from error
+    if config.max_steps <= source.step:
+        raise ValueError(f"the run in {config.ckpt_dir} is at step {source.step} and max_steps is {config.max_steps}: nothing is left to do; raise --max_steps to train further")
+    return config, source.model_config
+
+
+def _saved_state(source: Checkpoint) -> RunState:
+    """The run state in a checkpoint. Raises ValueError if it is not one of this version."""
+    expected = dataclasses.asdict(RunState())
+    if source.run.keys() != expected.keys():
+        raise ValueError(f"{source.path} was saved by a version with another run state ({', '.join(sorted(source.run.keys() ^ expected.keys()))}): start from its weights with --init_from")
+    return RunState(**source.run)
+
+
+def _initial_config(settings: cli.Settings, source: Checkpoint) -> ModelConfig:
+    """The architecture of the weights, with explicit settings that do not change their shapes."""
+    names = {f.name for f in dataclasses.fields(ModelConfig)} & settings.explicit
+    config = dataclasses.replace(source.model_config, **{name: settings.values[name] for name in names})
+    with torch.device("meta"):
+        mine, theirs = (dict(LLM(c).named_parameters()) for c in (config, source.model_config))
+    for name in mine.keys() | theirs.keys():
+        if (name in mine) != (name in theirs) or mine[name].shape != theirs[name].shape:
+            raise ValueError(f"{', '.join('--' + n for n in sorted(names))} does not fit the weights in {source.path} ({name} differs): leave it out")
+    return config
+
+
+def _check_vocabulary(model_config: ModelConfig, train: TokenShards, source: Checkpoint | None) -> None:
+    if model_config.vocabulary_size < train.vocabulary_size:
+        raise ValueError(f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's {train.vocabulary_size:,} ({train.tokenizer_state['name']}): "
+                         "leave --vocabulary_size out to take the data's, or prepare the text with the model's tokenizer")
+    theirs = source and source.tokenizer_state
+    if theirs and theirs["fingerprint"] != train.tokenizer_state["fingerprint"]:
+        raise ValueError(f"{source.path} was trained with tokenizer {theirs['name']} and {train.folder} was made with {train.tokenizer_state['name']}: prepare the text with the former")
+
+
+def check_memory(plan: Plan) -> dict[str, int]:
+    """Estimated memory by part; ValueError if the weights, gradients and optimizer state alone exceed what the device has."""
+    needed = training_memory_bytes(plan.model_config, plan.config.batch_size, plan.dtype.itemsize, plan.device.type == "cuda")
+    fixed = needed["weights"] + needed["gradients"] + needed["optimizer state"]
+    memory = memory_bytes(plan.device)
+    if memory and fixed > memory[1]:
+        raise ValueError(f"{human_count(total_parameters(plan.model_config))} parameters need {human_bytes(fixed)} for weights, gradients and optimizer state, and "
+                         f"{device_name(plan.device)} has {human_bytes(memory[1])}: choose a smaller model, e.g. --preset {_fitting_preset(memory[1])}")
+    return needed
+
+
+def _fitting_preset(total_bytes: int) -> str:
+    """The largest preset whose training fits."""
+    cost = {name: sum(training_memory_bytes(ModelConfig(**p.model), TrainConfig(**p.train).batch_size, 2).values()) for name, p in PRESETS.items()}
+    return max((name for name in cost if cost[name] < 0.95 * total_bytes), key=cost.get, default="nano")
+
+
+def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
+    """The lines printed before step 1."""
+    c, t = plan.model_config, plan.config
+    table = parameter_counts(c)["attention bias table"]
+    total = total_parameters(c)
+    lines = [f"model    {human_count(total)} parameters, {human_count(active_parameters(c))} active per token"
+             + (f" ({human_count(total - table)} + {human_count(table)} position table; see --preset gptoss-modern)" if table > 0.1 * total else "")]
+    tokens = t.batch_size * t.grad_accum * c.context_length
+    epoch = plan.train.num_tokens
+    lines.append(f"data     {epoch:,} training and {plan.val.num_tokens:,} validation tokens ({plan.train.tokenizer_state['name']}) in {t.data_dir}")
+    lines.append(f"steps    {t.max_steps:,} of {t.batch_size} x {t.grad_accum} x {c.context_length} = {tokens:,} tokens: {human_count(t.max_steps * tokens)} tokens, "
+                 f"{t.max_steps * tokens / epoch:.2f} epochs")
+    memory = memory_bytes(plan.device)
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needed.items() if size)
+    lines.append(f"memory   about {human_bytes(sum(needed.values()))} ({parts})" + (f"; {human_bytes(memory[0])} free" if memory else ""))
+    lines.append(f"device   {device_name(plan.device)}, {t.dtype}{', compiled' if t.compile else ''}")
+    return lines
+
+
+def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
+    """One micro-batch forward and backward, with the optimizer's state in place and nothing updated: out-of-memory comes now.
+
+    Returns the seconds that it took (of a second pass where the first one compiled).
+    """
+    initialise_state(optimizer)
+    for _ in range(1 + plan.config.compile):
+        started = time.perf_counter()
+        with autocast(plan.device, plan.dtype):
+            out = next_token_loss(model, to_device(loader.batch(0), plan.device))
+        (out.cross_entropy_sum + out.aux_loss + out.z_loss).backward()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(plan.device)
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(plan: Plan):
+    """Turn a device's out-of-memory into one line that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        memory = memory_bytes(plan.device)
+        raise ValueError(f"out of memory on {device_name(plan.device)}{f' ({human_bytes(memory[1])})' if memory else ''}: lower --batch_size (now {plan.config.batch_size}; "
+                         "raise --grad_accum as much to keep the tokens per step), then --context_length or the model") from error
+
+
+class StopRequest:
+    """The first SIGINT, SIGTERM or SIGUSR1 asks the run to finish its step, save and leave; a second one ends it at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _on_signal(self, number, frame):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once\n".encode())
+
+    def requested(self) -> bool:
+        return self.signal is not None
+
+
+# -------------------------------------------------------------------------------------------------------------- the reporter
+class Reporter:
+    """Progress bar, log lines, metrics and plots of a run."""
+
+    def __init__(self, plan: Plan, state: RunState):
+        config, resume_step = plan.config, state.step if plan.config.resume else None
+        info = {"run_id": state.run_id, "model": dataclasses.asdict(plan.model_config), "train": dataclasses.asdict(config), "source": plan.train.manifest["source"],
+                "parameters": total_parameters(plan.model_config), "active_parameters": active_parameters(plan.model_config),
+                "device": device_name(plan.device), "torch": torch.__version__, "command": " ".join(sys.argv)}
+        sinks = make_sinks(config.graph_dir, wandb=config.wandb, tensorboard=config.tensorboard, run_info=info, resume_step=resume_step)
+        self.plan, self.state = plan, state
+        self.log = MetricsLog(config.graph_dir, resume_step, info, sinks)
+        for message in self.log.take_messages():
+            print(message)
+        # a token's bits per byte: the validation text's own ratio of tokens to bytes
+        self.tokens_per_byte = plan.val.num_tokens / plan.val.manifest["total_bytes"]
+        self.flops_per_token = 3 * flops_per_token(plan.model_config)
+        self.peak = peak_flops(plan.device, plan.dtype)
+        self.can_plot = True
+        self.bar = tqdm(total=config.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def on_log(self, record: dict) -> None:
+        """Complete a record of `fit`, store and show it."""
+        if record["kind"] == "val":
+            record["bits_per_byte"] = record["loss"] / math.log(2) * self.tokens_per_byte
+            self.say(f"step {record['step']:>7,}  validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}  bits/byte {record['bits_per_byte']:.4f}")
+        else:
+            if self.peak:
+                record["mfu"] = record["tokens_per_sec"] * self.flops_per_token / self.peak
+            shown = {"loss": f"{record['loss']:.4f}", "tok/s": human_count(record["tokens_per_sec"])} | ({"MFU": f"{100 * record['mfu']:.1f}%"} if self.peak else {})
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(record["step"] - self.bar.n)
+            if self.bar.disable:
+                left = (self.plan.config.max_steps - record["step"]) * self.state.train_seconds / record["step"]
+                self.say(f"step {record['step']:>7,}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
+                         + f"  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  ETA {human_seconds(left)}")
+        self.log.append(record)
+        for message in self.log.take_messages():
+            self.say(message)
+
+    def plots(self, step: int) -> None:
+        """Draw what there is. Plots are a comfort: whatever is wrong with them is said once and the run goes on."""
+        if not self.can_plot:
+            return
+        try:
+            draw_plots(self.log.stream(), self.plan.config.graph_dir, step)
+        except (ImportError, OSError, ValueError) as error:
+            self.can_plot = False
+            self.say(f"no plots: {error} (the metrics are in {self.log.path})")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.finish()
+
+
+# --------------------------------------------------------------------------------------------------------------------- main
+def run(plan: Plan) -> int:
+    """Carry out a plan; returns the exit code (0, or 128 + the signal that stopped it)."""
+    config = plan.config
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    for note in plan.notes:
+        print(note)
+    needed = check_memory(plan)
+    for line in describe(plan, needed):
+        print(line)
+    sys.stdout.flush()
+    loader = WindowLoader(plan.train, plan.model_config.context_length, config.batch_size, config.seed)
+    val_batches = validation_batches(plan.val, plan.model_config.context_length, config.batch_size, config.val_steps)
+    with explained_out_of_memory(plan):
+        if config.init_from:
+            model = build_model(dataclasses.replace(plan.source, model_config=plan.model_config), plan.device)
+        else:
+            torch.manual_seed(config.seed)
+            with plan.device:
+                model = LLM(plan.model_config)
+        optimizer = build_adamw(model, config)
+        state = RunState(run_id=os.urandom(8).hex())
+        if config.resume:
+            load_training_state(plan.source, model, optimizer)
+            state = _saved_state(plan.source)
+        if config.compile:
+            for block in model.layers:  # in place: names and checkpoints do not change
+                block.compile()
+        seconds = dry_run(model, optimizer, loader, plan)
+    left = (config.max_steps - state.step) * config.grad_accum * seconds
+    peak = peak_memory_bytes(plan.device)
+    print(f"ready    a micro-batch takes {seconds:.2f} s, the run about {human_seconds(left)}" + (f"; peak memory so far {human_bytes(peak)}" if peak else ""))
+    sys.stdout.flush()
+
+    reporter = Reporter(plan, state)
+
+    def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:
+        reporter.log.write_json()
+        save_checkpoint(config.ckpt_dir, state.step, model, optimizer, train_config=dataclasses.replace(config, resume=False), val_loss=val_loss,
+                        tokenizer_state=plan.train.tokenizer_state, data_fingerprint=plan.train.fingerprint, run=dataclasses.asdict(state),
+                        keep_last=config.keep_last, is_best=is_best)
+        reporter.plots(state.step)
+
+    with StopRequest() as stop:
+        try:
+            with explained_out_of_memory(plan):
+                state = fit(model, loader, config, next_token_loss, optimizer=optimizer, state=state, val_batches=val_batches, dtype=plan.dtype,
+                            on_log=reporter.on_log, on_save=on_save, stop_requested=stop.requested)
+        finally:
+            reporter.close()
+    if state.skipped_steps:
+        print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")
+    if state.step < config.max_steps:
+        print(f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; go on with: python train.py --resume --ckpt_dir {config.ckpt_dir}")
+        return 128 + stop.signal
+    print(f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in {human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in {config.graph_dir}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__, "Settings: a flag beats --config, which beats --preset, which beats the default.")
+    cli.add_config_flags(parser, ModelConfig, TrainConfig)
+    return run(make_plan(cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig)))
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

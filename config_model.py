@@ -18,7 +18,7 @@ def option(default, help, *, choices=None, minimum=None, maximum=None, above=Non
     return field(default=default, metadata={"help": help, **limits})
 
 
-def _check_fields(config) -> None:
+def check_fields(config) -> None:
     """Check type and range of every field. Raises ValueError that names the field, the value and what is allowed."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
@@ -82,7 +82,7 @@ class ModelConfig:
     init_std: float = option(0.02, "standard deviation of the initial weights; residual projections get init_std / sqrt(2 * transformer_blocks)", above=0.0)
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         if self.head_dim == 0 and self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}: change one of them or set head_dim")
         if self.num_heads % self.num_kv_heads:
@@ -149,7 +149,7 @@ class TrainConfig:
     tensorboard: bool = option(False, "also log to TensorBoard (pip install tensorboard)")
 
     def __post_init__(self):
-        _check_fields(self)
+        check_fields(self)
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not exceed lr {self.lr}")
         if self.warmup_steps >= self.max_steps and self.schedule != "constant":

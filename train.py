@@ -332,7 +332,7 @@ def check_memory(plan: Plan) -> dict[str, int]:
     memory = memory_bytes(plan.device)
     if memory and fixed > memory[1]:
         raise ValueError(f"{human_count(total_parameters(plan.model_config))} parameters need {human_bytes(fixed)} for weights, gradients and optimizer state, and "
-                         f"{device_name(plan.device)} has {human_bytes(memory[1])}: choose a smaller model, e.g. --preset {_fitting_preset(memory[1])}")
+                         f"{device_name(plan.device)} has {human_bytes(memory[1])}: choose a smaller model, e.g. --preset {_fitting_preset(memory[1]) if plan.device.type == 'cuda' else 'nano'}")
     return needed
 
 

@@ -277,6 +277,16 @@ def read_checkpoint(path: str | Path, optimizer: bool = False) -> Checkpoint:
         raise CheckpointError(path, error) from error
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration in a file of either format. No weight is read, so it takes no longer for 44 GB. Raises CheckpointError."""
+    path = Path(path)
+    contents, _ = _unpack(path)
+    try:
+        return _config(_read_header(contents)["cfg"]) if "format" in contents else reference_config(_plain(_dict(contents, "cfg")))
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
+
+
 def _unpack(path: Path) -> tuple[dict, set[tuple[int, int]]]:
     """The dict in the file, and (bytes, CRC-32) of its records. Every reader's failure becomes a CheckpointError."""
     if not path.is_file():
@@ -320,7 +330,8 @@ def _scan_zip(path: Path) -> set[tuple[int, int]]:
         return {(entry.file_size, entry.CRC) for entry in entries}
 
 
-def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
+def _read_header(contents: dict) -> dict:
+    """Everything in our format that is no tensor, checked against its digest."""
     header = _plain({key: value for key, value in contents.items() if key not in TENSOR_KEYS})
     if header["format"] != FORMAT:
         raise ValueError(f"not a checkpoint: its format is {header['format']!r:.60}, not {FORMAT!r}")
@@ -331,9 +342,13 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
         raise ValueError(f"version must be {VERSION}, not {header['version']}")
     if extra := header.keys() - HEADER.keys():
         raise ValueError(f"unknown key {min(extra)!r:.60}")
-    digests = _plain(_dict(contents, "digests"))
-    if digests.get("header") != _header_digest(header):
+    if _plain(_dict(contents, "digests")).get("header") != _header_digest(header):
         raise ValueError("damaged: the header does not match its digest")
+    return header
+
+
+def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
+    header, digests = _read_header(contents), contents["digests"]
     config = _config(header["cfg"])
     file_bytes = path.stat().st_size
     model = _tensors(_dict(contents, "model"), "model", file_bytes)
@@ -356,11 +371,10 @@ def _dict(contents: dict, key: str) -> dict:
 
 
 def _config(fields: dict) -> ModelConfig:
-    """ModelConfig from a file: every field given, none unknown, each valid."""
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    if fields.keys() != names:
-        what, name = ("lacks", min(names - fields.keys())) if names - fields.keys() else ("has unknown", min(fields.keys() - names))
-        raise ValueError(f"cfg {what} {name!r:.60}")
+    """ModelConfig from a file: no field unknown, each valid. A field that the file's version did not have takes its default, so
+    a new field must default to what the model did before it."""
+    if unknown := fields.keys() - {f.name for f in dataclasses.fields(ModelConfig)}:
+        raise ValueError(f"cfg has unknown {min(unknown)!r:.60}")
     try:
         return ModelConfig(**fields)
     except ValueError as error:

@@ -40,17 +40,22 @@ def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:
     to.add_argument("--preset", choices=sorted(PRESETS), help="named model and training settings: " + "; ".join(f"{n}: {p.description}" for n, p in PRESETS.items()))
     to.add_argument("--config", metavar="FILE.toml", help="settings from a TOML file, keys as the flags' names, in [model] and [train] tables or without")
     for config_class in config_classes:
-        group = to.add_argument_group(config_class.__name__, config_class.__doc__)
-        hints = typing.get_type_hints(config_class)
-        for f in dataclasses.fields(config_class):
-            kind = hints[f.name]
-            shown = repr(f.default) if kind is str else f.default
-            help = f"{f.metadata['help']} (default: {shown})".replace("%", "%%")
-            if kind is bool:
-                group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
-            else:
-                group.add_argument(f"--{f.name}", type=kind, choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper(),
-                                   default=argparse.SUPPRESS, help=help)
+        add_fields(to.add_argument_group(config_class.__name__, config_class.__doc__), config_class)
+
+
+def add_fields(to, config_class, only: Iterable[str] | None = None) -> None:
+    """Add a flag for every field of a dataclass (or for those named in `only`). A flag that is not given leaves no trace in
+    the namespace, so what was given is known."""
+    hints = typing.get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):
+        if only is not None and f.name not in only:
+            continue
+        kind, choices = hints[f.name], f.metadata["choices"]
+        help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        if kind is bool:
+            to.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            to.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), default=argparse.SUPPRESS, help=help)
 
 
 def settings_from(args: argparse.Namespace, *config_classes) -> Settings:

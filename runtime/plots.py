@@ -331,7 +331,7 @@ def _curve(title: str, key: str, unit: str, history: History, status: str, log: 
     _steps_axis(axes, *(table["step"] for table in drawn))
     if _has(train[key]):
         if len(train[key]) >= 40:
-            _line(axes, train["step"], train[key], BLUE, alpha=0.35, linewidth=1.0, zorder=2)
+            _line(axes, train["step"], train[key], BLUE, alpha=0.5, linewidth=1.0, zorder=2)
             smoothed = np.exp(smooth(np.log(train[key]))) if log else smooth(train[key])
             _line(axes, train["step"], smoothed, BLUE, f"train {_value(_last(smoothed))} (smoothed)")
         else:

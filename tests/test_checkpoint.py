@@ -331,7 +331,7 @@ def put_model(name, value):
     (lambda c: c["cfg"].update(top_k=0), "cfg: top_k must be at least 1"),
     (lambda c: c["cfg"].update(top_k=3), "cfg: top_k 3 must not exceed num_experts 2"),
     (lambda c: c["cfg"].update(nonsense=3), "cfg has unknown 'nonsense'"),
-    (lambda c: c["cfg"].pop("d_ff") and None, "cfg lacks 'd_ff'"),
+    (lambda c: c["cfg"].pop("d_ff") and None, "cfg describes .* more than the file"),
     (lambda c: c["cfg"].update(num_kv_heads=2), r"model layers.0.attention.W_k.weight is float32\[8, 16\], not float32\[16, 16\]"),
     (lambda c: c["cfg"].update(transformer_blocks=3), "model lacks layers.2."),
     (put_model("embed.weight", torch.zeros(32, 16, dtype=torch.float64)), r"model embed.weight is float64\[32, 16\], not float32"),
@@ -462,7 +462,7 @@ def test_every_torch_load_in_the_repo_is_weights_only():
                 keywords = {keyword.arg: keyword.value for keyword in node.keywords}
                 name = ast.unparse(node.func)
                 assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load"), place
-                assert "allow_pickle" not in keywords or getattr(keywords["allow_pickle"], "value", True) is False, place
+                assert not name.endswith("load") or "allow_pickle" not in keywords or getattr(keywords["allow_pickle"], "value", True) is False, place
                 if name in ("torch.load", "torch.serialization.load"):
                     loads += 1
                     assert "weights_only" in keywords and getattr(keywords["weights_only"], "value", None) is True, place

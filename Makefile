@@ -1,0 +1,36 @@
+# make demo   set up, then text -> model -> story in a few minutes, offline, in its own folder demo/
+# make test   set up, then all tests
+# make lint   style
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test lint clean-demo
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+DEMO_STEPS ?= 1100
+demo: $(VENV)/installed clean-demo
+	$(PY) prepare_data.py --dataset toy --tokenizer bpe:2048 --out_dir demo/data
+	$(PY) train.py --preset nano --max_steps $(DEMO_STEPS) --data_dir demo/data --ckpt_dir demo/checkpoints --graph_dir demo/graphs
+	$(PY) predict.py --ckpt demo/checkpoints/best.pt --prompt "Once upon a time" --temperature 0.7 --seed 1
+	@echo
+	@echo "plots:  demo/graphs/latest_loss.png, latest_expert_load.png, ..."
+	@echo "more:   $(PY) predict.py --ckpt demo/checkpoints/best.pt"
+
+clean-demo:
+	rm -rf demo
+
+test: $(VENV)/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(PY) -m ruff check .

@@ -1,0 +1,240 @@
+"""Checkpoint -> text.
+
+    python predict.py --prompt "Once upon a time"       one answer, streamed as it is drawn
+    python predict.py                                   a prompt to type at (:help says what it understands)
+
+A prompt begins a document: it is put behind an end-of-text token, as in training. When prompt and answer fill the context,
+generation goes on from the newer half of it (--when_full slide) or ends (--when_full stop); a prompt that is longer than
+the context is read from its last tokens on. What was printed stays printed.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from config_model import check_fields, option
+from model import LLM, generate
+from runtime import cli
+from runtime.checkpoint import Checkpoint, load_model
+from runtime.device import choose_device, choose_dtype
+from runtime.tokenizer import Tokenizer, TokenStream, load_tokenizer
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """How text is generated."""
+    ckpt: str = option("checkpoints/latest.pt", "checkpoint to load, ours or the reference's format")
+    max_new_tokens: int = option(200, "most tokens in an answer", minimum=1, maximum=100_000_000)
+    temperature: float = option(0.9, "0 takes the likeliest token; 1 draws from the model's own distribution", minimum=0.0)
+    top_k: int = option(50, "draw from the k likeliest tokens only; 0 = all", minimum=0)
+    top_p: float = option(1.0, "draw from the fewest tokens whose probabilities reach p", above=0.0, maximum=1.0)
+    seed: int = option(-1, "the same seed and settings give the same text; -1 = another each time", minimum=-1, maximum=2**63 - 1)
+    when_full: str = option("slide", "at the end of the context: slide (forget its older half and go on) or stop", choices=("slide", "stop"))
+    context_length: int = option(0, "tokens to attend over, also beyond the trained context if the model has no position table; 0 = as trained", minimum=0, maximum=16_777_216)
+    rope_scaling: str = option("none", "with a longer context_length: none, linear (position interpolation) or yarn", choices=("none", "linear", "yarn"))
+    tokenizer: str = option("", "tokenizer for a checkpoint that carries none (o200k_base, byte, ..., or a folder of prepare_data.py); default: the checkpoint's")
+    device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")
+    dtype: str = option("auto", "weights and arithmetic; auto = the best for the device", choices=("auto", "bfloat16", "float16", "float32"))
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.rope_scaling != "none" and not self.context_length:
+            raise ValueError(f"rope_scaling {self.rope_scaling} needs a context_length to stretch to")
+
+
+COMMANDS = {  # REPL command -> (field, what it does)
+    ":t": ("temperature", "temperature, 0 = greedy"),
+    ":k": ("top_k", "draw from the k likeliest, 0 = all"),
+    ":p": ("top_p", "draw from the likeliest that reach p"),
+    ":n": ("max_new_tokens", "most tokens in an answer"),
+    ":seed": ("seed", "seed, -1 = another each time"),
+}
+HELP = "\n".join([f"  {name + ' <value>':16} {text}" for name, (_, text) in COMMANDS.items()] + [
+    "  :help            this", "  :q               leave (so does end-of-file, Ctrl-D)", "  Ctrl-C           stop the answer",
+    "  anything else is a prompt; one that begins with a colon can be typed after a space"])
+
+
+def visible(text: str) -> str:
+    """`text` with control characters (all but newline and tab) and direction overrides spelled out: what a model says must
+    not move the cursor, change colours or write the clipboard of the terminal it is shown on."""
+    def shown(c: str) -> str:
+        hidden = (unicodedata.category(c) == "Cc" and c not in "\n\t") or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
+        return c.encode("unicode_escape").decode() if hidden else c
+    return "".join(map(shown, text))
+
+
+class Predictor:
+    """A model, its tokenizer, and how to draw from it."""
+
+    def __init__(self, config: PredictConfig):
+        if config.ckpt == PredictConfig.ckpt and not os.path.exists(config.ckpt):
+            raise ValueError(f"there is no {config.ckpt} yet: train a model first (python train.py, or make demo), or give --ckpt FILE")
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device)
+        self.model, checkpoint = load_model(config.ckpt, device, dtype)
+        self.tokenizer = _tokenizer(config, checkpoint)
+        if config.context_length:
+            _set_context(self.model, config)
+        self.device = device
+        vocabulary = self.model.config.vocabulary_size
+        self.banned_ids = [i for i in self.tokenizer.undecodable_ids if i < vocabulary] + list(range(self.tokenizer.vocabulary_size, vocabulary))
+
+    def stream(self, prompt: str, config: PredictConfig, note=lambda line: None) -> Iterator[str]:
+        """The answer to `prompt` in pieces of whole characters. `note` is told, in a line, what the context's limit did."""
+        ids, context = [self.tokenizer.end_of_text_id] + self.tokenizer.encode(prompt), self.model.config.context_length
+        if len(ids) > context:
+            note(f"the prompt has {len(ids)} tokens and the context {context}: reading its last {context}")
+        elif len(ids) + config.max_new_tokens - 1 > context:
+            then = "older text is forgotten" if config.when_full == "slide" else "the answer ends there"
+            note(f"prompt and answer may fill the context of {context} tokens: {then} if they do")
+        generator = torch.Generator(self.device)
+        if config.seed < 0:
+            generator.seed()
+        else:
+            generator.manual_seed(config.seed)
+        text = TokenStream(self.tokenizer)
+        drawn = generate(self.model, torch.tensor([ids], device=self.device), config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+                         top_p=config.top_p, stop_ids=[self.tokenizer.end_of_text_id], banned_ids=self.banned_ids, generator=generator,
+                         slide=config.when_full == "slide")
+        for token in drawn:
+            if token.item() != self.tokenizer.end_of_text_id:
+                yield text.push(token.item())
+        yield text.flush()
+
+
+def _tokenizer(config: PredictConfig, checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer; --tokenizer only where it carries none. Raises ValueError if they do not go together."""
+    vocabulary = checkpoint.model_config.vocabulary_size
+    if checkpoint.tokenizer_state:
+        tokenizer = Tokenizer.from_state(checkpoint.tokenizer_state)
+        if config.tokenizer and _named_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"{config.ckpt} was trained with tokenizer {tokenizer.name}, not {config.tokenizer}: leave --tokenizer out")
+    elif config.tokenizer or vocabulary == 200_019:  # the reference's checkpoints name none and always are o200k_base
+        tokenizer = _named_tokenizer(config.tokenizer or "o200k_base")
+    else:
+        raise ValueError(f"{config.ckpt} does not say which tokenizer it was trained with (vocabulary {vocabulary:,}): name it with --tokenizer")
+    if tokenizer.vocabulary_size > vocabulary:
+        raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids and the model in {config.ckpt} {vocabulary:,}: give the one that it was trained with")
+    return tokenizer
+
+
+def _named_tokenizer(name: str) -> Tokenizer:
+    return load_tokenizer("", name) if os.path.isdir(name) else load_tokenizer(name)
+
+
+def _set_context(model: LLM, config: PredictConfig) -> None:
+    """Let the model attend over config.context_length tokens. Raises ValueError where a learned table has no more positions."""
+    c = model.config
+    if config.context_length > c.context_length and c.use_attention_bias:
+        raise ValueError(f"context_length {config.context_length} is beyond the trained {c.context_length}, and this model has a learned bias for each pair of positions "
+                         "(use_attention_bias), none further out: only a model without that table can be stretched")
+    trained = c.context_length / c.rope_scaling_factor
+    changes = {"context_length": config.context_length}
+    if config.rope_scaling != "none":
+        if config.context_length <= trained:
+            raise ValueError(f"rope_scaling {config.rope_scaling} stretches a context, and {config.context_length} is not more than the trained {trained:.0f} tokens")
+        changes |= {"rope_scaling": config.rope_scaling, "rope_scaling_factor": config.context_length / trained}
+    model.config = dataclasses.replace(c, **changes)
+
+
+def answer(predictor: Predictor, prompt: str, config: PredictConfig) -> None:
+    """Stream one answer to stdout, prompt first; what is about it, to stderr."""
+    terminal = sys.stdout.isatty()
+    started, first, pieces = time.perf_counter(), None, 0
+
+    def show(text: str) -> None:
+        print(visible(text) if terminal else text, end="", flush=True)
+
+    show(prompt)
+    try:
+        for piece in predictor.stream(prompt, config, lambda line: print(f"note: {line}", file=sys.stderr)):
+            first = first or time.perf_counter()
+            pieces += 1
+            show(piece)
+    finally:
+        print(flush=True)
+    if sys.stderr.isatty() and pieces > 1:
+        print(f"\x1b[2m[{pieces - 1} tokens, {(pieces - 2) / max(time.perf_counter() - first, 1e-9):.1f} tokens/s, first after {first - started:.2f} s]\x1b[0m", file=sys.stderr)
+
+
+def repl(predictor: Predictor, config: PredictConfig) -> None:
+    """Prompts and commands from stdin until :q or end-of-file. Nothing else ends it."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        try:
+            import readline  # noqa: F401  line editing and history for input()
+        except ImportError:  # Windows has its own
+            pass
+        print("Type the beginning of a text; :help for commands.")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not line.strip():
+            continue
+        if line.startswith(":"):
+            command, *arguments = line.split()
+            if command == ":q" and not arguments:
+                return
+            config = command_result(config, command, arguments)
+            continue
+        try:
+            answer(predictor, line[1:] if line.startswith(" :") else line, config)
+        except KeyboardInterrupt:
+            continue
+
+
+def command_result(config: PredictConfig, command: str, arguments: list[str]) -> PredictConfig:
+    """The settings after a REPL command, which answers with a line; a mistake changes nothing."""
+    if command == ":help":
+        print(HELP)
+    elif command not in COMMANDS:
+        print(f"unknown command {visible(command)}; :help lists them")
+    else:
+        name = COMMANDS[command][0]
+        try:
+            if len(arguments) > 1:
+                raise ValueError(f"{command} takes one value, not {len(arguments)}")
+            if arguments:
+                kind = type(getattr(config, name))
+                try:
+                    value = kind(arguments[0])
+                except ValueError:
+                    raise ValueError(f"{name} must be {'a whole number' if kind is int else 'a number'}, not {visible(arguments[0])!r}") from None
+                config = dataclasses.replace(config, **{name: value})
+            print(f"{name} = {getattr(config, name)}")
+        except (ValueError, OverflowError) as error:
+            print(f"{error}; it stays {getattr(config, name)}")
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--prompt", help="text to continue; without it, a prompt to type at")
+    cli.add_fields(parser, PredictConfig)
+    args = vars(parser.parse_args(argv))
+    prompt = args.pop("prompt")
+    config = PredictConfig(**args)
+    predictor = Predictor(config)
+    if prompt is None:
+        repl(predictor, config)
+    else:
+        answer(predictor, prompt, config)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,72 @@
+"""How big is it? Parameters, FLOPs and memory of a model, in a second and without making it (PyTorch's meta device).
+
+    python test.py                                the 3.66 B default
+    python test.py --preset modern-24gb
+    python test.py --d_model 2048 --num_experts 64
+    python test.py --ckpt checkpoints/latest.pt
+
+The project's own tests are run by `make test`.
+"""
+from __future__ import annotations
+
+import torch
+
+from config_model import (
+    ModelConfig,
+    TrainConfig,
+    active_parameters,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    parameter_counts,
+    total_parameters,
+    training_memory_bytes,
+)
+from model import LLM
+from runtime import cli
+from runtime.checkpoint import read_config
+from runtime.text import human_bytes, human_count
+
+DTYPES = {"float32": 4, "bfloat16": 2}
+
+
+def report(config: ModelConfig, batch_size: int) -> list[str]:
+    """The lines of the report. Counts are taken from the module itself and must equal the closed form."""
+    with torch.device("meta"):
+        total = sum(p.numel() for p in LLM(config).parameters())
+    assert total == total_parameters(config)
+    counts, table = parameter_counts(config), parameter_counts(config)["attention bias table"]
+    lines = [f"{'part':24}{'parameters':>16}{'share':>9}"]
+    lines += [f"{part:24}{count:>16,}{100 * count / total:>8.1f}%" for part, count in counts.items() if count]
+    lines += [f"{'total':24}{total:>16,}", f"{'active per token':24}{active_parameters(config):>16,}{100 * active_parameters(config) / total:>8.1f}%"]
+    if table > 0.1 * total:
+        lines.append(f"{human_count(total - table)} + {human_count(table)} position table; see --preset gptoss-modern")
+    forward = flops_per_token(config)
+    lines += ["", f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training", ""]
+    lines.append(f"{'memory':24}{'float32':>16}{'bfloat16':>16}")
+    lines.append(f"{'weights':24}" + "".join(f"{human_bytes(total * b):>16}" for b in DTYPES.values()))
+    for where, on_gpu in (("GPU", True), ("CPU", False)):
+        needed = [sum(training_memory_bytes(config, batch_size, b, on_gpu).values()) for b in DTYPES.values()]
+        lines.append(f"{f'training, {where}, {batch_size} x {config.context_length}':24}" + "".join(f"{human_bytes(n):>16}" for n in needed))
+    cache = [kv_cache_bytes_per_token(config, b) for b in DTYPES.values()]
+    lines.append(f"{'KV cache per token':24}" + "".join(f"{human_bytes(n):>16}" for n in cache))
+    full = [sum(min(config.window(i) or config.context_length, config.context_length) for i in range(config.transformer_blocks)) * n // config.transformer_blocks for n in cache]
+    lines.append(f"{'KV cache, full context':24}" + "".join(f"{human_bytes(n):>16}" for n in full))
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    cli.add_config_flags(parser, ModelConfig)
+    cli.add_fields(parser, TrainConfig, only=["batch_size"])
+    parser.add_argument("--ckpt", help="take the configuration from this checkpoint (ours or the reference's format)")
+    args = parser.parse_args(argv)
+    settings = cli.settings_from(args, ModelConfig, TrainConfig)
+    if args.ckpt and (args.preset or settings.explicit - {"batch_size"}):
+        raise ValueError("--ckpt says what the model is: leave out --preset and the model's flags")
+    config = read_config(args.ckpt) if args.ckpt else settings.build(ModelConfig)
+    print("\n".join(report(config, settings.build(TrainConfig).batch_size)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

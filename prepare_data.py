@@ -529,7 +529,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options from the command line. ValueError for each that is wrong or that the others would leave without effect."""
     p = parser("Turn text into token shards for train.py.", epilog=(
         "examples:\n  python prepare_data.py                                         TinyStories, o200k_base (downloads both)\n"
-        "  python prepare_data.py --dataset toy --tokenizer bpe:4096      made-up stories, no network\n"
+        "  python prepare_data.py --dataset toy --tokenizer bpe:2048      made-up stories, no network\n"
         "  python prepare_data.py --files a.jsonl b.txt.gz --val_ratio 0.02\n"
         "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu --dataset_config sample-10BT --streaming --max_tokens 1e9"))
 
@@ -572,9 +572,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         o.dataset, o.split = o.dataset or DEFAULT_DATASET, o.split or "train"
     if o.val_files:
         refuse(("val_ratio",), "with --val_files")
-    missing = [name for name in files if not Path(name).is_file()]
-    if missing:
-        raise ValueError(f"there is no file {missing[0]}")
+    for name in files:
+        if not Path(name).is_file():
+            raise ValueError(f"{name} is a folder: give the files in it" if Path(name).is_dir() else f"there is no file {name}")
     kinds = {file_format(Path(name)) for name in files}
     if len({Path(name).resolve() for name in files}) < len(files):
         raise ValueError("a file is given twice in --files and --val_files")

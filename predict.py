@@ -9,13 +9,14 @@ the context is read from its last tokens on. What was printed stays printed.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,8 +24,10 @@ from config_model import check_fields, option
 from model import LLM, generate
 from runtime import cli
 from runtime.checkpoint import Checkpoint, load_model
-from runtime.device import choose_device, choose_dtype
-from runtime.tokenizer import Tokenizer, TokenStream, load_tokenizer
+from runtime.data import MANIFEST, TokenShards
+from runtime.device import choose_device, choose_dtype, explained_out_of_memory
+from runtime.text import visible
+from runtime.tokenizer import NAMED, Tokenizer, TokenStream, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class PredictConfig:
     max_new_tokens: int = option(200, "most tokens in an answer", minimum=1, maximum=100_000_000)
     temperature: float = option(0.9, "0 takes the likeliest token; 1 draws from the model's own distribution", minimum=0.0)
     top_k: int = option(50, "draw from the k likeliest tokens only; 0 = all", minimum=0)
-    top_p: float = option(1.0, "draw from the fewest tokens whose probabilities reach p", above=0.0, maximum=1.0)
+    top_p: float = option(1.0, "draw from the fewest tokens whose probabilities reach p", minimum=1e-9, maximum=1.0)
     seed: int = option(-1, "the same seed and settings give the same text; -1 = another each time", minimum=-1, maximum=2**63 - 1)
     when_full: str = option("slide", "at the end of the context: slide (forget its older half and go on) or stop", choices=("slide", "stop"))
     context_length: int = option(0, "tokens to attend over, also beyond the trained context if the model has no position table; 0 = as trained", minimum=0, maximum=16_777_216)
@@ -61,15 +64,6 @@ HELP = "\n".join([f"  {name + ' <value>':16} {text}" for name, (_, text) in COMM
     "  anything else is a prompt; one that begins with a colon can be typed after a space"])
 
 
-def visible(text: str) -> str:
-    """`text` with control characters (all but newline and tab) and direction overrides spelled out: what a model says must
-    not move the cursor, change colours or write the clipboard of the terminal it is shown on."""
-    def shown(c: str) -> str:
-        hidden = (unicodedata.category(c) == "Cc" and c not in "\n\t") or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
-        return c.encode("unicode_escape").decode() if hidden else c
-    return "".join(map(shown, text))
-
-
 class Predictor:
     """A model, its tokenizer, and how to draw from it."""
 
@@ -78,7 +72,8 @@ class Predictor:
             raise ValueError(f"there is no {config.ckpt} yet: train a model first (python train.py, or make demo), or give --ckpt FILE")
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
-        self.model, checkpoint = load_model(config.ckpt, device, dtype)
+        with explained_out_of_memory(device, "use --dtype bfloat16, another --device or a smaller model"):
+            self.model, checkpoint = load_model(config.ckpt, device, dtype)
         self.tokenizer = _tokenizer(config, checkpoint)
         if config.context_length:
             _set_context(self.model, config)
@@ -91,7 +86,7 @@ class Predictor:
         ids, context = [self.tokenizer.end_of_text_id] + self.tokenizer.encode(prompt), self.model.config.context_length
         if len(ids) > context:
             note(f"the prompt has {len(ids)} tokens and the context {context}: reading its last {context}")
-        elif len(ids) + config.max_new_tokens - 1 > context:
+        if min(len(ids), context) + config.max_new_tokens - 1 > context:
             then = "older text is forgotten" if config.when_full == "slide" else "the answer ends there"
             note(f"prompt and answer may fill the context of {context} tokens: {then} if they do")
         generator = torch.Generator(self.device)
@@ -126,7 +121,12 @@ def _tokenizer(config: PredictConfig, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _named_tokenizer(name: str) -> Tokenizer:
-    return load_tokenizer("", name) if os.path.isdir(name) else load_tokenizer(name)
+    """The tokenizer called `name`, or that of the shards in the folder `name` (data, or data/train)."""
+    if name in (*NAMED, "byte") or not os.path.isdir(name):
+        return load_tokenizer(name)
+    folder = Path(name)
+    shards = TokenShards(folder if (folder / MANIFEST).exists() else folder / "train", verify=False)
+    return Tokenizer.from_state(shards.tokenizer_state)
 
 
 def _set_context(model: LLM, config: PredictConfig) -> None:
@@ -141,6 +141,8 @@ def _set_context(model: LLM, config: PredictConfig) -> None:
         if config.context_length <= trained:
             raise ValueError(f"rope_scaling {config.rope_scaling} stretches a context, and {config.context_length} is not more than the trained {trained:.0f} tokens")
         changes |= {"rope_scaling": config.rope_scaling, "rope_scaling_factor": config.context_length / trained}
+    elif c.rope_scaling == "yarn" and config.context_length != c.context_length:  # its frequencies depend on the context's length
+        raise ValueError(f"this model's positions are yarn-scaled from {trained:.0f} to {c.context_length} tokens: with context_length, say --rope_scaling yarn or linear")
     model.config = dataclasses.replace(c, **changes)
 
 
@@ -154,24 +156,23 @@ def answer(predictor: Predictor, prompt: str, config: PredictConfig) -> None:
 
     show(prompt)
     try:
-        for piece in predictor.stream(prompt, config, lambda line: print(f"note: {line}", file=sys.stderr)):
-            first = first or time.perf_counter()
-            pieces += 1
-            show(piece)
+        with explained_out_of_memory(predictor.device, "lower --context_length or use --dtype bfloat16"):
+            for piece in predictor.stream(prompt, config, lambda line: print(f"note: {line}", file=sys.stderr)):
+                first = first or time.perf_counter()
+                pieces += 1
+                show(piece)
     finally:
         print(flush=True)
-    if sys.stderr.isatty() and pieces > 1:
+    if sys.stderr.isatty() and pieces > 2:
         print(f"\x1b[2m[{pieces - 1} tokens, {(pieces - 2) / max(time.perf_counter() - first, 1e-9):.1f} tokens/s, first after {first - started:.2f} s]\x1b[0m", file=sys.stderr)
 
 
 def repl(predictor: Predictor, config: PredictConfig) -> None:
     """Prompts and commands from stdin until :q or end-of-file. Nothing else ends it."""
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
-        try:
+        with contextlib.suppress(ImportError):  # Windows has its own
             import readline  # noqa: F401  line editing and history for input()
-        except ImportError:  # Windows has its own
-            pass
         print("Type the beginning of a text; :help for commands.")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -183,18 +184,18 @@ def repl(predictor: Predictor, config: PredictConfig) -> None:
         except KeyboardInterrupt:
             print()
             continue
-        if not line.strip():
-            continue
-        if line.startswith(":"):
-            command, *arguments = line.split()
-            if command == ":q" and not arguments:
-                return
-            config = command_result(config, command, arguments)
-            continue
         try:
-            answer(predictor, line[1:] if line.startswith(" :") else line, config)
+            if line.startswith(":"):
+                command, *arguments = line.split()
+                if command == ":q" and not arguments:
+                    return
+                config = command_result(config, command, arguments)
+            elif line.strip():
+                answer(predictor, line[1:] if line.startswith(" :") else line, config)
         except KeyboardInterrupt:
             continue
+        except (ValueError, RuntimeError) as error:  # out of memory, say: the model is loaded, the next answer may work
+            print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def command_result(config: PredictConfig, command: str, arguments: list[str]) -> PredictConfig:

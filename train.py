@@ -248,14 +248,16 @@ class Plan:
 
 def make_plan(settings: cli.Settings) -> Plan:
     """Settings -> plan. Raises ValueError for whatever cannot be honoured."""
-    config = settings.build(TrainConfig)
     notes: list[str] = []
     source = None
-    if config.resume:
-        source, skipped = find_latest(config.ckpt_dir)
+    if settings.values.get("resume"):
+        if settings.values.get("init_from"):
+            raise ValueError("give either --resume (go on with a run) or --init_from (start a new run from weights), not both")
+        source, skipped = find_latest(settings.values.get("ckpt_dir", TrainConfig.ckpt_dir))
         notes += [f"skipped a damaged checkpoint: {line}" for line in skipped] + [f"resuming {source.path} at step {source.step:,}"]
         config, model_config = _resumed_configs(settings, source)
     else:
+        config = settings.build(TrainConfig)
         if folder_has_run(config.ckpt_dir):
             raise ValueError(f"{config.ckpt_dir} holds the checkpoints of another run: go on with it by --resume, or give this run another --ckpt_dir")
         model_config = settings.build(ModelConfig)
@@ -287,11 +289,12 @@ def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainC
             raise ValueError(f"--{name} {value} differs from the run in {source.path}, which has {saved.get(name)}: leave it out to go on, or start "
                              "a new run with another --ckpt_dir (and --init_from)")
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    folder = {"ckpt_dir": settings.values.get("ckpt_dir", TrainConfig.ckpt_dir)}  # the run may have been moved
     try:
-        config = TrainConfig(**source.train_config | free | {"resume": True, "init_from": "", "ckpt_dir": settings.build(TrainConfig).ckpt_dir})
+        config = TrainConfig(**source.train_config | free | folder | {"resume": True, "init_from": ""})
     except TypeError as error:
         raise ValueError(f"{source.path} has training settings that this version does not know: {error}") from error
-    if config.max_steps <= source.step:
+    if config.max_steps <= source.step:  # fewer steps would rewrite history
         raise ValueError(f"the run in {config.ckpt_dir} is at step {source.step} and max_steps is {config.max_steps}: nothing is left to do; raise --max_steps to train further")
     return config, source.model_config
 
@@ -475,19 +478,12 @@ class Reporter:
 
 
 # --------------------------------------------------------------------------------------------------------------------- main
-def run(plan: Plan) -> int:
-    """Carry out a plan; returns the exit code (0, or 128 + the signal that stopped it)."""
+def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, RunState, float]:
+    """Model, optimizer, loader and state of a plan, ready for `fit`, and the seconds that its dry-run micro-batch took."""
     config = plan.config
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    for note in plan.notes:
-        print(note)
-    needed = check_memory(plan)
-    for line in describe(plan, needed):
-        print(line)
-    sys.stdout.flush()
     loader = WindowLoader(plan.train, plan.model_config.context_length, config.batch_size, config.seed)
-    val_batches = validation_batches(plan.val, plan.model_config.context_length, config.batch_size, config.val_steps)
     with explained_out_of_memory(plan):
         if config.init_from:
             model = build_model(dataclasses.replace(plan.source, model_config=plan.model_config), plan.device)
@@ -503,12 +499,21 @@ def run(plan: Plan) -> int:
         if config.compile:
             for block in model.layers:  # in place: names and checkpoints do not change
                 block.compile()
-        seconds = dry_run(model, optimizer, loader, plan)
+        return model, optimizer, loader, state, dry_run(model, optimizer, loader, plan)
+
+
+def run(plan: Plan) -> int:
+    """Carry out a plan; returns the exit code (0, or 128 + the signal that stopped it)."""
+    config = plan.config
+    for line in plan.notes + describe(plan, check_memory(plan)):
+        print(line)
+    sys.stdout.flush()
+    model, optimizer, loader, state, seconds = set_up(plan)
+    val_batches = validation_batches(plan.val, plan.model_config.context_length, config.batch_size, config.val_steps)
     left = (config.max_steps - state.step) * config.grad_accum * seconds
     peak = peak_memory_bytes(plan.device)
     print(f"ready    a micro-batch takes {seconds:.2f} s, the run about {human_seconds(left)}" + (f"; peak memory so far {human_bytes(peak)}" if peak else ""))
     sys.stdout.flush()
-
     reporter = Reporter(plan, state)
 
     def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:

@@ -13,9 +13,9 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from config_model import PRESETS, ModelConfig, TrainConfig
+from runtime.text import visible
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,20 @@ class Settings:
         return config_class(**{k: v for k, v in (self.values | replacements).items() if k in names})
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message} (--help lists the flags)")  # argparse would print all 60 of them first
+
+
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """An ArgumentParser as every script here uses it: whole flag names only, plain help."""
-    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """An ArgumentParser as every script here uses it: whole flag names only, plain help, and ValueError for a mistake."""
+    return _Parser(description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:
     """Add `--preset`, `--config` and a flag for every field of the given dataclasses, with its help, choices and default."""
-    to.add_argument("--preset", choices=sorted(PRESETS), help="named model and training settings: " + "; ".join(f"{n}: {p.description}" for n, p in PRESETS.items()))
+    presets = "; ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
+    to.add_argument("--preset", choices=sorted(PRESETS), help=f"named model and training settings: {presets}".replace("%", "%%"))
     to.add_argument("--config", metavar="FILE.toml", help="settings from a TOML file, keys as the flags' names, in [model] and [train] tables or without")
     for config_class in config_classes:
         add_fields(to.add_argument_group(config_class.__name__, config_class.__doc__), config_class)
@@ -85,6 +91,8 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
             allowed = {f.name for f in dataclasses.fields(owners[name])}
             if unknown := sorted(set(section) - allowed):
                 raise ValueError(f"--config {path} has unknown keys in [{name}]: {', '.join(unknown)}; see --help for the known names")
+            if twice := sorted(set(section) & set(flat)):
+                raise ValueError(f"--config {path} gives {', '.join(twice)} twice: in [{name}] and outside of it")
             flat |= section
     if unknown := sorted(set(flat) - set(known)):
         raise ValueError(f"--config {path} has unknown keys: {', '.join(unknown)}; see --help for the known names")
@@ -93,12 +101,17 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
 
 def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
     """Run a script's `main(argv)` and exit: 0 or its return value; 2 with one line for a user's mistake; 130 for Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it (`>&-`)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a cp1252 or ascii console must not end the program
     try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            code = main(sys.argv[1:])
+        finally:  # --help leaves by SystemExit, and its reader may be gone as well
+            sys.stdout.flush()
     except BrokenPipeError:  # `| head` closed our output: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + getattr(signal, "SIGPIPE", 13)
@@ -108,24 +121,6 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("GPTOSS_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {visible(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         code = getattr(error, "exit_code", 2)
     sys.exit(code)
-
-
-def parse_count(text: str) -> int:
-    """A whole number as people write large ones: 100000, 100_000 or 1e5. Raises ValueError (argparse shows it)."""
-    try:
-        return int(text)
-    except ValueError:
-        number = float(text)
-    if number != int(number):
-        raise ValueError(f"{text} is not a whole number")
-    return int(number)
-
-
-def existing_file(path: str) -> Path:
-    """`path` as a Path. Raises ValueError if there is no such file."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
-    return Path(path)

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 
 import torch
+
+from runtime.text import human_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -23,7 +26,7 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cuda", "mps", "cpu"):
+    if device is None or device.type not in ("cuda", "mps", "cpu") or (device.type != "cuda" and device.index is not None):
         raise ValueError(f"unknown device {name!r}: allowed are auto, cuda, cuda:N, mps and cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
@@ -91,13 +94,27 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    import sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device's memory is used up, in any of PyTorch's spellings."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator, MPS, the CUDA driver and cuBLAS raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(device: torch.device, advice: str):
+    """Turn out-of-memory into a ValueError of one line: the device, its memory, and `advice` on what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        memory = memory_bytes(device)
+        raise ValueError(f"out of memory on {device_name(device)}{f' ({human_bytes(memory[1])})' if memory else ''}: {advice}") from error
 
 
 def synchronize(device: torch.device) -> None:

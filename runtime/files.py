@@ -5,8 +5,10 @@ folder is flushed too: a reader sees the old file or the new one, never half of 
 """
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -15,19 +17,22 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power loss. Systems that cannot open folders skip it."""
+    """Flush a folder's entries, so that a rename in it survives a power loss. Systems that cannot flush folders skip it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except (PermissionError, IsADirectoryError):  # Windows
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some network and FUSE mounts
+            raise
     finally:
         os.close(descriptor)
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a temporary file and rename it to `path`. On any error nothing is left under either name."""
+    """Call `write(file)` on a temporary file and rename it to `path`. On any error what was there before stays, and nothing else."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -49,18 +54,26 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def link_atomic(target: Path, link: Path) -> None:
-    """Make `link` a second name of the file `target` in the same folder, replacing what was there; no bytes are copied.
+    """Make `link` a second name of the file `target` in the same folder, replacing what was there.
 
-    A hard link where the file system has them (deleting one name then keeps the other), else a relative symbolic link.
+    A hard link where the file system has them (deleting one name then keeps the other), else a relative symbolic link, and a
+    copy where it has neither (exFAT, some network drives).
     """
     temporary = link.with_name(link.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
     try:
-        os.link(target, temporary)
+        try:
+            os.link(target, temporary)
+        except OSError:
+            os.symlink(target.name, temporary)
     except OSError:
-        os.symlink(target.name, temporary)
-    os.replace(temporary, link)
-    temporary.unlink(missing_ok=True)  # POSIX: renaming one hard link over another of the same file does nothing
+        with open(target, "rb") as source:
+            write_atomic(link, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+        return
+    try:
+        os.replace(temporary, link)
+    finally:
+        temporary.unlink(missing_ok=True)  # POSIX: renaming one hard link over another of the same file does nothing
     fsync_folder(link.parent)
 
 

@@ -681,7 +681,7 @@ gift.plan:
   "A gift does not have to cost anything," said {A.s} {P}. "(You could make one|Use your {A.hands} and your heart)." So {A} (began|wanted) to make
       {gift.a}.
   {A} thought and thought. Then {A.he} had an idea. "I will make {gift.a}!" {A.he} <cried>.
-  {A} asked {H.a} for help. "(The best gifts are made, not bought|Make something with love)," <said> the <H>. "{gift.A}, perhaps?"
+  {A} asked {H.a} for help. "(The best gifts are made, not bought|Make something with love)," <said> the <H>. "How about {gift.a}?"
 gift.make:
   {A} {gift.how}. It took (all {time}|two days|hours), and {A.his} {A.hands} got (tired|dirty|sore), but {A} did not stop.
   {A} (sat|worked) at the table and {gift.how}. The first try went wrong, so {A.he} began again.
@@ -764,7 +764,7 @@ seed.close:
 moral.wait:
   {A} learned (to be patient|that good things take time|that care makes things grow).
   (Good things come to those who wait.|Even a big plant starts as a small seed.)
-  (And the next seed? That is another story.|The end.)
+  (What became of the next seed? That is another story.|The end.)
 plot seed:
   <open> / <seed> <seed.plant> / <seed.wait> <seed.care> / <seed.end> <seed.close>( <moral.wait>|)
 

@@ -187,7 +187,7 @@ def test_quotes_pair_up_and_speech_is_told(stories):
 
 def test_questions_have_question_marks_and_nothing_else_has(stories):
     """"I wish I had a friend?" and "Where is my ball!" were once among the stories: one mark after a choice of several sentences."""
-    asking = r"(Whose|Why|Where|Did|Does|Do you|Is|Are|Can|Could|May (?!the)|Will|Would|Have you)\b"
+    asking = r"(Was|Whose|Why|Where|Did|Does|Do you|Is|Are|Can|Could|May (?!the)|Will|Would|Have you)\b"
     for index, text in enumerate(stories):
         for sentence in re.findall(r'[^.!?"\n]+[.!?]', text):
             sentence = re.sub(r"^ ?(And |\w+, (?=[a-z]))?", "", sentence)  # "Ben, did you ..."
@@ -227,7 +227,8 @@ def test_no_pronoun_of_the_other_gender(drafts, stories):
 def test_characters_differ_and_are_introduced(drafts, stories):
     for index, ((draft, cast), text) in enumerate(zip(drafts, stories, strict=True)):
         assert cast["A"] != cast["B"]
-        assert not re.search(r"\{([AB])\} (and|saw|met|helped|hugged|thanked) \{\1\}", draft), (index, text)
+        itself = re.search(r"\{([AB])\}((?! and | that | but | so )[^{}.,!?\"])*\{\1\}", draft)  # "{A} ran after {A}"
+        assert not itself, (index, itself[0])
         names = [name for name in re.findall(r"[A-Z]\w+", text) if name in (cast["A"], cast["B"])]
         assert names[0] == cast["A"], (index, text)  # the hero comes first
         first = re.search(r"\{B\.?(\w*)\}", draft)

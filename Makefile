@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# Threads that wait for each other spin; on a shared machine that costs more than it saves.
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test lint clean-demo
 

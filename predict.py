@@ -35,7 +35,7 @@ class PredictConfig:
     """How text is generated."""
     ckpt: str = option("checkpoints/latest.pt", "checkpoint to load, ours or the reference's format")
     max_new_tokens: int = option(200, "most tokens in an answer", minimum=1, maximum=100_000_000)
-    temperature: float = option(0.9, "0 takes the likeliest token; 1 draws from the model's own distribution", minimum=0.0)
+    temperature: float = option(0.9, "0 takes the likeliest token; 1 draws from the model's own distribution", minimum=0.0, maximum=1e30)
     top_k: int = option(50, "draw from the k likeliest tokens only; 0 = all", minimum=0)
     top_p: float = option(1.0, "draw from the fewest tokens whose probabilities reach p", minimum=1e-9, maximum=1.0)
     seed: int = option(-1, "the same seed and settings give the same text; -1 = another each time", minimum=-1, maximum=2**63 - 1)

@@ -61,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ckpt", help="take the configuration from this checkpoint (ours or the reference's format)")
     args = parser.parse_args(argv)
     settings = cli.settings_from(args, ModelConfig, TrainConfig)
-    if args.ckpt and (args.preset or settings.explicit - {"batch_size"}):
+    from_ckpt = args.ckpt is not None
+    if from_ckpt and (args.preset or settings.explicit - {"batch_size"}):
         raise ValueError("--ckpt says what the model is: leave out --preset and the model's flags")
-    config = read_config(args.ckpt) if args.ckpt else settings.build(ModelConfig)
+    config = read_config(args.ckpt) if from_ckpt else settings.build(ModelConfig)
     print("\n".join(report(config, settings.build(TrainConfig).batch_size)))
     return 0
 

@@ -68,7 +68,7 @@ def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     """Merge preset, TOML file and flags. Raises ValueError for an unknown key or an unreadable file."""
     known = {f.name for c in config_classes for f in dataclasses.fields(c)}
     preset = PRESETS[args.preset] if args.preset else PRESETS["gptoss"]
-    file = _read_toml(args.config, known) if args.config else {}
+    file = _read_toml(args.config, known) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
     return Settings(values | file | flags, frozenset(file) | frozenset(flags))
@@ -113,7 +113,6 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
         finally:  # --help leaves by SystemExit, and its reader may be gone as well
             sys.stdout.flush()
     except BrokenPipeError:  # `| head` closed our output: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -123,4 +122,8 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
             raise
         print(f"error: {visible(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         code = getattr(error, "exit_code", 2)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left cannot be written: Python must not try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

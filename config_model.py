@@ -188,7 +188,7 @@ PRESETS = {
                        context_length=512, tie_embeddings=True),
         dict(batch_size=8, grad_accum=8, max_steps=20_000, lr=1e-3, min_lr=1e-4)),
     "nano": Preset(
-        "modern, for a laptop's CPU, minutes; wants a small vocabulary (prepare_data.py --tokenizer bpe:4096)",
+        "modern, for a laptop's CPU, minutes; wants a small vocabulary (bpe:4096)",
         _MODERN | dict(d_model=128, transformer_blocks=4, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, d_ff=256,
                        context_length=256, vocabulary_size=4096, tie_embeddings=True),
         dict(batch_size=8, grad_accum=1, max_steps=1_000, lr=3e-3, min_lr=1e-4, warmup_steps=50, val_interval=100,

@@ -214,12 +214,15 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
     """
     check_sampling(temperature, top_k, top_p)
     logits_BV = logits_BV.float()
+    if not torch.isfinite(logits_BV.sum(dim=-1)).all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this arithmetic (try --dtype float32)")
     if banned_ids is not None and len(banned_ids):
         logits_BV = logits_BV.index_fill(1, banned_ids, -math.inf)
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
-    # Shifted so that the largest is 0: a tiny temperature then sends the others to -inf and never makes inf - inf.
-    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    # Shifted so that the largest is 0: a tiny temperature then sends the others to -inf and never makes inf - inf. The
+    # bounds are float32's: beyond them a temperature would be 0 or inf.
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
     ids_BV = None
     V = logits_BV.shape[1]
     if 0 < top_k < V or top_p < 1:
@@ -227,7 +230,7 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
     probabilities_BV = logits_BV.softmax(dim=-1)
     if top_p < 1:
         before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
-        probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
+        probabilities_BV = probabilities_BV.masked_fill(before_BV >= max(top_p, 1e-30), 0.0)
     drawn_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
     return (drawn_B1 if ids_BV is None else ids_BV.gather(1, drawn_B1))[:, 0]
 

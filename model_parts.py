@@ -301,7 +301,6 @@ class Experts(nn.Module):
             return y_RC if b_out is None else y_RC + b_out[experts_R]
         return self._one_after_another(x_RC, counts_E, w_in, b_in, w_out, b_out)
 
-    @torch.compiler.disable  # the loads are Python numbers here: compiled, each new one would be a recompilation
     def _one_after_another(self, x_RC, counts_E, w_in, b_in, w_out, b_out) -> Tensor:
         """The plain path, for CPUs, float64 and older cards: waits once for the counts, then one expert after another."""
         # unbind, not w[e]: its backward writes each expert's gradient once, in place.
@@ -384,3 +383,11 @@ class Block(nn.Module):
         x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache)
         y_BTC, stats = self.moe(self.norm2(x_BTC))
         return x_BTC + y_BTC, stats
+
+    def compile_in_place(self) -> None:
+        """Compile the block's forward pass; parameter names, and so checkpoints, stay what they are."""
+        # The plain path reads the experts' loads as Python numbers: compiled, each new load would be a recompilation.
+        # (disable is called here and not as a decorator because it imports the compiler, a second and a half.)
+        experts = self.moe.experts
+        experts._one_after_another = torch.compiler.disable(experts._one_after_another)
+        self.compile()

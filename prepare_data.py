@@ -533,10 +533,6 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "  python prepare_data.py --files a.jsonl b.txt.gz --val_ratio 0.02\n"
         "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu --dataset_config sample-10BT --streaming --max_tokens 1e9"))
 
-    def fail(message: str) -> None:
-        raise ValueError(message)
-
-    p.error = fail
     add = p.add_argument
     add("--dataset", metavar="NAME", help=f"text set on the Hugging Face Hub, or a local folder that `datasets` can load, or toy: generated stories (default: {DEFAULT_DATASET})")
     add("--dataset_config", metavar="NAME", help="configuration of the dataset")

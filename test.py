@@ -4,6 +4,7 @@
     python test.py --preset modern-24gb
     python test.py --d_model 2048 --num_experts 64
     python test.py --ckpt checkpoints/latest.pt
+    python test.py --presets                      what each preset costs
 
 The project's own tests are run by `make test`.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from config_model import (
+    PRESETS,
     ModelConfig,
     TrainConfig,
     active_parameters,
@@ -54,12 +56,28 @@ def report(config: ModelConfig, batch_size: int) -> list[str]:
     return lines
 
 
+def preset_table() -> list[str]:
+    """All presets, as a Markdown table: parameters, training memory at the preset's own batch (bfloat16 on a GPU, float32 on a CPU)."""
+    lines = ["| preset | for | parameters | active | context | tokens per step | training memory |", "|---|---|---|---|---|---|---|"]
+    for name, preset in PRESETS.items():
+        config, train = ModelConfig(**preset.model), TrainConfig(**preset.train)
+        on_gpu = name != "nano"
+        needed = sum(training_memory_bytes(config, train.batch_size, 2 if on_gpu else 4, on_gpu).values())
+        lines.append(f"| `{name}` | {preset.description} | {human_count(total_parameters(config))} | {human_count(active_parameters(config))} | {config.context_length:,} | "
+                     f"{train.batch_size * train.grad_accum * config.context_length:,} | {human_bytes(needed)} |")
+    return lines
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     cli.add_config_flags(parser, ModelConfig)
     cli.add_fields(parser, TrainConfig, only=["batch_size"])
     parser.add_argument("--ckpt", help="take the configuration from this checkpoint (ours or the reference's format)")
+    parser.add_argument("--presets", action="store_true", help="list all presets and what they cost")
     args = parser.parse_args(argv)
+    if args.presets:
+        print("\n".join(preset_table()))
+        return 0
     settings = cli.settings_from(args, ModelConfig, TrainConfig)
     from_ckpt = args.ckpt is not None
     if from_ckpt and (args.preset or settings.explicit - {"batch_size"}):

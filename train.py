@@ -43,7 +43,7 @@ from runtime.device import (
     choose_device,
     choose_dtype,
     device_name,
-    is_out_of_memory,
+    explained_out_of_memory,
     memory_bytes,
     peak_flops,
     peak_memory_bytes,
@@ -381,17 +381,10 @@ def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
     return seconds
 
 
-@contextlib.contextmanager
-def explained_out_of_memory(plan: Plan):
-    """Turn a device's out-of-memory into one line that says what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        memory = memory_bytes(plan.device)
-        raise ValueError(f"out of memory on {device_name(plan.device)}{f' ({human_bytes(memory[1])})' if memory else ''}: lower --batch_size (now {plan.config.batch_size}; "
-                         "raise --grad_accum as much to keep the tokens per step), then --context_length or the model") from error
+def out_of_memory_advice(plan: Plan):
+    """Context that turns a device's out-of-memory into one line that says what to lower."""
+    return explained_out_of_memory(plan.device, f"lower --batch_size (now {plan.config.batch_size}; raise --grad_accum as much to keep the tokens per step), "
+                                                "then --context_length or the model")
 
 
 class StopRequest:
@@ -459,8 +452,15 @@ class Reporter:
                 self.say(f"step {record['step']:>7,}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
                          + f"  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  ETA {human_seconds(left)}")
         self.log.append(record)
+        self.say_messages()
+
+    def say_messages(self) -> None:
         for message in self.log.take_messages():
             self.say(message)
+
+    def write_json(self) -> None:
+        self.log.write_json()
+        self.say_messages()
 
     def plots(self, step: int) -> None:
         """Draw what there is. Plots are a comfort: whatever is wrong with them is said once and the run goes on."""
@@ -484,7 +484,7 @@ def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, RunSta
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     loader = WindowLoader(plan.train, plan.model_config.context_length, config.batch_size, config.seed)
-    with explained_out_of_memory(plan):
+    with out_of_memory_advice(plan):
         if config.init_from:
             model = build_model(dataclasses.replace(plan.source, model_config=plan.model_config), plan.device)
         else:
@@ -497,8 +497,8 @@ def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, RunSta
             load_training_state(plan.source, model, optimizer)
             state = _saved_state(plan.source)
         if config.compile:
-            for block in model.layers:  # in place: names and checkpoints do not change
-                block.compile()
+            for block in model.layers:
+                block.compile_in_place()
         return model, optimizer, loader, state, dry_run(model, optimizer, loader, plan)
 
 
@@ -517,7 +517,7 @@ def run(plan: Plan) -> int:
     reporter = Reporter(plan, state)
 
     def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:
-        reporter.log.write_json()
+        reporter.write_json()
         save_checkpoint(config.ckpt_dir, state.step, model, optimizer, train_config=dataclasses.replace(config, resume=False), val_loss=val_loss,
                         tokenizer_state=plan.train.tokenizer_state, data_fingerprint=plan.train.fingerprint, run=dataclasses.asdict(state),
                         keep_last=config.keep_last, is_best=is_best)
@@ -525,7 +525,7 @@ def run(plan: Plan) -> int:
 
     with StopRequest() as stop:
         try:
-            with explained_out_of_memory(plan):
+            with out_of_memory_advice(plan):
                 state = fit(model, loader, config, next_token_loss, optimizer=optimizer, state=state, val_batches=val_batches, dtype=plan.dtype,
                             on_log=reporter.on_log, on_save=on_save, stop_requested=stop.requested)
         finally:

@@ -123,7 +123,7 @@ def test_compiled_blocks_compute_the_same_and_keep_their_names():
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     for block in model.layers:
-        block.compile()
+        block.compile_in_place()
     compiled = model(ids, ids)
     compiled.cross_entropy_sum.backward()
     assert list(model.state_dict()) == names
@@ -172,6 +172,21 @@ def test_greedy_banned_and_extreme_settings():
     assert len(set(sample(ties, 1.0, top_k=7).tolist())) == 7
     banned = sample(torch.zeros(5000, 4), 1.0, banned_ids=torch.tensor([0, 2]))
     assert set(banned.tolist()) == {1, 3}
+
+
+def test_extreme_settings_with_banned_ids():
+    """temperature above 3e38 became inf, and -inf / inf NaN; top_p below 1e-45 is 0 in float32 and masked every id."""
+    banned = torch.tensor([1])
+    assert sample(torch.tensor([[1.0, 9.0, 3.0]]), 1e300, top_k=0, banned_ids=banned).item() in (0, 2)
+    assert sample(torch.tensor([[1.0, 9.0, 3.0]]), 1.0, top_p=1e-300, banned_ids=banned).item() == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_told(temperature, bad):
+    """Greedy decoding drew from NaN in silence, sampling ended in PyTorch's words about a probability tensor."""
+    with pytest.raises(ValueError, match="not finite.*float32"):
+        sample(torch.tensor([[1.0, bad, 0.0]]), temperature)
 
 
 @pytest.mark.parametrize("settings", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -5, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1), (1.0, 0, float("nan"))])

@@ -1,0 +1,63 @@
+"""What the README says is checked where it can be: tables, flags, files."""
+import re
+
+import pytest
+
+import test as size_report
+from config_model import ModelConfig, TrainConfig
+from predict import PredictConfig
+from prepare_data import parse_options
+from runtime import cli
+from tests.conftest import REPO
+
+README = (REPO / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:python3?|make) .*$", README, re.MULTILINE)
+
+
+def between(name: str) -> str:
+    return re.search(rf"<!-- {name}\b.*?-->\n(.*?)<!-- /{name} -->", README, re.DOTALL).group(1).strip()
+
+
+def test_the_preset_table_is_computed():
+    """Paste the output of `python test.py --presets` if this fails."""
+    assert between("presets") == "\n".join(size_report.preset_table())
+
+
+def test_every_picture_and_file_it_names_is_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (REPO / target).exists(), target
+    for name in re.findall(r"^(\w+\.py|\w+/) ", README, re.MULTILINE):
+        assert (REPO / name).exists(), name
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_every_command_it_shows_is_understood(command):
+    """Flags and values are parsed by the script's own parser (nothing is run)."""
+    words = re.sub(r"\s+#.*", "", command).replace('"', "").split()
+    script, flags = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+    assert (REPO / (script.replace(".", "/") + ".py" if words[1] == "-m" else script)).exists()
+    if script == "prepare_data.py":
+        parse_options([f for f in flags if f not in ("stories.jsonl", "notes.txt.gz", "--files", "--val_ratio", "0.02")])
+    elif script == "train.py":
+        parser = cli.parser("")
+        cli.add_config_flags(parser, ModelConfig, TrainConfig)
+        settings = cli.settings_from(parser.parse_args(flags), ModelConfig, TrainConfig)
+        settings.build(ModelConfig)
+        settings.build(TrainConfig)
+    elif script == "predict.py":
+        parser = cli.parser("")
+        parser.add_argument("--prompt")
+        cli.add_fields(parser, PredictConfig)
+        given = vars(parser.parse_args(re.findall(r"(?:\"[^\"]*\"|\S)+", re.sub(r"\s+#.*", "", command))[2:]))
+        PredictConfig(**{k: v for k, v in given.items() if k != "prompt"})
+
+
+def test_the_defaults_it_lists_are_the_defaults():
+    rows = re.findall(r"\| ([a-z_]+(?:, [a-z_]+)*) \| ([\d.,e -]+?)(?= \||  ?\(| experts)", README)
+    assert len(rows) > 8
+    for name, value in rows:
+        values = [v.strip() for v in re.split(r", (?!\d{3}\b)", value)]
+        for field, text in zip(name.split(", "), values, strict=True):
+            owner = ModelConfig if hasattr(ModelConfig, field) else TrainConfig
+            assert float(getattr(owner, field)) == float(text.replace(",", "")), field

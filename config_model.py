@@ -190,7 +190,7 @@ PRESETS = {
     "nano": Preset(
         "modern, for a laptop's CPU, minutes; wants a small vocabulary (bpe:4096)",
         _MODERN | dict(d_model=128, transformer_blocks=4, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, d_ff=256,
-                       context_length=256, vocabulary_size=4096, tie_embeddings=True),
+                       context_length=256, vocabulary_size=4096, tie_embeddings=True, init_std=0.05),
         dict(batch_size=8, grad_accum=1, max_steps=1_000, lr=3e-3, min_lr=1e-4, warmup_steps=50, val_interval=100,
              val_steps=20, save_interval=250)),
 }

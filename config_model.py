@@ -61,7 +61,7 @@ class ModelConfig:
     window_pattern: str = option("all", "which blocks are windowed when sliding_window is set: all, or alternating (blocks 0, 2, 4, ...)", choices=("all", "alternating"))
     # positions
     use_rope: bool = option(True, "rotary position embedding, rotate-half")
-    rope_theta: float = option(10_000.0, "base of the rotary wavelengths", above=0.0)
+    rope_theta: float = option(10_000.0, "base of the rotary wavelengths", above=1.0)
     rope_scaling: str = option("none", "how positions beyond the trained context are reached: none, linear (position interpolation) or yarn", choices=("none", "linear", "yarn"))
     rope_scaling_factor: float = option(1.0, "context_length / trained context length, used by rope_scaling", minimum=1.0, maximum=65_536.0)
     # mixture of experts
@@ -141,9 +141,9 @@ class TrainConfig:
     log_interval: int = option(10, "steps between log lines", minimum=1)
     val_interval: int = option(100, "steps between validations", minimum=1)
     val_steps: int = option(50, "micro-batches per validation; the same windows every time", minimum=1)
-    save_interval: int = option(1000, "steps between checkpoints and plots", minimum=1)
+    save_interval: int = option(1000, "steps between checkpoints and plots; best.pt is the one of these with the lowest validation loss", minimum=1)
     keep_last: int = option(3, "step checkpoints to keep, besides latest.pt and best.pt; 0 = all", minimum=0)
-    resume: bool = option(False, "go on from ckpt_dir/latest.pt with that run's settings; only flags that do not change its arithmetic may be given again")
+    resume: bool = option(False, "go on from the newest checkpoint in ckpt_dir with that run's settings; of the others only max_steps and those that say where it runs and what it reports may be given anew")
     init_from: str = option("", "checkpoint whose weights the run starts from (ours or the reference's format)")
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     tensorboard: bool = option(False, "also log to TensorBoard (pip install tensorboard)")
@@ -251,6 +251,12 @@ def kv_cache_bytes_per_token(config: ModelConfig, element_bytes: int = 2) -> int
     return 2 * config.transformer_blocks * config.num_kv_heads * config.attention_head_dim * element_bytes
 
 
+def loss_chunk_rows(config: ModelConfig, on_gpu: bool) -> int:
+    """Rows of logits that the loss holds at a time: few on a CPU (cache); on a GPU, where each chunk costs a pass over the
+    head's float32 gradient, as many as keep the chunk in proportion to that gradient."""
+    return min(max(2 * config.d_model, 512), 4096) if on_gpu else 256
+
+
 def training_memory_bytes(config: ModelConfig, micro_batch: int, compute_bytes: int = 4, on_gpu: bool = False) -> dict[str, int]:
     """Estimated peak memory of a training step, by part, in bytes.
 
@@ -268,19 +274,17 @@ def training_memory_bytes(config: ModelConfig, micro_batch: int, compute_bytes: 
     experts = c.top_k * (b * (2 * c.d_model + f_in + 2 * c.d_ff) + 4)                # sorted rows, hidden before/after, outputs
     per_token = c.transformer_blocks * (norms + attention + experts) + 4 * c.d_model
     tokens = micro_batch * c.context_length
-    # A learned table rules out the flash kernels: scores are held per head, twice over (before and after the softmax).
-    scores = 2 * b * c.num_heads * c.context_length * tokens * c.transformer_blocks if c.use_attention_bias and not on_gpu else 0
-    loss_rows = min(LOSS_CHUNK_ROWS["gpu" if on_gpu else "cpu"], tokens)
+    # A learned table rules out the flash kernels. On a CPU the scores are held per head, before and after the softmax; on a GPU
+    # the memory-efficient kernel holds none, but each block's table is saved as it was added, and its gradient made per sequence.
+    squares = c.num_heads * c.context_length ** 2 * b * c.use_attention_bias
+    scores = squares * (c.transformer_blocks + micro_batch) if on_gpu else 2 * squares * micro_batch * c.transformer_blocks
+    loss_rows = min(loss_chunk_rows(c, on_gpu), tokens)
+    head = c.vocabulary_size * c.d_model
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer state": 8 * parameters,
         "cast weights": cast,
         "activations": tokens * per_token + scores,
-        "loss": loss_rows * c.vocabulary_size * (4 + b) + 4 * c.vocabulary_size * c.d_model,
+        "loss": loss_rows * c.vocabulary_size * (4 + b) + 8 * head + (b * head if b != 4 else 0),  # logits, the head's gradient twice
     }
-
-
-# Rows of logits that the loss holds at a time: small on a CPU (cache), larger on a GPU, where each chunk is one pass over
-# the float32 gradient of the head.
-LOSS_CHUNK_ROWS = {"cpu": 256, "gpu": 2048}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config_model import LOSS_CHUNK_ROWS, ModelConfig
+from config_model import ModelConfig, loss_chunk_rows
 from model_parts import Block, KVCache, RouterStats, rope_tables
 
 IGNORE = -100  # a target with this value is not predicted and not counted
@@ -99,7 +99,8 @@ class LLM(nn.Module):
         if targets_BT is None:
             logits = F.linear(x_BTC, self.head_weight, self.out_head.bias)
         else:
-            cross_entropy_sum = linear_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, self.out_head.bias, targets_BT.flatten())
+            cross_entropy_sum = linear_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, self.out_head.bias, targets_BT.flatten(),
+                                                     loss_chunk_rows(self.config, x_BTC.device.type != "cpu"))
             num_targets = (targets_BT != IGNORE).sum()
         return Output(logits, cross_entropy_sum, num_targets, self.config.aux_loss_coef * stats.aux_loss.sum(),
                       self.config.z_loss_coef * stats.z_loss.sum(), stats)
@@ -179,8 +180,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_rows: int | None = None) -> Tensor:
-    """Summed cross-entropy (nats) of softmax(h W' + b) against targets, without holding the [N, V] logits.
+def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_rows: int) -> Tensor:
+    """Summed cross-entropy (nats) of softmax(h W' + b) against targets, holding `chunk_rows` rows of the [N, V] logits at a time.
 
     h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not count. The products run in
     autocast's dtype if it is on; result float32 (float64 for float64 inputs).
@@ -189,7 +190,6 @@ def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None,
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
     inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    chunk_rows = chunk_rows or LOSS_CHUNK_ROWS["cpu" if device == "cpu" else "gpu"]
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients)
 

@@ -16,15 +16,21 @@ from config_model import ModelConfig
 
 
 # ------------------------------------------------------------------------------------------------------------- positions
+def _table_dtype(device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+
+
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
-    """Angular frequency of each rotated pair, [D/2] float64, in radians per position, and scaled as `rope_scaling` says.
+    """Angular frequency of each rotated pair, [D/2], in radians per position, and scaled as `rope_scaling` says.
 
     linear divides every frequency by the factor (Chen et al. 2023, "position interpolation"). yarn divides only the slow
     ones, those that turn less than once over the trained context, and blends up to those that turn 32 times (Peng et al.
-    2023, section 3.2, ramp over the pair's index as in the authors' code).
+    2023, section 3.2; the ramp is over the pair's index, its ends rounded outwards, as in the authors' code).
     """
     D, factor = config.attention_head_dim, config.rope_scaling_factor
-    pairs = torch.arange(0, D, 2, dtype=torch.float64, device=device) / D
+    dtype = _table_dtype(device)
+    pairs = torch.arange(0, D, 2, dtype=dtype, device=device) / D
     frequencies = config.rope_theta ** -pairs
     if config.rope_scaling == "linear":
         return frequencies / factor
@@ -34,8 +40,8 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
         def pair_that_turns(times: float) -> float:
             return D * math.log(trained_tokens / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-        fast, slow = max(pair_that_turns(32), 0.0), min(pair_that_turns(1), D - 1.0)
-        index = torch.arange(D // 2, dtype=torch.float64, device=device)
+        fast, slow = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), D - 1)
+        index = torch.arange(D // 2, dtype=dtype, device=device)
         keep = 1 - ((index - fast) / max(slow - fast, 1e-3)).clamp(0, 1)
         return frequencies * keep + frequencies / factor * (1 - keep)
     return frequencies
@@ -46,7 +52,7 @@ def rope_tables(config: ModelConfig, start: int, T: int, dtype: torch.dtype, dev
 
     Made for each forward pass and never stored, so that casting a model cannot round its positions.
     """
-    positions_T = torch.arange(start, start + T, dtype=torch.float64, device=device)
+    positions_T = torch.arange(start, start + T, dtype=_table_dtype(device), device=device)
     angles_TD = torch.outer(positions_T, rope_frequencies(config, device)).repeat(1, 2)
     # YaRN also sharpens attention by a temperature, folded into the tables (Peng et al. 2023, section 3.4).
     scale = 0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling == "yarn" else 1.0
@@ -146,6 +152,7 @@ class Attention(nn.Module):
         super().__init__()
         self.H, self.G, self.D = config.num_heads, config.num_kv_heads, config.attention_head_dim
         self.block, self.window, self.dropout = block, config.window(block), config.dropout
+        self.has_flash = True  # whether the device has the flash kernel for this arithmetic (runtime.device.choose_kernels)
         self.W_q = nn.Linear(config.d_model, self.H * self.D, bias=config.qkv_bias)
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
@@ -169,8 +176,12 @@ class Attention(nn.Module):
             start = cache.length
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
         mask, is_causal = self._mask(start, T, q_BHTD, cache)
+        if q_BHTD.is_cuda and self.H != self.G and (mask is not None or not self.has_flash):
+            # Of CUDA's kernels only flash takes grouped heads, and it takes no mask: without this copy (never of the cache,
+            # only of what this call reads) the call would fall to the kernel that holds all T x S scores.
+            k_BGSD, v_BGSD = (x.repeat_interleave(self.H // self.G, dim=1) for x in (k_BGSD, v_BGSD))
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal,
-                                                dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.H != self.G)
+                                                dropout_p=self.dropout if self.training else 0.0, enable_gqa=k_BGSD.shape[1] != self.H)
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
 
     def _mask(self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None) -> tuple[Tensor | None, bool]:
@@ -242,7 +253,7 @@ def drop_over_capacity(weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor,
     studied, the dropless path is the fast one.
     """
     (N, K), E = weights_NK.shape, counts_E.shape[0]
-    capacity = math.ceil(capacity_factor * N * K / E)
+    capacity = math.ceil(capacity_factor * N * K / E - 1e-9)  # 1.1 * 100 * 2 / 20 is 11, also in binary
     by_weight = weights_NK.detach().flatten().argsort(descending=True, stable=True)
     experts_R = experts_NK.flatten()
     order = by_weight[experts_R[by_weight].argsort(stable=True)]          # by expert, then by falling weight
@@ -284,7 +295,7 @@ class Experts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(E, C, d_ff))
         self.register_parameter("b_in", nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None)
         self.register_parameter("b_out", nn.Parameter(torch.empty(E, C)) if config.expert_bias else None)
-        self.grouped: bool | None = None  # None: grouped_mm where it is fast; True or False: as told (tests, benchmarks)
+        self.grouped = False  # one kernel for all experts instead of one after another (runtime.device.choose_kernels)
 
     def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert through their experts: [R, C] -> [R, C].  experts_R: each row's expert; counts_E: rows of each."""
@@ -293,12 +304,12 @@ class Experts(nn.Module):
         x_RC = x_RC.to(dtype)
         w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)
         b_in, b_out = (None if b is None else b.to(dtype) for b in (self.b_in, self.b_out))
-        if self._use_grouped_mm(x_RC):
+        if self.grouped:
             ends_E = counts_E.cumsum(0).to(torch.int32)
             h_RF = F.grouped_mm(x_RC, w_in.transpose(1, 2), offs=ends_E)
-            h_RF = self._activate(h_RF if b_in is None else h_RF + b_in[experts_R])
+            h_RF = self._activate(h_RF if b_in is None else h_RF + _row_bias(b_in, experts_R))
             y_RC = F.grouped_mm(h_RF, w_out.transpose(1, 2), offs=ends_E)
-            return y_RC if b_out is None else y_RC + b_out[experts_R]
+            return y_RC if b_out is None else y_RC + _row_bias(b_out, experts_R)
         return self._one_after_another(x_RC, counts_E, w_in, b_in, w_out, b_out)
 
     def _one_after_another(self, x_RC, counts_E, w_in, b_in, w_out, b_out) -> Tensor:
@@ -315,15 +326,14 @@ class Experts(nn.Module):
             h_RF = F.silu(gate) * up
         else:
             h_RF = F.gelu(h_RF)
+        # expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4; on attention weights: as in GPT-2's code
         return F.dropout(h_RF, self.dropout, self.training) if self.dropout else h_RF
 
-    def _use_grouped_mm(self, x_RC: Tensor) -> bool:
-        if self.grouped is not None:
-            return self.grouped
-        # One kernel for all experts and no wait for the counts; its fast path is bfloat16 on Hopper and later, and it
-        # wants rows of a multiple of 16 bytes.
-        return (x_RC.is_cuda and x_RC.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x_RC.device) >= (9, 0)
-                and self.w_in.shape[2] % 8 == 0 and self.w_out.shape[2] % 8 == 0)
+
+def _row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
+    """bias[experts], [R, F], as a product with one-hot rows: its backward sums in float32 and in a fixed order, where that of
+    a gather rounds to bfloat16 after each of thousands of rows."""
+    return F.one_hot(experts_R, len(bias_EF)).to(bias_EF.dtype) @ bias_EF
 
 
 class LocalDispatcher:

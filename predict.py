@@ -25,7 +25,7 @@ from model import LLM, generate
 from runtime import cli
 from runtime.checkpoint import Checkpoint, load_model
 from runtime.data import MANIFEST, TokenShards
-from runtime.device import choose_device, choose_dtype, explained_out_of_memory
+from runtime.device import choose_device, choose_dtype, choose_kernels, explained_out_of_memory
 from runtime.text import visible
 from runtime.tokenizer import NAMED, Tokenizer, TokenStream, load_tokenizer
 
@@ -74,6 +74,7 @@ class Predictor:
         dtype = choose_dtype(config.dtype, device)
         with explained_out_of_memory(device, "use --dtype bfloat16, another --device or a smaller model"):
             self.model, checkpoint = load_model(config.ckpt, device, dtype)
+            choose_kernels(self.model, device, dtype)
         self.tokenizer = _tokenizer(config, checkpoint)
         if config.context_length:
             _set_context(self.model, config)

@@ -36,12 +36,13 @@ from config_model import (
 )
 from model import IGNORE, LLM, Output
 from runtime import cli
-from runtime.checkpoint import Checkpoint, build_model, find_latest, folder_has_run, load_training_state, read_checkpoint, save_checkpoint
+from runtime.checkpoint import Checkpoint, build_model, check_disk_space, find_latest, folder_has_run, load_training_state, read_checkpoint, save_checkpoint
 from runtime.data import TokenShards, WindowLoader, open_data, prefetch, validation_batches
 from runtime.device import (
     autocast,
     choose_device,
     choose_dtype,
+    choose_kernels,
     device_name,
     explained_out_of_memory,
     memory_bytes,
@@ -57,7 +58,8 @@ from runtime.text import human_bytes, human_count, human_seconds
 # With --resume these may be given anew; every other setting is the run's and must stay what it is.
 FREE_ON_RESUME = {"data_dir", "ckpt_dir", "graph_dir", "device", "compile", "num_threads", "log_interval", "val_interval", "val_steps",
                   "save_interval", "keep_last", "max_steps", "resume", "wandb", "tensorboard"}
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+SAME_SIGNAL_SECONDS = 1.0         # wrappers pass Ctrl-C on to a child that the terminal has already told: one wish, two signals
 MOST_SKIPPED_IN_A_ROW = 25
 SMALLEST_LOSS_SCALE = 2.0 ** -14  # float16's smallest normal number: a gradient that overflows even so is not a matter of scale
 
@@ -132,7 +134,7 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
         stop_requested: Callable[[], bool] = lambda: False) -> RunState:
     """Train `model` in place until config.max_steps, or until `stop_requested()` after a step; returns the state reached.
 
-    loader: `.batch(first_sample) -> (inputs, targets)` for `.batch_size` samples from an endless, numbered stream.
+    loader: `.batch(first_sample) -> (inputs, targets)` gives config.batch_size samples from an endless, numbered stream.
     loss_fn(model, batch) -> Output: the step minimises sum(cross_entropy_sum) / sum(valid targets) over its grad_accum
     micro-batches, which is the gradient of the one big batch, plus the mean of their auxiliary losses.
     on_log gets a record every log_interval steps ("train") and after each validation ("val"); on_save(state, val_loss,
@@ -201,7 +203,7 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
                 val_loss = evaluate(model, val_batches, loss_fn, dtype)
                 on_log({"kind": "val", "step": state.step, "tokens_seen": state.tokens_seen, "loss": val_loss, "perplexity": _perplexity(val_loss)})
             if saving or stopping:
-                is_best = val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss)
+                is_best = val_loss is not None and math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
                 state.best_val_loss = val_loss if is_best else state.best_val_loss
                 on_save(state, val_loss, is_best)
             if stopping:
@@ -253,9 +255,15 @@ def make_plan(settings: cli.Settings) -> Plan:
     if settings.values.get("resume"):
         if settings.values.get("init_from"):
             raise ValueError("give either --resume (go on with a run) or --init_from (start a new run from weights), not both")
+        if settings.preset:
+            raise ValueError(f"--resume goes on with the run's own settings: leave out --preset {settings.preset}")
         source, skipped = find_latest(settings.values.get("ckpt_dir", TrainConfig.ckpt_dir))
         notes += [f"skipped a damaged checkpoint: {line}" for line in skipped] + [f"resuming {source.path} at step {source.step:,}"]
         config, model_config = _resumed_configs(settings, source)
+        before = TrainConfig(**source.train_config)
+        if config.max_steps != before.max_steps:
+            notes.append(f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate goes on from {learning_rate(source.step, config):.3g} "
+                         f"(before: {learning_rate(source.step - 1, before):.3g})")
     else:
         config = settings.build(TrainConfig)
         if folder_has_run(config.ckpt_dir):
@@ -265,13 +273,14 @@ def make_plan(settings: cli.Settings) -> Plan:
     dtype = choose_dtype(config.dtype, device)
     train, val = open_data(config.data_dir)
     if config.resume:
-        if source.data_fingerprint != train.fingerprint:
+        if source.data_fingerprint != train.manifest["pair"]:
             raise ValueError(f"{config.data_dir} is not the text that {source.path} was trained on: give the run's own --data_dir, or start anew with --init_from")
     else:
         if config.init_from:
             source = read_checkpoint(config.init_from)
             model_config = _initial_config(settings, source)
-            notes.append(f"starting from the weights of {source.path} (step {source.step:,})")
+            notes.append(f"starting from the weights of {source.path} (step {source.step:,})"
+                         + (f"; the architecture is theirs, preset {settings.preset} sets the training only" if settings.preset else ""))
         elif "vocabulary_size" not in settings.explicit:
             model_config = dataclasses.replace(model_config, vocabulary_size=train.vocabulary_size)
         _check_vocabulary(model_config, train, source)
@@ -294,8 +303,8 @@ def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainC
         config = TrainConfig(**source.train_config | free | folder | {"resume": True, "init_from": ""})
     except TypeError as error:
         raise ValueError(f"{source.path} has training settings that this version does not know: {error}") from error
-    if config.max_steps <= source.step:  # fewer steps would rewrite history
-        raise ValueError(f"the run in {config.ckpt_dir} is at step {source.step} and max_steps is {config.max_steps}: nothing is left to do; raise --max_steps to train further")
+    if config.max_steps < source.step:  # fewer steps would rewrite history
+        raise ValueError(f"the run in {config.ckpt_dir} is at step {source.step}, beyond --max_steps {config.max_steps}: raise it to train further")
     return config, source.model_config
 
 
@@ -317,6 +326,14 @@ def _initial_config(settings: cli.Settings, source: Checkpoint) -> ModelConfig:
         if (name in mine) != (name in theirs) or mine[name].shape != theirs[name].shape:
             raise ValueError(f"{', '.join('--' + n for n in sorted(names))} does not fit the weights in {source.path} ({name} differs): leave it out")
     return config
+
+
+def _with_config(source: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """A checkpoint's weights under a config that may balance its experts otherwise: a selection bias comes (as 0) or goes."""
+    biases = {f"layers.{block}.moe.router.selection_bias": torch.zeros(config.num_experts) for block in range(config.transformer_blocks)}
+    model = {name: tensor for name, tensor in source.model.items() if name not in biases}
+    model |= {name: source.model.get(name, zero) for name, zero in biases.items()} if config.router_bias_rate else {}
+    return dataclasses.replace(source, model_config=config, model=model)
 
 
 def _check_vocabulary(model_config: ModelConfig, train: TokenShards, source: Checkpoint | None) -> None:
@@ -360,24 +377,27 @@ def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
     memory = memory_bytes(plan.device)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needed.items() if size)
     lines.append(f"memory   about {human_bytes(sum(needed.values()))} ({parts})" + (f"; {human_bytes(memory[0])} free" if memory else ""))
+    checkpoint, kept = human_bytes(12 * total), f"{t.keep_last} and the best" if t.keep_last else f"{max(t.max_steps // t.save_interval, 1)}"
+    lines.append(f"disk     {checkpoint} a checkpoint in {t.ckpt_dir}; {kept} are kept, and one more is written before an old one goes")
     lines.append(f"device   {device_name(plan.device)}, {t.dtype}{', compiled' if t.compile else ''}")
     return lines
 
 
 def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
-    """One micro-batch forward and backward, with the optimizer's state in place and nothing updated: out-of-memory comes now.
+    """Two micro-batches forward and backward, with the optimizer's state in place and nothing updated: out-of-memory comes now.
 
-    Returns the seconds that it took (of a second pass where the first one compiled).
+    The second meets the gradients of the first, as in a step. Returns the seconds that it took; the first one warms up.
     """
     initialise_state(optimizer)
-    for _ in range(1 + plan.config.compile):
+    model.train()
+    for _ in range(2):
         started = time.perf_counter()
         with autocast(plan.device, plan.dtype):
             out = next_token_loss(model, to_device(loader.batch(0), plan.device))
         (out.cross_entropy_sum + out.aux_loss + out.z_loss).backward()
-        optimizer.zero_grad(set_to_none=True)
         synchronize(plan.device)
         seconds = time.perf_counter() - started
+    optimizer.zero_grad(set_to_none=True)
     return seconds
 
 
@@ -388,13 +408,14 @@ def out_of_memory_advice(plan: Plan):
 
 
 class StopRequest:
-    """The first SIGINT, SIGTERM or SIGUSR1 asks the run to finish its step, save and leave; a second one ends it at once."""
+    """The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP asks the run to finish its step, save and leave; a later one ends it at once.
+    What the run was told to ignore (SIGHUP under nohup) stays ignored."""
 
     def __init__(self):
         self.signal: int | None = None
 
     def __enter__(self):
-        self._before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+        self._before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_):
@@ -403,8 +424,10 @@ class StopRequest:
 
     def _on_signal(self, number, frame):
         if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
+            if time.monotonic() - self._asked > SAME_SIGNAL_SECONDS:
+                os._exit(128 + number)
+            return
+        self.signal, self._asked = number, time.monotonic()
         os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once\n".encode())
 
     def requested(self) -> bool:
@@ -429,7 +452,7 @@ class Reporter:
         self.tokens_per_byte = plan.val.num_tokens / plan.val.manifest["total_bytes"]
         self.flops_per_token = 3 * flops_per_token(plan.model_config)
         self.peak = peak_flops(plan.device, plan.dtype)
-        self.can_plot = True
+        self.can_plot = self.can_log = True
         self.bar = tqdm(total=config.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
 
     def say(self, line: str) -> None:
@@ -451,16 +474,22 @@ class Reporter:
                 left = (self.plan.config.max_steps - record["step"]) * self.state.train_seconds / record["step"]
                 self.say(f"step {record['step']:>7,}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
                          + f"  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  ETA {human_seconds(left)}")
-        self.log.append(record)
-        self.say_messages()
-
-    def say_messages(self) -> None:
-        for message in self.log.take_messages():
-            self.say(message)
+        self._log(lambda: self.log.append(record))
 
     def write_json(self) -> None:
-        self.log.write_json()
-        self.say_messages()
+        self._log(self.log.write_json)
+
+    def _log(self, write: Callable[[], None]) -> None:
+        """Metrics are worth a line when they cannot be written, but never the run."""
+        if not self.can_log:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.can_log = False
+            self.say(f"no more metrics: {error} (training goes on)")
+        for message in self.log.take_messages():
+            self.say(message)
 
     def plots(self, step: int) -> None:
         """Draw what there is. Plots are a comfort: whatever is wrong with them is said once and the run goes on."""
@@ -474,32 +503,41 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
-        self.log.finish()
+        self._log(self.log.finish)
 
 
 # --------------------------------------------------------------------------------------------------------------------- main
-def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, RunState, float]:
-    """Model, optimizer, loader and state of a plan, ready for `fit`, and the seconds that its dry-run micro-batch took."""
+def initial_state(plan: Plan) -> RunState:
+    """Where the run starts: at step 0, or where the checkpoint that it resumes says."""
+    if not plan.config.resume:
+        return RunState(run_id=os.urandom(8).hex())
+    state = _saved_state(plan.source)
+    if plan.config.val_steps != plan.source.train_config["val_steps"]:  # another average: not to be compared with
+        state.best_val_loss = None
+    return state
+
+
+def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, float]:
+    """Model, optimizer and loader of a plan, ready for `fit`, and the seconds that a micro-batch takes."""
     config = plan.config
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     loader = WindowLoader(plan.train, plan.model_config.context_length, config.batch_size, config.seed)
     with out_of_memory_advice(plan):
         if config.init_from:
-            model = build_model(dataclasses.replace(plan.source, model_config=plan.model_config), plan.device)
+            model = build_model(_with_config(plan.source, plan.model_config), plan.device)
         else:
             torch.manual_seed(config.seed)
             with plan.device:
                 model = LLM(plan.model_config)
+        choose_kernels(model, plan.device, plan.dtype)
         optimizer = build_adamw(model, config)
-        state = RunState(run_id=os.urandom(8).hex())
         if config.resume:
             load_training_state(plan.source, model, optimizer)
-            state = _saved_state(plan.source)
         if config.compile:
             for block in model.layers:
                 block.compile_in_place()
-        return model, optimizer, loader, state, dry_run(model, optimizer, loader, plan)
+        return model, optimizer, loader, dry_run(model, optimizer, loader, plan)
 
 
 def run(plan: Plan) -> int:
@@ -508,28 +546,37 @@ def run(plan: Plan) -> int:
     for line in plan.notes + describe(plan, check_memory(plan)):
         print(line)
     sys.stdout.flush()
-    model, optimizer, loader, state, seconds = set_up(plan)
+    state = initial_state(plan)
+    if state.step == config.max_steps:
+        print(f"done already: all {state.step:,} steps of the run in {config.ckpt_dir} are taken; raise --max_steps to train further")
+        return 0
+    check_disk_space(config.ckpt_dir, 12 * total_parameters(plan.model_config))
     val_batches = validation_batches(plan.val, plan.model_config.context_length, config.batch_size, config.val_steps)
+    reporter = Reporter(plan, state)
+    try:
+        return _train(plan, state, reporter, val_batches)
+    finally:
+        reporter.close()
+
+
+def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
+    config = plan.config
+    model, optimizer, loader, seconds = set_up(plan)
     left = (config.max_steps - state.step) * config.grad_accum * seconds
     peak = peak_memory_bytes(plan.device)
-    print(f"ready    a micro-batch takes {seconds:.2f} s, the run about {human_seconds(left)}" + (f"; peak memory so far {human_bytes(peak)}" if peak else ""))
-    sys.stdout.flush()
-    reporter = Reporter(plan, state)
+    reporter.say(f"ready    a micro-batch takes {seconds:.2f} s, the run about {human_seconds(left)}" + (f"; peak memory so far {human_bytes(peak)}" if peak else ""))
 
     def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:
         reporter.write_json()
         save_checkpoint(config.ckpt_dir, state.step, model, optimizer, train_config=dataclasses.replace(config, resume=False), val_loss=val_loss,
-                        tokenizer_state=plan.train.tokenizer_state, data_fingerprint=plan.train.fingerprint, run=dataclasses.asdict(state),
+                        tokenizer_state=plan.train.tokenizer_state, data_fingerprint=plan.train.manifest["pair"], run=dataclasses.asdict(state),
                         keep_last=config.keep_last, is_best=is_best)
         reporter.plots(state.step)
 
-    with StopRequest() as stop:
-        try:
-            with out_of_memory_advice(plan):
-                state = fit(model, loader, config, next_token_loss, optimizer=optimizer, state=state, val_batches=val_batches, dtype=plan.dtype,
-                            on_log=reporter.on_log, on_save=on_save, stop_requested=stop.requested)
-        finally:
-            reporter.close()
+    with StopRequest() as stop, out_of_memory_advice(plan):
+        fit(model, loader, config, next_token_loss, optimizer=optimizer, state=state, val_batches=val_batches, dtype=plan.dtype,
+            on_log=reporter.on_log, on_save=on_save, stop_requested=stop.requested)
+    reporter.close()
     if state.skipped_steps:
         print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")
     if state.step < config.max_steps:

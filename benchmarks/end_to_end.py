@@ -30,7 +30,8 @@ WARM_UP_STEPS = 5
 
 def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
     """Run the plan's steps, logging each; returns the model and its figures."""
-    model, optimizer, loader, state, _ = train.set_up(plan)
+    model, optimizer, loader, _ = train.set_up(plan)
+    state = train.initial_state(plan)
     batches = validation_batches(plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps)
     before = train.evaluate(model, batches, dtype=plan.dtype)
     records: list[dict] = []

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from config_model import ModelConfig, TrainConfig, total_parameters
 from model import LLM
-from runtime.files import link_atomic, write_atomic
+from runtime.files import TEMPORARY_SUFFIX, link_atomic, write_atomic
 from runtime.optimizer import check_tensors, load_state_by_name, state_by_name
 
 FORMAT, VERSION = "gptoss-checkpoint", 1
@@ -90,7 +90,7 @@ def save_checkpoint(ckpt_dir: str | Path, step: int, model: LLM, optimizer: Opti
                     keep_last: int = 0, is_best: bool = False) -> Path:
     """Write step_0001000.pt, link latest.pt (and best.pt) to it, and prune to the `keep_last` newest step files (0 = all).
 
-    `run` and `tokenizer_state` are JSON-able. Tensors stay where they are: one at a time is brought to the CPU, to be hashed
+    `run` and `tokenizer_state` are JSON-able. Tensors stay where they are: a few at a time are brought to the CPU, to be hashed
     and again to be written. No optimizer makes a file that can be predicted from but not resumed. Raises CheckpointError,
     leaving nothing new behind, if a weight or moment is not finite or the disk is full.
     """
@@ -107,12 +107,13 @@ def save_checkpoint(ckpt_dir: str | Path, step: int, model: LLM, optimizer: Opti
         if wrong := [name for name, tensor in groups["model"].items() if tensor.dtype != torch.float32]:
             raise ValueError(f"checkpoints hold float32 weights, and {wrong[0]} is {groups['model'][wrong[0]].dtype}")
         folder.mkdir(parents=True, exist_ok=True)
-        _check_disk_space(folder, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()))
+        _remove_leftovers(folder)
+        check_disk_space(folder, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()))
         digests = _digests(groups["model"], "model") | _digests(groups["optimizer"], "optimizer")
         groups = {group: {name: _own_storage(tensor) for name, tensor in tensors.items()} for group, tensors in groups.items()}
         contents = {"step": step, **groups, **header, "digests": digests | {"header": _header_digest(header)}}
         write_atomic(path, lambda file: _torch_save(contents, file))
-        for name in (LATEST, BEST)[:1 + is_best]:
+        for name in ((BEST, LATEST) if is_best else (LATEST,)):  # latest last: what it names knows that it is the best
             link_atomic(path, folder / name)
     except OSError as error:
         raise CheckpointError(path, f"cannot be written: {error.strerror or error}; free some space or choose another --ckpt_dir") from error
@@ -157,11 +158,21 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _check_disk_space(folder: Path, tensor_bytes: int) -> None:
-    needed, free = tensor_bytes + (tensor_bytes >> 8) + (1 << 20), shutil.disk_usage(folder).free
+def check_disk_space(folder: str | Path, tensor_bytes: int) -> None:
+    """ValueError if a checkpoint with so many bytes of tensors does not fit the disk of `folder`, which need not exist yet."""
+    folder = Path(folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    needed, free = tensor_bytes + (tensor_bytes >> 8) + (1 << 20), shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(f"a checkpoint needs {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free: "
                          "delete old checkpoints, lower --keep_last, or choose another --ckpt_dir")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Half-written files that a kill left under temporary names: each can be as large as a checkpoint."""
+    for path in folder.glob(f"*.pt{TEMPORARY_SUFFIX}"):
+        if STEP_FILE.fullmatch(path.name.removesuffix(TEMPORARY_SUFFIX)) or path.name.removesuffix(TEMPORARY_SUFFIX) in (LATEST, BEST):
+            path.unlink()
 
 
 def step_files(ckpt_dir: str | Path) -> list[tuple[int, Path]]:
@@ -509,12 +520,13 @@ def folder_has_run(ckpt_dir: str | Path) -> bool:
 def find_latest(ckpt_dir: str | Path, optimizer: bool = True) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that passes every check, and one line for each newer one that did not, for the caller to print.
 
-    Tried in turn: latest.pt, the step files from the last step down, best.pt. CheckpointError if none can be read.
+    Tried in turn: the step files from the last step down, latest.pt, best.pt: a kill between writing a step file and naming
+    it latest.pt loses nothing. CheckpointError if none can be read.
     """
     folder, tried, skipped = Path(ckpt_dir), [], []
     if not folder_has_run(folder):
         raise CheckpointError(folder, f"holds no checkpoint ({LATEST} or step_*.pt)")
-    for path in [folder / LATEST, *(path for _, path in reversed(step_files(folder))), folder / BEST]:
+    for path in [*(path for _, path in reversed(step_files(folder))), folder / LATEST, folder / BEST]:
         if not os.path.lexists(path) or any(path.exists() and path.samefile(other) for other in tried if other.exists()):
             continue                                                             # another name of a file that was just refused
         try:

@@ -23,6 +23,7 @@ class Settings:
     """What the user asked for: `values` by field name, preset included; `explicit` are those from flags or the TOML file."""
     values: dict
     explicit: frozenset
+    preset: str | None = None
 
     def build(self, config_class, **replacements):
         """A config of `config_class` from the settings that are its fields; `replacements` win. Raises ValueError."""
@@ -71,7 +72,7 @@ def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     file = _read_toml(args.config, known) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
-    return Settings(values | file | flags, frozenset(file) | frozenset(flags))
+    return Settings(values | file | flags, frozenset(file) | frozenset(flags), args.preset)
 
 
 def _read_toml(path: str, known: Iterable[str]) -> dict:

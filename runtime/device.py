@@ -1,8 +1,9 @@
-"""What the machine can do: device, arithmetic, memory, peak speed. The only module, with runtime/, that asks torch.cuda."""
+"""What the machine can do: device, arithmetic, kernels, memory, peak speed. Nothing outside runtime/ asks torch.cuda."""
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 
 import torch
@@ -58,6 +59,19 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return contextlib.nullcontext()
 
 
+def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
+    """Tell a model's blocks which of their paths is the fast one on `device` for arithmetic in `dtype`. The results are the same.
+
+    Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a multiple of 16 bytes; not on later cards while PyTorch
+    issue 172439 is open (wrong weight gradients for experts without tokens). Flash attention: half precision from Ampere on.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    for block in model.layers:
+        experts = block.moe.experts
+        experts.grouped = capability == (9, 0) and dtype == torch.bfloat16 and experts.w_in.shape[2] % 8 == 0 and experts.w_out.shape[2] % 8 == 0
+        block.attention.has_flash = capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
+
+
 def device_name(device: torch.device) -> str:
     """A name to print and to record: the GPU's, or the CPU's with its thread count."""
     if device.type == "cuda":
@@ -70,7 +84,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    if "Laptop" in name:  # the same number on the box, another chip inside
+        return None
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int] | None:

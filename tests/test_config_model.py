@@ -6,13 +6,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from config_model import (
-    LOSS_CHUNK_ROWS,
     PRESETS,
     ModelConfig,
     TrainConfig,
     active_parameters,
     flops_per_token,
     kv_cache_bytes_per_token,
+    loss_chunk_rows,
     parameter_counts,
     total_parameters,
     training_memory_bytes,
@@ -153,5 +153,5 @@ def test_activation_estimate_is_what_autograd_saves(changes):
 def test_memory_estimate_counts_16_bytes_a_parameter():
     memory = training_memory_bytes(ModelConfig(), 2, 2, on_gpu=True)
     assert memory["weights"] + memory["gradients"] + memory["optimizer state"] == 16 * 3_664_132_435
-    assert memory["loss"] < 2048 * 200_019 * 8 + 4 * 200_019 * 1024
-    assert LOSS_CHUNK_ROWS["cpu"] == 256
+    assert memory["loss"] < 2048 * 200_019 * 8 + 10 * 200_019 * 1024
+    assert loss_chunk_rows(ModelConfig(), False) == 256 and loss_chunk_rows(ModelConfig(), True) == 2048

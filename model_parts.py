@@ -168,7 +168,8 @@ class Attention(nn.Module):
         k_BGSD = self.W_k(x_BTC).view(B, T, self.G, self.D).transpose(1, 2)
         v_BGSD = self.W_v(x_BTC).view(B, T, self.G, self.D).transpose(1, 2)
         if self.q_norm is not None:
-            q_BHTD, k_BGSD = self.q_norm(q_BHTD).to(v_BGSD.dtype), self.k_norm(k_BGSD).to(v_BGSD.dtype)
+            dtype = self.q_norm.weight.dtype  # the weights': float32 under autocast
+            q_BHTD, k_BGSD = self.q_norm(q_BHTD.to(dtype)).to(v_BGSD.dtype), self.k_norm(k_BGSD.to(dtype)).to(v_BGSD.dtype)
         if rope is not None:
             q_BHTD, k_BGSD = rotate(q_BHTD, *rope), rotate(k_BGSD, *rope)
         start = 0

@@ -470,6 +470,25 @@ def test_every_torch_load_in_the_repo_is_weights_only():
 
 
 # ---------------------------------------------------------------------------------------------- the folder and the writing
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+    """A kill during a save left step_X.pt.partial, as large as a checkpoint, for good: only a save of the same step replaced it."""
+    save(tmp_path, 1)
+    for name in ("step_0000007.pt.partial", "latest.pt.partial", "best.pt.partial", "mine.pt.partial"):
+        (tmp_path / name).write_bytes(b"x")
+    save(tmp_path, 2)
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["mine.pt.partial"]
+
+
+def test_a_kill_before_latest_was_renamed_loses_nothing(tmp_path):
+    """latest.pt was tried first, so a good, newer step file beside it was not found and its steps were taken again."""
+    save(tmp_path, 5)
+    latest = (tmp_path / "latest.pt").read_bytes()
+    save(tmp_path, 10)
+    (tmp_path / "latest.pt").unlink()
+    (tmp_path / "latest.pt").write_bytes(latest)
+    assert find_latest(tmp_path)[0].step == 10
+
+
 def test_latest_and_best_are_names_of_the_step_file(tmp_path):
     first = save(tmp_path, 1, is_best=True)
     second = save(tmp_path, 2)
@@ -581,11 +600,11 @@ def test_find_latest_falls_back_and_says_what_it_skipped(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, is_best=step == 1)
     checkpoint, skipped = find_latest(tmp_path)
-    assert (checkpoint.step, checkpoint.path.name, skipped) == (3, "latest.pt", [])
+    assert (checkpoint.step, checkpoint.path.name, skipped) == (3, "step_0000003.pt", [])
     data = (tmp_path / "latest.pt").read_bytes()
     (tmp_path / "latest.pt").write_bytes(data[:-100])  # the same file as step 3: one line, not two
     checkpoint, skipped = find_latest(tmp_path)
-    assert checkpoint.step == 2 and len(skipped) == 1 and "latest.pt: damaged" in skipped[0]
+    assert checkpoint.step == 2 and len(skipped) == 1 and "step_0000003.pt: damaged" in skipped[0]
     (tmp_path / "latest.pt").unlink()
     (tmp_path / "step_0000002.pt").write_bytes(b"")
     checkpoint, skipped = find_latest(tmp_path)
@@ -602,7 +621,10 @@ def test_a_latest_link_whose_file_is_gone_is_skipped_too(tmp_path, monkeypatch):
     save(tmp_path, 1), save(tmp_path, 2)
     (tmp_path / "step_0000002.pt").unlink()
     checkpoint, skipped = find_latest(tmp_path)
-    assert checkpoint.step == 1 and "latest.pt: no such file" in skipped[0]
+    assert checkpoint.step == 1 and skipped == []
+    (tmp_path / "step_0000001.pt").unlink()
+    with pytest.raises(CheckpointError, match="latest.pt: no such file"):
+        find_latest(tmp_path)
 
 
 def test_folder_has_run(tmp_path):

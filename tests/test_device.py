@@ -6,12 +6,14 @@ import os
 import pytest
 import torch
 
+from model import LLM
 from runtime import device as module
 from runtime.device import (
     DTYPES,
     autocast,
     choose_device,
     choose_dtype,
+    choose_kernels,
     device_name,
     explained_out_of_memory,
     is_out_of_memory,
@@ -20,6 +22,7 @@ from runtime.device import (
     peak_memory_bytes,
     synchronize,
 )
+from tests.util import tiny_config
 
 CPU = torch.device("cpu")
 
@@ -183,3 +186,23 @@ def test_synchronize_waits_for_gpus_only(monkeypatch):
     for name in ("cpu", "cuda", "mps"):
         synchronize(torch.device(name))
     assert waited == ["cuda", "mps"]
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H200", 989e12), ("NVIDIA L40", None), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("Quadro T400 4GB", None),
+                                        ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA H100 PCIe", 756e12)])
+def test_peak_speed_is_of_that_card_and_no_other(monkeypatch, name, peak):
+    """An L40 was taken for an L4, a T400 for a T4, a laptop's 4090 for a desktop's: their MFU was wrong."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+
+
+@pytest.mark.parametrize("capability, dtype, grouped, flash", [
+    ((9, 0), torch.bfloat16, True, True), ((9, 0), torch.float32, False, False), ((10, 0), torch.bfloat16, False, True), ((8, 0), torch.bfloat16, False, True),
+    ((7, 5), torch.float16, False, False)])
+def test_kernels_are_chosen_for_the_card(monkeypatch, capability, dtype, grouped, flash):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = LLM(tiny_config())
+    choose_kernels(model, torch.device("cuda"), dtype)
+    assert all(b.moe.experts.grouped is grouped and b.attention.has_flash is flash for b in model.layers)
+    choose_kernels(model, torch.device("cpu"), torch.float32)
+    assert not any(b.moe.experts.grouped for b in model.layers)

@@ -34,7 +34,7 @@ def test_first_loss_is_that_of_guessing():
     torch.manual_seed(0)
     ids = torch.randint(0, config.vocabulary_size, (4, 65))
     out = LLM(config)(ids[:, :-1], ids[:, 1:])
-    assert (out.cross_entropy_sum / out.num_targets).item() == pytest.approx(math.log(config.vocabulary_size), abs=0.15)
+    assert (out.cross_entropy_sum / out.num_targets).item() == pytest.approx(math.log(config.vocabulary_size), abs=0.25)
 
 
 def test_tied_head_is_the_embedding():

@@ -14,6 +14,7 @@ from model_parts import (
     LocalDispatcher,
     MoE,
     Router,
+    _row_bias,
     attention_mask,
     balance_loss,
     drop_over_capacity,
@@ -285,6 +286,17 @@ def test_grouped_matmul_equals_one_expert_after_another(changes):
         assert torch.allclose(plain, fast, rtol=1e-4, atol=1e-4 * plain.abs().max())
 
 
+def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
+    """A gather's backward rounded to bfloat16 after every row: 13 % off after 2,048 of them. The product with one-hot rows is not."""
+    bias = torch.randn(4, 16, requires_grad=True)
+    experts = torch.arange(8192) % 4
+    weights = torch.rand(8192, 16) + 0.5
+    (_row_bias(bias.bfloat16(), experts) * weights.bfloat16()).sum().backward()
+    exact = torch.zeros(4, 16).index_add_(0, experts, weights.bfloat16().float())
+    assert torch.allclose(bias.grad, exact, rtol=0.01)
+    assert torch.equal(_row_bias(bias, experts), bias[experts])
+
+
 def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
     """The reference's was top_k at balance (its fault M6)."""
     for E, K in ((4, 1), (8, 2), (6, 3)):
@@ -309,6 +321,12 @@ def test_capacity_keeps_everything_at_balance_and_drops_by_weight():
     kept, share = drop_over_capacity(weights[:, :1], everything_to_one, torch.tensor([N, 0, 0, 0]), 1.0)
     assert share.item() == pytest.approx(0.75) and (kept > 0).sum() == N / E
     assert kept[kept > 0].min() >= weights[:, :1][kept == 0].max()
+
+
+def test_capacity_is_not_rounded_up_by_binary_fractions():
+    """ceil(1.1 * 100 * 2 / 20) was 12: 1.1 is a little more than that in binary."""
+    kept, _ = drop_over_capacity(torch.rand(100, 2), torch.zeros(100, 2, dtype=torch.int64), torch.tensor([200] + [0] * 19), 1.1)
+    assert (kept > 0).sum() == 11
 
 
 def test_capacity_does_not_apply_at_inference():

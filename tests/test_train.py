@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -406,7 +407,8 @@ def test_a_used_folder_needs_a_word(run):
 @pytest.mark.parametrize("flags, message", [
     (["--lr", "0.5"], "--lr 0.5 differs"), (["--d_model", "32"], "--d_model 32 differs"), (["--batch_size", "4"], "--batch_size 4 differs"),
     (["--dropout", "0.3"], "--dropout 0.3 differs"), (["--seed", "1"], "--seed 1 differs"), (["--top_k", "1"], "--top_k 1 differs"),
-    (["--dtype", "bfloat16"], "--dtype bfloat16 differs"), (["--max_steps", "4"], "nothing is left to do"), (["--max_steps", "3"], "must be less than max_steps 3"),
+    (["--dtype", "bfloat16"], "--dtype bfloat16 differs"), (["--preset", "nano"], "leave out --preset nano"),
+    (["--max_steps", "3", "--warmup_steps", "1"], "--warmup_steps 1 differs"),
     (["--init_from", "x.pt"], "not both"),
 ])
 def test_resuming_with_other_settings_is_refused(run, flags, message):
@@ -414,6 +416,64 @@ def test_resuming_with_other_settings_is_refused(run, flags, message):
     assert run("--max_steps", 4) == 0
     with pytest.raises(ValueError, match=message):
         run("--resume", *flags, fresh=False)
+
+
+def test_fewer_steps_than_taken_are_refused_and_as_many_are_done(run, capsys):
+    assert run("--max_steps", 8) == 0
+    with pytest.raises(ValueError, match="at step 8, beyond --max_steps 5"):
+        run("--resume", "--max_steps", "5", fresh=False)
+    before = (run.ckpt_dir / "latest.pt").read_bytes()
+    assert run("--resume", fresh=False) == 0  # scripts that resume until a run is done get their 0
+    assert "done already" in capsys.readouterr().out and (run.ckpt_dir / "latest.pt").read_bytes() == before
+
+
+def test_extending_a_run_says_what_the_learning_rate_does(run, capsys):
+    assert run("--max_steps", 8) == 0
+    assert run("--resume", "--max_steps", "16", fresh=False) == 0
+    assert re.search(r"max_steps 8 -> 16: the learning rate goes on from 0.00\d+ .before: 0.001", capsys.readouterr().out)
+
+
+def test_metrics_that_cannot_be_written_cost_the_metrics_only(run, monkeypatch, capsys):
+    """A full disk under graph_dir ended the run before its first checkpoint was written."""
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.MetricsLog, "append", full)
+    assert run("--max_steps", 4, "--save_interval", 2) == 0
+    assert capsys.readouterr().out.count("no more metrics") == 1 and run.final().step == 4
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_told_at_the_start(run, monkeypatch):
+    """It came at the first save, a thousand steps later."""
+    monkeypatch.setattr(train, "LLM", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    with pytest.raises(ValueError, match="a checkpoint needs .* delete old checkpoints"):
+        run("--max_steps", 4)
+
+
+def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
+    """NaN first: nothing is less than NaN, and best.pt stayed what it was for the rest of the run."""
+    losses, best = iter([math.nan, 3.0, 2.0, 2.5]), []
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    inputs = torch.randint(0, 61, (4, 12))
+    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=4, warmup_steps=1, save_interval=1, device="cpu")
+    train.fit(random_model(tiny_config()), Fixed(inputs, inputs, 4), config, val_batches=[1], on_save=lambda state, loss, is_best: best.append(is_best))
+    assert best == [False, True, True, False]
+
+
+def test_one_wish_may_come_as_two_signals(monkeypatch):
+    """A wrapper forwards the Ctrl-C that the terminal sent to both: the run ended at once, unsaved. A later one means it."""
+    now, left = [100.0], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.os, "_exit", left.append)
+    monkeypatch.setattr(train.os, "write", lambda *_: None)
+    with train.StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested() and stop.signal == signal.SIGINT and left == []
+        now[0] += 5
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]
 
 
 def test_resume_may_repeat_the_run_s_own_flags_and_extend_it(run):
@@ -472,7 +532,10 @@ def test_the_dry_run_changes_nothing(data):
     config = TrainConfig(batch_size=2, device="cpu", dtype="float32")
     optimizer = train.build_adamw(model, config)
     plan = train.Plan(model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, [])
-    assert train.dry_run(model, optimizer, WindowLoader(_train, 16, 2, 0), plan) > 0
+    modes = []
+    model.layers[0].register_forward_hook(lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None)))
+    assert train.dry_run(model.eval(), optimizer, WindowLoader(_train, 16, 2, 0), plan) > 0
+    assert modes == [(True, False), (True, True)]  # as in a step: training mode, and the second meets the first one's gradients
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
     assert all(s["step"] == 0 for s in optimizer.state.values()) and len(optimizer.state) == len(list(model.parameters()))
 
@@ -499,6 +562,12 @@ def test_a_new_run_from_old_weights(run, data, tmp_path):
     start, end = run.final(), new.final()
     assert end.step == 4 and end.model_config.dropout == 0.1 and end.model_config.d_model == 16
     assert all(torch.allclose(start.model[n], end.model[n], atol=1e-6) for n in start.model)
+    biased = Run(data, tmp_path / "biased")
+    assert biased(*SPEED, "--init_from", str(run.ckpt_dir / "latest.pt"), "--max_steps", "4", "--router_bias_rate", "1e-3", fresh=False) == 0
+    assert "layers.0.moe.router.selection_bias" in biased.final().model  # a raw RuntimeError once, in both directions
+    plain = Run(data, tmp_path / "plain")
+    assert plain(*SPEED, "--init_from", str(biased.ckpt_dir / "latest.pt"), "--max_steps", "4", "--router_bias_rate", "0", fresh=False) == 0
+    assert "layers.0.moe.router.selection_bias" not in plain.final().model
     with pytest.raises(ValueError, match="--d_ff does not fit the weights"):
         Run(data, tmp_path / "wrong")("--init_from", str(run.ckpt_dir / "latest.pt"), "--d_ff", "24", fresh=False)
 

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -560,6 +561,7 @@ def run(plan: Plan) -> int:
 
 
 def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
+    """The part of `run` that takes long."""
     config = plan.config
     model, optimizer, loader, seconds = set_up(plan)
     left = (config.max_steps - state.step) * config.grad_accum * seconds
@@ -580,7 +582,7 @@ def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
     if state.skipped_steps:
         print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")
     if state.step < config.max_steps:
-        print(f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; go on with: python train.py --resume --ckpt_dir {config.ckpt_dir}")
+        print(f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; go on with: python train.py --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}")
         return 128 + stop.signal
     print(f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in {human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in {config.graph_dir}")
     return 0

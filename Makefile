@@ -10,6 +10,7 @@ export GOMP_SPINCOUNT ?= 1000
 .PHONY: demo test lint clean-demo
 
 $(VENV)/installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

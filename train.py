@@ -373,7 +373,7 @@ def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
     tokens = t.batch_size * t.grad_accum * c.context_length
     epoch = plan.train.num_tokens
     lines.append(f"data     {epoch:,} training and {plan.val.num_tokens:,} validation tokens ({plan.train.tokenizer_state['name']}) in {t.data_dir}")
-    lines.append(f"steps    {t.max_steps:,} of {t.batch_size} x {t.grad_accum} x {c.context_length} = {tokens:,} tokens: {human_count(t.max_steps * tokens)} tokens, "
+    lines.append(f"steps    {t.max_steps:,} steps of {t.batch_size} x {t.grad_accum} sequences x {c.context_length} = {tokens:,} tokens: {human_count(t.max_steps * tokens)} tokens, "
                  f"{t.max_steps * tokens / epoch:.2f} epochs")
     memory = memory_bytes(plan.device)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needed.items() if size)
@@ -566,7 +566,7 @@ def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
     model, optimizer, loader, seconds = set_up(plan)
     left = (config.max_steps - state.step) * config.grad_accum * seconds
     peak = peak_memory_bytes(plan.device)
-    reporter.say(f"ready    a micro-batch takes {seconds:.2f} s, the run about {human_seconds(left)}" + (f"; peak memory so far {human_bytes(peak)}" if peak else ""))
+    reporter.say(f"ready    a micro-batch takes {seconds:.2f} s, the run about {human_seconds(left)}" + (f"; peak memory of the process so far {human_bytes(peak)}" if peak else ""))
 
     def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:
         reporter.write_json()

@@ -95,6 +95,8 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
             if twice := sorted(set(section) & set(flat)):
                 raise ValueError(f"--config {path} gives {', '.join(twice)} twice: in [{name}] and outside of it")
             flat |= section
+    if "preset" in flat:
+        raise ValueError(f"--config {path} names a preset: name it on the command line, --preset {flat['preset']} --config {path}")
     if unknown := sorted(set(flat) - set(known)):
         raise ValueError(f"--config {path} has unknown keys: {', '.join(unknown)}; see --help for the known names")
     return flat

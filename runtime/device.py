@@ -76,7 +76,8 @@ def device_name(device: torch.device) -> str:
     """A name to print and to record: the GPU's, or the CPU's with its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -147,6 +147,7 @@ class MetricsLog:
 
     def _adopt(self, last_step: float) -> None:
         """Open the metrics that are there, without records after `last_step` and without what cannot be read."""
+        self._bring_back()
         kept, problems, dropped, repeated, torn, foreign = [], [], 0, 0, False, None
         self._last = dict.fromkeys(KINDS, -1)
         if not self.path.exists():
@@ -186,6 +187,22 @@ class MetricsLog:
         # Always rewritten: it costs little, and heals a missing line end, too.
         write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
         self._open()
+
+    def _bring_back(self) -> None:
+        """If another run's metrics have taken the place of this run's, exchange them."""
+        def owner(path: Path) -> str | None:
+            return next((record.get("run_id") for _, _, record, _, _ in _scan(path) if record), None) if path.is_file() else None
+
+        if self.run_id is None or owner(self.path) == self.run_id:
+            return
+        for aside in sorted(self.folder.glob("metrics-[0-9]*.jsonl")):
+            if owner(aside) == self.run_id:
+                if self.path.exists():
+                    self._move_aside("metrics")
+                os.replace(aside, self.path)
+                aside.with_suffix(".json").unlink(missing_ok=True)  # made again from the lines
+                self.messages.append(f"{aside} is this run's: taken up again as {self.path}")
+                return
 
     def _open(self) -> None:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run

@@ -1,4 +1,8 @@
-"""Shared fixtures: where the real text and the real tokenizer file are, and what happens when they are not."""
+"""Shared fixtures: where the real text and the real tokenizer file are, and what happens when they are not.
+
+Codes such as M1 or T8 in the tests' docstrings number the faults of the reference implementation (M model, T training, D data,
+P prediction, S security); what each was stands beside its code.
+"""
 from __future__ import annotations
 
 import os

@@ -192,7 +192,7 @@ def test_wrong_flags_are_one_line(argv, message):
     ("[train]\nd_model = 64", r"unknown keys in \[train\]: d_model"),
     ("[data]\npath = 'x'", r"unknown table \[data\]: only \[model\] and \[train\] are read"),
     ("[[model]]\nd_model = 1", "unknown keys: model"),
-    ("preset = 'nano'", "unknown keys: preset"),
+    ("preset = 'nano'", "names a preset: name it on the command line"),
     ("config = 'x.toml'", "unknown keys: config"),
     ("d_model = 64\n[model]\nd_model = 128", r"gives d_model twice: in \[model\] and outside of it"),
     ("d_model = '64'", "d_model must be of type int, not '64' .str"),

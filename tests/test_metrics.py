@@ -267,11 +267,19 @@ def test_resuming_one_run_over_anothers_metrics_keeps_both_apart(tmp_path):
     filled(tmp_path, run_info={"run_id": "bbbb"}).finish()
     log = MetricsLog(tmp_path, resume_step=20, run_info={"run_id": "aaaa"})
     log.append(record(30))
-    assert steps(log) == [30] and "bbbb" in log.messages[0]
+    assert steps(log) == [10, 20, 30] and {r["run_id"] for r in log.records()} == {"aaaa"}
     assert [r["run_id"] for r in read_records(tmp_path / "metrics-2.jsonl")] == ["bbbb"] * 4
     log.finish()
     log = MetricsLog(tmp_path, resume_step=30, run_info={"run_id": "aaaa"})
-    assert steps(log) == [30] and log.messages == []
+    assert steps(log) == [10, 20, 30] and log.messages == []
+
+
+def test_resuming_over_anothers_metrics_where_its_own_are_gone(tmp_path):
+    filled(tmp_path, run_info={"run_id": "bbbb"}).finish()
+    log = MetricsLog(tmp_path, resume_step=20, run_info={"run_id": "aaaa"})
+    log.append(record(30))
+    assert steps(log) == [30] and "bbbb" in log.messages[0]
+    assert [r["run_id"] for r in read_records(tmp_path / "metrics-1.jsonl")] == ["bbbb"] * 4
 
 
 def test_repeated_steps_in_a_file_are_dropped_on_resume(tmp_path):
@@ -412,3 +420,21 @@ def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
             "log.append({'step': 1, 'kind': 'train'}); log.finish()\n"
             "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & set(sys.modules); assert not bad, bad")
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__)), check=True)
+
+
+def test_a_resumed_run_finds_its_metrics_again(tmp_path):
+    """Two runs in one graph_dir: the second moved the first one's metrics aside, and the first, resumed, began a new curve at its step."""
+    first = MetricsLog(tmp_path, run_info={"run_id": "a"})
+    for step in (10, 20):
+        first.append(record(step))
+    first.finish()
+    second = MetricsLog(tmp_path, run_info={"run_id": "b"})
+    second.append(record(10))
+    second.finish()
+    again = MetricsLog(tmp_path, resume_step=20, run_info={"run_id": "a"})
+    assert "metrics-1.jsonl is this run's: taken up again" in again.take_messages()[0]
+    again.append(record(30))
+    assert [(r["run_id"], r["step"]) for r in again.records()] == [("a", 10), ("a", 20), ("a", 30)]
+    again.finish()
+    back = MetricsLog(tmp_path, resume_step=10, run_info={"run_id": "b"})
+    assert [r["run_id"] for r in back.records()] == ["b"]

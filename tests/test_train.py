@@ -545,7 +545,7 @@ def test_what_is_printed_before_step_1(data, capsys):
     plan = train.make_plan(cli.settings_from(_args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"), ModelConfig, TrainConfig))
     lines = "\n".join(train.describe(plan, train.training_memory_bytes(plan.model_config, 2)))
     assert "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)" in lines
-    assert "50,000 of 2 x 8 x 2048 = 32,768 tokens: 1.64 B tokens" in lines and "float32" in lines
+    assert "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines and "float32" in lines
 
 
 def _args(*flags):

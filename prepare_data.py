@@ -598,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
               f"{m['num_shards']:,} shard{'s' * (m['num_shards'] > 1)}")
     tokens = sum(m["total_tokens"] for m in manifests.values())
     print(f"{manifests['train']['tokenizer']['name']}, vocabulary {manifests['train']['vocabulary_size']:,}; {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
-          f"Next: python train.py --data_dir {options.out_dir}")
+          f"Next: python train.py --data_dir {options.out_dir}, on a laptop with --preset nano")
     return 0
 
 

@@ -90,6 +90,9 @@ class Predictor:
         if min(len(ids), context) + config.max_new_tokens - 1 > context:
             then = "older text is forgotten" if config.when_full == "slide" else "the answer ends there"
             note(f"prompt and answer may fill the context of {context} tokens: {then} if they do")
+        return self._pieces(ids, config)
+
+    def _pieces(self, ids: list[int], config: PredictConfig) -> Iterator[str]:
         generator = torch.Generator(self.device)
         if config.seed < 0:
             generator.seed()
@@ -155,10 +158,11 @@ def answer(predictor: Predictor, prompt: str, config: PredictConfig) -> None:
     def show(text: str) -> None:
         print(visible(text) if terminal else text, end="", flush=True)
 
+    stream = predictor.stream(prompt, config, lambda line: print(f"note: {line}", file=sys.stderr, flush=True))
     show(prompt)
     try:
         with explained_out_of_memory(predictor.device, "lower --context_length or use --dtype bfloat16"):
-            for piece in predictor.stream(prompt, config, lambda line: print(f"note: {line}", file=sys.stderr)):
+            for piece in stream:
                 first = first or time.perf_counter()
                 pieces += 1
                 show(piece)

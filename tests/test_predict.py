@@ -278,6 +278,14 @@ def test_a_full_context_with_stop_says_so_too(endless):
     assert notes == ["the prompt has 101 tokens and the context 32: reading its last 32", "prompt and answer may fill the context of 32 tokens: the answer ends there if they do"]
 
 
+def test_notes_come_before_the_text(tmp_path):
+    """They came with the first piece, after the prompt was shown: on a terminal "Once upon a timenote: prompt and answer may ..."."""
+    predictor, config = predictor_of(save(tmp_path, biased_model(biases={END: -1e4})), max_new_tokens=10 * CONTEXT)
+    notes = []
+    predictor.stream("x", config, notes.append)  # not one piece is asked for
+    assert len(notes) == 1
+
+
 def test_notes_go_to_stderr(endless, capsys):
     predict.main(["--ckpt", endless, "--prompt", "x" * 40, "--max_new_tokens", "3", "--when_full", "stop"])
     out, err = capsys.readouterr()

@@ -270,6 +270,8 @@ def make_plan(settings: cli.Settings) -> Plan:
         if folder_has_run(config.ckpt_dir):
             raise ValueError(f"{config.ckpt_dir} holds the checkpoints of another run: go on with it by --resume, or give this run another --ckpt_dir")
         model_config = settings.build(ModelConfig)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     train, val = open_data(config.data_dir)
@@ -449,8 +451,6 @@ class Reporter:
         self.log = MetricsLog(config.graph_dir, resume_step, info, sinks)
         for message in self.log.take_messages():
             print(message)
-        # a token's bits per byte: the validation text's own ratio of tokens to bytes
-        self.tokens_per_byte = plan.val.num_tokens / plan.val.manifest["total_bytes"]
         self.flops_per_token = 3 * flops_per_token(plan.model_config)
         self.peak = peak_flops(plan.device, plan.dtype)
         self.can_plot = self.can_log = True
@@ -463,7 +463,7 @@ class Reporter:
     def on_log(self, record: dict) -> None:
         """Complete a record of `fit`, store and show it."""
         if record["kind"] == "val":
-            record["bits_per_byte"] = record["loss"] / math.log(2) * self.tokens_per_byte
+            record["bits_per_byte"] = record["loss"] / math.log(2) / self.plan.val.bytes_per_token
             self.say(f"step {record['step']:>7,}  validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}  bits/byte {record['bits_per_byte']:.4f}")
         else:
             if self.peak:
@@ -521,8 +521,6 @@ def initial_state(plan: Plan) -> RunState:
 def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, float]:
     """Model, optimizer and loader of a plan, ready for `fit`, and the seconds that a micro-batch takes."""
     config = plan.config
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
     loader = WindowLoader(plan.train, plan.model_config.context_length, config.batch_size, config.seed)
     with out_of_memory_advice(plan):
         if config.init_from:

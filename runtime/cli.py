@@ -25,10 +25,10 @@ class Settings:
     explicit: frozenset
     preset: str | None = None
 
-    def build(self, config_class, **replacements):
-        """A config of `config_class` from the settings that are its fields; `replacements` win. Raises ValueError."""
+    def build(self, config_class):
+        """A config of `config_class` from the settings that are its fields. Raises ValueError."""
         names = {f.name for f in dataclasses.fields(config_class)}
-        return config_class(**{k: v for k, v in (self.values | replacements).items() if k in names})
+        return config_class(**{k: v for k, v in self.values.items() if k in names})
 
 
 class _Parser(argparse.ArgumentParser):

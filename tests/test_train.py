@@ -611,3 +611,13 @@ def test_it_learns_real_text(shared_dir, tmp_path):
     unigram = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
     assert val[-1] < val[0] < math.log(512) and val[-1] < unigram - 0.5
     assert total_parameters(run.final().model_config) == sum(p.numel() for p in LLM(run.final().model_config).parameters())
+
+
+def test_the_threads_that_are_printed_are_those_asked_for(run, capsys):
+    """The device line came before --num_threads was obeyed: it said 2 threads for a run with 1."""
+    before = torch.get_num_threads()
+    try:
+        assert run("--max_steps", "4", "--num_threads", "2") == 0
+    finally:
+        torch.set_num_threads(before)
+    assert "cpu (2 threads)" in capsys.readouterr().out

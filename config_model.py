@@ -119,8 +119,13 @@ class TrainConfig:
     # batch
     batch_size: int = option(2, "sequences per micro-batch", minimum=1, maximum=1_000_000)
     grad_accum: int = option(8, "micro-batches per optimizer step", minimum=1, maximum=1_000_000)
+    micro_batch: str = option("batch_size", "auto: find the largest micro-batch that fits the device and set batch_size and grad_accum accordingly, their product staying what it is", choices=("batch_size", "auto"))
+    document_mask: bool = option(False, "tokens see nothing before the document that they are in (windows hold several)")
     max_steps: int = option(50_000, "optimizer steps", minimum=1, maximum=1_000_000_000)
-    # optimizer (AdamW) and schedule
+    # optimizer and schedule
+    optimizer: str = option("adamw", "adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for all else", choices=("adamw", "muon"))
+    muon_momentum: float = option(0.95, "momentum of Muon, used in Nesterov's form", minimum=0.0, maximum=0.999999)
+    state_dtype: str = option("float32", "how the optimizer keeps its moments between steps; bfloat16 halves them", choices=("float32", "bfloat16"))
     lr: float = option(3e-4, "peak learning rate", above=0.0)
     min_lr: float = option(3e-5, "final learning rate", minimum=0.0)
     schedule: str = option("cosine", "learning rate after warm-up: cosine, wsd (constant, then linear decay over the last decay_fraction) or constant", choices=("cosine", "wsd", "constant"))
@@ -134,7 +139,10 @@ class TrainConfig:
     # how it runs
     device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")
     dtype: str = option("auto", "arithmetic of the forward and backward pass; weights stay float32; auto = the best for the device", choices=("auto", "bfloat16", "float16", "float32"))
-    compile: bool = option(False, "compile the blocks with torch.compile")
+    compile: bool = option(False, "compile the blocks and the loss with torch.compile")
+    activation_checkpointing: bool = option(False, "keep only each block's input and compute the rest again in the backward pass: less memory, about a third more time")
+    deterministic: bool = option(False, "only kernels that give the same bits in every run, where a GPU has faster ones that do not")
+    profile: bool = option(False, "write a trace of a few steps after the warm-up, and the time by operation, into graph_dir")
     num_threads: int = option(0, "CPU threads; 0 = PyTorch's choice", minimum=0, maximum=4_096)
     seed: int = option(42, "seed of the initial weights, the data order and dropout", minimum=0, maximum=2**63 - 1)
     # what it reports and keeps
@@ -257,34 +265,46 @@ def loss_chunk_rows(config: ModelConfig, on_gpu: bool) -> int:
     return min(max(2 * config.d_model, 512), 4096) if on_gpu else 256
 
 
-def training_memory_bytes(config: ModelConfig, micro_batch: int, compute_bytes: int = 4, on_gpu: bool = False) -> dict[str, int]:
+def hidden_matrices(config: ModelConfig) -> int:
+    """Parameters in the matrices inside the blocks: attention projections and experts, which Muon trains."""
+    c, D = config, config.attention_head_dim
+    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
+    return c.transformer_blocks * c.d_model * (2 * D * (c.num_heads + c.num_kv_heads) + c.num_experts * (f_in + c.d_ff))
+
+
+def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes: int = 4, on_gpu: bool = False) -> dict[str, int]:
     """Estimated peak memory of a training step, by part, in bytes.
 
-    Weights, gradients and AdamW's two moments are float32: 16 bytes a parameter. `compute_bytes` is 2 under bfloat16 or
-    float16 autocast, which keeps a cast copy of the matrices. Activations are what autograd saves for one micro-batch of
-    `micro_batch` full contexts (tests compare them with the tensors that it does save); the loss never holds all logits.
+    Weights and gradients are float32; the optimizer keeps two moments (Muon: one for the hidden matrices) in state_dtype.
+    `compute_bytes` is 2 under bfloat16 or float16 autocast, which keeps a cast copy of the matrices. Activations are what
+    autograd saves for one micro-batch of full contexts (tests compare them with the tensors that it does save); the loss never
+    holds all logits.
     """
     c, D, b = config, config.attention_head_dim, compute_bytes
     q, kv = c.num_heads * D, c.num_kv_heads * D
     parameters = total_parameters(c)
+    moments = 2 * parameters - (hidden_matrices(c) if train.optimizer == "muon" else 0)
     cast = 0 if b == 4 else b * (parameters - parameter_counts(c)["attention bias table"])
     f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
     norms = 2 * (4 * c.d_model + (b + 4 if b != 4 else 4) * c.d_model)             # fp32 in, normalised out (cast if AMP)
     attention = b * (2 * q + (3 if c.qk_norm else 1) * (q + kv) + kv)                # q, k, v as the kernel reads them, output
     experts = c.top_k * (b * (2 * c.d_model + f_in + 2 * c.d_ff) + 4)                # sorted rows, hidden before/after, outputs
-    per_token = c.transformer_blocks * (norms + attention + experts) + 4 * c.d_model
-    tokens = micro_batch * c.context_length
+    tokens = train.batch_size * c.context_length
     # A learned table rules out the flash kernels. On a CPU the scores are held per head, before and after the softmax; on a GPU
     # the memory-efficient kernel holds none, but each block's table is saved as it was added, and its gradient made per sequence.
     squares = c.num_heads * c.context_length ** 2 * b * c.use_attention_bias
-    scores = squares * (c.transformer_blocks + micro_batch) if on_gpu else 2 * squares * micro_batch * c.transformer_blocks
+    blocks, inputs = c.transformer_blocks, 4 * c.d_model
+    if train.activation_checkpointing:  # one block at a time, and each block's input
+        blocks, inputs = 1, inputs * (1 + c.transformer_blocks)
+    scores = squares * (blocks + train.batch_size) if on_gpu else 2 * squares * train.batch_size * blocks
     loss_rows = min(loss_chunk_rows(c, on_gpu), tokens)
     head = c.vocabulary_size * c.d_model
     return {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
-        "optimizer state": 8 * parameters,
+        "optimizer state": moments * (4 if train.state_dtype == "float32" else 2),
         "cast weights": cast,
-        "activations": tokens * per_token + scores,
-        "loss": loss_rows * c.vocabulary_size * (4 + b) + 8 * head + (b * head if b != 4 else 0),  # logits, the head's gradient twice
+        "activations": tokens * (blocks * (norms + attention + experts) + inputs) + scores,
+        # a chunk of logits (under AMP also in float32), the head's gradient before it is added to the others' (AMP: and cast)
+        "loss": loss_rows * c.vocabulary_size * (4 if b == 4 else 4 + b) + 4 * head + (b * head if b != 4 else 0),
     }

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config_model import ModelConfig, loss_chunk_rows
 from model_parts import Block, KVCache, RouterStats, rope_tables
@@ -51,6 +52,8 @@ class LLM(nn.Module):
         self.layers = nn.ModuleList(Block(config, block) for block in range(config.transformer_blocks))
         self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.out_head = Head(config)
+        self.activation_checkpointing = False        # keep only the blocks' inputs, compute the rest again in the backward pass
+        self.softmax_gradient = softmax_gradient_    # or the same compiled (compile_in_place)
         self.initialise()
 
     @torch.no_grad()
@@ -75,11 +78,13 @@ class LLM(nn.Module):
         """[V, C]"""
         return self.embed.weight if self.out_head.weight is None else self.out_head.weight
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, last_token_only: bool = False) -> Output:
+    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, last_token_only: bool = False,
+                starts_BT: Tensor | None = None) -> Output:
         """One pass over ids [B, T] int64, which continue what is in `cache` if one is given.
 
         targets [B, T]: the id that should follow each token, IGNORE where none counts. last_token_only: logits of the last
-        token alone (prefill needs no others). Raises ValueError for ids out of range, an empty input, a full cache, or
+        token alone (prefill needs no others). starts [B, T] int64: the position where each token's document begins, where
+        several are packed into a row: it sees nothing before. Raises ValueError for ids out of range, an empty input, a full cache, or
         positions that a learned table does not have.
         """
         T, start = ids_BT.shape[1], 0 if cache is None else cache.length
@@ -89,7 +94,10 @@ class LLM(nn.Module):
         rope = rope_tables(self.config, start, T, dtype, x_BTC.device) if self.config.use_rope else None
         per_block = []
         for block in self.layers:
-            x_BTC, stats = block(x_BTC, rope, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTC, stats = checkpoint(block, x_BTC, rope, cache, starts_BT, use_reentrant=False)
+            else:
+                x_BTC, stats = block(x_BTC, rope, cache, starts_BT)
             per_block.append(stats)
         if cache is not None:
             cache.advance(T)
@@ -100,7 +108,7 @@ class LLM(nn.Module):
             logits = F.linear(x_BTC, self.head_weight, self.out_head.bias)
         else:
             cross_entropy_sum = linear_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, self.out_head.bias, targets_BT.flatten(),
-                                                     loss_chunk_rows(self.config, x_BTC.device.type != "cpu"))
+                                                     loss_chunk_rows(self.config, x_BTC.device.type != "cpu"), self.softmax_gradient)
             num_targets = (targets_BT != IGNORE).sum()
         return Output(logits, cross_entropy_sum, num_targets, self.config.aux_loss_coef * stats.aux_loss.sum(),
                       self.config.z_loss_coef * stats.z_loss.sum(), stats)
@@ -118,11 +126,17 @@ class LLM(nn.Module):
         if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling() and (ids_BT.min() < 0 or ids_BT.max() >= self.config.vocabulary_size):
             raise ValueError(f"token ids must be from 0 to {self.config.vocabulary_size - 1}, got {ids_BT.min().item()} to {ids_BT.max().item()}")
 
+    def compile_in_place(self) -> None:
+        """Compile the blocks, each by itself (they share one graph), and the loss's inner part; parameter names stay what they are."""
+        for block in self.layers:
+            block.compile(fullgraph=True, dynamic=False)
+        self.softmax_gradient = torch.compile(softmax_gradient_, fullgraph=True, dynamic=False)
+
     @torch.no_grad()
     def balance_experts(self, load_LE: Tensor) -> None:
         """Move each router's selection bias by router_bias_rate towards underused experts; call once per optimizer step.
 
-        load_LE: RouterStats.load of the whole step (1.0 = fair share). DeepSeek-V3, section 2.1.2.
+        load_LE: RouterStats.load of the whole step (1.0 = fair share; a row of ones moves nothing). DeepSeek-V3, section 2.1.2.
         """
         for block, load_E in zip(self.layers, load_LE, strict=True):
             bias = block.moe.router.selection_bias
@@ -131,67 +145,96 @@ class LLM(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------ loss
+def softmax_gradient_(logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, needs_gradient: bool = True) -> Tensor:
+    """Put the gradient of the summed cross-entropy in the place of the logits [N, V]; returns the sum.
+
+    The gradient is softmax - one_hot, 0 in rows whose target is IGNORE. Arithmetic is float32 (or float64), whatever the
+    logits are kept in. Without `needs_gradient` the logits are only used up.
+    """
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    valid_N1, target_N1 = (targets_N != IGNORE)[:, None], targets_N.clamp(min=0)[:, None]
+    x_NV = logits_NV.to(wide)  # the logits themselves where that is their dtype
+    if torch.compiler.is_compiling():  # spelled so that it becomes a pass for the sums and one that writes, with no tensor besides
+        x_NV = x_NV if bias_V is None else x_NV + bias_V
+        at_target_N1, log_sum_N1 = x_NV.gather(1, target_N1), x_NV.logsumexp(dim=-1, keepdim=True)
+        if needs_gradient:
+            is_target_NV = torch.arange(x_NV.shape[1], device=x_NV.device) == target_N1
+            logits_NV.copy_(((x_NV - log_sum_N1).exp() - is_target_NV.to(wide)) * valid_N1)
+    else:  # the same, in place
+        if bias_V is not None:
+            x_NV.add_(bias_V)
+        largest_N1, at_target_N1 = x_NV.amax(dim=-1, keepdim=True), x_NV.gather(1, target_N1)
+        total_N1 = x_NV.sub_(largest_N1).exp_().sum(dim=-1, keepdim=True)
+        log_sum_N1 = total_N1.log() + largest_N1
+        if needs_gradient:
+            x_NV.mul_(valid_N1 / total_N1)
+            if logits_NV.dtype != wide:
+                logits_NV.copy_(x_NV)
+            gradient_N1 = ((at_target_N1 - log_sum_N1).exp() - 1) * valid_N1
+            logits_NV.scatter_(1, target_N1, gradient_N1.to(logits_NV.dtype))  # written, not added: no atomics, and rounded once
+    return ((log_sum_N1 - at_target_N1) * valid_N1).sum()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum over valid rows of logsumexp(h W' + b) - (h W' + b)[target], a few rows of logits at a time.
 
-    The gradient with respect to the logits is softmax - one_hot, so a chunk's share of every gradient is known while its
-    logits are there, and they are dropped before the next chunk: no [N, V] tensor exists. Softmax and sums are float32 (or
-    float64); the matrix products are in `dtype`, their gradients are summed in float32.
+    A chunk's share of every gradient is known while its logits are there, so one buffer of `chunk_rows` rows serves them
+    all and no [N, V] tensor exists. The matrix products are in `dtype`, the head's gradient is summed in float32.
     """
 
     @staticmethod
-    def forward(ctx, h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients):
+    def forward(ctx, h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients, softmax_gradient):
         wide = torch.promote_types(dtype, torch.float32)
         h, weight = h_NC.to(dtype), weight_VC.to(dtype)
         bias = None if bias_V is None else bias_V.to(wide)
         total = torch.zeros((), dtype=wide, device=h.device)
-        grads = None
+        N, V = len(h), len(weight)
+        # Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose addresses are not aligned.
+        buffer = torch.empty(min(chunk_rows, N), -(-V // 64) * 64, dtype=dtype, device=h.device)
         if needs_gradients:
-            grads = (torch.empty(h.shape, dtype=wide, device=h.device), torch.zeros(weight.shape, dtype=wide, device=h.device),
-                     None if bias is None else torch.zeros_like(bias))
-        for first in range(0, len(h), chunk_rows):
-            rows = slice(first, first + chunk_rows)
-            valid_N1 = (targets_N[rows] != IGNORE)[:, None]
-            target_N1 = targets_N[rows].clamp(min=0)[:, None]
-            logits_NV = (h[rows] @ weight.T).to(wide)
-            if bias is not None:
-                logits_NV += bias
-            log_sum_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
-            total += ((log_sum_N1 - logits_NV.gather(1, target_N1)) * valid_N1).sum()
-            if grads is not None:
-                grad_NV = logits_NV.sub_(log_sum_N1).exp_()
-                grad_NV.scatter_add_(1, target_N1, torch.full_like(target_N1, -1, dtype=wide)).mul_(valid_N1)
-                if bias is not None:
-                    grads[2].add_(grad_NV.sum(dim=0))
-                grad_NV = grad_NV.to(dtype)
-                grads[0][rows] = grad_NV @ weight
+            grad_h, grad_weight = torch.empty(h.shape, dtype=wide, device=h.device), torch.empty(weight.shape, dtype=wide, device=h.device)
+            grad_bias = None if bias is None else torch.zeros_like(bias)
+        for first in range(0, N, chunk_rows):
+            h_chunk = h[first:first + chunk_rows]
+            chunk_NV = torch.mm(h_chunk, weight.T, out=buffer[:len(h_chunk), :V])
+            total += softmax_gradient(chunk_NV, bias, targets_N[first:first + chunk_rows], needs_gradients)
+            if needs_gradients:
+                grad_h[first:first + chunk_rows] = chunk_NV @ weight
                 if dtype == wide:
-                    grads[1].addmm_(grad_NV.T, h[rows])
+                    grad_weight.addmm_(chunk_NV.T, h_chunk, beta=float(first > 0))  # 0: what was there is ignored
+                elif first == 0:
+                    grad_weight.copy_(chunk_NV.T @ h_chunk)
                 else:
-                    grads[1].add_(grad_NV.T @ h[rows])
+                    grad_weight += chunk_NV.T @ h_chunk
+                if bias is not None:
+                    grad_bias += chunk_NV.sum(dim=0, dtype=wide)
         ctx.dtypes = (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
-        if grads is not None:
-            ctx.save_for_backward(*grads)
+        if needs_gradients:
+            ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        grads = (None if g is None else (g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *grads, None, None, None, None
+        # Scaled in place, for a copy of the head's gradient is 0.8 GB at full size, unless the graph is to be walked again.
+        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = (None if g is None else (g.mul_(grad) if is_last else g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *grads, None, None, None, None, None
 
 
-def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_rows: int) -> Tensor:
+def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_rows: int,
+                         softmax_gradient=softmax_gradient_) -> Tensor:
     """Summed cross-entropy (nats) of softmax(h W' + b) against targets, holding `chunk_rows` rows of the [N, V] logits at a time.
 
     h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not count. The products run in
-    autocast's dtype if it is on; result float32 (float64 for float64 inputs).
+    autocast's dtype if it is on; result float32 (float64 for float64 inputs). softmax_gradient: softmax_gradient_, or the
+    same compiled.
     """
     device = h_NC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
     inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients)
+        return _LinearCrossEntropy.apply(h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients, softmax_gradient)
 
 
 # ------------------------------------------------------------------------------------------------------------ generation

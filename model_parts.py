@@ -65,11 +65,16 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return (x_BHTD * cos_TD + torch.cat((-second, first), dim=-1) * sin_TD).to(x_BHTD.dtype)
 
 
-def attention_mask(q_positions_T: Tensor, k_positions_S: Tensor, window: int) -> Tensor:
-    """The one mask rule, [T, S] bool: a query sees keys at its own and earlier positions, at most `window` of them (0 = all)."""
+def attention_mask(q_positions_T: Tensor, k_positions_S: Tensor, window: int, starts_BT: Tensor | None = None) -> Tensor:
+    """The one mask rule, [T, S] bool: a query sees keys at its own and earlier positions, at most `window` of them (0 = all).
+
+    starts_BT: the position where each query's document begins; it sees nothing before. The mask is then [B, 1, T, S].
+    """
     distance_TS = q_positions_T[:, None] - k_positions_S[None, :]
     visible_TS = distance_TS >= 0
-    return visible_TS & (distance_TS < window) if window else visible_TS
+    if window:
+        visible_TS = visible_TS & (distance_TS < window)
+    return visible_TS if starts_BT is None else visible_TS & (k_positions_S >= starts_BT[:, None, :, None])
 
 
 # -------------------------------------------------------------------------------------------------------------- KV cache
@@ -162,7 +167,7 @@ class Attention(nn.Module):
         table = torch.empty(self.H, config.context_length, config.context_length) if config.use_attention_bias else None
         self.register_parameter("attention_bias", None if table is None else nn.Parameter(table))
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, starts_BT: Tensor | None = None) -> Tensor:
         B, T, _ = x_BTC.shape
         q_BHTD = self.W_q(x_BTC).view(B, T, self.H, self.D).transpose(1, 2)
         k_BGSD = self.W_k(x_BTC).view(B, T, self.G, self.D).transpose(1, 2)
@@ -176,7 +181,7 @@ class Attention(nn.Module):
         if cache is not None:
             start = cache.length
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
-        mask, is_causal = self._mask(start, T, q_BHTD, cache)
+        mask, is_causal = self._mask(start, T, q_BHTD, cache, starts_BT)
         if q_BHTD.is_cuda and self.H != self.G and (mask is not None or not self.has_flash):
             # Of CUDA's kernels only flash takes grouped heads, and it takes no mask: without this copy (never of the cache,
             # only of what this call reads) the call would fall to the kernel that holds all T x S scores.
@@ -185,22 +190,23 @@ class Attention(nn.Module):
                                                 dropout_p=self.dropout if self.training else 0.0, enable_gqa=k_BGSD.shape[1] != self.H)
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
 
-    def _mask(self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None) -> tuple[Tensor | None, bool]:
+    def _mask(self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None, starts_BT: Tensor | None) -> tuple[Tensor | None, bool]:
         """(attn_mask, is_causal) for the kernel: the one rule, spelled the fastest way that says the same."""
-        if self.attention_bias is None:
-            if start == 0 and (not self.window or self.window >= T):
-                return None, T > 1
+        if self.attention_bias is None and starts_BT is None:
             if T == 1:  # the cache hands one query nothing that it may not see
                 return None, False
+            if start == 0 and (not self.window or self.window >= T):
+                return None, True
         q_positions_T = torch.arange(start, start + T, device=q_BHTD.device)
         k_positions_S = q_positions_T if cache is None else cache.key_positions(self.block, T)
-        mask_TS = attention_mask(q_positions_T, k_positions_S, self.window)
+        mask = attention_mask(q_positions_T, k_positions_S, self.window, starts_BT)
         if self.attention_bias is None:
-            return mask_TS, False
+            return mask, False
         bias_HTS = self.attention_bias[:, start:start + T]
         ring = cache is not None and cache.is_ring[self.block]
         bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, :start + T]
-        return bias_HTS.to(q_BHTD.dtype).masked_fill(~mask_TS, -math.inf)[None], False
+        bias_BHTS = bias_HTS.to(q_BHTD.dtype)[None]
+        return torch.where(mask, bias_BHTS, -math.inf), False
 
 
 # ---------------------------------------------------------------------------------------------------- mixture of experts
@@ -284,6 +290,69 @@ class _GatherRows(torch.autograd.Function):
         return (grad.view(-1, ctx.K, grad.shape[1]).sum(dim=1) if ctx.K > 1 else grad), None, None, None
 
 
+@torch.library.custom_op("gptoss::grouped_linear", mutates_args=())
+def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: Tensor) -> Tensor:
+    """Rows that are sorted by group, each times its group's matrix plus its bias: [R, I], [E, O, I], [E, O] -> [R, O].
+
+    counts_E int64: rows of each group; they must sum to R. One matrix product after another, each written in its place: the
+    plain path for CPUs, float64 and cards whose grouped kernel is slow. A custom operation, because it reads the counts as
+    Python numbers: a compiler then sees one step in one graph, whatever they are.
+    """
+    y_RO = x_RI.new_empty(len(x_RI), w_EOI.shape[1])
+    for e, rows in _group_rows(counts_E):
+        if b_EO is None:
+            torch.mm(x_RI[rows], w_EOI[e].T, out=y_RO[rows])
+        else:
+            torch.addmm(b_EO[e], x_RI[rows], w_EOI[e].T, out=y_RO[rows])
+    return y_RO
+
+
+@torch.library.custom_op("gptoss::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to x, w and b (empty without one). A group without rows gets zeros."""
+    grad_x, grad_w = torch.empty_like(x_RI), torch.empty_like(w_EOI)
+    grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
+    for e, rows in _group_rows(counts_E, empty=True):
+        torch.mm(grad_RO[rows], w_EOI[e], out=grad_x[rows])
+        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_w[e])
+        if has_bias:
+            torch.sum(grad_RO[rows], dim=0, out=grad_b[e])
+    return grad_x, grad_w, grad_b
+
+
+def _group_rows(counts_E: Tensor, empty: bool = False):
+    """(group, slice of its rows) for each group that has rows, or for all with `empty`."""
+    start = 0
+    for e, count in enumerate(counts_E.tolist()):
+        if count or empty:
+            yield e, slice(start, start + count)
+        start += count
+
+
+@grouped_linear.register_fake
+def _(x_RI, w_EOI, b_EO, counts_E):
+    return x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
+
+
+@_grouped_linear_backward.register_fake
+def _(grad_RO, x_RI, w_EOI, counts_E, has_bias):
+    return torch.empty_like(x_RI), torch.empty_like(w_EOI), w_EOI.new_empty(w_EOI.shape[:2] if has_bias else 0)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x_RI, w_EOI, b_EO, counts_E = inputs
+    ctx.save_for_backward(x_RI, w_EOI, counts_E)
+    ctx.has_bias = b_EO is not None
+
+
+def _backward(ctx, grad_RO):
+    grad_x, grad_w, grad_b = _grouped_linear_backward(grad_RO.contiguous(), *ctx.saved_tensors, ctx.has_bias)
+    return grad_x, grad_w, grad_b if ctx.has_bias else None, None
+
+
+grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
 class Experts(nn.Module):
     """E feed-forward networks with stacked weights: w_in [E, F, C] (swiglu: [E, 2F, C], gate rows before up rows), w_out [E, C, F]."""
 
@@ -302,33 +371,24 @@ class Experts(nn.Module):
         """Rows sorted by expert through their experts: [R, C] -> [R, C].  experts_R: each row's expert; counts_E: rows of each."""
         device = x_RC.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RC.dtype
-        x_RC = x_RC.to(dtype)
-        w_in, w_out = self.w_in.to(dtype), self.w_out.to(dtype)
-        b_in, b_out = (None if b is None else b.to(dtype) for b in (self.b_in, self.b_out))
-        if self.grouped:
-            ends_E = counts_E.cumsum(0).to(torch.int32)
-            h_RF = F.grouped_mm(x_RC, w_in.transpose(1, 2), offs=ends_E)
-            h_RF = self._activate(h_RF if b_in is None else h_RF + _row_bias(b_in, experts_R))
-            y_RC = F.grouped_mm(h_RF, w_out.transpose(1, 2), offs=ends_E)
-            return y_RC if b_out is None else y_RC + _row_bias(b_out, experts_R)
-        return self._one_after_another(x_RC, counts_E, w_in, b_in, w_out, b_out)
-
-    def _one_after_another(self, x_RC, counts_E, w_in, b_in, w_out, b_out) -> Tensor:
-        """The plain path, for CPUs, float64 and older cards: waits once for the counts, then one expert after another."""
-        # unbind, not w[e]: its backward writes each expert's gradient once, in place.
-        nothing = [None] * len(w_in)
-        parts = zip(x_RC.split(counts_E.tolist()), w_in.unbind(), nothing if b_in is None else b_in.unbind(),
-                    w_out.unbind(), nothing if b_out is None else b_out.unbind(), strict=True)
-        return torch.cat([F.linear(self._activate(F.linear(x, wi, bi)), wo, bo) for x, wi, bi, wo, bo in parts if len(x)])
-
-    def _activate(self, h_RF: Tensor) -> Tensor:
+        h_RF = self._linear(x_RC.to(dtype), self.w_in, self.b_in, experts_R, counts_E)
         if self.is_swiglu:
             gate, up = h_RF.chunk(2, dim=-1)
             h_RF = F.silu(gate) * up
         else:
             h_RF = F.gelu(h_RF)
         # expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4; on attention weights: as in GPT-2's code
-        return F.dropout(h_RF, self.dropout, self.training) if self.dropout else h_RF
+        if self.dropout:
+            h_RF = F.dropout(h_RF, self.dropout, self.training)
+        return self._linear(h_RF, self.w_out, self.b_out, experts_R, counts_E)
+
+    def _linear(self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor) -> Tensor:
+        """grouped_linear in the rows' dtype (autocast knows neither path), by the device's own kernel where it is the fast one."""
+        w_EOI, b_EO = w_EOI.to(x_RI.dtype), None if b_EO is None else b_EO.to(x_RI.dtype)
+        if not self.grouped:
+            return grouped_linear(x_RI, w_EOI, b_EO, counts_E)
+        y_RO = F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0).to(torch.int32))
+        return y_RO if b_EO is None else y_RO + _row_bias(b_EO, experts_R)
 
 
 def _row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
@@ -366,7 +426,7 @@ class MoE(nn.Module):
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         weights_NK, experts_NK, probabilities_NE, logits_NE = self.router(x_NC)
         E, assignments = probabilities_NE.shape[1], experts_NK.numel()
-        counts_E = torch.zeros(E, dtype=torch.int64, device=x_NC.device).scatter_add_(0, experts_NK.flatten(), torch.ones_like(experts_NK.flatten()))
+        counts_E = (experts_NK.flatten()[:, None] == torch.arange(E, device=x_NC.device)).sum(dim=0)  # no atomic additions
         aux_loss = balance_loss(probabilities_NE, counts_E)
         # ST-MoE (Zoph et al. 2022), equation 5
         z_loss = logits_NE.logsumexp(dim=-1).square().mean()
@@ -390,15 +450,7 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.moe = MoE(config)
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None) -> tuple[Tensor, RouterStats]:
-        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache)
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, starts_BT: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)
         y_BTC, stats = self.moe(self.norm2(x_BTC))
         return x_BTC + y_BTC, stats
-
-    def compile_in_place(self) -> None:
-        """Compile the block's forward pass; parameter names, and so checkpoints, stay what they are."""
-        # The plain path reads the experts' loads as Python numbers: compiled, each new load would be a recompilation.
-        # (disable is called here and not as a decorator because it imports the compiler, a second and a half.)
-        experts = self.moe.experts
-        experts._one_after_another = torch.compiler.disable(experts._one_after_another)
-        self.compile()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from runtime import data
 from runtime.cli import parser, run_main
-from runtime.tokenizer import END_OF_TEXT, Tokenizer, check_name, load_tokenizer, train_bpe
+from runtime.tokenizer import COMPACT, END_OF_TEXT, NAMED, Tokenizer, check_name, compacted, load_tokenizer, train_bpe
 
 DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
 DEFAULT_VAL_RATIO, DEFAULT_TOY_STORIES = 0.01, 30_000
@@ -336,11 +336,12 @@ def encode_in_order(tokenizer: Tokenizer, batches: Iterable[Batch], num_proc: in
 
 
 class SplitWriter:
-    """One split on its way to disk: its shards and its counts, up to `limit` tokens."""
+    """One split on its way to disk: its shards, its counts and which ids are `used`, bool [vocabulary], up to `limit` tokens."""
 
     def __init__(self, folder: Path, shard_size: int, limit: int, tokenizer: Tokenizer):
         self.writer, self.limit, self.tokenizer = data.ShardWriter(folder, shard_size), limit, tokenizer
         self.folder, self.num_documents, self.num_bytes = folder, 0, 0
+        self.used = np.zeros(tokenizer.vocabulary_size, dtype=bool)
 
     @property
     def full(self) -> bool:
@@ -350,6 +351,7 @@ class SplitWriter:
         """Append ids; the document that reaches the limit is cut there."""
         room = self.limit - self.writer.total_tokens
         self.writer.append(encoded.ids[:room])
+        self.used[encoded.ids[:room]] = True
         start = 0
         for num_tokens, num_bytes, ends in encoded.parts:
             if start >= room:
@@ -432,7 +434,7 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
     """Write the set that `options` describe to options.out_dir; returns both manifests. On any error the earlier set stays."""
     o, out_dir = options, Path(options.out_dir)
     data.check_replaceable(out_dir)
-    tokenizer = None if o.tokenizer.startswith("bpe:") else load_tokenizer(o.tokenizer)  # no download of text before this works
+    tokenizer = None if o.tokenizer.startswith("bpe:") else load_tokenizer(o.tokenizer.removesuffix(COMPACT))  # no download of text before this works
     plan = open_sources(o)
     created = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -453,7 +455,10 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def write_partial(folder: Path, tokenizer: Tokenizer, plan: Plan, o: argparse.Namespace) -> dict[str, dict]:
-    """Write both splits with their manifests, which come last, into an empty folder."""
+    """Write both splits with their manifests, which come last, into an empty folder.
+
+    A compact vocabulary is known only when all text is tokenised: until then the shards hold the ids of its base, `tokenizer`.
+    """
     with contextlib.ExitStack() as stack:
         writers = {split: SplitWriter(folder / split, o.shard_size, o.max_tokens or LARGEST_COUNT, tokenizer) for split in data.SPLITS}
         for writer in writers.values():
@@ -470,6 +475,13 @@ def write_partial(folder: Path, tokenizer: Tokenizer, plan: Plan, o: argparse.Na
                 raise ValueError(_why_empty(split, plan, sum(writer.num_documents for writer in writers.values())))
         counts = {split: writer.finish() for split, writer in writers.items()}
 
+    used = np.flatnonzero(writers["train"].used | writers["val"].used)
+    if o.tokenizer in NAMED:
+        print(f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur (--tokenizer {o.tokenizer}{COMPACT} makes a vocabulary of these)")
+    elif o.tokenizer.endswith(COMPACT):
+        print(f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur")
+        tokenizer = compacted(tokenizer, used)
+        counts = {split: data.renumber(folder / split, counts[split], tokenizer.new_ids) for split in data.SPLITS}
     pair = data.pair_id(tokenizer, [counts[split]["tokens_sha256"] for split in data.SPLITS])
     manifests = {}
     for split in data.SPLITS:
@@ -529,6 +541,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options from the command line. ValueError for each that is wrong or that the others would leave without effect."""
     p = parser("Turn text into token shards for train.py.", epilog=(
         "examples:\n  python prepare_data.py                                         TinyStories, o200k_base (downloads both)\n"
+        "  python prepare_data.py --tokenizer o200k_base:compact          the same tokens, numbered without the ids that TinyStories does not use\n"
         "  python prepare_data.py --dataset toy --tokenizer bpe:2048      made-up stories, no network\n"
         "  python prepare_data.py --files a.jsonl b.txt.gz --val_ratio 0.02\n"
         "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu --dataset_config sample-10BT --streaming --max_tokens 1e9"))
@@ -548,7 +561,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_tokens", type=_count, metavar="TOKENS", help="stop when train has this many tokens; val gets no more than that either (default: all)")
     add("--out_dir", default="data", metavar="FOLDER", help="where train/ and val/ go, in the place of an earlier set (default: data)")
     add("--tokenizer", default="o200k_base", metavar="NAME",
-        help="o200k_base, gpt2, cl100k_base (downloaded once), byte, or bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text (default: o200k_base)")
+        help=f"{', '.join(NAMED)} (downloaded once); one of these with {COMPACT} behind it: the same tokens, but only the ids that occur in the text, and the 256 "
+             "bytes, are in the vocabulary, numbered from 0; byte; or bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text (default: o200k_base)")
     add("--shard_size", type=_count, default=10**8, metavar="TOKENS", help="tokens per shard, 4 bytes each (default: 1e8)")
     add("--num_proc", type=_count, default=_all_cores(), metavar="CORES", help="cores that tokenise (default: all)")
     o = p.parse_args(argv)

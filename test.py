@@ -29,9 +29,10 @@ from runtime.checkpoint import read_config
 from runtime.text import human_bytes, human_count
 
 DTYPES = {"float32": 4, "bfloat16": 2}
+MEMORY_SETTINGS = ["batch_size", "optimizer", "state_dtype", "activation_checkpointing"]  # of training, on which its memory depends
 
 
-def report(config: ModelConfig, batch_size: int) -> list[str]:
+def report(config: ModelConfig, train: TrainConfig) -> list[str]:
     """The lines of the report. Counts are taken from the module itself and must equal the closed form."""
     with torch.device("meta"):
         total = sum(p.numel() for p in LLM(config).parameters())
@@ -47,8 +48,8 @@ def report(config: ModelConfig, batch_size: int) -> list[str]:
     lines.append(f"{'memory':24}{'float32':>16}{'bfloat16':>16}")
     lines.append(f"{'weights':24}" + "".join(f"{human_bytes(total * b):>16}" for b in DTYPES.values()))
     for where, on_gpu in (("GPU", True), ("CPU", False)):
-        needed = [sum(training_memory_bytes(config, batch_size, b, on_gpu).values()) for b in DTYPES.values()]
-        lines.append(f"{f'training, {where}, {batch_size} x {config.context_length}':24}" + "".join(f"{human_bytes(n):>16}" for n in needed))
+        needed = [sum(training_memory_bytes(config, train, b, on_gpu).values()) for b in DTYPES.values()]
+        lines.append(f"{f'training, {where}, {train.batch_size} x {config.context_length}':24}" + "".join(f"{human_bytes(n):>16}" for n in needed))
     cache = [kv_cache_bytes_per_token(config, b) for b in DTYPES.values()]
     lines.append(f"{'KV cache per token':24}" + "".join(f"{human_bytes(n):>16}" for n in cache))
     full = [sum(min(config.window(i) or config.context_length, config.context_length) for i in range(config.transformer_blocks)) * n // config.transformer_blocks for n in cache]
@@ -62,7 +63,7 @@ def preset_table() -> list[str]:
     for name, preset in PRESETS.items():
         config, train = ModelConfig(**preset.model), TrainConfig(**preset.train)
         on_gpu = name != "nano"
-        needed = sum(training_memory_bytes(config, train.batch_size, 2 if on_gpu else 4, on_gpu).values())
+        needed = sum(training_memory_bytes(config, train, 2 if on_gpu else 4, on_gpu).values())
         lines.append(f"| `{name}` | {preset.description} | {human_count(total_parameters(config))} | {human_count(active_parameters(config))} | {config.context_length:,} | "
                      f"{train.batch_size * train.grad_accum * config.context_length:,} | {human_bytes(needed)} |")
     return lines
@@ -71,7 +72,7 @@ def preset_table() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     cli.add_config_flags(parser, ModelConfig)
-    cli.add_fields(parser, TrainConfig, only=["batch_size"])
+    cli.add_fields(parser, TrainConfig, only=MEMORY_SETTINGS)
     parser.add_argument("--ckpt", help="take the configuration from this checkpoint (ours or the reference's format)")
     parser.add_argument("--presets", action="store_true", help="list all presets and what they cost")
     args = parser.parse_args(argv)
@@ -80,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     settings = cli.settings_from(args, ModelConfig, TrainConfig)
     from_ckpt = args.ckpt is not None
-    if from_ckpt and (args.preset or settings.explicit - {"batch_size"}):
+    if from_ckpt and (args.preset or settings.explicit - set(MEMORY_SETTINGS)):
         raise ValueError("--ckpt says what the model is: leave out --preset and the model's flags")
     config = read_config(args.ckpt) if from_ckpt else settings.build(ModelConfig)
-    print("\n".join(report(config, settings.build(TrainConfig).batch_size)))
+    print("\n".join(report(config, settings.build(TrainConfig))))
     return 0
 
 

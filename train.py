@@ -10,8 +10,14 @@ and skips nothing: data order comes from (seed, epoch), and the random numbers o
 """
 from __future__ import annotations
 
+from runtime import process
+
+process.before_torch()  # here, for PyTorch reads it when it loads
+# ruff: noqa: E402
+
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shlex
@@ -20,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,22 +53,28 @@ from runtime.device import (
     choose_kernels,
     device_name,
     explained_out_of_memory,
+    has_room,
+    is_out_of_memory,
+    make_deterministic,
     memory_bytes,
     peak_flops,
     peak_memory_bytes,
+    release_memory,
     synchronize,
 )
-from runtime.metrics import MetricsLog, make_sinks
-from runtime.optimizer import build_adamw, initialise_state
+from runtime.files import write_text_atomic
+from runtime.metrics import HEALTHY_LOAD, MetricsLog, make_sinks
+from runtime.optimizer import build_optimizer, initialise_state
 from runtime.plots import draw_plots
 from runtime.text import human_bytes, human_count, human_seconds
 
 # With --resume these may be given anew; every other setting is the run's and must stay what it is.
-FREE_ON_RESUME = {"data_dir", "ckpt_dir", "graph_dir", "device", "compile", "num_threads", "log_interval", "val_interval", "val_steps",
+FREE_ON_RESUME = {"data_dir", "ckpt_dir", "graph_dir", "device", "compile", "activation_checkpointing", "profile", "num_threads", "log_interval", "val_interval", "val_steps",
                   "save_interval", "keep_last", "max_steps", "resume", "wandb", "tensorboard"}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 SAME_SIGNAL_SECONDS = 1.0         # wrappers pass Ctrl-C on to a child that the terminal has already told: one wish, two signals
 MOST_SKIPPED_IN_A_ROW = 25
+PROFILED_STEPS = (5, 1, 3)         # --profile: passed over, warming the profiler up, recorded
 SMALLEST_LOSS_SCALE = 2.0 ** -14  # float16's smallest normal number: a gradient that overflows even so is not a matter of scale
 
 
@@ -83,7 +96,7 @@ class RunState:
     train_seconds: float = 0.0    # spent in steps; validation, saving and plotting excluded
     run_id: str = ""
     scaler: dict = field(default_factory=dict)  # float16's loss scaler
-    window: dict = field(default_factory=dict)  # sums since the last log line
+    window: dict = field(default_factory=dict)  # sums since the last log line (Totals)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -105,11 +118,18 @@ def next_token_loss(model: LLM, batch: tuple[Tensor, Tensor]) -> Output:
     return model(inputs_BT, targets_BT)
 
 
+def packed_documents_loss(model: LLM, batch: tuple[Tensor, Tensor], end_of_text_id: int) -> Output:
+    """next_token_loss where no token sees the documents before its own. An end-of-text token begins the document after it: it
+    is all that the next token may see, as at the start of an answer in predict.py."""
+    inputs_BT, targets_BT = batch
+    positions_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
+    starts_BT = torch.where(inputs_BT == end_of_text_id, positions_T, 0).cummax(dim=1).values
+    return model(inputs_BT, targets_BT, starts_BT=starts_BT)
+
+
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Tensors of a batch on `device`; from pinned memory without waiting where that is a GPU."""
-    if device.type == "cuda":
-        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-    return tuple(t.to(device) for t in batch)
+    """Tensors of a batch on `device`, without waiting if they come from pinned memory."""
+    return tuple(t.to(device, non_blocking=True) for t in batch)
 
 
 @torch.no_grad()
@@ -117,32 +137,72 @@ def evaluate(model: LLM, batches: Iterable, loss_fn: Callable = next_token_loss,
     """Mean cross-entropy (nats) over the valid targets of `batches`; auxiliary losses are not in it. Draws no random numbers."""
     device, was_training = model.embed.weight.device, model.training
     model.eval()
-    total, count = 0.0, 0
+    sums = []
     try:
         for batch in batches:
             with autocast(device, dtype):
                 out = loss_fn(model, to_device(batch, device))
-            total += out.cross_entropy_sum.item()
-            count += out.num_targets.item()
+            sums.append(torch.stack((out.cross_entropy_sum, out.num_targets.to(out.cross_entropy_sum))))
+        totals = torch.stack(sums).tolist()  # the one wait for the device
     finally:
         model.train(was_training)
-    return total / count
+    return sum(total for total, _ in totals) / sum(count for _, count in totals)
+
+
+class Totals:
+    """Sums over the steps since the last log line, kept on the device: a step adds to them and only `read` waits for it."""
+
+    def __init__(self, state: RunState, model: LLM, device: torch.device):
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        rows = (model.config.transformer_blocks, model.config.num_experts + 2)
+        zeros = {"losses": torch.zeros(5), "router": torch.zeros(rows)}
+        self.sums = {name: torch.tensor(state.window[name]) if name in state.window else zero for name, zero in zeros.items()}
+        self.sums = {name: tensor.to(device, dtype) for name, tensor in self.sums.items()}
+        self.skipped = torch.tensor([state.skipped_steps, state.skipped_in_a_row], dtype=dtype, device=device)
+        self.host = {name: state.window.get(name, 0) for name in ("tokens", "seconds", "waiting_seconds")}
+        self.grad_norm = torch.zeros((), dtype=dtype, device=device)
+
+    def add(self, bad: Tensor, losses: Tensor, router: Tensor, grad_norm: Tensor, **host: float) -> None:
+        """Add a step. losses [5]: cross-entropy, valid targets, steps, auxiliary loss, z-loss; router [L, E + 2]: loads, entropy,
+        dropped share. A step that is `bad` (0-dim bool), and so skipped, counts its time and tokens, not its losses."""
+        for name, value in (("losses", losses), ("router", router)):
+            self.sums[name] += torch.where(bad, 0.0, value.to(self.sums[name]))
+        self.skipped[0] += bad
+        self.skipped[1] = (self.skipped[1] + 1) * bad
+        self.grad_norm = grad_norm.to(self.skipped)
+        for name, value in host.items():
+            self.host[name] += value
+
+    def read(self, state: RunState) -> float:
+        """Wait for the device, put everything into `state` and return the last step's gradient norm."""
+        shape = self.sums["router"].shape
+        *numbers, total, in_a_row, grad_norm = torch.cat((self.sums["losses"], self.sums["router"].flatten(), self.skipped, self.grad_norm[None])).tolist()
+        state.window = self.host | {"losses": numbers[:5], "router": [numbers[5 + i * shape[1]:5 + (i + 1) * shape[1]] for i in range(shape[0])]}
+        state.skipped_steps, state.skipped_in_a_row = int(total), int(in_a_row)
+        return grad_norm
+
+    def clear(self) -> None:
+        """Begin the next window."""
+        for tensor in self.sums.values():
+            tensor.zero_()
+        self.host = dict.fromkeys(self.host, 0)
 
 
 def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple], Output] = next_token_loss, *, optimizer=None, state: RunState | None = None,
         val_batches: Iterable = (), dtype: torch.dtype = torch.float32, on_log: Callable[[dict], None] = lambda record: None,
         on_save: Callable[[RunState, float | None, bool], None] = lambda state, val_loss, is_best: None,
-        stop_requested: Callable[[], bool] = lambda: False) -> RunState:
+        on_step: Callable[[], None] = lambda: None, stop_requested: Callable[[], bool] = lambda: False) -> RunState:
     """Train `model` in place until config.max_steps, or until `stop_requested()` after a step; returns the state reached.
 
     loader: `.batch(first_sample) -> (inputs, targets)` gives config.batch_size samples from an endless, numbered stream.
     loss_fn(model, batch) -> Output: the step minimises sum(cross_entropy_sum) / sum(valid targets) over its grad_accum
     micro-batches, which is the gradient of the one big batch, plus the mean of their auxiliary losses.
     on_log gets a record every log_interval steps ("train") and after each validation ("val"); on_save(state, val_loss,
-    is_best) is called every save_interval steps, at the end, and when stopped. Raises TrainingDiverged.
+    is_best) is called every save_interval steps, at the end, and when stopped; on_step() after each step. The host waits
+    for the device only where one of the first two is due. Raises TrainingDiverged.
     """
     state = state or RunState()
-    optimizer = optimizer or build_adamw(model, config)
+    optimizer = optimizer or build_optimizer(model, config)
     device = model.embed.weight.device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
@@ -150,57 +210,59 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     samples_per_step = config.batch_size * config.grad_accum
     steps = range(state.step, config.max_steps)
-    first_sample = state.samples_seen
-    stream = prefetch([loader.batch(first_sample + i * samples_per_step + j * config.batch_size) for j in range(config.grad_accum)] for i in range(len(steps)))
+    firsts = range(state.samples_seen, state.samples_seen + len(steps) * samples_per_step, samples_per_step)  # made now: the state moves on
+    stream = prefetch(_micro_batches(loader, config, first_sample, device) for first_sample in firsts)
+    totals = Totals(state, model, device)
     model.train()
     with contextlib.closing(stream):
         for step in steps:
             started = time.perf_counter()
-            micro_batches = next(stream)
+            micro_batches, valid_targets = next(stream)
+            waited = time.perf_counter() - started
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed((config.seed * 1_000_003 + step) % 2 ** 63)  # dropout: a function of (seed, step), so a resume needs no RNG state
-            valid_targets = sum(int((batch[1] != IGNORE).sum()) for batch in micro_batches)
-            sums, router = 0.0, None
+            losses, router = 0.0, 0.0
             for batch in micro_batches:
                 with autocast(device, dtype):
                     out = loss_fn(model, to_device(batch, device))
                     loss = out.cross_entropy_sum / valid_targets + (out.aux_loss + out.z_loss) / config.grad_accum
                 scaler.scale(loss).backward()
-                sums = sums + torch.stack((out.cross_entropy_sum.detach(), out.aux_loss.detach() / config.grad_accum, out.z_loss.detach() / config.grad_accum))
-                mine = torch.cat((out.router.load, out.router.entropy[:, None], out.router.dropped_share[:, None]), dim=1) / config.grad_accum
-                router = mine if router is None else router + mine
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            ce_sum, aux_loss, z_loss, grad_norm = torch.cat((sums, norm[None].to(sums))).tolist()  # the step's one wait for the device
-            good = math.isfinite(ce_sum) and math.isfinite(grad_norm)
-            if good:
-                if config.grad_clip and grad_norm > config.grad_clip:
-                    torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-                scaler.step(optimizer)
-                model.balance_experts(router[:, :-2])
-            scaler.update()
+                losses = losses + torch.stack((out.cross_entropy_sum, out.aux_loss, out.z_loss)).detach()
+                router = router + torch.cat((out.router.load, out.router.entropy[:, None], out.router.dropped_share[:, None]), dim=1) / config.grad_accum
+            norm, bad = _update(optimizer, scaler, parameters, losses[0], config.grad_clip)
+            model.balance_experts(torch.where(bad, 1.0, router[:, :-2]))
             optimizer.zero_grad(set_to_none=True)
 
             state.step, state.samples_seen = step + 1, state.samples_seen + samples_per_step
-            state.tokens_seen += sum(batch[0].numel() for batch in micro_batches)
-            state.train_seconds += (seconds := time.perf_counter() - started)
-            state.skipped_steps += not good
-            state.skipped_in_a_row = 0 if good else state.skipped_in_a_row + 1
+            tokens = sum(batch[0].numel() for batch in micro_batches)
+            state.tokens_seen += tokens
+            last, stopping = state.step == config.max_steps, stop_requested()
+            logging, saving = state.step % config.log_interval == 0 or last, state.step % config.save_interval == 0 or last
+            validating = bool(val_batches) and (state.step % config.val_interval == 0 or saving)
+            step_losses = torch.stack((losses[0], torch.full_like(norm, valid_targets), torch.ones_like(norm), *(losses[1:] / config.grad_accum)))
+            totals.add(bad, step_losses, router, norm, tokens=tokens, seconds=0.0, waiting_seconds=waited)
+            grad_norm = None
+            if logging or saving or validating or stopping or state.step % MOST_SKIPPED_IN_A_ROW == 0:
+                grad_norm = totals.read(state)
+            seconds = time.perf_counter() - started
+            state.train_seconds += seconds
+            totals.host["seconds"] += seconds
+            on_step()
+            if grad_norm is None:
+                continue
+            state.window["seconds"] = totals.host["seconds"]
             state.scaler = scaler.state_dict() if scaler.is_enabled() else {}
             if state.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW and (not scaler.is_enabled() or scaler.get_scale() < SMALLEST_LOSS_SCALE):
                 raise TrainingDiverged(f"the gradient has not been finite for {state.skipped_in_a_row} steps (step {state.step}): go back to the last "
                                        "checkpoint with a lower --lr or a longer --warmup_steps, or try --dtype float32")
-            _add_to_window(state.window, good, tokens=sum(batch[0].numel() for batch in micro_batches), targets=valid_targets, cross_entropy=ce_sum,
-                           steps=1, aux_loss=aux_loss, z_loss=z_loss, seconds=seconds)
-            last, stopping = state.step == config.max_steps, stop_requested()
-            if state.step % config.log_interval == 0 or last:
-                on_log(_train_record(state, lr, grad_norm, router))
+            if logging:
+                on_log(_train_record(state, lr, grad_norm))
+                totals.clear()
                 state.window = {}
             val_loss = None
-            saving = state.step % config.save_interval == 0 or last
-            if val_batches and (state.step % config.val_interval == 0 or saving):
+            if validating:
                 val_loss = evaluate(model, val_batches, loss_fn, dtype)
                 on_log({"kind": "val", "step": state.step, "tokens_seen": state.tokens_seen, "loss": val_loss, "perplexity": _perplexity(val_loss)})
             if saving or stopping:
@@ -212,27 +274,56 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
     return state
 
 
-def _add_to_window(window: dict, good: bool, **numbers: float) -> None:
-    """Add a step to the sums of the next log line. A step that was skipped counts its time and tokens, not its loss."""
-    for name, number in numbers.items():
-        if good or name in ("tokens", "seconds"):
-            window[name] = window.get(name, 0) + number
+def _micro_batches(loader, config: TrainConfig, first_sample: int, device: torch.device) -> tuple[list[tuple[Tensor, ...]], int]:
+    """The micro-batches of a step, in pinned memory if they go to a GPU, and how many targets in them are valid."""
+    batches = [loader.batch(first_sample + i * config.batch_size) for i in range(config.grad_accum)]
+    valid_targets = sum(int((batch[1] != IGNORE).sum()) for batch in batches)
+    return [tuple(t.pin_memory() for t in batch) for batch in batches] if device.type == "cuda" else batches, valid_targets
+
+
+def _update(optimizer, scaler, parameters: list[Tensor], cross_entropy: Tensor, grad_clip: float) -> tuple[Tensor, Tensor]:
+    """Clip and take the optimizer's step, unless loss or gradient are not finite: then nothing changes.
+
+    Returns (gradient norm before clipping, whether the step was skipped), both 0-dim and on the device: it decides by itself.
+    """
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    bad = ~torch.isfinite(norm + cross_entropy)
+    if scaler.is_enabled():  # it skips by itself where a gradient is not finite
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+        scaler.step(optimizer)
+    elif norm.device.type == "mps":  # whose kernel takes no condition
+        if not bad:
+            if grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+            optimizer.step()
+    else:
+        # What GradScaler tells a fused optimizer: divide by grad_scale on the way (clipping costs no pass of its own), and
+        # change nothing where found_inf is 1.
+        optimizer.grad_scale = (norm / grad_clip).clamp(min=1.0).float() if grad_clip else None
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+    scaler.update()
+    return norm, bad
 
 
 def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _train_record(state: RunState, lr: float, grad_norm: float, router: Tensor) -> dict:
-    """A log record: means over the window by valid targets; the router's numbers are the last step's."""
-    window, table = state.window, router.tolist()
-    steps = window.get("steps", 0)
-    loss = window["cross_entropy"] / window["targets"] if steps else math.nan
+def _train_record(state: RunState, lr: float, grad_norm: float) -> dict:
+    """A log record: means over the window, losses by valid targets, the rest by steps; a window of skipped steps has none."""
+    cross_entropy, targets, steps, aux_loss, z_loss = state.window["losses"]
+    seconds = max(state.window["seconds"], 1e-9)
+    nan = math.nan
+    loss = cross_entropy / targets if steps else nan
+    router = [[value / steps if steps else nan for value in row] for row in state.window["router"]]
     return {"kind": "train", "step": state.step, "tokens_seen": state.tokens_seen, "loss": loss, "perplexity": _perplexity(loss),
-            "aux_loss": window["aux_loss"] / steps if steps else math.nan, "z_loss": window["z_loss"] / steps if steps else math.nan,
-            "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": window["tokens"] / max(window["seconds"], 1e-9), "seconds": state.train_seconds,
-            "skipped_steps": state.skipped_steps, "expert_load": [row[:-2] for row in table], "router_entropy": [row[-2] for row in table],
-            "dropped_share": [row[-1] for row in table]}
+            "aux_loss": aux_loss / steps if steps else nan, "z_loss": z_loss / steps if steps else nan,
+            "lr": lr, "grad_norm": grad_norm, "tokens_per_sec": state.window["tokens"] / seconds, "waiting_share": state.window["waiting_seconds"] / seconds,
+            "seconds": state.train_seconds, "skipped_steps": state.skipped_steps, "expert_load": [row[:-2] for row in router],
+            "router_entropy": [row[-2] for row in router], "dropped_share": [row[-1] for row in router]}
 
 
 # ----------------------------------------------------------------------------------------------------------- what is to run
@@ -270,9 +361,11 @@ def make_plan(settings: cli.Settings) -> Plan:
         if folder_has_run(config.ckpt_dir):
             raise ValueError(f"{config.ckpt_dir} holds the checkpoints of another run: go on with it by --resume, or give this run another --ckpt_dir")
         model_config = settings.build(ModelConfig)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), process.usable_cores()))
+    process.keep_freed_memory()
     device = choose_device(config.device)
+    if config.deterministic:
+        make_deterministic()
     dtype = choose_dtype(config.dtype, device)
     train, val = open_data(config.data_dir)
     if config.resume:
@@ -345,12 +438,13 @@ def _check_vocabulary(model_config: ModelConfig, train: TokenShards, source: Che
                          "leave --vocabulary_size out to take the data's, or prepare the text with the model's tokenizer")
     theirs = source and source.tokenizer_state
     if theirs and theirs["fingerprint"] != train.tokenizer_state["fingerprint"]:
-        raise ValueError(f"{source.path} was trained with tokenizer {theirs['name']} and {train.folder} was made with {train.tokenizer_state['name']}: prepare the text with the former")
+        name = train.tokenizer_state["name"] + (" of another text" if train.tokenizer_state["name"] == theirs["name"] else "")
+        raise ValueError(f"{source.path} was trained with tokenizer {theirs['name']} and {train.folder} was made with {name}: prepare the text with the former")
 
 
 def check_memory(plan: Plan) -> dict[str, int]:
     """Estimated memory by part; ValueError if the weights, gradients and optimizer state alone exceed what the device has."""
-    needed = training_memory_bytes(plan.model_config, plan.config.batch_size, plan.dtype.itemsize, plan.device.type == "cuda")
+    needed = training_memory_bytes(plan.model_config, plan.config, plan.dtype.itemsize, plan.device.type == "cuda")
     fixed = needed["weights"] + needed["gradients"] + needed["optimizer state"]
     memory = memory_bytes(plan.device)
     if memory and fixed > memory[1]:
@@ -361,8 +455,44 @@ def check_memory(plan: Plan) -> dict[str, int]:
 
 def _fitting_preset(total_bytes: int) -> str:
     """The largest preset whose training fits."""
-    cost = {name: sum(training_memory_bytes(ModelConfig(**p.model), TrainConfig(**p.train).batch_size, 2).values()) for name, p in PRESETS.items()}
+    cost = {name: sum(training_memory_bytes(ModelConfig(**p.model), TrainConfig(**p.train), 2, on_gpu=True).values()) for name, p in PRESETS.items()}
     return max((name for name in cost if cost[name] < 0.95 * total_bytes), key=cost.get, default="nano")
+
+
+def with_largest_micro_batch(plan: Plan) -> Plan:
+    """The plan with the largest micro-batch that fits its device, and as many of them as keep the sequences per step.
+
+    A CPU goes by the estimate and 80 % of the free memory. A GPU tries, the largest that the estimate does not rule out first.
+    Raises ValueError if not one sequence fits.
+    """
+    config = plan.config
+    sequences = config.batch_size * config.grad_accum
+    plans = [dataclasses.replace(plan, config=dataclasses.replace(config, batch_size=b, grad_accum=sequences // b, micro_batch="batch_size"))
+             for b in range(sequences, 0, -1) if sequences % b == 0]
+    memory = memory_bytes(plan.device)
+    if memory is None:
+        raise ValueError(f"the memory of {device_name(plan.device)} is not known: give --batch_size instead of --micro_batch auto")
+    fits = _runs if plan.device.type == "cuda" else lambda plan: sum(check_memory(plan).values()) < 0.8 * memory[0]
+    for candidate in plans:
+        estimate = sum(check_memory(candidate).values())
+        if (estimate < 1.25 * memory[0] or candidate is plans[-1]) and fits(candidate):
+            c = candidate.config
+            return dataclasses.replace(candidate, notes=[*plan.notes, f"micro-batch {c.batch_size} x {c.grad_accum} is the largest that fits, of {sequences} sequences a step"])
+    raise ValueError(f"not even one sequence of {plan.model_config.context_length} tokens fits {device_name(plan.device)}, which has {human_bytes(memory[0])} free and needs about "
+                     f"{human_bytes(estimate)}: lower --context_length, take --activation_checkpointing, or a smaller model")
+
+
+def _runs(plan: Plan) -> bool:
+    """Whether a step of the plan runs on its device with memory to spare; leaves nothing behind."""
+    try:
+        set_up(plan)
+        return has_room(plan.device)
+    except ValueError as error:
+        if not is_out_of_memory(error.__cause__ or error):
+            raise
+        return False
+    finally:
+        release_memory(plan.device)
 
 
 def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
@@ -382,8 +512,14 @@ def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
     lines.append(f"memory   about {human_bytes(sum(needed.values()))} ({parts})" + (f"; {human_bytes(memory[0])} free" if memory else ""))
     checkpoint, kept = human_bytes(12 * total), f"{t.keep_last} and the best" if t.keep_last else f"{max(t.max_steps // t.save_interval, 1)}"
     lines.append(f"disk     {checkpoint} a checkpoint in {t.ckpt_dir}; {kept} are kept, and one more is written before an old one goes")
-    lines.append(f"device   {device_name(plan.device)}, {t.dtype}{', compiled' if t.compile else ''}")
+    options = [name.replace("_", " ") for name in ("document_mask", "activation_checkpointing", "deterministic") if getattr(t, name)]
+    lines.append(f"device   {device_name(plan.device)}, {t.dtype}{', compiled' if t.compile else ''}; {t.optimizer}{', ' if options else ''}{', '.join(options)}")
     return lines
+
+
+def loss_of(plan: Plan) -> Callable[[LLM, tuple], Output]:
+    """The plan's loss."""
+    return functools.partial(packed_documents_loss, end_of_text_id=plan.train.end_of_text_id) if plan.config.document_mask else next_token_loss
 
 
 def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
@@ -396,7 +532,7 @@ def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
     for _ in range(2):
         started = time.perf_counter()
         with autocast(plan.device, plan.dtype):
-            out = next_token_loss(model, to_device(loader.batch(0), plan.device))
+            out = loss_of(plan)(model, to_device(loader.batch(0), plan.device))
         (out.cross_entropy_sum + out.aux_loss + out.z_loss).backward()
         synchronize(plan.device)
         seconds = time.perf_counter() - started
@@ -406,8 +542,8 @@ def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
 
 def out_of_memory_advice(plan: Plan):
     """Context that turns a device's out-of-memory into one line that says what to lower."""
-    return explained_out_of_memory(plan.device, f"lower --batch_size (now {plan.config.batch_size}; raise --grad_accum as much to keep the tokens per step), "
-                                                "then --context_length or the model")
+    return explained_out_of_memory(plan.device, f"lower --batch_size (now {plan.config.batch_size}; raise --grad_accum as much to keep the tokens per step), or "
+                                                "take --micro_batch auto or --activation_checkpointing; then lower --context_length or the model")
 
 
 class StopRequest:
@@ -453,7 +589,7 @@ class Reporter:
             print(message)
         self.flops_per_token = 3 * flops_per_token(plan.model_config)
         self.peak = peak_flops(plan.device, plan.dtype)
-        self.can_plot = self.can_log = True
+        self.can_plot = self.can_log = self.healthy = True
         self.bar = tqdm(total=config.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
 
     def say(self, line: str) -> None:
@@ -475,7 +611,22 @@ class Reporter:
                 left = (self.plan.config.max_steps - record["step"]) * self.state.train_seconds / record["step"]
                 self.say(f"step {record['step']:>7,}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
                          + f"  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  ETA {human_seconds(left)}")
+            if record["step"] > self.plan.config.warmup_steps:
+                self._watch_experts(record)
         self._log(lambda: self.log.append(record))
+
+    def _watch_experts(self, record: dict) -> None:
+        """Say when experts leave the healthy range and when all are back in it."""
+        loads = [(load, block, expert) for block, row in enumerate(record["expert_load"]) for expert, load in enumerate(row)]
+        ill = [one for one in loads if not HEALTHY_LOAD[0] <= one[0] <= HEALTHY_LOAD[1] and math.isfinite(one[0])]
+        bounds = " to ".join(f"{100 * share:.0f}" for share in HEALTHY_LOAD)
+        if ill and self.healthy:
+            load, block, expert = max(ill, key=lambda one: abs(math.log(max(one[0], 1e-9))))
+            self.say(f"step {record['step']:>7,}  warning: {len(ill)} of {len(loads)} experts get less or more than {bounds} % of their fair share, expert {expert} of "
+                     f"block {block} {100 * load:.0f} %: if it stays so, raise --aux_loss_coef or set --router_bias_rate (see latest_expert_load.png)")
+        elif not ill and not self.healthy:
+            self.say(f"step {record['step']:>7,}  all experts are back at {bounds} % of their fair share")
+        self.healthy = not ill
 
     def write_json(self) -> None:
         self._log(self.log.write_json)
@@ -530,17 +681,42 @@ def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, float]
             with plan.device:
                 model = LLM(plan.model_config)
         choose_kernels(model, plan.device, plan.dtype)
-        optimizer = build_adamw(model, config)
+        optimizer = build_optimizer(model, config)
         if config.resume:
             load_training_state(plan.source, model, optimizer)
+        model.activation_checkpointing = config.activation_checkpointing
         if config.compile:
-            for block in model.layers:
-                block.compile_in_place()
+            model.compile_in_place()
         return model, optimizer, loader, dry_run(model, optimizer, loader, plan)
+
+
+@contextlib.contextmanager
+def profiled(plan: Plan, state: RunState, say: Callable[[str], None]):
+    """Gives what to call after each step. With config.profile the last of PROFILED_STEPS is followed by a trace and a table in graph_dir."""
+    if not plan.config.profile:
+        yield lambda: None
+        return
+    steps = plan.config.max_steps - state.step
+    if steps < sum(PROFILED_STEPS):
+        raise ValueError(f"--profile needs {sum(PROFILED_STEPS)} steps, of which it records the last {PROFILED_STEPS[-1]}, and {steps} are left: raise --max_steps")
+    from torch.profiler import profile, schedule
+    folder = Path(plan.config.graph_dir)
+
+    def write(profiler):
+        column = "self_device_time_total" if plan.device.type == "cuda" else "self_cpu_time_total"
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        write_text_atomic(folder / "trace.txt", profiler.key_averages().table(sort_by=column, row_limit=40, max_name_column_width=60))
+        say(f"profile  of steps {state.step - PROFILED_STEPS[-1] + 1} to {state.step}: {folder / 'trace.json'} (open it at ui.perfetto.dev), {folder / 'trace.txt'}")
+
+    skip, warm_up, record = PROFILED_STEPS
+    with profile(schedule=schedule(skip_first=skip, wait=0, warmup=warm_up, active=record, repeat=1), on_trace_ready=write) as profiler:
+        yield profiler.step
 
 
 def run(plan: Plan) -> int:
     """Carry out a plan; returns the exit code (0, or 128 + the signal that stopped it)."""
+    if plan.config.micro_batch == "auto":
+        plan = with_largest_micro_batch(plan)
     config = plan.config
     for line in plan.notes + describe(plan, check_memory(plan)):
         print(line)
@@ -573,9 +749,9 @@ def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
                         keep_last=config.keep_last, is_best=is_best)
         reporter.plots(state.step)
 
-    with StopRequest() as stop, out_of_memory_advice(plan):
-        fit(model, loader, config, next_token_loss, optimizer=optimizer, state=state, val_batches=val_batches, dtype=plan.dtype,
-            on_log=reporter.on_log, on_save=on_save, stop_requested=stop.requested)
+    with StopRequest() as stop, out_of_memory_advice(plan), profiled(plan, state, reporter.say) as on_step:
+        fit(model, loader, config, loss_of(plan), optimizer=optimizer, state=state, val_batches=val_batches, dtype=plan.dtype,
+            on_log=reporter.on_log, on_save=on_save, on_step=on_step, stop_requested=stop.requested)
     reporter.close()
     if state.skipped_steps:
         print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")

@@ -1,23 +1,30 @@
 """What every benchmark stores beside its figures, so that they mean something later: command, commit, hardware, versions."""
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from runtime.files import write_text_atomic
 
 REPO = Path(__file__).resolve().parent.parent
 RESULTS = REPO / "benchmarks" / "results"
 SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))  # real text, for those who have it
+FOREIGN_CORES = 0.15  # a sample during which other processes used more than this is not counted
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors", "transformers")
 
 
@@ -61,6 +68,96 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
             if round_:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+@dataclass
+class Samples:
+    """Values of one function, measured while the machine did little else."""
+    values: list[float] = field(default_factory=list)
+    discarded: int = 0         # samples during which other processes used more than the limit
+    disturbed: bool = False    # too few were clean: the least disturbed ones were taken instead
+
+
+def foreign_cores(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """Cores that other processes used on average between two `cpu_clock()`s."""
+    wall, machine, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(machine - own, 0.0) / wall
+
+
+def cpu_clock(stat: str = "/proc/stat") -> tuple[float, float, float]:
+    """Seconds: (wall, CPU time that the machine has spent working, CPU time of this process). Linux; elsewhere the last two are 0."""
+    try:
+        with open(stat) as file:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    except OSError:
+        return time.perf_counter(), 0.0, 0.0
+    return time.perf_counter(), (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+def alternate_undisturbed(functions: dict[str, Callable[[], float]], repeats: int, most_foreign_cores: float = FOREIGN_CORES) -> dict[str, Samples]:
+    """What each function returns, `repeats` times, called in turns; a value is discarded if other processes used more than
+    `most_foreign_cores` while it was measured, and measured again in a later round.
+
+    After 4 * repeats rounds a function that has too few clean values takes its least disturbed ones.
+    """
+    samples = {name: Samples() for name in functions}
+    spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(4 * repeats):
+        for name, function in functions.items():
+            if len(samples[name].values) < repeats:
+                before = cpu_clock()
+                value = function()
+                foreign = foreign_cores(before, cpu_clock())
+                if foreign <= most_foreign_cores:
+                    samples[name].values.append(value)
+                else:
+                    spoilt[name].append((foreign, value))
+    for name, sample in samples.items():
+        sample.discarded = len(spoilt[name])
+        if (missing := repeats - len(sample.values)) > 0:
+            sample.disturbed = True
+            sample.values += [value for _, value in sorted(spoilt[name])[:missing]]
+    return samples
+
+
+def peak_resident_bytes(function: Callable[[], object]) -> int | None:
+    """Most resident memory of this process while `function` runs, above what is in use before it. None where it cannot be asked.
+
+    Linux with glibc: malloc gives back what was freed, the kernel begins the peak anew (proc_pid_clear_refs(5), value 5).
+    The process should do nothing else, and should have run `function` before: what libraries keep for themselves from the
+    first time on is then in use already.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident_bytes("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    function()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(which: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(which))
+
+
+def run_worker(module: str, flags: list[str], **environment: str | None) -> Any:
+    """Run `python -m MODULE FLAGS --worker_out FILE` in a process of its own and return the JSON value that it wrote there.
+
+    environment: variables to set, or to remove where None.
+    """
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))} | environment
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        done = subprocess.run([sys.executable, "-m", module, *flags, "--worker_out", str(path)], capture_output=True, text=True,
+                              env={name: value for name, value in variables.items() if value is not None})
+        if done.returncode:
+            lines = (done.stderr.strip() or done.stdout.strip() or "killed").splitlines()
+            why = next((line for line in reversed(lines) if re.match(r"error:|[\w.]+(Error|Exception|Unsupported)\b", line)), lines[-1])
+            raise ValueError(f"python -m {module} {shlex.join(flags)} failed: {why}")
+        return json.loads(path.read_text())
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -42,6 +42,7 @@ DTYPE = np.dtype("<u4")
 HEADER_BYTES = 128             # of a one-dimensional .npy file, whatever its length
 LARGEST_MANIFEST_BYTES = 1 << 28
 OPEN_SHARDS = 64               # memory maps held at a time: each keeps a file open, and systems allow 256 to 1,024
+CHUNK_BYTES = 1 << 22          # shards are rewritten in pieces of this size
 SHARD_NAME = re.compile(r"shard_\d{4,9}\.npy")
 
 
@@ -173,6 +174,27 @@ class ShardWriter:
         self.shards.append({"file": self._path.name, "tokens": self._in_shard, "sha256": sha256})
 
 
+def renumber(folder: Path, counts: dict, new_ids: np.ndarray) -> dict:
+    """Replace every id i in a split's finished shards by new_ids[i], uint32 [old ids]; `counts` is what ShardWriter.finish returned, and so is the result.
+
+    In place, a piece at a time: for a set that is not yet published, so that a half-done one is thrown away.
+    """
+    tokens, shards = hashlib.sha256(), []
+    for shard in counts["shards"]:
+        with open(folder / shard["file"], "r+b") as file:
+            digest = hashlib.sha256(file.read(HEADER_BYTES))
+            while old := file.read(CHUNK_BYTES):
+                new = new_ids[np.frombuffer(old, dtype=DTYPE)].astype(DTYPE, copy=False).tobytes()
+                file.seek(-len(old), os.SEEK_CUR)
+                file.write(new)
+                digest.update(new)
+                tokens.update(new)
+            file.flush()
+            os.fsync(file.fileno())
+        shards.append(shard | {"sha256": digest.hexdigest()})
+    return counts | {"tokens_sha256": tokens.hexdigest(), "shards": shards}
+
+
 def npy_header(tokens: int) -> bytes:
     """The .npy header (version 1.0) of a uint32 array [tokens]: 128 bytes, for numpy leaves room for the length to grow."""
     buffer = io.BytesIO()
@@ -182,8 +204,8 @@ def npy_header(tokens: int) -> bytes:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict:
-    """The manifest's entry for a tokenizer; a trained one is also saved in the folder, beside the shards."""
-    if not tokenizer.is_trained:
+    """The manifest's entry for a tokenizer; one that was made from the text is also saved in the folder, beside the shards."""
+    if not tokenizer.made_from_text:
         return tokenizer.to_state()
     text = json.dumps(tokenizer.to_state(), ensure_ascii=True) + "\n"
     write_text_atomic(folder / STATE_FILE, text)
@@ -324,7 +346,7 @@ class TokenShards:
 
     @functools.cached_property
     def tokenizer_state(self) -> dict:
-        """State of the tokenizer that made these shards, for Tokenizer.from_state; a trained one's is read from beside them."""
+        """State of the tokenizer that made these shards, for Tokenizer.from_state; one made from the text is read from beside them."""
         entry = self.manifest["tokenizer"]
         if "file" not in entry:
             return entry

@@ -20,6 +20,7 @@ from pathlib import Path
 from runtime.files import write_atomic
 
 KINDS = ("train", "val")
+HEALTHY_LOAD = (0.25, 4.0)  # of its fair share: an expert below learns little, one above is a bottleneck
 
 
 # -------------------------------------------------------------------------------------------------- records <-> lines

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from runtime.files import write_atomic
+from runtime.metrics import HEALTHY_LOAD
 
 # One palette for all figures of the project (scripts/draw_architecture.py uses it too).
 BACKGROUND, PANEL, GRID, EDGE = "#0d1117", "#131a23", "#222b36", "#3a4552"
@@ -506,7 +507,7 @@ def _draw_expert_load(history, status):
         width = 2.0 if blocks <= 8 else 1.3
         _line(bottom, step, np.maximum(least[:, block], LOWEST_LOAD), color, linewidth=width, alpha=0.9)
         _line(bottom, step, np.maximum(most[:, block], LOWEST_LOAD), color, linewidth=width, alpha=0.9)
-    for share, color in ((0.25, RED), (1.0, MUTED), (4.0, RED)):
+    for share, color in ((HEALTHY_LOAD[0], RED), (1.0, MUTED), (HEALTHY_LOAD[1], RED)):
         bottom.axhline(share, color=color, linewidth=1.4, linestyle=(0, (5, 4)), zorder=2, alpha=0.9)
     bottom.set_yscale("log", base=2)
     low, high = max(min(0.25, np.nanmin(least)), LOWEST_LOAD) / 1.25, max(4.0, np.nanmax(most)) * 1.25

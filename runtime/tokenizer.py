@@ -1,8 +1,8 @@
-"""Text <-> token ids. One class over tiktoken, whatever the vocabulary: a published one, plain bytes, or a BPE trained here.
+"""Text <-> token ids, over tiktoken: a published vocabulary, the part of one that a text uses, plain bytes, or a BPE trained here.
 
 Nothing is read or downloaded at import. A tokenizer travels as its *state*: plain JSON values that a manifest and a
-checkpoint carry. A published vocabulary is stored by name and fingerprint, a trained one with all its tokens, so a
-checkpoint never meets ids that mean something else.
+checkpoint carry. A published vocabulary is stored by name and fingerprint, a compact one with the ids it keeps besides, a
+trained one with all its tokens, so a checkpoint never meets ids that mean something else.
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("o200k_base", "gpt2", "cl100k_base")  # vocabularies that tiktoken downloads
-STATE_FILE = "tokenizer.json"                  # where a trained tokenizer is saved, beside the shards
+COMPACT = ":compact"                           # o200k_base:compact is o200k_base without the ids that the text does not use
+STATE_FILE = "tokenizer.json"                  # where a tokenizer that was made from a text is saved, beside the shards
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000     # 256 bytes and end-of-text; far above any useful size
 BPE_SAMPLE_CHARACTERS = 1 << 28                # a BPE is trained on at most this much text, from the start of the corpus
 
@@ -37,6 +38,7 @@ WORD_PATTERN = "|".join([
     r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",                                           # white space
 ])
 _BYTE_PATTERN = r"[\s\S]{1,64}"  # bytes never merge, so any cut will do; short pieces are the fastest
+_NOT_KEPT = 2**32 - 1            # in the place of a base id that a compact vocabulary has no id for
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
@@ -46,7 +48,7 @@ def _without_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """A vocabulary and its end-of-text id. Ids run from 0 to vocabulary_size - 1; made by load_tokenizer, train_bpe or from_state."""
+    """A vocabulary and its end-of-text id. Ids run from 0 to vocabulary_size - 1; made by load_tokenizer, train_bpe, compacted or from_state."""
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
         self.name = name
@@ -107,9 +109,9 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------------------------------- state
     @property
-    def is_trained(self) -> bool:
+    def made_from_text(self) -> bool:
         """Whether this vocabulary exists nowhere else, so that it must be stored with what it made."""
-        return self.name.startswith("bpe:")
+        return self.name.startswith("bpe:") or self.name.endswith(COMPACT)
 
     def summary(self) -> dict:
         """What identifies this tokenizer, in plain JSON values."""
@@ -117,7 +119,7 @@ class Tokenizer:
 
     def to_state(self) -> dict:
         """All that `from_state` needs, in plain JSON values; a trained BPE carries its tokens (base64, by id)."""
-        if not self.is_trained:
+        if not self.made_from_text:
             return self.summary()
         ranks = self.encoding._mergeable_ranks
         return self.summary() | {"tokens": [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__)]}
@@ -128,7 +130,10 @@ class Tokenizer:
         if not isinstance(state, dict) or not isinstance(state.get("name"), str):
             raise ValueError("the stored tokenizer is damaged: it has no name")
         name = state["name"]
-        if name.startswith("bpe:"):
+        check_name(name)
+        if name.endswith(COMPACT):
+            tokenizer = _compact_from_state(state)
+        elif name.startswith("bpe:"):
             try:
                 tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
             except (KeyError, TypeError, ValueError, binascii.Error):
@@ -140,6 +145,57 @@ class Tokenizer:
             if state.get(key) != value:
                 raise ValueError(f"the stored tokenizer {name} is not the {name} found here: its {key} is {state.get(key)!r}, here it is {value!r}")
         return tokenizer
+
+
+class CompactTokenizer(Tokenizer):
+    """A published vocabulary without the ids that a text does not use: the same tokens, numbered anew in the same order.
+
+    Text is cut as the base cuts it, so a text that uses none but the kept ids has the same tokens. Any other base token is
+    spelled with kept ones, the 256 bytes among them.
+    """
+
+    def __init__(self, base: Tokenizer, base_ids: Sequence[int]):
+        """`base_ids`, by new id: ascending, with all 256 bytes and, last, end-of-text."""
+        tokens = [base.token_bytes(i) for i in base_ids[:-1]]
+        super().__init__(base.name + COMPACT, _encoding(base.name + COMPACT, tokens, base.encoding._pat_str))  # to look tokens up, not to encode
+        self.base, self.base_ids = base, list(base_ids)
+        self.new_ids = np.full(base.vocabulary_size, _NOT_KEPT, dtype=np.uint32)  # [base ids]
+        self.new_ids[self.base_ids] = np.arange(len(base_ids))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the base's fingerprint and the kept ids."""
+        return hashlib.sha256(f"compact {self.base.fingerprint}".encode() + np.array(self.base_ids, dtype="<u4").tobytes()).hexdigest()
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """Ids of a text, uint32 [tokens]: the base's, each either renumbered or spelled with kept tokens."""
+        base_ids = self.base.encode_to_numpy(text)
+        ids = self.new_ids[base_ids]
+        if not (missing := ids == _NOT_KEPT).any():
+            return ids
+        spelled = {i: self._spell(self.base.token_bytes(i)) for i in set(base_ids[missing].tolist())}
+        return np.array([i for base_id, new_id in zip(base_ids.tolist(), ids.tolist(), strict=True) for i in spelled.get(base_id, (new_id,))], dtype=np.uint32)
+
+    def _spell(self, token: bytes) -> tuple[int, ...]:
+        """The fewest kept tokens that these bytes can be cut into; of equally few, those whose last is the longest.
+
+        (Merging by rank among the kept tokens would often end in single bytes, which training hardly met: a kept token is
+        out of its reach if the tokens that merge into it are not kept.)
+        """
+        kept = self.encoding._mergeable_ranks
+        spelling: list[tuple[int, ...]] = [()]  # of the first 0, 1, 2, ... bytes
+        for end in range(1, len(token) + 1):
+            ways = (spelling[start] + (kept[token[start:end]],) for start in range(end) if token[start:end] in kept)
+            spelling.append(min(ways, key=len))
+        return spelling[-1]
+
+    def summary(self) -> dict:
+        """What identifies this tokenizer and its base, in plain JSON values."""
+        return super().summary() | {"base_fingerprint": self.base.fingerprint}
+
+    def to_state(self) -> dict:
+        """All that `from_state` needs, in plain JSON values: the kept ids of the base, by new id."""
+        return self.summary() | {"base_ids": self.base_ids}
 
 
 class TokenStream:
@@ -170,26 +226,30 @@ def bpe_size(name: str) -> int:
 
 
 def check_name(name: str) -> None:
-    """ValueError unless `name` is a tokenizer that `load_tokenizer` or `train_bpe` can make. Touches neither network nor disk."""
-    if name.startswith("bpe:"):
+    """ValueError unless `name` is a tokenizer that can be made here. Touches neither network nor disk."""
+    if name.endswith(COMPACT):
+        if name.removesuffix(COMPACT) not in NAMED:
+            raise ValueError(f"tokenizer {name!r}: only {', '.join(NAMED)} have a {COMPACT} form; byte and bpe:SIZE have few ids that a text does not use")
+    elif name.startswith("bpe:"):
         bpe_size(name)
     elif name not in (*NAMED, "byte"):
-        raise ValueError(f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE")
+        raise ValueError(f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE, or one of the first {len(NAMED)} with {COMPACT} behind it")
 
 
 def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
     """A tokenizer by name.
 
     o200k_base, gpt2 and cl100k_base come from tiktoken, which downloads the vocabulary once and checks its hash; `byte` is
-    256 bytes and end-of-text = 256; `bpe:SIZE` is read from `folder`, beside the shards of the text it was trained on.
+    256 bytes and end-of-text = 256; `bpe:SIZE` and `NAME:compact` are read from `folder`, beside the shards of the text that
+    they were made from.
     """
     check_name(name)
     if name == "byte":
-        return _from_tokens(name, [bytes([b]) for b in range(256)], _BYTE_PATTERN)
-    if not name.startswith("bpe:"):
+        return Tokenizer(name, _encoding(name, [bytes([b]) for b in range(256)], _BYTE_PATTERN))
+    if name in NAMED:
         return _load_named(name)
     if folder is None:
-        raise ValueError(f"tokenizer {name} is trained on a text: give the folder that prepare_data.py saved it in")
+        raise ValueError(f"tokenizer {name} is made from a text: give the folder that prepare_data.py saved it in")
     path = Path(folder) / STATE_FILE
     try:
         tokenizer = Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8")))
@@ -212,17 +272,39 @@ def _load_named(name: str) -> Tokenizer:
             f"that has it, or prepare the text with --tokenizer byte or --tokenizer bpe:8192, which need no network") from None
 
 
-def _from_tokens(name: str, tokens: list[bytes], pattern: str) -> Tokenizer:
-    """A tokenizer whose ids are the positions in `tokens`, followed by end-of-text."""
+def _encoding(name: str, tokens: list[bytes], pattern: str) -> tiktoken.Encoding:
+    """The encoding whose ids are the positions in `tokens`, followed by end-of-text."""
     ranks = {token: i for i, token in enumerate(tokens)}
-    return Tokenizer(name, tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}))
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
+    """A published vocabulary with the ids `used` alone, and those of the 256 bytes and end-of-text, which any text may need."""
+    return CompactTokenizer(base, sorted(_always_kept(base).union(map(int, used))))
+
+
+def _always_kept(base: Tokenizer) -> set[int]:
+    ranks = base.encoding._mergeable_ranks
+    return {*(ranks[bytes([b])] for b in range(256)), base.end_of_text_id}
+
+
+def _compact_from_state(state: dict) -> CompactTokenizer:
+    """A compact tokenizer from its state. ValueError unless the base is the one it was and the ids are what `compacted` makes."""
+    base, ids = load_tokenizer(state["name"].removesuffix(COMPACT)), state.get("base_ids")
+    if state.get("base_fingerprint") != base.fingerprint:
+        raise ValueError(f"the stored tokenizer {state['name']} was made from another {base.name} than the one found here")
+    usable = isinstance(ids, list) and all(type(i) is int for i in ids) and ids == sorted(set(ids))
+    if not usable or not _always_kept(base) <= set(ids) <= {*base.encoding._mergeable_ranks.values(), base.end_of_text_id}:
+        raise ValueError(f"the stored tokenizer {state['name']} is damaged: its base_ids must be ascending ids of tokens of {base.name}, "
+                         "with all 256 bytes and end-of-text")
+    return CompactTokenizer(base, ids)
 
 
 def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
     """A trained BPE from its tokens by id. ValueError unless they are 256 bytes and then distinct, longer ones."""
     if len(tokens) + 1 != bpe_size(name) or tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens) or b"" in tokens:
         raise ValueError(f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, {name.removeprefix('bpe:')} with end-of-text")
-    return _from_tokens(name, tokens, WORD_PATTERN)
+    return Tokenizer(name, _encoding(name, tokens, WORD_PATTERN))
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:

@@ -99,6 +99,18 @@ def test_appending_in_pieces_is_the_same_as_at_once(tmp_path):
     assert writer.finish()["shards"] == read_manifest(whole)["shards"]
 
 
+def test_renumbered_shards_are_as_if_written_so(tmp_path, monkeypatch):
+    """Across pieces and shards, and the digests are those of what is there now."""
+    monkeypatch.setattr(data, "CHUNK_BYTES", 5 * 4)
+    ids = np.arange(100, dtype=np.uint32) % 23
+    new_ids = np.arange(1000, 1023, dtype=np.uint32)[::-1].copy()
+    (old, new) = (ShardWriter(tmp_path / name, 17) for name in ("old", "new"))
+    old.append(ids)
+    new.append(new_ids[ids])
+    assert data.renumber(tmp_path / "old", old.finish(), new_ids) == new.finish()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+
+
 def test_fingerprint_is_of_the_content(tmp_path):
     """A resumed run may meet the same tokens in shards of another size; other tokens it must not meet."""
     a, b, c = (TokenShards(write_split(tmp_path / name, np.arange(100) % n, size)).fingerprint for name, n, size in (("a", 90, 7), ("b", 90, 50), ("c", 91, 7)))

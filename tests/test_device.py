@@ -11,15 +11,19 @@ from runtime import device as module
 from runtime.device import (
     DTYPES,
     autocast,
+    bfloat16_is_faster,
     choose_device,
     choose_dtype,
     choose_kernels,
     device_name,
     explained_out_of_memory,
+    has_room,
     is_out_of_memory,
+    make_deterministic,
     memory_bytes,
     peak_flops,
     peak_memory_bytes,
+    release_memory,
     synchronize,
 )
 from tests.util import tiny_config
@@ -209,3 +213,42 @@ def test_kernels_are_chosen_for_the_card(monkeypatch, capability, dtype, grouped
     assert all(b.moe.experts.grouped is grouped and b.attention.has_flash is flash for b in model.layers)
     choose_kernels(model, torch.device("cpu"), torch.float32)
     assert not any(b.moe.experts.grouped for b in model.layers)
+
+
+@pytest.mark.parametrize("amx, seconds, expected", [(False, {}, False), (True, {torch.float32: 3.0, torch.bfloat16: 1.0}, True), (True, {torch.float32: 3.0, torch.bfloat16: 2.9}, False)])
+def test_bfloat16_on_a_cpu_only_where_it_is_faster(monkeypatch, amx, seconds, expected):
+    """Without a matrix unit its products take twice as long as float32's; with one it is asked, by a clock that is put in its place here."""
+    now, clock = [0.0], []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: now.__setitem__(0, now[0] + seconds[a.dtype]))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock.append(now[0]) or now[0])
+    assert bfloat16_is_faster() == expected and bool(clock) == amx
+    assert choose_dtype("auto", CPU) == (torch.bfloat16 if expected else torch.float32)
+
+
+def test_room_on_a_gpu_is_what_was_never_held(monkeypatch, cuda):
+    """A micro-batch that just fits leaves nothing for the optimizer's next surprise."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("properties", (), {"total_memory": 100})())
+    for held, room in ((95, True), (96, False)):
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device, held=held: held)
+        assert has_room(torch.device("cuda")) == room
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: freed.append("peak"))
+    release_memory(torch.device("cuda"))
+    assert freed == ["cache", "peak"]
+    release_memory(CPU)
+
+
+def test_deterministic_mode_does_not_fill_what_is_about_to_be_written(monkeypatch):
+    """PyTorch would fill every fresh tensor with NaN, a pass over memory for each."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

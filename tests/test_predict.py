@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import predict
@@ -25,6 +26,7 @@ from predict import PredictConfig, Predictor
 from runtime.checkpoint import save_checkpoint
 from runtime.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from tests.test_cli import as_flags, other_value
+from tests.test_tokenizer import stand_in
 from tests.util import random_model, tiny_config
 
 REPO = Path(__file__).resolve().parent.parent
@@ -367,7 +369,7 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
     assert run("--ckpt", ckpt, "--prompt", "x", "--tokenizer", "byte", "--max_new_tokens", 3).startswith("x")
     with pytest.raises(ValueError, match="tokenizer 'words' is not one of o200k_base, gpt2, cl100k_base, byte, bpe:SIZE"):
         predict.main(["--ckpt", ckpt, "--prompt", "x", "--tokenizer", "words"])
-    with pytest.raises(ValueError, match="tokenizer bpe:300 is trained on a text: give the folder"):
+    with pytest.raises(ValueError, match="tokenizer bpe:300 is made from a text: give the folder"):
         predict.main(["--ckpt", ckpt, "--prompt", "x", "--tokenizer", "bpe:300"])
     smaller = save(tmp_path / "smaller", biased_model(vocabulary_size=97), None)
     with pytest.raises(ValueError, match="tokenizer byte has 257 ids and the model in .* 97: give the one that it was trained with"):
@@ -393,6 +395,26 @@ def test_the_tokenizer_of_a_data_folder_can_be_named(tmp_path, run, monkeypatch)
         predictor_of(ckpt, tokenizer=str(tmp_path))
     monkeypatch.chdir(tmp_path)  # here a folder is called byte: the name means what it always means
     assert predictor_of(ckpt, tokenizer="byte")[0].tokenizer.fingerprint == BYTE.fingerprint
+
+
+def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypatch, capsys):
+    """It reads what its text never had, and is not mistaken for its base or for what another text made of that."""
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
+    tokenizers = []
+    for stories in ("60", "2"):
+        out = tmp_path / stories
+        assert prepare_data.main(["--dataset", "toy", "--num_stories", stories, "--tokenizer", "gpt2:compact", "--val_ratio", "0.5", "--out_dir", str(out)]) == 0
+        tokenizers.append(load_tokenizer("gpt2:compact", out / "train"))
+    assert tokenizers[0].fingerprint != tokenizers[1].fingerprint
+    ckpt = save(tmp_path / "ckpt", biased_model(vocabulary_size=tokenizers[0].vocabulary_size), tokenizers[0])
+    capsys.readouterr()
+    prompt = "The Xylophone \N{GRINNING FACE} 你好"
+    assert run("--ckpt", ckpt, "--prompt", prompt, "--max_new_tokens", 3).startswith(prompt)
+    predictor, _ = predictor_of(ckpt, tokenizer=str(tmp_path / "60"))
+    assert predictor.tokenizer.name == "gpt2:compact" and predictor.banned_ids == [] and predictor.tokenizer.decode(predictor.tokenizer.encode(prompt)) == prompt
+    for other in ("gpt2", str(tmp_path / "2")):
+        with pytest.raises(ValueError, match="was trained with tokenizer gpt2:compact, not .*: leave --tokenizer out"):
+            predictor_of(ckpt, tokenizer=other)
 
 
 @pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 import prepare_data
 from prepare_data import Batch, encode_in_order, main, make_batches, parse_options, prepare, safe_cut, split_by_hash, text_digest
 from runtime import data, toy_stories
 from runtime.data import open_data, read_manifest
 from runtime.tokenizer import Tokenizer, load_tokenizer
+from tests.test_tokenizer import stand_in
 
 REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
@@ -95,12 +97,14 @@ def test_manifest_says_where_it_all_comes_from(tmp_path):
     assert m["tokens_sha256"] == hashlib.sha256(np.load(tmp_path / "out/train/shard_0000.npy").tobytes()).hexdigest()
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tokenizer, num_files", [("byte", 6), ("gpt2:compact", 8)])
+def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch, tokenizer, num_files):
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     monkeypatch.setattr(prepare_data, "BATCH_CHARACTERS", 300)
     path = write_jsonl(tmp_path / "a.jsonl", stories(300))
     for out, cores in ("a", 1), ("b", 7):
-        run(tmp_path, "--files", path, "--val_ratio", "0.1", "--max_tokens", "9000", "--shard_size", "4000", "--num_proc", cores, out=out)
-    assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == 6
+        run(tmp_path, "--files", path, "--val_ratio", "0.1", "--max_tokens", "9000", "--shard_size", "4000", "--num_proc", cores, out=out, tokenizer=tokenizer)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") and len(tree(tmp_path / "a")) == num_files
 
 
 def test_equal_documents_go_to_one_side(tmp_path):
@@ -275,6 +279,42 @@ def test_bpe_is_trained_on_train_alone_and_saved_beside_the_shards(tmp_path):
         open_data(tmp_path / "out")
 
 
+def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, capsys):
+    """Real stories: the same tokens, bytes and documents, in ids from 0 up to as many as occur in train or val, the unused bytes and end-of-text."""
+    texts = [json.loads(line)["text"] for line in (shared_dir / "tinystories" / "valid.jsonl").read_text(encoding="utf-8").splitlines()[:300]]
+    files = ("--files", write_jsonl(tmp_path / "a.jsonl", texts), "--val_ratio", "0.1", "--shard_size", "20_000")
+    plain = run(tmp_path, *files, out="plain", tokenizer="o200k_base")
+    assert "of 200,019 ids occur (--tokenizer o200k_base:compact makes a vocabulary of these)" in capsys.readouterr().out
+    compact = run(tmp_path, *files, tokenizer="o200k_base:compact")
+    printed = capsys.readouterr().out
+    tokenizer = load_tokenizer("o200k_base:compact", tmp_path / "out" / "val")
+    occur = set()
+    for old, new in zip(plain, compact, strict=True):
+        base_ids = old.read(0, old.num_tokens)
+        assert np.array_equal(np.array(tokenizer.base_ids)[new.read(0, new.num_tokens)], base_ids)
+        assert all(new.manifest[key] == old.manifest[key] for key in ("total_tokens", "total_bytes", "total_documents", "source"))
+        assert new.tokenizer_state == tokenizer.to_state() and documents(new) == documents(old)
+        occur |= set(base_ids.tolist())
+    assert len(compact[0].manifest["shards"]) > 1 and compact[0].fingerprint != plain[0].fingerprint
+    every_byte = {tokenizer.base.encoding.encode_single_token(bytes([b])) for b in range(256)}
+    assert tokenizer.base_ids == sorted(occur | every_byte) and compact[0].vocabulary_size == len(tokenizer.base_ids)
+    assert f"{len(occur):,} of 200,019 ids occur\n" in printed and f"o200k_base:compact, vocabulary {len(tokenizer.base_ids):,};" in printed
+
+
+def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
+    """Ids of validation text count, those beyond --max_tokens do not: they would be rows of the model that nothing trains."""
+    base = Tokenizer("gpt2", stand_in([b"qzqzqz", b"xyxyxy"]))
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", base.encoding)
+    texts = ["the dog ran to the big tree", "the cat", "xyxyxy"]
+    limit = len(base.encode(texts[0])) + 1
+    train, val = run(tmp_path, "--files", write_jsonl(tmp_path / "a.jsonl", texts), "--val_files", write_jsonl(tmp_path / "v.jsonl", ["qzqzqz"]),
+                     "--max_tokens", limit, tokenizer="gpt2:compact")
+    tokenizer = Tokenizer.from_state(train.tokenizer_state)
+    longer = {tokenizer.token_bytes(i) for i in range(tokenizer.end_of_text_id)} - {bytes([b]) for b in range(256)}
+    assert longer == {base.token_bytes(i) for i in base.encode(texts[0])} - {bytes([b]) for b in range(256)} | {b"qzqzqz"}
+    assert documents(train) == texts[:1] and documents(val) == ["qzqzqz"] and val.num_tokens == 2
+
+
 def test_toy_stories(tmp_path):
     train, val = run(tmp_path, "--dataset", "toy", "--num_stories", "200", "--val_ratio", "0.1", tokenizer="bpe:512")
     assert {*documents(train), *documents(val)} == {toy_stories.story(i) for i in range(200)}
@@ -344,7 +384,7 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch):
 BAD = [
     "--shard_size 0.5", "--shard_size 0", "--shard_size -1", "--shard_size nan", "--shard_size inf", "--shard_size 1e999999999", "--shard_size x", "--shard_size",
     "--max_tokens 0", "--max_tokens 1.5", "--num_proc 0", "--num_proc 1e9", "--val_ratio 0", "--val_ratio 1", "--val_ratio -0.1", "--val_ratio nan", "--val_ratio x",
-    "--tokenizer o300k", "--tokenizer bpe:", "--tokenizer bpe:100", "--tokenizer bpe:1e4", "--num_stories 5", "--dataset toy --num_stories 0",
+    "--tokenizer o300k", "--tokenizer bpe:", "--tokenizer bpe:100", "--tokenizer bpe:1e4", "--tokenizer byte:compact", "--tokenizer bpe:300:compact", "--num_stories 5", "--dataset toy --num_stories 0",
     "--files a.jsonl --dataset toy", "--files a.jsonl --split train", "--files a.jsonl --streaming", "--files a.jsonl --dataset_config x", "--files a.jsonl --num_stories 5",
     "--dataset toy --streaming", "--dataset toy --split train", "--dataset toy --dataset_config x", "--dataset toy --text_column x", "--dataset toy --document_separator x",
     "--files a.jsonl --document_separator x", "--files a.txt --text_column x", "--files a.txt --document_separator=", "--files a.jsonl --val_files b.jsonl --val_ratio 0.1",
@@ -472,6 +512,23 @@ def test_a_full_disk_leaves_the_earlier_set(tmp_path, old, monkeypatch, after):
     assert tree(out) == before and sorted(p.name for p in out.iterdir()) == ["train", "val"]
 
 
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_a_disk_that_fails_while_ids_are_renumbered_leaves_the_earlier_set(tmp_path, old, monkeypatch, split):
+    out, before = old
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
+    renumber = data.renumber
+
+    def failing(folder, counts, new_ids):
+        renumber(folder, counts, new_ids)
+        if folder.name == split:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(data, "renumber", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(tmp_path, "--files", write_jsonl(tmp_path / "a.jsonl", stories(200)), "--val_ratio", "0.3", tokenizer="gpt2:compact")
+    assert tree(out) == before and sorted(p.name for p in out.iterdir()) == ["train", "val"]
+
+
 def test_a_text_that_fails_midway_leaves_the_earlier_set(tmp_path, old):
     out, before = old
     path = write_jsonl(tmp_path / "a.jsonl", stories(5000))
@@ -485,8 +542,11 @@ def test_a_text_that_fails_midway_leaves_the_earlier_set(tmp_path, old):
 KILLER = """
 import json, os, shutil, sys
 from pathlib import Path
+import tiktoken
 import prepare_data
 from runtime.data import open_data
+from tests.test_tokenizer import stand_in
+tiktoken.registry.ENCODINGS["gpt2"] = stand_in()
 old, new, work = (Path(a) for a in sys.argv[1:4])
 arguments = sys.argv[4:]
 
@@ -505,7 +565,7 @@ def prepare(kill_at=None):
     seen = 0
     def hook(event, args):
         nonlocal seen
-        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or event == "open" and isinstance(args[1], str) and args[1][0] in "wa"
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or event == "open" and isinstance(args[1], str) and set(args[1]) & set("wa+")
         if changes and str(args[0]).startswith(str(work)):
             seen += 1
             if seen == kill_at:
@@ -537,11 +597,13 @@ print(json.dumps({"kills": kill_at - 1, "old": left[0], "new": left[1]}))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old):
+@pytest.mark.parametrize("tokenizer", ["bpe:270", "gpt2:compact"])
+def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkeypatch, tokenizer):
     """Reliability 20: at every operation on the output folder, a kill leaves the old set or the new, and a re-run the new, byte for byte."""
     out, _ = old
     path = write_jsonl(tmp_path / "new.jsonl", stories(80))
-    arguments = ["--files", str(path), "--val_ratio", "0.3", "--tokenizer", "bpe:270", "--shard_size", "1500", "--num_proc", "1"]
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
+    arguments = ["--files", str(path), "--val_ratio", "0.3", "--tokenizer", tokenizer, "--shard_size", "1500", "--num_proc", "1"]
     main([*arguments, "--out_dir", str(tmp_path / "new")])
     result = subprocess.run([sys.executable, "-c", KILLER, out, tmp_path / "new", tmp_path / "work", *arguments],
                             cwd=REPO, capture_output=True, text=True, timeout=120)

@@ -28,7 +28,7 @@ def report(capsys):
     return run
 
 
-def check(lines: dict, config: ModelConfig, batch_size: int) -> None:
+def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
     """Every figure of a report, from the config."""
     with torch.device("meta"):
         model = LLM(config)
@@ -40,7 +40,7 @@ def check(lines: dict, config: ModelConfig, batch_size: int) -> None:
     assert f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training" in lines
     assert lines["weights"] == [human_bytes(4 * total), human_bytes(2 * total)]
     for where, on_gpu in (("GPU", True), ("CPU", False)):
-        needed = [human_bytes(sum(training_memory_bytes(config, batch_size, b, on_gpu).values())) for b in (4, 2)]
+        needed = [human_bytes(sum(training_memory_bytes(config, TrainConfig(batch_size=batch_size, **train), b, on_gpu).values())) for b in (4, 2)]
         assert lines[f"training, {where}, {batch_size} x {config.context_length}"] == needed
     for column, dtype in enumerate((torch.float32, torch.bfloat16)):  # what a cache really holds
         one, full = (KVCache(config, 1, tokens, dtype, "meta").num_bytes() for tokens in (1, config.context_length))
@@ -73,12 +73,13 @@ def test_windows_and_options_count_as_the_cache_and_the_module_do(report, change
     config = tiny_config(**changes)
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
     check(report(*as_flags(given), "--batch_size", 3), config, 3)
+    check(report(*as_flags(given), "--batch_size", 3, "--optimizer", "muon", "--activation_checkpointing"), config, 3, optimizer="muon", activation_checkpointing=True)
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
 def test_every_model_flag_reaches_the_report(monkeypatch, name):
     seen = []
-    monkeypatch.setattr(script, "report", lambda config, batch_size: seen.append((config, batch_size)) or [])
+    monkeypatch.setattr(script, "report", lambda config, train: seen.append((config, train.batch_size)) or [])
     value = other_value(ModelConfig, name)
     assert script.main(as_flags(NEEDS.get(name, {}) | {name: value, "batch_size": 7})) == 0
     assert getattr(seen[0][0], name) == value and seen[0][1] == 7

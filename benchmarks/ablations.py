@@ -1,0 +1,253 @@
+"""What learns best: the same small model, one choice changed at a time, the same text, the same number of tokens.
+
+    python prepare_data.py --files train.jsonl --val_files valid.jsonl --tokenizer bpe:4096
+    python -m benchmarks.ablations --run muon --seeds 42 43      one row
+    python -m benchmarks.ablations --run all                     every row (hours)
+    python -m benchmarks.ablations --time 3                      seconds per step of every row, in turns, on a quiet machine
+    python -m benchmarks.ablations --table --picture             the table in benchmarks/ABLATIONS.md and public/default_against_modern.png
+
+A row is the base with some flags of train.py changed. Each run writes benchmarks/results/ablations/ROW_SEED.json with its
+curve; the shards' folder is --data_dir or the environment variable GPTOSS_DATA.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import train
+from benchmarks.common import REPO, RESULTS, alternate, environment, save_results
+from config_model import ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters
+from runtime import cli
+from runtime.data import validation_batches
+from runtime.files import write_atomic, write_text_atomic
+
+FOLDER = RESULTS / "ablations"
+PAGE = RESULTS.parent / "ABLATIONS.md"
+BASE = dict(preset="nano", max_steps=400, warmup_steps=50, val_interval=80, val_steps=48, log_interval=10, num_threads=1)
+DEFAULT = dict(expert_activation="gelu", d_ff=384, expert_bias=True, out_proj_bias=True, head_bias=True, qk_norm=False, use_attention_bias=True,
+               tie_embeddings=False, init_std=0.02)
+
+# name: (what is changed, flags). d_ff 384 gives GELU experts the FLOPs of SwiGLU ones with 256.
+ROWS = {
+    "base": ("nano: SwiGLU, no biases, QK-norm, no table, tied, dropless, balance loss 0.01, AdamW 3e-3", {}),
+    "muon": ("Muon for the hidden matrices, the same rate", dict(optimizer="muon")),
+    "muon_lr_6e-3": ("Muon, twice the rate", dict(optimizer="muon", lr=6e-3)),
+    "muon_lr_15e-4": ("Muon, half the rate", dict(optimizer="muon", lr=1.5e-3)),
+    "lr_6e-3": ("AdamW, twice the rate", dict(lr=6e-3)),
+    "lr_15e-4": ("AdamW, half the rate", dict(lr=1.5e-3)),
+    "dense": ("dense at equal active FLOPs", dict(num_experts=1, top_k=1, d_ff=512)),
+    "default": ("the default's choices: GELU and biases, table, no QK-norm, untied", DEFAULT),
+    "default_muon": ("the default's choices with Muon", DEFAULT | dict(optimizer="muon")),
+    "gelu_bias": ("GELU experts with biases, equal FLOPs", dict(expert_activation="gelu", d_ff=384, expert_bias=True)),
+    "no_qk_norm": ("no QK-norm", dict(qk_norm=False)),
+    "table": ("learned position table, no QK-norm", dict(qk_norm=False, use_attention_bias=True)),
+    "table_qk_norm": ("learned position table and QK-norm", dict(use_attention_bias=True)),
+    "untied": ("head of its own", dict(tie_embeddings=False)),
+    "init_std_0.02": ("initial weights of 0.02 instead of 0.05", dict(init_std=0.02)),
+    "capacity_1.25": ("capacity 1.25", dict(capacity_factor=1.25)),
+    "no_balance": ("no balancing at all", dict(aux_loss_coef=0.0)),
+    "bias_balance": ("balancing by bias 0.001 instead of a loss", dict(aux_loss_coef=0.0, router_bias_rate=1e-3)),
+    "bias_balance_0.01": ("balancing by bias 0.01 instead of a loss", dict(aux_loss_coef=0.0, router_bias_rate=1e-2)),
+    "z_loss": ("router z-loss 0.001 besides", dict(z_loss_coef=1e-3)),
+    "dropout": ("dropout 0.1", dict(dropout=0.1)),
+    "document_mask": ("documents do not see each other", dict(document_mask=True)),
+    "bfloat16_state": ("AdamW's moments in bfloat16", dict(state_dtype="bfloat16")),
+    "muon_bfloat16_state": ("Muon, moments in bfloat16", dict(optimizer="muon", state_dtype="bfloat16")),
+    "muon_lr_12e-3": ("Muon, four times the rate", dict(optimizer="muon", lr=1.2e-2)),
+    "lr_12e-3": ("AdamW, four times the rate", dict(lr=1.2e-2)),
+    "experts_16": ("16 experts instead of 8", dict(num_experts=16)),
+}
+# The same model on the same text cut by other tokenizers, whose --data_dir must be given; compared by bits per byte.
+TOKENIZERS = {f"tokenizer_{name}": (f"{tokenizer}", dict(max_steps=120, val_interval=60, val_steps=24))
+              for name, tokenizer in (("bpe", "bpe:4096"), ("compact", "o200k_base:compact"), ("o200k", "o200k_base"))}
+
+
+def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> train.Plan:
+    """The plan of a row."""
+    parser = cli.parser(__doc__)
+    cli.add_config_flags(parser, ModelConfig, TrainConfig)
+    flags = BASE | (ROWS | TOKENIZERS)[name][1] | changes | dict(seed=seed, data_dir=data_dir, ckpt_dir=os.path.join(tempfile.gettempdir(), "gptoss-ablation-has-no-checkpoints"))
+    argv = [part for key, value in flags.items() for part in ([f"--{key}" if value else f"--no-{key}"] if isinstance(value, bool) else [f"--{key}", str(value)])]
+    return train.make_plan(cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig))
+
+
+def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
+    """Train a row and store its curve."""
+    plan = make_plan(name, seed, data_dir, changes)
+    what, flags = (ROWS | TOKENIZERS)[name]
+    if name in TOKENIZERS and plan.train.tokenizer_state["name"] != what:
+        raise ValueError(f"{data_dir} was made with {plan.train.tokenizer_state['name']}, and {name} wants {what}: python prepare_data.py --tokenizer {what}")
+    model, optimizer, loader, _ = train.set_up(plan)
+    batches = validation_batches(plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps)
+    records: list[dict] = []
+    started = time.perf_counter()
+    state = train.fit(model, loader, plan.config, train.loss_of(plan), optimizer=optimizer, val_batches=batches, dtype=plan.dtype, on_log=records.append)
+    seconds = time.perf_counter() - started
+    curves = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "val")}
+    loads = [load for r in curves["train"] if r["step"] > 2 * plan.config.warmup_steps for row in r["expert_load"] for load in row]
+    last = curves["val"][-1]["loss"]
+    result = {
+        "environment": environment(), "row": name, "what": what, "flags": flags | changes, "seed": seed,
+        "tokenizer": plan.train.tokenizer_state["name"], "vocabulary_size": plan.model_config.vocabulary_size, "tokens": state.tokens_seen, "epochs": state.tokens_seen / plan.train.num_tokens,
+        "validation_loss": last, "bits_per_byte": last / 0.6931471805599453 / plan.val.bytes_per_token, "train_loss": curves["train"][-1]["loss"],
+        "parameters": total_parameters(plan.model_config), "active_parameters": active_parameters(plan.model_config),
+        "flops_per_token": 3 * flops_per_token(plan.model_config), "seconds": seconds, "skipped_steps": state.skipped_steps,
+        "expert_load_after_warm_up": {"min": min(loads), "max": max(loads)},
+        "curve": [[r["tokens_seen"], round(r["loss"], 4)] for r in curves["val"]],
+        "train_curve": [[r["tokens_seen"], round(r["loss"], 4)] for r in curves["train"]],
+    }
+    path = FOLDER / f"{name}_{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(f"{name:20} seed {seed}: validation {last:.4f}, {result['bits_per_byte']:.4f} bits/byte, {seconds:.0f} s", flush=True)
+    return path
+
+
+def time_rows(names: list[str], data_dir: str, repeats: int, steps: int = 8) -> None:
+    """Seconds per step of each row, in turns in this process; stored with their ratio to the base."""
+    functions = {}
+    for name in names:
+        plan = make_plan(name, 42, data_dir, {})
+        model, optimizer, loader, _ = train.set_up(plan)
+        config = dataclasses.replace(plan.config, max_steps=steps, warmup_steps=1, log_interval=steps)
+
+        def step(model=model, loader=loader, config=config, plan=plan, optimizer=optimizer):
+            train.fit(model, loader, config, train.loss_of(plan), optimizer=optimizer)
+
+        functions[name] = step
+    seconds = alternate(functions, repeats)
+    median = {name: statistics.median(values) / steps for name, values in seconds.items()}
+    ratios = {name: statistics.median(a / b for a, b in zip(seconds[name], seconds["base"], strict=True)) for name in names}
+    save_results("ablations_time", {"seconds_per_step": median, "ratio_to_base": ratios, "repeats": repeats, "steps": steps, "threads": torch.get_num_threads()})
+
+
+def results() -> dict[str, list[dict]]:
+    """What was run, by row."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(FOLDER.glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["row"], []).append(result)
+    return found
+
+
+def at_tokens(curve: list[list[float]], tokens: float) -> float:
+    """A curve's loss at a number of tokens, between its points by a straight line."""
+    for (t0, y0), (t1, y1) in zip(curve, curve[1:], strict=False):
+        if t0 <= tokens <= t1:
+            return y0 + (y1 - y0) * (tokens - t0) / (t1 - t0)
+    return curve[-1][1] if tokens > curve[-1][0] else curve[0][1]
+
+
+def table() -> str:
+    """The Markdown table of all rows that were run with the base's tokens and tokenizer, best first.
+
+    "At the base's time": what a row with slower steps had reached by then, its rate not yet lowered; a faster one, its end.
+    """
+    runs = results()
+    if "base" not in runs:
+        raise ValueError(f"{FOLDER} has no run of the base: python -m benchmarks.ablations --run base")
+    base = statistics.mean(r["validation_loss"] for r in runs["base"])
+    ratio = _ratios()
+    lines = ["| row | what is changed | validation (nats), by seed | against base | step time | validation at the base's time | expert load after warm-up | train |", "|---|---|---|---|---|---|---|---|"]
+    tokens = runs["base"][0]["tokens"]
+    comparable = {name: rs for name, rs in runs.items() if all(r["tokens"] == tokens and r["tokenizer"] == runs["base"][0]["tokenizer"] for r in rs)}
+    for name, rs in sorted(comparable.items(), key=lambda item: statistics.mean(r["validation_loss"] for r in item[1])):
+        mean = statistics.mean(r["validation_loss"] for r in rs)
+        load = (min(r["expert_load_after_warm_up"]["min"] for r in rs), max(r["expert_load_after_warm_up"]["max"] for r in rs))
+        lines.append(f"| `{name}` | {rs[0]['what']} | {', '.join(format(r['validation_loss'], '.4f') for r in rs)} | {mean - base:+.4f} | "
+                     + (f"{ratio[name]:.2f}x | {statistics.mean(at_tokens(r['curve'], tokens / ratio[name]) for r in rs):.3f}" if name in ratio else " | ") + f" | {100 * load[0]:.0f} to {100 * load[1]:.0f} % | {statistics.mean(r['train_loss'] for r in rs):.3f} |")
+    return "\n".join(lines)
+
+
+def tokenizer_table() -> str:
+    """The Markdown table of the runs with other tokenizers."""
+    lines = ["| tokenizer | ids | parameters | training FLOPs per token | nats per token | bits per byte | seconds |", "|---|---|---|---|---|---|---|"]
+    for name, rs in results().items():
+        if name in TOKENIZERS:
+            r = rs[0]
+            lines.append(f"| {r['tokenizer']} | {r['vocabulary_size']:,} | {r['parameters'] / 1e6:.1f} M | {r['flops_per_token'] / 1e6:.1f} M | {r['validation_loss']:.3f} | "
+                         f"{r['bits_per_byte']:.3f} | {r['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def write_tables() -> None:
+    """Put the tables into ABLATIONS.md, between their markers."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, content in (("rows", table()), ("tokenizers", tokenizer_table())):
+        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, content=content: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{PAGE} must hold the lines <!-- {name} --> and <!-- /{name} --> once")
+    write_text_atomic(PAGE, text)
+    print(f"wrote {PAGE.name}")
+
+
+def picture(path: Path) -> None:
+    """Loss curves of the default's choices against the modern ones, by tokens and by what a step costs (where --time measured it)."""
+    import matplotlib
+
+    from runtime import plots
+    runs, ratio = results(), _ratios()
+    shown = {"default": ("the default's choices, AdamW", plots.ORANGE), "base": ("modern, AdamW", plots.BLUE), "muon_lr_6e-3": ("modern, Muon", plots.GREEN)}
+    if missing := [name for name in shown if name not in runs or name not in ratio]:
+        raise ValueError(f"the picture wants the rows {', '.join(shown)}, run and timed; missing: {', '.join(missing)}")
+    base = runs["base"][0]
+    with matplotlib.rc_context(plots.STYLE):
+        page = plots.Page("Default against modern", f"{base['parameters'] / 1e6:.1f} M parameters, {base['tokens'] / 1e6:.2f} M tokens of TinyStories, {base['tokenizer']}", columns=2, sharey=True, width=12)
+        for axes, unit in zip(page.axes[0], ("tokens (thousands)", "compute time (in steps of modern with AdamW)"), strict=True):
+            for name, (label, color) in shown.items():
+                run = runs[name][0]
+                scale = 1e-3 if axes is page.axes[0][0] else ratio[name] * BASE["max_steps"] / base["tokens"]
+                for curve, style in ((run["train_curve"], dict(linewidth=1.1, alpha=0.55)), (run["curve"], dict(marker="o", markersize=6, label=f"{label}: {run['validation_loss']:.3f}"))):
+                    axes.plot([t * scale for t, _ in curve], [y for _, y in curve], color=color, **style)
+            axes.set_xlabel(unit)
+            axes.set_ylim(top=6.5)
+        page.axes[0][0].set_ylabel("cross-entropy (nats): dots validation, thin train")
+        page.axes[0][0].legend(loc="upper right")
+        write_atomic(path, lambda file: file.write(page.png()))
+    print(f"wrote {path.name}")
+
+
+def _ratios() -> dict[str, float]:
+    """What a step of each row costs against the base's, where --time has measured it."""
+    timing = RESULTS / "ablations_time.json"
+    return json.loads(timing.read_text())["ratio_to_base"] if timing.is_file() else {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--run", nargs="+", metavar="ROW", help=f"rows to run, or all: {', '.join(ROWS)}; {', '.join(TOKENIZERS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="seeds to run them with (default: 42)")
+    parser.add_argument("--steps", type=int, help=f"steps instead of {BASE['max_steps']}")
+    parser.add_argument("--time", type=int, metavar="REPEATS", help="time a few steps of the rows in --run (default: all), in turns")
+    parser.add_argument("--table", action="store_true", help="write the table into benchmarks/ABLATIONS.md")
+    parser.add_argument("--picture", action="store_true", help="draw public/default_against_modern.png")
+    parser.add_argument("--data_dir", default=os.environ.get("GPTOSS_DATA", "data"), help="shards (default: the environment variable GPTOSS_DATA, else data)")
+    args = parser.parse_args(argv)
+    names = list(ROWS) if args.run in (None, ["all"]) else args.run
+    if unknown := set(names) - ROWS.keys() - TOKENIZERS.keys():
+        raise ValueError(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS | TOKENIZERS)}")
+    if not (args.run or args.time or args.table or args.picture):
+        raise ValueError("nothing to do: give --run ROW, --time REPEATS, --table or --picture")
+    if args.time:
+        time_rows(names if "base" in names else ["base", *names], args.data_dir, args.time)
+    elif args.run:
+        for seed in args.seeds:
+            for name in names:
+                run_row(name, seed, args.data_dir, {"max_steps": args.steps} if args.steps else {})
+    if args.table:
+        write_tables()
+    if args.picture:
+        picture(REPO / "public" / "default_against_modern.png")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,96 @@
+"""The benchmarks that train: ablations and the one command for a GPU, at a tiny size."""
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from benchmarks import ablations, common, gpu
+from benchmarks.ablations import ROWS, at_tokens
+from tests.conftest import REPO
+from tests.test_train import data  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "FOLDER", tmp_path / "ablations")
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "REPO", tmp_path)
+    monkeypatch.setattr(ablations, "PAGE", tmp_path / "page.md")
+    monkeypatch.setitem(ablations.BASE, "val_steps", 1)
+    monkeypatch.setitem(ablations.BASE, "warmup_steps", 1)
+    monkeypatch.setitem(ablations.BASE, "log_interval", 1)
+    return tmp_path
+
+
+def test_rows_are_run_timed_and_tabled(results, data):  # noqa: F811
+    """Every figure in the table comes from the stored runs; the base itself is +0 and 1.00x."""
+    ablations.main(["--run", "base", "muon", "--steps", "4", "--data_dir", str(data)])
+    ablations.main(["--run", "base", "--seeds", "43", "--steps", "4", "--data_dir", str(data)])
+    ablations.main(["--run", "muon", "--time", "1", "--data_dir", str(data)])
+    (results / "page.md").write_text("<!-- rows -->\n<!-- /rows -->\n<!-- tokenizers -->\n<!-- /tokenizers -->\n")
+    ablations.main(["--table"])
+    rows = [line.split(" | ") for line in (results / "page.md").read_text().splitlines() if line.startswith("| `")]
+    assert {row[0] for row in rows} == {"| `base`", "| `muon`"}
+    runs = {path.stem: json.loads(path.read_text()) for path in (results / "ablations").glob("*.json")}
+    assert set(runs) == {"base_42", "base_43", "muon_42"} and all(run["tokens"] == 4 * 2048 for run in runs.values())
+    base = next(row for row in rows if "base" in row[0])
+    assert base[2] == f"{runs['base_42']['validation_loss']:.4f}, {runs['base_43']['validation_loss']:.4f}" and base[3] == "+0.0000" and base[4] == "1.00x"
+    mean = (runs["base_42"]["validation_loss"] + runs["base_43"]["validation_loss"]) / 2
+    assert next(row for row in rows if "muon" in row[0])[3] == f"{runs['muon_42']['validation_loss'] - mean:+.4f}"
+    assert runs["base_42"]["curve"][-1] == [4 * 2048, round(runs["base_42"]["validation_loss"], 4)]
+
+
+def test_the_stored_ablations_are_what_the_page_shows():
+    """Run `python -m benchmarks.ablations --table` if this fails."""
+    page = (REPO / "benchmarks" / "ABLATIONS.md").read_text()
+    for name, content in (("rows", ablations.table()), ("tokenizers", ablations.tokenizer_table())):
+        assert re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", page, re.DOTALL).group(1) == content
+
+
+def test_bad_requests_are_told(results, data):  # noqa: F811
+    with pytest.raises(ValueError, match="no such row: nothing"):
+        ablations.main(["--run", "nothing"])
+    with pytest.raises(ValueError, match="nothing to do"):
+        ablations.main([])
+    with pytest.raises(ValueError, match="made with byte, and tokenizer_compact wants o200k_base:compact"):
+        ablations.main(["--run", "tokenizer_compact", "--data_dir", str(data)])
+    with pytest.raises(ValueError, match="no run of the base"):
+        ablations.table()
+    with pytest.raises(ValueError, match="no such stage: nothing"):
+        gpu.main(["--name", "x", "--out", str(results), "--stages", "nothing"])
+
+
+def test_every_row_is_a_model_and_differs_from_the_base(data):  # noqa: F811
+    base = ablations.make_plan("base", 42, str(data), {})
+    for name in ROWS.keys() - {"base"}:
+        plan = ablations.make_plan(name, 42, str(data), {})
+        assert (plan.model_config, plan.config) != (base.model_config, base.config), name
+
+
+def test_between_two_points_of_a_curve():
+    curve = [[10, 5.0], [20, 4.0], [40, 3.0]]
+    assert [at_tokens(curve, t) for t in (10, 15, 30, 40, 99, 1)] == [5.0, 4.5, 3.5, 3.0, 3.0, 5.0]
+
+
+def test_the_gpu_command_proves_a_resume(results, data, monkeypatch):  # noqa: F811
+    """Its resume stage, with every program that it starts: a straight run, one that is cut in the middle and goes on, the comparison."""
+    monkeypatch.setenv("GPTOSS_DATA", str(data))
+    out = results / "out"
+    assert gpu.main(["--name", "tiny", "--out", str(out), "--tiny", "--stages", "resume"]) == 0, (out / "resume.log").read_text()
+    assert "all equal, bit for bit" in (out / "resume.log").read_text() and "resuming" in (out / "resume.log").read_text()
+    assert json.loads((out / "summary.json").read_text())["stages"]["resume"]["exit_code"] == 0
+
+
+def test_the_comparison_sees_a_difference(tmp_path, data, capsys):  # noqa: F811
+    from tests.test_train import Run
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = Run(data, tmp_path / name)
+        assert run("--max_steps", "4", "--seed", seed) == 0
+    assert gpu.compare(str(tmp_path / "a" / "ckpt"), str(tmp_path / "b" / "ckpt")) == 0
+    assert gpu.compare(str(tmp_path / "a" / "ckpt"), str(tmp_path / "c" / "ckpt")) == 1
+    assert "differ, most in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no checkpoint of step 3"):
+        gpu.forget_after(3, str(tmp_path / "a" / "ckpt"))

@@ -260,9 +260,9 @@ def kv_cache_bytes_per_token(config: ModelConfig, element_bytes: int = 2) -> int
 
 
 def loss_chunk_rows(config: ModelConfig, on_gpu: bool) -> int:
-    """Rows of logits that the loss holds at a time: few on a CPU (cache); on a GPU, where each chunk costs a pass over the
-    head's float32 gradient, as many as keep the chunk in proportion to that gradient."""
-    return min(max(2 * config.d_model, 512), 4096) if on_gpu else 256
+    """Rows of logits that the loss holds at a time. On a CPU 256, or as many as make 8 M logits, up to 1,024; on a GPU, where each
+    chunk costs a pass over the head's float32 gradient, as many as keep the chunk in proportion to that gradient."""
+    return min(max(2 * config.d_model, 512), 4096) if on_gpu else min(max(2 ** 23 // config.vocabulary_size, 256), 1024)
 
 
 def hidden_matrices(config: ModelConfig) -> int:
@@ -288,15 +288,18 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
     f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
     norms = 2 * (4 * c.d_model + (b + 4 if b != 4 else 4) * c.d_model)             # fp32 in, normalised out (cast if AMP)
     attention = b * (2 * q + (3 if c.qk_norm else 1) * (q + kv) + kv)                # q, k, v as the kernel reads them, output
-    experts = c.top_k * (b * (2 * c.d_model + f_in + 2 * c.d_ff) + 4)                # sorted rows, hidden before/after, outputs
+    activated = 2 * c.d_ff if on_gpu or c.dropout else 0                              # a CPU makes them again (runtime/cpu_experts.py)
+    experts = c.top_k * (b * (2 * c.d_model + f_in + activated) + 4)                 # sorted rows, hidden before/after, outputs
     tokens = train.batch_size * c.context_length
-    # A learned table rules out the flash kernels. On a CPU the scores are held per head, before and after the softmax; on a GPU
-    # the memory-efficient kernel holds none, but each block's table is saved as it was added, and its gradient made per sequence.
-    squares = c.num_heads * c.context_length ** 2 * b * c.use_attention_bias
+    # A learned table rules out the flash kernels. On a CPU, as with dropout there, the scores are held per head, before and after
+    # the softmax (and the dropout); on a GPU the memory-efficient kernel holds none, but each block's table is saved as it was
+    # added, and its gradient made per sequence.
+    square = c.num_heads * c.context_length ** 2 * b
     blocks, inputs = c.transformer_blocks, 4 * c.d_model
     if train.activation_checkpointing:  # one block at a time, and each block's input
         blocks, inputs = 1, inputs * (1 + c.transformer_blocks)
-    scores = squares * (blocks + train.batch_size) if on_gpu else 2 * squares * train.batch_size * blocks
+    held = 4 if c.dropout else 2 * c.use_attention_bias
+    scores = square * c.use_attention_bias * (blocks + train.batch_size) if on_gpu else square * held * train.batch_size * blocks
     loss_rows = min(loss_chunk_rows(c, on_gpu), tokens)
     head = c.vocabulary_size * c.d_model
     return {

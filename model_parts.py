@@ -365,12 +365,17 @@ class Experts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(E, C, d_ff))
         self.register_parameter("b_in", nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None)
         self.register_parameter("b_out", nn.Parameter(torch.empty(E, C)) if config.expert_bias else None)
-        self.grouped = False  # one kernel for all experts instead of one after another (runtime.device.choose_kernels)
+        # Faster ways to the same result, where the device has them (runtime.device.choose_kernels):
+        self.grouped = False      # one kernel for the products of all experts instead of one after another
+        self.feed_forward = None  # one operation for all of it: (x, w_in, b_in, w_out, b_out, counts, is_swiglu) -> ([R, C], what its backward needs)
 
     def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert through their experts: [R, C] -> [R, C].  experts_R: each row's expert; counts_E: rows of each."""
         device = x_RC.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RC.dtype
+        if self.feed_forward is not None and not (self.dropout and self.training):
+            w_in, b_in, w_out, b_out = (None if p is None else p.to(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+            return self.feed_forward(x_RC.to(dtype), w_in, b_in, w_out, b_out, counts_E, self.is_swiglu)[0]
         h_RF = self._linear(x_RC.to(dtype), self.w_in, self.b_in, experts_R, counts_E)
         if self.is_swiglu:
             gate, up = h_RF.chunk(2, dim=-1)

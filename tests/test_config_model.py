@@ -19,6 +19,7 @@ from config_model import (
 )
 from model import LLM
 from model_parts import KVCache
+from runtime.device import choose_kernels
 from tests.util import random_config, tiny_config
 
 
@@ -128,12 +129,13 @@ def test_kv_cache_bytes_equal_the_cache():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"expert_activation": "gelu", "expert_bias": True}, {"qk_norm": False}, {"use_attention_bias": True},
+    {}, {"expert_activation": "gelu", "expert_bias": True}, {"qk_norm": False}, {"use_attention_bias": True}, {"dropout": 0.1},
 ])
 def test_activation_estimate_is_what_autograd_saves(changes):
     """Within 30 %: the estimate decides whether a run is started, so it is held against the tensors that are really kept."""
     config = tiny_config(d_model=64, d_ff=128, context_length=128, transformer_blocks=2, num_heads=4, num_kv_heads=2, head_dim=16, **changes)
     model, ids = LLM(config), torch.randint(0, config.vocabulary_size, (4, 128))
+    choose_kernels(model, torch.device("cpu"), torch.float32)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -156,3 +158,4 @@ def test_memory_estimate_counts_16_bytes_a_parameter():
     assert memory["weights"] + memory["gradients"] + memory["optimizer state"] == 16 * 3_664_132_435
     assert memory["loss"] < 2048 * 200_019 * 8 + 10 * 200_019 * 1024
     assert loss_chunk_rows(ModelConfig(), False) == 256 and loss_chunk_rows(ModelConfig(), True) == 2048
+    assert loss_chunk_rows(ModelConfig(vocabulary_size=16_384), False) == 512 and loss_chunk_rows(ModelConfig(vocabulary_size=4096), False) == 1024

@@ -210,9 +210,9 @@ def test_kernels_are_chosen_for_the_card(monkeypatch, capability, dtype, grouped
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = LLM(tiny_config())
     choose_kernels(model, torch.device("cuda"), dtype)
-    assert all(b.moe.experts.grouped is grouped and b.attention.has_flash is flash for b in model.layers)
+    assert all(b.moe.experts.grouped is grouped and b.moe.experts.feed_forward is None and b.attention.has_flash is flash for b in model.layers)
     choose_kernels(model, torch.device("cpu"), torch.float32)
-    assert not any(b.moe.experts.grouped for b in model.layers)
+    assert all(not b.moe.experts.grouped and b.moe.experts.feed_forward is not None for b in model.layers)
 
 
 @pytest.mark.parametrize("amx, seconds, expected", [(False, {}, False), (True, {torch.float32: 3.0, torch.bfloat16: 1.0}, True), (True, {torch.float32: 3.0, torch.bfloat16: 2.9}, False)])

@@ -1,0 +1,157 @@
+"""All experts as one operation on a CPU: equal to the plain path, whatever the loads, the threads and the mode."""
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+from model_parts import Experts
+from runtime import cpu_experts
+from runtime.device import choose_kernels
+from tests.util import random_model, tiny_config
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make_experts(activation: str, bias: bool, E: int = 5, dtype=torch.float64) -> Experts:
+    experts = Experts(tiny_config(d_model=12, d_ff=8, num_experts=E, top_k=1, expert_activation=activation, expert_bias=bias)).to(dtype)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(0.0, 0.5)
+    return experts
+
+
+def outputs_and_gradients(experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    experts.zero_grad()
+    y = experts(x, torch.repeat_interleave(torch.arange(len(counts)), counts), counts)
+    (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).cos()).sum().backward()
+    return [y.detach(), x.grad] + [p.grad.clone() for p in experts.parameters()]
+
+
+@pytest.mark.parametrize("activation, bias", [("swiglu", False), ("gelu", True), ("swiglu", True), ("gelu", False)])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_threads):
+    """Random loads, experts without rows among them; both with a thread per expert and with the threads sharing each product."""
+    threads(num_threads)
+    used = []
+    monkeypatch.setattr(cpu_experts, "MOST_ROWS_INLINE", 1)
+    original = cpu_experts.shares
+    monkeypatch.setattr(cpu_experts, "shares", lambda groups, n: used.append(original(groups, n)) or used[-1])
+    for seed in range(8):
+        r = random.Random(seed)
+        counts = torch.tensor([r.choice([0, 1, 7, 8, 9]) for _ in range(5)] if seed else [40, 0, 0, 0, 1])
+        if counts.sum() == 0:
+            continue
+        torch.manual_seed(seed)
+        experts, x = make_experts(activation, bias), torch.randn(int(counts.sum()), 12, dtype=torch.float64)
+        plain = outputs_and_gradients(experts, x, counts)
+        experts.feed_forward = torch.ops.gptoss.feed_forward.default
+        for expected, value in zip(plain, outputs_and_gradients(experts, x, counts), strict=True):
+            assert torch.allclose(expected, value, atol=1e-12), f"seed {seed}"
+        assert torch.get_num_threads() == num_threads
+    assert (None in used and any(used)) == (num_threads > 1), "both ways were to be tried"
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    counts = torch.tensor([3, 0, 2])
+    for activation, bias in (("swiglu", False), ("gelu", True)):
+        e = make_experts(activation, bias, E=3)
+        inputs = [torch.randn(5, 12, dtype=torch.float64, requires_grad=True), e.w_in, e.b_in, e.w_out, e.b_out]
+        assert torch.autograd.gradcheck(lambda *tensors, e=e: cpu_experts.feed_forward(*tensors, counts, e.is_swiglu)[0], inputs)
+
+
+def test_the_compiler_knows_its_shapes():
+    torch.manual_seed(0)
+    for activation, bias in (("swiglu", True), ("gelu", False)):
+        e = make_experts(activation, bias, E=3, dtype=torch.float32)
+        arguments = (torch.randn(6, 12, requires_grad=True), e.w_in, e.b_in, e.w_out, e.b_out, torch.tensor([1, 0, 5]), e.is_swiglu)
+        torch.library.opcheck(torch.ops.gptoss.feed_forward.default, arguments)
+
+
+def test_shares_are_even_or_refused():
+    """Whole experts go to threads; where one has most of the rows, the others would wait for it, so all share each product."""
+    def groups(*rows):
+        return [(e, slice(sum(rows[:e]), sum(rows[:e + 1]))) for e in range(len(rows))]
+    parts = cpu_experts.shares(groups(5, 1, 4, 2), 2)
+    assert sorted(e for part in parts for e, _ in part) == [0, 1, 2, 3]
+    assert [sum(rows.stop - rows.start for _, rows in part) for part in parts] == [6, 6]
+    assert cpu_experts.shares(groups(100, 1, 1, 1), 2) is None
+    assert cpu_experts.shares(groups(8), 2) is None
+    assert cpu_experts.shares(groups(8), 1) == [[(0, slice(0, 8))]]
+
+
+def test_threads_of_the_pool_do_not_cut_their_products(threads):
+    """A thread's first question about its number of threads sets it to the process's, so a number set before that was lost: every
+    expert's products were cut after all. And the number for the process was left at 1."""
+    threads(2)
+    pool = cpu_experts._pool(2, os.getpid())
+    assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8
+    assert torch.get_num_threads() == 2
+
+
+def test_a_change_of_threads_makes_another_pool(threads):
+    experts, counts = make_experts("swiglu", False), torch.tensor([80, 80, 80, 80, 80])
+    experts.feed_forward = torch.ops.gptoss.feed_forward.default
+    x, results = torch.randn(400, 12, dtype=torch.float64), []
+    for n in (2, 3, 2):
+        threads(n)
+        results.append(outputs_and_gradients(experts, x, counts)[0])
+        assert torch.get_num_threads() == n
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), "an expert on one thread is the same on any"
+
+
+def test_an_error_in_a_thread_is_raised(threads, monkeypatch):
+    threads(2)
+    monkeypatch.setattr(cpu_experts, "_activation", lambda h, is_swiglu: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
+    experts, counts = make_experts("swiglu", False), torch.tensor([80] * 5)
+    experts.feed_forward = torch.ops.gptoss.feed_forward.default
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        outputs_and_gradients(experts, torch.randn(400, 12, dtype=torch.float64), counts)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_makes_its_own_threads(threads):
+    """A pool's threads do not survive a fork: work given to it in the child would never be done."""
+    threads(2)
+    experts, counts = make_experts("swiglu", False), torch.tensor([80] * 5)
+    experts.feed_forward = torch.ops.gptoss.feed_forward.default
+    x = torch.randn(400, 12, dtype=torch.float64)
+    outputs_and_gradients(experts, x, counts)
+    assert cpu_experts._pool.cache_info().currsize == 1
+    before = cpu_experts._pool(2, os.getpid())
+    other = cpu_experts._pool(2, os.getpid() + 1)  # what the child asks for
+    assert other is not before
+
+
+def test_dropout_takes_the_plain_path_and_the_rest_this_one(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu_experts, "_each_expert", lambda function, counts, original=cpu_experts._each_expert: calls.append(1) or original(function, counts))
+    model = random_model(tiny_config(dropout=0.5))
+    choose_kernels(model, torch.device("cpu"), torch.float32)
+    ids = torch.randint(0, 61, (2, 8))
+    model.train()(ids)
+    assert not calls
+    model.eval()(ids)
+    assert len(calls) == 2
+
+
+def test_autocast_reaches_it():
+    torch.manual_seed(0)
+    experts, counts, x = make_experts("swiglu", True, dtype=torch.float32), torch.tensor([4, 4, 4, 4, 4]), torch.randn(20, 12)
+    exact = outputs_and_gradients(experts, x, counts)
+    experts.feed_forward = torch.ops.gptoss.feed_forward.default
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = outputs_and_gradients(experts, x, counts)
+    assert rounded[0].dtype == torch.bfloat16
+    for a, b in zip(exact, rounded, strict=True):
+        assert not torch.equal(a, b.float()) and torch.allclose(a, b.float(), rtol=0.05, atol=0.05 * a.abs().max().item())

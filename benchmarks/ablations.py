@@ -92,7 +92,8 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     state = train.fit(model, loader, plan.config, train.loss_of(plan), optimizer=optimizer, val_batches=batches, dtype=plan.dtype, on_log=records.append)
     seconds = time.perf_counter() - started
     curves = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "val")}
-    loads = [load for r in curves["train"] if r["step"] > 2 * plan.config.warmup_steps for row in r["expert_load"] for load in row]
+    settled = [r for r in curves["train"] if r["step"] > 2 * plan.config.warmup_steps] or curves["train"][-1:]
+    loads = [load for r in settled for row in r["expert_load"] for load in row]
     last = curves["val"][-1]["loss"]
     result = {
         "environment": environment(), "row": name, "what": what, "flags": flags | changes, "seed": seed,

@@ -56,6 +56,7 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
             bench("train", "no_table", "--dtype bfloat16 --batch_size 16 --grad_accum 1 --variants ours,ours_compiled,loop,dense_compiled", *plain, *size, *small),
             bench("train", "modern", "--dtype bfloat16 --batch_size 64 --grad_accum 1 --variants " + ("ours_compiled,hf_grouped_bf16" if has_transformers else "ours,ours_compiled"),
                   *modern, *size, *small)],
+        "experts": [bench("experts", "default", "--rows 65536 --dtype bfloat16", *(["--rows", "64", "--repeats", "1", *MODEL_SIZES] if tiny else []))],
         "loss": [bench("loss", "default", "--rows 32768 --d_model 1024 --chunk_rows 1024,2048,4096,8192 --head_bias --dtype bfloat16",
                        *(["--vocabulary_size", "301", "--d_model", "16", "--rows", "64", "--chunk_rows", "16", "--repeats", "1"] if tiny else []))],
         "attention": [bench("attention", "default", "--batch_size 16 --num_heads 32 --num_kv_heads 8 --context_length 2048 --head_dim 32 --dtype bfloat16", *attention),

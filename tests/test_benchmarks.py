@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import baselines, common, end_to_end, loss
+from benchmarks import baselines, common, end_to_end, experts, loss
 from benchmarks import train as bench
 from config_model import ModelConfig, TrainConfig, flops_per_token
 from model import softmax_gradient_
@@ -395,6 +395,27 @@ def test_loss_memory_of_all_logits_is_seen(tmp_path):
         loss.main([*LOSS, "--vocabulary_size", "24000", "--rows", "512", "--variants", name, "--worker", "--worker_out", str(tmp_path / "out.json")])
         peaks[name] = json.loads((tmp_path / "out.json").read_text())
     assert peaks["full"] > 2 * 512 * 24_000 * 4 and peaks["ours_64"] < 0.3 * 512 * 24_000 * 4
+
+
+# ------------------------------------------------------------------------------------------------------------ the experts
+def test_experts_benchmark(results_folder):
+    flags = ["--name", "tiny", "--d_model", "16", "--d_ff", "24", "--num_heads", "2", "--num_kv_heads", "1", "--num_experts", "3", "--rows", "40", "--repeats", "2",
+             "--device", "cpu", "--dtype", "float32"]
+    assert experts.main([*flags, "--expert_activation", "swiglu", "--no-expert_bias"]) == 0
+    results = json.loads((results_folder / "experts_tiny.json").read_text())
+    assert results["variants"].keys() == experts.VARIANTS.keys() and results["variants"]["one_by_one"]["ratio"]["median"] == 1
+    for row in results["variants"].values():
+        assert row["flops_per_second"] == pytest.approx(3 * 2 * 40 * 3 * 16 * 24 / row["seconds"]["median"])
+    assert "commit" in results["environment"]
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        experts.main([*flags, "--rows", "0"])
+
+
+def test_experts_benchmark_notices_another_result():
+    same, other = [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.tensor([1.0, 1.0, 1.1])]
+    experts.check_equal({"a": same, "b": [t.clone() for t in same]}, 1e-4)
+    with pytest.raises(ValueError, match="b computes something else than a"):
+        experts.check_equal({"a": same, "b": other}, 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- the whole programs

@@ -3,6 +3,7 @@
     python prepare_data.py --files train.jsonl --val_files valid.jsonl --tokenizer bpe:4096
     python -m benchmarks.ablations --run muon --seeds 42 43      one row
     python -m benchmarks.ablations --run all                     every row (hours)
+    python -m benchmarks.ablations --run longer_base             over three times as many tokens
     python -m benchmarks.ablations --time 3                      seconds per step of every row, in turns, on a quiet machine
     python -m benchmarks.ablations --table --picture             the table in benchmarks/ABLATIONS.md and public/default_against_modern.png
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import train
-from benchmarks.common import REPO, RESULTS, alternate, environment, save_results
+from benchmarks.common import REPO, RESULTS, alternate, environment, replace_between, save_results
 from config_model import ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters
 from runtime import cli
 from runtime.data import validation_batches
@@ -65,16 +65,19 @@ ROWS = {
     "lr_12e-3": ("AdamW, four times the rate", dict(lr=1.2e-2)),
     "experts_16": ("16 experts instead of 8", dict(num_experts=16)),
 }
+# The rows that matter most, over three times as many tokens.
+LONGER = {f"longer_{name}": (ROWS[name][0], ROWS[name][1] | dict(max_steps=1200, val_interval=200)) for name in ("base", "muon_lr_6e-3", "default", "dense")}
 # The same model on the same text cut by other tokenizers, whose --data_dir must be given; compared by bits per byte.
 TOKENIZERS = {f"tokenizer_{name}": (f"{tokenizer}", dict(max_steps=120, val_interval=60, val_steps=24))
               for name, tokenizer in (("bpe", "bpe:4096"), ("compact", "o200k_base:compact"), ("o200k", "o200k_base"))}
+ALL = ROWS | LONGER | TOKENIZERS
 
 
 def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> train.Plan:
     """The plan of a row."""
     parser = cli.parser(__doc__)
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
-    flags = BASE | (ROWS | TOKENIZERS)[name][1] | changes | dict(seed=seed, data_dir=data_dir, ckpt_dir=os.path.join(tempfile.gettempdir(), "gptoss-ablation-has-no-checkpoints"))
+    flags = BASE | ALL[name][1] | changes | dict(seed=seed, data_dir=data_dir, ckpt_dir=os.path.join(tempfile.gettempdir(), "gptoss-ablation-has-no-checkpoints"))
     argv = [part for key, value in flags.items() for part in ([f"--{key}" if value else f"--no-{key}"] if isinstance(value, bool) else [f"--{key}", str(value)])]
     return train.make_plan(cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig))
 
@@ -82,7 +85,7 @@ def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> train.Plan:
 def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     """Train a row and store its curve."""
     plan = make_plan(name, seed, data_dir, changes)
-    what, flags = (ROWS | TOKENIZERS)[name]
+    what, flags = ALL[name]
     if name in TOKENIZERS and plan.train.tokenizer_state["name"] != what:
         raise ValueError(f"{data_dir} was made with {plan.train.tokenizer_state['name']}, and {name} wants {what}: python prepare_data.py --tokenizer {what}")
     model, optimizer, loader, _ = train.set_up(plan)
@@ -147,25 +150,34 @@ def at_tokens(curve: list[list[float]], tokens: float) -> float:
     return curve[-1][1] if tokens > curve[-1][0] else curve[0][1]
 
 
-def table() -> str:
-    """The Markdown table of all rows that were run with the base's tokens and tokenizer, best first.
+def table(rows: dict = ROWS, base: str = "base") -> str:
+    """The Markdown table of those of `rows` that were run with the base's tokens and tokenizer, best first.
 
     "At the base's time": what a row with slower steps had reached by then, its rate not yet lowered; a faster one, its end.
     """
-    runs = results()
-    if "base" not in runs:
-        raise ValueError(f"{FOLDER} has no run of the base: python -m benchmarks.ablations --run base")
-    base = statistics.mean(r["validation_loss"] for r in runs["base"])
-    ratio = _ratios()
+    runs = {name: rs for name, rs in results().items() if name in rows}
+    if base not in runs:
+        raise ValueError(f"{FOLDER} has no run of the base: python -m benchmarks.ablations --run {base}")
+    tokens, tokenizer, ratio = runs[base][0]["tokens"], runs[base][0]["tokenizer"], _ratios()
+
+    def mean(runs_of_row: list[dict], key: str) -> float:
+        return statistics.mean(r[key] for r in runs_of_row)
+
     lines = ["| row | what is changed | validation (nats), by seed | against base | step time | validation at the base's time | expert load after warm-up | train |", "|---|---|---|---|---|---|---|---|"]
-    tokens = runs["base"][0]["tokens"]
-    comparable = {name: rs for name, rs in runs.items() if all(r["tokens"] == tokens and r["tokenizer"] == runs["base"][0]["tokenizer"] for r in rs)}
-    for name, rs in sorted(comparable.items(), key=lambda item: statistics.mean(r["validation_loss"] for r in item[1])):
-        mean = statistics.mean(r["validation_loss"] for r in rs)
-        load = (min(r["expert_load_after_warm_up"]["min"] for r in rs), max(r["expert_load_after_warm_up"]["max"] for r in rs))
-        lines.append(f"| `{name}` | {rs[0]['what']} | {', '.join(format(r['validation_loss'], '.4f') for r in rs)} | {mean - base:+.4f} | "
-                     + (f"{ratio[name]:.2f}x | {statistics.mean(at_tokens(r['curve'], tokens / ratio[name]) for r in rs):.3f}" if name in ratio else " | ") + f" | {100 * load[0]:.0f} to {100 * load[1]:.0f} % | {statistics.mean(r['train_loss'] for r in rs):.3f} |")
+    for name, rs in sorted(runs.items(), key=lambda item: mean(item[1], "validation_loss")):
+        if any((r["tokens"], r["tokenizer"]) != (tokens, tokenizer) for r in rs):
+            continue
+        loads = [r["expert_load_after_warm_up"] for r in rs]
+        slower = ratio.get(name.removeprefix("longer_"))
+        timed = f"{slower:.2f}x | {statistics.mean(at_tokens(r['curve'], tokens / slower) for r in rs):.3f}" if slower else " | "
+        lines.append(f"| `{name}` | {rs[0]['what']} | {', '.join(format(r['validation_loss'], '.4f') for r in rs)} | {mean(rs, 'validation_loss') - mean(runs[base], 'validation_loss'):+.4f} | {timed} | "
+                     f"{100 * min(load['min'] for load in loads):.0f} to {100 * max(load['max'] for load in loads):.0f} % | {mean(rs, 'train_loss'):.3f} |")
     return "\n".join(lines)
+
+
+def longer_table() -> str:
+    """The same of the runs over more tokens."""
+    return table(LONGER, "longer_base")
 
 
 def tokenizer_table() -> str:
@@ -179,33 +191,22 @@ def tokenizer_table() -> str:
     return "\n".join(lines)
 
 
-def write_tables() -> None:
-    """Put the tables into ABLATIONS.md, between their markers."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, content in (("rows", table()), ("tokenizers", tokenizer_table())):
-        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, content=content: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"{PAGE} must hold the lines <!-- {name} --> and <!-- /{name} --> once")
-    write_text_atomic(PAGE, text)
-    print(f"wrote {PAGE.name}")
-
-
 def picture(path: Path) -> None:
-    """Loss curves of the default's choices against the modern ones, by tokens and by what a step costs (where --time measured it)."""
+    """Loss curves of the default's choices against the modern ones, by tokens and by what a step costs, as --time measured it."""
     import matplotlib
 
     from runtime import plots
     runs, ratio = results(), _ratios()
     shown = {"default": ("the default's choices, AdamW", plots.ORANGE), "base": ("modern, AdamW", plots.BLUE), "muon_lr_6e-3": ("modern, Muon", plots.GREEN)}
-    if missing := [name for name in shown if name not in runs or name not in ratio]:
-        raise ValueError(f"the picture wants the rows {', '.join(shown)}, run and timed; missing: {', '.join(missing)}")
-    base = runs["base"][0]
+    if missing := [name for name in shown if f"longer_{name}" not in runs or name not in ratio]:
+        raise ValueError(f"the picture wants the rows {', '.join(shown)}, timed, and their longer_ runs; missing: {', '.join(missing)}")
+    base = runs["longer_base"][0]
     with matplotlib.rc_context(plots.STYLE):
         page = plots.Page("Default against modern", f"{base['parameters'] / 1e6:.1f} M parameters, {base['tokens'] / 1e6:.2f} M tokens of TinyStories, {base['tokenizer']}", columns=2, sharey=True, width=12)
         for axes, unit in zip(page.axes[0], ("tokens (thousands)", "compute time (in steps of modern with AdamW)"), strict=True):
             for name, (label, color) in shown.items():
-                run = runs[name][0]
-                scale = 1e-3 if axes is page.axes[0][0] else ratio[name] * BASE["max_steps"] / base["tokens"]
+                run = runs[f"longer_{name}"][0]
+                scale = 1e-3 if axes is page.axes[0][0] else ratio[name] * LONGER["longer_base"][1]["max_steps"] / base["tokens"]
                 for curve, style in ((run["train_curve"], dict(linewidth=1.1, alpha=0.55)), (run["curve"], dict(marker="o", markersize=6, label=f"{label}: {run['validation_loss']:.3f}"))):
                     axes.plot([t * scale for t, _ in curve], [y for _, y in curve], color=color, **style)
             axes.set_xlabel(unit)
@@ -224,7 +225,7 @@ def _ratios() -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("--run", nargs="+", metavar="ROW", help=f"rows to run, or all: {', '.join(ROWS)}; {', '.join(TOKENIZERS)}")
+    parser.add_argument("--run", nargs="+", metavar="ROW", help=f"rows to run, or all: {', '.join(ROWS)}; besides: {', '.join([*LONGER, *TOKENIZERS])}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="seeds to run them with (default: 42)")
     parser.add_argument("--steps", type=int, help=f"steps instead of {BASE['max_steps']}")
     parser.add_argument("--time", type=int, metavar="REPEATS", help="time a few steps of the rows in --run (default: all), in turns")
@@ -233,8 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", default=os.environ.get("GPTOSS_DATA", "data"), help="shards (default: the environment variable GPTOSS_DATA, else data)")
     args = parser.parse_args(argv)
     names = list(ROWS) if args.run in (None, ["all"]) else args.run
-    if unknown := set(names) - ROWS.keys() - TOKENIZERS.keys():
-        raise ValueError(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS | TOKENIZERS)}")
+    if unknown := set(names) - ALL.keys():
+        raise ValueError(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
     if not (args.run or args.time or args.table or args.picture):
         raise ValueError("nothing to do: give --run ROW, --time REPEATS, --table or --picture")
     if args.time:
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in names:
                 run_row(name, seed, args.data_dir, {"max_steps": args.steps} if args.steps else {})
     if args.table:
-        write_tables()
+        replace_between(PAGE, {"rows": table(), "longer": longer_table(), "tokenizers": tokenizer_table()})
     if args.picture:
         picture(REPO / "public" / "default_against_modern.png")
     return 0

@@ -55,6 +55,17 @@ def save_results(name: str, results: dict) -> Path:
     return path
 
 
+def replace_between(path: Path, contents: dict[str, str]) -> None:
+    """Put each of `contents` between the lines <!-- NAME --> and <!-- /NAME --> of a Markdown file. ValueError unless both are there once."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in contents.items():
+        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, content=content: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{path} must hold the lines <!-- {name} --> and <!-- /{name} --> once")
+    write_text_atomic(path, text)
+    print(f"wrote {path.name}")
+
+
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each function, `repeats` times each in turns, so that a slow spell of the machine meets all of them alike.
 

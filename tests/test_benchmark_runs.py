@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks import ablations, common, gpu
-from benchmarks.ablations import ROWS, at_tokens
+from benchmarks.ablations import LONGER, ROWS, at_tokens
 from tests.conftest import REPO
 from tests.test_train import data  # noqa: F401  (a fixture)
 
@@ -30,9 +30,14 @@ def test_rows_are_run_timed_and_tabled(results, data):  # noqa: F811
     ablations.main(["--run", "base", "muon", "--steps", "4", "--data_dir", str(data)])
     ablations.main(["--run", "base", "--seeds", "43", "--steps", "4", "--data_dir", str(data)])
     ablations.main(["--run", "muon", "--time", "1", "--data_dir", str(data)])
-    (results / "page.md").write_text("<!-- rows -->\n<!-- /rows -->\n<!-- tokenizers -->\n<!-- /tokenizers -->\n")
+    (results / "page.md").write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("rows", "longer", "tokenizers")))
+    with pytest.raises(ValueError, match="no run of the base: python -m benchmarks.ablations --run longer_base"):
+        ablations.main(["--table"])
+    ablations.main(["--run", "longer_base", "--steps", "8", "--data_dir", str(data)])
     ablations.main(["--table"])
-    rows = [line.split(" | ") for line in (results / "page.md").read_text().splitlines() if line.startswith("| `")]
+    assert "| `longer_base` |" in (results / "page.md").read_text()
+    (results / "ablations" / "longer_base_42.json").unlink()
+    rows = [line.split(" | ") for line in (results / "page.md").read_text().splitlines() if line.startswith("| `") and "longer" not in line]
     assert {row[0] for row in rows} == {"| `base`", "| `muon`"}
     runs = {path.stem: json.loads(path.read_text()) for path in (results / "ablations").glob("*.json")}
     assert set(runs) == {"base_42", "base_43", "muon_42"} and all(run["tokens"] == 4 * 2048 for run in runs.values())
@@ -46,7 +51,7 @@ def test_rows_are_run_timed_and_tabled(results, data):  # noqa: F811
 def test_the_stored_ablations_are_what_the_page_shows():
     """Run `python -m benchmarks.ablations --table` if this fails."""
     page = (REPO / "benchmarks" / "ABLATIONS.md").read_text()
-    for name, content in (("rows", ablations.table()), ("tokenizers", ablations.tokenizer_table())):
+    for name, content in (("rows", ablations.table()), ("longer", ablations.longer_table()), ("tokenizers", ablations.tokenizer_table())):
         assert re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", page, re.DOTALL).group(1) == content
 
 
@@ -65,7 +70,7 @@ def test_bad_requests_are_told(results, data):  # noqa: F811
 
 def test_every_row_is_a_model_and_differs_from_the_base(data):  # noqa: F811
     base = ablations.make_plan("base", 42, str(data), {})
-    for name in ROWS.keys() - {"base"}:
+    for name in (ROWS | LONGER).keys() - {"base"}:
         plan = ablations.make_plan(name, 42, str(data), {})
         assert (plan.model_config, plan.config) != (base.model_config, base.config), name
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config_model import PRESETS, ModelConfig
 from model import IGNORE, LLM, generate, linear_cross_entropy, sample
 from model_parts import KVCache
+from runtime.device import choose_kernels
 from tests.util import random_model, tiny_config
 
 
@@ -136,8 +137,8 @@ def test_half_precision_loss_is_near_the_plain_one(V):
         assert a.dtype == torch.float32 and (a - e).norm() < 0.02 * e.norm()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing):
+@pytest.mark.parametrize("checkpointing, on_cores", [(False, False), (True, False), (False, True)])
+def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_cores):
     """Compiled in place, so a checkpoint does not know about it (the reference's keys got a prefix, T1); no graph break, and one
     graph for all blocks and for 20 steps whose experts' loads all differ."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -146,6 +147,8 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing):
     model = random_model(tiny_config(transformer_blocks=3, expert_bias=True))
     plain = copy.deepcopy(model)
     model.activation_checkpointing = checkpointing
+    if on_cores:
+        choose_kernels(model, torch.device("cpu"), torch.float32)
     names = list(model.state_dict())
     for block in model.layers:
         block.compile(fullgraph=True, backend=counter)  # fullgraph: a break is an error
@@ -172,6 +175,7 @@ def test_compiled_by_the_real_compiler_computes_the_same():
     plain.cross_entropy_sum.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
+    choose_kernels(model, torch.device("cpu"), torch.float32)
     model.compile_in_place()
     compiled = model(ids, ids)
     compiled.cross_entropy_sum.backward()

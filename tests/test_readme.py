@@ -4,6 +4,7 @@ import re
 import pytest
 
 import test as size_report
+from benchmarks import tables
 from config_model import ModelConfig, TrainConfig
 from predict import PredictConfig
 from prepare_data import parse_options
@@ -21,6 +22,11 @@ def between(name: str) -> str:
 def test_the_preset_table_is_computed():
     """Paste the output of `python test.py --presets` if this fails."""
     assert between("presets") == "\n".join(size_report.preset_table())
+
+
+def test_the_speeds_are_the_stored_ones():
+    """Run `python -m benchmarks.tables` if this fails."""
+    assert between("training speed") == tables.training_table() and between("allocator") == tables.allocator_line()
 
 
 def test_every_picture_and_file_it_names_is_there():

@@ -1,0 +1,61 @@
+"""The tables of measured speed in README.md, written from benchmarks/results/.
+
+    python -m benchmarks.tables
+"""
+from __future__ import annotations
+
+import json
+
+from benchmarks.common import REPO, RESULTS, replace_between
+from runtime import cli
+from runtime.text import human_bytes
+
+TRAINING = {  # stored result: what was trained
+    "train_cpu_4x512": "4 x 512 tokens, 8,192 words",
+    "train_cpu_1x2048": "1 x 2,048 tokens, 8,192 words",
+    "train_cpu_200k": "2 x 512 tokens, 200,019 words",
+}
+NAMES = {"ours": "gptoss", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",
+         "dense": "gptoss, dense of equal FLOPs"}
+
+
+def stored(name: str) -> dict:
+    """The result called `name`."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def machine(result: dict) -> str:
+    """What a result was measured on, for a caption."""
+    e = result["environment"]
+    hardware = e["hardware"]["gpus"][0] if e["hardware"]["gpus"] else f"{e['hardware']['cpu']}, {result['device']}"
+    return f"{hardware}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}, commit {e['commit'][:7]}, {e['time'][:10]}"
+
+
+def training_table() -> str:
+    """Training steps of all sides; ratios are of medians taken in turns in one process."""
+    lines = ["| step | who | tokens/s | x loop | x Hugging Face | of matmul speed | memory above states |", "|---|---|---|---|---|---|---|"]
+    for name, what in TRAINING.items():
+        result = stored(name)
+        for variant, v in result["variants"].items():
+            ratios = " | ".join(f"{v['ratio_to'][other]:.2f}" if other in v["ratio_to"] else "" for other in ("loop", "hf_grouped"))
+            memory = human_bytes(v["peak_above_states_bytes"]) if "peak_above_states_bytes" in v else ""
+            lines.append(f"| {what} | {NAMES[variant]} | {v['tokens_per_sec']['median']:,.0f} | {ratios} | {100 * v['mfu']:.0f} % | {memory} |")
+            what = ""
+    return "\n".join([*lines, "", f"{machine(result)}. The commands are in the JSON files."])
+
+
+def allocator_line() -> str:
+    """What the settings of runtime/process.py give by themselves."""
+    row = stored("train_cpu_4x512")["allocator_row"]
+    return (f"Keeping freed memory, threads and their spin count alone: {row['default']['tokens_per_sec']['median']:,.0f} -> {row['tuned']['tokens_per_sec']['median']:,.0f} tokens/s, "
+            f"{row['ratio']:.2f} times PyTorch's defaults ({row['processes_each']} processes each, in turns).")
+
+
+def main(argv: list[str] | None = None) -> int:
+    cli.parser(__doc__).parse_args(argv)
+    replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line()})
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -162,6 +162,8 @@ class TrainConfig:
             raise ValueError(f"min_lr {self.min_lr} must not exceed lr {self.lr}")
         if self.warmup_steps >= self.max_steps and self.schedule != "constant":
             raise ValueError(f"warmup_steps {self.warmup_steps} must be less than max_steps {self.max_steps}: lower --warmup_steps or raise --max_steps")
+        if self.optimizer != "muon" and self.muon_momentum != type(self).muon_momentum:
+            raise ValueError(f"muon_momentum {self.muon_momentum} has no effect with optimizer {self.optimizer}: leave it out, or set optimizer to muon")
         if self.resume and self.init_from:
             raise ValueError("give either resume (go on with a run) or init_from (start a new run from weights), not both")
 
@@ -299,6 +301,8 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
     if train.activation_checkpointing:  # one block at a time, and each block's input
         blocks, inputs = 1, inputs * (1 + c.transformer_blocks)
     held = 4 if c.dropout else 2 * c.use_attention_bias
+    # A document mask is one for all heads, and each block saves it in the arithmetic's dtype.
+    masks = c.context_length ** 2 * b * train.batch_size * blocks * train.document_mask
     scores = square * c.use_attention_bias * (blocks + train.batch_size) if on_gpu else square * held * train.batch_size * blocks
     loss_rows = min(loss_chunk_rows(c, on_gpu), tokens)
     head = c.vocabulary_size * c.d_model
@@ -307,7 +311,7 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
         "gradients": 4 * parameters,
         "optimizer state": moments * (4 if train.state_dtype == "float32" else 2),
         "cast weights": cast,
-        "activations": tokens * (blocks * (norms + attention + experts) + inputs) + scores,
+        "activations": tokens * (blocks * (norms + attention + experts) + inputs) + scores + masks,
         # a chunk of logits (under AMP also in float32), the head's gradient before it is added to the others' (AMP: and cast)
         "loss": loss_rows * c.vocabulary_size * (4 if b == 4 else 4 + b) + 4 * head + (b * head if b != 4 else 0),
     }

@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import time
 import zlib
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from runtime import data
 from runtime.cli import parser, run_main
+from runtime.process import usable_cores
 from runtime.tokenizer import COMPACT, END_OF_TEXT, NAMED, Tokenizer, check_name, compacted, load_tokenizer, train_bpe
 
 DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
@@ -532,11 +532,6 @@ def _ratio(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, such as 0.01, not {text!r}")
 
 
-def _all_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options from the command line. ValueError for each that is wrong or that the others would leave without effect."""
     p = parser("Turn text into token shards for train.py.", epilog=(
@@ -564,7 +559,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"{', '.join(NAMED)} (downloaded once); one of these with {COMPACT} behind it: the same tokens, but only the ids that occur in the text, and the 256 "
              "bytes, are in the vocabulary, numbered from 0; byte; or bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text (default: o200k_base)")
     add("--shard_size", type=_count, default=10**8, metavar="TOKENS", help="tokens per shard, 4 bytes each (default: 1e8)")
-    add("--num_proc", type=_count, default=_all_cores(), metavar="CORES", help="cores that tokenise (default: all)")
+    add("--num_proc", type=_count, default=usable_cores(), metavar="CORES", help="cores that tokenise (default: all)")
     o = p.parse_args(argv)
 
     def refuse(flags: Iterable[str], why: str) -> None:

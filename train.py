@@ -128,8 +128,9 @@ def packed_documents_loss(model: LLM, batch: tuple[Tensor, Tensor], end_of_text_
 
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Tensors of a batch on `device`, without waiting if they come from pinned memory."""
-    return tuple(t.to(device, non_blocking=True) for t in batch)
+    """Tensors of a batch on `device`; a CUDA device takes pinned ones while the host goes on. (MPS would read memory that may have
+    been given back by then: PyTorch issue 139550.)"""
+    return tuple(t.to(device, non_blocking=device.type == "cuda") for t in batch)
 
 
 @torch.no_grad()
@@ -156,8 +157,8 @@ class Totals:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         rows = (model.config.transformer_blocks, model.config.num_experts + 2)
         zeros = {"losses": torch.zeros(5), "router": torch.zeros(rows)}
-        self.sums = {name: torch.tensor(state.window[name]) if name in state.window else zero for name, zero in zeros.items()}
-        self.sums = {name: tensor.to(device, dtype) for name, tensor in self.sums.items()}
+        self.sums = {name: torch.tensor(state.window[name], dtype=torch.float64) if name in state.window else zero for name, zero in zeros.items()}
+        self.sums = {name: tensor.to(dtype).to(device) for name, tensor in self.sums.items()}
         self.skipped = torch.tensor([state.skipped_steps, state.skipped_in_a_row], dtype=dtype, device=device)
         self.host = {name: state.window.get(name, 0) for name in ("tokens", "seconds", "waiting_seconds")}
         self.grad_norm = torch.zeros((), dtype=dtype, device=device)
@@ -199,10 +200,13 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
     micro-batches, which is the gradient of the one big batch, plus the mean of their auxiliary losses.
     on_log gets a record every log_interval steps ("train") and after each validation ("val"); on_save(state, val_loss,
     is_best) is called every save_interval steps, at the end, and when stopped; on_step() after each step. The host waits
-    for the device only where one of the first two is due. Raises TrainingDiverged.
+    for the device only where one of the first two is due, and every MOST_SKIPPED_IN_A_ROW steps (MPS: at each). The optimizer
+    must be one that can be told to skip a step, as torch's fused ones can. Raises TrainingDiverged, and ValueError for another.
     """
     state = state or RunState()
     optimizer = optimizer or build_optimizer(model, config)
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(f"fit cannot tell {type(optimizer).__name__} to skip a step whose gradient is not finite: make it with fused=True, or by build_optimizer")
     device = model.embed.weight.device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
@@ -289,15 +293,12 @@ def _update(optimizer, scaler, parameters: list[Tensor], cross_entropy: Tensor, 
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.isfinite(norm + cross_entropy)
-    if scaler.is_enabled():  # it skips by itself where a gradient is not finite
-        if grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-        scaler.step(optimizer)
-    elif norm.device.type == "mps":  # whose kernel takes no condition
-        if not bad:
+    if scaler.is_enabled() or norm.device.type == "mps":
+        # The scaler tells the optimizer to change nothing where a gradient is not finite; MPS's kernel does not listen.
+        if norm.device.type != "mps" or not bad:
             if grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-            optimizer.step()
+            scaler.step(optimizer)
     else:
         # What GradScaler tells a fused optimizer: divide by grad_scale on the way (clipping costs no pass of its own), and
         # change nothing where found_inf is 1.
@@ -462,12 +463,14 @@ def _fitting_preset(total_bytes: int) -> str:
 def with_largest_micro_batch(plan: Plan) -> Plan:
     """The plan with the largest micro-batch that fits its device, and as many of them as keep the sequences per step.
 
-    A CPU goes by the estimate and 80 % of the free memory. A GPU tries, the largest that the estimate does not rule out first.
+    A validation keeps its windows, rounded up
+    to whole micro-batches. A CPU goes by the estimate and 80 % of the free memory. A GPU tries, the largest that the estimate does not rule out first.
     Raises ValueError if not one sequence fits.
     """
     config = plan.config
     sequences = config.batch_size * config.grad_accum
-    plans = [dataclasses.replace(plan, config=dataclasses.replace(config, batch_size=b, grad_accum=sequences // b, micro_batch="batch_size"))
+    plans = [dataclasses.replace(plan, config=dataclasses.replace(config, batch_size=b, grad_accum=sequences // b, micro_batch="batch_size",
+                                                                  val_steps=-(-config.val_steps * config.batch_size // b)))
              for b in range(sequences, 0, -1) if sequences % b == 0]
     memory = memory_bytes(plan.device)
     if memory is None:
@@ -493,6 +496,8 @@ def _runs(plan: Plan) -> bool:
         return False
     finally:
         release_memory(plan.device)
+        if plan.config.compile:
+            torch.compiler.reset()  # its graphs are of this size; nine of them for one block are an error
 
 
 def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
@@ -510,11 +515,16 @@ def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
     memory = memory_bytes(plan.device)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needed.items() if size)
     lines.append(f"memory   about {human_bytes(sum(needed.values()))} ({parts})" + (f"; {human_bytes(memory[0])} free" if memory else ""))
-    checkpoint, kept = human_bytes(12 * total), f"{t.keep_last} and the best" if t.keep_last else f"{max(t.max_steps // t.save_interval, 1)}"
+    checkpoint, kept = human_bytes(checkpoint_bytes(needed)), f"{t.keep_last} and the best" if t.keep_last else f"{max(t.max_steps // t.save_interval, 1)}"
     lines.append(f"disk     {checkpoint} a checkpoint in {t.ckpt_dir}; {kept} are kept, and one more is written before an old one goes")
     options = [name.replace("_", " ") for name in ("document_mask", "activation_checkpointing", "deterministic") if getattr(t, name)]
     lines.append(f"device   {device_name(plan.device)}, {t.dtype}{', compiled' if t.compile else ''}; {t.optimizer}{', ' if options else ''}{', '.join(options)}")
     return lines
+
+
+def checkpoint_bytes(needed: dict[str, int]) -> int:
+    """Bytes of a checkpoint: the weights and the optimizer's state, of a memory estimate."""
+    return needed["weights"] + needed["optimizer state"]
 
 
 def loss_of(plan: Plan) -> Callable[[LLM, tuple], Output]:
@@ -696,9 +706,6 @@ def profiled(plan: Plan, state: RunState, say: Callable[[str], None]):
     if not plan.config.profile:
         yield lambda: None
         return
-    steps = plan.config.max_steps - state.step
-    if steps < sum(PROFILED_STEPS):
-        raise ValueError(f"--profile needs {sum(PROFILED_STEPS)} steps, of which it records the last {PROFILED_STEPS[-1]}, and {steps} are left: raise --max_steps")
     from torch.profiler import profile, schedule
     folder = Path(plan.config.graph_dir)
 
@@ -717,15 +724,17 @@ def run(plan: Plan) -> int:
     """Carry out a plan; returns the exit code (0, or 128 + the signal that stopped it)."""
     if plan.config.micro_batch == "auto":
         plan = with_largest_micro_batch(plan)
-    config = plan.config
-    for line in plan.notes + describe(plan, check_memory(plan)):
+    config, needed = plan.config, check_memory(plan)
+    for line in plan.notes + describe(plan, needed):
         print(line)
     sys.stdout.flush()
     state = initial_state(plan)
     if state.step == config.max_steps:
         print(f"done already: all {state.step:,} steps of the run in {config.ckpt_dir} are taken; raise --max_steps to train further")
         return 0
-    check_disk_space(config.ckpt_dir, 12 * total_parameters(plan.model_config))
+    if config.profile and (left := config.max_steps - state.step) < sum(PROFILED_STEPS):
+        raise ValueError(f"--profile needs {sum(PROFILED_STEPS)} steps, of which it records the last {PROFILED_STEPS[-1]}, and {left} are left: raise --max_steps")
+    check_disk_space(config.ckpt_dir, checkpoint_bytes(needed))
     val_batches = validation_batches(plan.val, plan.model_config.context_length, config.batch_size, config.val_steps)
     reporter = Reporter(plan, state)
     try:
@@ -744,7 +753,7 @@ def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
 
     def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:
         reporter.write_json()
-        save_checkpoint(config.ckpt_dir, state.step, model, optimizer, train_config=dataclasses.replace(config, resume=False), val_loss=val_loss,
+        save_checkpoint(config.ckpt_dir, state.step, model, optimizer, train_config=dataclasses.replace(config, resume=False, profile=False), val_loss=val_loss,
                         tokenizer_state=plan.train.tokenizer_state, data_fingerprint=plan.train.manifest["pair"], run=dataclasses.asdict(state),
                         keep_last=config.keep_last, is_best=is_best)
         reporter.plots(state.step)

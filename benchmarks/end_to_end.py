@@ -20,10 +20,10 @@ import torch
 import train
 from benchmarks.common import save_results, summary
 from config_model import ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters
-from model import generate
+from model import LLM, generate
 from runtime import cli
 from runtime.data import validation_batches
-from runtime.device import device_name, peak_flops, peak_memory_bytes, synchronize
+from runtime.device import choose_kernels, device_name, peak_flops, peak_memory_bytes, synchronize
 
 WARM_UP_STEPS = 5
 
@@ -33,9 +33,10 @@ def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
     model, optimizer, loader, _ = train.set_up(plan)
     state = train.initial_state(plan)
     batches = validation_batches(plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps)
-    before = train.evaluate(model, batches, dtype=plan.dtype)
+    loss_fn = train.loss_of(plan)
+    before = train.evaluate(model, batches, loss_fn, plan.dtype)
     records: list[dict] = []
-    train.fit(model, loader, plan.config, optimizer=optimizer, state=state, dtype=plan.dtype, on_log=records.append)
+    train.fit(model, loader, plan.config, loss_fn, optimizer=optimizer, state=state, dtype=plan.dtype, on_log=records.append)
     speeds = [r["tokens_per_sec"] for r in records[WARM_UP_STEPS:]]
     peak = peak_flops(plan.device, plan.dtype)
     return model, {
@@ -43,7 +44,7 @@ def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
         "mfu": peak and statistics.median(speeds) * 3 * flops_per_token(plan.model_config) / peak,
         "peak_memory_bytes": peak_memory_bytes(plan.device),
         "losses": [round(r["loss"], 4) for r in records],
-        "validation_loss": {"before": before, "after": train.evaluate(model, batches, dtype=plan.dtype)},
+        "validation_loss": {"before": before, "after": train.evaluate(model, batches, loss_fn, plan.dtype)},
         "skipped_steps": state.skipped_steps,
     }
 
@@ -51,15 +52,18 @@ def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
 def measure_decoding(model: torch.nn.Module, plan: train.Plan, prompt_tokens: int, new_tokens: int, repeats: int) -> dict:
     """Tokens/s of a prefill of `prompt_tokens` and of greedy decoding after it, batch 1, real text as the prompt.
 
-    As predict.py does it: weights in the arithmetic's dtype (the model is converted and stays so).
+    As predict.py does it: a model that is not compiled, weights in the arithmetic's dtype (`model` is converted and stays so).
     """
-    model = model.to(plan.dtype)
+    with torch.device("meta"):
+        plain = LLM(plan.model_config)
+    plain.load_state_dict(model.to(plan.dtype).state_dict(), assign=True)  # the same tensors
+    choose_kernels(plain, plan.device, plan.dtype)
     prompt = torch.from_numpy(plan.val.read(0, prompt_tokens))[None].to(plan.device)
     prefill, decode = [], []
     for _ in range(repeats + 1):
         synchronize(plan.device)
         started, first = time.perf_counter(), None
-        for token in generate(model, prompt, new_tokens, temperature=0):
+        for token in generate(plain, prompt, new_tokens, temperature=0):
             token.item()
             first = first or time.perf_counter()
         prefill.append(prompt_tokens / (first - started))
@@ -80,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as empty:
         args.ckpt_dir, args.log_interval = os.path.join(empty, "checkpoints"), 1
         plan = train.make_plan(cli.settings_from(args, ModelConfig, TrainConfig))
+        if plan.config.profile or plan.config.micro_batch == "auto":
+            raise ValueError("this benchmark takes neither --profile nor --micro_batch auto: leave them out")
         if plan.config.max_steps <= WARM_UP_STEPS:
             raise ValueError(f"max_steps {plan.config.max_steps} must be more than the {WARM_UP_STEPS} steps that warm up")
         if args.prompt_tokens + args.new_tokens > plan.model_config.context_length:

@@ -4,8 +4,8 @@
     GPTOSS_DATA=carried/data python -m benchmarks.gpu --name h200 --out results_of_the_gpu
     GPTOSS_DATA=carried/data python -m benchmarks.gpu --name h200 --out results_of_the_gpu --stages loss attention   # a part
 
-Each stage is a command of its own with a time limit, its output in OUT/STAGE.log; one that fails loses none of the others. The
-benchmarks' JSON files are copied to OUT besides. GPTOSS_DATA names prepared shards (o200k_base), GPTOSS_SHARED the tests'
+Each stage is some commands with an output of their own, OUT/STAGE.log, and a time that leaves MOST_LEFT seconds at most to each of
+those that follow; one that fails, or takes too long, loses none of the others. The benchmarks' JSON files are copied to OUT besides. GPTOSS_DATA names prepared shards (o200k_base), GPTOSS_SHARED the tests'
 fixtures, where they are at hand. --tiny replaces every size by one that a CPU does in seconds, to try the command itself.
 """
 from __future__ import annotations
@@ -30,6 +30,7 @@ from runtime.files import write_text_atomic
 MODEL_SIZES = ["--d_model", "32", "--transformer_blocks", "2", "--num_heads", "4", "--num_kv_heads", "2", "--head_dim", "8", "--num_experts", "4", "--d_ff", "32", "--context_length", "32"]
 TINY = [*MODEL_SIZES, "--batch_size", "2", "--grad_accum", "1", "--dtype", "float32"]
 RESUME_STEPS = 40
+MOST_LEFT = 60  # seconds kept for each stage still to come
 PYTHON = sys.executable
 
 
@@ -44,13 +45,12 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
     attention = ["--batch_size", "1", "--num_heads", "2", "--num_kv_heads", "1", "--context_length", "16", "--head_dim", "8", "--repeats", "1"] if tiny else []
     decode = ["--prompt_tokens", "4", "--new_tokens", "4", "--repeats", "1"] if tiny else []
     has_transformers = importlib.util.find_spec("transformers") is not None
-    compile_ = [] if tiny else ["--compile"]
     plain = ["--no-use_attention_bias"]
     modern = ["--preset", "gptoss-modern"]
     resume = [PYTHON, "train.py", "--preset", "modern-8gb", *(TINY if tiny else ["--batch_size", "16", "--grad_accum", "1"]), "--deterministic", "--lr", "1e-3",
               "--warmup_steps", "2", "--max_steps", str(RESUME_STEPS), "--save_interval", str(RESUME_STEPS // 2), "--val_interval", "1000", "--keep_last", "0"]
     return {
-        "tests": [[PYTHON, "-m", "pytest", *(["tests/test_process.py"] if tiny else [])]],
+        "tests": [[PYTHON, "-m", "pytest", *(["tests/test_process.py"] if tiny else ["-m", "gpu", "-rs"])]],
         "steps": [
             bench("train", "default", "--dtype bfloat16 --batch_size 16 --grad_accum 1 --variants ours,ours_compiled,loop", *size, *small),
             bench("train", "no_table", "--dtype bfloat16 --batch_size 16 --grad_accum 1 --variants ours,ours_compiled,loop,dense_compiled", *plain, *size, *small),
@@ -62,7 +62,7 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
         "attention": [bench("attention", "default", "--batch_size 16 --num_heads 32 --num_kv_heads 8 --context_length 2048 --head_dim 32 --dtype bfloat16", *attention),
                       bench("attention", "modern", "--batch_size 16 --num_heads 16 --num_kv_heads 4 --context_length 2048 --head_dim 64 --dtype bfloat16", *attention)],
         "optimizer": [bench("optimizer", "modern", "--repeats 5 --variants adamw_fused,muon,muon_bfloat16", *modern, *(MODEL_SIZES if tiny else []), *(["--repeats", "1"] if tiny else []))],
-        "runs": [bench("end_to_end", f"run_{what}", "--dtype bfloat16", *flags, *size, *steps, *compile_, *decode)
+        "runs": [bench("end_to_end", f"run_{what}", "--dtype bfloat16", *flags, *size, *steps, "--compile", *decode)
                  for what, flags in (("default", ["--batch_size", "16", "--grad_accum", "1"]), ("modern", [*modern, "--batch_size", "16", "--grad_accum", "1"]),
                                      ("modern_muon", [*modern, "--optimizer", "muon", "--batch_size", "16", "--grad_accum", "1"]))],
         "resume": [[*resume, "--ckpt_dir", str(folder / "straight"), "--graph_dir", str(folder / "graphs_straight")],
@@ -93,6 +93,12 @@ def run_stage(stage: str, commands: list[list[str]], out: Path, limit_s: float) 
             if code:
                 break
     return {"exit_code": code, "seconds": round(time.monotonic() - started, 1)}
+
+
+def time_for(stage: int, num_stages: int, left_s: float) -> float:
+    """Seconds that a stage may take: what is left, without MOST_LEFT (or an equal share, where that is less) for each one after it."""
+    after = num_stages - stage - 1
+    return left_s - after * min(MOST_LEFT, left_s / (after + 1))
 
 
 def forget_after(step: int, folder: str) -> int:
@@ -141,8 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(args.stages or []) - all_stages.keys():
         raise ValueError(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(all_stages)}")
     began, summary = time.time(), {}
-    for stage in args.stages or all_stages:
-        left = args.limit_s - (time.time() - began)
+    chosen = args.stages or list(all_stages)
+    for i, stage in enumerate(chosen):
+        left = time_for(i, len(chosen), args.limit_s - (time.time() - began))
         summary[stage] = run_stage(stage, all_stages[stage], out, left) if left > 5 else {"exit_code": None, "seconds": 0, "why": "no time left"}
         print(f"{stage:10} {summary[stage]}", flush=True)
         for path in RESULTS.glob(f"*{args.name}_*.json"):

@@ -17,6 +17,7 @@ from pathlib import Path
 import prepare_data
 from benchmarks.common import SHARED, alternate, save_results, summary
 from runtime.cli import run_main
+from runtime.process import usable_cores
 from runtime.tokenizer import load_tokenizer
 
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--files", nargs="+", default=[str(SHARED / "tinystories" / name) for name in ("train.jsonl", "valid.jsonl")], help="JSON lines with a text column")
     p.add_argument("--tokenizer", default="o200k_base")
     p.add_argument("--repeats", type=int, default=7)
-    p.add_argument("--num_proc", type=int, default=prepare_data._all_cores(), help="cores for both sides")
+    p.add_argument("--num_proc", type=int, default=usable_cores(), help="cores for both sides")
     o = p.parse_args(argv)
 
     texts = [json.loads(line)["text"] for name in o.files for line in Path(name).read_text(encoding="utf-8").splitlines()]

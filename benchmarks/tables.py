@@ -25,23 +25,27 @@ def stored(name: str) -> dict:
 
 
 def machine(result: dict) -> str:
-    """What a result was measured on, for a caption."""
+    """What a result was measured on, for a caption; its commit is in the file."""
     e = result["environment"]
     hardware = e["hardware"]["gpus"][0] if e["hardware"]["gpus"] else f"{e['hardware']['cpu']}, {result['device']}"
-    return f"{hardware}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}, commit {e['commit'][:7]}, {e['time'][:10]}"
+    return f"{hardware}, torch {e['versions']['torch']}, transformers {e['versions']['transformers']}"
 
 
 def training_table() -> str:
     """Training steps of all sides; ratios are of medians taken in turns in one process."""
     lines = ["| step | who | tokens/s | x loop | x Hugging Face | of matmul speed | memory above states |", "|---|---|---|---|---|---|---|"]
+    results = {name: stored(name) for name in TRAINING}
     for name, what in TRAINING.items():
-        result = stored(name)
+        result = results[name]
         for variant, v in result["variants"].items():
             ratios = " | ".join(f"{v['ratio_to'][other]:.2f}" if other in v["ratio_to"] else "" for other in ("loop", "hf_grouped"))
             memory = human_bytes(v["peak_above_states_bytes"]) if "peak_above_states_bytes" in v else ""
-            lines.append(f"| {what} | {NAMES[variant]} | {v['tokens_per_sec']['median']:,.0f} | {ratios} | {100 * v['mfu']:.0f} % | {memory} |")
+            busy = " (machine was busy)" * v["disturbed"]
+            lines.append(f"| {what} | {NAMES[variant]}{busy} | {v['tokens_per_sec']['median']:,.0f} | {ratios} | {100 * v['mfu']:.0f} % | {memory} |")
             what = ""
-    return "\n".join([*lines, "", f"{machine(result)}. The commands are in the JSON files."])
+    machines = dict.fromkeys(machine(result) for result in results.values())
+    files = ", ".join(f"`{name}.json`" for name in TRAINING)
+    return "\n".join([*lines, "", f"{'; '.join(machines)}. Commands and commits: {files} in `benchmarks/results/`."])
 
 
 def allocator_line() -> str:

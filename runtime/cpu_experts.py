@@ -91,12 +91,12 @@ def _each_expert(function: Callable[[int, slice], None], counts_E: Tensor) -> No
     for e, count in enumerate(counts_E.tolist()):
         groups.append((e, slice(start, start + count)))
         start += count
-    threads = torch.get_num_threads()
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     parts = shares(groups, threads) if threads > 1 and start >= MOST_ROWS_INLINE else None
     if parts is None:
-        _call(function, groups)
+        _call(function, groups, inference)
     else:
-        for _ in _pool(threads, os.getpid()).map(lambda part: _call(function, part), parts):
+        for _ in _pool(threads, os.getpid()).map(lambda part: _call(function, part, inference), parts):
             pass
 
 
@@ -111,10 +111,10 @@ def shares(groups: list[tuple[int, slice]], threads: int) -> list[list[tuple[int
     return parts if max(rows) * threads <= MOST_IMBALANCE * sum(rows) else None
 
 
-@torch.no_grad()  # a thread has a mode of its own
-def _call(function: Callable[[int, slice], None], groups: list[tuple[int, slice]]) -> None:
-    for e, rows in groups:
-        function(e, rows)
+def _call(function: Callable[[int, slice], None], groups: list[tuple[int, slice]], inference: bool) -> None:
+    with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
+        for e, rows in groups:
+            function(e, rows)
 
 
 @functools.lru_cache(maxsize=1)

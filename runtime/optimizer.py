@@ -15,7 +15,6 @@ from torch.optim import AdamW, Optimizer
 from config_model import TrainConfig
 from runtime.device import DTYPES, choose_dtype
 
-FUSED_DEVICES = ("cpu", "cuda", "mps")    # where AdamW(fused=True) exists in torch 2.11 to 2.13; elsewhere foreach
 STACKED_BIASES = ("b_in", "b_out")        # one bias per expert, stacked to a matrix [E, F or C]: still biases
 HIDDEN_MATRICES = ("attention.W_q.weight", "attention.W_k.weight", "attention.W_v.weight", "attention.out_proj.weight", "experts.w_in", "experts.w_out")
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "momentum")
@@ -75,10 +74,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def build_adamw(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over `model` with the config's lr, betas, eps and weight decay: one fused kernel where the device has it."""
-    fused = all(parameter.device.type in FUSED_DEVICES for parameter in model.parameters())
-    return AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2),
-                 eps=config.adam_eps, fused=fused, foreach=not fused)
+    """AdamW over `model` with the config's lr, betas, eps and weight decay, in torch's fused kernel, which CPU, CUDA and MPS have."""
+    return AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
@@ -169,9 +166,14 @@ def _muon_step(batch: list[tuple], lr: float, weight_decay: float, beta: float, 
         updates.append(gradient.lerp(moved, beta).mul_(has_gradient))
         _assign(momentum, moved, skip)
     R, C = updates[0].shape[1:]
-    orthogonal = orthogonalise(torch.cat(updates), choose_dtype("auto", updates[0].device))
+    orthogonal = orthogonalise(torch.cat(updates), _orthogonalise_dtype(updates[0].device))
     for (weights, _, _), update in zip(batch, orthogonal.split([len(piece[0]) for piece in batch]), strict=True):
         _assign(weights, (weights * (1 - lr * weight_decay)).add_(update, alpha=-lr * MUON_RMS * math.sqrt(max(R, C))), skip)
+
+
+def _orthogonalise_dtype(device: torch.device) -> torch.dtype:
+    """Half precision on CUDA, for the result is an approximation anyhow; float32 elsewhere, whatever a CPU's clock says at the moment."""
+    return choose_dtype("auto", device) if device.type == "cuda" else torch.float32
 
 
 def _assign(to: Tensor, value: Tensor, skip: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """What a process should set for itself before and after PyTorch loads, so that a CPU trains at its full speed.
 
-Measured in benchmarks/results/ (the rows called allocator): PyTorch takes each large temporary from the system and gives it
+Measured by `python -m benchmarks.train --allocator_row`: PyTorch takes each large temporary from the system and gives it
 back, so the kernel clears the same pages again and again; and its threads spin while they wait, which on a machine with
 other work costs more than it saves.
 """

@@ -89,6 +89,13 @@ def test_the_gpu_command_proves_a_resume(results, data, monkeypatch):  # noqa: F
     assert json.loads((out / "summary.json").read_text())["stages"]["resume"]["exit_code"] == 0
 
 
+def test_no_stage_takes_the_time_of_those_that_follow():
+    """Each could have all that was left, so a first one that hung left nothing to the others."""
+    assert gpu.time_for(0, 8, 560) == 560 - 7 * 60
+    assert gpu.time_for(7, 8, 100) == 100
+    assert gpu.time_for(0, 4, 80) == 20
+
+
 def test_the_comparison_sees_a_difference(tmp_path, data, capsys):  # noqa: F811
     from tests.test_train import Run
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

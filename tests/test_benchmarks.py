@@ -388,6 +388,14 @@ def test_loss_benchmark_notices_a_wrong_gradient(monkeypatch):
         loss.main([*LOSS, "--variants", "ours_8,full", "--no-memory"])
 
 
+def test_loss_benchmark_notices_a_wrong_gradient_of_the_head(monkeypatch):
+    """Only the hidden states' gradient was compared."""
+    monkeypatch.setattr(loss, "linear_cross_entropy", lambda h, weight, bias, targets, *rest: torch.nn.functional.cross_entropy(
+        h @ (2 * weight - weight.detach()).T, targets, reduction="sum"))
+    with pytest.raises(ValueError, match="full has another gradient than ours_8"):
+        loss.main([*LOSS, "--variants", "ours_8,full", "--no-memory"])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loss_memory_of_all_logits_is_seen(tmp_path):
     peaks = {}
@@ -419,6 +427,22 @@ def test_experts_benchmark_notices_another_result():
 
 
 # ---------------------------------------------------------------------------------------------------- the whole programs
+def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):  # noqa: F811
+    """Its blocks take each length as another graph, and the ninth is an error: on a GPU the figures of the whole run were lost."""
+    monkeypatch.setenv("GPTOSS_DATA", str(data))
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: original(self, **kwargs | {"backend": "eager"}))
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: compile_(function, **kwargs | {"backend": "eager"}))
+    flags = [*MODEL, "--name", "tiny", "--compile", "--max_steps", "6", "--warmup_steps", "2", "--batch_size", "2", "--grad_accum", "1", "--val_steps", "1",
+             "--device", "cpu", "--context_length", "32", "--prompt_tokens", "4", "--new_tokens", "16", "--repeats", "1", "--document_mask"]
+    masked = []
+    loss_of = end_to_end.train.packed_documents_loss
+    monkeypatch.setattr(end_to_end.train, "packed_documents_loss", lambda *a, **k: masked.append(1) or loss_of(*a, **k))
+    assert end_to_end.main(flags) == 0
+    assert len(masked) == 2 + 6 + 2  # --document_mask reaches the dry run, the steps and the validations; only the first did
+
+
 def test_end_to_end_figures(data, results_folder, monkeypatch):  # noqa: F811
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     flags = [*MODEL, "--name", "tiny", "--max_steps", "12", "--warmup_steps", "2", "--batch_size", "2", "--grad_accum", "2", "--lr", "1e-2", "--min_lr", "1e-3",
@@ -430,6 +454,8 @@ def test_end_to_end_figures(data, results_folder, monkeypatch):  # noqa: F811
     assert len(training["losses"]) == 12 and training["validation_loss"]["after"] < training["validation_loss"]["before"]
     assert training["tokens_per_sec"]["median"] > 0 and training["mfu"] is None and training["peak_memory_bytes"] > 0
     assert results["decoding"]["decode_tokens_per_sec"]["median"] > 0 and results["model"]["context_length"] == 32
+    with pytest.raises(ValueError, match="takes neither --profile nor"):
+        end_to_end.main([*flags, "--profile"])
     with pytest.raises(ValueError, match="more than the 5 steps"):
         end_to_end.main([*flags, "--max_steps", "5"])
     with pytest.raises(ValueError, match="exceed the context of 32"):

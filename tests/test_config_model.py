@@ -83,7 +83,7 @@ def test_bad_model_numbers_are_refused(changes, names):
 @pytest.mark.parametrize("changes", [
     {"grad_accum": 0}, {"grad_clip": -1.0}, {"val_steps": 0}, {"max_steps": -5}, {"log_interval": 0}, {"lr": float("inf")}, {"min_lr": 1.0},
     {"schedule": "linear"}, {"dtype": "int8"}, {"warmup_steps": 50_000}, {"resume": True, "init_from": "x.pt"}, {"save_interval": 0}, {"batch_size": 0},
-    {"seed": -1}, {"beta2": 1.0},
+    {"seed": -1}, {"beta2": 1.0}, {"muon_momentum": 0.9},
 ])
 def test_bad_training_numbers_are_refused(changes):
     """grad_accum 0 trained nothing and grad_clip -1 was gradient ascent in the reference (its fault T19)."""
@@ -129,12 +129,15 @@ def test_kv_cache_bytes_equal_the_cache():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"expert_activation": "gelu", "expert_bias": True}, {"qk_norm": False}, {"use_attention_bias": True}, {"dropout": 0.1},
+    {}, {"expert_activation": "gelu", "expert_bias": True}, {"qk_norm": False}, {"use_attention_bias": True}, {"dropout": 0.1}, {"document_mask": True},
 ])
 def test_activation_estimate_is_what_autograd_saves(changes):
     """Within 30 %: the estimate decides whether a run is started, so it is held against the tensors that are really kept."""
-    config = tiny_config(d_model=64, d_ff=128, context_length=128, transformer_blocks=2, num_heads=4, num_kv_heads=2, head_dim=16, **changes)
-    model, ids = LLM(config), torch.randint(0, config.vocabulary_size, (4, 128))
+    masked = bool(changes.pop("document_mask", False)) if (changes := dict(changes)) else False
+    # with a mask: a context at which the masks are most of it
+    config = tiny_config(d_model=64, d_ff=128, context_length=512 if masked else 128, transformer_blocks=2, num_heads=4, num_kv_heads=2, head_dim=16, **changes)
+    T = config.context_length
+    model, ids = LLM(config), torch.randint(0, config.vocabulary_size, (4, T))
     choose_kernels(model, torch.device("cpu"), torch.float32)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
@@ -146,10 +149,10 @@ def test_activation_estimate_is_what_autograd_saves(changes):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(ids, ids).cross_entropy_sum
+        loss = model(ids, ids, starts_BT=torch.arange(T).expand(4, T) // 64 * 64 if masked else None).cross_entropy_sum
     assert loss.requires_grad
     measured = sum(nbytes for nbytes, _ in saved.values())
-    estimate = training_memory_bytes(config, TrainConfig(batch_size=4))["activations"]
+    estimate = training_memory_bytes(config, TrainConfig(batch_size=4, document_mask=masked))["activations"]
     assert 0.7 * measured < estimate < 1.3 * measured, (estimate, measured)
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from model_parts import Experts
 from runtime import cpu_experts
 from runtime.device import choose_kernels
+from tests.conftest import REPO
 from tests.util import random_model, tiny_config
 
 
@@ -120,17 +123,34 @@ def test_an_error_in_a_thread_is_raised(threads, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_makes_its_own_threads(threads):
-    """A pool's threads do not survive a fork: work given to it in the child would never be done."""
+def test_a_forked_process_makes_its_own_threads():
+    """A pool's threads do not survive a fork: work given to it in the child was never done."""
+    code = """
+import os, torch
+from runtime import cpu_experts
+torch.set_num_threads(2)
+counts = torch.tensor([200, 200])
+seen = []
+cpu_experts._each_expert(lambda e, rows: seen.append(e), counts)
+if os.fork() == 0:
+    seen.clear()
+    cpu_experts._each_expert(lambda e, rows: seen.append(e), counts)
+    os._exit(40 + len(seen))
+print(sorted(seen), os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[0, 1] 42", done.stderr
+
+
+def test_inference_mode_reaches_the_threads(threads):
+    """It is a mode of each thread: the tensors made in it could not be written by the others."""
     threads(2)
-    experts, counts = make_experts("swiglu", False), torch.tensor([80] * 5)
-    experts.feed_forward = torch.ops.gptoss.feed_forward.default
+    experts, counts = make_experts("swiglu", True), torch.tensor([80] * 5)
     x = torch.randn(400, 12, dtype=torch.float64)
-    outputs_and_gradients(experts, x, counts)
-    assert cpu_experts._pool.cache_info().currsize == 1
-    before = cpu_experts._pool(2, os.getpid())
-    other = cpu_experts._pool(2, os.getpid() + 1)  # what the child asks for
-    assert other is not before
+    expected = experts(x, torch.repeat_interleave(torch.arange(5), counts), counts)
+    experts.feed_forward = torch.ops.gptoss.feed_forward.default
+    with torch.inference_mode():
+        assert torch.allclose(experts(x, torch.repeat_interleave(torch.arange(5), counts), counts), expected)
 
 
 def test_dropout_takes_the_plain_path_and_the_rest_this_one(monkeypatch):

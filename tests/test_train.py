@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ import torch
 
 import prepare_data
 import train
-from config_model import ModelConfig, TrainConfig, total_parameters
+from config_model import ModelConfig, TrainConfig, total_parameters, training_memory_bytes
 from model import IGNORE, LLM
 from runtime import cli
 from runtime.checkpoint import load_model, read_checkpoint
 from runtime.data import WindowLoader, open_data, validation_batches
+from runtime.optimizer import build_optimizer, initialise_state
 from tests.conftest import REPO
 from tests.util import random_model, tiny_config
 
@@ -738,6 +740,7 @@ def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
         monkeypatch.setattr(train, name, value)
     found = train.with_largest_micro_batch(plan)
     assert tried == [8, 4, 2] and (found.config.batch_size, found.config.grad_accum) == (2, 4)
+    assert found.config.val_steps * 2 == plan.config.val_steps * 8, "as many windows of validation as were asked for"
     with pytest.raises(ValueError, match="another fault"):
         train.with_largest_micro_batch(dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=0)))
 
@@ -746,10 +749,94 @@ def test_profile_writes_a_trace_of_three_steps(run, data, tmp_path, capsys):
     assert run("--max_steps", "10", "--profile") == 0
     events = json.loads((run.graph_dir / "trace.json").read_text())["traceEvents"]
     assert sum(e.get("name", "").startswith("ProfilerStep#") and e.get("cat") == "user_annotation" for e in events) == 3
-    assert "gptoss::grouped_linear" in (run.graph_dir / "trace.txt").read_text()
+    assert "gptoss::feed_forward" in (run.graph_dir / "trace.txt").read_text()
     assert "profile  of steps 7 to 9" in capsys.readouterr().out
+    metrics = (run.graph_dir / "metrics.jsonl").read_bytes()
+    short = Run(data, tmp_path / "short")
+    short.folders[-1] = str(run.graph_dir)
     with pytest.raises(ValueError, match="--profile needs 9 steps"):
-        Run(data, tmp_path / "short")("--max_steps", "8", "--profile")
+        short("--max_steps", "8", "--profile")
+    assert (run.graph_dir / "metrics.jsonl").read_bytes() == metrics, "refused before another run's metrics are put aside"
+
+
+def test_profile_is_not_a_wish_for_the_rest_of_the_run(run, capsys):
+    """It was stored with the run, so a run with --profile could not be resumed for its last steps, and other resumes wrote the trace again."""
+    assert run("--max_steps", "10", "--profile") == 0
+    assert run("--resume", "--max_steps", "12", fresh=False) == 0
+    assert run.final().step == 12 and capsys.readouterr().out.count("profile  of steps") == 1
+
+
+def test_sums_of_a_log_window_survive_a_resume_to_the_last_bit():
+    """They came back as float32: the losses logged after a resume inside a window were not those of the straight run."""
+    model, state, cpu = random_model(tiny_config()), train.RunState(), torch.device("cpu")
+    totals = train.Totals(state, model, cpu)
+    for i in range(7):
+        totals.add(torch.tensor(False), torch.rand(5), torch.rand(2, 6), torch.rand(()), tokens=64, seconds=0.1, waiting_seconds=0.01)
+        assert i or totals.sums["losses"].dtype == torch.float64
+    totals.read(state)
+    again = train.Totals(train.RunState(**json.loads(json.dumps(dataclasses.asdict(state)))), model, cpu)
+    assert all(torch.equal(again.sums[name], value) for name, value in totals.sums.items())
+
+
+@pytest.mark.parametrize("device, expected", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
+    """MPS read a batch's memory after it had been given back (PyTorch issue 139550): wrong ids, and no error."""
+    asked = []
+
+    class Ids:
+        def to(self, device, non_blocking):
+            asked.append(non_blocking)
+
+    train.to_device((Ids(), Ids()), torch.device(device))
+    assert asked == [expected] * 2
+
+
+def test_mps_skips_a_bad_step_under_loss_scaling_too():
+    """Its fused kernel does not listen to found_inf: the first overflow of float16 made all weights NaN."""
+    class OnMPS(torch.Tensor):
+        device = property(lambda self: torch.device("mps"))
+
+    class Deaf(torch.optim.SGD):
+        _step_supports_amp_scaling = True
+
+        def step(self, *_):
+            steps.append(1)
+
+    steps, weight = [], torch.nn.Parameter(torch.ones(2))
+    optimizer, scaler = Deaf([weight], lr=1.0), torch.amp.GradScaler("cpu")
+    for gradient, expected in ((math.inf, 0), (1.0, 1)):
+        scaler.scale(torch.ones(()))
+        weight.grad = torch.full((2,), gradient)
+        with mock.patch("torch.nn.utils.get_total_norm", lambda gradients: torch.stack(gradients).norm().as_subclass(OnMPS)):
+            train._update(optimizer, scaler, [weight], torch.ones(()), 0.0)
+        assert len(steps) == expected
+
+
+def test_fit_refuses_an_optimizer_that_cannot_skip(data):
+    model = random_model(tiny_config())
+    with pytest.raises(ValueError, match="fit cannot tell SGD to skip a step .* make it with fused=True"):
+        train.fit(model, None, TrainConfig(max_steps=1, warmup_steps=0), optimizer=torch.optim.SGD(model.parameters()))
+
+
+def test_each_trial_of_a_compiled_micro_batch_begins_anew(data, monkeypatch):
+    """Every size is one more graph of the same blocks, and the ninth is an error of the compiler's."""
+    plan = train.make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data), "--batch_size", "4", "--grad_accum", "1", "--micro_batch", "auto", "--compile"))
+    resets = []
+    for name, value in (("set_up", lambda plan: None), ("has_room", lambda device: len(resets) == 1), ("release_memory", lambda device: None)):
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    assert not train._runs(plan) and train._runs(plan) and len(resets) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "state_dtype": "bfloat16"}])
+def test_size_of_a_checkpoint_is_that_of_its_tensors(changes):
+    """12 bytes a parameter were asked of the disk, whatever the optimizer keeps: Muon with bfloat16 moments was refused room that it has no use for."""
+    config, train_config = tiny_config(), TrainConfig(**changes)
+    model = LLM(config)
+    optimizer = build_optimizer(model, train_config)
+    initialise_state(optimizer)
+    moments = sum(t.nbytes for state in optimizer.state.values() for name, t in state.items() if name != "step")
+    assert train.checkpoint_bytes(training_memory_bytes(config, train_config)) == moments + sum(p.nbytes for p in model.parameters())
 
 
 def test_activation_checkpointing_changes_no_bit_of_a_run(straight, run):
@@ -763,6 +850,7 @@ def test_deterministic_asks_pytorch_for_it(run):
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 

@@ -1,0 +1,94 @@
+"""What only a CUDA GPU runs: its kernels against the plain paths on a CPU, skipped steps, compiled training, resuming."""
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import train
+from config_model import TrainConfig
+from model import IGNORE
+from runtime.device import autocast, choose_kernels
+from runtime.optimizer import build_optimizer
+from tests.test_train import MODEL, SPEED, Run, _settings, assert_same, data  # noqa: F401  (a fixture)
+from tests.util import random_model, tiny_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+CUDA = torch.device("cuda")
+
+
+def losses_and_gradients(model, device: torch.device, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    model = copy.deepcopy(model).to(device)
+    choose_kernels(model, device, dtype)
+    torch.manual_seed(1)
+    ids = torch.randint(0, model.config.vocabulary_size, (2, 32)).to(device)
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    with autocast(device, dtype):
+        out = model(ids, targets)
+    (out.cross_entropy_sum / out.num_targets + out.aux_loss).backward()
+    return (out.cross_entropy_sum / out.num_targets).item(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True, "qk_norm": False}, {"expert_activation": "gelu", "expert_bias": True, "head_bias": True}, {"sliding_window": 8}])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
+    """Grouped experts, flash or memory-efficient attention, the loss in chunks: loss and every gradient."""
+    model = random_model(tiny_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)  # bfloat16 follows small weights; large ones make other experts win
+    loss, gradients = losses_and_gradients(model, torch.device("cpu"), torch.float32)
+    on_gpu, gradients_on_gpu = losses_and_gradients(model, CUDA, dtype)
+    assert on_gpu == pytest.approx(loss, rel=tolerance / 5)
+    for name, expected in gradients.items():
+        assert (gradients_on_gpu[name] - expected).norm() <= tolerance * expected.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "muon"}, {"state_dtype": "bfloat16"}])
+def test_a_step_that_is_not_finite_changes_no_bit(flags):
+    """The optimizer is told on the device, by found_inf, which the host does not read."""
+    model = random_model(tiny_config()).to(CUDA)
+    config = TrainConfig(**flags)
+    optimizer, scaler = build_optimizer(model, config), torch.amp.GradScaler("cuda", enabled=False)
+    parameters = list(model.parameters())
+    for bad in (False, True):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        if bad:
+            parameters[3].grad.view(-1)[0] = float("nan")
+        before = [p.detach().clone() for p in parameters] + [t.clone() for state in optimizer.state.values() for t in state.values()]
+        assert train._update(optimizer, scaler, parameters, torch.ones((), device=CUDA), 1.0)[1].item() is bad
+        after = parameters + [t for state in optimizer.state.values() for t in state.values()]
+        if bad:
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "muon"], ["--document_mask", "--dtype", "bfloat16"], ["--use_attention_bias", "--activation_checkpointing"],
+                                   ["--dtype", "float16"], ["--micro_batch", "auto"]])
+def test_it_trains(data, tmp_path, flags):  # noqa: F811
+    """The whole program, with pinned prefetching, in the ways that a GPU takes."""
+    run = Run(data, tmp_path)
+    assert run("--device", "cuda", "--max_steps", "12", "--lr", "1e-2", *flags) == 0
+    losses = [r["loss"] for r in run.records() if r["kind"] == "train"]
+    assert losses[-1] < losses[0] and not run.final().run["skipped_steps"]
+
+
+def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path):  # noqa: F811
+    flags = ["--device", "cuda", "--dtype", "bfloat16", "--deterministic", "--max_steps"]
+    try:
+        straight, cut = Run(data, tmp_path / "straight"), Run(data, tmp_path / "cut")
+        assert straight(*flags, "8") == 0
+        plan = train.make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"))
+        cut.ckpt_dir.parent.mkdir()
+        assert train.run(dataclasses.replace(plan, config=dataclasses.replace(plan.config, save_interval=4))) == 0
+        (cut.ckpt_dir / "latest.pt").unlink()
+        for path in cut.ckpt_dir.glob("*.pt"):
+            if path.name != "step_0000004.pt":
+                path.unlink()
+        assert cut("--resume", fresh=False) == 0
+        assert_same(straight.final(), cut.final())
+    finally:
+        torch.use_deterministic_algorithms(False)

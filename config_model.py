@@ -178,7 +178,8 @@ class Preset:
 
 
 # What one would choose today, and what a published class (Qwen3-MoE) can hold: SwiGLU experts and no biases (Shazeer 2020;
-# PaLM, Chowdhery et al. 2022, section 2), per-head QK-norm (Dehghani et al. 2023; Qwen3), no position table.
+# PaLM, Chowdhery et al. 2022, section 2), per-head QK-norm (Dehghani et al. 2023; Qwen3), no position table. Trained with Muon,
+# which learned most of all that benchmarks/ABLATIONS.md tries, per token and per second (at nano's size; no larger one was measured).
 _MODERN = dict(expert_activation="swiglu", expert_bias=False, out_proj_bias=False, head_bias=False, qk_norm=True,
                use_attention_bias=False, rms_norm_eps=1e-6)
 
@@ -187,21 +188,21 @@ PRESETS = {
     "gptoss-modern": Preset(
         "the default's width, depth and experts with today's choices; one 141 GB GPU",
         _MODERN | dict(num_heads=16, num_kv_heads=4, head_dim=64),
-        dict(batch_size=16, grad_accum=2, max_steps=20_000)),
+        dict(optimizer="muon", batch_size=16, grad_accum=4, max_steps=10_000)),
     "modern-24gb": Preset(
         "modern, for one 24 GB GPU",
         _MODERN | dict(d_model=768, num_heads=12, num_kv_heads=4, head_dim=64, d_ff=768, context_length=1024, tie_embeddings=True),
-        dict(batch_size=8, grad_accum=8, max_steps=20_000, lr=6e-4, min_lr=6e-5)),
+        dict(optimizer="muon", batch_size=8, grad_accum=8, max_steps=20_000, lr=6e-4, min_lr=6e-5)),
     "modern-8gb": Preset(
         "modern, for one 8 GB GPU",
         _MODERN | dict(d_model=512, transformer_blocks=8, num_heads=8, num_kv_heads=2, head_dim=64, num_experts=16, d_ff=512,
                        context_length=512, tie_embeddings=True),
-        dict(batch_size=8, grad_accum=8, max_steps=20_000, lr=1e-3, min_lr=1e-4)),
+        dict(optimizer="muon", batch_size=8, grad_accum=8, max_steps=20_000, lr=1e-3, min_lr=1e-4)),
     "nano": Preset(
         "modern, for a laptop's CPU, minutes; wants a small vocabulary (bpe:4096)",
         _MODERN | dict(d_model=128, transformer_blocks=4, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, d_ff=256,
                        context_length=256, vocabulary_size=4096, tie_embeddings=True, init_std=0.05),
-        dict(batch_size=8, grad_accum=1, max_steps=1_000, lr=3e-3, min_lr=1e-4, warmup_steps=50, val_interval=100,
+        dict(optimizer="muon", batch_size=8, grad_accum=1, max_steps=1_000, lr=6e-3, min_lr=1e-4, warmup_steps=50, val_interval=100,
              val_steps=20, save_interval=250)),
 }
 

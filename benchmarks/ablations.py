@@ -3,7 +3,7 @@
     python prepare_data.py --files train.jsonl --val_files valid.jsonl --tokenizer bpe:4096
     python -m benchmarks.ablations --run muon --seeds 42 43      one row
     python -m benchmarks.ablations --run all                     every row (hours)
-    python -m benchmarks.ablations --run longer_base             over three times as many tokens
+    python -m benchmarks.ablations --run longer_muon_lr_6e-3     over three times as many tokens
     python -m benchmarks.ablations --time 3                      seconds per step of every row, in turns, on a quiet machine
     python -m benchmarks.ablations --table --picture             the table in benchmarks/ABLATIONS.md and public/default_against_modern.png
 
@@ -31,7 +31,7 @@ from runtime.files import write_atomic, write_text_atomic
 
 FOLDER = RESULTS / "ablations"
 PAGE = RESULTS.parent / "ABLATIONS.md"
-BASE = dict(preset="nano", max_steps=400, warmup_steps=50, val_interval=80, val_steps=48, log_interval=10, num_threads=1)
+BASE = dict(preset="nano", optimizer="adamw", lr=3e-3, max_steps=400, warmup_steps=50, val_interval=80, val_steps=48, log_interval=10, num_threads=1)
 DEFAULT = dict(expert_activation="gelu", d_ff=384, expert_bias=True, out_proj_bias=True, head_bias=True, qk_norm=False, use_attention_bias=True,
                tie_embeddings=False, init_std=0.02)
 
@@ -67,7 +67,7 @@ ROWS = {
     "lr_12e-3": ("AdamW, four times the rate", dict(lr=1.2e-2)),
 }
 # The rows that matter most, over three times as many tokens.
-LONGER = {f"longer_{name}": (ROWS[name][0], ROWS[name][1] | dict(max_steps=1200, val_interval=200)) for name in ("base", "muon_lr_6e-3", "default", "dense")}
+LONGER = {f"longer_{name}": (ROWS[name][0], ROWS[name][1] | dict(max_steps=1200, val_interval=200)) for name in ("lr_6e-3", "muon_lr_6e-3", "default")}
 # The same model on the same text cut by other tokenizers, whose --data_dir must be given; compared by bits per byte.
 TOKENIZERS = {f"tokenizer_{name}": (f"{tokenizer}", dict(max_steps=120, val_interval=60, val_steps=24))
               for name, tokenizer in (("bpe", "bpe:4096"), ("compact", "o200k_base:compact"), ("o200k", "o200k_base"))}
@@ -178,7 +178,7 @@ def table(rows: dict = ROWS, base: str = "base") -> str:
 
 def longer_table() -> str:
     """The same of the runs over more tokens."""
-    return table(LONGER, "longer_base")
+    return table(LONGER, "longer_lr_6e-3")
 
 
 def tokenizer_table() -> str:
@@ -198,16 +198,16 @@ def picture(path: Path) -> None:
 
     from runtime import plots
     runs, ratio = results(), _ratios()
-    shown = {"default": ("the default's choices, AdamW", plots.ORANGE), "base": ("modern, AdamW", plots.BLUE), "muon_lr_6e-3": ("modern, Muon", plots.GREEN)}
+    shown = {"default": ("the default's choices, AdamW", plots.ORANGE), "lr_6e-3": ("modern, AdamW", plots.BLUE), "muon_lr_6e-3": ("modern, Muon", plots.GREEN)}
     if missing := [name for name in shown if f"longer_{name}" not in runs or name not in ratio]:
         raise ValueError(f"the picture wants the rows {', '.join(shown)}, timed, and their longer_ runs; missing: {', '.join(missing)}")
-    base = runs["longer_base"][0]
+    base = runs["longer_lr_6e-3"][0]
     with matplotlib.rc_context(plots.STYLE):
         page = plots.Page("Default against modern", f"{base['parameters'] / 1e6:.1f} M parameters, {base['tokens'] / 1e6:.2f} M tokens of TinyStories, {base['tokenizer']}", columns=2, sharey=True, width=12)
         for axes, unit in zip(page.axes[0], ("tokens (thousands)", "compute time (in steps of modern with AdamW)"), strict=True):
             for name, (label, color) in shown.items():
                 run = runs[f"longer_{name}"][0]
-                scale = 1e-3 if axes is page.axes[0][0] else ratio[name] * LONGER["longer_base"][1]["max_steps"] / base["tokens"]
+                scale = 1e-3 if axes is page.axes[0][0] else ratio[name] * LONGER["longer_lr_6e-3"][1]["max_steps"] / base["tokens"]
                 for curve, style in ((run["train_curve"], dict(linewidth=1.1, alpha=0.55)), (run["curve"], dict(marker="o", markersize=6, label=f"{label}: {run['validation_loss']:.3f}"))):
                     axes.plot([t * scale for t, _ in curve], [y for _, y in curve], color=color, **style)
             axes.set_xlabel(unit)

@@ -47,6 +47,7 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
     has_transformers = importlib.util.find_spec("transformers") is not None
     plain = ["--no-use_attention_bias"]
     modern = ["--preset", "gptoss-modern"]
+    adamw = ["--optimizer", "adamw"]
     resume = [PYTHON, "train.py", "--preset", "modern-8gb", *(TINY if tiny else ["--batch_size", "16", "--grad_accum", "1"]), "--deterministic", "--lr", "1e-3",
               "--warmup_steps", "2", "--max_steps", str(RESUME_STEPS), "--save_interval", str(RESUME_STEPS // 2), "--val_interval", "1000", "--keep_last", "0"]
     return {
@@ -55,7 +56,7 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
             bench("train", "default", "--dtype bfloat16 --batch_size 16 --grad_accum 1 --variants ours,ours_compiled,loop", *size, *small),
             bench("train", "no_table", "--dtype bfloat16 --batch_size 16 --grad_accum 1 --variants ours,ours_compiled,loop,dense_compiled", *plain, *size, *small),
             bench("train", "modern", "--dtype bfloat16 --batch_size 64 --grad_accum 1 --variants " + ("ours_compiled,hf_grouped_bf16" if has_transformers else "ours,ours_compiled"),
-                  *modern, *size, *small)],
+                  *modern, *adamw, *size, *small)],
         "experts": [bench("experts", "default", "--rows 65536 --dtype bfloat16", *(["--rows", "64", "--repeats", "1", *MODEL_SIZES] if tiny else []))],
         "loss": [bench("loss", "default", "--rows 32768 --d_model 1024 --chunk_rows 1024,2048,4096,8192 --head_bias --dtype bfloat16",
                        *(["--vocabulary_size", "301", "--d_model", "16", "--rows", "64", "--chunk_rows", "16", "--repeats", "1"] if tiny else []))],
@@ -63,8 +64,8 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
                       bench("attention", "modern", "--batch_size 16 --num_heads 16 --num_kv_heads 4 --context_length 2048 --head_dim 64 --dtype bfloat16", *attention)],
         "optimizer": [bench("optimizer", "modern", "--repeats 5 --variants adamw_fused,muon,muon_bfloat16", *modern, *(MODEL_SIZES if tiny else []), *(["--repeats", "1"] if tiny else []))],
         "runs": [bench("end_to_end", f"run_{what}", "--dtype bfloat16", *flags, *size, *steps, "--compile", *decode)
-                 for what, flags in (("default", ["--batch_size", "16", "--grad_accum", "1"]), ("modern", [*modern, "--batch_size", "16", "--grad_accum", "1"]),
-                                     ("modern_muon", [*modern, "--optimizer", "muon", "--batch_size", "16", "--grad_accum", "1"]))],
+                 for what, flags in (("default", ["--batch_size", "16", "--grad_accum", "1"]), ("modern", [*modern, *adamw, "--batch_size", "16", "--grad_accum", "1"]),
+                                     ("modern_muon", [*modern, "--batch_size", "16", "--grad_accum", "1"]))],
         "resume": [[*resume, "--ckpt_dir", str(folder / "straight"), "--graph_dir", str(folder / "graphs_straight")],
                    [*resume, "--ckpt_dir", str(folder / "resumed"), "--graph_dir", str(folder / "graphs_resumed")],
                    [PYTHON, "-m", "benchmarks.gpu", "--forget_after", str(RESUME_STEPS // 2), str(folder / "resumed")],

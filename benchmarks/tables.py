@@ -15,6 +15,10 @@ TRAINING = {  # stored result: what was trained
     "train_cpu_1x2048": "1 x 2,048 tokens, 8,192 words",
     "train_cpu_200k": "2 x 512 tokens, 200,019 words",
 }
+PROGRAMS = {
+    "end_to_end_nano_cpu": "`nano`, 3.87 M parameters, bpe:4096",
+    "end_to_end_small_o200k_cpu": "d_model 128, 4 blocks, 8 experts, context 256, o200k_base: 54.8 M parameters, 51 M of them embedding and head",
+}
 NAMES = {"ours": "gptoss", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",
          "dense": "gptoss, dense of equal FLOPs"}
 
@@ -55,9 +59,19 @@ def allocator_line() -> str:
             f"{row['ratio']:.2f} times PyTorch's defaults ({row['processes_each']} processes each, in turns).")
 
 
+def speed_table() -> str:
+    """Training and decoding through the users' own programs."""
+    lines = ["| tokens/s | training | prefill, 64 tokens | greedy decoding, batch 1 |", "|---|---|---|---|"]
+    for name, what in PROGRAMS.items():
+        result = stored(name)
+        speeds = (result["training"]["tokens_per_sec"], result["decoding"]["prefill_tokens_per_sec"], result["decoding"]["decode_tokens_per_sec"])
+        lines.append(f"| {what} | {' | '.join(format(speed['median'], ',.0f') for speed in speeds)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     cli.parser(__doc__).parse_args(argv)
-    replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line()})
+    replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line(), "speed": speed_table()})
     return 0
 
 

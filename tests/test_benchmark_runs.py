@@ -31,12 +31,12 @@ def test_rows_are_run_timed_and_tabled(results, data):  # noqa: F811
     ablations.main(["--run", "base", "--seeds", "43", "--steps", "4", "--data_dir", str(data)])
     ablations.main(["--run", "muon", "--time", "1", "--data_dir", str(data)])
     (results / "page.md").write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("rows", "longer", "tokenizers")))
-    with pytest.raises(ValueError, match="no run of the base: python -m benchmarks.ablations --run longer_base"):
+    with pytest.raises(ValueError, match="no run of the base: python -m benchmarks.ablations --run longer_lr_6e-3"):
         ablations.main(["--table"])
-    ablations.main(["--run", "longer_base", "--steps", "8", "--data_dir", str(data)])
+    ablations.main(["--run", "longer_lr_6e-3", "--steps", "8", "--data_dir", str(data)])
     ablations.main(["--table"])
-    assert "| `longer_base` |" in (results / "page.md").read_text()
-    (results / "ablations" / "longer_base_42.json").unlink()
+    assert "| `longer_lr_6e-3` |" in (results / "page.md").read_text()
+    (results / "ablations" / "longer_lr_6e-3_42.json").unlink()
     rows = [line.split(" | ") for line in (results / "page.md").read_text().splitlines() if line.startswith("| `") and "longer" not in line]
     assert {row[0] for row in rows} == {"| `base`", "| `muon`"}
     runs = {path.stem: json.loads(path.read_text()) for path in (results / "ablations").glob("*.json")}

@@ -21,7 +21,8 @@ from runtime import cli
 REPO = Path(__file__).resolve().parent.parent
 OWNERS = {"model": ModelConfig, "train": TrainConfig}
 FIELDS = [(table, f.name) for table, owner in OWNERS.items() for f in dataclasses.fields(owner)]
-NEEDS = {"window_pattern": {"sliding_window": 4}, "rope_scaling_factor": {"rope_scaling": "linear"}, "rope_scaling": {"context_length": 4096}}  # no effect without
+NEEDS = {"window_pattern": {"sliding_window": 4}, "rope_scaling_factor": {"rope_scaling": "linear"}, "rope_scaling": {"context_length": 4096},
+         "muon_momentum": {"optimizer": "muon"}}  # no effect without
 
 
 def other_value(config_class, name: str, besides=()):

@@ -238,7 +238,7 @@ def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None,
 
 
 # ------------------------------------------------------------------------------------------------------------ generation
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float = 0.0, repetition_penalty: float = 1.0) -> None:
     """Raise ValueError for settings that define no distribution."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
@@ -246,16 +246,28 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
         raise ValueError(f"top_k must be 0 (off) or a positive count, not {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be greater than 0 and at most 1, not {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 (off) to 1, not {min_p}")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise ValueError(f"repetition_penalty must be a positive number (1 = off), not {repetition_penalty}")
+
+
+def penalise_repetition(logits_BV: Tensor, history_BT: Tensor, penalty: float, exempt_ids: Tensor) -> Tensor:
+    """Logits [B, V] of the ids in each row's history [B, T] made less likely: positive ones divided by `penalty`, negative ones
+    multiplied. exempt_ids [*]: ids that stay as they are. Keskar et al. 2019 (CTRL), section 4.1, whose logits are positive."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(1, history_BT, True).index_fill_(1, exempt_ids, False)
+    return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
 def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, banned_ids: Tensor | None = None,
-           generator: torch.Generator | None = None) -> Tensor:
+           generator: torch.Generator | None = None, min_p: float = 0.0) -> Tensor:
     """Draw one id per row from logits [B, V], in float32: ids [B] int64.
 
-    banned_ids [*] int64 are never drawn. temperature 0 takes the largest logit. top_k keeps exactly that many (0, or more
-    than there are: all); top_p then keeps the fewest whose probabilities sum to at least top_p (Holtzman et al. 2019).
+    banned_ids [*] int64 are never drawn. temperature 0 takes the largest logit. min_p keeps those at least min_p times as
+    likely as the likeliest (Nguyen et al. 2024); of these top_k keeps that many at most (0: all); of these top_p keeps the
+    fewest whose probabilities, which then sum to 1, reach top_p (Holtzman et al. 2019).
     """
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p)
     logits_BV = logits_BV.float()
     if not torch.isfinite(logits_BV.sum(dim=-1)).all():
         raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this arithmetic (try --dtype float32)")
@@ -266,6 +278,8 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
     # Shifted so that the largest is 0: a tiny temperature then sends the others to -inf and never makes inf - inf. The
     # bounds are float32's: beyond them a temperature would be 0 or inf.
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
+    if min_p:
+        logits_BV = logits_BV.masked_fill(logits_BV < math.log(min_p), -math.inf)
     ids_BV = None
     V = logits_BV.shape[1]
     if 0 < top_k < V or top_p < 1:
@@ -281,14 +295,15 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
 @torch.no_grad()
 def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: float = 0.9, top_k: int = 50, top_p: float = 1.0,
              stop_ids: Sequence[int] = (), banned_ids: Sequence[int] = (), generator: torch.Generator | None = None,
-             cache_dtype: torch.dtype | None = None, slide: bool = True) -> Iterator[Tensor]:
+             cache_dtype: torch.dtype | None = None, slide: bool = True, min_p: float = 0.0, repetition_penalty: float = 1.0) -> Iterator[Tensor]:
     """Continue prompts [B, T], yielding one id per row, [B] int64, as soon as it is drawn.
 
     A row that has drawn one of `stop_ids` repeats it until all rows have; then generation ends. When the context is full,
     `slide` drops the older half of it and goes on from the newer; otherwise generation ends there. A prompt longer than
-    the context is cut to its last context_length tokens. The model's train/eval mode is restored.
+    the context is cut to its last context_length tokens. repetition_penalty is for the ids in the context, stop_ids excepted.
+    The model's train/eval mode is restored.
     """
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     if max_new_tokens == 0:
@@ -309,7 +324,9 @@ def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: fl
                 cache.reset()
                 next_BT = history_BT = history_BT[:, -max(1, context // 2):]
             logits_BV = model(next_BT, cache=cache, last_token_only=True).logits[:, -1]
-            drawn_B = sample(logits_BV, temperature, top_k, top_p, banned, generator)
+            if repetition_penalty != 1.0:
+                logits_BV = penalise_repetition(logits_BV.float(), history_BT, repetition_penalty, stops)
+            drawn_B = sample(logits_BV, temperature, top_k, top_p, banned, generator, min_p)
             if len(stops):
                 drawn_B = torch.where(stopped_B, history_BT[:, -1], drawn_B)
                 stopped_B = stopped_B | torch.isin(drawn_B, stops)

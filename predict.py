@@ -38,6 +38,8 @@ class PredictConfig:
     temperature: float = option(0.9, "0 takes the likeliest token; 1 draws from the model's own distribution", minimum=0.0, maximum=1e30)
     top_k: int = option(50, "draw from the k likeliest tokens only; 0 = all", minimum=0)
     top_p: float = option(1.0, "draw from the fewest tokens whose probabilities reach p", minimum=1e-9, maximum=1.0)
+    min_p: float = option(0.0, "draw only from tokens at least this many times as likely as the likeliest; 0 = off", minimum=0.0, maximum=1.0)
+    repetition_penalty: float = option(1.0, "above 1: tokens that are in the context already are less likely; 1 = off", minimum=1e-3, maximum=1e3)
     seed: int = option(-1, "the same seed and settings give the same text; -1 = another each time", minimum=-1, maximum=2**63 - 1)
     when_full: str = option("slide", "at the end of the context: slide (forget its older half and go on) or stop", choices=("slide", "stop"))
     context_length: int = option(0, "tokens to attend over, also beyond the trained context if the model has no position table; 0 = as trained", minimum=0, maximum=16_777_216)
@@ -56,6 +58,8 @@ COMMANDS = {  # REPL command -> (field, what it does)
     ":t": ("temperature", "temperature, 0 = greedy"),
     ":k": ("top_k", "draw from the k likeliest, 0 = all"),
     ":p": ("top_p", "draw from the likeliest that reach p"),
+    ":m": ("min_p", "draw from those at least m times as likely as the likeliest"),
+    ":r": ("repetition_penalty", "above 1: repeat less"),
     ":n": ("max_new_tokens", "most tokens in an answer"),
     ":seed": ("seed", "seed, -1 = another each time"),
 }
@@ -101,7 +105,7 @@ class Predictor:
         text = TokenStream(self.tokenizer)
         drawn = generate(self.model, torch.tensor([ids], device=self.device), config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                          top_p=config.top_p, stop_ids=[self.tokenizer.end_of_text_id], banned_ids=self.banned_ids, generator=generator,
-                         slide=config.when_full == "slide")
+                         slide=config.when_full == "slide", min_p=config.min_p, repetition_penalty=config.repetition_penalty)
         for token in drawn:
             if token.item() != self.tokenizer.end_of_text_id:
                 yield text.push(token.item())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config_model import PRESETS, ModelConfig
-from model import IGNORE, LLM, generate, linear_cross_entropy, sample
+from model import IGNORE, LLM, generate, linear_cross_entropy, penalise_repetition, sample
 from model_parts import KVCache
 from runtime.device import choose_kernels
 from tests.util import random_model, tiny_config
@@ -250,11 +250,14 @@ def chi_square_p(counts, probabilities) -> float:
     return 0.5 * math.erfc(z / math.sqrt(2))
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 4, 1.0), (1.0, 0, 0.8), (0.9, 6, 0.7), (1.0, 999, 1.0)])
-def test_samples_follow_the_distribution(temperature, top_k, top_p):
+@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [
+    (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.5, 4, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (0.9, 6, 0.7, 0.0), (1.0, 999, 1.0, 0.0), (1.0, 0, 1.0, 0.3), (0.5, 0, 1.0, 0.1),
+    (1.3, 3, 1.0, 0.2), (1.0, 0, 0.9, 0.25), (2.0, 8, 0.8, 0.4)])
+def test_samples_follow_the_distribution(temperature, top_k, top_p, min_p):
     torch.manual_seed(5)
     logits = torch.randn(12) * 0.7
     p = np.exp(logits.double().numpy() / temperature)
+    p[p < min_p * p.max()] = 0
     order = np.argsort(-p)
     keep = np.zeros(12, bool)
     keep[order[:top_k or 12]] = True
@@ -263,7 +266,7 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p):
         before = np.cumsum(p[order]) - p[order]
         p[order[before >= top_p]] = 0
         p /= p.sum()
-    drawn = sample(logits.expand(100_000, 12), temperature, top_k, top_p, generator=torch.Generator().manual_seed(7))
+    drawn = sample(logits.expand(100_000, 12), temperature, top_k, top_p, generator=torch.Generator().manual_seed(7), min_p=min_p)
     assert chi_square_p(np.bincount(drawn.numpy(), minlength=12), p) > 1e-4
 
 
@@ -276,6 +279,7 @@ def test_greedy_banned_and_extreme_settings():
     assert sample(logits, 1e6, top_k=1).tolist() == [1, 0] and sample(logits, 1e6, top_p=1e-9).tolist() == [1, 0]
     ties = torch.zeros(1000, 50, dtype=torch.bfloat16)
     assert len(set(sample(ties, 1.0, top_k=7).tolist())) == 7
+    assert sample(logits, 1e6, min_p=1.0).tolist() == [1, 0] and len(set(sample(torch.zeros(1000, 9), 1.0, min_p=1.0).tolist())) == 9
     banned = sample(torch.zeros(5000, 4), 1.0, banned_ids=torch.tensor([0, 2]))
     assert set(banned.tolist()) == {1, 3}
 
@@ -295,10 +299,36 @@ def test_logits_that_are_not_finite_are_told(temperature, bad):
         sample(torch.tensor([[1.0, bad, 0.0]]), temperature)
 
 
-@pytest.mark.parametrize("settings", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -5, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1), (1.0, 0, float("nan"))])
+@pytest.mark.parametrize("settings", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -5, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1), (1.0, 0, float("nan")),
+                                      (1.0, 0, 1.0, -0.1), (1.0, 0, 1.0, 1.1), (1.0, 0, 1.0, 0.0, 0.0), (1.0, 0, 1.0, 0.0, float("nan")), (1.0, 0, 1.0, 0.0, float("inf"))])
 def test_settings_without_a_meaning_are_refused(settings):
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     with pytest.raises(ValueError, match="must be"):
-        sample(torch.zeros(1, 3), *settings)
+        next(generate(random_model(tiny_config()), torch.ones(1, 2, dtype=torch.int64), 2, **dict(zip(names, settings, strict=False))))
+    if len(settings) < 5:
+        with pytest.raises(ValueError, match="must be"):
+            sample(torch.zeros(1, 3), **dict(zip(names, settings, strict=False)))
+
+
+def test_repetition_penalty_makes_what_is_there_less_likely_whatever_its_sign():
+    """Dividing a negative logit would make it likelier. Ids that end a text are exempt: penalised, it would not end (an end-of-text
+    token begins every prompt here)."""
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0], [2.0, -2.0, 1.0, -1.0]])
+    history, exempt = torch.tensor([[0, 1, 1], [2, 3, 2]]), torch.tensor([2])
+    assert penalise_repetition(logits, history, 2.0, exempt).tolist() == [[1.0, -4.0, 1.0, -1.0], [2.0, -2.0, 1.0, -2.0]]
+    assert penalise_repetition(logits, history, 0.5, exempt[:0]).tolist() == [[4.0, -1.0, 1.0, -1.0], [2.0, -2.0, 2.0, -0.5]]
+
+
+def test_repetition_penalty_counts_the_prompt_and_the_answer():
+    model, prompt = random_model(tiny_config()), torch.tensor([[3, 5, 7]])
+    plain = torch.cat(list(generate(model, prompt, 24, temperature=0))).tolist()
+    hard = torch.cat(list(generate(model, prompt, 24, temperature=0, repetition_penalty=1e9))).tolist()
+    assert len(set(plain)) < 24 and len({*hard, 3, 5, 7}) == 24 + 3
+    def first(token: int, **settings) -> int:
+        return next(generate(model, torch.tensor([[token, token]]), 1, temperature=0, **settings)).item()
+
+    token = next(t for t in range(61) if first(t) == t)  # one that the model repeats
+    assert first(token, repetition_penalty=1e9) != token == first(token, repetition_penalty=1e9, stop_ids=[token])
 
 
 # ------------------------------------------------------------------------------------------------------------ generation

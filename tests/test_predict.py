@@ -492,6 +492,8 @@ def repl(monkeypatch, capsys):
     (":t warm", "temperature must be a number, not 'warm'; it stays 0.9"), (":t 1 2", ":t takes one value, not 2; it stays 0.9"),
     (":k -5", "top_k must be at least 0, not -5; it stays 50"), (":k 1.5", "top_k must be a whole number, not '1.5'; it stays 50"), (":k 1e3", "top_k must be a whole number, not '1e3'; it stays 50"),
     (":p 0", "top_p must be at least 1e-09, not 0.0; it stays 1.0"), (":p 1.1", "top_p must be at most 1.0, not 1.1; it stays 1.0"), (":p 1e-320", "top_p must be at least 1e-09, not 1e-320; it stays 1.0"),
+    (":m 0.1", "min_p = 0.1"), (":m 2", "min_p must be at most 1.0, not 2.0; it stays 0.0"), (":r 1.2", "repetition_penalty = 1.2"),
+    (":r 0", "repetition_penalty must be at least 0.001, not 0.0; it stays 1.0"),
     (":n 0", "max_new_tokens must be at least 1, not 0; it stays 3"), (":n 100000001", "max_new_tokens must be at most 100000000, not 100000001; it stays 3"),
     (":seed -2", "seed must be at least -1, not -2; it stays -1"), (f":seed {2**63}", f"seed must be at most {2**63 - 1}, not {2**63}; it stays -1"),
     (":quantum", "unknown command :quantum; :help lists them"), (":q now", "unknown command :q; :help lists them"), (":Q", "unknown command :Q; :help lists them"),
@@ -506,14 +508,15 @@ def test_every_command_answers_with_a_line_and_the_session_goes_on(endless, repl
 
 
 def test_settings_reach_the_next_answer(endless, repl, drawn):
-    repl(endless, ":t 0.5\n:k 7\n:p 0.5\n:n 2\n:seed 9\na\n:t x\n:k 8\nb\n")
-    assert [(c[1], c[2]["temperature"], c[2]["top_k"], c[2]["top_p"], c[2]["generator"].initial_seed()) for c in drawn.calls] == [(2, 0.5, 7, 0.5, 9), (2, 0.5, 8, 0.5, 9)]
+    repl(endless, ":t 0.5\n:k 7\n:p 0.5\n:m 0.25\n:r 1.5\n:n 2\n:seed 9\na\n:t x\n:k 8\nb\n")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    assert [(c[1], *(c[2][name] for name in names), c[2]["generator"].initial_seed()) for c in drawn.calls] == [(2, 0.5, k, 0.5, 0.25, 1.5, 9) for k in (7, 8)]
 
 
 def test_help_names_every_command(endless, repl, drawn):
     out, _ = repl(endless, ":help\n")
     assert all(f"  {command} " in out for command in (*predict.COMMANDS, ":help", ":q")) and "Ctrl-C" in out
-    assert {field for field, _ in predict.COMMANDS.values()} == {"temperature", "top_k", "top_p", "max_new_tokens", "seed"} and not drawn.calls
+    assert {field for field, _ in predict.COMMANDS.values()} == {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed"} and not drawn.calls
 
 
 @pytest.mark.parametrize(("script", "prompts"), [
@@ -584,6 +587,7 @@ def test_1000_random_sampler_settings_draw_or_are_refused(small):
     for _ in range(1000):
         settings = dict(temperature=r.choice([0.0, 1.0, -1.0, float("nan"), float("inf"), 5e-324, 1e39, 1e308, 10 ** r.uniform(-45, 38), 10 ** r.uniform(-2, 2)]),
                         top_k=r.choice([0, 1, 2, 259, 260, 261, 10 ** 9, 10 ** 30, -5, r.randrange(300)]), top_p=r.choice([1.0, 1.0, 0.0, 2.0, -0.5, 5e-324, 1e-9, 10 ** r.uniform(-9, 0)]),
+                        min_p=r.choice([0.0] * 8 + [1.0, 1e-9, 5e-324, r.random(), -0.1, 1.1]), repetition_penalty=r.choice([1.0] * 8 + [1e-3, 1e3, 10 ** r.uniform(-3, 3), 0.0, float("nan")]),
                         seed=r.choice([-1, 0, 2 ** 63 - 1, r.randrange(2 ** 63)]))
         try:
             changed = dataclasses.replace(config, **settings)
@@ -591,7 +595,7 @@ def test_1000_random_sampler_settings_draw_or_are_refused(small):
             refused += 1
             continue
         assert len(list(predictor.stream("a", changed))) in (1, 2, 3), settings
-    assert 200 < refused < 800
+    assert 200 < refused < 900
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("CUDA error: \x1b[31m\n unspecified"), torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=lambda e: type(e).__name__)

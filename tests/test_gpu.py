@@ -66,7 +66,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(flags):
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "muon"], ["--document_mask", "--dtype", "bfloat16"], ["--use_attention_bias", "--activation_checkpointing"],
+@pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "muon"], ["--document_mask", "--dtype", "bfloat16"], ["--no-use_attention_bias", "--activation_checkpointing"],
                                    ["--dtype", "float16"], ["--micro_batch", "auto"]])
 def test_it_trains(data, tmp_path, flags):  # noqa: F811
     """The whole program, with pinned prefetching, in the ways that a GPU takes."""
@@ -76,8 +76,9 @@ def test_it_trains(data, tmp_path, flags):  # noqa: F811
     assert losses[-1] < losses[0] and not run.final().run["skipped_steps"]
 
 
-def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path):  # noqa: F811
-    flags = ["--device", "cuda", "--dtype", "bfloat16", "--deterministic", "--max_steps"]
+@pytest.mark.parametrize("table", ["--use_attention_bias", "--no-use_attention_bias"])
+def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa: F811
+    flags = ["--device", "cuda", "--dtype", "bfloat16", "--deterministic", table, "--max_steps"]
     try:
         straight, cut = Run(data, tmp_path / "straight"), Run(data, tmp_path / "cut")
         assert straight(*flags, "8") == 0

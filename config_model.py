@@ -26,6 +26,9 @@ def check_fields(config) -> None:
         if kind is float and type(value) is int:  # 1 is a good float; the config stays frozen, so set it underneath
             value = float(value)
             object.__setattr__(config, f.name, value)
+        if kind is tuple and type(value) is list and all(type(item) is str for item in value):  # a flag that may be given more than once
+            value = tuple(value)
+            object.__setattr__(config, f.name, value)
         if type(value) is not kind:  # type(), not isinstance: True is no int here
             raise ValueError(f"{f.name} must be of type {kind.__name__}, not {value!r} ({type(value).__name__})")
         if kind is float and not math.isfinite(value):

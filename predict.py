@@ -26,7 +26,7 @@ from runtime import cli
 from runtime.checkpoint import Checkpoint, load_model
 from runtime.data import MANIFEST, TokenShards
 from runtime.device import choose_device, choose_dtype, choose_kernels, explained_out_of_memory
-from runtime.text import visible
+from runtime.text import UntilText, visible
 from runtime.tokenizer import NAMED, Tokenizer, TokenStream, load_tokenizer
 
 
@@ -40,6 +40,7 @@ class PredictConfig:
     top_p: float = option(1.0, "draw from the fewest tokens whose probabilities reach p", minimum=1e-9, maximum=1.0)
     min_p: float = option(0.0, "draw only from tokens at least this many times as likely as the likeliest; 0 = off", minimum=0.0, maximum=1.0)
     repetition_penalty: float = option(1.0, "above 1: tokens that are in the context already are less likely; 1 = off", minimum=1e-3, maximum=1e3)
+    stop: tuple = option((), "end an answer before this text; may be given more than once")
     seed: int = option(-1, "the same seed and settings give the same text; -1 = another each time", minimum=-1, maximum=2**63 - 1)
     when_full: str = option("slide", "at the end of the context: slide (forget its older half and go on) or stop", choices=("slide", "stop"))
     context_length: int = option(0, "tokens to attend over, also beyond the trained context if the model has no position table; 0 = as trained", minimum=0, maximum=16_777_216)
@@ -61,6 +62,7 @@ COMMANDS = {  # REPL command -> (field, what it does)
     ":m": ("min_p", "draw from those at least m times as likely as the likeliest"),
     ":r": ("repetition_penalty", "above 1: repeat less"),
     ":n": ("max_new_tokens", "most tokens in an answer"),
+    ":stop": ("stop", r"end an answer before this text, \n a line break, \"\" no text"),
     ":seed": ("seed", "seed, -1 = another each time"),
 }
 HELP = "\n".join([f"  {name + ' <value>':16} {text}" for name, (_, text) in COMMANDS.items()] + [
@@ -102,14 +104,18 @@ class Predictor:
             generator.seed()
         else:
             generator.manual_seed(config.seed)
-        text = TokenStream(self.tokenizer)
+        text, until = TokenStream(self.tokenizer), UntilText(config.stop)
         drawn = generate(self.model, torch.tensor([ids], device=self.device), config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                          top_p=config.top_p, stop_ids=[self.tokenizer.end_of_text_id], banned_ids=self.banned_ids, generator=generator,
                          slide=config.when_full == "slide", min_p=config.min_p, repetition_penalty=config.repetition_penalty)
         for token in drawn:
             if token.item() != self.tokenizer.end_of_text_id:
-                yield text.push(token.item())
-        yield text.flush()
+                piece, stopped = until.push(text.push(token.item()))
+                yield piece
+                if stopped:
+                    return
+        piece, stopped = until.push(text.flush())
+        yield piece if stopped else piece + until.held
 
 
 def _tokenizer(config: PredictConfig, checkpoint: Checkpoint) -> Tokenizer:
@@ -198,13 +204,22 @@ def repl(predictor: Predictor, config: PredictConfig) -> None:
                 command, *arguments = line.split()
                 if command == ":q" and not arguments:
                     return
-                config = command_result(config, command, arguments)
+                config = set_stop(config, line) if command == ":stop" else command_result(config, command, arguments)
             elif line.strip():
                 answer(predictor, line[1:] if line.startswith(" :") else line, config)
         except KeyboardInterrupt:
             continue
         except (ValueError, RuntimeError) as error:  # out of memory, say: the model is loaded, the next answer may work
             print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+
+
+def set_stop(config: PredictConfig, line: str) -> PredictConfig:
+    """The settings after `:stop TEXT`, which answers with a line; without TEXT nothing changes."""
+    text = line.removeprefix(":stop").removeprefix(" ")
+    if text.strip():
+        config = dataclasses.replace(config, stop=() if text.strip() == '""' else (text.replace("\\n", "\n"),))
+    print(f"stop = {', '.join(map(repr, config.stop)) or 'no text'}")
+    return config
 
 
 def command_result(config: PredictConfig, command: str, arguments: list[str]) -> PredictConfig:

@@ -58,9 +58,11 @@ def add_fields(to, config_class, only: Iterable[str] | None = None) -> None:
         if only is not None and f.name not in only:
             continue
         kind, choices = hints[f.name], f.metadata["choices"]
-        help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+        help = f"{f.metadata['help']} (default: {f.default!r})".replace("(default: ())", "(default: none)").replace("%", "%%")
         if kind is bool:
             to.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        elif kind is tuple:
+            to.add_argument(f"--{f.name}", action="append", metavar="TEXT", default=argparse.SUPPRESS, help=help)
         else:
             to.add_argument(f"--{f.name}", type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), default=argparse.SUPPRESS, help=help)
 

@@ -32,6 +32,23 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds // 86_400} d {seconds % 86_400 // 3600} h"
 
 
+class UntilText:
+    """Streamed text up to the first occurrence of one of some strings, which may come in pieces."""
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops, self.held = [stop for stop in stops if stop], ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(what can be shown now, whether a stop has come). What may be the beginning of a stop stays in `held`."""
+        text = self.held + text
+        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+            self.held = ""
+            return text[:min(found)], True
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - keep:]
+        return text[:len(text) - keep], False
+
+
 def visible(text: str) -> str:
     """`text` with control characters (all but newline and tab) and direction overrides spelled out: what a model or a file
     says must not move the cursor, change colours or write the clipboard of the terminal it is shown on."""

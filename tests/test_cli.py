@@ -36,6 +36,8 @@ def other_value(config_class, name: str, besides=()):
         candidates = (not default, default)
     elif kind is str:
         candidates = [f"other/{name}", f"another/{name}", "third"]
+    elif kind is tuple:
+        candidates = [("one", "two")]
     else:
         candidates = [kind(v) for v in (2 * default, 4 * default, default / 2, default / 4, default + 2, default + 4, default + 6, 0.5, 0.25, 0.125)]
     for value in candidates:
@@ -51,6 +53,9 @@ def other_value(config_class, name: str, besides=()):
 def as_flags(values: dict) -> list[str]:
     flags = []
     for name, value in values.items():
+        if isinstance(value, tuple):
+            flags += [part for item in value for part in (f"--{name}", item)]
+            continue
         flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", repr(value) if isinstance(value, float) else str(value)]
     return flags
 
@@ -254,7 +259,7 @@ def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, 
     for config_class in classes:
         for f in dataclasses.fields(config_class):
             assert f"--{f.name}" in text, f.name
-            assert f"(default: {f.default!r})" in " ".join(text.split()), f.name
+            assert f"(default: {'none' if f.default == () else repr(f.default)})" in " ".join(text.split()), f.name
     assert ("--preset" in text and "--config" in text) == (module in ("train", "test"))
     if module in ("train", "test"):
         assert all(name in text for name in PRESETS)

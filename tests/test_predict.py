@@ -493,6 +493,7 @@ def repl(monkeypatch, capsys):
     (":k -5", "top_k must be at least 0, not -5; it stays 50"), (":k 1.5", "top_k must be a whole number, not '1.5'; it stays 50"), (":k 1e3", "top_k must be a whole number, not '1e3'; it stays 50"),
     (":p 0", "top_p must be at least 1e-09, not 0.0; it stays 1.0"), (":p 1.1", "top_p must be at most 1.0, not 1.1; it stays 1.0"), (":p 1e-320", "top_p must be at least 1e-09, not 1e-320; it stays 1.0"),
     (":m 0.1", "min_p = 0.1"), (":m 2", "min_p must be at most 1.0, not 2.0; it stays 0.0"), (":r 1.2", "repetition_penalty = 1.2"),
+    (":stop", "stop = no text"), (":stop . .", "stop = '. .'"), (r":stop a\nb", r"stop = 'a\nb'"), (':stop ""', "stop = no text"), (":stop  ", "stop = no text"),
     (":r 0", "repetition_penalty must be at least 0.001, not 0.0; it stays 1.0"),
     (":n 0", "max_new_tokens must be at least 1, not 0; it stays 3"), (":n 100000001", "max_new_tokens must be at most 100000000, not 100000001; it stays 3"),
     (":seed -2", "seed must be at least -1, not -2; it stays -1"), (f":seed {2**63}", f"seed must be at most {2**63 - 1}, not {2**63}; it stays -1"),
@@ -516,7 +517,7 @@ def test_settings_reach_the_next_answer(endless, repl, drawn):
 def test_help_names_every_command(endless, repl, drawn):
     out, _ = repl(endless, ":help\n")
     assert all(f"  {command} " in out for command in (*predict.COMMANDS, ":help", ":q")) and "Ctrl-C" in out
-    assert {field for field, _ in predict.COMMANDS.values()} == {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed"} and not drawn.calls
+    assert {field for field, _ in predict.COMMANDS.values()} == {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop", "seed"} and not drawn.calls
 
 
 @pytest.mark.parametrize(("script", "prompts"), [
@@ -596,6 +597,15 @@ def test_1000_random_sampler_settings_draw_or_are_refused(small):
             continue
         assert len(list(predictor.stream("a", changed))) in (1, 2, 3), settings
     assert 200 < refused < 900
+
+
+def test_an_answer_ends_before_a_stop(endless, run, repl, drawn):
+    """From flags, of which there may be several, and at the prompt; the end of an answer that only looked like one is given."""
+    drawn.ids = list(b"one. two. three.")
+    flags = ("--ckpt", endless, "--prompt", "", "--max_new_tokens", 16)
+    assert run(*flags, "--stop", "three", "--stop", "two") == "one. \n"
+    assert run(*flags, "--stop", "three. And") == "one. two. three.\n"
+    assert repl(endless, ":n 16\n:stop two\nx\n")[0].endswith("xone. \n")
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("CUDA error: \x1b[31m\n unspecified"), torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=lambda e: type(e).__name__)

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from runtime.text import human_bytes, human_count, human_seconds, visible
+from runtime.text import UntilText, human_bytes, human_count, human_seconds, visible
 
 
 @pytest.mark.parametrize(("number", "shown"), [
@@ -65,3 +65,14 @@ def test_visible_spells_out_whatever_moves_a_terminal():
     everything = "".join(map(chr, range(0x3000)))
     assert not any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in visible(everything))
     assert visible(visible(everything)) == visible(everything)
+
+
+@pytest.mark.parametrize("stops, pieces, shown, held, stopped", [
+    ((), ["ab", "c"], ["ab", "c"], "", False), (("X",), ["ab", "cXd"], ["ab", "c"], "", True), (("abc",), ["xa", "b", "d"], ["x", "", "abd"], "", False),
+    (("abc",), ["xa", "b", "cd"], ["x", "", ""], "", True), (("abc", "b"), ["xab"], ["xa"], "", True), (("\n\n",), ["a\n", "b\n", "\nc"], ["a", "\nb", ""], "", True),
+    (("aab",), ["aa", "a", "b"], ["", "a", ""], "", True), (("abc",), ["ab"], [""], "ab", False), (("",), ["ab"], ["ab"], "", False)])
+def test_text_is_cut_at_the_first_stop_however_it_comes(stops, pieces, shown, held, stopped):
+    """What may become a stop is held back, and given when it does not."""
+    until = UntilText(stops)
+    results = [until.push(piece) for piece in pieces]
+    assert [text for text, _ in results] == shown and until.held == held and [s for _, s in results] == [False] * (len(pieces) - 1) + [stopped]

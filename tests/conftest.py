@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,22 @@ SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))
 O200K_CACHE_NAME = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
 
 torch.set_num_threads(1)  # the models here are tiny: two threads would mostly wait for each other, and for busy neighbours
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Connections leave this process only to itself; looking a name up fails at once."""
+    def local(address) -> bool:
+        return isinstance(address, (str, bytes)) or str(address[0]) in ("localhost", "::1") or str(address[0]).startswith("127.")  # a str: a Unix socket
+
+    def refuse(what):
+        raise OSError(f"tests reach no network: {what}")
+
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", lambda self, address: connect(self, address) if local(address) else refuse(address))
+        patch.setattr(socket, "getaddrinfo", lambda host, *args, **kwargs: look_up(host, *args, **kwargs) if local((host,)) or host is None else refuse(host))
+        yield
 
 
 def need(path: Path) -> Path:

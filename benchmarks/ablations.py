@@ -31,7 +31,7 @@ from runtime.files import write_atomic, write_text_atomic
 
 FOLDER = RESULTS / "ablations"
 PAGE = RESULTS.parent / "ABLATIONS.md"
-BASE = dict(preset="nano", optimizer="adamw", lr=3e-3, max_steps=400, warmup_steps=50, val_interval=80, val_steps=48, log_interval=10, num_threads=1)
+BASE = dict(preset="nano", optimizer="adamw", lr=3e-3, aux_loss_coef=0.01, max_steps=400, warmup_steps=50, val_interval=80, val_steps=48, log_interval=10, num_threads=1)
 DEFAULT = dict(expert_activation="gelu", d_ff=384, expert_bias=True, out_proj_bias=True, head_bias=True, qk_norm=False, use_attention_bias=True,
                tie_embeddings=False, init_std=0.02)
 
@@ -55,6 +55,7 @@ ROWS = {
     "untied": ("head of its own", dict(tie_embeddings=False)),
     "init_std_0.02": ("initial weights of 0.02 instead of 0.05", dict(init_std=0.02)),
     "capacity_1.25": ("capacity 1.25", dict(capacity_factor=1.25)),
+    "aux_loss_0.02": ("balance loss 0.02", dict(aux_loss_coef=0.02)),
     "no_balance": ("no balancing at all", dict(aux_loss_coef=0.0)),
     "bias_balance": ("balancing by bias 0.001 instead of a loss", dict(aux_loss_coef=0.0, router_bias_rate=1e-3)),
     "z_loss": ("router z-loss 0.001 besides", dict(z_loss_coef=1e-3)),

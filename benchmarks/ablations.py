@@ -68,7 +68,7 @@ ROWS = {
     "lr_12e-3": ("AdamW, four times the rate", dict(lr=1.2e-2)),
 }
 # The rows that matter most, over three times as many tokens.
-LONGER = {f"longer_{name}": (ROWS[name][0], ROWS[name][1] | dict(max_steps=1200, val_interval=200)) for name in ("lr_6e-3", "muon_lr_6e-3", "default")}
+LONGER = {f"longer_{name}": (ROWS[name][0], ROWS[name][1] | dict(max_steps=1200, val_interval=200)) for name in ("lr_6e-3", "muon_lr_6e-3", "default_lr_6e-3", "default")}
 # The same model on the same text cut by other tokenizers, whose --data_dir must be given; compared by bits per byte.
 TOKENIZERS = {f"tokenizer_{name}": (f"{tokenizer}", dict(max_steps=120, val_interval=60, val_steps=24))
               for name, tokenizer in (("bpe", "bpe:4096"), ("compact", "o200k_base:compact"), ("o200k", "o200k_base"))}
@@ -199,7 +199,7 @@ def picture(path: Path) -> None:
 
     from runtime import plots
     runs, ratio = results(), _ratios()
-    shown = {"default": ("the default's choices, AdamW", plots.ORANGE), "lr_6e-3": ("modern, AdamW", plots.BLUE), "muon_lr_6e-3": ("modern, Muon", plots.GREEN)}
+    shown = {"default_lr_6e-3": ("the default's choices, AdamW", plots.ORANGE), "lr_6e-3": ("modern, AdamW", plots.BLUE), "muon_lr_6e-3": ("modern, Muon", plots.GREEN)}
     if missing := [name for name in shown if f"longer_{name}" not in runs or name not in ratio]:
         raise ValueError(f"the picture wants the rows {', '.join(shown)}, timed, and their longer_ runs; missing: {', '.join(missing)}")
     base = runs["longer_lr_6e-3"][0]

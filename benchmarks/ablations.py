@@ -103,7 +103,7 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     result = {
         "environment": environment(), "row": name, "what": what, "flags": flags | changes, "seed": seed,
         "tokenizer": plan.train.tokenizer_state["name"], "vocabulary_size": plan.model_config.vocabulary_size, "tokens": state.tokens_seen, "epochs": state.tokens_seen / plan.train.num_tokens,
-        "validation_loss": last, "bits_per_byte": last / 0.6931471805599453 / plan.val.bytes_per_token, "train_loss": curves["train"][-1]["loss"],
+        "validation_loss": last, "bytes_per_token": plan.train.bytes_per_token, "bits_per_byte": last / 0.6931471805599453 / plan.val.bytes_per_token, "train_loss": curves["train"][-1]["loss"],
         "parameters": total_parameters(plan.model_config), "active_parameters": active_parameters(plan.model_config),
         "flops_per_token": 3 * flops_per_token(plan.model_config), "seconds": seconds, "skipped_steps": state.skipped_steps,
         "expert_load_after_twice_the_warm_up": {"min": min(loads), "max": max(loads)},
@@ -184,12 +184,12 @@ def longer_table() -> str:
 
 def tokenizer_table() -> str:
     """The Markdown table of the runs with other tokenizers."""
-    lines = ["| tokenizer | ids | parameters | training FLOPs per token | nats per token | bits per byte | seconds |", "|---|---|---|---|---|---|---|"]
+    lines = ["| tokenizer | ids | parameters | training FLOPs per token | text seen | nats per token | bits per byte |", "|---|---|---|---|---|---|---|"]
     for name, rs in results().items():
         if name in TOKENIZERS:
             r = rs[0]
-            lines.append(f"| {r['tokenizer']} | {r['vocabulary_size']:,} | {r['parameters'] / 1e6:.1f} M | {r['flops_per_token'] / 1e6:.1f} M | {r['validation_loss']:.3f} | "
-                         f"{r['bits_per_byte']:.3f} | {r['seconds']:.0f} |")
+            lines.append(f"| {r['tokenizer']} | {r['vocabulary_size']:,} | {r['parameters'] / 1e6:.1f} M | {r['flops_per_token'] / 1e6:.1f} M | "
+                         f"{r['tokens'] * r['bytes_per_token'] / 1e6:.2f} MB | {r['validation_loss']:.3f} | {r['bits_per_byte']:.3f} |")
     return "\n".join(lines)
 
 

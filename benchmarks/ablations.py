@@ -220,9 +220,14 @@ def picture(path: Path) -> None:
 
 
 def _ratios() -> dict[str, float]:
-    """What a step of each row costs against the base's, where --time has measured it."""
+    """What a step of each row costs against the base's, where --time has measured it, or has a row that differs in its rate alone."""
     timing = RESULTS / "ablations_time.json"
-    return json.loads(timing.read_text())["ratio_to_base"] if timing.is_file() else {}
+    timed = json.loads(timing.read_text())["ratio_to_base"] if timing.is_file() else {}
+
+    def work(name: str) -> dict:
+        return {flag: value for flag, value in ROWS[name][1].items() if flag != "lr"}
+
+    return {name: ratio for other, ratio in timed.items() for name in ROWS if name == other or name not in timed and work(name) == work(other)}
 
 
 def main(argv: list[str] | None = None) -> int:

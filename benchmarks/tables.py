@@ -13,7 +13,7 @@ from runtime.text import human_bytes
 TRAINING = {  # stored result: what was trained
     "train_cpu_4x512": "4 x 512 tokens, 8,192 words",
     "train_cpu_1x2048": "1 x 2,048 tokens, 8,192 words",
-    "train_cpu_200k": "2 x 512 tokens, 200,019 words",
+    "train_cpu_200k": "4 x 512 tokens, 200,019 words",
 }
 PROGRAMS = {
     "end_to_end_nano_cpu": "`nano`, 3.87 M parameters, bpe:4096",

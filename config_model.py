@@ -182,7 +182,7 @@ class Preset:
 
 # What one would choose today, and what a published class (Qwen3-MoE) can hold: SwiGLU experts and no biases (Shazeer 2020;
 # PaLM, Chowdhery et al. 2022, section 2), per-head QK-norm (Dehghani et al. 2023; Qwen3), no position table. Trained with Muon,
-# which learned most of all that benchmarks/ABLATIONS.md tries, per token and per second (at nano's size; no larger one was measured).
+# which learned most per token of all that benchmarks/ABLATIONS.md tries, and as much per second (at nano's size; no larger one was measured).
 # The balance loss weighs twice the default: at 0.01 one of nano's experts fell to 23 % of its fair share under Muon.
 _MODERN = dict(expert_activation="swiglu", expert_bias=False, out_proj_bias=False, head_bias=False, qk_norm=True,
                use_attention_bias=False, rms_norm_eps=1e-6, aux_loss_coef=0.02)

@@ -19,8 +19,8 @@ PROGRAMS = {
     "end_to_end_nano_cpu": "`nano`, 3.87 M parameters, bpe:4096",
     "end_to_end_small_o200k_cpu": "d_model 128, 4 blocks, 8 experts, context 256, o200k_base: 54.8 M parameters, 51 M of them embedding and head",
 }
-NAMES = {"ours": "gptoss", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",
-         "dense": "gptoss, dense of equal FLOPs"}
+NAMES = {"ours": "gptoss (eager)", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",
+         "dense": "gptoss (eager), dense of equal FLOPs"}
 
 
 def stored(name: str) -> dict:

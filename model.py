@@ -76,7 +76,8 @@ class LLM(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """[V, C]"""
-        return self.embed.weight if self.out_head.weight is None else self.out_head.weight
+        weight = self.out_head.weight
+        return self.embed.weight if weight is None else weight
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, last_token_only: bool = False,
                 starts_BT: Tensor | None = None) -> Output:
@@ -260,21 +261,20 @@ def penalise_repetition(logits_BV: Tensor, history_BT: Tensor, penalty: float, e
 
 
 def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, banned_ids: Tensor | None = None,
-           generator: torch.Generator | None = None, min_p: float = 0.0) -> Tensor:
-    """Draw one id per row from logits [B, V], in float32: ids [B] int64.
+           generator: torch.Generator | Sequence[torch.Generator] | None = None, min_p: float = 0.0) -> Tensor:
+    """Draw one id per row from logits [B, V], in float32: ids [B] int64, -1 in rows whose logits are not finite. The host never waits.
 
-    banned_ids [*] int64 are never drawn. temperature 0 takes the largest logit. min_p keeps those at least min_p times as
+    generator: one for all rows, or one for each. banned_ids [*] int64 are never drawn. temperature 0 takes the largest logit. min_p keeps those at least min_p times as
     likely as the likeliest (Nguyen et al. 2024); of these top_k keeps that many at most (0: all); of these top_p keeps the
     fewest whose probabilities, which then sum to 1, reach top_p (Holtzman et al. 2019).
     """
     check_sampling(temperature, top_k, top_p, min_p)
     logits_BV = logits_BV.float()
-    if not torch.isfinite(logits_BV.sum(dim=-1)).all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this arithmetic (try --dtype float32)")
+    is_finite_B = torch.isfinite(logits_BV.sum(dim=-1))
     if banned_ids is not None and len(banned_ids):
         logits_BV = logits_BV.index_fill(1, banned_ids, -math.inf)
     if temperature == 0:
-        return logits_BV.argmax(dim=-1)
+        return torch.where(is_finite_B, logits_BV.argmax(dim=-1), -1)
     # Shifted so that the largest is 0: a tiny temperature then sends the others to -inf and never makes inf - inf. The
     # bounds are float32's: beyond them a temperature would be 0 or inf.
     logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
@@ -288,8 +288,18 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
     if top_p < 1:
         before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
         probabilities_BV = probabilities_BV.masked_fill(before_BV >= max(top_p, 1e-30), 0.0)
-    drawn_B1 = torch.multinomial(probabilities_BV, 1, generator=generator)
-    return (drawn_B1 if ids_BV is None else ids_BV.gather(1, drawn_B1))[:, 0]
+    # The least of exponential clocks with these rates is a draw from them. torch.multinomial does the same, and waits for a check.
+    clocks_BV = torch.empty_like(probabilities_BV)
+    for rows_BV, g in zip(clocks_BV.unbind(), generator, strict=True) if isinstance(generator, Sequence) else [(clocks_BV, generator)]:
+        rows_BV.exponential_(generator=g)
+    drawn_B1 = (probabilities_BV / clocks_BV.clamp_(min=1e-37)).argmax(dim=-1, keepdim=True)
+    return torch.where(is_finite_B, (drawn_B1 if ids_BV is None else ids_BV.gather(1, drawn_B1))[:, 0], -1)
+
+
+def check_drawn(ids: Sequence[int]) -> None:
+    """Raise ValueError if `sample` met logits that are not finite."""
+    if min(ids) < 0:
+        raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this arithmetic (try --dtype float32)")
 
 
 @torch.no_grad()
@@ -327,6 +337,7 @@ def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: fl
             if repetition_penalty != 1.0:
                 logits_BV = penalise_repetition(logits_BV.float(), history_BT, repetition_penalty, stops)
             drawn_B = sample(logits_BV, temperature, top_k, top_p, banned, generator, min_p)
+            check_drawn(drawn_B.tolist())
             if len(stops):
                 drawn_B = torch.where(stopped_B, history_BT[:, -1], drawn_B)
                 stopped_B = stopped_B | torch.isin(drawn_B, stops)

@@ -5,6 +5,7 @@ N = B*T tokens, E experts, K top_k, R = N*K rows (token-expert assignments), F d
 """
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -52,8 +53,13 @@ def rope_tables(config: ModelConfig, start: int, T: int, dtype: torch.dtype, dev
 
     Made for each forward pass and never stored, so that casting a model cannot round its positions.
     """
-    positions_T = torch.arange(start, start + T, dtype=_table_dtype(device), device=device)
-    angles_TD = torch.outer(positions_T, rope_frequencies(config, device)).repeat(1, 2)
+    return rope_tables_at(config, torch.arange(start, start + T, dtype=_table_dtype(device), device=device), dtype)
+
+
+def rope_tables_at(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`rope_tables` for any positions [T]."""
+    device = positions_T.device
+    angles_TD = torch.outer(positions_T.to(_table_dtype(device)), rope_frequencies(config, device)).repeat(1, 2)
     # YaRN also sharpens attention by a temperature, folded into the tables (Peng et al. 2023, section 3.4).
     scale = 0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling == "yarn" else 1.0
     return (angles_TD.cos() * scale).to(dtype), (angles_TD.sin() * scale).to(dtype)
@@ -103,6 +109,22 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.length = 0
+
+    def rewind(self, length: int) -> bool:
+        """Forget all but the first `length` tokens. False, and nothing happens, where a ring is full: it may have overwritten what the rest needs."""
+        if length < self.length and any(ring and self.length >= keys.shape[2] for ring, keys in zip(self.is_ring, self.keys, strict=True)):
+            return False
+        self.length = min(self.length, length)
+        return True
+
+    def rows(self) -> list[KVCache]:
+        """A cache for each row by itself, in this one's memory: they may then differ in length."""
+        rows = []
+        for b in range(self.batch_size):
+            row = copy.copy(self)
+            row.batch_size, row.keys, row.values = 1, [t[b:b + 1] for t in self.keys], [t[b:b + 1] for t in self.values]
+            rows.append(row)
+        return rows
 
     def check_fits(self, B: int, T: int) -> None:
         """Raise ValueError if T more tokens for B rows do not fit."""

@@ -10,8 +10,6 @@ The project's own tests are run by `make test`.
 """
 from __future__ import annotations
 
-import torch
-
 from config_model import (
     PRESETS,
     ModelConfig,
@@ -23,9 +21,8 @@ from config_model import (
     total_parameters,
     training_memory_bytes,
 )
-from model import LLM
 from runtime import cli
-from runtime.checkpoint import read_config
+from runtime.checkpoint import meta_model, read_config
 from runtime.text import human_bytes, human_count
 
 DTYPES = {"float32": 4, "bfloat16": 2}
@@ -34,8 +31,7 @@ MEMORY_SETTINGS = ["batch_size", "document_mask", "optimizer", "state_dtype", "a
 
 def report(config: ModelConfig, train: TrainConfig) -> list[str]:
     """The lines of the report. Counts are taken from the module itself and must equal the closed form."""
-    with torch.device("meta"):
-        total = sum(p.numel() for p in LLM(config).parameters())
+    total = sum(p.numel() for p in meta_model(config).parameters())
     assert total == total_parameters(config)
     counts, table = parameter_counts(config), parameter_counts(config)["attention bias table"]
     lines = [f"{'part':24}{'parameters':>16}{'share':>9}"]

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from config_model import ModelConfig, TrainConfig, total_parameters
 from model import LLM
@@ -408,8 +409,7 @@ def _expected_shapes(config: ModelConfig, file_bytes: int) -> dict[str, torch.Si
     """Names and shapes that a config implies, from the module itself on the meta device; a config beyond the file is refused first."""
     if 4 * total_parameters(config) > file_bytes:
         raise ValueError(f"cfg describes {total_parameters(config):,} float32 parameters, more than the file's {file_bytes:,} bytes hold")
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in LLM(config).state_dict().items()}
+    return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
 
 
 def _check_against_config(config: ModelConfig, tensors: dict[str, Tensor], file_bytes: int) -> None:
@@ -485,12 +485,26 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     return build_model(checkpoint, device, dtype), checkpoint
 
 
+class _WithoutRandomNumbers(TorchFunctionMode):
+    """Leaves out the initial weights of modules: on the meta device they are nothing, but to draw them PyTorch imports its compiler, which takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def meta_model(config: ModelConfig) -> LLM:
+    """A model of shapes alone."""
+    with torch.device("meta"), _WithoutRandomNumbers():
+        return LLM(config)
+
+
 def build_model(checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LLM:
     """A model in eval mode with the checkpoint's weights, tensor by tensor from the map to `device` and `dtype`: there is no
     second copy of it at any time. On the CPU in float32 the parameters stay mapped: pages are read when used and copied
     when written, so training on them is safe and the file is not changed. Buffers keep float32."""
-    with torch.device("meta"):
-        model = LLM(checkpoint.model_config)
+    model = meta_model(checkpoint.model_config)
     parameters = {name for name, _ in model.named_parameters()}
     model.load_state_dict({name: tensor.to(device=device, dtype=dtype if name in parameters else tensor.dtype)
                            for name, tensor in checkpoint.model.items()}, assign=True)

@@ -9,9 +9,13 @@ import torch
 
 import train
 from config_model import TrainConfig
-from model import IGNORE
+from model import IGNORE, sample
 from runtime.device import autocast, choose_kernels
+from runtime.inference import Decoder
 from runtime.optimizer import build_optimizer
+from runtime.quantize import quantize_
+from tests.test_inference import MODELS, PROMPTS, alone
+from tests.test_inference import run as generated
 from tests.test_train import MODEL, SPEED, Run, _settings, assert_same, data  # noqa: F401  (a fixture)
 from tests.util import random_model, tiny_config
 
@@ -93,3 +97,42 @@ def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa
         assert_same(straight.final(), cut.final())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["graph", "compiled"])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_a_captured_step_gives_the_cpus_texts(changes, compile):
+    """Ragged prompts, greedy, across the end of the context, with the next step always on its way; and up to it."""
+    model = random_model(tiny_config(context_length=32, **changes), 3).eval()
+    on_gpu = copy.deepcopy(model).to(CUDA)
+    choose_kernels(on_gpu, CUDA, torch.float32)
+    decoder = Decoder(on_gpu, compile=compile)
+    for count, slide in ((80, True), (80, False)):
+        assert generated(decoder, PROMPTS, count, temperature=0, slide=slide) == [alone(model, p, count, temperature=0, slide=slide) for p in PROMPTS]
+
+
+def test_a_step_waits_for_nothing():
+    """Neither drawing nor the next step may stop the host; the copy of the drawn ids, which it then waits for, is its own."""
+    model = random_model(tiny_config(context_length=64)).to(CUDA).eval()
+    choose_kernels(model, CUDA, torch.float32)
+    decoder = Decoder(model)
+    texts = decoder.texts(3, 64)
+    assert all(len(row) == 5 for row in generated(decoder, PROMPTS[:3], 5, texts))   # captured now
+    drawn = torch.tensor([1, 2, 3], device=CUDA)
+    generators = [torch.Generator(CUDA).manual_seed(i) for i in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            drawn = sample(decoder.step(texts, drawn), 0.8, 5, 0.9, None, generators, 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_weights_on_a_gpu_give_what_they_give_on_a_cpu(dtype):
+    model = quantize_(random_model(tiny_config(), 1)).eval()
+    on_gpu = copy.deepcopy(model).to(CUDA)
+    ids = torch.randint(0, model.config.vocabulary_size, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        logits = on_gpu(ids.to(CUDA)).logits
+    assert (logits.float().cpu() - model(ids).logits).norm() <= (0.1 if dtype == torch.bfloat16 else 1e-4) * model(ids).logits.norm()

@@ -295,8 +295,25 @@ def test_extreme_settings_with_banned_ids():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_told(temperature, bad):
     """Greedy decoding drew from NaN in silence, sampling ended in PyTorch's words about a probability tensor."""
+    assert sample(torch.tensor([[1.0, bad, 0.0], [0.0, 9e9, 0.0]]), temperature).tolist() == [-1, 1]  # marked, not raised: on a GPU that would be a wait
+    model = random_model(tiny_config())
+    with torch.no_grad():
+        model.embed.weight[5] = bad
     with pytest.raises(ValueError, match="not finite.*float32"):
-        sample(torch.tensor([[1.0, bad, 0.0]]), temperature)
+        list(generate(model, torch.tensor([[5]]), 3, temperature=temperature))
+
+
+def test_each_row_can_draw_from_a_generator_of_its_own():
+    """Then what a row draws does not depend on the others."""
+    logits, seeds = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), [3, 1, 4, 1]
+
+    def generators(chosen):
+        return [torch.Generator().manual_seed(seeds[i]) for i in chosen]
+
+    for settings in ({}, {"top_k": 10}, {"top_p": 0.7}, {"min_p": 0.1}):
+        together = sample(logits, 1.0, generator=generators(range(4)), **settings)
+        for chosen in ([0], [2, 1], [3, 0, 2]):
+            assert sample(logits[chosen], 1.0, generator=generators(chosen), **settings).tolist() == together[chosen].tolist()
 
 
 @pytest.mark.parametrize("settings", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -5, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1), (1.0, 0, float("nan")),

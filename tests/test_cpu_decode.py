@@ -1,0 +1,199 @@
+"""runtime/cpu_decode: the C code gives the plain model's logits, whatever the architecture, and is built and kept with care."""
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import runtime.cpu_decode as cpu_decode
+from config_model import ModelConfig
+from model_parts import KVCache
+from runtime.cpu_decode import native_model
+from runtime.inference import Decoder
+from runtime.quantize import quantize_
+from tests.conftest import REPO
+from tests.util import random_model, tiny_config
+
+HAS_CODE, WHY_NOT = cpu_decode.library()
+needs_code = pytest.mark.skipif(HAS_CODE is None, reason=f"no native decoding here: {WHY_NOT}")
+if os.environ.get("CI") and sys.platform == "linux":
+    assert HAS_CODE, WHY_NOT
+
+
+def random_architecture(r: random.Random) -> ModelConfig:
+    """Any sizes, also those that no vector and no tile divides."""
+    G = r.choice([1, 1, 2, 3])
+    E = r.choice([1, 2, 5, 8])
+    return tiny_config(
+        d_model=r.choice([1, 7, 16, 33, 64]), transformer_blocks=r.choice([1, 2, 3]), num_heads=G * r.choice([1, 2, 3]), num_kv_heads=G, head_dim=2 * r.choice([1, 3, 8, 17]),
+        num_experts=E, top_k=r.randint(1, min(E, 4)), d_ff=r.choice([1, 5, 32, 67]), vocabulary_size=r.choice([2, 11, 64, 101]), expert_activation=r.choice(["gelu", "swiglu"]),
+        context_length=48, tie_embeddings=r.random() < 0.3, router_bias_rate=r.choice([0.0, 0.1]), rms_norm_eps=r.choice([1e-6, 1e-2]), use_rope=r.random() < 0.8,
+        **{name: r.random() < 0.5 for name in ("expert_bias", "qkv_bias", "out_proj_bias", "head_bias", "qk_norm", "use_attention_bias")},
+        **r.choice([{}, dict(sliding_window=5), dict(sliding_window=9, window_pattern="alternating"), dict(rope_theta=100.0)]))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=2e-4 * max(1.0, b.abs().max().item()), rtol=0)
+
+
+@needs_code
+@pytest.mark.parametrize("seed", range(60))
+def test_it_gives_the_plain_models_logits(seed):
+    """Random architectures, read in chunks of many tokens or one by one, many texts of different lengths at once, in 1 to 3 threads, packed or not."""
+    r = random.Random(seed)
+    config = random_architecture(r)
+    model = random_model(config, seed)
+    with torch.no_grad():   # a selection bias that matters
+        for block in model.layers:
+            if block.moe.router.selection_bias is not None:
+                block.moe.router.selection_bias.normal_(generator=torch.Generator().manual_seed(seed))
+    if r.random() < 0.4:
+        quantize_(model)
+    native, why = native_model(model)
+    assert native and not why
+    cpu_decode_threads = r.choice([1, 2, 3])
+    native.least_bytes_per_thread = 1   # however small it is
+    texts = [[r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))] for _ in range(r.choice([1, 2, 5, 9]))]
+    caches = KVCache(config, len(texts), 48).rows()
+    is_ring, done = any(caches[0].is_ring), [0] * len(texts)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cpu_decode_threads)
+    try:
+        while left := [i for i, text in enumerate(texts) if done[i] < len(text)]:
+            chosen = r.sample(left, r.randint(1, len(left)))
+            chunks = [texts[i][done[i]:done[i] + (1 if is_ring else r.choice([1, 1, 2, 7, 30]))] for i in chosen]
+            all_logits = r.random() < 0.5
+            logits = native.forward([caches[i] for i in chosen], chunks, all_logits)
+            expected = []
+            for i, chunk in zip(chosen, chunks, strict=True):
+                done[i] += len(chunk)
+                plain = model(torch.tensor([texts[i][:done[i]]])).logits[0]
+                expected.append(plain[-len(chunk):] if all_logits else plain[-1:])
+            assert close(logits, torch.cat(expected)), config
+            assert [cache.length for cache in caches] == done
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+def test_a_text_can_go_from_pytorch_to_c_and_back():
+    """They share the cache, and rows with room for many tokens are tiled, few rows are not: all sizes of chunk agree."""
+    model = random_model(tiny_config(d_model=32, d_ff=48, num_experts=4, context_length=300, vocabulary_size=50), 1)
+    native, _ = native_model(model)
+    ids = torch.randint(0, 50, (1, 250), generator=torch.Generator().manual_seed(0))
+    cache, expected, at = KVCache(model.config, 1, 300), model(ids).logits[0], 0
+    for i, T in enumerate([3, 1, 9, 70, 8, 1, 129, 1, 4, 24]):
+        chunk = ids[:, at:at + T]
+        logits = model(chunk, cache=cache).logits[0] if i % 2 else native.forward([cache], chunk.tolist(), all_logits=True)
+        assert close(logits, expected[at:at + T])
+        at += T
+    assert at == 250
+
+
+@needs_code
+def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
+    config = tiny_config()
+    assert native_model(random_model(config).double())[1] == "native decoding is for float32 on a CPU"
+    assert native_model(random_model(config).bfloat16())[0] is None
+    native, _ = native_model(random_model(config))
+    cache = KVCache(config, 1, 4)
+    for bad in ([-1], [config.vocabulary_size], []):
+        with pytest.raises(ValueError, match="token ids must be from 0 to"):
+            native.forward([cache], [bad])
+    with pytest.raises(ValueError, match="the KV cache holds 4 tokens"):
+        native.forward([cache], [[1] * 5])
+    assert cache.length == 0
+
+
+@needs_code
+def test_bytes_per_token_are_those_of_the_weights_that_a_token_reads():
+    config = tiny_config(expert_bias=True, head_bias=True, out_proj_bias=True)
+    model = random_model(config)
+    native, _ = native_model(model)
+    expected = 0
+    for name, p in model.named_parameters():
+        share = 1.0
+        if ".experts." in name:
+            share = config.top_k / config.num_experts
+        elif name == "embed.weight":
+            share = 1 / config.vocabulary_size
+        elif "norm" in name:
+            share = 0.0
+        expected += share * p.numel() * 4
+    assert native.bytes_per_token() == pytest.approx(expected)
+    quantized, _ = native_model(quantize_(random_model(config)))
+    assert 0.25 * expected < quantized.bytes_per_token() < 0.5 * expected
+
+
+# ------------------------------------------------------------------------------------------------------- the compiler
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """library() as in a new process, with a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_decode.library.cache_clear()
+    yield tmp_path / "gptoss"
+    cpu_decode.library.cache_clear()
+
+
+@needs_code
+def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
+    assert cpu_decode.library()[0] is not None
+    (path,) = fresh.iterdir()
+    assert path.name.startswith("cpu_decode_") and fresh.stat().st_mode & 0o777 == 0o700
+    cpu_decode.library.cache_clear()
+
+    def no_compiler(*_, **__):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(subprocess, "run", no_compiler)
+    assert cpu_decode.library()[0] is not None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no native decoding")
+@pytest.mark.parametrize(("how", "why"), [("none", "there is no C compiler"), ("broken", "could not be compiled: this compiler is broken"), ("folder", "could not be compiled: .*")])
+def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why, tmp_path):
+    """A machine without a compiler, with a broken one, or with a home that cannot be written: the same text, and `:stats` says why it is slower."""
+    monkeypatch.delenv("CC", raising=False)
+    if how == "none":
+        monkeypatch.setattr(cpu_decode.shutil, "which", lambda name: None)
+    elif how == "broken":
+        (tmp_path / "cc").write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    decoder = Decoder(random_model(tiny_config()))
+    assert decoder.native is None
+    assert re.search(why, decoder.why_not_native)
+
+
+@needs_code
+def test_any_processor_will_do(tmp_path):
+    """Compiled for the oldest x86-64, without the vectors of this machine, and with the compiler's checks of memory and arithmetic on."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("a Linux compiler's flags")
+    checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    for name, flags in (("plain", ["-march=x86-64"] if os.uname().machine == "x86_64" else []), ("checked", checks)):
+        script = tmp_path / f"{name}.py"
+        script.write_text(f"""
+import sys, random
+sys.path.insert(0, {str(REPO)!r})
+import runtime.cpu_decode as c
+real = c.subprocess.run
+def run(command, **more):
+    return real([a for a in command if a != "-march=native"] + {flags!r}, **more)
+c.subprocess.run = run
+from tests.test_cpu_decode import test_it_gives_the_plain_models_logits as check, test_a_text_can_go_from_pytorch_to_c_and_back as shared
+for seed in range(100, 112):
+    check(seed)
+shared()
+print("the same")
+""")
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"})
+        assert done.stdout == "the same\n", done.stderr[-2000:]

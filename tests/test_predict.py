@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import json
 import os
 import random
 import select
@@ -21,9 +22,11 @@ import torch
 import predict
 import prepare_data
 from config_model import TrainConfig
-from model import LLM, generate
+from model import LLM
+from model import generate as plain_generate
 from predict import PredictConfig, Predictor
 from runtime.checkpoint import save_checkpoint
+from runtime.inference import generate, router_choices
 from runtime.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from tests.test_cli import as_flags, other_value
 from tests.test_tokenizer import stand_in
@@ -78,13 +81,18 @@ def run(capsys):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Replaces generate by one that draws the given ids and records how it was called."""
+    """Replaces generate by one that draws the given ids for every prompt and records how it was called."""
     class Drawn:
         ids, calls = (), []
 
-    def fake(model, ids_BT, max_new_tokens, **settings):
-        Drawn.calls.append((ids_BT, max_new_tokens, settings))
-        yield from (torch.tensor([i]) for i in Drawn.ids[:max_new_tokens])
+    def fake(decoder, texts, prompts, max_new_tokens, finished, **settings):
+        Drawn.calls.append((prompts, max_new_tokens, settings))
+        for i, token in enumerate(Drawn.ids[:max_new_tokens], 1):
+            if i in (max_new_tokens, len(Drawn.ids)):
+                finished.update(range(len(prompts)))
+            yield [(row, token) for row in range(len(prompts))]
+            if finished:
+                return
 
     Drawn.calls = []
     monkeypatch.setattr(predict, "generate", fake)
@@ -97,32 +105,35 @@ def predictor_of(ckpt: str, **settings) -> tuple[Predictor, PredictConfig]:
 
 
 def greedy_ids(model: LLM, ids: list[int], count: int, **settings) -> list[int]:
-    return [i.item() for i in generate(model, torch.tensor([ids]), count, temperature=0, **settings)]
+    return [i.item() for i in plain_generate(model, torch.tensor([ids]), count, temperature=0, **settings)]
 
 
 # ------------------------------------------------------------------------------------------------- every setting arrives
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(PredictConfig)])
-def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, name):
+def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, tmp_path, name):
     seen = []
     monkeypatch.setattr(predict, "Predictor", lambda config: config)
-    monkeypatch.setattr(predict, "answer", lambda predictor, prompt, config: seen.append((predictor, prompt, config)))
+    for function in ("show_answer", "show_answers", "repl", "write_experts_page", "experts_map"):
+        monkeypatch.setattr(predict, function, lambda predictor, *rest: seen.append((predictor, rest[-1] if rest else predictor)))
+    (tmp_path / "prompts").write_text("p")
     needs = {"context_length": 4096} if name == "rope_scaling" else {}
-    value = 7 if name == "seed" else 64 if name == "context_length" else "linear" if name == "rope_scaling" else other_value(PredictConfig, name)
-    assert predict.main(["--prompt", "p", *as_flags(needs | {name: value})]) == 0
-    assert seen == [(PredictConfig(**needs, **{name: value}), "p", PredictConfig(**needs, **{name: value}))] and value != getattr(PredictConfig, name)
+    special = {"seed": 7, "context_length": 64, "rope_scaling": "linear", "prompt_file": str(tmp_path / "prompts")}
+    value = special.get(name, other_value(PredictConfig, name))
+    assert predict.main([*(() if name in ("prompt_file", "interactive") else ("--prompt", "p")), *as_flags(needs | {name: value})]) == 0
+    assert seen[0] == (PredictConfig(**needs, **{name: value}),) * 2 and value != getattr(PredictConfig, name)
 
 
 def test_sampling_settings_reach_generate(endless, run, drawn):
     drawn.ids = list(b" an answer")
     out = run("--ckpt", endless, "--prompt", "ab", "--temperature", 0.25, "--top_k", 7, "--top_p", 0.75, "--max_new_tokens", 4, "--seed", 11)
-    (ids_BT, max_new_tokens, settings), = drawn.calls
-    assert out == "ab an \n" and ids_BT.tolist() == [[END, *b"ab"]] and max_new_tokens == 4
+    (prompts, max_new_tokens, settings), = drawn.calls
+    assert out == "ab an \n" and prompts == [[END, *b"ab"]] and max_new_tokens == 4
     assert (settings["temperature"], settings["top_k"], settings["top_p"], settings["slide"]) == (0.25, 7, 0.75, True)
-    assert settings["generator"].initial_seed() == 11 and settings["stop_ids"] == [END] and settings["banned_ids"] == [257, 258, 259]
+    assert settings["generators"][0].initial_seed() == 11 and settings["stop_ids"] == [END] and settings["banned_ids"] == [257, 258, 259]
     run("--ckpt", endless, "--prompt", "ab", "--when_full", "stop")
     run("--ckpt", endless, "--prompt", "ab")
     assert [call[2]["slide"] for call in drawn.calls] == [True, False, True]
-    assert drawn.calls[1][2]["generator"].initial_seed() != drawn.calls[2][2]["generator"].initial_seed()
+    assert drawn.calls[1][2]["generators"][0].initial_seed() != drawn.calls[2][2]["generators"][0].initial_seed()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -186,7 +197,7 @@ def test_the_answer_streams(endless, monkeypatch, drawn):
     def fake(*_, **__):
         for i in b"abc":
             seen.append(stdout.flushed)
-            yield torch.tensor([i])
+            yield [(0, i)]
 
     monkeypatch.setattr(predict, "generate", fake)
     monkeypatch.setattr(sys, "stdout", stdout)
@@ -232,7 +243,7 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
     predictor, config = predictor_of(save(tmp_path, model, None), max_new_tokens=20, temperature=2.0, top_k=0)  # no tokenizer, 200,019 ids: the reference's
     assert predictor.tokenizer.name == "o200k_base" and predictor.banned_ids == holes
     ids = []
-    monkeypatch.setattr(predict, "generate", lambda *a, **k: (ids.append(i.item()) or i for i in generate(*a, **k)))
+    monkeypatch.setattr(predict, "generate", lambda *a, **k: (ids.append(step[0][1]) or step for step in generate(*a, **k)))
     list(predictor.stream("Once upon a time", config))
     assert len(set(ids)) > 10 and not set(ids) & set(holes)
 
@@ -439,7 +450,7 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.5 GiB.")
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="^out of memory on cpu .*: use --dtype bfloat16, another --device or a smaller model$"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another --device or a smaller model$"):
         patch.setattr(predict, "load_model", too_large)
         predict.main(["--ckpt", endless, "--prompt", "x", "--device", "cpu"])
     with pytest.raises(ValueError, match="^out of memory on cpu .*: lower --context_length or use --dtype bfloat16$"):
@@ -455,8 +466,11 @@ def test_control_characters_are_spelled_out_on_a_terminal_only(endless, monkeypa
     predict.main(["--ckpt", endless, "--prompt", "\x1b]0;p\x07"])
     assert capsys.readouterr().out == "\x1b]0;p\x07\x1b[31mred\x07 \u202eb\u009bc\n\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    predict.main(["--ckpt", endless, "--prompt", "\x1b]0;p\x07"])
-    assert capsys.readouterr().out == "\\x1b]0;p\\x07\\x1b[31mred\\x07 \\u202eb\\x9bc\n\n"
+    for variables, bold in (({"NO_COLOR": "1"}, ("", "")), ({"TERM": "dumb", "NO_COLOR": ""}, ("", "")), ({"TERM": "xterm", "NO_COLOR": ""}, ("\x1b[1m", "\x1b[0m"))):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        predict.main(["--ckpt", endless, "--prompt", "\x1b]0;p\x07"])
+        assert capsys.readouterr().out == bold[0] + "\\x1b]0;p\\x07" + bold[1] + "\\x1b[31mred\\x07 \\u202eb\\x9bc\n\n"
 
 
 def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
@@ -478,7 +492,7 @@ def repl(monkeypatch, capsys):
     def feed(ckpt: str, script: bytes | str, *argv) -> tuple[str, str]:
         script = script.encode() if isinstance(script, str) else script
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(script), encoding="utf-8"))
-        assert predict.main(["--ckpt", ckpt, "--device", "cpu", "--max_new_tokens", "3", *map(str, argv)]) == 0
+        assert predict.main(["--ckpt", ckpt, "--device", "cpu", "--interactive", "--max_new_tokens", "3", *map(str, argv)]) == 0
         return capsys.readouterr()
     return feed
 
@@ -511,12 +525,12 @@ def test_every_command_answers_with_a_line_and_the_session_goes_on(endless, repl
 def test_settings_reach_the_next_answer(endless, repl, drawn):
     repl(endless, ":t 0.5\n:k 7\n:p 0.5\n:m 0.25\n:r 1.5\n:n 2\n:seed 9\na\n:t x\n:k 8\nb\n")
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    assert [(c[1], *(c[2][name] for name in names), c[2]["generator"].initial_seed()) for c in drawn.calls] == [(2, 0.5, k, 0.5, 0.25, 1.5, 9) for k in (7, 8)]
+    assert [(c[1], *(c[2][name] for name in names), c[2]["generators"][0].initial_seed()) for c in drawn.calls] == [(2, 0.5, k, 0.5, 0.25, 1.5, 9) for k in (7, 8)]
 
 
 def test_help_names_every_command(endless, repl, drawn):
     out, _ = repl(endless, ":help\n")
-    assert all(f"  {command} " in out for command in (*predict.COMMANDS, ":help", ":q")) and "Ctrl-C" in out
+    assert all(f"  {command} " in out for command in (*predict.COMMANDS, *predict.VERBS)) and ":experts" in predict.VERBS
     assert {field for field, _ in predict.COMMANDS.values()} == {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop", "seed"} and not drawn.calls
 
 
@@ -528,8 +542,8 @@ def test_help_names_every_command(endless, repl, drawn):
 ])
 def test_every_line_is_a_prompt_or_nothing_and_end_of_file_ends_quietly(endless, repl, drawn, script, prompts):
     out, err = repl(endless, script)
-    assert [BYTE.decode(call[0][0, 1:].tolist()) for call in drawn.calls] == prompts
-    assert all(call[0][0, 0] == END for call in drawn.calls) and out == "".join(f"{p}\n" for p in prompts)
+    assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == prompts
+    assert all(call[0][0][0] == END for call in drawn.calls) and out == "".join(f"{p}\n" for p in prompts)
 
 
 def test_lines_reach_a_real_model(endless, repl):
@@ -548,14 +562,15 @@ def fuzz_line(r: random.Random) -> str:
     kind = r.random()
     if kind < 0.5:
         values = ["0", "1", "-1", "0.5", "1e-45", "1e-320", "1e308", "-0.0", "nan", "inf", "-inf", "999999", "1" * 25, "9" * 5000, "0x10", "1_000", "٣", "½", "", " ", "a", "\x00", "\x1b[2J", "2 3", "--", "True", "None", "1e5", "+3", ".5", "5."]
-        return r.choice([*predict.COMMANDS, ":", ":T", ":help", ":quantum", ":q x", "::", ":t:", ":\u00a0q", ":;"]) + r.choice([" ", "", "  ", "\t", "\u3000"]) + r.choice(values)
+        return r.choice([*predict.COMMANDS, ":undo", ":reset", ":stats", ":experts", ":save", ":save /dev/null/x", ":", ":T", ":help", ":quantum", ":q x", "::", ":t:", ":\u00a0q", ":;"]) + r.choice([" ", "", "  ", "\t", "\u3000"]) + r.choice(values)
     if kind < 0.75:
         return "".join(chr(r.choice([r.randrange(0x20), r.randrange(0x20, 0x7F), r.randrange(0x80, 0x3000), r.randrange(0x1F300, 0x1F700), r.randrange(0x10000)])) for _ in range(r.randrange(40)))
-    return r.choice(["", " ", "Once upon a time", "<|endoftext|>", "\\", "'\"", "%s%n{}", "x" * r.randrange(300), " :q", "\u2028", "\ufeff", "\ud800", "a\tb", "é" * 50])
+    return r.choice(["", " ", "+", "+ and", "+\x00", "go on\\\\", "Once upon a time", "<|endoftext|>", "\\", "'\"", "%s%n{}", "x" * r.randrange(300), " :q", "\u2028", "\ufeff", "\ud800", "a\tb", "é" * 50])
 
 
-def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(small, monkeypatch, capsys):
+def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(small, monkeypatch, capsys, tmp_path):
     """Every line is answered and leaves settings that a PredictConfig accepts."""
+    monkeypatch.chdir(tmp_path)  # :save writes files
     r, left, states = random.Random(0), iter(range(1000)), []
 
     def fake_input(prompt=""):
@@ -676,11 +691,199 @@ def test_prompts_are_not_written_into_a_redirected_answer(endless, monkeypatch, 
     assert capsys.readouterr().out == "ab\n"
 
 
+# --------------------------------------------------------------------------------------------------------- many answers
+def test_a_file_of_prompts_gives_what_each_prompt_gives(endless, tmp_path, run):
+    """Ragged prompts in batches, in the file's order; a seed means the same for each of them, in any batch."""
+    prompts = ["Once", "a much longer prompt than that", "é", "x", "y y"]
+    (tmp_path / "lines.txt").write_text("\n".join(prompts[:2]) + "\n\n  \n" + "\r\n".join(prompts[2:]))
+    (tmp_path / "p.jsonl").write_text("\n".join([json.dumps({"prompt": p}) for p in prompts[:3]] + [json.dumps({"text": p, "n": 1}) for p in prompts[3:]]) + "\n")
+    flags = ("--ckpt", endless, "--max_new_tokens", 12, "--seed", 4)
+    alone = [run(*flags, "--prompt", p) for p in prompts]
+    for name in ("lines.txt", "p.jsonl"):
+        for size in (1, 2, 8):
+            assert run(*flags, "--prompt_file", tmp_path / name, "--batch_size", size) == "\n".join(alone)
+
+
+def test_samples_differ_and_each_has_a_seed_of_its_own(endless, run):
+    flags = ("--ckpt", endless, "--max_new_tokens", 12, "--prompt", "p")
+    records = [json.loads(line) for line in run(*flags, "--num_samples", 4, "--seed", 7, "--json", "--batch_size", 3).splitlines()]
+    assert [r["seed"] for r in records] == [7, 8, 9, 10] and len({r["text"] for r in records}) == 4
+    assert [r["text"] for r in records] == [json.loads(run(*flags, "--seed", seed, "--json"))["text"] for seed in (7, 8, 9, 10)]
+    assert len({json.loads(line)["text"] for line in run(*flags, "--num_samples", 3, "--json").splitlines()}) == 3  # no seed: another each time
+
+
+def test_json_says_how_an_answer_ended(endless, tmp_path, run):
+    ends = save(tmp_path, biased_model(biases={END: 100.0}))
+    flags = ("--prompt", "\x1bé", "--json", "--seed", 1)
+    cases = [(ends, [], "end of text", 1), (endless, ["--max_new_tokens", 5], "length", 5), (endless, ["--when_full", "stop"], "context", CONTEXT - 3)]
+    for ckpt, more, ended, count in cases:
+        out = run("--ckpt", ckpt, *flags, *more)
+        record = json.loads(out)
+        assert out.isascii() and out.count("\n") == 1 and record["prompt"] == "\x1bé" and (record["ended"], record["new_tokens"], record["prompt_tokens"]) == (ended, count, 4)
+        assert record["seconds_to_first_token"] > 0 and (record["tokens_per_sec"] is None) == (count == 1)
+    text = json.loads(run("--ckpt", endless, *flags))["text"]
+    record = json.loads(run("--ckpt", endless, *flags, "--stop", text[5]))
+    assert record["ended"] == "stop text" and record["text"] == text[:text.index(text[5])]
+
+
+def test_json_keeps_an_interrupted_answer(endless, monkeypatch, capsys):
+    def interrupted(*a, **k):
+        yield [(0, ord("a"))]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict.main(["--ckpt", endless, "--prompt", "p", "--json"])
+    assert json.loads(capsys.readouterr().out) | {"seconds_to_first_token": 0} == {"prompt": "p", "text": "a", "ended": "interrupted", "seed": -1, "prompt_tokens": 2, "new_tokens": 1,
+                                                                                     "seconds_to_first_token": 0, "tokens_per_sec": None}
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "holds no prompt: write one a line"), (b"\n \n", "holds no prompt"), (None, "cannot be read as UTF-8 text: "), (b"\xff", "cannot be read as UTF-8 text"),
+                                                  (b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2: not a JSON object"), (b"[]\n", "line 1: not"), (b"{\n", "line 1: not"), (b'{"a": 1}', "line 1: not"),
+                                                  (b"[" * 100_000, "line 1: not")])
+def test_a_file_that_holds_no_prompts_is_one_line(endless, tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        predict.main(["--ckpt", endless, "--prompt_file", str(path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--prompt", "a", "--prompt_file", "b"], "give either prompt or prompt_file"), (["--prompt", "a", "--interactive"], "interactive asks for prompts itself"),
+    (["--prompt", "a", "--compile"], "compile is for CUDA graphs, and this runs on cpu"), (["--prompt", "a", "--num_samples", "2", "--show_experts"], "show_experts and experts_html are for one answer"),
+    (["--prompt_file", "a", "--experts_html", "x"], "are for one answer"), (["--interactive", "--num_samples", "2"], "num_samples is for a prompt"),
+    (["--prompt", "a", "--quantize", "int4"], "invalid choice: 'int4'")])
+def test_what_does_not_go_together_is_refused(endless, argv, message):
+    with pytest.raises(ValueError, match=message):
+        predict.main(["--ckpt", endless, "--device", "cpu", *argv])
+
+
+def test_a_prompt_can_come_through_a_pipe(endless, monkeypatch, run):
+    """All of it is one prompt, commands and line ends included; a file's last line end is not meant."""
+    flags = ("--ckpt", endless, "--max_new_tokens", 4, "--seed", 1)
+    for given, prompt in ((b"Once\n:q\nupon\n", "Once\n:q\nupon"), (b"a", "a"), (b"", ""), (b"\xff\r\n", "\ufffd")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8", newline=""))
+        assert run(*flags) == run(*flags, "--prompt", prompt)
+
+
+# ------------------------------------------------------------------------------------------------------ how it runs
+def test_quantized_weights_answer(endless, run):
+    predictor, config = predictor_of(endless, quantize="int8", temperature=0.0, max_new_tokens=8)
+    assert predictor.model.layers[0].moe.experts.w_in_packed.dtype is torch.int8 and predictor.model.embed.weight.dtype is torch.float32
+    expected = greedy_ids(predictor.model, [END, *b"a prompt"], 8, banned_ids=predictor.banned_ids)
+    assert "".join(predictor.stream("a prompt", config)) == BYTE.decode(expected)
+    half, config = predictor_of(endless, quantize="int8", dtype="bfloat16", max_new_tokens=4)
+    assert len(list(half.stream("a", config))) == 5
+
+
+def test_look_up_gives_the_same_answer(endless, tmp_path, run):
+    flags = ("--ckpt", endless, "--prompt", "abcabcabc", "--max_new_tokens", 60, "--seed", 2, "--temperature", 0.5)
+    assert run(*flags, "--lookup", 4) == run(*flags)
+    with pytest.raises(ValueError, match="lookup takes back tokens, and this model's windowed blocks keep only their window"):
+        predictor_of(save(tmp_path, biased_model(sliding_window=8)), lookup=2)
+
+
+def test_threads_are_what_was_asked_for(endless):
+    before = torch.get_num_threads()
+    try:
+        predictor_of(endless, num_threads=3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_quiet_is_the_text_alone(endless, monkeypatch, capsys, run):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    predict.main(["--ckpt", endless, "--prompt", "x" * 40, "--max_new_tokens", "50", "--quiet", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert out.startswith("x" * 40) and err == ""
+    predict.main(["--ckpt", endless, "--prompt", "x" * 40, "--max_new_tokens", "50", "--device", "cpu"])
+    assert capsys.readouterr().err.count("note: ") == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- the experts
+def test_experts_are_shown_for_the_text_that_was_generated(endless, tmp_path, run):
+    """A map on stdout, a page in a file, numbers in JSON: all from the routers, for prompt and answer."""
+    flags = ("--ckpt", endless, "--prompt", "ab", "--max_new_tokens", 4, "--seed", 3)
+    text = run(*flags).removesuffix("\n")
+    shown = run(*flags, "--show_experts", "--experts_html", tmp_path / "page.html")
+    assert shown.startswith(text + "\n") and "block" in shown and "\x1b" not in shown
+    page = (tmp_path / "page.html").read_text()
+    assert page.lower().startswith("<!doctype html>") and "step_0000001.pt" in page
+    record = json.loads(run(*flags, "--show_experts", "--json"))
+    predictor, config = predictor_of(endless, max_new_tokens=4, seed=3)
+    list(predictor.stream("ab", config))
+    ids = [END, *b"ab"] + predictor.last.ids
+    experts, gates = router_choices(predictor.model, ids)
+    assert record["experts"] == experts.tolist() and torch.allclose(torch.tensor(record["gates"]), gates) and experts.shape[1] == 7
+    with pytest.raises(ValueError, match="page.html/x cannot be written: "):
+        run(*flags, "--experts_html", tmp_path / "page.html" / "x")
+
+
+# --------------------------------------------------------------------------------------------------------- the session
+def test_a_text_can_be_gone_on_with_and_taken_back(endless, repl, drawn):
+    """`+` continues prompt and answer; :undo takes the last of both back; a prompt begins a new text, and so does what follows :reset."""
+    drawn.ids = list(b"xyz")
+    out, err = repl(endless, "+\nab\n+ cd\n+\n:undo\n:undo\n+e\n:undo\n:undo\n:undo\n+\nnew\n:reset\n+\n")
+    prompts = [BYTE.decode(call[0][0][1:]) for call in drawn.calls]
+    assert prompts == ["ab", "abxyz cd", "abxyz cdxyz", "abxyze", "new"] and err == ""
+    assert out == ("there is no text to go on with: type a prompt\nabxyz\n cdxyz\nxyz\ntaken back; the text so far: 'abxyz cdxyz'\ntaken back; the text so far: 'abxyz'\nexyz\n"
+                   "taken back; the text so far: 'abxyz'\ntaken back; there is no text now\nthere is no text yet\nthere is no text to go on with: type a prompt\nnewxyz\n"
+                   "the next text begins anew\nthere is no text to go on with: type a prompt\n")
+
+
+def test_going_on_is_what_one_long_answer_is(endless, repl):
+    """And what is in the cache is not read again."""
+    long, _ = repl(endless, ":t 0\n:n 12\nstart\n")
+    pieces, _ = repl(endless, ":t 0\n:n 4\nstart\n+\n+\n")
+    assert "".join(pieces.splitlines()[2:]) == long.splitlines()[2]
+
+
+def test_going_on_after_the_end_takes_the_end_away(endless, repl, drawn):
+    drawn.ids = [*b"x", END]
+    repl(endless, "ab\n+c\n")
+    assert [call[0] for call in drawn.calls] == [[[END, *b"ab"]], [[END, *b"abxc"]]]
+
+
+def test_an_answer_that_failed_can_be_asked_again(endless, repl, monkeypatch):
+    def fails(*a, **k):
+        raise RuntimeError("no memory")
+        yield
+
+    monkeypatch.setattr(predict, "generate", fails)
+    out, err = repl(endless, "ab\n+c\n:undo\n:undo\n")
+    assert err == "error: no memory\n" * 2 and out == "ab\nc\ntaken back; the text so far: 'ab'\ntaken back; there is no text now\n"
+
+
+def test_a_session_can_be_saved(endless, repl, drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn.ids = list("é!".encode())
+    out, _ = repl(endless, ":save a.txt\none\n+ two\nthree\n:save\n:save a.txt\n:save a.txt\n:save a.txt/b\n:save nul\0\n:reset\n:save b c.txt\n")
+    assert out.splitlines() == ["there is no text yet", "oneé!", " twoé!", "threeé!", "name a file: :save story.txt", "saved 2 texts in a.txt", "a.txt is there already: name another file",
+                                "a.txt/b cannot be written: File exists", "nul\\x00 cannot be written: embedded null byte", "the next text begins anew", "saved 2 texts in b c.txt"]
+    assert (tmp_path / "a.txt").read_text() == "oneé! twoé!\n\nthreeé!\n" == (tmp_path / "b c.txt").read_text()
+
+
+def test_stats_and_experts_answer(endless, repl):
+    out, err = repl(endless, ":stats\n:experts\nab\n:stats\n:experts\n:stats 3\n:undo x\n")
+    lines = out.splitlines()
+    assert lines[0] == "0 tokens drawn for 0 read" and "weights " in lines[1] and lines[2] == "there is no text yet" and err == ""
+    assert lines[4].startswith("3 tokens drawn for 3 read, ") and f"context 6 of {CONTEXT} tokens" in lines[5] and lines[-2:] == [":stats takes no value", ":undo takes no value"]
+    assert out.count("block") >= 1
+
+
+def test_a_line_can_go_on_in_the_next(endless, repl, drawn):
+    repl(endless, "one\\\ntwo\\\n\\\nthree\n:t \\\n0.5\nend\\")
+    assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == ["one\ntwo\n\nthree"] # what end-of-file cuts off is no prompt
+
+
 # ----------------------------------------------------------------------------------------------------- as real processes
 class Terminal:
     """predict.py on a terminal of its own (a pty): what is typed, Ctrl-C included, goes through it."""
 
-    def __init__(self, *argv: str):
+    def __init__(self, *argv: str, **variables: str):
         import fcntl
         import pty
         import termios
@@ -691,7 +894,7 @@ class Terminal:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-        environment = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "INPUTRC": os.devnull}
+        environment = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "INPUTRC": os.devnull} | variables
         self.process = subprocess.Popen([sys.executable, "predict.py", *argv], cwd=REPO, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, preexec_fn=take_terminal, env=environment)
         os.close(theirs)
         self.seen = b""
@@ -735,6 +938,26 @@ def test_a_session_on_a_terminal(tmp_path):
         os.close(terminal.ours)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pty that can be a controlling terminal")
+def test_what_was_typed_is_there_in_the_next_session(tmp_path, endless):
+    """The arrow up brings back the last line of the session before; the file is for this user's eyes."""
+    for typed, seen in ((b"first prompt\n", b"first prompt\r\nfirst prompt"), (b"\x1b[A\x1b[A!\n", b"first prompt!")):   # behind it in the history is :q
+        terminal = Terminal("--ckpt", endless, "--max_new_tokens", "1", XDG_STATE_HOME=str(tmp_path), TERM="xterm", NO_COLOR="1")
+        try:
+            terminal.wait_for(b"> ")
+            terminal.type(typed)
+            terminal.wait_for(seen)
+            terminal.wait_for(b"> ")
+            terminal.type(b":q\n")
+            assert terminal.process.wait(60) == 0
+        finally:
+            terminal.process.kill()
+            terminal.process.wait()
+            os.close(terminal.ours)
+    path = tmp_path / "gptoss" / "history"
+    assert path.read_text().splitlines() == ["first prompt", ":q", "first prompt!", ":q"] and path.stat().st_mode & 0o777 == 0o600
+
+
 ALONE = """
 import socket, sys
 from importlib.machinery import PathFinder
@@ -759,7 +982,7 @@ def main(argv):
     for ckpt in (byte, bpe):
         predict.main(["--ckpt", ckpt, "--prompt", prompt, "--max_new_tokens", "5", "--seed", "1", "--device", "cpu"])
     print("REPL")
-    predict.main(["--ckpt", bpe, "--max_new_tokens", "2", "--device", "cpu"])
+    predict.main(["--ckpt", bpe, "--max_new_tokens", "2", "--device", "cpu", "--interactive"])
     test.main([])
     print("threads and no network: done")
 

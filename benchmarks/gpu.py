@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: tests, kernels, whole steps, real runs, a resumed run.
+"""Everything that wants a GPU, in one command: tests, kernels, whole steps, generation, real runs, a resumed run.
 
     python prepare_data.py --files train.jsonl --val_files valid.jsonl --out_dir carried/data        # before, where the text is
     GPTOSS_DATA=carried/data python -m benchmarks.gpu --name h200 --out results_of_the_gpu
@@ -44,6 +44,8 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
     steps = ["--max_steps", "8" if tiny else "150", "--warmup_steps", "2" if tiny else "50"]
     attention = ["--batch_size", "1", "--num_heads", "2", "--num_kv_heads", "1", "--context_length", "16", "--head_dim", "8", "--repeats", "1"] if tiny else []
     decode = ["--prompt_tokens", "4", "--new_tokens", "4", "--repeats", "1"] if tiny else []
+    generation = [*MODEL_SIZES, "--dtype", "float32", "--variants", "ours", "ours_int8", "plain", "--batch_sizes", "1", "2", "--contexts", "8", "--prefill", "8", "--new_tokens", "4",
+                  "--repeats", "1", "--min_sample_seconds", "0.001"] if tiny else []
     has_transformers = importlib.util.find_spec("transformers") is not None
     plain = ["--no-use_attention_bias"]
     modern = ["--preset", "gptoss-modern"]
@@ -63,6 +65,10 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
         "attention": [bench("attention", "default", "--batch_size 16 --num_heads 32 --num_kv_heads 8 --context_length 2048 --head_dim 32 --dtype bfloat16", *attention),
                       bench("attention", "modern", "--batch_size 16 --num_heads 16 --num_kv_heads 4 --context_length 2048 --head_dim 64 --dtype bfloat16", *attention)],
         "optimizer": [bench("optimizer", "modern", "--repeats 5 --variants adamw_fused,muon,muon_bfloat16", *modern, *(MODEL_SIZES if tiny else []), *(["--repeats", "1"] if tiny else []))],
+        # A compiled side compiles anew for every batch size and context, half a minute each.
+        "decode": [bench("decode", "default", "--dtype bfloat16 --variants ours ours_int8 ours_compiled plain --batch_sizes 1 8 32 --contexts 1024 --repeats 3", *generation),
+                   bench("decode", "modern", "--dtype bfloat16 --variants ours ours_int8 ours_compiled plain" + " hf_grouped" * has_transformers + " --batch_sizes 1 32 --contexts 1024 --repeats 3",
+                         *modern, *generation)],
         "runs": [bench("end_to_end", f"run_{what}", "--dtype bfloat16", *flags, *size, *steps, "--compile", *decode)
                  for what, flags in (("default", ["--batch_size", "16", "--grad_accum", "1"]), ("modern", [*modern, *adamw, "--batch_size", "16", "--grad_accum", "1"]),
                                      ("modern_muon", [*modern, "--batch_size", "16", "--grad_accum", "1"]))],

@@ -19,6 +19,13 @@ PROGRAMS = {
     "end_to_end_nano_cpu": "`nano`, 3.87 M parameters, bpe:4096",
     "end_to_end_small_o200k_cpu": "d_model 128, 4 blocks, 8 experts, context 256, o200k_base: 54.8 M parameters, 51 M of them embedding and head",
 }
+DECODING = {  # stored result: the model
+    "decode_cpu_56m": "56 M, 8,192 words",
+    "decode_cpu_330m": "330 M, 50,304 words",
+}
+DECODERS = {"ours": "gptoss", "ours_int8": "gptoss `--quantize int8`", "ours_torch": "gptoss without native code", "ours_compiled": "gptoss `--compile`", "plain": "gptoss, plain `model.generate`",
+            "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm", "hf_batched": "Hugging Face, batched_mm", "hf_compiled": "Hugging Face, static cache, compiled"}
+DECODING_CONTEXT, BATCHES, PROMPTS = 128, (8, 32), (64, 256, 1024)
 NAMES = {"ours": "gptoss (eager)", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",
          "dense": "gptoss (eager), dense of equal FLOPs"}
 
@@ -67,6 +74,38 @@ def speed_table() -> str:
         speeds = (result["training"]["tokens_per_sec"], result["decoding"]["prefill_tokens_per_sec"], result["decoding"]["decode_tokens_per_sec"])
         lines.append(f"| {what} | {' | '.join(format(speed['median'], ',.0f') for speed in speeds)} |")
     return "\n".join(lines)
+
+
+def decoding_table() -> str:
+    """Generation of all sides; ratios are of medians taken in turns in one process, to the best of Hugging Face's modes."""
+    lines = ["| model | who | tokens/s, one text | x Hugging Face | of memory speed | " + " | ".join(f"{b} texts" for b in BATCHES) + " | "
+             + " | ".join(f"prompt of {length:,}" for length in PROMPTS) + " |", "|---" * (5 + len(BATCHES) + len(PROMPTS)) + "|"]
+    results = {name: stored(name) for name in DECODING}
+    for name, what in DECODING.items():
+        result = results[name]
+        decode = {cell["batch_size"]: cell["sides"] for cell in result["decode"] if cell["context"] == DECODING_CONTEXT}
+        prefill = {cell["tokens"]: cell["sides"] for cell in result["prefill"]}
+        for side in result["sides"]:
+            one = decode[1].get(side, {})
+            if "tokens_per_sec" not in one:  # it failed, and the file says why
+                continue
+            ratio = f"{one['ratio_to_hf']:.2f}" if "ratio_to_hf" in one else ""
+            busy = " (machine was busy)" * any(cell.get(side, {}).get("disturbed", False) for cell in (*decode.values(), *prefill.values()))
+            batches = [_speed(decode.get(b, {}).get(side, {})) for b in BATCHES]
+            prompts = [_speed(prefill.get(length, {}).get(side, {}), with_ratio=True) for length in PROMPTS]
+            lines.append(f"| {what} | {DECODERS[side]}{busy} | {_speed(one)} | {ratio} | {100 * one['share_of_bandwidth']:.0f} % | {' | '.join(batches + prompts)} |")
+            what = ""
+    machines = dict.fromkeys(machine(result) for result in results.values())
+    files = ", ".join(f"`{name}.json`" for name in DECODING)
+    return "\n".join([*lines, "", f"Tokens/s, greedy, float32, {DECODING_CONTEXT} tokens of context; x: of Hugging Face's best mode there. {'; '.join(machines)}. "
+                      f"Commands and commits: {files} in `benchmarks/results/`."])
+
+
+def _speed(side: dict, with_ratio: bool = False) -> str:
+    """A side's tokens/s, for a cell of a table; empty where it was not measured."""
+    if "tokens_per_sec" not in side:
+        return ""
+    return f"{side['tokens_per_sec']['median']:,.0f}" + (f" ({side['ratio_to_hf']:.2f} x)" if with_ratio and "ratio_to_hf" in side else "")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -135,6 +135,24 @@ static four sums_of(vec a, vec b, vec c, vec d)
     return SHUFFLE(xy, zw, 0, 1, 4, 5) + SHUFFLE(xy, zw, 2, 3, 6, 7);
 }
 
+/* The larger of x and the bound; what is not a number stays so. */
+static vec at_least(vec x, float bound)
+{
+    vec b = (vec){0} + bound;
+    ints below = x < b;
+    return (vec)(((ints)x & ~below) | ((ints)b & below));
+}
+
+/* e^x of each lane for x <= 88 (and e^-87 below -87), to 2 units in the last place: 2^n times a polynomial of the rest, |rest| <= ln 2 / 2. */
+static vec exp_of(vec x)
+{
+    x = at_least(x, -87.0f);
+    vec whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;   /* rounded: 1.5 * 2^23 leaves no bits behind the point */
+    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = ((((r * 1.98756915e-4f + 1.39819995e-3f) * r + 8.33345191e-3f) * r + 4.16657959e-2f) * r + 1.66666655e-1f) * r + 0.5f;
+    return (p * r * r + r + 1.0f) * (vec)((__builtin_convertvector(whole, ints) + 127) << 23);
+}
+
 static float dot(const float *a, const float *b, int count)
 {
     vec s = {0};
@@ -309,33 +327,77 @@ static void store(const Pass *p, const Block *b, int l, int i)
     }
 }
 
-/* Head h of row i over the keys of its cache up to its own position, into out [D]. scores: room for as many floats as keys. */
-static void attend(const Pass *p, const Block *b, int l, int i, int h, float *scores, float *out)
+/* Head h of `rows` following rows of one text, from row i on (at most 4), over the keys of its cache up to their positions; into y.
+   scores: room for four times as many floats as keys. */
+static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h, float *scores, int width)
 {
     const Model *m = p->m;
-    int D = m->D, position = p->positions[i], g = h / (m->H / m->G);
-    int first = b->window && position >= b->window ? position - b->window + 1 : 0, count = position - first + 1;
-    const float *q = p->q + ((int64_t)i * m->H + h) * D;
+    int D = m->D, g = h / (m->H / m->G), last = p->positions[i] + rows - 1, stride = (last + LANES) / LANES * LANES;
+    int start = b->window && p->positions[i] >= b->window ? p->positions[i] - b->window + 1 : 0;
     const float *keys = p->keys[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
     const float *values = p->values[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
-    const float *bias = b->attention_bias ? b->attention_bias + ((int64_t)h * m->context + position) * m->context : NULL;
-    float scale = 1.0f / sqrtf(D), largest = -INFINITY, total = 0;
-    for (int s = 0; s < count; s++) {
-        int at = first + s;
-        scores[s] = dot(q, keys + (int64_t)(b->is_ring ? at % b->capacity : at) * D, D) * scale + (bias ? bias[at] : 0.0f);
-        largest = scores[s] > largest ? scores[s] : largest;
+    const float *q[4];
+    for (int r = 0; r < 4; r++)
+        q[r] = p->q + ((int64_t)(i + least(r, rows - 1)) * m->H + h) * D;
+    float scale = 1.0f / sqrtf(D);
+    for (int at = start; at <= last; at += rows == 1 ? 1 : TILE) {
+        const float *k[TILE];
+        float sums[TILE][4];
+        for (int s = 0; s < TILE; s++)
+            k[s] = keys + (int64_t)(b->is_ring ? least(at + s, last) % b->capacity : least(at + s, last)) * D;
+        if (rows == 1)
+            scores[at] = dot(q[0], k[0], D) * scale;
+        else {
+            tile(k, q, D, sums);
+            for (int r = 0; r < rows; r++)
+                for (int s = 0; s < TILE && at + s <= last; s++)
+                    scores[r * stride + at + s] = sums[s][r] * scale;
+        }
     }
-    memset(out, 0, 4 * D);
-    for (int s = 0; s < count; s++) {
-        int at = first + s;
+    float *out[4], totals[4];
+    for (int r = 0; r < rows; r++) {
+        float *mine = scores + r * stride, largest = -INFINITY;
+        int position = p->positions[i] + r, first = b->window && position >= b->window ? position - b->window + 1 : 0;
+        if (b->attention_bias)
+            for (int at = first; at <= position; at++)
+                mine[at] += b->attention_bias[((int64_t)h * m->context + position) * m->context + at];
+        for (int at = first; at <= position; at++)
+            largest = mine[at] > largest ? mine[at] : largest;
+        for (int at = start; at < start + (last - start + LANES) / LANES * LANES; at++)   /* what a row does not see, and what fills the last vector */
+            mine[at] = at < first || at > position ? -INFINITY : mine[at] - largest;
+        vec total = {0};
+        for (int at = start; at <= last; at += LANES) {
+            vec x = *(vec *)(mine + at);
+            total += *(vec *)(mine + at) = (vec)((ints)exp_of(x) & ~(x < (vec){0} - 87.0f));
+        }
+        totals[r] = sum_of(total);
+        out[r] = p->y + (int64_t)(i + r) * width + h * D;
+        memset(out[r], 0, 4 * D);
+    }
+    for (int at = start; at <= last; at++) {
         const float *v = values + (int64_t)(b->is_ring ? at % b->capacity : at) * D;
-        float weight = expf(scores[s] - largest);
-        total += weight;
-        for (int d = 0; d < D; d++)
-            out[d] += weight * v[d];
+        for (int r = 0; r < rows; r++) {
+            float w = scores[r * stride + at];
+            for (int d = 0; d < D; d++)
+                out[r][d] += w * v[d];
+        }
     }
-    for (int d = 0; d < D; d++)
-        out[d] /= total;
+    for (int r = 0; r < rows; r++)
+        for (int d = 0; d < D; d++)
+            out[r][d] /= totals[r];
+}
+
+/* This thread's share of the attention of all rows: a head of up to 4 rows at a time, where they follow one another in one text. */
+static void attention(const Pass *p, const Block *b, int l, int t, float *scores, int width)
+{
+    int unit = 0;
+    for (int i = 0, rows; i < p->n; i += rows) {
+        for (rows = 1; rows < 4 && i + rows < p->n && p->caches[i + rows] == p->caches[i] && !b->is_ring; rows++)
+            ;
+        for (int h = 0; h < p->m->H; h++)
+            if (unit++ % p->team == t)
+                attend(p, b, l, i, rows, h, scores, width);
+    }
 }
 
 /* ---------------------------------------------------------------------------------------------- mixture of experts */
@@ -384,6 +446,19 @@ static void sort_by_expert(const Pass *p)
     p->starts[0] = 0;
 }
 
+/* gelu(h), or silu(h) * up, in place of h. */
+static void activate(float *h, const float *up, int count, int is_swiglu)
+{
+    int f = 0;
+    if (is_swiglu)
+        for (; f + LANES <= count; f += LANES) {
+            vec a = *(vec *)(h + f);
+            *(vec *)(h + f) = a / (1.0f + exp_of(-at_least(a, -80.0f))) * *(const vec *)(up + f);
+        }
+    for (; f < count; f++)
+        h[f] = is_swiglu ? h[f] / (1.0f + expf(-h[f])) * up[f] : 0.5f * h[f] * (1.0f + erff(h[f] * 0.70710678f));
+}
+
 /* This thread's share of all experts' hidden layers (is_out 0), or of what they add to x (1). */
 static void experts(const Pass *p, const Block *b, int is_out, int t, float *room)
 {
@@ -411,10 +486,7 @@ static void experts(const Pass *p, const Block *b, int is_out, int t, float *roo
             if (m->is_swiglu)
                 product(&b->w_in, (int64_t)e * b->w_in.rows + F, begin, end, xs, count, ups, NULL, room);
             for (int j = 0; j < count; j++)
-                for (int f = begin; f < end; f++) {
-                    float a = outs[j][f];
-                    outs[j][f] = m->is_swiglu ? a / (1.0f + expf(-a)) * ups[j][f] : 0.5f * a * (1.0f + erff(a * 0.70710678f));
-                }
+                activate(outs[j] + begin, ups[j] + begin, end - begin, m->is_swiglu);
         }
 }
 
@@ -422,7 +494,7 @@ static void experts(const Pass *p, const Block *b, int is_out, int t, float *roo
 static void run(Pass *p, int t)
 {
     const Model *m = p->m;
-    int n = p->n, C = m->C, D = m->D, H = m->H, K = m->K, T = p->team, width = C > H * D ? C : H * D;
+    int n = p->n, C = m->C, K = m->K, T = p->team, width = C > m->H * m->D ? C : m->H * m->D;
     float *room = p->private + t * p->private_floats, *scores = room;   /* never in use at the same time */
     for (int i = t; i < n; i += T) {
         const float *row = row_of(&m->embed, p->ids[i], room);
@@ -441,8 +513,7 @@ static void run(Pass *p, int t)
         for (int i = t; i < n; i += T)
             store(p, b, l, i);
         barrier(p);
-        for (int u = t; u < n * H; u += T)
-            attend(p, b, l, u / H, u % H, scores, p->y + (int64_t)(u / H) * width + (u % H) * D);
+        attention(p, b, l, t, scores, width);
         barrier(p);
         linear(p, &b->out, p->y, width, p->x, 1, t, room);
         barrier(p);

@@ -173,7 +173,7 @@ class NativeModel:
         for block, store, is_ring in zip(self._blocks, cache.keys, cache.is_ring, strict=True):
             block.capacity, block.is_ring = store.shape[2], is_ring
         threads = min(torch.get_num_threads(), max(1, n * self.bytes_per_token() // self.least_bytes_per_thread))
-        private = max(TILE * self._widest, cache.max_tokens, c.num_experts)
+        private = max(TILE * self._widest, 4 * (cache.max_tokens + 16), c.num_experts)
         if self._room is None or n > self._rows or threads > self._m.threads or private > self._pass.private_floats:
             HD, GD, R = c.num_heads * c.attention_head_dim, c.num_kv_heads * c.attention_head_dim, n * c.top_k
             sizes = dict(x=n * c.d_model, y=n * max(c.d_model, HD), q=n * HD, k=n * GD, v=n * GD, h=R * c.d_ff, up=R * c.d_ff, gate=R, chosen=R, order=R,

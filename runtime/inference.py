@@ -21,7 +21,7 @@ from model_parts import Block, KVCache, rope_tables_at, rotate
 from runtime.cpu_decode import native_model
 from runtime.quantize import unpack
 
-MOST_NATIVE_ROWS = 256   # of a prompt at once: with more, PyTorch's matrix products are the faster ones
+MOST_NATIVE_ROWS = 512   # of a prompt at once: with more, PyTorch's matrix products are the faster ones
 GRAPH_SPAN = 256         # a CUDA graph reads the cache up to a multiple of this
 LONGEST_MATCH = 4        # tokens at the end of a text that prompt look-up searches for earlier in it, down to 2
 

@@ -96,6 +96,33 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
 
 
 @needs_code
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("chunk", [1, 12])
+def test_what_is_not_a_number_is_not_hidden(bad, chunk):
+    """A bound on the exponent of softmax made NaN scores count for nothing: a damaged weight gave text, and no error."""
+    model = random_model(tiny_config(context_length=64))
+    with torch.no_grad():
+        model.embed.weight[7] = bad
+    native, _ = native_model(model)
+    cache, ids = KVCache(model.config, 1, 64), [1, 2, 3, 7, 4, 5, 6, 8, 9, 1, 2, 3]
+    for first in range(0, 12, chunk):
+        logits = native.forward([cache], [ids[first:first + chunk]])
+    assert not torch.isfinite(logits.sum())
+
+
+@needs_code
+def test_scores_of_any_size_are_weighed_as_pytorch_does():
+    """Far below the largest, far above, negative ones: softmax by our own exponential function, over contexts that fill no vector."""
+    model = random_model(tiny_config(context_length=128, use_attention_bias=True), 3)
+    with torch.no_grad():
+        for block, size in zip(model.layers, (30.0, 300.0), strict=False):
+            block.attention.attention_bias.normal_(0, size, generator=torch.Generator().manual_seed(1))
+    native, _ = native_model(model)
+    ids = torch.randint(0, model.config.vocabulary_size, (1, 77), generator=torch.Generator().manual_seed(0))
+    assert close(native.forward([KVCache(model.config, 1, 128)], ids.tolist(), all_logits=True), model(ids).logits[0])
+
+
+@needs_code
 def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
     config = tiny_config()
     assert native_model(random_model(config).double())[1] == "native decoding is for float32 on a CPU"

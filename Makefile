@@ -1,13 +1,13 @@
 # make demo   set up, then text -> model -> story in a few minutes, offline, in its own folder demo/
 # make test   set up, then all tests
-# make lint   style
+# make lint   style; also: make test-nightly, make mutants, make figures (reliability, an hour together)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 # Threads that wait for each other spin; on a shared machine that costs more than it saves.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test test-nightly mutants figures lint clean-demo
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -34,6 +34,19 @@ clean-demo:
 test: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest
+
+# What takes too long for every push: the same promises with larger counts.
+test-nightly: $(VENV)/installed-dev
+	$(PY) -m pytest -m nightly
+
+# Faults put back into copies of the code, each of which the tests must notice.
+mutants: $(VENV)/installed-dev
+	$(PY) -m tests.mutants
+
+# The counted promises of the README's reliability table, and the table.
+figures: $(VENV)/installed-dev
+	$(PY) -m benchmarks.reliability
+	$(PY) -m benchmarks.tables
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

@@ -139,6 +139,8 @@ class TrainConfig:
     beta2: float = option(0.95, "AdamW beta2", minimum=0.0, maximum=0.999999)
     adam_eps: float = option(1e-8, "AdamW epsilon", above=0.0)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0.0)
+    spike_sigmas: float = option(0.0, "skip a step whose loss is more than this many standard deviations above the recent ones; 0 = off", minimum=0.0)
+    max_rollbacks: int = option(2, "times that a run goes back to its last good checkpoint, and on behind the data it met since, when a step after the other is skipped; then it ends with exit code 3", minimum=0)
     # how it runs
     device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")
     dtype: str = option("auto", "arithmetic of the forward and backward pass; weights stay float32; auto = the best for the device", choices=("auto", "bfloat16", "float16", "float32"))

@@ -120,12 +120,16 @@ class LLM(nn.Module):
             raise ValueError(f"the input must hold at least one token, not {B} rows of {T}")
         if cache is not None:
             cache.check_fits(B, T)
-        if self.config.use_attention_bias and start + T > self.config.context_length:
-            raise ValueError(f"{start + T} tokens do not fit the context of {self.config.context_length}: this model adds a learned bias for each pair of "
-                             "positions (use_attention_bias) and has none beyond; a model without that table can go further")
+        self.check_length(start + T)
         # Reading ids back from a GPU would stop it; there the callers (data manifest, tokenizer) have checked them.
         if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling() and (ids_BT.min() < 0 or ids_BT.max() >= self.config.vocabulary_size):
             raise ValueError(f"token ids must be from 0 to {self.config.vocabulary_size - 1}, got {ids_BT.min().item()} to {ids_BT.max().item()}")
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ValueError for positions that a learned table does not have."""
+        if self.config.use_attention_bias and tokens > self.config.context_length:
+            raise ValueError(f"{tokens} tokens do not fit the context of {self.config.context_length}: this model adds a learned bias for each pair of "
+                             "positions (use_attention_bias) and has none beyond; a model without that table can go further")
 
     def compile_in_place(self) -> None:
         """Compile the blocks, each by itself (they share one graph), and the loss's inner part; parameter names stay what they are."""

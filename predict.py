@@ -32,7 +32,7 @@ import torch
 
 from config_model import check_fields, option
 from model import LLM
-from runtime import cli
+from runtime import cli, cpu_decode
 from runtime.checkpoint import Checkpoint, load_model
 from runtime.data import MANIFEST, TokenShards
 from runtime.device import choose_device, choose_dtype, choose_kernels, explained_out_of_memory
@@ -138,20 +138,24 @@ class Predictor:
             raise ValueError(f"there is no {config.ckpt} yet: train a model first (python train.py, or make demo), or give --ckpt FILE")
         self.device = device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
+        if config.dtype == "auto" and device.type == "cpu" and (cpu_decode.library()[0] or config.quantize != "none"):
+            dtype = torch.float32   # what runtime/cpu_decode.c reads; bfloat16 products, where a CPU has them, are for training
         if config.compile and device.type != "cuda":
             raise ValueError(f"compile is for CUDA graphs, and this runs on {device}: leave it out")
         torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), process.usable_cores()))
         with explained_out_of_memory(device, "use --dtype bfloat16, --quantize int8, another --device or a smaller model"):
             self.model, checkpoint = load_model(config.ckpt, device, dtype)
+            choose_kernels(self.model, device, dtype)
             if config.quantize == "int8":
                 quantize_(self.model)
-            choose_kernels(self.model, device, dtype)
         self.tokenizer = _tokenizer(config, checkpoint)
         if config.context_length:
             _set_context(self.model, config)
         if config.lookup and any(self.model.config.window(block) for block in range(self.model.config.transformer_blocks)):
             raise ValueError("lookup takes back tokens, and this model's windowed blocks keep only their window: leave lookup out")
         self.decoder = Decoder(self.model, compile=config.compile)
+        if device.type == "cpu" and not self.decoder.native and not config.quiet:
+            print(f"note: PyTorch decodes, which is slower: {self.decoder.why_not_native}", file=sys.stderr)
         self.texts: list[Text] = []
         self.last: Answer | None = None
         vocabulary = self.model.config.vocabulary_size
@@ -204,10 +208,11 @@ class Predictor:
 
     def _texts(self, count: int, tokens: int) -> list[Text]:
         """Texts with room for so many tokens: those of the last answer, which may hold the beginning of this one, if they have it."""
-        tokens = min(tokens, self.model.config.context_length)
+        context = self.model.config.context_length
+        tokens = context if self.decoder.compiles else min(tokens, context)
         if len(self.texts) != count or self.texts[0].cache.max_tokens < tokens:
             self.texts = []   # first, so that both are never there at once
-            self.texts = self.decoder.texts(count, min(self.model.config.context_length, 1 << (tokens - 1).bit_length()))
+            self.texts = self.decoder.texts(count, min(context, 1 << (tokens - 1).bit_length()))
         return self.texts
 
 
@@ -293,17 +298,29 @@ def show_answers(predictor: Predictor, prompts: Sequence[str], config: PredictCo
     for first in range(0, len(jobs), config.batch_size):
         batch = jobs[first:first + config.batch_size]
         answers = [Answer(predictor.prompt_ids(prompt)) for prompt, _ in batch]
-        started = time.perf_counter()
-        with explained_out_of_memory(predictor.device, "lower --batch_size or --context_length, or use --dtype bfloat16"):
-            for _ in predictor.answer(answers, config, [seed for _, seed in batch]):
-                pass
+        started, shown = time.perf_counter(), 0
+
+        def show(all_of_them: bool, batch=batch, answers=answers, first=first) -> None:
+            """Those that have ended, as far as all before them have too."""
+            nonlocal shown
+            while shown < len(answers) and (all_of_them or answers[shown].ended != "interrupted"):
+                (prompt, seed), a = batch[shown], answers[shown]
+                if config.json:
+                    print_json(predictor, prompt, a, config, seed)
+                else:
+                    text = prompt + a.text
+                    print(("\n" if first + shown else "") + (visible(text) if sys.stdout.isatty() else text), flush=True)
+                shown += 1
+
+        try:
+            with explained_out_of_memory(predictor.device, "lower --batch_size or --context_length, or use --dtype bfloat16"):
+                for _ in predictor.answer(answers, config, [seed for _, seed in batch]):
+                    show(False)
+        except KeyboardInterrupt:
+            show(True)
+            raise
         seconds = time.perf_counter() - started
-        for i, ((prompt, seed), a) in enumerate(zip(batch, answers, strict=True)):
-            if config.json:
-                print_json(predictor, prompt, a, config, seed)
-            else:
-                text = prompt + a.text
-                print(("\n" if first + i else "") + (visible(text) if sys.stdout.isatty() else text), flush=True)
+        show(True)
         if not config.quiet and sys.stderr.isatty():
             print(styled(f"[{len(batch)} answers, {sum(len(a.ids) for a in answers) / seconds:.1f} tokens/s together]", DIM, sys.stderr), file=sys.stderr)
 
@@ -321,7 +338,7 @@ def print_json(predictor: Predictor, prompt: str, a: Answer, config: PredictConf
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file; empty lines are none. ValueError, naming the line, for what is no text or no such JSON."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from error
     prompts = []
@@ -336,7 +353,7 @@ def read_prompts(path: str) -> list[str]:
                 raise ValueError(f'{path}, line {number}: not a JSON object with a string as "prompt" or "text"') from None
             prompts.append(line)
         elif line.strip():
-            prompts.append(line.removesuffix("\r"))
+            prompts.append(line)
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write one a line")
     return prompts
@@ -401,12 +418,13 @@ class Session:
             command, *arguments = line.split()
             if command == ":q" and not arguments:
                 return False
-            if command == ":stop":
-                self.config = set_stop(self.config, line)
-            elif command in (":undo", ":reset", ":save", ":stats", ":experts"):
-                self.verb(command, line.removeprefix(command).strip())
-            else:
-                self.config = command_result(self.config, command, arguments)
+            with contextlib.redirect_stdout(sys.stderr) if self.config.json else contextlib.nullcontext():   # JSON lines stay by themselves
+                if command == ":stop":
+                    self.config = set_stop(self.config, line)
+                elif command in (":undo", ":reset", ":save", ":stats", ":experts"):
+                    self.verb(command, line.removeprefix(command).strip())
+                else:
+                    self.config = command_result(self.config, command, arguments)
         elif line.startswith("+"):
             if self.ids:
                 self.turn(line[1:], self.ids)
@@ -439,7 +457,8 @@ class Session:
                 print(experts_map(predictor))
         finally:
             if a := predictor.last:
-                self.ids, self.shown = a.prompt_ids + a.ids, self.shown + prompt + a.text
+                drawn = predictor.tokenizer.encode(a.text) if a.ended == "stop text" else a.ids   # of what was drawn, only what is before the stop counts
+                self.ids, self.shown = a.prompt_ids + drawn, self.shown + prompt + a.text
                 self.tokens_read, self.tokens_drawn, self.seconds = self.tokens_read + len(a.prompt_ids), self.tokens_drawn + len(a.ids), self.seconds + a.last_s
             else:
                 self.turns.pop()
@@ -484,7 +503,7 @@ class Session:
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         rate = f", {self.tokens_drawn / self.seconds:.1f} tokens/s, reading included" if self.seconds else ""
         print(f"{self.tokens_drawn} tokens drawn for {self.tokens_read} read{rate}")
-        print(f"context {len(self.ids)} of {model.config.context_length} tokens; weights {human_bytes(weights)}, cache {human_bytes(sum(t.cache.num_bytes() for t in texts))}"
+        print(f"{len(self.ids)} tokens of text, of which the model sees {min(len(self.ids), model.config.context_length)}; weights {human_bytes(weights)}, cache {human_bytes(sum(t.cache.num_bytes() for t in texts))}"
               + ("; native decoding" if self.predictor.decoder.native else f"; PyTorch ({self.predictor.decoder.why_not_native})"))
 
 
@@ -585,14 +604,16 @@ def main(argv: list[str] | None = None) -> int:
     prompts = read_prompts(config.prompt_file) if config.prompt_file else [prompt]
     if config.interactive and prompts != [None]:
         raise ValueError("interactive asks for prompts itself: leave prompt and prompt_file out")
+    if prompts == [None] and config.num_samples > 1 and (config.interactive or sys.stdin.isatty()):
+        raise ValueError("num_samples is for a prompt or a prompt_file, not for a prompt to type at")
+    if config.experts_html and (folder := next(p for p in Path(os.path.abspath(config.experts_html)).parents if os.path.lexists(p))) and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"{config.experts_html} cannot be written: {folder} is no folder that can be written to")
     predictor = Predictor(config)
     if prompts == [None] and not config.interactive and not sys.stdin.isatty():
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")
         prompts = [sys.stdin.read().removesuffix("\n").removesuffix("\r")]
     if prompts == [None]:
-        if config.num_samples > 1:
-            raise ValueError("num_samples is for a prompt or a prompt_file, not for a prompt to type at")
         repl(predictor, config)
     elif len(prompts) > 1 or config.num_samples > 1 or config.prompt_file:
         show_answers(predictor, prompts, config)

@@ -44,7 +44,17 @@ from config_model import (
 )
 from model import IGNORE, LLM, Output
 from runtime import cli
-from runtime.checkpoint import Checkpoint, build_model, check_disk_space, find_latest, folder_has_run, load_training_state, read_checkpoint, save_checkpoint
+from runtime.checkpoint import (
+    Checkpoint,
+    build_model,
+    check_disk_space,
+    find_latest,
+    folder_has_run,
+    load_training_state,
+    read_checkpoint,
+    save_checkpoint,
+    step_files,
+)
 from runtime.data import TokenShards, WindowLoader, open_data, prefetch, validation_batches
 from runtime.device import (
     autocast,
@@ -70,7 +80,7 @@ from runtime.text import human_bytes, human_count, human_seconds
 
 # With --resume these may be given anew; every other setting is the run's and must stay what it is.
 FREE_ON_RESUME = {"data_dir", "ckpt_dir", "graph_dir", "device", "compile", "activation_checkpointing", "profile", "num_threads", "log_interval", "val_interval", "val_steps",
-                  "save_interval", "keep_last", "max_steps", "resume", "wandb", "tensorboard"}
+                  "save_interval", "keep_last", "max_steps", "max_rollbacks", "resume", "wandb", "tensorboard"}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 SAME_SIGNAL_SECONDS = 1.0         # wrappers pass Ctrl-C on to a child that the terminal has already told: one wish, two signals
 MOST_SKIPPED_IN_A_ROW = 25
@@ -90,13 +100,15 @@ class RunState:
     step: int = 0                 # optimizer steps done, skipped ones included
     samples_seen: int = 0         # sequences taken from the loader
     tokens_seen: int = 0
-    skipped_steps: int = 0        # steps without an update, because a gradient was not finite
+    skipped_steps: int = 0        # steps without an update, because a gradient was not finite or the loss a spike
     skipped_in_a_row: int = 0
+    rollbacks: int = 0            # times that it went back to a checkpoint
     best_val_loss: float | None = None
     train_seconds: float = 0.0    # spent in steps; validation, saving and plotting excluded
     run_id: str = ""
     scaler: dict = field(default_factory=dict)  # float16's loss scaler
     window: dict = field(default_factory=dict)  # sums since the last log line (Totals)
+    recent_loss: list = field(default_factory=lambda: [0.0, 0.0, 0.0])  # RecentLoss
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -150,6 +162,32 @@ def evaluate(model: LLM, batches: Iterable, loss_fn: Callable = next_token_loss,
     return sum(total for total, _ in totals) / sum(count for _, count in totals)
 
 
+class RecentLoss:
+    """Running mean and variance of the steps' losses, kept on the device, to tell a spike from noise without waiting."""
+    KEEP = 0.95                # of the statistics at each step: about 20 steps count, so that a fall at the start is soon forgotten
+    FEWEST_STEPS = 50          # before which nothing is a spike
+    LEAST_DEVIATION = 0.01     # of the mean: late in training the loss hardly moves, and a hair's breadth is no spike
+
+    def __init__(self, state: RunState, sigmas: float, device: torch.device):
+        self.sigmas = sigmas
+        self.numbers = torch.tensor(state.recent_loss, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)  # steps, mean, variance
+
+    def is_spike(self, loss: Tensor) -> Tensor | None:
+        """Whether a step's mean cross-entropy is one, 0-dim bool on the device; None where nobody asks."""
+        if not self.sigmas:
+            return None
+        steps, mean, variance = self.numbers
+        deviation = torch.maximum(variance.sqrt(), self.LEAST_DEVIATION * mean)
+        return (steps >= self.FEWEST_STEPS) & (loss > mean + self.sigmas * deviation)
+
+    def add(self, loss: Tensor, bad: Tensor) -> None:
+        """Count a step, unless it is `bad`."""
+        steps, mean, variance = self.numbers
+        share = torch.maximum(1 / (steps + 1), torch.full_like(steps, 1 - self.KEEP))   # a plain mean at first
+        off = loss.to(mean) - mean
+        self.numbers = torch.where(bad, self.numbers, torch.stack((steps + 1, mean + share * off, (1 - share) * (variance + share * off * off))))
+
+
 class Totals:
     """Sums over the steps since the last log line, kept on the device: a step adds to them and only `read` waits for it."""
 
@@ -199,7 +237,7 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
     loss_fn(model, batch) -> Output: the step minimises sum(cross_entropy_sum) / sum(valid targets) over its grad_accum
     micro-batches, which is the gradient of the one big batch, plus the mean of their auxiliary losses.
     on_log gets a record every log_interval steps ("train") and after each validation ("val"); on_save(state, val_loss,
-    is_best) is called every save_interval steps, at the end, and when stopped; on_step() after each step. The host waits
+    is_best) is called every save_interval steps (not amid skipped ones), at the end, and when stopped; on_step() after each step. The host waits
     for the device only where one of the first two is due, and every MOST_SKIPPED_IN_A_ROW steps (MPS: at each). The optimizer
     must be one that can be told to skip a step, as torch's fused ones can. Raises TrainingDiverged, and ValueError for another.
     """
@@ -216,7 +254,7 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
     steps = range(state.step, config.max_steps)
     firsts = range(state.samples_seen, state.samples_seen + len(steps) * samples_per_step, samples_per_step)  # made now: the state moves on
     stream = prefetch(_micro_batches(loader, config, first_sample, device) for first_sample in firsts)
-    totals = Totals(state, model, device)
+    totals, recent = Totals(state, model, device), RecentLoss(state, config.spike_sigmas, device)
     model.train()
     with contextlib.closing(stream):
         for step in steps:
@@ -235,7 +273,9 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
                 scaler.scale(loss).backward()
                 losses = losses + torch.stack((out.cross_entropy_sum, out.aux_loss, out.z_loss)).detach()
                 router = router + torch.cat((out.router.load, out.router.entropy[:, None], out.router.dropped_share[:, None]), dim=1) / config.grad_accum
-            norm, bad = _update(optimizer, scaler, parameters, losses[0], config.grad_clip)
+            norm, bad = _update(optimizer, scaler, parameters, losses[0], config.grad_clip, recent.is_spike(losses[0] / valid_targets))
+            if config.spike_sigmas:
+                recent.add(losses[0] / valid_targets, bad)
             model.balance_experts(torch.where(bad, 1.0, router[:, :-2]))
             optimizer.zero_grad(set_to_none=True)
 
@@ -258,8 +298,11 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
                 continue
             state.window["seconds"] = totals.host["seconds"]
             state.scaler = scaler.state_dict() if scaler.is_enabled() else {}
+            if config.spike_sigmas:
+                state.recent_loss = recent.numbers.tolist()
             if state.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW and (not scaler.is_enabled() or scaler.get_scale() < SMALLEST_LOSS_SCALE):
-                raise TrainingDiverged(f"the gradient has not been finite for {state.skipped_in_a_row} steps (step {state.step}): go back to the last "
+                raise TrainingDiverged(f"{state.skipped_in_a_row} steps in a row were skipped (step {state.step}), for their gradients were not finite"
+                                       + (" or their losses spikes" if config.spike_sigmas else "") + ": go back to the last "
                                        "checkpoint with a lower --lr or a longer --warmup_steps, or try --dtype float32")
             if logging:
                 on_log(_train_record(state, lr, grad_norm))
@@ -269,7 +312,7 @@ def fit(model: LLM, loader, config: TrainConfig, loss_fn: Callable[[LLM, tuple],
             if validating:
                 val_loss = evaluate(model, val_batches, loss_fn, dtype)
                 on_log({"kind": "val", "step": state.step, "tokens_seen": state.tokens_seen, "loss": val_loss, "perplexity": _perplexity(val_loss)})
-            if saving or stopping:
+            if (saving and not state.skipped_in_a_row) or last or stopping:   # amid skipped steps there is nothing new to save, and no good place to go back to
                 is_best = val_loss is not None and math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
                 state.best_val_loss = val_loss if is_best else state.best_val_loss
                 on_save(state, val_loss, is_best)
@@ -285,14 +328,15 @@ def _micro_batches(loader, config: TrainConfig, first_sample: int, device: torch
     return [tuple(t.pin_memory() for t in batch) for batch in batches] if device.type == "cuda" else batches, valid_targets
 
 
-def _update(optimizer, scaler, parameters: list[Tensor], cross_entropy: Tensor, grad_clip: float) -> tuple[Tensor, Tensor]:
-    """Clip and take the optimizer's step, unless loss or gradient are not finite: then nothing changes.
+def _update(optimizer, scaler, parameters: list[Tensor], cross_entropy: Tensor, grad_clip: float, is_spike: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Clip and take the optimizer's step, unless loss or gradient are not finite, or the loss is a spike: then nothing changes.
 
     Returns (gradient norm before clipping, whether the step was skipped), both 0-dim and on the device: it decides by itself.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.isfinite(norm + cross_entropy)
+    bad = bad if is_spike is None else bad | is_spike
     if scaler.is_enabled() or norm.device.type == "mps":
         # The scaler tells the optimizer to change nothing where a gradient is not finite; MPS's kernel does not listen.
         if norm.device.type != "mps" or not bad:
@@ -368,6 +412,8 @@ def make_plan(settings: cli.Settings) -> Plan:
     if config.deterministic:
         make_deterministic()
     dtype = choose_dtype(config.dtype, device)
+    if config.spike_sigmas and dtype == torch.float16:
+        raise ValueError("spike_sigmas skips steps that float16's loss scaler would take: use --dtype bfloat16 or float32")
     train, val = open_data(config.data_dir)
     if config.resume:
         if source.data_fingerprint != train.manifest["pair"]:
@@ -408,7 +454,7 @@ def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainC
 def _saved_state(source: Checkpoint) -> RunState:
     """The run state in a checkpoint. Raises ValueError if it is not one of this version."""
     expected = dataclasses.asdict(RunState())
-    if source.run.keys() != expected.keys():
+    if source.run.keys() | {"rollbacks", "recent_loss"} != expected.keys():   # the first versions had not these two
         raise ValueError(f"{source.path} was saved by a version with another run state ({', '.join(sorted(source.run.keys() ^ expected.keys()))}): start from its weights with --init_from")
     return RunState(**source.run)
 
@@ -736,11 +782,36 @@ def run(plan: Plan) -> int:
         raise ValueError(f"--profile needs {sum(PROFILED_STEPS)} steps, of which it records the last {PROFILED_STEPS[-1]}, and {left} are left: raise --max_steps")
     check_disk_space(config.ckpt_dir, checkpoint_bytes(needed))
     val_batches = validation_batches(plan.val, plan.model_config.context_length, config.batch_size, config.val_steps)
-    reporter = Reporter(plan, state)
-    try:
-        return _train(plan, state, reporter, val_batches)
-    finally:
-        reporter.close()
+    while True:
+        reporter = Reporter(plan, state)
+        try:
+            return _train(plan, state, reporter, val_batches)
+        except TrainingDiverged as error:
+            plan, state = _rolled_back(plan, state, error)
+        finally:
+            reporter.close()
+
+
+def _rolled_back(plan: Plan, diverged: RunState, error: TrainingDiverged) -> tuple[Plan, RunState]:
+    """The run from its last checkpoint without a skipped step behind it, and on behind the data that it met since. Raises the error where there is none, or
+    not another time."""
+    error.__traceback__ = None   # it holds the model and the optimizer, which are about to be made again
+    release_memory(plan.device)
+    if diverged.rollbacks >= plan.config.max_rollbacks:
+        raise error
+    for _, path in reversed(step_files(plan.config.ckpt_dir)):
+        try:
+            source = read_checkpoint(path, optimizer=True)
+            state = _saved_state(source)
+        except ValueError:   # damaged: an older one will do
+            continue
+        if state.run_id == diverged.run_id and not state.skipped_in_a_row:
+            break
+    else:
+        raise error
+    print(f"{error.args[0].partition(':')[0]}: back to step {state.step:,}, and on behind the data met since (rollback {diverged.rollbacks + 1} of at most {plan.config.max_rollbacks})", flush=True)
+    state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1
+    return dataclasses.replace(plan, source=source, config=dataclasses.replace(plan.config, resume=True, init_from="")), state
 
 
 def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:

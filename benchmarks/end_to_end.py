@@ -20,10 +20,11 @@ import torch
 import train
 from benchmarks.common import save_results, summary
 from config_model import ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters
-from model import LLM, generate
+from model import LLM
 from runtime import cli
 from runtime.data import validation_batches
 from runtime.device import choose_kernels, device_name, peak_flops, peak_memory_bytes, synchronize
+from runtime.inference import Decoder, generate
 
 WARM_UP_STEPS = 5
 
@@ -52,19 +53,20 @@ def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
 def measure_decoding(model: torch.nn.Module, plan: train.Plan, prompt_tokens: int, new_tokens: int, repeats: int) -> dict:
     """Tokens/s of a prefill of `prompt_tokens` and of greedy decoding after it, batch 1, real text as the prompt.
 
-    As predict.py does it: a model that is not compiled, weights in the arithmetic's dtype (`model` is converted and stays so).
+    As predict.py does it: by runtime/inference.py, weights in the arithmetic's dtype (`model` is converted and stays so).
     """
     with torch.device("meta"):
         plain = LLM(plan.model_config)
     plain.load_state_dict(model.to(plan.dtype).state_dict(), assign=True)  # the same tensors
     choose_kernels(plain, plan.device, plan.dtype)
-    prompt = torch.from_numpy(plan.val.read(0, prompt_tokens))[None].to(plan.device)
+    decoder, prompt = Decoder(plain), plan.val.read(0, prompt_tokens).tolist()
+    texts = decoder.texts(1, prompt_tokens + new_tokens)
     prefill, decode = [], []
     for _ in range(repeats + 1):
+        texts[0].cache.reset()
         synchronize(plan.device)
         started, first = time.perf_counter(), None
-        for token in generate(plain, prompt, new_tokens, temperature=0):
-            token.item()
+        for _step in generate(decoder, texts, [prompt], new_tokens, temperature=0):
             first = first or time.perf_counter()
         prefill.append(prompt_tokens / (first - started))
         decode.append((new_tokens - 1) / (time.perf_counter() - first))

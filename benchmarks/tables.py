@@ -101,6 +101,15 @@ def decoding_table() -> str:
                       f"Commands and commits: {files} in `benchmarks/results/`."])
 
 
+def launch_line() -> str:
+    """From the command line to the first token, and what 8 bits cost."""
+    result = stored("decode_nano_cpu")
+    launch, quality = result["launch"], result["perplexity"]
+    return (f"The process `python predict.py --prompt x --max_new_tokens 1` with the trained `nano` model takes {launch['predict_s']['median']:.2f} s from its start to its end, `import torch` alone "
+            f"{launch['import_torch_s']['median']:.2f} s. `--quantize int8` changes that model's perplexity from {quality['perplexity']['float32']:.3f} to {quality['perplexity']['int8']:.3f} "
+            f"({100 * (quality['ratio'] - 1):+.2f} %; {quality['tokens']:,} tokens of TinyStories validation).")
+
+
 def _speed(side: dict, with_ratio: bool = False) -> str:
     """A side's tokens/s, for a cell of a table; empty where it was not measured."""
     if "tokens_per_sec" not in side:
@@ -108,9 +117,19 @@ def _speed(side: dict, with_ratio: bool = False) -> str:
     return f"{side['tokens_per_sec']['median']:,.0f}" + (f" ({side['ratio_to_hf']:.2f} x)" if with_ratio and "ratio_to_hf" in side else "")
 
 
+def reliability_table() -> str:
+    """What was promised, how often it was tried and held, and what the same test found in the reference implementation."""
+    lines = ["| promise | held | the reference |", "|---|---|---|"]
+    for row in stored("reliability")["promises"]:
+        detail = "".join(f"; {value:,} {name}" if isinstance(value, int) else f"; {name} {value}" for name, value in row["detail"].items())
+        lines.append(f"| {row['text']} | {row['held']:,} of {row['tried']:,}{detail} | {row['reference']} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     cli.parser(__doc__).parse_args(argv)
-    replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line(), "speed": speed_table()})
+    replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line(), "speed": speed_table(), "decoding": decoding_table(),
+                                        "launch": launch_line(), "reliability": reliability_table()})
     return 0
 
 

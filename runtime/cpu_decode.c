@@ -58,7 +58,7 @@ typedef struct {            /* pointers that may be NULL: q_norm, k_norm, select
 } Block;
 
 typedef struct {
-    int32_t C, L, H, G, D, V, E, K, F, is_swiglu, context, threads;
+    int32_t C, L, H, G, D, V, E, K, F, is_swiglu, table, threads;   /* table: side of the tables of attention biases */
     float eps;
     int32_t unused;
     const float *norm;
@@ -360,7 +360,7 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
         int position = p->positions[i] + r, first = b->window && position >= b->window ? position - b->window + 1 : 0;
         if (b->attention_bias)
             for (int at = first; at <= position; at++)
-                mine[at] += b->attention_bias[((int64_t)h * m->context + position) * m->context + at];
+                mine[at] += b->attention_bias[((int64_t)h * m->table + position) * m->table + at];
         for (int at = first; at <= position; at++)
             largest = mine[at] > largest ? mine[at] : largest;
         for (int at = start; at < start + (last - start + LANES) / LANES * LANES; at++)   /* what a row does not see, and what fills the last vector */

@@ -6,6 +6,7 @@ float32, `native_model` says so and runtime/inference.py goes on in PyTorch.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from model import LLM
 from model_parts import KVCache, rope_tables
+from runtime.quantize import is_packed
 
 SOURCE = Path(__file__).with_name("cpu_decode.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC"]
@@ -43,7 +46,7 @@ def _of(kind, names: str) -> dict:
 Matrix = _struct("Matrix", **_of(c_void_p, "weight scale bias"), **_of(c_int32, "rows cols"))
 Block = _struct("Block", **_of(c_void_p, "norm1 norm2 q_norm k_norm router selection_bias attention_bias"), **_of(Matrix, "q k v out w_in w_out"),
                 **_of(c_int32, "window capacity is_ring unused"))
-Model = _struct("Model", **_of(c_int32, "C L H G D V E K F is_swiglu context threads"), eps=c_float, unused=c_int32, norm=c_void_p,
+Model = _struct("Model", **_of(c_int32, "C L H G D V E K F is_swiglu table threads"), eps=c_float, unused=c_int32, norm=c_void_p,
                 **_of(Matrix, "embed head"), blocks=POINTER(Block), **_of(c_void_p, "cos sin"))
 Pass = _struct("Pass", m=POINTER(Model), **_of(c_int32, "n num_logits"), **_of(c_void_p, "ids positions caches keys values logit_rows logits"),
                **_of(c_void_p, "x y q k v h up chosen order starts gate private"), private_floats=c_int64, **_of(c_int32, "team arrived phase unused"))
@@ -59,18 +62,26 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "there is no C compiler (cc, gcc or clang)"
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [*compiler.split(), *FLAGS, native, str(SOURCE), "-lm", "-lpthread"]
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, platform.machine(), _cpu_flags()]).encode()).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss"
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, platform.machine(), *platform.libc_ver(), _cpu_flags()]).encode()).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"cpu_decode_{key}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as work:  # another process may be doing the same: whoever is last wins
-                subprocess.run([*command, "-o", f"{work}/new.so"], check=True, capture_output=True, text=True, timeout=300)
-                os.replace(f"{work}/new.so", path)
-        code = ctypes.CDLL(str(path))
+        for attempt in range(2):
+            if attempt or not path.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as work:  # another process may be doing the same: whoever is last wins
+                    subprocess.run([*command, "-o", f"{work}/new.so"], check=True, capture_output=True, text=True, timeout=300)
+                    os.replace(f"{work}/new.so", path)
+            for own in (folder, path):
+                if (status := own.lstat()).st_uid != os.geteuid() or status.st_mode & 0o022 or own.is_symlink():
+                    return None, f"{own} is not this user's alone, and code is not taken from there: remove it, or set XDG_CACHE_HOME"
+            with contextlib.suppress(OSError):  # cut short, or made for another system: made anew
+                code = ctypes.CDLL(str(path))
+                break
+        else:
+            return None, f"{path} was compiled, and cannot be loaded"
         sizes = [code.gptoss_sizes(i) for i in range(4)]
-    except (OSError, subprocess.SubprocessError, RuntimeError, AttributeError) as error:  # RuntimeError: no home folder
+    except (OSError, subprocess.SubprocessError) as error:
         return None, f"cpu_decode.c could not be compiled: {' '.join((getattr(error, 'stderr', None) or str(error)).split())[:200]}"
     assert sizes == [ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)], "cpu_decode.c and cpu_decode.py disagree about a structure"
     code.gptoss_forward.argtypes, code.gptoss_forward.restype = [POINTER(Pass)], None
@@ -103,14 +114,15 @@ class NativeModel:
         self.model, self.config, self._code = model, c, code
         self._kept: list[Tensor] = []       # what only C points to
         self._rope = None                   # (cos, sin) of the positions so far needed
-        first = model.layers[0]
+        first, table = model.layers[0], model.layers[0].attention.attention_bias
         self._blocks = (Block * c.transformer_blocks)(*(self._block(block) for block in model.layers))
         self._m = Model(C=c.d_model, L=c.transformer_blocks, H=c.num_heads, G=c.num_kv_heads, D=c.attention_head_dim, V=c.vocabulary_size, E=c.num_experts, K=c.top_k,
-                        F=c.d_ff, is_swiglu=first.moe.experts.is_swiglu, context=c.context_length, eps=c.rms_norm_eps, norm=self._pointer(model.norm.weight),
-                        embed=self._matrix(model.embed, "weight"), head=self._matrix(model.embed if model.out_head.weight is None else model.out_head, "weight", model.out_head.bias),
+                        F=c.d_ff, is_swiglu=first.moe.experts.is_swiglu, table=0 if table is None else table.shape[-1], eps=c.rms_norm_eps, norm=self._pointer(model.norm.weight),
+                        embed=self._matrix(model.embed, "weight"), head=self._matrix(model.embed if c.tie_embeddings and not is_packed(model) else model.out_head, "weight", model.out_head.bias),
                         blocks=self._blocks)
         self._widest = max(c.d_model, c.num_heads * c.attention_head_dim, c.d_ff)
-        self._room, self._rows = None, 0
+        self._room, self._rows, self._threads = None, 0, 0
+        self._lock = threading.Lock()
         self.least_bytes_per_thread = LEAST_BYTES_PER_THREAD
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
@@ -144,6 +156,7 @@ class NativeModel:
         c, lengths = self.config, [len(chunk) for chunk in ids]
         for cache, T in zip(caches, lengths, strict=True):
             cache.check_fits(1, T)
+            self.model.check_length(cache.length + T)
             assert T == 1 or not any(cache.is_ring), "a ring loses keys that the first of several new tokens need"
         flat = np.array([i for chunk in ids for i in chunk], dtype=np.int64)
         if not len(flat) or flat.min() < 0 or flat.max() >= c.vocabulary_size:
@@ -154,12 +167,13 @@ class NativeModel:
         keys, values = (np.concatenate([_addresses(cache)[i] for cache in caches]) for i in (0, 1))
         rows = np.arange(n, dtype=np.int32) if all_logits else np.cumsum(lengths, dtype=np.int32) - 1
         logits = torch.empty(len(rows), c.vocabulary_size)
-        self._prepare(n, caches[0])
-        p = self._pass
-        p.n, p.num_logits = n, len(rows)
-        p.ids, p.positions, p.caches, p.keys, p.values, p.logit_rows = (a.ctypes.data for a in (flat, positions, owners, keys, values, rows))
-        p.logits = logits.data_ptr()
-        self._code.gptoss_forward(ctypes.byref(p))
+        with self._lock:   # C runs without Python's, and there is one working memory
+            self._prepare(n, caches[0])
+            p = self._pass
+            p.n, p.num_logits = n, len(rows)
+            p.ids, p.positions, p.caches, p.keys, p.values, p.logit_rows = (a.ctypes.data for a in (flat, positions, owners, keys, values, rows))
+            p.logits = logits.data_ptr()
+            self._code.gptoss_forward(ctypes.byref(p))
         for cache, T in zip(caches, lengths, strict=True):
             cache.advance(T)
         return logits
@@ -174,15 +188,12 @@ class NativeModel:
             block.capacity, block.is_ring = store.shape[2], is_ring
         threads = min(torch.get_num_threads(), max(1, n * self.bytes_per_token() // self.least_bytes_per_thread))
         private = max(TILE * self._widest, 4 * (cache.max_tokens + 16), c.num_experts)
-        if self._room is None or n > self._rows or threads > self._m.threads or private > self._pass.private_floats:
+        if self._room is None or n > self._rows or threads > self._threads or private > self._pass.private_floats:
             HD, GD, R = c.num_heads * c.attention_head_dim, c.num_kv_heads * c.attention_head_dim, n * c.top_k
             sizes = dict(x=n * c.d_model, y=n * max(c.d_model, HD), q=n * HD, k=n * GD, v=n * GD, h=R * c.d_ff, up=R * c.d_ff, gate=R, chosen=R, order=R,
                          starts=c.num_experts + 1, private=threads * private)
-            self._room, self._rows = torch.empty(sum(-(-size // 16) * 16 for size in sizes.values())), n  # all of them 4 bytes wide
-            address, pointers = self._room.data_ptr(), {}
-            for name, size in sizes.items():
-                pointers[name], address = address, address + 4 * (-(-size // 16) * 16)
-            self._pass = Pass(m=ctypes.pointer(self._m), private_floats=private, **pointers)
+            self._room, self._rows, self._threads = {name: torch.empty(size) for name, size in sizes.items()}, n, threads  # all of them 4 bytes wide
+            self._pass = Pass(m=ctypes.pointer(self._m), private_floats=private, **{name: t.data_ptr() for name, t in self._room.items()})
         self._m.threads = threads
 
     @functools.cache  # noqa: B019  (one model, for as long as it lives)

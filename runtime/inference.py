@@ -19,10 +19,10 @@ from torch import Tensor
 from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
 from model_parts import Block, KVCache, rope_tables_at, rotate
 from runtime.cpu_decode import native_model
-from runtime.quantize import unpack
+from runtime.quantize import is_packed, unpack
 
 MOST_NATIVE_ROWS = 512   # of a prompt at once: with more, PyTorch's matrix products are the faster ones
-GRAPH_SPAN = 256         # a CUDA graph reads the cache up to a multiple of this
+GRAPH_SPAN = 256         # a CUDA graph reads so much of the cache, or 2, 4, ... times as much
 LONGEST_MATCH = 4        # tokens at the end of a text that prompt look-up searches for earlier in it, down to 2
 
 
@@ -39,17 +39,28 @@ class Decoder:
     def __init__(self, model: LLM, native: bool = True, compile: bool = False):
         self.model, self.config, self.device = model.eval(), model.config, model.embed.weight.device
         self.native, self.why_not_native = native_model(model) if native else (None, "it was not asked for")
-        self._compile, self._graphs = compile, {}
-        self._is_packed = hasattr(model.out_head, "weight_packed")   # then PyTorch has to unpack every matrix that it uses
+        self.compiles, self._graphs, self._whole = compile, {}, None
+        self._is_packed = is_packed(model)   # then PyTorch has to unpack every matrix that it uses
 
     def texts(self, count: int, max_tokens: int) -> list[Text]:
         """`count` empty texts with room for `max_tokens` each; those of an earlier call are no longer valid."""
+        self._whole, self._caches, self._graphs = None, [], {}   # first, so that both are never there at once
+        if self.compiles:
+            torch.compiler.reset()   # what was compiled is for the old shapes; eight of them for one function are an error
         # One place more: where a step has texts that take no part, they write behind their end.
         self._whole = KVCache(self.config, count, max_tokens + 1, self.model.embed.weight.dtype, self.device)
-        self._caches, self._graphs = self._whole.rows(), {}
+        self._caches = self._whole.rows()
+        self._row = {id(cache): row for row, cache in enumerate(self._caches)}
         for cache in self._caches:
             cache.max_tokens = max_tokens
         return [Text(cache) for cache in self._caches]
+
+    def forget(self) -> None:
+        """Empty all texts, and leave nothing of what they held: a NaN behind the end of a text would count there, times 0."""
+        for cache in self._caches:
+            cache.reset()
+        for tensor in self._whole.keys + self._whole.values:
+            tensor.zero_()
 
     @torch.inference_mode()
     def read(self, text: Text, ids: list[int], all_logits: bool = False) -> Tensor:
@@ -110,7 +121,8 @@ class Decoder:
     def _step(self, caches: list[KVCache], ids_B: Tensor) -> Tensor:
         for cache in caches:
             cache.check_fits(1, 1)
-        B, positions, rows = len(self._caches), [cache.length for cache in self._caches], [next(i for i, c in enumerate(self._caches) if c is cache) for cache in caches]
+            self.model.check_length(cache.length + 1)
+        B, positions, rows = len(self._caches), [cache.length for cache in self._caches], [self._row[id(cache)] for cache in caches]
         span = max(positions[row] for row in rows) + 1
         ids, where = ids_B.clamp(min=0), self._to_device(positions)
         if rows != list(range(B)):
@@ -125,8 +137,8 @@ class Decoder:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def _replay(self, ids_B: Tensor, positions_B: Tensor, span: int) -> Tensor:
-        """`decode_step` as a CUDA graph, one for each multiple of GRAPH_SPAN that the cache is read up to."""
-        span = min(self._whole.max_tokens, -(-span // GRAPH_SPAN) * GRAPH_SPAN)
+        """`decode_step` as a CUDA graph, one for each of GRAPH_SPAN, twice that, ... places of the cache that are read."""
+        span = min(self._whole.max_tokens, GRAPH_SPAN << max(0, -(-span // GRAPH_SPAN) - 1).bit_length())
         if span not in self._graphs:
             self._graphs[span] = self._capture(ids_B, positions_B, span)
         graph, ids, positions, logits = self._graphs[span]
@@ -138,7 +150,7 @@ class Decoder:
     def _capture(self, ids_B: Tensor, positions_B: Tensor, span: int):
         """(graph, its ids [B], its positions [B], its logits [B, V]). The runs before the capture write what the first replay will write again."""
         ids, positions = ids_B.clone(), positions_B.clone()
-        function = torch.compile(decode_step, fullgraph=True, dynamic=False) if self._compile else decode_step
+        function = torch.compile(decode_step, fullgraph=True, dynamic=False) if self.compiles else decode_step
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -146,7 +158,8 @@ class Decoder:
                 function(self.model, self._whole, ids, positions, span)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph):
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None   # one memory for all: a replay's logits are copied before the next
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
             logits = function(self.model, self._whole, ids, positions, span)
         return graph, ids, positions, logits
 
@@ -215,16 +228,28 @@ def decode_step(model: LLM, cache: KVCache, ids_B: Tensor, positions_B: Tensor, 
         weights_BGJS = scores_BGJS.masked_fill(~visible_BS[:, None, None], -torch.inf).softmax(dim=-1).to(q_BHD.dtype)
         x_BC = x_BC + a.out_proj((weights_BGJS @ values_BGSD[:, :, :S].to(q_BHD.dtype)).reshape(B, H * D))
         x_BC = x_BC + _experts(block, block.norm2(x_BC))
-    return F.linear(model.norm(x_BC), model.head_weight, model.out_head.bias)
+    x_BC = model.norm(x_BC)
+    if not is_packed(model):
+        return F.linear(x_BC, model.head_weight, model.out_head.bias)
+    packed_VC = model.out_head.weight_packed.to(x_BC.dtype)
+    logits_BV = _products(packed_VC, x_BC) if torch.compiler.is_compiling() else x_BC @ packed_VC.T
+    return logits_BV.float() * model.out_head.weight_scale[:, 0] + (0 if model.out_head.bias is None else model.out_head.bias)
 
 
 def _experts(block: Block, h_BC: Tensor) -> Tensor:
-    """The mixture of experts for a few rows: on a GPU by reading the chosen experts' matrices alone, without asking which they are."""
+    """The mixture of experts for a few rows. On a GPU without asking which experts were chosen: by reading the matrices of the chosen ones alone, or, where
+    those would be all, by asking every expert about every row and weighing with 0."""
     moe, experts = block.moe, block.moe.experts
-    K = moe.router.top_k
-    if not h_BC.is_cuda or (experts.grouped and len(h_BC) * K >= len(moe.router.weight)):
+    K, num_experts = moe.router.top_k, len(moe.router.weight)
+    if not h_BC.is_cuda or (experts.grouped and len(h_BC) * K >= num_experts):
         return moe(h_BC[:, None])[0][:, 0]
     weights_BK, experts_BK, _, _ = moe.router(h_BC)
+    if len(h_BC) * K >= num_experts:
+        weights_BE = torch.zeros(len(h_BC), num_experts, dtype=weights_BK.dtype, device=h_BC.device).scatter_(1, experts_BK, weights_BK)
+        h_EBI = h_BC @ experts.w_in.transpose(1, 2) + (0 if experts.b_in is None else experts.b_in[:, None])
+        gate, up = h_EBI.chunk(2, dim=-1) if experts.is_swiglu else (h_EBI, None)
+        y_EBC = (F.gelu(gate) if up is None else F.silu(gate) * up) @ experts.w_out.transpose(1, 2) + (0 if experts.b_out is None else experts.b_out[:, None])
+        return (y_EBC * weights_BE.T[:, :, None]).sum(dim=0).to(h_BC.dtype)
     h_BKI = _chosen_linear(experts, "in", experts_BK, h_BC[:, None].expand(-1, K, -1))
     if experts.is_swiglu:
         gate, up = h_BKI.chunk(2, dim=-1)
@@ -241,9 +266,14 @@ def _chosen_linear(experts, which: str, experts_BK: Tensor, x_BKI: Tensor) -> Te
         w_BKOI = getattr(experts, f"w_{which}")[experts_BK]
     else:
         w_BKOI = unpack(packed[experts_BK], getattr(experts, f"w_{which}_scale")[experts_BK], x_BKI.dtype)
-    y_BKO = (w_BKOI * x_BKI[:, :, None]).sum(dim=-1) if torch.compiler.is_compiling() else (w_BKOI @ x_BKI[..., None])[..., 0]
+    y_BKO = _products(w_BKOI, x_BKI) if torch.compiler.is_compiling() else (w_BKOI @ x_BKI[..., None])[..., 0]
     bias_EO = getattr(experts, f"b_{which}")
     return y_BKO if bias_EO is None else y_BKO + bias_EO[experts_BK]
+
+
+def _products(w_OI: Tensor, x_I: Tensor) -> Tensor:
+    """Matrices [..., O, I] times vectors [..., I] as sums of products, which the compiler makes one pass that reads the matrices where they are."""
+    return (w_OI * x_I[..., None, :]).sum(dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------------- generation
@@ -253,8 +283,8 @@ def generate(decoder: Decoder, texts: Sequence[Text], prompts: Sequence[Sequence
     """Continue a prompt (ids, not empty) in each text; yields (row, id) of the rows that go on, as soon as ids are drawn.
 
     Settings, sliding and stopping are model.generate's, for each row by itself: what a row draws depends on its prompt and its
-    generator alone. A row ends with a stop id (which is yielded), at a full context without `slide`, or when the caller puts it into
-    `finished`; it takes no more time then. Prompts are cut to their last context_length tokens. What the texts' caches hold is reused.
+    generator alone, up to the rounding of logits. A row ends with a stop id (which is yielded), at a full context without `slide`, or when the caller puts it into
+    `finished`. Prompts are cut to their last context_length tokens. What the texts' caches hold is reused.
 
     lookup: with one row left, guess that many tokens from an earlier occurrence of the last ones, and check them in one pass
     (Saxena 2023, "prompt lookup decoding"). Each token is still drawn from the model's own distribution given what precedes it,
@@ -287,7 +317,11 @@ def generate(decoder: Decoder, texts: Sequence[Text], prompts: Sequence[Sequence
         return sample(logits_BV, temperature, top_k, top_p, banned, [generators[row] for row in rows] if generators else None, min_p)
 
     def take(rows: list[int], drawn: list[int]) -> list[tuple[int, int]]:
-        check_drawn(drawn)
+        try:
+            check_drawn(drawn)
+        except ValueError:
+            decoder.forget()
+            raise
         for row, token in zip(rows, drawn, strict=True):
             ids[row].append(token)
             num_drawn[row] += 1
@@ -349,7 +383,7 @@ class _HostCopy:
         if ids_B.is_cuda:
             self._ids = torch.empty(ids_B.shape, dtype=ids_B.dtype, pin_memory=True).copy_(ids_B, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(ids_B.device))
 
     def read(self) -> list[int]:
         if self._event is not None:

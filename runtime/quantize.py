@@ -27,6 +27,11 @@ def unpack(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (packed * scale).to(dtype)
 
 
+def is_packed(model: LLM) -> bool:
+    """Whether `quantize_` was here."""
+    return hasattr(model.out_head, "weight_packed")
+
+
 def quantized_weights(model: LLM) -> Iterator[tuple[nn.Module, str]]:
     """The weights that are packed: (module, name)."""
     for block in model.layers:

@@ -135,6 +135,9 @@ def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
     with pytest.raises(ValueError, match="the KV cache holds 4 tokens"):
         native.forward([cache], [[1] * 5])
     assert cache.length == 0
+    native, _ = native_model(random_model(tiny_config(context_length=8, use_attention_bias=True)))
+    with pytest.raises(ValueError, match="9 tokens do not fit the context of 8: this model adds a learned bias"):   # it read behind the table
+        native.forward([KVCache(native.config, 1, 16)], [[1] * 9])
 
 
 @needs_code
@@ -177,8 +180,30 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
     def no_compiler(*_, **__):
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(subprocess, "run", no_compiler)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", no_compiler)
+        assert cpu_decode.library()[0] is not None
+    path.unlink()   # not written over: this process has it mapped
+    path.write_bytes(b"cut short")
+    path.chmod(0o755)
+    script = "import runtime.cpu_decode as c; print(c.library()[0] is not None)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120).stdout == "True\n" and path.stat().st_size > 1000   # made anew
+
+
+@needs_code
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
+    """The name of the compiled code can be guessed: in a folder that others can write to, it was whatever they put there."""
     assert cpu_decode.library()[0] is not None
+    (path,) = fresh.iterdir()
+    if what == "link":
+        path.rename(tmp_path / "elsewhere.so")
+        path.symlink_to(tmp_path / "elsewhere.so")
+    else:
+        (fresh if what == "folder" else path).chmod(0o777)
+    cpu_decode.library.cache_clear()
+    code, why = cpu_decode.library()
+    assert code is None and why.startswith(str(fresh)) and why.endswith("is not this user's alone, and code is not taken from there: remove it, or set XDG_CACHE_HOME")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no native decoding")
@@ -201,12 +226,17 @@ def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why
 
 
 @needs_code
-def test_any_processor_will_do(tmp_path):
-    """Compiled for the oldest x86-64, without the vectors of this machine, and with the compiler's checks of memory and arithmetic on."""
+def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path):
+    """Compiled for the oldest x86-64, without the vectors of this machine; and for this one with the compiler's checks of memory and arithmetic on:
+    each buffer is an allocation of its own, so running out of one is seen."""
     if not sys.platform.startswith("linux"):
         pytest.skip("a Linux compiler's flags")
-    checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    checker = subprocess.run([*(os.environ.get("CC") or "cc").split(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    checks = ["-march=native", "-fsanitize=undefined", "-fno-sanitize-recover=all"] + ["-fsanitize=address"] * os.path.isabs(checker)
     for name, flags in (("plain", ["-march=x86-64"] if os.uname().machine == "x86_64" else []), ("checked", checks)):
+        variables = {"XDG_CACHE_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        if "-fsanitize=address" in flags:
+            variables |= {"LD_PRELOAD": checker, "ASAN_OPTIONS": "detect_leaks=0"}
         script = tmp_path / f"{name}.py"
         script.write_text(f"""
 import sys, random
@@ -222,5 +252,5 @@ for seed in range(100, 112):
 shared()
 print("the same")
 """)
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=os.environ | variables)
         assert done.stdout == "the same\n", done.stderr[-2000:]

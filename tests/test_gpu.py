@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+import runtime.inference as inference
 import train
 from config_model import TrainConfig
 from model import IGNORE, sample
@@ -100,10 +101,14 @@ def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["graph", "compiled"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_a_captured_step_gives_the_cpus_texts(changes, compile):
-    """Ragged prompts, greedy, across the end of the context, with the next step always on its way; and up to it."""
+def test_a_captured_step_gives_the_cpus_texts(changes, packed, compile, monkeypatch):
+    """Ragged prompts, greedy, across the end of the context, with the next step always on its way; and up to it. Several graphs in one memory."""
+    monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
     model = random_model(tiny_config(context_length=32, **changes), 3).eval()
+    if packed:
+        quantize_(model)
     on_gpu = copy.deepcopy(model).to(CUDA)
     choose_kernels(on_gpu, CUDA, torch.float32)
     decoder = Decoder(on_gpu, compile=compile)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -81,6 +82,8 @@ def test_the_caller_can_end_a_row(decoder_of):
 def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     """What a CUDA graph holds: static shapes, a position for each row, more of the cache read than is filled; also for rows that take no part."""
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
+    if len(changes) % 2:   # some of them packed
+        quantize_(model)
     cache, ids = KVCache(model.config, 3, CONTEXT + 1), torch.randint(0, model.config.vocabulary_size, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for b, row in enumerate(cache.rows()):
@@ -93,34 +96,28 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
             assert torch.allclose(logits, expected, atol=1e-4)
 
 
-def test_experts_that_are_read_by_choice_are_the_experts(monkeypatch):
-    """The path of a GPU, which does not ask which experts were chosen, on this CPU; also packed."""
-    for changes in ({}, dict(expert_activation="gelu", expert_bias=True)):
-        for quantized in (False, True):
-            model = random_model(tiny_config(**changes), 2)
-            if quantized:
-                quantize_(model)
-            block, x = model.layers[0], torch.randn(5, model.config.d_model, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("changes", [{}, dict(expert_activation="gelu", expert_bias=True, head_bias=True)], ids=["swiglu", "gelu"])
+def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes):
+    """The experts by choice or all of them, and the packed head, as in a CUDA graph: on this CPU, which is told to be a GPU; as it is, and traced by the compiler."""
+    torch.compiler.reset()   # eight models are the most that one compiled function may see
+    model = random_model(tiny_config(**changes), 2)
+    if quantized:
+        quantize_(model)
+    block, x = model.layers[0], torch.randn(rows, model.config.d_model, generator=torch.Generator().manual_seed(1))
 
-            class Claims(torch.Tensor):
-                is_cuda = True
+    class Claims(torch.Tensor):
+        is_cuda = True
 
-            with torch.inference_mode():
-                assert torch.allclose(inference._experts(block, x.as_subclass(Claims)).as_subclass(torch.Tensor), block.moe(x[:, None])[0][:, 0], atol=1e-5)
-                step = torch.compile(lambda x, block=block: sum_of_products(block, x), backend="eager", fullgraph=True)
-                assert torch.allclose(step(x), block.moe(x[:, None])[0][:, 0], atol=1e-5)
-
-
-def sum_of_products(block, x):
-    """As `_experts` computes when it is compiled."""
-    experts, (weights, chosen, _, _) = block.moe.experts, block.moe.router(x)
-    h = inference._chosen_linear(experts, "in", chosen, x[:, None].expand(-1, chosen.shape[1], -1))
-    if experts.is_swiglu:
-        gate, up = h.chunk(2, dim=-1)
-        h = torch.nn.functional.silu(gate) * up
-    else:
-        h = torch.nn.functional.gelu(h)
-    return (inference._chosen_linear(experts, "out", chosen, h) * weights[:, :, None]).sum(dim=1)
+    with torch.inference_mode():
+        expected = block.moe(x[:, None])[0][:, 0]
+        assert torch.allclose(inference._experts(block, x.as_subclass(Claims)).as_subclass(torch.Tensor), expected, atol=1e-5)
+    with torch.no_grad():
+        weights, chosen, _, _ = block.moe.router(x)
+        linear = torch.compile(inference._chosen_linear, backend="eager", fullgraph=True)
+        for which, given in (("in", x[:, None].expand(-1, chosen.shape[1], -1)), ("out", torch.randn(rows, chosen.shape[1], model.config.d_ff))):
+            assert torch.allclose(linear(block.moe.experts, which, chosen, given), inference._chosen_linear(block.moe.experts, which, chosen, given), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ what is reused
@@ -190,9 +187,9 @@ def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes
     last = model.layers[-1]
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(last, "forward", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        if decoder.native:
-            patch.setattr(decoder.native, "_code", None)
-            patch.setattr(decoder, "native", None)
+        if decoder.native:   # after C has written, before it is counted
+            patch.setattr(KVCache, "advance", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            decoder.step([text], torch.tensor([ids[20]]))
         decoder.read(text, ids[:29])
     assert torch.allclose(decoder.read(text, ids), model(torch.tensor([ids]), last_token_only=True).logits[0], atol=1e-4)
 
@@ -316,6 +313,33 @@ def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
     expected = decoder.model(torch.tensor([ids])).logits[0]
     assert torch.allclose(decoder.read(decoder.texts(1, 64)[0], ids, all_logits=True), expected, atol=1e-4)
     assert torch.allclose(decoder.read(decoder.texts(1, 64)[0], ids), expected[-1:], atol=1e-4)
+
+
+def test_a_bad_answer_does_not_spoil_the_next(decoder_of):
+    """A NaN behind the end of a text counts where more of the cache is read than is filled, though its weight is 0: every later answer failed too."""
+    model = random_model(tiny_config(context_length=CONTEXT)).eval()
+    with torch.no_grad():
+        model.embed.weight[7] = float("nan")
+    decoder = decoder_of(model)
+    texts = decoder.texts(2, CONTEXT)
+    with pytest.raises(ValueError, match="not finite"):
+        run(decoder, [[1, 2, 7, 3, 4, 5, 6, 1], [1]], 5, texts, temperature=0)
+    good = run(decoder, [[1, 2], [3]], 9, texts, temperature=0, banned_ids=[7])
+    assert good == [alone(model, p, 9, temperature=0, banned_ids=[7]) for p in ([1, 2], [3])]
+    whole = decode_step(model, decoder._whole, torch.tensor([1, 2]), torch.tensor([2, 5]), CONTEXT)
+    assert torch.isfinite(whole[:, :7]).all()
+
+
+def test_old_texts_are_gone_before_new_ones_are_made(decoder_of):
+    decoder = decoder_of(random_model(tiny_config(context_length=CONTEXT)))
+    decoder.texts(2, CONTEXT)
+    old = weakref.ref(decoder._whole)
+    real = inference.KVCache
+    try:
+        inference.KVCache = lambda *a: (_ for _ in ()).throw(MemoryError) if old() is not None else real(*a)
+        decoder.texts(4, CONTEXT)
+    finally:
+        inference.KVCache = real
 
 
 def test_a_full_cache_is_refused_before_anything_is_written(decoder_of):

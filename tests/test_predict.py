@@ -320,6 +320,17 @@ def test_a_longer_context_is_attended_over(endless, scaling):
     assert text != "".join(short.stream(prompt, config))
 
 
+def test_a_shorter_context_reads_the_table_right(tmp_path, monkeypatch):
+    """The C code took the context for the side of the position table, which stays what it was: wrong text, and no error."""
+    ckpt = save(tmp_path, biased_model(5, use_attention_bias=True, biases={END: -1e4}))
+    with torch.no_grad():
+        predictor, config = predictor_of(ckpt, context_length=12, temperature=0.0, max_new_tokens=30)
+        for block in predictor.model.layers:
+            block.attention.attention_bias.data.normal_(0, 3.0)
+    expected = greedy_ids(predictor.model, [END, *b"some"], 30, banned_ids=predictor.banned_ids)
+    assert "".join(predictor.stream("some", config)) == BYTE.decode(expected)
+
+
 def test_a_shorter_context_is_honoured(endless, tmp_path):
     for ckpt in (endless, save(tmp_path, biased_model(use_attention_bias=True, biases={END: -1e4}))):
         for context in (1, 2, 9):
@@ -738,6 +749,28 @@ def test_json_keeps_an_interrupted_answer(endless, monkeypatch, capsys):
                                                                                      "seconds_to_first_token": 0, "tokens_per_sec": None}
 
 
+def test_ctrl_c_keeps_the_answers_that_are_there(endless, tmp_path, monkeypatch, capsys):
+    """Of a batch, the complete ones were lost with the others."""
+    (tmp_path / "p.txt").write_text("a\nb\nc")
+
+    def interrupted(decoder, texts, prompts, max_new_tokens, finished, **settings):
+        finished.add(0)
+        yield [(0, ord("x")), (1, ord("y")), (2, ord("z"))]
+        assert capsys.readouterr().out == "ax\n"   # shown when it is complete
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict.main(["--ckpt", endless, "--prompt_file", str(tmp_path / "p.txt")])
+    assert capsys.readouterr().out == "\nby\n\ncz\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(endless, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"text": "b"}')
+    assert predict.read_prompts(str(tmp_path / "p.txt")) == predict.read_prompts(str(tmp_path / "p.jsonl")) == ["a", "b"]
+
+
 @pytest.mark.parametrize(("content", "message"), [(b"", "holds no prompt: write one a line"), (b"\n \n", "holds no prompt"), (None, "cannot be read as UTF-8 text: "), (b"\xff", "cannot be read as UTF-8 text"),
                                                   (b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2: not a JSON object"), (b"[]\n", "line 1: not"), (b"{\n", "line 1: not"), (b'{"a": 1}', "line 1: not"),
                                                   (b"[" * 100_000, "line 1: not")])
@@ -847,6 +880,19 @@ def test_going_on_after_the_end_takes_the_end_away(endless, repl, drawn):
     assert [call[0] for call in drawn.calls] == [[[END, *b"ab"]], [[END, *b"abxc"]]]
 
 
+def test_going_on_after_a_stop_goes_on_from_what_is_shown(endless, repl, drawn):
+    """The stop text was hidden from the reader and not from the model, which went on from "ab!x"."""
+    drawn.ids = list(b"xy!z")
+    repl(endless, ":n 9\n:stop !\nab\n+c\n")
+    assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == ["ab", "abxyc"]
+
+
+def test_replies_do_not_stand_between_json_lines(endless, repl, drawn):
+    drawn.ids = list(b"x")
+    out, err = repl(endless, ":t 0\na\n:what\n:stats\n:undo\n", "--json")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["x"] and "temperature = 0.0" in err and "unknown command :what" in err
+
+
 def test_an_answer_that_failed_can_be_asked_again(endless, repl, monkeypatch):
     def fails(*a, **k):
         raise RuntimeError("no memory")
@@ -870,7 +916,7 @@ def test_stats_and_experts_answer(endless, repl):
     out, err = repl(endless, ":stats\n:experts\nab\n:stats\n:experts\n:stats 3\n:undo x\n")
     lines = out.splitlines()
     assert lines[0] == "0 tokens drawn for 0 read" and "weights " in lines[1] and lines[2] == "there is no text yet" and err == ""
-    assert lines[4].startswith("3 tokens drawn for 3 read, ") and f"context 6 of {CONTEXT} tokens" in lines[5] and lines[-2:] == [":stats takes no value", ":undo takes no value"]
+    assert lines[4].startswith("3 tokens drawn for 3 read, ") and lines[5].startswith("6 tokens of text, of which the model sees 6; weights ") and lines[-2:] == [":stats takes no value", ":undo takes no value"]
     assert out.count("block") >= 1
 
 
@@ -894,7 +940,7 @@ class Terminal:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-        environment = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "INPUTRC": os.devnull} | variables
+        environment = os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1", "INPUTRC": os.devnull, "XDG_STATE_HOME": os.devnull} | variables
         self.process = subprocess.Popen([sys.executable, "predict.py", *argv], cwd=REPO, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, preexec_fn=take_terminal, env=environment)
         os.close(theirs)
         self.seen = b""

@@ -199,6 +199,119 @@ def test_a_run_that_never_recovers_ends():
     assert error.value.exit_code == 3
 
 
+def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[int]:
+    """Make the loss of some training calls (of micro-batches; the two of the dry run are not counted) something else; returns the calls that were."""
+    real, calls, poisoned_calls = train.next_token_loss, [0], []
+
+    def loss_fn(model, batch):
+        out = real(model, batch)
+        if model.training and sys._getframe(1).f_code.co_name == "fit":
+            calls[0] += 1
+            if calls[0] - 1 in bad:
+                poisoned_calls.append(calls[0] - 1)
+                return out._replace(cross_entropy_sum=how(out.cross_entropy_sum))
+        return out
+
+    monkeypatch.setattr(train, "next_token_loss", loss_fn)
+    return poisoned_calls
+
+
+def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(run, data, tmp_path, monkeypatch, capsys):
+    """It used to end at once, and --resume met the same data again. Now it is as if the steps since the checkpoint had not been, but for the data, which is not met again."""
+    poison(monkeypatch, range(20, 80))       # steps 11 to 40 of 2 micro-batches
+    assert run("--max_steps", "60", "--save_interval", "5") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\d\d steps in a row were skipped \(step \d\d\), for their gradients were not finite: back to step 10, and on behind the data met since \(rollback 1 of at most 2\)", out)
+    final = run.final()
+    assert final.step == 60 and final.run["rollbacks"] == 1 and final.run["skipped_in_a_row"] == 0
+    assert final.run["samples_seen"] - 60 * 4 in range(25 * 4, 33 * 4, 4) and final.run["tokens_seen"] == 60 * 4 * 16
+    steps = [r["step"] for r in run.records() if r["kind"] == "train"]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+    assert all(torch.isfinite(t).all() for t in final.model.values())
+    for path in run.ckpt_dir.glob("*.pt"):      # a later resume knows of it
+        if path.name not in ("step_0000050.pt", "step_0000055.pt"):
+            path.unlink()
+    assert run("--resume", fresh=False) == 0
+    assert_same(run.final(), final)
+
+
+@pytest.mark.parametrize(("allowed", "said"), [(0, 0), (1, 1), (2, 2)])
+def test_going_back_has_a_limit_and_an_exit_code(run, monkeypatch, capsys, allowed, said):
+    poison(monkeypatch, range(20, 10_000))
+    with pytest.raises(train.TrainingDiverged, match="steps in a row were skipped .* lower --lr") as error:
+        run("--max_steps", "500", "--save_interval", "5", "--max_rollbacks", allowed)
+    assert error.value.exit_code == 3 and capsys.readouterr().out.count("back to step 10") == said
+    assert all(torch.isfinite(t).all() for t in run.final().model.values())
+
+
+def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypatch, capsys):
+    """The newest good checkpoint is the one before it; without any of this run's there is nothing to go back to."""
+    poison(monkeypatch, range(40, 100))
+    real = train._rolled_back
+
+    def damaged(*arguments):
+        path = run.ckpt_dir / "step_0000020.pt"
+        if path.exists():
+            path.write_bytes(path.read_bytes()[:-100])
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "_rolled_back", damaged)
+    assert run("--max_steps", "80", "--save_interval", "10", "--keep_last", "0") == 0
+    assert "back to step 10," in capsys.readouterr().out
+    plan = train.make_plan(_settings(*MODEL, *SPEED, *run.folders[:2], "--ckpt_dir", run.folders[3] + "2", *run.folders[4:]))
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, ckpt_dir=run.folders[3]))
+    with pytest.raises(train.TrainingDiverged, match="stop"):
+        real(plan, train.RunState(run_id="another"), train.TrainingDiverged("stop"))
+
+
+@pytest.mark.parametrize("step", [60, 90])
+def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
+    """The step that met it changes nothing, and only it: the run goes on as one that never took that step."""
+    flags = ["--max_steps", "100", "--log_interval", "1", "--spike_sigmas", "6"]
+    clean = Run(data, tmp_path / "clean")
+    assert clean(*flags) == 0 and clean.final().run["skipped_steps"] == 0
+    poison(monkeypatch, range(2 * step, 2 * step + 1), lambda loss: 10 * loss)
+    assert run(*flags) == 0
+    records = [r for r in run.records() if r["kind"] == "train"]
+    skipped = [r["step"] for before, r in zip(records, records[1:], strict=False) if r["skipped_steps"] > before["skipped_steps"]]
+    assert skipped == [step + 1] and run.final().run["skipped_steps"] == 1
+
+
+def test_spikes_are_told_from_noise():
+    """0 false alarms in 10,000 steps of a loss that falls, plateaus and is noisy; each of 20 spikes is seen at its own step, and leaves no trace."""
+    r = np.random.default_rng(0)
+    t = np.arange(10_000)
+    losses = 2 + 6 * np.exp(-t / 800) + (0.05 + 0.2 * np.exp(-t / 500)) * r.standard_normal(10_000)
+    recent, alarms = train.RecentLoss(train.RunState(), 6.0, torch.device("cpu")), 0
+    spikes = set(r.choice(np.arange(100, 10_000), 20, replace=False).tolist())
+    for step, loss in enumerate(losses.tolist()):
+        if step in spikes:
+            before = recent.numbers.clone()
+            high = torch.tensor(loss + 1.5)
+            assert recent.is_spike(high), step
+            recent.add(high, torch.tensor(True))
+            assert torch.equal(recent.numbers, before)
+        alarms += bool(recent.is_spike(torch.tensor(loss)))
+        recent.add(torch.tensor(loss), torch.tensor(False))
+    assert alarms == 0
+    assert recent.numbers[1].item() == pytest.approx(losses[-50:].mean(), abs=0.02)
+    assert train.RecentLoss(train.RunState(), 0.0, torch.device("cpu")).is_spike(torch.tensor(1e9)) is None
+
+
+def test_recent_losses_survive_a_resume(run, data, tmp_path):
+    flags = ["--max_steps", "70", "--spike_sigmas", "5"]
+    assert run(*flags, "--save_interval", "60") == 0
+    whole = run.final()
+    assert whole.run["recent_loss"][0] == 70
+    for path in run.ckpt_dir.glob("*.pt"):
+        if path.name != "step_0000060.pt":
+            path.unlink()
+    assert run("--resume", fresh=False) == 0
+    assert_same(run.final(), whole)
+    with pytest.raises(ValueError, match="spike_sigmas skips steps that float16's loss scaler would take"):
+        Run(data, tmp_path / "half")("--spike_sigmas", "5", "--dtype", "float16")
+
+
 def test_validation_is_the_loss_and_draws_nothing(data):
     """Asked twice it is the same to the last bit, in whatever order; it is the mean over targets, recomputed here in float64."""
     _, val = open_data(data)

@@ -23,7 +23,7 @@ DECODING = {  # stored result: the model
     "decode_cpu_56m": "55 M, 8,192 words",
     "decode_cpu_330m": "328 M, 50,304 words",
 }
-DECODERS = {"ours": "gptoss", "ours_int8": "gptoss `--quantize int8`", "ours_torch": "gptoss without native code", "ours_compiled": "gptoss `--compile`", "plain": "gptoss, plain `model.generate`",
+DECODERS = {"ours": "gptoss (native)", "ours_int8": "gptoss `--quantize int8`", "ours_torch": "gptoss without native code", "ours_compiled": "gptoss `--compile`", "plain": "gptoss, plain `model.generate`",
             "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm", "hf_batched": "Hugging Face, batched_mm", "hf_compiled": "Hugging Face, static cache, compiled"}
 DECODING_CONTEXT, BATCHES, PROMPTS = 128, (8, 32), (64, 256, 1024)
 NAMES = {"ours": "gptoss (eager)", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",

@@ -318,7 +318,7 @@ def test_the_table_of_generation(monkeypatch):
     assert rows[:4] == [
         "| 55 M, 8,192 words | gptoss (native) | 1,500 | 6.12 | 86 % | 4,000 |  | 6,400 (2.50 x) |  | 9,000 |",
         "|  | Hugging Face, eager experts (machine was busy) | 240 | 1.00 | 14 % |  |  | 2,560 (1.00 x) |  |  |",
-        "| 328 M, 50,304 words | gptoss | 375 | 6.12 | 86 % | 1,000 |  | 6,400 (2.50 x) |  | 9,000 |",
+        "| 328 M, 50,304 words | gptoss (native) | 375 | 6.12 | 86 % | 1,000 |  | 6,400 (2.50 x) |  | 9,000 |",
         "|  | Hugging Face, eager experts (machine was busy) | 60 | 1.00 | 14 % |  |  | 2,560 (1.00 x) |  |  |"]
     assert rows[4] == "" and "Some CPU, cpu (2 threads), torch 2.13.0, transformers 5.23.0." in rows[5] and "`decode_cpu_56m.json`, `decode_cpu_330m.json`" in rows[5] and len(rows) == 6
     assert tables.DECODERS.keys() == decode.VARIANTS.keys()

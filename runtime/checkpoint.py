@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from config_model import ModelConfig, TrainConfig, total_parameters
 from model import LLM
-from runtime.files import TEMPORARY_SUFFIX, link_atomic, write_atomic
+from runtime.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
 from runtime.optimizer import check_tensors, load_state_by_name, state_by_name
 
 FORMAT, VERSION = "gptoss-checkpoint", 1
@@ -107,7 +107,7 @@ def save_checkpoint(ckpt_dir: str | Path, step: int, model: LLM, optimizer: Opti
         groups = {"model": model.state_dict(), "optimizer": state_by_name(model, optimizer) if optimizer else {}}
         if wrong := [name for name, tensor in groups["model"].items() if tensor.dtype != torch.float32]:
             raise ValueError(f"checkpoints hold float32 weights, and {wrong[0]} is {groups['model'][wrong[0]].dtype}")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _remove_leftovers(folder)
         check_disk_space(folder, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values()))
         digests = _digests(groups["model"], "model") | _digests(groups["optimizer"], "optimizer")
@@ -192,7 +192,7 @@ def _prune(folder: Path, step: int, keep_last: int) -> None:
     files = sorted(step_files(folder), key=lambda file: (file[0] <= step, file[0]))
     for _, path in files[:-keep_last] if keep_last else []:
         if path.resolve() not in names:
-            with contextlib.suppress(PermissionError):    # Windows: another process has it open; the next save tries again
+            with contextlib.suppress(OSError):    # Windows: another process has it open. What was to be saved is; the next save tries again
                 path.unlink()
 
 

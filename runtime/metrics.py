@@ -1,6 +1,7 @@
 """The run's measurements: one strict JSON object per line, on disk the moment they are made, never twice after a resume.
 
-`metrics.jsonl` is the truth and is only appended to; `metrics.json` is rewritten from it, atomically, at each checkpoint.
+`metrics.jsonl` is the truth and is only appended to; `metrics.json` is rewritten from it, atomically, at each checkpoint, and
+is the second copy by which a resumed run notices what became of the first on the disk: a flipped bit in a digit is still JSON.
 A metrics file can cost a run its curves, but never its training: whatever is wrong with one that is found, it is moved
 aside under a name that is not in use, what can be read of it is kept, and a message says so.
 
@@ -17,7 +18,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.files import write_atomic
+from runtime.files import make_folder, write_atomic
 
 KINDS = ("train", "val")
 HEALTHY_LOAD = (0.25, 4.0)  # of its fair share: an expert below learns little, one above is a bottleneck
@@ -114,6 +115,7 @@ class MetricsLog:
     `resume_step` None: a fresh run. Another run's metrics in the folder are moved aside, never appended to.
     `resume_step` N: goes on with what is there up to and including step N; later records, which will be made again, and a
     torn last line are dropped. Metrics of another run (`run_info["run_id"]` differs) or with damaged lines are moved aside.
+    Damaged is also a line that says other than metrics.json: it is left out, for no one knows which is right.
     `run_info` (JSON-able) becomes metrics.json's "run"; its "run_id", if any, is written into each record.
     `sinks` get every record too (see `make_sinks`). What a user should hear is in `messages`; `take_messages` empties it.
     Raises ValueError if `folder` cannot be a folder.
@@ -129,13 +131,14 @@ class MetricsLog:
         self._file = None
         self._last = dict.fromkeys(KINDS, -1)  # last step per kind
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(f"{folder} is to hold the metrics but it, or a part of it, is a file: give another folder") from None
         if resume_step is None:
             self._start_fresh()
         else:
-            self._adopt(resume_step)
+            self._adopt(resume_step, compare=True)
+            self.write_json()  # what it had of steps that come again must not be compared with them later
 
     # ---- opening
     def _start_fresh(self) -> None:
@@ -146,20 +149,26 @@ class MetricsLog:
         self._open()
         self.write_json()
 
-    def _adopt(self, last_step: float) -> None:
-        """Open the metrics that are there, without records after `last_step` and without what cannot be read."""
+    def _adopt(self, last_step: float, compare: bool = False) -> None:
+        """Open the metrics that are there, without records after `last_step` and without what cannot be read or, with `compare`,
+        differs from metrics.json; what only that still has is put back."""
         self._bring_back()
-        kept, problems, dropped, repeated, torn, foreign = [], [], 0, 0, False, None
+        kept, problems, dropped, repeated, torn, foreign = {}, [], 0, 0, False, None
+        copy = self._second_copy() if compare else {}
+        copied = {kind: max((step for k, step in copy if k == kind), default=-1) for kind in KINDS}
         self._last = dict.fromkeys(KINDS, -1)
         if not self.path.exists():
             self.messages.append(f"{self.path} is not there: it begins anew, with what comes now")
             return self._open()
         try:
             for number, line, record, problem, last in _scan(self.path):
+                key = (record["kind"], record["step"]) if record else None
                 if problem and last:
                     torn = True
                 elif problem:
                     problems.append(f"line {number}: {problem}")
+                elif record["step"] <= last_step and (copy.pop(key) != record if key in copy else record["step"] <= copied[record["kind"]] and key not in kept):
+                    problems.append(f"line {number}: not what {self.json_path.name} has of step {record['step']}")
                 elif record.get("run_id") != self.run_id and self.run_id is not None and "run_id" in record:
                     foreign = record["run_id"]
                 elif record["step"] > last_step:
@@ -167,7 +176,7 @@ class MetricsLog:
                 elif record["step"] <= self._last[record["kind"]]:
                     repeated += 1
                 else:
-                    kept.append(line)
+                    kept[key] = line
                     self._last[record["kind"]] = record["step"]
         except OSError as error:  # no permission, a folder, a failing disk
             problems.append(error.strerror or type(error).__name__)
@@ -185,9 +194,23 @@ class MetricsLog:
             self.messages.append(f"{_counted(dropped)} after step {last_step} dropped from {self.path}; the resumed run makes them again")
         if repeated:
             self.messages.append(f"{_counted(repeated)} of {self.path} dropped: the step was there already")
+        if lost := {key: record for key, record in copy.items() if record["step"] <= last_step and key not in kept}:
+            kept |= {key: _dump(record) for key, record in lost.items()}
+            kept = dict(sorted(kept.items(), key=lambda item: (item[0][1], KINDS.index(item[0][0]))))
+            self._last = {kind: max((step for k, step in kept if k == kind), default=-1) for kind in KINDS}
+            self.messages.append(f"{_counted(len(lost))} that {self.path} no longer has put back from {self.json_path.name}")
         # Always rewritten: it costs little, and heals a missing line end, too.
-        write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept))
+        write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept.values()))
         self._open()
+
+    def _second_copy(self) -> dict[tuple[str, int], dict]:
+        """This run's records in metrics.json, by (kind, step); none where it is not there or cannot be read."""
+        try:
+            whole = json.loads(self.json_path.read_bytes(), parse_constant=_not_json)
+            records = [record for kind in KINDS for record in whole[kind] if not _check(record) and record["kind"] == kind]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        return {(record["kind"], record["step"]): record for record in records if self.run_id in (None, record.get("run_id", self.run_id))}
 
     def _bring_back(self) -> None:
         """If another run's metrics have taken the place of this run's, exchange them."""
@@ -255,7 +278,7 @@ class MetricsLog:
     def _reopen(self) -> None:
         last = self._last
         self._file.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._adopt(math.inf)
         self._last = {kind: max(last[kind], self._last[kind]) for kind in KINDS}
 

@@ -1,0 +1,529 @@
+"""Faults put back into copies of the code, one at a time, each of which the tests must notice.
+
+    python -m tests.mutants                  all of them: about ten minutes on one core, into benchmarks/results/mutants.json
+    python -m tests.mutants --only T2 M6.2   those of some faults (of the reference implementation, as the tests' docstrings number them), or single ones
+
+A mutant is a few changed characters and the tests that should fail for it. Before, all of these tests must pass on the unchanged
+copy, or a mutant would prove nothing. Exit code 1 if one survives.
+"""
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import REPO, SHARED, save_results
+from runtime import cli
+
+HANG_SECONDS = 600          # a mutant takes about three
+CAUGHT = (1, 2)             # pytest's exit codes: tests failed; a module could not be collected, or a Ctrl-C came through
+
+# The faults of the reference implementation that were confirmed by running it: each must be mutated here, or be said not to apply. And those confirmed in part.
+CONFIRMED = [
+    "M1", "M2", "M2c", "M3", "M3b", "M4", "M4b", "M4c", "M4d", "M5", "M5b", "M5d", "M5f", "M6", "M7", "M8", "M9",
+    "T1", "T2", "T3", "T4", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T13", "T14", "T16", "T17", "T18", "T19", "T21", "T22",
+    "D1", "D3", "D5", "D6", "D7", "D8", "D9", "D10", "D13", "D15", "D16",
+    "P1", "P2", "P3", "P4", "P5", "P7", "P8", "P9", "P10", "P12", "P13", "P14", "P15", "P16",
+    "S1", "S2",
+]
+IN_PART = ["T5", "T15", "D2", "D4"]
+OWN = "own"                 # the fault of a mutant of code that the reference has nothing like
+
+NOT_APPLICABLE: dict[str, str] = {}   # fault -> why nothing here can have it
+
+
+@dataclass(frozen=True)
+class Mutant:
+    fault: str               # CONFIRMED, IN_PART or OWN
+    what: str                # what is put back, in a line
+    file: str
+    old: str                 # occurs once in the file
+    new: str
+    tests: tuple[str, ...]   # node ids for pytest; without [...] all cases of a test
+
+
+def mutant(fault: str, what: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(fault, what, file, old, new, tuple(f"tests/{test}" for test in tests))
+
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------------------- the model
+    mutant("M1", "no causal mask in a cached prefill", "model_parts.py", "            return mask, False", "            return mask if cache is None else None, False",
+           "test_model_parts.py::test_cached_logits_equal_uncached", "test_model_parts.py::test_no_gradient_flows_from_later_tokens"),
+    mutant("M1", "no causal mask where the learned table is added", "model_parts.py", "return torch.where(mask, bias_BHTS, -math.inf), False", "return bias_BHTS, False",
+           "test_model_parts.py::test_no_gradient_flows_from_later_tokens"),
+    mutant("M1", "no causal mask in the second chunk of a prefill", "model_parts.py", "            if T == 1:  #", "            if T == 1 or start:  #",
+           "test_model_parts.py::test_cached_logits_equal_uncached"),
+    mutant("M1", "the mask shows one token too many", "model_parts.py", "visible_TS = distance_TS >= 0", "visible_TS = distance_TS >= -1", "test_model_parts.py::test_mask_rule"),
+    mutant("M2", "the modern presets have the T x T table", "config_model.py", "use_attention_bias=False, rms_norm_eps=1e-6", "use_attention_bias=True, rms_norm_eps=1e-6",
+           "test_config_model.py::test_modern_keeps_the_default_sizes_and_exports_as_qwen3_moe"),
+    mutant("M2", "nobody says that 44 % of the parameters are the table", "test.py", "if table > 0.1 * total:", "if table > total:",
+           "test_test.py::test_the_default_is_the_published_model_and_its_table_is_named"),
+    mutant("M2c", "one token beyond the context is an error also without the table", "model.py", "if self.config.use_attention_bias and tokens > self.config.context_length:",
+           "if tokens > self.config.context_length:", "test_model_parts.py::test_longer_context_than_trained"),
+    mutant("M3", "the experts' weights stay float32 under autocast", "model_parts.py",
+           "        w_EOI, b_EO = w_EOI.to(x_RI.dtype), None if b_EO is None else b_EO.to(x_RI.dtype)\n", "",
+           "test_model_parts.py::test_router_is_float32_under_autocast"),
+    mutant("M3", "the router runs in autocast's dtype", "model_parts.py", "with torch.autocast(x_NC.device.type, enabled=False):", "with torch.autocast(x_NC.device.type, enabled=torch.is_autocast_enabled(x_NC.device.type)):",
+           "test_model_parts.py::test_router_is_float32_under_autocast"),
+    mutant("M3b", "the rotary tables are rounded to the model's dtype", "model.py", "dtype = torch.promote_types(x_BTC.dtype, torch.float32)", "dtype = x_BTC.dtype",
+           "test_mutants.py::test_positions_stay_exact_in_a_bfloat16_model"),
+    mutant("M3b", "what the cache holds is not brought to the queries' dtype", "model_parts.py", "results.append(everything.to(k_BGTD.dtype))", "results.append(everything)",
+           "test_model_parts.py::test_cache_keeps_the_dtype_asked_for"),
+    mutant("M4", "a cache of another batch size is used", "model_parts.py", "if self.batch_size != B:", "if False:", "test_model_parts.py::test_cache_is_the_callers_and_its_limits_are_told"),
+    mutant("M4b", "the cache is born in inference mode", "model_parts.py", "with torch.inference_mode(False):", "with torch.inference_mode(torch.is_inference_mode_enabled()):",
+           "test_model_parts.py::test_cache_made_in_inference_mode_works_outside_it"),
+    mutant("M4c", "generate leaves the model in eval mode", "model.py", "        model.train(was_training)", "        pass",
+           "test_model.py::test_generation_leaves_the_model_as_it_was_and_wastes_no_forward_pass"),
+    mutant("M4d", "a new text is answered with an earlier one's keys", "runtime/inference.py", "itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)", "pairs",
+           "test_inference.py::test_what_the_cache_holds_is_not_read_again"),
+    mutant("M4d", "a cache that is reset remembers", "model_parts.py", '"""Forget everything; the memory stays."""\n        self.length = 0', '"""Forget everything; the memory stays."""',
+           "test_model.py::test_a_full_context_slides_or_stops"),
+    mutant("M5", "the capacity forgets top_k", "model_parts.py", "math.ceil(capacity_factor * N * K / E - 1e-9)", "math.ceil(capacity_factor * N / E - 1e-9)",
+           "test_model_parts.py::test_capacity_keeps_everything_at_balance_and_drops_by_weight"),
+    mutant("M5b", "late rows of the batch are dropped first", "model_parts.py", "by_weight = weights_NK.detach().flatten().argsort(descending=True, stable=True)", "by_weight = torch.arange(N * K)",
+           "test_model_parts.py::test_capacity_keeps_everything_at_balance_and_drops_by_weight"),
+    mutant("M5d", "tokens are dropped unless one says otherwise, so rows of a batch influence each other", "config_model.py", "capacity_factor: float = option(0.0,", "capacity_factor: float = option(1.25,",
+           "test_model_parts.py::test_rows_of_a_batch_do_not_meet"),
+    mutant("M5f", "tokens are dropped at inference too", "model_parts.py", "if self.capacity_factor and self.training:", "if self.capacity_factor:",
+           "test_model_parts.py::test_capacity_does_not_apply_at_inference"),
+    mutant("M6", "the balance loss counts a token once per chosen expert", "model_parts.py", "share_E = counts_E.to(probabilities_NE.dtype) / counts_E.sum()",
+           "share_E = counts_E.to(probabilities_NE.dtype) / len(probabilities_NE)", "test_model_parts.py::test_balance_loss_is_one_at_balance_and_top_k_does_not_matter"),
+    mutant("M6", "the balance loss is in the validation loss", "train.py", "sums.append(torch.stack((out.cross_entropy_sum, out.num_targets", "sums.append(torch.stack((out.cross_entropy_sum + out.aux_loss * out.num_targets, out.num_targets",
+           "test_train.py::test_validation_is_the_loss_and_draws_nothing"),
+    mutant("M6", "the balance loss is in the reported training loss", "train.py", "losses = losses + torch.stack((out.cross_entropy_sum,", "losses = losses + torch.stack((out.cross_entropy_sum + valid_targets * out.aux_loss,",
+           "test_mutants.py::test_the_logged_loss_is_the_cross_entropy_alone"),
+    mutant("M7", "a block branches on what the router did, which breaks the graph", "model_parts.py", "probabilities_NE.shape[1], experts_NK.numel()", "probabilities_NE.shape[1], experts_NK.numel() if (experts_NK >= 0).all() else 0",
+           "test_model.py::test_compiled_in_one_graph_whatever_the_experts_loads_are"),
+    mutant("M8", "top_k above the number of experts is accepted", "config_model.py", "if self.top_k > self.num_experts:", "if False:", "test_config_model.py::test_bad_model_numbers_are_refused"),
+    mutant("M8", "top_k 0 is accepted", "config_model.py", 'option(2, "experts that each token is sent to", minimum=1', 'option(2, "experts that each token is sent to", minimum=0',
+           "test_config_model.py::test_bad_model_numbers_are_refused"),
+    mutant("M8", "a negative capacity factor is accepted", "config_model.py", 'lowest gates dropped first; 0 = dropless", minimum=0.0', 'lowest gates dropped first; 0 = dropless", minimum=-9.0',
+           "test_config_model.py::test_bad_model_numbers_are_refused"),
+    mutant("M8", "text passes for a number", "config_model.py", "if type(value) is not kind:", "if False:", "test_config_model.py::test_bad_model_numbers_are_refused"),
+    mutant("M9", "ids out of range reach the embedding", "model.py", "(ids_BT.min() < 0 or ids_BT.max() >= self.config.vocabulary_size):", "False:", "test_model.py::test_bad_ids_are_told"),
+    mutant("M9", "the id behind the last passes", "model.py", "ids_BT.max() >= self.config.vocabulary_size", "ids_BT.max() > self.config.vocabulary_size", "test_model.py::test_bad_ids_are_told"),
+    mutant("M9", "an empty input passes", "model.py", "if B == 0 or T == 0:", "if B == 0:", "test_model.py::test_bad_ids_are_told"),
+    # ------------------------------------------------------------------------------------------- training, resume, checkpoints
+    mutant("T1", "compiled blocks have a prefix in the checkpoint", "model.py", "        for block in self.layers:\n            block.compile(fullgraph=True, dynamic=False)",
+           "        for i, block in enumerate(self.layers):\n            self.layers[i] = torch.compile(block, fullgraph=True, dynamic=False)", "test_mutants.py::test_compiling_in_place_renames_nothing"),
+    mutant("T2", "a resume starts the data at 0", "train.py", "range(state.samples_seen, state.samples_seen + len(steps) * samples_per_step, samples_per_step)",
+           "range(0, len(steps) * samples_per_step, samples_per_step)", "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T2", "dropout's random numbers are wherever the process is", "train.py", "torch.manual_seed((config.seed * 1_000_003 + step) % 2 ** 63)", "pass",
+           "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T2", "the optimizer begins anew", "runtime/checkpoint.py", "        load_state_by_name(model, optimizer, checkpoint.optimizer)\n", "",
+           "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T2", "the loss scaler begins anew", "train.py", "    if state.scaler:\n", "    if False:\n", "test_train.py::test_float16_keeps_its_scaler_over_a_resume"),
+    mutant("T2", "the run's settings are not taken up", "train.py", "TrainConfig(**source.train_config | free | folder", "TrainConfig(**free | folder | {'max_steps': 11, 'warmup_steps': 3}",
+           "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T3", "a file is written in place", "runtime/files.py", "temporary = path.with_name(path.name + TEMPORARY_SUFFIX)", "temporary = path",
+           "test_files.py::test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other", "test_files.py::test_the_old_file_is_whole_under_its_name_until_the_new_one_is"),
+    mutant("T3", "a file is renamed before it is on the disk", "runtime/files.py", "            os.fsync(file.fileno())\n", "", "test_files.py::test_content_is_flushed_before_the_rename_and_the_folder_after_it"),
+    mutant("T3", "the rename is not flushed", "runtime/files.py", "\n    fsync_folder(path.parent)\n", "\n", "test_files.py::test_content_is_flushed_before_the_rename_and_the_folder_after_it"),
+    mutant("T3", "the old latest.pt goes before the new one is there", "runtime/files.py", "        os.replace(temporary, link)\n", "        link.unlink(missing_ok=True)\n        os.replace(temporary, link)\n",
+           "test_files.py::test_a_link_that_cannot_be_renamed_leaves_the_old_one_and_nothing_over"),
+    mutant("T3", "only latest.pt is tried", "runtime/checkpoint.py", "for path in [*(path for _, path in reversed(step_files(folder))), folder / LATEST, folder / BEST]:", "for path in [folder / LATEST]:",
+           "test_checkpoint.py::test_find_latest_falls_back_and_says_what_it_skipped"),
+    mutant("T4", "the weights' digests are not compared", "runtime/checkpoint.py", '_digests(model, "model", digests)', '_digests(model, "model")', "test_checkpoint.py::test_one_flip_in_a_tensor_names_that_tensor",
+           "test_checkpoint.py::test_changes_that_keep_the_old_digests"),
+    mutant("T4", "the optimizer's digests are not compared", "runtime/checkpoint.py", '_digests(state or {}, "optimizer", digests)', '_digests(state or {}, "optimizer")',
+           "test_checkpoint.py::test_damage_to_the_optimizer_costs_a_resume_but_not_a_prediction"),
+    mutant("T4", "the header's digest is not compared", "runtime/checkpoint.py", 'if _plain(_dict(contents, "digests")).get("header") != _header_digest(header):', "if not _dict(contents, 'digests'):",
+           "test_checkpoint.py::test_changes_that_keep_the_old_digests"),
+    mutant("T5", "a checkpoint is unpickled", "runtime/checkpoint.py", "torch.load(path, weights_only=True,", "torch.load(path, weights_only=False,", "test_source.py::test_nothing_runs_what_a_file_says_and_no_error_is_swallowed",
+           "test_checkpoint.py::test_every_torch_load_in_the_repo_is_weights_only"),
+    mutant("T5", "the names in a pickle are not looked at", "runtime/checkpoint.py", ' or opcode.name == "GLOBAL" and argument not in PICKLE_GLOBALS:', ":", "test_checkpoint.py::test_hostile_pickles_do_nothing"),
+    mutant("T6", "NaN weights are saved and loaded", "runtime/checkpoint.py", "if bad := [name for name, (_, finite) in results.items() if not finite]:", "if bad := []:",
+           "test_checkpoint.py::test_weights_or_moments_that_are_not_finite_are_not_saved", "test_checkpoint.py::test_malformed_checkpoints"),
+    mutant("T6", "step -9 is loaded", "runtime/checkpoint.py", 'if not 0 <= header["step"] < 1 << 63:', "if False:", "test_checkpoint.py::test_malformed_checkpoints"),
+    mutant("T6", "types are not checked", "runtime/checkpoint.py", "if type(header[key]) not in kinds:", "if False:", "test_checkpoint.py::test_malformed_checkpoints"),
+    mutant("T7", "a resume takes other settings without a word", "train.py", "if name not in FREE_ON_RESUME and value != saved.get(name):", "if False:",
+           "test_train.py::test_resuming_with_other_settings_is_refused"),
+    mutant("T7", "a resume may change top_k", "train.py", 'FREE_ON_RESUME = {"data_dir",', 'FREE_ON_RESUME = {"top_k", "data_dir",', "test_train.py::test_resuming_with_other_settings_is_refused[flags5---top_k 1 differs]"),
+    mutant("T7", "tensors of other shapes are taken", "runtime/optimizer.py", "if given[name].shape != shape or given[name].dtype != dtype:", "if given[name].dtype != dtype:",
+           "test_checkpoint.py::test_malformed_checkpoints", "test_optimizer.py::test_state_that_does_not_fit_is_named_and_changes_nothing"),
+    mutant("T7", "a resume takes another text", "train.py", 'if source.data_fingerprint != train.manifest["pair"]:', "if False:", "test_train.py::test_resume_with_other_text_is_refused"),
+    mutant("T8", "a step with NaN is taken", "train.py", "optimizer.found_inf = bad.float()", "optimizer.found_inf = torch.zeros_like(norm)", "test_train.py::test_a_step_that_is_not_finite_changes_nothing"),
+    mutant("T8", "only the loss is looked at, not the gradient", "train.py", "bad = ~torch.isfinite(norm + cross_entropy)", "bad = ~torch.isfinite(cross_entropy)",
+           "test_train.py::test_a_step_that_is_not_finite_changes_nothing"),
+    mutant("T8", "the balance of experts moves in a step that is skipped", "train.py", "model.balance_experts(torch.where(bad, 1.0, router[:, :-2]))", "model.balance_experts(router[:, :-2])",
+           "test_mutants.py::test_a_skipped_step_moves_no_selection_bias"),
+    mutant("T8", "metrics hold NaN, which is not JSON", "runtime/metrics.py", "            if not math.isfinite(value):\n", "            if False:\n", "test_metrics.py::test_non_finite_numbers_become_null_and_are_marked"),
+    mutant("T8", "a run that never recovers goes on to the end, with exit code 0", "train.py", "if state.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW and (", "if False and (",
+           "test_train.py::test_a_run_that_never_recovers_ends"),
+    mutant("T9", "SIGTERM ends a run at once, unsaved", "train.py", '("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")', '("SIGINT", "SIGUSR1", "SIGHUP")',
+           "test_mutants.py::test_every_polite_signal_is_a_wish_to_stop"),
+    mutant("T9", "a run that is asked to stop saves nothing", "train.py", "or last or stopping:", "or last:", "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T9", "the exit code does not say that it was stopped", "train.py", "return 128 + stop.signal", "return 0", "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T10", "fewer steps than taken rewrite history", "train.py", "if config.max_steps < source.step:", "if False:", "test_train.py::test_fewer_steps_than_taken_are_refused_and_as_many_are_done"),
+    mutant("T11", "--d_ff, --dropout and --aux_loss_coef are ignored", "runtime/cli.py", "for k, v in self.values.items() if k in names}", "for k, v in self.values.items() if k in names and k not in ('d_ff', 'dropout', 'aux_loss_coef')}",
+           "test_cli.py::test_every_field_is_a_flag_that_reaches_the_config"),
+    mutant("T11", "a settings file beats the flags", "runtime/cli.py", "Settings(values | file | flags,", "Settings(values | flags | file,", "test_cli.py::test_a_flag_beats_the_file_beats_the_preset_beats_the_default"),
+    mutant("T11", "--dropout does not reach the experts", "model_parts.py", 'config.expert_activation == "swiglu", config.dropout', 'config.expert_activation == "swiglu", 0.0',
+           "test_model_parts.py::test_expert_dropout_is_on_in_training_only"),
+    mutant("T11", "--weight_decay does not reach the optimizer", "runtime/optimizer.py", "return AdamW(parameter_groups(model, config.weight_decay),", "return AdamW(parameter_groups(model, 0.1),",
+           "test_optimizer.py::test_config_reaches_adamw_and_cpu_is_fused"),
+    mutant("T11", "--grad_clip is ignored", "train.py", "parameters, losses[0], config.grad_clip,", "parameters, losses[0], 1.0,", "test_train.py::test_clipping_is_by_the_norm_of_the_whole_gradient"),
+    mutant("T12", "half precision on a CPU is float32", "runtime/device.py", "    if dtype in (torch.bfloat16, torch.float16):\n        return torch.autocast", '    if dtype in (torch.bfloat16, torch.float16) and device.type == "cuda":\n        return torch.autocast',
+           "test_device.py::test_autocast_changes_what_a_product_is_computed_in"),
+    mutant("T13", "the sums of a log window are lost in a resume", "train.py", "torch.tensor(state.window[name], dtype=torch.float64) if name in state.window else zero for", "zero for",
+           "test_train.py::test_sums_of_a_log_window_survive_a_resume_to_the_last_bit", "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T13", "a window's sums go on into the next", "train.py", "            tensor.zero_()\n", "            pass\n", "test_train.py::test_a_window_s_numbers_are_means_over_its_steps"),
+    mutant("T14", "tokens are counted from the resume on", "train.py", "return RunState(**source.run)", "return RunState(**source.run | {'tokens_seen': 0})",
+           "test_train.py::test_resuming_after_every_step_equals_the_straight_run[5]"),
+    mutant("T15", "a fresh run appends to another run's metrics", "runtime/metrics.py", "is another run's: moved to {self._move_aside('metrics')}\"", "is another run's\"",
+           "test_metrics.py::test_a_fresh_run_never_appends_to_another_runs_metrics"),
+    mutant("T15", "a resumed run's metrics have steps twice", "runtime/metrics.py", 'elif record["step"] > last_step:', "elif False:", "test_metrics.py::test_resume_drops_what_will_be_made_again"),
+    mutant("T16", "a torn last line of the metrics stops a resume", "runtime/metrics.py", "                    torn = True\n", "                    raise ValueError(problem)\n",
+           "test_metrics.py::test_resume_drops_a_torn_last_line_and_says_so"),
+    mutant("T17", "each validation draws its windows at random", "runtime/data.py", "self.windows = [i * total // num_windows for i in range(num_windows)]", "self.windows = np.random.default_rng().integers(total, size=num_windows).tolist()",
+           "test_data.py::test_validation_windows_are_fixed_whole_batches_spread_over_the_set"),
+    mutant("T17", "validation runs with dropout", "train.py", "    model.eval()\n    sums = []", "    sums = []", "test_train.py::test_validation_is_the_loss_and_draws_nothing"),
+    mutant("T18", "the speed includes validation and saving", "train.py", "            started = time.perf_counter()\n            micro_batches,",
+           "            started = vars(totals).setdefault('began', time.perf_counter()) + state.train_seconds\n            micro_batches,", "test_mutants.py::test_speed_excludes_validation_and_saving"),
+    mutant("T19", "grad_accum 0 is accepted", "config_model.py", '"micro-batches per optimizer step", minimum=1', '"micro-batches per optimizer step", minimum=0', "test_config_model.py::test_bad_training_numbers_are_refused"),
+    mutant("T19", "grad_clip -1, gradient ascent, is accepted", "config_model.py", '0 = no clipping", minimum=0.0', '0 = no clipping", minimum=-9.0', "test_config_model.py::test_bad_training_numbers_are_refused"),
+    mutant("T19", "val_steps 0 is accepted", "config_model.py", 'the same windows every time", minimum=1', 'the same windows every time", minimum=0', "test_config_model.py::test_bad_training_numbers_are_refused"),
+    mutant("T19", "log_interval 0 is accepted", "config_model.py", '"steps between log lines", minimum=1', '"steps between log lines", minimum=0', "test_config_model.py::test_bad_training_numbers_are_refused"),
+    mutant("T19", "infinite and NaN settings are accepted", "config_model.py", "if kind is float and not math.isfinite(value):", "if False:", "test_config_model.py::test_bad_training_numbers_are_refused",
+           "test_config_model.py::test_bad_model_numbers_are_refused"),
+    mutant("T21", "a console that lacks a character ends the program", "runtime/cli.py", 'stream.reconfigure(errors="replace")', "pass", "test_cli.py::test_any_console_can_show_any_text"),
+    mutant("T22", "auto never takes MPS", "runtime/device.py", '"cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"', '"cuda" if torch.cuda.is_available() else "cpu"',
+           "test_device.py::test_auto_takes_cuda_then_mps_then_the_cpu"),
+    mutant("T22", "every checkpoint is kept", "runtime/checkpoint.py", "files[:-keep_last] if keep_last else []", "[]", "test_checkpoint.py::test_keep_last_prunes_and_never_what_latest_or_best_name"),
+    mutant("T22", "the last validation is the best", "train.py", "(state.best_val_loss is None or val_loss < state.best_val_loss)", "True", "test_train.py::test_a_validation_that_is_not_finite_is_not_the_best"),
+    # --------------------------------------------------------------------------------------------------------------- the data
+    mutant("D1", "any JSON is a manifest", "runtime/data.py", 'if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:', "if not isinstance(manifest, dict):", "test_data.py::test_a_manifest_that_is_none_is_refused"),
+    mutant("D1", "99 shards of 5 tokens are accepted", "runtime/data.py", 'if m.get("num_shards") != len(shards) or m.get("total_tokens") != sum(shard["tokens"] for shard in shards):', "if False:",
+           "test_data.py::test_an_invented_manifest_is_refused"),
+    mutant("D1", "a manifest's digest is not compared", "runtime/data.py", 'if manifest.get("seal") != _seal(manifest):', "if False:", "test_data.py::test_no_flipped_bit_in_a_manifest_goes_unnoticed"),
+    mutant("D2", "a shard may be shorter than it should", "runtime/data.py", "if identity[0] != (expected :=", "if identity[0] > (expected :=", "test_data.py::test_missing_and_empty_shards_are_refused"),
+    mutant("D3", "numbers of another type or shape are tokens", "runtime/data.py", 'if file.read(HEADER_BYTES) != npy_header(self._shards[i]["tokens"]):', "if not file.read(HEADER_BYTES):",
+           "test_data.py::test_other_dtypes_and_shapes_are_refused"),
+    mutant("D4", "a shard may be longer than it should", "runtime/data.py", "if identity[0] != (expected :=", "if identity[0] < (expected :=", "test_data.py::test_truncated_shards_are_refused"),
+    mutant("D5", "the shards' digests are not compared", "runtime/data.py", 'if sha256_of_file(self._path(i)) != self._shards[i]["sha256"]:', "if False:", "test_data.py::test_no_flipped_bit_in_a_shard_goes_unnoticed"),
+    mutant("D5", "training does not ask for them", "runtime/data.py", "def open_data(data_dir: str | Path, verify: bool = True)", "def open_data(data_dir: str | Path, verify: bool = False)",
+           "test_mutants.py::test_training_reads_no_damaged_shard"),
+    mutant("D6", "the tokens behind the last whole window are lost", "runtime/data.py", "return math.ceil((shards.num_tokens - 1) / context_length)", "return (shards.num_tokens - 1) // context_length",
+           "test_data.py::test_an_epoch_uses_every_token_as_a_target"),
+    mutant("D6", "the very last token is never a target", "runtime/data.py", "last = shards.num_tokens - context_length - 1\n", "last = max(0, shards.num_tokens - context_length - 2)\n", "test_data.py::test_an_epoch_uses_every_token_as_a_target"),
+    mutant("D7", "shards are sorted by name", "runtime/data.py", 'self._shards: list[dict] = self.manifest["shards"]', 'self._shards: list[dict] = sorted(self.manifest["shards"], key=lambda shard: shard["file"])',
+           "test_data.py::test_ten_thousand_shards_keep_their_order_and_few_files_open"),
+    mutant("D8", "an id beyond the vocabulary is read", "runtime/data.py", "if (largest := int(ids.max())) >= self.vocabulary_size:", "if (largest := int(ids.max())) > self.vocabulary_size:", "test_data.py::test_ids_beyond_the_vocabulary_are_refused"),
+    mutant("D9", "every shard in the folder is read", "runtime/data.py", "        self.manifest = read_manifest(self.folder)\n",
+           "        self.manifest = read_manifest(self.folder)\n"
+           '        found = [{"file": p.name, "tokens": (p.stat().st_size - HEADER_BYTES) // 4, "sha256": sha256_of_file(p)} for p in sorted(self.folder.glob("shard_*.npy"))]\n'
+           '        self.manifest = self.manifest | {"shards": found, "total_tokens": sum(shard["tokens"] for shard in found)}\n', "test_data.py::test_files_that_the_manifest_does_not_list_are_not_read"),
+    mutant("D9", "a new set is put among the old one's files", "runtime/data.py",
+           "            for name in _files_of_set(old):  # the manifest last: it says what is ours, should this be interrupted too\n"
+           "                (old / name).unlink(missing_ok=True)\n            old.rmdir()\n        os.rename(ready / split, old)\n",
+           "            for new in list((ready / split).iterdir()):\n                os.replace(new, old / new.name)\n            (ready / split).rmdir()\n"
+           "        else:\n            os.rename(ready / split, old)\n", "test_prepare_data.py::test_rerun_leaves_nothing_of_the_earlier_set"),
+    mutant("D10", "half a token is a shard's size", "prepare_data.py", "if 1 <= number <= LARGEST_COUNT and number == number.to_integral_value():", "if 0 < number <= LARGEST_COUNT:",
+           "test_prepare_data.py::test_mistakes_are_refused_before_anything_happens[--shard_size 0.5]"),
+    mutant("D13", "validation stories stay in train", "prepare_data.py", 'None if digest in in_train else "val"', '"val"', "test_prepare_data.py::test_validation_files_lose_what_train_has"),
+    mutant("D13", "the split is drawn, so that copies of a story land on both sides", "prepare_data.py", 'return lambda digest: "val" if int.from_bytes(digest[:8], "big") < threshold else "train"',
+           'return lambda digest: "val" if __import__("random").random() < threshold / 2**64 else "train"', "test_prepare_data.py::test_equal_documents_go_to_one_side"),
+    mutant("D13", "white space makes another story", "prepare_data.py", "hashlib.blake2b(text.strip().encode(", "hashlib.blake2b(text.encode(", "test_prepare_data.py::test_equal_documents_go_to_one_side"),
+    mutant("D15", "train of one run and val of another are used together", "runtime/data.py", 'if train.manifest["pair"] != val.manifest["pair"]:', "if False:", "test_data.py::test_halves_of_two_runs_are_refused"),
+    mutant("D16", "the manifest does not say where the text is from", "prepare_data.py", '"source": plan.description, **counts[split],', '"source": {}, **counts[split],',
+           "test_prepare_data.py::test_manifest_says_where_it_all_comes_from"),
+    mutant("D16", "nor which numbers it holds", "runtime/data.py", '"total_tokens": self.total_tokens, "dtype": DTYPE.name,', '"total_tokens": self.total_tokens,', "test_prepare_data.py::test_manifest_says_where_it_all_comes_from"),
+    # -------------------------------------------------------------------------------------------------- inference and security
+    mutant("P1", "ids that stand for nothing are drawn", "model.py", "if banned_ids is not None and len(banned_ids):", "if False:", "test_model.py::test_undecodable_ids_are_never_drawn",
+           "test_model.py::test_greedy_banned_and_extreme_settings"),
+    mutant("P1", "the tokenizer's holes are not banned", "predict.py", "[i for i in self.tokenizer.undecodable_ids if i < vocabulary] + list(", "list(", "test_mutants.py::test_holes_of_a_vocabulary_are_banned"),
+    mutant("P1", "ids beyond the tokenizer are not banned", "predict.py", " + list(range(self.tokenizer.vocabulary_size, vocabulary))", "", "test_predict.py::test_ids_beyond_the_tokenizer_are_never_drawn"),
+    mutant("P2", "temperature -1 inverts the distribution", "model.py", "if not (math.isfinite(temperature) and temperature >= 0):", "if not math.isfinite(temperature):", "test_model.py::test_settings_without_a_meaning_are_refused"),
+    mutant("P2", "temperature 1e-300 is a division by 0", "model.py", "min(max(temperature, 1e-30), 1e30)", "min(temperature, 1e30)", "test_mutants.py::test_temperatures_beyond_float32_draw_as_they_should"),
+    mutant("P2", "temperature 1e300 overflows", "model.py", "min(max(temperature, 1e-30), 1e30)", "max(temperature, 1e-30)", "test_mutants.py::test_temperatures_beyond_float32_draw_as_they_should"),
+    mutant("P3", "top_k above the vocabulary is an error", "model.py", "    if 0 < top_k < V or top_p < 1:\n        logits_BV, ids_BV = logits_BV.topk(min(top_k or V, V), dim=-1)",
+           "    if top_k or top_p < 1:\n        logits_BV, ids_BV = logits_BV.topk(top_k or V, dim=-1)", "test_model.py::test_samples_follow_the_distribution"),
+    mutant("P3", "top_k -5 is off", "model.py", "    if top_k < 0:\n", "    if False:\n", "test_model.py::test_settings_without_a_meaning_are_refused"),
+    mutant("P4", "a prompt beyond the context loses its newest part's beginning", "runtime/inference.py", "ids = [list(prompt[-context:]) for prompt in prompts]", "ids = [list(prompt) for prompt in prompts]",
+           "test_predict.py::test_the_context_limit_is_a_policy_and_no_text_is_lost"),
+    mutant("P4", "the last place of the context is not used", "model.py", "if cache.length + next_BT.shape[1] > context:", "if cache.length + next_BT.shape[1] >= context:", "test_model.py::test_a_full_context_slides_or_stops"),
+    mutant("P5", "a GPU that is not here is PyTorch's traceback", "runtime/device.py", 'if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():', "if False:",
+           "test_device.py::test_devices_that_are_not_here_are_refused_in_a_line"),
+    mutant("P5", "bfloat16 is refused on a CPU", "runtime/device.py", "    if name not in DTYPES:\n", '    if name not in DTYPES or name == "bfloat16" and device.type == "cpu":\n', "test_device.py::test_a_dtype_is_honoured_or_refused"),
+    mutant("P7", "what zipfile, pickle and torch raise comes through", "runtime/checkpoint.py", "except Exception as error:  # zipfile", "except ZeroDivisionError as error:  # zipfile", "test_checkpoint.py::test_malformed_checkpoints",
+           "test_checkpoint.py::test_150_bit_flips_and_50_truncations"),
+    mutant("P7", "an empty file is not told from a damaged one", "runtime/checkpoint.py", r'if magic != b"PK\3\4":', "if False:", "test_checkpoint.py::test_files_that_are_no_checkpoint"),
+    mutant("P8", "what is missing is taken to be empty", "runtime/checkpoint.py", "if not isinstance(value := contents.get(key), dict):", "if not isinstance(value := contents.get(key, {}), dict):",
+           "test_checkpoint.py::test_malformed_checkpoints"),
+    mutant("P8", "a key of the header may be missing", "runtime/checkpoint.py", "        if key not in header:\n", "        if key not in header and header.setdefault(key, {}):\n", "test_checkpoint.py::test_malformed_checkpoints"),
+    mutant("P9", "another tokenizer overrules the checkpoint's", "predict.py", "if config.tokenizer and _named_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:", "if False:",
+           "test_predict.py::test_the_checkpoints_own_tokenizer_cannot_be_overruled"),
+    mutant("P9", "a larger vocabulary than the model's is used", "predict.py", "    if tokenizer.vocabulary_size > vocabulary:\n", "    if False:\n", "test_predict.py::test_a_checkpoint_without_tokenizer_needs_its_name"),
+    mutant("P10", ":quantum quits", "predict.py", 'if command == ":q" and not arguments:', 'if command.startswith(":q"):', "test_predict.py::test_every_command_answers_with_a_line_and_the_session_goes_on"),
+    mutant("P10", "a command without a value is a prompt", "predict.py", '        if line.startswith(":"):\n', '        if line.startswith(":") and (" " in line or line in (":q", ":help")):\n',
+           "test_predict.py::test_every_command_answers_with_a_line_and_the_session_goes_on"),
+    mutant("P10", "an answer that fails ends the session", "predict.py", "except (ValueError, RuntimeError) as error:  # out of memory", "except ZeroDivisionError as error:  # out of memory",
+           "test_predict.py::test_an_answer_that_fails_does_not_end_the_session"),
+    mutant("P12", "the seed is ignored", "predict.py", "generator.seed() if seed < 0 else generator.manual_seed(seed)", "generator.seed()", "test_predict.py::test_a_seed_repeats_an_answer_and_no_seed_does_not"),
+    mutant("P13", "Ctrl-C ends the session and not the answer", "predict.py", "            except KeyboardInterrupt:\n                continue\n            except (ValueError", "            except KeyboardInterrupt:\n                raise\n            except (ValueError",
+           "test_predict.py::test_ctrl_c_stops_the_answer_and_not_the_session"),
+    mutant("P14", "half-precision logits are drawn from in half precision", "model.py", "    logits_BV = logits_BV.float()\n    is_finite_B", "    is_finite_B", "test_mutants.py::test_half_precision_logits_are_drawn_from_in_float32"),
+    mutant("P15", "rows past their end go on drawing", "model.py", "drawn_B = torch.where(stopped_B, history_BT[:, -1], drawn_B)", "pass", "test_model.py::test_stop_ids_end_rows_and_then_the_call"),
+    mutant("P15", "a batch's rows go on behind end-of-text", "runtime/inference.py", "if token in stop_ids or num_drawn[row]", "if num_drawn[row]", "test_inference.py::test_ragged_prompts_give_what_each_gives_alone"),
+    mutant("P16", "each token costs two forward passes", "model.py", "            logits_BV = model(next_BT, cache=cache, last_token_only=True).logits[:, -1]",
+           "            model(next_BT)\n            logits_BV = model(next_BT, cache=cache, last_token_only=True).logits[:, -1]", "test_model.py::test_generation_leaves_the_model_as_it_was_and_wastes_no_forward_pass"),
+    mutant("P16", "a prefill makes all T x V logits", "model.py", "logits_BV = model(next_BT, cache=cache, last_token_only=True)", "logits_BV = model(next_BT, cache=cache)", "test_mutants.py::test_a_prompt_s_logits_are_those_of_its_last_token"),
+    mutant("S1", "a model writes control characters to the terminal", "predict.py", "text = visible(text) if terminal else text", "pass", "test_predict.py::test_control_characters_are_spelled_out_on_a_terminal_only"),
+    mutant("S1", "many answers do", "predict.py", '(visible(text) if sys.stdout.isatty() else text), flush=True)', "text, flush=True)", "test_mutants.py::test_many_answers_move_no_terminal_either"),
+    mutant("S1", "the second block of control characters passes", "runtime/text.py", 'unicodedata.category(c) == "Cc" and', 'c < " " and', "test_text.py::test_visible_spells_out_whatever_moves_a_terminal"),
+    mutant("S1", "an error line does", "runtime/cli.py", "visible(' '.join(str(error).split()))", "' '.join(str(error).split())", "test_cli.py::test_error_lines_do_not_write_to_the_terminal"),
+    mutant("S2", "a config may ask for more than its file holds", "runtime/checkpoint.py", "if 4 * total_parameters(config) > file_bytes:", "if False:", "test_checkpoint.py::test_config_bombs_are_refused_before_the_module_is_built"),
+    mutant("S2", "a zip bomb is unpacked", "runtime/checkpoint.py", "if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):", "if False:", "test_checkpoint.py::test_zip_bombs_are_refused_before_anything_is_unpacked"),
+    mutant("S2", "a tensor of stride 0 is as large as it says", "runtime/checkpoint.py", "not tensor.is_contiguous() or tensor.is_neg()", "tensor.is_neg()", "test_checkpoint.py::test_malformed_checkpoints"),
+    mutant("S2", "a header may be nested without end", "runtime/checkpoint.py", "if left < 0 or depth > DEPTH_LIMIT:", "if left < 0:", "test_checkpoint.py::test_lists_that_contain_one_another_end_quickly"),
+    # --------------------------------------------------------------------------------------------------- own: generation
+    mutant(OWN, "no place behind a full text for steps that it takes no part in", "runtime/inference.py", "KVCache(self.config, count, max_tokens + 1,", "KVCache(self.config, count, max_tokens,",
+           "test_inference.py::test_texts_that_take_no_part_in_a_step_keep_what_they_hold"),
+    mutant(OWN, "a NaN stays behind the end of the texts", "runtime/inference.py", "            tensor.zero_()\n", "            pass\n", "test_inference.py::test_a_bad_answer_does_not_spoil_the_next"),
+    mutant(OWN, "the last token of a text that is there is not asked again", "runtime/inference.py", "pairs = zip(ids[:-1], text.ids", "pairs = zip(ids, text.ids", "test_inference.py::test_what_the_cache_holds_is_not_read_again"),
+    mutant(OWN, "a long prompt's logits are its first piece's", "runtime/inference.py", "torch.cat(logits) if all_logits else logits[-1]", "torch.cat(logits) if all_logits else logits[0]",
+           "test_inference.py::test_long_prompts_of_a_packed_model_are_read_in_pieces"),
+    mutant(OWN, "a pass that broke off leaves its ring as it is", "runtime/inference.py", "            if any(cache.is_ring):\n", "            if False:\n", "test_inference.py::test_a_pass_that_breaks_off_leaves_a_cache_that_is_right"),
+    mutant(OWN, "a captured step's window is one token wider", "runtime/inference.py", "(distance_BS < (a.window or c.context_length + 1))", "(distance_BS <= (a.window or c.context_length + 1))",
+           "test_inference.py::test_a_decode_step_is_the_forward_pass_at_any_positions"),
+    mutant(OWN, "a captured step reads a ring off by one", "runtime/inference.py", "now_B1 - (now_B1 - place_S) % W if cache.is_ring[i]", "now_B1 - (now_B1 - place_S - 1) % W if cache.is_ring[i]",
+           "test_inference.py::test_a_decode_step_is_the_forward_pass_at_any_positions"),
+    mutant(OWN, "a guess that was wrong stays in the cache", "runtime/inference.py", "texts[row].cache.rewind(len(ids[row]) - 1)", "texts[row].cache.rewind(len(ids[row]))", "test_inference.py::test_look_up_gives_the_same_text_in_fewer_passes"),
+    mutant(OWN, "guesses are from the first occurrence", "runtime/inference.py", "start = int(found[-1]) + n", "start = int(found[0]) + n", "test_inference.py::test_guesses_come_from_the_text"),
+    mutant(OWN, "a full context goes on from its older half", "runtime/inference.py", "ids[row] = ids[row][-max(1, context // 2):]", "ids[row] = ids[row][:max(1, context // 2)]",
+           "test_inference.py::test_ragged_prompts_give_what_each_gives_alone"),
+    mutant(OWN, "end-of-text is penalised for repetition", "runtime/inference.py", "repetition_penalty, stops)\n", "repetition_penalty, banned)\n", "test_inference.py::test_ragged_prompts_give_what_each_gives_alone"),
+    mutant(OWN, "rows take over the generator of one that has ended", "runtime/inference.py", "[generators[row] for row in rows]", "generators[:len(rows)]", "test_inference.py::test_ragged_prompts_give_what_each_gives_alone"),
+    mutant(OWN, "the routers are listened to for ever", "runtime/inference.py", "            hook.remove()\n", "            pass\n", "test_inference.py::test_router_choices_are_the_routers"),
+    mutant(OWN, "all experts count alike where all are asked", "runtime/inference.py", ".scatter_(1, experts_BK, weights_BK)", ".scatter_(1, experts_BK, 1.0)", "test_inference.py::test_what_a_gpu_computes_without_asking_is_the_same"),
+    mutant(OWN, "the beginning of a stop text is shown", "runtime/text.py", "for n in range(1, len(stop)) if", "for n in range(1, len(stop) - 1) if", "test_text.py::test_text_is_cut_at_the_first_stop_however_it_comes"),
+    # ----------------------------------------------------------------------------------------------- own: the native decoder
+    mutant(OWN, "C: a row sees the token after it", "runtime/cpu_decode.c", "at < first || at > position ?", "at < first || at > position + 1 ?", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: the rows behind the first have its position", "runtime/cpu_decode.c", "int position = p->positions[i] + r,", "int position = p->positions[i],", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: the selection bias is in the gates", "runtime/cpu_decode.c", "kept += gate[k] = p_E[best] / total;", "kept += gate[k] = p_E[best] / total + (bias ? bias[best] : 0.0f);",
+           "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: a bias is scaled as the weights are", "runtime/cpu_decode.c", "float value = sums[j] * scale + bias;", "float value = (sums[j] + bias) * scale;", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: NaN scores count for nothing", "runtime/cpu_decode.c", "ints below = x < b;", "ints below = ~(x >= b);", "test_cpu_decode.py::test_what_is_not_a_number_is_not_hidden"),
+    mutant(OWN, "C: the last number of a dot product is left out", "runtime/cpu_decode.c", "for (; i < count; i++)\n        sum += a[i] * b[i];", "for (; i < count - 1; i++)\n        sum += a[i] * b[i];",
+           "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: attention is added to what was there", "runtime/cpu_decode.c", "        memset(out[r], 0, 4 * D);\n", "", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: the first expert is passed over", "runtime/cpu_decode.c", "    p->starts[0] = 0;\n", "", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: SwiGLU's last few numbers are another function", "runtime/cpu_decode.c", "h[f] / (1.0f + expf(-h[f])) * up[f]", "h[f] / (1.0f + expf(h[f])) * up[f]", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "C: gates are taken in the order of experts, not of tokens", "runtime/cpu_decode.c", "factors[j] = p->gate[r];", "factors[j] = p->gate[first + j];", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "a native pass gives its first token's logits", "runtime/cpu_decode.py", "np.cumsum(lengths, dtype=np.int32) - 1", "np.cumsum(lengths, dtype=np.int32) - np.array(lengths, dtype=np.int32)",
+           "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "a native pass counts as one token", "runtime/cpu_decode.py", "            cache.advance(T)\n", "            cache.advance(1)\n", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
+    mutant(OWN, "compiled code is taken from a folder that others can write to", "runtime/cpu_decode.py", "for own in (folder, path):", "for own in (path,):", "test_cpu_decode.py::test_code_is_taken_from_nobody_else[folder]"),
+    # ---------------------------------------------------------------------------------------------------------- own: 8 bits
+    mutant(OWN, "int8 overflows at the largest weight", "runtime/quantize.py", "clamp_(min=1e-30) / 127", "clamp_(min=1e-30) / 128", "test_quantize.py::test_a_packed_weight_is_within_half_a_step"),
+    mutant(OWN, "one scale for a whole matrix", "runtime/quantize.py", "w.abs().amax(dim=-1, keepdim=True)", "w.abs().amax(dim=(-2, -1), keepdim=True).expand(*w.shape[:-1], 1).clone()",
+           "test_quantize.py::test_a_packed_weight_is_within_half_a_step"),
+    mutant(OWN, "weights are cut, not rounded", "runtime/quantize.py", ".round_().to(torch.int8)", ".trunc_().to(torch.int8)", "test_quantize.py::test_a_packed_weight_is_within_half_a_step"),
+    mutant(OWN, "the router is packed too", "runtime/quantize.py", "        a = block.attention\n", '        a = block.attention\n        yield block.moe.router, "weight"\n', "test_quantize.py::test_a_packed_model_computes_with_the_rounded_weights"),
+    # ------------------------------------------------------------------------------------------------------ own: expert maps
+    mutant(OWN, "the weakest expert comes first", "runtime/expert_map.py", "gates_LTK.sort(dim=-1, descending=True,", "gates_LTK.sort(dim=-1, descending=False,", "test_expert_map.py::test_the_pages_data_is_the_tensors"),
+    mutant(OWN, "the heat map shows shares of all, not of the fair share", "runtime/expert_map.py", "load = count * E / assignments", "load = count / assignments", "test_expert_map.py::test_the_heat_map_is_shares_over_the_fair_share"),
+    mutant(OWN, "what a model says is markup", "runtime/expert_map.py", 'return html.escape(visible(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))', 'return visible(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")',
+           "test_expert_map.py::test_the_page_holds_every_token_and_hostile_text_stays_text"),
+    mutant(OWN, "what a model says ends the page's data", "runtime/expert_map.py", r'text.replace("<", "\\u003c").', "text.", "test_expert_map.py::test_the_page_holds_every_token_and_hostile_text_stays_text"),
+    mutant(OWN, "the first token of the answer is the prompt's", "runtime/expert_map.py", "piece, t < num_prompt_tokens,", "piece, t <= num_prompt_tokens,", "test_expert_map.py::test_the_page_holds_every_token_and_hostile_text_stays_text"),
+    mutant(OWN, "half of all gates are dim", "runtime/expert_map.py", "if gate < 0.5 / K else", "if gate < 1 / K else", "test_expert_map.py::test_an_expert_has_one_colour_of_its_own_and_weak_gates_are_dim"),
+    mutant(OWN, "wide characters shift the columns", "runtime/expert_map.py", '2 if unicodedata.east_asian_width(c) in "WF" else 1', "1", "test_expert_map.py::test_without_colour_nothing_in_the_terminal_map_can_move_a_terminal"),
+    mutant(OWN, "a long token is one column too long", "runtime/expert_map.py", "while _columns(text) > LONGEST_TEXT - 1:", "while _columns(text) > LONGEST_TEXT:", "test_expert_map.py::test_without_colour_nothing_in_the_terminal_map_can_move_a_terminal"),
+    # -------------------------------------------------------------------------------------------- own: spikes and rollbacks
+    mutant(OWN, "a spike counts among the recent losses", "train.py", "self.numbers = torch.where(bad, self.numbers, torch.stack(", "self.numbers = torch.where(bad & False, self.numbers, torch.stack(",
+           "test_train.py::test_spikes_are_told_from_noise"),
+    mutant(OWN, "the first steps are spikes", "train.py", "return (steps >= self.FEWEST_STEPS) & (loss >", "return (loss >", "test_train.py::test_spikes_are_told_from_noise"),
+    mutant(OWN, "a hair's breadth is a spike", "train.py", "torch.maximum(variance.sqrt(), self.LEAST_DEVIATION * mean)", "variance.sqrt()", "test_mutants.py::test_a_loss_that_stands_still_has_no_spikes"),
+    mutant(OWN, "a spike is seen and not skipped", "train.py", "bad = bad if is_spike is None else bad | is_spike", "pass", "test_train.py::test_a_spike_is_skipped_at_once"),
+    mutant(OWN, "a resume forgets the recent losses", "train.py", "state.recent_loss = recent.numbers.tolist()", "pass", "test_train.py::test_recent_losses_survive_a_resume"),
+    mutant(OWN, "a rollback meets the same data again", "train.py", "state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1", "state.rollbacks = diverged.rollbacks + 1",
+           "test_train.py::test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data"),
+    mutant(OWN, "a rollback is not counted", "train.py", "state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1", "state.samples_seen = diverged.samples_seen",
+           "test_train.py::test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data"),
+    mutant(OWN, "a rollback goes to a checkpoint of the bad stretch", "train.py", "if state.run_id == diverged.run_id and not state.skipped_in_a_row:", "if state.run_id == diverged.run_id:",
+           "test_train.py::test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data"),
+    mutant(OWN, "a rollback takes another run's checkpoint", "train.py", "if state.run_id == diverged.run_id and not state.skipped_in_a_row:", "if not state.skipped_in_a_row:",
+           "test_train.py::test_going_back_passes_over_damage_and_never_takes_another_run"),
+    mutant(OWN, "a damaged checkpoint ends a rollback", "train.py", "        except ValueError:   # damaged: an older one will do", "        except ZeroDivisionError:", "test_train.py::test_going_back_passes_over_damage_and_never_takes_another_run"),
+    mutant(OWN, "one rollback more than allowed", "train.py", "if diverged.rollbacks >= plan.config.max_rollbacks:", "if diverged.rollbacks > plan.config.max_rollbacks:", "test_train.py::test_going_back_has_a_limit_and_an_exit_code[0-0]"),
+    # --------------------------------------------------------------------------------------------- own: checkpoints' fallbacks
+    mutant(OWN, "a resume goes back to the oldest checkpoint", "runtime/checkpoint.py", "for _, path in reversed(step_files(folder))), folder / LATEST", "for _, path in step_files(folder)), folder / LATEST",
+           "test_checkpoint.py::test_find_latest_falls_back_and_says_what_it_skipped"),
+    mutant(OWN, "latest.pt hides a newer step file", "runtime/checkpoint.py", "for path in [*(path for _, path in reversed(step_files(folder))), folder / LATEST,", "for path in [folder / LATEST, *(path for _, path in reversed(step_files(folder))),",
+           "test_checkpoint.py::test_a_kill_before_latest_was_renamed_loses_nothing"),
+    mutant(OWN, "what was skipped is not said", "runtime/checkpoint.py", "            skipped.append(str(error))\n", "", "test_checkpoint.py::test_find_latest_falls_back_and_says_what_it_skipped"),
+    mutant(OWN, "best.pt is not tried", "runtime/checkpoint.py", "folder / LATEST, folder / BEST]:", "folder / LATEST]:", "test_checkpoint.py::test_find_latest_falls_back_and_says_what_it_skipped"),
+    mutant(OWN, "a run resumed further back prunes what it has just written", "runtime/checkpoint.py", "key=lambda file: (file[0] <= step, file[0])", "key=lambda file: file[0]",
+           "test_checkpoint.py::test_a_run_resumed_further_back_never_prunes_what_it_has_just_written"),
+    mutant(OWN, "what a kill left is never removed", "runtime/checkpoint.py", "        _remove_leftovers(folder)\n", "", "test_checkpoint.py::test_leftovers_of_a_kill_are_removed"),
+    mutant(OWN, "a pruned step file takes best.pt with it", "runtime/checkpoint.py", "if path.resolve() not in names:", "if True:", "test_checkpoint.py::test_keep_last_prunes_and_never_what_latest_or_best_name"),
+    mutant(OWN, "a step file is written with all of a shared storage", "runtime/checkpoint.py", "return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)", "return tensor", "test_checkpoint.py::test_views_of_larger_storages_are_written_alone"),
+]
+
+
+def names(mutants: Sequence[Mutant] = MUTANTS) -> list[str]:
+    """A name for each: its fault, numbered where there are several of one: T2.1, T2.2, ..."""
+    seen: dict[str, int] = {}
+    of_fault = [one.fault for one in mutants]
+    result = []
+    for fault in of_fault:
+        seen[fault] = seen.get(fault, 0) + 1
+        result.append(fault if of_fault.count(fault) == 1 else f"{fault}.{seen[fault]}")
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------- the runner
+@dataclass
+class Outcome:
+    name: str
+    mutant: Mutant
+    caught: bool
+    said: str                # the test that failed and with what, or why it survives
+    seconds: float
+
+
+def copy_tree(folder: Path) -> None:
+    """The working tree without what git ignores."""
+    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=REPO, check=True, capture_output=True).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (REPO / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / name, folder / name)
+
+
+class Tests:
+    """`python -m pytest` in a copy, as often as asked: by children of a process that has imported the libraries and nothing of ours, which saves each run three seconds."""
+
+    SERVER = """
+import json, os, sys
+import hypothesis, numpy, pytest, tiktoken, torch
+for line in sys.stdin:
+    arguments, printed = json.loads(line)
+    if not (pid := os.fork()):
+        os.setsid()
+        for stream, opened in ((0, os.open(os.devnull, os.O_RDONLY)), (1, os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))):
+            os.dup2(opened, stream)
+        os.dup2(1, 2)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        environment = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTHONPATH", "PYTEST_ADDOPTS", "GPTOSS_TRACEBACK", "PYTEST_CURRENT_TEST")}
+        environment |= {"OMP_NUM_THREADS": "1", "GPTOSS_SHARED": str(SHARED), "XDG_CACHE_HOME": str(folder.parent / "cache")}   # compiled code of mutants is not for keeping
+        self._server = subprocess.Popen([sys.executable, "-c", self.SERVER], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._server.kill()
+        self._server.communicate()
+
+    def run(self, tests: Sequence[str], *flags: str, seconds: float = HANG_SECONDS) -> tuple[int | None, list[tuple[str, str, str]], str]:
+        """(exit code, or None where it hangs; [(node id, passed, skipped or failed, why)]; the end of what it printed)."""
+        report, printed = self.folder.parent / "report.xml", self.folder.parent / "printed"
+        report.unlink(missing_ok=True)
+        self._server.stdin.write(json.dumps([["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *flags, *tests], str(printed)]) + "\n")
+        self._server.stdin.flush()
+        pid = int(self._server.stdout.readline())
+        if hangs := not select.select([self._server.stdout], [], [], seconds)[0]:
+            os.killpg(pid, signal.SIGKILL)
+        code = int(self._server.stdout.readline())
+        cases = []
+        for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+            kinds = {child.tag for child in case}
+            result = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            cases.append((f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}", result, " ".join(" ".join(child.get("message", "") for child in case).split())))
+        return None if hangs else code, cases, printed.read_text(errors="replace")[-3000:]
+
+
+@contextmanager
+def mutated(folder: Path, one: Mutant, turn: int) -> Iterator[None]:
+    """A copy with the mutant in it. ValueError unless what it replaces is there once."""
+    path, original = folder / one.file, (folder / one.file).read_text(encoding="utf-8")
+    if original.count(one.old) != 1:
+        raise ValueError(f"{one.file} has {original.count(one.old)} times, not once: {one.old!r}")
+    try:
+        path.write_text(original.replace(one.old, one.new), encoding="utf-8")
+        os.utime(path, (turn, turn))       # compiled modules are told apart by this, in whole seconds
+        yield
+    finally:
+        path.write_text(original, encoding="utf-8")
+        os.utime(path, (turn + 1, turn + 1))
+
+
+def ended(test: str, cases: Sequence[tuple[str, str, str]]) -> set[str]:
+    """How the cases of a test ended."""
+    return {result for case, result, _ in cases if case == test or case.startswith(f"{test}[")}
+
+
+def run(chosen: Sequence[tuple[str, Mutant]], say=print) -> list[Outcome]:
+    """Try some mutants, each under a name."""
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        folder = Path(temporary) / "copy"
+        copy_tree(folder)
+        with Tests(folder) as tests:
+            everything = sorted({test for _, one in chosen for test in one.tests})
+            started = time.perf_counter()
+            code, cases, printed = tests.run(everything, seconds=2 * HANG_SECONDS)
+            say(f"{len(everything)} tests on the unchanged code: exit code {code}, {time.perf_counter() - started:.0f} s")
+            if code not in (0, 1):
+                raise ValueError(f"the tests do not run on the unchanged code: {printed.strip()[-500:]}")
+            for turn, (name, one) in enumerate(chosen):
+                started = time.perf_counter()
+                before = [ended(test, cases) for test in one.tests]
+                if any("failed" in results for results in before):
+                    caught, said = False, "its tests fail on the unchanged code too"
+                elif not any("passed" in results for results in before):
+                    caught, said = False, "none of its tests runs on this machine"
+                else:
+                    with mutated(folder, one, 1_000_000_000 + 10 * turn):
+                        code, after, printed = tests.run(one.tests, "-x")
+                    caught = code in CAUGHT
+                    if caught:
+                        said = next((f"{case}: {why[:200]}" for case, result, why in after if result == "failed"), f"exit code {code}")
+                    else:
+                        said = "its tests hang" if code is None else "its tests pass" if code == 0 else f"pytest ended with {code}: {' '.join(printed.split())[-200:]}"
+                outcomes.append(Outcome(name, one, caught, said, time.perf_counter() - started))
+                say(f"{'caught  ' if caught else 'SURVIVES'} {name:6} {outcomes[-1].seconds:5.1f} s  {one.file}: {one.what}  [{said}]")
+    return outcomes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--only", nargs="+", metavar="ID", help="faults (T2) or single mutants (T2.3); nothing is stored then")
+    only = parser.parse_args(argv).only
+    everything = list(zip(names(), MUTANTS, strict=True))
+    if unknown := set(only or ()) - {name for name, _ in everything} - {one.fault for one in MUTANTS}:
+        raise ValueError(f"there is no mutant {min(unknown)}; there are {', '.join(dict.fromkeys(one.fault for one in MUTANTS))}")
+    started = time.perf_counter()
+    outcomes = run([(name, one) for name, one in everything if only is None or name in only or one.fault in only], lambda line: print(line, flush=True))
+    caught = sum(outcome.caught for outcome in outcomes)
+    print(f"{caught} of {len(outcomes)} mutants caught in {time.perf_counter() - started:.0f} s")
+    if only is None:
+        save_results("mutants", {"caught": caught, "made": len(outcomes), "faults": len({o.mutant.fault for o in outcomes} - {OWN}), "not_applicable": NOT_APPLICABLE, "seconds": round(time.perf_counter() - started),
+                                 "mutants": [{"id": o.name, "fault": o.mutant.fault, "what": o.mutant.what, "file": o.mutant.file, "caught": o.caught, "by": o.said, "seconds": round(o.seconds, 1)} for o in outcomes]})
+    return int(caught < len(outcomes))
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

@@ -1,0 +1,228 @@
+"""The mutants fit the code, the runner tells one that is caught from one that is not, and what no other test noticed."""
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import model as model_module
+import predict
+import train
+from config_model import TrainConfig
+from model import generate, sample
+from runtime.data import open_data
+from runtime.tokenizer import Tokenizer
+from tests.conftest import REPO
+from tests.mutants import CONFIRMED, IN_PART, MUTANTS, NOT_APPLICABLE, OWN, Mutant, mutated, names, run
+from tests.test_data import write_pair
+from tests.test_predict import biased_model, predictor_of, save
+from tests.test_train import Fixed, poisoned
+from tests.util import random_model, tiny_config
+
+needs_git = pytest.mark.skipif(not (REPO / ".git").exists(), reason="the files to copy are those that git knows of")
+
+
+# ------------------------------------------------------------------------------------------------------------ the mutants
+@pytest.mark.parametrize("one", MUTANTS, ids=names())
+def test_each_mutant_fits_the_code(one):
+    """What it replaces is there once, the result compiles, and its tests exist. (The code has moved where this fails: move the mutant after it.)"""
+    source = (REPO / one.file).read_text(encoding="utf-8")
+    assert source.count(one.old) == 1 and one.new != one.old
+    if one.file.endswith(".py"):
+        compile(source.replace(one.old, one.new), one.file, "exec")
+    for test in one.tests:
+        file, function = test.split("::")
+        assert re.search(rf"^def {re.escape(function.partition('[')[0])}\(", (REPO / file).read_text(encoding="utf-8"), re.MULTILINE), test
+
+
+def test_every_confirmed_fault_is_put_back_or_cannot_be():
+    made = {one.fault for one in MUTANTS}
+    assert made <= {*CONFIRMED, *IN_PART, OWN}
+    assert made & set(CONFIRMED) | NOT_APPLICABLE.keys() == set(CONFIRMED) and not made & NOT_APPLICABLE.keys()
+    assert all(NOT_APPLICABLE.values()) and sum(one.fault == OWN for one in MUTANTS) >= 15
+    assert len(set(names())) == len({(one.file, one.old, one.new) for one in MUTANTS}) == len(MUTANTS)
+
+
+@needs_git
+def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives():
+    """A real one, one that changes a comment, and one whose module cannot be imported."""
+    tests = ("tests/test_text.py::test_human_bytes",)
+    chosen = {"real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'), "comment": ("# rounded: from", "# Rounded: from"), "broken": ("import unicodedata\n", "import unicodedata_\n")}
+    said = []
+    outcomes = run([(name, Mutant(OWN, name, "runtime/text.py", old, new, tests)) for name, (old, new) in chosen.items()], said.append)
+    assert [(o.name, o.caught) for o in outcomes[:2]] == [("real", True), ("comment", False)]
+    assert outcomes[0].said.startswith("tests/test_text.py::test_human_bytes[") and outcomes[1].said == "its tests pass"
+    assert outcomes[2].said.startswith(("exit code 2", "pytest ended with 4"))
+    assert said[0].startswith("1 tests on the unchanged code: exit code 0") and said[1].startswith("caught") and said[2].startswith("SURVIVES")
+
+
+def test_a_mutant_is_in_the_copy_only_while_it_is_tried(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("x = 1\ny = 1\n")
+    with mutated(tmp_path, Mutant(OWN, "", "a.py", "x = 1", "x = 2", ()), 1_000_000_000):
+        assert path.read_text() == "x = 2\ny = 1\n" and path.stat().st_mtime == 1_000_000_000
+    assert path.read_text() == "x = 1\ny = 1\n" and path.stat().st_mtime == 1_000_000_001
+    for old in ("= 1", "z"):
+        with pytest.raises(ValueError, match="times, not once"), mutated(tmp_path, Mutant(OWN, "", "a.py", old, "", ()), 0):
+            pass
+
+
+@needs_git
+@pytest.mark.nightly
+def test_all_mutants_are_caught():
+    survivors = [f"{o.name}: {o.mutant.what} ({o.said})" for o in run(list(zip(names(), MUTANTS, strict=True))) if not o.caught]
+    assert survivors == []
+
+
+# -------------------------------------------------------------------------------------- what no other test noticed: the model
+def test_positions_stay_exact_in_a_bfloat16_model(monkeypatch):
+    """M3b: tables in the model's own dtype would round positions by 2e-3, and every number would still be finite."""
+    made, real = [], model_module.rope_tables
+    monkeypatch.setattr(model_module, "rope_tables", lambda *arguments: made.append(real(*arguments)) or made[-1])
+    random_model(tiny_config(), dtype=torch.bfloat16)(torch.tensor([[1, 2, 3]]))
+    (cos, sin), = made
+    assert cos.dtype == sin.dtype == torch.float32
+
+
+def test_compiling_in_place_renames_nothing():
+    """T1: the other tests compile the blocks by themselves, and a prefix from compile_in_place would show in a run with --compile alone."""
+    model = random_model(tiny_config())
+    before = list(model.state_dict())
+    model.compile_in_place()
+    assert list(model.state_dict()) == before == [name.replace("_orig_mod.", "") for name in before]
+
+
+def test_half_precision_logits_are_drawn_from_in_float32():
+    """P14: as if they had been float32, noise included: a bfloat16 probability has 8 bits."""
+    logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for settings in ((1.0, 0, 1.0), (0.7, 50, 1.0), (1.3, 0, 0.9)):
+        half, full = (sample(given, *settings, generator=torch.Generator().manual_seed(1)) for given in (logits, logits.float()))
+        assert torch.equal(half, full)
+
+
+def test_temperatures_beyond_float32_draw_as_they_should():
+    """P2: 1e-300 is 0 there and 1e300 infinite, and 0 / 0 and -inf / inf are NaN, of which argmax takes the first: id 0, which one draw can well be."""
+    logits, banned = torch.tensor([[1.0, 9.0, 3.0]]).expand(1000, 3), torch.tensor([1])
+    for temperature in (1e-40, 1e-46, 1e-300, 5e-324):
+        assert set(sample(logits, temperature).tolist()) == {1} and set(sample(logits, temperature, banned_ids=banned).tolist()) == {2}
+    for temperature in (1e30, 1e39, 1e300):
+        counts = sample(logits, temperature, banned_ids=banned, generator=torch.Generator().manual_seed(0)).bincount(minlength=3).tolist()
+        assert counts[1] == 0 and min(counts[0], counts[2]) > 400
+
+
+def test_a_prompt_s_logits_are_those_of_its_last_token():
+    """P16: the others would be T x V numbers for nothing, 1.6 GB at the default's size; the text is the same."""
+    model, seen = random_model(tiny_config()), []
+    model.norm.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
+    assert len(list(generate(model, torch.tensor([[1, 2, 3, 4, 5]]), 3))) == 3 and seen == [1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------------ ... the training
+def fit(model, steps: int, loss_fn=train.next_token_loss, **more):
+    """Steps of training on random tokens; (state, records)."""
+    records, inputs = [], torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(0))
+    on_log = more.pop("on_log", lambda record: None)
+    fields = ("log_interval", "save_interval", "val_interval")
+    config = TrainConfig(batch_size=2, grad_accum=2, max_steps=steps, warmup_steps=0, device="cpu", **{name: more.pop(name) for name in fields if name in more})
+    state = train.fit(model, Fixed(inputs, inputs.roll(1, 1), 2), config, loss_fn, on_log=lambda record: (records.append(record), on_log(record)), **more)
+    return state, records
+
+
+def test_the_logged_loss_is_the_cross_entropy_alone():
+    """M6: with the balance loss in it the reference's perplexity was 27 % too high. Here at step 1, whose weights are known, with a coefficient that would show."""
+    model = random_model(tiny_config(aux_loss_coef=1.0, z_loss_coef=1.0))
+    inputs = torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(inputs).logits.double().flatten(0, 1), inputs.roll(1, 1).flatten()).item()
+    _, (record, *_) = fit(model, 1)
+    assert record["loss"] == pytest.approx(expected, rel=1e-5) and record["aux_loss"] > 1
+
+
+def test_a_skipped_step_moves_no_selection_bias():
+    """T8: it changes nothing, so not the balance of experts either, whose loads are finite even where the loss is not."""
+    model = random_model(tiny_config(router_bias_rate=0.5))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state, _ = fit(model, 3, poisoned(set(range(6)), "loss"))
+    assert state.skipped_steps == 3 and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    fit(model, 1)
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_speed_excludes_validation_and_saving(monkeypatch):
+    """T18: 234 tokens/s were reported where 2,468 were trained. By a clock of our own: a micro-batch takes a second, everything else hours."""
+    now, model = [0.0], random_model(tiny_config())
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def later(seconds: float) -> None:
+        now[0] += seconds
+
+    def loss(model, batch):
+        later(1 if model.training else 3600)
+        return train.next_token_loss(model, batch)
+
+    validation = [(torch.ones(1, 12, dtype=torch.int64),) * 2] * 2
+    state, records = fit(model, 6, loss, log_interval=2, val_interval=1, save_interval=3, val_batches=validation, on_log=lambda record: later(3600), on_save=lambda *_: later(3600))
+    assert state.train_seconds == 6 * 2 and now[0] > 10 * 3600
+    assert [r["tokens_per_sec"] for r in records if r["kind"] == "train"] == pytest.approx([24.0] * 3)
+
+
+@pytest.mark.parametrize("number", [s for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if (s := getattr(signal, name, None))], ids=lambda number: number.name)
+def test_every_polite_signal_is_a_wish_to_stop(monkeypatch, number):
+    monkeypatch.setattr(train.os, "write", lambda *_: None)
+    before = signal.getsignal(number)
+    with train.StopRequest() as stop:
+        assert signal.getsignal(number) != before, "it would end the process"
+        assert not stop.requested()
+        signal.raise_signal(number)
+        assert stop.requested() and stop.signal == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_loss_that_stands_still_has_no_spikes():
+    """Late in training the variance is next to nothing, and a loss 0.1 % above the mean many standard deviations away; one 10 % above is a spike."""
+    recent = train.RecentLoss(train.RunState(), 6.0, torch.device("cpu"))
+    for _ in range(200):
+        recent.add(torch.tensor(2.0), torch.tensor(False))
+    assert not recent.is_spike(torch.tensor(2.002)) and recent.is_spike(torch.tensor(2.2))
+
+
+# ----------------------------------------------------------------------------------------------------- ... data and prediction
+def test_training_reads_no_damaged_shard(tmp_path):
+    """D5: digests are of use only if the one who trains asks for them; open_data is what it calls."""
+    for split in ("train", "val"):
+        folder = write_pair(tmp_path / split)
+        path = folder / split / "shard_0000.npy"
+        ids = np.load(path)
+        ids[7] ^= 1
+        np.save(path, ids)
+        with pytest.raises(ValueError, match=f"{split}/shard_0000.npy is damaged"):
+            open_data(folder)
+
+
+def test_holes_of_a_vocabulary_are_banned(tmp_path, monkeypatch):
+    """P1: o200k_base has 19; here, where that file may not be, they are made up. The model wants nothing else."""
+    monkeypatch.setattr(Tokenizer, "undecodable_ids", [65, 66])
+    predictor, config = predictor_of(save(tmp_path, biased_model(biases={65: 90.0, 66: 95.0})), max_new_tokens=20, temperature=5.0, top_k=0)
+    assert predictor.banned_ids == [65, 66, 257, 258, 259]
+    assert not set("AB") & set("".join(predictor.stream("x", config)))
+
+
+def test_many_answers_move_no_terminal_either(tmp_path, monkeypatch, capsys):
+    """S1: one answer's control characters are tested elsewhere; those of many are shown by another function."""
+    def fake(decoder, texts, prompts, max_new_tokens, finished, **settings):
+        yield from ([(row, token) for row in range(len(prompts))] for token in b"\x1b[31m")
+        finished.update(range(len(prompts)))
+        yield [(row, ord(".")) for row in range(len(prompts))]
+
+    monkeypatch.setattr(predict, "generate", fake)
+    argv = ["--ckpt", save(tmp_path, biased_model()), "--prompt", "\x07", "--num_samples", "2", "--device", "cpu", "--quiet"]
+    predict.main(argv)
+    assert capsys.readouterr().out == "\x07\x1b[31m.\n\n\x07\x1b[31m.\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    predict.main(argv)
+    assert capsys.readouterr().out == "\\x07\\x1b[31m.\n\n\\x07\\x1b[31m.\n"

@@ -81,6 +81,9 @@ from runtime.text import human_bytes, human_count, human_seconds
 # With --resume these may be given anew; every other setting is the run's and must stay what it is.
 FREE_ON_RESUME = {"data_dir", "ckpt_dir", "graph_dir", "device", "compile", "activation_checkpointing", "profile", "num_threads", "log_interval", "val_interval", "val_steps",
                   "save_interval", "keep_last", "max_steps", "max_rollbacks", "resume", "wandb", "tensorboard"}
+# With --init_from the architecture is the weights' own; these change neither what they are nor what they mean.
+FREE_ON_INIT = {"context_length", "sliding_window", "window_pattern", "rope_theta", "rope_scaling", "rope_scaling_factor", "top_k", "capacity_factor", "aux_loss_coef",
+                "z_loss_coef", "router_bias_rate", "dropout"}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 SAME_SIGNAL_SECONDS = 1.0         # wrappers pass Ctrl-C on to a child that the terminal has already told: one wish, two signals
 MOST_SKIPPED_IN_A_ROW = 25
@@ -405,7 +408,7 @@ def make_plan(settings: cli.Settings) -> Plan:
         config = settings.build(TrainConfig)
         if folder_has_run(config.ckpt_dir):
             raise ValueError(f"{config.ckpt_dir} holds the checkpoints of another run: go on with it by --resume, or give this run another --ckpt_dir")
-        model_config = settings.build(ModelConfig)
+        model_config = None if config.init_from else settings.build(ModelConfig)   # with it, settings are the weights' with some changes, not the default's
     torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), process.usable_cores()))
     process.keep_freed_memory()
     device = choose_device(config.device)
@@ -462,6 +465,10 @@ def _saved_state(source: Checkpoint) -> RunState:
 def _initial_config(settings: cli.Settings, source: Checkpoint) -> ModelConfig:
     """The architecture of the weights, with explicit settings that do not change their shapes."""
     names = {f.name for f in dataclasses.fields(ModelConfig)} & settings.explicit
+    theirs = dataclasses.asdict(source.model_config) | {"head_dim": source.model_config.attention_head_dim}
+    for name in sorted(names - FREE_ON_INIT):  # 8 heads of 4 features have the shapes of 4 of 8, and are another function
+        if settings.values[name] not in (theirs[name], getattr(source.model_config, name)):
+            raise ValueError(f"--{name} does not fit the weights in {source.path}, whose {name} is {theirs[name]}, not {settings.values[name]}: leave it out")
     config = dataclasses.replace(source.model_config, **{name: settings.values[name] for name in names})
     with torch.device("meta"):
         mine, theirs = (dict(LLM(c).named_parameters()) for c in (config, source.model_config))

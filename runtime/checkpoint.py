@@ -50,7 +50,8 @@ HEADER = {"step": int, "val_loss": (float, type(None)), "cfg": dict, "format": s
 TENSOR_KEYS = ("model", "optimizer", "digests")
 
 CHUNK_ELEMENTS = 1 << 20           # hashed and checked for NaN at a time: stays in the cache between the two
-HEADER_LIMIT = 1 << 26             # characters and values; a 200k-token vocabulary in base64 is 4 M
+HEADER_LIMIT = 1 << 26             # characters, and VALUE_COST for each value; a 200k-token vocabulary in base64 is 4 M
+VALUE_COST = 32                    # a value takes some 80 bytes and half a microsecond to look at: 64 M of them were 5 GB and a minute
 PICKLE_LIMIT_BYTES = 1 << 28
 DEPTH_LIMIT = 64
 # All that the pickle of a checkpoint may name. weights_only allows more, e.g. bytearray(10**12) and storages of any size.
@@ -231,7 +232,7 @@ def _plain(header: object) -> object:
 
     def visit(value, where: str, depth: int):
         nonlocal left
-        left -= 1 + (len(value) if isinstance(value, str) else 0)
+        left -= VALUE_COST + (len(value) if isinstance(value, str) else 0)
         if left < 0 or depth > DEPTH_LIMIT:
             raise ValueError(f"header is too large or nested too deeply at {where}")
         if isinstance(value, np.generic):
@@ -336,6 +337,8 @@ def _scan_zip(path: Path) -> set[tuple[int, int]]:
         pickles = [entry for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1 or pickles[0].file_size > PICKLE_LIMIT_BYTES:
             raise ValueError("not a checkpoint: its zip has no data.pkl of a sensible size")
+        if any(entry.filename.split("/")[1:] == ["constants.pkl"] for entry in entries):
+            raise ValueError("refused: a TorchScript archive, which holds code")
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):   # reads the opcodes, executes nothing
             if opcode.name in PICKLE_FORBIDDEN or opcode.name == "GLOBAL" and argument not in PICKLE_GLOBALS:
                 raise ValueError(f"refused: a checkpoint holds tensors and plain values, and this file's pickle asks for {argument or opcode.name}")

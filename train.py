@@ -52,6 +52,7 @@ from runtime.checkpoint import (
     folder_has_run,
     load_training_state,
     read_checkpoint,
+    restore_names,
     save_checkpoint,
     step_files,
 )
@@ -781,6 +782,8 @@ def run(plan: Plan) -> int:
     for line in plan.notes + describe(plan, needed):
         print(line)
     sys.stdout.flush()
+    if config.resume:
+        restore_names(plan.source)  # a kill between a save and its names left those of an older one
     state = initial_state(plan)
     if state.step == config.max_steps:
         print(f"done already: all {state.step:,} steps of the run in {config.ckpt_dir} are taken; raise --max_steps to train further")

@@ -534,6 +534,18 @@ def folder_has_run(ckpt_dir: str | Path) -> bool:
     return bool(step_files(ckpt_dir)) or any(os.path.lexists(Path(ckpt_dir, name)) for name in (LATEST, BEST))
 
 
+def restore_names(checkpoint: Checkpoint) -> None:
+    """Name latest.pt, and best.pt if it is the run's best, the step file that a run goes on from: a save may have ended between
+    writing the file and naming it, and if nothing is saved after it those names would stay an older one's."""
+    if not STEP_FILE.fullmatch(checkpoint.path.name):
+        return
+    is_best = checkpoint.val_loss is not None and checkpoint.val_loss == checkpoint.run.get("best_val_loss")
+    for name in ((BEST, LATEST) if is_best else (LATEST,)):
+        link = checkpoint.path.with_name(name)
+        if not (link.exists() and link.samefile(checkpoint.path)):
+            link_atomic(checkpoint.path, link)
+
+
 def find_latest(ckpt_dir: str | Path, optimizer: bool = True) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that passes every check, and one line for each newer one that did not, for the caller to print.
 

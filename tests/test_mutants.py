@@ -15,13 +15,18 @@ import predict
 import train
 from config_model import TrainConfig
 from model import generate, sample
+from model_parts import KVCache
+from runtime.cpu_decode import native_model
 from runtime.data import open_data
+from runtime.inference import Decoder
+from runtime.inference import generate as generate_texts
 from runtime.tokenizer import Tokenizer
 from tests.conftest import REPO
-from tests.mutants import CONFIRMED, IN_PART, MUTANTS, NOT_APPLICABLE, OWN, Mutant, mutated, names, run
+from tests.mutants import CONFIRMED, IN_PART, MUTANTS, NOT_APPLICABLE, OWN, Mutant, mutated, names
+from tests.mutants import run as try_mutants
 from tests.test_data import write_pair
 from tests.test_predict import biased_model, predictor_of, save
-from tests.test_train import Fixed, poisoned
+from tests.test_train import Fixed, Run, data, poison, poisoned  # noqa: F401  (data: a fixture)
 from tests.util import random_model, tiny_config
 
 needs_git = pytest.mark.skipif(not (REPO / ".git").exists(), reason="the files to copy are those that git knows of")
@@ -54,7 +59,7 @@ def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives():
     tests = ("tests/test_text.py::test_human_bytes",)
     chosen = {"real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'), "comment": ("# rounded: from", "# Rounded: from"), "broken": ("import unicodedata\n", "import unicodedata_\n")}
     said = []
-    outcomes = run([(name, Mutant(OWN, name, "runtime/text.py", old, new, tests)) for name, (old, new) in chosen.items()], said.append)
+    outcomes = try_mutants([(name, Mutant(OWN, name, "runtime/text.py", old, new, tests)) for name, (old, new) in chosen.items()], said.append)
     assert [(o.name, o.caught) for o in outcomes[:2]] == [("real", True), ("comment", False)]
     assert outcomes[0].said.startswith("tests/test_text.py::test_human_bytes[") and outcomes[1].said == "its tests pass"
     assert outcomes[2].said.startswith(("exit code 2", "pytest ended with 4"))
@@ -75,7 +80,7 @@ def test_a_mutant_is_in_the_copy_only_while_it_is_tried(tmp_path):
 @needs_git
 @pytest.mark.nightly
 def test_all_mutants_are_caught():
-    survivors = [f"{o.name}: {o.mutant.what} ({o.said})" for o in run(list(zip(names(), MUTANTS, strict=True))) if not o.caught]
+    survivors = [f"{o.name}: {o.mutant.what} ({o.said})" for o in try_mutants(list(zip(names(), MUTANTS, strict=True))) if not o.caught]
     assert survivors == []
 
 
@@ -120,6 +125,35 @@ def test_a_prompt_s_logits_are_those_of_its_last_token():
     model, seen = random_model(tiny_config()), []
     model.norm.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
     assert len(list(generate(model, torch.tensor([[1, 2, 3, 4, 5]]), 3))) == 3 and seen == [1, 1, 1]
+
+
+def test_what_a_bad_answer_left_behind_a_shorter_text_counts_for_nothing():
+    """The steps of PyTorch read as much of each row's cache as the longest row needs; the test in test_inference.py writes over the NaN before it could count."""
+    model = random_model(tiny_config()).eval()
+    with torch.no_grad():
+        model.embed.weight[7] = float("nan")
+    decoder = Decoder(model, native=False)
+    texts = decoder.texts(2, 32)
+    with pytest.raises(ValueError, match="not finite"):
+        list(generate_texts(decoder, texts, [[1, 2, 7, 3, 4, 5, 6, 1], [1]], 5, temperature=0))
+    drawn = list(generate_texts(decoder, texts, [[1], [3] * 12], 3, temperature=0, banned_ids=[7]))
+    for row, prompt in enumerate(([1], [3] * 12)):
+        assert [step[row][1] for step in drawn] == [i.item() for i in generate(model, torch.tensor([prompt]), 3, temperature=0, banned_ids=[7])]
+
+
+@pytest.mark.parametrize("chunk", [1, 12])
+def test_keys_that_are_not_numbers_are_not_hidden(chunk):
+    """Where only keys are NaN, not values too, a bound on the softmax's exponent would make all scores equal: text from a damaged weight, and no error."""
+    model = random_model(tiny_config())
+    with torch.no_grad():
+        model.layers[-1].attention.W_k.weight.fill_(float("nan"))
+    native, why = native_model(model)
+    if native is None:
+        pytest.skip(why)
+    cache = KVCache(model.config, 1, 32)
+    for first in range(0, 12, chunk):
+        logits = native.forward([cache], [list(range(first, first + chunk))])
+    assert not torch.isfinite(logits).any()
 
 
 # ------------------------------------------------------------------------------------------------------------ ... the training
@@ -189,6 +223,30 @@ def test_a_loss_that_stands_still_has_no_spikes():
     for _ in range(200):
         recent.add(torch.tensor(2.0), torch.tensor(False))
     assert not recent.is_spike(torch.tensor(2.002)) and recent.is_spike(torch.tensor(2.2))
+
+
+def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The checkpoint that a signal asked for is one of the bad stretch: a resume begins there, a rollback must not."""
+    monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
+    monkeypatch.setattr(train, "draw_plots", lambda *_: None)
+    poison(monkeypatch, range(10, 26))       # steps 6 to 13 of 2 micro-batches
+    run, steps = Run(data, tmp_path), []
+
+    def requested(self):
+        steps.append(1)
+        if len(steps) == 8:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopRequest, "requested", requested)
+        assert run("--max_steps", 16, "--save_interval", 5) == 128 + signal.SIGTERM
+    stopped = run.final()
+    assert stopped.step == 8 and stopped.run["skipped_in_a_row"] == 3
+    assert run("--resume", fresh=False) == 0
+    assert "back to step 5, and on behind the data met since (rollback 1 of at most 2)" in capsys.readouterr().out
+    final = run.final()
+    assert final.step == 16 and final.run["rollbacks"] == 1 and final.run["samples_seen"] >= (16 + 12 - 5) * 4 - 4
 
 
 # ----------------------------------------------------------------------------------------------------- ... data and prediction

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from unittest import mock
 
 import pytest
@@ -145,3 +146,32 @@ def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(tmp_path):
     assert checkpoint.find_latest(tmp_path)[0].step == 4 and len(checkpoint.step_files(tmp_path)) == 4
     runs._save(tmp_path, 5)
     assert len(checkpoint.step_files(tmp_path)) == 2
+
+
+def test_a_kill_while_the_last_save_names_its_file():
+    """The last step file was written, latest.pt still named the one before, and every resume said "done already" and left it so:
+    predict.py then talked with an older model, without a word."""
+    run = runs.Run()
+    killed = run(events="w", index=runs.straight()[1].events.count("w") - 6, exact=True, signal=int(signal.SIGKILL))
+    assert killed.code == -signal.SIGKILL and killed.in_a_save and checkpoint.find_latest(run.ckpt_dir)[0].step == runs.STEPS
+    assert checkpoint.read_checkpoint(run.ckpt_dir / "latest.pt").step < runs.STEPS
+    assert run().code == 0
+    assert runs.difference(run) == ""
+
+
+@pytest.mark.parametrize("refused", [(), ("link",)])
+def test_names_are_restored(tmp_path, monkeypatch, refused):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    for name in refused:
+        monkeypatch.setattr(os, name, refuse)
+    runs._save(tmp_path, 1)
+    runs._save(tmp_path, 2)
+    with mock.patch.object(checkpoint, "link_atomic", lambda *_: None):     # a kill before it
+        runs._save(tmp_path, 4)
+    found, _ = checkpoint.find_latest(tmp_path)
+    assert (found.step, checkpoint.read_checkpoint(tmp_path / "latest.pt").step) == (4, 2)
+    checkpoint.restore_names(found)
+    steps = [checkpoint.read_checkpoint(tmp_path / name).step for name in ("latest.pt", "best.pt")]
+    assert steps == [4, 1], "and best.pt stays, for the run does not say that this one is the best"

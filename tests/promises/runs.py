@@ -388,8 +388,11 @@ def difference(run: Run) -> str:
     """Where the final checkpoint of a run is not, bit for bit, that of the run that was not interrupted; "" where it is."""
     try:
         mine, theirs = (read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True) for one in (run, straight()[0]))
+        best, their_best = (read_checkpoint(one.ckpt_dir / "best.pt").step for one in (run, straight()[0]))
     except CheckpointError as error:
         return str(error)
+    if mine.step != theirs.step:
+        return f"latest.pt is of step {mine.step}, not {theirs.step}"
     for group in ("model", "optimizer"):
         a, b = getattr(mine, group), getattr(theirs, group)
         if a.keys() != b.keys():
@@ -400,7 +403,9 @@ def difference(run: Run) -> str:
     for name, value in theirs.run.items():
         if name not in ("run_id", "train_seconds", "window") and mine.run.get(name) != value:
             return f"{name} is {mine.run.get(name)}, not {value}"
-    return "" if mine.step == theirs.step and mine.val_loss == theirs.val_loss else "step or val_loss differs"
+    if (mine.step, mine.val_loss, best) != (theirs.step, theirs.val_loss, their_best):
+        return f"latest.pt is of step {mine.step} and best.pt of step {best}, not {theirs.step} and {their_best}"
+    return ""
 
 
 def metrics_difference(run: Run) -> str:

@@ -1,0 +1,27 @@
+"""The promises of tests/promises/numbers.py, and that they can be broken."""
+import pytest
+import torch
+
+import train
+from tests.promises import numbers
+
+
+@pytest.mark.parametrize("promise", numbers.PROMISES, ids=lambda promise: promise.text[:40])
+def test_it_holds(promise):
+    promise.run(promise.at_push).check()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("promise", numbers.PROMISES, ids=lambda promise: promise.text[:40])
+def test_it_holds_many_times(promise):
+    promise.run(promise.nightly).check()
+
+
+def test_a_step_that_is_taken_all_the_same_is_noticed(monkeypatch):
+    monkeypatch.setattr(train.torch, "isfinite", lambda t, real=torch.isfinite: real(torch.zeros_like(t)) if t.dim() == 0 else real(t))
+    assert numbers.not_finite(3).held < 3
+
+
+def test_a_deaf_detector_is_noticed(monkeypatch):
+    monkeypatch.setattr(train.RecentLoss, "is_spike", lambda self, loss: torch.tensor(False))
+    assert numbers.spikes(5).held == 0

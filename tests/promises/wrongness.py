@@ -251,7 +251,7 @@ def _work_began(*_, **__):
 @contextlib.contextmanager
 def no_work() -> Iterator[None]:
     """Scripts stop with WorkBegan where they would build a model, generate, read text, draw; they change nothing of this process."""
-    patches = [(train, "set_up"), (predict, "generate"), (predict, "repl"), (prepare_data, "write_partial"), (size_report, "report"), (draw_architecture, "draw")]
+    patches = [(train, "set_up"), (predict, "generate"), (predict, "repl"), (prepare_data, "own_validation"), (prepare_data, "write_partial"), (size_report, "report"), (draw_architecture, "draw")]
     with contextlib.ExitStack() as stack:
         for owner, name in patches:
             stack.enter_context(mock.patch.object(owner, name, _work_began))

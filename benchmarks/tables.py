@@ -123,13 +123,14 @@ def reliability_table() -> str:
     for row in stored("reliability")["promises"]:
         detail = "".join(f"; {value:,} {name}" if isinstance(value, int) else f"; {name} {value}" for name, value in row["detail"].items())
         lines.append(f"| {row['text']} | {row['held']:,} of {row['tried']:,}{detail} | {row['reference']} |")
-    return "\n".join(lines)
+    mutants = stored("mutants")
+    return "\n".join([*lines, "", f"Mutants: {mutants['caught']} of {mutants['made']} caught (`mutants.json`; the table: `reliability.json`, in `benchmarks/results/`)."])
 
 
 def main(argv: list[str] | None = None) -> int:
     cli.parser(__doc__).parse_args(argv)
     replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line(), "speed": speed_table(), "decoding": decoding_table(),
-                                        "launch": launch_line()})
+                                        "launch": launch_line(), "reliability": reliability_table()})
     return 0
 
 

@@ -28,6 +28,7 @@ def test_the_speeds_are_the_stored_ones():
     """Run `python -m benchmarks.tables` if this fails."""
     assert between("training speed") == tables.training_table() and between("allocator") == tables.allocator_line()
     assert between("speed") == tables.speed_table() and between("decoding") == tables.decoding_table() and between("launch") == tables.launch_line()
+    assert between("reliability") == tables.reliability_table()
 
 
 def test_every_picture_and_file_it_names_is_there():

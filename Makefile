@@ -1,6 +1,6 @@
 # make demo   set up, then text -> model -> story in a few minutes, offline, in its own folder demo/
 # make test   set up, then all tests
-# make lint   style; also: make test-nightly, make mutants, make figures (reliability, an hour together)
+# make lint   style; also: make test-nightly, make mutants, make figures (reliability, long)
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python

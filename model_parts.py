@@ -191,14 +191,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, starts_BT: Tensor | None = None) -> Tensor:
         B, T, _ = x_BTC.shape
-        q_BHTD = self.W_q(x_BTC).view(B, T, self.H, self.D).transpose(1, 2)
-        k_BGSD = self.W_k(x_BTC).view(B, T, self.G, self.D).transpose(1, 2)
-        v_BGSD = self.W_v(x_BTC).view(B, T, self.G, self.D).transpose(1, 2)
-        if self.q_norm is not None:
-            dtype = self.q_norm.weight.dtype  # the weights': float32 under autocast
-            q_BHTD, k_BGSD = self.q_norm(q_BHTD.to(dtype)).to(v_BGSD.dtype), self.k_norm(k_BGSD.to(dtype)).to(v_BGSD.dtype)
-        if rope is not None:
-            q_BHTD, k_BGSD = rotate(q_BHTD, *rope), rotate(k_BGSD, *rope)
+        q_BHTD, k_BGSD, v_BGSD = self.project(x_BTC, rope)
         start = 0
         if cache is not None:
             start = cache.length
@@ -211,6 +204,17 @@ class Attention(nn.Module):
         y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal,
                                                 dropout_p=self.dropout if self.training else 0.0, enable_gqa=k_BGSD.shape[1] != self.H)
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+    def project(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, G, T, D] of some tokens, normalised and rotated. rope: tables that go with [B, heads, T, D]."""
+        B, T, _ = x_BTC.shape
+        q_BHTD, k_BGTD, v_BGTD = (linear(x_BTC).view(B, T, -1, self.D).transpose(1, 2) for linear in (self.W_q, self.W_k, self.W_v))
+        if self.q_norm is not None:
+            dtype = self.q_norm.weight.dtype  # the weights': float32 under autocast
+            q_BHTD, k_BGTD = self.q_norm(q_BHTD.to(dtype)).to(v_BGTD.dtype), self.k_norm(k_BGTD.to(dtype)).to(v_BGTD.dtype)
+        if rope is not None:
+            q_BHTD, k_BGTD = rotate(q_BHTD, *rope), rotate(k_BGTD, *rope)
+        return q_BHTD, k_BGTD, v_BGTD
 
     def _mask(self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None, starts_BT: Tensor | None) -> tuple[Tensor | None, bool]:
         """(attn_mask, is_causal) for the kernel: the one rule, spelled the fastest way that says the same."""
@@ -399,15 +403,18 @@ class Experts(nn.Module):
             w_in, b_in, w_out, b_out = (None if p is None else p.to(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
             return self.feed_forward(x_RC.to(dtype), w_in, b_in, w_out, b_out, counts_E, self.is_swiglu)[0]
         h_RF = self._linear(x_RC.to(dtype), self.w_in, self.b_in, experts_R, counts_E)
-        if self.is_swiglu:
-            gate, up = h_RF.chunk(2, dim=-1)
-            h_RF = F.silu(gate) * up
-        else:
-            h_RF = F.gelu(h_RF)
+        h_RF = self.activate(h_RF)
         # expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4; on attention weights: as in GPT-2's code
         if self.dropout:
             h_RF = F.dropout(h_RF, self.dropout, self.training)
         return self._linear(h_RF, self.w_out, self.b_out, experts_R, counts_E)
+
+    def activate(self, h: Tensor) -> Tensor:
+        """The hidden layer [..., F] from what w_in gives, [..., F or 2F]."""
+        if not self.is_swiglu:
+            return F.gelu(h)
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
     def _linear(self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor) -> Tensor:
         """grouped_linear in the rows' dtype (autocast knows neither path), by the device's own kernel where it is the fast one."""

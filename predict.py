@@ -71,7 +71,7 @@ class PredictConfig:
     dtype: str = option("auto", "weights and arithmetic; auto = the best for the device", choices=("auto", "bfloat16", "float16", "float32"))
     quantize: str = option("none", "int8: experts, attention and head in 8 bits; faster on a CPU, less memory everywhere", choices=("none", "int8"))
     lookup: int = option(0, "guess up to this many tokens at once from earlier text, and check them in one pass; the same answer, sooner where text repeats; 0 = off", minimum=0, maximum=64)
-    compile: bool = option(False, "on a GPU: also compile the step of the CUDA graph; half a minute more before the first token")
+    compile: bool = option(False, "on a GPU: also compile the step of the CUDA graph, which takes a while before the first token")
     num_threads: int = option(0, "CPU threads; 0 = the cores that this process may use", minimum=0, maximum=4_096)
     # what is shown
     json: bool = option(False, "one JSON object a line for each answer, when it is complete")
@@ -290,6 +290,10 @@ def show_answer(predictor: Predictor, prompt: str, config: PredictConfig, ids: l
         print_json(predictor, prompt, predictor.last, config, config.seed)
     elif not config.quiet and sys.stderr.isatty() and predictor.last and (rate := predictor.last.tokens_per_sec):
         print(styled(f"[{len(predictor.last.ids)} tokens, {rate:.1f} tokens/s, first after {1000 * predictor.last.first_s:.0f} ms]", DIM, sys.stderr), file=sys.stderr)
+    if config.show_experts and not config.json:
+        print(experts_map(predictor))
+    if config.experts_html:
+        write_experts_page(predictor, config)
 
 
 def show_answers(predictor: Predictor, prompts: Sequence[str], config: PredictConfig) -> None:
@@ -453,8 +457,6 @@ class Session:
         predictor.last = None
         try:
             show_answer(predictor, prompt, self.config, ids)
-            if self.config.show_experts and not self.config.json:
-                print(experts_map(predictor))
         finally:
             if a := predictor.last:
                 drawn = predictor.tokenizer.encode(a.text) if a.ended == "stop text" else a.ids   # of what was drawn, only what is before the stop counts
@@ -462,8 +464,6 @@ class Session:
                 self.tokens_read, self.tokens_drawn, self.seconds = self.tokens_read + len(a.prompt_ids), self.tokens_drawn + len(a.ids), self.seconds + a.last_s
             else:
                 self.turns.pop()
-        if self.config.experts_html:
-            write_experts_page(predictor, self.config)
 
     def verb(self, verb: str, argument: str) -> None:
         """:undo, :reset, :save, :stats and :experts; each answers with a line."""
@@ -619,10 +619,6 @@ def main(argv: list[str] | None = None) -> int:
         show_answers(predictor, prompts, config)
     else:
         show_answer(predictor, prompts[0], config)
-        if config.show_experts and not config.json:
-            print(experts_map(predictor))
-        if config.experts_html:
-            write_experts_page(predictor, config)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Reruns the promises of reliability that are counted, with the counts that README.md quotes.
 
-    python -m benchmarks.reliability                      all: about half an hour on one core, into benchmarks/results/reliability.json
+    python -m benchmarks.reliability                      all: about a quarter of an hour on one core, into benchmarks/results/reliability.json
     python -m benchmarks.reliability --only 3 6 --counts nightly --name try
 
 Each promise is a function in tests/promises, which pytest runs too, with smaller counts. What was measured before and is not asked
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         tally = promise.run(getattr(promise, args.counts))
         rows[promise.text] = {
             "number": promise.number, "text": promise.text, "held": tally.held, "tried": tally.tried, "detail": tally.detail, "failures": tally.failures[:20], "reference": promise.reference,
-            "seconds": round(time.perf_counter() - started, 1), "measured": {name: environment()[name] for name in ("commit", "uncommitted_changes", "time")}}
+            "seconds": round(time.perf_counter() - started, 1), "measured": {name: value for name, value in environment().items() if name in ("commit", "uncommitted_changes", "time")}}
         failed += tally.held != tally.tried or not tally.tried
         print(f"{promise.number:3} {promise.text}: {tally.held} of {tally.tried}" + "".join(f", {name} {value}" for name, value in tally.detail.items()), flush=True)
         known = [promise.text for promise in promises()]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
-from model_parts import Block, KVCache, rope_tables_at, rotate
+from model_parts import Block, KVCache, rope_tables_at
 from runtime.cpu_decode import native_model
 from runtime.quantize import is_packed, unpack
 
@@ -34,7 +34,7 @@ class Text:
 
 
 class Decoder:
-    """A model ready to generate. native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph (half a minute more at the first token)."""
+    """A model ready to generate. native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a while at the first token."""
 
     def __init__(self, model: LLM, native: bool = True, compile: bool = False):
         self.model, self.config, self.device = model.eval(), model.config, model.embed.weight.device
@@ -202,17 +202,11 @@ def decode_step(model: LLM, cache: KVCache, ids_B: Tensor, positions_B: Tensor, 
     x_BC = model.embed(ids_B)
     rope = None
     if c.use_rope:
-        rope = [table_BD[:, None] for table_BD in rope_tables_at(c, positions_B, torch.promote_types(x_BC.dtype, torch.float32))]
+        rope = [table_BD[:, None, None] for table_BD in rope_tables_at(c, positions_B, torch.promote_types(x_BC.dtype, torch.float32))]
     row_B = torch.arange(B, device=ids_B.device)
     for i, block in enumerate(model.layers):
         a, keys_BGSD, values_BGSD = block.attention, cache.keys[i], cache.values[i]
-        h_BC = block.norm1(x_BC)
-        q_BHD, k_BGD, v_BGD = (linear(h_BC).view(B, -1, D) for linear in (a.W_q, a.W_k, a.W_v))
-        if a.q_norm is not None:
-            dtype = a.q_norm.weight.dtype
-            q_BHD, k_BGD = a.q_norm(q_BHD.to(dtype)).to(v_BGD.dtype), a.k_norm(k_BGD.to(dtype)).to(v_BGD.dtype)
-        if rope is not None:
-            q_BHD, k_BGD = rotate(q_BHD, *rope), rotate(k_BGD, *rope)
+        q_BHD, k_BGD, v_BGD = (heads[:, :, 0] for heads in a.project(block.norm1(x_BC)[:, None], rope))
         W = keys_BGSD.shape[2]
         place_B = positions_B % W if cache.is_ring[i] else positions_B
         keys_BGSD[row_B, :, place_B], values_BGSD[row_B, :, place_B] = k_BGD.to(keys_BGSD.dtype), v_BGD.to(keys_BGSD.dtype)
@@ -247,16 +241,10 @@ def _experts(block: Block, h_BC: Tensor) -> Tensor:
     if len(h_BC) * K >= num_experts:
         weights_BE = torch.zeros(len(h_BC), num_experts, dtype=weights_BK.dtype, device=h_BC.device).scatter_(1, experts_BK, weights_BK)
         h_EBI = h_BC @ experts.w_in.transpose(1, 2) + (0 if experts.b_in is None else experts.b_in[:, None])
-        gate, up = h_EBI.chunk(2, dim=-1) if experts.is_swiglu else (h_EBI, None)
-        y_EBC = (F.gelu(gate) if up is None else F.silu(gate) * up) @ experts.w_out.transpose(1, 2) + (0 if experts.b_out is None else experts.b_out[:, None])
+        y_EBC = experts.activate(h_EBI) @ experts.w_out.transpose(1, 2) + (0 if experts.b_out is None else experts.b_out[:, None])
         return (y_EBC * weights_BE.T[:, :, None]).sum(dim=0).to(h_BC.dtype)
     h_BKI = _chosen_linear(experts, "in", experts_BK, h_BC[:, None].expand(-1, K, -1))
-    if experts.is_swiglu:
-        gate, up = h_BKI.chunk(2, dim=-1)
-        h_BKF = F.silu(gate) * up
-    else:
-        h_BKF = F.gelu(h_BKI)
-    return (_chosen_linear(experts, "out", experts_BK, h_BKF) * weights_BK[:, :, None]).sum(dim=1).to(h_BC.dtype)
+    return (_chosen_linear(experts, "out", experts_BK, experts.activate(h_BKI)) * weights_BK[:, :, None]).sum(dim=1).to(h_BC.dtype)
 
 
 def _chosen_linear(experts, which: str, experts_BK: Tensor, x_BKI: Tensor) -> Tensor:

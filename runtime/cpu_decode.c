@@ -496,11 +496,8 @@ static void run(Pass *p, int t)
     const Model *m = p->m;
     int n = p->n, C = m->C, K = m->K, T = p->team, width = C > m->H * m->D ? C : m->H * m->D;
     float *room = p->private + t * p->private_floats, *scores = room;   /* never in use at the same time */
-    for (int i = t; i < n; i += T) {
-        const float *row = row_of(&m->embed, p->ids[i], room);
-        for (int c = 0; c < C; c++)
-            p->x[(int64_t)i * C + c] = row[c] * (m->embed.scale ? m->embed.scale[p->ids[i]] : 1.0f);
-    }
+    for (int i = t; i < n; i += T)
+        memcpy(p->x + (int64_t)i * C, row_of(&m->embed, p->ids[i], room), sizeof(float) * C);   /* never packed: runtime/quantize.py */
     for (int l = 0; l < m->L; l++) {
         const Block *b = &m->blocks[l];
         for (int i = t; i < n; i += T)

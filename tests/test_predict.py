@@ -945,6 +945,14 @@ class Terminal:
         os.close(theirs)
         self.seen = b""
 
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+
     def wait_for(self, text: bytes, seconds: float = 60) -> bytes:
         """Everything up to `text`, which must come."""
         deadline = time.monotonic() + seconds
@@ -964,8 +972,7 @@ class Terminal:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pty that can be a controlling terminal")
 def test_a_session_on_a_terminal(tmp_path):
     """An endless answer, a real Ctrl-C, and the session goes on; no control character of the model's comes through."""
-    terminal = Terminal("--ckpt", save(tmp_path, biased_model(biases={END: -1e4} | dict.fromkeys(range(32), 3.0))), "--temperature", "2", "--top_k", "0", "--max_new_tokens", "100000000", "--seed", "1")
-    try:
+    with Terminal("--ckpt", save(tmp_path, biased_model(biases={END: -1e4} | dict.fromkeys(range(32), 3.0))), "--temperature", "2", "--top_k", "0", "--max_new_tokens", "100000000", "--seed", "1") as terminal:
         terminal.wait_for(b":help for commands.")
         terminal.wait_for(b"> ")
         terminal.type(b"hello\n")
@@ -978,28 +985,19 @@ def test_a_session_on_a_terminal(tmp_path):
         terminal.wait_for(b"temperature = 0.0\r\n> ")  # (Ctrl-C here is tested above: Python's readline can miss one that comes with the prompt)
         terminal.type(b":q\n")
         assert terminal.process.wait(60) == 0
-    finally:
-        terminal.process.kill()
-        terminal.process.wait()
-        os.close(terminal.ours)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pty that can be a controlling terminal")
 def test_what_was_typed_is_there_in_the_next_session(tmp_path, endless):
     """The arrow up brings back the last line of the session before; the file is for this user's eyes."""
     for typed, seen in ((b"first prompt\n", b"first prompt\r\nfirst prompt"), (b"\x1b[A\x1b[A!\n", b"first prompt!")):   # behind it in the history is :q
-        terminal = Terminal("--ckpt", endless, "--max_new_tokens", "1", XDG_STATE_HOME=str(tmp_path), TERM="xterm", NO_COLOR="1")
-        try:
+        with Terminal("--ckpt", endless, "--max_new_tokens", "1", XDG_STATE_HOME=str(tmp_path), TERM="xterm", NO_COLOR="1") as terminal:
             terminal.wait_for(b"> ")
             terminal.type(typed)
             terminal.wait_for(seen)
             terminal.wait_for(b"> ")
             terminal.type(b":q\n")
             assert terminal.process.wait(60) == 0
-        finally:
-            terminal.process.kill()
-            terminal.process.wait()
-            os.close(terminal.ours)
     path = tmp_path / "gptoss" / "history"
     assert path.read_text().splitlines() == ["first prompt", ":q", "first prompt!", ":q"] and path.stat().st_mode & 0o777 == 0o600
 

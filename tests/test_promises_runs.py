@@ -1,4 +1,4 @@
-"""The promises about runs that are killed, stopped or out of disk hold, and the tests that count them can fail."""
+"""That the promises of tests/promises/runs.py can be broken, and bugs that they found."""
 from __future__ import annotations
 
 import errno
@@ -10,28 +10,10 @@ import pytest
 
 from runtime import checkpoint
 from tests.promises import runs
-from tests.promises.runs import PROMISES, Disk, Faults, enumerate_crashes, killed_runs, same_after_resume, signals_save_and_leave
+from tests.promises.runs import Disk, Faults, enumerate_crashes, killed_runs, same_after_resume, signals_save_and_leave
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are children of a fork server")
-IDS = [f"{p.number}-{p.run.__name__}" for p in PROMISES]
 
-
-@pytest.mark.parametrize("promise", PROMISES, ids=IDS)
-def test_promise(promise):
-    """3 found that a new checkpoint folder's own name was never flushed: a power loss could take the folder with all checkpoints in
-    it (82 of 366 states after two saves). 5 found that an old checkpoint that cannot be deleted ended the run."""
-    promise.run(promise.at_push).check()
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("promise", PROMISES, ids=IDS)
-def test_promise_nightly(promise):
-    promise.run(promise.nightly).check()
-
-
-def test_texts_and_counts():
-    for p in PROMISES:
-        assert 20 < len(p.text) <= 120 and 0 < p.at_push <= p.nightly, p
 
 
 # ------------------------------------------------------------------------------------------------- they notice what they are for

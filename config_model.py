@@ -59,6 +59,7 @@ class ModelConfig:
     qkv_bias: bool = option(False, "biases on the query, key and value projections")
     out_proj_bias: bool = option(True, "bias on the attention output projection")
     qk_norm: bool = option(False, "RMSNorm on each head's queries and keys before RoPE (Qwen3)")
+    attention_sinks: bool = option(False, "a learned logit per query head that takes its share of the softmax and gives nothing (gpt-oss)")
     use_attention_bias: bool = option(True, "learned table of context_length x context_length attention biases per head and block")
     sliding_window: int = option(0, "tokens a windowed block looks back over, itself included; 0 = no window", minimum=0, maximum=16_777_216)
     window_pattern: str = option("all", "which blocks are windowed when sliding_window is set: all, or alternating (blocks 0, 2, 4, ...)", choices=("all", "alternating"))
@@ -67,12 +68,14 @@ class ModelConfig:
     rope_theta: float = option(10_000.0, "base of the rotary wavelengths", above=1.0)
     rope_scaling: str = option("none", "how positions beyond the trained context are reached: none, linear (position interpolation) or yarn", choices=("none", "linear", "yarn"))
     rope_scaling_factor: float = option(1.0, "context_length / trained context length, used by rope_scaling", minimum=1.0, maximum=65_536.0)
+    yarn_truncate: bool = option(True, "round the ends of yarn's ramp outwards, as its authors do; gpt-oss does not")
     # mixture of experts
     num_experts: int = option(32, "experts per block", minimum=1, maximum=4_096)
     top_k: int = option(2, "experts that each token is sent to", minimum=1, maximum=4_096)
     d_ff: int = option(2048, "hidden features of one expert", minimum=1, maximum=262_144)
-    expert_activation: str = option("gelu", "gelu: Linear-GELU-Linear; swiglu: gated SiLU, one more matrix per expert", choices=("gelu", "swiglu"))
+    expert_activation: str = option("gelu", "gelu: Linear-GELU-Linear; swiglu: gated SiLU, one more matrix per expert; swiglu_clamped: gpt-oss's kind of it", choices=("gelu", "swiglu", "swiglu_clamped"))
     expert_bias: bool = option(True, "biases on the experts' matrices")
+    router_bias: bool = option(False, "bias on the router's logits (gpt-oss)")
     capacity_factor: float = option(0.0, "training: each expert takes at most ceil(capacity_factor * tokens * top_k / num_experts) assignments, lowest gates dropped first; 0 = dropless", minimum=0.0, maximum=65_536.0)
     aux_loss_coef: float = option(1e-2, "weight of the load-balance loss, which is 1.0 per block at perfect balance", minimum=0.0)
     z_loss_coef: float = option(0.0, "weight of the router z-loss (ST-MoE)", minimum=0.0)
@@ -98,6 +101,8 @@ class ModelConfig:
             raise ValueError(f"rope_scaling_factor {self.rope_scaling_factor} has no effect with rope_scaling none: set rope_scaling to linear or yarn")
         if self.rope_scaling != "none" and not self.use_rope:
             raise ValueError(f"rope_scaling {self.rope_scaling} needs use_rope")
+        if self.rope_scaling != "yarn" and not self.yarn_truncate:
+            raise ValueError(f"yarn_truncate has no effect with rope_scaling {self.rope_scaling}: leave it out, or set rope_scaling to yarn")
         if self.window_pattern != "all" and not self.sliding_window:
             raise ValueError(f"window_pattern {self.window_pattern} has no effect without sliding_window")
 
@@ -105,6 +110,11 @@ class ModelConfig:
     def attention_head_dim(self) -> int:
         """Features per head: head_dim, or d_model / num_heads where that is 0."""
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def expert_inputs(self) -> int:
+        """Features that an expert's first matrix gives: d_ff, or twice that where one half gates the other."""
+        return self.d_ff * (1 if self.expert_activation == "gelu" else 2)
 
     def window(self, block: int) -> int:
         """Tokens that block number `block` looks back over, itself included; 0 = all of them."""
@@ -189,6 +199,12 @@ class Preset:
 _MODERN = dict(expert_activation="swiglu", expert_bias=False, out_proj_bias=False, head_bias=False, qk_norm=True,
                use_attention_bias=False, rms_norm_eps=1e-6, aux_loss_coef=0.02)
 
+# OpenAI's gpt-oss (model card, arXiv 2508.10925, section 2, and the published config.json): sinks, every other block windowed, biases, clamped SwiGLU, YaRN.
+# Trained with AdamW: what it was trained with is not published.
+_GPT_OSS = dict(head_dim=64, qkv_bias=True, out_proj_bias=True, attention_sinks=True, use_attention_bias=False, sliding_window=128, window_pattern="alternating",
+                rope_theta=150_000.0, rope_scaling="yarn", rope_scaling_factor=32.0, yarn_truncate=False, top_k=4, expert_activation="swiglu_clamped",
+                expert_bias=True, router_bias=True, head_bias=False, rms_norm_eps=1e-5)
+
 PRESETS = {
     "gptoss": Preset("the published default, learned position table included; one 141 GB GPU", {}, {}),
     "gptoss-modern": Preset(
@@ -210,6 +226,15 @@ PRESETS = {
                        context_length=256, vocabulary_size=4096, tie_embeddings=True, init_std=0.05),
         dict(optimizer="muon", batch_size=8, grad_accum=1, max_steps=1_000, lr=6e-3, min_lr=1e-4, warmup_steps=50, val_interval=100,
              val_steps=20, save_interval=250)),
+    "gpt-oss-20b": Preset(
+        "OpenAI's gpt-oss-20b, for its numbers (not to be mixed up with gptoss)",
+        _GPT_OSS | dict(d_model=2880, transformer_blocks=24, context_length=131_072, vocabulary_size=201_088, num_heads=64, num_kv_heads=8, d_ff=2880),
+        dict(batch_size=1, grad_accum=1)),
+    "gpt-oss-nano": Preset(
+        "gpt-oss's architecture for a laptop's CPU, minutes; wants a small vocabulary (bpe:4096)",
+        _GPT_OSS | dict(d_model=128, transformer_blocks=4, context_length=256, vocabulary_size=4096, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8,
+                        d_ff=128, rope_scaling_factor=2.0, aux_loss_coef=0.02, init_std=0.05),
+        dict(batch_size=8, grad_accum=1, max_steps=1_000, lr=3e-3, min_lr=1e-4, warmup_steps=50, val_interval=100, val_steps=20, save_interval=250)),
 }
 
 
@@ -218,14 +243,13 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, in closed form; the values sum to the module's own count (tests hold the two together)."""
     c, L, D = config, config.transformer_blocks, config.attention_head_dim
     q, kv = c.num_heads * D, c.num_kv_heads * D
-    attention = c.d_model * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.out_proj_bias * c.d_model + c.qk_norm * 2 * D
-    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
-    expert = c.d_model * (f_in + c.d_ff) + c.expert_bias * (f_in + c.d_model)
+    attention = c.d_model * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.out_proj_bias * c.d_model + c.qk_norm * 2 * D + c.attention_sinks * c.num_heads
+    expert = c.d_model * (c.expert_inputs + c.d_ff) + c.expert_bias * (c.expert_inputs + c.d_model)
     return {
         "embedding": c.vocabulary_size * c.d_model,
         "attention": L * attention,
         "attention bias table": L * c.use_attention_bias * c.num_heads * c.context_length ** 2,
-        "router": L * c.d_model * c.num_experts,
+        "router": L * c.num_experts * (c.d_model + c.router_bias),
         "experts": L * c.num_experts * expert,
         "norms": (2 * L + 1) * c.d_model,
         "head": (not c.tie_embeddings) * c.vocabulary_size * c.d_model + c.head_bias * c.vocabulary_size,
@@ -257,8 +281,7 @@ def flops_per_token(config: ModelConfig, sequence_tokens: int | None = None) -> 
     """
     c, D = config, config.attention_head_dim
     q, kv = c.num_heads * D, c.num_kv_heads * D
-    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
-    matrices = c.d_model * (2 * q + 2 * kv) + c.d_model * c.num_experts + c.top_k * c.d_model * (f_in + c.d_ff)
+    matrices = c.d_model * (2 * q + 2 * kv) + c.d_model * c.num_experts + c.top_k * c.d_model * (c.expert_inputs + c.d_ff)
     keys = sum(_mean_keys(c, block, sequence_tokens or c.context_length) for block in range(c.transformer_blocks))
     return round(2 * (c.transformer_blocks * matrices + c.d_model * c.vocabulary_size) + 4 * q * keys)
 
@@ -277,8 +300,7 @@ def loss_chunk_rows(config: ModelConfig, on_gpu: bool) -> int:
 def hidden_matrices(config: ModelConfig) -> int:
     """Parameters in the matrices inside the blocks: attention projections and experts, which Muon trains."""
     c, D = config, config.attention_head_dim
-    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
-    return c.transformer_blocks * c.d_model * (2 * D * (c.num_heads + c.num_kv_heads) + c.num_experts * (f_in + c.d_ff))
+    return c.transformer_blocks * c.d_model * (2 * D * (c.num_heads + c.num_kv_heads) + c.num_experts * (c.expert_inputs + c.d_ff))
 
 
 def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes: int = 4, on_gpu: bool = False) -> dict[str, int]:
@@ -294,11 +316,10 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
     parameters = total_parameters(c)
     moments = 2 * parameters - (hidden_matrices(c) if train.optimizer == "muon" else 0)
     cast = 0 if b == 4 else b * (parameters - parameter_counts(c)["attention bias table"])
-    f_in = c.d_ff * (2 if c.expert_activation == "swiglu" else 1)
     norms = 2 * (4 * c.d_model + (b + 4 if b != 4 else 4) * c.d_model)             # fp32 in, normalised out (cast if AMP)
     attention = b * (2 * q + (3 if c.qk_norm else 1) * (q + kv) + kv)                # q, k, v as the kernel reads them, output
     activated = 2 * c.d_ff if on_gpu or c.dropout else 0                              # a CPU makes them again (runtime/cpu_experts.py)
-    experts = c.top_k * (b * (2 * c.d_model + f_in + activated) + 4)                 # sorted rows, hidden before/after, outputs
+    experts = c.top_k * (b * (2 * c.d_model + c.expert_inputs + activated) + 4)                 # sorted rows, hidden before/after, outputs
     tokens = train.batch_size * c.context_length
     # A learned table rules out the flash kernels. On a CPU, as with dropout there, the scores are held per head, before and after
     # the softmax (and the dropout); on a GPU the memory-efficient kernel holds none, but each block's table is saved as it was

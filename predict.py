@@ -33,15 +33,14 @@ import torch
 from config_model import check_fields, option
 from model import LLM
 from runtime import cli, cpu_decode
-from runtime.checkpoint import Checkpoint, load_model
-from runtime.data import MANIFEST, TokenShards
+from runtime.checkpoint import load_model, tokenizer_of
 from runtime.device import choose_device, choose_dtype, choose_kernels, explained_out_of_memory
 from runtime.expert_map import html_page, text_map
 from runtime.files import write_text_atomic
 from runtime.inference import Decoder, Text, generate, router_choices
 from runtime.quantize import quantize_
 from runtime.text import UntilText, human_bytes, visible
-from runtime.tokenizer import NAMED, Tokenizer, TokenStream, load_tokenizer
+from runtime.tokenizer import TokenStream
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Predictor:
             choose_kernels(self.model, device, dtype)
             if config.quantize == "int8":
                 quantize_(self.model)
-        self.tokenizer = _tokenizer(config, checkpoint)
+        self.tokenizer = tokenizer_of(checkpoint, config.tokenizer)
         if config.context_length:
             _set_context(self.model, config)
         if config.lookup and any(self.model.config.window(block) for block in range(self.model.config.transformer_blocks)):
@@ -214,31 +213,6 @@ class Predictor:
             self.texts = []   # first, so that both are never there at once
             self.texts = self.decoder.texts(count, min(context, 1 << (tokens - 1).bit_length()))
         return self.texts
-
-
-def _tokenizer(config: PredictConfig, checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer; --tokenizer only where it carries none. Raises ValueError if they do not go together."""
-    vocabulary = checkpoint.model_config.vocabulary_size
-    if checkpoint.tokenizer_state:
-        tokenizer = Tokenizer.from_state(checkpoint.tokenizer_state)
-        if config.tokenizer and _named_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"{config.ckpt} was trained with tokenizer {tokenizer.name}, not {config.tokenizer}: leave --tokenizer out")
-    elif config.tokenizer or vocabulary == 200_019:  # the reference's checkpoints name none and always are o200k_base
-        tokenizer = _named_tokenizer(config.tokenizer or "o200k_base")
-    else:
-        raise ValueError(f"{config.ckpt} does not say which tokenizer it was trained with (vocabulary {vocabulary:,}): name it with --tokenizer")
-    if tokenizer.vocabulary_size > vocabulary:
-        raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids and the model in {config.ckpt} {vocabulary:,}: give the one that it was trained with")
-    return tokenizer
-
-
-def _named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, or that of the shards in the folder `name` (data, or data/train)."""
-    if name in (*NAMED, "byte") or not os.path.isdir(name):
-        return load_tokenizer(name)
-    folder = Path(name)
-    shards = TokenShards(folder if (folder / MANIFEST).exists() else folder / "train", verify=False)
-    return Tokenizer.from_state(shards.tokenizer_state)
 
 
 def _set_context(model: LLM, config: PredictConfig) -> None:

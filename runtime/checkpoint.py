@@ -38,8 +38,10 @@ from torch.overrides import TorchFunctionMode
 
 from config_model import ModelConfig, TrainConfig, total_parameters
 from model import LLM
+from runtime.data import MANIFEST, TokenShards
 from runtime.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
 from runtime.optimizer import check_tensors, load_state_by_name, state_by_name
+from runtime.tokenizer import NAMED, Tokenizer, load_tokenizer
 
 FORMAT, VERSION = "gptoss-checkpoint", 1
 LATEST, BEST = "latest.pt", "best.pt"
@@ -526,6 +528,32 @@ def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Opt
         model.load_state_dict(checkpoint.model)
     except ValueError as error:
         raise CheckpointError(checkpoint.path, f"does not fit this model: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- its tokenizer
+def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
+    """The checkpoint's tokenizer; `name` (of a tokenizer, or of a folder with shards) only where it carries none. ValueError if they do not go together."""
+    path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
+    if checkpoint.tokenizer_state:
+        tokenizer = Tokenizer.from_state(checkpoint.tokenizer_state)
+        if name and _named_tokenizer(name).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"{path} was trained with tokenizer {tokenizer.name}, not {name}: leave --tokenizer out")
+    elif name or vocabulary == 200_019:  # the reference's checkpoints name none and always are o200k_base
+        tokenizer = _named_tokenizer(name or "o200k_base")
+    else:
+        raise ValueError(f"{path} does not say which tokenizer it was trained with (vocabulary {vocabulary:,}): name it with --tokenizer")
+    if tokenizer.vocabulary_size > vocabulary:
+        raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids and the model in {path} {vocabulary:,}: give the one that it was trained with")
+    return tokenizer
+
+
+def _named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`, or that of the shards in the folder `name` (data, or data/train)."""
+    if name in (*NAMED, "byte") or not os.path.isdir(name):
+        return load_tokenizer(name)
+    folder = Path(name)
+    shards = TokenShards(folder if (folder / MANIFEST).exists() else folder / "train", verify=False)
+    return Tokenizer.from_state(shards.tokenizer_state)
 
 
 # ------------------------------------------------------------------------------------------------------------- the folder

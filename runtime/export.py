@@ -1,0 +1,161 @@
+"""What all exports share: their arguments, an output that is whole or not there, and the check at the end.
+
+An export writes under a temporary name, reads back what it wrote, compares its logits on real text with the model's, and only
+then renames it: what is off, or breaks off, is removed.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config_model import ModelConfig
+from model import LLM
+from runtime.checkpoint import Checkpoint, build_model, read_checkpoint, tokenizer_of
+from runtime.cli import parser
+from runtime.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
+from runtime.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MOST_CHECKED_TOKENS = 256
+CHECK_TEXT = """Once upon a time there was a lighthouse keeper called Noor, who counted ships. On Monday she saw 3; on Tuesday, 14 more.
+"That's too many," she said, "for a harbour that holds only 12!" Her cat didn't answer. It was asleep on the charts again.
+
+By 1927 the old lamp had burned for 21,900 nights. Noor wrote it all down: wind from the south-west, waves of 2.5 m, one café open.
+für Gäste geschlossen, стоял туман, 灯台は静かだった. Then she closed the book, put out the light (it was morning), and slept... \N{SLEEPING FACE}
+The ships went on without her. They knew the way, or thought they did; and the sea, which never reads what is written about it,
+rose a little, fell a little, and left the stones where they had been. When Noor woke up, the cat had caught a fish.
+"""
+
+
+class ExportError(ValueError):
+    """An export that does not compute what the model computes."""
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported."""
+    path: Path
+    model: LLM                # eval mode, float32 on the CPU, parameters mapped from the file
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+
+
+def export_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """A parser with the flags of all exports. `out`: what --out names, for its help."""
+    p = parser(description)
+    p.add_argument("--ckpt", default="checkpoints/latest.pt", help="checkpoint to export (default: checkpoints/latest.pt)")
+    p.add_argument("--out", required=True, help=out)
+    p.add_argument("--tokenizer", default="", help="tokenizer, for checkpoints that carry none: o200k_base, byte, ... or a data folder (default: the checkpoint's)")
+    p.add_argument("--force", action="store_true", help="replace an output that is there")
+    return p
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The checkpoint and tokenizer that the arguments name, checked. Raises ValueError."""
+    checkpoint = read_checkpoint(args.ckpt)
+    return Source(Path(args.ckpt), build_model(checkpoint), checkpoint, tokenizer_of(checkpoint, args.tokenizer))
+
+
+# ------------------------------------------------------------------------------------------------------------------ output
+def check_output(out: str | Path, force: bool, is_folder: bool = False, made_by_us: str = "config.json") -> Path:
+    """The path to write to, before any work. ValueError if something is there and may not be replaced: without `force` anything, with it
+    what is of the other kind, and a folder with entries none of which is called `made_by_us`."""
+    path = Path(out)
+    if not path.name or path.resolve() == Path.cwd():
+        raise ValueError(f"--out {out} is no name for {'a new folder' if is_folder else 'a file'}")
+    if not os.path.lexists(path):
+        return path
+    if not force:
+        raise ValueError(f"--out {out} exists: choose another name, or say --force to replace it")
+    if path.is_dir() != is_folder:
+        raise ValueError(f"--out {out} is a {'folder' if path.is_dir() else 'file'}, and this writes a {'folder' if is_folder else 'file'}: choose another name")
+    if is_folder and any(path.iterdir()) and not (path / made_by_us).exists():
+        raise ValueError(f"--out {out} holds files but no {made_by_us}, so it is no earlier export and is not replaced: choose another name")
+    return path
+
+
+@contextlib.contextmanager
+def staged(out: Path, needed_bytes: int, is_folder: bool = False) -> Iterator[Path]:
+    """A temporary name (for a folder: an empty folder) beside `out`, which becomes `out` if the block ends well and is removed if it does not.
+
+    ValueError if the disk has less than `needed_bytes` free. Everything is flushed before it is renamed; a folder that is replaced is
+    moved aside first, and back if the renaming fails.
+    """
+    temporary = out.with_name(out.name + TEMPORARY_SUFFIX)
+    make_folder(out.parent)
+    _remove(temporary)   # of a run that was killed
+    free = shutil.disk_usage(out.parent).free
+    if needed_bytes > free:
+        raise ValueError(f"{out} needs {needed_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: free some space or choose another --out")
+    try:
+        if is_folder:
+            temporary.mkdir()
+        yield temporary
+        for path in [temporary, *temporary.rglob("*")]:
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            else:
+                fsync_folder(path)
+        if is_folder and out.exists():
+            aside = out.with_name(out.name + ".replaced")
+            _remove(aside)
+            os.replace(out, aside)
+            try:
+                os.replace(temporary, out)
+            except BaseException:
+                os.replace(aside, out)
+                raise
+            fsync_folder(out.parent)
+            _remove(aside)
+        else:
+            os.replace(temporary, out)
+        fsync_folder(out.parent)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------- check
+def check_ids(tokenizer: Tokenizer, config: ModelConfig) -> Tensor:
+    """Ids [1, T] of a real text that every export is checked on, as long as the context allows."""
+    ids = [tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)]
+    return torch.tensor([ids[:min(config.context_length, MOST_CHECKED_TOKENS)]])
+
+
+@torch.inference_mode()
+def logits_of(model: LLM, ids_BT: Tensor) -> Tensor:
+    """Logits [B, T, V] float32, without a cache."""
+    return model(ids_BT).logits.float()
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference of two tensors of one shape; NaN where either holds one."""
+    if ours.shape != theirs.shape:
+        raise ExportError(f"the export gives logits of shape {list(theirs.shape)}, the model {list(ours.shape)}")
+    return (ours.double() - theirs.double()).abs().max().item()
+
+
+def check_logits(route: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> float:
+    """Print and return the largest difference; ExportError if it is beyond `tolerance`, times the largest logit where that is above 1."""
+    difference, largest = largest_difference(ours, theirs), ours.abs().max().item()
+    print(f"check: {route}: largest logit difference {difference:.1e} (logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)")
+    if not difference <= tolerance * max(1.0, largest):
+        raise ExportError(f"{route}: logits differ by {difference:.1e}, more than {tolerance * max(1.0, largest):.1e}: nothing was written")
+    return difference

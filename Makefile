@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 # Threads that wait for each other spin; on a shared machine that costs more than it saves.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-nightly mutants figures lint clean-demo
+.PHONY: demo test test-nightly test-llamacpp mutants figures lint clean-demo
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -38,6 +38,11 @@ test: $(VENV)/installed-dev
 # What takes too long for every push: the same promises with larger counts.
 test-nightly: $(VENV)/installed-dev
 	$(PY) -m pytest -m nightly
+
+# Our GGUF files in llama.cpp itself, which is compiled for that: minutes, and a C++ compiler.
+test-llamacpp: $(VENV)/installed-dev
+	$(PY) -c "import llama_cpp" 2> /dev/null || $(VENV)/bin/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	$(PY) -m pytest -m llamacpp
 
 # Faults put back into copies of the code, each of which the tests must notice.
 mutants: $(VENV)/installed-dev

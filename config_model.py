@@ -11,6 +11,8 @@ import math
 import typing
 from dataclasses import dataclass, field
 
+SWIGLU_LIMIT, SWIGLU_STEEPNESS = 7.0, 1.702  # of swiglu_clamped, from gpt-oss's code; both are fixed there
+
 
 def option(default, help, *, choices=None, minimum=None, maximum=None, above=None):
     """A dataclass field with its help text and range. `above` is an exclusive minimum."""
@@ -233,7 +235,7 @@ PRESETS = {
     "gpt-oss-nano": Preset(
         "gpt-oss's architecture for a laptop's CPU, minutes; wants a small vocabulary (bpe:4096)",
         _GPT_OSS | dict(d_model=128, transformer_blocks=4, context_length=256, vocabulary_size=4096, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8,
-                        d_ff=128, rope_scaling_factor=2.0, aux_loss_coef=0.02, init_std=0.05),
+                        d_ff=128, rope_scaling_factor=2.0, yarn_truncate=True, aux_loss_coef=0.02, init_std=0.05),
         dict(batch_size=8, grad_accum=1, max_steps=1_000, lr=3e-3, min_lr=1e-4, warmup_steps=50, val_interval=100, val_steps=20, save_interval=250)),
 }
 

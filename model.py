@@ -61,14 +61,14 @@ class LLM(nn.Module):
         """Normal weights with standard deviation init_std, those that write to the residual stream smaller by sqrt(2L).
 
         GPT-2 (Radford et al. 2019, section 2.3): the stream sums 2L of them, so its variance does not grow with depth.
-        Norms start at 1; biases, the selection bias and the position table at 0.
+        Norms start at 1; biases, sinks, the selection bias and the position table at 0.
         """
         residual_std = self.config.init_std / math.sqrt(2 * self.config.transformer_blocks)
         for name, parameter in self.named_parameters():
             kind = name.rsplit(".", 1)[-1]
             if "norm" in name:
                 parameter.fill_(1.0)
-            elif kind in ("bias", "b_in", "b_out", "attention_bias"):
+            elif kind in ("bias", "b_in", "b_out", "attention_bias", "sinks"):
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, residual_std if name.endswith(("out_proj.weight", "w_out")) else self.config.init_std)

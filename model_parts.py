@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config_model import ModelConfig
+from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS, ModelConfig
 
 
 # ------------------------------------------------------------------------------------------------------------- positions
@@ -27,7 +27,7 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
 
     linear divides every frequency by the factor (Chen et al. 2023, "position interpolation"). yarn divides only the slow
     ones, those that turn less than once over the trained context, and blends up to those that turn 32 times (Peng et al.
-    2023, section 3.2; the ramp is over the pair's index, its ends rounded outwards, as in the authors' code).
+    2023, section 3.2; the ramp is over the pair's index, its ends rounded outwards as in the authors' code, if `yarn_truncate`).
     """
     D, factor = config.attention_head_dim, config.rope_scaling_factor
     dtype = _table_dtype(device)
@@ -41,7 +41,10 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
         def pair_that_turns(times: float) -> float:
             return D * math.log(trained_tokens / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-        fast, slow = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), D - 1)
+        fast, slow = pair_that_turns(32), pair_that_turns(1)
+        if config.yarn_truncate:
+            fast, slow = math.floor(fast), math.ceil(slow)
+        fast, slow = max(fast, 0), min(slow, D - 1)
         index = torch.arange(D // 2, dtype=dtype, device=device)
         keep = 1 - ((index - fast) / max(slow - fast, 1e-3)).clamp(0, 1)
         return frequencies * keep + frequencies / factor * (1 - keep)
@@ -173,12 +176,13 @@ class KVCache:
 
 # ------------------------------------------------------------------------------------------------------------- attention
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, optional QK-norm and learned position table."""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, optional QK-norm, sinks and learned position table."""
 
     def __init__(self, config: ModelConfig, block: int):
         super().__init__()
         self.H, self.G, self.D = config.num_heads, config.num_kv_heads, config.attention_head_dim
         self.block, self.window, self.dropout = block, config.window(block), config.dropout
+        self.sink_kernel = None  # a fast attention_with_sinks without dropout, where the device has one (runtime.device.choose_kernels)
         self.has_flash = True  # whether the device has the flash kernel for this arithmetic (runtime.device.choose_kernels)
         self.W_q = nn.Linear(config.d_model, self.H * self.D, bias=config.qkv_bias)
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
@@ -186,6 +190,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(self.H * self.D, config.d_model, bias=config.out_proj_bias)
         self.q_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.register_parameter("sinks", nn.Parameter(torch.empty(self.H)) if config.attention_sinks else None)
         table = torch.empty(self.H, config.context_length, config.context_length) if config.use_attention_bias else None
         self.register_parameter("attention_bias", None if table is None else nn.Parameter(table))
 
@@ -201,8 +206,13 @@ class Attention(nn.Module):
             # Of CUDA's kernels only flash takes grouped heads, and it takes no mask: without this copy (never of the cache,
             # only of what this call reads) the call would fall to the kernel that holds all T x S scores.
             k_BGSD, v_BGSD = (x.repeat_interleave(self.H // self.G, dim=1) for x in (k_BGSD, v_BGSD))
-        y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal,
-                                                dropout_p=self.dropout if self.training else 0.0, enable_gqa=k_BGSD.shape[1] != self.H)
+        dropout = self.dropout if self.training else 0.0
+        if self.sinks is None:
+            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=k_BGSD.shape[1] != self.H)
+        elif self.sink_kernel is not None and not dropout and self.attention_bias is None:
+            y_BHTD = self.sink_kernel(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal)
+        else:
+            y_BHTD = attention_with_sinks(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal, dropout)
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
 
     def project(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,6 +245,24 @@ class Attention(nn.Module):
         return torch.where(mask, bias_BHTS, -math.inf), False
 
 
+def attention_with_sinks(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H: Tensor, mask: Tensor | None, is_causal: bool, dropout: float = 0.0) -> Tensor:
+    """Attention whose softmax has one place more per head, the sink: [B, H, T, D]. In float32 or better, all scores at once.
+
+    mask: [.., T, S], bool (True keeps) or added to the scores. Source: gpt-oss (arXiv 2508.10925, section 2); Xiao et al. 2023 on why it helps.
+    """
+    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
+    dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
+    k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
+    scores_BHTS = (q_BHTD @ k_BHSD.transpose(2, 3)).to(dtype) * D ** -0.5
+    if is_causal:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril()
+    if mask is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores_BHTS + mask
+    sinks_BHT1 = sinks_H.to(dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+    weights_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(dim=-1)[..., :S]
+    return F.dropout(weights_BHTS, dropout).to(v_BHSD.dtype) @ v_BHSD
+
+
 # ---------------------------------------------------------------------------------------------------- mixture of experts
 class RouterStats(NamedTuple):
     """What the routers did, one entry per block once `LLM` has stacked them. Losses carry gradients, the rest does not."""
@@ -252,6 +280,7 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
+        self.register_parameter("bias", nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None)
         # Added to the scores for the choice only, not for the weights; moved after each step by
         # LLM.balance_experts (Wang et al. 2024, "auxiliary-loss-free load balancing"; DeepSeek-V3, section 2.1.2).
         self.register_buffer("selection_bias", torch.zeros(config.num_experts) if config.router_bias_rate else None)
@@ -260,7 +289,7 @@ class Router(nn.Module):
         """Returns (weights [N, K], experts [N, K] int64, probabilities [N, E], logits [N, E]), floats in float32 or better."""
         dtype = torch.promote_types(x_NC.dtype, torch.float32)
         with torch.autocast(x_NC.device.type, enabled=False):
-            logits_NE = F.linear(x_NC.to(dtype), self.weight.to(dtype))
+            logits_NE = F.linear(x_NC.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         probabilities_NE = logits_NE.softmax(dim=-1)
         scores_NE = probabilities_NE if self.selection_bias is None else probabilities_NE + self.selection_bias
         experts_NK = scores_NE.topk(self.top_k, dim=-1).indices
@@ -379,21 +408,35 @@ def _backward(ctx, grad_RO):
 grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+def activate(h: Tensor, activation: str) -> Tensor:
+    """The hidden layer [..., F] from what an expert's first matrix gives, [..., F] or, gated, [..., 2F].
+
+    gelu: Hendrycks & Gimpel 2016. swiglu: Shazeer 2020. swiglu_clamped: gpt-oss's code, which steepens the gate by 1.702 (as in GELU's
+    sigmoid form), adds 1 to the other half, and keeps both within SWIGLU_LIMIT.
+    """
+    if activation == "gelu":
+        return F.gelu(h)
+    gate, up = h.chunk(2, dim=-1)
+    if activation == "swiglu":
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_STEEPNESS * gate) * (up + 1)
+
+
 class Experts(nn.Module):
-    """E feed-forward networks with stacked weights: w_in [E, F, C] (swiglu: [E, 2F, C], gate rows before up rows), w_out [E, C, F]."""
+    """E feed-forward networks with stacked weights: w_in [E, F, C] (gated: [E, 2F, C], gate rows before up rows), w_out [E, C, F]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        E, C, d_ff = config.num_experts, config.d_model, config.d_ff
-        self.is_swiglu, self.dropout = config.expert_activation == "swiglu", config.dropout
-        f_in = 2 * d_ff if self.is_swiglu else d_ff
+        E, C, d_ff, f_in = config.num_experts, config.d_model, config.d_ff, config.expert_inputs
+        self.activation, self.dropout = config.expert_activation, config.dropout
         self.w_in = nn.Parameter(torch.empty(E, f_in, C))
         self.w_out = nn.Parameter(torch.empty(E, C, d_ff))
         self.register_parameter("b_in", nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None)
         self.register_parameter("b_out", nn.Parameter(torch.empty(E, C)) if config.expert_bias else None)
         # Faster ways to the same result, where the device has them (runtime.device.choose_kernels):
         self.grouped = False      # one kernel for the products of all experts instead of one after another
-        self.feed_forward = None  # one operation for all of it: (x, w_in, b_in, w_out, b_out, counts, is_swiglu) -> ([R, C], what its backward needs)
+        self.feed_forward = None  # one operation for all of it: (x, w_in, b_in, w_out, b_out, counts, activation) -> ([R, C], what its backward needs)
 
     def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert through their experts: [R, C] -> [R, C].  experts_R: each row's expert; counts_E: rows of each."""
@@ -401,20 +444,13 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RC.dtype
         if self.feed_forward is not None and not (self.dropout and self.training):
             w_in, b_in, w_out, b_out = (None if p is None else p.to(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
-            return self.feed_forward(x_RC.to(dtype), w_in, b_in, w_out, b_out, counts_E, self.is_swiglu)[0]
+            return self.feed_forward(x_RC.to(dtype), w_in, b_in, w_out, b_out, counts_E, self.activation)[0]
         h_RF = self._linear(x_RC.to(dtype), self.w_in, self.b_in, experts_R, counts_E)
-        h_RF = self.activate(h_RF)
+        h_RF = activate(h_RF, self.activation)
         # expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4; on attention weights: as in GPT-2's code
         if self.dropout:
             h_RF = F.dropout(h_RF, self.dropout, self.training)
         return self._linear(h_RF, self.w_out, self.b_out, experts_R, counts_E)
-
-    def activate(self, h: Tensor) -> Tensor:
-        """The hidden layer [..., F] from what w_in gives, [..., F or 2F]."""
-        if not self.is_swiglu:
-            return F.gelu(h)
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate) * up
 
     def _linear(self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor) -> Tensor:
         """grouped_linear in the rows' dtype (autocast knows neither path), by the device's own kernel where it is the fast one."""

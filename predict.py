@@ -5,7 +5,7 @@
     echo "Once upon a time" | python predict.py         the prompt comes through a pipe
     python predict.py --prompt_file prompts.jsonl --num_samples 4 --json
 
-A prompt begins a document: it is put behind an end-of-text token, as in training. When prompt and answer fill the context,
+A prompt begins a document: it is put behind an end-of-text token, as in training (an imported model: behind what its tokenizer puts there). When prompt and answer fill the context,
 generation goes on from the newer half of it (--when_full slide) or ends (--when_full stop); a prompt that is longer than
 the context is read from its last tokens on. What was printed stays printed. Text goes to stdout, what is about it to stderr.
 """
@@ -64,7 +64,7 @@ class PredictConfig:
     when_full: str = option("slide", "at the end of the context: slide (forget its older half and go on) or stop", choices=("slide", "stop"))
     context_length: int = option(0, "tokens to attend over, also beyond the trained context if the model has no position table; 0 = as trained", minimum=0, maximum=16_777_216)
     rope_scaling: str = option("none", "with a longer context_length: none, linear (position interpolation) or yarn", choices=("none", "linear", "yarn"))
-    tokenizer: str = option("", "tokenizer for a checkpoint that carries none (o200k_base, byte, ..., or a folder of prepare_data.py); default: the checkpoint's")
+    tokenizer: str = option("", "tokenizer for a checkpoint that carries none (o200k_base, byte, ..., a folder of prepare_data.py or of a published model); default: the checkpoint's")
     # how it runs
     device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")
     dtype: str = option("auto", "weights and arithmetic; auto = the best for the device", choices=("auto", "bfloat16", "float16", "float32"))
@@ -161,8 +161,9 @@ class Predictor:
         self.banned_ids = [i for i in self.tokenizer.undecodable_ids if i < vocabulary] + list(range(self.tokenizer.vocabulary_size, vocabulary))
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """A prompt as the beginning of a document."""
-        return [self.tokenizer.end_of_text_id] + self.tokenizer.encode(prompt)
+        """A prompt as the beginning of a document. (Something is always before the first token that is drawn.)"""
+        start = self.tokenizer.start_id
+        return ([] if start is None else [start]) + self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text_id]
 
     def stream(self, prompt: str | list[int], config: PredictConfig, note: Callable[[str], object] = lambda line: None) -> Iterator[str]:
         """The answer to a prompt (or to ids, as they are) in pieces of whole characters. `note` is told, in a line, what the context's limit did."""
@@ -182,24 +183,24 @@ class Predictor:
             generator.seed() if seed < 0 else generator.manual_seed(seed)
         texts = self._texts(len(answers), max(len(a.prompt_ids) for a in answers) + config.max_new_tokens)
         streams, untils = [TokenStream(self.tokenizer) for _ in answers], [UntilText(config.stop) for _ in answers]
-        end, finished, started = self.tokenizer.end_of_text_id, set(), time.perf_counter()
+        ends, finished, started = self.tokenizer.stop_ids, set(), time.perf_counter()
         for step in generate(self.decoder, texts, [a.prompt_ids for a in answers], config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                             min_p=config.min_p, repetition_penalty=config.repetition_penalty, stop_ids=[end], banned_ids=self.banned_ids, generators=generators,
+                             min_p=config.min_p, repetition_penalty=config.repetition_penalty, stop_ids=list(ends), banned_ids=self.banned_ids, generators=generators,
                              slide=config.when_full == "slide", lookup=config.lookup, finished=finished):
             now = time.perf_counter() - started
             for row, token in step:
                 a, until = answers[row], untils[row]
                 a.ids.append(token)
                 a.first_s, a.last_s = a.first_s or now, now
-                piece, stopped = until.push(streams[row].push(token)) if token != end else ("", False)
+                piece, stopped = until.push(streams[row].push(token)) if token not in ends else ("", False)
                 a.text += piece
-                if token != end:
+                if token not in ends:
                     yield row, piece
                 if stopped:
                     a.ended = "stop text"
                     finished.add(row)
                 elif row in finished:
-                    a.ended = "end of text" if token == end else "length" if len(a.ids) == config.max_new_tokens else "context"
+                    a.ended = "end of text" if token in ends else "length" if len(a.ids) == config.max_new_tokens else "context"
                     piece, stopped = until.push(streams[row].flush())
                     piece += "" if stopped else until.held
                     a.text += piece
@@ -424,8 +425,7 @@ class Session:
         predictor = self.predictor
         ids = None
         if before is not None:
-            end = predictor.tokenizer.end_of_text_id
-            ids = before[:-1] if before[-1] == end and len(before) > 1 else before    # go on where it ended
+            ids = before[:-1] if before[-1] in predictor.tokenizer.stop_ids and len(before) > 1 else before    # go on where it ended
             ids = ids + predictor.tokenizer.encode(prompt)
         self.turns.append((self.ids, self.shown))
         predictor.last = None

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import time
 import zlib
@@ -305,7 +306,7 @@ class Encoded:
 
 def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
     """Runs in a thread: tiktoken lets go of the interpreter while it works, and numpy arrays cost no list of numbers."""
-    end = np.array([tokenizer.end_of_text_id], dtype=np.uint32)
+    end = np.array(tokenizer.between_documents, dtype=np.uint32)
     encoded = {}
     for split, parts in batch.parts.items():
         arrays, sizes = [], []
@@ -313,7 +314,7 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
             ids = tokenizer.encode_to_numpy(text)
             arrays += [ids, end] if ends else [ids]
             num_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-            sizes.append((len(ids) + ends, num_bytes, ends))
+            sizes.append((len(ids) + len(end) * ends, num_bytes, ends))
         if arrays:
             encoded[split] = Encoded(np.concatenate(arrays), sizes)
     return encoded
@@ -421,10 +422,21 @@ def open_sources(options: argparse.Namespace) -> Plan:
     return Plan(train, val, ratio, train.description | limits | {"validation": val.description if val else {"val_ratio": ratio}})
 
 
-def make_tokenizer(name: str, plan: Plan) -> Tokenizer:
-    """Load a tokenizer, or train it on the training text alone."""
-    if not name.startswith("bpe:"):
-        return load_tokenizer(name)
+def is_path(name: str) -> bool:
+    """Whether --tokenizer names a folder or checkpoint that has a tokenizer."""
+    return name not in (*NAMED, "byte") and not name.startswith("bpe:") and not name.endswith(COMPACT) and os.path.exists(name)
+
+
+def ready_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer that text is cut with; None for one that is trained on the text."""
+    if is_path(name):
+        from runtime.checkpoint import named_tokenizer  # imports torch, which nothing else here needs
+        return named_tokenizer(name)
+    return None if name.startswith("bpe:") else load_tokenizer(name.removesuffix(COMPACT))
+
+
+def trained_tokenizer(name: str, plan: Plan) -> Tokenizer:
+    """bpe:SIZE, trained on the training text alone."""
     print(f"training {name} ...", flush=True)
     route = split_by_hash(plan.val_ratio) if plan.val is None else lambda digest: "train"
     return train_bpe((text for batch in make_batches(plan.train, route) for text, _ in batch.parts["train"]), int(name[4:]))
@@ -434,7 +446,7 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
     """Write the set that `options` describe to options.out_dir; returns both manifests. On any error the earlier set stays."""
     o, out_dir = options, Path(options.out_dir)
     data.check_replaceable(out_dir)
-    tokenizer = None if o.tokenizer.startswith("bpe:") else load_tokenizer(o.tokenizer.removesuffix(COMPACT))  # no download of text before this works
+    tokenizer = ready_tokenizer(o.tokenizer)  # no download of text before this works
     plan = open_sources(o)
     created = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -443,7 +455,7 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
         data.finish_publishing(out_dir)
         data.remove_partial(out_dir)
         try:
-            manifests = write_partial(out_dir / data.PARTIAL, tokenizer or make_tokenizer(o.tokenizer, plan), plan, o)
+            manifests = write_partial(out_dir / data.PARTIAL, tokenizer or trained_tokenizer(o.tokenizer, plan), plan, o)
             data.publish(out_dir)
         except BaseException:
             data.remove_partial(out_dir)
@@ -557,7 +569,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", default="data", metavar="FOLDER", help="where train/ and val/ go, in the place of an earlier set (default: data)")
     add("--tokenizer", default="o200k_base", metavar="NAME",
         help=f"{', '.join(NAMED)} (downloaded once); one of these with {COMPACT} behind it: the same tokens, but only the ids that occur in the text, and the 256 "
-             "bytes, are in the vocabulary, numbered from 0; byte; or bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text (default: o200k_base)")
+             "bytes, are in the vocabulary, numbered from 0; byte; bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text; or a path: a checkpoint or folder (of a published model, or another --out_dir), "
+             "whose tokenizer it is then (default: o200k_base)")
     add("--shard_size", type=_count, default=10**8, metavar="TOKENS", help="tokens per shard, 4 bytes each (default: 1e8)")
     add("--num_proc", type=_count, default=usable_cores(), metavar="CORES", help="cores that tokenise (default: all)")
     o = p.parse_args(argv)
@@ -593,7 +606,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError("--document_separator must not be empty")
     if o.num_proc > 1024:
         raise ValueError(f"--num_proc {o.num_proc} is more than 1024 threads")
-    check_name(o.tokenizer)
+    if not is_path(o.tokenizer):
+        check_name(o.tokenizer)
     return o
 
 

@@ -3,6 +3,7 @@
 A checkpoint is a `torch.save` zip of a dict that can be read by hand:
 
     step, model {name: float32}, optimizer {"exp_avg.NAME": tensor}, val_loss, cfg     what the reference wrote, under its names
+                                                                                      (weights alone may be bfloat16)
     format, version, train_cfg, tokenizer, data_fingerprint, run, versions             what a resume needs besides
     digests {"model/NAME": sha256, "optimizer/NAME": sha256, "header": sha256}         header: everything that is no tensor
 
@@ -23,9 +24,11 @@ import pickletools
 import platform
 import re
 import shutil
+import struct
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +36,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from config_model import ModelConfig, TrainConfig, total_parameters
 from model import LLM
+from runtime import hf_tokenizer
 from runtime.data import MANIFEST, TokenShards
 from runtime.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
 from runtime.optimizer import check_tensors, load_state_by_name, state_by_name
@@ -77,7 +82,7 @@ class Checkpoint:
     path: Path
     step: int                              # optimizer steps done
     model_config: ModelConfig
-    model: dict[str, Tensor]               # float32, under the names of LLM.state_dict()
+    model: dict[str, Tensor]               # under the names of LLM.state_dict(); float32, or all parameters bfloat16 (buffers never)
     optimizer: dict[str, Tensor] | None    # as runtime.optimizer.state_by_name; None if it was not asked for
     val_loss: float | None                 # cross-entropy in nats (in the reference's files: its auxiliary loss included)
     train_config: dict                     # fields of TrainConfig; empty in the reference's format
@@ -101,12 +106,8 @@ def save_checkpoint(ckpt_dir: str | Path, step: int, model: LLM, optimizer: Opti
     folder = Path(ckpt_dir)
     path = folder / f"step_{step:07d}.pt"
     try:
-        header = _plain({
-            "step": step, "val_loss": None if val_loss is None else float(val_loss), "cfg": dataclasses.asdict(model.config),
-            "format": FORMAT, "version": VERSION, "train_cfg": dataclasses.asdict(train_config), "tokenizer": tokenizer_state,
-            "data_fingerprint": data_fingerprint, "run": run or {},
-            "versions": {"torch": str(torch.__version__), "python": platform.python_version()}})
-        _check_header(header)
+        header = _header(model.config, tokenizer_state, step=step, val_loss=None if val_loss is None else float(val_loss),
+                         train_cfg=dataclasses.asdict(train_config), data_fingerprint=data_fingerprint, run=run or {})
         groups = {"model": model.state_dict(), "optimizer": state_by_name(model, optimizer) if optimizer else {}}
         if wrong := [name for name, tensor in groups["model"].items() if tensor.dtype != torch.float32]:
             raise ValueError(f"checkpoints hold float32 weights, and {wrong[0]} is {groups['model'][wrong[0]].dtype}")
@@ -127,6 +128,62 @@ def save_checkpoint(ckpt_dir: str | Path, step: int, model: LLM, optimizer: Opti
     return path
 
 
+def _header(config: ModelConfig, tokenizer_state: dict | None, **values) -> dict:
+    """The header of a new file, checked. `values`: what differs from a file that holds nothing but weights."""
+    header = _plain({"step": 0, "val_loss": None, "cfg": dataclasses.asdict(config), "format": FORMAT, "version": VERSION, "train_cfg": {},
+                     "tokenizer": tokenizer_state, "data_fingerprint": "", "run": {},
+                     "versions": {"torch": str(torch.__version__), "python": platform.python_version()}} | values)
+    _check_header(header)
+    return header
+
+
+def write_weights(path: str | Path, config: ModelConfig, tensor_of: Callable[[str], Tensor], dtype: torch.dtype = torch.float32,
+                  tokenizer_state: dict | None = None) -> None:
+    """Write a checkpoint of weights alone, one tensor in memory at a time: `tensor_of` is asked once for each name of LLM.state_dict().
+
+    Parameters are stored in `dtype`, float32 or bfloat16, and buffers in float32. The file is laid out with holes, which the
+    tensors fill as they are hashed, and laid out again around them with their digests, which are as long as those they replace. (The
+    zip's CRC-32 of the tensors stay 0: nothing reads them where there are digests.) What is left of a write that ends early is no
+    checkpoint: `path` is a temporary name, see runtime.export.staged. ValueError for a tensor of another shape or that is not finite.
+    """
+    header, expected = _header(config, tokenizer_state), _expected(config, dtype)
+    digests = {f"model/{name}": f"{i:064x}" for i, name in enumerate(expected)} | {"header": _header_digest(header)}
+    with open(path, "w+b") as file:
+        _lay_out(file, header, expected, digests)
+        places = _places(file)
+        for i, (name, (shape, kind)) in enumerate(expected.items()):
+            tensor = tensor_of(name)
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has the shape {list(tensor.shape)}, not {list(shape)}")
+            tensor = tensor.detach().to("cpu", kind).contiguous()
+            digests[f"model/{name}"], finite = _digest(tensor)
+            if not finite:
+                raise ValueError(f"{name} holds NaN or infinity")
+            file.seek(places[f"archive/data/{i}"])
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+        _lay_out(file, header, expected, digests)
+        assert _places(file) == places, "the digests moved the tensors"
+
+
+def _lay_out(file, header: dict, expected: dict[str, tuple[torch.Size, torch.dtype]], digests: dict[str, str]) -> None:
+    """Write all of a checkpoint but its tensors, whose places in the file stay what they are."""
+    with FakeTensorMode():
+        model = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in expected.items()}
+    file.seek(0)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        _torch_save({"step": header["step"], "model": model, "optimizer": {}, **header, "digests": digests}, file)
+    file.flush()
+
+
+def _places(file) -> dict[str, int]:
+    """Where each record of a zip begins: behind its local header of 30 bytes, its name and an extra field (lengths at 26 and 28)."""
+    places = {}
+    for entry in zipfile.ZipFile(file).infolist():
+        file.seek(entry.header_offset + 26)
+        places[entry.filename] = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    return places
+
+
 class _Sink:
     """A file whose first error (disk full, Ctrl-C) is kept: torch.save goes on to close its zip and reports that failure instead."""
 
@@ -139,6 +196,9 @@ class _Sink:
         except BaseException as error:
             self.error = self.error or error
             raise
+
+    def seek(self, *where) -> int:
+        return self.file.seek(*where)
 
     def flush(self) -> None:
         if self.error is None:
@@ -274,15 +334,16 @@ def _check_header(header: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
-def read_checkpoint(path: str | Path, optimizer: bool = False) -> Checkpoint:
+def read_checkpoint(path: str | Path, optimizer: bool = False, private: bool = True) -> Checkpoint:
     """Read and check a file of our format or the reference's. Raises CheckpointError (one line) for whatever is wrong with it.
 
     Checked: the zip, the pickle, every key and type, the config against the tensors, and digests and finiteness of what is
     read: the model always, the optimizer if it is asked for. Tensors are mapped, not copied (stacked experts of the
-    reference's format are). The reference's optimizer state cannot be converted: asking for it is an error.
+    reference's format are). The reference's optimizer state cannot be converted: asking for it is an error. Not `private`: a
+    file larger than memory and swap can be mapped too, but who writes to a tensor writes to the file.
     """
     path = Path(path)
-    contents, records = _unpack(path)
+    contents, records = _unpack(path, private)
     try:
         read = _read_ours if "format" in contents else _read_reference
         return read(path, contents, records, optimizer)
@@ -302,7 +363,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise CheckpointError(path, error) from error
 
 
-def _unpack(path: Path) -> tuple[dict, set[tuple[int, int]]]:
+def _unpack(path: Path, private: bool = True) -> tuple[dict, set[tuple[int, int]]]:
     """The dict in the file, and (bytes, CRC-32) of its records. Every reader's failure becomes a CheckpointError."""
     if not path.is_file():
         raise CheckpointError(path, "is a directory or device, not a checkpoint file" if path.exists() else "no such file")
@@ -312,8 +373,8 @@ def _unpack(path: Path) -> tuple[dict, set[tuple[int, int]]]:
         if magic != b"PK\3\4":
             raise ValueError("the file is empty" if not magic else "not a checkpoint (no torch.save zip)")
         records = _scan_zip(path)
-        private = contextlib.nullcontext() if sys.platform == "win32" else torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
-        with private:   # copy-on-write: training on a mapped tensor never reaches the file
+        options = contextlib.nullcontext() if sys.platform == "win32" else torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
+        with options:   # private is copy-on-write: training on a mapped tensor never reaches the file
             contents = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (zipfile.BadZipFile, UnicodeError) as error:
         raise CheckpointError(path, f"damaged or cut short: {error}") from error
@@ -322,6 +383,8 @@ def _unpack(path: Path) -> tuple[dict, set[tuple[int, int]]]:
     except ValueError as error:
         raise CheckpointError(path, error) from error
     except Exception as error:  # zipfile, pickle and torch raise nearly everything on damaged input; the cause is kept
+        if "Cannot allocate memory" in str(error):
+            raise CheckpointError(path, f"has {path.stat().st_size / 1e9:.1f} GB, which this machine's memory and swap cannot hold") from error
         raise CheckpointError(path, f"damaged, or no checkpoint: {type(error).__name__}: {str(error)[:200]}") from error
     if not isinstance(contents, dict):
         raise CheckpointError(path, f"not a checkpoint: it holds a {type(contents).__name__}, not a dict")
@@ -369,7 +432,8 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
     config = _config(header["cfg"])
     file_bytes = path.stat().st_size
     model = _tensors(_dict(contents, "model"), "model", file_bytes)
-    _check_against_config(config, model, file_bytes)
+    is_bfloat16 = "embed.weight" in model and model["embed.weight"].dtype == torch.bfloat16
+    check_tensors(_expected(config, torch.bfloat16 if is_bfloat16 else torch.float32, file_bytes), model, "model")
     state = None
     if optimizer:
         state = _tensors(_dict(contents, "optimizer"), "optimizer", file_bytes)
@@ -410,15 +474,15 @@ def _tensors(given: dict, group: str, file_bytes: int) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in given.items()}
 
 
-def _expected_shapes(config: ModelConfig, file_bytes: int) -> dict[str, torch.Size]:
-    """Names and shapes that a config implies, from the module itself on the meta device; a config beyond the file is refused first."""
-    if 4 * total_parameters(config) > file_bytes:
-        raise ValueError(f"cfg describes {total_parameters(config):,} float32 parameters, more than the file's {file_bytes:,} bytes hold")
-    return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
-
-
-def _check_against_config(config: ModelConfig, tensors: dict[str, Tensor], file_bytes: int) -> None:
-    check_tensors({name: (shape, torch.float32) for name, shape in _expected_shapes(config, file_bytes).items()}, tensors, "model")
+def _expected(config: ModelConfig, dtype: torch.dtype, file_bytes: int | None = None) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Names, shapes and dtypes that a config implies where parameters are kept in `dtype`, from the module itself on the meta device; a
+    config beyond the file is refused first."""
+    if file_bytes is not None and dtype.itemsize * total_parameters(config) > file_bytes:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(f"cfg describes {total_parameters(config):,} {kind} parameters, more than the file's {file_bytes:,} bytes hold")
+    model = meta_model(config)
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: (tensor.shape, dtype if name in parameters else torch.float32) for name, tensor in model.state_dict().items()}
 
 
 # ------------------------------------------------------------------------------------------------- the reference's format
@@ -426,6 +490,10 @@ REFERENCE_FIELDS = ("d_model", "dropout", "context_length", "vocabulary_size", "
                     "use_rope", "use_attention_bias", "d_ff", "num_experts", "top_k", "aux_loss_coef", "capacity_factor")
 REFERENCE_EXPERT_NAMES = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"}
 REFERENCE_TABLES = (".gqa.cos_cached", ".gqa.sin_cached")   # RoPE tables: computed here, not stored
+
+
+def _expected_shapes(config: ModelConfig, file_bytes: int) -> dict[str, torch.Size]:
+    return {name: shape for name, (shape, _) in _expected(config, torch.float32, file_bytes).items()}
 
 
 def _read_reference(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
@@ -532,14 +600,14 @@ def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Opt
 
 # ---------------------------------------------------------------------------------------------------------- its tokenizer
 def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
-    """The checkpoint's tokenizer; `name` (of a tokenizer, or of a folder with shards) only where it carries none. ValueError if they do not go together."""
+    """The checkpoint's tokenizer; `name` (see named_tokenizer) only where it carries none. ValueError if they do not go together."""
     path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
     if checkpoint.tokenizer_state:
         tokenizer = Tokenizer.from_state(checkpoint.tokenizer_state)
-        if name and _named_tokenizer(name).fingerprint != tokenizer.fingerprint:
+        if name and named_tokenizer(name).fingerprint != tokenizer.fingerprint:
             raise ValueError(f"{path} was trained with tokenizer {tokenizer.name}, not {name}: leave --tokenizer out")
     elif name or vocabulary == 200_019:  # the reference's checkpoints name none and always are o200k_base
-        tokenizer = _named_tokenizer(name or "o200k_base")
+        tokenizer = named_tokenizer(name or "o200k_base")
     else:
         raise ValueError(f"{path} does not say which tokenizer it was trained with (vocabulary {vocabulary:,}): name it with --tokenizer")
     if tokenizer.vocabulary_size > vocabulary:
@@ -547,11 +615,23 @@ def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
     return tokenizer
 
 
-def _named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, or that of the shards in the folder `name` (data, or data/train)."""
-    if name in (*NAMED, "byte") or not os.path.isdir(name):
+def named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`, or that of what is there under this path: a folder with shards (data, or data/train) or of a published
+    model, or a checkpoint, of which no weight is read. Raises ValueError."""
+    if name in (*NAMED, "byte") or not os.path.exists(name):
         return load_tokenizer(name)
     folder = Path(name)
+    if folder.is_file():
+        contents, _ = _unpack(folder)
+        try:
+            state = _read_header(contents)["tokenizer"] if "format" in contents else None
+            if not state:
+                raise ValueError("does not say which tokenizer it was trained with")
+            return Tokenizer.from_state(state)
+        except ValueError as error:
+            raise CheckpointError(folder, error) from error
+    if not any((place / MANIFEST).exists() for place in (folder, folder / "train")) and (folder / hf_tokenizer.TOKENIZER_FILE).exists():
+        return hf_tokenizer.read_tokenizer(folder)
     shards = TokenShards(folder if (folder / MANIFEST).exists() else folder / "train", verify=False)
     return Tokenizer.from_state(shards.tokenizer_state)
 

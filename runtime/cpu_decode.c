@@ -45,20 +45,24 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #define MOST_THREADS 256
 #define TILE 4              /* weight rows taken together */
 
+enum { GELU, SWIGLU, SWIGLU_CLAMPED };
+#define LIMIT 7.0f          /* of SWIGLU_CLAMPED, as in config_model.py */
+#define STEEPNESS 1.702f
+
 typedef struct {            /* float, or with scale: int8 times the scale of its row */
     const void *weight;
     const float *scale, *bias;   /* bias [rows] or NULL */
     int32_t rows, cols;
 } Matrix;
 
-typedef struct {            /* pointers that may be NULL: q_norm, k_norm, selection_bias, attention_bias */
-    const float *norm1, *norm2, *q_norm, *k_norm, *router, *selection_bias, *attention_bias;
+typedef struct {            /* pointers that may be NULL: q_norm, k_norm, router_bias, selection_bias, attention_bias, sinks */
+    const float *norm1, *norm2, *q_norm, *k_norm, *router, *router_bias, *selection_bias, *attention_bias, *sinks;
     Matrix q, k, v, out, w_in, w_out;   /* w_in, w_out: of all experts, stacked */
     int32_t window, capacity, is_ring, unused;
 } Block;
 
 typedef struct {
-    int32_t C, L, H, G, D, V, E, K, F, is_swiglu, table, threads;   /* table: side of the tables of attention biases */
+    int32_t C, L, H, G, D, V, E, K, F, activation, table, threads;   /* activation: GELU ...; table: side of the tables of attention biases */
     float eps;
     int32_t unused;
     const float *norm;
@@ -356,7 +360,7 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
     }
     float *out[4], totals[4];
     for (int r = 0; r < rows; r++) {
-        float *mine = scores + r * stride, largest = -INFINITY;
+        float *mine = scores + r * stride, largest = b->sinks ? b->sinks[h] : -INFINITY;
         int position = p->positions[i] + r, first = b->window && position >= b->window ? position - b->window + 1 : 0;
         if (b->attention_bias)
             for (int at = first; at <= position; at++)
@@ -370,7 +374,7 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
             vec x = *(vec *)(mine + at);
             total += *(vec *)(mine + at) = (vec)((ints)exp_of(x) & ~(x < (vec){0} - 87.0f));
         }
-        totals[r] = sum_of(total);
+        totals[r] = sum_of(total) + (b->sinks ? expf(b->sinks[h] - largest) : 0.0f);   /* a sink takes its share and gives nothing */
         out[r] = p->y + (int64_t)(i + r) * width + h * D;
         memset(out[r], 0, 4 * D);
     }
@@ -446,17 +450,35 @@ static void sort_by_expert(const Pass *p)
     p->starts[0] = 0;
 }
 
-/* gelu(h), or silu(h) * up, in place of h. */
-static void activate(float *h, const float *up, int count, int is_swiglu)
+/* The smaller of x and the bound; what is not a number stays so. */
+static vec at_most(vec x, float bound) { return -at_least(-x, -bound); }
+
+/* An expert's activation (model_parts.activate) in place of h; the vector code does as the last line, but for GELU. */
+static void activate(float *h, const float *up, int count, int activation)
 {
     int f = 0;
-    if (is_swiglu)
+    if (activation == SWIGLU)
         for (; f + LANES <= count; f += LANES) {
             vec a = *(vec *)(h + f);
             *(vec *)(h + f) = a / (1.0f + exp_of(-at_least(a, -80.0f))) * *(const vec *)(up + f);
         }
-    for (; f < count; f++)
-        h[f] = is_swiglu ? h[f] / (1.0f + expf(-h[f])) * up[f] : 0.5f * h[f] * (1.0f + erff(h[f] * 0.70710678f));
+    if (activation == SWIGLU_CLAMPED)
+        for (; f + LANES <= count; f += LANES) {
+            vec a = at_most(*(vec *)(h + f), LIMIT), u = at_most(at_least(*(const vec *)(up + f), -LIMIT), LIMIT);
+            *(vec *)(h + f) = a / (1.0f + exp_of(-at_least(a * STEEPNESS, -80.0f))) * (u + 1.0f);
+        }
+    for (; f < count; f++) {
+        float a = h[f];
+        if (activation == GELU)
+            h[f] = 0.5f * a * (1.0f + erff(a * 0.70710678f));
+        else if (activation == SWIGLU)
+            h[f] = a / (1.0f + expf(-a)) * up[f];
+        else {
+            float u = up[f] > LIMIT ? LIMIT : up[f] < -LIMIT ? -LIMIT : up[f];
+            a = a > LIMIT ? LIMIT : a;
+            h[f] = a / (1.0f + expf(-a * STEEPNESS)) * (u + 1.0f);
+        }
+    }
 }
 
 /* This thread's share of all experts' hidden layers (is_out 0), or of what they add to x (1). */
@@ -483,10 +505,10 @@ static void experts(const Pass *p, const Block *b, int is_out, int t, float *roo
                 continue;
             }
             product(&b->w_in, (int64_t)e * b->w_in.rows, begin, end, xs, count, outs, NULL, room);
-            if (m->is_swiglu)
+            if (m->activation != GELU)
                 product(&b->w_in, (int64_t)e * b->w_in.rows + F, begin, end, xs, count, ups, NULL, room);
             for (int j = 0; j < count; j++)
-                activate(outs[j] + begin, ups[j] + begin, end - begin, m->is_swiglu);
+                activate(outs[j] + begin, ups[j] + begin, end - begin, m->activation);
         }
 }
 
@@ -518,7 +540,7 @@ static void run(Pass *p, int t)
             float *y = p->y + (int64_t)i * width;
             rms_norm(p->x + (int64_t)i * C, b->norm2, m->eps, C, y);
             for (int e = 0; e < m->E; e++)
-                room[e] = dot(b->router + (int64_t)e * C, y, C);
+                room[e] = dot(b->router + (int64_t)e * C, y, C) + (b->router_bias ? b->router_bias[e] : 0.0f);
             choose(m, b->selection_bias, room, p->chosen + i * K, p->gate + i * K);
         }
         barrier(p);

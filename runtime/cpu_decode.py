@@ -31,6 +31,7 @@ from runtime.quantize import is_packed
 SOURCE = Path(__file__).with_name("cpu_decode.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC"]
 TILE = 4                  # as in the C code
+ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")   # in the order of the C code's enum
 LEAST_BYTES_PER_THREAD = 1 << 20  # of weights, read once for each token: for less, another thread costs more than it does
 
 
@@ -44,9 +45,9 @@ def _of(kind, names: str) -> dict:
 
 
 Matrix = _struct("Matrix", **_of(c_void_p, "weight scale bias"), **_of(c_int32, "rows cols"))
-Block = _struct("Block", **_of(c_void_p, "norm1 norm2 q_norm k_norm router selection_bias attention_bias"), **_of(Matrix, "q k v out w_in w_out"),
+Block = _struct("Block", **_of(c_void_p, "norm1 norm2 q_norm k_norm router router_bias selection_bias attention_bias sinks"), **_of(Matrix, "q k v out w_in w_out"),
                 **_of(c_int32, "window capacity is_ring unused"))
-Model = _struct("Model", **_of(c_int32, "C L H G D V E K F is_swiglu table threads"), eps=c_float, unused=c_int32, norm=c_void_p,
+Model = _struct("Model", **_of(c_int32, "C L H G D V E K F activation table threads"), eps=c_float, unused=c_int32, norm=c_void_p,
                 **_of(Matrix, "embed head"), blocks=POINTER(Block), **_of(c_void_p, "cos sin"))
 Pass = _struct("Pass", m=POINTER(Model), **_of(c_int32, "n num_logits"), **_of(c_void_p, "ids positions caches keys values logit_rows logits"),
                **_of(c_void_p, "x y q k v h up chosen order starts gate private"), private_floats=c_int64, **_of(c_int32, "team arrived phase unused"))
@@ -114,10 +115,10 @@ class NativeModel:
         self.model, self.config, self._code = model, c, code
         self._kept: list[Tensor] = []       # what only C points to
         self._rope = None                   # (cos, sin) of the positions so far needed
-        first, table = model.layers[0], model.layers[0].attention.attention_bias
+        table = model.layers[0].attention.attention_bias
         self._blocks = (Block * c.transformer_blocks)(*(self._block(block) for block in model.layers))
         self._m = Model(C=c.d_model, L=c.transformer_blocks, H=c.num_heads, G=c.num_kv_heads, D=c.attention_head_dim, V=c.vocabulary_size, E=c.num_experts, K=c.top_k,
-                        F=c.d_ff, is_swiglu=first.moe.experts.is_swiglu, table=0 if table is None else table.shape[-1], eps=c.rms_norm_eps, norm=self._pointer(model.norm.weight),
+                        F=c.d_ff, activation=ACTIVATIONS.index(c.expert_activation), table=0 if table is None else table.shape[-1], eps=c.rms_norm_eps, norm=self._pointer(model.norm.weight),
                         embed=self._matrix(model.embed, "weight"), head=self._matrix(model.embed if c.tie_embeddings and not is_packed(model) else model.out_head, "weight", model.out_head.bias),
                         blocks=self._blocks)
         self._widest = max(c.d_model, c.num_heads * c.attention_head_dim, c.d_ff)
@@ -143,7 +144,8 @@ class NativeModel:
         a, moe = block.attention, block.moe
         return Block(norm1=self._pointer(block.norm1.weight), norm2=self._pointer(block.norm2.weight), router=self._pointer(moe.router.weight),
                      q_norm=self._pointer(a.q_norm and a.q_norm.weight), k_norm=self._pointer(a.k_norm and a.k_norm.weight),
-                     selection_bias=self._pointer(moe.router.selection_bias), attention_bias=self._pointer(a.attention_bias),
+                     router_bias=self._pointer(moe.router.bias), selection_bias=self._pointer(moe.router.selection_bias),
+                     attention_bias=self._pointer(a.attention_bias), sinks=self._pointer(a.sinks),
                      q=self._matrix(a.W_q, "weight", a.W_q.bias), k=self._matrix(a.W_k, "weight", a.W_k.bias), v=self._matrix(a.W_v, "weight", a.W_v.bias),
                      out=self._matrix(a.out_proj, "weight", a.out_proj.bias), w_in=self._matrix(moe.experts, "w_in", moe.experts.b_in),
                      w_out=self._matrix(moe.experts, "w_out", moe.experts.b_out), window=a.window)

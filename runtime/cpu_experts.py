@@ -16,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS
+
 MOST_ROWS_INLINE = 256    # fewer rows than this are not worth waking other threads
 MOST_IMBALANCE = 1.3      # of the busiest thread, over a fair share: beyond it the threads share each product instead
 
-# R rows sorted by expert, E experts, C d_model, F d_ff, I = F (gelu) or 2F (swiglu: gate rows before up rows).
+# R rows sorted by expert, E experts, C d_model, F d_ff, I = F (gelu) or 2F (gated: gate rows before up rows).
 
 
 @torch.library.custom_op("gptoss::feed_forward", mutates_args=(), device_types="cpu")
 def feed_forward(x_RC: Tensor, w_in_EIC: Tensor, b_in_EI: Tensor | None, w_out_ECF: Tensor, b_out_EC: Tensor | None, counts_E: Tensor,
-                 is_swiglu: bool) -> tuple[Tensor, Tensor]:
+                 activation: str) -> tuple[Tensor, Tensor]:
     """Rows through their experts: ([R, C], [R, I]), the second what the backward pass needs, the hidden layer before its activation.
 
     counts_E int64: rows of each expert; they must sum to R. All floats have one dtype.
@@ -34,7 +36,7 @@ def feed_forward(x_RC: Tensor, w_in_EIC: Tensor, b_in_EI: Tensor | None, w_out_E
     def one(e: int, rows: slice) -> None:
         if rows.start < rows.stop:
             h = _linear(x_RC[rows], w_in_EIC[e], b_in_EI, e, h_RI[rows])
-            _linear(_activation(h, is_swiglu), w_out_ECF[e], b_out_EC, e, y_RC[rows])
+            _linear(_activation(h, activation), w_out_ECF[e], b_out_EC, e, y_RC[rows])
 
     _each_expert(one, counts_E)
     return y_RC, h_RI
@@ -42,15 +44,15 @@ def feed_forward(x_RC: Tensor, w_in_EIC: Tensor, b_in_EI: Tensor | None, w_out_E
 
 @torch.library.custom_op("gptoss::feed_forward_backward", mutates_args=(), device_types="cpu")
 def _feed_forward_backward(grad_RC: Tensor, x_RC: Tensor, h_RI: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, counts_E: Tensor,
-                           is_swiglu: bool, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+                           activation: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to x, w_in, b_in, w_out, b_out (the biases' empty without them). An expert without rows gets zeros."""
     grads = _empty_gradients(x_RC, w_in_EIC, w_out_ECF, has_bias)
     grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
 
     def one(e: int, rows: slice) -> None:
         grad, h = grad_RC[rows], h_RI[rows]
-        torch.mm(grad.T, _activation(h, is_swiglu), out=grad_w_out[e])
-        grad_h = _activation_backward(grad @ w_out_ECF[e], h, is_swiglu)
+        torch.mm(grad.T, _activation(h, activation), out=grad_w_out[e])
+        grad_h = _activation_backward(grad @ w_out_ECF[e], h, activation)
         torch.mm(grad_h, w_in_EIC[e], out=grad_x[rows])
         torch.mm(grad_h.T, x_RC[rows], out=grad_w_in[e])
         if has_bias:
@@ -65,19 +67,30 @@ def _linear(x: Tensor, w: Tensor, b_E: Tensor | None, e: int, out: Tensor) -> Te
     return torch.mm(x, w.T, out=out) if b_E is None else torch.addmm(b_E[e], x, w.T, out=out)
 
 
-def _activation(h: Tensor, is_swiglu: bool) -> Tensor:
-    if not is_swiglu:
+def _activation(h: Tensor, activation: str) -> Tensor:
+    """As model_parts.activate, with fewer tensors in between."""
+    if activation == "gelu":
         return F.gelu(h)
     gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    if activation == "swiglu":
+        return F.silu(gate).mul_(up)
+    gate = gate.clamp(max=SWIGLU_LIMIT)
+    return torch.sigmoid(SWIGLU_STEEPNESS * gate).mul_(gate).mul_(up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1))
 
 
-def _activation_backward(grad: Tensor, h: Tensor, is_swiglu: bool) -> Tensor:
+def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
     """The gradient with respect to h of _activation(h), from that with respect to its result, which is used up."""
-    if not is_swiglu:
+    if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad, h)
     grad_h = torch.empty_like(h)
     (gate, up), (grad_gate, grad_up) = h.chunk(2, dim=-1), grad_h.chunk(2, dim=-1)
+    if activation == "swiglu_clamped":
+        inside_gate, inside_up = gate <= SWIGLU_LIMIT, up.abs() <= SWIGLU_LIMIT
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        sigmoid = torch.sigmoid(SWIGLU_STEEPNESS * gate)
+        torch.mul(grad * gate * sigmoid, inside_up, out=grad_up)
+        torch.mul(grad * (up + 1) * sigmoid * (1 + SWIGLU_STEEPNESS * gate * (1 - sigmoid)), inside_gate, out=grad_gate)
+        return grad_h
     torch.mul(grad, F.silu(gate), out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
     return grad_h
@@ -141,17 +154,17 @@ def _empty_gradients(x_RC: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, has_bias
 
 
 @feed_forward.register_fake
-def _(x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, is_swiglu):
+def _(x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, activation):
     return torch.empty_like(x_RC), x_RC.new_empty(x_RC.shape[0], w_in_EIC.shape[1])
 
 
 @_feed_forward_backward.register_fake
-def _(grad_RC, x_RC, h_RI, w_in_EIC, w_out_ECF, counts_E, is_swiglu, has_bias):
+def _(grad_RC, x_RC, h_RI, w_in_EIC, w_out_ECF, counts_E, activation, has_bias):
     return _empty_gradients(x_RC, w_in_EIC, w_out_ECF, has_bias)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x_RC, w_in_EIC, b_in_EI, w_out_ECF, _, counts_E, ctx.is_swiglu = inputs
+    x_RC, w_in_EIC, b_in_EI, w_out_ECF, _, counts_E, ctx.activation = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x_RC, output[1], w_in_EIC, w_out_ECF, counts_E)
@@ -161,7 +174,7 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad_RC, _):
     if grad_RC is None:
         return (None,) * 7
-    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _feed_forward_backward(grad_RC.contiguous(), *ctx.saved_tensors, ctx.is_swiglu, ctx.has_bias)
+    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _feed_forward_backward(grad_RC.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.has_bias)
     return grad_x, grad_w_in, grad_b_in if ctx.has_bias else None, grad_w_out, grad_b_out if ctx.has_bias else None, None, None
 
 

@@ -11,6 +11,7 @@ import time
 import torch
 
 import runtime.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
+from runtime.sink_attention import sink_attention
 from runtime.text import human_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -92,13 +93,14 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
 
     Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a multiple of 16 bytes; not on later cards while PyTorch
     issue 172439 is open (wrong weight gradients for experts without tokens). On a CPU: runtime/cpu_experts.py. Flash attention:
-    half precision from Ampere on.
+    half precision from Ampere on; with sinks: runtime/sink_attention.py.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     for block in model.layers:
         experts = block.moe.experts
         experts.grouped = capability == (9, 0) and dtype == torch.bfloat16 and experts.w_in.shape[2] % 8 == 0 and experts.w_out.shape[2] % 8 == 0
         experts.feed_forward = torch.ops.gptoss.feed_forward.default if device.type == "cpu" else None
+        block.attention.sink_kernel = sink_attention if device.type in ("cpu", "cuda") else None
         block.attention.has_flash = capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
 
 

@@ -9,16 +9,16 @@ import argparse
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config_model import ModelConfig
 from model import LLM
-from runtime.checkpoint import Checkpoint, build_model, read_checkpoint, tokenizer_of
+from runtime.checkpoint import Checkpoint, build_model, meta_model, read_checkpoint, tokenizer_of
 from runtime.cli import parser
 from runtime.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
 from runtime.tokenizer import Tokenizer
@@ -137,6 +137,22 @@ def check_ids(tokenizer: Tokenizer, config: ModelConfig) -> Tensor:
     """Ids [1, T] of a real text that every export is checked on, as long as the context allows."""
     ids = [tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)]
     return torch.tensor([ids[:min(config.context_length, MOST_CHECKED_TOKENS)]])
+
+
+def lazy_model(config: ModelConfig, read: Callable[[str], Tensor]) -> LLM:
+    """A model, in eval mode, whose tensors `read` gives by name when they are needed; a block's are forgotten when it is done."""
+    model = meta_model(config).eval()
+
+    def load(module: nn.Module, prefix: str) -> None:
+        module.load_state_dict({name: read(prefix + name) for name in module.state_dict()}, assign=True)
+
+    for name, module in model.named_children():
+        if name != "layers":
+            load(module, f"{name}.")
+    for n, block in enumerate(model.layers):
+        block.register_forward_pre_hook(lambda block, given, n=n: load(block, f"layers.{n}."))
+        block.register_forward_hook(lambda block, given, out: (block.to_empty(device="meta"), None)[1])
+    return model
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
-from model_parts import Block, KVCache, rope_tables_at
+from model_parts import Block, KVCache, activate, rope_tables_at
 from runtime.cpu_decode import native_model
 from runtime.quantize import is_packed, unpack
 
@@ -219,7 +219,10 @@ def decode_step(model: LLM, cache: KVCache, ids_B: Tensor, positions_B: Tensor, 
         if a.attention_bias is not None:
             bias_HBS = a.attention_bias[:, now_B1.clamp(max=c.context_length - 1), key_positions_BS.clamp(0, c.context_length - 1)]
             scores_BGJS = scores_BGJS + bias_HBS.transpose(0, 1).reshape(B, G, H // G, S)
-        weights_BGJS = scores_BGJS.masked_fill(~visible_BS[:, None, None], -torch.inf).softmax(dim=-1).to(q_BHD.dtype)
+        scores_BGJS = scores_BGJS.masked_fill(~visible_BS[:, None, None], -torch.inf)
+        if a.sinks is not None:   # one place more, which holds nothing (model_parts.attention_with_sinks)
+            scores_BGJS = torch.cat((scores_BGJS, a.sinks.float().view(1, G, H // G, 1).expand(B, -1, -1, -1)), dim=-1)
+        weights_BGJS = scores_BGJS.softmax(dim=-1)[..., :S].to(q_BHD.dtype)
         x_BC = x_BC + a.out_proj((weights_BGJS @ values_BGSD[:, :, :S].to(q_BHD.dtype)).reshape(B, H * D))
         x_BC = x_BC + _experts(block, block.norm2(x_BC))
     x_BC = model.norm(x_BC)
@@ -241,10 +244,10 @@ def _experts(block: Block, h_BC: Tensor) -> Tensor:
     if len(h_BC) * K >= num_experts:
         weights_BE = torch.zeros(len(h_BC), num_experts, dtype=weights_BK.dtype, device=h_BC.device).scatter_(1, experts_BK, weights_BK)
         h_EBI = h_BC @ experts.w_in.transpose(1, 2) + (0 if experts.b_in is None else experts.b_in[:, None])
-        y_EBC = experts.activate(h_EBI) @ experts.w_out.transpose(1, 2) + (0 if experts.b_out is None else experts.b_out[:, None])
+        y_EBC = activate(h_EBI, experts.activation) @ experts.w_out.transpose(1, 2) + (0 if experts.b_out is None else experts.b_out[:, None])
         return (y_EBC * weights_BE.T[:, :, None]).sum(dim=0).to(h_BC.dtype)
     h_BKI = _chosen_linear(experts, "in", experts_BK, h_BC[:, None].expand(-1, K, -1))
-    return (_chosen_linear(experts, "out", experts_BK, experts.activate(h_BKI)) * weights_BK[:, :, None]).sum(dim=1).to(h_BC.dtype)
+    return (_chosen_linear(experts, "out", experts_BK, activate(h_BKI, experts.activation)) * weights_BK[:, :, None]).sum(dim=1).to(h_BC.dtype)
 
 
 def _chosen_linear(experts, which: str, experts_BK: Tensor, x_BKI: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon_momentum: float
     `row_parts` matrices are stacked along the rows of each matrix in a group: 2 in w_in of gated experts, gate and up.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gated = {f"{name}.w_in" for name, module in model.named_modules() if getattr(module, "is_swiglu", False)}
+    gated = {f"{name}.w_in" for name, module in model.named_modules() if getattr(module, "activation", "gelu") != "gelu"}
     muon = [name for name in named if muon_momentum is not None and name.endswith(HIDDEN_MATRICES)]
     groups = [{"params": [p for name, p in named.items() if name not in muon and decays(name, p) == decay],
                "weight_decay": weight_decay if decay else 0.0} for decay in (True, False)]

@@ -1,8 +1,9 @@
 """Text <-> token ids, over tiktoken: a published vocabulary, the part of one that a text uses, plain bytes, or a BPE trained here.
+(A published model's own tokenizer.json is one more: runtime/hf_tokenizer.py.)
 
 Nothing is read or downloaded at import. A tokenizer travels as its *state*: plain JSON values that a manifest and a
 checkpoint carry. A published vocabulary is stored by name and fingerprint, a compact one with the ids it keeps besides, a
-trained one with all its tokens, so a checkpoint never meets ids that mean something else.
+trained or imported one whole, so a checkpoint never meets ids that mean something else.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("o200k_base", "gpt2", "cl100k_base")  # vocabularies that tiktoken downloads
+IMPORTED = "hf:"                               # hf:DIGEST is a published model's tokenizer.json
 COMPACT = ":compact"                           # o200k_base:compact is o200k_base without the ids that the text does not use
 STATE_FILE = "tokenizer.json"                  # where a tokenizer that was made from a text is saved, beside the shards
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000     # 256 bytes and end-of-text; far above any useful size
@@ -48,13 +50,24 @@ def _without_surrogates(text: str) -> str:
 
 
 class Tokenizer:
-    """A vocabulary and its end-of-text id. Ids run from 0 to vocabulary_size - 1; made by load_tokenizer, train_bpe, compacted or from_state."""
+    """A vocabulary and its end-of-text id. Ids run from 0 to vocabulary_size - 1; made by load_tokenizer, train_bpe, compacted or from_state.
+
+    An answer ends with one of `stop_ids`, and a text begins behind `start_id` (None: behind nothing). Both are end-of-text, but
+    for a published model's tokenizer.
+    """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
         self.name = name
         self.encoding = encoding
         self.vocabulary_size: int = encoding.n_vocab
         self.end_of_text_id: int = encoding.eot_token
+        self.start_id: int | None = self.end_of_text_id
+        self.stop_ids: tuple[int, ...] = (self.end_of_text_id,)
+
+    @property
+    def between_documents(self) -> list[int]:
+        """Ids behind a document, in a row of them: end-of-text, and what the next one begins behind if that is another id."""
+        return [self.end_of_text_id] + [self.start_id] * (self.start_id not in (None, self.end_of_text_id))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -93,11 +106,14 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one id; U+FFFD for an id that stands for nothing. ValueError outside the vocabulary."""
         try:
-            return self.encoding.decode_single_token_bytes(token_id)
+            return self._lookup(token_id)
         except (KeyError, OverflowError):
             if not 0 <= token_id < self.vocabulary_size:
                 raise ValueError(f"token id {token_id} is not in {self.name}, which has ids 0 to {self.vocabulary_size - 1}") from None
             return _REPLACEMENT
+
+    def _lookup(self, token_id: int) -> bytes:
+        return self.encoding.decode_single_token_bytes(token_id)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of a sequence of ids."""
@@ -110,8 +126,8 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------------------------- state
     @property
     def made_from_text(self) -> bool:
-        """Whether this vocabulary exists nowhere else, so that it must be stored with what it made."""
-        return self.name.startswith("bpe:") or self.name.endswith(COMPACT)
+        """Whether this vocabulary is not known by its name alone, so that it must be stored with what it made."""
+        return self.name.startswith(("bpe:", IMPORTED)) or self.name.endswith(COMPACT)
 
     def summary(self) -> dict:
         """What identifies this tokenizer, in plain JSON values."""
@@ -133,6 +149,9 @@ class Tokenizer:
         check_name(name)
         if name.endswith(COMPACT):
             tokenizer = _compact_from_state(state)
+        elif name.startswith(IMPORTED):
+            from runtime import hf_tokenizer  # it imports this module
+            tokenizer = hf_tokenizer.from_state(state)
         elif name.startswith("bpe:"):
             try:
                 tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
@@ -232,7 +251,7 @@ def check_name(name: str) -> None:
             raise ValueError(f"tokenizer {name!r}: only {', '.join(NAMED)} have a {COMPACT} form; byte and bpe:SIZE have few ids that a text does not use")
     elif name.startswith("bpe:"):
         bpe_size(name)
-    elif name not in (*NAMED, "byte"):
+    elif not name.startswith(IMPORTED) and name not in (*NAMED, "byte"):
         raise ValueError(f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE, or one of the first {len(NAMED)} with {COMPACT} behind it")
 
 
@@ -249,7 +268,8 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
     if name in NAMED:
         return _load_named(name)
     if folder is None:
-        raise ValueError(f"tokenizer {name} is made from a text: give the folder that prepare_data.py saved it in")
+        where = "comes with a model: give the folder or checkpoint" if name.startswith(IMPORTED) else "is made from a text: give the folder"
+        raise ValueError(f"tokenizer {name} {where} that {'has it' if name.startswith(IMPORTED) else 'prepare_data.py saved it in'}")
     path = Path(folder) / STATE_FILE
     try:
         tokenizer = Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8")))

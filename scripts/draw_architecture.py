@@ -16,6 +16,7 @@ WIDTH, HEIGHT, DPI = 13.0, 9.7, 150  # inches, inches, pixels per inch; all coor
 PART_COLORS = {"embedding": TEAL, "attention": BLUE, "attention bias table": PURPLE, "router": YELLOW, "experts": ORANGE, "norms": MUTED, "head": GREEN}
 BOTTOM = 0.25          # where the sheet begins
 EXPERTS_DRAWN = 64
+EXPERT_NAMES = {"gelu": "GELU", "swiglu": "SwiGLU", "swiglu_clamped": "clamped SwiGLU"}
 
 
 class Sheet:
@@ -171,11 +172,11 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
     sheet.dot(values_x, bus, PURPLE)
     sheet.arrow((keys_x, bus), (values_x + 0.74, bus), (values_x + 0.74, y + 1.86), (cache_x - 0.01, y + 1.86), color=PURPLE)
     sheet.arrow((cache_x + 0.675, y + 1.66), (cache_x + 0.675, core + 0.28), (x + 0.2 + core_w + 0.02, core + 0.28), color=PURPLE)
-    table = " + table" if c.use_attention_bias else ""
+    besides = " + table" * c.use_attention_bias + ", sink" * c.attention_sinks
     reach = "every token sees itself and all before it"
     if c.sliding_window:
         reach = f"every token sees the last {c.sliding_window:,}" + (", in blocks 0, 2, 4, …" if c.window_pattern == "alternating" else "")
-    sheet.box(x + 0.2, core, core_w, 0.56, BLUE, f"softmax( q · k / √{D:,}{table} ) · v", reach, size=12)
+    sheet.box(x + 0.2, core, core_w, 0.56, BLUE, f"softmax( q · k / √{D:,}{besides} ) · v", reach, size=12)
     left, width = x + 0.2, core_w
     if c.use_attention_bias:
         sheet.box(left, y + 0.13, 1.78, 0.52, PURPLE, "Position table", f"{c.num_heads:,} × {c.context_length:,} × {c.context_length:,}", size=11)
@@ -203,7 +204,7 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
     capacity = f"each takes {c.capacity_factor:g} × its fair share at most" if c.capacity_factor else "dropless"
     sheet.panel(x, y, w, h, "Mixture of experts", f"{c.top_k:,} of {c.num_experts:,}, {capacity}", ORANGE)
     # router and its choice
-    sheet.box(x + 0.2, y + 1.86, 2.2, 0.76, YELLOW, "Router", f"{c.d_model:,} → {c.num_experts:,}", "softmax in fp32", size=12)
+    sheet.box(x + 0.2, y + 1.86, 2.2, 0.76, YELLOW, "Router", f"{c.d_model:,} → {c.num_experts:,}" + " + bias" * c.router_bias, "softmax in fp32", size=12)
     sheet.arrow((x + 2.4, y + 2.24), (x + 2.76, y + 2.24), color=YELLOW)
     sheet.box(x + 2.78, y + 1.86, w - 2.98, 0.76, YELLOW, f"Top {c.top_k:,}", "their weights sum to 1", balance(c), size=12)
     # the experts, the chosen ones bright
@@ -228,10 +229,10 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
     first_x, second_x = (left + (i % across + 0.5) * cell for i in (first, second))
     sheet.arrow((second_x, y + 1.86), (second_x, bottom + 0.46), color=YELLOW)
     # one of them, and the sum
-    swiglu = c.expert_activation == "swiglu"
-    inside = f"{c.d_model:,} → {'2 × ' * swiglu}{c.d_ff:,} → {c.d_model:,}{', biases' if c.expert_bias else ', no biases'}"
+    gated = c.expert_activation != "gelu"
+    inside = f"{c.d_model:,} → {'2 × ' * gated}{c.d_ff:,} → {c.d_model:,}{', biases' if c.expert_bias else ', no biases'}"
     sheet.arrow((first_x, bottom), (first_x, y + 0.81), color=ORANGE)
-    sheet.box(x + 0.2, y + 0.14, 3.3, 0.66, ORANGE, f"One expert: {'SwiGLU' if swiglu else 'GELU'}", inside, size=12)
+    sheet.box(x + 0.2, y + 0.14, 3.3, 0.66, ORANGE, f"One expert: {EXPERT_NAMES[c.expert_activation]}", inside, size=12)
     sheet.arrow((x + 3.5, y + 0.47), (x + 3.84, y + 0.47), color=ORANGE)
     if second_x > x + 3.9:
         sheet.arrow((second_x, bottom), (second_x, y + 0.81), color=ORANGE)

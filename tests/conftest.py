@@ -36,6 +36,14 @@ def no_network():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_amx():
+    """A CPU with AMX is asked by the clock whether bfloat16 is faster there: on a busy machine two runs of one test would differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        yield
+
+
 def need(path: Path) -> Path:
     """Skip the test if `path` is not on this machine; under CI it must be."""
     if not path.exists():

@@ -759,3 +759,44 @@ def test_a_reference_checkpoint_goes_on_as_ours(shared_dir, tmp_path):
     model, checkpoint = load_model(shared_dir / "upstream" / "nobias_qkvbias.pt")
     again, ours = load_model(save(tmp_path, 1, model, None))
     assert same(again.state_dict(), checkpoint.model) and ours.model_config == checkpoint.model_config and not ours.is_reference_format
+
+
+# ------------------------------------------------------------------------------------------------- weights, one at a time
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_written_one_at_a_time_are_read_with_all_checks(tmp_path, dtype):
+    model, path, asked = new_run()[0], tmp_path / "x.pt", []
+    model.layers[0].moe.router.selection_bias += 0.1
+    weights = model.state_dict()
+    module.write_weights(path, CONFIG, lambda name: asked.append(name) or weights[name], dtype, TOKENIZER)
+    checkpoint, parameters = read_checkpoint(path), dict(model.named_parameters())
+    assert asked == list(weights) and checkpoint.tokenizer_state == TOKENIZER and checkpoint.model_config == CONFIG and (checkpoint.run, checkpoint.train_config) == ({}, {})
+    assert same(checkpoint.model, {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in weights.items()})
+    assert {p.dtype for p in load_model(path)[0].parameters()} == {torch.float32}
+    refused(path, "no optimizer state", optimizer=True)
+    data = bytearray(path.read_bytes())
+    data[data.index(checkpoint.model["norm.weight"].view(torch.uint8).numpy().tobytes()) + 1] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(data)
+    refused(tmp_path / "flipped.pt", "does not match its digest")
+
+
+@pytest.mark.parametrize("change, match", [(lambda t: t[:-1], r"norm1.weight has the shape \[15\], not \[16\]"), (lambda t: t * float("nan"), "norm1.weight holds NaN or infinity")])
+def test_weights_that_cannot_be_written_one_at_a_time(tmp_path, change, match):
+    weights = new_run()[0].state_dict()
+    with pytest.raises(ValueError, match=match):
+        module.write_weights(tmp_path / "x.pt", CONFIG, lambda name: change(weights[name]) if name.endswith("norm1.weight") else weights[name])
+
+
+def test_bfloat16_weights_are_all_bfloat16(tmp_path):
+    weights = new_run()[0].state_dict()
+    module.write_weights(tmp_path / "x.pt", CONFIG, weights.__getitem__, torch.bfloat16)
+
+    def widen(contents):
+        contents["model"]["norm.weight"] = contents["model"]["norm.weight"].float()
+    refused(forge(tmp_path / "x.pt", tmp_path / "y.pt", widen), r"norm.weight is float32\[16\], not bfloat16\[16\]")
+
+
+def test_a_file_beyond_the_machines_memory_says_so(saved, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise RuntimeError("unable to mmap 42 bytes from file <x>: Cannot allocate memory (12)")
+    monkeypatch.setattr(module.torch, "load", no_room)
+    refused(saved.path, "GB, which this machine's memory and swap cannot hold")

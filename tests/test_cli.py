@@ -21,7 +21,7 @@ from runtime import cli
 REPO = Path(__file__).resolve().parent.parent
 OWNERS = {"model": ModelConfig, "train": TrainConfig}
 FIELDS = [(table, f.name) for table, owner in OWNERS.items() for f in dataclasses.fields(owner)]
-NEEDS = {"window_pattern": {"sliding_window": 4}, "rope_scaling_factor": {"rope_scaling": "linear"}, "rope_scaling": {"context_length": 4096},
+NEEDS = {"window_pattern": {"sliding_window": 4}, "rope_scaling_factor": {"rope_scaling": "linear"}, "rope_scaling": {"context_length": 4096}, "yarn_truncate": {"rope_scaling": "yarn"},
          "muon_momentum": {"optimizer": "muon"}}  # no effect without
 
 
@@ -177,7 +177,7 @@ def test_the_config_checks_what_was_given():
     (["--d_model", "64.0"], "invalid int value: '64.0'"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--schedule", "linear"], "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', 'constant'"),
-    (["--preset", "huge"], "argument --preset: invalid choice: 'huge' .choose from 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'"),
+    (["--preset", "huge"], "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', 'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'"),
     (["--use_rope=no"], "argument --use_rope/--no-use_rope: ignored explicit argument 'no'"),
     (["--lr", "nan"], "lr must be a finite number"),
     (["--grad_clip", "-1"], "grad_clip must be at least 0"),

@@ -31,7 +31,7 @@ def random_architecture(r: random.Random) -> ModelConfig:
     E = r.choice([1, 2, 5, 8])
     return tiny_config(
         d_model=r.choice([1, 7, 16, 33, 64]), transformer_blocks=r.choice([1, 2, 3]), num_heads=G * r.choice([1, 2, 3]), num_kv_heads=G, head_dim=2 * r.choice([1, 3, 8, 17]),
-        num_experts=E, top_k=r.randint(1, min(E, 4)), d_ff=r.choice([1, 5, 32, 67]), vocabulary_size=r.choice([2, 11, 64, 101]), expert_activation=r.choice(["gelu", "swiglu"]),
+        num_experts=E, top_k=r.randint(1, min(E, 4)), d_ff=r.choice([1, 5, 32, 67]), vocabulary_size=r.choice([2, 11, 64, 101]), expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]), attention_sinks=r.random() < 0.4, router_bias=r.random() < 0.4,
         context_length=48, tie_embeddings=r.random() < 0.3, router_bias_rate=r.choice([0.0, 0.1]), rms_norm_eps=r.choice([1e-6, 1e-2]), use_rope=r.random() < 0.8,
         **{name: r.random() < 0.5 for name in ("expert_bias", "qkv_bias", "out_proj_bias", "head_bias", "qk_norm", "use_attention_bias")},
         **r.choice([{}, dict(sliding_window=5), dict(sliding_window=9, window_pattern="alternating"), dict(rope_theta=100.0)]))

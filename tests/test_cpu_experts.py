@@ -40,7 +40,7 @@ def outputs_and_gradients(experts: Experts, x: torch.Tensor, counts: torch.Tenso
     return [y.detach(), x.grad] + [p.grad.clone() for p in experts.parameters()]
 
 
-@pytest.mark.parametrize("activation, bias", [("swiglu", False), ("gelu", True), ("swiglu", True), ("gelu", False)])
+@pytest.mark.parametrize("activation, bias", [("swiglu", False), ("gelu", True), ("swiglu", True), ("gelu", False), ("swiglu_clamped", True)])
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_threads):
     """Random loads, experts without rows among them; both with a thread per expert and with the threads sharing each product."""
@@ -67,17 +67,17 @@ def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_th
 def test_gradcheck():
     torch.manual_seed(0)
     counts = torch.tensor([3, 0, 2])
-    for activation, bias in (("swiglu", False), ("gelu", True)):
+    for activation, bias in (("swiglu", False), ("gelu", True), ("swiglu_clamped", True)):
         e = make_experts(activation, bias, E=3)
         inputs = [torch.randn(5, 12, dtype=torch.float64, requires_grad=True), e.w_in, e.b_in, e.w_out, e.b_out]
-        assert torch.autograd.gradcheck(lambda *tensors, e=e: cpu_experts.feed_forward(*tensors, counts, e.is_swiglu)[0], inputs)
+        assert torch.autograd.gradcheck(lambda *tensors, e=e: cpu_experts.feed_forward(*tensors, counts, e.activation)[0], inputs)
 
 
 def test_the_compiler_knows_its_shapes():
     torch.manual_seed(0)
-    for activation, bias in (("swiglu", True), ("gelu", False)):
+    for activation, bias in (("swiglu", True), ("gelu", False), ("swiglu_clamped", True)):
         e = make_experts(activation, bias, E=3, dtype=torch.float32)
-        arguments = (torch.randn(6, 12, requires_grad=True), e.w_in, e.b_in, e.w_out, e.b_out, torch.tensor([1, 0, 5]), e.is_swiglu)
+        arguments = (torch.randn(6, 12, requires_grad=True), e.w_in, e.b_in, e.w_out, e.b_out, torch.tensor([1, 0, 5]), e.activation)
         torch.library.opcheck(torch.ops.gptoss.feed_forward.default, arguments)
 
 
@@ -115,7 +115,7 @@ def test_a_change_of_threads_makes_another_pool(threads):
 
 def test_an_error_in_a_thread_is_raised(threads, monkeypatch):
     threads(2)
-    monkeypatch.setattr(cpu_experts, "_activation", lambda h, is_swiglu: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
+    monkeypatch.setattr(cpu_experts, "_activation", lambda h, activation: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
     experts, counts = make_experts("swiglu", False), torch.tensor([80] * 5)
     experts.feed_forward = torch.ops.gptoss.feed_forward.default
     with pytest.raises(RuntimeError, match="can't allocate memory"):

@@ -1,4 +1,5 @@
 """Positions, cache, attention, router, experts: each against a plain restatement of what it should compute."""
+import dataclasses
 import math
 import random
 
@@ -16,12 +17,15 @@ from model_parts import (
     Router,
     _row_bias,
     attention_mask,
+    attention_with_sinks,
     balance_loss,
     drop_over_capacity,
     rope_frequencies,
     rope_tables,
     rotate,
 )
+from runtime.device import choose_kernels
+from runtime.sink_attention import sink_attention
 from tests.util import random_config, random_model, tiny_config
 
 
@@ -52,6 +56,10 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
     assert ((scaled < plain) & (scaled > plain / 4))[between].all() and between.any()
     cos, _ = rope_tables(config, 0, 1, torch.float64, "cpu")
     assert cos[0, 0] == pytest.approx(0.1 * math.log(4) + 1)
+    exact = rope_frequencies(dataclasses.replace(config, yarn_truncate=False))  # as in gpt-oss: the ramp begins and ends between two pairs
+    first, last = (64 * math.log(2048 / (turns * 2 * math.pi)) / (2 * math.log(10_000)) for turns in (32, 1))
+    share = ((torch.arange(32, dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
+    assert torch.allclose(exact, plain * (1 - share) + plain / 4 * share) and not torch.equal(exact, scaled)
 
 
 def test_casting_the_model_does_not_round_positions():
@@ -217,11 +225,74 @@ def test_attention_table_is_added_to_the_scores():
     assert torch.allclose(attention(x, None), expected, atol=1e-12)
 
 
+def sink_case(seed: int, dtype=torch.float64):
+    """(queries, keys, values, sinks, mask or None, is_causal) of some size: causal, windowed, packed documents, one token, a chunk behind a cache."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    G, S = r.choice([1, 2, 3]), r.choice([5, 17, 40])
+    H, D, T = G * r.choice([1, 2, 4]), r.choice([4, 8, 10]), r.choice([S, S, 1, 3])
+    q, k, v, sinks = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, H, T, D), (2, G, S, D), (2, G, S, D), (H,)))
+    window, starts = r.choice([0, 0, 3]), torch.tensor([[0] * (T // 2) + [S - T + T // 2] * (T - T // 2)] * 2) if T == S and r.random() < 0.4 else None
+    if starts is None and T == 1 and not window:
+        return q, k, v, sinks, None, False
+    if starts is None and T == S and not window:
+        return q, k, v, sinks, None, True
+    return q, k, v, sinks, attention_mask(torch.arange(S - T, S), torch.arange(S), window, starts), False
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
+    """By the plain operations and by the kernels, results and all gradients, against one more key whose value is 0 and whose score is the sink."""
+    q, k, v, sinks, mask, is_causal = sink_case(seed)
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    visible = attention_mask(torch.arange(T), torch.arange(S), 0) if is_causal else torch.ones(T, S, dtype=torch.bool) if mask is None else mask
+    scores = torch.einsum("bgjtd,bgsd->bgjts", q.view(B, G, H // G, T, D), k).reshape(B, H, T, S) / math.sqrt(D)
+    exp = torch.cat((scores.masked_fill(~visible, -math.inf), sinks[None, :, None, None].expand(B, H, T, 1)), -1).exp()
+    shares = exp / exp.sum(-1, keepdim=True)
+    expected = torch.einsum("bgjts,bgsd->bgjtd", shares[..., :S].view(B, G, H // G, T, S), v).reshape(B, H, T, D)
+    gradient = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (q, k, v, sinks), gradient)
+    for function in (attention_with_sinks, sink_attention):
+        y = function(q, k, v, sinks, mask, is_causal)
+        assert torch.allclose(y, expected, atol=1e-12)
+        for got, want in zip(torch.autograd.grad(y, (q, k, v, sinks), gradient), wanted, strict=True):
+            assert torch.allclose(got, want, atol=1e-12)
+    assert (shares[..., S] > 0.01).any(), "the sink was to matter"
+
+
+def test_sinks_in_half_precision_are_rounded_once():
+    """A factor that is itself rounded to bfloat16 would shift a whole row; the kernel's result is scaled in float32."""
+    q, k, v, sinks, mask, is_causal = sink_case(3, torch.float32)
+    half = [x.detach().to(torch.bfloat16) for x in (q, k, v)]
+    exact = attention_with_sinks(*(x.double() for x in half), sinks.double(), mask, is_causal)
+    error = (sink_attention(*half, sinks, mask, is_causal).double() - exact).abs() / exact.abs().clamp(min=1e-2)
+    assert error.max() < 2 ** -6 and error.mean() < 2 ** -9
+
+
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"use_attention_bias": True}])
+def test_a_model_with_sinks_learns_them(changes):
+    """Every head's sink has a gradient, by the kernel and, where there is dropout or a position table, by the plain operations."""
+    config = tiny_config(attention_sinks=True, router_bias=True, sliding_window=5, window_pattern="alternating", **changes)
+    model, losses = random_model(config, 1), []
+    ids = torch.randint(0, 61, (2, 12))
+    for chosen in (False, True):
+        if chosen:
+            choose_kernels(model, torch.device("cpu"), torch.float32)
+        model.zero_grad()
+        torch.manual_seed(0)
+        out = model(ids, targets_BT=ids.roll(-1, 1))
+        out.cross_entropy_sum.backward()
+        losses.append(out.cross_entropy_sum.item())
+        for block in model.layers:
+            assert (block.attention.sinks.grad.abs() > 0).all() and (block.moe.router.bias.grad.abs() > 0).any()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- mixture of experts
 def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
     """The layer once more, a token and an expert at a time; returns (output, assignments per expert, dropped)."""
     E, K = moe.router.num_experts, moe.router.top_k
-    logits = x_NC @ moe.router.weight.T
+    logits = x_NC @ moe.router.weight.T + (0 if moe.router.bias is None else moe.router.bias)
     probabilities = torch.softmax(logits, -1)
     chosen = []
     for n in range(len(x_NC)):
@@ -242,9 +313,12 @@ def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
     y, ex = torch.zeros_like(x_NC), moe.experts
     for n, e, weight in chosen:
         h = F.linear(x_NC[n], ex.w_in[e], None if ex.b_in is None else ex.b_in[e])
-        if ex.is_swiglu:
-            F_ = len(h) // 2
-            h = F.silu(h[:F_]) * h[F_:]
+        gate, up = h[:len(h) // 2], h[len(h) // 2:]
+        if ex.activation == "swiglu":
+            h = F.silu(gate) * up
+        elif ex.activation == "swiglu_clamped":
+            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+            h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
         else:
             h = F.gelu(h)
         y[n] += weight * F.linear(h, ex.w_out[e], None if ex.b_out is None else ex.b_out[e])
@@ -256,8 +330,8 @@ def test_moe_against_a_per_token_loop(seed):
     """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer tokens than experts, ..."""
     r = random.Random(seed)
     E = r.choice([1, 2, 4, 9])
-    config = tiny_config(d_model=12, d_ff=8, num_experts=E, top_k=r.randint(1, E), expert_activation=r.choice(["gelu", "swiglu"]),
-                         expert_bias=r.random() < 0.5, capacity_factor=r.choice([0.0, 0.0, 0.5, 1.0, 1.25]), router_bias_rate=r.choice([0.0, 1e-3]))
+    config = tiny_config(d_model=12, d_ff=8, num_experts=E, top_k=r.randint(1, E), expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]),
+                         expert_bias=r.random() < 0.5, router_bias=r.random() < 0.5, capacity_factor=r.choice([0.0, 0.0, 0.5, 1.0, 1.25]), router_bias_rate=r.choice([0.0, 1e-3]))
     moe = random_model(config, seed, torch.float64).layers[0].moe.train()
     N = r.choice([1, 3, 17])
     x = torch.randn(1, N, 12, dtype=torch.float64)

@@ -30,7 +30,7 @@ from runtime.optimizer import (
 DECAYS = (r"embed\.weight", r"out_head\.weight", r"layers\.\d+\.attention\.(W_q|W_k|W_v|out_proj)\.weight", r"layers\.\d+\.attention\.attention_bias",
           r"layers\.\d+\.moe\.router\.weight", r"layers\.\d+\.moe\.experts\.(w_in|w_out)")
 NO_DECAY = (r"norm\.weight", r"layers\.\d+\.norm[12]\.weight", r"layers\.\d+\.attention\.[qk]_norm\.weight", r"out_head\.bias",
-            r"layers\.\d+\.attention\.(W_q|W_k|W_v|out_proj)\.bias", r"layers\.\d+\.moe\.experts\.(b_in|b_out)")
+            r"layers\.\d+\.attention\.(W_q|W_k|W_v|out_proj)\.bias", r"layers\.\d+\.attention\.sinks", r"layers\.\d+\.moe\.router\.bias", r"layers\.\d+\.moe\.experts\.(b_in|b_out)")
 MUON = (r"layers\.\d+\.attention\.(W_q|W_k|W_v|out_proj)\.weight", r"layers\.\d+\.moe\.experts\.(w_in|w_out)")
 CONFIGS = [ModelConfig(**preset.model) for preset in PRESETS.values()] + [ModelConfig(qkv_bias=True, router_bias_rate=1e-3)]
 KINDS = [("adamw", "float32"), ("adamw", "bfloat16"), ("muon", "float32"), ("muon", "bfloat16")]
@@ -179,7 +179,7 @@ def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_all_else(config):
         group = of[id(parameter)]
         assert group["momentum"] == (0.9 if any(re.fullmatch(pattern, name) for pattern in MUON) else None), name
         assert group["weight_decay"] == (0.3 if any(re.fullmatch(pattern, name) for pattern in DECAYS) else 0.0), name
-        is_gate_and_up = config.expert_activation == "swiglu" and name.endswith("experts.w_in")
+        is_gate_and_up = config.expert_activation != "gelu" and name.endswith("experts.w_in")
         assert group["row_parts"] == (2 if is_gate_and_up else 1), name
 
 

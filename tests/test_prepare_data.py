@@ -19,11 +19,16 @@ import pytest
 import tiktoken
 
 import prepare_data
+from config_model import TrainConfig
 from prepare_data import Batch, encode_in_order, main, make_batches, parse_options, prepare, safe_cut, split_by_hash, text_digest
 from runtime import data, toy_stories
+from runtime.checkpoint import save_checkpoint
 from runtime.data import open_data, read_manifest
+from runtime.hf_tokenizer import read_tokenizer
 from runtime.tokenizer import Tokenizer, load_tokenizer
+from tests.test_hf_tokenizer import mixtral, qwen, tales  # noqa: F401  (fixtures)
 from tests.test_tokenizer import stand_in
+from tests.util import random_model, tiny_config
 
 REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
@@ -313,6 +318,34 @@ def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
     longer = {tokenizer.token_bytes(i) for i in range(tokenizer.end_of_text_id)} - {bytes([b]) for b in range(256)}
     assert longer == {base.token_bytes(i) for i in base.encode(texts[0])} - {bytes([b]) for b in range(256)} | {b"qzqzqz"}
     assert documents(train) == texts[:1] and documents(val) == ["qzqzqz"] and val.num_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen"])
+def test_text_is_prepared_with_a_published_tokenizer(tmp_path, name, request):
+    """For train.py --init_from an imported model: from the model's folder, from a checkpoint, or from text prepared with it; on any number of cores."""
+    folder = request.getfixturevalue(name)
+    tokenizer = read_tokenizer(folder)
+    model = random_model(tiny_config(vocabulary_size=tokenizer.vocabulary_size + 3))
+    checkpoint = save_checkpoint(tmp_path / "ckpt", 1, model, None, train_config=TrainConfig(), tokenizer_state=tokenizer.to_state())
+    texts = stories(400)
+    path, digests = write_jsonl(tmp_path / "a.jsonl", texts), set()
+    for i, source in enumerate((folder, checkpoint, tmp_path / "0", tmp_path / "0" / "val")):
+        train, val = run(tmp_path, "--files", path, "--val_ratio", "0.1", "--num_proc", i + 1, out=str(i), tokenizer=str(source))
+        assert train.tokenizer_state == val.tokenizer_state == tokenizer.to_state()
+        digests.add(train.fingerprint + val.fingerprint)
+    assert len(digests) == 1 and train.end_of_text_id == tokenizer.end_of_text_id
+    texts = [text for text in texts if split_by_hash(0.1)(text_digest(text)) == "train"]
+    expected = [i for text in texts for i in tokenizer.encode(text) + tokenizer.between_documents]   # Mixtral's: </s> <s>
+    assert train.read(0, train.num_tokens).tolist() == expected and train.manifest["total_bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def test_tokenizer_paths_that_have_none(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", stories(5))
+    nameless = save_checkpoint(tmp_path / "ckpt", 1, random_model(tiny_config()), None, train_config=TrainConfig(), tokenizer_state=None)
+    for source, message in ((tmp_path, "meta.json does not exist"), (path, "not a checkpoint"), (nameless, "does not say which tokenizer it was trained with")):
+        with pytest.raises(ValueError, match=message) as caught:
+            run(tmp_path, "--files", path, tokenizer=str(source))
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_toy_stories(tmp_path):

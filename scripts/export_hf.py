@@ -1,0 +1,165 @@
+"""Export a checkpoint as a Hugging Face folder, for transformers, vLLM and the tools around them.
+
+The architecture follows from the checkpoint's config: Mixtral, Qwen3-MoE or gpt-oss (runtime/huggingface.py). What none of them can
+hold is refused, or exported with --custom_code as a modeling file of its own. Weights stay mapped from the checkpoint, and memory
+holds one tensor of the export at a time; the check at the end, one block.
+"""
+from __future__ import annotations
+
+import json
+import re
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config_model import ModelConfig, total_parameters
+from predict import PredictConfig
+from runtime.checkpoint import meta_model
+from runtime.cli import run_main
+from runtime.custom_code import custom_tensors, write_custom_code
+from runtime.export import (
+    DTYPES,
+    ExportError,
+    Source,
+    check_ids,
+    check_logits,
+    check_output,
+    export_parser,
+    largest_difference,
+    lazy_model,
+    logits_of,
+    open_source,
+    staged,
+)
+from runtime.hf_tokenizer import write_tokenizer
+from runtime.huggingface import INDEX, SINGLE, export_tensors, family_of, folder_tensors, hf_config, import_tensor
+from runtime.model_card import write_card
+
+KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+BESIDES_BYTES = 1 << 26  # room for the tokenizer and the model card
+
+
+def shard_bytes(text: str) -> int:
+    """Bytes of a size such as 5GB, in units of 1000 as transformers has them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])B", text)
+    if not match or not (size := int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]])):
+        raise ValueError(f"--max_shard_size must be a number of KB, MB or GB, such as 5GB, not {text!r}")
+    return size
+
+
+def outgoing(config: ModelConfig, family: str | None, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as the folder holds them, one at a time; family None: custom code. Selection biases keep float32."""
+    for name, tensor in export_tensors(config, family, weights) if family else custom_tensors(config, weights):
+        yield name, rounded(name, tensor, dtype)
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the export's dtype. ValueError for a weight that float16 cannot hold."""
+    tensor = tensor.detach() if name.endswith("selection_bias") else tensor.detach().to(dtype)
+    if dtype == torch.float16 and not tensor.is_meta and not tensor.isfinite().all():
+        raise ValueError(f"{name} has values beyond float16's 65504: say --dtype bfloat16")
+    return tensor
+
+
+def write_weights(folder: Path, plan: Sequence[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]], limit: int) -> int:
+    """Write `tensors`, which are as those of `plan` (on the meta device) say, as safetensors of at most `limit` bytes of them each (a larger
+    tensor has one to itself), and an index if they are several. Returns how many."""
+    shards, size = [[]], 0
+    for name, like in plan:
+        if shards[-1] and size + like.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, like))
+        size += like.nbytes
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, tensors)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(tensor.nbytes for _, tensor in plan)}, "weight_map": weight_map})
+    return len(shards)
+
+
+def write_safetensors(path: Path, plan: Sequence[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write as many of `tensors` as `plan` has, one in memory at a time. (safetensors' own save_file wants all of a file at once, and lets nobody
+    but its owner read it.) The format: length of the header, header, tensors: https://huggingface.co/docs/safetensors."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, like in plan:
+        header[name] = {"dtype": KINDS[like.dtype], "shape": list(like.shape), "data_offsets": [end, end := end + like.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, like), (given, tensor) in zip(plan, tensors, strict=False):  # the rest of `tensors` is for the next file
+            assert (given, tensor.shape, tensor.dtype) == (name, like.shape, like.dtype)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def generation_config(source: Source) -> dict:
+    """generation_config.json: predict.py's settings, and the ids that it never draws."""
+    tokenizer, d, vocabulary = source.tokenizer, PredictConfig(), source.model.config.vocabulary_size
+    never = [*tokenizer.undecodable_ids, *range(tokenizer.vocabulary_size, vocabulary)]
+    stops = list(tokenizer.stop_ids)
+    settings = {"bos_token_id": tokenizer.start_id, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.end_of_text_id, "do_sample": True, "temperature": d.temperature, "top_k": d.top_k,
+                "top_p": d.top_p, "max_new_tokens": d.max_new_tokens}
+    return settings | ({"suppress_tokens": never} if never else {})
+
+
+def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> None:
+    """Read the folder back. ExportError if a tensor or a logit is not what it was. (write_tokenizer has checked the tokens.)"""
+    config, weights, dtype = source.model.config, source.checkpoint.model, DTYPES[dtype_name]
+    has, read, _ = folder_tensors(folder)
+
+    def from_folder(name: str) -> Tensor:
+        tensor = import_tensor(config, family, name, has, read) if family else read(f"model.{name}")
+        if not torch.equal(tensor, rounded(name, weights[name], dtype)):
+            raise ExportError(f"{name} reads back as other numbers than were written: nothing was written")
+        return tensor.float()
+
+    ids_BT = check_ids(source.tokenizer, config)
+    ours = logits_of(lazy_model(config, lambda name: rounded(name, weights[name], dtype).float()), ids_BT)
+    check_logits(f"{family or 'custom code'}, {dtype_name}, read back", ours, logits_of(lazy_model(config, from_folder), ids_BT))
+    if dtype != weights["embed.weight"].dtype:
+        exact = logits_of(lazy_model(config, lambda name: weights[name].float()), ids_BT)
+        print(f"check: rounding the weights to {dtype_name} moves the logits by up to {largest_difference(exact, ours):.1e}; without --dtype they stay what they are")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = export_parser(__doc__.splitlines()[0], "folder to write")
+    p.add_argument("--dtype", choices=sorted(DTYPES), help="numbers of the weights (default: the checkpoint's, which is exact: float32 unless it was imported as bfloat16)")
+    p.add_argument("--max_shard_size", default="5GB", help="most bytes of a weights file, in KB, MB or GB (default: 5GB)")
+    p.add_argument("--custom_code", action="store_true", help="any config, as a modeling file of its own that transformers loads with trust_remote_code=True")
+    args = p.parse_args(argv)
+    limit, started = shard_bytes(args.max_shard_size), time.perf_counter()
+    out = check_output(args.out, args.force, is_folder=True)
+    source = open_source(args)
+    config, tokenizer, dtype = source.model.config, source.tokenizer, DTYPES.get(args.dtype, source.checkpoint.model["embed.weight"].dtype)
+    dtype_name = str(dtype).removeprefix("torch.")
+    family = None if args.custom_code else family_of(config)
+    plan = list(outgoing(config, family, meta_model(config).state_dict(), dtype))
+    needed = sum(tensor.nbytes for _, tensor in plan)
+    with staged(out, needed + BESIDES_BYTES, is_folder=True) as folder:
+        shards = write_weights(folder, plan, outgoing(config, family, source.checkpoint.model, dtype), limit)
+        if family:
+            write_json(folder / "config.json", hf_config(config, family, end_of_text_id=tokenizer.end_of_text_id, start_id=tokenizer.start_id, dtype=dtype_name))
+        else:
+            write_custom_code(folder, source, dtype_name)
+        write_json(folder / "generation_config.json", generation_config(source))
+        write_tokenizer(tokenizer, folder, config.context_length)
+        write_card(folder, source, family, dtype_name)
+        check(folder, source, family, dtype_name)
+    print(f"{out}: {family or 'custom code'}, {total_parameters(config):,} parameters in {dtype_name}, {needed / 1e6:,.1f} MB in {shards} "
+          f"file{'s' * (shards > 1)}, {time.perf_counter() - started:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

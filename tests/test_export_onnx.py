@@ -1,0 +1,148 @@
+"""scripts/export_onnx.py: what onnxruntime computes from the file is what the model computes, at sizes that were not traced."""
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from config_model import TrainConfig
+from model import generate
+from runtime.checkpoint import load_model, save_checkpoint
+from runtime.export import ExportError, logits_of
+from runtime.tokenizer import load_tokenizer
+from scripts import export_onnx
+from scripts.export_onnx import main, open_session, run, to_onnx
+from tests.util import random_config, random_model, tiny_config
+
+
+def checkpoint(folder, config, seed=0):
+    """A checkpoint of a random model with the byte tokenizer."""
+    return save_checkpoint(folder, 1, random_model(config, seed), None, train_config=TrainConfig(), tokenizer_state=load_tokenizer("byte").to_state())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(checkpoint, file) of a tiny model."""
+    folder = tmp_path_factory.mktemp("onnx")
+    path = checkpoint(folder, tiny_config(vocabulary_size=257, context_length=64, tie_embeddings=True))
+    assert main(["--ckpt", str(path), "--out", str(folder / "model.onnx")]) == 0
+    return path, folder / "model.onnx"
+
+
+def compare(model, session, B, T, first):
+    """Largest difference of one call, and of calls of `first`, 1, 1, ... tokens."""
+    config = model.config
+    ids_BT = torch.randint(0, config.vocabulary_size, (B, T), generator=torch.Generator().manual_seed(0))
+    ours, past, pieces = logits_of(model, ids_BT), None, []
+    for chunk in (ids_BT[:, :first], *ids_BT[:, first:].split(1, dim=1)):
+        logits, past = run(session, config, chunk, past)
+        pieces.append(logits)
+    return max((ours - theirs).abs().max().item() for theirs in (run(session, config, ids_BT)[0], torch.cat(pieces, dim=1)))
+
+
+CONFIGS = {
+    "gpt_oss": dict(attention_sinks=True, qk_norm=False, qkv_bias=True, out_proj_bias=True, sliding_window=4, window_pattern="alternating", rope_theta=150_000.0, rope_scaling="yarn",
+                    rope_scaling_factor=2.0, yarn_truncate=False, expert_activation="swiglu_clamped", expert_bias=True, router_bias=True),
+    "published default": dict(use_attention_bias=True, qk_norm=False, expert_activation="gelu", expert_bias=True, out_proj_bias=True, head_bias=True, router_bias_rate=1e-3),
+}
+
+
+@pytest.mark.parametrize("config", [*(tiny_config(**changes) for changes in CONFIGS.values()), random_config(1), random_config(25)], ids=[*CONFIGS, "random 1", "random 25"])
+def test_every_option_is_exported(config, tmp_path):
+    """One graph gives the model's logits for a batch and a length that it was not traced with, at once and in pieces, the first of them empty of past."""
+    import onnx_ir
+    model = random_model(config).eval()
+    onnx_ir.save(to_onnx(model), tmp_path / "m.onnx")
+    assert compare(model, open_session(tmp_path / "m.onnx"), 3, config.context_length, 9) < 2e-5
+
+
+def test_greedy_text_is_the_models(exported):
+    """40 greedy tokens through the cache in onnxruntime, one row and two, are those of model.generate."""
+    model, _ = load_model(exported[0])
+    session = open_session(exported[1])
+    for B in (1, 2):
+        ids_BT = torch.arange(5 * B).view(B, 5)
+        ours = torch.stack(list(generate(model, ids_BT, 40, temperature=0.0)), dim=1)
+        chunk, past, theirs = ids_BT, None, []
+        for _ in range(40):
+            logits, past = run(session, model.config, chunk, past)
+            chunk = logits[:, -1:].argmax(dim=-1)
+            theirs.append(chunk)
+        assert torch.equal(ours, torch.cat(theirs, dim=1))
+
+
+def test_positions_far_out_are_exact(exported):
+    """Positions are float64 in the graph: in float32, angles at 20,000 are off by a thousandth."""
+    model, _ = load_model(exported[0])
+    model.eval()
+    import numpy as np
+
+    from model_parts import KVCache
+    start, config, ids_BT = 20_000, model.config, torch.arange(6)[None]
+    cache = KVCache(config, 1, start + 6)
+    for tensor in cache.keys + cache.values:
+        tensor.normal_(generator=torch.Generator().manual_seed(0))
+    past = [tensor[:, :, :start].numpy().copy() for tensor in cache.keys + cache.values]
+    cache.length = start
+    with torch.inference_mode():
+        ours = model(ids_BT, cache=cache).logits
+    theirs, present = run(open_session(exported[1]), config, ids_BT, past)
+    assert (ours - theirs).abs().max() < 2e-5
+    assert np.abs(present[0][:, :, start:] - cache.keys[0][:, :, start:].numpy()).max() < 2e-6
+
+
+def test_what_a_user_needs_is_in_and_beside_the_file(exported):
+    """Names and sizes of the graph, the metadata, a tokenizer.json that gives our ids, and nothing else."""
+    from tokenizers import Tokenizer
+    path, out = exported
+    session, model = open_session(out), load_model(path)[0]
+    assert [(i.name, i.shape) for i in session.get_inputs()][:2] == [("input_ids", ["batch", "tokens"]), ("past_key_values.0.key", ["batch", 2, "past", 8])]
+    assert [(o.name, o.shape) for o in session.get_outputs()][:2] == [("logits", ["batch", "tokens", 257]), ("present.0.key", ["batch", 2, "past + tokens", 8])]
+    about = session.get_modelmeta().custom_metadata_map
+    assert about["end_of_text_id"] == "256" and about["tokenizer"] == "byte" and json.loads(about["config"])["d_model"] == model.config.d_model
+    text = "Noor's café, 1927."
+    assert Tokenizer.from_file(str(out.with_name("model.tokenizer.json"))).encode(text).ids == load_tokenizer("byte").encode(text)
+    assert sorted(p.name for p in out.parent.glob("model*")) == ["model.onnx", "model.tokenizer.json"]
+
+
+def test_float16_with_external_data_replaces_only_when_forced(exported, tmp_path, monkeypatch, capsys):
+    """Above what one file holds the weights go beside it, under the name that the model says; a second export is refused without --force,
+    and one that needs no such file removes it."""
+    path, out = exported[0], tmp_path / "m.onnx"
+    monkeypatch.setattr(export_onnx, "MOST_BYTES_IN_ONE_FILE", 1000)
+    assert main(["--ckpt", str(path), "--out", str(out), "--dtype", "float16"]) == 0
+    data = tmp_path / "m.onnx.data"
+    matrices = sum(p.numel() for p in load_model(path)[0].parameters() if p.ndim > 1)
+    assert 2 * matrices <= data.stat().st_size < 2.5 * matrices
+    assert "rounding the weights to float16 moves the logits" in capsys.readouterr().out
+    open_session(out)
+    with pytest.raises(ValueError, match="--force"):
+        main(["--ckpt", str(path), "--out", str(out)])
+    monkeypatch.undo()
+    assert main(["--ckpt", str(path), "--out", str(out), "--force"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.tokenizer.json"]
+
+
+def test_what_is_off_is_not_written(exported, tmp_path, monkeypatch):
+    """A graph of other weights fails the check; nothing is left, and what was there stays."""
+    (tmp_path / "m.onnx").write_bytes(b"before")
+
+    def other(model):
+        model.norm.weight.data *= 1.01
+        return to_onnx(model)
+
+    monkeypatch.setattr(export_onnx, "to_onnx", other)
+    with pytest.raises(ExportError, match="nothing was written"):
+        main(["--ckpt", str(exported[0]), "--out", str(tmp_path / "m.onnx"), "--force"])
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
+
+
+def test_mistakes_are_one_line(exported, tmp_path, monkeypatch):
+    """Another ending, a missing library."""
+    with pytest.raises(ValueError, match="NAME.onnx"):
+        main(["--ckpt", str(exported[0]), "--out", str(tmp_path / "model")])
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match="pip install onnx onnxscript onnxruntime"):
+        main(["--ckpt", str(exported[0]), "--out", str(tmp_path / "m.onnx")])

@@ -196,6 +196,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         N, V = len(h), len(weight)
         # Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose addresses are not aligned.
         buffer = torch.empty(min(chunk_rows, N), -(-V // 64) * 64, dtype=dtype, device=h.device)
+        buffer[:, V:] = 0  # a CPU's bfloat16 products read on to even numbers of columns: a NaN that was left there would count, times 0
         if needs_gradients:
             grad_h, grad_weight = torch.empty(h.shape, dtype=wide, device=h.device), torch.empty(weight.shape, dtype=wide, device=h.device)
             grad_bias = None if bias is None else torch.zeros_like(bias)

@@ -44,7 +44,7 @@ class ExportError(ValueError):
 class Source:
     """What is exported."""
     path: Path
-    model: LLM                # eval mode, float32 on the CPU, parameters mapped from the file
+    model: LLM                # eval mode, float32 on the CPU; parameters mapped from the file, or, where it holds bfloat16, there for a block at a time
     checkpoint: Checkpoint
     tokenizer: Tokenizer
 
@@ -62,7 +62,9 @@ def export_parser(description: str, out: str) -> argparse.ArgumentParser:
 def open_source(args: argparse.Namespace) -> Source:
     """The checkpoint and tokenizer that the arguments name, checked. Raises ValueError."""
     checkpoint = read_checkpoint(args.ckpt)
-    return Source(Path(args.ckpt), build_model(checkpoint), checkpoint, tokenizer_of(checkpoint, args.tokenizer))
+    is_wide = checkpoint.model["embed.weight"].dtype == torch.float32
+    model = build_model(checkpoint) if is_wide else lazy_model(checkpoint.model_config, lambda name: checkpoint.model[name].float())
+    return Source(Path(args.ckpt), model, checkpoint, tokenizer_of(checkpoint, args.tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------------------ output

@@ -120,7 +120,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
     else:
         text = _dump(_tokenizer_json(tokenizer))
         # The class: without one, or with a model's own, transformers 5 cuts words by that class's rule. No clean-up: version 4 would drop spaces.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False,
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"], "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False,
                   "model_max_length": context_length, OURS: tokenizer.to_state()}
     write_text_atomic(folder / TOKENIZER_FILE, text)
     write_text_atomic(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")

@@ -24,6 +24,7 @@ from config_model import ModelConfig
 from runtime.checkpoint import meta_model
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CHECKED_VERSION = "5.23.0"   # of transformers; without one, 4.57 takes any tokenizer for an old one of Mistral's and advises a "fix" that breaks it
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -85,7 +86,7 @@ def hf_config(config: ModelConfig, family: str, *, end_of_text_id: int, start_id
         "rope_theta": c.rope_theta, "rope_parameters": rope | {"rope_theta": c.rope_theta},
         # Their loss counts all blocks as one and is top_k at balance, ours is 1.0 per block: the same at balance.
         "output_router_logits": False, "router_aux_loss_coef": _short(c.aux_loss_coef * c.transformer_blocks / c.top_k),
-        "use_cache": True, "bos_token_id": start_id, "eos_token_id": end_of_text_id, "dtype": dtype, "torch_dtype": dtype}
+        "transformers_version": CHECKED_VERSION, "use_cache": True, "bos_token_id": start_id, "eos_token_id": end_of_text_id, "dtype": dtype, "torch_dtype": dtype}
     if c.rope_scaling != "none":
         theirs["rope_scaling"] = rope
     if family == "qwen3_moe":

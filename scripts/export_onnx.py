@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from config_model import ModelConfig, total_parameters
 from model import LLM
 from model_parts import Experts, activate
+from runtime.checkpoint import build_model
 from runtime.cli import run_main
 from runtime.export import DTYPES, Source, check_ids, check_logits, check_output, export_parser, largest_difference, logits_of, open_source, staged
 from runtime.files import fsync_folder
@@ -174,7 +175,7 @@ def metadata(source: Source) -> dict[str, str]:
     """What a user of the file may need to know, as strings."""
     tokenizer = source.tokenizer
     return {"config": json.dumps(dataclasses.asdict(source.model.config)), "tokenizer": tokenizer.name, "tokenizer_fingerprint": tokenizer.fingerprint,
-            "end_of_text_id": str(tokenizer.end_of_text_id), "steps": str(source.checkpoint.step)}
+            "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id), "end_of_text_id": str(tokenizer.end_of_text_id), "steps": str(source.checkpoint.step)}
 
 
 def companions(out: Path) -> list[Path]:
@@ -281,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         except ImportError:
             raise ValueError(f"exporting to ONNX needs {library}: pip install onnx onnxscript onnxruntime") from None
     out, source = Path(args.out), open_source(args)
-    model, config = source.model, source.model.config
+    config = source.checkpoint.model_config
+    model = build_model(source.checkpoint)   # all of it: source.model may hold a block at a time
     ids_1T = check_ids(source.tokenizer, config)
     with staged_files(out, total_parameters(config) * DTYPES[args.dtype].itemsize + BESIDES_BYTES) as folder:
         if args.dtype == "float16":

@@ -129,7 +129,7 @@ def test_a_folder_works_where_gptoss_is_not(tmp_path):
     run = subprocess.run([sys.executable, "-I", script, tmp_path, REPO], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                          env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-3000:]
-    results = torch.load(tmp_path / "results.pt")
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
     for name, (logits, tokens) in expected.items():
         assert (results[name][0] - logits).abs().max() <= 1e-6, name
         assert torch.equal(results[name][1], tokens), name

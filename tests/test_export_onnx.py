@@ -115,7 +115,7 @@ def test_float16_with_external_data_replaces_only_when_forced(exported, tmp_path
     assert main(["--ckpt", str(path), "--out", str(out), "--dtype", "float16"]) == 0
     data = tmp_path / "m.onnx.data"
     matrices = sum(p.numel() for p in load_model(path)[0].parameters() if p.ndim > 1)
-    assert 2 * matrices <= data.stat().st_size < 2.5 * matrices
+    assert 1.9 * matrices < data.stat().st_size < 2.5 * matrices   # tensors of up to 256 bytes stay in the model
     assert "rounding the weights to float16 moves the logits" in capsys.readouterr().out
     open_session(out)
     with pytest.raises(ValueError, match="--force"):

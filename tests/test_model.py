@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config_model import PRESETS, ModelConfig
-from model import IGNORE, LLM, generate, linear_cross_entropy, penalise_repetition, sample
+from model import IGNORE, LLM, generate, linear_cross_entropy, penalise_repetition, sample, softmax_gradient_
 from model_parts import KVCache
 from runtime.device import choose_kernels
 from tests.util import random_model, tiny_config
@@ -47,6 +47,35 @@ def test_tied_head_is_the_embedding():
 
 
 # ------------------------------------------------------------------------------------------------------------------ loss
+def test_what_pads_the_rows_of_logits_is_no_garbage():
+    """Rows of logits begin at multiples of 64 numbers, and what fills them up was never written. A CPU with AMX multiplies bfloat16 in pairs of columns,
+    so with an odd vocabulary the gradient met one of the padding's numbers, times 0: whatever the memory held before, NaN included, and then every step
+    of a run was skipped."""
+    seen = []
+
+    def look(logits_NV, bias_V, targets_N, needs_gradient):
+        seen.append(logits_NV.as_strided((len(logits_NV), 64), (64, 1)))
+        assert logits_NV.stride() == (64, 1) and (seen[-1][:, 61:] == 0).all()
+        return softmax_gradient_(logits_NV, bias_V, targets_N, needs_gradient)
+
+    h, w = torch.randn(7, 32, requires_grad=True), torch.randn(61, 32, requires_grad=True)
+    garbage = torch.full((4, 64), math.nan)   # what the allocator gives out next
+    del garbage
+    linear_cross_entropy(h, w, None, torch.randint(0, 61, (7,)), 4, look).backward()
+    assert len(seen) == 2 and h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [61, 257])
+def test_odd_vocabularies_have_finite_gradients_in_bfloat16(vocabulary, monkeypatch):
+    """The same, seen from outside: memory that held NaN, and the CPU's own bfloat16 products."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kind: empty(*size, **kind).fill_(math.nan))
+    h, w = torch.randn(9, 32, requires_grad=True), torch.randn(vocabulary, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(h, w, None, torch.randint(0, vocabulary, (9,)), 4).backward()
+    assert h.grad.isfinite().all() and w.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 def test_chunked_loss_equals_the_plain_one(bias, rows):

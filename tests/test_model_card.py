@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
     write_tokenizer(tokenizer, folder, CONFIG.context_length)
     monkeypatch.chdir(folder)
     code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("max_new_tokens=100", "max_new_tokens=4")
+    (folder / "example.py").write_text(code)
     with torch.no_grad():
-        exec(compile(code, "README.md", "exec"), {})
+        runpy.run_path(str(folder / "example.py"))
     assert capsys.readouterr().out.startswith("<|endoftext|>Once upon a time")

@@ -26,6 +26,9 @@ DECODING = {  # stored result: the model
 DECODERS = {"ours": "gptoss (native)", "ours_int8": "gptoss `--quantize int8`", "ours_torch": "gptoss without native code", "ours_compiled": "gptoss `--compile`", "plain": "gptoss, plain `model.generate`",
             "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm", "hf_batched": "Hugging Face, batched_mm", "hf_compiled": "Hugging Face, static cache, compiled"}
 DECODING_CONTEXT, BATCHES, PROMPTS = 128, (8, 32), (64, 256, 1024)
+EXPORTED = ("qwen3_moe", "mixtral", "gpt_oss")   # trained models, by family: exports_FAMILY.json
+EXPORT_SIZES = "exports_300m"
+AGAINST_LLAMA_CPP = {"llama_cpp_nano": "`nano`, trained", "llama_cpp_56m": "55 M, 8,192 words", "llama_cpp_330m": "328 M, 50,304 words"}
 NAMES = {"ours": "gptoss (eager)", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",
          "dense": "gptoss (eager), dense of equal FLOPs"}
 
@@ -127,10 +130,49 @@ def reliability_table() -> str:
     return "\n".join([*lines, "", f"Mutants: {mutants['caught']} of {mutants['made']} caught (`mutants.json`; the table: `reliability.json`, in `benchmarks/results/`)."])
 
 
+def exports_table() -> str:
+    """What those who read the files make of them."""
+    lines = ["| architecture | read by | largest logit difference | greedy tokens as predict.py's |", "|---|---|---|---|"]
+    results = {family: stored(f"exports_{family}") for family in EXPORTED}
+    for family, result in results.items():
+        title = f"`{family}`, {result['parameters'] / 1e6:.2f} M parameters, {result['checkpoint_step']:,} steps"
+        for reader, r in result["readers"].items():
+            same, total = sum(r["same_greedy_tokens"].values()), sum(result["greedy_tokens"].values())
+            lines.append(f"| {title} | {reader} {r['version']} | {r['largest_logit_difference']:.1e} of {r['largest_logit']:.3g} | {same} of {total} |")
+            title = ""
+    first = results[EXPORTED[0]]
+    bitwise = [family for family, result in results.items() if result["export_import_export"] and all(result["export_import_export"].values())]
+    reader = next(iter(first["readers"].values()))
+    return "\n".join([*lines, "", f"Logits in float32 on {reader['stories']} stories of the validation text, {reader['tokens']:,} tokens; {len(first['greedy_tokens'])} prompts. Exported, imported and exported again, "
+                      f"weights, config and tokenizer files are the same bytes: {', '.join(bitwise)}. Commands and commits: `exports_*.json` in `benchmarks/results/`."])
+
+
+def export_sizes_table() -> str:
+    """Time, size and memory of a larger model's exports."""
+    result = stored(EXPORT_SIZES)
+    lines = [f"| {result['parameters'] / 1e6:.0f} M parameters | seconds, check included | file | peak memory, mapped files included |", "|---|---|---|---|"]
+    for route, r in result["routes"].items():
+        lines.append(f"| {route} | {r['seconds']:.0f} | {human_bytes(r['bytes'])} | {human_bytes(r['peak_rss_bytes'])} |")
+    return "\n".join([*lines, "", f"{result['environment']['hardware']['cpu']}, 2 cores; `{EXPORT_SIZES}.json`."])
+
+
+def llama_cpp_table() -> str:
+    """Speed against llama.cpp with the same weights; ratios are of medians taken in turns in one process."""
+    lines = ["| tokens/s (x llama.cpp) | decoding, float32 | decoding, 8 bits | prompt of 256, float32 | prompt of 256, 8 bits |", "|---|---|---|---|---|"]
+    results = {name: stored(name) for name in AGAINST_LLAMA_CPP}
+    for name, what in AGAINST_LLAMA_CPP.items():
+        cells = [results[name][kind][side] for kind in ("decode", "prefill") for side in ("ours", "ours_int8")]
+        lines.append(f"| {what} | " + " | ".join(f"{c['tokens_per_sec']['median']:,.0f} ({c['ratio_to_llama_cpp']:.2f} x)" for c in cells) + " |")
+    one = next(iter(results.values()))
+    version = one["sides"]["llama_f32"]["llama_cpp_python"]
+    return "\n".join([*lines, "", f"One text, greedy, {one['threads']} threads on both sides, {one['environment']['hardware']['cpu']}, llama-cpp-python {version}; `llama_cpp_*.json`."])
+
+
 def main(argv: list[str] | None = None) -> int:
     cli.parser(__doc__).parse_args(argv)
     replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line(), "speed": speed_table(), "decoding": decoding_table(),
-                                        "launch": launch_line(), "reliability": reliability_table()})
+                                        "launch": launch_line(), "reliability": reliability_table(),
+                                        "exports": exports_table(), "export sizes": export_sizes_table(), "llama.cpp": llama_cpp_table()})
     return 0
 
 

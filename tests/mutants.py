@@ -325,7 +325,7 @@ MUTANTS = [
     mutant(OWN, "C: the clamped gate is not steepened", "runtime/cpu_decode.c", "at_least(a * STEEPNESS, -80.0f)", "at_least(a, -80.0f)", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
     mutant(OWN, "a sink's gradient has the wrong sign", "runtime/sink_attention.py", "grad_sinks = -(share_BHT", "grad_sinks = (share_BHT", "test_model_parts.py::test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing"),
     mutant(OWN, "the kernel's backward pass is told the log without the sink", "runtime/sink_attention.py", "sinks_H, mask, y, new_log_BHT,", "sinks_H, mask, y, log_BHT,", "test_model_parts.py::test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing"),
-    mutant(OWN, "decoding leaves the sinks out", "runtime/inference.py", "if a.sinks is not None:", "if False:", "test_inference.py"),
+    mutant(OWN, "decoding leaves the sinks out", "runtime/inference.py", "if a.sinks is not None:", "if False:", "test_inference.py::test_a_decode_step_is_the_forward_pass_at_any_positions"),
     mutant(OWN, "yarn's ramp is always rounded", "model_parts.py", "if config.yarn_truncate:", "if True:", "test_model_parts.py::test_yarn_keeps_fast_pairs_and_stretches_slow_ones"),
     mutant(OWN, "C: gates are taken in the order of experts, not of tokens", "runtime/cpu_decode.c", "factors[j] = p->gate[r];", "factors[j] = p->gate[first + j];", "test_cpu_decode.py::test_it_gives_the_plain_models_logits"),
     mutant(OWN, "a native pass gives its first token's logits", "runtime/cpu_decode.py", "np.cumsum(lengths, dtype=np.int32) - 1", "np.cumsum(lengths, dtype=np.int32) - np.array(lengths, dtype=np.int32)",

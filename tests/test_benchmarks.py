@@ -274,7 +274,7 @@ def test_memory_of_all_logits_is_seen():
     rows, V = 512, 48_000
     peaks = {}
     for name in ("ours", "loop"):
-        flags = [*TINY, "--vocabulary_size", str(V), "--context_length", str(rows // 2), "--grad_accum", "1", "--variants", name, "--worker", "memory"]
+        flags = [*TINY, "--vocabulary_size", str(V), "--context_length", str(rows // 2), "--grad_accum", "1", "--variants", name, "--worker", "memory", "--dtype", "float32"]
         peaks[name] = common.run_worker("benchmarks.train", flags, GPTOSS_DATA=None)["peak_above_states_bytes"]
     logits = rows * V * 4
     assert peaks["loop"] > 2 * logits                     # logits and their gradient, at least
@@ -398,7 +398,7 @@ def test_loss_benchmark_notices_a_wrong_gradient_of_the_head(monkeypatch):
 def test_loss_memory_of_all_logits_is_seen():
     peaks = {}
     for name in ("ours_64", "full"):
-        peaks[name] = common.run_worker("benchmarks.loss", [*LOSS, "--vocabulary_size", "24000", "--rows", "512", "--variants", name, "--worker"])
+        peaks[name] = common.run_worker("benchmarks.loss", [*LOSS, "--vocabulary_size", "24000", "--rows", "512", "--variants", name, "--worker", "--dtype", "float32"])
     assert peaks["full"] > 2 * 512 * 24_000 * 4 and peaks["ours_64"] < 0.3 * 512 * 24_000 * 4
 
 

@@ -114,7 +114,7 @@ def test_every_field_that_changes_the_parameters_changes_the_figure():
     base = ModelConfig(**ODD["no positions"])
     for f in dataclasses.fields(ModelConfig):
         value = getattr(base, f.name)
-        if isinstance(value, bool):
+        if isinstance(value, bool) and f.name != "yarn_truncate":  # which changes no parameter, and needs yarn
             other = dataclasses.replace(base, **{f.name: not value})
             if parameter_counts(other) != parameter_counts(base):
                 assert [t.get_text() for t in draw(other).axes[0].texts] != [t.get_text() for t in draw(base).axes[0].texts], f.name

@@ -11,12 +11,15 @@ import runtime.inference as inference
 import train
 from config_model import TrainConfig
 from model import IGNORE, sample
+from model_parts import attention_with_sinks
 from runtime.device import autocast, choose_kernels
 from runtime.inference import Decoder
 from runtime.optimizer import build_optimizer
 from runtime.quantize import quantize_
+from runtime.sink_attention import sink_attention
 from tests.test_inference import MODELS, PROMPTS, alone
 from tests.test_inference import run as generated
+from tests.test_model_parts import sink_case
 from tests.test_train import MODEL, SPEED, Run, _settings, assert_same, data  # noqa: F401  (a fixture)
 from tests.util import random_model, tiny_config
 
@@ -37,7 +40,8 @@ def losses_and_gradients(model, device: torch.device, dtype: torch.dtype) -> tup
     return (out.cross_entropy_sum / out.num_targets).item(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True, "qk_norm": False}, {"expert_activation": "gelu", "expert_bias": True, "head_bias": True}, {"sliding_window": 8}])
+@pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True, "qk_norm": False}, {"expert_activation": "gelu", "expert_bias": True, "head_bias": True}, {"sliding_window": 8},
+                                     {"attention_sinks": True, "qk_norm": False}, MODELS["gpt-oss"]])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
     """Grouped experts, flash or memory-efficient attention, the loss in chunks: loss and every gradient."""
@@ -50,6 +54,22 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
     assert on_gpu == pytest.approx(loss, rel=tolerance / 5)
     for name, expected in gradients.items():
         assert (gradients_on_gpu[name] - expected).norm() <= tolerance * expected.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_with_sinks_by_a_gpus_kernels(seed, dtype):
+    """Flash where nothing is masked beyond causality, the memory-efficient kernel else; results and all gradients, in tiny heads of 8."""
+    q, k, v, sinks, mask, is_causal = (x.to(CUDA) if isinstance(x, torch.Tensor) else x for x in sink_case(seed, torch.float64))
+    q, k, v = (torch.cat((x, x), dim=-1)[..., :8].to(dtype).detach().requires_grad_() for x in (q, k, v))
+    sinks = sinks.float().detach().requires_grad_()
+    gradient, results = torch.randn_like(q), []
+    for kernel in (attention_with_sinks, sink_attention):
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))   # as Attention does where flash cannot be used
+        y = kernel(q, keys, values, sinks, mask, is_causal)
+        results.append((y, *torch.autograd.grad(y, (q, k, v, sinks), gradient)))
+    for plain, fast in zip(*results, strict=True):
+        assert (plain.double() - fast.double()).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * plain.double().norm()
 
 
 @pytest.mark.parametrize("flags", [{}, {"optimizer": "muon"}, {"state_dtype": "bfloat16"}])

@@ -22,6 +22,8 @@ MODELS = {
     "plain": {}, "table": dict(use_attention_bias=True, qk_norm=False), "biases": dict(expert_activation="gelu", expert_bias=True, head_bias=True, qkv_bias=True, out_proj_bias=True),
     "window": dict(sliding_window=8), "alternating": dict(sliding_window=8, window_pattern="alternating", use_attention_bias=True),
     "tied": dict(tie_embeddings=True, router_bias_rate=0.1, use_rope=False), "yarn": dict(rope_scaling="yarn", rope_scaling_factor=2.0),
+    "gpt-oss": dict(attention_sinks=True, router_bias=True, expert_activation="swiglu_clamped", expert_bias=True, qkv_bias=True, out_proj_bias=True, qk_norm=False,
+                    sliding_window=8, window_pattern="alternating", rope_scaling="yarn", rope_scaling_factor=2.0, yarn_truncate=False),
 }
 PROMPTS = [[1, 2, 3], [4] * 9, [7, 8, 9, 10, 11], [5], list(range(30))]
 

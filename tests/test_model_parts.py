@@ -260,6 +260,18 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
     assert (shares[..., S] > 0.01).any(), "the sink was to matter"
 
 
+def test_the_kernel_keeps_no_scores():
+    """What is saved for the backward pass grows with the tokens, not with their square; the plain operations save the square, several times."""
+    T, saved = 256, {}
+    q, k, v, sinks = (torch.randn(shape, requires_grad=True) for shape in ((1, 2, T, 8), (1, 1, T, 8), (1, 1, T, 8), (2,)))
+    for function in (attention_with_sinks, sink_attention):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
+            function(q, k, v, sinks, None, True)
+        saved[function] = sum(sizes)
+    assert saved[sink_attention] <= 2 * q.numel() + k.numel() + v.numel() + 2 * T + 2 and saved[attention_with_sinks] > 2 * T * T
+
+
 def test_sinks_in_half_precision_are_rounded_once():
     """A factor that is itself rounded to bfloat16 would shift a whole row; the kernel's result is scaled in float32."""
     q, k, v, sinks, mask, is_causal = sink_case(3, torch.float32)

@@ -1,4 +1,5 @@
 """What the README says is checked where it can be: tables, flags, files."""
+import importlib
 import re
 
 import pytest
@@ -29,6 +30,7 @@ def test_the_speeds_are_the_stored_ones():
     assert between("training speed") == tables.training_table() and between("allocator") == tables.allocator_line()
     assert between("speed") == tables.speed_table() and between("decoding") == tables.decoding_table() and between("launch") == tables.launch_line()
     assert between("reliability") == tables.reliability_table()
+    assert between("exports") == tables.exports_table() and between("export sizes") == tables.export_sizes_table() and between("llama.cpp") == tables.llama_cpp_table()
 
 
 def test_every_picture_and_file_it_names_is_there():
@@ -40,7 +42,7 @@ def test_every_picture_and_file_it_names_is_there():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
-def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch):
+def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch, capsys):
     """Flags and values are parsed by the script's own parser (nothing is run); the text files that it names are made."""
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r"\S+\.(?:jsonl|txt\.gz)\b", command):
@@ -62,6 +64,11 @@ def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch):
         cli.add_fields(parser, PredictConfig)
         given = vars(parser.parse_args(re.findall(r"(?:\"[^\"]*\"|\S)+", re.sub(r"\s+#.*", "", command))[2:]))
         PredictConfig(**{k: v for k, v in given.items() if k != "prompt"})
+    elif script.startswith("scripts."):
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).main(["--help"])
+        known = capsys.readouterr().out
+        assert all(re.search(rf"{flag}\b", known) for flag in flags if flag.startswith("--"))
 
 
 def test_the_defaults_it_lists_are_the_defaults():

@@ -85,7 +85,7 @@ def hf_config(config: ModelConfig, family: str, *, end_of_text_id: int, start_id
         "rms_norm_eps": c.rms_norm_eps, "tie_word_embeddings": c.tie_embeddings, "initializer_range": c.init_std,
         "rope_theta": c.rope_theta, "rope_parameters": rope | {"rope_theta": c.rope_theta},
         # Their loss counts all blocks as one and is top_k at balance, ours is 1.0 per block: the same at balance.
-        "output_router_logits": False, "router_aux_loss_coef": _short(c.aux_loss_coef * c.transformer_blocks / c.top_k),
+        "output_router_logits": False, "router_aux_loss_coef": _scaled(c.aux_loss_coef, c.transformer_blocks / c.top_k),
         "transformers_version": CHECKED_VERSION, "use_cache": True, "bos_token_id": start_id, "eos_token_id": end_of_text_id, "dtype": dtype, "torch_dtype": dtype}
     if c.rope_scaling != "none":
         theirs["rope_scaling"] = rope
@@ -121,7 +121,7 @@ def model_config_from(hf: dict) -> tuple[str, ModelConfig]:
         sliding_window=window, rope_theta=theta, rope_scaling=scaling, rope_scaling_factor=factor, yarn_truncate=truncate,
         num_experts=_number(hf, "num_local_experts", "num_experts"), top_k=top_k,
         d_ff=_number(hf, "moe_intermediate_size") if family == "qwen3_moe" else _number(hf, "intermediate_size"),
-        aux_loss_coef=_short(_number({"router_aux_loss_coef": 0.001} | hf, "router_aux_loss_coef") * top_k / max(blocks, 1)),
+        aux_loss_coef=_scaled(_number({"router_aux_loss_coef": 0.001} | hf, "router_aux_loss_coef"), top_k / max(blocks, 1)),
         rms_norm_eps=_number(hf, "rms_norm_eps"), tie_embeddings=bool(hf.get("tie_word_embeddings")), init_std=hf.get("initializer_range", 0.02)))
     if family == "gpt_oss":
         _refuse(hf, "config.json", {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "layer_types": _layer_types(blocks)})
@@ -133,9 +133,10 @@ def _layer_types(blocks: int) -> list[str]:
     return [("sliding_attention", "full_attention")[block % 2] for block in range(blocks)]
 
 
-def _short(value: float) -> float:
-    """Twelve digits, so that multiplying and dividing gives the number that was there before."""
-    return float(f"{value:.12g}")
+def _scaled(value: float, factor: float) -> float:
+    """value * factor in as few digits as tell the value, so that multiplying and dividing gives the number that was there before."""
+    candidates = (float(f"{value * factor:.{digits}g}") for digits in range(1, 18))
+    return next(number for number in candidates if factor == 0 or math.isclose(number / factor, value, rel_tol=1e-12))
 
 
 def _refuse(given: dict, where: str, allowed: dict) -> None:

@@ -228,6 +228,7 @@ def _set_context(model: LLM, config: PredictConfig) -> None:
         if config.context_length <= trained:
             raise ValueError(f"rope_scaling {config.rope_scaling} stretches a context, and {config.context_length} is not more than the trained {trained:.0f} tokens")
         changes |= {"rope_scaling": config.rope_scaling, "rope_scaling_factor": config.context_length / trained}
+        changes |= {} if config.rope_scaling == "yarn" else {"yarn_truncate": True}   # of no meaning there
     elif c.rope_scaling == "yarn" and config.context_length != c.context_length:  # its frequencies depend on the context's length
         raise ValueError(f"this model's positions are yarn-scaled from {trained:.0f} to {c.context_length} tokens: with context_length, say --rope_scaling yarn or linear")
     model.config = dataclasses.replace(c, **changes)
@@ -426,14 +427,15 @@ class Session:
         ids = None
         if before is not None:
             ids = before[:-1] if before[-1] in predictor.tokenizer.stop_ids and len(before) > 1 else before    # go on where it ended
-            ids = ids + predictor.tokenizer.encode(prompt)
+            ids = ids + predictor.tokenizer.encode_continuation(prompt)
         self.turns.append((self.ids, self.shown))
         predictor.last = None
         try:
             show_answer(predictor, prompt, self.config, ids)
         finally:
             if a := predictor.last:
-                drawn = predictor.tokenizer.encode(a.text) if a.ended == "stop text" else a.ids   # of what was drawn, only what is before the stop counts
+                # of what was drawn, only what is before the stop counts
+                drawn = predictor.tokenizer.encode_continuation(a.text) if a.ended == "stop text" else a.ids
                 self.ids, self.shown = a.prompt_ids + drawn, self.shown + prompt + a.text
                 self.tokens_read, self.tokens_drawn, self.seconds = self.tokens_read + len(a.prompt_ids), self.tokens_drawn + len(a.ids), self.seconds + a.last_s
             else:

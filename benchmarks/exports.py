@@ -38,7 +38,6 @@ from runtime.tokenizer import load_tokenizer
 from scripts.export_gguf import run_llama_cpp
 
 PROMPTS = ("Once upon a time", "The little dog was", "One day, Lily and Tom")
-WEIGHT_SCALE = 3.0   # random weights are this many times those that training starts from: logits of flat distributions say little
 ROUTES = {"hf": ("export_hf", "hf", []), "hf bfloat16": ("export_hf", "hf_bf16", ["--dtype", "bfloat16"]), "gguf f32": ("export_gguf", "f32.gguf", []),
           "gguf q8_0": ("export_gguf", "q8_0.gguf", ["--quantize", "q8_0"]), "onnx": ("export_onnx", "model.onnx", [])}
 
@@ -64,14 +63,9 @@ def size_of(path: Path) -> int:
 
 
 def random_checkpoint(config: ModelConfig, folder: Path) -> Path:
-    """A checkpoint of larger weights than training starts from, with the byte tokenizer."""
+    """A checkpoint of the weights that training starts from, with the byte tokenizer."""
     torch.manual_seed(0)
-    model = LLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(WEIGHT_SCALE)
-    return save_checkpoint(folder, 0, model, None, train_config=TrainConfig(), tokenizer_state=load_tokenizer("byte").to_state())
+    return save_checkpoint(folder, 0, LLM(config), None, train_config=TrainConfig(), tokenizer_state=load_tokenizer("byte").to_state())
 
 
 # -------------------------------------------------------------------------------------------------------------- who reads the files
@@ -189,7 +183,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         for prompt in PROMPTS:
             list(predictor.stream(prompt, settings))
             expected[prompt] = predictor.last.ids
-    results = {"family": family_of(config), "model": dataclasses.asdict(config), "parameters": total_parameters(config), "weights": "checkpoint" if args.ckpt else f"random, scale {WEIGHT_SCALE}",
+    results = {"family": family_of(config), "model": dataclasses.asdict(config), "parameters": total_parameters(config), "weights": "checkpoint" if args.ckpt else "random",
                "tokenizer": tokenizer.name, "checkpoint_step": checkpoint.step, "threads": torch.get_num_threads(), "device": "cpu",
                "new_tokens": args.new_tokens, "greedy_tokens": {prompt: len(ids) for prompt, ids in expected.items()}, "routes": {}}
     for route, (script, name, flags) in ROUTES.items():

@@ -622,7 +622,7 @@ def named_tokenizer(name: str) -> Tokenizer:
         return load_tokenizer(name)
     folder = Path(name)
     if folder.is_file():
-        contents, _ = _unpack(folder)
+        contents, _ = _unpack(folder, private=False)
         try:
             state = _read_header(contents)["tokenizer"] if "format" in contents else None
             if not state:

@@ -44,6 +44,7 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #endif
 #define MOST_THREADS 256
 #define TILE 4              /* weight rows taken together */
+#define AHEAD 1024          /* bytes by which weights are asked for before their use: the processor does not see across the end of a short row */
 
 enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 #define LIMIT 7.0f          /* of SWIGLU_CLAMPED, as in config_model.py */
@@ -214,11 +215,14 @@ static const float *row_of(const Matrix *a, int64_t row, float *room)
     {                                                                                                           \
         vec s[2][NX][UNROLL] = {0};                                                                             \
         int k = 0;                                                                                              \
-        for (; k + UNROLL * LANES <= cols; k += UNROLL * LANES)                                                 \
+        for (; k + UNROLL * LANES <= cols; k += UNROLL * LANES) {                                               \
+            for (int i = 0; i < 2; i++)                                                                         \
+                __builtin_prefetch((const char *)(w[i] + k) + AHEAD);                                           \
             for (int u = 0; u < UNROLL; u++)                                                                    \
                 for (int i = 0; i < 2; i++)                                                                     \
                     for (int j = 0; j < NX; j++)                                                                \
                         s[i][j][u] += LOAD(w[i] + k + u * LANES) * *(const vec *)(x[j] + k + u * LANES);        \
+        }                                                                                                       \
         for (int i = 0; i < 2; i++)                                                                             \
             for (int j = 0; j < NX; j++) {                                                                      \
                 for (int u = 1; u < UNROLL; u++)                                                                \

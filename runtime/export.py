@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import os
+import re
 import shutil
+import signal
+import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +29,9 @@ from runtime.cli import parser
 from runtime.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
 from runtime.tokenizer import Tokenizer
 
+# What scripts.export_hf writes into a folder, and what a published model's tokenizer brings along: all that --force may replace.
+FOLDER_FILES = re.compile(r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|tokenizer\.json|tokenizer_config\.json|"
+                          r"special_tokens_map\.json|chat_template\.jinja|modeling_gptoss\.py|README\.md|loss\.png|expert_load\.png")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_CHECKED_TOKENS = 256
 CHECK_TEXT = """Once upon a time there was a lighthouse keeper called Noor, who counted ships. On Monday she saw 3; on Tuesday, 14 more.
@@ -54,23 +63,23 @@ def export_parser(description: str, out: str) -> argparse.ArgumentParser:
     p = parser(description)
     p.add_argument("--ckpt", default="checkpoints/latest.pt", help="checkpoint to export (default: checkpoints/latest.pt)")
     p.add_argument("--out", required=True, help=out)
-    p.add_argument("--tokenizer", default="", help="tokenizer, for checkpoints that carry none: o200k_base, byte, ... or a data folder (default: the checkpoint's)")
+    p.add_argument("--tokenizer", default="", help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of a data folder, a published model or a checkpoint (default: the checkpoint's)")
     p.add_argument("--force", action="store_true", help="replace an output that is there")
     return p
 
 
 def open_source(args: argparse.Namespace) -> Source:
     """The checkpoint and tokenizer that the arguments name, checked. Raises ValueError."""
-    checkpoint = read_checkpoint(args.ckpt)
+    checkpoint = read_checkpoint(args.ckpt, private=False)   # larger than memory, perhaps; nothing here writes to a weight
     is_wide = checkpoint.model["embed.weight"].dtype == torch.float32
     model = build_model(checkpoint) if is_wide else lazy_model(checkpoint.model_config, lambda name: checkpoint.model[name].float())
     return Source(Path(args.ckpt), model, checkpoint, tokenizer_of(checkpoint, args.tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------------------ output
-def check_output(out: str | Path, force: bool, is_folder: bool = False, made_by_us: str = "config.json") -> Path:
-    """The path to write to, before any work. ValueError if something is there and may not be replaced: without `force` anything, with it
-    what is of the other kind, and a folder with entries none of which is called `made_by_us`."""
+def check_output(out: str | Path, force: bool, is_folder: bool = False, source: str | Path = "") -> Path:
+    """The path to write to, before any work. ValueError if something is there and may not be replaced: without `force` anything; with it
+    what is no plain file, a folder that holds anything but what an export writes, and `source` or what holds it or is part of it."""
     path = Path(out)
     if not path.name or path.resolve() == Path.cwd():
         raise ValueError(f"--out {out} is no name for {'a new folder' if is_folder else 'a file'}")
@@ -78,60 +87,81 @@ def check_output(out: str | Path, force: bool, is_folder: bool = False, made_by_
         return path
     if not force:
         raise ValueError(f"--out {out} exists: choose another name, or say --force to replace it")
-    if path.is_dir() != is_folder:
-        raise ValueError(f"--out {out} is a {'folder' if path.is_dir() else 'file'}, and this writes a {'folder' if is_folder else 'file'}: choose another name")
-    if is_folder and any(path.iterdir()) and not (path / made_by_us).exists():
-        raise ValueError(f"--out {out} holds files but no {made_by_us}, so it is no earlier export and is not replaced: choose another name")
+    if not (path.is_dir() if is_folder else path.is_file()):
+        raise ValueError(f"--out {out} is no {'folder' if is_folder else 'plain file'}, and this writes one: choose another name")
+    here, there = path.resolve(), Path(source).resolve()
+    if source and (here == there or there in here.parents or here in there.parents):
+        raise ValueError(f"--out {out} would replace {source} or a part of it, which is read: choose another name")
+    if is_folder and (others := sorted(entry.name for entry in path.iterdir() if not FOLDER_FILES.fullmatch(entry.name))):
+        raise ValueError(f"--out {out} holds {others[0]}, which no export writes, so the folder is not replaced: choose another name")
     return path
 
 
 @contextlib.contextmanager
-def staged(out: Path, needed_bytes: int, is_folder: bool = False) -> Iterator[Path]:
-    """A temporary name (for a folder: an empty folder) beside `out`, which becomes `out` if the block ends well and is removed if it does not.
+def work_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A new, hidden folder beside `out` to write in, which is removed at the end, also when the process is told to end (SIGTERM, SIGHUP).
 
-    ValueError if the disk has less than `needed_bytes` free. Everything is flushed before it is renamed; a folder that is replaced is
-    moved aside first, and back if the renaming fails.
+    ValueError if the disk has less than `needed_bytes` free.
     """
-    temporary = out.with_name(out.name + TEMPORARY_SUFFIX)
     make_folder(out.parent)
-    _remove(temporary)   # of a run that was killed
+    prefix = f".{out.name}{TEMPORARY_SUFFIX}-"
+    for left in sorted(out.parent.glob(f"{glob.escape(prefix)}*")):
+        print(f"note: {left} is of an export that was killed, or still runs: if it does not, remove it", file=sys.stderr)
     free = shutil.disk_usage(out.parent).free
     if needed_bytes > free:
         raise ValueError(f"{out} needs {needed_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: free some space or choose another --out")
+    with _signals_raise(), tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an exception, so that it cleans up: the process then exits with 128 + the signal's number."""
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)] if threading.current_thread() is threading.main_thread() else []
+    before = {name: signal.signal(getattr(signal, name), leave) for name in names if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL}
     try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+@contextlib.contextmanager
+def staged(out: Path, needed_bytes: int, is_folder: bool = False) -> Iterator[Path]:
+    """A path in a `work_folder` (for a folder: an empty one), called as `out`, which becomes `out` if the block ends well and is removed if not.
+
+    Everything is flushed before it is renamed; a folder that is replaced is moved aside first, and back if the renaming fails.
+    """
+    with work_folder(out, needed_bytes) as work:
+        temporary = work / out.name
         if is_folder:
             temporary.mkdir()
         yield temporary
-        for path in [temporary, *temporary.rglob("*")]:
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-            else:
-                fsync_folder(path)
+        flush(temporary)
         if is_folder and out.exists():
-            aside = out.with_name(out.name + ".replaced")
-            _remove(aside)
+            aside = work / "replaced"
             os.replace(out, aside)
             try:
                 os.replace(temporary, out)
             except BaseException:
                 os.replace(aside, out)
                 raise
-            fsync_folder(out.parent)
-            _remove(aside)
         else:
             os.replace(temporary, out)
         fsync_folder(out.parent)
-    except BaseException:
-        _remove(temporary)
-        raise
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def flush(path: Path) -> None:
+    """Flush a file, or a folder and all in it, to the disk."""
+    for each in [path, *path.rglob("*")]:
+        if each.is_file():
+            with open(each, "rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(each)
 
 
 # ------------------------------------------------------------------------------------------------------------------- check

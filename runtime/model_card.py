@@ -14,7 +14,6 @@ from config_model import active_parameters, total_parameters
 from runtime.checkpoint import Checkpoint
 from runtime.custom_code import MODELING_FILE
 from runtime.export import Source
-from runtime.files import TEMPORARY_SUFFIX
 from runtime.huggingface import FAMILIES
 from runtime.metrics import read_records
 from runtime.plots import draw_plots
@@ -71,7 +70,7 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
     if names := _hub_names(info.get("source")):
         front["datasets"] = names
     (folder / "README.md").write_text(CARD.format(
-        front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()), title=plain(folder.name.removesuffix(TEMPORARY_SUFFIX)),
+        front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()), title=plain(folder.name),
         total=human_count(total_parameters(config)), active=human_count(active_parameters(config)), origin=_origin(checkpoint) if has_record else "",
         trust="" if family else ", trust_remote_code=True", prompt='tokenizer.bos_token + "Once upon a time"' if is_ours else '"Once upon a time"',
         code_note="" if family else CODE_NOTE, model=_table(_model_rows(source, family, dtype)),

@@ -338,6 +338,14 @@ def test_a_shorter_context_is_honoured(endless, tmp_path):
             assert predictor.model.config.context_length == context and len(list(predictor.stream("some prompt", config))) == 31
 
 
+def test_gpt_oss_can_be_stretched_either_way(tmp_path):
+    """Its YaRN is not rounded; with linear scaling that option had no effect and was refused, and predict.py has no flag to leave it out."""
+    path = save(tmp_path, biased_model(rope_scaling="yarn", rope_scaling_factor=2.0, yarn_truncate=False))
+    for scaling in ("linear", "yarn"):
+        config = predictor_of(path, context_length=64, rope_scaling=scaling)[0].model.config
+        assert (config.rope_scaling, config.rope_scaling_factor, config.yarn_truncate) == (scaling, 4.0, scaling == "linear")
+
+
 @pytest.mark.parametrize(("changes", "settings", "message"), [
     (dict(use_attention_bias=True), dict(context_length=33), "context_length 33 is beyond the trained 32, and this model has a learned bias for each pair"),
     ({}, dict(context_length=32, rope_scaling="yarn"), "rope_scaling yarn stretches a context, and 32 is not more than the trained 32"),

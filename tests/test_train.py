@@ -29,7 +29,7 @@ from tests.util import random_model, tiny_config
 MODEL = ["--d_model", "16", "--transformer_blocks", "1", "--num_heads", "2", "--num_kv_heads", "1", "--d_ff", "16", "--num_experts", "4",
          "--context_length", "16", "--expert_activation", "swiglu"]
 SPEED = ["--batch_size", "2", "--grad_accum", "2", "--warmup_steps", "3", "--lr", "1e-2", "--min_lr", "1e-3", "--log_interval", "2",
-         "--val_interval", "4", "--val_steps", "2", "--save_interval", "1000", "--device", "cpu"]
+         "--val_interval", "4", "--val_steps", "2", "--save_interval", "1000", "--device", "cpu", "--dtype", "float32"]
 
 
 def write_text(path: Path, seed: int, documents: int = 60) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,12 +35,6 @@ from __future__ import annotations
 # Operations are registered for the whole process, which may hold another copy of this file, and gptoss itself.
 OPERATIONS = next(f"gptoss_{{n}}" for n in itertools.count() if not hasattr(getattr(torch.ops, f"gptoss_{{n}}"), "grouped_linear"))
 '''
-
-
-def write_custom_code(folder: Path, source: Source, dtype: str) -> None:
-    """Write modeling_gptoss.py and config.json into `folder`; the weights go beside them under the names of `custom_tensors`, in `dtype`."""
-    (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(custom_config(source, dtype), indent=2) + "\n", encoding="utf-8")
 
 
 def custom_config(source: Source, dtype: str) -> dict:
@@ -122,4 +115,5 @@ def _imports(needed: frozenset[str]) -> str:
             for alias in getattr(node, "names", ()):
                 if (alias.asname or alias.name.partition(".")[0]) in needed and getattr(node, "module", "") not in ours:
                     (members[node.module] if isinstance(node, ast.ImportFrom) else modules).add(ast.unparse(alias))
-    return "\n".join([f"import {name}" for name in sorted(modules)] + [f"from {module} import {', '.join(sorted(members[module]))}" for module in sorted(members)])
+    froms = [f"from {module} import {', '.join(sorted(members[module]))}" for module in sorted(members)]
+    return "\n".join([f"import {name}" for name in sorted(modules)] + froms)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.files import write_text_atomic
-from runtime.tokenizer import COMPACT, END_OF_TEXT, Tokenizer, _byte_of_character, _without_surrogates
+from runtime.tokenizer import COMPACT, END_OF_TEXT, Tokenizer, _without_surrogates, byte_of_character, spell
 
 TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"  # where newer folders have what older ones have in tokenizer_config.json
@@ -82,15 +82,10 @@ def _refuse_compact(tokenizer: Tokenizer) -> None:
                          f"prepare the text with --tokenizer {base} or bpe:SIZE, and train the model that you export with that")
 
 
-def _spell(token: bytes, character: dict[int, str]) -> str:
-    return token.decode("latin-1").translate(character)
-
-
 def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     """tokenizer.json of a tokenizer of ours, as JSON values."""
     merges, ranks = byte_level_merges(tokenizer), tokenizer.encoding._mergeable_ranks
-    character = {byte: c for c, byte in _byte_of_character().items()}
-    spelled = {token: _spell(token, character) for token in sorted(ranks, key=ranks.__getitem__)}
+    spelled = {token: spell(token) for token in sorted(ranks, key=ranks.__getitem__)}
     # Oniguruma, which `tokenizers` uses, reads {1,3}+ as a repetition and $ as an end of line. Possessive or not changes no match here.
     pattern = re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", tokenizer.encoding._pat_str).replace("$", r"(?![\s\S])")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -120,8 +115,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
     else:
         text = _dump(_tokenizer_json(tokenizer))
         # The class: without one, or with a model's own, transformers 5 cuts words by that class's rule. No clean-up: version 4 would drop spaces.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"], "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False,
-                  "model_max_length": context_length, OURS: tokenizer.to_state()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"], "bos_token": END_OF_TEXT,
+                  "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False, "model_max_length": context_length, OURS: tokenizer.to_state()}
     write_text_atomic(folder / TOKENIZER_FILE, text)
     write_text_atomic(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
     write_text_atomic(folder / SPECIALS_FILE, json.dumps({key: config[key] for key in SPECIALS if config.get(key)}, ensure_ascii=False, indent=2) + "\n")
@@ -134,8 +129,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     theirs = _load(path.read_text(encoding="utf-8"), path)
     theirs.encode_special_tokens = True
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        character, specials = {byte: c for c, byte in _byte_of_character().items()}, special_words(tokenizer)
-        words = {_spell(token, character): i for token, i in tokenizer.encoding._mergeable_ranks.items()} | specials
+        words = {spell(token): i for token, i in tokenizer.encoding._mergeable_ranks.items()} | special_words(tokenizer)
         if theirs.get_vocab() != words:
             raise TokenizerError(f"{path} does not have the tokens of {tokenizer.name} under their ids")
     for text in (*CHECK_TEXTS, *_random_texts(300), f"a {END_OF_TEXT}{END_OF_TEXT} b"):
@@ -184,10 +178,21 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Ids of a text, uint32 [tokens]. The words of a special token are ordinary text; lone surrogates become U+FFFD."""
-        try:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        except TypeError:   # what the library says of a surrogate
-            return np.array(self._tokenizer.encode(_without_surrogates(text), add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(_ids(self._tokenizer, text), dtype=np.uint32)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on behind another: without the space that its file may put before every text."""
+        return _ids(self._inside, text)
+
+    @functools.cached_property
+    def _inside(self):
+        """The library's tokenizer for the inside of a text."""
+        data = json.loads(self.text)
+        if (inside := _without_prefix(data)) is data:
+            return self._tokenizer
+        library = _load(_dump(inside), self.name)
+        library.encode_special_tokens = True
+        return library
 
     def _lookup(self, token_id: int) -> bytes:
         return self._token[token_id]
@@ -197,7 +202,7 @@ class HuggingFaceTokenizer(Tokenizer):
         data = json.loads(self.text)
         if data["model"].get("type") != "BPE" or not _is_byte_level(data):
             raise ValueError(f"tokenizer {self.name} is no byte-level BPE, so it has no merges of bytes")
-        to_byte = _byte_of_character()
+        to_byte = byte_of_character()
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"])
         return [(bytes(map(to_byte.__getitem__, left)), bytes(map(to_byte.__getitem__, right))) for left, right in pairs]
 
@@ -225,7 +230,8 @@ def from_state(state: dict) -> HuggingFaceTokenizer:
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a published model's folder; ours, if write_tokenizer made it from one of ours and nobody changed it since.
+    """The tokenizer of a published model's folder; ours, if write_tokenizer made it from one of ours, nobody changed it since, and it can be
+    had here: the files are complete without o200k_base's, which tiktoken downloads.
 
     The ids that end a text are eos_token_id of generation_config.json, else of config.json, else the eos_token of
     tokenizer_config.json; the id before a text is what tokenizer.json puts there, or bos_token if add_bos_token says so.
@@ -233,19 +239,24 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no {TOKENIZER_FILE}: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one from other formats")
+        raise ValueError(f"{folder} has no {TOKENIZER_FILE}: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one "
+                         "from other formats")
     data, config = _read_json(path), _read_json(folder / CONFIG_FILE, {})
     if OURS in config:
-        ours = Tokenizer.from_state(config[OURS])
         try:
+            ours = Tokenizer.from_state(config[OURS])
             check_tokenizer(folder, ours)
             return ours
-        except TokenizerError:   # tokens were added since, say: it is a tokenizer of its own
-            config = {key: value for key, value in config.items() if key != OURS}
+        except ValueError:   # tokens were added since, say: it is a tokenizer of its own, whose texts begin behind bos_token as ours do
+            config = {key: value for key, value in config.items() if key != OURS} | {"add_bos_token": True}
     if "model" not in data:
         raise ValueError(f"{path} is no tokenizer.json of the tokenizers library: it has no model")
-    if (folder / TEMPLATE_FILE).is_file():
-        config = config | {"chat_template": (folder / TEMPLATE_FILE).read_text(encoding="utf-8")}
+    try:
+        if (folder / TEMPLATE_FILE).is_file():
+            config = config | {"chat_template": (folder / TEMPLATE_FILE).read_text(encoding="utf-8")}
+        _dump(config).encode()   # JSON can spell a lone surrogate, and no export could write it
+    except UnicodeError:
+        raise ValueError(f"{folder}: {CONFIG_FILE} or {TEMPLATE_FILE} holds what is no text in UTF-8 (a lone surrogate such as \\ud800, say)") from None
     text = _dump(data | {"truncation": None, "padding": None})
     library = _load(text, path)
     if isinstance(says := config.get("add_bos_token"), bool):
@@ -261,14 +272,18 @@ def _stop_ids(folder: Path, config: dict, library) -> list[int]:
         if (ids := _read_json(folder / name, {}).get("eos_token_id")) is not None:
             return ids if isinstance(ids, list) else [ids]
     if (end := _id_of(config, "eos_token", library)) is None:
-        raise ValueError(f"{folder} does not say which id ends a text: generation_config.json or config.json needs eos_token_id, or {CONFIG_FILE} eos_token")
+        raise ValueError(f"{folder} does not say which id ends a text: generation_config.json or config.json needs eos_token_id, or {CONFIG_FILE} "
+                         "eos_token")
     return [end]
 
 
 def _id_of(config: dict, key: str, library) -> int | None:
     """Id of a special token that tokenizer_config.json names, by its word or as a description of it."""
     word = config.get(key)
-    return library.token_to_id(word.get("content", "") if isinstance(word, dict) else word) if word else None
+    word = word.get("content") if isinstance(word, dict) else word
+    if word is not None and not isinstance(word, str):
+        raise ValueError(f"{CONFIG_FILE}: {key} must be the word of a token, or null, not {word!r}")
+    return library.token_to_id(word) if word else None
 
 
 def _read_json(path: Path, missing: dict | None = None) -> dict:
@@ -298,24 +313,44 @@ def _load(text: str, where: object):
         raise ValueError(f"{where} cannot be used as a tokenizer: {' '.join(str(error).split())[:200]}") from None
 
 
-def _decoders(data: dict) -> list[dict]:
-    """The steps of tokenizer.json's decoder."""
-    decoder = data.get("decoder") or {}
-    return decoder.get("decoders", [decoder])
+def _ids(library, text: str) -> list[int]:
+    """The library's ids of a text; lone surrogates become U+FFFD."""
+    try:
+        return library.encode(text, add_special_tokens=False).ids
+    except TypeError:   # what the library says of a surrogate
+        return library.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+
+def _without_prefix(data: dict) -> dict:
+    """A tokenizer.json that puts no space before a text. (Pre-tokenizers behind the first meet pieces of a text; what they put before those stays.)"""
+    normalizers = [step for step in _steps(data, "normalizer") if step.get("type") != "Prepend"]
+    splitters = _steps(data, "pre_tokenizer")
+    if splitters and ("add_prefix_space" in splitters[0] or splitters[0]["type"] == "Metaspace"):
+        plain = {key: value for key, value in splitters[0].items() if key != "add_prefix_space"}   # which older files of Metaspace have
+        splitters = [plain | ({"prepend_scheme": "never"} if plain["type"] == "Metaspace" else {"add_prefix_space": False}), *splitters[1:]]
+    if (normalizers, splitters) == (_steps(data, "normalizer"), _steps(data, "pre_tokenizer")):
+        return data
+    return data | {"normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters}}
+
+
+def _steps(data: dict, part: str) -> list[dict]:
+    """The steps of tokenizer.json's normalizer, pre_tokenizer or decoder."""
+    step = data.get(part)
+    return step.get({"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[part], [step]) if step else []
 
 
 def _is_byte_level(data: dict) -> bool:
-    return any(step.get("type") == "ByteLevel" for step in _decoders(data))
+    return any(step.get("type") == "ByteLevel" for step in _steps(data, "decoder"))
 
 
 def _token_bytes(data: dict, vocabulary: dict[str, int], name: str) -> dict[int, bytes]:
     """Bytes by id. ValueError unless the vocabulary is byte-level or writes spaces as SentencePiece does."""
     if _is_byte_level(data):
-        to_byte = _byte_of_character()
+        to_byte = byte_of_character()
 
         def read(word: str) -> bytes:
             return bytes(map(to_byte.__getitem__, word)) if to_byte.keys() >= set(word) else word.encode()
-    elif any(SPACE in (step.get("replacement"), (step.get("pattern") or {}).get("String")) for step in _decoders(data)):
+    elif any(SPACE in (step.get("replacement"), (step.get("pattern") or {}).get("String")) for step in _steps(data, "decoder")):
         def read(word: str) -> bytes:
             is_byte = data["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", word)
             return bytes([int(word[3:5], 16)]) if is_byte else word.replace(SPACE, " ").encode()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,8 @@ def hf_config(config: ModelConfig, family: str, *, end_of_text_id: int, start_id
         "rope_theta": c.rope_theta, "rope_parameters": rope | {"rope_theta": c.rope_theta},
         # Their loss counts all blocks as one and is top_k at balance, ours is 1.0 per block: the same at balance.
         "output_router_logits": False, "router_aux_loss_coef": _scaled(c.aux_loss_coef, c.transformer_blocks / c.top_k),
-        "transformers_version": CHECKED_VERSION, "use_cache": True, "bos_token_id": start_id, "eos_token_id": end_of_text_id, "dtype": dtype, "torch_dtype": dtype}
+        "transformers_version": CHECKED_VERSION, "use_cache": True, "bos_token_id": start_id, "eos_token_id": end_of_text_id,
+        "dtype": dtype, "torch_dtype": dtype}
     if c.rope_scaling != "none":
         theirs["rope_scaling"] = rope
     if family == "qwen3_moe":
@@ -101,14 +103,15 @@ def hf_config(config: ModelConfig, family: str, *, end_of_text_id: int, start_id
 def model_config_from(hf: dict) -> tuple[str, ModelConfig]:
     """(family, our config) of a config.json, in either spelling. ValueError for what our model cannot be."""
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, not {family!r}")
     _refuse(hf, "config.json", {"hidden_act": "silu", "attention_bias": family == "gpt_oss", "attention_dropout": 0.0, "router_jitter_noise": 0.0,
                                 "partial_rotary_factor": 1.0})
     quantised = _table(hf, "quantization_config").get("quant_method", "an unknown method") if hf.get("quantization_config") else None
     if quantised and (family, quantised) != ("gpt_oss", "mxfp4"):
         raise ValueError(f"config.json: weights quantised by {quantised} cannot be read; take the model's unquantised release")
-    blocks, top_k, window = _number(hf, "num_hidden_layers"), _number(hf, "num_experts_per_tok"), hf.get("sliding_window") or 0
+    blocks, top_k = _number(hf, "num_hidden_layers"), _number(hf, "num_experts_per_tok", "experts_per_token")
+    window = _number(hf, "sliding_window", default=0)
     if family == "qwen3_moe":
         _refuse(hf, "config.json", {"decoder_sparse_step": 1, "mlp_only_layers": []})
         if hf.get("norm_topk_prob") is not True:
@@ -117,12 +120,13 @@ def model_config_from(hf: dict) -> tuple[str, ModelConfig]:
     scaling, factor, context, theta, truncate = _rope_from(hf)
     config = ModelConfig(**FAMILIES[family].options | dict(
         d_model=_number(hf, "hidden_size"), transformer_blocks=blocks, context_length=context, vocabulary_size=_number(hf, "vocab_size"),
-        num_heads=_number(hf, "num_attention_heads"), num_kv_heads=_number(hf, "num_key_value_heads"), head_dim=hf.get("head_dim") or 0,
+        num_heads=_number(hf, "num_attention_heads"), num_kv_heads=_number(hf, "num_key_value_heads"), head_dim=_number(hf, "head_dim", default=0),
         sliding_window=window, rope_theta=theta, rope_scaling=scaling, rope_scaling_factor=factor, yarn_truncate=truncate,
         num_experts=_number(hf, "num_local_experts", "num_experts"), top_k=top_k,
         d_ff=_number(hf, "moe_intermediate_size") if family == "qwen3_moe" else _number(hf, "intermediate_size"),
-        aux_loss_coef=_scaled(_number({"router_aux_loss_coef": 0.001} | hf, "router_aux_loss_coef"), top_k / max(blocks, 1)),
-        rms_norm_eps=_number(hf, "rms_norm_eps"), tie_embeddings=bool(hf.get("tie_word_embeddings")), init_std=hf.get("initializer_range", 0.02)))
+        aux_loss_coef=_scaled(_number(hf, "router_aux_loss_coef", default=0.001), top_k / max(blocks, 1)),
+        rms_norm_eps=_number(hf, "rms_norm_eps"), tie_embeddings=bool(hf.get("tie_word_embeddings")),
+        init_std=_number(hf, "initializer_range", default=0.02)))
     if family == "gpt_oss":
         _refuse(hf, "config.json", {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "layer_types": _layer_types(blocks)})
     family_of(config)
@@ -136,7 +140,7 @@ def _layer_types(blocks: int) -> list[str]:
 def _scaled(value: float, factor: float) -> float:
     """value * factor in as few digits as tell the value, so that multiplying and dividing gives the number that was there before."""
     candidates = (float(f"{value * factor:.{digits}g}") for digits in range(1, 18))
-    return next(number for number in candidates if factor == 0 or math.isclose(number / factor, value, rel_tol=1e-12))
+    return next((number for number in candidates if factor == 0 or math.isclose(number / factor, value, rel_tol=1e-12)), value * factor)
 
 
 def _refuse(given: dict, where: str, allowed: dict) -> None:
@@ -146,11 +150,11 @@ def _refuse(given: dict, where: str, allowed: dict) -> None:
             raise ValueError(f"{where}: {key} {given[key]!r} cannot be expressed: our model has {value!r}")
 
 
-def _number(hf: dict, *keys: str) -> int | float:
-    """The number under one of these keys. ValueError if there is none, a negative one, or two that differ."""
-    values = [hf[key] for key in keys if hf.get(key) is not None]
-    if not values or type(values[0]) not in (int, float) or not values[0] >= 0:
-        raise ValueError(f"config.json: {' or '.join(keys)} must be a number, not {values[0] if values else None!r}")
+def _number(hf: dict, *keys: str, default: int | float | None = None) -> int | float:
+    """The number under one of these keys. ValueError if there is none (and no default), one that is negative or not below 2**63, or two that differ."""
+    values = [hf[key] for key in keys if hf.get(key) is not None] or ([] if default is None else [default])
+    if not values or type(values[0]) not in (int, float) or not 0 <= values[0] < 2 ** 63:
+        raise ValueError(f"config.json: {' or '.join(keys)} must be a number, not {reprlib.repr(values[0] if values else None)}")
     if any(value != values[0] for value in values):
         raise ValueError(f"config.json: {' and '.join(keys)} differ")
     return values[0]
@@ -164,15 +168,20 @@ def _table(hf: dict, key: str) -> dict:
 
 def _rope_from(hf: dict) -> tuple[str, float, int, float, bool]:
     """(rope_scaling, rope_scaling_factor, context_length, rope_theta, yarn_truncate)."""
-    rope = _table(hf, "rope_parameters") | _table(hf, "rope_scaling")
-    theta = _number({"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}, "rope_theta")
+    rope = {}
+    for table in (_table(hf, "rope_parameters"), _table(hf, "rope_scaling"), {"rope_theta": hf.get("rope_theta")}):   # transformers 5's and 4's
+        table = {key: value for key, value in table.items() if value is not None}
+        if differing := [key for key in table if key in rope and rope[key] != table[key]]:
+            raise ValueError(f"config.json: {differing[0]} is there twice, as {rope[differing[0]]!r} and as {table[differing[0]]!r}")
+        rope |= table
+    theta = _number(rope, "rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     context = _number(hf, "max_position_embeddings")
     if kind not in ("default", "linear", "yarn"):
         raise ValueError(f"config.json: rope_type must be one of default, linear, yarn, not {kind!r}")
     known = {"default": set(), "linear": {"factor"}, "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings"}}[kind]
     for key, value in rope.items():
-        if key not in known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"} and value is not None:
+        if key not in known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             raise ValueError(f"config.json: {key} {value!r} of rope_type {kind} cannot be expressed: our model has none")
     _refuse(rope, "config.json", {"partial_rotary_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0})
     if kind == "default":
@@ -180,10 +189,11 @@ def _rope_from(hf: dict) -> tuple[str, float, int, float, bool]:
     factor = _number(rope, "factor")
     if kind == "linear":
         return "linear", factor, context, theta, True
-    trained = rope.get("original_max_position_embeddings") or context   # as transformers
-    if not float(trained * factor).is_integer():
-        raise ValueError(f"config.json: original_max_position_embeddings {trained} times factor {factor} must be a whole number: it is our context_length")
-    return "yarn", factor, int(trained * factor), theta, rope.get("truncate") is not False
+    trained = _number(rope, "original_max_position_embeddings", default=context)   # as transformers
+    if not math.isclose(trained * factor, round(trained * factor), rel_tol=1e-12):   # 161 * (256 / 161) is a little less than 256
+        raise ValueError(f"config.json: original_max_position_embeddings {trained} times factor {factor} must be a whole number: "
+                         "it is our context_length")
+    return "yarn", factor, round(trained * factor), theta, rope.get("truncate") is not False
 
 
 # ----------------------------------------------------------------------------------------------------------------- tensors
@@ -292,7 +302,8 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------------ folder
 def folder_tensors(folder: str | Path) -> tuple[Callable[[str], bool], Callable[[str], Tensor], list[str]]:
-    """(has, read, names) of the tensors in a folder's safetensors, sharded or not. Tensors are mapped from the files. ValueError for damage."""
+    """(has, read, names) of the tensors in a folder's safetensors, sharded or not. Tensors are mapped from the files. ValueError for damage,
+    and for a folder with two sets of weights, of which transformers takes one and other readers the other."""
     folder = Path(folder)
     if (folder / INDEX).exists():
         try:
@@ -312,6 +323,8 @@ def folder_tensors(folder: str | Path) -> tuple[Callable[[str], bool], Callable[
             opened[name] = safe_open(folder / name, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is damaged: {error}") from error
+    if (folder / SINGLE).exists() and files != [SINGLE]:
+        raise ValueError(f"{folder} has {SINGLE} and an index that names other files, so two sets of weights: remove the one that is not meant")
     inside = {tensor: name for name, file in opened.items() for tensor in list(file.keys())}
     if lacking := [tensor for tensor in file_of if tensor not in inside]:
         raise ValueError(f"{folder / file_of[lacking[0]]} lacks tensor {lacking[0]}, which the index says is there")

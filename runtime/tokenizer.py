@@ -102,6 +102,10 @@ class Tokenizer:
         """Ids of a text, as a list."""
         return self.encode_to_numpy(text).tolist()
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on behind another: without what some published tokenizers put before every text."""
+        return self.encode(text)
+
     # ------------------------------------------------------------------------------------------------------------ decode
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one id; U+FFFD for an id that stands for nothing. ValueError outside the vocabulary."""
@@ -323,7 +327,8 @@ def _compact_from_state(state: dict) -> CompactTokenizer:
 def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
     """A trained BPE from its tokens by id. ValueError unless they are 256 bytes and then distinct, longer ones."""
     if len(tokens) + 1 != bpe_size(name) or tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens) or b"" in tokens:
-        raise ValueError(f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, {name.removeprefix('bpe:')} with end-of-text")
+        raise ValueError(f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, "
+                         f"{name.removeprefix('bpe:')} with end-of-text")
     return Tokenizer(name, _encoding(name, tokens, WORD_PATTERN))
 
 
@@ -347,13 +352,14 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     model.train_from_iterator(_sample(texts), trainer)
 
-    to_byte = _byte_of_character()
+    to_byte = byte_of_character()
     tokens = [bytes([b]) for b in range(256)]
     for pair in json.loads(model.to_str())["model"]["merges"]:
         tokens.append(bytes(to_byte[character] for character in "".join(pair)))
     tokens = list(dict.fromkeys(tokens))  # two merges can spell one token: it has one id
     if len(tokens) + 1 < size:
-        raise ValueError(f"this text is too small for --tokenizer {name}: it gives {len(tokens) + 1:,} ids at most; use bpe:{len(tokens) + 1} or less, or more text")
+        raise ValueError(f"this text is too small for --tokenizer {name}: it gives {len(tokens) + 1:,} ids at most; "
+                         f"use bpe:{len(tokens) + 1} or less, or more text")
     return _bpe_tokenizer(name, tokens)
 
 
@@ -367,8 +373,19 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _byte_of_character() -> dict[str, int]:
+@functools.cache
+def byte_of_character() -> dict[str, int]:
     """The visible character that byte-level BPEs (GPT-2) write for each byte, mapped back: itself if printable Latin-1, else U+0100 up."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = itertools.count(0x100)
     return {chr(b if b in visible else next(hidden)): b for b in range(256)}
+
+
+@functools.cache
+def _character_of_byte() -> dict[int, str]:
+    return {byte: character for character, byte in byte_of_character().items()}
+
+
+def spell(token: bytes) -> str:
+    """A token as byte-level BPEs write it: a visible character for each byte."""
+    return token.decode("latin-1").translate(_character_of_byte())

@@ -6,6 +6,7 @@ holds one tensor of the export at a time; the check at the end, one block.
 """
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import struct
@@ -20,7 +21,7 @@ from config_model import ModelConfig, total_parameters
 from predict import PredictConfig
 from runtime.checkpoint import meta_model
 from runtime.cli import run_main
-from runtime.custom_code import custom_tensors, write_custom_code
+from runtime.custom_code import MODELING_FILE, custom_config, custom_tensors, modeling_source
 from runtime.export import (
     DTYPES,
     ExportError,
@@ -36,16 +37,17 @@ from runtime.export import (
     staged,
 )
 from runtime.hf_tokenizer import write_tokenizer
-from runtime.huggingface import INDEX, SINGLE, export_tensors, family_of, folder_tensors, hf_config, import_tensor
+from runtime.huggingface import INDEX, SINGLE, export_tensors, family_of, folder_tensors, hf_config, import_tensor, model_config_from
 from runtime.model_card import write_card
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TRAINING_ONLY = {"dropout", "capacity_factor", "aux_loss_coef", "z_loss_coef"}
 BESIDES_BYTES = 1 << 26  # room for the tokenizer and the model card
 
 
 def shard_bytes(text: str) -> int:
     """Bytes of a size such as 5GB, in units of 1000 as transformers has them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])B", text)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMG])B", text)
     if not match or not (size := int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]])):
         raise ValueError(f"--max_shard_size must be a number of KB, MB or GB, such as 5GB, not {text!r}")
     return size
@@ -108,38 +110,54 @@ def generation_config(source: Source) -> dict:
     tokenizer, d, vocabulary = source.tokenizer, PredictConfig(), source.model.config.vocabulary_size
     never = [*tokenizer.undecodable_ids, *range(tokenizer.vocabulary_size, vocabulary)]
     stops = list(tokenizer.stop_ids)
-    settings = {"bos_token_id": tokenizer.start_id, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.end_of_text_id, "do_sample": True, "temperature": d.temperature, "top_k": d.top_k,
-                "top_p": d.top_p, "max_new_tokens": d.max_new_tokens}
+    settings = {"bos_token_id": tokenizer.start_id, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.end_of_text_id,
+                "do_sample": True, "temperature": d.temperature, "top_k": d.top_k, "top_p": d.top_p, "max_new_tokens": d.max_new_tokens}
     return settings | ({"suppress_tokens": never} if never else {})
 
 
+def config_there(folder: Path, ours: ModelConfig, family: str | None) -> ModelConfig:
+    """The model that the folder's config.json describes. ExportError unless it is `ours`, but for what acts only while training."""
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = model_config_from(theirs)[1] if family else ModelConfig(**theirs["gptoss"])
+    except ValueError as error:
+        raise ExportError(f"config.json reads back as no model ({error}): nothing was written") from error
+    was, found = (dataclasses.asdict(dataclasses.replace(c, head_dim=c.attention_head_dim)) for c in (ours, config))
+    if wrong := [f"{name} {found[name]} (not {value})" for name, value in was.items() if found[name] != value and name not in TRAINING_ONLY]:
+        raise ExportError(f"config.json reads back as another model: {', '.join(wrong)}: nothing was written")
+    return config
+
+
 def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> None:
-    """Read the folder back. ExportError if a tensor or a logit is not what it was. (write_tokenizer has checked the tokens.)"""
+    """Read the folder back. ExportError if config.json, a tensor or a logit is not what it was. (write_tokenizer has checked the tokens.)"""
     config, weights, dtype = source.model.config, source.checkpoint.model, DTYPES[dtype_name]
     has, read, _ = folder_tensors(folder)
+    theirs = config_there(folder, config, family)
 
     def from_folder(name: str) -> Tensor:
-        tensor = import_tensor(config, family, name, has, read) if family else read(f"model.{name}")
+        tensor = import_tensor(theirs, family, name, has, read) if family else read(f"model.{name}")
         if not torch.equal(tensor, rounded(name, weights[name], dtype)):
             raise ExportError(f"{name} reads back as other numbers than were written: nothing was written")
         return tensor.float()
 
     ids_BT = check_ids(source.tokenizer, config)
     ours = logits_of(lazy_model(config, lambda name: rounded(name, weights[name], dtype).float()), ids_BT)
-    check_logits(f"{family or 'custom code'}, {dtype_name}, read back", ours, logits_of(lazy_model(config, from_folder), ids_BT))
+    check_logits(f"{family or 'custom code'}, {dtype_name}, read back", ours, logits_of(lazy_model(theirs, from_folder), ids_BT))
     if dtype != weights["embed.weight"].dtype:
         exact = logits_of(lazy_model(config, lambda name: weights[name].float()), ids_BT)
-        print(f"check: rounding the weights to {dtype_name} moves the logits by up to {largest_difference(exact, ours):.1e}; without --dtype they stay what they are")
+        print(f"check: rounding the weights to {dtype_name} moves the logits by up to {largest_difference(exact, ours):.1e}; "
+              "without --dtype they stay what they are")
 
 
 def main(argv: list[str] | None = None) -> int:
     p = export_parser(__doc__.splitlines()[0], "folder to write")
-    p.add_argument("--dtype", choices=sorted(DTYPES), help="numbers of the weights (default: the checkpoint's, which is exact: float32 unless it was imported as bfloat16)")
+    p.add_argument("--dtype", choices=sorted(DTYPES),
+                   help="numbers of the weights (default: the checkpoint's, which is exact: float32 unless it was imported as bfloat16)")
     p.add_argument("--max_shard_size", default="5GB", help="most bytes of a weights file, in KB, MB or GB (default: 5GB)")
     p.add_argument("--custom_code", action="store_true", help="any config, as a modeling file of its own that transformers loads with trust_remote_code=True")
     args = p.parse_args(argv)
     limit, started = shard_bytes(args.max_shard_size), time.perf_counter()
-    out = check_output(args.out, args.force, is_folder=True)
+    out = check_output(args.out, args.force, is_folder=True, source=args.ckpt)
     source = open_source(args)
     config, tokenizer, dtype = source.model.config, source.tokenizer, DTYPES.get(args.dtype, source.checkpoint.model["embed.weight"].dtype)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -149,13 +167,18 @@ def main(argv: list[str] | None = None) -> int:
     with staged(out, needed + BESIDES_BYTES, is_folder=True) as folder:
         shards = write_weights(folder, plan, outgoing(config, family, source.checkpoint.model, dtype), limit)
         if family:
-            write_json(folder / "config.json", hf_config(config, family, end_of_text_id=tokenizer.end_of_text_id, start_id=tokenizer.start_id, dtype=dtype_name))
+            theirs = hf_config(config, family, end_of_text_id=tokenizer.end_of_text_id, start_id=tokenizer.start_id, dtype=dtype_name)
         else:
-            write_custom_code(folder, source, dtype_name)
+            theirs = custom_config(source, dtype_name)
+            (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
+        write_json(folder / "config.json", theirs)
         write_json(folder / "generation_config.json", generation_config(source))
         write_tokenizer(tokenizer, folder, config.context_length)
         write_card(folder, source, family, dtype_name)
         check(folder, source, family, dtype_name)
+    if odd := [f"{name} {size}" for name, size in (("d_model", config.d_model), ("d_ff", config.d_ff)) if family and size * dtype.itemsize % 16]:
+        print(f"note: {' and '.join(odd)} in {dtype_name}: rows of experts are no multiple of 16 bytes, which transformers 5 needs unless "
+              'from_pretrained is told experts_implementation="eager"')
     print(f"{out}: {family or 'custom code'}, {total_parameters(config):,} parameters in {dtype_name}, {needed / 1e6:,.1f} MB in {shards} "
           f"file{'s' * (shards > 1)}, {time.perf_counter() - started:.1f} s")
     return 0

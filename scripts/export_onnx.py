@@ -8,12 +8,14 @@ head_dim], the next call's past. Batch, tokens and past may be anything in each 
 keys on all the same: positions are counted from their number.
 
 Beside OUT.onnx: OUT.tokenizer.json, for the `tokenizers` package, and OUT.onnx.data with the weights where they are more
-than one ONNX file can hold (2 GB). The model's metadata hold our config, the tokenizer's name and the end-of-text id.
+than one ONNX file can hold (2 GB). The model's metadata hold our config, the tokenizer's name, the id that a text begins behind
+(or nothing), end-of-text's, and a JSON list of all ids that end an answer.
 """
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import logging
@@ -33,7 +35,7 @@ from model import LLM
 from model_parts import Experts, activate
 from runtime.checkpoint import build_model
 from runtime.cli import run_main
-from runtime.export import DTYPES, Source, check_ids, check_logits, check_output, export_parser, largest_difference, logits_of, open_source, staged
+from runtime.export import DTYPES, Source, check_ids, check_logits, check_output, export_parser, flush, largest_difference, logits_of, open_source, work_folder
 from runtime.files import fsync_folder
 from runtime.hf_tokenizer import write_tokenizer
 from runtime.tokenizer import COMPACT
@@ -134,6 +136,7 @@ def unrolled(graph_model):
 
     graph = graph_model.graph
 
+    @functools.cache   # torch.onnx stores equal weights once: blocks whose biases are all 0 share them
     def parts(stacked: ir.Value) -> list[ir.Value]:
         """Initializers of each expert's own part: views, so that no memory is needed for them."""
         values = [ir.Value(name=f"{stacked.name}.{e}", const_value=ir.tensor(part)) for e, part in enumerate(stacked.const_value.numpy())]
@@ -175,7 +178,8 @@ def metadata(source: Source) -> dict[str, str]:
     """What a user of the file may need to know, as strings."""
     tokenizer = source.tokenizer
     return {"config": json.dumps(dataclasses.asdict(source.model.config)), "tokenizer": tokenizer.name, "tokenizer_fingerprint": tokenizer.fingerprint,
-            "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id), "end_of_text_id": str(tokenizer.end_of_text_id), "steps": str(source.checkpoint.step)}
+            "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id), "end_of_text_id": str(tokenizer.end_of_text_id),
+            "stop_ids": json.dumps(list(tokenizer.stop_ids)), "steps": str(source.checkpoint.step)}
 
 
 def companions(out: Path) -> list[Path]:
@@ -187,16 +191,15 @@ def companions(out: Path) -> list[Path]:
 def staged_files(out: Path, needed_bytes: int) -> Iterator[Path]:
     """A temporary folder for the files of `companions`, under their final names, for the model names its data. If the block ends well they
     take their places; what an earlier export left there goes first, and the model comes last: none is ever beside another's weights."""
-    parts = out.with_name(out.name + ".parts")
-    with staged(parts, needed_bytes, is_folder=True) as folder:
+    with work_folder(out, needed_bytes) as folder:
         yield folder
-    for path in reversed(companions(out)):
-        path.unlink(missing_ok=True)
-    for path in companions(out):
-        if (parts / path.name).exists():
-            os.replace(parts / path.name, path)
-    parts.rmdir()
-    fsync_folder(out.parent)
+        flush(folder)
+        for path in reversed(companions(out)):
+            path.unlink(missing_ok=True)
+        for path in companions(out):
+            if (folder / path.name).exists():
+                os.replace(folder / path.name, path)
+        fsync_folder(out.parent)
 
 
 def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
@@ -268,14 +271,16 @@ def round_to_float16(model: LLM) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = export_parser(__doc__, "model to write, NAME.onnx")
-    p.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="how the weights are stored (default: float32; float16: half the file; arithmetic and cache are float32 either way)")
+    p = export_parser(__doc__.splitlines()[0], "model to write, NAME.onnx; NAME.tokenizer.json is written beside it, and NAME.onnx.data with the weights "
+                                               "if they are more than one file can hold (2 GB)")
+    p.add_argument("--dtype", default="float32", choices=("float32", "float16"),
+                   help="how the weights are stored (default: float32; float16: half the file; arithmetic and cache are float32 either way)")
     args = p.parse_args(argv)
     started = time.perf_counter()
     if Path(args.out).suffix != ".onnx":
         raise ValueError(f"--out must be a file NAME.onnx, not {args.out!r}")
     for path in companions(Path(args.out)):
-        check_output(path, args.force)
+        check_output(path, args.force, source=args.ckpt)
     for library in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(library)

@@ -24,18 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from config_model import ModelConfig, total_parameters
 from runtime.checkpoint import Checkpoint, meta_model, read_checkpoint, tokenizer_of, write_weights
 from runtime.cli import parser, run_main
-from runtime.export import ExportError, check_ids, check_output, lazy_model, logits_of, staged
-from runtime.hf_tokenizer import TOKENIZER_FILE, read_tokenizer
+from runtime.export import DTYPES, ExportError, check_ids, check_output, lazy_model, logits_of, staged
+from runtime.hf_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, read_tokenizer
 from runtime.huggingface import export_tensors, folder_tensors, import_tensor, model_config_from
 from runtime.text import human_bytes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 COMPUTED = ".rotary_emb.inv_freq"   # a table that older versions saved; it follows from the config
 
 
 def model_folder(model: str) -> Path:
-    """The folder that --model names; a model of that name is downloaded, as safetensors and JSON alone. ValueError if there is neither."""
+    """The folder that --model names; a model of that name is downloaded, as safetensors, JSON and chat template alone. ValueError if there is neither."""
     if os.path.isdir(model):
         return Path(model)
     if os.path.lexists(model) or not REPOSITORY.fullmatch(model):
@@ -43,11 +42,13 @@ def model_folder(model: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"there is no folder {model}, and to download it as a published model needs huggingface_hub: pip install huggingface_hub") from None
+        raise ValueError(f"there is no folder {model}, and to download it as a published model needs huggingface_hub: "
+                         "pip install huggingface_hub") from None
     try:  # some repositories hold the same weights once more, in folders of other programs
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", TEMPLATE_FILE], ignore_patterns=["*/*"]))
     except Exception as error:  # each version has an HTTP client of its own, with errors of its own
-        raise ValueError(f"there is no folder {model}, and as a published model it could not be downloaded: {type(error).__name__}: {str(error)[:300]}") from error
+        raise ValueError(f"there is no folder {model}, and as a published model it could not be downloaded: {type(error).__name__}: "
+                         f"{str(error)[:300]}") from error
 
 
 def read_config(folder: Path) -> tuple[str, ModelConfig]:
@@ -121,10 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), or its name on the Hub")
     p.add_argument("--out", required=True, help="checkpoint file to write")
-    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="numbers of the weights; auto = bfloat16 if all are that (or MXFP4) in the folder, else float32")
+    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+                   help="numbers of the weights; auto = bfloat16 if all are that (or MXFP4) in the folder, else float32")
     p.add_argument("--force", action="store_true", help="replace a file that is there")
     args = p.parse_args(argv)
-    started, out = time.perf_counter(), check_output(args.out, args.force)
+    started, out = time.perf_counter(), check_output(args.out, args.force, source=args.model)
     folder = model_folder(args.model)
     family, config = read_config(folder)
     has, read, names = folder_tensors(folder)
@@ -138,8 +140,9 @@ def main(argv: list[str] | None = None) -> int:
         write_weights(temporary, config, lambda name: import_tensor(config, family, name, has, read), dtype, tokenizer.to_state() if tokenizer else None)
         check(read_checkpoint(temporary, private=False), family, has, read)
     rounded = ", rounded" if dtype.itemsize < exact.itemsize else ""
-    print(f"{out}: {family}, {total_parameters(config):,} parameters as {str(dtype).removeprefix('torch.')}{rounded}, {human_bytes(out.stat().st_size)}, "
-          f"{f'tokenizer {tokenizer.name}' if tokenizer else f'no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer'}; {time.perf_counter() - started:.1f} s")
+    about = f"tokenizer {tokenizer.name}" if tokenizer else f"no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer"
+    print(f"{out}: {family}, {total_parameters(config):,} parameters as {str(dtype).removeprefix('torch.')}{rounded}, "
+          f"{human_bytes(out.stat().st_size)}, {about}; {time.perf_counter() - started:.1f} s")
     return 0
 
 

@@ -53,6 +53,13 @@ def test_modern_keeps_the_default_sizes_and_exports_as_qwen3_moe():
     assert not (modern.router_bias_rate or modern.sliding_window)
 
 
+def test_gpt_oss_20b_has_the_published_numbers():
+    """20.91 B parameters, of which 3.61 B work on a token; the embedding is not counted among those (model card, arXiv 2508.10925, table 1)."""
+    config = ModelConfig(**PRESETS["gpt-oss-20b"].model)
+    assert round(total_parameters(config) / 1e9, 2) == 20.91
+    assert round((active_parameters(config) - parameter_counts(config)["embedding"]) / 1e9, 2) == 3.61
+
+
 @pytest.mark.parametrize("name, card_gib", [("modern-8gb", 8), ("modern-24gb", 24), ("gptoss", 141e9 / 2**30), ("gptoss-modern", 141e9 / 2**30)])
 def test_presets_fit_their_card(name, card_gib):
     preset = PRESETS[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import model as our_model
 import model_parts
 from config_model import PRESETS, ModelConfig
 from model import IGNORE, LLM, generate
-from runtime.custom_code import custom_tensors, modeling_source, write_custom_code
+from runtime.custom_code import MODELING_FILE, custom_config, custom_tensors, modeling_source
 from runtime.export import Source
 from tests.util import random_config, random_model, tiny_config
 
@@ -29,7 +30,9 @@ REPO = Path(__file__).resolve().parent.parent
 def export(folder: Path, model: LLM, dtype: str = "float32") -> Path:
     """What export_hf writes with --custom_code, tokenizer aside."""
     folder.mkdir()
-    write_custom_code(folder, Source(folder, model, None, SimpleNamespace(start_id=1, end_of_text_id=1)), dtype)
+    (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
+    source = Source(folder, model, None, SimpleNamespace(start_id=1, end_of_text_id=1))
+    (folder / "config.json").write_text(json.dumps(custom_config(source, dtype)), encoding="utf-8")
     parameters = {f"model.{name}" for name, _ in model.named_parameters()}
     tensors = {name: tensor.to(getattr(torch, dtype)) if name in parameters else tensor for name, tensor in custom_tensors(model.config, model.state_dict())}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -244,7 +247,8 @@ def test_logits_to_keep_and_tuples(exported):
 
 
 # ----------------------------------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("changes", [dict(z_loss_coef=0.01, aux_loss_coef=0.1), dict(tie_embeddings=True, head_bias=True, expert_activation="gelu", expert_bias=True),
+@pytest.mark.parametrize("changes", [dict(z_loss_coef=0.01, aux_loss_coef=0.1),
+                                     dict(tie_embeddings=True, head_bias=True, expert_activation="gelu", expert_bias=True),
                                      dict(use_attention_bias=True, router_bias_rate=0.01)])
 def test_loss_and_gradients_are_ours(exported, changes):
     """`labels` are shifted by transformers' rule; the routers' losses are added with our coefficients; the gradients are those of train.py's loss."""

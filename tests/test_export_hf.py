@@ -79,8 +79,8 @@ def test_transformers_loads_model_and_tokenizer(made):
 
 
 def test_what_is_in_the_folder(made):
-    assert {path.name for path in made.out.iterdir()} >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                                                         "special_tokens_map.json", "README.md"}
+    assert {path.name for path in made.out.iterdir()} >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                                                          "tokenizer_config.json", "special_tokens_map.json", "README.md"}
     config = json.loads((made.out / "config.json").read_text())
     assert config["model_type"] == made.family and config["dtype"] == config["torch_dtype"] == "float32"
     assert not list(made.out.parent.glob(f"*{TEMPORARY_SUFFIX}"))
@@ -206,8 +206,7 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
 def swapped(config, family, weights):
     """export_tensors with the first and the second half of the experts' inputs swapped: gate and up."""
     from runtime.huggingface import export_tensors
-    F = config.d_ff
-    return export_tensors(config, family, {name: torch.cat((tensor[:, F:], tensor[:, :F]), dim=1) if name.endswith("w_in") else tensor for name, tensor in weights.items()})
+    return export_tensors(config, family, {name: tensor.roll(config.d_ff, 1) if name.endswith("w_in") else tensor for name, tensor in weights.items()})
 
 
 def test_an_export_that_is_off_is_removed(made, tmp_path, monkeypatch):
@@ -237,23 +236,68 @@ def test_logits_that_are_off_are_refused(ckpt, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("changes, message", [
+    (dict(rope_theta=5.0, rope_parameters={"rope_type": "default", "rope_theta": 5.0}), r"another model: rope_theta 5.0 \(not 10000.0\)"),
+    (dict(rope_theta=5.0), "no model .*rope_theta is there twice"), (dict(rms_norm_eps=1.0), "another model: rms_norm_eps 1.0"),
+    (dict(num_experts_per_tok=1), "another model: top_k 1"), (dict(max_position_embeddings=65), "another model: context_length 65"),
+    (dict(model_type="mixtral"), "another model: qk_norm False"), (dict(hidden_act="gelu"), "no model .*hidden_act 'gelu'")], ids=str)
+def test_the_check_reads_config_json(ckpt, tmp_path, monkeypatch, changes, message):
+    """Both halves of the check computed with the config in memory: a config.json with another theta, epsilon or top_k passed it."""
+    right = module.hf_config
+    monkeypatch.setattr(module, "hf_config", lambda *args, **kwargs: right(*args, **kwargs) | changes)
+    with pytest.raises(ExportError, match=f"config.json reads back as {message}"):
+        run(ckpt, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_reads_custom_codes_config_json(ckpt, tmp_path, monkeypatch):
+    """As for the published families."""
+    right = module.custom_config
+    monkeypatch.setattr(module, "custom_config", lambda *args: (theirs := right(*args)) | {"gptoss": theirs["gptoss"] | {"rope_theta": 5.0}})
+    with pytest.raises(ExportError, match="config.json reads back as another model: rope_theta 5.0"):
+        run(ckpt, tmp_path / "out", "--custom_code")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_transformers_default_cannot_run_is_said(family, tmp_path, capsys):
+    """Its grouped product wants rows of experts in multiples of 16 bytes: a folder with d_ff 33 loaded, and failed at the first token."""
+    from transformers import AutoModelForCausalLM
+    ids_BT = torch.arange(12)[None]
+    for d_ff, dtype, is_odd in ((33, "float32", True), (20, "float32", False), (20, "bfloat16", True)):
+        path = write_checkpoint(tmp_path / f"{d_ff}", dataclasses.replace(CONFIGS[family], d_ff=d_ff), load_tokenizer("byte"))
+        run(path, tmp_path / "out", "--dtype", dtype, "--force")
+        note = f'note: d_ff {d_ff} in {dtype}: rows of experts are no multiple of 16 bytes, .* experts_implementation="eager"\n'
+        assert bool(re.search(note, capsys.readouterr().out)) == is_odd
+        with torch.no_grad():
+            if is_odd:
+                with pytest.raises(RuntimeError, match="16"):
+                    AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids_BT)
+            kwargs = {"experts_implementation": "eager"} if is_odd else {}
+            logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **kwargs)(ids_BT).logits.float()
+            ours = random_model(read_checkpoint(path).model_config)(ids_BT).logits
+        assert dtype == "bfloat16" or (logits - ours).abs().max() <= 1e-5 * max(1.0, ours.abs().max())
+
+
 def test_an_existing_output_stays_without_force(ckpt, tmp_path):
     run(ckpt, tmp_path / "out", "--dtype", "bfloat16")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="exists: choose another name, or say --force"):
         run(ckpt, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    (tmp_path / "out" / "left over").touch()
+    left_over = tmp_path / "out" / "model-00001-of-00002.safetensors"
+    left_over.touch()
     run(ckpt, tmp_path / "out", "--force")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before and not (tmp_path / "out" / "left over").exists()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before and not left_over.exists()
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="is no earlier export and is not replaced"):
+    with pytest.raises(ValueError, match="holds thesis.txt, which no export writes, so the folder is not replaced"):
         run(ckpt, tmp_path / "papers", "--force")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--dtype", "float64"], "float64"), (["--max_shard_size", "5"], "must be a number of KB, MB or GB, such as 5GB, not '5'"), (["--max_shard_size", "0GB"], "not '0GB'"),
+    (["--dtype", "float64"], "float64"), (["--max_shard_size", "5"], "must be a number of KB, MB or GB, such as 5GB, not '5'"),
+    (["--max_shard_size", "0GB"], "not '0GB'"),
     (["--max_shard_size", "-1GB"], "max_shard_size"), (["--max_shard_size", "5TB"], "not '5TB'"), (["--ckpt", "nowhere.pt"], "nowhere.pt"),
     (["--tokenizer", "gpt2"], "was trained with tokenizer byte, not gpt2")], ids=" ".join)
 def test_bad_arguments(ckpt, tmp_path, flags, message):
@@ -266,7 +310,10 @@ def test_bad_arguments(ckpt, tmp_path, flags, message):
 
 
 def test_sizes():
+    """A size of hundreds of nines is infinite as a float, and ended in an OverflowError's traceback."""
     assert [shard_bytes(text) for text in ("5GB", "1.5MB", "200KB")] == [5 * 10**9, 1_500_000, 200_000]
+    with pytest.raises(ValueError, match="must be a number of KB, MB or GB"):
+        shard_bytes("9" * 400 + "GB")
 
 
 def test_disk_space_is_checked_first(ckpt, tmp_path, monkeypatch):

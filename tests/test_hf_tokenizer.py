@@ -15,8 +15,8 @@ import tiktoken_ext.openai_public as published
 import predict
 from runtime import hf_tokenizer as module
 from runtime.hf_tokenizer import OURS, SPACE, HuggingFaceTokenizer, TokenizerError, byte_level_merges, check_tokenizer, read_tokenizer, write_tokenizer
-from runtime.tokenizer import Tokenizer, TokenStream, _byte_of_character, compacted, load_tokenizer, train_bpe
-from tests.test_predict import biased_model, drawn, predictor_of, run, save  # noqa: F401  (two are fixtures)
+from runtime.tokenizer import Tokenizer, TokenStream, byte_of_character, compacted, load_tokenizer, spell, train_bpe
+from tests.test_predict import biased_model, drawn, predictor_of, repl, run, save  # noqa: F401  (three are fixtures)
 from tests.test_tokenizer import stand_in
 
 BYTE = load_tokenizer("byte")
@@ -50,7 +50,8 @@ def tales(shared_dir) -> list[str]:
 def odd() -> list[str]:
     """Odd texts: those of the check, other random ones, every kind of run, contractions in any case before any letter."""
     rng = random.Random(7)
-    runs = [unit * count for unit in (" ", "\n", "\t", "a", "A", "=", "/", "é", "世", "0", "ab", " \n", "'s") for count in (1, 2, 3, 4, 5, 7, 16, 31, 64, 65, 127, 200)]
+    runs = [unit * count for unit in (" ", "\n", "\t", "a", "A", "=", "/", "é", "世", "0", "ab", " \n", "'s")
+            for count in (1, 2, 3, 4, 5, 7, 16, 31, 64, 65, 127, 200)]
     letters = [chr(rng.randrange(0x21, 0x3000)) for _ in range(300)] + list("sStTmMdDrRlLvVſK")
     contractions = [f"{rng.choice('aAéǅ世1 ')}'{letter}{rng.choice(['', 'e', 'L', 'll', 's', ' '])}" for letter in letters for _ in range(2)]
     return [*module.CHECK_TEXTS, *module._random_texts(1500)[300:], *runs, *contractions]
@@ -82,9 +83,9 @@ def test_o200k_in_the_library(o200k_folder, tales, odd):
     for text in [*tales, *odd]:
         assert ids_of(theirs, text) == ours.encode(text), text[:80]
     assert theirs.get_vocab_size() == 200_019 and sorted(theirs.get_vocab().values()) == list(range(200_019))
-    assert (theirs.token_to_id("<|endoftext|>"), theirs.token_to_id("<|endofprompt|>"), theirs.id_to_token(199_998)) == (199_999, 200_018, "<|reserved_199998|>")
-    character = {byte: c for c, byte in _byte_of_character().items()}
-    assert all(theirs.id_to_token(i) == "".join(map(character.__getitem__, ours.token_bytes(i))) for i in range(199_998))
+    assert (theirs.token_to_id("<|endoftext|>"), theirs.token_to_id("<|endofprompt|>")) == (199_999, 200_018)
+    assert theirs.id_to_token(199_998) == "<|reserved_199998|>"
+    assert all(theirs.id_to_token(i) == spell(ours.token_bytes(i)) for i in range(199_998))
 
 
 def test_every_character_in_o200k(o200k_folder):
@@ -223,7 +224,8 @@ def test_there_and_back_is_bitwise(name, bpe, tmp_path):
     ours = {"byte": BYTE, "bpe": bpe}[name]
     write_tokenizer(ours, tmp_path / "a", 64)
     again = read_tokenizer(tmp_path / "a")
-    assert again.to_state() == ours.to_state() and type(again) is Tokenizer and again.start_id == again.end_of_text_id and again.stop_ids == (again.end_of_text_id,)
+    assert again.to_state() == ours.to_state() and type(again) is Tokenizer
+    assert again.start_id == again.end_of_text_id and again.stop_ids == (again.end_of_text_id,)
     write_tokenizer(again, tmp_path / "b", 64)
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in FILES)
 
@@ -238,6 +240,24 @@ def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
     more = read_tokenizer(tmp_path / "more")
     assert isinstance(more, HuggingFaceTokenizer) and more.vocabulary_size == 2001 and OURS not in more.config
     assert more.encode("<think>x") == theirs("<think>x").input_ids == [2000, *bpe.encode("x")]
+    assert more.start_id == bpe.start_id   # its texts began behind nothing
+
+
+def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, monkeypatch):
+    """An export with o200k_base, complete in itself, could not be imported where tiktoken's copy of the vocabulary could not be downloaded."""
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
+    ours = load_tokenizer("gpt2")
+    write_tokenizer(ours, tmp_path / "a", 64)
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        load_tokenizer("gpt2")
+    again = read_tokenizer(tmp_path / "a")
+    write_tokenizer(again, tmp_path / "b", 64)
+    for theirs in (again, read_tokenizer(tmp_path / "b")):
+        assert isinstance(theirs, HuggingFaceTokenizer) and OURS not in theirs.config
+        assert (theirs.start_id, theirs.stop_ids, theirs.vocabulary_size) == (ours.start_id, ours.stop_ids, ours.vocabulary_size)
+        assert all(theirs.encode(text) == ours.encode(text) for text in module.CHECK_TEXTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- theirs
@@ -264,12 +284,14 @@ def mixtral(tales, tmp_path_factory) -> Path:
     data = json.loads(made.to_str())
     data["model"]["vocab"] |= {f"<0x{b:02X}>": 701 + b for b in range(256)}
     data["model"] |= {"byte_fallback": True, "fuse_unk": True}
-    data["decoder"] = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-                                                        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    data["decoder"] = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
+                                                        {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
     data["post_processor"] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                              "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+                              "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                              "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
     return write_folder(tmp_path_factory.mktemp("mixtral"), data, config={"eos_token_id": 2, "bos_token_id": 1}, tokenizer_config={
-        "tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": {"__type": "AddedToken", **special(2, "</s>")}, "chat_template": "{{ messages }}"})
+        "tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": {"__type": "AddedToken", **special(2, "</s>")},
+        "chat_template": "{{ messages }}"})
 
 
 @pytest.fixture(scope="module")
@@ -280,13 +302,15 @@ def qwen(tales, tmp_path_factory) -> Path:
     rule = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     made = Library(models.BPE())
     made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated"),
+                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.train_from_iterator(tales[:200], trainers.BpeTrainer(vocab_size=800, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     data = json.loads(made.to_str())
     data["decoder"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     data["added_tokens"] = [special(800, "<|endoftext|>"), special(801, "<|im_start|>"), special(802, "<|im_end|>"), special(803, "<think>", False)]
     data["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-    folder = write_folder(tmp_path_factory.mktemp("qwen"), data, generation_config={"eos_token_id": [802, 800]}, config={"eos_token_id": 802}, tokenizer_config={
+    folder = write_folder(tmp_path_factory.mktemp("qwen"), data, generation_config={"eos_token_id": [802, 800]}, config={"eos_token_id": 802},
+                          tokenizer_config={
         "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
     (folder / "chat_template.jinja").write_text("{{ bos }}")
     return folder
@@ -337,9 +361,54 @@ def test_special_words_of_published_tokenizers_are_ordinary_text(mixtral, qwen):
     assert ours.encode("a\ud800") == ours.encode("a\N{REPLACEMENT CHARACTER}")
 
 
+def metaspace(**settings):
+    """Changes for a tokenizer.json: spaces as a pre-tokenizer writes them, which newer files have, instead of the normalizer's way."""
+    return {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, **settings}}
+
+
 @pytest.mark.parametrize("change", [
-    {"tokenizer_json": 5}, {"tokenizer_json": "{"}, {"tokenizer_json": "{}"}, {"tokenizer_json": "[]"}, {"tokenizer_config": None}, {"stop_ids": None}, {"stop_ids": []}, {"stop_ids": [2**40]},
-    {"stop_ids": ["2"]}, {"stop_ids": [True]}, {"stop_ids": [700]}, {"stop_ids": [3]}, {"start_id": [1]}, {"start_id": 9999}, {"fingerprint": "0" * 64}, {"name": "hf:"},
+    {}, metaspace(prepend_scheme="always", split=True), metaspace(prepend_scheme="first", split=False), metaspace(add_prefix_space=True),
+    metaspace(prepend_scheme="never"),
+], ids=str)
+def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
+    """Typed after "Once upon a ti", "+me" was fed to an imported Mixtral as " me": its tokenizer puts a space before every text."""
+    data = json.loads((mixtral / "tokenizer.json").read_text(encoding="utf-8"))
+    ours = read_tokenizer(write_folder(tmp_path, data | change, generation_config={"eos_token_id": 2}))
+    rng = random.Random(0)
+    for text in [tale[:200].strip() for tale in tales[:40]]:
+        whole, cut = ours.encode(text), rng.randrange(1, len(text))
+        for at in (cut, text.index(" ")):
+            rest = ours.encode_continuation(text[at:])
+            assert ours.decode(rest) == text[at:]
+            assert ours.decode(ours.encode(text[:at]) + rest) == ours.decode(whole)
+        assert ours.encode(text[:at]) + rest == whole   # cut between words, the ids are those of the whole
+    assert ours.encode_continuation("") == [] and ours.encode_continuation("a\ud800") == ours.encode_continuation("a\N{REPLACEMENT CHARACTER}")
+
+
+def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
+    """Where white space is taken away first and each word then put behind a space (T5), that space is the only one between two words."""
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace(prepend_scheme="always")["pre_tokenizer"]]}
+    data = json.loads((mixtral / "tokenizer.json").read_text(encoding="utf-8")) | {"normalizer": None, "pre_tokenizer": pre_tokenizer}
+    ours = read_tokenizer(write_folder(tmp_path, data, generation_config={"eos_token_id": 2}))
+    assert ours.decode(ours.encode_continuation("the cat")) == " the cat"
+
+
+def test_byte_level_texts_go_on_as_they_begin(qwen, bpe, tmp_path):
+    """Unless the file puts a space before them, as GPT-2's once did. Special words are ordinary text there too."""
+    for tokenizer in (read_tokenizer(qwen), bpe):
+        assert all(tokenizer.encode_continuation(text) == tokenizer.encode(text) for text in (*module.CHECK_TEXTS, "<|im_end|>"))
+    data = json.loads((qwen / "tokenizer.json").read_text(encoding="utf-8"))
+    data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    prefixed = read_tokenizer(write_folder(tmp_path, data, generation_config={"eos_token_id": 800}))
+    assert prefixed.decode(prefixed.encode("me")) == " me" and prefixed.decode(prefixed.encode_continuation("me")) == "me"
+    assert prefixed.decode(prefixed.encode_continuation("me<|im_end|>")) == "me<|im_end|>" and 802 not in prefixed.encode_continuation("me<|im_end|>")
+
+
+@pytest.mark.parametrize("change", [
+    {"tokenizer_json": 5}, {"tokenizer_json": "{"}, {"tokenizer_json": "{}"}, {"tokenizer_json": "[]"}, {"tokenizer_config": None}, {"stop_ids": None},
+    {"stop_ids": []}, {"stop_ids": [2**40]},
+    {"stop_ids": ["2"]}, {"stop_ids": [True]}, {"stop_ids": [700]}, {"stop_ids": [3]}, {"start_id": [1]}, {"start_id": 9999}, {"fingerprint": "0" * 64},
+    {"name": "hf:"},
     {"end_of_text_id": 1}, {"vocabulary_size": 5},
 ])
 def test_damaged_states_are_refused(mixtral, change):
@@ -385,10 +454,11 @@ def test_a_published_tokenizer_goes_back_as_it_came(name, request, tmp_path, tal
 
 def test_merges_of_a_published_tokenizer(qwen, mixtral, bpe, bpe_folder):
     data = json.loads((qwen / "tokenizer.json").read_text(encoding="utf-8"))
-    to_byte = _byte_of_character()
+    to_byte = byte_of_character()
     assert byte_level_merges(read_tokenizer(qwen)) == [tuple(bytes(to_byte[c] for c in part) for part in pair) for pair in data["model"]["merges"]]
     config = json.loads((bpe_folder / module.CONFIG_FILE).read_text())
-    (bpe_folder / module.CONFIG_FILE).write_text(json.dumps({key: value for key, value in config.items() if key != OURS}))   # merges in the older spelling, "a b"
+    del config[OURS]
+    (bpe_folder / module.CONFIG_FILE).write_text(json.dumps(config))   # merges in the older spelling, "a b"
     foreign = read_tokenizer(bpe_folder)
     assert isinstance(foreign, HuggingFaceTokenizer) and byte_level_merges(foreign) == byte_level_merges(bpe)
     with pytest.raises(ValueError, match="is no byte-level BPE"):
@@ -423,7 +493,40 @@ def test_folders_that_have_none(tmp_path, mixtral, monkeypatch):
     refused("needs the tokenizers library: pip install tokenizers")
 
 
+@pytest.mark.parametrize("word", [5, [1], {"content": 5}, {"content": ["a"]}, True])
+def test_a_first_token_that_is_no_word_is_one_line(mixtral, tmp_path, word):
+    """Such a bos_token was handed to the library, which raised a TypeError."""
+    data = json.loads((mixtral / "tokenizer.json").read_text(encoding="utf-8"))
+    for config in ({"add_bos_token": True, "bos_token": word}, {"eos_token": word}):
+        write_folder(tmp_path, data, tokenizer_config=config, **({} if "eos_token" in config else {"generation_config": {"eos_token_id": 2}}))
+        with pytest.raises(ValueError, match="tokenizer_config.json: (bos|eos)_token must be the word of a token"):
+            read_tokenizer(tmp_path)
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("file, content", [("tokenizer_config.json", b'{"chat_template": "\\ud800"}'), ("tokenizer_config.json", b'{"\\udfff": [1]}'),
+                                           ("chat_template.jinja", b"{{ \xff }}")])
+def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, file, content):
+    """JSON can spell half a character. It was imported, and the export of it ended in an error that named no file."""
+    shutil.copytree(mixtral, tmp_path / "m")
+    (tmp_path / "m" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"m: tokenizer_config.json or chat_template.jinja holds what is no text in UTF-8") as caught:
+        read_tokenizer(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------------------ in a checkpoint
+def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):  # noqa: F811
+    """`+me` went on with " me", and what was drawn before a stop text was read again with one more space before it."""
+    tokenizer = read_tokenizer(mixtral)
+    ckpt = save(tmp_path, biased_model(vocabulary_size=tokenizer.vocabulary_size), tokenizer)
+    drawn.ids = tokenizer.encode_continuation("me, a cat!")
+    repl(ckpt, ":n 90\n:stop cat\nOnce upon a ti\n+dog\n")
+    first, second = (call[0][0] for call in drawn.calls)
+    assert first == [1, *tokenizer.encode("Once upon a ti")] and second[:len(first)] == first
+    assert tokenizer.decode(second[len(first):]) == "me, a dog"
+
+
 def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_path, run, drawn):  # noqa: F811
     """An imported model's prompts are put behind its own first id, or behind nothing, and any of its end ids ends an answer."""
     for folder, before, stops in ((mixtral, [1], [2]), (qwen, [], [802, 800])):

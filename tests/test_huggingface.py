@@ -21,12 +21,15 @@ from runtime.export import lazy_model, logits_of
 from runtime.huggingface import FAMILIES, INDEX, dequantise_mxfp4, export_tensors, family_of, folder_tensors, hf_config, import_tensor, model_config_from
 from tests.util import random_model, tiny_config
 
-GPT_OSS = PRESETS["gpt-oss-nano"].model | dict(d_model=32, transformer_blocks=3, context_length=32, vocabulary_size=61, head_dim=8, num_experts=6, d_ff=24, sliding_window=5)
+GPT_OSS = PRESETS["gpt-oss-nano"].model | dict(d_model=32, transformer_blocks=3, context_length=32, vocabulary_size=61, head_dim=8, num_experts=6, d_ff=24,
+                                               sliding_window=5)
 CONFIGS = {
     "mixtral": tiny_config(qk_norm=False),
-    "mixtral, tied, windowed, linear": tiny_config(qk_norm=False, tie_embeddings=True, sliding_window=6, rope_theta=5_000.0, rope_scaling="linear", rope_scaling_factor=2.5),
+    "mixtral, tied, windowed, linear": tiny_config(qk_norm=False, tie_embeddings=True, sliding_window=6, rope_theta=5_000.0, rope_scaling="linear",
+                                                   rope_scaling_factor=2.5),
     "qwen3_moe": tiny_config(),
-    "qwen3_moe, tied, windowed, yarn": tiny_config(tie_embeddings=True, sliding_window=6, rope_theta=1_000.0, rope_scaling="yarn", rope_scaling_factor=2.0, rms_norm_eps=1e-5),
+    "qwen3_moe, tied, windowed, yarn": tiny_config(tie_embeddings=True, sliding_window=6, rope_theta=1_000.0, rope_scaling="yarn", rope_scaling_factor=2.0,
+                                                   rms_norm_eps=1e-5),
     "gpt_oss": ModelConfig(**GPT_OSS),
     "gpt_oss, tied, truncated yarn": ModelConfig(**GPT_OSS | dict(tie_embeddings=True, yarn_truncate=True, num_kv_heads=4)),
 }
@@ -229,7 +232,8 @@ def test_configs_come_back_the_same(config, coefficient):
 
 @ANY
 def test_both_spellings_say_the_same(config):
-    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE: it took 128 experts, or wavelengths of another model, and said nothing."""
+    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE: it took 128 experts, or wavelengths of another model,
+    and said nothing."""
     hf = hf_config(config, family_of(config), end_of_text_id=0, start_id=0, dtype="float32")
     old, new = ({key: value for key, value in hf.items() if key not in names} for names in
                 (("rope_parameters", "num_local_experts", "dtype"), ("rope_theta", "rope_scaling", "num_experts", "torch_dtype")))
@@ -282,19 +286,44 @@ REFUSED = [
     (GPT_OSS_20B, {"rope_scaling": YARN | {"attention_factor": 1.0}}, "attention_factor 1.0"),
     (GPT_OSS_20B, {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale 0.7"),
     (GPT_OSS_20B, {"rope_scaling": YARN | {"factor": 1.0001}}, "whole number"),
+    (MIXTRAL_8X7B, {"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is there twice, as 5.0 and as 1000000.0"),
+    (GPT_OSS_20B, {"rope_parameters": YARN | {"factor": 2.0}}, "factor is there twice, as 2.0 and as 32.0"),
+    (GPT_OSS_20B, {"experts_per_token": 5}, "num_experts_per_tok and experts_per_token differ"),
+]
+# Each of these was a traceback (TypeError, OverflowError, StopIteration), or is the like of one that was.
+HOSTILE = [
+    (MIXTRAL_8X7B, {"model_type": []}, "model_type must be one of"),
+    (MIXTRAL_8X7B, {"num_experts_per_tok": 10**400}, "num_experts_per_tok or experts_per_token must be a number, not 1000"),
+    (MIXTRAL_8X7B, {"router_aux_loss_coef": 1e308, "num_experts_per_tok": 8, "num_hidden_layers": 1}, "router_aux_loss_coef must be a number, not 1e+308"),
+    (MIXTRAL_8X7B, {"router_aux_loss_coef": math.inf}, "router_aux_loss_coef must be a number"),
+    (MIXTRAL_8X7B, {"max_position_embeddings": 10**400}, "max_position_embeddings must be a number"),
+    (MIXTRAL_8X7B, {"head_dim": [1]}, "head_dim must be a number, not [1]"),
+    (MIXTRAL_8X7B, {"sliding_window": "a"}, "sliding_window must be a number, not 'a'"),
+    (MIXTRAL_8X7B, {"initializer_range": {}}, "initializer_range must be a number"),
+    (MIXTRAL_8X7B, {"rope_scaling": {"rope_type": "linear", "factor": 1e-320}}, "rope_scaling_factor must be at least 1.0"),
+    (MIXTRAL_8X7B, {"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "factor must be a number"),
+    (GPT_OSS_20B, {"rope_scaling": YARN | {"factor": 1e-320}}, "whole number"),
+    (GPT_OSS_20B, {"rope_scaling": YARN | {"factor": 1e308}}, "factor must be a number"),
+    *((GPT_OSS_20B, {"rope_scaling": YARN | {"original_max_position_embeddings": value}}, "original_max_position_embeddings must be a number")
+      for value in ("a", [1], 10**400, math.nan, -1)),
 ]
 
 
-@pytest.mark.parametrize("hf, changes, message", REFUSED, ids=[message for _, _, message in REFUSED])
+@pytest.mark.parametrize("hf, changes, message", REFUSED + HOSTILE, ids=[message for _, _, message in REFUSED + HOSTILE])
 def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    """In one line, whatever the value is: a list as model_type, or a number of 400 digits, ended in a traceback."""
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model_config_from(hf | changes)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("changes, expected", [
     ({"sliding_window": 4096}, dict(sliding_window=4096, window_pattern="all")),
     ({"rope_scaling": {"type": "linear", "factor": 4}}, dict(rope_scaling="linear", rope_scaling_factor=4.0, context_length=32768)),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, dict(rope_scaling="yarn", rope_scaling_factor=4.0, context_length=131072)),  # extends the trained context
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, dict(rope_scaling="yarn", rope_scaling_factor=4.0, context_length=131072)),  # extends the trained one
+    ({"rope_scaling": {"type": "yarn", "factor": 256 / 161, "original_max_position_embeddings": 161}}, dict(context_length=256)),  # 161 * (256 / 161) < 256
+    ({"router_aux_loss_coef": 5e-324}, dict(aux_loss_coef=0.0)),  # no digits tell it: a StopIteration
+    ({"head_dim": None, "initializer_range": None, "router_aux_loss_coef": None}, dict(head_dim=0, init_std=0.02, aux_loss_coef=6.25e-5)),
     ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, dict(rope_theta=7.0)),
     ({"tie_word_embeddings": True, "router_jitter_noise": 0.0}, dict(tie_embeddings=True)),
 ], ids=str)
@@ -415,6 +444,20 @@ def split(folder: Path) -> dict:
         save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return weight_map
+
+
+def test_two_sets_of_weights_are_refused(tmp_path):
+    """Of a folder with shards and an older model.safetensors, transformers takes the latter and we took the former: another model, in silence."""
+    model = random_model(CONFIGS["qwen3_moe"])
+    write_folder(model, tmp_path)
+    single = (tmp_path / "model.safetensors").read_bytes()
+    split(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(single)
+    with pytest.raises(ValueError, match="has model.safetensors and an index that names other files"):
+        folder_tensors(tmp_path)
+    names = list(load_file(tmp_path / "model.safetensors"))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))   # this one means the same set
+    assert sorted(folder_tensors(tmp_path)[2]) == sorted(names)
 
 
 def test_folders_that_cannot_be_read(tmp_path):

@@ -26,10 +26,12 @@ from tests.test_train import SPEED, data  # noqa: F401  (a fixture)
 
 SIZES = dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts_per_tok=2,
              max_position_embeddings=64, initializer_range=0.15, rms_norm_eps=1e-5, eos_token_id=256, bos_token_id=256, tie_word_embeddings=False)
-YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16, "rope_theta": 1000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16,
+        "rope_theta": 1000.0}
 FAMILIES = {
     "mixtral": ("Mixtral", dict(intermediate_size=24, num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})),
-    "qwen3_moe": ("Qwen3Moe", dict(intermediate_size=40, moe_intermediate_size=24, num_experts=4, norm_topk_prob=True, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})),
+    "qwen3_moe": ("Qwen3Moe", dict(intermediate_size=40, moe_intermediate_size=24, num_experts=4, norm_topk_prob=True,
+                                   rope_parameters={"rope_type": "default", "rope_theta": 5000.0})),
     "gpt_oss": ("GptOss", dict(intermediate_size=32, num_local_experts=4, sliding_window=8, rope_parameters=YARN)),
 }
 
@@ -212,7 +214,8 @@ def test_auto_keeps_what_the_folder_has_and_rounds_nothing(folders, tmp_path, ca
     mixed = copy(folder, tmp_path / "mixed", lambda tensors: {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()})
     half = copy(folder, tmp_path / "fp16", lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
     kept = {}
-    for source, flags, dtype in ((narrow, (), torch.bfloat16), (narrow, ("--dtype", "float32"), torch.float32), (mixed, (), torch.float32), (half, (), torch.float32)):
+    for source, flags, dtype in ((narrow, (), torch.bfloat16), (narrow, ("--dtype", "float32"), torch.float32), (mixed, (), torch.float32),
+                                 (half, (), torch.float32)):
         checkpoint = imported(source, tmp_path / f"{len(kept)}.pt", *flags)
         kept[len(kept)] = checkpoint.model
         assert {tensor.dtype for tensor in checkpoint.model.values()} == {dtype} and "rounded" not in capsys.readouterr().out
@@ -248,7 +251,8 @@ def test_predict_runs_a_bfloat16_file_in_either_arithmetic(mxfp4, tmp_path):
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_a_run_starts_from_it_in_float32(family, folders, data, tmp_path):  # noqa: F811
     imported(folders(family)[1], tmp_path / "x.pt", "--dtype", "bfloat16")
-    flags = [*SPEED, "--data_dir", str(data), "--ckpt_dir", str(tmp_path / "ckpt"), "--graph_dir", str(tmp_path / "graphs"), "--max_steps", "2", "--warmup_steps", "0",
+    flags = [*SPEED, "--data_dir", str(data), "--ckpt_dir", str(tmp_path / "ckpt"), "--graph_dir", str(tmp_path / "graphs"), "--max_steps", "2",
+             "--warmup_steps", "0",
              "--dtype", "float32"]
     assert train.main([*flags, "--init_from", str(tmp_path / "x.pt")]) == 0
     trained, start = read_checkpoint(tmp_path / "ckpt" / "latest.pt", optimizer=True), read_checkpoint(tmp_path / "x.pt")
@@ -275,17 +279,18 @@ def test_export_import_export_gives_the_same_bytes(family, dtype, folders, tmp_p
 
 # ------------------------------------------------------------------------------------------------------------- the download
 def test_a_name_is_downloaded_as_safetensors_and_json_alone(folders, tmp_path, monkeypatch):
-    """gpt-oss-20b's repository holds its weights twice more, in original/ and metal/: another 27 GB."""
+    """gpt-oss-20b's repository holds its weights twice more, in original/ and metal/: another 27 GB. Its chat template, a file of its own, was left behind."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
     hub, asked = shutil.copytree(folders("mixtral")[1], tmp_path / "hub"), []
     (hub / "original").mkdir()
-    for name in ("original/model.safetensors", "original/config.json", "pytorch_model.bin", "modeling.py"):
+    for name in ("original/model.safetensors", "original/config.json", "pytorch_model.bin", "modeling.py", "chat_template.jinja"):
         (hub / name).write_bytes(b"not wanted")
 
     def stand_in(repo_id, *, allow_patterns, ignore_patterns):
         asked.append(repo_id)
-        for name in filter_repo_objects([str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+        for name in filter_repo_objects([str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()], allow_patterns=allow_patterns,
+                                        ignore_patterns=ignore_patterns):
             (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(hub / name, tmp_path / "cache" / name)
         return str(tmp_path / "cache")
@@ -293,7 +298,8 @@ def test_a_name_is_downloaded_as_safetensors_and_json_alone(folders, tmp_path, m
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
     imported("someone/tiny-mixtral", tmp_path / "x.pt")
     assert asked == ["someone/tiny-mixtral"]
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {path.name for path in folders("mixtral")[1].iterdir() if path.suffix in (".json", ".safetensors")}
+    wanted = {path.name for path in folders("mixtral")[1].iterdir() if path.suffix in (".json", ".safetensors")} | {"chat_template.jinja"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == wanted
 
 
 def test_downloads_that_fail_are_one_line(tmp_path, monkeypatch):
@@ -319,7 +325,8 @@ WITHOUT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     (lambda t: {n: x for n, x in t.items() if n != WITHOUT}, f"tensor {WITHOUT} is missing"),
     (lambda t: t | {WITHOUT: t[WITHOUT][:, :-1].contiguous()}, rf"tensor {WITHOUT} is torch.float32 \[32, 23\]"),
     (lambda t: t | {WITHOUT: t[WITHOUT].to(torch.int8)}, f"tensor {WITHOUT} is torch.int8"),
-    (lambda t: t | {f"extra.{i}": torch.zeros(1) for i in range(5)}, r"tensors that a mixtral model of this config.json has not: extra\.0, extra\.1, extra\.2 and 2 more"),
+    (lambda t: t | {f"extra.{i}": torch.zeros(1) for i in range(5)},
+     r"tensors that a mixtral model of this config.json has not: extra\.0, extra\.1, extra\.2 and 2 more"),
     (lambda t: t | {"model.norm.weight": t["model.norm.weight"] * float("nan")}, "norm.weight holds NaN or infinity"),
     (lambda t: t | {WITHOUT: t[WITHOUT] * float("inf")}, r"layers\.1\.moe\.experts\.w_out holds NaN or infinity"),
 ])
@@ -330,22 +337,28 @@ def test_tensors_that_do_not_fit_are_named(folders, tmp_path, change, match):
 @pytest.mark.parametrize("change, match", [
     (dict(model_type="llama"), "model_type must be one of mixtral, qwen3_moe, gpt_oss, not 'llama'"),
     (dict(hidden_act="gelu"), "hidden_act"), (dict(num_local_experts=8), r"must be .* \[8, 32\]"), (dict(num_hidden_layers=3), r"layers\.2\..* is missing"),
-    (dict(num_hidden_layers=1), "tensors that a mixtral model of this config.json has not"), (dict(hidden_size="many"), "hidden_size"), (dict(hidden_size=10 ** 9), "d_model"),
-    (dict(rope_parameters="yes"), "rope"), (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "llama3"), (dict(quantization_config="gptq"), "quanti"),
-    (dict(head_dim=-4), "head_dim"), (dict(num_experts_per_tok=0), "top_k"), (dict(router_aux_loss_coef="x"), "router_aux_loss_coef"), (dict(sliding_window="x"), "sliding_window"),
-    (dict(tie_word_embeddings=True), "lm_head.weight"), (dict(num_hidden_layers=0), "num_hidden_layers|transformer_blocks"), (dict(vocab_size=256), r"257|256")])
+    (dict(num_hidden_layers=1), "tensors that a mixtral model of this config.json has not"), (dict(hidden_size="many"), "hidden_size"),
+    (dict(hidden_size=10 ** 9), "d_model"),
+    (dict(rope_parameters="yes"), "rope"), (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "llama3"),
+    (dict(quantization_config="gptq"), "quanti"),
+    (dict(head_dim=-4), "head_dim"), (dict(num_experts_per_tok=0), "top_k"), (dict(router_aux_loss_coef="x"), "router_aux_loss_coef"),
+    (dict(sliding_window="x"), "sliding_window"),
+    (dict(tie_word_embeddings=True), "lm_head.weight"), (dict(num_hidden_layers=0), "num_hidden_layers|transformer_blocks"),
+    (dict(vocab_size=256), r"257|256")])
 def test_configs_that_do_not_fit_are_refused(folders, tmp_path, change, match):
     refused(copy(folders("mixtral")[1], tmp_path / "x", **change), tmp_path / "x.pt", match)
 
 
 def test_a_tied_head_that_is_stored_all_the_same(folders, tmp_path):
     """Some savers write the head of a tied model: harmless if it is the embedding, another model if it is not. The rotary table of old files is not needed."""
-    stored = copy(folders("mixtral")[1], tmp_path / "x", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+    stored = copy(folders("mixtral")[1], tmp_path / "x",
+                  lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
                   tie_word_embeddings=True)
     assert "out_head.weight" not in imported(stored, tmp_path / "x.pt").model
 
 
-@pytest.mark.parametrize("text, match", [("{", "not valid JSON"), ("[1]", "must hold a JSON object, not a list"), ("[" * 100_000, "not valid JSON"), ("\xff", "not valid JSON"), ("{}", "model_type")])
+@pytest.mark.parametrize("text, match", [("{", "not valid JSON"), ("[1]", "must hold a JSON object, not a list"), ("[" * 100_000, "not valid JSON"),
+                                         ("\xff", "not valid JSON"), ("{}", "model_type")])
 def test_config_json_that_is_none(folders, tmp_path, text, match):
     folder = copy(folders("mixtral")[1], tmp_path / "x")
     (folder / "config.json").write_text(text, encoding="latin-1")
@@ -378,8 +391,10 @@ def test_truncated_and_flipped_shards_are_one_line(folders, tmp_path):
 
 @pytest.mark.parametrize("index, match", [
     ("{", "no index"), ("{}", "no index"), ('{"weight_map": []}', "no index"), ('{"weight_map": {"a": 1}}', "no index"),
-    ('{"weight_map": {"a": "../secret.safetensors"}}', "no index|lacks"), ('{"weight_map": {"a": "/etc/passwd"}}', "no index|lacks"), ('{"weight_map": {"a": "gone.safetensors"}}', "lacks gone.safetensors"),
-    ('{"weight_map": {"a": "model.safetensors"}}', "lacks tensor a"), ('{"weight_map": {"a": ".."}}', "no index|lacks"), ('{"weight_map": {"a": "config.json"}}', "damaged")])
+    ('{"weight_map": {"a": "../secret.safetensors"}}', "no index|lacks"), ('{"weight_map": {"a": "/etc/passwd"}}', "no index|lacks"),
+    ('{"weight_map": {"a": "gone.safetensors"}}', "lacks gone.safetensors"),
+    ('{"weight_map": {"a": "model.safetensors"}}', "lacks tensor a"), ('{"weight_map": {"a": ".."}}', "no index|lacks"),
+    ('{"weight_map": {"a": "config.json"}}', "damaged")])
 def test_an_index_that_is_none_or_points_outside_the_folder(folders, tmp_path, index, match):
     folder = copy(folders("mixtral")[1], tmp_path / "x")
     shutil.copy(folder / "model.safetensors", tmp_path / "secret.safetensors")
@@ -388,7 +403,8 @@ def test_an_index_that_is_none_or_points_outside_the_folder(folders, tmp_path, i
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_before_anything_is_written(folders, tmp_path, monkeypatch):
-    folder = copy(folders("mixtral")[1], tmp_path / "x", lambda t: t | {name: t[name][:256].contiguous() for name in ("lm_head.weight", "model.embed_tokens.weight")}, vocab_size=256)
+    folder = copy(folders("mixtral")[1], tmp_path / "x",
+                  lambda t: t | {name: t[name][:256].contiguous() for name in ("lm_head.weight", "model.embed_tokens.weight")}, vocab_size=256)
     monkeypatch.setattr(import_hf, "write_weights", None)
     refused(folder, tmp_path / "x.pt", "its tokenizer has 257 ids, and its model only 256")
 
@@ -408,7 +424,8 @@ def test_a_full_disk_is_seen_before_writing(folders, tmp_path, monkeypatch):
     refused(folders("mixtral")[1], tmp_path / "x.pt", "GB free: free some space")
 
 
-@pytest.mark.parametrize("error, raised", [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), OSError), (ValueError("odd"), ValueError)])
+@pytest.mark.parametrize("error, raised", [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), OSError),
+                                           (ValueError("odd"), ValueError)])
 def test_an_import_that_breaks_off_leaves_what_was_there(folders, tmp_path, monkeypatch, error, raised):
     (tmp_path / "x.pt").write_text("precious")
     import_tensor, asked = import_hf.import_tensor, []
@@ -428,7 +445,8 @@ def test_an_import_that_breaks_off_leaves_what_was_there(folders, tmp_path, monk
 def test_the_check_at_the_end_sees_a_wrong_import_and_a_wrong_disk(folders, tmp_path, monkeypatch):
     _, folder = folders("mixtral")
     right, write = import_hf.import_tensor, import_hf.write_weights
-    monkeypatch.setattr(import_hf, "import_tensor", lambda config, family, name, has, read: right(config, family, name, has, read).flip(0) if name.endswith("w_in") else right(config, family, name, has, read))
+    monkeypatch.setattr(import_hf, "import_tensor", lambda config, family, name, *folder: right(config, family, name, *folder).flip(
+        [0] if name.endswith("w_in") else []))
     refused(folder, tmp_path / "x.pt", "experts.0.w1.weight would be exported as other numbers than the folder has", import_hf.ExportError)
     monkeypatch.setattr(import_hf, "import_tensor", right)
 
@@ -472,7 +490,8 @@ print("grew by", most[0] - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A model of 300 MB (16 blocks) in a process of its own: what is not a map of a file grows by less than 40 % of it, half of that for modules loaded on the way."""
+    """A model of 300 MB (16 blocks) in a process of its own: what is not a map of a file grows by less than 40 % of it, half of that for
+    modules loaded on the way."""
     from runtime.huggingface import export_tensors, hf_config
     from tests.util import tiny_config
     config = tiny_config(d_model=256, transformer_blocks=16, d_ff=384, num_experts=16, vocabulary_size=64, qk_norm=True)
@@ -484,12 +503,14 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     save_file({name: tensor.contiguous() for name, tensor in export_tensors(config, "qwen3_moe", weights)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf_config(config, "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32")))
     size = (folder / "model.safetensors").stat().st_size
-    done = subprocess.run([sys.executable, "-c", MEASURE, "--model", str(folder), "--out", str(tmp_path / "x.pt")], cwd=REPO, capture_output=True, text=True, check=True,
+    done = subprocess.run([sys.executable, "-c", MEASURE, "--model", str(folder), "--out", str(tmp_path / "x.pt")], cwd=REPO, capture_output=True, text=True,
+                          check=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     grew = int(done.stdout.rsplit("grew by ", 1)[1])
     assert size > 290e6 and grew < 0.4 * size, (size, grew, done.stdout)
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "scripts.import_hf", "--model", str(tmp_path), "--out", str(tmp_path / "x.pt")], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "scripts.import_hf", "--model", str(tmp_path), "--out", str(tmp_path / "x.pt")], cwd=REPO,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")

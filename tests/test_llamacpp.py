@@ -1,4 +1,5 @@
-"""scripts/export_gguf.py's files in llama.cpp itself: the same logits, the same greedy text, the same token ids. Skipped where llama-cpp-python is not installed."""
+"""scripts/export_gguf.py's files in llama.cpp itself: the same logits, the same greedy text, the same token ids. Skipped where llama-cpp-python is
+not installed."""
 from __future__ import annotations
 
 import ctypes
@@ -26,9 +27,10 @@ pytestmark = pytest.mark.llamacpp
 
 BYTE = load_tokenizer("byte")
 PROMPT = "Once upon a time"
-ODD_TEXTS = ["", " ", "  \n\n \t x  ", "a\r\nb\r\n\r\nc", "I'M he'LL don't ''s 'S", "1 12 123 1234 12345.67", "x = {'a': [1, 2]}  # y\n\n\n    return", "https://a.b/c?d=e&f=%20#!//",
-             "naïve café für Äpfel ß", "стоял туман над Москвой", "灯台は静かだった。你好，世界", "안녕하세요", "שלום مرحبا", "\N{SLEEPING FACE}\N{MAN}\N{ZERO WIDTH JOINER}\N{GIRL}", "¼ ⅻ ² ٣",
-             "\0\1\x7f\xa0\N{IDEOGRAPHIC SPACE}\N{REPLACEMENT CHARACTER}", "<|endoftext|> is text", "HTTPServer iPhone McDonald", "-" * 50 + "=" * 30, "a" * 70, " " * 40 + "b", "\n" * 9]
+ODD_TEXTS = ["", " ", "  \n\n \t x  ", "a\r\nb\r\n\r\nc", "I'M he'LL don't ''s 'S", "1 12 123 1234 12345.67", "x = {'a': [1, 2]}  # y\n\n\n    return",
+             "https://a.b/c?d=e&f=%20#!//", "naïve café für Äpfel ß", "стоял туман над Москвой", "灯台は静かだった。你好，世界", "안녕하세요", "שלום مرحبا",
+             "\N{SLEEPING FACE}\N{MAN}\N{ZERO WIDTH JOINER}\N{GIRL}", "¼ ⅻ ² ٣", "\0\1\x7f\xa0\N{IDEOGRAPHIC SPACE}\N{REPLACEMENT CHARACTER}",
+             "<|endoftext|> is text", "HTTPServer iPhone McDonald", "-" * 50 + "=" * 30, "a" * 70, " " * 40 + "b", "\n" * 9]
 
 
 def model_of(folder: Path, quantize: str = "f32", tokenizer: Tokenizer = BYTE, checked: bool = False, **changes) -> tuple[LLM, Path]:
@@ -51,7 +53,8 @@ def model_of(folder: Path, quantize: str = "f32", tokenizer: Tokenizer = BYTE, c
 
 
 def opened(path: Path, **options) -> llama_cpp.Llama:
-    return llama_cpp.Llama(str(path), n_ctx=96, n_batch=96, n_ubatch=96, n_threads=1, n_threads_batch=1, n_gpu_layers=0, logits_all=True, type_k=0, type_v=0, verbose=False, **options)
+    sizes = dict(n_ctx=96, n_batch=96, n_ubatch=96, n_threads=1, n_threads_batch=1)
+    return llama_cpp.Llama(str(path), n_gpu_layers=0, logits_all=True, type_k=0, type_v=0, verbose=False, **sizes, **options)
 
 
 def difference(model: LLM, llama: llama_cpp.Llama, ids: list[int]) -> float:
@@ -94,8 +97,8 @@ def test_scaled_positions(tmp_path, arch, scaling):
 
 
 def test_llama_cpp_rounds_yarns_ramp(tmp_path):
-    """The ends of gpt-oss's ramp are not rounded (`truncate: false`), llama.cpp always rounds them, and no key of the file says otherwise: what it computes is our
-    model with yarn_truncate, which is another function. OpenAI's own GGUF files meet the same."""
+    """The ends of gpt-oss's ramp are not rounded (`truncate: false`), llama.cpp always rounds them, and no key of the file says otherwise: what it computes
+    is our model with yarn_truncate, which is another function. OpenAI's own GGUF files meet the same."""
     model, path = model_of(tmp_path, **GPT_OSS | dict(rope_scaling_factor=4.0, context_length=96, head_dim=16))
     llama, ids = opened(path), ids_of(export_gguf.export.CHECK_TEXT, 96)
     assert difference(model, llama, ids) > 0.01
@@ -141,7 +144,8 @@ def differing(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> list[str]
 
 
 def test_the_same_ids_with_o200k_base(tmp_path, shared_dir, o200k):
-    """llama.cpp's rule counts combining marks as no part of a word (Unicode's M, which its regular expressions do not know): Hindi differs, as it would in any GGUF file."""
+    """llama.cpp's rule counts combining marks as no part of a word (Unicode's M, which its regular expressions do not know): Hindi differs, as it would in
+    any GGUF file."""
     hindi = "नमस्ते दुनिया"
     assert differing(tmp_path, load_tokenizer("o200k_base"), [*texts_of(shared_dir, 300), *ODD_TEXTS, hindi]) == [hindi]
 
@@ -164,9 +168,11 @@ def test_the_same_ids_with_an_imported_tokenizer(tmp_path, options):
 def test_the_benchmark_of_speeds(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)
-    monkeypatch.setattr(benchmark, "alternate_undisturbed", lambda functions, repeats: common.alternate_undisturbed(functions, repeats, 99.0))  # samples are shorter than the clock's ticks
-    flags = {"name": "tiny", "context": 8, "prefill": 12, "new_tokens": 6, "repeats": 2, "min_sample_seconds": 1e-6, "num_threads": 1, "d_model": 64, "transformer_blocks": 2, "num_heads": 8,
-             "num_kv_heads": 2, "d_ff": 64, "num_experts": 4, "vocabulary_size": 288, "context_length": 32, "expert_activation": "swiglu", "rms_norm_eps": 1e-6}
+    # Samples are shorter than the clock's ticks.
+    monkeypatch.setattr(benchmark, "alternate_undisturbed", lambda functions, repeats: common.alternate_undisturbed(functions, repeats, 99.0))
+    flags = {"name": "tiny", "context": 8, "prefill": 12, "new_tokens": 6, "repeats": 2, "min_sample_seconds": 1e-6, "num_threads": 1, "d_model": 64,
+             "transformer_blocks": 2, "num_heads": 8, "num_kv_heads": 2, "d_ff": 64, "num_experts": 4, "vocabulary_size": 288, "context_length": 32,
+             "expert_activation": "swiglu", "rms_norm_eps": 1e-6}
     off = ("expert_bias", "out_proj_bias", "head_bias", "use_attention_bias")
     assert benchmark.main([part for name, value in flags.items() for part in (f"--{name}", str(value))] + [f"--no-{name}" for name in off]) == 0
     stored = json.loads((tmp_path / "llama_cpp_tiny.json").read_text())
@@ -175,7 +181,8 @@ def test_the_benchmark_of_speeds(tmp_path, monkeypatch):
         assert speeds.keys() == {"ours", "llama_f32", "ours_int8", "llama_q8_0"} and min(speeds.values()) > 0
         for ours, theirs in (("ours", "llama_f32"), ("ours_int8", "llama_q8_0")):
             assert stored[what][ours]["ratio_to_llama_cpp"] == pytest.approx(speeds[ours] / speeds[theirs])
-    assert stored["sides"]["llama_f32"]["same_tokens"] == "6 of 6" and stored["sides"]["llama_f32"]["file_bytes"] > 2 * stored["sides"]["llama_q8_0"]["file_bytes"]
+    sides = stored["sides"]
+    assert sides["llama_f32"]["same_tokens"] == "6 of 6" and sides["llama_f32"]["file_bytes"] > 2 * sides["llama_q8_0"]["file_bytes"]
     with pytest.raises(ValueError, match="do not fit the context_length 2048"):
-        benchmark.main(["--name", "tiny", "--context", "2040", "--no-use_attention_bias", "--vocabulary_size", "300", "--d_model", "64", "--transformer_blocks", "1", "--d_ff", "64",
-                        "--expert_activation", "swiglu", *(f"--no-{name}" for name in off)])
+        benchmark.main(["--name", "tiny", "--context", "2040", "--no-use_attention_bias", "--vocabulary_size", "300", "--d_model", "64",
+                        "--transformer_blocks", "1", "--d_ff", "64", "--expert_activation", "swiglu", *(f"--no-{name}" for name in off)])

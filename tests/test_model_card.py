@@ -41,7 +41,7 @@ def write_metrics(tmp_path: Path, run_id: str = "abc123", source: object = FILES
 
 
 def card(tmp_path: Path, source: Source, family: str | None = "qwen3_moe") -> str:
-    folder = tmp_path / "my model.partial"
+    folder = tmp_path / "my model"
     folder.mkdir(exist_ok=True)
     write_card(folder, source, family, "bfloat16")
     return (folder / "README.md").read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def test_what_the_run_recorded(tmp_path):
     rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+ k) \| ([\d.]+) \| ([\d.]+) \| 7.5 \| 1.25 \|$", text, re.M)
     assert len(rows) == 8 and rows[0] == ("10", "2.56 k", "4.9", "4.95") and rows[-1] == ("300", "76.8 k", "2", "2.05")
     assert [name in text for name in ("(loss.png)", "(expert_load.png)")] == [True, True]
-    assert sorted(path.name for path in (tmp_path / "my model.partial").iterdir()) == ["README.md", "expert_load.png", "loss.png"]
+    assert sorted(path.name for path in (tmp_path / "my model").iterdir()) == ["README.md", "expert_load.png", "loss.png"]
     assert len(text.splitlines()) < 85
 
 
@@ -84,7 +84,7 @@ def test_metrics_that_are_not_this_runs_are_not_shown(tmp_path, monkeypatch, spo
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     text = card(tmp_path, source_of(tmp_path, run={} if spoil == "no run" else {"run_id": "abc123"}))
-    assert [path.name for path in (tmp_path / "my model.partial").iterdir()] == ["README.md"] and ".png" not in text
+    assert [path.name for path in (tmp_path / "my model").iterdir()] == ["README.md"] and ".png" not in text
     if spoil != "no matplotlib":
         assert "| text | unknown |" in text and "7.5" not in text and "Its curves were not found" in text
     assert "| tokens seen | unknown |" in text
@@ -152,7 +152,7 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
     from runtime.huggingface import export_tensors, family_of, hf_config
 
     source = source_of(tmp_path)
-    text, folder, tokenizer = card(tmp_path, source), tmp_path / "my model.partial", source.tokenizer
+    text, folder, tokenizer = card(tmp_path, source), tmp_path / "my model", source.tokenizer
     family = family_of(CONFIG)
     save_file({name: tensor.detach().contiguous() for name, tensor in export_tensors(CONFIG, family, source.model.state_dict())}, folder / "model.safetensors", metadata={"format": "pt"})
     config = hf_config(CONFIG, family, end_of_text_id=tokenizer.end_of_text_id, start_id=tokenizer.start_id, dtype="float32")

@@ -16,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import tokenizer as module
-from runtime.tokenizer import STATE_FILE, WORD_PATTERN, CompactTokenizer, Tokenizer, TokenStream, compacted, load_tokenizer, train_bpe
+from runtime.tokenizer import (
+    STATE_FILE,
+    WORD_PATTERN,
+    CompactTokenizer,
+    Tokenizer,
+    TokenStream,
+    byte_of_character,
+    compacted,
+    load_tokenizer,
+    spell,
+    train_bpe,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
@@ -148,9 +159,8 @@ def test_bpe_is_what_the_tokenizers_library_says(stories):
     oracle.train_from_iterator(stories, trainers.BpeTrainer(
         vocab_size=2047, min_frequency=2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     ours = train_bpe(stories, 2048)
-    character = {b: c for c, b in module._byte_of_character().items()}
-    assert set(character.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    spelled = {i: "".join(character[b] for b in ours.token_bytes(i)) for i in range(2047)}
+    assert {spell(bytes([b])): b for b in range(256)} == byte_of_character() and byte_of_character().keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    spelled = {i: spell(ours.token_bytes(i)) for i in range(2047)}
     for text in stories:
         assert [spelled[i] for i in ours.encode(text)] == oracle.encode(text).tokens
 
@@ -158,7 +168,8 @@ def test_bpe_is_what_the_tokenizers_library_says(stories):
 def test_bpe_training_is_deterministic():
     """In other processes with other hash seeds too: a re-run must write the same bytes."""
     code = "import sys; from runtime.tokenizer import train_bpe; print(train_bpe(sys.argv[1:] * 20, 300).fingerprint)"
-    seen = {subprocess.run([sys.executable, "-c", code, *TALE], cwd=REPO, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+    seen = {subprocess.run([sys.executable, "-c", code, *TALE], cwd=REPO, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True,
+                           check=True).stdout
             for seed in ("1", "2")}
     assert seen == {train_bpe(TALE * 20, 300).fingerprint + "\n"}
 
@@ -206,7 +217,8 @@ def test_compact_encodes_what_its_text_never_had(o200k, stories):
 
     def draw(first, end):
         return "".join(chr(c) for c in (rng.randrange(first, end) for _ in range(40)) if not 0xD800 <= c < 0xE000)
-    texts = [draw(plane << 16, plane + 1 << 16) for plane in range(17) for _ in range(5)] + [draw(0, 0x800) + draw(0, 0x110000) + draw(0, 128) for _ in range(200)]
+    texts = [draw(plane << 16, plane + 1 << 16) for plane in range(17) for _ in range(5)]
+    texts += [draw(0, 0x800) + draw(0, 0x110000) + draw(0, 128) for _ in range(200)]
     for text in [*texts, "def f(x):\r\n\treturn {'<|endoftext|>': x}", "\N{GRINNING FACE}\N{ZERO WIDTH JOINER}", "你好，世界", ""]:
         ids, stream = tokenizer.encode(text), TokenStream(tokenizer)
         assert tokenizer.decode_bytes(ids) == text.encode() and all(0 <= i < tokenizer.end_of_text_id for i in ids)
@@ -264,7 +276,7 @@ def test_what_cannot_be_compact_is_refused(name):
 def test_damaged_compact_states_are_refused(gpt2, change):
     state = json.loads(json.dumps(compacted(gpt2, [300, 310]).to_state()))
     assert state["base_ids"][:2] == [0, 1] and Tokenizer.from_state(state).base_ids == state["base_ids"]
-    with pytest.raises(ValueError, match="^the stored tokenizer gpt2:compact is damaged: its base_ids must be ascending ids of tokens of gpt2, with all 256 bytes and .*$"):
+    with pytest.raises(ValueError, match="^the stored tokenizer gpt2:compact is damaged: its base_ids must be ascending ids of tokens of gpt2, with all .*$"):
         Tokenizer.from_state(state | {"base_ids": change(state["base_ids"])})
 
 

@@ -393,7 +393,7 @@ def test_llama_cpp_must_give_the_same_logits_and_ids(tmp_path, monkeypatch, chan
 
 @pytest.mark.parametrize("quantize, most", [("f16", 0.05), ("bf16", 0.15), ("q8_0", 0.15)])
 def test_narrow_products_may_be_off_by_little(tmp_path, monkeypatch, quantize, most):
-    """Logits 30 % off passed with any narrow type: as much as an expert too many, or a few, makes."""
+    """Logits 30 % off passed with any narrow type; a top_k one too small makes less."""
     ids_BT, expected_BTV = torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 260)
     monkeypatch.setattr(export_gguf.importlib.util, "find_spec", lambda name, *rest: object())
     monkeypatch.setattr(export_gguf, "ProcessPoolExecutor", Inline)

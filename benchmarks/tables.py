@@ -28,6 +28,7 @@ DECODERS = {"ours": "gptoss (native)", "ours_int8": "gptoss `--quantize int8`", 
 DECODING_CONTEXT, BATCHES, PROMPTS = 128, (8, 32), (64, 256, 1024)
 EXPORTED = ("qwen3_moe", "mixtral", "gpt_oss")   # trained models, by family: exports_FAMILY.json
 EXPORT_SIZES = "exports_300m"
+EXPORT_ROUTES = {"hf": "Hugging Face folder", "hf bfloat16": "Hugging Face folder, bfloat16", "gguf f32": "GGUF, F32", "gguf q8_0": "GGUF, Q8_0", "onnx": "ONNX", "import": "Hugging Face folder -> checkpoint"}
 AGAINST_LLAMA_CPP = {"llama_cpp_nano": "`nano`, trained", "llama_cpp_56m": "55 M, 8,192 words", "llama_cpp_330m": "328 M, 50,304 words"}
 NAMES = {"ours": "gptoss (eager)", "ours_compiled": "gptoss `--compile`", "loop": "loop over experts", "hf_eager": "Hugging Face, eager experts", "hf_grouped": "Hugging Face, grouped_mm",
          "dense": "gptoss (eager), dense of equal FLOPs"}
@@ -152,7 +153,7 @@ def export_sizes_table() -> str:
     result = stored(EXPORT_SIZES)
     lines = [f"| {result['parameters'] / 1e6:.0f} M parameters | seconds, check included | file | peak memory, mapped files included |", "|---|---|---|---|"]
     for route, r in result["routes"].items():
-        lines.append(f"| {route} | {r['seconds']:.0f} | {human_bytes(r['bytes'])} | {human_bytes(r['peak_rss_bytes'])} |")
+        lines.append(f"| {EXPORT_ROUTES[route]} | {r['seconds']:.0f} | {human_bytes(r['bytes'])} | {human_bytes(r['peak_rss_bytes'])} |")
     return "\n".join([*lines, "", f"{result['environment']['hardware']['cpu']}, 2 cores; `{EXPORT_SIZES}.json`."])
 
 

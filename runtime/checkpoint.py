@@ -138,7 +138,7 @@ def _header(config: ModelConfig, tokenizer_state: dict | None, **values) -> dict
 
 
 def write_weights(path: str | Path, config: ModelConfig, tensor_of: Callable[[str], Tensor], dtype: torch.dtype = torch.float32,
-                  tokenizer_state: dict | None = None) -> None:
+                  tokenizer_state: dict | None = None, run: dict | None = None) -> None:
     """Write a checkpoint of weights alone, one tensor in memory at a time: `tensor_of` is asked once for each name of LLM.state_dict().
 
     Parameters are stored in `dtype`, float32 or bfloat16, and buffers in float32. The file is laid out with holes, which the
@@ -146,7 +146,7 @@ def write_weights(path: str | Path, config: ModelConfig, tensor_of: Callable[[st
     zip's CRC-32 of the tensors stay 0: nothing reads them where there are digests.) What is left of a write that ends early is no
     checkpoint: `path` is a temporary name, see runtime.export.staged. ValueError for a tensor of another shape or that is not finite.
     """
-    header, expected = _header(config, tokenizer_state), _expected(config, dtype)
+    header, expected = _header(config, tokenizer_state, run=run or {}), _expected(config, dtype)
     digests = {f"model/{name}": f"{i:064x}" for i, name in enumerate(expected)} | {"header": _header_digest(header)}
     with open(path, "w+b") as file:
         _lay_out(file, header, expected, digests)

@@ -103,6 +103,8 @@ def hf_config(config: ModelConfig, family: str, *, end_of_text_id: int, start_id
 def model_config_from(hf: dict) -> tuple[str, ModelConfig]:
     """(family, our config) of a config.json, in either spelling. ValueError for what our model cannot be."""
     family = hf.get("model_type")
+    if family == "gptoss":
+        raise ValueError("config.json: model_type gptoss was written with --custom_code, which is not imported: use the checkpoint that it was made from")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, not {family!r}")
     _refuse(hf, "config.json", {"hidden_act": "silu", "attention_bias": family == "gpt_oss", "attention_dropout": 0.0, "router_jitter_noise": 0.0,

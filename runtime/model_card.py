@@ -5,6 +5,8 @@ from anywhere: nothing in it is taken for Markdown or YAML, and no path of the t
 """
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import re
@@ -37,9 +39,9 @@ folder = "."  # where this file is
 tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 prompt = tokenizer({prompt}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0]))
 ```
-{code_note}
+{start_note}{code_note}
 ## Model
 
 {model}
@@ -56,6 +58,10 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
 - Unknown here: the licence of these weights and of the text, and what that text holds. Whoever publishes this folder should say so in this file.
 """
 
+START_NOTE = """
+In training every document began with the token that is put in front here; without it the model is asked to begin amid a text.
+"""
+
 CODE_NOTE = f"""
 No class of transformers has this architecture: `trust_remote_code` runs {MODELING_FILE} of this folder. Read it first if the folder is not yours.
 """
@@ -69,17 +75,34 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mixture-of-experts", "gptoss"] + ["custom_code"] * (family is None)}
     if names := _hub_names(info.get("source")):
         front["datasets"] = names
-    (folder / "README.md").write_text(CARD.format(
+    if name := _base_model(checkpoint):
+        front["base_model"] = name
+    if has_record and not records:
+        print("note: the run's metrics were not found, so the model card has no curves")
+    text = CARD.format(
         front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()), title=plain(folder.name),
         total=human_count(total_parameters(config)), active=human_count(active_parameters(config)), origin=_origin(checkpoint) if has_record else "",
         trust="" if family else ", trust_remote_code=True", prompt='tokenizer.bos_token + "Once upon a time"' if is_ours else '"Once upon a time"',
-        code_note="" if family else CODE_NOTE, model=_table(_model_rows(source, family, dtype)),
+        code_note="" if family else CODE_NOTE, start_note=START_NOTE if is_ours else "", new_tokens=min(100, max(1, config.context_length // 2)), model=_table(_model_rows(source, family, dtype)),
         training=_training(checkpoint, info, records, _draw(folder, records, checkpoint.step)) if has_record
-        else "This was made from weights without a record of their training: see the model that they come from.",
+        else f"This was made from weights without a record of their training{f', {_base_model(checkpoint)}' * bool(_base_model(checkpoint))}: see the model that they come from.",
         measured=f"The only measure of its quality here is the validation loss: {validation}. No benchmark was run." if validation
         else "Nothing about its quality was measured here.",
         context=f"It cannot read more than {config.context_length:,} tokens: it has learned biases for those positions and none beyond." if config.use_attention_bias
-        else f"What it does beyond {config.context_length:,} tokens was not tried."), encoding="utf-8")
+        else f"What it does beyond {config.context_length:,} tokens was not tried.")
+    (folder / "README.md").write_text(f"{text}\n<!-- written by gptoss, {_digest(text)} -->\n", encoding="utf-8")
+
+
+def is_as_written(card: Path) -> bool:
+    """Whether a model card is still what `write_card` wrote, or is not there: what somebody edited is not to be replaced."""
+    if not card.exists():
+        return True
+    text, _, end = card.read_text(encoding="utf-8", errors="replace").rpartition("\n<!-- written by gptoss, ")
+    return end == f"{_digest(text)} -->\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------- escaping
@@ -114,10 +137,11 @@ def _metrics(checkpoint: Checkpoint) -> tuple[list[dict], dict]:
         info = info if isinstance(info, dict) and info.get("run_id") == run_id else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         info = {}
-    try:
-        return [record for record in read_records(Path(folder, "metrics.jsonl")) if record.get("run_id") == run_id and record["step"] <= checkpoint.step], info
-    except (OSError, ValueError):  # not there, or damaged
-        return [], info
+    for path in [Path(folder, "metrics.jsonl"), *sorted(Path(folder).glob("metrics-*.jsonl"))]:   # a later run there moves an earlier one's aside
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+            if records := [record for record in read_records(path) if record.get("run_id") == run_id and record["step"] <= checkpoint.step]:
+                return records, info
+    return [], info
 
 
 def _draw(folder: Path, records: list[dict], step: int) -> list[str]:
@@ -136,6 +160,12 @@ def _hub_names(source: object) -> list[str]:
     name = source.get("dataset") if isinstance(source, dict) else None
     is_name = isinstance(name, str) and name != "toy" and re.fullmatch(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", name, re.ASCII) and not Path(name).exists()
     return [name] if is_name else []
+
+
+def _base_model(checkpoint: Checkpoint) -> str:
+    """The published model that imported weights are of, by its name on the Hub; nothing where it was a folder."""
+    name = checkpoint.run.get("imported_from")
+    return name if isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name, re.ASCII) else ""
 
 
 def _text_source(source: object) -> str:

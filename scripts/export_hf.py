@@ -38,7 +38,7 @@ from runtime.export import (
 )
 from runtime.hf_tokenizer import write_tokenizer
 from runtime.huggingface import INDEX, SINGLE, export_tensors, family_of, folder_tensors, hf_config, import_tensor, model_config_from
-from runtime.model_card import write_card
+from runtime.model_card import is_as_written, write_card
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TRAINING_ONLY = {"dropout", "capacity_factor", "aux_loss_coef", "z_loss_coef"}
@@ -111,7 +111,7 @@ def generation_config(source: Source) -> dict:
     never = [*tokenizer.undecodable_ids, *range(tokenizer.vocabulary_size, vocabulary)]
     stops = list(tokenizer.stop_ids)
     settings = {"bos_token_id": tokenizer.start_id, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.end_of_text_id,
-                "do_sample": True, "temperature": d.temperature, "top_k": d.top_k, "top_p": d.top_p, "max_new_tokens": d.max_new_tokens}
+                "do_sample": True, "temperature": d.temperature, "top_k": d.top_k, "top_p": d.top_p, "max_new_tokens": min(d.max_new_tokens, max(1, source.model.config.context_length // 2))}
     return settings | ({"suppress_tokens": never} if never else {})
 
 
@@ -158,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     limit, started = shard_bytes(args.max_shard_size), time.perf_counter()
     out = check_output(args.out, args.force, is_folder=True, source=args.ckpt)
+    if not is_as_written(out / "README.md"):
+        raise ValueError(f"{out / 'README.md'} was changed since it was written: move it elsewhere, or choose another --out")
     source = open_source(args)
     config, tokenizer, dtype = source.model.config, source.tokenizer, DTYPES.get(args.dtype, source.checkpoint.model["embed.weight"].dtype)
     dtype_name = str(dtype).removeprefix("torch.")

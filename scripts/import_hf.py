@@ -30,6 +30,7 @@ from runtime.huggingface import export_tensors, folder_tensors, import_tensor, m
 from runtime.text import human_bytes
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SIMPLE_TEXT = "Once upon a time there was a little girl named Lily. She loved to play outside in the sun with her dog."   # for models of stories, too
 COMPUTED = ".rotary_emb.inv_freq"   # a table that older versions saved; it follows from the config
 
 
@@ -113,9 +114,13 @@ def check(checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read:
     logits_BTV = logits_of(lazy_model(config, lambda name: checkpoint.model[name].float()), ids_BT)
     if not logits_BTV.isfinite().all():
         raise ExportError("its logits are not finite: nothing was written")
+    if checkpoint.tokenizer_state:
+        tokenizer = tokenizer_of(checkpoint)
+        ids_BT = torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(SIMPLE_TEXT)]])[:, :config.context_length]
     if checkpoint.tokenizer_state and ids_BT.shape[1] > 1:
+        logits_BTV = logits_of(lazy_model(config, lambda name: checkpoint.model[name].float()), ids_BT)
         loss = F.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:]).item()
-        print(f"check: cross-entropy of a short text {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f})")
+        print(f"check: cross-entropy of a simple English sentence {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f})")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocabulary_size:,} ids, and its model only {config.vocabulary_size:,}")
     weights_bytes = total_parameters(config) * dtype.itemsize
     with staged(out, weights_bytes + (weights_bytes >> 8) + (1 << 27)) as temporary:   # the tokenizer is less than 2**26 characters
-        write_weights(temporary, config, lambda name: import_tensor(config, family, name, has, read), dtype, tokenizer.to_state() if tokenizer else None)
+        write_weights(temporary, config, lambda name: import_tensor(config, family, name, has, read), dtype, tokenizer.to_state() if tokenizer else None,
+                      {} if os.path.isdir(args.model) else {"imported_from": args.model})
         check(read_checkpoint(temporary, private=False), family, has, read)
     rounded = ", rounded" if dtype.itemsize < exact.itemsize else ""
     about = f"tokenizer {tokenizer.name}" if tokenizer else f"no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer"

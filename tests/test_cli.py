@@ -415,3 +415,10 @@ def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
         body = "p = cli.parser('x'); cli.add_config_flags(p, ModelConfig, TrainConfig); cli.settings_from(p.parse_args(argv), ModelConfig, TrainConfig).build(ModelConfig)"
         done = script(body, *argv)
         assert done.returncode == 2 and done.stdout == b"" and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, done
+
+
+@pytest.mark.parametrize("module, usage", [("scripts.export_hf", "usage: python -m scripts.export_hf"), ("train", "usage: train.py")])
+def test_help_says_how_it_is_called(module, usage):
+    """`usage: export_hf.py` suggested python scripts/export_hf.py, which does not find the rest."""
+    done = subprocess.run([sys.executable, *(["-m", module] if "." in module else [f"{module}.py"]), "--help"], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.startswith(usage)

@@ -90,7 +90,7 @@ def test_what_is_in_the_folder(made):
 def test_generation_settings_are_those_of_predict(made):
     from transformers import GenerationConfig
     settings, end = GenerationConfig.from_pretrained(made.out), made.tokenizer.end_of_text_id
-    assert (settings.do_sample, settings.temperature, settings.top_k, settings.max_new_tokens) == (True, 0.9, 50, 200)
+    assert (settings.do_sample, settings.temperature, settings.top_k, settings.max_new_tokens) == (True, 0.9, 50, 32)  # half of the context of 64
     assert settings.eos_token_id == settings.bos_token_id == settings.pad_token_id == end and settings.suppress_tokens is None
 
 
@@ -118,6 +118,18 @@ def test_holes_among_the_ids_are_not_drawn(ckpt):
 def test_transformers_is_not_needed(ckpt, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
     assert run(ckpt, tmp_path / "out") == 0 and run(ckpt, tmp_path / "custom", "--custom_code") == 0
+
+
+def test_a_card_that_somebody_edited_is_not_replaced(ckpt, tmp_path):
+    """The card asks whoever publishes the folder to complete it, and --force then threw that away."""
+    out = tmp_path / "out"
+    assert run(ckpt, out) == 0 and run(ckpt, out, "--force") == 0
+    (out / "README.md").write_text((out / "README.md").read_text().replace("## Limits", "Licence: MIT\n\n## Limits"))
+    with pytest.raises(ValueError, match="README.md was changed since it was written"):
+        run(ckpt, out, "--force")
+    assert "Licence: MIT" in (out / "README.md").read_text()
+    (out / "README.md").unlink()
+    assert run(ckpt, out, "--force") == 0
 
 
 # ----------------------------------------------------------------------------------------------------------- shards, dtypes

@@ -525,3 +525,8 @@ def test_what_vllm_reads_of_the_config():
     assert hf["rms_norm_eps"] == 1e-5 and hf["sliding_window"] == 5 and hf["num_local_experts"] == 6
     qwen = hf_config(CONFIGS["qwen3_moe"], "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32")
     assert qwen["num_experts"] == 4 and qwen["norm_topk_prob"] is True and qwen["rope_parameters"]["rope_theta"] == 10_000.0
+
+
+def test_what_was_exported_with_custom_code_is_refused_by_that_name():
+    with pytest.raises(ValueError, match="was written with --custom_code, which is not imported"):
+        model_config_from({"model_type": "gptoss"})

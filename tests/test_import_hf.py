@@ -296,7 +296,7 @@ def test_a_name_is_downloaded_as_safetensors_and_json_alone(folders, tmp_path, m
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
-    imported("someone/tiny-mixtral", tmp_path / "x.pt")
+    assert imported("someone/tiny-mixtral", tmp_path / "x.pt").run == {"imported_from": "someone/tiny-mixtral"}
     assert asked == ["someone/tiny-mixtral"]
     wanted = {path.name for path in folders("mixtral")[1].iterdir() if path.suffix in (".json", ".safetensors")} | {"chat_template.jinja"}
     assert {path.name for path in (tmp_path / "cache").iterdir()} == wanted

@@ -136,7 +136,8 @@ def test_a_checkpoints_words_are_text_and_nothing_else(tmp_path):
     assert [line for line in text.splitlines() if line.startswith("#")] == [line for line in calm.splitlines() if line.startswith("#")]
     assert "not measured at this step" in text and "| tokens seen | unknown |" in text
     rest = re.sub(r"\\[\\`*_\[\]|~#<>&!$.:@]", "", text.split("```\n", 1)[1])   # what is left when escaped characters are taken out
-    for line in rest.splitlines():
+    assert re.fullmatch(r"<!-- written by gptoss, [0-9a-f]{16} -->", text.splitlines()[-1])
+    for line in rest.splitlines()[:-1]:
         assert not re.search(r"<|`|https?://|www\.|~~|\x1b|\u202e", line) and len(line) < 500, line
         assert line.count("|") in (0, 3, 7), line
     for key, value in (("graph_dir", "\0"), ("graph_dir", 3), ("graph_dir", str(tmp_path / "README.md"))):
@@ -159,8 +160,33 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(tokenizer, folder, CONFIG.context_length)
     monkeypatch.chdir(folder)
-    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("max_new_tokens=100", "max_new_tokens=4")
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("max_new_tokens=16", "max_new_tokens=4")
     (folder / "example.py").write_text(code)
     with torch.no_grad():
         runpy.run_path(str(folder / "example.py"))
-    assert capsys.readouterr().out.startswith("<|endoftext|>Once upon a time")
+    assert "\n<|endoftext|>Once upon a time" in capsys.readouterr().out
+
+
+def test_a_record_that_a_later_run_moved_aside_is_found(tmp_path, capsys):
+    """A new run with the same graph folder moves metrics.jsonl to metrics-1.jsonl; the next export of the first run's model silently had no curves."""
+    write_metrics(tmp_path)
+    source = source_of(tmp_path)
+    folder = Path(source.checkpoint.train_config["graph_dir"])
+    (folder / "metrics.jsonl").rename(folder / "metrics-1.jsonl")
+    assert "![Loss" in card(tmp_path, source) and "note" not in capsys.readouterr().out
+    (folder / "metrics-1.jsonl").unlink()
+    card(tmp_path, source)
+    assert "metrics were not found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, expected", [("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0.1"), ("", None), ("a/b/c", None), ("x\"]\n/y", None), (["a/b"], None)])
+def test_a_card_names_the_published_model_that_it_comes_from(tmp_path, name, expected):
+    """The licence of imported weights is their model's: without its name nobody can look for it."""
+    source = source_of(tmp_path, run={"imported_from": name}, train_config={})
+    text = card(tmp_path, source)
+    assert front_matter(text).get("base_model") == expected and (expected is None or f"training, {expected}: see" in text)
+
+
+def test_the_cards_example_fits_the_context(tmp_path):
+    """100 tokens behind a prompt were asked of a model whose position table ends at 32: its own card crashed."""
+    assert "max_new_tokens=16)" in card(tmp_path, source_of(tmp_path))

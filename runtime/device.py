@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -96,12 +97,13 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     half precision from Ampere on; with sinks: runtime/sink_attention.py.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    has_flash = capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
     for block in model.layers:
         experts = block.moe.experts
         experts.grouped = capability == (9, 0) and dtype == torch.bfloat16 and experts.w_in.shape[2] % 8 == 0 and experts.w_out.shape[2] % 8 == 0
         experts.feed_forward = torch.ops.gptoss.feed_forward.default if device.type == "cpu" else None
-        block.attention.sink_kernel = sink_attention if device.type in ("cpu", "cuda") else None
-        block.attention.has_flash = capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
+        block.attention.has_flash = has_flash
+        block.attention.sink_kernel = functools.partial(sink_attention, has_flash=has_flash) if device.type in ("cpu", "cuda") else None
 
 
 def device_name(device: torch.device) -> str:

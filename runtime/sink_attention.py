@@ -18,13 +18,13 @@ aten = torch.ops.aten
 
 class _SinkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks_H, mask, is_causal):
-        y, log_BHT, *rest = _forward(q, k, v, mask, is_causal)
+    def forward(ctx, q, k, v, sinks_H, mask, is_causal, flash):
+        y, log_BHT, *rest = _forward(q, k, v, mask, is_causal, flash)
         new_log_BHT = torch.logaddexp(log_BHT, sinks_H.to(log_BHT.dtype)[:, None])
         T = q.shape[2]  # a GPU's kernel may pad the log
         y = (y * (log_BHT - new_log_BHT)[:, :, :T, None].exp()).to(y.dtype)
         ctx.save_for_backward(q, k, v, sinks_H, mask, y, new_log_BHT, *(x for x in rest if isinstance(x, Tensor)))
-        ctx.rest, ctx.is_causal = [None if isinstance(x, Tensor) else x for x in rest], is_causal
+        ctx.rest, ctx.is_causal, ctx.flash = [None if isinstance(x, Tensor) else x for x in rest], is_causal, flash
         return y
 
     @staticmethod
@@ -32,20 +32,22 @@ class _SinkAttention(torch.autograd.Function):
         q, k, v, sinks_H, mask, y, log_BHT, *tensors = ctx.saved_tensors
         tensors = iter(tensors)
         rest = [next(tensors) if x is None else x for x in ctx.rest]
-        grad_q, grad_k, grad_v = _backward(grad.to(y.dtype), q, k, v, y, log_BHT, mask, ctx.is_causal, rest)
+        grad_q, grad_k, grad_v = _backward(grad.to(y.dtype), q, k, v, y, log_BHT, mask, ctx.is_causal, ctx.flash, rest)
         share_BHT = (sinks_H.to(log_BHT.dtype)[:, None] - log_BHT[:, :, :q.shape[2]]).exp()
         grad_sinks = -(share_BHT * (grad.to(share_BHT.dtype) * y.to(share_BHT.dtype)).sum(dim=-1)).sum(dim=(0, 2)).to(sinks_H.dtype)
-        return grad_q, grad_k, grad_v, grad_sinks, None, None
+        return grad_q, grad_k, grad_v, grad_sinks, None, None, None
 
 
-def sink_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """[B, H, T, D] in the queries' dtype, on a CPU or by CUDA's flash kernel (half precision, no mask) or memory-efficient kernel.
+def sink_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H: Tensor, mask: Tensor | None, is_causal: bool, has_flash: bool = False) -> Tensor:
+    """[B, H, T, D] in the queries' dtype, on a CPU or by CUDA's flash kernel (no mask, and `has_flash`: half precision from Ampere on) or
+    memory-efficient kernel.
 
     mask: bool, [T, S] or [B, 1, T, S], True keeps. G may be less than H (on a GPU with flash or on a CPU).
     """
+    flash = has_flash and mask is None
     if mask is not None:
         mask = _as_numbers(mask, q_BHTD)
-    return _SinkAttention.apply(q_BHTD, k_BGSD, v_BGSD, sinks_H, mask, is_causal)
+    return _SinkAttention.apply(q_BHTD, k_BGSD, v_BGSD, sinks_H, mask, is_causal, flash)
 
 
 def _as_numbers(mask: Tensor, q_BHTD: Tensor) -> Tensor:
@@ -58,23 +60,19 @@ def _as_numbers(mask: Tensor, q_BHTD: Tensor) -> Tensor:
     return padded.expand(*q_BHTD.shape[:2], *padded.shape[-2:])
 
 
-def _uses_flash(q: Tensor, mask: Tensor | None) -> bool:
-    return mask is None and q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def _forward(q, k, v, mask, is_causal):
+def _forward(q, k, v, mask, is_causal, flash):
     """(result, log of the softmax's sum, what the backward pass needs besides)"""
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)
-    if _uses_flash(q, mask):
+    if flash:
         y, log, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)
         return y, log, *rest[:6]  # cumulated lengths (none), longest of each, state of the random numbers (none are drawn)
     return aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, is_causal)
 
 
-def _backward(grad, q, k, v, y, log, mask, is_causal, rest):
+def _backward(grad, q, k, v, y, log, mask, is_causal, flash, rest):
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, y, log, 0.0, is_causal, attn_mask=mask)
-    if _uses_flash(q, mask):
+    if flash:
         return aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, y, log, *rest[:4], 0.0, is_causal, *rest[4:])
     return aten._scaled_dot_product_efficient_attention_backward(grad, q, k, v, mask, y, log, *rest, 0.0, [True, True, True, False], is_causal)[:3]

@@ -210,7 +210,8 @@ def test_kernels_are_chosen_for_the_card(monkeypatch, capability, dtype, grouped
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = LLM(tiny_config())
     choose_kernels(model, torch.device("cuda"), dtype)
-    assert all(b.moe.experts.grouped is grouped and b.moe.experts.feed_forward is None and b.attention.has_flash is flash for b in model.layers)
+    assert all(b.moe.experts.grouped is grouped and b.moe.experts.feed_forward is None and b.attention.has_flash is flash
+               and b.attention.sink_kernel.keywords == {"has_flash": flash} for b in model.layers)
     choose_kernels(model, torch.device("cpu"), torch.float32)
     assert all(not b.moe.experts.grouped and b.moe.experts.feed_forward is not None for b in model.layers)
 

@@ -195,10 +195,12 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-4 * q.grad.abs().max()), n
 
 
-def test_compiled_by_the_real_compiler_computes_the_same():
+@pytest.mark.parametrize("changes", [dict(head_bias=True), dict(attention_sinks=True, router_bias=True, expert_activation="swiglu_clamped", expert_bias=True,
+                                                                sliding_window=9, qk_norm=False)], ids=["modern", "gpt-oss"])
+def test_compiled_by_the_real_compiler_computes_the_same(changes):
     """Inductor's code for the blocks and for the loss, forward and backward; and the loss's second chunk, which is shorter."""
     torch.compiler.reset()
-    model = random_model(tiny_config(transformer_blocks=1, head_bias=True, vocabulary_size=300))
+    model = random_model(tiny_config(transformer_blocks=1, vocabulary_size=300, **changes))
     ids = torch.randint(0, 300, (3, 100))
     plain = model(ids, ids)
     plain.cross_entropy_sum.backward()

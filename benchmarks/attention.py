@@ -4,10 +4,10 @@
     python -m benchmarks.attention --name gpu --batch_size 16 --num_heads 32 --num_kv_heads 8 --context_length 2048 --head_dim 32
 
 Cases: causal; table (causal, plus the learned position table, whose gradient is needed too); documents (causal within each of
-the documents that share a row); table_documents (both; only if asked for). Variants: manual (all T x T scores), sdpa_grouped and
+the documents that share a row); table_documents (both) and sinks (causal, with gpt-oss's sinks), only if asked for. Variants: manual (all T x T scores), sdpa_grouped and
 sdpa_expanded (F.scaled_dot_product_attention with the few key/value heads as they are or repeated per query head, and the mask
 made in the call, as model_parts.Attention does), sdpa_compiled (the latter under torch.compile), sdpa_flash, sdpa_efficient,
-sdpa_cudnn and sdpa_math (the latter with one backend forced), flex (FlexAttention compiled, with a block mask). Each runs as it
+sdpa_cudnn and sdpa_math (the latter with one backend forced), rescaled (runtime/sink_attention.py; sinks only), flex (FlexAttention compiled, with a block mask). Each runs as it
 is and under --deterministic. What a library refuses stays in the results with its reason. All variants of a case are measured in
 turns; the figures are medians and go to benchmarks/results/attention_NAME.json after each case.
 """
@@ -39,12 +39,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.common import alternate_undisturbed, save_results, summary
-from model_parts import attention_mask
+from model_parts import attention_mask, attention_with_sinks
 from runtime import cli
 from runtime.device import choose_device, choose_dtype, device_name, explained_out_of_memory, is_out_of_memory, make_deterministic, release_memory, synchronize
+from runtime.sink_attention import sink_attention
 from runtime.text import human_bytes
 
-CASES = {"causal": (False, False), "table": (True, False), "documents": (False, True), "table_documents": (True, True)}  # (table, documents)
+CASES = {"causal": (), "table": ("table",), "documents": ("documents",), "table_documents": ("table", "documents"), "sinks": ("sinks",)}
 DEFAULT_CASES = ("causal", "table", "documents")
 MODES = ("default", "deterministic")
 CHECK_BATCH, CHECK_TOKENS = 2, 256  # the size at which errors are measured: two of FlexAttention's blocks of 128 in each direction
@@ -55,17 +56,18 @@ OUT_OF_MEMORY = "out of memory"
 @dataclass
 class Problem:
     """Queries and the output's gradient [B, H, T, D], keys and values [B, G, T, D], with memory in the order B, T, H, D as the
-    model's projections leave it; table [H, T, T] and each token's start of document [B, T], or None."""
+    model's projections leave it; table [H, T, T], each token's start of document [B, T] and sinks [H], or None."""
     q_BHTD: Tensor
     k_BGTD: Tensor
     v_BGTD: Tensor
     dy_BHTD: Tensor
     table_HTT: Tensor | None
     starts_BT: Tensor | None
+    sinks_H: Tensor | None
 
     def leaves(self) -> dict[str, Tensor]:
         """What needs a gradient."""
-        leaves = {"q": self.q_BHTD, "k": self.k_BGTD, "v": self.v_BGTD, "table": self.table_HTT}
+        leaves = {"q": self.q_BHTD, "k": self.k_BGTD, "v": self.v_BGTD, "table": self.table_HTT, "sinks": self.sinks_H}
         return {name: tensor for name, tensor in leaves.items() if tensor is not None}
 
     def expanded(self) -> tuple[Tensor, Tensor]:
@@ -90,14 +92,14 @@ class Problem:
 
 
 def make_problem(args: argparse.Namespace, case: str, B: int, T: int, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Random numbers, the same whenever it is called with the same sizes; the table in float32, as the model keeps it."""
+    """Random numbers, the same whenever it is called with the same sizes; table and sinks in float32, as the model keeps them."""
     H, G, D = args.num_heads, args.num_kv_heads, args.head_dim
     draws = torch.Generator(device).manual_seed(0)
     q, k, v, dy = (torch.randn(B, T, heads, D, generator=draws, device=device, dtype=dtype).transpose(1, 2) for heads in (H, G, G, H))
-    with_table, with_documents = CASES[case]
-    table_HTT = torch.randn(H, T, T, generator=draws, device=device).requires_grad_() if with_table else None
-    starts_BT = random_starts(B, T, args.documents, device) if with_documents else None
-    return Problem(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy, table_HTT, starts_BT)
+    table_HTT = torch.randn(H, T, T, generator=draws, device=device).requires_grad_() if "table" in CASES[case] else None
+    starts_BT = random_starts(B, T, args.documents, device) if "documents" in CASES[case] else None
+    sinks_H = torch.randn(H, generator=draws, device=device).requires_grad_() if "sinks" in CASES[case] else None
+    return Problem(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy, table_HTT, starts_BT, sinks_H)
 
 
 def random_starts(B: int, T: int, documents: int, device: torch.device) -> Tensor:
@@ -113,6 +115,8 @@ def random_starts(B: int, T: int, documents: int, device: torch.device) -> Tenso
 # ---------------------------------------------------------------------------------------------------------- the variants
 def manual(p: Problem) -> Tensor:
     """Matmul, table, mask, softmax in float32 (or better), matmul: every score is held, several times."""
+    if p.sinks_H is not None:
+        return attention_with_sinks(p.q_BHTD, p.k_BGTD, p.v_BGTD, p.sinks_H, None, True)
     k_BHTD, v_BHTD = p.expanded()
     scores_BHTT = p.q_BHTD @ k_BHTD.transpose(2, 3) / math.sqrt(p.q_BHTD.shape[3])
     if p.table_HTT is not None:
@@ -123,11 +127,22 @@ def manual(p: Problem) -> Tensor:
 
 def sdpa(p: Problem, grouped: bool = False) -> Tensor:
     """PyTorch's function, called as model_parts.Attention calls it."""
+    if p.sinks_H is not None:
+        raise ValueError("F.scaled_dot_product_attention knows no sinks")
     mask = None if p.table_HTT is None and p.starts_BT is None else p.mask()
     if p.table_HTT is not None:
         mask = torch.where(mask, p.table_HTT.to(p.q_BHTD.dtype)[None], -math.inf)
     k, v = (p.k_BGTD, p.v_BGTD) if grouped else p.expanded()
     return F.scaled_dot_product_attention(p.q_BHTD, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != p.q_BHTD.shape[1])
+
+
+def rescaled(p: Problem) -> Tensor:
+    """Attention with sinks as the model computes it on this device."""
+    if p.sinks_H is None:
+        raise ValueError("without sinks there is nothing to rescale")
+    has_flash = p.q_BHTD.is_cuda and p.q_BHTD.dtype != torch.float32 and torch.cuda.get_device_capability(p.q_BHTD.device) >= (8, 0)
+    k, v = p.expanded() if p.q_BHTD.is_cuda and not has_flash else (p.k_BGTD, p.v_BGTD)
+    return sink_attention(p.q_BHTD, k, v, p.sinks_H, None, True, has_flash)
 
 
 def forced(p: Problem, backend: SDPBackend) -> Tensor:
@@ -144,7 +159,7 @@ def compiled(function: Callable) -> Callable:
 def prepare_flex(p: Problem) -> Callable[[], Tensor]:
     """FlexAttention (Dong et al. 2024) with its block mask, which all blocks of a model would share, made here."""
     B, H, T, _ = p.q_BHTD.shape
-    table_HTT, starts_BT = p.table_HTT, p.starts_BT
+    table_HTT, starts_BT, sinks_H = p.table_HTT, p.starts_BT, p.sinks_H
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return q >= k if starts_BT is None else (q >= k) & (k >= starts_BT[b, q])
@@ -152,8 +167,13 @@ def prepare_flex(p: Problem) -> Callable[[], Tensor]:
     def add_table(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return score + table_HTT[h, q, k]
 
+    def with_sinks(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+        y, log_BHT = flex_attention(q, k, v, return_lse=True, **how)
+        return y * torch.sigmoid(log_BHT - sinks_H[:, None])[..., None].to(y.dtype)
+
     block_mask = create_block_mask(visible, None if starts_BT is None else B, None, T, T, device=p.q_BHTD.device)
-    return lambda: compiled(flex_attention)(p.q_BHTD, p.k_BGTD, p.v_BGTD, score_mod=None if table_HTT is None else add_table, block_mask=block_mask,
+    function = flex_attention if sinks_H is None else with_sinks
+    return lambda: compiled(function)(p.q_BHTD, p.k_BGTD, p.v_BGTD, score_mod=None if table_HTT is None else add_table, block_mask=block_mask,
                                             enable_gqa=p.k_BGTD.shape[1] != H)
 
 
@@ -166,6 +186,7 @@ VARIANTS: dict[str, Callable[[Problem], Callable[[], Tensor]]] = {  # problem ->
     "sdpa_efficient": lambda p: lambda: forced(p, SDPBackend.EFFICIENT_ATTENTION),
     "sdpa_cudnn": lambda p: lambda: forced(p, SDPBackend.CUDNN_ATTENTION),
     "sdpa_math": lambda p: lambda: forced(p, SDPBackend.MATH),
+    "rescaled": lambda p: lambda: rescaled(p),
     "flex": prepare_flex,
 }
 
@@ -184,7 +205,7 @@ def expected(p: Problem) -> dict[str, Tensor]:
         return None if x is None else x.detach().cpu().double().requires_grad_()
 
     starts_BT = None if p.starts_BT is None else p.starts_BT.cpu()
-    e = Problem(exact(p.q_BHTD), exact(p.k_BGTD), exact(p.v_BGTD), p.dy_BHTD.cpu().double(), exact(p.table_HTT), starts_BT)
+    e = Problem(exact(p.q_BHTD), exact(p.k_BGTD), exact(p.v_BGTD), p.dy_BHTD.cpu().double(), exact(p.table_HTT), starts_BT, exact(p.sinks_H))
     return run_once(lambda: manual(e), e)
 
 

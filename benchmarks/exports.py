@@ -35,6 +35,7 @@ from runtime import cli
 from runtime.checkpoint import load_model, save_checkpoint, tokenizer_of
 from runtime.huggingface import family_of
 from runtime.tokenizer import load_tokenizer
+from scripts import export_onnx
 from scripts.export_gguf import run_llama_cpp
 
 PROMPTS = ("Once upon a time", "The little dog was", "One day, Lily and Tom")
@@ -86,28 +87,21 @@ class Transformers:
 
 class OnnxRuntime:
     def __init__(self, path: Path):
-        import onnxruntime
         from tokenizers import Tokenizer
-        self.tokenizer = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json")))
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.tokenizer, self.session = Tokenizer.from_file(str(path.with_suffix(".tokenizer.json"))), export_onnx.open_session(path)
         about = self.session.get_modelmeta().custom_metadata_map
-        self.start, self.end = int(about["start_id"]), int(about["end_of_text_id"])
-
-    def run(self, ids: list[int], past: dict | None = None):
-        past = past or {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in self.session.get_inputs()[1:]}
-        logits, *present = self.session.run(None, {"input_ids": np.array([ids]), **past})
-        return logits[0], dict(zip(past, present, strict=True))
+        self.config, self.start, self.stops = ModelConfig(**json.loads(about["config"])), [*map(int, about["start_id"].split())], json.loads(about["stop_ids"])
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        return self.run(ids)[0]
+        return export_onnx.run(self.session, self.config, torch.tensor([ids]))[0][0].numpy()
 
     def greedy(self, prompt: str, count: int) -> list[int]:
-        ids, (logits, past) = [], self.run([self.start, *self.tokenizer.encode(prompt).ids])
-        while True:
-            ids.append(int(logits[-1].argmax()))
-            if len(ids) == count or ids[-1] == self.end:
-                return ids
-            logits, past = self.run(ids[-1:], past)
+        new, ids, past = [*self.start, *self.tokenizer.encode(prompt, add_special_tokens=False).ids], [], None
+        while len(ids) < count and not set(ids) & set(self.stops):
+            logits, past = export_onnx.run(self.session, self.config, torch.tensor([new]), past)
+            new = [int(logits[0, -1].argmax())]
+            ids += new
+        return ids
 
 
 class LlamaCpp:

@@ -63,7 +63,9 @@ def stages(name: str, folder: Path, tiny: bool) -> dict[str, list[list[str]]]:
         "loss": [bench("loss", "default", "--rows 32768 --d_model 1024 --chunk_rows 1024,2048,4096,8192 --head_bias --dtype bfloat16",
                        *(["--vocabulary_size", "301", "--d_model", "16", "--rows", "64", "--chunk_rows", "16", "--repeats", "1"] if tiny else []))],
         "attention": [bench("attention", "default", "--batch_size 16 --num_heads 32 --num_kv_heads 8 --context_length 2048 --head_dim 32 --dtype bfloat16", *attention),
-                      bench("attention", "modern", "--batch_size 16 --num_heads 16 --num_kv_heads 4 --context_length 2048 --head_dim 64 --dtype bfloat16", *attention)],
+                      bench("attention", "modern", "--batch_size 16 --num_heads 16 --num_kv_heads 4 --context_length 2048 --head_dim 64 --dtype bfloat16", *attention),
+                      bench("attention", "gpt_oss", "--batch_size 4 --num_heads 64 --num_kv_heads 8 --context_length 4096 --head_dim 64 --dtype bfloat16", "--cases", "sinks",
+                            "--variants", "manual,rescaled,flex", *attention)],
         "optimizer": [bench("optimizer", "modern", "--repeats 5 --variants adamw_fused,muon,muon_bfloat16", *modern, *(MODEL_SIZES if tiny else []), *(["--repeats", "1"] if tiny else []))],
         # A compiled side compiles anew for every batch size and context, half a minute each.
         "decode": [bench("decode", "default", "--dtype bfloat16 --variants ours ours_int8 ours_compiled plain --batch_sizes 1 8 32 --contexts 1024 --repeats 3", *generation),

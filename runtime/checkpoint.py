@@ -36,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -61,6 +60,7 @@ HEADER_LIMIT = 1 << 26             # characters, and VALUE_COST for each value; 
 VALUE_COST = 32                    # a value takes some 80 bytes and half a microsecond to look at: 64 M of them were 5 GB and a minute
 PICKLE_LIMIT_BYTES = 1 << 28
 DEPTH_LIMIT = 64
+OUT_OF_ADDRESSES = "Cannot allocate memory"   # in PyTorch's words for a map that the system refuses
 # All that the pickle of a checkpoint may name. weights_only allows more, e.g. bytearray(10**12) and storages of any size.
 PICKLE_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
     f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
@@ -167,6 +167,7 @@ def write_weights(path: str | Path, config: ModelConfig, tensor_of: Callable[[st
 
 def _lay_out(file, header: dict, expected: dict[str, tuple[torch.Size, torch.dtype]], digests: dict[str, str]) -> None:
     """Write all of a checkpoint but its tensors, whose places in the file stay what they are."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a while, and predict.py has no use for it
     with FakeTensorMode():
         model = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in expected.items()}
     file.seek(0)
@@ -334,16 +335,16 @@ def _check_header(header: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
-def read_checkpoint(path: str | Path, optimizer: bool = False, private: bool = True) -> Checkpoint:
+def read_checkpoint(path: str | Path, optimizer: bool = False, read_only: bool = False) -> Checkpoint:
     """Read and check a file of our format or the reference's. Raises CheckpointError (one line) for whatever is wrong with it.
 
     Checked: the zip, the pickle, every key and type, the config against the tensors, and digests and finiteness of what is
     read: the model always, the optimizer if it is asked for. Tensors are mapped, not copied (stacked experts of the
-    reference's format are). The reference's optimizer state cannot be converted: asking for it is an error. Not `private`: a
-    file larger than memory and swap can be mapped too, but who writes to a tensor writes to the file.
+    reference's format are). The reference's optimizer state cannot be converted: asking for it is an error. read_only: the
+    caller promises to write to no tensor, and a file larger than memory and swap can then be read too (see _load_mapped).
     """
     path = Path(path)
-    contents, records = _unpack(path, private)
+    contents, records = _unpack(path, read_only)
     try:
         read = _read_ours if "format" in contents else _read_reference
         return read(path, contents, records, optimizer)
@@ -363,7 +364,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise CheckpointError(path, error) from error
 
 
-def _unpack(path: Path, private: bool = True) -> tuple[dict, set[tuple[int, int]]]:
+def _unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, int]]]:
     """The dict in the file, and (bytes, CRC-32) of its records. Every reader's failure becomes a CheckpointError."""
     if not path.is_file():
         raise CheckpointError(path, "is a directory or device, not a checkpoint file" if path.exists() else "no such file")
@@ -373,9 +374,7 @@ def _unpack(path: Path, private: bool = True) -> tuple[dict, set[tuple[int, int]
         if magic != b"PK\3\4":
             raise ValueError("the file is empty" if not magic else "not a checkpoint (no torch.save zip)")
         records = _scan_zip(path)
-        options = contextlib.nullcontext() if sys.platform == "win32" else torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
-        with options:   # private is copy-on-write: training on a mapped tensor never reaches the file
-            contents = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        contents = _load_mapped(path, read_only)
     except (zipfile.BadZipFile, UnicodeError) as error:
         raise CheckpointError(path, f"damaged or cut short: {error}") from error
     except OSError as error:
@@ -383,12 +382,25 @@ def _unpack(path: Path, private: bool = True) -> tuple[dict, set[tuple[int, int]
     except ValueError as error:
         raise CheckpointError(path, error) from error
     except Exception as error:  # zipfile, pickle and torch raise nearly everything on damaged input; the cause is kept
-        if "Cannot allocate memory" in str(error):
+        if OUT_OF_ADDRESSES in str(error):
             raise CheckpointError(path, f"has {path.stat().st_size / 1e9:.1f} GB, which this machine's memory and swap cannot hold") from error
         raise CheckpointError(path, f"damaged, or no checkpoint: {type(error).__name__}: {str(error)[:200]}") from error
     if not isinstance(contents, dict):
         raise CheckpointError(path, f"not a checkpoint: it holds a {type(contents).__name__}, not a dict")
     return contents, records
+
+
+def _load_mapped(path: Path, read_only: bool) -> object:
+    """The file's contents, tensors mapped: privately, so that training on one never reaches the file. Linux refuses that for a file larger
+    than memory and swap; with `read_only` it is then shared, and who wrote to a tensor all the same would write to the file."""
+    kinds = [] if sys.platform == "win32" else [mmap.MAP_PRIVATE, *([mmap.MAP_SHARED] if read_only else [])]
+    for kind in kinds or [None]:
+        try:
+            with contextlib.nullcontext() if kind is None else torch.serialization.set_default_mmap_options(kind):
+                return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        except RuntimeError as error:
+            if OUT_OF_ADDRESSES not in str(error) or kind in (None, kinds[-1]):
+                raise
 
 
 def _scan_zip(path: Path) -> set[tuple[int, int]]:
@@ -611,7 +623,8 @@ def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
     else:
         raise ValueError(f"{path} does not say which tokenizer it was trained with (vocabulary {vocabulary:,}): name it with --tokenizer")
     if tokenizer.vocabulary_size > vocabulary:
-        raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids and the model in {path} {vocabulary:,}: give the one that it was trained with")
+        raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids and the model in {path} {vocabulary:,}: "
+                         "give the one that it was trained with")
     return tokenizer
 
 
@@ -622,7 +635,7 @@ def named_tokenizer(name: str) -> Tokenizer:
         return load_tokenizer(name)
     folder = Path(name)
     if folder.is_file():
-        contents, _ = _unpack(folder, private=False)
+        contents, _ = _unpack(folder, read_only=True)
         try:
             state = _read_header(contents)["tokenizer"] if "format" in contents else None
             if not state:

@@ -39,7 +39,8 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """An ArgumentParser as every script here uses it: whole flag names only, plain help, and ValueError for a mistake."""
     module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")
-    return _Parser(prog=f"python -m {module}" if module.startswith(("scripts.", "benchmarks.")) else None, description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    prog = f"python -m {module}" if module.startswith(("scripts.", "benchmarks.")) else None
+    return _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:

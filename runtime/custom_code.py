@@ -14,8 +14,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from config_model import ModelConfig
-from runtime.checkpoint import meta_model
 from runtime.export import Source
 
 REPO = Path(__file__).resolve().parent.parent
@@ -46,9 +44,9 @@ def custom_config(source: Source, dtype: str) -> dict:
             "dtype": dtype, "torch_dtype": dtype}  # transformers 5's spelling and 4's
 
 
-def custom_tensors(config: ModelConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name in the safetensors file, tensor) of each of the model's tensors, one at a time; selection biases stay float32 whatever the rest is."""
-    return ((f"model.{name}", weights[name]) for name in meta_model(config).state_dict())
+def custom_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name in the safetensors file, tensor) of each of the model's tensors, one at a time."""
+    return ((f"model.{name}", tensor) for name, tensor in weights.items())
 
 
 # ------------------------------------------------------------------------------------------------------- the modeling file

@@ -30,8 +30,8 @@ from runtime.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
 from runtime.tokenizer import Tokenizer
 
 # What scripts.export_hf writes into a folder, and what a published model's tokenizer brings along: all that --force may replace.
-FOLDER_FILES = re.compile(r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|tokenizer\.json|tokenizer_config\.json|"
-                          r"special_tokens_map\.json|chat_template\.jinja|modeling_gptoss\.py|README\.md|loss\.png|expert_load\.png")
+FOLDER_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|"
+                          r"model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|modeling_gptoss\.py|README\.md|(loss|expert_load)\.png")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_CHECKED_TOKENS = 256
 CHECK_TEXT = """Once upon a time there was a lighthouse keeper called Noor, who counted ships. On Monday she saw 3; on Tuesday, 14 more.
@@ -53,7 +53,7 @@ class ExportError(ValueError):
 class Source:
     """What is exported."""
     path: Path
-    model: LLM                # eval mode, float32 on the CPU; parameters mapped from the file, or, where it holds bfloat16, there for a block at a time
+    model: LLM                # eval mode, float32 on the CPU; mapped from the file, or, if it holds bfloat16, made for a block at a time
     checkpoint: Checkpoint
     tokenizer: Tokenizer
 
@@ -63,14 +63,15 @@ def export_parser(description: str, out: str) -> argparse.ArgumentParser:
     p = parser(description)
     p.add_argument("--ckpt", default="checkpoints/latest.pt", help="checkpoint to export (default: checkpoints/latest.pt)")
     p.add_argument("--out", required=True, help=out)
-    p.add_argument("--tokenizer", default="", help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of a data folder, a published model or a checkpoint (default: the checkpoint's)")
+    p.add_argument("--tokenizer", default="", help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of a data folder, a published model "
+                                                 "or a checkpoint (default: the checkpoint's)")
     p.add_argument("--force", action="store_true", help="replace an output that is there")
     return p
 
 
 def open_source(args: argparse.Namespace) -> Source:
     """The checkpoint and tokenizer that the arguments name, checked. Raises ValueError."""
-    checkpoint = read_checkpoint(args.ckpt, private=False)   # larger than memory, perhaps; nothing here writes to a weight
+    checkpoint = read_checkpoint(args.ckpt, read_only=True)   # no export writes to a weight
     is_wide = checkpoint.model["embed.weight"].dtype == torch.float32
     model = build_model(checkpoint) if is_wide else lazy_model(checkpoint.model_config, lambda name: checkpoint.model[name].float())
     return Source(Path(args.ckpt), model, checkpoint, tokenizer_of(checkpoint, args.tokenizer))

@@ -78,7 +78,7 @@ def special_words(tokenizer: Tokenizer) -> dict[str, int]:
 def _refuse_compact(tokenizer: Tokenizer) -> None:
     if tokenizer.name.endswith(COMPACT):
         base = tokenizer.name.removesuffix(COMPACT)
-        raise ValueError(f"tokenizer {tokenizer.name} has no tokenizer.json: it spells {base}'s tokens that it left out with others, which no BPE does; "
+        raise ValueError(f"tokenizer {tokenizer.name} has no form that others read: it spells {base}'s tokens that it left out with others, which no BPE does; "
                          f"prepare the text with --tokenizer {base} or bpe:SIZE, and train the model that you export with that")
 
 

@@ -75,17 +75,18 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["mixture-of-experts", "gptoss"] + ["custom_code"] * (family is None)}
     if names := _hub_names(info.get("source")):
         front["datasets"] = names
-    if name := _base_model(checkpoint):
-        front["base_model"] = name
+    if base := _base_model(checkpoint):
+        front["base_model"] = base
     if has_record and not records:
         print("note: the run's metrics were not found, so the model card has no curves")
     text = CARD.format(
         front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()), title=plain(folder.name),
         total=human_count(total_parameters(config)), active=human_count(active_parameters(config)), origin=_origin(checkpoint) if has_record else "",
         trust="" if family else ", trust_remote_code=True", prompt='tokenizer.bos_token + "Once upon a time"' if is_ours else '"Once upon a time"',
-        code_note="" if family else CODE_NOTE, start_note=START_NOTE if is_ours else "", new_tokens=min(100, max(1, config.context_length // 2)), model=_table(_model_rows(source, family, dtype)),
+        code_note="" if family else CODE_NOTE, start_note=START_NOTE if is_ours else "",
+        new_tokens=min(100, max(1, config.context_length // 2)), model=_table(_model_rows(source, family, dtype)),
         training=_training(checkpoint, info, records, _draw(folder, records, checkpoint.step)) if has_record
-        else f"This was made from weights without a record of their training{f', {_base_model(checkpoint)}' * bool(_base_model(checkpoint))}: see the model that they come from.",
+        else f"This was made from weights without a record of their training{f', {base}' * bool(base)}: see the model that they come from.",
         measured=f"The only measure of its quality here is the validation loss: {validation}. No benchmark was run." if validation
         else "Nothing about its quality was measured here.",
         context=f"It cannot read more than {config.context_length:,} tokens: it has learned biases for those positions and none beyond." if config.use_attention_bias

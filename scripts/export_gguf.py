@@ -36,7 +36,7 @@ from runtime.files import write_text_atomic
 from runtime.hf_tokenizer import HuggingFaceTokenizer, byte_level_merges, special_words
 from runtime.huggingface import family_of
 from runtime.text import human_bytes
-from runtime.tokenizer import COMPACT, END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
+from runtime.tokenizer import END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
 
 ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
 QUANTIZE = ("f32", "f16", "bf16", "q8_0")
@@ -177,9 +177,8 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
     """The tokenizer, filled up to the `size` rows of the embedding. ValueError for one that llama.cpp cannot be."""
-    if tokenizer.name.endswith(COMPACT):
-        raise ValueError(f"llama.cpp has no tokenizer like {tokenizer.name}: it merges by rank, and does not spell what is not kept. "
-                         f"Train with --tokenizer {tokenizer.name.removesuffix(COMPACT)} or bpe:SIZE")
+    # A file without merges is refused, so single bytes get one that never applies: nothing makes its halves.
+    merges = [f"{spell(left)} {spell(right)}" for left, right in byte_level_merges(tokenizer)] or [f"{END_OF_TEXT} {END_OF_TEXT}"]
     kind = gguf.TokenType
     if isinstance(tokenizer, HuggingFaceTokenizer):
         data = json.loads(tokenizer.text)
@@ -193,8 +192,6 @@ def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
     tokens, kinds = map(list, zip(*(known.get(i, (f"[PAD{i}]", kind.UNUSED)) for i in range(size)), strict=True))
     if len(set(tokens)) < size:
         raise ValueError(f"two ids of {tokenizer.name} have the same text, which llama.cpp does not take")
-    # A file without merges is refused, so single bytes get one that never applies: nothing makes its halves.
-    merges = [f"{spell(left)} {spell(right)}" for left, right in byte_level_merges(tokenizer)] or [f"{END_OF_TEXT} {END_OF_TEXT}"]
     return Vocabulary(pre, tokens, kinds, merges)
 
 

@@ -55,7 +55,7 @@ def shard_bytes(text: str) -> int:
 
 def outgoing(config: ModelConfig, family: str | None, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) as the folder holds them, one at a time; family None: custom code. Selection biases keep float32."""
-    for name, tensor in export_tensors(config, family, weights) if family else custom_tensors(config, weights):
+    for name, tensor in export_tensors(config, family, weights) if family else custom_tensors(weights):
         yield name, rounded(name, tensor, dtype)
 
 
@@ -107,11 +107,12 @@ def write_json(path: Path, value: dict) -> None:
 
 def generation_config(source: Source) -> dict:
     """generation_config.json: predict.py's settings, and the ids that it never draws."""
-    tokenizer, d, vocabulary = source.tokenizer, PredictConfig(), source.model.config.vocabulary_size
-    never = [*tokenizer.undecodable_ids, *range(tokenizer.vocabulary_size, vocabulary)]
+    tokenizer, d, config = source.tokenizer, PredictConfig(), source.model.config
+    never = [*tokenizer.undecodable_ids, *range(tokenizer.vocabulary_size, config.vocabulary_size)]
     stops = list(tokenizer.stop_ids)
     settings = {"bos_token_id": tokenizer.start_id, "eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.end_of_text_id,
-                "do_sample": True, "temperature": d.temperature, "top_k": d.top_k, "top_p": d.top_p, "max_new_tokens": min(d.max_new_tokens, max(1, source.model.config.context_length // 2))}
+                "do_sample": True, "temperature": d.temperature, "top_k": d.top_k, "top_p": d.top_p,
+                "max_new_tokens": min(d.max_new_tokens, max(1, config.context_length // 2))}
     return settings | ({"suppress_tokens": never} if never else {})
 
 

@@ -24,13 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from config_model import ModelConfig, total_parameters
 from runtime.checkpoint import Checkpoint, meta_model, read_checkpoint, tokenizer_of, write_weights
 from runtime.cli import parser, run_main
-from runtime.export import DTYPES, ExportError, check_ids, check_output, lazy_model, logits_of, staged
-from runtime.hf_tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, read_tokenizer
+from runtime.export import DTYPES, ExportError, check_output, lazy_model, logits_of, staged
+from runtime.hf_tokenizer import CHECK_TEXTS, TEMPLATE_FILE, TOKENIZER_FILE, read_tokenizer
 from runtime.huggingface import export_tensors, folder_tensors, import_tensor, model_config_from
 from runtime.text import human_bytes
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-SIMPLE_TEXT = "Once upon a time there was a little girl named Lily. She loved to play outside in the sun with her dog."   # for models of stories, too
 COMPUTED = ".rotary_emb.inv_freq"   # a table that older versions saved; it follows from the config
 
 
@@ -108,19 +107,16 @@ def check(checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read:
     print(f"check: read back from the disk, digests match; an export gives back {compared:,} tensors of the folder bit for bit"
           + (f" ({not_there:,} are stored in another layout there)" if not_there else ""))
     if checkpoint.tokenizer_state:
-        ids_BT = check_ids(tokenizer_of(checkpoint), config)
+        tokenizer = tokenizer_of(checkpoint)
+        ids_BT = torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXTS[0])]])[:, :config.context_length]
     else:
         ids_BT = torch.arange(min(config.context_length, 64))[None] % config.vocabulary_size
     logits_BTV = logits_of(lazy_model(config, lambda name: checkpoint.model[name].float()), ids_BT)
     if not logits_BTV.isfinite().all():
         raise ExportError("its logits are not finite: nothing was written")
-    if checkpoint.tokenizer_state:
-        tokenizer = tokenizer_of(checkpoint)
-        ids_BT = torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(SIMPLE_TEXT)]])[:, :config.context_length]
     if checkpoint.tokenizer_state and ids_BT.shape[1] > 1:
-        logits_BTV = logits_of(lazy_model(config, lambda name: checkpoint.model[name].float()), ids_BT)
         loss = F.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:]).item()
-        print(f"check: cross-entropy of a simple English sentence {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f})")
+        print(f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f})")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     with staged(out, weights_bytes + (weights_bytes >> 8) + (1 << 27)) as temporary:   # the tokenizer is less than 2**26 characters
         write_weights(temporary, config, lambda name: import_tensor(config, family, name, has, read), dtype, tokenizer.to_state() if tokenizer else None,
                       {} if os.path.isdir(args.model) else {"imported_from": args.model})
-        check(read_checkpoint(temporary, private=False), family, has, read)
+        check(read_checkpoint(temporary, read_only=True), family, has, read)
     rounded = ", rounded" if dtype.itemsize < exact.itemsize else ""
     about = f"tokenizer {tokenizer.name}" if tokenizer else f"no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer"
     print(f"{out}: {family}, {total_parameters(config):,} parameters as {str(dtype).removeprefix('torch.')}{rounded}, "

@@ -37,7 +37,7 @@ def problem(case: str, *flags: str) -> attention.Problem:
 
 
 def check_row(row: dict, case: str, flops: int) -> None:
-    leaves = {"q", "k", "v"} | ({"table"} if "table" in case else set())
+    leaves = {"q", "k", "v"} | {name for name in ("table", "sinks") if name in case}
     assert row["errors"].keys() == row["same_bits"].keys() == leaves | {"output"}
     assert 0 < max(row["errors"].values()) < 1e-5          # float32 against float64
     assert row["flops_per_sec"] == pytest.approx(flops / row["seconds"]["median"]) and row["calls_per_sample"] == 1
@@ -47,7 +47,7 @@ def check_row(row: dict, case: str, flops: int) -> None:
 def test_benchmark_end_to_end(run, capsys):
     results = run("--cases", "causal,table,documents,table_documents")
     assert {"command", "commit", "hardware", "versions"} <= results["environment"].keys()
-    assert list(results["cases"]) == list(attention.CASES) and (results["batch_size"], results["context_length"], results["documents"]) == (2, 40, 3)
+    assert [*results["cases"], "sinks"] == list(attention.CASES) and (results["batch_size"], results["context_length"], results["documents"]) == (2, 40, 3)
     for case, figures in results["cases"].items():
         assert list(figures["variants"]) == [name for name in attention.VARIANTS if name != "sdpa_compiled"]
         for name, modes in figures["variants"].items():
@@ -70,6 +70,14 @@ def test_benchmark_end_to_end(run, capsys):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_sinks(run):
+    """The kernels with their results rescaled give what all scores give, and hold none of them; PyTorch's own function knows no sinks and says so."""
+    variants = {name: modes["default"] for name, modes in run("--cases", "sinks", "--variants", "manual,sdpa_expanded,rescaled")["cases"]["sinks"]["variants"].items()}
+    for name in ("manual", "rescaled"):
+        check_row(variants[name], "sinks", 6 * 2 * 4 * 16 * 2 * 40 * 41 // 2)
+    assert "knows no sinks" in variants["sdpa_expanded"]["why"] and variants["rescaled"]["peak_above_inputs_bytes"] < 0.5 * variants["manual"]["peak_above_inputs_bytes"]
+
+
 @pytest.mark.skipif(not hasattr(flex_module, "_validate_device"), reason="this PyTorch refuses its backward pass on a CPU elsewhere")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("case", attention.CASES)
@@ -79,7 +87,7 @@ def test_flex_gives_the_same_numbers(case, monkeypatch):
     monkeypatch.setattr(attention, "compiled", lambda function: function)
     p = problem(case)
     errors = attention.relative_errors(attention.run_once(attention.prepare_flex(p), p), attention.expected(p))
-    assert len(errors) == (5 if "table" in case else 4) and max(errors.values()) < 1e-5
+    assert len(errors) == (4 if case in ("causal", "documents") else 5) and max(errors.values()) < 1e-5
 
 
 def test_the_compiled_variant_is_compiled(monkeypatch):

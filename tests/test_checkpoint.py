@@ -197,6 +197,28 @@ def test_load_model_maps_the_file_and_training_on_it_never_reaches_the_file(save
     assert path.read_bytes() == saved.path.read_bytes()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX maps")
+def test_a_file_that_cannot_be_mapped_privately_is_shared_with_those_who_only_read(saved, monkeypatch):
+    """Linux refuses a private map of a file larger than memory and swap: what import_hf had written, no export could read. Sharing every map instead
+    would need the right to write to the file, and let a slip of an export change it."""
+    real, asked = torch.load, []
+
+    def load(path, **how):
+        asked.append(torch.serialization.get_default_mmap_options())
+        if asked[-1] == mmap.MAP_PRIVATE:
+            raise RuntimeError("unable to mmap 41800000000 bytes from file: Cannot allocate memory (12)")
+        return real(path, **how)
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError, match="GB, which this machine's memory and swap cannot hold"):
+        read_checkpoint(saved.path)
+    assert asked == [mmap.MAP_PRIVATE]
+    assert same(read_checkpoint(saved.path, read_only=True).model, saved.model.state_dict()) and asked[1:] == [mmap.MAP_PRIVATE, mmap.MAP_SHARED]
+    monkeypatch.setattr(torch, "load", lambda path, **how: (asked.append(torch.serialization.get_default_mmap_options()), real(path, **how))[1])
+    read_checkpoint(saved.path, read_only=True)
+    assert asked[3:] == [mmap.MAP_PRIVATE]
+
+
 def test_load_model_in_another_dtype(saved):
     model, _ = load_model(saved.path, dtype=torch.bfloat16)
     assert all(torch.equal(parameter, saved.model.get_parameter(name).bfloat16()) for name, parameter in model.named_parameters())

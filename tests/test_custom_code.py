@@ -34,7 +34,7 @@ def export(folder: Path, model: LLM, dtype: str = "float32") -> Path:
     source = Source(folder, model, None, SimpleNamespace(start_id=1, end_of_text_id=1))
     (folder / "config.json").write_text(json.dumps(custom_config(source, dtype)), encoding="utf-8")
     parameters = {f"model.{name}" for name, _ in model.named_parameters()}
-    tensors = {name: tensor.to(getattr(torch, dtype)) if name in parameters else tensor for name, tensor in custom_tensors(model.config, model.state_dict())}
+    tensors = {name: tensor.to(getattr(torch, dtype)) if name in parameters else tensor for name, tensor in custom_tensors(model.state_dict())}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -142,7 +142,7 @@ def test_logits_that_are_off_are_an_error(capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path, dtype):
-    """A private map of a file larger than memory and swap is refused by Linux: what import_hf could make, no export could read."""
+    """It may be larger than memory, so its map may be shared (tests/test_checkpoint.py); where it is not, what somebody writes to a weight stays in memory."""
     model, tokenizer = random_model(tiny_config(vocabulary_size=257)).eval(), load_tokenizer("byte")
     if dtype == torch.float32:
         path = save_checkpoint(tmp_path, 1, model, None, train_config=TrainConfig(), tokenizer_state=tokenizer.to_state())
@@ -158,9 +158,13 @@ def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "read_checkpoint", read)
         source = open_source(SimpleNamespace(ckpt=str(path), tokenizer=""))
-    assert seen == [{"private": False}] and source.tokenizer.name == "byte"
+    assert seen == [{"read_only": True}] and source.tokenizer.name == "byte"
     ids = torch.tensor([[256, *b"Once upon"]])
     with torch.no_grad():
         expected = model.to(dtype).float()(ids).logits
     for _ in range(2):
         assert torch.equal(export.logits_of(source.model, ids), expected)
+    before = path.read_bytes()
+    with torch.no_grad():
+        source.checkpoint.model["norm.weight"].zero_()
+    assert path.read_bytes() == before

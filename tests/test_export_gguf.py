@@ -485,7 +485,7 @@ def test_a_window_as_long_as_the_context_is_none(tmp_path):
 
 def test_compact_vocabularies_are_refused(tmp_path):
     tokenizer = compacted(Tokenizer("gpt2", stand_in()), range(300))
-    with pytest.raises(ValueError, match="llama.cpp has no tokenizer like gpt2:compact.*Train with --tokenizer gpt2 or bpe:SIZE"):
+    with pytest.raises(ValueError, match="gpt2:compact has no form that others read.*prepare the text with --tokenizer gpt2 or bpe:SIZE"):
         export_gguf.vocabulary_of(gguf, tokenizer, 400)
 
 

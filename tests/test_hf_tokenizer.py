@@ -181,7 +181,7 @@ def _words(tokenizer: Tokenizer, texts: list[str]) -> set[str]:
 def test_a_compact_vocabulary_is_refused_in_a_line(tmp_path):
     base = Tokenizer("gpt2", stand_in())
     for refused in (lambda: write_tokenizer(compacted(base, [300]), tmp_path, 64), lambda: byte_level_merges(compacted(base, [300]))):
-        with pytest.raises(ValueError, match="^tokenizer gpt2:compact has no tokenizer.json: .*prepare the text with --tokenizer gpt2 or bpe:SIZE.*$"):
+        with pytest.raises(ValueError, match="^tokenizer gpt2:compact has no form that others read: .*prepare the text with --tokenizer gpt2 or bpe:SIZE.*$"):
             refused()
     assert not list(tmp_path.iterdir())
 

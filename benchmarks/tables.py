@@ -70,6 +70,15 @@ def allocator_line() -> str:
             f"{row['ratio']:.2f} times PyTorch's defaults ({row['processes_each']} processes each, in turns).")
 
 
+def sinks_line() -> str:
+    """Attention with sinks, by PyTorch's kernels and by all scores."""
+    result = stored("attention_sinks_cpu")
+    plain, ours = (result["cases"]["sinks"]["variants"][name]["default"] for name in ("manual", "rescaled"))
+    return (f"Attention with gpt-oss's sinks, forward and backward, by PyTorch's flash kernel with its result rescaled: {plain['seconds']['median'] / ours['seconds']['median']:.1f} times as fast as "
+            f"with all scores, in {human_bytes(ours['peak_above_inputs_bytes'])} instead of {human_bytes(plain['peak_above_inputs_bytes'])} ({result['context_length']:,} tokens, "
+            f"{result['num_heads']} heads of {result['head_dim']}; {machine(result)}; `attention_sinks_cpu.json`).")
+
+
 def speed_table() -> str:
     """Training and decoding through the users' own programs."""
     lines = ["| tokens/s | training | prefill, 64 tokens | greedy decoding, batch 1 |", "|---|---|---|---|"]
@@ -171,7 +180,7 @@ def llama_cpp_table() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     cli.parser(__doc__).parse_args(argv)
-    replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line(), "speed": speed_table(), "decoding": decoding_table(),
+    replace_between(REPO / "README.md", {"training speed": training_table(), "allocator": allocator_line(), "sinks": sinks_line(), "speed": speed_table(), "decoding": decoding_table(),
                                         "launch": launch_line(), "reliability": reliability_table(),
                                         "exports": exports_table(), "export sizes": export_sizes_table(), "llama.cpp": llama_cpp_table()})
     return 0

@@ -27,7 +27,7 @@ def test_the_preset_table_is_computed():
 
 def test_the_speeds_are_the_stored_ones():
     """Run `python -m benchmarks.tables` if this fails."""
-    assert between("training speed") == tables.training_table() and between("allocator") == tables.allocator_line()
+    assert between("training speed") == tables.training_table() and between("allocator") == tables.allocator_line() and between("sinks") == tables.sinks_line()
     assert between("speed") == tables.speed_table() and between("decoding") == tables.decoding_table() and between("launch") == tables.launch_line()
     assert between("reliability") == tables.reliability_table()
     assert between("exports") == tables.exports_table() and between("export sizes") == tables.export_sizes_table() and between("llama.cpp") == tables.llama_cpp_table()

@@ -116,7 +116,8 @@ def check(checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read:
         raise ExportError("its logits are not finite: nothing was written")
     if checkpoint.tokenizer_state and ids_BT.shape[1] > 1:
         loss = F.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:]).item()
-        print(f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f})")
+        print(f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f}, "
+              "which a model of other texts need not beat)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -183,14 +183,17 @@ def html_page(title: str, pieces: list[str], experts_LTK: Tensor, gates_LTK: Ten
     gates = [[[round(gate, 5) for gate in chosen] for chosen in block] for block in gates_LTK.tolist()]
     data = {"num_experts": num_experts, "num_prompt_tokens": num_prompt_tokens, "pieces": pieces, "experts": experts_LTK.tolist(), "gates": gates}
     spans = "".join(_token_span(t, piece, t < num_prompt_tokens, data["experts"][0][t][0], gates_LTK[0, t, 0].item(), K) for t, piece in enumerate(pieces))
-    style = STYLE + _expert_styles(num_experts) + f"\n.dense{{min-width:{0.68 * num_experts + 3:.0f}rem}}\n"  # wide enough for cells to be seen and hit
+    # Cells wide enough to be seen and hit, and for the largest number that can be: all of one expert.
+    digits = len(f"{num_experts / K:.2f}")
+    style = STYLE + _expert_styles(num_experts) + f"\n.dense{{min-width:{0.68 * num_experts + 3:.0f}rem}}\n"
+    style += f".numbers{{min-width:calc({digits * num_experts}ch + {0.3 * num_experts:.1f}rem + max(2.6rem, 6ch))}}\n"
     hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in (("style", style), ("script", SCRIPT))}
     drawn = T - num_prompt_tokens
     facts = [f"{drawn} token{'s' * (drawn != 1)} after a prompt of {num_prompt_tokens}", f"{L} block{'s' * (L != 1)}", f"{num_experts} experts, {K} per token"]
     legend = "".join(f'<i class="q{level}"></i>' for level in range(HEAT_LEVELS))
     return PAGE.format(
         policy=f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'", style=style,
-        title=_clean(title), about=f'<p class="about">{_clean(about)}</p>\n' if about else "", facts=" &middot; ".join(facts), spans=spans, last_block=L - 1,
+        title=_clean(title), about=f'<p class="about">{_clean(about)}</p>\n' if about else "", facts=" &middot; ".join(facts), spans=spans, last_block=L - 1, block_room="0" * len(str(L - 1)),
         fixed=" disabled" if L == 1 else "", heat=_heat_table(_counts(experts_LTK, num_experts), T * K), legend=legend, fair=f"{100 / num_experts:.3g}", data=_json_in_html(data), script=SCRIPT)
 
 
@@ -214,7 +217,7 @@ PAGE = """<!doctype html>
 <section class="card story" aria-labelledby="text-title">
 <div class="bar">
 <h2 id="text-title">Text</h2>
-<label class="pick">Tint by strongest expert in block <input id="block" type="range" min="0" max="{last_block}" value="0" step="1"{fixed}><output id="block-shown" for="block">0</output></label>
+<label class="pick">Tint by strongest expert in block <input id="block" type="range" min="0" max="{last_block}" value="0" step="1"{fixed}><span class="still" data-room="{block_room}"><output id="block-shown" for="block">0</output></span></label>
 </div>
 <div id="text" class="text" dir="auto" translate="no" role="listbox" aria-orientation="horizontal" aria-label="The tokens of the text; arrow keys go from one to the next">{spans}</div>
 <p class="note"><span class="p">Dotted italics</span> are the prompt. The deeper a tint, the larger the strongest expert's gate.</p>
@@ -222,9 +225,11 @@ PAGE = """<!doctype html>
 </section>
 <aside id="detail" class="card detail" aria-label="Experts of one token"></aside>
 <section class="card use" aria-labelledby="use-title">
-<div class="bar"><h2 id="use-title">Expert use</h2><p class="scale" aria-hidden="true"><span>&le; &frac14;</span>{legend}<span>&ge; 4 &times; fair share ({fair} %)</span></p></div>
+<div class="bar"><h2 id="use-title">Expert use</h2><p class="scale" aria-hidden="true">
+<span>&le; &frac14;</span><span class="steps">{legend}</span><span>&ge; 4</span> <span>&times; fair share ({fair} %)</span></p></div>
 <div class="scroll">{heat}</div>
-<p id="read" class="note read" aria-live="polite">Share of a block's assignments over the fair share. Point at a cell to see its tokens; click to keep them, Esc to let go.</p>
+<div class="note read still"><p id="read" aria-live="polite">Share of a block's assignments over the fair share.
+Point at a cell to see its tokens; click to keep them, Esc to let go.</p></div>
 </section>
 </main>
 <script type="application/json" id="data">{data}</script>
@@ -256,7 +261,7 @@ main{display:grid;grid-template-columns:minmax(0,1fr) 21rem;gap:1.1rem;margin-to
 .bar{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;justify-content:space-between;align-items:center;margin-bottom:.8rem}
 .pick{display:flex;gap:.55rem;align-items:center}
 .pick input{width:7.5rem;margin:0;accent-color:var(--accent)}
-output{min-width:1.4em;color:var(--ink);font-weight:650;font-variant-numeric:tabular-nums}
+.pick .still{flex:none;min-width:1.4em;color:var(--ink);font-weight:650}
 .text{font:1.13rem/2 "Iowan Old Style","Palatino Linotype",Palatino,Charter,Georgia,"Liberation Serif",serif;white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4}
 .note{margin-top:.9rem}
 .t{border-radius:3px;padding:.14em 0;margin-right:1px;cursor:default;-webkit-box-decoration-break:clone;box-decoration-break:clone;
@@ -270,16 +275,17 @@ background:oklch(calc(var(--tint-l) + var(--tier)*var(--tier-l)) var(--tint-c) v
 :focus{outline:none}
 :focus-visible{outline:2.5px solid var(--accent);outline-offset:2px}
 .t:focus-visible{outline-offset:1.5px;box-shadow:none}
-.which{color:var(--soft);font-size:.87rem;font-variant-numeric:tabular-nums}
-.piece{font:1.35rem/1.3 "Iowan Old Style","Palatino Linotype",Palatino,Charter,Georgia,"Liberation Serif",serif;height:1.75rem;white-space:pre;overflow:hidden;text-overflow:ellipsis}
+.which{color:var(--soft);font-size:.87rem}
+.piece{font:1.35rem/1.3 "Iowan Old Style","Palatino Linotype",Palatino,Charter,Georgia,"Liberation Serif",serif;height:1lh;white-space:pre;overflow:hidden;text-overflow:ellipsis}
 .piece b{font-weight:400;color:var(--soft)}
-.detail table{width:100%;border-collapse:collapse;margin-top:.75rem;font-size:.9rem;font-variant-numeric:tabular-nums}
+.detail table{width:100%;table-layout:fixed;border-collapse:collapse;margin-top:.75rem;font-size:.9rem;font-variant-numeric:tabular-nums}
 .detail th{font-weight:400;color:var(--soft);text-align:start;vertical-align:top;padding:.5rem .5rem .45rem}
 .detail thead th{padding-block:0 .3rem;font-size:.82rem}
 .detail td{padding:.5rem .5rem .55rem 0;border-top:1px solid var(--line)}
+.detail thead th:first-child{width:max(3.3rem,calc(6ch + 1rem))}
 .detail tbody th{width:3.3rem;border-top:1px solid var(--line)}
 .detail tr.now th{color:var(--ink);font-weight:650;box-shadow:inset 3px 0 var(--accent)}
-.chosen{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.9rem,1fr));gap:.1rem .4rem}
+.chosen{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,max(5.9rem,12ch)),1fr));gap:.1rem .4rem}
 .chosen span{display:flex;align-items:baseline;gap:.4rem;white-space:nowrap}
 .chosen b{text-align:end;font-weight:650}
 .chosen i{align-self:center;width:.6em;height:.6em;border-radius:50%}
@@ -290,15 +296,21 @@ background:oklch(calc(var(--tint-l) + var(--tier)*var(--tier-l)) var(--tint-c) v
 .use table{width:100%;border-collapse:separate;border-spacing:2px;table-layout:fixed;font-size:.82rem;font-variant-numeric:tabular-nums}
 .use th{font-weight:400;vertical-align:bottom;color:var(--soft);padding:0;overflow:visible;white-space:nowrap}
 .use thead th::after{content:"";display:block;height:3px;border-radius:2px;margin:.15rem 0 .1rem}
-.use .corner{width:3.1rem;text-align:start}.use thead th.corner::after{background:none}
+.use .corner{width:max(2.6rem,6ch);text-align:start}.use thead th.corner::after{background:none}
 .use tbody th{text-align:start;vertical-align:middle}
 .use td{height:1.9rem;padding:0;text-align:center;border-radius:4px;cursor:pointer}
 .dense td{height:1.4rem;border-radius:2px}.dense thead th{font-size:.72rem}
 .use td:hover{box-shadow:0 0 0 1.5px var(--ink)}
 .use td[aria-selected]{box-shadow:0 0 0 2.5px var(--ink)}
-.scale{display:flex;align-items:center;gap:2px}
-.scale i{width:1.05rem;height:.7rem;border-radius:2px}.scale span{padding:0 .35rem;white-space:nowrap}
-.read{min-height:1.5em}
+.scale{display:flex;flex-wrap:wrap;align-items:center;gap:0 .35em}
+.steps{display:flex;gap:2px;margin:0 .15rem}
+.scale i{width:1.05rem;height:.7rem;border-radius:2px}
+/* Room for the longest text that may come: two of them, unseen, lie where the text lies. */
+.still{display:grid;grid-template-columns:minmax(0,1fr);font-variant-numeric:tabular-nums}
+.still>*,.still::before,.still::after{grid-area:1/1}
+.still::before,.still::after{visibility:hidden}
+.still::before{content:attr(data-room)}
+.still::after{content:attr(data-more-room)}
 .q0{background:var(--under)}.q1{background:color-mix(in oklab,var(--under) 75%,var(--fair))}.q2{background:color-mix(in oklab,var(--under) 50%,var(--fair))}
 .q3{background:color-mix(in oklab,var(--under) 25%,var(--fair))}.q4{background:var(--fair)}.q5{background:color-mix(in oklab,var(--over) 25%,var(--fair))}
 .q6{background:color-mix(in oklab,var(--over) 50%,var(--fair))}.q7{background:color-mix(in oklab,var(--over) 75%,var(--fair))}.q8{background:var(--over)}
@@ -307,8 +319,9 @@ background:oklch(calc(var(--tint-l) + var(--tier)*var(--tier-l)) var(--tint-c) v
 .detail:empty{display:none}
 @media (max-width:56rem){main{grid-template-columns:minmax(0,1fr)}html{scroll-padding-bottom:calc(40vh + 1rem)}body{padding-top:1.3rem}
 .card{padding:.9rem 1rem}.detail{grid-column:1;grid-row:auto;order:3;top:auto;bottom:0;max-height:40vh;margin:0 -.4rem;border-radius:12px 12px 0 0;box-shadow:0 -6px 20px #0002}
-.read{min-height:4.5em}.pick{gap:.4rem}.pick input{width:5.5rem}.which{float:right}.piece{font-size:1.13rem;height:1.5rem}.detail table{margin-top:.3rem}.detail thead{display:none}
-.detail th,.detail td{padding-block:.25rem .35rem}.gates{margin-top:.15rem}}
+.pick{gap:.4rem}.pick input{width:5.5rem}.top{display:flex;justify-content:space-between;gap:.8rem}.which{order:1;flex:none;max-width:60%}
+.piece{flex:1;min-width:0;font-size:1.13rem}.detail table{margin-top:.3rem}.detail thead{display:none}
+.use .numbers{font-size:.72rem}.detail th,.detail td{padding-block:.25rem .35rem}.gates{margin-top:.15rem}}
 @media (prefers-reduced-motion:reduce){.t{transition:none}}
 @media print{body{background:none;padding:0}main{display:block}.card{border:0;padding:.5rem 0;break-inside:auto}.detail,.pick,.read,.skip{display:none}
 .t,.use td,.scale i,.use thead th::after{print-color-adjust:exact;-webkit-print-color-adjust:exact}.t[aria-selected]{box-shadow:none}}
@@ -323,6 +336,7 @@ SCRIPT = """
   const text = $("text"), slider = $("block"), read = $("read"), hint = read.textContent;
   const tokens = [...text.querySelectorAll(".t")], kinds = tokens.map(token => token.className.replace(/ [eg]\\d+/g, ""));
   const rows = [...$("use").tBodies[0].rows].map(row => [...row.querySelectorAll("td")]), cells = rows.flat();
+  const KEPT = " (kept: Esc lets go)", named = (t, part) => `Token ${t} \\u00B7 ${part}`;
   let block = 0, current = -1, pointed = null, kept = null;  // pointed, kept: cells of the heat map
 
   const level = gate => K === 1 ? 3 : Math.min(3, Math.floor(4 * Math.max(0, gate - 1 / K) / (1 - 1 / K)));
@@ -343,13 +357,18 @@ SCRIPT = """
       const kind = kinds[t] + (k < 0 ? " off" : " e" + experts[l][t][k] + " g" + level(gates[l][t][k]));
       if (token.className !== kind) token.className = kind;
     });
-    const says = cell ? cell.title + (cell === kept ? " (kept: Esc lets go)" : "") : hint;
+    const says = cell ? cell.title + (cell === kept ? KEPT : "") : hint;
     if (read.textContent !== says) read.textContent = says;
     cells.forEach(one => one.hasAttribute("aria-selected") && one !== kept && one.removeAttribute("aria-selected"));
     if (kept) kept.setAttribute("aria-selected", "true");
   }
 
-  const panel = $("detail"), which = put(panel, "p", "which"), piece = put(panel, "p", "piece"), table = put(panel, "table"), said = put(panel, "p", "sr");
+  // Room for the longest of some texts, word by word; a digit takes as much as any other.
+  const longest = texts => texts.map(text => text.split(" ")).reduce((a, b) => a.map((word, i) => word.length < b[i].length ? b[i] : word)).join(" ").replace(/\\d/g, "0");
+  const panel = $("detail"), top = put(panel, "div", "top"), which = put(put(top, "div", "which still"), "p"), piece = put(top, "p", "piece");
+  const table = put(panel, "table"), said = put(panel, "p", "sr");
+  [which.parentNode.dataset.room, which.parentNode.dataset.moreRoom] = ["prompt", "answer"].map(part => named(T - 1, part).replace(/\\d/g, "0"));
+  [read.parentNode.dataset.room, read.parentNode.dataset.moreRoom] = [hint, longest(cells.map(cell => cell.title)) + KEPT];
   said.setAttribute("aria-live", "polite");
   const head = put(put(table, "thead"), "tr");
   put(head, "th", "", "Block").scope = put(head, "th", "", "Experts and their gates").scope = "col";
@@ -370,8 +389,7 @@ SCRIPT = """
     if (current >= 0) tokens[current].removeAttribute("aria-selected");
     current = t;
     tokens[t].setAttribute("aria-selected", "true");
-    const part = t < num_prompt_tokens ? "prompt" : "answer";
-    which.textContent = `Token ${t} \\u00B7 ${part}`;
+    which.textContent = named(t, t < num_prompt_tokens ? "prompt" : "answer");
     piece.textContent = "";
     put(piece, "b", "", "\\u201C");
     piece.append(spell(tokens[t].textContent));

@@ -186,6 +186,8 @@ def html_page(title: str, pieces: list[str], experts_LTK: Tensor, gates_LTK: Ten
     # Cells wide enough to be seen and hit, and for the largest number that can be: all of one expert.
     digits = len(f"{num_experts / K:.2f}")
     style = STYLE + _expert_styles(num_experts) + f"\n.dense{{min-width:{0.68 * num_experts + 3:.0f}rem}}\n"
+    # A dot, an expert's number, bold, and a gate of up to 100.0 %.
+    style += f".chosen{{--gate:calc(.6em + .8rem + {1.15 * len(str(num_experts - 1)) + 6.6:.2f}ch)}}\n"
     style += f".numbers{{min-width:calc({digits * num_experts}ch + {0.3 * num_experts:.1f}rem + max(2.6rem, 6ch))}}\n"
     hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in (("style", style), ("script", SCRIPT))}
     drawn = T - num_prompt_tokens
@@ -254,7 +256,7 @@ p{margin:0}
 .about{margin-top:.35rem;max-width:46rem;overflow-wrap:anywhere;white-space:pre-line}
 .facts,.note,.scale,.pick{color:var(--soft);font-size:.87rem}
 .facts{margin-top:.3rem}
-main{display:grid;grid-template-columns:minmax(0,1fr) 21rem;gap:1.1rem;margin-top:1.4rem;align-items:start}
+main{display:grid;grid-template:auto 1fr/minmax(0,1fr) 21rem;gap:1.1rem;margin-top:1.4rem;align-items:start}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.3rem}
 .story,.use{grid-column:1}
 .detail{grid-column:2;grid-row:1/span 2;position:sticky;top:1rem;max-height:calc(100vh - 2rem);overflow:auto}
@@ -285,7 +287,7 @@ background:oklch(calc(var(--tint-l) + var(--tier)*var(--tier-l)) var(--tint-c) v
 .detail thead th:first-child{width:max(3.3rem,calc(6ch + 1rem))}
 .detail tbody th{width:3.3rem;border-top:1px solid var(--line)}
 .detail tr.now th{color:var(--ink);font-weight:650;box-shadow:inset 3px 0 var(--accent)}
-.chosen{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,max(5.9rem,12ch)),1fr));gap:.1rem .4rem}
+.chosen{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--gate)),1fr));gap:.1rem .4rem}
 .chosen span{display:flex;align-items:baseline;gap:.4rem;white-space:nowrap}
 .chosen b{text-align:end;font-weight:650}
 .chosen i{align-self:center;width:.6em;height:.6em;border-radius:50%}
@@ -317,11 +319,12 @@ background:oklch(calc(var(--tint-l) + var(--tier)*var(--tier-l)) var(--tint-c) v
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
 .skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.6rem;background:var(--card);color:var(--accent);padding:.2rem .6rem;z-index:2}
 .detail:empty{display:none}
-@media (max-width:56rem){main{grid-template-columns:minmax(0,1fr)}html{scroll-padding-bottom:calc(40vh + 1rem)}body{padding-top:1.3rem}
+@media (max-width:56rem){main{grid-template:none/minmax(0,1fr)}html{scroll-padding-bottom:calc(40vh + 1rem)}body{padding-top:1.3rem}
 .card{padding:.9rem 1rem}.detail{grid-column:1;grid-row:auto;order:3;top:auto;bottom:0;max-height:40vh;margin:0 -.4rem;border-radius:12px 12px 0 0;box-shadow:0 -6px 20px #0002}
 .pick{gap:.4rem}.pick input{width:5.5rem}.top{display:flex;justify-content:space-between;gap:.8rem}.which{order:1;flex:none;max-width:60%}
 .piece{flex:1;min-width:0;font-size:1.13rem}.detail table{margin-top:.3rem}.detail thead{display:none}
-.use .numbers{font-size:.72rem}.detail th,.detail td{padding-block:.25rem .35rem}.gates{margin-top:.15rem}}
+.detail th,.detail td{padding-block:.25rem .35rem}.gates{margin-top:.15rem}}
+@media (max-width:32rem){.use .numbers{font-size:.72rem}}
 @media (prefers-reduced-motion:reduce){.t{transition:none}}
 @media print{body{background:none;padding:0}main{display:block}.card{border:0;padding:.5rem 0;break-inside:auto}.detail,.pick,.read,.skip{display:none}
 .t,.use td,.scale i,.use thead th::after{print-color-adjust:exact;-webkit-print-color-adjust:exact}.t[aria-selected]{box-shadow:none}}

@@ -390,6 +390,16 @@ MUTANTS = [
     mutant(OWN, "what a kill left is never removed", "runtime/checkpoint.py", "        _remove_leftovers(folder)\n", "", "test_checkpoint.py::test_leftovers_of_a_kill_are_removed"),
     mutant(OWN, "a pruned step file takes best.pt with it", "runtime/checkpoint.py", "if path.resolve() not in names:", "if True:", "test_checkpoint.py::test_keep_last_prunes_and_never_what_latest_or_best_name"),
     mutant(OWN, "a step file is written with all of a shared storage", "runtime/checkpoint.py", "return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)", "return tensor", "test_checkpoint.py::test_views_of_larger_storages_are_written_alone"),
+    # ------------------------------------------------------------------------------- own: the page of expert maps, in a browser
+    mutant(OWN, "no room is kept for what the line under the heat map may say", "runtime/expert_map.py",
+           ".still::after{content:attr(data-more-room)}", "",
+           "test_expert_map.py::test_the_page_holds_still_and_whole_in_any_fonts"),
+    mutant(OWN, "the legend of the heat map is never two lines", "runtime/expert_map.py",
+           ".scale{display:flex;flex-wrap:wrap;", ".scale{display:flex;white-space:nowrap;",
+           "test_expert_map.py::test_the_page_holds_still_and_whole_in_any_fonts"),
+    mutant(OWN, "a bold number makes its column wider", "runtime/expert_map.py",
+           ".detail tbody th{width:3.3rem;", ".detail tbody th{width:max(3.3rem,6ch);",
+           "test_expert_map.py::test_the_page_holds_still_and_whole_in_any_fonts"),
 ]
 
 

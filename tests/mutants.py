@@ -1,10 +1,12 @@
 """Faults put back into copies of the code, one at a time, each of which the tests must notice.
 
-    python -m tests.mutants                  all of them: about ten minutes on one core, into benchmarks/results/mutants.json
+    python -m tests.mutants                  all of them: about five minutes on two cores, into benchmarks/results/mutants.json
     python -m tests.mutants --only T2 M6.2   those of some faults (of the reference implementation, as the tests' docstrings number them), or single ones
+    python -m tests.mutants -j 1             one at a time; otherwise as many as there are cores, at most 4
 
 A mutant is a few changed characters and the tests that should fail for it. Before, all of these tests must pass on the unchanged
 copy, or a mutant would prove nothing. Exit code 1 if one survives.
+Some need what their tests need: a C compiler, Chromium. On a machine without it they survive, and the line says so.
 """
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from benchmarks.common import REPO, SHARED, save_results
 from runtime import cli
 
 HANG_SECONDS = 600          # a mutant takes about three
+MOST_JOBS = 4               # unless more are asked for: each has a copy of the tree and up to 2 GB in memory
 CAUGHT = (1, 2)             # pytest's exit codes: tests failed; a module could not be collected, or a Ctrl-C came through
 
 # The faults of the reference implementation that were confirmed by running it: each must be mutated here, or be said not to apply. And those confirmed in part.
@@ -392,7 +397,7 @@ MUTANTS = [
     mutant(OWN, "a step file is written with all of a shared storage", "runtime/checkpoint.py", "return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)", "return tensor", "test_checkpoint.py::test_views_of_larger_storages_are_written_alone"),
     # ------------------------------------------------------------------------------- own: the page of expert maps, in a browser
     mutant(OWN, "no room is kept for what the line under the heat map may say", "runtime/expert_map.py",
-           ".still::after{content:attr(data-more-room)}", "",
+           "longest(cells.map(cell => cell.title)) + KEPT]", "hint]",
            "test_expert_map.py::test_the_page_holds_still_and_whole_in_any_fonts"),
     mutant(OWN, "the legend of the heat map is never two lines", "runtime/expert_map.py",
            ".scale{display:flex;flex-wrap:wrap;", ".scale{display:flex;white-space:nowrap;",
@@ -505,48 +510,98 @@ def ended(test: str, cases: Sequence[tuple[str, str, str]]) -> set[str]:
     return {result for case, result, _ in cases if case == test or case.startswith(f"{test}[")}
 
 
-def run(chosen: Sequence[tuple[str, Mutant]], say=print) -> list[Outcome]:
-    """Try some mutants, each under a name."""
-    outcomes = []
+@contextmanager
+def copy_of_the_tree() -> Iterator[Tests]:
+    """A copy of the working tree in a temporary folder of its own, and the means to run its tests."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         folder = Path(temporary) / "copy"
         copy_tree(folder)
         with Tests(folder) as tests:
-            everything = sorted({test for _, one in chosen for test in one.tests})
-            started = time.perf_counter()
-            code, cases, printed = tests.run(everything, seconds=2 * HANG_SECONDS)
-            say(f"{len(everything)} tests on the unchanged code: exit code {code}, {time.perf_counter() - started:.0f} s")
-            if code not in (0, 1):
-                raise ValueError(f"the tests do not run on the unchanged code: {printed.strip()[-500:]}")
-            for turn, (name, one) in enumerate(chosen):
-                started, why = time.perf_counter(), ""
-                before = [ended(test, cases) for test in one.tests]
-                if any("failed" in results for results in before):
-                    caught, said = False, "its tests fail on the unchanged code too"
-                elif not any("passed" in results for results in before):
-                    caught, said = False, "none of its tests runs on this machine"
-                else:
-                    with mutated(folder, one, 1_000_000_000 + 10 * turn):
-                        code, after, printed = tests.run(one.tests, "-x")
-                    caught = code in CAUGHT
-                    if caught:
-                        said, why = next(((case, why[:200]) for case, result, why in after if result == "failed"), (f"exit code {code}", ""))
-                    else:
-                        said = "its tests hang" if code is None else "its tests pass" if code == 0 else f"pytest ended with {code}: {' '.join(printed.split())[-200:]}"
-                outcomes.append(Outcome(name, one, caught, said, why, time.perf_counter() - started))
-                say(f"{'caught  ' if caught else 'SURVIVES'} {name:6} {outcomes[-1].seconds:5.1f} s  {one.file}: {one.what}  [{said}{': ' * bool(why)}{why}]")
-    return outcomes
+            yield tests
+
+
+def run_unchanged(tests: Tests, some: Sequence[str]) -> tuple[int, list[tuple[str, str, str]]]:
+    """(exit code, cases) of some tests on the unchanged code. Raises ValueError if they do not run."""
+    code, cases, printed = tests.run(some, seconds=2 * HANG_SECONDS)
+    if code not in (0, 1):
+        raise ValueError(f"the tests do not run on the unchanged code: {printed.strip()[-500:]}")
+    return code, cases
+
+
+def try_one(tests: Tests, name: str, one: Mutant, turn: int, cases: Sequence[tuple[str, str, str]]) -> Outcome:
+    """What one mutant's tests say of it. `cases`: what all tests said of the unchanged code."""
+    started, why, caught = time.perf_counter(), "", False
+    before = [ended(test, cases) for test in one.tests]
+    if any("failed" in results for results in before):
+        said = "its tests fail on the unchanged code too"
+    elif not any("passed" in results for results in before):
+        said = "none of its tests runs on this machine"
+    else:
+        with mutated(tests.folder, one, 1_000_000_000 + 10 * turn):
+            code, after, printed = tests.run(one.tests, "-x")
+        caught = code in CAUGHT
+        if caught:
+            failures = ((case, why[:200]) for case, result, why in after if result == "failed")
+            said, why = next(failures, (f"exit code {code}", ""))
+        elif code is None:
+            said = "its tests hang"
+        else:
+            said = "its tests pass" if code == 0 else f"pytest ended with {code}: {' '.join(printed.split())[-200:]}"
+    return Outcome(name, one, caught, said, why, time.perf_counter() - started)
+
+
+def run(chosen: Sequence[tuple[str, Mutant]], say=print, jobs: int = 1) -> list[Outcome]:
+    """Try some mutants, each under a name, `jobs` at a time, each in a copy of the tree that no other uses then."""
+    with ExitStack() as stack:
+        copies: SimpleQueue[Tests] = SimpleQueue()
+        for _ in range(jobs):
+            copies.put(stack.enter_context(copy_of_the_tree()))
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+
+        def in_a_copy(function, *arguments):
+            tests = copies.get()
+            try:
+                return function(tests, *arguments)
+            finally:
+                copies.put(tests)
+
+        everything = sorted({test for _, one in chosen for test in one.tests})
+        started = time.perf_counter()
+        shares = filter(None, (everything[job::jobs] for job in range(jobs)))
+        results = list(pool.map(lambda share: in_a_copy(run_unchanged, share), shares))
+        cases = [case for _, some in results for case in some]
+        code = max((code for code, _ in results), default=0)
+        say(f"{len(everything)} tests on the unchanged code: exit code {code}, {time.perf_counter() - started:.0f} s")
+
+        def attempt(turn: int) -> Outcome:
+            o = in_a_copy(try_one, *chosen[turn], turn, cases)
+            verdict = "caught  " if o.caught else "SURVIVES"
+            say(f"{verdict} {o.name:6} {o.seconds:5.1f} s  {o.mutant.file}: {o.mutant.what}  [{o.said}{': ' * bool(o.why)}{o.why}]")
+            return o
+
+        return list(pool.map(attempt, range(len(chosen))))
+
+
+def default_jobs() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_JOBS, cores)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="ID", help="faults (T2) or single mutants (T2.3); nothing is stored then")
-    only = parser.parse_args(argv).only
+    parser.add_argument("-j", "--jobs", type=int, default=default_jobs(), metavar="N",
+                        help=f"mutants tried at the same time (here {default_jobs()})")
+    arguments = parser.parse_args(argv)
+    only = arguments.only
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}: it is the number of mutants tried at the same time")
     everything = list(zip(names(), MUTANTS, strict=True))
     if unknown := set(only or ()) - {name for name, _ in everything} - {one.fault for one in MUTANTS}:
         raise ValueError(f"there is no mutant {min(unknown)}; there are {', '.join(dict.fromkeys(one.fault for one in MUTANTS))}")
     started = time.perf_counter()
-    outcomes = run([(name, one) for name, one in everything if only is None or name in only or one.fault in only], lambda line: print(line, flush=True))
+    chosen = [(name, one) for name, one in everything if only is None or name in only or one.fault in only]
+    outcomes = run(chosen, lambda line: print(line, flush=True), arguments.jobs)
     caught = sum(outcome.caught for outcome in outcomes)
     print(f"{caught} of {len(outcomes)} mutants caught in {time.perf_counter() - started:.0f} s")
     if only is None:

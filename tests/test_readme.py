@@ -11,6 +11,7 @@ from predict import PredictConfig
 from prepare_data import parse_options
 from runtime import cli
 from tests.conftest import REPO
+from tests.mutants import MUTANTS, names
 
 README = (REPO / "README.md").read_text()
 COMMANDS = re.findall(r"^(?:python3?|make) .*$", README, re.MULTILINE)
@@ -31,6 +32,16 @@ def test_the_speeds_are_the_stored_ones():
     assert between("speed") == tables.speed_table() and between("decoding") == tables.decoding_table() and between("launch") == tables.launch_line()
     assert between("reliability") == tables.reliability_table()
     assert between("exports") == tables.exports_table() and between("export sizes") == tables.export_sizes_table() and between("llama.cpp") == tables.llama_cpp_table()
+
+
+def test_the_mutants_it_counts_are_those_there_are():
+    """The figure was of an older list: 203 of 203, when there were 217. Run `python -m tests.mutants`, then `python -m benchmarks.tables`."""
+    result = tables.stored("mutants")
+    tried = [(one["id"], one["what"]) for one in result["mutants"] if one["caught"]]
+    stale = "benchmarks/results/mutants.json is of another list: run `python -m tests.mutants`, then `python -m benchmarks.tables`"
+    assert result["made"] == result["caught"] == len(MUTANTS), stale
+    assert tried == [(name, one.what) for name, one in zip(names(), MUTANTS, strict=True)], stale
+    assert re.findall(r"Mutants: (\d+) of (\d+) caught", README) == [(str(len(MUTANTS)),) * 2], stale
 
 
 def test_every_picture_and_file_it_names_is_there():

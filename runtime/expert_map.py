@@ -130,6 +130,20 @@ def _expert_styles(num_experts: int) -> str:
     return "\n".join(f".e{expert}{{--h:{hue};--tier:{tiers[expert % len(tiers)]}}}" for expert, hue in enumerate(_hues(num_experts)))
 
 
+def _width_styles(num_experts: int, K: int) -> str:
+    """Style rules for the room that numbers of this many experts take, in any font."""
+    # The largest number a cell can hold: every token chose its expert.
+    characters = len(f"{num_experts / K:.2f}")
+    cells = f"{characters * num_experts}ch + {0.3 * num_experts:.1f}rem"
+    # A dot, two gaps, an expert's number, bold, and a gate of up to 100.0 %.
+    gate = f".6em + .8rem + {1.15 * len(str(num_experts - 1)) + 6.6:.2f}ch"
+    return f"""
+.dense{{min-width:{0.68 * num_experts + 3:.0f}rem}}
+.numbers{{min-width:calc({cells} + max(2.6rem,6ch))}}
+.chosen{{--gate:calc({gate})}}
+"""
+
+
 def _clean(text: str) -> str:
     """Text for the inside of an element: no control characters but newline and tab, no lone surrogates, &, <, > and quotes escaped."""
     return html.escape(visible(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
@@ -183,19 +197,15 @@ def html_page(title: str, pieces: list[str], experts_LTK: Tensor, gates_LTK: Ten
     gates = [[[round(gate, 5) for gate in chosen] for chosen in block] for block in gates_LTK.tolist()]
     data = {"num_experts": num_experts, "num_prompt_tokens": num_prompt_tokens, "pieces": pieces, "experts": experts_LTK.tolist(), "gates": gates}
     spans = "".join(_token_span(t, piece, t < num_prompt_tokens, data["experts"][0][t][0], gates_LTK[0, t, 0].item(), K) for t, piece in enumerate(pieces))
-    # Cells wide enough to be seen and hit, and for the largest number that can be: all of one expert.
-    digits = len(f"{num_experts / K:.2f}")
-    style = STYLE + _expert_styles(num_experts) + f"\n.dense{{min-width:{0.68 * num_experts + 3:.0f}rem}}\n"
-    # A dot, an expert's number, bold, and a gate of up to 100.0 %.
-    style += f".chosen{{--gate:calc(.6em + .8rem + {1.15 * len(str(num_experts - 1)) + 6.6:.2f}ch)}}\n"
-    style += f".numbers{{min-width:calc({digits * num_experts}ch + {0.3 * num_experts:.1f}rem + max(2.6rem, 6ch))}}\n"
+    style = STYLE + _expert_styles(num_experts) + _width_styles(num_experts, K)
     hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in (("style", style), ("script", SCRIPT))}
     drawn = T - num_prompt_tokens
     facts = [f"{drawn} token{'s' * (drawn != 1)} after a prompt of {num_prompt_tokens}", f"{L} block{'s' * (L != 1)}", f"{num_experts} experts, {K} per token"]
     legend = "".join(f'<i class="q{level}"></i>' for level in range(HEAT_LEVELS))
     return PAGE.format(
         policy=f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'", style=style,
-        title=_clean(title), about=f'<p class="about">{_clean(about)}</p>\n' if about else "", facts=" &middot; ".join(facts), spans=spans, last_block=L - 1, block_room="0" * len(str(L - 1)),
+        title=_clean(title), about=f'<p class="about">{_clean(about)}</p>\n' if about else "", facts=" &middot; ".join(facts), spans=spans, last_block=L - 1,
+        block_room="0" * len(str(L - 1)),
         fixed=" disabled" if L == 1 else "", heat=_heat_table(_counts(experts_LTK, num_experts), T * K), legend=legend, fair=f"{100 / num_experts:.3g}", data=_json_in_html(data), script=SCRIPT)
 
 
@@ -367,11 +377,15 @@ SCRIPT = """
   }
 
   // Room for the longest of some texts, word by word; a digit takes as much as any other.
-  const longest = texts => texts.map(text => text.split(" ")).reduce((a, b) => a.map((word, i) => word.length < b[i].length ? b[i] : word)).join(" ").replace(/\\d/g, "0");
-  const panel = $("detail"), top = put(panel, "div", "top"), which = put(put(top, "div", "which still"), "p"), piece = put(top, "p", "piece");
+  const zeros = text => text.replace(/\\d/g, "0"), longer = (a, b) => a.length < b.length ? b : a;
+  const longest = texts => zeros(texts.map(text => text.split(" "))
+    .reduce((words, others) => words.map((word, i) => longer(word, others[i]))).join(" "));
+  const keepRoom = (element, ...texts) => [element.dataset.room, element.dataset.moreRoom] = texts;
+  const panel = $("detail"), top = put(panel, "div", "top");
+  const which = put(put(top, "div", "which still"), "p"), piece = put(top, "p", "piece");
   const table = put(panel, "table"), said = put(panel, "p", "sr");
-  [which.parentNode.dataset.room, which.parentNode.dataset.moreRoom] = ["prompt", "answer"].map(part => named(T - 1, part).replace(/\\d/g, "0"));
-  [read.parentNode.dataset.room, read.parentNode.dataset.moreRoom] = [hint, longest(cells.map(cell => cell.title)) + KEPT];
+  keepRoom(which.parentNode, ...["prompt", "answer"].map(part => zeros(named(T - 1, part))));
+  keepRoom(read.parentNode, hint, longest(cells.map(cell => cell.title)) + KEPT);
   said.setAttribute("aria-live", "polite");
   const head = put(put(table, "thead"), "tr");
   put(head, "th", "", "Block").scope = put(head, "th", "", "Experts and their gates").scope = "col";

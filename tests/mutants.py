@@ -1,12 +1,13 @@
 """Faults put back into copies of the code, one at a time, each of which the tests must notice.
 
-    python -m tests.mutants                  all of them: about five minutes on two cores, into benchmarks/results/mutants.json
+    python -m tests.mutants                  all of them: ten minutes of one core, fewer of two,
+                                             into benchmarks/results/mutants.json
     python -m tests.mutants --only T2 M6.2   those of some faults (of the reference implementation, as the tests' docstrings number them), or single ones
-    python -m tests.mutants -j 1             one at a time; otherwise as many as there are cores, at most 4
+    python -m tests.mutants -j 1             one at a time; else as many as there are cores, up to 4
 
 A mutant is a few changed characters and the tests that should fail for it. Before, all of these tests must pass on the unchanged
 copy, or a mutant would prove nothing. Exit code 1 if one survives.
-Some need what their tests need: a C compiler, Chromium. On a machine without it they survive, and the line says so.
+Some need what their tests need: a C compiler, Chromium. Without it they survive, and say why.
 """
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from benchmarks.common import REPO, SHARED, save_results
 from runtime import cli
 
 HANG_SECONDS = 600          # a mutant takes about three
-MOST_JOBS = 4               # unless more are asked for: each has a copy of the tree and up to 2 GB in memory
+# Unless more are asked for: each has a copy of the tree and a process with the libraries.
+MOST_JOBS = 4
 CAUGHT = (1, 2)             # pytest's exit codes: tests failed; a module could not be collected, or a Ctrl-C came through
 
 # The faults of the reference implementation that were confirmed by running it: each must be mutated here, or be said not to apply. And those confirmed in part.
@@ -395,9 +397,9 @@ MUTANTS = [
     mutant(OWN, "what a kill left is never removed", "runtime/checkpoint.py", "        _remove_leftovers(folder)\n", "", "test_checkpoint.py::test_leftovers_of_a_kill_are_removed"),
     mutant(OWN, "a pruned step file takes best.pt with it", "runtime/checkpoint.py", "if path.resolve() not in names:", "if True:", "test_checkpoint.py::test_keep_last_prunes_and_never_what_latest_or_best_name"),
     mutant(OWN, "a step file is written with all of a shared storage", "runtime/checkpoint.py", "return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)", "return tensor", "test_checkpoint.py::test_views_of_larger_storages_are_written_alone"),
-    # ------------------------------------------------------------------------------- own: the page of expert maps, in a browser
-    mutant(OWN, "no room is kept for what the line under the heat map may say", "runtime/expert_map.py",
-           "longest(cells.map(cell => cell.title)) + KEPT]", "hint]",
+    # ---------------------------------------------------- own: the page of expert maps, in a browser
+    mutant(OWN, "no room is kept for the text under the heat map", "runtime/expert_map.py",
+           "keepRoom(read.parentNode, hint, ", 'keepRoom(read.parentNode, "", ',
            "test_expert_map.py::test_the_page_holds_still_and_whole_in_any_fonts"),
     mutant(OWN, "the legend of the heat map is never two lines", "runtime/expert_map.py",
            ".scale{display:flex;flex-wrap:wrap;", ".scale{display:flex;white-space:nowrap;",
@@ -512,7 +514,7 @@ def ended(test: str, cases: Sequence[tuple[str, str, str]]) -> set[str]:
 
 @contextmanager
 def copy_of_the_tree() -> Iterator[Tests]:
-    """A copy of the working tree in a temporary folder of its own, and the means to run its tests."""
+    """A copy of the working tree in a temporary folder, and the means to run its tests."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         folder = Path(temporary) / "copy"
         copy_tree(folder)
@@ -521,14 +523,19 @@ def copy_of_the_tree() -> Iterator[Tests]:
 
 
 def run_unchanged(tests: Tests, some: Sequence[str]) -> tuple[int, list[tuple[str, str, str]]]:
-    """(exit code, cases) of some tests on the unchanged code. Raises ValueError if they do not run."""
+    """Return (exit code, cases) of some tests on the unchanged code.
+
+    Raises ValueError if they do not run.
+    """
     code, cases, printed = tests.run(some, seconds=2 * HANG_SECONDS)
     if code not in (0, 1):
         raise ValueError(f"the tests do not run on the unchanged code: {printed.strip()[-500:]}")
     return code, cases
 
 
-def try_one(tests: Tests, name: str, one: Mutant, turn: int, cases: Sequence[tuple[str, str, str]]) -> Outcome:
+def try_one(
+    tests: Tests, name: str, one: Mutant, turn: int, cases: Sequence[tuple[str, str, str]]
+) -> Outcome:
     """What one mutant's tests say of it. `cases`: what all tests said of the unchanged code."""
     started, why, caught = time.perf_counter(), "", False
     before = [ended(test, cases) for test in one.tests]
@@ -545,13 +552,15 @@ def try_one(tests: Tests, name: str, one: Mutant, turn: int, cases: Sequence[tup
             said, why = next(failures, (f"exit code {code}", ""))
         elif code is None:
             said = "its tests hang"
+        elif code == 0:
+            said = "its tests pass"
         else:
-            said = "its tests pass" if code == 0 else f"pytest ended with {code}: {' '.join(printed.split())[-200:]}"
+            said = f"pytest ended with {code}: {' '.join(printed.split())[-200:]}"
     return Outcome(name, one, caught, said, why, time.perf_counter() - started)
 
 
 def run(chosen: Sequence[tuple[str, Mutant]], say=print, jobs: int = 1) -> list[Outcome]:
-    """Try some mutants, each under a name, `jobs` at a time, each in a copy of the tree that no other uses then."""
+    """Try some mutants, each under a name, `jobs` at a time, in as many copies of the tree."""
     with ExitStack() as stack:
         copies: SimpleQueue[Tests] = SimpleQueue()
         for _ in range(jobs):
@@ -571,20 +580,25 @@ def run(chosen: Sequence[tuple[str, Mutant]], say=print, jobs: int = 1) -> list[
         results = list(pool.map(lambda share: in_a_copy(run_unchanged, share), shares))
         cases = [case for _, some in results for case in some]
         code = max((code for code, _ in results), default=0)
-        say(f"{len(everything)} tests on the unchanged code: exit code {code}, {time.perf_counter() - started:.0f} s")
+        seconds = time.perf_counter() - started
+        say(f"{len(everything)} tests on the unchanged code: exit code {code}, {seconds:.0f} s")
 
         def attempt(turn: int) -> Outcome:
             o = in_a_copy(try_one, *chosen[turn], turn, cases)
             verdict = "caught  " if o.caught else "SURVIVES"
-            say(f"{verdict} {o.name:6} {o.seconds:5.1f} s  {o.mutant.file}: {o.mutant.what}  [{o.said}{': ' * bool(o.why)}{o.why}]")
+            reason = o.said + ": " * bool(o.why) + o.why
+            what = f"{o.mutant.file}: {o.mutant.what}"
+            say(f"{verdict} {o.name:6} {o.seconds:5.1f} s  {what}  [{reason}]")
             return o
 
         return list(pool.map(attempt, range(len(chosen))))
 
 
 def default_jobs() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_JOBS, cores)
+    """Return the cores that this process may use, at most MOST_JOBS."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(MOST_JOBS, len(os.sched_getaffinity(0)))
+    return min(MOST_JOBS, os.cpu_count() or 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -595,12 +609,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     only = arguments.only
     if arguments.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}: it is the number of mutants tried at the same time")
+        raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}: mutants at a time")
     everything = list(zip(names(), MUTANTS, strict=True))
     if unknown := set(only or ()) - {name for name, _ in everything} - {one.fault for one in MUTANTS}:
         raise ValueError(f"there is no mutant {min(unknown)}; there are {', '.join(dict.fromkeys(one.fault for one in MUTANTS))}")
     started = time.perf_counter()
-    chosen = [(name, one) for name, one in everything if only is None or name in only or one.fault in only]
+    chosen = [
+        (name, one)
+        for name, one in everything
+        if only is None or name in only or one.fault in only
+    ]
     outcomes = run(chosen, lambda line: print(line, flush=True), arguments.jobs)
     caught = sum(outcome.caught for outcome in outcomes)
     print(f"{caught} of {len(outcomes)} mutants caught in {time.perf_counter() - started:.0f} s")

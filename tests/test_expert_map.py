@@ -328,7 +328,7 @@ setTimeout(() => {
 
 
 def with_script(page: str, script: str, style: str = "") -> str:
-    """A copy of a page that ends in one more script and one more style sheet, which its policy allows."""
+    """A copy of a page with one more script and style sheet, which its policy allows."""
     for kind, text in (("script", script), ("style", style)):
         allowed = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         page = page.replace(f"{kind}-src ", f"{kind}-src 'sha256-{allowed}' ", 1)
@@ -404,69 +404,96 @@ def test_the_dark_page_on_a_narrow_screen(tmp_path):
     assert bottom <= height + 1 and 0.5 * height <= top < height, "the panel stays in sight, at the bottom"
 
 
-# Fonts that a machine, a reader's settings or an extension may bring: what they are called -> a style sheet.
+# Fonts that a machine, a reader's settings or an extension may bring: a name -> a style sheet.
 FONTS = {
     "the page's own": "",
     "serif": "* {font-family: serif !important}",
     "monospace": "* {font-family: monospace !important}",
     "large": "html {font-size: 120%} body {font-size: 18px}",
-    "wide": "* {font-family: monospace !important; letter-spacing: .12em !important; word-spacing: .16em !important}",
+    "wide": "* {font-family: monospace !important; letter-spacing: .12em !important; "
+            "word-spacing: .16em !important}",
     "tall": "* {line-height: 2 !important}",
     "small": "html {font-size: 11px} body {font: 11px/1.2 sans-serif}",
 }
 WIDTHS = (390, 800, 1280)
 
-# Run in each frame: its parent gets what moves, what sticks out of its card or is cut off, and how wide all is.
+# Run in each frame: its parent gets what moves, what leaves its card or is cut off, and the sizes.
 STILL = """
-const $ = id => document.getElementById(id), all = selector => [...document.querySelectorAll(selector)];
-const send = (target, type, more) => target.dispatchEvent(new (type.startsWith("key") ? KeyboardEvent : type === "input" ? Event : MouseEvent)(type, {bubbles: true, ...more}));
-const tokens = all("#text .t"), cells = all("#use td"), result = {moves: new Set(), out: new Set()};
-const name = element => element.id || (element.className || element.tagName) + " in " + (element.parentNode.id || element.parentNode.className || element.parentNode.tagName);
-// What says something else for each token takes its own room inside of these; their own boxes have to stay.
+const $ = id => document.getElementById(id);
+const all = selector => [...document.querySelectorAll(selector)];
+const send = (target, type, more = {}) => {
+  const kind = type.startsWith("key") ? KeyboardEvent : type === "input" ? Event : MouseEvent;
+  target.dispatchEvent(new kind(type, {bubbles: true, ...more}));
+};
+const tokens = all("#text .t"), cells = all("#use td"), moves = new Set(), out = new Set();
+const called = element => element.id || element.className || element.tagName;
+const name = element => `${called(element)} in ${called(element.parentNode)}`;
+// What says something else for each token takes its own room inside of these; theirs has to stay.
 // Of the heat map's cells, those of the first row and column stand for all.
-const watched = all("body *:not(script, style)").filter(element => !element.matches(".sr, .chosen *, .gates *, .piece *, #use tr:nth-child(n+2) td:nth-child(n+3)"));
-const boxes = () => watched.map(element => { const b = element.getBoundingClientRect(); return [b.x, b.y, b.width, b.height].join(); });
-let before = boxes();
+const inner = ".sr, .chosen *, .gates *, .piece *, #use tr:nth-child(n+2) td:nth-child(n+3)";
+const watched = all("body *:not(script, style)").filter(element => !element.matches(inner));
+const boxes = () => watched.map(element => {
+  const box = element.getBoundingClientRect();
+  return [box.x, box.y, box.width, box.height].join();
+});
+const before = boxes();
 function moved(by) {
-  boxes().forEach((box, i) => box !== before[i] && result.moves.add(`${by}: ${name(watched[i])} from ${before[i]} to ${box}`));
+  boxes().forEach((box, i) => {
+    if (box !== before[i]) moves.add(`${by}: ${name(watched[i])} from ${before[i]} to ${box}`);
+  });
 }
+const texts = all(".scale, .pick, .note, .which p, .chosen > span, output");
+texts.push(...all("#use .corner, .detail thead th"));
+// A cell of the heat map is as wide as its digits; what a reader puts between them may not fit.
+if (getComputedStyle(document.body).letterSpacing === "normal") texts.push(...cells);
 function cut(by) {
   for (const card of all(".card")) {
     const edge = card.getBoundingClientRect();
     for (const element of card.querySelectorAll("*:not(.sr, .scroll *, .piece *)")) {
-      const box = element.getBoundingClientRect();
-      if (box.width && (box.left < edge.left - 0.5 || box.right > edge.right + 0.5)) result.out.add(`${by}: ${name(element)} ends at ${box.right} in a card that ends at ${edge.right}`);
+      const {left, right, width} = element.getBoundingClientRect();
+      if (width && (left < edge.left - 0.5 || right > edge.right + 0.5))
+        out.add(`${by}: ${name(element)}, ${left} to ${right}, in a card, ${edge.left} to ${edge.right}`);
     }
   }
-  const texts = all(".scale, .pick, .note, .which p, .chosen > span, #use .corner, .detail thead th, output");
-  if (getComputedStyle(document.body).letterSpacing === "normal") texts.push(...cells);  // a cell is as wide as its digits
-  for (const element of texts) if (element.scrollWidth > element.clientWidth + 1 && element.clientWidth) result.out.add(`${by}: ${name(element)} needs ${element.scrollWidth} and has ${element.clientWidth}`);
-  if (document.documentElement.scrollWidth > innerWidth) result.out.add(`${by}: the page is ${document.documentElement.scrollWidth} wide in ${innerWidth}`);
+  for (const element of texts) {
+    const needs = element.scrollWidth, has = element.clientWidth;
+    if (has && needs > has + 1) out.add(`${by}: ${name(element)} needs ${needs} and has ${has}`);
+  }
+  const wide = document.documentElement.scrollWidth;
+  if (wide > innerWidth) out.add(`${by}: the page is ${wide} wide in ${innerWidth}`);
 }
 cut("at first");
 tokens.forEach((token, t) => { send(token, "mouseover"); moved(`token ${t}`); cut(`token ${t}`); });
-for (let block = 0; block <= $("block").max; block++) { $("block").value = block; send($("block"), "input"); moved(`block ${block}`); }
-const chosen = cells.filter((_, i) => i < 8 || i % SKIP === 0 || i === cells.length - 1);
-for (const cell of chosen) {
+for (let block = 0; block <= $("block").max; block++) {
+  $("block").value = block;
+  send($("block"), "input");
+  moved(`block ${block}`);
+}
+for (const cell of cells.filter((_, i) => i < 8 || i % SKIP === 0 || i === cells.length - 1)) {
   send(cell, "mouseover"); moved(cell.title);
   send(cell, "click"); moved(`${cell.title}, kept`); cut(`${cell.title}, kept`);
   send(document, "keydown", {key: "Escape"}); moved(`${cell.title}, let go`);
 }
-const read = $("read").getBoundingClientRect();
-parent.postMessage({name: window.name, width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches, moves: [...result.moves], out: [...result.out], read: [read.width, read.height]}, "*");
+const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+const found = {name: window.name, width: innerWidth, dark, moves: [...moves], out: [...out]};
+parent.postMessage(found, "*");
 """
 
 COLLECT = """
 const found = [];
 addEventListener("message", event => {
   found.push(event.data);
-  if (found.length === FRAMES) document.documentElement.setAttribute("data-result", JSON.stringify({found}));
+  if (found.length < FRAMES) return;
+  document.documentElement.setAttribute("data-result", JSON.stringify({found}));
 });
 """
 
 
 def in_frames(page: str, fonts: Sequence[str], skip: int, folder) -> list[dict]:
-    """What STILL found in a page with each of `fonts` at each of WIDTHS, light and dark in turns: a frame each, in one window."""
+    """What STILL found in a page with each of `fonts` at each of WIDTHS, light and dark in turns.
+
+    Each is a frame of one window.
+    """
     cases, frames = list(itertools.product(fonts, WIDTHS)), []
     for i, (font, width) in enumerate(cases):
         source = html.escape(with_script(page, STILL.replace("SKIP", str(skip)), FONTS[font]))
@@ -474,19 +501,23 @@ def in_frames(page: str, fonts: Sequence[str], skip: int, folder) -> list[dict]:
         frames.append(f'<iframe name="{font}" style="{look}" srcdoc="{source}"></iframe>')
     collect = COLLECT.replace("FRAMES", str(len(frames)))
     host = '<!doctype html><html><head><meta charset="utf-8"></head><body>'
-    found = dump(f"{host}<script>{collect}</script>{''.join(frames)}</body></html>", folder)["found"]
+    host += f"<script>{collect}</script>{''.join(frames)}</body></html>"
+    found = dump(host, folder)["found"]
     assert sorted((f["name"], f["width"]) for f in found) == sorted(cases)
     assert sum(f["dark"] for f in found) == len(cases) // 2
     return found
 
 
-@pytest.mark.parametrize("L, E, K, fonts, skip", [(3, 8, 2, tuple(FONTS), 5), (12, 64, 4, ("the page's own", "wide"), 97)])
+@pytest.mark.parametrize("L, E, K, fonts, skip", [
+    (3, 8, 2, tuple(FONTS), 5),
+    (12, 64, 4, ("the page's own", "wide"), 97),
+])
 def test_the_page_holds_still_and_whole_in_any_fonts(L, E, K, fonts, skip, tmp_path):
-    """Whatever is pointed at, clicked or chosen moves nothing, and all stays in its card, at any width.
+    """Whatever is pointed at, clicked or chosen moves nothing; all stays in its card at any width.
 
-    The line under the heat map had room for one line, or three on narrow screens. With the fonts of a bare Debian, which are
-    wider than those it was made with, its first text took two lines and the next one: the page jumped under the pointer.
-    On a screen of 390 pixels the legend's end lay outside its card.
+    The text under the heat map had room for one line, or three on narrow screens. The fonts of a
+    bare Debian are wider than those it was made with: its first text took two lines there and the
+    next one, so the page jumped under the pointer. At 390 pixels the legend left its card.
     """
     page, _, _ = page_of(L=L, E=E, K=K, about="latest.pt, temperature 0.8")
     for frame in in_frames(page, fonts, skip, tmp_path):

@@ -22,7 +22,18 @@ from runtime.inference import Decoder
 from runtime.inference import generate as generate_texts
 from runtime.tokenizer import Tokenizer
 from tests.conftest import REPO
-from tests.mutants import CONFIRMED, IN_PART, MUTANTS, NOT_APPLICABLE, OWN, Mutant, default_jobs, mutated, names
+from tests.mutants import (
+    CONFIRMED,
+    IN_PART,
+    MUTANTS,
+    NOT_APPLICABLE,
+    OWN,
+    Mutant,
+    default_jobs,
+    main,
+    mutated,
+    names,
+)
 from tests.mutants import run as try_mutants
 from tests.test_data import write_pair
 from tests.test_predict import biased_model, predictor_of, save
@@ -60,12 +71,27 @@ def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
     tests = ("tests/test_text.py::test_human_bytes",)
     chosen = {"real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'), "comment": ("# rounded: from", "# Rounded: from"), "broken": ("import unicodedata\n", "import unicodedata_\n")}
     said = []
-    outcomes = try_mutants([(name, Mutant(OWN, name, "runtime/text.py", old, new, tests)) for name, (old, new) in chosen.items()], said.append, jobs)
+    mutants = [
+        (name, Mutant(OWN, name, "runtime/text.py", old, new, tests))
+        for name, (old, new) in chosen.items()
+    ]
+    outcomes = try_mutants(mutants, said.append, jobs)
     assert [(o.name, o.caught) for o in outcomes[:2]] == [("real", True), ("comment", False)]
     assert outcomes[0].said.startswith("tests/test_text.py::test_human_bytes[") and outcomes[1].said == "its tests pass"
     assert outcomes[2].said.startswith(("exit code 2", "pytest ended with 4"))
     assert said[0].startswith("1 tests on the unchanged code: exit code 0")
-    assert sorted(line.split()[0] for line in said[1:]) == sorted("caught" if o.caught else "SURVIVES" for o in outcomes)
+    verdicts = ["caught" if o.caught else "SURVIVES" for o in outcomes]
+    assert sorted(line.split()[0] for line in said[1:]) == sorted(verdicts)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["-j", "0"], "--jobs must be at least 1, not 0"),
+    (["--only", "M999"], "there is no mutant M999"),
+])
+def test_what_the_runner_cannot_do_is_refused_in_one_line(flags, says):
+    with pytest.raises(ValueError, match=says) as error:
+        main(flags)
+    assert "\n" not in str(error.value)
 
 
 def test_a_mutant_is_in_the_copy_only_while_it_is_tried(tmp_path):
@@ -82,7 +108,8 @@ def test_a_mutant_is_in_the_copy_only_while_it_is_tried(tmp_path):
 @needs_git
 @pytest.mark.nightly
 def test_all_mutants_are_caught():
-    survivors = [f"{o.name}: {o.mutant.what} ({o.said})" for o in try_mutants(list(zip(names(), MUTANTS, strict=True)), jobs=default_jobs()) if not o.caught]
+    outcomes = try_mutants(list(zip(names(), MUTANTS, strict=True)), jobs=default_jobs())
+    survivors = [f"{o.name}: {o.mutant.what} ({o.said})" for o in outcomes if not o.caught]
     assert survivors == []
 
 

@@ -331,7 +331,7 @@ background:oklch(calc(var(--tint-l) + var(--tier)*var(--tier-l)) var(--tint-c) v
 .detail:empty{display:none}
 @media (max-width:56rem){main{grid-template:none/minmax(0,1fr)}html{scroll-padding-bottom:calc(40vh + 1rem)}body{padding-top:1.3rem}
 .card{padding:.9rem 1rem}.detail{grid-column:1;grid-row:auto;order:3;top:auto;bottom:0;max-height:40vh;margin:0 -.4rem;border-radius:12px 12px 0 0;box-shadow:0 -6px 20px #0002}
-.pick{gap:.4rem}.pick input{width:5.5rem}.top{display:flex;justify-content:space-between;gap:.8rem}.which{order:1;flex:none;max-width:60%}
+.pick{gap:.4rem}.pick input{width:5.5rem}.top{display:flex;justify-content:space-between;gap:.8rem}.which{order:1;flex:none;max-width:60%;text-align:end}
 .piece{flex:1;min-width:0;font-size:1.13rem}.detail table{margin-top:.3rem}.detail thead{display:none}
 .detail th,.detail td{padding-block:.25rem .35rem}.gates{margin-top:.15rem}}
 @media (max-width:32rem){.use .numbers{font-size:.72rem}}
@@ -360,6 +360,7 @@ SCRIPT = """
     if (content !== undefined) element.textContent = content;
     return element;
   };
+  const says = cell => cell.title.replace(" %", "\\u00A0%");  // never a lone % at the start of a line
   const place = cell => [cell.parentNode.rowIndex - 1, cell.cellIndex - 1];
 
   // The tint of each token: its strongest expert in the chosen block or, while a cell is pointed at, the cell's expert.
@@ -370,8 +371,8 @@ SCRIPT = """
       const kind = kinds[t] + (k < 0 ? " off" : " e" + experts[l][t][k] + " g" + level(gates[l][t][k]));
       if (token.className !== kind) token.className = kind;
     });
-    const says = cell ? cell.title + (cell === kept ? KEPT : "") : hint;
-    if (read.textContent !== says) read.textContent = says;
+    const said = cell ? says(cell) + (cell === kept ? KEPT : "") : hint;
+    if (read.textContent !== said) read.textContent = said;
     cells.forEach(one => one.hasAttribute("aria-selected") && one !== kept && one.removeAttribute("aria-selected"));
     if (kept) kept.setAttribute("aria-selected", "true");
   }
@@ -385,7 +386,7 @@ SCRIPT = """
   const which = put(put(top, "div", "which still"), "p"), piece = put(top, "p", "piece");
   const table = put(panel, "table"), said = put(panel, "p", "sr");
   keepRoom(which.parentNode, ...["prompt", "answer"].map(part => zeros(named(T - 1, part))));
-  keepRoom(read.parentNode, hint, longest(cells.map(cell => cell.title)) + KEPT);
+  keepRoom(read.parentNode, hint, longest(cells.map(says)) + KEPT);
   said.setAttribute("aria-live", "polite");
   const head = put(put(table, "thead"), "tr");
   put(head, "th", "", "Block").scope = put(head, "th", "", "Experts and their gates").scope = "col";

@@ -23,6 +23,7 @@ from runtime import cli
 from runtime.checkpoint import load_model, read_checkpoint
 from runtime.data import WindowLoader, open_data, validation_batches
 from runtime.optimizer import build_optimizer, initialise_state
+from runtime.plots import draw_plots
 from tests.conftest import REPO
 from tests.util import random_model, tiny_config
 
@@ -74,6 +75,18 @@ class Run:
 
     def records(self) -> list[dict]:
         return [json.loads(line) for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def one_plot(monkeypatch):
+    """A save draws the loss alone: all eight plots took four fifths of these tests' time.
+
+    `straight` is made before and draws them all, as programs in processes of their own do.
+    """
+    def draw_loss(records, folder, step):
+        return draw_plots(records, folder, step, ["loss"])
+
+    monkeypatch.setattr(train, "draw_plots", draw_loss)
 
 
 @pytest.fixture

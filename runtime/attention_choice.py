@@ -6,6 +6,7 @@ first. Where ours is another, the kernel is called by its name: no switch of the
 set, and a compiled block sees one operation. runtime.device.choose_kernels puts this into
 `Attention.device_attention`; runtime/sink_attention.py makes the same choice.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -51,12 +52,23 @@ class Choice(NamedTuple):
 def card_of(device: torch.device) -> Card:
     """The card that a CUDA device is, under the settings of this process."""
     cudnn_version = torch.backends.cudnn.version() if torch.backends.cuda.cudnn_sdp_enabled() else 0
-    return Card(torch.cuda.get_device_capability(device), cudnn_version or 0,
-                torch.are_deterministic_algorithms_enabled())
+    return Card(
+        torch.cuda.get_device_capability(device),
+        cudnn_version or 0,
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
-def choose_attention(card: Card, dtype: torch.dtype, mask: str, S: int, D: int,
-                     needs_gradient: bool, dropout: float = 0.0, sinks: bool = False) -> Choice:
+def choose_attention(
+    card: Card,
+    dtype: torch.dtype,
+    mask: str,
+    S: int,
+    D: int,
+    needs_gradient: bool,
+    dropout: float = 0.0,
+    sinks: bool = False,
+) -> Choice:
     """The kernel for queries of `dtype` with heads of D numbers that see at most S keys.
 
     mask: none (causal or no mask at all), fixed, or learned (it gets a gradient, which the
@@ -68,9 +80,16 @@ def choose_attention(card: Card, dtype: torch.dtype, mask: str, S: int, D: int,
     """
     half = dtype in _HALF
     aligned = D % (8 if half else 4) == 0
-    cudnn_is_first = (half and aligned and D <= 128 and S > 1 and card.capability[0] in (9, 10)
-                      and card.cudnn_version >= _FIRST_CUDNN and not card.deterministic
-                      and dropout * 16 % 1 == 0)
+    cudnn_is_first = (
+        half
+        and aligned
+        and D <= 128
+        and S > 1
+        and card.capability[0] in (9, 10)
+        and card.cudnn_version >= _FIRST_CUDNN
+        and not card.deterministic
+        and dropout * 16 % 1 == 0
+    )
     if mask == "learned":
         return Choice("efficient" if aligned else "torch", False, True)
     cudnn_takes_mask = mask == "none" or not (sinks or S % 128 == 64)
@@ -92,15 +111,23 @@ def mask_kind(mask: Tensor | None) -> str:
     return "none" if mask is None else "learned" if mask.requires_grad else "fixed"
 
 
-def gpu_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None,
-                  is_causal: bool, dropout: float, card: Card) -> Tensor:
+def gpu_attention(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout: float,
+    card: Card,
+) -> Tensor:
     """[B, H, T, D] by the kernel that choose_attention names.
 
     mask: bool (True keeps) or numbers that are added, [T, S] or [B or 1, 1 or H, T, S].
     """
     (H, _, D), (G, S) = q_BHTD.shape[1:], k_BGSD.shape[1:3]
-    choice = choose_attention(card, q_BHTD.dtype, mask_kind(mask), S, D, torch.is_grad_enabled(),
-                              dropout)
+    choice = choose_attention(
+        card, q_BHTD.dtype, mask_kind(mask), S, D, torch.is_grad_enabled(), dropout
+    )
     if G != H and choice.copies_heads:
         # Never of the cache, only of what this call reads.
         k_BGSD, v_BGSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
@@ -110,11 +137,18 @@ def gpu_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor |
     if choice.by_name:
         numbers = None if mask is None else aligned_mask(mask, q_BHTD)
         efficient = aten._scaled_dot_product_efficient_attention
-        return efficient(q_BHTD, k_BGSD, v_BGSD, numbers, torch.is_grad_enabled(), dropout,
-                         is_causal)[0]
+        return efficient(
+            q_BHTD, k_BGSD, v_BGSD, numbers, torch.is_grad_enabled(), dropout, is_causal
+        )[0]
     return F.scaled_dot_product_attention(
-        q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal, dropout_p=dropout,
-        enable_gqa=k_BGSD.shape[1] != H)
+        q_BHTD,
+        k_BGSD,
+        v_BGSD,
+        attn_mask=mask,
+        is_causal=is_causal,
+        dropout_p=dropout,
+        enable_gqa=k_BGSD.shape[1] != H,
+    )
 
 
 def mask_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:

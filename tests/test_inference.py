@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import types
 import weakref
 
 import numpy as np
@@ -144,6 +145,38 @@ def test_every_span_of_the_cache_is_compiled(monkeypatch):
             assert torch.allclose(step(model, cache, ids, positions, span), expected, atol=1e-5)
     # A product with one row becomes a sum that its neighbours join.
     assert options == [{"coordinate_descent_tuning": True}] * 10
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles):
+    """With CUDA's graphs and streams replaced by what runs at once: 256 places of the cache, then
+    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it."""
+    graph = types.SimpleNamespace(pool=lambda: None, replay=lambda: None)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    for name in ("stream", "device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, **more: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
+    made = []
+
+    def compiled(span):
+        made.append((span, lambda *given: decode_step(*given)))
+        return made[-1][1]
+
+    monkeypatch.setattr(inference, "compiled_step", compiled)
+    decoder = Decoder(random_model(tiny_config(context_length=CONTEXT), 5), False, compiles)
+    decoder.texts(2, CONTEXT)
+    ids, positions = torch.tensor([3, 4]), torch.tensor([0, 0])
+    with torch.inference_mode():
+        for used in (1, 4, 5, 9, 8, 17, CONTEXT):
+            expected = decode_step(decoder.model, decoder._whole, ids, positions, CONTEXT)
+            assert torch.allclose(decoder._replay(ids, positions, used), expected, atol=1e-5)
+    assert list(decoder._graphs) == [4, 8, 16, 32]
+    assert [span for span, _ in made] == ([4, 8, 16, 32] if compiles else [])
+    kept = [captured[-1] for captured in decoder._graphs.values()]
+    assert kept == ([own for _, own in made] if compiles else [decode_step] * 4)
 
 
 # ------------------------------------------------------------------------------------------------------ what is reused

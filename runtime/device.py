@@ -94,8 +94,8 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     """Tell a model's blocks which of their paths is the fast one on `device` for arithmetic in `dtype`. The results are the same.
 
     Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a multiple of 16 bytes; not on later cards while PyTorch
-    issue 172439 is open (wrong weight gradients for experts without tokens). On a CPU: runtime/cpu_experts.py. Attention:
-    runtime/attention_choice.py; with sinks: runtime/sink_attention.py.
+    issue 172439 is open (wrong weight gradients for experts without tokens). On a CPU: runtime/cpu_experts.py.
+    Attention: runtime/attention_choice.py; with sinks: runtime/sink_attention.py.
     """
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability

@@ -147,7 +147,10 @@ class Decoder:
         return logits.clone()
 
     def _capture(self, ids_B: Tensor, positions_B: Tensor, span: int):
-        """(graph, its ids [B], its positions [B], its logits [B, V], its function). The runs before the capture write what the first replay will write again."""
+        """(graph, its ids [B], its positions [B], its logits [B, V], its function).
+
+        The runs before the capture write what the first replay will write again.
+        """
         ids, positions = ids_B.clone(), positions_B.clone()
         function = compiled_step(span) if self.compiles else decode_step
         side = torch.cuda.Stream(self.device)
@@ -160,7 +163,8 @@ class Decoder:
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None   # one memory for all: a replay's logits are copied before the next
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
             logits = function(self.model, self._whole, ids, positions, span)
-        return graph, ids, positions, logits, function   # what was compiled lives as long as the graph that runs it
+        # What was compiled lives as long as the graph that runs it.
+        return graph, ids, positions, logits, function
 
 
 @contextlib.contextmanager

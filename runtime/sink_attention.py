@@ -32,7 +32,8 @@ class _SinkAttention(torch.autograd.Function):
         new_log_BHT = torch.logaddexp(log_BHT, sinks_H.to(log_BHT.dtype)[:, None])
         T = q.shape[2]  # the memory-efficient kernel pads the log
         dtype, y = y.dtype, y * (log_BHT - new_log_BHT)[:, :, :T, None].exp()
-        if y.dtype != dtype:  # compiled by torch 2.11, a `to` that changes nothing cuts the gradients
+        # Compiled by torch 2.11, a result of a `to` that changes nothing has gradients of 0.
+        if y.dtype != dtype:
             y = y.to(dtype)
         tensors = [x for x in rest if isinstance(x, Tensor)]
         ctx.save_for_backward(q, k, v, sinks_H, mask, y, new_log_BHT.view(log.shape), *tensors)

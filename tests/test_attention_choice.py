@@ -1,4 +1,4 @@
-"""Which kernel a GPU takes for attention, without a GPU: tables of cases, fake tensors, and kernels that are emulated on a CPU."""
+"""Which kernel a GPU takes for attention: tables of cases, fake tensors, and emulated kernels."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CUDNN, WHATEVER = Choice("cudnn", False, False), Choice("torch", False, True)
         (AMPERE, BF16, "none", 1024, 256, False, FLASH),
         (TURING, FP16, "none", 1024, 64, True, EFFICIENT),
         (TURING, FP32, "fixed", 1024, 64, False, EFFICIENT),
-        # Heads of odd sizes, and float64. PyTorch pads such heads for flash, which takes grouped ones.
+        # Heads of odd sizes, and float64. PyTorch pads the former for flash.
         (HOPPER, BF16, "none", 1024, 10, True, Choice("torch", False, False)),
         (HOPPER, BF16, "fixed", 1024, 10, True, WHATEVER),
         (HOPPER, FP32, "none", 1024, 10, True, WHATEVER),
@@ -75,7 +75,7 @@ def test_the_kernel_for_each_case(card, dtype, mask, S, D, trains, expected):
 
 @pytest.mark.parametrize("dropout, expected", [(0.125, CUDNN), (0.1, FLASH)])
 def test_cudnn_knows_sixteenths_of_dropout(dropout, expected):
-    """And a mask with another dropout goes to the memory-efficient kernel, which needs the copy of the heads."""
+    """With another dropout a mask goes to the memory-efficient kernel, which needs all heads."""
     assert choose_attention(HOPPER, BF16, "none", 1024, 64, True, dropout) == expected
     assert choose_attention(HOPPER, BF16, "fixed", 1024, 64, True, 0.1) == EFFICIENT
 
@@ -104,8 +104,9 @@ def test_the_card_is_asked(monkeypatch):
     ],
 )
 def test_sinks_train_in_half_precision_on_a_gpu(card, mask_shape):
-    """CUDA's flash kernel returns None for the cumulated lengths that a dense call has not, and None was also the mark for a saved tensor: the
-    backward pass took the random state for a length and ended with StopIteration. No gpt-oss preset could train on a GPU."""
+    """CUDA's flash kernel returns None for the lengths that a dense call has not, and None
+    was also the mark for a saved tensor. The backward pass took the random state for a length and
+    ended with StopIteration: no gpt-oss preset could train on a GPU."""
     with FakeTensorMode():
         q = torch.empty(2, 40, 4, 16, dtype=BF16).transpose(1, 2).requires_grad_()
         k, v = (torch.empty(2, 2, 40, 16, dtype=BF16, requires_grad=True) for _ in range(2))
@@ -120,7 +121,8 @@ def test_sinks_train_in_half_precision_on_a_gpu(card, mask_shape):
 def test_heads_that_no_kernel_takes_are_refused():
     with pytest.raises(
         ValueError,
-        match="no kernel of a GPU knows sinks with heads of 10 numbers in torch.bfloat16: use model_parts.attention_with_sinks",
+        match="no kernel of a GPU knows sinks with heads of 10 numbers in torch.bfloat16: use "
+        "model_parts.attention_with_sinks",
     ):
         sink_attention(
             *(torch.zeros(1, 2, 5, 10, dtype=BF16) for _ in range(3)),
@@ -133,7 +135,10 @@ def test_heads_that_no_kernel_takes_are_refused():
 
 # -------------------------------------------------------------------------------- emulated kernels
 class Emulated:
-    """CUDA's attention operations on a CPU: what they return and demand, in any float dtype; which were called, and with how many key heads."""
+    """CUDA's attention operations on a CPU, in any float dtype: what they return and demand.
+
+    called: their names, each with the number of key heads that it was given.
+    """
 
     def __init__(self):
         self.called, self.state = [], (torch.tensor(3), torch.tensor(5))
@@ -274,8 +279,8 @@ def problem(dtype, T=40, mask=None):
     ],
 )
 def test_sinks_through_each_kernel_of_a_gpu(emulated, kernel, mask):
-    """cuDNN's log of the sum has one dimension more, the memory-efficient kernel pads it; results and all gradients."""
-    q, k, v, sinks, mask = problem(FP64, mask=mask)
+    """cuDNN's log of the sum has one dimension more, the memory-efficient kernel pads it."""
+    q, k, v, sinks, mask = problem(FP64, 37, mask)
     heads = (x.repeat_interleave(2, dim=1) if kernel == "efficient" else x for x in (k, v))
     given = None if mask is None else attention_choice.aligned_mask(mask, q)
     y = sinks_module._SinkAttention.apply(q, *heads, sinks, given, mask is None, kernel)
@@ -308,7 +313,7 @@ def test_sinks_take_the_kernel_of_the_table(emulated, card, dtype, mask, with_gr
     exact = attention_with_sinks(
         *(x.double() for x in (q, k, v)), sinks.double(), mask, mask is None
     )
-    # The kernel rounds its result, which is then scaled and rounded again; the kernel also rounds its weights: sums of up to 40 terms.
+    # The kernel rounds its weights and its result, which is then scaled and rounded again.
     assert (y.double() - exact).norm() <= 4 * torch.finfo(
         dtype
     ).eps * exact.norm() and emulated.called == [called]
@@ -326,7 +331,8 @@ def test_sinks_take_the_kernel_of_the_table(emulated, card, dtype, mask, with_gr
     ],
 )
 def test_what_hopper_is_kept_from(emulated, mask, T, with_gradient, called):
-    """Generating never reaches PyTorch's own choice, which would be cuDNN; training does not where cuDNN's gradient can be NaN."""
+    """Generating never reaches PyTorch's own choice, which would be cuDNN; nor does training where
+    cuDNN's gradient can be NaN."""
     q, k, v, _, mask = problem(BF16, T, mask)
     with torch.set_grad_enabled(with_gradient):
         y = gpu_attention(q, k, v, mask, mask is None, 0.0, HOPPER)
@@ -366,7 +372,8 @@ def test_a_mask_of_numbers_keeps_them(emulated):
     ids=str,
 )
 def test_no_prompt_waits_for_a_plan_of_cudnn(emulated, monkeypatch, changes):
-    """cuDNN built a plan for each new prompt length and each tail that was not in the cache: 0.4 s before the first token."""
+    """cuDNN built a plan for each new length of a prompt, or of a tail that was not in the cache:
+    0.4 s before the first token."""
     model = random_model(tiny_config(**changes)).to(BF16)
     for block in model.layers:
         block.attention.device_attention = functools.partial(gpu_attention, card=HOPPER)
@@ -386,7 +393,10 @@ def test_no_prompt_waits_for_a_plan_of_cudnn(emulated, monkeypatch, changes):
 
 # ---------------------------------------------------------------------------------- compiled blocks
 def traced(model, ids) -> tuple[set[str], set[str]]:
-    """Attention operations in the compiled blocks, of a step of training and of a pass without gradients. Nothing is computed: a CPU has no such kernels."""
+    """Attention operations in compiled blocks: of a step of training, of a pass without gradients.
+
+    Nothing is computed, because a CPU has no such kernels.
+    """
     seen: set[str] = set()
 
     def compiler(graph, inputs):
@@ -455,7 +465,8 @@ def test_a_compiled_block_holds_the_kernel_forward_and_backward(changes, kernels
 
 
 def test_without_a_choice_grouped_heads_are_copied_under_a_mask(monkeypatch):
-    """A model that nobody called choose_kernels for, such as the published class: on a GPU a mask must not lead to all T x S scores."""
+    """A model that nobody called choose_kernels for, such as the published class: on a GPU a mask
+    must not lead to all T x S scores."""
     model, seen = random_model(tiny_config(sliding_window=5)), []
 
     class Claims(torch.Tensor):

@@ -62,7 +62,8 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(12))
 def test_attention_with_sinks_by_a_gpus_kernels(seed, dtype):
-    """cuDNN (Hopper) or flash where nothing is masked beyond causality, the memory-efficient kernel else; results and all gradients, in tiny heads of 8."""
+    """cuDNN (Hopper) or flash where nothing is masked beyond causality, the memory-efficient kernel
+    else; results and all gradients, in tiny heads of 8."""
     q, k, v, sinks, mask, is_causal = (x.to(CUDA) if isinstance(x, torch.Tensor) else x for x in sink_case(seed, torch.float64))
     q, k, v = (torch.cat((x, x), dim=-1)[..., :8].to(dtype).detach().requires_grad_() for x in (q, k, v))
     sinks = sinks.float().detach().requires_grad_()
@@ -172,8 +173,8 @@ BACKENDS = {0: "torch", 1: "flash", 2: "efficient", 3: "cudnn"}
 def attention_case(T: int, mask: str, D: int = 64, dtype: torch.dtype = torch.bfloat16):
     """Queries of 4 heads, keys and values of 2, a mask or None; all on the GPU."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, T, heads, D, device=CUDA, dtype=dtype).transpose(1, 2).requires_grad_()
-               for heads in (4, 2, 2))
+    random = (torch.randn(2, T, heads, D, device=CUDA, dtype=dtype) for heads in (4, 2, 2))
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in random)
     position = torch.arange(T, device=CUDA)
     window = attention_mask(position, position, 50)
     return q, k, v, None if mask == "none" else window
@@ -197,7 +198,7 @@ def attention_operations(function) -> set[str]:
 @pytest.mark.parametrize("T, mask", [(256, "none"), (256, "fixed"), (192, "fixed"), (200, "none")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_pytorch_takes_the_kernel_that_the_table_says(dtype, T, mask, grad):
-    """Where it is not called by name. A wrong guess would copy heads for nothing, or hold all scores."""
+    """Where it is not called by name. A wrong guess would copy heads, or hold all scores."""
     q, k, v, given = attention_case(T, mask, dtype=dtype)
     choice = choose_attention(card_of(CUDA), dtype, mask, T, 64, grad)
     if choice.by_name:
@@ -210,7 +211,8 @@ def test_pytorch_takes_the_kernel_that_the_table_says(dtype, T, mask, grad):
     assert BACKENDS[taken] == choice.kernel
 
 
-@pytest.mark.parametrize("T, mask", [(256, "none"), (192, "none"), (1, "none"), (192, "fixed"), (200, "fixed")])
+@pytest.mark.parametrize("T, mask", [(256, "none"), (192, "none"), (1, "none"), (192, "fixed"),
+                                     (200, "fixed")])
 def test_attention_on_a_gpu_is_the_plain_one(T, mask):
     """By whichever kernel: results and gradients, training and generating, against float64."""
     q, k, v, given = attention_case(T, mask)

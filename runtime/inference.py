@@ -24,6 +24,9 @@ from runtime.quantize import is_packed, unpack
 
 MOST_NATIVE_ROWS = 512   # of a prompt at once: with more, PyTorch's matrix products are the faster ones
 GRAPH_SPAN = 256         # a CUDA graph reads so much of the cache, or 2, 4, ... times as much
+# Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an H100),
+# and tuning takes a minute.
+TUNED_BYTES = 1 << 26
 LONGEST_MATCH = 4        # tokens at the end of a text that prompt look-up searches for earlier in it, down to 2
 
 
@@ -152,7 +155,10 @@ class Decoder:
         The runs before the capture write what the first replay will write again.
         """
         ids, positions = ids_B.clone(), positions_B.clone()
-        function = compiled_step(span) if self.compiles else decode_step
+        function = decode_step
+        if self.compiles:
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            function = compiled_step(span, sum(t.nbytes for t in tensors) >= TUNED_BYTES)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -236,17 +242,18 @@ def decode_step(model: LLM, cache: KVCache, ids_B: Tensor, positions_B: Tensor, 
     return logits_BV.float() * model.out_head.weight_scale[:, 0] + (0 if model.out_head.bias is None else model.out_head.bias)
 
 
-def compiled_step(span: int) -> Callable[..., Tensor]:
+def compiled_step(span: int, tunes: bool) -> Callable[..., Tensor]:
     """`decode_step`, compiled for one span.
 
     The compiler counts what it has compiled for one function and refuses the ninth, so each span
-    gets a function of its own. Coordinate descent also lets it write a product with one row as a
-    sum that its neighbours join, where a call of cuBLAS would stand alone.
+    gets a function of its own. tunes: search each kernel's sizes by coordinate descent; the
+    compiler then also writes a product with one row as a sum that its neighbours join, where a call
+    of cuBLAS would stand alone.
     """
     code = decode_step.__code__.replace(co_name=f"decode_step_{span}")
     own = types.FunctionType(code, decode_step.__globals__)
-    return torch.compile(own, fullgraph=True, dynamic=False,
-                         options={"coordinate_descent_tuning": True})
+    options = {"coordinate_descent_tuning": True} if tunes else None
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 def _experts(block: Block, h_BC: Tensor) -> Tensor:

@@ -140,17 +140,18 @@ def test_every_span_of_the_cache_is_compiled(monkeypatch):
     ids, positions = torch.tensor([3, 4]), torch.tensor([0, 0])
     with torch.inference_mode():
         for span in range(1, 11):
-            step = inference.compiled_step(span)
+            step = inference.compiled_step(span, tunes=span < 10)
             expected = decode_step(model, cache, ids, positions, span)
             assert torch.allclose(step(model, cache, ids, positions, span), expected, atol=1e-5)
     # A product with one row becomes a sum that its neighbours join.
-    assert options == [{"coordinate_descent_tuning": True}] * 10
+    assert options == [{"coordinate_descent_tuning": True}] * 9 + [None]
 
 
-@pytest.mark.parametrize("compiles", [False, True])
-def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles):
+@pytest.mark.parametrize("compiles, tunes", [(False, False), (True, False), (True, True)])
+def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
     """With CUDA's graphs and streams replaced by what runs at once: 256 places of the cache, then
-    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it."""
+    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it. A small
+    model is not tuned: a minute for each span would be for nothing."""
     graph = types.SimpleNamespace(pool=lambda: None, replay=lambda: None)
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name in ("Stream", "current_stream"):
@@ -161,12 +162,16 @@ def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles):
     monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
     made = []
 
-    def compiled(span):
+    def compiled(span, is_tuned):
+        assert is_tuned == tunes
         made.append((span, lambda *given: decode_step(*given)))
         return made[-1][1]
 
     monkeypatch.setattr(inference, "compiled_step", compiled)
-    decoder = Decoder(random_model(tiny_config(context_length=CONTEXT), 5), False, compiles)
+    model = quantize_(random_model(tiny_config(context_length=CONTEXT), 5))
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    monkeypatch.setattr(inference, "TUNED_BYTES", held if tunes else held + 1)
+    decoder = Decoder(model, False, compiles)
     decoder.texts(2, CONTEXT)
     ids, positions = torch.tensor([3, 4]), torch.tensor([0, 0])
     with torch.inference_mode():

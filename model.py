@@ -180,6 +180,23 @@ def softmax_gradient_(logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tenso
     return ((log_sum_N1 - at_target_N1) * valid_N1).sum()
 
 
+def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: bool) -> None:
+    """Add chunk' h to the total, or put it there: then what was there is ignored.
+
+    A CUDA GPU adds to a float32 total inside a half-precision product, unrounded (torch.addmm with
+    out_dtype, from torch 2.8). Elsewhere the product is rounded to its dtype first.
+    """
+    if total_VC.dtype == h_NC.dtype:
+        total_VC.addmm_(chunk_NV.T, h_NC, beta=float(not is_first))
+    elif total_VC.is_cuda and torch.version.hip is None:
+        torch.addmm(total_VC, chunk_NV.T, h_NC, beta=float(not is_first),
+                    out_dtype=total_VC.dtype, out=total_VC)
+    elif is_first:
+        total_VC.copy_(chunk_NV.T @ h_NC)
+    else:
+        total_VC += chunk_NV.T @ h_NC
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum over valid rows of logsumexp(h W' + b) - (h W' + b)[target], a few rows of logits at a time.
 
@@ -206,12 +223,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += softmax_gradient(chunk_NV, bias, targets_N[first:first + chunk_rows], needs_gradients)
             if needs_gradients:
                 grad_h[first:first + chunk_rows] = chunk_NV @ weight
-                if dtype == wide:
-                    grad_weight.addmm_(chunk_NV.T, h_chunk, beta=float(first > 0))  # 0: what was there is ignored
-                elif first == 0:
-                    grad_weight.copy_(chunk_NV.T @ h_chunk)
-                else:
-                    grad_weight += chunk_NV.T @ h_chunk
+                add_product_(grad_weight, chunk_NV, h_chunk, is_first=first == 0)
                 if bias is not None:
                     grad_bias += chunk_NV.sum(dim=0, dtype=wide)
         ctx.dtypes = (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)

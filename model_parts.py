@@ -183,7 +183,9 @@ class Attention(nn.Module):
         self.H, self.G, self.D = config.num_heads, config.num_kv_heads, config.attention_head_dim
         self.block, self.window, self.dropout = block, config.window(block), config.dropout
         self.sink_kernel = None  # a fast attention_with_sinks without dropout, where the device has one (runtime.device.choose_kernels)
-        self.has_flash = True  # whether the device has the flash kernel for this arithmetic (runtime.device.choose_kernels)
+        # Attention without sinks by the kernels of the device, where it has several:
+        # (q, k, v, mask, is_causal, dropout) -> [B, H, T, D] (runtime.device.choose_kernels).
+        self.device_attention = None
         self.W_q = nn.Linear(config.d_model, self.H * self.D, bias=config.qkv_bias)
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
@@ -202,12 +204,15 @@ class Attention(nn.Module):
             start = cache.length
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
         mask, is_causal = self._mask(start, T, q_BHTD, cache, starts_BT)
-        if q_BHTD.is_cuda and self.H != self.G and (mask is not None or not self.has_flash):
-            # Of CUDA's kernels only flash takes grouped heads, and it takes no mask: without this copy (never of the cache,
-            # only of what this call reads) the call would fall to the kernel that holds all T x S scores.
-            k_BGSD, v_BGSD = (x.repeat_interleave(self.H // self.G, dim=1) for x in (k_BGSD, v_BGSD))
         dropout = self.dropout if self.training else 0.0
-        if self.sinks is None:
+        if self.sinks is None and self.device_attention is not None:
+            y_BHTD = self.device_attention(q_BHTD, k_BGSD, v_BGSD, mask, is_causal, dropout)
+        elif self.sinks is None:
+            if q_BHTD.is_cuda and self.H != self.G and mask is not None:
+                # Not every kernel that takes a mask takes grouped heads, and the last resort of
+                # PyTorch holds all T x S scores. A copy of what this call reads avoids it.
+                groups = self.H // self.G
+                k_BGSD, v_BGSD = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
             y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=k_BGSD.shape[1] != self.H)
         elif self.sink_kernel is not None and not dropout and self.attention_bias is None:
             y_BHTD = self.sink_kernel(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal)

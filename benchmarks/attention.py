@@ -41,6 +41,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.common import alternate_undisturbed, save_results, summary
 from model_parts import attention_mask, attention_with_sinks
 from runtime import cli
+from runtime.attention_choice import card_of
 from runtime.device import choose_device, choose_dtype, device_name, explained_out_of_memory, is_out_of_memory, make_deterministic, release_memory, synchronize
 from runtime.sink_attention import sink_attention
 from runtime.text import human_bytes
@@ -140,9 +141,8 @@ def rescaled(p: Problem) -> Tensor:
     """Attention with sinks as the model computes it on this device."""
     if p.sinks_H is None:
         raise ValueError("without sinks there is nothing to rescale")
-    has_flash = p.q_BHTD.is_cuda and p.q_BHTD.dtype != torch.float32 and torch.cuda.get_device_capability(p.q_BHTD.device) >= (8, 0)
-    k, v = p.expanded() if p.q_BHTD.is_cuda and not has_flash else (p.k_BGTD, p.v_BGTD)
-    return sink_attention(p.q_BHTD, k, v, p.sinks_H, None, True, has_flash)
+    card = card_of(p.q_BHTD.device) if p.q_BHTD.is_cuda else None
+    return sink_attention(p.q_BHTD, p.k_BGTD, p.v_BGTD, p.sinks_H, None, True, card)
 
 
 def forced(p: Problem, backend: SDPBackend) -> Tensor:

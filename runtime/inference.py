@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,9 @@ from runtime.quantize import is_packed, unpack
 
 MOST_NATIVE_ROWS = 512   # of a prompt at once: with more, PyTorch's matrix products are the faster ones
 GRAPH_SPAN = 256         # a CUDA graph reads so much of the cache, or 2, 4, ... times as much
+# Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an H100),
+# and tuning takes a minute.
+TUNED_BYTES = 1 << 26
 LONGEST_MATCH = 4        # tokens at the end of a text that prompt look-up searches for earlier in it, down to 2
 
 
@@ -45,8 +49,6 @@ class Decoder:
     def texts(self, count: int, max_tokens: int) -> list[Text]:
         """`count` empty texts with room for `max_tokens` each; those of an earlier call are no longer valid."""
         self._whole, self._caches, self._graphs = None, [], {}   # first, so that both are never there at once
-        if self.compiles:
-            torch.compiler.reset()   # what was compiled is for the old shapes; eight of them for one function are an error
         # One place more: where a step has texts that take no part, they write behind their end.
         self._whole = KVCache(self.config, count, max_tokens + 1, self.model.embed.weight.dtype, self.device)
         self._caches = self._whole.rows()
@@ -141,16 +143,22 @@ class Decoder:
         span = min(self._whole.max_tokens, GRAPH_SPAN << max(0, -(-span // GRAPH_SPAN) - 1).bit_length())
         if span not in self._graphs:
             self._graphs[span] = self._capture(ids_B, positions_B, span)
-        graph, ids, positions, logits = self._graphs[span]
+        graph, ids, positions, logits, _ = self._graphs[span]
         ids.copy_(ids_B)
         positions.copy_(positions_B)
         graph.replay()
         return logits.clone()
 
     def _capture(self, ids_B: Tensor, positions_B: Tensor, span: int):
-        """(graph, its ids [B], its positions [B], its logits [B, V]). The runs before the capture write what the first replay will write again."""
+        """(graph, its ids [B], its positions [B], its logits [B, V], its function).
+
+        The runs before the capture write what the first replay will write again.
+        """
         ids, positions = ids_B.clone(), positions_B.clone()
-        function = torch.compile(decode_step, fullgraph=True, dynamic=False) if self.compiles else decode_step
+        function = decode_step
+        if self.compiles:
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            function = compiled_step(span, sum(t.nbytes for t in tensors) >= TUNED_BYTES)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -161,7 +169,8 @@ class Decoder:
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None   # one memory for all: a replay's logits are copied before the next
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
             logits = function(self.model, self._whole, ids, positions, span)
-        return graph, ids, positions, logits
+        # What was compiled lives as long as the graph that runs it.
+        return graph, ids, positions, logits, function
 
 
 @contextlib.contextmanager
@@ -231,6 +240,20 @@ def decode_step(model: LLM, cache: KVCache, ids_B: Tensor, positions_B: Tensor, 
     packed_VC = model.out_head.weight_packed.to(x_BC.dtype)
     logits_BV = _products(packed_VC, x_BC) if torch.compiler.is_compiling() else x_BC @ packed_VC.T
     return logits_BV.float() * model.out_head.weight_scale[:, 0] + (0 if model.out_head.bias is None else model.out_head.bias)
+
+
+def compiled_step(span: int, tunes: bool) -> Callable[..., Tensor]:
+    """`decode_step`, compiled for one span.
+
+    The compiler counts what it has compiled for one function and refuses the ninth, so each span
+    gets a function of its own. tunes: search each kernel's sizes by coordinate descent; the
+    compiler then also writes a product with one row as a sum that its neighbours join, where a call
+    of cuBLAS would stand alone.
+    """
+    code = decode_step.__code__.replace(co_name=f"decode_step_{span}")
+    own = types.FunctionType(code, decode_step.__globals__)
+    options = {"coordinate_descent_tuning": True} if tunes else None
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
 def _experts(block: Block, h_BC: Tensor) -> Tensor:

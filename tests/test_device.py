@@ -8,6 +8,7 @@ import torch
 
 from model import LLM
 from runtime import device as module
+from runtime.attention_choice import Card, gpu_attention
 from runtime.device import (
     DTYPES,
     autocast,
@@ -26,6 +27,7 @@ from runtime.device import (
     release_memory,
     synchronize,
 )
+from runtime.sink_attention import sink_attention
 from tests.util import tiny_config
 
 CPU = torch.device("cpu")
@@ -203,17 +205,36 @@ def test_peak_speed_is_of_that_card_and_no_other(monkeypatch, name, peak):
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
 
-@pytest.mark.parametrize("capability, dtype, grouped, flash", [
-    ((9, 0), torch.bfloat16, True, True), ((9, 0), torch.float32, False, False), ((10, 0), torch.bfloat16, False, True), ((8, 0), torch.bfloat16, False, True),
-    ((7, 5), torch.float16, False, False)])
-def test_kernels_are_chosen_for_the_card(monkeypatch, capability, dtype, grouped, flash):
+@pytest.mark.parametrize("capability, dtype, grouped", [
+    ((9, 0), torch.bfloat16, True), ((9, 0), torch.float32, False),
+    ((10, 0), torch.bfloat16, False), ((8, 0), torch.bfloat16, False),
+    ((7, 5), torch.float16, False)])
+def test_kernels_are_chosen_for_the_card(monkeypatch, capability, dtype, grouped):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    model = LLM(tiny_config())
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    model, card = LLM(tiny_config()), Card(capability, 91900)
     choose_kernels(model, torch.device("cuda"), dtype)
-    assert all(b.moe.experts.grouped is grouped and b.moe.experts.feed_forward is None and b.attention.has_flash is flash
-               and b.attention.sink_kernel.keywords == {"has_flash": flash} for b in model.layers)
+    assert all(b.moe.experts.grouped is grouped and b.moe.experts.feed_forward is None
+               for b in model.layers)
+    for attention in (block.attention for block in model.layers):
+        assert attention.device_attention.func is gpu_attention
+        assert attention.sink_kernel.func is sink_attention
+        assert attention.device_attention.keywords == {"card": card}
+        assert attention.sink_kernel.keywords == {"card": card}
     choose_kernels(model, torch.device("cpu"), torch.float32)
     assert all(not b.moe.experts.grouped and b.moe.experts.feed_forward is not None for b in model.layers)
+    assert all(b.attention.device_attention is None and b.attention.sink_kernel is sink_attention
+               for b in model.layers)
+
+
+@pytest.mark.parametrize("device, head_dim, dtype", [
+    ("cuda", 10, torch.bfloat16), ("mps", 8, torch.float16)])
+def test_sinks_that_no_kernel_takes_are_plain(monkeypatch, device, head_dim, dtype):
+    """Heads of 10 numbers ended a run on a GPU with the kernel's own error."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = LLM(tiny_config(head_dim=head_dim, attention_sinks=True))
+    choose_kernels(model, torch.device(device), dtype)
+    assert all(block.attention.sink_kernel is None for block in model.layers)
 
 
 @pytest.mark.parametrize("amx, seconds, expected", [(False, {}, False), (True, {torch.float32: 3.0, torch.bfloat16: 1.0}, True), (True, {torch.float32: 3.0, torch.bfloat16: 2.9}, False)])

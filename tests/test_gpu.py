@@ -7,12 +7,14 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import runtime.inference as inference
 import train
 from config_model import TrainConfig
-from model import IGNORE, sample
-from model_parts import attention_with_sinks
+from model import IGNORE, add_product_, sample
+from model_parts import attention_mask, attention_with_sinks
+from runtime.attention_choice import card_of, choose_attention, gpu_attention
 from runtime.device import autocast, choose_kernels
 from runtime.inference import Decoder
 from runtime.optimizer import build_optimizer
@@ -60,15 +62,14 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(12))
 def test_attention_with_sinks_by_a_gpus_kernels(seed, dtype):
-    """Flash where nothing is masked beyond causality, the memory-efficient kernel else; results and all gradients, in tiny heads of 8."""
+    """cuDNN (Hopper) or flash where nothing is masked beyond causality, the memory-efficient kernel
+    else; results and all gradients, in tiny heads of 8."""
     q, k, v, sinks, mask, is_causal = (x.to(CUDA) if isinstance(x, torch.Tensor) else x for x in sink_case(seed, torch.float64))
     q, k, v = (torch.cat((x, x), dim=-1)[..., :8].to(dtype).detach().requires_grad_() for x in (q, k, v))
     sinks = sinks.float().detach().requires_grad_()
     gradient, results = torch.randn_like(q), []
-    fast = functools.partial(sink_attention, has_flash=dtype == torch.bfloat16)
-    for kernel in (attention_with_sinks, fast):
-        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))   # as Attention does where flash cannot be used
-        y = kernel(q, keys, values, sinks, mask, is_causal)
+    for kernel in (attention_with_sinks, functools.partial(sink_attention, card=card_of(CUDA))):
+        y = kernel(q, k, v, sinks, mask, is_causal)
         results.append((y, *torch.autograd.grad(y, (q, k, v, sinks), gradient)))
     for plain, other in zip(*results, strict=True):
         assert (plain.double() - other.double()).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * plain.double().norm()
@@ -163,3 +164,113 @@ def test_packed_weights_on_a_gpu_give_what_they_give_on_a_cpu(dtype):
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         logits = on_gpu(ids.to(CUDA)).logits
     assert (logits.float().cpu() - model(ids).logits).norm() <= (0.1 if dtype == torch.bfloat16 else 1e-4) * model(ids).logits.norm()
+
+
+# ------------------------------------------------------------------------- attention by each kernel
+BACKENDS = {0: "torch", 1: "flash", 2: "efficient", 3: "cudnn"}
+
+
+def attention_case(T: int, mask: str, D: int = 64, dtype: torch.dtype = torch.bfloat16):
+    """Queries of 4 heads, keys and values of 2, a mask or None; all on the GPU."""
+    torch.manual_seed(0)
+    random = (torch.randn(2, T, heads, D, device=CUDA, dtype=dtype) for heads in (4, 2, 2))
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in random)
+    position = torch.arange(T, device=CUDA)
+    window = attention_mask(position, position, 50)
+    return q, k, v, None if mask == "none" else window
+
+
+def attention_operations(function) -> set[str]:
+    """The attention kernels that PyTorch calls in a function."""
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if "attention" in str(op):
+                names.add(str(op).split(".")[1])
+            return op(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    with Record():
+        function()
+    return names
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "generating"])
+@pytest.mark.parametrize("T, mask", [(256, "none"), (256, "fixed"), (192, "fixed"), (200, "none")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_pytorch_takes_the_kernel_that_the_table_says(dtype, T, mask, grad):
+    """Where it is not called by name. A wrong guess would copy heads, or hold all scores."""
+    q, k, v, given = attention_case(T, mask, dtype=dtype)
+    choice = choose_attention(card_of(CUDA), dtype, mask, T, 64, grad)
+    if choice.by_name:
+        pytest.skip("called by its name")
+    if choice.copies_heads:
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    with torch.set_grad_enabled(grad):
+        taken = torch._fused_sdp_choice(q, k, v, given, 0.0, given is None, scale=None,
+                                        enable_gqa=k.shape[1] != 4)
+    assert BACKENDS[taken] == choice.kernel
+
+
+@pytest.mark.parametrize("T, mask", [(256, "none"), (192, "none"), (1, "none"), (192, "fixed"),
+                                     (200, "fixed")])
+def test_attention_on_a_gpu_is_the_plain_one(T, mask):
+    """By whichever kernel: results and gradients, training and generating, against float64."""
+    q, k, v, given = attention_case(T, mask)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    repeated = (x.repeat_interleave(2, dim=1) for x in wide[1:])
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        wide[0], *repeated, attn_mask=given, is_causal=given is None)
+    y = gpu_attention(q, k, v, given, given is None, 0.0, card_of(CUDA))
+    gradient = torch.randn_like(y)
+    with torch.no_grad():
+        generated_y = gpu_attention(q, k, v, given, given is None, 0.0, card_of(CUDA))
+    expected = (exact, exact, *torch.autograd.grad(exact, wide, gradient.double()))
+    for got, want in zip((y, generated_y, *torch.autograd.grad(y, (q, k, v), gradient)), expected,
+                         strict=True):
+        # Weights and results are rounded to bfloat16, gradients also see the rounded results.
+        assert (got.double() - want).norm() <= 8 * 2**-8 * want.norm() + 1e-6
+
+
+@pytest.mark.parametrize("T, D", [(256, 64), (192, 32), (1024, 128), (130, 64)])
+def test_sinks_at_full_size_by_a_gpus_kernels(T, D):
+    """The kernel that trains, cuDNN on Hopper, and the one that generates."""
+    q, k, v, _ = attention_case(T, "none", D)
+    sinks = torch.randn(4, device=CUDA, requires_grad=True)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
+    exact = attention_with_sinks(*wide, None, True)
+    y = sink_attention(q, k, v, sinks, None, True, card_of(CUDA))
+    gradient = torch.randn_like(y)
+    with torch.no_grad():
+        generated_y = sink_attention(q, k, v, sinks, None, True, card_of(CUDA))
+    expected = (exact, exact, *torch.autograd.grad(exact, wide, gradient.double()))
+    got = (y, generated_y, *torch.autograd.grad(y, (q, k, v, sinks), gradient))
+    for one, want in zip(got, expected, strict=True):
+        assert (one.double() - want).norm() <= 8 * 2**-8 * want.norm() + 1e-6
+
+
+def test_generating_builds_no_plan_of_cudnn():
+    """A plan costs 0.4 s for each new length of a prompt."""
+    model = random_model(tiny_config(context_length=64)).to(CUDA, torch.bfloat16)
+    choose_kernels(model, CUDA, torch.bfloat16)
+    decoder = Decoder(model)
+    text, = decoder.texts(1, 64)
+
+    def read():
+        for length in (7, 19, 31):
+            decoder.read(text, list(range(length)))
+
+    with torch.inference_mode():
+        assert not any("cudnn" in name for name in attention_operations(read))
+
+
+def test_the_heads_gradient_is_summed_unrounded():
+    """torch.addmm with out_dtype, in the shapes of the loss: a slice of padded rows, transposed."""
+    g = torch.Generator(CUDA).manual_seed(0)
+    buffer = torch.randn(300, 192, generator=g, device=CUDA).bfloat16()
+    h = torch.randn(300, 64, generator=g, device=CUDA).bfloat16()
+    chunk, total = buffer[:, :187], torch.full((187, 64), float("nan"), device=CUDA)
+    exact, magnitude = chunk.double().T @ h.double(), chunk.double().abs().T @ h.double().abs()
+    for times in (1, 2, 3):
+        add_product_(total, chunk, h, is_first=times == 1)
+        bound = times * 301 * 2**-24 * times * magnitude
+        assert ((total.double() - times * exact).abs() <= bound).all()

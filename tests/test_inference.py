@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import types
 import weakref
 
 import numpy as np
@@ -120,6 +121,67 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
         linear = torch.compile(inference._chosen_linear, backend="eager", fullgraph=True)
         for which, given in (("in", x[:, None].expand(-1, chosen.shape[1], -1)), ("out", torch.randn(rows, chosen.shape[1], model.config.d_ff))):
             assert torch.allclose(linear(block.moe.experts, which, chosen, given), inference._chosen_linear(block.moe.experts, which, chosen, given), atol=1e-5)
+
+
+def test_every_span_of_the_cache_is_compiled(monkeypatch):
+    """The compiler refuses the ninth version of one function: with --compile a text ended with an
+    error when more than 32,768 tokens of the cache were in use. Each span has a function of its
+    own, and the model's blocks keep what was compiled for them."""
+    torch.compiler.reset()
+    real, options = torch.compile, []
+
+    def compile_eagerly(function, **how):
+        options.append(how.pop("options"))
+        return real(function, backend="eager", **how)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    model = random_model(tiny_config(context_length=CONTEXT, transformer_blocks=1), 5).eval()
+    cache = KVCache(model.config, 2, CONTEXT + 1)
+    ids, positions = torch.tensor([3, 4]), torch.tensor([0, 0])
+    with torch.inference_mode():
+        for span in range(1, 11):
+            step = inference.compiled_step(span, tunes=span < 10)
+            expected = decode_step(model, cache, ids, positions, span)
+            assert torch.allclose(step(model, cache, ids, positions, span), expected, atol=1e-5)
+    # A product with one row becomes a sum that its neighbours join.
+    assert options == [{"coordinate_descent_tuning": True}] * 9 + [None]
+
+
+@pytest.mark.parametrize("compiles, tunes", [(False, False), (True, False), (True, True)])
+def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
+    """With CUDA's graphs and streams replaced by what runs at once: 256 places of the cache, then
+    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it. A small
+    model is not tuned: a minute for each span would be for nothing."""
+    graph = types.SimpleNamespace(pool=lambda: None, replay=lambda: None)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    for name in ("stream", "device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, **more: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
+    made = []
+
+    def compiled(span, is_tuned):
+        assert is_tuned == tunes
+        made.append((span, lambda *given: decode_step(*given)))
+        return made[-1][1]
+
+    monkeypatch.setattr(inference, "compiled_step", compiled)
+    model = quantize_(random_model(tiny_config(context_length=CONTEXT), 5))
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    monkeypatch.setattr(inference, "TUNED_BYTES", held if tunes else held + 1)
+    decoder = Decoder(model, False, compiles)
+    decoder.texts(2, CONTEXT)
+    ids, positions = torch.tensor([3, 4]), torch.tensor([0, 0])
+    with torch.inference_mode():
+        for used in (1, 4, 5, 9, 8, 17, CONTEXT):
+            expected = decode_step(decoder.model, decoder._whole, ids, positions, CONTEXT)
+            assert torch.allclose(decoder._replay(ids, positions, used), expected, atol=1e-5)
+    assert list(decoder._graphs) == [4, 8, 16, 32]
+    assert [span for span, _ in made] == ([4, 8, 16, 32] if compiles else [])
+    kept = [captured[-1] for captured in decoder._graphs.values()]
+    assert kept == ([own for _, own in made] if compiles else [decode_step] * 4)
 
 
 # ------------------------------------------------------------------------------------------------------ what is reused

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config_model import PRESETS, ModelConfig
-from model import IGNORE, LLM, generate, linear_cross_entropy, penalise_repetition, sample, softmax_gradient_
+from model import (
+    IGNORE,
+    LLM,
+    add_product_,
+    generate,
+    linear_cross_entropy,
+    penalise_repetition,
+    sample,
+    softmax_gradient_,
+)
 from model_parts import KVCache
 from runtime.device import choose_kernels
 from tests.util import random_model, tiny_config
@@ -166,6 +175,52 @@ def test_half_precision_loss_is_near_the_plain_one(V):
         assert a.dtype == torch.float32 and (a - e).norm() < 0.02 * e.norm()
 
 
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_gpu_adds_to_the_heads_gradient_inside_the_product(monkeypatch, is_first):
+    """In float32, with no [V, C] product that is rounded to bfloat16 first; the total's old values
+    are ignored the first time. A CPU has no such product, so one is put in its place."""
+    seen = []
+
+    def addmm(total, left, right, *, beta, out_dtype, out):
+        assert left.dtype == right.dtype == torch.bfloat16 and out is total
+        seen.append((beta, out_dtype))
+        added = (left.float() @ right.float()).as_subclass(torch.Tensor)
+        return out.copy_(added if beta == 0 else out + added)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    g = torch.Generator().manual_seed(0)
+    chunk = torch.randn(40, 61, generator=g).bfloat16()
+    h = torch.randn(40, 8, generator=g).bfloat16()
+    total = torch.full((61, 8), math.nan if is_first else 0.5)
+    add_product_(total.as_subclass(OnGpu), chunk, h, is_first)
+    exact = chunk.double().T @ h.double() + (0 if is_first else 0.5)
+    assert seen == [(float(not is_first), torch.float32)]
+    # Products of two bfloat16 numbers are exact in float32; a sum of n of them is off by less than
+    # n roundings of the sum of their magnitudes.
+    magnitude = chunk.double().abs().T @ h.double().abs() + 0.5
+    assert ((total.double() - exact).abs() <= 41 * 2**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_elsewhere_the_product_is_rounded_as_ever(dtype):
+    """Bit for bit what the loss did before GPUs had a way of their own."""
+    g = torch.Generator().manual_seed(0)
+    chunk, h = torch.randn(40, 61, generator=g).to(dtype), torch.randn(40, 8, generator=g).to(dtype)
+    total = torch.full((61, 8), math.nan)
+    add_product_(total, chunk, h, is_first=True)
+    product = chunk.T @ h
+    assert torch.equal(total, product.float())
+    add_product_(total, chunk, h, is_first=False)
+    if dtype == torch.float32:
+        assert torch.equal(total, product.addmm_(chunk.T, h))
+    else:
+        assert torch.equal(total, product.float() + product)
+
+
 @pytest.mark.parametrize("checkpointing, on_cores", [(False, False), (True, False), (False, True)])
 def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_cores):
     """Compiled in place, so a checkpoint does not know about it (the reference's keys got a prefix, T1); no graph break, and one
@@ -198,7 +253,9 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
 @pytest.mark.parametrize("changes", [dict(head_bias=True), dict(attention_sinks=True, router_bias=True, expert_activation="swiglu_clamped", expert_bias=True,
                                                                 sliding_window=9, qk_norm=False)], ids=["modern", "gpt-oss"])
 def test_compiled_by_the_real_compiler_computes_the_same(changes):
-    """Inductor's code for the blocks and for the loss, forward and backward; and the loss's second chunk, which is shorter."""
+    """Inductor's code for the blocks and for the loss, forward and backward; and the loss's second
+    chunk, which is shorter. Compiled by torch 2.11, attention with sinks in float32 once had
+    gradients of 0: its result came from a `to` that changed nothing."""
     torch.compiler.reset()
     model = random_model(tiny_config(transformer_blocks=1, vocabulary_size=300, **changes))
     ids = torch.randint(0, 300, (3, 100))

@@ -95,10 +95,23 @@ def _attention_with_sinks(q_BHTD, k_BGSD, v_BGSD, sinks_H, mask, is_causal) -> T
     return _attention(q_BHTD, k_BGSD, v_BGSD, mask, is_causal)
 
 
-def _rms_norm(
-    x: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    return torch.ops.aten._fused_rms_norm(x, normalized_shape, weight, eps)[0]
+class _RMSNorm(torch.autograd.Function):
+    """What CUDA's fused kernel keeps: its input and a number per row, not its result. (On fake CPU
+    tensors the same operation falls into its parts, which keep one tensor more.)"""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _rms_norm(x: Tensor, normalized_shape, weight: Tensor, eps: float | None = None) -> Tensor:
+    return _RMSNorm.apply(x, weight)
 
 
 def _row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:

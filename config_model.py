@@ -306,42 +306,107 @@ def hidden_matrices(config: ModelConfig) -> int:
 
 
 def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes: int = 4, on_gpu: bool = False) -> dict[str, int]:
-    """Estimated peak memory of a training step, by part, in bytes.
+    """Estimated peak memory of a training step in bytes, by part: of its forward pass, of the backward
+    pass's first block or of the optimizer, whichever holds most.
 
-    Weights and gradients are float32; the optimizer keeps two moments (Muon: one for the hidden matrices) in state_dtype.
-    `compute_bytes` is 2 under bfloat16 or float16 autocast, which keeps a cast copy of the matrices. Activations are what
-    autograd saves for one micro-batch of full contexts (tests compare them with the tensors that it does save); the loss never
-    holds all logits.
+    Weights and gradients are float32; the optimizer keeps two moments (Muon: one for the hidden
+    matrices) in state_dtype. compute_bytes: 2 under bfloat16 or float16 autocast, which keeps a cast
+    copy of the matrices. Where grad_accum is 1, no step has all gradients and all activations at once.
+    On a CPU it is what the process holds, Python and PyTorch included. Eager, not compiled; tests hold
+    it to a count of the tensors (benchmarks/fake_memory.py) and to what a process is seen to hold.
     """
-    c, D, b = config, config.attention_head_dim, compute_bytes
-    q, kv = c.num_heads * D, c.num_kv_heads * D
-    parameters = total_parameters(c)
-    moments = 2 * parameters - (hidden_matrices(c) if train.optimizer == "muon" else 0)
-    cast = 0 if b == 4 else b * (parameters - parameter_counts(c)["attention bias table"])
-    norms = 2 * (4 * c.d_model + (b + 4 if b != 4 else 4) * c.d_model)             # fp32 in, normalised out (cast if AMP)
-    attention = b * (2 * q + (3 if c.qk_norm else 1) * (q + kv) + kv)                # q, k, v as the kernel reads them, output
-    activated = 2 * c.d_ff if on_gpu or c.dropout else 0                              # a CPU makes them again (runtime/cpu_experts.py)
-    experts = c.top_k * (b * (2 * c.d_model + c.expert_inputs + activated) + 4)                 # sorted rows, hidden before/after, outputs
+    c, b, parameters = config, compute_bytes, total_parameters(config)
     tokens = train.batch_size * c.context_length
-    # A learned table rules out the flash kernels. On a CPU, as with dropout there, the scores are held per head, before and after
-    # the softmax (and the dropout); on a GPU the memory-efficient kernel holds none, but each block's table is saved as it was
-    # added, and its gradient made per sequence.
-    square = c.num_heads * c.context_length ** 2 * b
-    blocks, inputs = c.transformer_blocks, 4 * c.d_model
-    if train.activation_checkpointing:  # one block at a time, and each block's input
-        blocks, inputs = 1, inputs * (1 + c.transformer_blocks)
-    held = 4 if c.dropout else 2 * c.use_attention_bias
-    # A document mask is one for all heads, and each block saves it in the arithmetic's dtype.
-    masks = c.context_length ** 2 * b * train.batch_size * blocks * train.document_mask
-    scores = square * c.use_attention_bias * (blocks + train.batch_size) if on_gpu else square * held * train.batch_size * blocks
-    loss_rows = min(loss_chunk_rows(c, on_gpu), tokens)
+    moments = 2 * parameters - (hidden_matrices(c) if train.optimizer == "muon" else 0)
+    always = {"program": 0 if on_gpu else PROGRAM_BYTES + _kernel_bytes(c, b), "weights": 4 * parameters,
+              "optimizer state": moments * (4 if train.state_dtype == "float32" else 2)}
+    per_token, scores = _saved_per_token(c, b, on_gpu), _saved_scores(c, train, b, on_gpu)
+    block, blocks = tokens * sum(per_token.values()) + scores, c.transformer_blocks
+    # The last norm's input, its result (of a CPU's norm also a part), and the gradient of that.
+    ends = tokens * c.d_model * (12 if on_gpu else 16)
+    cast = (b != 4) * b * (parameters - parameter_counts(c)["attention bias table"] - parameter_counts(c)["embedding"])
     head = c.vocabulary_size * c.d_model
-    return {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer state": moments * (4 if train.state_dtype == "float32" else 2),
-        "cast weights": cast,
-        "activations": tokens * (blocks * (norms + attention + experts) + inputs) + scores + masks,
-        # a chunk of logits (under AMP also in float32), the head's gradient before it is added to the others' (AMP: and cast)
-        "loss": loss_rows * c.vocabulary_size * (4 if b == 4 else 4 + b) + 4 * head + (b * head if b != 4 else 0),
-    }
+    # The head's gradient, a chunk of logits (under AMP also in float32); under AMP the cast head and its input.
+    logits = min(loss_chunk_rows(c, on_gpu), tokens) * c.vocabulary_size * (4 if b == 4 else 4 + b)
+    loss = {"loss": 4 * head + logits + (b != 4) * b * (head * c.tie_embeddings + tokens * c.d_model)}
+    # The backward pass of a block begins with its experts. What they save is gone when attention's begins.
+    within = max(0, _attention_gradients(c, train, b, on_gpu) - tokens * per_token["experts"]) + _expert_temporaries(c, tokens, b, on_gpu)
+    gradients = {"gradients": 4 * parameters}
+    if train.activation_checkpointing:
+        # Each block's input; one block is made again, when all of the loss's but the gradient is gone.
+        inputs = 4 * c.d_model * tokens * blocks
+        cast_once = cast // blocks
+        forward = {"cast weights": cast_once, "activations": inputs + ends} | loss
+        backward = {"cast weights": cast_once, "activations": inputs + ends + block + within, "loss": 4 * head}
+    else:
+        forward = {"cast weights": cast, "activations": blocks * block + ends} | loss
+        backward = {"cast weights": cast, "activations": blocks * block + ends + within, "loss": 4 * head}
+    update = {"optimizer's update": _update_temporaries(c, train, b, on_gpu)} | gradients
+    moments_of_a_step = [always | (gradients if train.grad_accum > 1 else {}) | parts for parts in (forward, backward)] + [always | update]
+    names = ("program", "weights", "gradients", "optimizer state", "cast weights", "activations", "loss", "optimizer's update")
+    largest = max(moments_of_a_step, key=lambda parts: sum(parts.values()))
+    return {name: largest.get(name, 0) for name in names}
+
+
+# Of a CPU's process before it makes a model: Python, PyTorch and what train.py imports besides, the
+# compiler that torch.optim loads, and matplotlib (benchmarks/memory.py measures it).
+PROGRAM_BYTES = 420 * 2 ** 20
+# oneDNN's kernels: what one takes, and for how many row counts a model's experts have them.
+ONEDNN_KERNEL_BYTES, ONEDNN_ROW_COUNTS = 700_000, 24
+
+
+def _kernel_bytes(c: ModelConfig, b: int) -> int:
+    """What oneDNN keeps: in half precision each of an expert's six products for each row count, and GELU with its gradient."""
+    return ONEDNN_KERNEL_BYTES * ((b != 4) * 6 * ONEDNN_ROW_COUNTS + (c.expert_activation == "gelu") * 2 * 13)
+
+
+def _saved_per_token(c: ModelConfig, b: int, on_gpu: bool) -> dict[str, int]:
+    """Bytes that a block saves for its backward pass, per token, scores and masks apart."""
+    D, cast = c.attention_head_dim, b != 4
+    q, kv, inputs, F = c.num_heads * D, c.num_kv_heads * D, c.expert_inputs, c.d_ff
+    # Both norms' inputs; what each linear layer multiplies: the first norm's result, of AMP a copy for
+    # each of q, k and v, and the second's, for the router in float32. A CPU's norm keeps a tensor more.
+    stream = c.d_model * (8 + (6 if cast else 4) + 4 + (0 if on_gpu else 8))
+    masked = c.use_attention_bias or c.sliding_window   # then keys and values are copied to all heads on a GPU
+    attention = b * (2 * q + 2 * (q if masked and on_gpu else kv)) + 4 * c.num_heads
+    qk_norm = c.qk_norm * 4 * (q + kv) * (1 if on_gpu else 2)
+    router = 8 * c.num_experts + 32 * c.top_k
+    # Sorted rows, the hidden layer before its activation, the outputs. A CPU makes the rest again
+    # (runtime/cpu_experts.py); a GPU, or dropout, keeps what the activation is made of and its result.
+    kept = {"gelu": 1, "swiglu": 2, "swiglu_clamped": 5}[c.expert_activation] * (on_gpu or c.dropout > 0)
+    one_hot = 2 * c.num_experts * (c.expert_bias and on_gpu and cast)
+    dropped = (1 if on_gpu else 2) * (c.dropout > 0)
+    experts = c.top_k * (b * (2 * c.d_model + inputs + (kept + dropped) * F + one_hot))
+    return {"attention": stream + attention + qk_norm, "router": router, "experts": experts}
+
+
+def _saved_scores(c: ModelConfig, train: TrainConfig, b: int, on_gpu: bool) -> int:
+    """Bytes of [T, T] that a block saves: masks, the learned table as it was added, and on a CPU the scores."""
+    square, batch = c.context_length ** 2, train.batch_size
+    mask = b * square * (batch if train.document_mask else bool(c.sliding_window) and not c.use_attention_bias)
+    if on_gpu:
+        # The memory-efficient kernel holds no scores.
+        return mask + c.use_attention_bias * square * (b * c.num_heads + 1)
+    # A learned table rules the flash kernel out, and so does dropout: float32 scores after the softmax,
+    # and, with dropout, what drops them and the result.
+    return mask + square * c.num_heads * batch * (12 if c.dropout else 4 * c.use_attention_bias)
+
+
+def _attention_gradients(c: ModelConfig, train: TrainConfig, b: int, on_gpu: bool) -> int:
+    """Bytes of the gradient of a learned table, which is made for each sequence; on a CPU also of the scores."""
+    return c.use_attention_bias * c.num_heads * c.context_length ** 2 * train.batch_size * (b if on_gpu else 8)
+
+
+def _expert_temporaries(c: ModelConfig, tokens: int, b: int, on_gpu: bool) -> int:
+    """Bytes that the experts of a block hold in their backward pass besides: on a CPU the hidden layer's
+    gradients, where one expert may have most of the rows."""
+    return 0 if on_gpu else tokens * c.top_k * b * (2 * c.d_ff + c.expert_inputs + c.d_model)
+
+
+def _update_temporaries(c: ModelConfig, train: TrainConfig, b: int, on_gpu: bool) -> int:
+    """Bytes of Muon's temporaries for as many matrices as it takes at once: four in float32, four in its own dtype."""
+    if train.optimizer != "muon":
+        return 0
+    D = c.attention_head_dim
+    matrix = c.d_model * max(c.num_heads * D, c.d_ff)
+    return max(2 ** 24 if on_gpu else 2 ** 17, matrix) * (16 + 4 * (b if on_gpu else 4))

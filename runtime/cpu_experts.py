@@ -3,6 +3,10 @@
 The plain path in model_parts.py cuts every small matrix product among all threads and reads the hidden layer from memory for
 each elementwise step. Here a thread takes whole experts. Same results, except for the last bits of a product that the plain
 path would have cut. `runtime.device.choose_kernels` puts it into `Experts.feed_forward`; benchmarks/experts.py compares the two.
+
+An expert's row count is another one at each step, and oneDNN, which does GELU and the products in
+half precision, builds and keeps a kernel of up to 0.9 MB for each count, up to 1,024 of them:
+memory grew with every step. So it only meets counts of `padded_rows` (benchmarks/memory.py).
 """
 from __future__ import annotations
 
@@ -13,13 +17,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS
 
 MOST_ROWS_INLINE = 256    # fewer rows than this are not worth waking other threads
 MOST_IMBALANCE = 1.3      # of the busiest thread, over a fair share: beyond it the threads share each product instead
+# Rows of half precision are padded to multiples of this, on which oneDNN is also faster.
+ROWS_APART = 32
+# Rows that GELU and a product of half precision are given at once. oneDNN meets no larger counts
+# but in the weights' gradients, which sum over rows.
+ROWS_AT_ONCE = 256
 
 # R rows sorted by expert, E experts, C d_model, F d_ff, I = F (gelu) or 2F (gated: gate rows before up rows).
 
@@ -35,7 +43,7 @@ def feed_forward(x_RC: Tensor, w_in_EIC: Tensor, b_in_EI: Tensor | None, w_out_E
 
     def one(e: int, rows: slice) -> None:
         if rows.start < rows.stop:
-            h = _linear(x_RC[rows], w_in_EIC[e], b_in_EI, e, h_RI[rows])
+            h = _linear(_padded(x_RC[rows]), w_in_EIC[e], b_in_EI, e, h_RI[rows])
             _linear(_activation(h, activation), w_out_ECF[e], b_out_EC, e, y_RC[rows])
 
     _each_expert(one, counts_E)
@@ -50,11 +58,17 @@ def _feed_forward_backward(grad_RC: Tensor, x_RC: Tensor, h_RI: Tensor, w_in_EIC
     grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
 
     def one(e: int, rows: slice) -> None:
-        grad, h = grad_RC[rows], h_RI[rows]
+        if rows.start == rows.stop:
+            for gradient in grads[1:]:
+                gradient[e:e + 1].zero_()
+            return
+        # Rows of zeros add zeros to every sum over the rows.
+        grad, h, x = _padded(grad_RC[rows]), _padded(h_RI[rows]), _padded(x_RC[rows])
         torch.mm(grad.T, _activation(h, activation), out=grad_w_out[e])
-        grad_h = _activation_backward(grad @ w_out_ECF[e], h, activation)
-        torch.mm(grad_h, w_in_EIC[e], out=grad_x[rows])
-        torch.mm(grad_h.T, x_RC[rows], out=grad_w_in[e])
+        grad_a = torch.mm(grad, w_out_ECF[e], out=_temporary(h, w_out_ECF.shape[2]))
+        grad_h = _activation_backward(grad_a, h, activation)
+        _product(grad_h, w_in_EIC[e], grad_x[rows])
+        torch.mm(grad_h.T, x, out=grad_w_in[e])
         if has_bias:
             torch.sum(grad, dim=0, out=grad_b_out[e])
             torch.sum(grad_h, dim=0, out=grad_b_in[e])
@@ -64,25 +78,43 @@ def _feed_forward_backward(grad_RC: Tensor, x_RC: Tensor, h_RI: Tensor, w_in_EIC
 
 
 def _linear(x: Tensor, w: Tensor, b_E: Tensor | None, e: int, out: Tensor) -> Tensor:
-    return torch.mm(x, w.T, out=out) if b_E is None else torch.addmm(b_E[e], x, w.T, out=out)
+    return _product(x, w.T, out, None if b_E is None else b_E[e])
+
+
+def _product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ w + bias, of which `out` gets as many rows as it has; returns all of them."""
+    whole = out if len(out) == len(x) else _temporary(x, w.shape[1])
+    at_once = ROWS_AT_ONCE if x.element_size() == 2 else len(x)
+    for x_piece, piece in zip(x.split(at_once), whole.split(at_once), strict=True):
+        if bias is None:
+            torch.mm(x_piece, w, out=piece)
+        else:
+            torch.addmm(bias, x_piece, w, out=piece)
+    if whole is not out:
+        out.copy_(whole[:len(out)])
+    return whole
 
 
 def _activation(h: Tensor, activation: str) -> Tensor:
     """As model_parts.activate, with fewer tensors in between."""
     if activation == "gelu":
-        return F.gelu(h)
+        y = _temporary(h, h.shape[1])
+        _in_few_shapes(lambda h, y: torch.ops.aten.gelu.out(h, out=y), h, y)
+        return y
     gate, up = h.chunk(2, dim=-1)
     if activation == "swiglu":
-        return F.silu(gate).mul_(up)
+        return torch.ops.aten.silu.out(gate, out=_temporary(h, gate.shape[1])).mul_(up)
     gate = gate.clamp(max=SWIGLU_LIMIT)
     return torch.sigmoid(SWIGLU_STEEPNESS * gate).mul_(gate).mul_(up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1))
 
 
 def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
     """The gradient with respect to h of _activation(h), from that with respect to its result, which is used up."""
+    grad_h = _temporary(h, h.shape[1])
     if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, h)
-    grad_h = torch.empty_like(h)
+        backward = torch.ops.aten.gelu_backward.grad_input
+        _in_few_shapes(lambda grad, h, out: backward(grad, h, grad_input=out), grad, h, grad_h)
+        return grad_h
     (gate, up), (grad_gate, grad_up) = h.chunk(2, dim=-1), grad_h.chunk(2, dim=-1)
     if activation == "swiglu_clamped":
         inside_gate, inside_up = gate <= SWIGLU_LIMIT, up.abs() <= SWIGLU_LIMIT
@@ -91,26 +123,107 @@ def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
         torch.mul(grad * gate * sigmoid, inside_up, out=grad_up)
         torch.mul(grad * (up + 1) * sigmoid * (1 + SWIGLU_STEEPNESS * gate * (1 - sigmoid)), inside_gate, out=grad_gate)
         return grad_h
-    torch.mul(grad, F.silu(gate), out=grad_up)
+    activated = torch.ops.aten.silu.out(gate, out=_temporary(h, gate.shape[1]))
+    torch.mul(grad, activated, out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
     return grad_h
+
+
+# -------------------------------------------------- the plain path's products, in the same shapes
+@torch.library.register_kernel("gptoss::grouped_linear", "cpu")
+def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: Tensor) -> Tensor:
+    """model_parts.grouped_linear on a CPU: for training with dropout."""
+    y_RO = x_RI.new_empty(len(x_RI), w_EOI.shape[1])
+    for e, rows in _groups(counts_E):
+        if rows.start < rows.stop:
+            _linear(_padded(x_RI[rows]), w_EOI[e], b_EO, e, y_RO[rows])
+    return y_RO
+
+
+@torch.library.register_kernel("gptoss::grouped_linear_backward", "cpu")
+def _grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor,
+                             has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_w = torch.empty_like(x_RI), torch.zeros_like(w_EOI)
+    grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
+    for e, rows in _groups(counts_E):
+        if rows.start < rows.stop:
+            grad, x = _padded(grad_RO[rows]), _padded(x_RI[rows])
+            _product(grad, w_EOI[e], grad_x[rows])
+            torch.mm(grad.T, x, out=grad_w[e])
+            if has_bias:
+                torch.sum(grad, dim=0, out=grad_b[e])
+    return grad_x, grad_w, grad_b
+
+
+# ------------------------------------------------------------------------------- few shapes
+def padded_rows(rows: int) -> int:
+    """`rows` rounded up to one of few counts: powers of two up to 32, then multiples of 32, and from
+    256 on eight to each doubling."""
+    if rows <= ROWS_APART:
+        return 1 << (rows - 1).bit_length()
+    step = max(ROWS_APART, 1 << (rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
+def _temporary(like: Tensor, columns: int) -> Tensor:
+    """An uninitialised [len(like), columns], of a size that comes again: malloc then finds a place
+    that was freed, where sizes of every kind cut the heap to pieces."""
+    return like.new_empty(padded_rows(len(like)), columns)[:len(like)]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x [n, I] with zeros up to `padded_rows`, in half precision: there oneDNN does the products."""
+    n, padded = len(x), padded_rows(len(x))
+    if n == padded or x.element_size() != 2:
+        return x
+    y = x.new_empty(padded, x.shape[1])
+    y[:n] = x
+    y[n:] = 0
+    return y
+
+
+def _in_few_shapes(function: Callable[..., object], *tensors: Tensor) -> None:
+    """function(*inputs, output), element by element, on a few rows of all tensors [n, F] at a time,
+    never on a number of rows that is not `padded_rows` of itself."""
+    start, n = 0, len(tensors[-1])
+    while start < n:
+        left = n - start
+        rows = min(left - left % ROWS_APART, ROWS_AT_ONCE) or left
+        pieces = [t[start:start + rows] for t in tensors]
+        padded = padded_rows(rows)
+        if rows == padded:
+            function(*pieces)
+        else:
+            wide = [t.new_zeros(padded, t.shape[1]) for t in tensors]
+            for whole, piece in zip(wide[:-1], pieces[:-1], strict=True):
+                whole[:rows] = piece
+            function(*wide)
+            pieces[-1].copy_(wide[-1][:rows])
+        start += rows
 
 
 # --------------------------------------------------------------------------------------------------------------- threads
 def _each_expert(function: Callable[[int, slice], None], counts_E: Tensor) -> None:
     """Call function(expert, slice of its rows) for every expert: on one thread each, or one after another on all threads
     where there are few rows or a few experts have most of them."""
-    groups, start = [], 0
-    for e, count in enumerate(counts_E.tolist()):
-        groups.append((e, slice(start, start + count)))
-        start += count
+    groups = _groups(counts_E)
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    parts = shares(groups, threads) if threads > 1 and start >= MOST_ROWS_INLINE else None
+    enough = threads > 1 and groups[-1][1].stop >= MOST_ROWS_INLINE
+    parts = shares(groups, threads) if enough else None
     if parts is None:
         _call(function, groups, inference)
     else:
         for _ in _pool(threads, os.getpid()).map(lambda part: _call(function, part, inference), parts):
             pass
+
+
+def _groups(counts_E: Tensor) -> list[tuple[int, slice]]:
+    """(expert, slice of its rows) of all experts."""
+    groups, start = [], 0
+    for e, count in enumerate(counts_E.tolist()):
+        groups.append((e, slice(start, start + count)))
+        start += count
+    return groups
 
 
 def shares(groups: list[tuple[int, slice]], threads: int) -> list[list[tuple[int, slice]]] | None:

@@ -1,6 +1,7 @@
 """All experts as one operation on a CPU: equal to the plain path, whatever the loads, the threads and the mode."""
 from __future__ import annotations
 
+import collections
 import os
 import random
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_parts import Experts
 from runtime import cpu_experts
@@ -175,3 +177,92 @@ def test_autocast_reaches_it():
     assert rounded[0].dtype == torch.bfloat16
     for a, b in zip(exact, rounded, strict=True):
         assert not torch.equal(a, b.float()) and torch.allclose(a, b.float(), rtol=0.05, atol=0.05 * a.abs().max().item())
+
+
+# ---------------------------------------------------------------- memory that does not grow
+class _Shapes(TorchDispatchMode):
+    """The row counts that each operation of oneDNN's is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = collections.defaultdict(set)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::")
+        if name.partition(".")[0] in ("mm", "addmm", "gelu", "gelu_backward"):
+            matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2]
+            self.rows[name].add(tuple(tuple(m.shape) for m in matrices))
+        return function(*args, **(kwargs or {}))
+
+
+def _implementation(name: str):
+    """An operation's function itself: a mode outside of a custom operation does not see inside."""
+    return getattr(cpu_experts, name)._init_fn if "feed" in name else getattr(cpu_experts, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
+def test_onednn_meets_few_row_counts(dtype, activation):
+    """Memory grew with every step: each new row count of an expert made oneDNN build, and keep, a
+    kernel for GELU (0.9 MB) and, in half precision, one for each of an expert's six products."""
+    C, F, I = 12, 8, 8 if activation == "gelu" else 16
+    made = [torch.randn(shape).to(dtype) for shape in ((2, I, C), (2, I), (2, C, F), (2, C))]
+    with _Shapes() as seen:
+        for rows in range(1, 700, 3):
+            counts, x = torch.tensor([rows, 0]), torch.ones(rows, C, dtype=dtype)
+            _, h = _implementation("feed_forward")(x, *made, counts, activation)
+            backward = _implementation("_feed_forward_backward")
+            backward(x, x, h, made[0], made[2], counts, activation, True)
+            if activation == "gelu":
+                _implementation("_grouped_linear")(x, *made[:2], counts)
+                _implementation("_grouped_linear_backward")(h, x, made[0], counts, True)
+    half = dtype != torch.float32
+    taken = {name: shapes for name, shapes in seen.rows.items() if half or "gelu" in name}
+    assert len(taken) == 2 * half + 2 * (activation == "gelu"), seen.rows.keys()
+    for name, shapes in taken.items():
+        counts = {n for shape in shapes for matrix in shape for n in matrix} - {C, F, I}
+        assert counts and all(n == cpu_experts.padded_rows(n) for n in counts), name
+        # Up to 700 rows: 6 powers of two, 7 multiples of 32; 11 larger in the weights' gradients.
+        assert len(counts) <= (24 if name.startswith("mm") else 13), (name, sorted(counts))
+
+
+def test_padded_rows_are_few_and_near():
+    """Eight to a doubling from 256 on, so that large batches, too, meet few."""
+    padded = {n: cpu_experts.padded_rows(n) for n in range(1, 70_000)}
+    assert all(p >= n and cpu_experts.padded_rows(p) == p for n, p in padded.items())
+    assert all(p < n * 9 / 8 + 32 for n, p in padded.items())
+    assert len(set(padded.values())) < 6 + 8 + 8 * 9
+    some = {1: 1, 3: 4, 32: 32, 33: 64, 512: 512, 513: 576, 1025: 1152}
+    assert {n: padded[n] for n in some} == some
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_padding_changes_nothing(threads, monkeypatch, activation, num_threads):
+    """bfloat16 with and without it, on both paths; an expert without rows gets zeros, not what was
+    in its memory."""
+    threads(num_threads)
+    torch.manual_seed(0)
+    counts = torch.tensor([130, 0, 97, 1, 140])
+    experts = make_experts(activation, True, dtype=torch.bfloat16)
+    x = torch.randn(368, 12, dtype=torch.bfloat16)
+    for path in (None, torch.ops.gptoss.feed_forward.default):
+        experts.feed_forward = path
+        padded = outputs_and_gradients(experts, x, counts)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_experts, "_padded", lambda x: x)
+            unpadded = outputs_and_gradients(experts, x, counts)
+        for a, b in zip(padded, unpadded, strict=True):
+            # Sums are float32's: another order may turn a rounding, 2^-8, of two numbers in a row.
+            assert (a - b).abs().max() <= 2 * 2 ** -8 * b.abs().max()
+        assert not any(gradient[1].any() for gradient in padded[2:])
+
+
+def test_gelu_in_pieces_is_gelu_bit_for_bit():
+    """Row counts below, at and above the pieces' sizes; columns that fill no register."""
+    torch.manual_seed(0)
+    for rows in (1, 3, 31, 32, 33, 63, 255, 256, 257, 300, 611):
+        h, grad = torch.randn(rows, 37), torch.randn(rows, 37)
+        assert torch.equal(cpu_experts._activation(h, "gelu"), torch.nn.functional.gelu(h))
+        backward = torch.ops.aten.gelu_backward(grad, h)
+        assert torch.equal(cpu_experts._activation_backward(grad.clone(), h, "gelu"), backward)

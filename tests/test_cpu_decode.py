@@ -193,6 +193,23 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
 
 
 @needs_code
+def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
+    """GPTOSS_CFLAGS can take back what -march=native allows only if it comes after it; code compiled with other flags is never taken for it."""
+    commands, real = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: commands.append(command) or real(command, **more))
+    for flags in ("", "-O1 -fno-tree-vectorize"):
+        monkeypatch.setenv("GPTOSS_CFLAGS", flags)
+        cpu_decode.library.cache_clear()
+        assert cpu_decode.library()[0] is not None
+    assert len(list(fresh.iterdir())) == len(commands) == 2
+    at = next(i for i, flag in enumerate(commands[1]) if flag.endswith("=native"))
+    assert commands[1][at + 1:at + 3] == ["-O1", "-fno-tree-vectorize"] and "-O1" not in commands[0]
+    monkeypatch.setenv("GPTOSS_CFLAGS", "-no-such-flag")
+    cpu_decode.library.cache_clear()
+    assert "could not be compiled" in cpu_decode.library()[1]
+
+
+@needs_code
 @pytest.mark.parametrize("what", ["folder", "file", "link"])
 def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
     """The name of the compiled code can be guessed: in a folder that others can write to, it was whatever they put there."""

@@ -1,5 +1,6 @@
 # make demo   set up, then text -> model -> story in a few minutes, offline, in its own folder demo/
 # make test   set up, then all tests
+# make test-cpus   the tests that compare numbers, as two other CPUs would run them: a few minutes
 # make lint   style; also: make test-nightly, make mutants, make figures (reliability, long)
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ PY := $(VENV)/bin/python
 # Threads that wait for each other spin; on a shared machine that costs more than it saves.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-nightly test-llamacpp mutants figures lint clean-demo
+.PHONY: demo test test-cpus test-nightly test-llamacpp mutants figures lint clean-demo
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -34,6 +35,10 @@ clean-demo:
 test: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest
+
+# The tests that compare numbers, with the libraries told that this CPU has less than it has: they then add in other orders.
+test-cpus: $(VENV)/installed-dev
+	$(PY) -m tests.cpus
 
 # What takes too long for every push: the same promises with larger counts.
 test-nightly: $(VENV)/installed-dev

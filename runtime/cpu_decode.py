@@ -3,6 +3,8 @@
 It runs a finished plain LLM: the C code is handed pointers to the model's own parameters and to ordinary KV caches, so nothing is
 copied and a text can go from PyTorch's path to this one and back. Without a compiler, or for arithmetic other than
 float32, `native_model` says so and runtime/inference.py goes on in PyTorch.
+
+Environment variables: CC is the compiler, GPTOSS_CFLAGS are flags after ours, XDG_CACHE_HOME is where compiled code is kept.
 """
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang)"
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    command = [*compiler.split(), *FLAGS, native, str(SOURCE), "-lm", "-lpthread"]
+    # After -march=native, so that they can take back what it allows: GPTOSS_CFLAGS="-mno-avx512f -O1".
+    extra = os.environ.get("GPTOSS_CFLAGS", "").split()
+    command = [*compiler.split(), *FLAGS, native, *extra, str(SOURCE), "-lm", "-lpthread"]
     key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, platform.machine(), *platform.libc_ver(), _cpu_flags()]).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
     try:

@@ -52,7 +52,7 @@ PATTERNS = {WORD_PATTERN: "gpt-4o", _GPT2: "gpt-2",   # of imported tokenizers: 
 # 1.4 where the two have nothing in common. It rounds what such weights are multiplied with, too (f16 to 11 bits, bf16 and q8_0 to 8), so that a
 # router's near tie can fall the other way. Measured: 0.01 % to 1.7 % for trained models, up to 2.4 % (f16), 8.5 % (bf16) and 10 % (q8_0) for 4 to 48
 # untrained blocks. Swapped halves of a trained nano's experts are 50 % off; its RoPE base doubled is 5 % to 9 %, a top_k off by one 7 % to 25 %. So
-# this sees a wrong layout and no small mistake. Settings are compared one by one instead (check_keys), and files in float32 to 1e-4.
+# this sees a wrong layout and no small mistake. Settings are compared one by one instead (check_keys), and files in float32 to what rounding explains.
 NARROW_TOLERANCE = {"f16": 0.05, "bf16": 0.15, "q8_0": 0.15}
 BLOCK = 32   # numbers of a row that share a scale in q8_0
 
@@ -381,7 +381,7 @@ def rounded_yarn(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Ten
               "the checks that follow are with them rounded")
         return config, theirs_BTV
     try:
-        check_logits("llama.cpp's YaRN", ours_BTV, theirs_BTV)
+        check_logits("llama.cpp's YaRN", ours_BTV, theirs_BTV, config)
     except ExportError as error:
         raise ExportError(f"{what}, and no key of the file tells it; {error}. --accept_rounded_yarn writes the file all the same") from error
     return config, theirs_BTV
@@ -396,10 +396,10 @@ def check_file(gguf, path: Path, name: str, config: ModelConfig, family: str, en
     kinds, expected_BTV = {entry.part.source: entry.kind for entry in entries}, ours_BTV
     if quantize != "f32":
         expected_BTV = logits_of(lazy_model(config, lambda name: rounded(gguf, weights[name], kinds[name])), ids_BT)
-    check_logits(f"{name}, read back", expected_BTV, logits_of(lazy_model(config, read), ids_BT))
+    check_logits(f"{name}, read back", expected_BTV, logits_of(lazy_model(config, read), ids_BT), config)
     if quantize != "f32":
         print(f"check: {quantize} weights instead of float32: largest logit difference {export.largest_difference(ours_BTV, expected_BTV):.1e}")
-    check_llama_cpp(path, tokenizer, ids_BT, expected_BTV, quantize)
+    check_llama_cpp(path, tokenizer, ids_BT, expected_BTV, quantize, config)
 
 
 def run_llama_cpp(path: str, ids: list[int], text: str, num_threads: int) -> tuple[np.ndarray, list[int]]:
@@ -412,7 +412,7 @@ def run_llama_cpp(path: str, ids: list[int], text: str, num_threads: int) -> tup
         return llama.scores[:T].copy(), llama.tokenize(text.encode(), add_bos=True, special=False)
 
 
-def check_llama_cpp(path: Path, tokenizer: Tokenizer, ids_BT: Tensor, expected_BTV: Tensor, quantize: str) -> None:
+def check_llama_cpp(path: Path, tokenizer: Tokenizer, ids_BT: Tensor, expected_BTV: Tensor, quantize: str, config: ModelConfig) -> None:
     """Run the file in llama.cpp, if llama-cpp-python is installed: the same logits and the same token ids, or ExportError."""
     if importlib.util.find_spec("llama_cpp") is None:
         print("note: not run in llama.cpp itself, for llama-cpp-python is not installed")
@@ -430,7 +430,7 @@ def check_llama_cpp(path: Path, tokenizer: Tokenizer, ids_BT: Tensor, expected_B
         raise ExportError(f"llama.cpp's token {at} of the check's text is {their_ids[at:at + 1]}, ours {our_ids[at:at + 1]}: nothing was written")
     print(f"check: llama.cpp: the same {len(our_ids)} token ids")
     if quantize == "f32":
-        check_logits("llama.cpp", expected_BTV, theirs_BTV)
+        check_logits("llama.cpp", expected_BTV, theirs_BTV, config)
         return
     tolerance, share = NARROW_TOLERANCE[quantize], ((theirs_BTV - expected_BTV).square().mean() / expected_BTV.square().mean()).sqrt().item()
     print(f"check: llama.cpp: logits differ by {100 * share:.2g} % (root mean square; {100 * tolerance:.2g} % may be), as its products with "

@@ -143,7 +143,7 @@ def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> 
 
     ids_BT = check_ids(source.tokenizer, config)
     ours = logits_of(lazy_model(config, lambda name: rounded(name, weights[name], dtype).float()), ids_BT)
-    check_logits(f"{family or 'custom code'}, {dtype_name}, read back", ours, logits_of(lazy_model(theirs, from_folder), ids_BT))
+    check_logits(f"{family or 'custom code'}, {dtype_name}, read back", ours, logits_of(lazy_model(theirs, from_folder), ids_BT), config)
     if dtype != weights["embed.weight"].dtype:
         exact = logits_of(lazy_model(config, lambda name: weights[name].float()), ids_BT)
         print(f"check: rounding the weights to {dtype_name} moves the logits by up to {largest_difference(exact, ours):.1e}; "

@@ -252,14 +252,14 @@ def expected_logits(model: LLM, ids_1T: Tensor) -> tuple[Tensor, Tensor]:
 def check(path: Path, config: ModelConfig, ids_1T: Tensor, whole: Tensor, end: Tensor, dtype: str) -> None:
     """Compare what was written with `expected_logits`: in one call, and through the cache. ExportError if it is off."""
     session = open_session(path)
-    check_logits(f"onnxruntime, {dtype}, one call", whole, run(session, config, ids_1T)[0])
+    check_logits(f"onnxruntime, {dtype}, one call", whole, run(session, config, ids_1T)[0], config)
     ids_2T, singles = checked_parts(ids_1T)
     logits, past = run(session, config, ids_2T[:, :ids_2T.shape[1] - singles])
     pieces = [logits[:, -1:]]
     for i in range(-singles, 0):
         logits, past = run(session, config, ids_2T[:, ids_2T.shape[1] + i:][:, :1], past)
         pieces.append(logits)
-    check_logits(f"onnxruntime, {dtype}, token by token after a prompt", end, torch.cat(pieces, dim=1))
+    check_logits(f"onnxruntime, {dtype}, token by token after a prompt", end, torch.cat(pieces, dim=1), config)
 
 
 def round_to_float16(model: LLM) -> None:

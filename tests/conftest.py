@@ -17,7 +17,8 @@ REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))
 O200K_CACHE_NAME = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
 
-torch.set_num_threads(1)  # the models here are tiny: two threads would mostly wait for each other, and for busy neighbours
+# The models here are tiny: two threads would mostly wait for each other, and for busy neighbours. `make test-cpus` asks for two once.
+torch.set_num_threads(int(os.environ.get("GPTOSS_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True, scope="session")

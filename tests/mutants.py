@@ -336,7 +336,7 @@ MUTANTS = [
            "test_huggingface.py::test_mxfp4_numbers"),
     mutant(OWN, "llama.cpp's rotation of pairs is forgotten", "scripts/export_gguf.py", "        tensor = tensor.unflatten(0, (part.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)\n", "        pass\n",
            "test_export_gguf.py::test_tensors_have_llama_cpps_names_and_shapes_and_our_values"),
-    mutant(OWN, "a NaN passes the check of an export", "runtime/export.py", "if not difference <= tolerance * max(1.0, largest):", "if difference > tolerance * max(1.0, largest):",
+    mutant(OWN, "a NaN passes the check of an export", "runtime/export.py", "if not difference <= allowed:", "if difference > allowed:",
            "test_export.py::test_logits_that_are_off_are_an_error"),
     mutant(OWN, "--force replaces any folder", "runtime/export.py", "if is_folder and (others :=", "if False and (others :=", "test_export.py::test_what_is_there_is_not_lost"),
     mutant(OWN, "o200k_base's holes are closed up", "runtime/hf_tokenizer.py", "for i in tokenizer.undecodable_ids}", "for i in []}", "test_hf_tokenizer.py::test_o200k_in_the_library"),
@@ -457,6 +457,21 @@ MUTANTS = [
     mutant(OWN, "the head's gradient is rounded before it is added, on a GPU too", "model.py",
            "elif total_VC.is_cuda and torch.version.hip is None:", "elif False:",
            "test_model.py::test_a_gpu_adds_to_the_heads_gradient_inside_the_product"),
+    # -------------------------------------------------------------------------------------------- numbers on another machine
+    mutant(OWN, "an export may be off by a hundred times what rounding explains", "runtime/export.py", "allowed = logits_bound(config, tokens) * size_of(ours)",
+           "allowed = 100 * logits_bound(config, tokens) * size_of(ours)", "test_export.py::test_logits_that_are_off_are_an_error"),
+    mutant(OWN, "the bound on rounding knows one block", "runtime/rounding.py", "return c.transformer_blocks * (attention", "return 1 * (attention",
+           "test_rounding.py::test_a_deeper_a_wider_and_a_longer_model_may_differ_by_more"),
+    mutant(OWN, "the bound on rounding is that of the worst case", "runtime/rounding.py", "math.sqrt(sum(lengths))", "sum(lengths)",
+           "test_rounding.py::test_lengths_of_several_sums_add_up", "test_rounding.py::test_sums_in_two_orders_are_within_the_bound_and_not_far_from_it"),
+    mutant(OWN, "NaN is close to anything", "tests/numeric.py", "return share_of(actual, expected, bound, size) <= 1", "return not share_of(actual, expected, bound, size) > 1",
+           "test_rounding.py::test_nothing_that_is_not_a_number_is_close"),
+    mutant(OWN, "flags of one's own come before -march=native", "runtime/cpu_decode.py", "*FLAGS, native, *extra, str(SOURCE)", "*FLAGS, *extra, native, str(SOURCE)",
+           "test_cpu_decode.py::test_flags_of_ones_own_come_last_and_make_another_file"),
+    mutant(OWN, "the tests of other CPUs run with one thread", "tests/conftest.py", 'int(os.environ.get("GPTOSS_TEST_THREADS", "1"))', "1",
+           "test_cpus.py::test_the_settings_take_effect"),
+    mutant(OWN, "the tests of other CPUs leave MKL as it is", "tests/cpus.py", '"MKL_CBWR": "COMPATIBLE"', '"MKL_CBWR": "AUTO"',
+           "test_cpus.py::test_the_settings_take_effect"),
 ]
 
 

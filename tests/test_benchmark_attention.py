@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import flex_attention as flex_module
 
 from benchmarks import attention, common
+from tests.numeric import rounding
 
 HEADS = ["--num_heads", "4", "--num_kv_heads", "2", "--head_dim", "16"]
 TINY = ["--name", "tiny", "--batch_size", "2", *HEADS, "--context_length", "40", "--documents", "3", "--repeats", "1", "--min_sample_seconds", "1e-6"]
@@ -29,6 +30,10 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+# Scores over 16 and sums over 40 keys, twice more backward, where a key meets 40 queries of 2 heads.
+BOUND = rounding(torch.float32, *3 * [16, 40, 40], 40 * 2)
+
+
 def problem(case: str, *flags: str) -> attention.Problem:
     parser = attention.cli.parser("")
     for name, value in dict(num_heads=4, num_kv_heads=2, head_dim=16, documents=3).items():
@@ -39,7 +44,7 @@ def problem(case: str, *flags: str) -> attention.Problem:
 def check_row(row: dict, case: str, flops: int) -> None:
     leaves = {"q", "k", "v"} | {name for name in ("table", "sinks") if name in case}
     assert row["errors"].keys() == row["same_bits"].keys() == leaves | {"output"}
-    assert 0 < max(row["errors"].values()) < 1e-5          # float32 against float64
+    assert 0 < max(row["errors"].values()) < BOUND          # float32 against float64
     assert row["flops_per_sec"] == pytest.approx(flops / row["seconds"]["median"]) and row["calls_per_sample"] == 1
     assert row["peak_above_inputs_bytes"] > 4 * 2 * (2 * 4 + 2 * 2) * 40 * 16  # at least the output and the gradients
 
@@ -87,14 +92,14 @@ def test_flex_gives_the_same_numbers(case, monkeypatch):
     monkeypatch.setattr(attention, "compiled", lambda function: function)
     p = problem(case)
     errors = attention.relative_errors(attention.run_once(attention.prepare_flex(p), p), attention.expected(p))
-    assert len(errors) == (4 if case in ("causal", "documents") else 5) and max(errors.values()) < 1e-5
+    assert len(errors) == (4 if case in ("causal", "documents") else 5) and max(errors.values()) < BOUND
 
 
 def test_the_compiled_variant_is_compiled(monkeypatch):
     monkeypatch.setattr(attention, "compiled", lambda function: torch.compile(function, fullgraph=True, backend="aot_eager"))
     p = problem("table_documents")
     results = attention.run_once(attention.VARIANTS["sdpa_compiled"](p), p)
-    assert max(attention.relative_errors(results, attention.expected(p)).values()) < 1e-5 and attention.kernel_of(results["output"]) == "compiled"
+    assert max(attention.relative_errors(results, attention.expected(p)).values()) < BOUND and attention.kernel_of(results["output"]) == "compiled"
 
 
 def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from runtime.cpu_decode import native_model
 from runtime.inference import Decoder
 from runtime.quantize import quantize_
 from tests.conftest import REPO
+from tests.numeric import is_close, logits_bound
 from tests.util import random_model, tiny_config
 
 HAS_CODE, WHY_NOT = cpu_decode.library()
@@ -37,8 +38,8 @@ def random_architecture(r: random.Random) -> ModelConfig:
         **r.choice([{}, dict(sliding_window=5), dict(sliding_window=9, window_pattern="alternating"), dict(rope_theta=100.0)]))
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, atol=2e-4 * max(1.0, b.abs().max().item()), rtol=0)
+def close(a: torch.Tensor, b: torch.Tensor, config: ModelConfig) -> bool:
+    return is_close(a, b, logits_bound(config, config.context_length))
 
 
 @needs_code
@@ -74,7 +75,7 @@ def test_it_gives_the_plain_models_logits(seed):
                 done[i] += len(chunk)
                 plain = model(torch.tensor([texts[i][:done[i]]])).logits[0]
                 expected.append(plain[-len(chunk):] if all_logits else plain[-1:])
-            assert close(logits, torch.cat(expected)), config
+            assert close(logits, torch.cat(expected), config), config
             assert [cache.length for cache in caches] == done
     finally:
         torch.set_num_threads(threads)
@@ -90,7 +91,7 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
     for i, T in enumerate([3, 1, 9, 70, 8, 1, 129, 1, 4, 24]):
         chunk = ids[:, at:at + T]
         logits = model(chunk, cache=cache).logits[0] if i % 2 else native.forward([cache], chunk.tolist(), all_logits=True)
-        assert close(logits, expected[at:at + T])
+        assert close(logits, expected[at:at + T], model.config)
         at += T
     assert at == 250
 
@@ -119,7 +120,8 @@ def test_scores_of_any_size_are_weighed_as_pytorch_does():
             block.attention.attention_bias.normal_(0, size, generator=torch.Generator().manual_seed(1))
     native, _ = native_model(model)
     ids = torch.randint(0, model.config.vocabulary_size, (1, 77), generator=torch.Generator().manual_seed(0))
-    assert close(native.forward([KVCache(model.config, 1, 128)], ids.tolist(), all_logits=True), model(ids).logits[0])
+    logits = native.forward([KVCache(model.config, 1, 128)], ids.tolist(), all_logits=True)
+    assert close(logits, model(ids).logits[0], model.config)
 
 
 @needs_code
@@ -188,6 +190,23 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
     path.chmod(0o755)
     script = "import runtime.cpu_decode as c; print(c.library()[0] is not None)"
     assert subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120).stdout == "True\n" and path.stat().st_size > 1000   # made anew
+
+
+@needs_code
+def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
+    """GPTOSS_CFLAGS can take back what -march=native allows only if it comes after it; code compiled with other flags is never taken for it."""
+    commands, real = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: commands.append(command) or real(command, **more))
+    for flags in ("", "-O1 -fno-tree-vectorize"):
+        monkeypatch.setenv("GPTOSS_CFLAGS", flags)
+        cpu_decode.library.cache_clear()
+        assert cpu_decode.library()[0] is not None
+    assert len(list(fresh.iterdir())) == len(commands) == 2
+    at = next(i for i, flag in enumerate(commands[1]) if flag.endswith("=native"))
+    assert commands[1][at + 1:at + 3] == ["-O1", "-fno-tree-vectorize"] and "-O1" not in commands[0]
+    monkeypatch.setenv("GPTOSS_CFLAGS", "-no-such-flag")
+    cpu_decode.library.cache_clear()
+    assert "could not be compiled" in cpu_decode.library()[1]
 
 
 @needs_code

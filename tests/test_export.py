@@ -16,6 +16,7 @@ from runtime.checkpoint import read_checkpoint, save_checkpoint, write_weights
 from runtime.export import ExportError, check_logits, check_output, open_source, staged, work_folder
 from runtime.tokenizer import load_tokenizer
 from tests.conftest import REPO
+from tests.numeric import logits_bound, size_of
 from tests.util import random_model, tiny_config
 
 
@@ -131,12 +132,13 @@ def test_what_a_kill_left_is_named(tmp_path, capsys):
 
 
 def test_logits_that_are_off_are_an_error(capsys):
-    ours = torch.linspace(-20, 20, 60).view(1, 5, 12)
-    assert check_logits("copy", ours, ours + 1e-3) == pytest.approx(1e-3, rel=1e-2)
-    assert "copy: largest logit difference 1.0e-03 (logits up to 20, 5 tokens)" in capsys.readouterr().out
+    ours, config = torch.linspace(-20, 20, 60).view(1, 5, 12), tiny_config()
+    assert 2e-4 < logits_bound(config, 32) * size_of(ours) < 3e-3   # between the two differences below
+    assert check_logits("copy", ours, ours + 2e-4, config) == pytest.approx(2e-4, rel=1e-2)
+    assert "copy: largest logit difference 2.0e-04 (logits up to 20, 5 tokens)" in capsys.readouterr().out
     for theirs in (ours + 3e-3, ours * torch.nan, ours[:, :4]):
         with pytest.raises(ExportError) as error:
-            check_logits("copy", ours, theirs)
+            check_logits("copy", ours, theirs, config)
         assert error.value.exit_code == 1
 
 

@@ -400,7 +400,7 @@ def test_narrow_products_may_be_off_by_little(tmp_path, monkeypatch, quantize, m
     for off in (0.98 * most, 1.02 * most):
         monkeypatch.setattr(export_gguf, "run_llama_cpp", lambda path, ids, text, n, off=off: ((1 + off) * expected_BTV[0].numpy(), [256, *BYTE.encode(text)]))
         with pytest.raises(ExportError, match=f"more than {100 * most:.2g} %") if off > most else contextlib.nullcontext():
-            export_gguf.check_llama_cpp(tmp_path / "model.gguf", BYTE, ids_BT, expected_BTV, quantize)
+            export_gguf.check_llama_cpp(tmp_path / "model.gguf", BYTE, ids_BT, expected_BTV, quantize, tiny_config())
 
 
 def crash(*given):

@@ -10,14 +10,17 @@ import sys
 import pytest
 import torch
 
+import model_parts
 from config_model import TrainConfig
 from model import generate
+from model_parts import KVCache
 from runtime.checkpoint import load_model, save_checkpoint
 from runtime.export import ExportError, logits_of
 from runtime.tokenizer import load_tokenizer
 from scripts import export_onnx
 from scripts.export_onnx import main, open_session, run, to_onnx
 from tests.conftest import REPO
+from tests.numeric import assert_close, logits_bound, rounding, share_of
 from tests.test_export_gguf import imported
 from tests.util import random_config, random_model, tiny_config
 
@@ -38,14 +41,15 @@ def exported(tmp_path_factory):
 
 
 def compare(model, session, B, T, first):
-    """Largest difference of one call, and of calls of `first`, 1, 1, ... tokens."""
+    """One call, and calls of `first`, 1, 1, ... tokens: the largest difference over what rounding explains."""
     config = model.config
     ids_BT = torch.randint(0, config.vocabulary_size, (B, T), generator=torch.Generator().manual_seed(0))
     ours, past, pieces = logits_of(model, ids_BT), None, []
     for chunk in (ids_BT[:, :first], *ids_BT[:, first:].split(1, dim=1)):
         logits, past = run(session, config, chunk, past)
         pieces.append(logits)
-    return max((ours - theirs).abs().max().item() for theirs in (run(session, config, ids_BT)[0], torch.cat(pieces, dim=1)))
+    bound = logits_bound(config, T)
+    return max(share_of(theirs, ours, bound) for theirs in (run(session, config, ids_BT)[0], torch.cat(pieces, dim=1)))
 
 
 CONFIGS = {
@@ -64,7 +68,7 @@ def test_every_option_is_exported(config, tmp_path):
     import onnx_ir
     model = random_model(config).eval()
     onnx_ir.save(to_onnx(model), tmp_path / "m.onnx")
-    assert compare(model, open_session(tmp_path / "m.onnx"), 3, config.context_length, 9) < 2e-5
+    assert compare(model, open_session(tmp_path / "m.onnx"), 3, config.context_length, 9) <= 1
 
 
 def test_blocks_may_have_equal_weights(tmp_path):
@@ -79,7 +83,7 @@ def test_blocks_may_have_equal_weights(tmp_path):
             experts.b_in.zero_()
             experts.b_out.zero_()
     onnx_ir.save(to_onnx(model), tmp_path / "m.onnx")
-    assert compare(model, open_session(tmp_path / "m.onnx"), 3, 20, 9) < 2e-5
+    assert compare(model, open_session(tmp_path / "m.onnx"), 3, 20, 9) <= 1
 
 
 def test_greedy_text_is_the_models(exported):
@@ -97,13 +101,14 @@ def test_greedy_text_is_the_models(exported):
         assert torch.equal(ours, torch.cat(theirs, dim=1))
 
 
-def test_positions_far_out_are_exact(exported):
-    """Positions are float64 in the graph: in float32, angles at 20,000 are off by a thousandth."""
+def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
+    """Positions are float64 in the graph: in float32, angles at 20,000 are off by a thousandth, as a graph made with such tables shows.
+
+    New keys tell best, as none of the 20,000 others is in them. Attention's sums over all of these move the logits' last bits.
+    """
+    import onnx_ir
     model, _ = load_model(exported[0])
     model.eval()
-    import numpy as np
-
-    from model_parts import KVCache
     start, config, ids_BT = 20_000, model.config, torch.arange(6)[None]
     cache = KVCache(config, 1, start + 6)
     for tensor in cache.keys + cache.values:
@@ -113,8 +118,15 @@ def test_positions_far_out_are_exact(exported):
     with torch.inference_mode():
         ours = model(ids_BT, cache=cache).logits
     theirs, present = run(open_session(exported[1]), config, ids_BT, past)
-    assert (ours - theirs).abs().max() < 2e-5
-    assert np.abs(present[0][:, :, start:] - cache.keys[0][:, :, start:].numpy()).max() < 2e-6
+    assert_close(theirs, ours, logits_bound(config, start + 6))
+    # A key: embedding's norm, a product, its own norm, two terms of a rotation.
+    bound = rounding(torch.float32, config.d_model, config.d_model, config.head_dim, 2)
+    keys = cache.keys[0][:, :, start:]
+    assert_close(present[0][:, :, start:], keys, bound)
+    monkeypatch.setattr(model_parts, "_table_dtype", lambda device: torch.float32)
+    onnx_ir.save(to_onnx(model), tmp_path / "narrow.onnx")
+    _, present = run(open_session(tmp_path / "narrow.onnx"), config, ids_BT, past)
+    assert share_of(present[0][:, :, start:], keys, bound) > 10
 
 
 def test_what_a_user_needs_is_in_and_beside_the_file(exported):

@@ -22,6 +22,7 @@ from runtime.hf_tokenizer import write_tokenizer
 from runtime.tokenizer import load_tokenizer
 from scripts import import_hf
 from tests.conftest import REPO
+from tests.numeric import logits_bound, share_of
 from tests.test_train import SPEED, data  # noqa: F401  (a fixture)
 
 SIZES = dict(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts_per_tok=2,
@@ -94,8 +95,10 @@ def same(a: dict, b: dict) -> bool:
 
 @torch.no_grad()
 def largest_difference(path: Path, theirs) -> float:
+    """Of the logits, over what rounding explains."""
     ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
-    return (load_model(path)[0](ids).logits - theirs(ids).logits.float()).abs().max().item()
+    ours = load_model(path)[0]
+    return share_of(ours(ids).logits, theirs(ids).logits.float(), logits_bound(ours.config, ids.shape[1]))
 
 
 # --------------------------------------------------------------------------------------------------- what transformers saves
@@ -104,7 +107,7 @@ def test_logits_are_those_of_transformers_and_the_printed_check_says_what_was_co
     model, folder = folders(family)
     checkpoint = imported(folder, tmp_path / "x.pt")
     out = capsys.readouterr().out
-    assert largest_difference(tmp_path / "x.pt", model) < 1e-5
+    assert largest_difference(tmp_path / "x.pt", model) <= 1
     assert total_parameters(checkpoint.model_config) == sum(p.numel() for p in model.parameters())
     assert f"an export gives back {len(load_file(folder / 'model.safetensors'))} tensors of the folder bit for bit\n" in out
     assert f"{family}, {total_parameters(checkpoint.model_config):,} parameters as float32, " in out and "tokenizer byte; " in out and "nats per token" in out
@@ -130,7 +133,7 @@ def test_config_json_in_transformers_4s_spelling(family, folders, tmp_path):
     if family == "qwen3_moe":
         older |= dict(num_local_experts=None, num_experts=4, decoder_sparse_step=1, mlp_only_layers=[])
     imported(copy(folder, tmp_path / "older", **older), tmp_path / "x.pt")
-    assert largest_difference(tmp_path / "x.pt", model) < 1e-5
+    assert largest_difference(tmp_path / "x.pt", model) <= 1
 
 
 def test_shards(folders, tmp_path):
@@ -204,7 +207,7 @@ def test_mxfp4_logits_are_those_of_the_dequantised_model_in_transformers(mxfp4, 
     theirs = their_model("gpt_oss")
     plain = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items() if not name.endswith(("_blocks", "_scales"))}
     theirs.load_state_dict(plain | {name: torch.from_numpy(rows).transpose(1, 2).float() for name, rows in numbers.items()})
-    assert largest_difference(tmp_path / "x.pt", theirs) < 1e-5
+    assert largest_difference(tmp_path / "x.pt", theirs) <= 1
 
 
 # --------------------------------------------------------------------------------------------------------------------- dtype

@@ -16,6 +16,7 @@ from model_parts import KVCache
 from runtime.device import choose_kernels
 from runtime.inference import Decoder, Text, decode_step, generate, guess_from_text, router_choices
 from runtime.quantize import quantize_
+from tests.numeric import assert_close, logits_bound, rounding
 from tests.util import random_model, tiny_config
 
 CONTEXT = 32
@@ -96,7 +97,7 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
             step = torch.compile(decode_step, backend="eager", fullgraph=True, dynamic=False) if t == 4 else decode_step  # what --compile compiles is one graph
             logits = step(model, cache, ids[range(3), positions], positions, CONTEXT if t % 2 else 19)
             expected = torch.cat([model(ids[b:b + 1, :positions[b] + 1]).logits[:, -1] for b in range(3)])
-            assert torch.allclose(logits, expected, atol=1e-4)
+            assert_close(logits, expected, logits_bound(model.config, 20))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
@@ -115,12 +116,15 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
 
     with torch.inference_mode():
         expected = block.moe(x[:, None])[0][:, 0]
-        assert torch.allclose(inference._experts(block, x.as_subclass(Claims)).as_subclass(torch.Tensor), expected, atol=1e-5)
+        actual = inference._experts(block, x.as_subclass(Claims)).as_subclass(torch.Tensor)
+        c = model.config
+        assert_close(actual, expected, rounding(torch.float32, c.d_model, 2 * c.d_model, c.d_ff, c.top_k))
     with torch.no_grad():
         weights, chosen, _, _ = block.moe.router(x)
         linear = torch.compile(inference._chosen_linear, backend="eager", fullgraph=True)
         for which, given in (("in", x[:, None].expand(-1, chosen.shape[1], -1)), ("out", torch.randn(rows, chosen.shape[1], model.config.d_ff))):
-            assert torch.allclose(linear(block.moe.experts, which, chosen, given), inference._chosen_linear(block.moe.experts, which, chosen, given), atol=1e-5)
+            plain = inference._chosen_linear(block.moe.experts, which, chosen, given)
+            assert_close(linear(block.moe.experts, which, chosen, given), plain, rounding(torch.float32, given.shape[-1]))
 
 
 def test_every_span_of_the_cache_is_compiled(monkeypatch):
@@ -215,7 +219,8 @@ def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
         reads.tokens.clear()
         logits = decoder.read(text, list(ids))
         assert sum(reads.tokens) == expected
-        assert torch.allclose(logits, model.__class__.forward(model, torch.tensor([ids]), last_token_only=True).logits[0], atol=1e-4)
+        expected = model.__class__.forward(model, torch.tensor([ids]), last_token_only=True).logits[0]
+        assert_close(logits, expected, logits_bound(model.config, 64))
 
     read(ids[:5], 5)
     read(ids[:5], 1)                                 # the last token must be asked again, for its logits
@@ -255,7 +260,8 @@ def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes
             patch.setattr(KVCache, "advance", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             decoder.step([text], torch.tensor([ids[20]]))
         decoder.read(text, ids[:29])
-    assert torch.allclose(decoder.read(text, ids), model(torch.tensor([ids]), last_token_only=True).logits[0], atol=1e-4)
+    expected = model(torch.tensor([ids]), last_token_only=True).logits[0]
+    assert_close(decoder.read(text, ids), expected, logits_bound(model.config, 64))
 
 
 def test_rewinding_says_when_it_cannot():
@@ -289,10 +295,11 @@ def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, chang
         for i in order:
             texts[i].ids = ids[i][:texts[i].cache.length]
         expected = torch.cat([model(torch.tensor([texts[i].ids])).logits[:, -1] for i in order])
-        assert torch.allclose(logits, expected, atol=1e-4)
+        assert_close(logits, expected, logits_bound(model.config, CONTEXT))
     for text, row in zip(texts, ids, strict=True):
         other = [*row[:text.cache.length - 1], 3]
-        assert torch.allclose(decoder.read(text, other), model(torch.tensor([other])).logits[:, -1], atol=1e-4)
+        expected = model(torch.tensor([other])).logits[:, -1]
+        assert_close(decoder.read(text, other), expected, logits_bound(model.config, CONTEXT))
 
 
 # ------------------------------------------------------------------------------------------------------- prompt look-up
@@ -375,8 +382,9 @@ def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
         pytest.skip(decoder.why_not_native)
     ids = torch.randint(0, decoder.config.vocabulary_size, (29,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = decoder.model(torch.tensor([ids])).logits[0]
-    assert torch.allclose(decoder.read(decoder.texts(1, 64)[0], ids, all_logits=True), expected, atol=1e-4)
-    assert torch.allclose(decoder.read(decoder.texts(1, 64)[0], ids), expected[-1:], atol=1e-4)
+    bound = logits_bound(decoder.config, 29)
+    assert_close(decoder.read(decoder.texts(1, 64)[0], ids, all_logits=True), expected, bound)
+    assert_close(decoder.read(decoder.texts(1, 64)[0], ids), expected[-1:], bound)
 
 
 def test_a_bad_answer_does_not_spoil_the_next(decoder_of):

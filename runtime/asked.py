@@ -29,9 +29,11 @@ from torch import Tensor
 from config_model import kv_cache_bytes_per_token
 from model import LLM
 from model_parts import KVCache, activate
+from runtime import cpu_decode
 from runtime.cpu_decode import cache_folder, cpu_flags
 from runtime.device import device_name, is_out_of_memory
 from runtime.files import write_text_atomic
+from runtime.known import Known
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
 TOKENS, STEPS = 9, 2
@@ -49,30 +51,30 @@ STEEPNESS = 8
 NEAR = 1e-5
 
 
-def settle(decoder, decode_step: Callable, weights: str = "") -> None:
+def settle(decoder, decode_step: Callable, step_knows: Known, weights: str = "") -> None:
     """Take those fast ways from a runtime.inference.Decoder that do not compute what its model does, and let it say why.
 
-    decode_step: runtime.inference.decode_step. weights: digest of the file that the model is from, "" for a model made in memory.
+    decode_step, step_knows: of runtime.inference. weights: digest of the file that the model is from, "" for a model made in memory.
     """
     path = _kept(decoder, weights)
     answers = {} if path is None else _read(path)
     there = dict(answers)
 
-    def answer(way: str, what: str) -> str:
+    def answer(way: str, known: Known) -> str:
         if way not in answers:
-            answers[way] = ask(decoder, decode_step, what)
+            answers[way] = ask(decoder, decode_step, known)
         return answers[way]
 
-    if decoder.native is not None and (why := answer("c_kernel", "the C decoder")):
+    if decoder.native is not None and (why := answer("c_kernel", cpu_decode.KNOWS)):
         decoder.native, decoder.why_not_native = None, why
     if decoder.native is None and not decoder.why_not_step:
-        decoder.why_not_step = answer("step", "decode_step")
+        decoder.why_not_step = answer("step", step_knows)
     if path is not None and answers != there:
         _keep(path, answers)
 
 
 @torch.inference_mode()
-def ask(decoder, decode_step: Callable, what: str) -> str:
+def ask(decoder, decode_step: Callable, known: Known) -> str:
     """Why the way that `decoder` takes now is not to be used, in a line; "" if it gives the plain model's logits."""
     model, generator = decoder.model, torch.Generator().manual_seed(0)
     compiles, decoder.compiles = decoder.compiles, False
@@ -86,7 +88,7 @@ def ask(decoder, decode_step: Callable, what: str) -> str:
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         if is_out_of_memory(error):
             raise
-        return f"{what} fails on this model: {' '.join(str(error).split())[:200]}"
+        return f"{known.what} fails on this model: {' '.join(str(error).split())[:200]}"
     finally:
         del decoder._replay
         for experts, feed_forward in dispatched:
@@ -101,7 +103,9 @@ def ask(decoder, decode_step: Callable, what: str) -> str:
         share = difference(plain_NV[clear_N], fast_NV[clear_N]) if clear_N.any() else share
     if share <= limit:
         return ""
-    return f"{what}'s logits are not the plain model's: they differ by {100 * share:.2g} % of their size, and rounding explains {100 * limit:.2g} %"
+    fields = known.undeclared(model.config)
+    return (f"{known.what}'s logits are not the plain model's: they differ by {100 * share:.2g} % of their size, and rounding explains "
+            f"{100 * limit:.2g} %{'; it does not know ModelConfig.' * bool(fields)}{', '.join(fields)}")
 
 
 def difference(plain_NV: Tensor, fast_NV: Tensor) -> float:

@@ -27,6 +27,9 @@ from model import LLM
 from runtime.checkpoint import Checkpoint, build_model, meta_model, read_checkpoint, tokenizer_of
 from runtime.cli import parser
 from runtime.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
+from runtime.inference import router_choices
+from runtime.known import Known
+from runtime.published import Published, logits, unclaimed
 from runtime.tokenizer import Tokenizer
 
 # What scripts.export_hf writes into a folder, and what a published model's tokenizer brings along: all that --force may replace.
@@ -34,6 +37,7 @@ FOLDER_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config
                           r"model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|modeling_gptoss\.py|README\.md|(loss|expert_load)\.png")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_CHECKED_TOKENS = 256
+TOLERANCE = 1e-4   # of logits, times the largest where that is above 1
 CHECK_TEXT = """Once upon a time there was a lighthouse keeper called Noor, who counted ships. On Monday she saw 3; on Tuesday, 14 more.
 "That's too many," she said, "for a harbour that holds only 12!" Her cat didn't answer. It was asleep on the charts again.
 
@@ -201,10 +205,29 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours.double() - theirs.double()).abs().max().item()
 
 
-def check_logits(route: str, ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> float:
+def check_logits(route: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> float:
     """Print and return the largest difference; ExportError if it is beyond `tolerance`, times the largest logit where that is above 1."""
     difference, largest = largest_difference(ours, theirs), ours.abs().max().item()
     print(f"check: {route}: largest logit difference {difference:.1e} (logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)")
     if not difference <= tolerance * max(1.0, largest):
         raise ExportError(f"{route}: logits differ by {difference:.1e}, more than {tolerance * max(1.0, largest):.1e}: nothing was written")
     return difference
+
+
+@torch.inference_mode()
+def check_published(route: str, known: Known, model: LLM, ours: Tensor, theirs: Published, ids_BT: Tensor) -> float:
+    """check_logits of what the file's architecture computes by its own settings. ours: the logits that `model` gives for ids [1, T].
+
+    Where the two differ, rounding may have sent a token to the other of two experts that are equally good: then the model's are taken.
+    """
+    if left := unclaimed(theirs):
+        raise ExportError(f"{route}: {known.what} has no place for {left[0]}: nothing was written")
+    ids = ids_BT[0].tolist()
+    found = logits(theirs, ids)[None]
+    if not largest_difference(ours, found) <= TOLERANCE * max(1.0, ours.abs().max().item()):
+        found = logits(theirs, ids, router_choices(model, ids)[0])[None]
+    try:
+        return check_logits(route, ours, found)
+    except ExportError as error:
+        fields = known.undeclared(model.config)
+        raise ExportError(f"{error}; {known.what} does not know ModelConfig.{', '.join(fields)}" if fields else str(error)) from error

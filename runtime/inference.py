@@ -50,7 +50,7 @@ class Decoder:
         self.why_not_step = KNOWS.why_not(model)   # "": decode_step knows the model
         self.compiles, self._graphs, self._whole = compile, {}, None
         self._is_packed = is_packed(model)   # then PyTorch has to unpack every matrix that it uses
-        asked.settle(self, decode_step, weights)
+        asked.settle(self, decode_step, KNOWS, weights)
 
     @property
     def note(self) -> str:

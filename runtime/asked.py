@@ -9,6 +9,7 @@ chooses a way. Models made in memory are always asked.
 
 Shape letters as in model_parts.py, and V vocabulary.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -79,7 +80,9 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     model, generator = decoder.model, torch.Generator().manual_seed(0)
     compiles, decoder.compiles = decoder.compiles, False
     # On a GPU the step as it is, before anything is captured: a graph replays the same operations.
-    decoder._replay = lambda ids_B, positions_B, span: decode_step(model, decoder._whole, ids_B, positions_B, span)
+    decoder._replay = lambda ids_B, positions_B, span: decode_step(
+        model, decoder._whole, ids_B, positions_B, span
+    )
     dispatched = _without_dispatch(model)
     try:
         probes = [_far_tokens(decoder, generator, rows) for rows in _rows(decoder)]
@@ -94,7 +97,9 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
         for experts, feed_forward in dispatched:
             experts.feed_forward = feed_forward
         decoder.compiles, decoder._whole, decoder._caches = compiles, None, []
-    plain_NV, fast_NV = (torch.cat(values) for values in zip(*((p.plain_NV, p.fast_NV) for p in probes), strict=True))
+    plain_NV, fast_NV = (
+        torch.cat(values) for values in zip(*((p.plain_NV, p.fast_NV) for p in probes), strict=True)
+    )
     limit = explained(model)
     share = difference(plain_NV, fast_NV)
     if not share <= limit and decoder.native is not None:
@@ -104,8 +109,10 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     if share <= limit:
         return ""
     fields = known.undeclared(model.config)
-    return (f"{known.what}'s logits are not the plain model's: they differ by {100 * share:.2g} % of their size, and rounding explains "
-            f"{100 * limit:.2g} %{'; it does not know ModelConfig.' * bool(fields)}{', '.join(fields)}")
+    return (
+        f"{known.what}'s logits are not the plain model's: they differ by {100 * share:.2g} % of their size, and rounding explains "
+        f"{100 * limit:.2g} %{'; it does not know ModelConfig.' * bool(fields)}{', '.join(fields)}"
+    )
 
 
 def difference(plain_NV: Tensor, fast_NV: Tensor) -> float:
@@ -148,13 +155,17 @@ def _without_dispatch(model: LLM) -> list[tuple]:
     return found
 
 
-def _feed_forward(x_RC: Tensor, w_in, b_in, w_out, b_out, counts_E: Tensor, activation: str) -> tuple[Tensor]:
+def _feed_forward(
+    x_RC: Tensor, w_in, b_in, w_out, b_out, counts_E: Tensor, activation: str
+) -> tuple[Tensor]:
     """Experts.feed_forward in plain operations: rows sorted by expert, [R, C] -> ([R, C],)."""
     y_RC, start = torch.empty_like(x_RC), 0
     for e, count in enumerate(counts_E.tolist()):
         rows = slice(start, start := start + count)
         if count:
-            h_RF = activate(F.linear(x_RC[rows], w_in[e], None if b_in is None else b_in[e]), activation)
+            h_RF = activate(
+                F.linear(x_RC[rows], w_in[e], None if b_in is None else b_in[e]), activation
+            )
             y_RC[rows] = F.linear(h_RF, w_out[e], None if b_out is None else b_out[e])
     return (y_RC,)
 
@@ -162,9 +173,12 @@ def _feed_forward(x_RC: Tensor, w_in, b_in, w_out, b_out, counts_E: Tensor, acti
 # ------------------------------------------------------------------------------------------------------------ the probes
 class _Probe(NamedTuple):
     """What a few tokens gave."""
+
     plain_NV: Tensor
     fast_NV: Tensor
-    near_ties: Callable[[], Tensor]   # [N]: whether rounding might have sent the token, or one before it in its text, elsewhere
+    near_ties: Callable[
+        [], Tensor
+    ]  # [N]: whether rounding might have sent the token, or one before it in its text, elsewhere
 
 
 def _short_texts(decoder, generator: torch.Generator) -> _Probe:
@@ -181,13 +195,21 @@ def _short_texts(decoder, generator: torch.Generator) -> _Probe:
         plain_BTV = model(ids_BT.to(device)).logits
     texts = decoder.texts(2, T)
     places = [(row, length - 1) for row, length in enumerate(lengths)]
-    fast = [decoder.read_all(texts, [ids_BT[row, :length].tolist() for row, length in enumerate(lengths)])]
+    fast = [
+        decoder.read_all(
+            texts, [ids_BT[row, :length].tolist() for row, length in enumerate(lengths)]
+        )
+    ]
     for step in range(num_steps):
         now = [(row, length + step) for row, length in enumerate(lengths)]
         fast.append(decoder.step(texts, torch.stack([ids_BT[place] for place in now]).to(device)))
         places += now
     rows, tokens = (torch.tensor(values, device=device) for values in zip(*places, strict=True))
-    return _Probe(plain_BTV[rows, tokens], torch.cat(fast), lambda: (routers.near_ties().view(2, T).cumsum(dim=1) > 0)[rows, tokens])
+    return _Probe(
+        plain_BTV[rows, tokens],
+        torch.cat(fast),
+        lambda: (routers.near_ties().view(2, T).cumsum(dim=1) > 0)[rows, tokens],
+    )
 
 
 def _rows(decoder) -> list[int]:
@@ -207,7 +229,11 @@ def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
     model, device = decoder.model, decoder.device
     far = _far_position(decoder)
     positions = [far, far // 2] * (rows // 2) + [far] * (rows % 2)
-    ids_B = torch.randint(model.config.vocabulary_size, (2,), generator=generator).repeat(-(-rows // 2))[:rows].to(device)
+    ids_B = (
+        torch.randint(model.config.vocabulary_size, (2,), generator=generator)
+        .repeat(-(-rows // 2))[:rows]
+        .to(device)
+    )
     texts = decoder.texts(rows, far + 1)
     for store in decoder._whole.keys + decoder._whole.values:
         content = torch.randn((2, *store.shape[1:]), generator=generator)
@@ -216,7 +242,10 @@ def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
         text.cache.length = position
     repeats = [row % 2 for row in range(rows)]
     with _Routers(model) as routers:
-        plain = [model(ids_B[row:row + 1, None], cache=_copy(texts[row].cache)).logits[0] for row in range(min(rows, 2))]
+        plain = [
+            model(ids_B[row : row + 1, None], cache=_copy(texts[row].cache)).logits[0]
+            for row in range(min(rows, 2))
+        ]
         with routers.choosing(repeats) if decoder.native is None else contextlib.nullcontext():
             fast_BV = decoder.step(texts, ids_B)
     return _Probe(torch.cat(plain)[repeats], fast_BV, lambda: routers.near_ties()[repeats])
@@ -226,8 +255,12 @@ def _far_position(decoder) -> int:
     """A position beyond the longest window, if the cache for that may be made, else FAR, or the context's last."""
     c = decoder.config
     window = max(c.window(block) for block in range(c.transformer_blocks))
-    weights = sum(tensor.nbytes for tensor in (*decoder.model.parameters(), *decoder.model.buffers()))
-    cache_bytes = 2 * (window + 4) * kv_cache_bytes_per_token(c, decoder.model.embed.weight.element_size())
+    weights = sum(
+        tensor.nbytes for tensor in (*decoder.model.parameters(), *decoder.model.buffers())
+    )
+    cache_bytes = (
+        2 * (window + 4) * kv_cache_bytes_per_token(c, decoder.model.embed.weight.element_size())
+    )
     far = window + 2 if window and cache_bytes <= max(MOST_CACHE_BYTES, weights // 16) else FAR
     return min(far, c.context_length - 1)
 
@@ -252,7 +285,10 @@ class _Routers:
         self._rows: Tensor | None = None
 
     def __enter__(self):
-        self._hooks = [router.register_forward_hook(functools.partial(self._hook, block)) for block, router in enumerate(self._routers)]
+        self._hooks = [
+            router.register_forward_hook(functools.partial(self._hook, block))
+            for block, router in enumerate(self._routers)
+        ]
         return self
 
     def __exit__(self, *_):
@@ -263,7 +299,9 @@ class _Routers:
         if self._rows is None:
             self._said[block].append(out)
             return None
-        return tuple(torch.cat(values)[self._rows] for values in zip(*self._said[block], strict=True))
+        return tuple(
+            torch.cat(values)[self._rows] for values in zip(*self._said[block], strict=True)
+        )
 
     @contextlib.contextmanager
     def choosing(self, rows) -> Iterator[None]:
@@ -278,12 +316,20 @@ class _Routers:
         """[N] for each token so far: whether a block's router might have chosen other experts, had it rounded otherwise."""
         near_N = torch.zeros((), dtype=torch.bool)
         for router, said in zip(self._routers, self._said, strict=True):
-            experts_NK, probabilities_NE = (torch.cat(values) for values in list(zip(*said, strict=True))[1:3])
+            experts_NK, probabilities_NE = (
+                torch.cat(values) for values in list(zip(*said, strict=True))[1:3]
+            )
             K, E = experts_NK.shape[1], probabilities_NE.shape[1]
-            scores_NE = probabilities_NE if router.selection_bias is None else probabilities_NE + router.selection_bias
+            scores_NE = (
+                probabilities_NE
+                if router.selection_bias is None
+                else probabilities_NE + router.selection_bias
+            )
             if K < E:
                 best = scores_NE.topk(K + 1, dim=1).values
-                near_N = near_N.to(best.device) | (best[:, K - 1] - best[:, K] <= NEAR * scores_NE.abs().amax(dim=1))
+                near_N = near_N.to(best.device) | (
+                    best[:, K - 1] - best[:, K] <= NEAR * scores_NE.abs().amax(dim=1)
+                )
         return near_N.to(experts_NK.device).expand(len(experts_NK))
 
 
@@ -291,19 +337,40 @@ class _Routers:
 def _kept(decoder, weights: str) -> Path | None:
     """Where the outcome for a large file is kept; None for other models."""
     model = decoder.model
-    if not weights or sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) < LARGE_BYTES:
+    if (
+        not weights
+        or sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) < LARGE_BYTES
+    ):
         return None
-    chosen = [weights, repr(model.config), str(model.embed.weight.dtype), device_name(decoder.device), decoder._is_packed, decoder.why_not_native,
-              decoder.why_not_step, str(torch.__version__), platform.machine(), cpu_flags(), _sources()]
-    return cache_folder() / f"asked_{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:32]}.json"
+    chosen = [
+        weights,
+        repr(model.config),
+        str(model.embed.weight.dtype),
+        device_name(decoder.device),
+        decoder._is_packed,
+        decoder.why_not_native,
+        decoder.why_not_step,
+        str(torch.__version__),
+        platform.machine(),
+        cpu_flags(),
+        _sources(),
+    ]
+    return (
+        cache_folder()
+        / f"asked_{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:32]}.json"
+    )
 
 
 @functools.cache
 def _sources() -> str:
     """Digest of all that computes: the model's three files and what is next to this one."""
     here = Path(__file__).resolve().parent
-    files = [here.parent / name for name in ("config_model.py", "model_parts.py", "model.py")] + sorted([*here.glob("*.py"), *here.glob("*.c")])
-    return hashlib.sha256(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)).hexdigest()
+    files = [
+        here.parent / name for name in ("config_model.py", "model_parts.py", "model.py")
+    ] + sorted([*here.glob("*.py"), *here.glob("*.c")])
+    return hashlib.sha256(
+        b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)
+    ).hexdigest()
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ finds every implementation that has to learn it: decoders step aside, exports re
 
 Names are those of LLM.named_modules(), blocks' numbers as a star. The groups below are literal: a new field is in none of them.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,9 +27,13 @@ def _names(*words: str) -> frozenset[str]:
 
 
 # ------------------------------------------------------------------------------------ literal groups, shared by several
-SIZES = _names("d_model transformer_blocks context_length vocabulary_size num_heads num_kv_heads head_dim",
-               "num_experts top_k d_ff")
-ATTENTION = _names("qkv_bias out_proj_bias qk_norm attention_sinks use_attention_bias sliding_window window_pattern")
+SIZES = _names(
+    "d_model transformer_blocks context_length vocabulary_size num_heads num_kv_heads head_dim",
+    "num_experts top_k d_ff",
+)
+ATTENTION = _names(
+    "qkv_bias out_proj_bias qk_norm attention_sinks use_attention_bias sliding_window window_pattern"
+)
 POSITIONS = _names("use_rope rope_theta rope_scaling rope_scaling_factor yarn_truncate")
 EXPERTS = _names("expert_activation expert_bias router_bias router_bias_rate")
 OUTSIDE = _names("rms_norm_eps tie_embeddings head_bias")
@@ -37,21 +42,50 @@ TRAINING = _names("capacity_factor aux_loss_coef z_loss_coef dropout init_std")
 
 # Name -> class.
 MODULES = {
-    "": "LLM", "embed": "Embedding", "layers": "ModuleList", "layers.*": "Block", "norm": "RMSNorm", "out_head": "Head",
-    "layers.*.norm1": "RMSNorm", "layers.*.norm2": "RMSNorm", "layers.*.attention": "Attention",
-    "layers.*.attention.W_q": "Linear", "layers.*.attention.W_k": "Linear", "layers.*.attention.W_v": "Linear",
-    "layers.*.attention.out_proj": "Linear", "layers.*.attention.q_norm": "RMSNorm", "layers.*.attention.k_norm": "RMSNorm",
-    "layers.*.moe": "MoE", "layers.*.moe.router": "Router", "layers.*.moe.experts": "Experts"}
+    "": "LLM",
+    "embed": "Embedding",
+    "layers": "ModuleList",
+    "layers.*": "Block",
+    "norm": "RMSNorm",
+    "out_head": "Head",
+    "layers.*.norm1": "RMSNorm",
+    "layers.*.norm2": "RMSNorm",
+    "layers.*.attention": "Attention",
+    "layers.*.attention.W_q": "Linear",
+    "layers.*.attention.W_k": "Linear",
+    "layers.*.attention.W_v": "Linear",
+    "layers.*.attention.out_proj": "Linear",
+    "layers.*.attention.q_norm": "RMSNorm",
+    "layers.*.attention.k_norm": "RMSNorm",
+    "layers.*.moe": "MoE",
+    "layers.*.moe.router": "Router",
+    "layers.*.moe.experts": "Experts",
+}
 OPTIONAL_MODULES = _names("layers.*.attention.q_norm layers.*.attention.k_norm")
-_IN_ATTENTION = _names("W_q.weight W_q.bias W_k.weight W_k.bias W_v.weight W_v.bias out_proj.weight out_proj.bias",
-                       "q_norm.weight k_norm.weight sinks attention_bias")
-_IN_MOE = _names("router.weight router.bias router.selection_bias experts.w_in experts.w_out experts.b_in experts.b_out")
-TENSORS = frozenset([
-    "embed.weight", "norm.weight", "out_head.weight", "out_head.bias", "layers.*.norm1.weight", "layers.*.norm2.weight",
-    *(f"layers.*.attention.{name}" for name in _IN_ATTENTION), *(f"layers.*.moe.{name}" for name in _IN_MOE)])
+_IN_ATTENTION = _names(
+    "W_q.weight W_q.bias W_k.weight W_k.bias W_v.weight W_v.bias out_proj.weight out_proj.bias",
+    "q_norm.weight k_norm.weight sinks attention_bias",
+)
+_IN_MOE = _names(
+    "router.weight router.bias router.selection_bias experts.w_in experts.w_out experts.b_in experts.b_out"
+)
+TENSORS = frozenset(
+    [
+        "embed.weight",
+        "norm.weight",
+        "out_head.weight",
+        "out_head.bias",
+        "layers.*.norm1.weight",
+        "layers.*.norm2.weight",
+        *(f"layers.*.attention.{name}" for name in _IN_ATTENTION),
+        *(f"layers.*.moe.{name}" for name in _IN_MOE),
+    ]
+)
 # What runtime/quantize.py makes of some of them.
-_PACKED = _names("out_head.weight layers.*.attention.W_q.weight layers.*.attention.W_k.weight layers.*.attention.W_v.weight",
-                 "layers.*.attention.out_proj.weight layers.*.moe.experts.w_in layers.*.moe.experts.w_out")
+_PACKED = _names(
+    "out_head.weight layers.*.attention.W_q.weight layers.*.attention.W_k.weight layers.*.attention.W_v.weight",
+    "layers.*.attention.out_proj.weight layers.*.moe.experts.w_in layers.*.moe.experts.w_out",
+)
 PACKED_TENSORS = frozenset(f"{name}_{part}" for name in _PACKED for part in ("packed", "scale"))
 
 
@@ -59,6 +93,7 @@ PACKED_TENSORS = frozenset(f"{name}_{part}" for name in _PACKED for part in ("pa
 @dataclass(frozen=True)
 class Known:
     """What an implementation knows. `what`: its name in a line; fields of ModelConfig; parameters and buffers."""
+
     what: str
     fields: frozenset[str]
     tensors: frozenset[str] = TENSORS
@@ -73,9 +108,15 @@ class Known:
         A field at its default counts only where it shows: in a comparison of logits (runtime/asked.py) or of counts.
         """
         defaults = {f.name: f.default for f in dataclasses.fields(model.config)}
-        fields = [name for name in self.undeclared(model.config) if getattr(model.config, name) != defaults[name]]
+        fields = [
+            name
+            for name in self.undeclared(model.config)
+            if getattr(model.config, name) != defaults[name]
+        ]
         words = [f"ModelConfig.{name} {getattr(model.config, name)!r}" for name in fields]
-        modules = dict.fromkeys((pattern(name), type(module).__name__) for name, module in model.named_modules())
+        modules = dict.fromkeys(
+            (pattern(name), type(module).__name__) for name, module in model.named_modules()
+        )
         # What is inside a module that was named is not named again.
         inside: list[str] = []
         for name, kind in modules:
@@ -85,9 +126,13 @@ class Known:
             elif name in MODULES and kind != MODULES[name]:
                 words.append(f"{name or 'a model'} as {kind} instead of {MODULES[name]}")
         there = {name for name, _ in modules}
-        words += [f"a model without {name}" for name in MODULES if name not in there | OPTIONAL_MODULES]
+        words += [
+            f"a model without {name}" for name in MODULES if name not in there | OPTIONAL_MODULES
+        ]
         tensors = dict.fromkeys(pattern(name) for name, _ in named_tensors(model))
-        return words + [name for name in tensors if name not in self.tensors and not _is_inside(name, inside)]
+        return words + [
+            name for name in tensors if name not in self.tensors and not _is_inside(name, inside)
+        ]
 
     def why_not(self, model: nn.Module) -> str:
         """Why this implementation cannot compute a model, in one line; "" if it knows all of it."""
@@ -121,16 +166,20 @@ def listed(names: list[str], most: int = 4) -> str:
 
 
 # --------------------------------------------------------------------------------- counts, and how parameters begin
-CLOSED_FORMS = Known("the closed forms of config_model.py", SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING)
+CLOSED_FORMS = Known(
+    "the closed forms of config_model.py",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+)
 
 
 @dataclass(frozen=True)
 class Counts:
     """Parameters of a model as it is, and what the closed forms leave out of FLOPs and memory."""
-    total: int        # the module's own
-    active: int       # per token; what the closed forms do not know counts as active
-    uncounted: int    # total - closed form
-    note: str         # one line, "" if there is nothing to say
+
+    total: int  # the module's own
+    active: int  # per token; what the closed forms do not know counts as active
+    uncounted: int  # total - closed form
+    note: str  # one line, "" if there is nothing to say
 
 
 @functools.lru_cache(maxsize=8)
@@ -143,19 +192,34 @@ def counts(config: ModelConfig) -> Counts:
         unknown = [f"ModelConfig.{name}" for name in CLOSED_FORMS.undeclared(config)]
     if unknown or total != closed:
         what = f"do not know {listed(unknown)}" if unknown else "are off"
-        note = (f"{CLOSED_FORMS.what} {what}: {total - closed:+,} parameters are in the total and as active ones, "
-                "and in no figure of FLOPs and memory")
+        extra = (
+            f"its {total - closed:+,} parameters count as active, and " if total != closed else ""
+        )
+        note = f"{CLOSED_FORMS.what} {what}: {extra}no figure of FLOPs and memory has it"
     return Counts(total, active_parameters(config) + total - closed, total - closed, note)
 
 
 def initial_note(config: ModelConfig) -> str:
     """One line that names parameters whose kind LLM.initialise does not know, and how it begins them; "" if there are none."""
     model = meta_model(config)
-    said = {f"{module}.{name}".lstrip(".") for module, m in model.named_modules() for name in getattr(m, "residual_outputs", ())}
+    said = {
+        f"{module}.{name}".lstrip(".")
+        for module, m in model.named_modules()
+        for name in getattr(m, "residual_outputs", ())
+    }
     known = (*ZERO, *RESIDUAL, *NORMAL)
-    unknown = dict.fromkeys(pattern(name) for name, _ in model.named_parameters()
-                            if not (name in said or "norm" in name or any(name == kind or name.endswith(f".{kind}") for kind in known)))
+    unknown = dict.fromkeys(
+        pattern(name)
+        for name, _ in model.named_parameters()
+        if not (
+            name in said
+            or "norm" in name
+            or any(name == kind or name.endswith(f".{kind}") for kind in known)
+        )
+    )
     if not unknown:
         return ""
-    return (f"LLM.initialise does not know {listed(list(unknown))}: normal with init_std {config.init_std:g}; if one writes to the residual "
-            "stream, name it in its module's residual_outputs, else in model.NORMAL or model.ZERO")
+    return (
+        f"LLM.initialise does not know {listed(list(unknown))}: normal with init_std {config.init_std:g}; if one writes to the residual "
+        "stream, name it in its module's residual_outputs, else in model.NORMAL or model.ZERO"
+    )

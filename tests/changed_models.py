@@ -1,9 +1,11 @@
 """Four changes of the model as a researcher would make them, and what every fast path and export says of each.
 
-    python -m tests.changed_models NAME     in a copy of the code that holds the change: prints what was said, as JSON
+    python -m tests.changed_models NAME         in a copy of the code that holds the change: prints what was said, as JSON
+    python -m tests.changed_models NAME onnx    the export to ONNX alone, which takes as long as all else
 
 tests/test_changed_models.py makes the copies, applies CHANGES and reads the answers.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -35,23 +37,63 @@ SHARED_EXPERT = '''class SharedExpert(nn.Module):
 '''
 DISPATCHER = "        self.router, self.experts, self.dispatcher = Router(config), Experts(config), LocalDispatcher()\n"
 NORM2 = "        self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)\n"
-ADD_ATTENTION = "        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)\n"
+ADD_ATTENTION = (
+    "        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)\n"
+)
 
 CHANGES: dict[str, list[Edit]] = {
     "sigmoid in place": [("model_parts.py", SOFTMAX, f"        probabilities_NE = {SIGMOID}\n")],
     "sigmoid by a field": [
-        ("config_model.py", FIELD_BEFORE, '    router_scores: str = option("softmax", "scores of the router", choices=("softmax", "sigmoid"))\n' + FIELD_BEFORE),
-        ("model_parts.py", SOFTMAX, f"        probabilities_NE = {SIGMOID} if self.scores == \"sigmoid\" else logits_NE.softmax(dim=-1)\n"),
-        ("model_parts.py", "        self.num_experts, self.top_k = config.num_experts, config.top_k\n",
-         "        self.num_experts, self.top_k, self.scores = config.num_experts, config.top_k, config.router_scores\n")],
+        (
+            "config_model.py",
+            FIELD_BEFORE,
+            '    router_scores: str = option("softmax", "scores of the router", choices=("softmax", "sigmoid"))\n'
+            + FIELD_BEFORE,
+        ),
+        (
+            "model_parts.py",
+            SOFTMAX,
+            f'        probabilities_NE = {SIGMOID} if self.scores == "sigmoid" else logits_NE.softmax(dim=-1)\n',
+        ),
+        (
+            "model_parts.py",
+            "        self.num_experts, self.top_k = config.num_experts, config.top_k\n",
+            "        self.num_experts, self.top_k, self.scores = config.num_experts, config.top_k, config.router_scores\n",
+        ),
+    ],
     "shared expert": [
-        ("config_model.py", FIELD_BEFORE, '    shared_d_ff: int = option(0, "hidden features of a shared expert; 0 = none", minimum=0)\n' + FIELD_BEFORE),
+        (
+            "config_model.py",
+            FIELD_BEFORE,
+            '    shared_d_ff: int = option(0, "hidden features of a shared expert; 0 = none", minimum=0)\n'
+            + FIELD_BEFORE,
+        ),
         ("model_parts.py", MOE, SHARED_EXPERT + MOE),
-        ("model_parts.py", DISPATCHER, DISPATCHER + "        self.shared = SharedExpert(config) if config.shared_d_ff else None\n"),
-        ("model_parts.py", DISPATCH, DISPATCH + "        if self.shared is not None:\n            y_NC = y_NC + self.shared(x_NC)\n")],
+        (
+            "model_parts.py",
+            DISPATCHER,
+            DISPATCHER
+            + "        self.shared = SharedExpert(config) if config.shared_d_ff else None\n",
+        ),
+        (
+            "model_parts.py",
+            DISPATCH,
+            DISPATCH
+            + "        if self.shared is not None:\n            y_NC = y_NC + self.shared(x_NC)\n",
+        ),
+    ],
     "extra norm": [
-        ("model_parts.py", NORM2, NORM2 + "        self.norm3 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)\n"),
-        ("model_parts.py", ADD_ATTENTION, "        x_BTC = x_BTC + self.norm3(self.attention(self.norm1(x_BTC), rope, cache, starts_BT))\n")],
+        (
+            "model_parts.py",
+            NORM2,
+            NORM2 + "        self.norm3 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)\n",
+        ),
+        (
+            "model_parts.py",
+            ADD_ATTENTION,
+            "        x_BTC = x_BTC + self.norm3(self.attention(self.norm1(x_BTC), rope, cache, starts_BT))\n",
+        ),
+    ],
 }
 FIELDS = {"sigmoid by a field": {"router_scores": "sigmoid"}, "shared expert": {"shared_d_ff": 16}}
 IDS = list(range(40, 60))
@@ -63,9 +105,37 @@ def said_by(function, *arguments) -> list:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             code = function(*arguments)
-        except (ValueError, AssertionError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        except (
+            ValueError,
+            AssertionError,
+            KeyError,
+            RuntimeError,
+            AttributeError,
+            TypeError,
+        ) as error:
             return [type(error).__name__, str(error)]
     return [code, out.getvalue().strip()]
+
+
+def onnx_answers(fields: dict) -> list:
+    """What the export to ONNX says of a model with these fields."""
+    from config_model import TrainConfig
+    from runtime.checkpoint import save_checkpoint
+    from runtime.tokenizer import load_tokenizer
+    from scripts import export_onnx
+    from tests.util import random_model, tiny_config
+
+    model = random_model(tiny_config(vocabulary_size=260, context_length=64, **fields))
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_checkpoint(
+            Path(folder) / "checkpoints",
+            1,
+            model,
+            None,
+            train_config=TrainConfig(),
+            tokenizer_state=load_tokenizer("byte").to_state(),
+        )
+        return said_by(export_onnx.main, ["--ckpt", str(path), "--out", f"{folder}/m.onnx"])
 
 
 def answers(fields: dict, exports: bool = True) -> dict:
@@ -82,7 +152,7 @@ def answers(fields: dict, exports: bool = True) -> dict:
     from runtime.inference import Decoder
     from runtime.inference import generate as fast_generate
     from runtime.tokenizer import load_tokenizer
-    from scripts import draw_architecture, export_gguf, export_hf, export_onnx
+    from scripts import draw_architecture, export_gguf, export_hf
     from tests.util import random_model, tiny_config
 
     torch.set_num_threads(1)
@@ -94,30 +164,57 @@ def answers(fields: dict, exports: bool = True) -> dict:
     for native in (True, False):
         decoder = Decoder(model, native=native)
         texts = decoder.texts(1, 64)
-        drawn = [token for pairs in fast_generate(decoder, texts, [IDS], 30, temperature=0) for _, token in pairs]
+        drawn = [
+            token
+            for pairs in fast_generate(decoder, texts, [IDS], 30, temperature=0)
+            for _, token in pairs
+        ]
         said["c_kernel" if native else "step"] = {
-            "why_not_native": decoder.why_not_native, "why_not_step": decoder.why_not_step, "note": decoder.note, "is_native": decoder.native is not None,
-            "same_text": drawn == plain}
+            "why_not_native": decoder.why_not_native,
+            "why_not_step": decoder.why_not_step,
+            "note": decoder.note,
+            "is_native": decoder.native is not None,
+            "same_text": drawn == plain,
+        }
     said["initial"], said["counts"] = known.initial_note(config), known.counts(config).note
     said["total_is_real"] = known.counts(config).total == sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        path = str(save_checkpoint(Path(folder) / "checkpoints", 1, model, None, train_config=TrainConfig(),
-                                   tokenizer_state=load_tokenizer("byte").to_state()))
-        said["predict"] = said_by(predict.main, ["--ckpt", path, "--prompt", "abc", "--temperature", "0", "--max_new_tokens", "8"])
+        path = str(
+            save_checkpoint(
+                Path(folder) / "checkpoints",
+                1,
+                model,
+                None,
+                train_config=TrainConfig(),
+                tokenizer_state=load_tokenizer("byte").to_state(),
+            )
+        )
+        said["predict"] = said_by(
+            predict.main,
+            ["--ckpt", path, "--prompt", "abc", "--temperature", "0", "--max_new_tokens", "8"],
+        )
         said["test.py"] = said_by(size_report.main, ["--ckpt", path])
-        said["export_gguf"] = said_by(export_gguf.main, ["--ckpt", path, "--out", f"{folder}/m.gguf"])
+        said["export_gguf"] = said_by(
+            export_gguf.main, ["--ckpt", path, "--out", f"{folder}/m.gguf"]
+        )
         said["export_hf"] = said_by(export_hf.main, ["--ckpt", path, "--out", f"{folder}/hf"])
         if exports:
             flags = [flag for name, value in fields.items() for flag in (f"--{name}", str(value))]
-            said["draw"] = said_by(draw_architecture.main, ["--preset", "nano", "--out", f"{folder}/a.png", *flags])
-            said["custom_code"] = said_by(export_hf.main, ["--ckpt", path, "--out", f"{folder}/custom", "--custom_code"])
-            said["export_onnx"] = said_by(export_onnx.main, ["--ckpt", path, "--out", f"{folder}/m.onnx"])
+            said["draw"] = said_by(
+                draw_architecture.main, ["--preset", "nano", "--out", f"{folder}/a.png", *flags]
+            )
+            said["custom_code"] = said_by(
+                export_hf.main, ["--ckpt", path, "--out", f"{folder}/custom", "--custom_code"]
+            )
     return said
 
 
-def main(name: str) -> None:
+def main(name: str, *rest: str) -> None:
     from tests.test_known import fields_not_varied
 
+    if rest:
+        print(json.dumps(onnx_answers(FIELDS.get(name, {}))))
+        return
     said = answers(FIELDS.get(name, {}))
     if name in FIELDS:
         said["at its default"] = answers({}, exports=False)
@@ -125,4 +222,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

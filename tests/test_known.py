@@ -1,4 +1,5 @@
 """runtime/known: what each second implementation declares, and what it says of a model with more, less or other parts."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,8 +16,14 @@ from runtime.quantize import quantize_
 from scripts import draw_architecture, export_gguf
 from tests.util import random_config, random_model, tiny_config
 
-IMPLEMENTATIONS = {"C decoder": cpu_decode.KNOWS, "decode_step": inference.KNOWS, "published classes": huggingface.KNOWS,
-                   "GGUF": export_gguf.KNOWS, "closed forms": known.CLOSED_FORMS, "drawing": draw_architecture.KNOWS}
+IMPLEMENTATIONS = {
+    "C decoder": cpu_decode.KNOWS,
+    "decode_step": inference.KNOWS,
+    "published classes": huggingface.KNOWS,
+    "GGUF": export_gguf.KNOWS,
+    "closed forms": known.CLOSED_FORMS,
+    "drawing": draw_architecture.KNOWS,
+}
 EACH = pytest.mark.parametrize("knows", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 # Fields that an implementation does not know, on purpose. It then steps aside or refuses where they are not at their default.
 NOT_KNOWN: dict[str, set[str]] = {name: set() for name in IMPLEMENTATIONS}
@@ -25,7 +32,11 @@ NOT_KNOWN: dict[str, set[str]] = {name: set() for name in IMPLEMENTATIONS}
 def fields_not_varied() -> list[str]:
     """Fields of ModelConfig that have one value in all random configurations."""
     configs = [random_config(seed) for seed in range(200)]
-    return [f.name for f in dataclasses.fields(ModelConfig) if len({getattr(config, f.name) for config in configs}) < 2]
+    return [
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if len({getattr(config, f.name) for config in configs}) < 2
+    ]
 
 
 def test_the_random_configurations_vary_every_field():
@@ -36,7 +47,9 @@ def test_the_random_configurations_vary_every_field():
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_field_is_known_or_said_not_to_be(name):
     """Whoever adds a field to ModelConfig decides here, for each implementation, whether it knows the field."""
-    assert {f.name for f in dataclasses.fields(ModelConfig)} - IMPLEMENTATIONS[name].fields == NOT_KNOWN[name]
+    assert {f.name for f in dataclasses.fields(ModelConfig)} - IMPLEMENTATIONS[
+        name
+    ].fields == NOT_KNOWN[name]
     assert IMPLEMENTATIONS[name].fields <= {f.name for f in dataclasses.fields(ModelConfig)}
 
 
@@ -52,7 +65,9 @@ def test_every_module_and_tensor_of_the_random_models_is_known(knows):
     assert modules == known.MODULES.keys() and tensors == known.TENSORS
 
 
-@pytest.mark.parametrize("knows", [cpu_decode.KNOWS, inference.KNOWS], ids=["C decoder", "decode_step"])
+@pytest.mark.parametrize(
+    "knows", [cpu_decode.KNOWS, inference.KNOWS], ids=["C decoder", "decode_step"]
+)
 def test_decoders_know_packed_weights(knows):
     model = quantize_(random_model(tiny_config()))
     assert knows.unknown(model) == []
@@ -64,6 +79,7 @@ def test_decoders_know_packed_weights(knows):
 @dataclasses.dataclass(frozen=True)
 class Wider(ModelConfig):
     """An edited or derived config."""
+
     router_scores: str = option("softmax", "scores of the router")
 
 
@@ -84,9 +100,17 @@ def test_what_is_not_known_is_named_once(knows):
     model.config = config
     assert knows.unknown(model) == ["layers.*.moe.shared (Sequential)"]
     model.config = dataclasses.replace(config, router_scores="sigmoid")
-    assert knows.unknown(model) == ["ModelConfig.router_scores 'sigmoid'", "layers.*.moe.shared (Sequential)"]
-    assert knows.why_not(model) == f"{knows.what} does not know ModelConfig.router_scores 'sigmoid', layers.*.moe.shared (Sequential)"
-    with pytest.raises(ValueError, match="does not know ModelConfig.router_scores 'sigmoid'.*teach it"):
+    assert knows.unknown(model) == [
+        "ModelConfig.router_scores 'sigmoid'",
+        "layers.*.moe.shared (Sequential)",
+    ]
+    assert (
+        knows.why_not(model)
+        == f"{knows.what} does not know ModelConfig.router_scores 'sigmoid', layers.*.moe.shared (Sequential)"
+    )
+    with pytest.raises(
+        ValueError, match="does not know ModelConfig.router_scores 'sigmoid'.*teach it"
+    ):
         knows.check(model)
 
 
@@ -94,14 +118,33 @@ class Sharper(nn.RMSNorm):
     pass
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda m: m.layers[0].attention.register_parameter("scale", nn.Parameter(torch.ones(1))), ["layers.*.attention.scale"]),
-    (lambda m: m.layers[1].register_buffer("mean", torch.ones(1)), ["layers.*.mean"]),
-    (lambda m: m.layers[1].register_buffer("mean", torch.ones(1), persistent=False), ["layers.*.mean"]),
-    (lambda m: setattr(m.layers[1], "norm2", Sharper(32)), ["layers.*.norm2 as Sharper instead of RMSNorm"]),
-    (lambda m: setattr(m.layers[0], "norm2", Sharper(32)), ["layers.*.norm2 as Sharper instead of RMSNorm"]),
-    (lambda m: delattr(m, "norm"), ["a model without norm"]),
-    (lambda m: setattr(m, "values", nn.Linear(2, 2)), ["values (Linear)"])], ids=str)
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda m: m.layers[0].attention.register_parameter(
+                "scale", nn.Parameter(torch.ones(1))
+            ),
+            ["layers.*.attention.scale"],
+        ),
+        (lambda m: m.layers[1].register_buffer("mean", torch.ones(1)), ["layers.*.mean"]),
+        (
+            lambda m: m.layers[1].register_buffer("mean", torch.ones(1), persistent=False),
+            ["layers.*.mean"],
+        ),
+        (
+            lambda m: setattr(m.layers[1], "norm2", Sharper(32)),
+            ["layers.*.norm2 as Sharper instead of RMSNorm"],
+        ),
+        (
+            lambda m: setattr(m.layers[0], "norm2", Sharper(32)),
+            ["layers.*.norm2 as Sharper instead of RMSNorm"],
+        ),
+        (lambda m: delattr(m, "norm"), ["a model without norm"]),
+        (lambda m: setattr(m, "values", nn.Linear(2, 2)), ["values (Linear)"]),
+    ],
+    ids=str,
+)
 def test_other_parts_are_named(change, said):
     """Also where one block alone has them: the last block's were once taken for all."""
     model = meta_model(tiny_config())
@@ -131,7 +174,9 @@ class Shared(nn.Module):
         self.up, self.down = nn.Linear(32, 400, bias=False), nn.Linear(400, 32, bias=False)
 
 
-def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is_residual(monkeypatch):
+def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is_residual(
+    monkeypatch,
+):
     """A shared expert's output matrix began without the factor 1 / sqrt(2L), and no line said so."""
     import model as model_module
     from runtime.checkpoint import meta_model as real
@@ -145,15 +190,22 @@ def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is
     known.counts.cache_clear()
     config = tiny_config(transformer_blocks=2, init_std=0.1)
     note = known.initial_note(config)
-    assert note.startswith("LLM.initialise does not know layers.*.shared.up.weight, layers.*.shared.down.weight: normal with init_std 0.1")
+    assert note.startswith(
+        "LLM.initialise does not know layers.*.shared.up.weight, layers.*.shared.down.weight: normal with init_std 0.1"
+    )
     counts = known.counts(config)
-    assert counts.uncounted == 2 * 2 * 400 * 32 and counts.total == sum(p.numel() for p in real(config).parameters())
-    assert "layers.* as Block" not in counts.note and "do not know layers.*.shared (Shared): +51,200 parameters" in counts.note
+    assert counts.uncounted == 2 * 2 * 400 * 32 and counts.total == sum(
+        p.numel() for p in real(config).parameters()
+    )
+    assert (
+        "layers.* as Block" not in counts.note
+        and "do not know layers.*.shared (Shared): +51,200 parameters" in counts.note
+    )
     torch.manual_seed(0)
     ordinary = LLM(config).layers[0].shared.down.weight.std().item()
     monkeypatch.setattr(Shared, "residual_outputs", ("down.weight",), raising=False)
     assert "down.weight" not in known.initial_note(config)
     torch.manual_seed(0)
     scaled = LLM(config).layers[0].shared.down.weight.std().item()
-    assert scaled == pytest.approx(ordinary / 2, rel=1e-5)   # sqrt(2L) = 2
+    assert scaled == pytest.approx(ordinary / 2, rel=1e-5)  # sqrt(2L) = 2
     known.counts.cache_clear()

@@ -1,4 +1,5 @@
 """runtime/published: what a file's architecture computes, against transformers' own classes, and for GGUF through the same core."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,7 +24,13 @@ def bound(config, expected: torch.Tensor) -> float:
     16: the softmax of scores of about that size makes so much more of an error in them.
     """
     longest = max(config.d_model, config.d_ff, config.num_heads * config.attention_head_dim)
-    return 16 * EPS * math.sqrt(longest) * (config.transformer_blocks + 1) * max(1.0, expected.abs().max().item())
+    return (
+        16
+        * EPS
+        * math.sqrt(longest)
+        * (config.transformer_blocks + 1)
+        * max(1.0, expected.abs().max().item())
+    )
 
 
 def of_folder(folder) -> published.Published:
@@ -39,13 +46,25 @@ def test_it_computes_what_transformers_computes(config, tmp_path):
     here, ids = of_folder(tmp_path), some_ids(config, 1)
     with torch.no_grad():
         expected = theirs(ids).logits[0]
-    assert (published.logits(here, ids[0].tolist()) - expected).abs().max() <= bound(config, expected)
+    assert (published.logits(here, ids[0].tolist()) - expected).abs().max() <= bound(
+        config, expected
+    )
     assert published.unclaimed(here) == []
 
 
-@pytest.mark.parametrize("changes", [
-    dict(theta=50.0), dict(eps=1e-2), dict(top_k=1), dict(neighbours=True), dict(is_gpt_oss=True), dict(windows=(3, 3)),
-    dict(scaling="linear", factor=2.0)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(theta=50.0),
+        dict(eps=1e-2),
+        dict(top_k=1),
+        dict(neighbours=True),
+        dict(is_gpt_oss=True),
+        dict(windows=(3, 3)),
+        dict(scaling="linear", factor=2.0),
+    ],
+    ids=str,
+)
 def test_each_setting_shows_in_the_logits(changes, tmp_path):
     """A setting that is read and not used would let a wrong file pass."""
     config = CONFIGS["qwen3_moe"]
@@ -68,8 +87,12 @@ def test_a_choice_of_experts_is_taken_only_where_it_costs_nothing(tmp_path):
     own = published.logits(here, ids)
     E, K = config.num_experts, config.top_k
     said = []
-    hook = model.layers[0].moe.router.register_forward_hook(lambda router, given, out: said.append((out[1], out[3])))
-    hook1 = model.layers[1].moe.router.register_forward_hook(lambda router, given, out: said.append((out[1], out[3])))
+    hook = model.layers[0].moe.router.register_forward_hook(
+        lambda router, given, out: said.append((out[1], out[3]))
+    )
+    hook1 = model.layers[1].moe.router.register_forward_hook(
+        lambda router, given, out: said.append((out[1], out[3]))
+    )
     model(torch.tensor([ids]))
     hook.remove()
     hook1.remove()
@@ -89,16 +112,22 @@ def test_a_choice_of_experts_is_taken_only_where_it_costs_nothing(tmp_path):
 def test_a_tensor_without_a_place_is_named(tmp_path):
     """A shared expert's matrices in a file of Qwen3-MoE would be left out by every program that reads it."""
     from safetensors.torch import load_file, save_file
+
     model = random_model(CONFIGS["qwen3_moe"])
     write_folder(model, tmp_path)
     name = "model.layers.0.mlp.shared_expert.down_proj.weight"
-    save_file(load_file(tmp_path / "model.safetensors") | {name: torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {name: torch.zeros(2, 2)},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     assert published.unclaimed(of_folder(tmp_path)) == [name]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_missing_tensor_is_named(family, tmp_path):
     from safetensors.torch import load_file, save_file
+
     write_folder(random_model(CONFIGS[family]), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.norm.weight"]

@@ -20,7 +20,8 @@ IGNORE = -100  # a target with this value is not predicted and not counted
 # How parameters begin, by the ends of their names (LLM.initialise). Norms begin at 1.
 ZERO = ("bias", "b_in", "b_out", "attention_bias", "sinks")
 RESIDUAL = ("out_proj.weight", "w_out")
-NORMAL = ("embed.weight", "out_head.weight", "W_q.weight", "W_k.weight", "W_v.weight", "router.weight", "w_in")
+NORMAL = ("embed.weight", "out_head.weight", "W_q.weight", "W_k.weight", "W_v.weight",
+          "router.weight", "w_in")
 
 
 class Output(NamedTuple):
@@ -65,10 +66,12 @@ class LLM(nn.Module):
         """Normal weights with standard deviation init_std, those that write to the residual stream smaller by sqrt(2L).
 
         GPT-2 (Radford et al. 2019, section 2.3): the stream sums 2L of them, so its variance does not grow with depth.
-        Norms start at 1; biases, sinks, the selection bias and the position table at 0. A module may name its own parameters that write
-        to the stream: residual_outputs = ("down.weight",). train.py names parameters of a kind that is not listed above.
+        Norms start at 1; biases, sinks, the selection bias and the position table at 0. A module may name
+        those of its parameters that write to the stream: residual_outputs = ("down.weight",). train.py
+        names parameters of a kind that is not listed above.
         """
-        residual = {f"{module}.{name}" for module, m in self.named_modules() for name in getattr(m, "residual_outputs", ())}
+        residual = {f"{prefix}.{name}" for prefix, module in self.named_modules()
+                    for name in getattr(module, "residual_outputs", ())}
         residual_std = self.config.init_std / math.sqrt(2 * self.config.transformer_blocks)
         for name, parameter in self.named_parameters():
             kind = name.rsplit(".", 1)[-1]

@@ -1,11 +1,13 @@
-"""A fast way to decode is asked, not believed: a few tokens go through it and through the plain model, when a Decoder is made.
+"""A fast way to decode is asked, not believed: a few tokens go through it and through the plain
+model, when a Decoder is made.
 
-What a way declares (runtime/known.py) misses a change without a name, such as another function in the router. So two short texts of
-different lengths are read and continued, then one token follows at positions far into caches that hold random keys and values: beyond
-a window and before it is full, where blocks have one. A difference beyond rounding makes the way step aside, with a line.
+What a way declares (runtime/known.py) misses a change without a name, such as another function in
+the router. So two short texts of different lengths are read and continued, then one token follows
+at positions far into caches that hold random keys and values: beyond a window and before it is
+full, where blocks have one. A difference beyond rounding makes the way step aside, with a line.
 
-For a large file the outcome is kept next to the compiled C code, under the digests of the weights, of our sources, and of all that
-chooses a way. Models made in memory are always asked.
+For a large file the outcome is kept next to the compiled C code, under the digests of the weights,
+of our sources, and of all that chooses a way. Models made in memory are always asked.
 
 Shape letters as in model_parts.py, and V vocabulary.
 """
@@ -38,7 +40,8 @@ from runtime.known import Known
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
 TOKENS, STEPS = 9, 2
-# Position of a token in a filled cache, where no block has a window. No multiple of a vector or a tile.
+# Position of a token in a filled cache, where no block has a window. No multiple of a vector or a
+# tile.
 FAR = 77
 # Memory for a cache that goes beyond a window: this, or a sixteenth of the weights.
 MOST_CACHE_BYTES = 1 << 24
@@ -48,14 +51,17 @@ LARGE_BYTES = 1 << 26
 MOST_KEPT = 256
 # How much steeper than a sum attention, norms and routers may be: see `explained`.
 STEEPNESS = 8
-# Router scores that float32 sums in another order may put the other way round, as a share of the largest.
+# Router scores that float32 sums in another order may put the other way round, as a share of the
+# largest.
 NEAR = 1e-5
 
 
 def settle(decoder, decode_step: Callable, step_knows: Known, weights: str = "") -> None:
-    """Take those fast ways from a runtime.inference.Decoder that do not compute what its model does, and let it say why.
+    """Take those fast ways from a runtime.inference.Decoder that do not compute what its model
+    does, and let it say why.
 
-    decode_step, step_knows: of runtime.inference. weights: digest of the file that the model is from, "" for a model made in memory.
+    decode_step, step_knows: of runtime.inference. weights: digest of the file that the model is
+    from, "" for a model made in memory.
     """
     path = _kept(decoder, weights)
     answers = {} if path is None else _read(path)
@@ -76,7 +82,9 @@ def settle(decoder, decode_step: Callable, step_knows: Known, weights: str = "")
 
 @torch.inference_mode()
 def ask(decoder, decode_step: Callable, known: Known) -> str:
-    """Why the way that `decoder` takes now is not to be used, in a line; "" if it gives the plain model's logits."""
+    """Why the way that `decoder` takes now is not to be used, in a line; "" if it gives the plain
+    model's logits.
+    """
     model, generator = decoder.model, torch.Generator().manual_seed(0)
     compiles, decoder.compiles = decoder.compiles, False
     # On a GPU the step as it is, before anything is captured: a graph replays the same operations.
@@ -109,18 +117,20 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     if share <= limit:
         return ""
     fields = known.undeclared(model.config)
+    also = f"; it does not know ModelConfig.{', '.join(fields)}" if fields else ""
     return (
-        f"{known.what}'s logits are not the plain model's: they differ by {100 * share:.2g} % of their size, and rounding explains "
-        f"{100 * limit:.2g} %{'; it does not know ModelConfig.' * bool(fields)}{', '.join(fields)}"
+        f"{known.what}'s logits are not the plain model's: they differ by {100 * share:.2g} % "
+        f"of their size, and rounding explains {100 * limit:.2g} %{also}"
     )
 
 
 def difference(plain_NV: Tensor, fast_NV: Tensor) -> float:
     """Largest over tokens of the root mean square of the difference, over that of all plain logits.
 
-    Tokens whose logits are finite on neither side are left out; infinity where they are on one side only.
+    Tokens whose logits are finite on neither side are left out; infinity where they are on one side
+    only.
     """
-    plain_NV, fast_NV = plain_NV.double(), fast_NV.double()
+    plain_NV, fast_NV = plain_NV.cpu().double(), fast_NV.cpu().double()
     finite_N, fast_finite_N = (logits_NV.isfinite().all(dim=1) for logits_NV in (plain_NV, fast_NV))
     if not torch.equal(finite_N, fast_finite_N):
         return math.inf
@@ -132,11 +142,12 @@ def difference(plain_NV: Tensor, fast_NV: Tensor) -> float:
 
 
 def explained(model: LLM) -> float:
-    """How far two orders of the same operations may put a token's logits apart, as a share of the logits' size.
+    """How far two orders of the same operations may put a token's logits apart, as a share of the
+    logits' size.
 
-    A sum of n products in float32 is off by about eps * sqrt(n) of its size, what is stored in a narrower dtype by that
-    dtype's eps. Errors of the blocks add up like a random walk. STEEPNESS: a softmax of scores around 30 makes so much more of
-    an error in them.
+    A sum of n products in float32 is off by about eps * sqrt(n) of its size, what is stored in a
+    narrower dtype by that dtype's eps. Errors of the blocks add up like a random walk. STEEPNESS: a
+    softmax of scores around 30 makes so much more of an error in them.
     """
     c, dtype = model.config, model.embed.weight.dtype
     longest = max(c.d_model, c.d_ff, c.num_heads * c.attention_head_dim)
@@ -145,9 +156,11 @@ def explained(model: LLM) -> float:
 
 
 def _without_dispatch(model: LLM) -> list[tuple]:
-    """Replace the CPU's operation for experts by `_feed_forward`; returns what was there, to be put back.
+    """Replace the CPU's operation for experts by `_feed_forward`; returns what was there, to be put
+    back.
 
-    The first call of a custom operation imports PyTorch's compiler. That takes a second, and a C decoder never needs it.
+    The first call of a custom operation imports PyTorch's compiler. That takes a second, and a C
+    decoder never needs it.
     """
     found = [(block.moe.experts, block.moe.experts.feed_forward) for block in model.layers]
     for experts, feed_forward in found:
@@ -170,7 +183,7 @@ def _feed_forward(
     return (y_RC,)
 
 
-# ------------------------------------------------------------------------------------------------------------ the probes
+# --------------------------------------------------------------------------------------- the probes
 class _Probe(NamedTuple):
     """What a few tokens gave."""
 
@@ -184,7 +197,8 @@ class _Probe(NamedTuple):
 def _short_texts(decoder, generator: torch.Generator) -> _Probe:
     """Two texts, read together and continued token by token.
 
-    Plain is one pass over both without a cache, the shorter row filled up on the right, where nothing is compared.
+    Plain is one pass over both without a cache, the shorter row filled up on the right, where
+    nothing is compared.
     """
     model, device = decoder.model, decoder.device
     T = min(TOKENS, model.config.context_length)
@@ -222,9 +236,11 @@ def _rows(decoder) -> list[int]:
 
 
 def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
-    """A token each at two positions of caches that hold random keys and values, also after the shorter text's end.
+    """A token each at two positions of caches that hold random keys and values, also after the
+    shorter text's end.
 
-    This is all that there is to ask of decode_step, which reads no prompts. Rows after the second are the first two again.
+    This is all that there is to ask of decode_step, which reads no prompts. Rows after the second
+    are the first two again.
     """
     model, device = decoder.model, decoder.device
     far = _far_position(decoder)
@@ -252,7 +268,9 @@ def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
 
 
 def _far_position(decoder) -> int:
-    """A position beyond the longest window, if the cache for that may be made, else FAR, or the context's last."""
+    """A position beyond the longest window, if the cache for that may be made, else FAR, or the
+    context's last.
+    """
     c = decoder.config
     window = max(c.window(block) for block in range(c.transformer_blocks))
     weights = sum(
@@ -273,10 +291,12 @@ def _copy(cache: KVCache) -> KVCache:
 
 
 class _Routers:
-    """Listens to a model's routers while the plain model runs, and lets them repeat what they chose.
+    """Listens to a model's routers while the plain model runs, and lets them repeat what they
+    chose.
 
-    A fast way that rounds otherwise may send a token to another expert where two are nearly as good, often so in bfloat16. Its
-    logits are then those of another choice, and say nothing of its operations.
+    A fast way that rounds otherwise may send a token to another expert where two are nearly as
+    good, often so in bfloat16. Its logits are then those of another choice, and say nothing of its
+    operations.
     """
 
     def __init__(self, model: LLM):
@@ -313,7 +333,9 @@ class _Routers:
             self._rows = None
 
     def near_ties(self) -> Tensor:
-        """[N] for each token so far: whether a block's router might have chosen other experts, had it rounded otherwise."""
+        """[N] for each token so far: whether a block's router might have chosen other experts, had
+        it rounded otherwise.
+        """
         near_N = torch.zeros((), dtype=torch.bool)
         for router, said in zip(self._routers, self._said, strict=True):
             experts_NK, probabilities_NE = (
@@ -333,7 +355,7 @@ class _Routers:
         return near_N.to(experts_NK.device).expand(len(experts_NK))
 
 
-# ------------------------------------------------------------------------------------------------------- kept outcomes
+# ------------------------------------------------------------------------------------ kept outcomes
 def _kept(decoder, weights: str) -> Path | None:
     """Where the outcome for a large file is kept; None for other models."""
     model = decoder.model
@@ -384,7 +406,9 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _keep(path: Path, answers: dict[str, str]) -> None:
-    """Store an outcome. A folder that cannot be written to costs the next start its milliseconds, nothing else."""
+    """Store an outcome. A folder that cannot be written to costs the next start its milliseconds,
+    nothing else.
+    """
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         others = sorted(path.parent.glob("asked_*.json"), key=lambda file: file.stat().st_mtime)

@@ -91,7 +91,8 @@ class Checkpoint:
     run: dict                              # what the trainer put there
     versions: dict                         # of torch and Python, when it was written
     is_reference_format: bool
-    digest: str = ""                       # of all digests in the file, so of all that it holds; "" in the reference's format
+    # Of the digests of all that the file holds; "" in the reference's format, which has none.
+    digest: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing

@@ -26,14 +26,28 @@ from torch import Tensor
 
 from model import LLM
 from model_parts import KVCache, rope_tables
-from runtime.known import ATTENTION, EXPERTS, OUTSIDE, PACKED_TENSORS, POSITIONS, SIZES, TENSORS, TRAINING, Known
+from runtime.known import (
+    ATTENTION,
+    EXPERTS,
+    OUTSIDE,
+    PACKED_TENSORS,
+    POSITIONS,
+    SIZES,
+    TENSORS,
+    TRAINING,
+    Known,
+)
 from runtime.quantize import is_packed
 
 SOURCE = Path(__file__).with_name("cpu_decode.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC"]
 TILE = 4                  # as in the C code
 ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")   # in the order of the C code's enum
-KNOWS = Known("the C decoder", SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING, TENSORS | PACKED_TENSORS)
+KNOWS = Known(
+    "the C decoder",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+    TENSORS | PACKED_TENSORS,
+)
 LEAST_BYTES_PER_THREAD = 1 << 20  # of weights, read once for each token: for less, another thread costs more than it does
 
 
@@ -66,7 +80,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [*compiler.split(), *FLAGS, native, str(SOURCE), "-lm", "-lpthread"]
     # By what the source says, not by where it lies: two copies of the code share one library.
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *compiler.split(), *FLAGS, native, platform.machine(), *platform.libc_ver(), cpu_flags()]).encode()).hexdigest()[:24]
+    machine = [platform.machine(), *platform.libc_ver(), cpu_flags()]
+    said = [SOURCE.read_text(), *compiler.split(), *FLAGS, native, *machine]
+    key = hashlib.sha256("\0".join(said).encode()).hexdigest()[:24]
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

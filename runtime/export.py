@@ -215,10 +215,13 @@ def check_logits(route: str, ours: Tensor, theirs: Tensor, tolerance: float = TO
 
 
 @torch.inference_mode()
-def check_published(route: str, known: Known, model: LLM, ours: Tensor, theirs: Published, ids_BT: Tensor) -> float:
-    """check_logits of what the file's architecture computes by its own settings. ours: the logits that `model` gives for ids [1, T].
+def check_published(
+    route: str, known: Known, model: LLM, ours: Tensor, theirs: Published, ids_BT: Tensor
+) -> float:
+    """check_logits of what a file's architecture computes by its own settings.
 
-    Where the two differ, rounding may have sent a token to the other of two experts that are equally good: then the model's are taken.
+    ours: the logits that `model` gives for ids [1, T]. Where the two differ, rounding may have sent a
+    token to the other of two experts that are equally good: then the model's choice is taken.
     """
     if left := unclaimed(theirs):
         raise ExportError(f"{route}: {known.what} has no place for {left[0]}: nothing was written")
@@ -230,4 +233,5 @@ def check_published(route: str, known: Known, model: LLM, ours: Tensor, theirs: 
         return check_logits(route, ours, found)
     except ExportError as error:
         fields = known.undeclared(model.config)
-        raise ExportError(f"{error}; {known.what} does not know ModelConfig.{', '.join(fields)}" if fields else str(error)) from error
+        also = f"; {known.what} does not know ModelConfig.{', '.join(fields)}" if fields else ""
+        raise ExportError(f"{error}{also}") from error

@@ -2,7 +2,8 @@
 
 `Decoder` runs a finished plain LLM, in one of three ways that give the same logits: by the native code of runtime/cpu_decode.c
 (float32 on a CPU), by one captured CUDA graph a token, or by a few PyTorch operations (`decode_step`) anywhere else. A model that
-none of them knows is stepped through by its own forward pass. `generate` is model.generate for many texts, with reuse of what is in the caches and with prompt look-up.
+none of them knows is stepped through by its own forward pass. `generate` is model.generate for many texts, with reuse of what is in the
+caches and with prompt look-up.
 """
 from __future__ import annotations
 
@@ -20,12 +21,26 @@ from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
 from model_parts import Block, KVCache, activate, rope_tables_at
 from runtime import asked
 from runtime.cpu_decode import native_model
-from runtime.known import ATTENTION, EXPERTS, OUTSIDE, PACKED_TENSORS, POSITIONS, SIZES, TENSORS, TRAINING, Known
+from runtime.known import (
+    ATTENTION,
+    EXPERTS,
+    OUTSIDE,
+    PACKED_TENSORS,
+    POSITIONS,
+    SIZES,
+    TENSORS,
+    TRAINING,
+    Known,
+)
 from runtime.quantize import is_packed, unpack
 
 MOST_NATIVE_ROWS = 512   # of a prompt at once: with more, PyTorch's matrix products are the faster ones
 GRAPH_SPAN = 256         # a CUDA graph reads so much of the cache, or 2, 4, ... times as much
-KNOWS = Known("decode_step", SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING, TENSORS | PACKED_TENSORS)
+KNOWS = Known(
+    "decode_step",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+    TENSORS | PACKED_TENSORS,
+)
 NOT_ASKED_FOR = "it was not asked for"
 LONGEST_MATCH = 4        # tokens at the end of a text that prompt look-up searches for earlier in it, down to 2
 
@@ -38,10 +53,13 @@ class Text:
 
 
 class Decoder:
-    """A model ready to generate. native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a while at the first token.
+    """A model ready to generate.
 
-    Each fast way is asked for a few tokens here (runtime/asked.py), and not used where it does not know the model or differs from it: then
-    decode_step follows the C decoder, and the plain model with its cache decode_step. weights: digest of the model's file, "" if it has none.
+    native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a while at
+    the first token. weights: digest of the model's file, "" if it has none.
+
+    Each fast way is asked for a few tokens here (runtime/asked.py). Where it does not know the model, or
+    gives other logits, the next one is used: the C decoder, decode_step, the plain model with its cache.
     """
 
     def __init__(self, model: LLM, native: bool = True, compile: bool = False, weights: str = ""):
@@ -144,7 +162,8 @@ class Decoder:
             self.model.check_length(cache.length + 1)
         if self.why_not_step:
             rows_B11 = ids_B.clamp(min=0)[:, None, None]
-            return torch.cat([self.model(row_11, cache=cache).logits[:, -1] for row_11, cache in zip(rows_B11, caches, strict=True)])
+            pairs = zip(rows_B11, caches, strict=True)
+            return torch.cat([self.model(id_11, cache=cache).logits[:, -1] for id_11, cache in pairs])
         B, positions, rows = len(self._caches), [cache.length for cache in self._caches], [self._row[id(cache)] for cache in caches]
         span = max(positions[row] for row in rows) + 1
         ids, where = ids_B.clamp(min=0), self._to_device(positions)

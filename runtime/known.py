@@ -1,10 +1,13 @@
-"""What each second implementation of the model knows of it, declared, so that a changed model is not computed wrongly in silence.
+"""What each second implementation of the model knows of it, declared, so that a changed model is
+not computed wrongly in silence.
 
-The C decoder, the decoding step, the published classes, GGUF, the closed forms of config_model.py and the drawing are written for the
-model as it is. Each declares the ModelConfig fields, modules, parameters and buffers that it knows. Whoever adds one to the model
-finds every implementation that has to learn it: decoders step aside, exports refuse, and reports say what they leave out.
+The C decoder, the decoding step, the published classes, GGUF, the closed forms of config_model.py
+and the drawing are written for the model as it is. Each declares the ModelConfig fields, modules,
+parameters and buffers that it knows. Whoever adds one to the model finds every implementation that
+has to learn it: decoders step aside, exports refuse, and reports say what they leave out.
 
-Names are those of LLM.named_modules(), blocks' numbers as a star. The groups below are literal: a new field is in none of them.
+Names are those of LLM.named_modules(), blocks' numbers as a star. The groups below are literal: a
+new field is in none of them.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ def _names(*words: str) -> frozenset[str]:
     return frozenset(name for line in words for name in line.split())
 
 
-# ------------------------------------------------------------------------------------ literal groups, shared by several
+# ---------------------------------------------------------------- literal groups, shared by several
+# Whoever adds a field to ModelConfig adds it to the declarations of those that learned it, and to a
+# group only when all have.
 SIZES = _names(
     "d_model transformer_blocks context_length vocabulary_size num_heads num_kv_heads head_dim",
     "num_experts top_k d_ff",
 )
 ATTENTION = _names(
-    "qkv_bias out_proj_bias qk_norm attention_sinks use_attention_bias sliding_window window_pattern"
+    "qkv_bias out_proj_bias qk_norm attention_sinks",
+    "use_attention_bias sliding_window window_pattern",
 )
 POSITIONS = _names("use_rope rope_theta rope_scaling rope_scaling_factor yarn_truncate")
 EXPERTS = _names("expert_activation expert_bias router_bias router_bias_rate")
@@ -67,7 +73,8 @@ _IN_ATTENTION = _names(
     "q_norm.weight k_norm.weight sinks attention_bias",
 )
 _IN_MOE = _names(
-    "router.weight router.bias router.selection_bias experts.w_in experts.w_out experts.b_in experts.b_out"
+    "router.weight router.bias router.selection_bias",
+    "experts.w_in experts.w_out experts.b_in experts.b_out",
 )
 TENSORS = frozenset(
     [
@@ -83,29 +90,36 @@ TENSORS = frozenset(
 )
 # What runtime/quantize.py makes of some of them.
 _PACKED = _names(
-    "out_head.weight layers.*.attention.W_q.weight layers.*.attention.W_k.weight layers.*.attention.W_v.weight",
+    "out_head.weight layers.*.attention.W_q.weight",
+    "layers.*.attention.W_k.weight layers.*.attention.W_v.weight",
     "layers.*.attention.out_proj.weight layers.*.moe.experts.w_in layers.*.moe.experts.w_out",
 )
 PACKED_TENSORS = frozenset(f"{name}_{part}" for name in _PACKED for part in ("packed", "scale"))
 
 
-# ------------------------------------------------------------------------------------------------------- the declaration
+# ---------------------------------------------------------------------------------- the declaration
 @dataclass(frozen=True)
 class Known:
-    """What an implementation knows. `what`: its name in a line; fields of ModelConfig; parameters and buffers."""
+    """What an implementation knows. `what`: its name in a line; fields of ModelConfig; parameters
+    and buffers.
+    """
 
     what: str
     fields: frozenset[str]
     tensors: frozenset[str] = TENSORS
 
     def undeclared(self, config: ModelConfig) -> list[str]:
-        """Fields of a config (of this class, an edited one or a subclass) that are not declared, whatever their values."""
+        """Fields of a config (of this class, an edited one or a subclass) that are not declared,
+        whatever their values.
+        """
         return [f.name for f in dataclasses.fields(config) if f.name not in self.fields]
 
     def unknown(self, model: nn.Module) -> list[str]:
-        """What a model has, or lacks, that is not declared, in words for a line: fields, modules, parameters and buffers.
+        """What a model has, or lacks, that is not declared, in words for a line: fields, modules,
+        parameters and buffers.
 
-        A field at its default counts only where it shows: in a comparison of logits (runtime/asked.py) or of counts.
+        A field at its default counts only where it shows: in a comparison of logits
+        (runtime/asked.py) or of counts.
         """
         defaults = {f.name: f.default for f in dataclasses.fields(model.config)}
         fields = [
@@ -165,7 +179,7 @@ def listed(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# --------------------------------------------------------------------------------- counts, and how parameters begin
+# ----------------------------------------------------------------- counts, and how parameters begin
 CLOSED_FORMS = Known(
     "the closed forms of config_model.py",
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
@@ -200,7 +214,9 @@ def counts(config: ModelConfig) -> Counts:
 
 
 def initial_note(config: ModelConfig) -> str:
-    """One line that names parameters whose kind LLM.initialise does not know, and how it begins them; "" if there are none."""
+    """One line that names parameters whose kind LLM.initialise does not know, and how it begins
+    them; "" if there are none.
+    """
     model = meta_model(config)
     said = {
         f"{module}.{name}".lstrip(".")
@@ -220,6 +236,7 @@ def initial_note(config: ModelConfig) -> str:
     if not unknown:
         return ""
     return (
-        f"LLM.initialise does not know {listed(list(unknown))}: normal with init_std {config.init_std:g}; if one writes to the residual "
-        "stream, name it in its module's residual_outputs, else in model.NORMAL or model.ZERO"
+        f"LLM.initialise does not know {listed(list(unknown))}: normal with init_std "
+        f"{config.init_std:g}; if one writes to the residual stream, "
+        "name it in its module's residual_outputs, else in model.NORMAL or model.ZERO"
     )

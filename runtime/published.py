@@ -1,10 +1,13 @@
-"""What a file in a published architecture computes, from its own settings and tensors alone: the check of an export.
+"""What a file in a published architecture computes, from its own settings and tensors alone: the
+check of an export.
 
-Written from the definitions of Mixtral, Qwen3-MoE and gpt-oss (transformers 5.23, models/; llama.cpp, src/llama-model.cpp), with none of
-this repo's model code, so that a model which an architecture cannot hold is found by its logits. A whole text at once, no cache, a
-block in memory at a time, float32. tests/test_published.py holds it to transformers' own classes.
+Written from the definitions of Mixtral, Qwen3-MoE and gpt-oss (transformers 5.23, models/;
+llama.cpp, src/llama-model.cpp), with none of this repo's model code, so that a model which an
+architecture cannot hold is found by its logits. A whole text at once, no cache, a block in memory
+at a time, float32. tests/test_published.py holds it to transformers' own classes.
 
-Shape letters: T tokens, C width, H query heads, G key/value heads, D head size, E experts, K experts of a token, F hidden features.
+Shape letters: T tokens, C width, H query heads, G key/value heads, D head size, E experts, K
+experts of a token, F hidden features.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Published:
-    """A model as a file describes it. read(name): a tensor or None, by the names that `logits` uses, float32."""
+    """A model as a file describes it. read(name): a tensor or None, by the names that `logits`
+    uses, float32.
+    """
 
     read: Reader
     blocks: int
@@ -43,7 +48,8 @@ class Published:
 def logits(
     model: Published, ids_T: Sequence[int], choices: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """Logits [T, V] of a text. choices: experts [T, K] of each block that are taken where they are as good as the best ones.
+    """Logits [T, V] of a text. choices: experts [T, K] of each block that are taken where they are
+    as good as the best ones.
 
     ValueError if a tensor is missing.
     """
@@ -79,7 +85,9 @@ def _linear(model: Published, name: str, x: Tensor) -> Tensor:
 
 
 def _rotations(model: Published, T: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] of every position and pair. YaRN: Peng et al. 2023, section 3.2 and 3.4, as both programs have it."""
+    """cos and sin [T, D/2] of every position and pair. YaRN: Peng et al. 2023, section 3.2 and 3.4,
+    as both programs have it.
+    """
     D = model.head_size
     pair = torch.arange(D // 2, dtype=torch.float64)
     turn, sharpened = model.theta ** (-2 * pair / D), 1.0
@@ -140,7 +148,8 @@ def _experts(model: Published, n: int, x_TC: Tensor, choice_TK: Tensor | None) -
     scores_TE, K = _linear(model, f"{n}.router", x_TC), model.top_k
     own_TK = scores_TE.topk(K, dim=1).indices
     if choice_TK is not None:
-        # Rounding may put two experts the other way round; a choice that costs more than that is not taken.
+        # Rounding may put two experts the other way round; a choice that costs more than that is
+        # not taken.
         lost_T = scores_TE.gather(1, own_TK).sum(dim=1) - scores_TE.gather(1, choice_TK).sum(dim=1)
         own_TK = torch.where(
             (lost_T <= 1e-4 * scores_TE.abs().amax(dim=1))[:, None], choice_TK, own_TK
@@ -167,7 +176,9 @@ def _experts(model: Published, n: int, x_TC: Tensor, choice_TK: Tensor | None) -
 
 
 class Reader:
-    """Tensors of a file under the names of `logits`. theirs(name): (name in the file, what to take of that tensor) or None."""
+    """Tensors of a file under the names of `logits`. theirs(name): (name in the file, what to take
+    of that tensor) or None.
+    """
 
     def __init__(
         self,
@@ -215,9 +226,11 @@ def unclaimed(model: Published) -> list[str]:
     return sorted(model.read.names - claimed)
 
 
-# ------------------------------------------------------------------------------------------------------------ Hugging Face
+# ------------------------------------------------------------------------------------- Hugging Face
 def from_folder(config: Mapping, names: Sequence[str], read: Callable[[str], Tensor]) -> Published:
-    """A model of config.json and a folder's tensors as scripts.export_hf writes them (experts one by one; gpt-oss's stacked)."""
+    """A model of config.json and a folder's tensors as scripts.export_hf writes them (experts one
+    by one; gpt-oss's stacked).
+    """
     family = config["model_type"]
     rope = config["rope_parameters"]
     is_gpt_oss, blocks = family == "gpt_oss", config["num_hidden_layers"]
@@ -292,11 +305,13 @@ def _in_folder(family: str, name: str) -> tuple | None:
     return stacked, (lambda t: t[e, columns]) if is_bias else (lambda t: t[e, :, columns].T)
 
 
-# -------------------------------------------------------------------------------------------------------------------- GGUF
+# --------------------------------------------------------------------------------------------- GGUF
 def from_gguf(
     keys: Mapping[str, object], names: Sequence[str], read: Callable[[str], Tensor]
 ) -> Published:
-    """A model of a GGUF file's keys and tensors, as llama.cpp computes its llama (Mixtral), qwen3moe and gpt-oss."""
+    """A model of a GGUF file's keys and tensors, as llama.cpp computes its llama (Mixtral),
+    qwen3moe and gpt-oss.
+    """
     arch = keys["general.architecture"]
 
     def of(name: str, default=None):

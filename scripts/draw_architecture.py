@@ -17,7 +17,10 @@ from runtime.plots import BACKGROUND, BLUE, EDGE, GREEN, GRID, MUTED, ORANGE, PA
 WIDTH, HEIGHT, DPI = 13.0, 9.7, 150  # inches, inches, pixels per inch; all coordinates below are inches from the lower left
 PART_COLORS = {"embedding": TEAL, "attention": BLUE, "attention bias table": PURPLE, "router": YELLOW, "experts": ORANGE, "norms": MUTED, "head": GREEN,
                "not drawn": TEXT}
-KNOWS = Known("the drawing", SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING)
+KNOWS = Known(
+    "the drawing",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+)
 BOTTOM = 0.25          # where the sheet begins
 EXPERTS_DRAWN = 64
 EXPERT_NAMES = {"gelu": "GELU", "swiglu": "SwiGLU", "swiglu_clamped": "clamped SwiGLU"}

@@ -40,7 +40,10 @@ from runtime.text import human_bytes
 from runtime.tokenizer import END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
 
 ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
-KNOWS = Known("the export to GGUF", SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING)
+KNOWS = Known(
+    "the export to GGUF",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+)
 QUANTIZE = ("f32", "f16", "bf16", "q8_0")
 # llama.cpp's name (src/llama-vocab.cpp) for each way to cut text into words. "dbrx" has cl100k_base's but for white space at the very end
 # of a text. Single bytes never merge, so that any way will do for them.
@@ -382,8 +385,11 @@ def rounded_yarn(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Ten
 
 def check_file(gguf, path: Path, name: str, config: ModelConfig, family: str, entries: Sequence[Entry], weights: Mapping[str, Tensor], quantize: str,
                tokenizer: Tokenizer, vocabulary: Vocabulary, ids_BT: Tensor, ours_BTV: Tensor) -> None:
-    """Compare the file's keys with the config, and what its architecture computes by these keys (runtime/published.py, none of our model's code)
-    with the model whose weights are rounded as its own are. ExportError if they differ. ours_BTV: the model's logits of ids_BT, nothing rounded."""
+    """Compare the file's keys with the config, and what its architecture computes by them with the model.
+
+    The former by runtime/published.py, without our model's code; the latter with weights rounded as those
+    of the file. ours_BTV: the model's logits of ids_BT, nothing rounded. ExportError if they differ.
+    """
     keys, names, read = read_gguf(gguf, path)
     check_keys(name, keys, config, family, tokenizer, vocabulary)
     kinds, expected_BTV = {entry.part.source: entry.kind for entry in entries}, ours_BTV

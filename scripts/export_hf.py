@@ -151,7 +151,8 @@ def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> 
         for name in weights:
             from_folder(name)
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        check_published(route, KNOWS, as_written, ours, published.from_folder(settings, names, read), ids_BT)
+        computed = published.from_folder(settings, names, read)
+        check_published(route, KNOWS, as_written, ours, computed, ids_BT)
     else:
         check_logits(route, ours, logits_of(lazy_model(theirs, from_folder), ids_BT))
     if dtype != weights["embed.weight"].dtype:
@@ -175,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     config, tokenizer, dtype = source.model.config, source.tokenizer, DTYPES.get(args.dtype, source.checkpoint.model["embed.weight"].dtype)
     dtype_name = str(dtype).removeprefix("torch.")
     if not args.custom_code:
-        KNOWS.check(source.model, ". --custom_code exports any model with a modeling file of its own")
+        other = ". --custom_code exports any model with a modeling file of its own"
+        KNOWS.check(source.model, other)
     family = None if args.custom_code else family_of(config)
     plan = list(outgoing(config, family, meta_model(config).state_dict(), dtype))
     needed = sum(tensor.nbytes for _, tensor in plan)

@@ -1,7 +1,8 @@
-"""Four changes of the model as a researcher would make them, and what every fast path and export says of each.
+"""Four changes of the model as a researcher would make them, and what every fast path and export
+says of each.
 
-    python -m tests.changed_models NAME         in a copy of the code that holds the change: prints what was said, as JSON
-    python -m tests.changed_models NAME onnx    the export to ONNX alone, which takes as long as all else
+    python -m tests.changed_models NAME         what is said, as JSON, in a copy with the change
+    python -m tests.changed_models NAME onnx    the export to ONNX alone: it takes longest
 
 tests/test_changed_models.py makes the copies, applies CHANGES and reads the answers.
 """
@@ -35,7 +36,10 @@ SHARED_EXPERT = '''class SharedExpert(nn.Module):
 
 
 '''
-DISPATCHER = "        self.router, self.experts, self.dispatcher = Router(config), Experts(config), LocalDispatcher()\n"
+DISPATCHER = (
+    "        self.router, self.experts, self.dispatcher = "
+    "Router(config), Experts(config), LocalDispatcher()\n"
+)
 NORM2 = "        self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)\n"
 ADD_ATTENTION = (
     "        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)\n"
@@ -47,25 +51,27 @@ CHANGES: dict[str, list[Edit]] = {
         (
             "config_model.py",
             FIELD_BEFORE,
-            '    router_scores: str = option("softmax", "scores of the router", choices=("softmax", "sigmoid"))\n'
+            '    router_scores: str = option("softmax", "scores", choices=("softmax", "sigmoid"))\n'
             + FIELD_BEFORE,
         ),
         (
             "model_parts.py",
             SOFTMAX,
-            f'        probabilities_NE = {SIGMOID} if self.scores == "sigmoid" else logits_NE.softmax(dim=-1)\n',
+            f"        probabilities_NE = {SIGMOID}\n"
+            f'        if self.scores == "softmax":\n    {SOFTMAX}',
         ),
         (
             "model_parts.py",
             "        self.num_experts, self.top_k = config.num_experts, config.top_k\n",
-            "        self.num_experts, self.top_k, self.scores = config.num_experts, config.top_k, config.router_scores\n",
+            "        self.num_experts, self.top_k = config.num_experts, config.top_k\n"
+            "        self.scores = config.router_scores\n",
         ),
     ],
     "shared expert": [
         (
             "config_model.py",
             FIELD_BEFORE,
-            '    shared_d_ff: int = option(0, "hidden features of a shared expert; 0 = none", minimum=0)\n'
+            '    shared_d_ff: int = option(0, "hidden features of a shared expert", minimum=0)\n'
             + FIELD_BEFORE,
         ),
         ("model_parts.py", MOE, SHARED_EXPERT + MOE),
@@ -91,7 +97,8 @@ CHANGES: dict[str, list[Edit]] = {
         (
             "model_parts.py",
             ADD_ATTENTION,
-            "        x_BTC = x_BTC + self.norm3(self.attention(self.norm1(x_BTC), rope, cache, starts_BT))\n",
+            "        y_BTC = self.attention(self.norm1(x_BTC), rope, cache, starts_BT)\n"
+            "        x_BTC = x_BTC + self.norm3(y_BTC)\n",
         ),
     ],
 }

@@ -1,4 +1,6 @@
-"""runtime/asked: a fast way that gives other logits than the plain model is not used, one that gives the same always is."""
+"""runtime/asked: a fast way that gives other logits than the plain model is not used, one that
+gives the same always is.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def everything(seed: int = 0, **changes):
     return random_model(tiny_config(**EVERYTHING | changes), seed).eval()
 
 
-# ------------------------------------------------------------------------------------------------------- what is right stays
+# ------------------------------------------------------------------------------ what is right stays
 @pytest.mark.parametrize("seed", range(40))
 def test_what_is_right_is_used(seed):
     """Over random architectures, in 8 bits or not: no fast way steps aside because of rounding."""
@@ -62,7 +64,9 @@ def test_what_is_right_is_used(seed):
 
 
 def test_many_rows_and_one_are_asked_of_a_gpus_step(monkeypatch):
-    """A GPU's step reads the chosen experts' matrices for few rows and all of them for many: both are asked."""
+    """A GPU's step reads the chosen experts' matrices for few rows and all of them for many: both
+    are asked.
+    """
     model, rows = everything(num_experts=8, top_k=2), []
     step = inference.decode_step
     monkeypatch.setattr(
@@ -109,9 +113,12 @@ def test_a_context_of_one_token_is_asked_too():
 
 @needs_code
 def test_asking_does_not_wait_for_pytorchs_compiler():
-    """The first call of a custom operation imports it: predict.py would have started a second later, for a check."""
+    """The first call of a custom operation imports it: predict.py would have started a second
+    later, for a check.
+    """
     code = (
-        "import sys, torch; from tests.util import *; from runtime.device import choose_kernels; from runtime.inference import Decoder\n"
+        "import sys, torch; from tests.util import *; from runtime.inference import Decoder\n"
+        "from runtime.device import choose_kernels\n"
         "from runtime.checkpoint import meta_model\n"
         "model = meta_model(tiny_config()).to_empty(device='cpu')\n"
         "[torch.nn.init.constant_(p, 0.1) for p in model.parameters()]\n"
@@ -125,7 +132,7 @@ def test_asking_does_not_wait_for_pytorchs_compiler():
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-# -------------------------------------------------------------------------------------------------- what is wrong steps aside
+# ------------------------------------------------------------------------ what is wrong steps aside
 def faulty_block(name: str, change):
     """NativeModel._block with one thing changed."""
     right = cpu_decode.NativeModel._block
@@ -200,7 +207,9 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_wrong_step_gives_way_to_the_plain_model(name, monkeypatch):
-    """Several texts of different lengths are then stepped through one by one, some of them or all, and generated text is the plain one."""
+    """Several texts of different lengths are then stepped through one by one, some of them or all,
+    and generated text is the plain one.
+    """
     model = everything(sliding_window=0, window_pattern="all")
     monkeypatch.setattr(inference, "decode_step", wrong_step(STEPS[name]))
     decoder = Decoder(model, native=False)
@@ -251,7 +260,9 @@ def test_a_way_that_fails_steps_aside_with_a_line(monkeypatch):
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_a_narrow_step_is_asked_with_the_same_experts(narrow, monkeypatch):
-    """In bfloat16 rounding alone sends tokens to other experts, and what is wrong by a tenth has to be seen all the same."""
+    """In bfloat16 rounding alone sends tokens to other experts, and what is wrong by a tenth has to
+    be seen all the same.
+    """
     model = everything(num_experts=8, top_k=2).to(narrow)
     assert Decoder(model, native=False).why_not_step == ""
     monkeypatch.setattr(inference, "decode_step", wrong_step(STEPS["the first row's position"]))
@@ -261,8 +272,10 @@ def test_a_narrow_step_is_asked_with_the_same_experts(narrow, monkeypatch):
 @needs_code
 @pytest.mark.parametrize("is_tie", [True, False])
 def test_two_experts_that_are_equally_good_are_no_difference(is_tie, monkeypatch):
-    """The router gives experts 0 and 1 the same score, so either may be chosen. Here C has the two exchanged: that is no fault where they
-    tie, and one where they do not. Tokens that went to expert 2 are compared in both cases."""
+    """The router gives experts 0 and 1 the same score, so either may be chosen. Here C has the two
+    exchanged: that is no fault where they tie, and one where they do not. Tokens that went to
+    expert 2 are compared in both cases.
+    """
     model = random_model(tiny_config(num_experts=3, top_k=1), 3)
     for block in model.layers[1:]:  # one block with a choice is enough
         with torch.no_grad():
@@ -305,7 +318,9 @@ def test_logits_that_are_not_numbers_count_where_one_side_has_them():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_damaged_weights_are_still_an_error_of_their_own(native):
-    """Neither way has finite logits: no way steps aside, and drawing says that the weights are damaged."""
+    """Neither way has finite logits: no way steps aside, and drawing says that the weights are
+    damaged.
+    """
     model = everything()
     with torch.no_grad():
         model.layers[0].norm1.weight[0] = torch.nan
@@ -317,7 +332,7 @@ def test_damaged_weights_are_still_an_error_of_their_own(native):
         list(generate(decoder, decoder.texts(1, 32), [[1, 2, 3]], 4))
 
 
-# ------------------------------------------------------------------------------------------------------------- what is kept
+# ------------------------------------------------------------------------------------- what is kept
 @pytest.fixture
 def asks(tmp_path, monkeypatch):
     """How often a way was asked; every file is a large one, and the cache folder is a new one."""

@@ -1,8 +1,10 @@
-"""A model changed as a researcher would change it: no fast path and no export is wrong in silence, each says what it does not know.
+"""A model changed as a researcher would change it: no fast path and no export is wrong in silence,
+each says what it does not know.
 
-A sigmoid router was 3 lines and a shared expert 19. Training was right, and predict.py decoded with C code that knew neither: logits were
-off by 0.19 and 2.92 of 2.14, exit code 0, no word. The GGUF of the former read back "as the model's", and test.py, export_hf and
-export_gguf answered the latter with tracebacks.
+A sigmoid router was 3 lines and a shared expert 19. Training was right, and predict.py decoded with
+C code that knew neither: logits were off by 0.19 and 2.92 of 2.14, exit code 0, no word. The GGUF
+of the former read back "as the model's", and test.py, export_hf and export_gguf answered the latter
+with tracebacks.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def said(name: str, *rest: str) -> dict:
 
 @EACH
 def test_the_c_decoder_steps_aside_with_a_line(name):
-    """One line that names the field or the module, or says that the logits are others; the text is the plain model's."""
+    """One line that names the field or the module, or says that the logits are others; the text is
+    the plain model's.
+    """
     found = said(name)["c_kernel"]
     assert not found["is_native"] and found["same_text"] and "\n" not in found["note"]
     if HAS_CODE is None:
@@ -78,7 +82,9 @@ def test_the_c_decoder_steps_aside_with_a_line(name):
 
 @EACH
 def test_decode_step_steps_aside_or_is_right(name):
-    """It asks the model's own router, so a change inside that is no other to it. The text is the plain model's in any case."""
+    """It asks the model's own router, so a change inside that is no other to it. The text is the
+    plain model's in any case.
+    """
     found = said(name)["step"]
     assert found["same_text"]
     assert found["why_not_step"] == (
@@ -103,7 +109,9 @@ def test_predict_says_it_in_one_line(name):
     [("export_gguf", "the export to GGUF"), ("export_hf", "the export to published classes")],
 )
 def test_exports_refuse_with_the_name(name, export, what):
-    """Or, where there is none, because the file's architecture computes other logits. A KeyError's traceback is no answer."""
+    """Or, where there is none, because the file's architecture computes other logits. A KeyError's
+    traceback is no answer.
+    """
     kind, line = said(name)[export]
     if NAMES[name]:
         assert (kind, line.split(": ")[0]) == ("ValueError", f"{what} does not know {NAMES[name]}")
@@ -129,7 +137,9 @@ def test_onnx_follows_the_real_code(name):
 
 @EACH
 def test_reports_count_the_model_as_it_is(name):
-    """test.py ended with an AssertionError where the closed form was another number than the module's."""
+    """test.py ended with an AssertionError where the closed form was another number than the
+    module's.
+    """
     found = said(name)
     assert found["total_is_real"] and found["test.py"][0] == found["draw"][0] == 0
     assert (
@@ -146,7 +156,9 @@ def test_reports_count_the_model_as_it_is(name):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_new_field_at_its_default_changes_nothing_and_a_test_asks_for_it(name):
-    """All fast paths stay, all exports pass their checks. That the random configurations leave it out is found."""
+    """All fast paths stay, all exports pass their checks. That the random configurations leave it
+    out is found.
+    """
     found = said(name)
     (field,) = FIELDS[name]
     assert found["not varied"] == [field]

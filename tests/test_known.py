@@ -1,4 +1,6 @@
-"""runtime/known: what each second implementation declares, and what it says of a model with more, less or other parts."""
+"""runtime/known: what each second implementation declares, and what it says of a model with more,
+less or other parts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ IMPLEMENTATIONS = {
     "drawing": draw_architecture.KNOWS,
 }
 EACH = pytest.mark.parametrize("knows", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
-# Fields that an implementation does not know, on purpose. It then steps aside or refuses where they are not at their default.
+# Fields that an implementation does not know, on purpose. It then steps aside or refuses where they
+# are not at their default.
 NOT_KNOWN: dict[str, set[str]] = {name: set() for name in IMPLEMENTATIONS}
 
 
@@ -40,13 +43,17 @@ def fields_not_varied() -> list[str]:
 
 
 def test_the_random_configurations_vary_every_field():
-    """Two new fields passed every test unseen: what holds for random configurations held for models without them."""
+    """Two new fields passed every test unseen: what holds for random configurations held for models
+    without them.
+    """
     assert fields_not_varied() == []
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_field_is_known_or_said_not_to_be(name):
-    """Whoever adds a field to ModelConfig decides here, for each implementation, whether it knows the field."""
+    """Whoever adds a field to ModelConfig decides here, for each implementation, whether it knows
+    the field.
+    """
     assert {f.name for f in dataclasses.fields(ModelConfig)} - IMPLEMENTATIONS[
         name
     ].fields == NOT_KNOWN[name]
@@ -55,7 +62,9 @@ def test_every_field_is_known_or_said_not_to_be(name):
 
 @EACH
 def test_every_module_and_tensor_of_the_random_models_is_known(knows):
-    """Or fast paths would step aside from models that they have always computed. And no name is there for nothing."""
+    """Or fast paths would step aside from models that they have always computed. And no name is
+    there for nothing.
+    """
     modules, tensors = set(), set()
     for seed in range(60):
         model = meta_model(random_config(seed))
@@ -105,8 +114,8 @@ def test_what_is_not_known_is_named_once(knows):
         "layers.*.moe.shared (Sequential)",
     ]
     assert (
-        knows.why_not(model)
-        == f"{knows.what} does not know ModelConfig.router_scores 'sigmoid', layers.*.moe.shared (Sequential)"
+        knows.why_not(model) == f"{knows.what} does not know ModelConfig.router_scores 'sigmoid', "
+        "layers.*.moe.shared (Sequential)"
     )
     with pytest.raises(
         ValueError, match="does not know ModelConfig.router_scores 'sigmoid'.*teach it"
@@ -152,7 +161,7 @@ def test_other_parts_are_named(change, said):
     assert cpu_decode.KNOWS.unknown(model) == said
 
 
-# ---------------------------------------------------------------------------------------------------- counts, initial scales
+# --------------------------------------------------------------------------- counts, initial scales
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nothing_is_said_of_the_presets(preset):
     config = ModelConfig(**PRESETS[preset].model)
@@ -177,7 +186,7 @@ class Shared(nn.Module):
 def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is_residual(
     monkeypatch,
 ):
-    """A shared expert's output matrix began without the factor 1 / sqrt(2L), and no line said so."""
+    """A shared expert's output matrix began without the factor 1 / sqrt(2L), in silence."""
     import model as model_module
     from runtime.checkpoint import meta_model as real
 
@@ -191,7 +200,8 @@ def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is
     config = tiny_config(transformer_blocks=2, init_std=0.1)
     note = known.initial_note(config)
     assert note.startswith(
-        "LLM.initialise does not know layers.*.shared.up.weight, layers.*.shared.down.weight: normal with init_std 0.1"
+        "LLM.initialise does not know layers.*.shared.up.weight, layers.*.shared.down.weight: "
+        "normal with init_std 0.1"
     )
     counts = known.counts(config)
     assert counts.uncounted == 2 * 2 * 400 * 32 and counts.total == sum(

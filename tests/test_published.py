@@ -1,4 +1,6 @@
-"""runtime/published: what a file's architecture computes, against transformers' own classes, and for GGUF through the same core."""
+"""runtime/published: what a file's architecture computes, against transformers' own classes, and
+for GGUF through the same core.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def bound(config, expected: torch.Tensor) -> float:
-    """Of a difference between two orders of float32 sums: eps * sqrt(terms) for each of the blocks' sums, of the logits' size.
+    """Of a difference between two orders of float32 sums: eps * sqrt(terms) for each of the blocks'
+    sums, of the logits' size.
 
     16: the softmax of scores of about that size makes so much more of an error in them.
     """
@@ -40,7 +43,9 @@ def of_folder(folder) -> published.Published:
 
 @ANY
 def test_it_computes_what_transformers_computes(config, tmp_path):
-    """All families, tied or not, with windows, linear positions and both YaRNs: its own weights and settings, to rounding."""
+    """All families, tied or not, with windows, linear positions and both YaRNs: its own weights and
+    settings, to rounding.
+    """
     write_folder(random_model(config), tmp_path)
     theirs = load_theirs(tmp_path)
     here, ids = of_folder(tmp_path), some_ids(config, 1)
@@ -76,11 +81,14 @@ def test_each_setting_shows_in_the_logits(changes, tmp_path):
 
 
 def test_a_choice_of_experts_is_taken_only_where_it_costs_nothing(tmp_path):
-    """Two experts that are equally good may be chosen either way. A choice that another router made is not followed."""
+    """Two experts that are equally good may be chosen either way. A choice that another router made
+    is not followed.
+    """
     config = CONFIGS["qwen3_moe"]
     model = random_model(config)
     with torch.no_grad():
-        # Experts 0 and 1 are the same to the router, and always among the best three: rounding decides between them.
+        # Experts 0 and 1 are the same to the router, and always among the best three: rounding
+        # decides between them.
         model.layers[0].moe.router.weight[1] = model.layers[0].moe.router.weight[0]
     write_folder(model, tmp_path)
     here, ids = of_folder(tmp_path), some_ids(config, 1)[0].tolist()
@@ -110,7 +118,9 @@ def test_a_choice_of_experts_is_taken_only_where_it_costs_nothing(tmp_path):
 
 
 def test_a_tensor_without_a_place_is_named(tmp_path):
-    """A shared expert's matrices in a file of Qwen3-MoE would be left out by every program that reads it."""
+    """A shared expert's matrices in a file of Qwen3-MoE would be left out by every program that
+    reads it.
+    """
     from safetensors.torch import load_file, save_file
 
     model = random_model(CONFIGS["qwen3_moe"])

@@ -138,8 +138,8 @@ class Predictor:
             raise ValueError(f"there is no {config.ckpt} yet: train a model first (python train.py, or make demo), or give --ckpt FILE")
         self.device = device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
-        is_float32 = not config.c_kernel or config.quantize != "none" or cpu_decode.library()[0]
-        if config.dtype == "auto" and device.type == "cpu" and is_float32:
+        if config.dtype == "auto" and device.type == "cpu" and (
+                not config.c_kernel or config.quantize != "none" or cpu_decode.library()[0]):
             dtype = torch.float32   # what runtime/cpu_decode.c reads; bfloat16 products, where a CPU has them, are for training
         if config.compile and device.type != "cuda":
             raise ValueError(f"compile is for CUDA graphs, and this runs on {device}: leave it out")

@@ -91,7 +91,10 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     decoder._replay = lambda ids_B, positions_B, span: decode_step(
         model, decoder._whole, ids_B, positions_B, span
     )
-    dispatched = _without_dispatch(model)
+    dispatched, threads = _without_dispatch(model), torch.get_num_threads()
+    if _weight_bytes(model) < LARGE_BYTES:
+        # So little work is done before other threads are awake, or other processes have let them run.
+        torch.set_num_threads(1)
     try:
         probes = [_far_tokens(decoder, generator, rows) for rows in _rows(decoder)]
         if decoder.native is not None:
@@ -102,6 +105,7 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
         return f"{known.what} fails on this model: {' '.join(str(error).split())[:200]}"
     finally:
         del decoder._replay
+        torch.set_num_threads(threads)
         for experts, feed_forward in dispatched:
             experts.feed_forward = feed_forward
         decoder.compiles, decoder._whole, decoder._caches = compiles, None, []
@@ -273,13 +277,10 @@ def _far_position(decoder) -> int:
     """
     c = decoder.config
     window = max(c.window(block) for block in range(c.transformer_blocks))
-    weights = sum(
-        tensor.nbytes for tensor in (*decoder.model.parameters(), *decoder.model.buffers())
-    )
     cache_bytes = (
         2 * (window + 4) * kv_cache_bytes_per_token(c, decoder.model.embed.weight.element_size())
     )
-    far = window + 2 if window and cache_bytes <= max(MOST_CACHE_BYTES, weights // 16) else FAR
+    far = window + 2 if window and cache_bytes <= max(MOST_CACHE_BYTES, _weight_bytes(decoder.model) // 16) else FAR
     return min(far, c.context_length - 1)
 
 
@@ -359,10 +360,7 @@ class _Routers:
 def _kept(decoder, weights: str) -> Path | None:
     """Where the outcome for a large file is kept; None for other models."""
     model = decoder.model
-    if (
-        not weights
-        or sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) < LARGE_BYTES
-    ):
+    if not weights or _weight_bytes(model) < LARGE_BYTES:
         return None
     chosen = [
         weights,
@@ -381,6 +379,10 @@ def _kept(decoder, weights: str) -> Path | None:
         cache_folder()
         / f"asked_{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:32]}.json"
     )
+
+
+def _weight_bytes(model: LLM) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 @functools.cache

@@ -14,16 +14,22 @@ import types
 import pytest
 import torch
 
+import predict
+from benchmarks import asked as benchmark
+from config_model import TrainConfig
 from model import generate as plain_generate
 from model_parts import KVCache
 from runtime import asked, cpu_decode, inference
+from runtime.checkpoint import read_checkpoint, save_checkpoint
 from runtime.device import choose_kernels
 from runtime.inference import Decoder, generate
 from runtime.quantize import quantize_
+from runtime.tokenizer import load_tokenizer
 from tests.conftest import REPO
 from tests.test_cpu_decode import needs_code, random_architecture
 from tests.util import random_config, random_model, tiny_config
 
+BYTE = load_tokenizer("byte")
 # All that attention, routers and experts may have; a window shorter than the texts that are read.
 EVERYTHING = dict(
     context_length=128,
@@ -431,3 +437,75 @@ def test_the_sources_digest_covers_what_computes(changed, tmp_path, monkeypatch)
     before = asked._sources.__wrapped__()
     (tmp_path / changed).write_text("# another\n")
     assert len(before) == 64 and asked._sources.__wrapped__() != before
+
+
+# ---------------------------------------------------------------------------- predict.py, benchmark
+@needs_code
+def test_no_c_kernel_turns_the_c_code_off(tmp_path, capsys, monkeypatch):
+    """The same text by PyTorch, without a note, for it was asked for; and no compiler is called."""
+    model = random_model(tiny_config(vocabulary_size=260, context_length=64))
+    path = save_checkpoint(
+        tmp_path, 1, model, None, train_config=TrainConfig(), tokenizer_state=BYTE.to_state()
+    )
+    argv = ["--ckpt", str(path), "--prompt", "abc", "--temperature", "0", "--device", "cpu"]
+    made = []
+    real = predict.Decoder
+    monkeypatch.setattr(predict, "Decoder", lambda *given: made.append(real(*given)) or made[-1])
+    assert predict.main(argv) == 0
+    by_c = capsys.readouterr()
+    with monkeypatch.context() as without:
+        without.setattr(cpu_decode, "library", lambda: pytest.fail("the C code was looked for"))
+        assert predict.main([*argv, "--no-c_kernel"]) == 0
+    by_torch = capsys.readouterr()
+    assert [decoder.native is not None for decoder in made] == [True, False]
+    assert by_c.out == by_torch.out != "" and by_torch.err == by_c.err
+    assert made[1].model.embed.weight.dtype == torch.float32
+
+
+def test_predict_hands_the_files_digest_on(tmp_path, monkeypatch, capsys):
+    """Two checkpoints differ in their digests, and a large one is asked once for each."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(asked, "LARGE_BYTES", 0)
+    digests = set()
+    for seed in (1, 2):
+        model = random_model(tiny_config(vocabulary_size=260, context_length=64), seed)
+        path = save_checkpoint(
+            tmp_path / str(seed),
+            1,
+            model,
+            None,
+            train_config=TrainConfig(),
+            tokenizer_state=BYTE.to_state(),
+        )
+        digests.add(read_checkpoint(path).digest)
+        for _ in range(2):
+            argv = [
+                "--ckpt",
+                str(path),
+                "--prompt",
+                "abc",
+                "--max_new_tokens",
+                "2",
+                "--no-c_kernel",
+            ]
+            assert predict.main([*argv, "--device", "cpu"]) == 0
+        assert len(kept(tmp_path / "cache")) == seed
+    assert len(digests) == 2 and all(len(digest) == 64 for digest in digests)
+
+
+def test_the_benchmark_says_what_asking_costs(monkeypatch, capsys):
+    stored = {}
+    monkeypatch.setattr(
+        benchmark, "save_results", lambda name, results: stored.update({name: results})
+    )
+    flags = "--name tiny --repeats 2 --d_model 16 --num_heads 2 --num_kv_heads 1 --d_ff 8"
+    more = "--num_experts 2 --transformer_blocks 1 --vocabulary_size 50 --context_length 16"
+    threads = torch.get_num_threads()
+    assert benchmark.main([*flags.split(), *more.split()]) == 0
+    torch.set_num_threads(threads)
+    sides = stored["asked_tiny"]["sides"]
+    assert sides["pytorch"]["way"] == "decode_step" and sides["pytorch"]["note"] == ""
+    assert all(0 < side["least_ms"] <= side["median_ms"] for side in sides.values())
+    assert "c_kernel" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--repeats must be at least 1, not 0"):
+        benchmark.main(["--repeats", "0"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ import pytest
 
 from runtime import cpu_decode
 from tests.changed_models import CHANGES, FIELDS
-from tests.mutants import copy_tree
+from tests.conftest import REPO
 
 # What each of them names. The first has no name: it is found by its logits alone.
 NAMES = {
@@ -34,12 +35,23 @@ HAS_CODE, _ = cpu_decode.library()
 EACH = pytest.mark.parametrize("name", CHANGES)
 
 
+def copy_sources(folder: Path) -> None:
+    """All code, and the licence that custom code carries."""
+    folder.mkdir()
+    for path in (*REPO.glob("*.py"), REPO / "LICENSE"):
+        shutil.copyfile(path, folder / path.name)
+    for name in ("runtime", "scripts", "tests", "benchmarks"):
+        shutil.copytree(
+            REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
+
+
 @functools.cache
 def said(name: str, *rest: str) -> dict:
     """What a copy of the code with the change in it says."""
     with tempfile.TemporaryDirectory(prefix="changed-") as folder:
         copy = Path(folder) / "copy"
-        copy_tree(copy)
+        copy_sources(copy)
         for file, old, new in CHANGES[name]:
             text = (copy / file).read_text(encoding="utf-8")
             assert text.count(old) == 1, f"{file} has {text.count(old)} times, not once: {old!r}"

@@ -12,6 +12,7 @@ experts of a token, F hidden features.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -375,3 +376,41 @@ def _in_gguf(arch: str, name: str) -> tuple | None:
             lambda t: t,
         )
     return f"blk.{n}.{_GGUF_INSIDE[plain]}.{kind}", lambda t: t
+
+
+# ------------------------------------------------------------------------------------ our own weights
+def of_weights(settings: Mapping, weights: Mapping[str, Tensor]) -> Published:
+    """A published architecture with the settings of a config.json and weights under our names."""
+    half = settings.get("moe_intermediate_size", settings["intermediate_size"])
+    reader = Reader(list(weights), weights.__getitem__, functools.partial(_in_ours, half))
+    return dataclasses.replace(from_folder(settings, [], weights.__getitem__), read=reader)
+
+
+_OURS = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "q": "attention.W_q",
+    "k": "attention.W_k",
+    "v": "attention.W_v",
+    "out": "attention.out_proj",
+    "q_norm": "attention.q_norm",
+    "k_norm": "attention.k_norm",
+    "router": "moe.router",
+}
+
+
+def _in_ours(half: int, name: str) -> tuple | None:
+    if name in ("embed", "norm", "head"):
+        return f"{'out_head' if name == 'head' else name}.weight", lambda t: t
+    n, part, *expert = name.split(".")
+    if part == "sinks":
+        return f"layers.{n}.attention.sinks", lambda t: t
+    if not expert:
+        plain, kind = part.removesuffix("_bias"), "bias" if part.endswith("_bias") else "weight"
+        return f"layers.{n}.{_OURS[plain]}.{kind}", lambda t: t
+    e, is_bias = int(expert[0].removesuffix("_bias")), expert[0].endswith("_bias")
+    stacked = (
+        f"layers.{n}.moe.experts.{'b' if is_bias else 'w'}_{'out' if part == 'down' else 'in'}"
+    )
+    rows = {"gate": slice(half), "up": slice(half, None), "down": slice(None)}[part]
+    return stacked, lambda t: t[e, rows]

@@ -1,8 +1,10 @@
 """Four changes of the model as a researcher would make them, and what every fast path and export
 says of each.
 
-    python -m tests.changed_models NAME         what is said, as JSON, in a copy with the change
-    python -m tests.changed_models NAME onnx    the export to ONNX alone: it takes longest
+    python -m tests.changed_models NAME FOLDER         what is said, as JSON, in a copy with the change
+    python -m tests.changed_models NAME FOLDER onnx    the export to ONNX alone: it takes longest
+
+FOLDER holds a published model.
 
 tests/test_changed_models.py makes the copies, applies CHANGES and reads the answers.
 """
@@ -145,6 +147,14 @@ def onnx_answers(fields: dict) -> list:
         return said_by(export_onnx.main, ["--ckpt", str(path), "--out", f"{folder}/m.onnx"])
 
 
+def import_answers(published: str) -> list:
+    """What the import of a published model says."""
+    from scripts import import_hf
+
+    with tempfile.TemporaryDirectory() as folder:
+        return said_by(import_hf.main, ["--model", published, "--out", f"{folder}/m.pt"])
+
+
 def answers(fields: dict, exports: bool = True) -> dict:
     """What a model with these fields brings about: lines of decoders, reports and exports."""
     import torch
@@ -216,13 +226,14 @@ def answers(fields: dict, exports: bool = True) -> dict:
     return said
 
 
-def main(name: str, *rest: str) -> None:
+def main(name: str, published: str, *rest: str) -> None:
     from tests.test_known import fields_not_varied
 
     if rest:
         print(json.dumps(onnx_answers(FIELDS.get(name, {}))))
         return
     said = answers(FIELDS.get(name, {}))
+    said["import_hf"] = import_answers(published)
     if name in FIELDS:
         said["at its default"] = answers({}, exports=False)
     print(json.dumps(said | {"not varied": fields_not_varied()}))

@@ -23,6 +23,8 @@ import pytest
 from runtime import cpu_decode
 from tests.changed_models import CHANGES, FIELDS
 from tests.conftest import REPO
+from tests.test_huggingface import write_folder
+from tests.util import random_model, tiny_config
 
 # What each of them names. The first has no name: it is found by its logits alone.
 NAMES = {
@@ -52,6 +54,9 @@ def said(name: str, *rest: str) -> dict:
     with tempfile.TemporaryDirectory(prefix="changed-") as folder:
         copy = Path(folder) / "copy"
         copy_sources(copy)
+        # As a published model, whatever our own becomes.
+        published = Path(folder) / "published"
+        write_folder(random_model(tiny_config(vocabulary_size=260, context_length=64)), published)
         for file, old, new in CHANGES[name]:
             text = (copy / file).read_text(encoding="utf-8")
             assert text.count(old) == 1, f"{file} has {text.count(old)} times, not once: {old!r}"
@@ -62,7 +67,7 @@ def said(name: str, *rest: str) -> dict:
             if key not in ("PYTHONPATH", "GPTOSS_TRACEBACK")
         }
         run = subprocess.run(
-            [sys.executable, "-m", "tests.changed_models", name, *rest],
+            [sys.executable, "-m", "tests.changed_models", name, str(published), *rest],
             cwd=copy,
             capture_output=True,
             text=True,
@@ -118,7 +123,7 @@ def test_predict_says_it_in_one_line(name):
 @EACH
 @pytest.mark.parametrize(
     "export, what",
-    [("export_gguf", "the export to GGUF"), ("export_hf", "the export to published classes")],
+    [("export_gguf", "the export to GGUF"), ("export_hf", "the exchange with published classes")],
 )
 def test_exports_refuse_with_the_name(name, export, what):
     """Or, where there is none, because the file's architecture computes other logits. A KeyError's
@@ -131,6 +136,31 @@ def test_exports_refuse_with_the_name(name, export, what):
         assert (
             kind == "ExportError" and "logits differ by" in line and "nothing was written" in line
         )
+
+
+IMPORTS = {
+    "sigmoid in place": (
+        "ExportError",
+        "qwen3_moe, as the architecture computes it: logits differ by",
+    ),
+    "sigmoid by a field": (
+        0,
+        "qwen3_moe, as the architecture computes it: largest logit difference",
+    ),
+    "shared expert": (0, "qwen3_moe, as the architecture computes it: largest logit difference"),
+    "extra norm": (
+        "ValueError",
+        "the exchange with published classes does not know layers.*.norm3 (RMSNorm)",
+    ),
+}
+
+
+@EACH
+def test_an_import_is_what_the_architecture_computes_or_is_refused(name):
+    """A published model's weights in a model that computes something else are no import."""
+    code, text = said(name)["import_hf"]
+    expected, words = IMPORTS[name]
+    assert code == expected and words in text
 
 
 @EACH

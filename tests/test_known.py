@@ -5,11 +5,13 @@ less or other parts.
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
 from torch import nn
 
+import train
 from config_model import PRESETS, ModelConfig, option
 from model import LLM
 from runtime import cpu_decode, huggingface, inference, known
@@ -219,3 +221,36 @@ def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is
     scaled = LLM(config).layers[0].shared.down.weight.std().item()
     assert scaled == pytest.approx(ordinary / 2, rel=1e-5)  # sqrt(2L) = 2
     known.counts.cache_clear()
+
+
+def test_train_says_both_before_the_first_step(monkeypatch):
+    """The line with the parameters holds the model's own, and notes say what no estimate has."""
+    monkeypatch.setattr(
+        known,
+        "counts",
+        lambda config: known.Counts(123_456_789, 23_456_789, 1_000, "the closed forms are off"),
+    )
+    monkeypatch.setattr(known, "initial_note", lambda config: "LLM.initialise does not know x")
+    shards = types.SimpleNamespace(num_tokens=1_000, tokenizer_state={"name": "byte"})
+    plan = types.SimpleNamespace(
+        model_config=tiny_config(),
+        config=train.TrainConfig(),
+        train=shards,
+        val=shards,
+        device=torch.device("cpu"),
+        source=None,
+    )
+    lines = train.describe(plan, {"weights": 1, "optimizer state": 1})
+    assert lines[0].startswith("model    123 M parameters, 23.5 M active per token")
+    notes = [line for line in lines if line.startswith("note")]
+    assert notes == [
+        "note     the closed forms are off",
+        "note     LLM.initialise does not know x",
+    ]
+    plan.source = object()
+    # Loaded weights are not initialised.
+    assert [
+        line
+        for line in train.describe(plan, {"weights": 1, "optimizer state": 1})
+        if "initialise" in line
+    ] == []

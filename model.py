@@ -17,6 +17,11 @@ from config_model import ModelConfig, loss_chunk_rows
 from model_parts import Block, KVCache, RouterStats, rope_tables
 
 IGNORE = -100  # a target with this value is not predicted and not counted
+# How parameters begin, by the ends of their names (LLM.initialise). Norms begin at 1.
+ZERO = ("bias", "b_in", "b_out", "attention_bias", "sinks")
+RESIDUAL = ("out_proj.weight", "w_out")
+NORMAL = ("embed.weight", "out_head.weight", "W_q.weight", "W_k.weight", "W_v.weight",
+          "router.weight", "w_in")
 
 
 class Output(NamedTuple):
@@ -61,17 +66,22 @@ class LLM(nn.Module):
         """Normal weights with standard deviation init_std, those that write to the residual stream smaller by sqrt(2L).
 
         GPT-2 (Radford et al. 2019, section 2.3): the stream sums 2L of them, so its variance does not grow with depth.
-        Norms start at 1; biases, sinks, the selection bias and the position table at 0.
+        Norms start at 1; biases, sinks, the selection bias and the position table at 0. A module may name
+        those of its parameters that write to the stream: residual_outputs = ("down.weight",). train.py
+        names parameters of a kind that is not listed above.
         """
+        residual = {f"{prefix}.{name}" for prefix, module in self.named_modules()
+                    for name in getattr(module, "residual_outputs", ())}
         residual_std = self.config.init_std / math.sqrt(2 * self.config.transformer_blocks)
         for name, parameter in self.named_parameters():
             kind = name.rsplit(".", 1)[-1]
             if "norm" in name:
                 parameter.fill_(1.0)
-            elif kind in ("bias", "b_in", "b_out", "attention_bias", "sinks"):
+            elif kind in ZERO:
                 parameter.zero_()
             else:
-                parameter.normal_(0.0, residual_std if name.endswith(("out_proj.weight", "w_out")) else self.config.init_std)
+                is_residual = name.endswith(RESIDUAL) or name in residual
+                parameter.normal_(0.0, residual_std if is_residual else self.config.init_std)
 
     @property
     def head_weight(self) -> Tensor:

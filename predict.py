@@ -70,6 +70,7 @@ class PredictConfig:
     dtype: str = option("auto", "weights and arithmetic; auto = the best for the device", choices=("auto", "bfloat16", "float16", "float32"))
     quantize: str = option("none", "int8: experts, attention and head in 8 bits; faster on a CPU, less memory everywhere", choices=("none", "int8"))
     lookup: int = option(0, "guess up to this many tokens at once from earlier text, and check them in one pass; the same answer, sooner where text repeats; 0 = off", minimum=0, maximum=64)
+    c_kernel: bool = option(True, "on a CPU: decode by C code, where it gives the model's logits")
     compile: bool = option(False, "on a GPU: also compile the step of the CUDA graph, which takes a while before the first token")
     num_threads: int = option(0, "CPU threads; 0 = the cores that this process may use", minimum=0, maximum=4_096)
     # what is shown
@@ -137,7 +138,8 @@ class Predictor:
             raise ValueError(f"there is no {config.ckpt} yet: train a model first (python train.py, or make demo), or give --ckpt FILE")
         self.device = device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, device)
-        if config.dtype == "auto" and device.type == "cpu" and (cpu_decode.library()[0] or config.quantize != "none"):
+        if config.dtype == "auto" and device.type == "cpu" and (
+                not config.c_kernel or config.quantize != "none" or cpu_decode.library()[0]):
             dtype = torch.float32   # what runtime/cpu_decode.c reads; bfloat16 products, where a CPU has them, are for training
         if config.compile and device.type != "cuda":
             raise ValueError(f"compile is for CUDA graphs, and this runs on {device}: leave it out")
@@ -152,9 +154,9 @@ class Predictor:
             _set_context(self.model, config)
         if config.lookup and any(self.model.config.window(block) for block in range(self.model.config.transformer_blocks)):
             raise ValueError("lookup takes back tokens, and this model's windowed blocks keep only their window: leave lookup out")
-        self.decoder = Decoder(self.model, compile=config.compile)
-        if device.type == "cpu" and not self.decoder.native and not config.quiet:
-            print(f"note: PyTorch decodes, which is slower: {self.decoder.why_not_native}", file=sys.stderr)
+        self.decoder = Decoder(self.model, config.c_kernel, config.compile, checkpoint.digest)
+        if self.decoder.note and not config.quiet:
+            print(f"note: {self.decoder.note}", file=sys.stderr)
         self.texts: list[Text] = []
         self.last: Answer | None = None
         vocabulary = self.model.config.vocabulary_size
@@ -479,8 +481,9 @@ class Session:
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         rate = f", {self.tokens_drawn / self.seconds:.1f} tokens/s, reading included" if self.seconds else ""
         print(f"{self.tokens_drawn} tokens drawn for {self.tokens_read} read{rate}")
+        decoder = self.predictor.decoder
         print(f"{len(self.ids)} tokens of text, of which the model sees {min(len(self.ids), model.config.context_length)}; weights {human_bytes(weights)}, cache {human_bytes(sum(t.cache.num_bytes() for t in texts))}"
-              + ("; native decoding" if self.predictor.decoder.native else f"; PyTorch ({self.predictor.decoder.why_not_native})"))
+              + ("; native decoding" if decoder.native else f"; PyTorch ({decoder.note or decoder.why_not_native})"))
 
 
 def repl(predictor: Predictor, config: PredictConfig) -> None:

@@ -14,15 +14,13 @@ from config_model import (
     PRESETS,
     ModelConfig,
     TrainConfig,
-    active_parameters,
     flops_per_token,
     kv_cache_bytes_per_token,
     parameter_counts,
-    total_parameters,
     training_memory_bytes,
 )
-from runtime import cli
-from runtime.checkpoint import meta_model, read_config
+from runtime import cli, known
+from runtime.checkpoint import read_config
 from runtime.text import human_bytes, human_count
 
 DTYPES = {"float32": 4, "bfloat16": 2}
@@ -30,13 +28,15 @@ MEMORY_SETTINGS = ["batch_size", "document_mask", "optimizer", "state_dtype", "a
 
 
 def report(config: ModelConfig, train: TrainConfig) -> list[str]:
-    """The lines of the report. Counts are taken from the module itself and must equal the closed form."""
-    total = sum(p.numel() for p in meta_model(config).parameters())
-    assert total == total_parameters(config)
+    """The lines of the report. The total is the module's own; what the closed forms do not know of it is named."""
+    real = known.counts(config)
+    total, active = real.total, real.active
     counts, table = parameter_counts(config), parameter_counts(config)["attention bias table"]
     lines = [f"{'part':24}{'parameters':>16}{'share':>9}"]
+    counts |= {"not in the closed forms": real.uncounted}
     lines += [f"{part:24}{count:>16,}{100 * count / total:>8.1f}%" for part, count in counts.items() if count]
-    lines += [f"{'total':24}{total:>16,}", f"{'active per token':24}{active_parameters(config):>16,}{100 * active_parameters(config) / total:>8.1f}%"]
+    lines += [f"{'total':24}{total:>16,}", f"{'active per token':24}{active:>16,}{100 * active / total:>8.1f}%"]
+    lines += [f"note: {real.note}"] * bool(real.note)
     if table > 0.1 * total:
         lines.append(f"{human_count(total - table)} + {human_count(table)} position table; see --preset gptoss-modern")
     forward = flops_per_token(config)
@@ -60,7 +60,7 @@ def preset_table() -> list[str]:
         config, train = ModelConfig(**preset.model), TrainConfig(**preset.train)
         on_gpu = name != "nano"
         needed = sum(training_memory_bytes(config, train, 2 if on_gpu else 4, on_gpu).values())
-        lines.append(f"| `{name}` | {preset.description} | {human_count(total_parameters(config))} | {human_count(active_parameters(config))} | {config.context_length:,} | "
+        lines.append(f"| `{name}` | {preset.description} | {human_count(known.counts(config).total)} | {human_count(known.counts(config).active)} | {config.context_length:,} | "
                      f"{train.batch_size * train.grad_accum * config.context_length:,} | {human_bytes(needed)} |")
     return lines
 

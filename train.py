@@ -36,14 +36,13 @@ from config_model import (
     PRESETS,
     ModelConfig,
     TrainConfig,
-    active_parameters,
     flops_per_token,
     parameter_counts,
     total_parameters,
     training_memory_bytes,
 )
 from model import IGNORE, LLM, Output
-from runtime import cli
+from runtime import cli, known
 from runtime.checkpoint import (
     Checkpoint,
     build_model,
@@ -558,9 +557,11 @@ def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
     """The lines printed before step 1."""
     c, t = plan.model_config, plan.config
     table = parameter_counts(c)["attention bias table"]
-    total = total_parameters(c)
-    lines = [f"model    {human_count(total)} parameters, {human_count(active_parameters(c))} active per token"
+    real = known.counts(c)
+    total = real.total
+    lines = [f"model    {human_count(total)} parameters, {human_count(real.active)} active per token"
              + (f" ({human_count(total - table)} + {human_count(table)} position table; see --preset gptoss-modern)" if table > 0.1 * total else "")]
+    lines += [f"note     {line}" for line in (real.note, "" if plan.source else known.initial_note(c)) if line]
     tokens = t.batch_size * t.grad_accum * c.context_length
     epoch = plan.train.num_tokens
     lines.append(f"data     {epoch:,} training and {plan.val.num_tokens:,} validation tokens ({plan.train.tokenizer_state['name']}) in {t.data_dir}")
@@ -643,8 +644,9 @@ class Reporter:
 
     def __init__(self, plan: Plan, state: RunState):
         config, resume_step = plan.config, state.step if plan.config.resume else None
+        real = known.counts(plan.model_config)
         info = {"run_id": state.run_id, "model": dataclasses.asdict(plan.model_config), "train": dataclasses.asdict(config), "source": plan.train.manifest["source"],
-                "parameters": total_parameters(plan.model_config), "active_parameters": active_parameters(plan.model_config),
+                "parameters": real.total, "active_parameters": real.active,
                 "device": device_name(plan.device), "torch": torch.__version__, "command": " ".join(sys.argv)}
         sinks = make_sinks(config.graph_dir, wandb=config.wandb, tensorboard=config.tensorboard, run_info=info, resume_step=resume_step)
         self.plan, self.state = plan, state

@@ -91,6 +91,8 @@ class Checkpoint:
     run: dict                              # what the trainer put there
     versions: dict                         # of torch and Python, when it was written
     is_reference_format: bool
+    # Of the digests of all that the file holds; "" in the reference's format, which has none.
+    digest: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -454,7 +456,8 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
     _digests(model, "model", digests)
     _digests(state or {}, "optimizer", digests)
     return Checkpoint(path, header["step"], config, model, state, header["val_loss"], header["train_cfg"], header["tokenizer"],
-                      header["data_fingerprint"], header["run"], header["versions"], False)
+                      header["data_fingerprint"], header["run"], header["versions"], False,
+                      hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest())
 
 
 def _dict(contents: dict, key: str) -> dict:

@@ -28,12 +28,28 @@ from torch import Tensor
 
 from model import LLM
 from model_parts import KVCache, rope_tables
+from runtime.known import (
+    ATTENTION,
+    EXPERTS,
+    OUTSIDE,
+    PACKED_TENSORS,
+    POSITIONS,
+    SIZES,
+    TENSORS,
+    TRAINING,
+    Known,
+)
 from runtime.quantize import is_packed
 
 SOURCE = Path(__file__).with_name("cpu_decode.c")
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC"]
 TILE = 4                  # as in the C code
 ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")   # in the order of the C code's enum
+KNOWS = Known(
+    "the C decoder",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+    TENSORS | PACKED_TENSORS,
+)
 LEAST_BYTES_PER_THREAD = 1 << 20  # of weights, read once for each token: for less, another thread costs more than it does
 
 
@@ -65,10 +81,12 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "there is no C compiler (cc, gcc or clang)"
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     # After -march=native, so that they can take back what it allows: GPTOSS_CFLAGS="-mno-avx512f -O1".
-    extra = os.environ.get("GPTOSS_CFLAGS", "").split()
-    command = [*compiler.split(), *FLAGS, native, *extra, str(SOURCE), "-lm", "-lpthread"]
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *command, platform.machine(), *platform.libc_ver(), _cpu_flags()]).encode()).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
+    flags = [*compiler.split(), *FLAGS, native, *os.environ.get("GPTOSS_CFLAGS", "").split()]
+    command = [*flags, str(SOURCE), "-lm", "-lpthread"]
+    # By what the source says, not by where it lies: two copies of the code share one library.
+    machine = [platform.machine(), *platform.libc_ver(), cpu_flags()]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, *machine]).encode()).hexdigest()[:24]
+    folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"cpu_decode_{key}.so"
@@ -93,7 +111,12 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return code, ""
 
 
-def _cpu_flags() -> str:
+def cache_folder() -> Path:
+    """Where compiled code is kept, and what runtime/asked.py found."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
+
+
+def cpu_flags() -> str:
     """What -march=native stands for on this machine, as far as Linux tells."""
     try:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
@@ -107,6 +130,8 @@ def native_model(model: LLM) -> tuple[NativeModel | None, str]:
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if kinds != {("cpu", torch.float32)}:
         return None, "native decoding is for float32 on a CPU"
+    if why := KNOWS.why_not(model):
+        return None, why
     code, why = library()
     return (NativeModel(model, code) if code else None), why
 

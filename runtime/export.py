@@ -27,6 +27,9 @@ from model import LLM
 from runtime.checkpoint import Checkpoint, build_model, meta_model, read_checkpoint, tokenizer_of
 from runtime.cli import parser
 from runtime.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
+from runtime.inference import router_choices
+from runtime.known import Known
+from runtime.published import Published, logits, unclaimed
 from runtime.rounding import logits_bound, size_of
 from runtime.tokenizer import Tokenizer
 
@@ -202,6 +205,12 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours.double() - theirs.double()).abs().max().item()
 
 
+def allowed_difference(ours: Tensor, config: ModelConfig) -> float:
+    """The largest difference from logits [B, T, V] that float32's rounding explains."""
+    # The last tokens alone may be given: they attend to the whole text.
+    return logits_bound(config, min(config.context_length, MOST_CHECKED_TOKENS)) * size_of(ours)
+
+
 def check_logits(route: str, ours: Tensor, theirs: Tensor, config: ModelConfig) -> float:
     """Print and return the largest difference of logits [B, T, V]; ExportError if it is beyond what float32's rounding explains.
 
@@ -209,9 +218,30 @@ def check_logits(route: str, ours: Tensor, theirs: Tensor, config: ModelConfig) 
     """
     difference, largest = largest_difference(ours, theirs), ours.abs().max().item()
     print(f"check: {route}: largest logit difference {difference:.1e} (logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)")
-    # The last tokens alone may be given: they attend to the whole text.
-    tokens = min(config.context_length, MOST_CHECKED_TOKENS)
-    allowed = logits_bound(config, tokens) * size_of(ours)
+    allowed = allowed_difference(ours, config)
     if not difference <= allowed:
         raise ExportError(f"{route}: logits differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains: nothing was written")
     return difference
+
+
+@torch.inference_mode()
+def check_published(
+    route: str, known: Known, model: LLM, ours: Tensor, theirs: Published, ids_BT: Tensor
+) -> float:
+    """check_logits of what a file's architecture computes by its own settings.
+
+    ours: the logits that `model` gives for ids [1, T]. Where the two differ, rounding may have sent a
+    token to the other of two experts that are equally good: then the model's choice is taken.
+    """
+    if left := unclaimed(theirs):
+        raise ExportError(f"{route}: {known.what} has no place for {left[0]}: nothing was written")
+    ids = ids_BT[0].tolist()
+    found = logits(theirs, ids)[None]
+    if not largest_difference(ours, found) <= allowed_difference(ours, model.config):
+        found = logits(theirs, ids, router_choices(model, ids)[0])[None]
+    try:
+        return check_logits(route, ours, found, model.config)
+    except ExportError as error:
+        fields = known.undeclared(model.config)
+        also = f"; {known.what} does not know ModelConfig.{', '.join(fields)}" if fields else ""
+        raise ExportError(f"{error}{also}") from error

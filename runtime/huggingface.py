@@ -23,9 +23,14 @@ from torch import Tensor
 
 from config_model import ModelConfig
 from runtime.checkpoint import meta_model
+from runtime.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHECKED_VERSION = "5.23.0"   # of transformers; without one, 4.57 takes any tokenizer for an old one of Mistral's and advises a "fix" that breaks it
+KNOWS = Known(
+    "the exchange with published classes",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -1,8 +1,9 @@
 """Generation at the speed of the machine: many texts at once, of any lengths, each in a KV cache of its own that is kept and reused.
 
 `Decoder` runs a finished plain LLM, in one of three ways that give the same logits: by the native code of runtime/cpu_decode.c
-(float32 on a CPU), by one captured CUDA graph a token, or by a few PyTorch operations (`decode_step`) anywhere else. `generate`
-is model.generate for many texts, with reuse of what is in the caches and with prompt look-up.
+(float32 on a CPU), by one captured CUDA graph a token, or by a few PyTorch operations (`decode_step`) anywhere else. A model that
+none of them knows is stepped through by its own forward pass. `generate` is model.generate for many texts, with reuse of what is in the
+caches and with prompt look-up.
 """
 from __future__ import annotations
 
@@ -19,11 +20,29 @@ from torch import Tensor
 
 from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
 from model_parts import Block, KVCache, activate, rope_tables_at
+from runtime import asked
 from runtime.cpu_decode import native_model
+from runtime.known import (
+    ATTENTION,
+    EXPERTS,
+    OUTSIDE,
+    PACKED_TENSORS,
+    POSITIONS,
+    SIZES,
+    TENSORS,
+    TRAINING,
+    Known,
+)
 from runtime.quantize import is_packed, unpack
 
 MOST_NATIVE_ROWS = 512   # of a prompt at once: with more, PyTorch's matrix products are the faster ones
 GRAPH_SPAN = 256         # a CUDA graph reads so much of the cache, or 2, 4, ... times as much
+KNOWS = Known(
+    "decode_step",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+    TENSORS | PACKED_TENSORS,
+)
+NOT_ASKED_FOR = "it was not asked for"
 # Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an H100),
 # and tuning takes a minute.
 TUNED_BYTES = 1 << 26
@@ -38,13 +57,32 @@ class Text:
 
 
 class Decoder:
-    """A model ready to generate. native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a while at the first token."""
+    """A model ready to generate.
 
-    def __init__(self, model: LLM, native: bool = True, compile: bool = False):
+    native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a while at
+    the first token. weights: digest of the model's file, "" if it has none.
+
+    Each fast way is asked for a few tokens here (runtime/asked.py). Where it does not know the model, or
+    gives other logits, the next one is used: the C decoder, decode_step, the plain model with its cache.
+    """
+
+    def __init__(self, model: LLM, native: bool = True, compile: bool = False, weights: str = ""):
         self.model, self.config, self.device = model.eval(), model.config, model.embed.weight.device
-        self.native, self.why_not_native = native_model(model) if native else (None, "it was not asked for")
+        self.native, self.why_not_native = native_model(model) if native else (None, NOT_ASKED_FOR)
+        self.why_not_step = KNOWS.why_not(model)   # "": decode_step knows the model
         self.compiles, self._graphs, self._whole = compile, {}, None
         self._is_packed = is_packed(model)   # then PyTorch has to unpack every matrix that it uses
+        asked.settle(self, decode_step, KNOWS, weights)
+
+    @property
+    def note(self) -> str:
+        """What a user should know of how this decodes, in one line; "" for a fast way, and for a slower one that was asked for."""
+        if self.native is not None:
+            return ""
+        if self.why_not_step:
+            return f"the plain model decodes, text by text, which is slowest: {self.why_not_step}"
+        is_wanted = self.device.type != "cpu" or self.why_not_native == NOT_ASKED_FOR
+        return "" if is_wanted else f"PyTorch decodes, which is slower: {self.why_not_native}"
 
     def texts(self, count: int, max_tokens: int) -> list[Text]:
         """`count` empty texts with room for `max_tokens` each; those of an earlier call are no longer valid."""
@@ -124,6 +162,10 @@ class Decoder:
         for cache in caches:
             cache.check_fits(1, 1)
             self.model.check_length(cache.length + 1)
+        if self.why_not_step:
+            rows_B11 = ids_B.clamp(min=0)[:, None, None]
+            pairs = zip(rows_B11, caches, strict=True)
+            return torch.cat([self.model(id_11, cache=cache).logits[:, -1] for id_11, cache in pairs])
         B, positions, rows = len(self._caches), [cache.length for cache in self._caches], [self._row[id(cache)] for cache in caches]
         span = max(positions[row] for row in rows) + 1
         ids, where = ids_B.clamp(min=0), self._to_device(positions)

@@ -12,11 +12,11 @@ import math
 import re
 from pathlib import Path
 
-from config_model import active_parameters, total_parameters
 from runtime.checkpoint import Checkpoint
 from runtime.custom_code import MODELING_FILE
 from runtime.export import Source
 from runtime.huggingface import FAMILIES
+from runtime.known import counts
 from runtime.metrics import read_records
 from runtime.plots import draw_plots
 from runtime.text import human_bytes, human_count, human_seconds, visible
@@ -81,7 +81,7 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
         print("note: the run's metrics were not found, so the model card has no curves")
     text = CARD.format(
         front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()), title=plain(folder.name),
-        total=human_count(total_parameters(config)), active=human_count(active_parameters(config)), origin=_origin(checkpoint) if has_record else "",
+        total=human_count(counts(config).total), active=human_count(counts(config).active), origin=_origin(checkpoint) if has_record else "",
         trust="" if family else ", trust_remote_code=True", prompt='tokenizer.bos_token + "Once upon a time"' if is_ours else '"Once upon a time"',
         code_note="" if family else CODE_NOTE, start_note=START_NOTE if is_ours else "",
         new_tokens=min(100, max(1, config.context_length // 2)), model=_table(_model_rows(source, family, dtype)),
@@ -197,7 +197,7 @@ def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[st
     window = f", the last {c.sliding_window:,} of them" + (" in every other block" if c.window_pattern == "alternating" else "") if c.sliding_window else ""
     return [
         ("class", FAMILIES[family].architecture if family else f"GptossForCausalLM ({MODELING_FILE})"),
-        ("parameters", f"{total_parameters(c):,}, {active_parameters(c):,} active for each token; stored as {dtype}"),
+        ("parameters", f"{counts(c).total:,}, {counts(c).active:,} active for each token; stored as {dtype}"),
         ("blocks", f"{c.transformer_blocks:,}, {c.d_model:,} wide"),
         ("attention", f"{c.num_heads:,} query heads, {c.num_kv_heads:,} key/value heads, {c.attention_head_dim:,} features each"),
         ("experts", f"{c.num_experts:,} in each block, {c.top_k:,} for each token, {c.d_ff:,} hidden features ({c.expert_activation.replace('_', ' ')})"),

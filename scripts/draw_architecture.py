@@ -7,13 +7,20 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from config_model import ModelConfig, TrainConfig, active_parameters, kv_cache_bytes_per_token, parameter_counts, total_parameters
+from config_model import ModelConfig, TrainConfig, kv_cache_bytes_per_token, parameter_counts
+from runtime.checkpoint import meta_model
 from runtime.cli import add_config_flags, parser, run_main, settings_from
 from runtime.files import write_atomic
+from runtime.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known, counts
 from runtime.plots import BACKGROUND, BLUE, EDGE, GREEN, GRID, MUTED, ORANGE, PANEL, PURPLE, STYLE, TEAL, TEXT, YELLOW, human
 
 WIDTH, HEIGHT, DPI = 13.0, 9.7, 150  # inches, inches, pixels per inch; all coordinates below are inches from the lower left
-PART_COLORS = {"embedding": TEAL, "attention": BLUE, "attention bias table": PURPLE, "router": YELLOW, "experts": ORANGE, "norms": MUTED, "head": GREEN}
+PART_COLORS = {"embedding": TEAL, "attention": BLUE, "attention bias table": PURPLE, "router": YELLOW, "experts": ORANGE, "norms": MUTED, "head": GREEN,
+               "not drawn": TEXT}
+KNOWS = Known(
+    "the drawing",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+)
 BOTTOM = 0.25          # where the sheet begins
 EXPERTS_DRAWN = 64
 EXPERT_NAMES = {"gelu": "GELU", "swiglu": "SwiGLU", "swiglu_clamped": "clamped SwiGLU"}
@@ -262,19 +269,20 @@ def plural(count: int, noun: str) -> str:
 
 def draw_parameters(sheet: Sheet, c: ModelConfig) -> None:
     """Bottom: where the parameters are, to scale."""
-    counts = {part: count for part, count in parameter_counts(c).items() if count}
+    real = counts(c)
+    parts = {part: count for part, count in (parameter_counts(c) | {"not drawn": real.uncounted}).items() if count > 0}
     names = {"attention bias table": "position table"}
-    total, x, w = total_parameters(c), 0.3, WIDTH - 0.6
+    total, x, w = real.total, 0.3, WIDTH - 0.6
     sheet.text(x, 1.86, "Where the parameters are", 14, ha="left", fontweight="bold")
     position = x
-    for part, count in counts.items():
+    for part, count in parts.items():
         length = w * count / total
         sheet.rectangle(position, 1.26, length, 0.34, PART_COLORS[part], BACKGROUND, radius=0.0, linewidth=0.8)
         if length > 0.75:
             sheet.text(position + length / 2, 1.425, f"{100 * count / total:.0f} %", 12, BACKGROUND, fontweight="bold")
         position += length
-    pitch = w / len(counts)
-    for i, (part, count) in enumerate(counts.items()):
+    pitch = w / len(parts)
+    for i, (part, count) in enumerate(parts.items()):
         sheet.rectangle(x + i * pitch, 0.83, 0.16, 0.16, PART_COLORS[part], "none", radius=0.03)
         sheet.text(x + i * pitch + 0.26, 0.91, names.get(part, part), 12, MUTED, width=pitch - 0.34, ha="left")
         sheet.text(x + i * pitch + 0.26, 0.62, human(count), 13.5, width=pitch - 0.34, ha="left", fontweight="bold")
@@ -289,8 +297,9 @@ def draw(config: ModelConfig, name: str = ""):
         title = sheet.text(0.3, 9.58, name or "gptoss", 22, ha="left", fontweight="bold", width=5.0)
         used = title.get_window_extent(sheet.canvas.get_renderer()).width / DPI
         table = parameter_counts(config)["attention bias table"]
-        sizes = f"{human(total_parameters(config))} parameters" + (f", {human(table)} of them position table" if table else "")
-        summary = f"{sizes}   ·   {human(active_parameters(config))} active per token   ·   context {config.context_length:,}"
+        real = counts(config)
+        sizes = f"{human(real.total)} parameters" + (f", {human(table)} of them position table" if table else "")
+        summary = f"{sizes}   ·   {human(real.active)} active per token   ·   context {config.context_length:,}"
         sheet.text(WIDTH - 0.3, 9.56, summary, 13.5, MUTED, width=WIDTH - used - 1.0, ha="right")
         draw_model(sheet, config)
         attention, experts = draw_block(sheet, config)
@@ -318,7 +327,10 @@ def main(argv: list[str] | None = None) -> int:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor=BACKGROUND, metadata={"Software": None})
     write_atomic(args.out, lambda file: file.write(buffer.getvalue()))
-    print(f"{args.out}: {human(total_parameters(config))} parameters, {human(active_parameters(config))} active per token")
+    real, why = counts(config), KNOWS.why_not(meta_model(config))
+    print(f"{args.out}: {human(real.total)} parameters, {human(real.active)} active per token")
+    if why:
+        print(f"note: {why}: the picture is without it")
     return 0
 
 

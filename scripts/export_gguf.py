@@ -29,16 +29,21 @@ from torch import Tensor
 
 from config_model import ModelConfig, total_parameters
 from predict import PredictConfig
-from runtime import export
+from runtime import export, published
 from runtime.cli import run_main
-from runtime.export import ExportError, check_logits, check_output, export_parser, lazy_model, logits_of, open_source, staged
+from runtime.export import ExportError, check_logits, check_output, check_published, export_parser, lazy_model, logits_of, open_source, staged
 from runtime.files import write_text_atomic
 from runtime.hf_tokenizer import HuggingFaceTokenizer, byte_level_merges, special_words
 from runtime.huggingface import family_of
+from runtime.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
 from runtime.text import human_bytes
 from runtime.tokenizer import END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
 
 ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
+KNOWS = Known(
+    "the export to GGUF",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+)
 QUANTIZE = ("f32", "f16", "bf16", "q8_0")
 # llama.cpp's name (src/llama-vocab.cpp) for each way to cut text into words. "dbrx" has cl100k_base's but for white space at the very end
 # of a text. Single bytes never merge, so that any way will do for them.
@@ -113,11 +118,6 @@ def taken(part: Part, tensor: Tensor) -> Tensor:
     if part.heads:
         tensor = tensor.unflatten(0, (part.heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
     return tensor
-
-
-def put_back(part: Part, tensor: Tensor) -> Tensor:
-    """Ours, or half of it, from the tensor of the file."""
-    return tensor.unflatten(0, (part.heads, -1, 2)).transpose(1, 2).reshape(tensor.shape) if part.heads else tensor
 
 
 def with_head(config: ModelConfig, family: str, weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Mapping[str, Tensor]]:
@@ -310,8 +310,8 @@ def stop_words(tokenizer: Tokenizer) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- check
-def read_gguf(gguf, path: Path, entries: Sequence[Entry]) -> tuple[dict[str, object], Callable[[str], Tensor]]:
-    """(all keys, our tensors by name) of a file that `write_gguf` wrote."""
+def read_gguf(gguf, path: Path) -> tuple[dict[str, object], list[str], Callable[[str], Tensor]]:
+    """(all keys, names of the tensors, a tensor by its name) of a file that `write_gguf` wrote."""
     class Reader(gguf.GGUFReader):
         def _build_fields(self, *given):
             self.data = self.data.view(np.ndarray)   # a slice of numpy's memmap costs four times as much, and each token is one
@@ -319,15 +319,11 @@ def read_gguf(gguf, path: Path, entries: Sequence[Entry]) -> tuple[dict[str, obj
 
     reader = Reader(path)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    of_ours: dict[str, list[Part]] = {}
-    for part, _, _ in entries:
-        of_ours.setdefault(part.source, []).append(part)
 
     def read(name: str) -> Tensor:
-        pieces = [put_back(part, torch.tensor(gguf.quants.dequantize(stored[part.name].data, stored[part.name].tensor_type))) for part in of_ours[name]]
-        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+        return torch.tensor(gguf.quants.dequantize(stored[name].data, stored[name].tensor_type))
 
-    return {name: field.contents() for name, field in reader.fields.items()}, read
+    return {name: field.contents() for name, field in reader.fields.items()}, list(stored), read
 
 
 def said_by(keys: Mapping[str, object]) -> dict[str, object]:
@@ -389,14 +385,18 @@ def rounded_yarn(config: ModelConfig, weights: Mapping[str, Tensor], ids_BT: Ten
 
 def check_file(gguf, path: Path, name: str, config: ModelConfig, family: str, entries: Sequence[Entry], weights: Mapping[str, Tensor], quantize: str,
                tokenizer: Tokenizer, vocabulary: Vocabulary, ids_BT: Tensor, ours_BTV: Tensor) -> None:
-    """Compare the file's keys with the config, and its logits with those of the model whose weights are rounded as its own are. ExportError if they
-    differ. ours_BTV: the model's logits of ids_BT, nothing rounded."""
-    keys, read = read_gguf(gguf, path, entries)
+    """Compare the file's keys with the config, and what its architecture computes by them with the model.
+
+    The former by runtime/published.py, without our model's code; the latter with weights rounded as those
+    of the file. ours_BTV: the model's logits of ids_BT, nothing rounded. ExportError if they differ.
+    """
+    keys, names, read = read_gguf(gguf, path)
     check_keys(name, keys, config, family, tokenizer, vocabulary)
     kinds, expected_BTV = {entry.part.source: entry.kind for entry in entries}, ours_BTV
+    model = lazy_model(config, lambda name: rounded(gguf, weights[name], kinds[name]))
     if quantize != "f32":
-        expected_BTV = logits_of(lazy_model(config, lambda name: rounded(gguf, weights[name], kinds[name])), ids_BT)
-    check_logits(f"{name}, read back", expected_BTV, logits_of(lazy_model(config, read), ids_BT), config)
+        expected_BTV = logits_of(model, ids_BT)
+    check_published(f"{name}, read back", KNOWS, model, expected_BTV, published.from_gguf(keys, names, read), ids_BT)
     if quantize != "f32":
         print(f"check: {quantize} weights instead of float32: largest logit difference {export.largest_difference(ours_BTV, expected_BTV):.1e}")
     check_llama_cpp(path, tokenizer, ids_BT, expected_BTV, quantize, config)
@@ -458,6 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = check_output(out.with_suffix(".Modelfile"), args.force, source=args.ckpt)
     source = open_source(args)
     config, weights, tokenizer = source.checkpoint.model_config, source.checkpoint.model, source.tokenizer
+    KNOWS.check(source.model)
     family = family_of(config)
     check_windows(config, family)
     vocabulary = vocabulary_of(gguf, tokenizer, config.vocabulary_size)

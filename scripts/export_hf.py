@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config_model import ModelConfig, total_parameters
+from config_model import ModelConfig
 from predict import PredictConfig
+from runtime import published
 from runtime.checkpoint import meta_model
 from runtime.cli import run_main
 from runtime.custom_code import MODELING_FILE, custom_config, custom_tensors, modeling_source
@@ -29,6 +30,7 @@ from runtime.export import (
     check_ids,
     check_logits,
     check_output,
+    check_published,
     export_parser,
     largest_difference,
     lazy_model,
@@ -37,7 +39,8 @@ from runtime.export import (
     staged,
 )
 from runtime.hf_tokenizer import write_tokenizer
-from runtime.huggingface import INDEX, SINGLE, export_tensors, family_of, folder_tensors, hf_config, import_tensor, model_config_from
+from runtime.huggingface import INDEX, KNOWS, SINGLE, export_tensors, family_of, folder_tensors, hf_config, import_tensor, model_config_from
+from runtime.known import counts
 from runtime.model_card import is_as_written, write_card
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -132,7 +135,7 @@ def config_there(folder: Path, ours: ModelConfig, family: str | None) -> ModelCo
 def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> None:
     """Read the folder back. ExportError if config.json, a tensor or a logit is not what it was. (write_tokenizer has checked the tokens.)"""
     config, weights, dtype = source.model.config, source.checkpoint.model, DTYPES[dtype_name]
-    has, read, _ = folder_tensors(folder)
+    has, read, names = folder_tensors(folder)
     theirs = config_there(folder, config, family)
 
     def from_folder(name: str) -> Tensor:
@@ -142,8 +145,16 @@ def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> 
         return tensor.float()
 
     ids_BT = check_ids(source.tokenizer, config)
-    ours = logits_of(lazy_model(config, lambda name: rounded(name, weights[name], dtype).float()), ids_BT)
-    check_logits(f"{family or 'custom code'}, {dtype_name}, read back", ours, logits_of(lazy_model(theirs, from_folder), ids_BT), config)
+    as_written = lazy_model(config, lambda name: rounded(name, weights[name], dtype).float())
+    ours, route = logits_of(as_written, ids_BT), f"{family or 'custom code'}, {dtype_name}, read back"
+    if family:
+        for name in weights:
+            from_folder(name)
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        computed = published.from_folder(settings, names, read)
+        check_published(route, KNOWS, as_written, ours, computed, ids_BT)
+    else:
+        check_logits(route, ours, logits_of(lazy_model(theirs, from_folder), ids_BT), config)
     if dtype != weights["embed.weight"].dtype:
         exact = logits_of(lazy_model(config, lambda name: weights[name].float()), ids_BT)
         print(f"check: rounding the weights to {dtype_name} moves the logits by up to {largest_difference(exact, ours):.1e}; "
@@ -164,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
     source = open_source(args)
     config, tokenizer, dtype = source.model.config, source.tokenizer, DTYPES.get(args.dtype, source.checkpoint.model["embed.weight"].dtype)
     dtype_name = str(dtype).removeprefix("torch.")
+    if not args.custom_code:
+        other = ". --custom_code exports any model with a modeling file of its own"
+        KNOWS.check(source.model, other)
     family = None if args.custom_code else family_of(config)
     plan = list(outgoing(config, family, meta_model(config).state_dict(), dtype))
     needed = sum(tensor.nbytes for _, tensor in plan)
@@ -182,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     if odd := [f"{name} {size}" for name, size in (("d_model", config.d_model), ("d_ff", config.d_ff)) if family and size * dtype.itemsize % 16]:
         print(f"note: {' and '.join(odd)} in {dtype_name}: rows of experts are no multiple of 16 bytes, which transformers 5 needs unless "
               'from_pretrained is told experts_implementation="eager"')
-    print(f"{out}: {family or 'custom code'}, {total_parameters(config):,} parameters in {dtype_name}, {needed / 1e6:,.1f} MB in {shards} "
+    print(f"{out}: {family or 'custom code'}, {counts(config).total:,} parameters in {dtype_name}, {needed / 1e6:,.1f} MB in {shards} "
           f"file{'s' * (shards > 1)}, {time.perf_counter() - started:.1f} s")
     return 0
 

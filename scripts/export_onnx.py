@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config_model import ModelConfig, total_parameters
+from config_model import ModelConfig
 from model import LLM
 from model_parts import Experts, activate
 from runtime.checkpoint import build_model
@@ -38,6 +38,7 @@ from runtime.cli import run_main
 from runtime.export import DTYPES, Source, check_ids, check_logits, check_output, export_parser, flush, largest_difference, logits_of, open_source, work_folder
 from runtime.files import fsync_folder
 from runtime.hf_tokenizer import write_tokenizer
+from runtime.known import counts
 from runtime.tokenizer import COMPACT
 
 OPSET = 20                               # the first with an exact GELU
@@ -290,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     config = source.checkpoint.model_config
     model = build_model(source.checkpoint)   # all of it: source.model may hold a block at a time
     ids_1T = check_ids(source.tokenizer, config)
-    with staged_files(out, total_parameters(config) * DTYPES[args.dtype].itemsize + BESIDES_BYTES) as folder:
+    with staged_files(out, counts(config).total * DTYPES[args.dtype].itemsize + BESIDES_BYTES) as folder:
         if args.dtype == "float16":
             exact = logits_of(model, ids_1T)
             round_to_float16(model)
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
             in_float16(graph_model)
         num_bytes = write_files(folder, out.name, graph_model, source)
         check(folder / out.name, config, ids_1T, *expected, args.dtype)
-    print(f"{out}: {total_parameters(config):,} parameters in {args.dtype}, {num_bytes / 1e6:,.1f} MB, {time.perf_counter() - started:.1f} s")
+    print(f"{out}: {counts(config).total:,} parameters in {args.dtype}, {num_bytes / 1e6:,.1f} MB, {time.perf_counter() - started:.1f} s")
     return 0
 
 

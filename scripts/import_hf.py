@@ -22,11 +22,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config_model import ModelConfig, total_parameters
+from runtime import published
 from runtime.checkpoint import Checkpoint, meta_model, read_checkpoint, tokenizer_of, write_weights
 from runtime.cli import parser, run_main
-from runtime.export import DTYPES, ExportError, check_output, lazy_model, logits_of, staged
+from runtime.export import DTYPES, ExportError, check_output, check_published, lazy_model, logits_of, staged
 from runtime.hf_tokenizer import CHECK_TEXTS, TEMPLATE_FILE, TOKENIZER_FILE, read_tokenizer
-from runtime.huggingface import export_tensors, folder_tensors, import_tensor, model_config_from
+from runtime.huggingface import KNOWS, export_tensors, folder_tensors, hf_config, import_tensor, model_config_from
 from runtime.text import human_bytes
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -77,6 +78,7 @@ def rehearse(config: ModelConfig, family: str, has: Callable[[str], bool], read:
         shape, dtype = kinds[name]
         return torch.empty(shape, dtype=dtype)
 
+    KNOWS.check(meta_model(config))
     ours = list(meta_model(config).state_dict())
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name in ours:
@@ -111,9 +113,14 @@ def check(checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read:
         ids_BT = torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXTS[0])]])[:, :config.context_length]
     else:
         ids_BT = torch.arange(min(config.context_length, 64))[None] % config.vocabulary_size
-    logits_BTV = logits_of(lazy_model(config, lambda name: checkpoint.model[name].float()), ids_BT)
+    model = lazy_model(config, lambda name: checkpoint.model[name].float())
+    logits_BTV = logits_of(model, ids_BT)
     if not logits_BTV.isfinite().all():
         raise ExportError("its logits are not finite: nothing was written")
+    settings = hf_config(config, family, end_of_text_id=0, start_id=None, dtype="float32")
+    computed = published.of_weights(settings, checkpoint.model)
+    route = f"{family}, as the architecture computes it"
+    check_published(route, KNOWS, model, logits_BTV, computed, ids_BT)
     if checkpoint.tokenizer_state and ids_BT.shape[1] > 1:
         loss = F.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:]).item()
         print(f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f}, "

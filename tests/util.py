@@ -1,6 +1,7 @@
 """Small configs for tests."""
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import torch
@@ -19,7 +20,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def random_config(seed: int) -> ModelConfig:
-    """A small model with every architectural option drawn at random."""
+    """A small model with every option drawn at random, also those that act only while training. tests/test_known.py holds that none is left out."""
     r = random.Random(seed)
     G, groups, window = r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([0, 0, 1, 3, 7])
     use_rope = r.random() < 0.8
@@ -32,7 +33,15 @@ def random_config(seed: int) -> ModelConfig:
         use_attention_bias=r.random() < 0.4, qkv_bias=r.random() < 0.3, out_proj_bias=r.random() < 0.5, qk_norm=r.random() < 0.5,
         expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]), expert_bias=r.random() < 0.5, head_bias=r.random() < 0.5, tie_embeddings=r.random() < 0.5,
         sliding_window=window, window_pattern=r.choice(["all", "alternating"]) if window else "all", use_rope=use_rope, rope_scaling=scaling,
-        rope_scaling_factor=2.0 if scaling != "none" else 1.0, router_bias_rate=r.choice([0.0, 1e-3]), attention_sinks=sinks, router_bias=router_bias, yarn_truncate=truncate, rms_norm_eps=r.choice([1e-6, 2.0 ** -23]))
+        rope_scaling_factor=2.0 if scaling != "none" else 1.0, router_bias_rate=r.choice([0.0, 1e-3]), attention_sinks=sinks, router_bias=router_bias, yarn_truncate=truncate, rms_norm_eps=r.choice([1e-6, 2.0 ** -23]),
+        # The last draws, so that those before them stay what they were.
+        rope_theta=r.choice([100.0, 10_000.0]), init_std=r.choice([0.02, 0.05]), aux_loss_coef=r.choice([0.0, 1e-2]), z_loss_coef=r.choice([0.0, 1e-3]),
+        dropout=r.choice([0.0, 0.1]), capacity_factor=r.choice([0.0, 1.25]))
+
+
+def without_chance(config: ModelConfig) -> ModelConfig:
+    """A config whose model computes the same in train mode: no dropout, no capacity."""
+    return dataclasses.replace(config, dropout=0.0, capacity_factor=0.0)
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LLM:

@@ -62,13 +62,15 @@ STAGE_ENVIRONMENT = {
 SMALLEST_MEMORY = 79 * GIB
 TAIL_LINES = 12
 PR_SET_PDEATHSIG = 1
+# Loaded here, for between fork and exec as little as possible should run.
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
-def _die_with_parent(libc=ctypes.CDLL(None) if sys.platform == "linux" else None) -> None:
+def _die_with_parent() -> None:
     """In a new process: be killed when the command is, so that nothing holds the GPU after it."""
-    if libc:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
@@ -94,7 +96,9 @@ def kill_all(process: subprocess.Popen, known: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # A process that hangs in the driver cannot be waited for.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
 
 
 def run_command(command: list[str], log: BinaryIO, env: dict[str, str], seconds: float, on_poll: Callable[[], None]) -> int:
@@ -204,7 +208,7 @@ def ending(record: dict) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- the stages
 def run_stage(name: str, stage: Stage, limit: float, record: Record, log: BinaryIO, work: Path) -> None:
-    """Run a stage's commands until one fails or `limit` seconds are up; everything about it goes to the record."""
+    """Run a stage's commands, also after one that fails, until `limit` seconds are up; all about it goes to the record."""
     started, results = time.monotonic(), work / name
     results.mkdir()
     env = STAGE_ENVIRONMENT | os.environ | {"GPTOSS_RESULTS": str(results)}
@@ -212,18 +216,19 @@ def run_stage(name: str, stage: Stage, limit: float, record: Record, log: Binary
         env["GPTOSS_DATA"] = os.path.abspath(env["GPTOSS_DATA"])
     own = record.stages[name] = {"limit_s": round(limit, 1), "commands": [shlex.join(command) for command in stage.commands]}
     record.write()
-    code, begins = 0, log.tell()
+    code = 0
     for command in stage.commands:
+        begins = os.fstat(log.fileno()).st_size
         log.write(f"\n=== {name}: {shlex.join(command)}\n".encode())
         log.flush()
         left = limit - (time.monotonic() - started)
-        code = run_command(command, log, env, max(left, 1.0), lambda: record.read_results(name, results)) or code
-        log.seek(0, os.SEEK_END)
-        if code == TIMED_OUT:
+        ended = run_command(command, log, env, max(left, 1.0), lambda: record.read_results(name, results))
+        if ended:
+            code = ended
+            own["tail"] = own.get("tail", []) + tail_of(log, begins)
+        if ended == TIMED_OUT:
             break
     own |= {"exit_code": code, "seconds": round(time.monotonic() - started, 1)}
-    if code:
-        own["tail"] = tail_of(log, begins)
     record.write()
 
 
@@ -262,6 +267,8 @@ def run_all(args: argparse.Namespace, which: str, record: Record, log: BinaryIO,
             record.write()
         else:
             run_stage(name, stage, limit, record, log, work)
+        if which == "first":
+            keep(record.path)
         print(f"{name:15}{ending(record.stages[name])}", flush=True)
 
 
@@ -300,15 +307,15 @@ def main(argv: list[str] | None = None) -> int:
         record = Record(out / f"{stem}.json", which)
         before = {number: signal.signal(number, leave_on) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
-            with open(out / f"{stem}.log", "w+b") as log:
+            (out / f"{stem}.log").write_bytes(b"")
+            # Appended to, for the stages' programs write to it too.
+            with open(out / f"{stem}.log", "a+b") as log:
                 run_all(args, which, record, log, work)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             record.write()
             print_table(record.stages, table(record.stages, record.probe().get("device", "")))
-    if not args.second:
-        keep(record.path)
     return int(any(stage.get("exit_code") != 0 for stage in record.stages.values()))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ PROCESSES = 10
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run one after another until one fails, in `seconds` together."""
+    """Commands that run one after another, also after one that fails, in `seconds` together."""
     seconds: int
     commands: list[list[str]]
 
@@ -75,17 +76,29 @@ def sizes_for(stage: str, memory_bytes: float) -> list[tuple[int, int]]:
 
 
 # ----------------------------------------------------------------------------------------------------------- the stages
-TINY_MODEL = ("--d_model 32 --transformer_blocks 2 --num_heads 4 --num_kv_heads 2 --head_dim 8 --num_experts 4 --d_ff 32 "
-              "--context_length 32").split()
-TINY_PROBE = ("--product 64 --copy_bytes 1048576 --rows 64 --experts 4 --d_in 16 --d_out 32 --batch_size 1 "
-              "--context_length 16 --min_seconds 0.001").split()
-TINY_LOSS = "--vocabulary_size 301 --d_model 16 --rows 64 --chunk_rows 16,32,64 --repeats 1 --no-memory".split()
-TINY_STEPS = ["--min_sample_seconds", "0.01", "--dtype", "float32"]
+def words(text: str) -> list[str]:
+    """Flags as a command line has them."""
+    return text.split()
+
+
+TINY_MODEL = words("--d_model 32 --transformer_blocks 2 --num_heads 4 --num_kv_heads 2 --head_dim 8 --num_experts 4 --d_ff 32 "
+                   "--context_length 32")
+TINY_VOCABULARY = words("--vocabulary_size 301")
+TINY_PROBE = words("--product 64 --copy_bytes 1048576 --rows 64 --experts 4 --d_in 16 --d_out 32 --batch_size 1 "
+                   "--context_length 16 --min_seconds 0.001")
+TINY_LOSS = words("--vocabulary_size 301 --d_model 16 --rows 64 --chunk_rows 16,32,64 --repeats 1 --no-memory")
+TINY_STEPS = words("--min_sample_seconds 0.01 --dtype float32")
+LOSS = words("--rows 32768 --d_model 1024 --chunk_rows 2048,4096,8192 --head_bias --dtype bfloat16 --repeats 5 --compiled")
 TRAINING = {
     "no_table": ["--no-use_attention_bias"],
     "modern": ["--preset", "gptoss-modern"],
     "default": [],
 }
+
+
+def tiny_model() -> list[str]:
+    """Sizes for a CPU; the vocabulary is the data's where there are data."""
+    return [*TINY_MODEL, *([] if "GPTOSS_DATA" in os.environ else TINY_VOCABULARY)]
 
 
 def command(module: str, name: str, *flags: str) -> list[str]:
@@ -98,7 +111,7 @@ def steps(stage: str, name: str, memory_bytes: float, tiny: bool) -> list[str]:
     chosen = [(2, 2), (2, 1)] if tiny else sizes_for(stage, memory_bytes)
     sizes = ",".join(f"{batch_size}x{grad_accum}" for batch_size, grad_accum in chosen)
     compiled = ["--compile"] if not tiny or stage == "no_table" else []
-    own = [*TINY_MODEL, *TINY_STEPS] if tiny else ["--dtype", "bfloat16"]
+    own = [*tiny_model(), *TINY_STEPS] if tiny else ["--dtype", "bfloat16"]
     return command("steps", f"{name}_{stage}", *TRAINING[stage], *own, *compiled, "--sizes", sizes)
 
 
@@ -109,7 +122,7 @@ def in_parallel(processes: int) -> list[str]:
 
 def hugging_face(name: str, tiny: bool) -> list[list[str]]:
     """Hugging Face's Qwen3-MoE, grouped and all in bfloat16, then ours, both eager with AdamW: a process for each."""
-    own = [*TINY_MODEL, "--batch_size", "2", "--repeats", "1", "--min_sample_seconds", "0.01", "--no-memory"]
+    own = [*tiny_model(), "--batch_size", "2", "--repeats", "1", "--min_sample_seconds", "0.01", "--no-memory"]
     flags = own if tiny else ["--batch_size", "8", "--repeats", "3", "--min_sample_seconds", "2"]
     common = ["--preset", "gptoss-modern", "--optimizer", "adamw", "--dtype", "bfloat16", "--grad_accum", "1", "--no-parts", *flags]
     sides = ["hf_grouped_bf16"] * (importlib.util.find_spec("transformers") is not None) + ["ours"]
@@ -121,9 +134,8 @@ def first(name: str, memory_bytes: float, tiny: bool) -> dict[str, Stage]:
     tests = ["tests/test_process.py", "-k", "container"] if tiny else [
         *TEST_FILES, "-m", "gpu", "-k", "not compiled_step", *in_parallel(PROCESSES), "--tb", "short", "--durations", "10",
         "--continue-on-collection-errors"]
-    latency = [*TINY_MODEL, "--context", "8", "--new_tokens", "4", "--prompts", "2", "--dtype", "float32"] if tiny else []
-    loss = TINY_LOSS if tiny else ("--rows 32768 --d_model 1024 --chunk_rows 2048,4096,8192 --head_bias --dtype bfloat16 "
-                                   "--repeats 5").split()
+    latency = [*TINY_MODEL, *TINY_VOCABULARY, "--context", "8", "--new_tokens", "4", "--prompts", "2", "--dtype", "float32"] if tiny else []
+    loss = TINY_LOSS if tiny else LOSS
     chunks = loss[loss.index("--chunk_rows") + 1].split(",")
     variants = ",".join(f"ours_{rows}" + "_compiled" * (not tiny) for rows in chunks)
     return {

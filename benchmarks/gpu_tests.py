@@ -9,6 +9,7 @@ none did. Results go to benchmarks/results/tests_NAME.json.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.failed_in and not chosen:
         print(f"no test failed in {args.failed_in}")
         return 0
+    # Deterministic runs are among the tests, and cuBLAS reads this at its first call in a process.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return int(pytest.main(["-vv", *args.pytest, *chosen], plugins=[recorder]))
 
 

@@ -133,7 +133,7 @@ def measure(out: Measures, setting: decode.Setting, args: argparse.Namespace) ->
         out.add("memory", peak / 2 ** 30, "GiB")
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument("--name", required=True, help="results go to benchmarks/results/latency_NAME.json")
     parser.add_argument("--context", type=int, default=256, help="tokens in the cache before decoding (default: 256)")
@@ -144,7 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights and arithmetic (default: bfloat16)")
     cli.add_config_flags(parser, ModelConfig)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     if args.prompts < 1:
         raise ValueError(f"prompts must be at least 1, not {args.prompts}")
     setting = make_setting(args)

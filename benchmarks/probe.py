@@ -110,7 +110,8 @@ def measure_attention(out: Measures, args: argparse.Namespace, device: torch.dev
                     lambda p=p, b=backend, g=grouped: probe_attention(p, b, g, args.min_seconds), device)
                 measure = f"attention {D} {name} {heads}"
                 out.fail(measure, why) if why else out.add(measure, 1000 * seconds, "ms")
-        out.results.setdefault("chosen_kernel", {})[str(D)] = attention.kernel_of(attention.sdpa(p, grouped=True))
+        chosen, why = attention.attempt(lambda p=p: attention.kernel_of(attention.sdpa(p, grouped=True)), device)
+        out.results.setdefault("chosen_kernel", {})[str(D)] = why or chosen
         del p
         release_memory(device)
     args.num_heads, args.num_kv_heads, args.head_dim = HEADS[0]

@@ -195,8 +195,8 @@ def part_of(kernel: str) -> str:
 def time_by_kernel(run: Callable[[], object], device: torch.device) -> tuple[float, dict[str, tuple[float, int]]]:
     """(wall seconds of `run`, {kernel: (seconds, calls)}), most first; on a CPU operations without those inside them."""
     on_gpu = device.type == "cuda"
-    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as profiler:
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=kinds) as profiler:
         synchronize(device)
         started = time.perf_counter()
         run()
@@ -220,6 +220,8 @@ def sum_by_name(events: list, on_gpu: bool) -> dict[str, tuple[float, int]]:
 def profile(out: Measures, runner: bench.Ours, setting: bench.Setting, steps: int) -> None:
     """Milliseconds of a micro-batch (a step's over its micro-batches) by part, and the longest kernels as a table."""
     wall, totals = time_by_kernel(lambda: runner.run(steps), setting.device)
+    if not totals:
+        raise ValueError("the profiler saw no kernel")
     micro_batches = steps * setting.config.grad_accum
     parts = dict.fromkeys([*KERNELS, "other"], 0.0)
     for name, (seconds, _) in totals.items():
@@ -235,7 +237,7 @@ def profile(out: Measures, runner: bench.Ours, setting: bench.Setting, steps: in
         out.add(f"{part}, profiled", 1000 * seconds / micro_batches, "ms")
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument("--name", required=True, help="results go to benchmarks/results/steps_NAME.json")
     parser.add_argument("--sizes", required=True, help="sequences x micro-batches of a step; the first that fits, of e.g. 16x4,8x8")
@@ -244,7 +246,11 @@ def main(argv: list[str] | None = None) -> int:
                         help="a sample is as many steps as take this long (default: 2)")
     parser.add_argument("--profile_steps", type=int, default=1, help="steps under the profiler; 0: none (default: 1)")
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     if args.samples < 1 or args.min_sample_seconds <= 0 or args.profile_steps < 0:
         raise ValueError("samples must be at least 1, min_sample_seconds above 0 and profile_steps not below it")
     out = Measures(f"steps_{args.name}")

@@ -49,7 +49,7 @@ def environment() -> dict:
 
 
 def save_results(name: str, results: dict, quiet: bool = False) -> Path:
-    """Write NAME.json in benchmarks/results (or GPTOSS_RESULTS): the environment and the results. Returns its path."""
+    """Write NAME.json in benchmarks/results (or GPTOSS_RESULTS), the environment included; its path."""
     path = RESULTS / f"{name}.json"
     write_text_atomic(path, json.dumps({"environment": environment(), **results}, indent=1, allow_nan=False) + "\n")
     if not quiet:

@@ -1,22 +1,27 @@
-"""A first quarter of an hour on one GPU: one command of at most 585 seconds, and a second of at most 120.
+"""The first quarter of an hour on one GPU: a command of 585 seconds at most, a second one of 120.
 
-    python prepare_data.py --files train.jsonl --val_files valid.jsonl --out_dir carried/data     # before, where the text is
-    GPTOSS_DATA=carried/data python -m benchmarks.gpu --name h100 --out results_of_the_gpu
-    GPTOSS_DATA=carried/data python -m benchmarks.gpu --name h100 --out results_of_the_gpu --second
-    GPTOSS_DATA=carried/data python -m benchmarks.gpu --name h100 --out results_of_the_gpu --stages modern latency
+    python prepare_data.py --files a.jsonl --val_files b.jsonl --out_dir carried/data      (before)
+    export GPTOSS_DATA=carried/data
+    python -m benchmarks.gpu --name h100 --out results_of_the_gpu
+    python -m benchmarks.gpu --name h100 --out results_of_the_gpu --second
+    python -m benchmarks.gpu --name h100 --out results_of_the_gpu --stages modern latency
 
-To carry: the checkout, and 10 MB of o200k_base shards in an ignored folder of it, which GPTOSS_DATA names (2.5 M tokens are
-enough). Without them training runs on random ids, and its losses mean nothing. Nothing is installed or downloaded.
+To carry: the checkout, and 10 MB of o200k_base shards in an ignored folder of it, which GPTOSS_DATA
+names (2.5 M tokens are enough). Without them training runs on random ids, and its losses mean
+nothing. Nothing is installed or downloaded.
 
-The first command: a probe of the machine, the GPU's tests, training steps of three models (no table, modern with Muon, the
-default) with the time by kernel, decoding one text, the loss, Hugging Face's Qwen3-MoE. The second: what failed in the tests,
-with long tracebacks; a run that is resumed, bit for bit; the tests that compile a decoder. Sizes follow the memory of the GPU,
-stages and predictions are in benchmarks/gpu_plan.py. A stage has seconds of its own and those that earlier ones left; at its
-end, or when they are up, it is killed with all its children, and the next one starts. OUT/NAME.log (NAME_second.log) is all
-that they print. OUT/NAME.json is written at each figure: the command may be killed at any time. The table at the end shows
-each figure, what was predicted, and a mark where they are more than 1.4 times apart.
---tiny replaces every size by one that a CPU does in seconds, to try the command itself.
+The first command: a probe of the machine, the GPU's tests, training steps of three models (no
+table, modern with Muon, the default) with the time by kernel, decoding one text, the loss, Hugging
+Face's Qwen3-MoE. The second: what failed in the tests, with long tracebacks; a run that is resumed,
+bit for bit; the tests that compile a decoder. Sizes follow the memory of the GPU, stages and
+predictions are in benchmarks/gpu_plan.py. A stage has seconds of its own and those that earlier
+ones left; at its end, or when they are up, it is killed with all its children, and the next one
+starts. OUT/NAME.log (NAME_second.log) is all that they print. OUT/NAME.json is written at each
+figure: the command may be killed at any time. The table at the end shows each figure, what was
+predicted, and a mark where they are more than 1.4 times apart. --tiny replaces every size by one
+that a CPU does in seconds, to try the command itself.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -40,6 +45,7 @@ from benchmarks import gpu_plan
 from benchmarks.common import REPO, environment
 from benchmarks.gpu_plan import CARDS, GIB, OFF, Stage
 from benchmarks.measures import measures_of
+from config_model import ModelConfig
 from runtime import cli
 from runtime.data import open_data
 from runtime.files import write_text_atomic
@@ -49,7 +55,8 @@ GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.25
 LEAST_SECONDS = 3.0
 TIMED_OUT = 124
-# The first command's JSON is also kept here for the second, whose OUT may be another folder. Git ignores it.
+# The first command's JSON is also kept here for the second, whose OUT may be another folder. Git
+# ignores it.
 KEPT = REPO / ".gpu"
 # Of torch 2.11; a stage's own settings in the environment win.
 STAGE_ENVIRONMENT = {
@@ -66,7 +73,7 @@ PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-# ------------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 def _die_with_parent() -> None:
     """In a new process: be killed when the command is, so that nothing holds the GPU after it."""
     if LIBC:
@@ -74,7 +81,9 @@ def _die_with_parent() -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that a process has started, and those that they have, in any session (from /proc; elsewhere none)."""
+    """Processes that a process has started, and those that they have, in any session (from /proc;
+    elsewhere none).
+    """
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -90,7 +99,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_all(process: subprocess.Popen, known: list[int]) -> None:
-    """Kill a program that leads a group, its group, and descendants that left it; `known` are such of an earlier look."""
+    """Kill a program that leads a group, its group, and descendants that left it; `known` are such
+    of an earlier look.
+    """
     for pid in {*known, *descendants(process.pid)}:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -101,16 +112,31 @@ def kill_all(process: subprocess.Popen, known: list[int]) -> None:
         process.wait(GRACE_SECONDS)
 
 
-def run_command(command: list[str], log: BinaryIO, env: dict[str, str], seconds: float, on_poll: Callable[[], None]) -> int:
+def run_command(
+    command: list[str],
+    log: BinaryIO,
+    env: dict[str, str],
+    seconds: float,
+    on_poll: Callable[[], None],
+) -> int:
     """Run a program for at most so many seconds, its output in `log`; its exit code, or TIMED_OUT.
 
-    When its time is up it gets SIGABRT, for which Python prints where it is, and at the end of GRACE_SECONDS it is killed
-    with its descendants; so are those that outlive it. They are killed too where this raises.
+    When its time is up it gets SIGABRT, for which Python prints where it is, and at the end of
+    GRACE_SECONDS it is killed with its descendants; so are those that outlive it. They are killed
+    too where this raises.
     """
     until = time.monotonic() + seconds
     grace = min(GRACE_SECONDS, seconds / 3)
-    process = subprocess.Popen(command, cwd=REPO, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                               start_new_session=True, preexec_fn=_die_with_parent)
+    process = subprocess.Popen(
+        command,
+        cwd=REPO,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
     known: list[int] = []
     try:
         while process.poll() is None and time.monotonic() < until - grace:
@@ -129,14 +155,18 @@ def run_command(command: list[str], log: BinaryIO, env: dict[str, str], seconds:
 
 
 def time_for(stages: dict[str, Stage], stage: str, left: float) -> float:
-    """Seconds that a stage may take of those that are left: all but the ones that belong to the stages after it."""
+    """Seconds that a stage may take of those that are left: all but the ones that belong to the
+    stages after it.
+    """
     names = list(stages)
-    return left - sum(stages[after].seconds for after in names[names.index(stage) + 1:])
+    return left - sum(stages[after].seconds for after in names[names.index(stage) + 1 :])
 
 
-# ---------------------------------------------------------------------------------------------------------------- record
+# ------------------------------------------------------------------------------------------- record
 class Record:
-    """Everything that a command knows, in one JSON file that is written again whenever there is more."""
+    """Everything that a command knows, in one JSON file that is written again whenever there is
+    more.
+    """
 
     def __init__(self, path: Path, which: str):
         self.path = path
@@ -149,7 +179,10 @@ class Record:
         for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
             content = json.loads(path.read_text(encoding="utf-8"))
             known = content.pop("environment", {})
-            self.about.setdefault("versions", known.get("versions"))
+            self.about.setdefault(
+                "stages_ran_with",
+                {"hardware": known.get("hardware"), "versions": known.get("versions")},
+            )
             found[path.stem] = content
         if found != self.stages[stage].get("results"):
             self.stages[stage]["results"] = found
@@ -161,13 +194,18 @@ class Record:
 
     def write(self) -> None:
         """Store it all, the table included."""
-        content = self.about | {"machine": {k: v for k, v in self.probe().items() if k != "measures"},
-                                "stages": self.stages, "table": table(self.stages, self.probe().get("device", ""))}
+        content = self.about | {
+            "machine": {k: v for k, v in self.probe().items() if k != "measures"},
+            "stages": self.stages,
+            "table": table(self.stages, self.probe().get("device", "")),
+        }
         write_text_atomic(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def table(stages: dict[str, dict], device: str) -> list[dict]:
-    """A row for each figure: stage, measure, value and unit (or why there is none), and the prediction with the ratio to it."""
+    """A row for each figure: stage, measure, value and unit (or why there is none), and the
+    prediction with the ratio to it.
+    """
     rows, card = [], gpu_plan.card_of(device)
     for stage, record in stages.items():
         for results in record.get("results", {}).values():
@@ -176,7 +214,11 @@ def table(stages: dict[str, dict], device: str) -> list[dict]:
                 prediction = gpu_plan.predicted(stage, measure, results.get("size", ""), card)
                 if prediction and "value" in figure:
                     expected = prediction.of(CARDS[card])
-                    row |= {"predicted": expected, "ratio": figure["value"] / expected, "how": prediction.how}
+                    row |= {
+                        "predicted": expected,
+                        "ratio": figure["value"] / expected,
+                        "how": prediction.how,
+                    }
                     row["off"] = not 1 / OFF <= row["ratio"] <= OFF
                 rows.append(row)
     return rows
@@ -193,7 +235,10 @@ def print_table(stages: dict[str, dict], rows: list[dict]) -> None:
                 continue
             line = f"{'':15}{row['measure']:32}{row['value']:>14,.5g} {row['unit']:9}"
             if "predicted" in row:
-                line += f"{row['predicted']:>12,.5g}{row['ratio']:>8.2f}" + f"  <-- more than {OFF} x off" * row["off"]
+                line += (
+                    f"{row['predicted']:>12,.5g}{row['ratio']:>8.2f}"
+                    + f"  <-- more than {OFF} x off" * row["off"]
+                )
             print(line.rstrip())
 
 
@@ -202,19 +247,27 @@ def ending(record: dict) -> str:
     if "exit_code" not in record:
         return record.get("why", "running")
     how = {0: "done", TIMED_OUT: f"out of time ({record['limit_s']:.0f} s)"}.get(
-        record["exit_code"], f"exit code {record['exit_code']}")
+        record["exit_code"], f"exit code {record['exit_code']}"
+    )
     return f"{how}, {record['seconds']:.1f} s"
 
 
-# ------------------------------------------------------------------------------------------------------------- the stages
-def run_stage(name: str, stage: Stage, limit: float, record: Record, log: BinaryIO, work: Path) -> None:
-    """Run a stage's commands, also after one that fails, until `limit` seconds are up; all about it goes to the record."""
+# --------------------------------------------------------------------------------------- the stages
+def run_stage(
+    name: str, stage: Stage, limit: float, record: Record, log: BinaryIO, work: Path
+) -> None:
+    """Run a stage's commands, also after one that fails, until `limit` seconds are up; all about it
+    goes to the record.
+    """
     started, results = time.monotonic(), work / name
     results.mkdir()
     env = STAGE_ENVIRONMENT | os.environ | {"GPTOSS_RESULTS": str(results)}
     if "GPTOSS_DATA" in env:
         env["GPTOSS_DATA"] = os.path.abspath(env["GPTOSS_DATA"])
-    own = record.stages[name] = {"limit_s": round(limit, 1), "commands": [shlex.join(command) for command in stage.commands]}
+    own = record.stages[name] = {
+        "limit_s": round(limit, 1),
+        "commands": [shlex.join(command) for command in stage.commands],
+    }
     record.write()
     code = 0
     for command in stage.commands:
@@ -222,7 +275,9 @@ def run_stage(name: str, stage: Stage, limit: float, record: Record, log: Binary
         log.write(f"\n=== {name}: {shlex.join(command)}\n".encode())
         log.flush()
         left = limit - (time.monotonic() - started)
-        ended = run_command(command, log, env, max(left, 1.0), lambda: record.read_results(name, results))
+        ended = run_command(
+            command, log, env, max(left, 1.0), lambda: record.read_results(name, results)
+        )
         if ended:
             code = ended
             own["tail"] = own.get("tail", []) + tail_of(log, begins)
@@ -239,20 +294,32 @@ def tail_of(log: BinaryIO, begins: int) -> list[str]:
     return [line[:300] for line in lines[-TAIL_LINES:]]
 
 
-def stages_of(args: argparse.Namespace, which: str, memory: float, out: Path, work: Path) -> dict[str, Stage]:
+def stages_of(
+    args: argparse.Namespace, which: str, memory: float, out: Path, work: Path
+) -> dict[str, Stage]:
     """The chosen stages of a command. ValueError for one that it does not have."""
     if which == "first":
         stages = gpu_plan.first(args.name, memory, args.tiny)
     else:
-        first_json = next((folder / f"{args.name}.json" for folder in (out, KEPT) if (folder / f"{args.name}.json").is_file()),
-                          out / f"{args.name}.json")
+        first_json = next(
+            (
+                folder / f"{args.name}.json"
+                for folder in (out, KEPT)
+                if (folder / f"{args.name}.json").is_file()
+            ),
+            out / f"{args.name}.json",
+        )
         stages = gpu_plan.second(args.name, args.tiny, str(first_json), str(work / "checkpoints"))
     if unknown := set(args.stages or []) - stages.keys():
-        raise ValueError(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(stages)}")
+        raise ValueError(
+            f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(stages)}"
+        )
     return {name: stage for name, stage in stages.items() if not args.stages or name in args.stages}
 
 
-def run_all(args: argparse.Namespace, which: str, record: Record, log: BinaryIO, work: Path) -> None:
+def run_all(
+    args: argparse.Namespace, which: str, record: Record, log: BinaryIO, work: Path
+) -> None:
     """All stages of a command, each in its own seconds and those that earlier ones left."""
     began = time.monotonic()
     stages = stages_of(args, which, SMALLEST_MEMORY, record.path.parent, work)
@@ -279,6 +346,21 @@ def keep(path: Path) -> None:
         shutil.copy(path, KEPT / path.name)
 
 
+def check_data(data_dir: str | None, tiny: bool) -> None:
+    """ValueError now, not in each stage, for shards that cannot be read, or that another vocabulary
+    than the models' made.
+    """
+    if data_dir is None:
+        return
+    vocabulary, expected = open_data(data_dir)[0].vocabulary_size, ModelConfig().vocabulary_size
+    if not tiny and vocabulary != expected:
+        raise ValueError(
+            f"GPTOSS_DATA {data_dir} has {vocabulary:,} ids, and sizes and predictions are for "
+            f"{expected:,}: "
+            "prepare the text with --tokenizer o200k_base, or leave GPTOSS_DATA out"
+        )
+
+
 def leave_on(number: int, frame) -> None:
     """A signal's handler: the stage is killed and the record written on the way out."""
     raise SystemExit(128 + number)
@@ -286,17 +368,28 @@ def leave_on(number: int, frame) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("--name", required=True, help="of the machine: results go to OUT/NAME.json and OUT/NAME.log")
+    parser.add_argument(
+        "--name", required=True, help="of the machine: results go to OUT/NAME.json and OUT/NAME.log"
+    )
     parser.add_argument("--out", required=True, help="folder for them")
-    parser.add_argument("--second", action="store_true", help="the second command, after the first (NAME_second.json)")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these stages (default: all of the command)")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, to try the command itself")
+    parser.add_argument(
+        "--second",
+        action="store_true",
+        help="the second command, after the first (NAME_second.json)",
+    )
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        metavar="STAGE",
+        help="only these stages (default: all of the command)",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="sizes for a CPU, to try the command itself"
+    )
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[\w.-]+", args.name, re.ASCII):
         raise ValueError(f"name must be letters, digits, '.', '_' and '-', not {args.name!r}")
-    if "GPTOSS_DATA" in os.environ:
-        # Refused now, not by each stage.
-        open_data(os.environ["GPTOSS_DATA"])
+    check_data(os.environ.get("GPTOSS_DATA"), args.tiny)
     which, out = "second" if args.second else "first", Path(args.out).resolve()
     stem = args.name + "_second" * args.second
     with tempfile.TemporaryDirectory(prefix="gptoss_gpu_", ignore_cleanup_errors=True) as folder:
@@ -305,7 +398,9 @@ def main(argv: list[str] | None = None) -> int:
         stages_of(args, which, SMALLEST_MEMORY, out, work)
         out.mkdir(parents=True, exist_ok=True)
         record = Record(out / f"{stem}.json", which)
-        before = {number: signal.signal(number, leave_on) for number in (signal.SIGTERM, signal.SIGHUP)}
+        before = {
+            number: signal.signal(number, leave_on) for number in (signal.SIGTERM, signal.SIGHUP)
+        }
         try:
             (out / f"{stem}.log").write_bytes(b"")
             # Appended to, for the stages' programs write to it too.

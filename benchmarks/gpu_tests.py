@@ -1,11 +1,13 @@
-"""Run tests and store which fail, and why, as each of them ends: a run that is killed keeps what it has seen.
+"""Run tests and store which fail, and why, as each of them ends: a run that is killed keeps what it
+has seen.
 
     python -m benchmarks.gpu_tests --name h100 -- -m gpu -n 10 tests/test_gpu.py
-    python -m benchmarks.gpu_tests --name h100_failed --failed_in results_of_the_gpu/h100.json -- --maxfail 4 --tb long
+    python -m benchmarks.gpu_tests --name failed --failed_in out/h100.json -- --maxfail 4 --tb long
 
-What follows -- goes to pytest. --failed_in takes the tests that failed in a run of benchmarks.gpu, and ends at once where
-none did. Results go to benchmarks/results/tests_NAME.json.
+What follows -- goes to pytest. --failed_in takes the tests that failed in a run of benchmarks.gpu,
+and ends at once where none did. Results go to benchmarks/results/tests_NAME.json.
 """
+
 from __future__ import annotations
 
 import json
@@ -24,8 +26,9 @@ SAVE_SECONDS = 1.0
 
 
 class Recorder:
-    """A pytest plugin: outcomes in total, reasons by test, the slowest tests. With pytest-xdist it sits in the process that
-    all others report to."""
+    """A pytest plugin: outcomes in total, reasons by test, the slowest tests. With pytest-xdist it
+    sits in the process that all others report to.
+    """
 
     def __init__(self, out: Measures):
         self.out, self.saved = out, time.monotonic()
@@ -61,26 +64,46 @@ class Recorder:
         """Into the file, with what is known by now."""
         self.saved = time.monotonic()
         slowest = sorted(self.seconds.items(), key=lambda item: -item[1])[:SLOWEST]
-        self.out.results |= {"failed": self.why, "slowest_seconds": {test: round(s, 2) for test, s in slowest}}
-        self.out.results["measures"] = {name: {"value": count, "unit": "tests"} for name, count in self.outcomes.items()}
+        self.out.results |= {
+            "failed": self.why,
+            "slowest_seconds": {test: round(s, 2) for test, s in slowest},
+        }
+        self.out.results["measures"] = {
+            name: {"value": count, "unit": "tests"} for name, count in self.outcomes.items()
+        }
         self.out.save()
 
 
 def failed_in(path: str) -> list[str]:
-    """Tests that failed in a stored run of benchmarks.gpu, that still are in the repository. ValueError if it cannot be read."""
+    """Tests that failed in a stored run of benchmarks.gpu, that still are in the repository.
+
+    ValueError if it cannot be read.
+    """
     try:
         stages = json.loads(Path(path).read_text(encoding="utf-8"))["stages"]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no result of benchmarks.gpu ({type(error).__name__}): run its first command before") from error
-    failed = [test for stage in stages.values() for results in stage.get("results", {}).values()
-              for test in results.get("failed", {}) if "slowest_seconds" in results]
+        raise ValueError(
+            f"{path} is no result of benchmarks.gpu ({type(error).__name__}): "
+            "run its first command before"
+        ) from error
+    failed = [
+        test
+        for stage in stages.values()
+        for results in stage.get("results", {}).values()
+        for test in results.get("failed", {})
+        if "slowest_seconds" in results
+    ]
     return [test for test in failed if (REPO / test.partition("::")[0]).is_file()]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("--name", required=True, help="results go to benchmarks/results/tests_NAME.json")
-    parser.add_argument("--failed_in", metavar="FILE", help="only what failed in this file of benchmarks.gpu")
+    parser.add_argument(
+        "--name", required=True, help="results go to benchmarks/results/tests_NAME.json"
+    )
+    parser.add_argument(
+        "--failed_in", metavar="FILE", help="only what failed in this file of benchmarks.gpu"
+    )
     parser.add_argument("pytest", nargs="*", metavar="ARGUMENT", help="of pytest, after --")
     args = parser.parse_args(argv)
     chosen = failed_in(args.failed_in) if args.failed_in else []

@@ -1,8 +1,10 @@
-"""Figures of one command, stored as soon as each is there: a command that is killed keeps what it measured before.
+"""Figures of one command, stored as soon as each is there: a command that is killed keeps what it
+measured before.
 
 `benchmarks/probe.py`, `steps.py`, `latency.py` and `gpu_tests.py` write theirs by `Measures`.
 `benchmarks/gpu.py` reads them, and those of the other benchmarks, by `measures_of`.
 """
+
 from __future__ import annotations
 
 import math
@@ -13,7 +15,8 @@ from benchmarks.common import save_results
 
 
 class Measures:
-    """What a command measures: a value with its unit, or why there is no value. Stored at each change.
+    """What a command measures: a value with its unit, or why there is no value. Stored at each
+    change.
 
     results: the dict that goes to NAME.json; a caller may put more into it before the next change.
     """
@@ -23,7 +26,9 @@ class Measures:
         self.results: dict = {**about, "measures": {}}
 
     def add(self, measure: str, value: float, unit: str) -> None:
-        """Store and print a value; one that is not finite is stored as the reason that there is none."""
+        """Store and print a value; one that is not finite is stored as the reason that there is
+        none.
+        """
         value = float(value)
         if not math.isfinite(value):
             self._keep(measure, {"why": f"the value is {value}"})
@@ -64,7 +69,9 @@ class Measures:
 
 
 def measures_of(results: dict) -> dict[str, dict]:
-    """The figures of a stored file, by name: of Measures as they are, of benchmarks.train and benchmarks.loss the main ones."""
+    """The figures of a stored file, by name: of Measures as they are, of benchmarks.train and
+    benchmarks.loss the main ones.
+    """
     if "measures" in results:
         return results["measures"]
     found: dict[str, dict] = {}

@@ -1,15 +1,18 @@
-"""Training steps of one model as users run them, and nothing saved: speed, MFU, memory, seconds to compile, loss, kernels.
+"""Training steps of one model as users run them, and nothing saved: speed, MFU, memory, seconds to
+compile, loss, kernels.
 
     python -m benchmarks.steps --name h100_modern --preset gptoss-modern --compile --sizes 16x4,8x8
-    python -m benchmarks.steps --name cpu --preset nano --vocabulary_size 512 --sizes 2x1 --min_sample_seconds 0.1
+    python -m benchmarks.steps --name cpu --preset nano --vocabulary_size 512 --sizes 2x1
 
-Takes every flag of train.py. The model is made by train.set_up and runs in train.fit, which is given nothing to call for a
-checkpoint: train.py itself would write 24 GB (gptoss-modern) or 44 GB (the default) at its end. Of --sizes, sequences of a
-micro-batch x micro-batches of a step, the first that fits is measured. The data are windows of the shards in --data_dir or
-GPTOSS_DATA, or random ids where neither is given. Then the time by kernel of --profile_steps further steps, of the model
-that is compiled already: a table, and no trace file. Each figure goes to benchmarks/results/steps_NAME.json as soon as it
-is there.
+Takes every flag of train.py. The model is made by train.set_up and runs in train.fit, which is
+given nothing to call for a checkpoint: train.py itself would write 24 GB (gptoss-modern) or 44 GB
+(the default) at its end. Of --sizes, sequences of a micro-batch x micro-batches of a step, the
+first that fits is measured. The data are windows of the shards in --data_dir or GPTOSS_DATA, or
+random ids where neither is given. Then the time by kernel of --profile_steps further steps, of the
+model that is compiled already: a table, and no trace file. Each figure goes to
+benchmarks/results/steps_NAME.json as soon as it is there.
 """
+
 from __future__ import annotations
 
 from runtime import process
@@ -50,9 +53,10 @@ from runtime.device import (
 )
 from runtime.text import human_bytes
 
-# Which part of a step a kernel belongs to, by what its name holds; the first that fits. Names as of torch 2.11 on Hopper:
-# cuDNN's attention has sdpa in it, PyTorch's memory-efficient one fmha_cutlass, cuBLAS's products nvjet or gemm. What the
-# compiler fused is named after all operations in it, so it is asked first; its own products are triton_tem.
+# Which part of a step a kernel belongs to, by what its name holds; the first that fits. Names as of
+# torch 2.11 on Hopper: cuDNN's attention has sdpa in it, PyTorch's memory-efficient one
+# fmha_cutlass, cuBLAS's products nvjet or gemm. What the compiler fused is named after all
+# operations in it, so it is asked first; its own products are triton_tem.
 KERNELS = {
     "fused": r"^triton_(?!tem)|^cpp_fused",
     "attention": r"sdpa|fmha|flash|attention",
@@ -65,9 +69,12 @@ MOST_KERNELS = 40
 NAME_CHARACTERS = 160
 
 
-# ------------------------------------------------------------------------------------------------------------ the setting
+# -------------------------------------------------------------------------------------- the setting
 def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """"16x4,8x8" -> [(16, 4), (8, 8)]: sequences of a micro-batch, micro-batches of a step. ValueError for anything else."""
+    """ "16x4,8x8" -> [(16, 4), (8, 8)]: sequences of a micro-batch, micro-batches of a step.
+
+    ValueError for anything else.
+    """
     sizes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", one) for one in text.split(",")]
     if None in sizes:
         raise ValueError(f"sizes must be like 16x4,8x8 (sequences x micro-batches), not {text!r}")
@@ -77,15 +84,26 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
 def make_setting(args: argparse.Namespace, batch_size: int, grad_accum: int) -> bench.Setting:
     """Flags -> setting; the rate is the peak one from the first step on."""
     settings = cli.settings_from(args, ModelConfig, TrainConfig)
-    config = replace(settings.build(TrainConfig), batch_size=batch_size, grad_accum=grad_accum,
-                     schedule="constant", warmup_steps=0, micro_batch="batch_size")
+    config = replace(
+        settings.build(TrainConfig),
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        schedule="constant",
+        warmup_steps=0,
+        micro_batch="batch_size",
+    )
     model_config = settings.build(ModelConfig)
     if config.resume or config.init_from or config.profile or config.document_mask:
-        raise ValueError("this benchmark takes none of --resume, --init_from, --profile and --document_mask: leave them out")
+        raise ValueError(
+            "this benchmark takes none of --resume, --init_from, --profile and --document_mask: "
+            "leave them out"
+        )
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     if dtype == torch.float16:
-        raise ValueError("steps are measured without a loss scale: choose --dtype bfloat16 or float32")
+        raise ValueError(
+            "steps are measured without a loss scale: choose --dtype bfloat16 or float32"
+        )
     data_dir = getattr(args, "data_dir", os.environ.get("GPTOSS_DATA"))
     if data_dir is None:
         tokens = bench.random_tokens(model_config, config)
@@ -94,20 +112,25 @@ def make_setting(args: argparse.Namespace, batch_size: int, grad_accum: int) -> 
         if "vocabulary_size" not in settings.explicit:
             model_config = replace(model_config, vocabulary_size=tokens.vocabulary_size)
         if model_config.vocabulary_size < tokens.vocabulary_size:
-            raise ValueError(f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's "
-                             f"{tokens.vocabulary_size:,}: leave --vocabulary_size out")
+            raise ValueError(
+                f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's "
+                f"{tokens.vocabulary_size:,}: leave --vocabulary_size out"
+            )
     if config.deterministic:
         make_deterministic()
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or min(torch.get_num_threads(), process.usable_cores()))
+        torch.set_num_threads(
+            config.num_threads or min(torch.get_num_threads(), process.usable_cores())
+        )
         process.keep_freed_memory()
     return bench.Setting(model_config, config, device, dtype, tokens)
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 def build(setting: bench.Setting) -> tuple[bench.Ours, dict[str, float]]:
-    """(the model in its fit, seconds of parts of making it): `build`, and `compile`, which is what the first micro-batch of
-    train.dry_run took longer than the last."""
+    """(the model in its fit, seconds of parts of making it): `build`, and `compile`, which is what
+    the first micro-batch of train.dry_run took longer than the last.
+    """
     seconds: dict[str, float] = {}
     dry_run = train.dry_run
 
@@ -121,8 +144,10 @@ def build(setting: bench.Setting) -> tuple[bench.Ours, dict[str, float]]:
     with mock.patch.object(train, "dry_run", timed):
         runner = bench.Ours(setting, setting.model_config, setting.config.compile)
     whole = time.perf_counter() - started
-    return runner, {"build": whole - seconds["dry run"],
-                    "compile": max(seconds["dry run"] - 2 * seconds["micro-batch"], 0.0)}
+    return runner, {
+        "build": whole - seconds["dry run"],
+        "compile": max(seconds["dry run"] - 2 * seconds["micro-batch"], 0.0),
+    }
 
 
 def measure(out: Measures, setting: bench.Setting, args: argparse.Namespace) -> bench.Ours:
@@ -132,11 +157,11 @@ def measure(out: Measures, setting: bench.Setting, args: argparse.Namespace) -> 
     out.add("build", seconds["build"], "s")
     if setting.config.compile:
         out.add("first compile", seconds["compile"], "s")
-    out.add("set-up memory", peak_memory_bytes(setting.device) / 2 ** 30, "GiB")
+    out.add("set-up memory", peak_memory_bytes(setting.device) / 2**30, "GiB")
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setting.device)
     out.add("first loss", runner.run(1), "nats")
-    out.add("memory", peak_memory_bytes(setting.device) / 2 ** 30, "GiB")
+    out.add("memory", peak_memory_bytes(setting.device) / 2**30, "GiB")
     tokens = setting.sequences * setting.model_config.context_length
     peak = peak_flops(setting.device, setting.dtype)
     steps = max(1, math.ceil(args.min_sample_seconds / bench.seconds_per_step(runner, 1)))
@@ -148,13 +173,17 @@ def measure(out: Measures, setting: bench.Setting, args: argparse.Namespace) -> 
         out.add("speed", speed, "tokens/s")
         if peak:
             out.add("MFU", 100 * speed * 3 * flops_per_token(setting.model_config) / peak, "%")
-    out.add("memory", peak_memory_bytes(setting.device) / 2 ** 30, "GiB")
+    out.add("memory", peak_memory_bytes(setting.device) / 2**30, "GiB")
+    if setting.device.type == "cuda":
+        out.add("reserved memory", torch.cuda.max_memory_reserved(setting.device) / 2**30, "GiB")
     out.results["steps"] = runner.state.step
     out.add("loss", runner.run(1), "nats")
     return runner
 
 
-def measure_first_that_fits(out: Measures, args: argparse.Namespace) -> tuple[bench.Ours, bench.Setting]:
+def measure_first_that_fits(
+    out: Measures, args: argparse.Namespace
+) -> tuple[bench.Ours, bench.Setting]:
     """The first of --sizes that the device has the memory for. ValueError if it has it for none."""
     tried = []
     for batch_size, grad_accum in parse_sizes(args.sizes):
@@ -170,8 +199,8 @@ def measure_first_that_fits(out: Measures, args: argparse.Namespace) -> tuple[be
                 raise
             print(f"size {size} does not fit: {' '.join(str(error).split())[:300]}", flush=True)
         tried.append(size)
-        release_memory(setting.device)
         torch.compiler.reset()
+        release_memory(setting.device)
     raise ValueError(f"out of memory at all of --sizes {args.sizes}: give smaller ones")
 
 
@@ -179,21 +208,34 @@ def about(setting: bench.Setting) -> dict:
     """What is measured, in plain JSON values."""
     c = setting.config
     return {
-        "device": device_name(setting.device), "dtype": str(setting.dtype).removeprefix("torch."), "compile": c.compile,
-        "optimizer": c.optimizer, "tokens_per_step": setting.sequences * setting.model_config.context_length,
-        "data": "random ids" if isinstance(setting.tokens, bench.RandomTokens) else "windows of shards",
-        "model": dataclasses.asdict(setting.model_config), "parameters": total_parameters(setting.model_config),
+        "device": device_name(setting.device),
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "compile": c.compile,
+        "optimizer": c.optimizer,
+        "tokens_per_step": setting.sequences * setting.model_config.context_length,
+        "data": "random ids"
+        if isinstance(setting.tokens, bench.RandomTokens)
+        else "windows of shards",
+        "model": dataclasses.asdict(setting.model_config),
+        "parameters": total_parameters(setting.model_config),
     }
 
 
-# -------------------------------------------------------------------------------------------------------- time by kernel
+# ----------------------------------------------------------------------------------- time by kernel
 def part_of(kernel: str) -> str:
     """The part of a step that a kernel is, by its name."""
-    return next((part for part, words in KERNELS.items() if re.search(words, kernel, re.IGNORECASE)), "other")
+    return next(
+        (part for part, words in KERNELS.items() if re.search(words, kernel, re.IGNORECASE)),
+        "other",
+    )
 
 
-def time_by_kernel(run: Callable[[], object], device: torch.device) -> tuple[float, dict[str, tuple[float, int]]]:
-    """(wall seconds of `run`, {kernel: (seconds, calls)}), most first; on a CPU operations without those inside them."""
+def time_by_kernel(
+    run: Callable[[], object], device: torch.device
+) -> tuple[float, dict[str, tuple[float, int]]]:
+    """(wall seconds of `run`, {kernel: (seconds, calls)}), most first; on a CPU operations without
+    those inside them.
+    """
     on_gpu = device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=kinds) as profiler:
@@ -218,7 +260,9 @@ def sum_by_name(events: list, on_gpu: bool) -> dict[str, tuple[float, int]]:
 
 
 def profile(out: Measures, runner: bench.Ours, setting: bench.Setting, steps: int) -> None:
-    """Milliseconds of a micro-batch (a step's over its micro-batches) by part, and the longest kernels as a table."""
+    """Milliseconds of a micro-batch (a step's over its micro-batches) by part, and the longest
+    kernels as a table.
+    """
     wall, totals = time_by_kernel(lambda: runner.run(steps), setting.device)
     if not totals:
         raise ValueError("the profiler saw no kernel")
@@ -227,8 +271,14 @@ def profile(out: Measures, runner: bench.Ours, setting: bench.Setting, steps: in
     for name, (seconds, _) in totals.items():
         parts[part_of(name)] += seconds
     out.results["kernels"] = [
-        {"part": part_of(name), "ms": 1000 * seconds / micro_batches, "calls": calls, "name": name[:NAME_CHARACTERS]}
-        for name, (seconds, calls) in list(totals.items())[:MOST_KERNELS]]
+        {
+            "part": part_of(name),
+            "ms": 1000 * seconds / micro_batches,
+            "calls": calls,
+            "name": name[:NAME_CHARACTERS],
+        }
+        for name, (seconds, calls) in list(totals.items())[:MOST_KERNELS]
+    ]
     print(f"{'ms':>9} {'calls':>6}  {'part':17} kernel ({steps} steps, ms of a micro-batch)")
     for row in out.results["kernels"]:
         print(f"{row['ms']:9.3f} {row['calls']:6}  {row['part']:17} {row['name']}")
@@ -239,12 +289,29 @@ def profile(out: Measures, runner: bench.Ours, setting: bench.Setting, steps: in
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
-    parser.add_argument("--name", required=True, help="results go to benchmarks/results/steps_NAME.json")
-    parser.add_argument("--sizes", required=True, help="sequences x micro-batches of a step; the first that fits, of e.g. 16x4,8x8")
-    parser.add_argument("--samples", type=int, default=3, help="the speed is the median of so many (default: 3)")
-    parser.add_argument("--min_sample_seconds", type=float, default=2.0,
-                        help="a sample is as many steps as take this long (default: 2)")
-    parser.add_argument("--profile_steps", type=int, default=1, help="steps under the profiler; 0: none (default: 1)")
+    parser.add_argument(
+        "--name", required=True, help="results go to benchmarks/results/steps_NAME.json"
+    )
+    parser.add_argument(
+        "--sizes",
+        required=True,
+        help="sequences x micro-batches of a step; the first that fits, of e.g. 16x4,8x8",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=3, help="the speed is the median of so many (default: 3)"
+    )
+    parser.add_argument(
+        "--min_sample_seconds",
+        type=float,
+        default=2.0,
+        help="a sample is as many steps as take this long (default: 2)",
+    )
+    parser.add_argument(
+        "--profile_steps",
+        type=int,
+        default=1,
+        help="steps under the profiler; 0: none (default: 1)",
+    )
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
     return parser
 
@@ -252,7 +319,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.samples < 1 or args.min_sample_seconds <= 0 or args.profile_steps < 0:
-        raise ValueError("samples must be at least 1, min_sample_seconds above 0 and profile_steps not below it")
+        raise ValueError(
+            "samples must be at least 1, min_sample_seconds above 0 and profile_steps not below it"
+        )
     out = Measures(f"steps_{args.name}")
     runner, setting = measure_first_that_fits(out, args)
     if args.profile_steps:

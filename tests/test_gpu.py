@@ -27,7 +27,8 @@ from tests.util import random_model, tiny_config
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CUDA = torch.device("cuda")
 CONTEXT = 32
-# What differs most from the plain model, and what is read most differently; spans of 16 and 32 of the cache's places.
+# What differs most from the plain model, and what is read most differently; spans of 16 and 32 of the
+# cache's places.
 COMPILED_CASES = {"gpt-oss": (MODELS["gpt-oss"], False), "table-packed": (MODELS["table"], True)}
 COMPILED_SPAN = 16
 
@@ -154,9 +155,10 @@ def test_a_captured_step_gives_the_cpus_texts(changes, packed, monkeypatch):
 
 @pytest.mark.parametrize("changes, packed", COMPILED_CASES.values(), ids=COMPILED_CASES)
 def test_a_compiled_step_gives_the_cpus_texts(changes, packed, monkeypatch):
-    """Each case compiles a whole model for each span of the cache, up to a minute: two cases of two spans.
+    """Each case compiles a whole model for each span of the cache, up to a minute.
 
-    It was 16 cases of four or five spans, each twice: some 70 compiles, which no rented quarter of an hour has room for.
+    They were 16 cases of four or five spans, each twice: some 70 compiles, which no rented quarter
+    of an hour has room for. Now two cases of two spans.
     """
     monkeypatch.setattr(inference, "GRAPH_SPAN", COMPILED_SPAN)
     model, decoder = decoder_on_gpu(changes, packed, compile=True)

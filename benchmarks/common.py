@@ -22,7 +22,8 @@ from typing import Any
 from runtime.files import write_text_atomic
 
 REPO = Path(__file__).resolve().parent.parent
-RESULTS = REPO / "benchmarks" / "results"
+# Where save_results writes; benchmarks.gpu gives each of its stages a folder of its own.
+RESULTS = Path(os.environ.get("GPTOSS_RESULTS", REPO / "benchmarks" / "results"))
 SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))  # real text, for those who have it
 FOREIGN_CORES = 0.15  # a sample during which other processes used more than this is not counted
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors", "transformers")
@@ -47,11 +48,12 @@ def environment() -> dict:
     }
 
 
-def save_results(name: str, results: dict) -> Path:
-    """Write benchmarks/results/NAME.json: the environment and the results. Returns its path."""
+def save_results(name: str, results: dict, quiet: bool = False) -> Path:
+    """Write NAME.json in benchmarks/results (or GPTOSS_RESULTS), the environment included; its path."""
     path = RESULTS / f"{name}.json"
     write_text_atomic(path, json.dumps({"environment": environment(), **results}, indent=1, allow_nan=False) + "\n")
-    print(f"wrote {path.relative_to(REPO)}")
+    if not quiet:
+        print(f"wrote {path.relative_to(REPO) if path.is_relative_to(REPO) else path}")
     return path
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, decode, gpu, tables
+from benchmarks import common, decode, tables
 from benchmarks.common import Samples
 from config_model import active_parameters, parameter_counts
 from model import generate
@@ -327,19 +327,3 @@ def test_the_table_of_generation(monkeypatch):
         "|  | Hugging Face, eager experts (machine was busy) | 60 | 1.00 | 14 % |  |  | 2,560 (1.00 x) |  |  |"]
     assert rows[4] == "" and "Some CPU, cpu (2 threads), torch 2.13.0, transformers 5.23.0." in rows[5] and "`decode_cpu_56m.json`, `decode_cpu_330m.json`" in rows[5] and len(rows) == 6
     assert tables.DECODERS.keys() == decode.VARIANTS.keys()
-
-
-def test_the_gpu_commands_stage(results_folder, monkeypatch):
-    """Its tiny commands run here; those for the GPU name sides, sizes and lengths that fit their models."""
-    for command in gpu.stages("box", results_folder, tiny=True)["decode"]:
-        assert command[1:3] == ["-m", "benchmarks.decode"] and decode.main([*command[3:], "--device", "cpu"]) == 0
-    for name, bias in (("default", True), ("modern", False)):
-        results = json.loads((results_folder / f"decode_box_{name}.json").read_text())
-        assert results["model"]["use_attention_bias"] == bias and list(results["sides"]) == ["ours", "ours_int8", "plain"] and len(results["decode"]) == 2
-    monkeypatch.setattr(decode, "choose_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(decode, "choose_dtype", lambda name, device: getattr(torch, name))
-    for command in gpu.stages("box", results_folder, tiny=False)["decode"]:
-        s = decode.make_setting(decode.make_parser().parse_args(command[3:]))
-        assert s.dtype == torch.bfloat16 and 1 in s.batch_sizes and "ours_compiled" in s.names
-        if any(name.startswith("hf") for name in s.names):
-            decode.check_hf(s.config)

@@ -1,4 +1,4 @@
-"""The benchmarks that train: ablations and the one command for a GPU, at a tiny size."""
+"""The benchmark that trains, ablations, at a tiny size."""
 from __future__ import annotations
 
 import json
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import ablations, common, gpu
+from benchmarks import ablations, common
 from benchmarks.ablations import LONGER, ROWS, at_tokens
 from tests.conftest import REPO
 from tests.test_train import data  # noqa: F401  (a fixture)
@@ -64,8 +64,6 @@ def test_bad_requests_are_told(results, data):  # noqa: F811
         ablations.main(["--run", "tokenizer_compact", "--data_dir", str(data)])
     with pytest.raises(ValueError, match="no run of the base"):
         ablations.table()
-    with pytest.raises(ValueError, match="no such stage: nothing"):
-        gpu.main(["--name", "x", "--out", str(results), "--stages", "nothing"])
 
 
 def test_every_row_is_a_model_and_differs_from_the_base(data):  # noqa: F811
@@ -78,31 +76,3 @@ def test_every_row_is_a_model_and_differs_from_the_base(data):  # noqa: F811
 def test_between_two_points_of_a_curve():
     curve = [[10, 5.0], [20, 4.0], [40, 3.0]]
     assert [at_tokens(curve, t) for t in (10, 15, 30, 40, 99, 1)] == [5.0, 4.5, 3.5, 3.0, 3.0, 5.0]
-
-
-def test_the_gpu_command_proves_a_resume(results, data, monkeypatch):  # noqa: F811
-    """Its resume stage, with every program that it starts: a straight run, one that is cut in the middle and goes on, the comparison."""
-    monkeypatch.setenv("GPTOSS_DATA", str(data))
-    out = results / "out"
-    assert gpu.main(["--name", "tiny", "--out", str(out), "--tiny", "--stages", "resume"]) == 0, (out / "resume.log").read_text()
-    assert "all equal, bit for bit" in (out / "resume.log").read_text() and "resuming" in (out / "resume.log").read_text()
-    assert json.loads((out / "summary.json").read_text())["stages"]["resume"]["exit_code"] == 0
-
-
-def test_no_stage_takes_the_time_of_those_that_follow():
-    """Each could have all that was left, so a first one that hung left nothing to the others."""
-    assert gpu.time_for(0, 8, 560) == 560 - 7 * 60
-    assert gpu.time_for(7, 8, 100) == 100
-    assert gpu.time_for(0, 4, 80) == 20
-
-
-def test_the_comparison_sees_a_difference(tmp_path, data, capsys):  # noqa: F811
-    from tests.test_train import Run
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run = Run(data, tmp_path / name)
-        assert run("--max_steps", "4", "--seed", seed) == 0
-    assert gpu.compare(str(tmp_path / "a" / "ckpt"), str(tmp_path / "b" / "ckpt")) == 0
-    assert gpu.compare(str(tmp_path / "a" / "ckpt"), str(tmp_path / "c" / "ckpt")) == 1
-    assert "differ, most in" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no checkpoint of step 3"):
-        gpu.forget_after(3, str(tmp_path / "a" / "ckpt"))

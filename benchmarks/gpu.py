@@ -8,7 +8,8 @@
 
 To carry: the checkout, and 10 MB of o200k_base shards in an ignored folder of it, which GPTOSS_DATA
 names (2.5 M tokens are enough). Without them training runs on random ids, and its losses mean
-nothing. Nothing is installed or downloaded.
+nothing. Nothing is installed or downloaded. The second command reads the first's JSON in OUT, or in
+.gpu/ of the checkout, where the first leaves a copy: on a fresh machine carry .gpu/NAME.json too.
 
 The first command: a probe of the machine, the GPU's tests, training steps of three models (no
 table, modern with Muon, the default) with the time by kernel, decoding one text, the loss, Hugging

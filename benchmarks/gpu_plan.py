@@ -263,7 +263,7 @@ def second(name: str, tiny: bool, first_json: str, work: str) -> dict[str, Stage
     ]
     return {
         "failed_tests": Stage(
-            32,
+            25,
             [
                 command(
                     "gpu_tests",
@@ -278,8 +278,8 @@ def second(name: str, tiny: bool, first_json: str, work: str) -> dict[str, Stage
                 )
             ],
         ),
-        "resume": Stage(45, [resume]),
-        "compiled_tests": Stage(40, [command("gpu_tests", f"{name}_compiled", "--", *compiled)]),
+        "resume": Stage(55, [resume]),
+        "compiled_tests": Stage(37, [command("gpu_tests", f"{name}_compiled", "--", *compiled)]),
     }
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+import runtime.inference as inference
 import train
 from benchmarks import (
     common,
@@ -266,6 +267,25 @@ def test_gpu_tests_compile_few_models():
     assert compiled and compiled * spans <= 4
     # The only place that asks a decoder for the compiler.
     assert (REPO / "tests/test_gpu.py").read_text().count("compile=True") == 1
+
+
+@pytest.mark.parametrize("case", test_gpu.COMPILED_CASES)
+def test_the_compiled_tests_read_both_spans(case, monkeypatch):
+    """Run here in the place of a GPU, without the compiler: what is asked for and compared is the
+    same, and no step reads more of the cache than the spans that were counted.
+    """
+    spans, decode_step = set(), inference.decode_step
+
+    def noted(model, cache, ids_B, positions_B, span):
+        spans.add(span)
+        return decode_step(model, cache, ids_B, positions_B, span)
+
+    monkeypatch.setattr(inference, "decode_step", noted)
+    monkeypatch.setattr(test_gpu, "CUDA", torch.device("cpu"))
+    changes, packed = test_gpu.COMPILED_CASES[case]
+    model, decoder = test_gpu.decoder_on_gpu(changes, packed, compile=True, native=False)
+    test_gpu.assert_same_texts(model, decoder, slide=True)
+    assert min(spans) <= test_gpu.COMPILED_SPAN < max(spans) <= test_gpu.CONTEXT
 
 
 # -------------------------------------------------------------------------------------- predictions

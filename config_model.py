@@ -317,8 +317,8 @@ def hidden_matrices(config: ModelConfig) -> int:
 
 def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes: int = 4,
                           on_gpu: bool = False, loss_rows: int = 0) -> dict[str, int]:
-    """Estimated peak memory of a training step in bytes, by part: of its forward pass, of the backward
-    pass's first block or of the optimizer, whichever holds most.
+    """Estimated peak memory of a training step in bytes, by part: of its forward pass, of the first or
+    the last block of its backward pass, or of the optimizer, whichever holds most.
 
     Weights and gradients are float32; the optimizer keeps two moments (Muon: one for the hidden
     matrices) in state_dtype. compute_bytes: 2 under bfloat16 or float16 autocast, which keeps a cast
@@ -348,14 +348,17 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
     if train.activation_checkpointing:
         # Each block's input; one block is made again, when all of the loss's but the gradient is gone.
         inputs = 4 * c.d_model * tokens * blocks
-        cast_once = cast // blocks
-        forward = {"cast weights": cast_once, "activations": inputs + ends} | loss
-        backward = {"cast weights": cast_once, "activations": inputs + ends + block + within, "loss": 4 * head}
+        forward = {"cast weights": cast // blocks, "activations": inputs + ends} | loss
+        backward = {"cast weights": cast // blocks, "activations": inputs + ends + block + within, "loss": 4 * head}
     else:
         forward = {"cast weights": cast, "activations": blocks * block + ends} | loss
         backward = {"cast weights": cast, "activations": blocks * block + ends + within, "loss": 4 * head}
+    before = gradients if train.grad_accum > 1 else {}
+    # In the last block all gradients are there but the embedding's.
+    last = {"gradients": 4 * (parameters - (not c.tie_embeddings) * head), "cast weights": cast // blocks,
+            "activations": 4 * c.d_model * tokens + block + within}
     update = {"optimizer's update": _update_temporaries(c, train, b, on_gpu)} | gradients
-    moments_of_a_step = [always | (gradients if train.grad_accum > 1 else {}) | parts for parts in (forward, backward)] + [always | update]
+    moments_of_a_step = [always | parts for parts in (before | forward, before | backward, last | before, update)]
     names = ("program", "weights", "gradients", "optimizer state", "cast weights", "activations", "loss", "optimizer's update")
     largest = max(moments_of_a_step, key=lambda parts: sum(parts.values()))
     return {name: largest.get(name, 0) for name in names}
@@ -363,14 +366,16 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
 
 # Of a CPU's process before it makes a model: Python, PyTorch and what train.py imports besides, the
 # compiler that torch.optim loads, and matplotlib (benchmarks/memory.py measures it).
-PROGRAM_BYTES = 420 * 2 ** 20
-# oneDNN's kernels: what one takes, and for how many row counts a model's experts have them.
-ONEDNN_KERNEL_BYTES, ONEDNN_ROW_COUNTS = 700_000, 24
+PROGRAM_BYTES = 390 * 2 ** 20
+# One of oneDNN's kernels, and how many of them a model's experts have: for 6 row counts four products,
+# or GELU and its gradient; for some 16 the two products whose sums are over the rows.
+ONEDNN_KERNEL_BYTES, ONEDNN_PRODUCTS, ONEDNN_GELUS = 700_000, 4 * 6 + 2 * 16, 2 * 6
 
 
 def _kernel_bytes(c: ModelConfig, b: int) -> int:
-    """What oneDNN keeps: in half precision each of an expert's six products for each row count, and GELU with its gradient."""
-    return ONEDNN_KERNEL_BYTES * ((b != 4) * 6 * ONEDNN_ROW_COUNTS + (c.expert_activation == "gelu") * 2 * 13)
+    """What oneDNN keeps for a CPU: it does GELU, and in half precision the products."""
+    products, gelus = (b != 4) * ONEDNN_PRODUCTS, (c.expert_activation == "gelu") * ONEDNN_GELUS
+    return ONEDNN_KERNEL_BYTES * (products + gelus)
 
 
 def _saved_per_token(c: ModelConfig, b: int, on_gpu: bool) -> dict[str, int]:

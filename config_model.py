@@ -293,10 +293,20 @@ def kv_cache_bytes_per_token(config: ModelConfig, element_bytes: int = 2) -> int
     return 2 * config.transformer_blocks * config.num_kv_heads * config.attention_head_dim * element_bytes
 
 
-def loss_chunk_rows(config: ModelConfig, on_gpu: bool) -> int:
+def loss_chunk_rows(config: ModelConfig, on_gpu: bool, spare_bytes: int = 0) -> int:
     """Rows of logits that the loss holds at a time. On a CPU 256, or as many as make 8 M logits, up to 1,024; on a GPU, where each
-    chunk costs a pass over the head's float32 gradient, as many as keep the chunk in proportion to that gradient."""
-    return min(max(2 * config.d_model, 512), 4096) if on_gpu else min(max(2 ** 23 // config.vocabulary_size, 256), 1024)
+    chunk costs a pass over the head's float32 gradient, as many as keep the chunk in proportion to that gradient.
+
+    spare_bytes: what a step leaves free on a GPU. Fewer passes cost memory, so the rows are doubled,
+    up to 8,192, while the additional ones take at most half of it. Loss and gradients are the same.
+    """
+    if not on_gpu:
+        return min(max(2 ** 23 // config.vocabulary_size, 256), 1024)
+    least = rows = min(max(2 * config.d_model, 512), 4096)
+    # A logit is held in half precision and once more in float32, which is where float32 takes less.
+    while 2 * rows <= 8192 and 6 * (2 * rows - least) * config.vocabulary_size <= spare_bytes // 2:
+        rows *= 2
+    return rows
 
 
 def hidden_matrices(config: ModelConfig) -> int:
@@ -305,15 +315,17 @@ def hidden_matrices(config: ModelConfig) -> int:
     return c.transformer_blocks * c.d_model * (2 * D * (c.num_heads + c.num_kv_heads) + c.num_experts * (c.expert_inputs + c.d_ff))
 
 
-def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes: int = 4, on_gpu: bool = False) -> dict[str, int]:
-    """Estimated peak memory of a training step in bytes, by part: of its forward pass, of the backward
-    pass's first block or of the optimizer, whichever holds most.
+def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes: int = 4,
+                          on_gpu: bool = False, loss_rows: int = 0) -> dict[str, int]:
+    """Estimated peak memory of a training step in bytes, by part: of its forward pass, of the first or
+    the last block of its backward pass, or of the optimizer, whichever holds most.
 
     Weights and gradients are float32; the optimizer keeps two moments (Muon: one for the hidden
     matrices) in state_dtype. compute_bytes: 2 under bfloat16 or float16 autocast, which keeps a cast
     copy of the matrices. Where grad_accum is 1, no step has all gradients and all activations at once.
-    On a CPU it is what the process holds, Python and PyTorch included. Eager, not compiled; tests hold
-    it to a count of the tensors (benchmarks/fake_memory.py) and to what a process is seen to hold.
+    On a CPU it is what the process holds, Python and PyTorch included. loss_rows: of logits at a
+    time; 0 = loss_chunk_rows. Eager, not compiled; tests hold it to a count of the tensors
+    (benchmarks/fake_memory.py) and to what a process is seen to hold.
     """
     c, b, parameters = config, compute_bytes, total_parameters(config)
     tokens = train.batch_size * c.context_length
@@ -327,7 +339,8 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
     cast = (b != 4) * b * (parameters - parameter_counts(c)["attention bias table"] - parameter_counts(c)["embedding"])
     head = c.vocabulary_size * c.d_model
     # The head's gradient, a chunk of logits (under AMP also in float32); under AMP the cast head and its input.
-    logits = min(loss_chunk_rows(c, on_gpu), tokens) * c.vocabulary_size * (4 if b == 4 else 4 + b)
+    rows = min(loss_rows or loss_chunk_rows(c, on_gpu), tokens)
+    logits = rows * c.vocabulary_size * (4 if b == 4 else 4 + b)
     loss = {"loss": 4 * head + logits + (b != 4) * b * (head * c.tie_embeddings + tokens * c.d_model)}
     # The backward pass of a block begins with its experts. What they save is gone when attention's begins.
     within = max(0, _attention_gradients(c, train, b, on_gpu) - tokens * per_token["experts"]) + _expert_temporaries(c, tokens, b, on_gpu)
@@ -335,14 +348,17 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
     if train.activation_checkpointing:
         # Each block's input; one block is made again, when all of the loss's but the gradient is gone.
         inputs = 4 * c.d_model * tokens * blocks
-        cast_once = cast // blocks
-        forward = {"cast weights": cast_once, "activations": inputs + ends} | loss
-        backward = {"cast weights": cast_once, "activations": inputs + ends + block + within, "loss": 4 * head}
+        forward = {"cast weights": cast // blocks, "activations": inputs + ends} | loss
+        backward = {"cast weights": cast // blocks, "activations": inputs + ends + block + within, "loss": 4 * head}
     else:
         forward = {"cast weights": cast, "activations": blocks * block + ends} | loss
         backward = {"cast weights": cast, "activations": blocks * block + ends + within, "loss": 4 * head}
+    before = gradients if train.grad_accum > 1 else {}
+    # In the last block all gradients are there but the embedding's.
+    last = {"gradients": 4 * (parameters - (not c.tie_embeddings) * head), "cast weights": cast // blocks,
+            "activations": 4 * c.d_model * tokens + block + within}
     update = {"optimizer's update": _update_temporaries(c, train, b, on_gpu)} | gradients
-    moments_of_a_step = [always | (gradients if train.grad_accum > 1 else {}) | parts for parts in (forward, backward)] + [always | update]
+    moments_of_a_step = [always | parts for parts in (before | forward, before | backward, last | before, update)]
     names = ("program", "weights", "gradients", "optimizer state", "cast weights", "activations", "loss", "optimizer's update")
     largest = max(moments_of_a_step, key=lambda parts: sum(parts.values()))
     return {name: largest.get(name, 0) for name in names}
@@ -350,14 +366,16 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
 
 # Of a CPU's process before it makes a model: Python, PyTorch and what train.py imports besides, the
 # compiler that torch.optim loads, and matplotlib (benchmarks/memory.py measures it).
-PROGRAM_BYTES = 420 * 2 ** 20
-# oneDNN's kernels: what one takes, and for how many row counts a model's experts have them.
-ONEDNN_KERNEL_BYTES, ONEDNN_ROW_COUNTS = 700_000, 24
+PROGRAM_BYTES = 390 * 2 ** 20
+# One of oneDNN's kernels, and how many of them a model's experts have: for 6 row counts four products,
+# or GELU and its gradient; for some 16 the two products whose sums are over the rows.
+ONEDNN_KERNEL_BYTES, ONEDNN_PRODUCTS, ONEDNN_GELUS = 700_000, 4 * 6 + 2 * 16, 2 * 6
 
 
 def _kernel_bytes(c: ModelConfig, b: int) -> int:
-    """What oneDNN keeps: in half precision each of an expert's six products for each row count, and GELU with its gradient."""
-    return ONEDNN_KERNEL_BYTES * ((b != 4) * 6 * ONEDNN_ROW_COUNTS + (c.expert_activation == "gelu") * 2 * 13)
+    """What oneDNN keeps for a CPU: it does GELU, and in half precision the products."""
+    products, gelus = (b != 4) * ONEDNN_PRODUCTS, (c.expert_activation == "gelu") * ONEDNN_GELUS
+    return ONEDNN_KERNEL_BYTES * (products + gelus)
 
 
 def _saved_per_token(c: ModelConfig, b: int, on_gpu: bool) -> dict[str, int]:
@@ -407,6 +425,6 @@ def _update_temporaries(c: ModelConfig, train: TrainConfig, b: int, on_gpu: bool
     """Bytes of Muon's temporaries for as many matrices as it takes at once: four in float32, four in its own dtype."""
     if train.optimizer != "muon":
         return 0
-    D = c.attention_head_dim
-    matrix = c.d_model * max(c.num_heads * D, c.d_ff)
-    return max(2 ** 24 if on_gpu else 2 ** 17, matrix) * (16 + 4 * (b if on_gpu else 4))
+    matrix = c.d_model * max(c.num_heads * c.attention_head_dim, c.d_ff)
+    at_once = max(2 ** 24 if on_gpu else 2 ** 17, matrix)
+    return min(at_once, hidden_matrices(c)) * (16 + 4 * (b if on_gpu else 4))

@@ -59,6 +59,7 @@ class LLM(nn.Module):
         self.out_head = Head(config)
         self.activation_checkpointing = False        # keep only the blocks' inputs, compute the rest again in the backward pass
         self.softmax_gradient = softmax_gradient_    # or the same compiled (compile_in_place)
+        self.loss_rows = 0  # rows of logits that the loss holds at a time; 0 = loss_chunk_rows
         self.initialise()
 
     @torch.no_grad()
@@ -118,8 +119,9 @@ class LLM(nn.Module):
         if targets_BT is None:
             logits = F.linear(x_BTC, self.head_weight, self.out_head.bias)
         else:
-            cross_entropy_sum = linear_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, self.out_head.bias, targets_BT.flatten(),
-                                                     loss_chunk_rows(self.config, x_BTC.device.type != "cpu"), self.softmax_gradient)
+            rows = self.loss_rows or loss_chunk_rows(self.config, x_BTC.device.type != "cpu")
+            cross_entropy_sum = linear_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, self.out_head.bias,
+                                                     targets_BT.flatten(), rows, self.softmax_gradient)
             num_targets = (targets_BT != IGNORE).sum()
         return Output(logits, cross_entropy_sum, num_targets, self.config.aux_loss_coef * stats.aux_loss.sum(),
                       self.config.z_loss_coef * stats.z_loss.sum(), stats)

@@ -37,6 +37,7 @@ from config_model import (
     ModelConfig,
     TrainConfig,
     flops_per_token,
+    loss_chunk_rows,
     parameter_counts,
     total_parameters,
     training_memory_bytes,
@@ -69,6 +70,7 @@ from runtime.device import (
     memory_bytes,
     peak_flops,
     peak_memory_bytes,
+    peak_memory_line,
     release_memory,
     synchronize,
 )
@@ -386,6 +388,7 @@ class Plan:
     val: TokenShards
     source: Checkpoint | None  # what is resumed or started from
     notes: list[str]
+    loss_rows: int = 0         # of logits that the loss holds at a time; 0 = the model's choice
 
 
 def make_plan(settings: cli.Settings) -> Plan:
@@ -430,7 +433,8 @@ def make_plan(settings: cli.Settings) -> Plan:
         elif "vocabulary_size" not in settings.explicit:
             model_config = dataclasses.replace(model_config, vocabulary_size=train.vocabulary_size)
         _check_vocabulary(model_config, train, source)
-    return Plan(model_config, dataclasses.replace(config, dtype=str(dtype).removeprefix("torch.")), device, dtype, train, val, source, notes)
+    config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
+    return with_loss_rows(Plan(model_config, config, device, dtype, train, val, source, notes))
 
 
 def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainConfig, ModelConfig]:
@@ -498,8 +502,10 @@ def _check_vocabulary(model_config: ModelConfig, train: TokenShards, source: Che
 
 def check_memory(plan: Plan) -> dict[str, int]:
     """Estimated memory by part; ValueError if the weights, gradients and optimizer state alone exceed what the device has."""
-    needed = training_memory_bytes(plan.model_config, plan.config, plan.dtype.itemsize, plan.device.type == "cuda")
-    fixed = needed["weights"] + needed["gradients"] + needed["optimizer state"]
+    on_gpu = plan.device.type == "cuda"
+    needed = training_memory_bytes(plan.model_config, plan.config, plan.dtype.itemsize, on_gpu, plan.loss_rows)
+    # Gradients are as large as the weights, also where they are not there at the step's peak.
+    fixed = 2 * needed["weights"] + needed["optimizer state"]
     memory = memory_bytes(plan.device)
     if memory and fixed > memory[1]:
         raise ValueError(f"{human_count(total_parameters(plan.model_config))} parameters need {human_bytes(fixed)} for weights, gradients and optimizer state, and "
@@ -513,35 +519,49 @@ def _fitting_preset(total_bytes: int) -> str:
     return max((name for name in cost if cost[name] < 0.95 * total_bytes), key=cost.get, default="nano")
 
 
+def with_loss_rows(plan: Plan) -> Plan:
+    """The plan with as many rows of logits at a time as its GPU has memory for; always the same where
+    the run is to give the same bits."""
+    if plan.device.type != "cuda" or plan.config.deterministic:
+        return plan
+    needed = check_memory(dataclasses.replace(plan, loss_rows=0))
+    spare = memory_bytes(plan.device)[0] - sum(needed.values())
+    return dataclasses.replace(plan, loss_rows=loss_chunk_rows(plan.model_config, True, spare))
+
+
 def with_largest_micro_batch(plan: Plan) -> Plan:
     """The plan with the largest micro-batch that fits its device, and as many of them as keep the sequences per step.
 
     A validation keeps its windows, rounded up
-    to whole micro-batches. A CPU goes by the estimate and 80 % of the free memory. A GPU tries, the largest that the estimate does not rule out first.
+    to whole micro-batches. A CPU goes by the estimate and 80 % of the free memory. A GPU tries, the largest whose estimate fits first, and uncompiled:
+    compiling takes a minute and then needs less.
     Raises ValueError if not one sequence fits.
     """
     config = plan.config
     sequences = config.batch_size * config.grad_accum
-    plans = [dataclasses.replace(plan, config=dataclasses.replace(config, batch_size=b, grad_accum=sequences // b, micro_batch="batch_size",
+    plans = [dataclasses.replace(plan, loss_rows=0, config=dataclasses.replace(config, batch_size=b, grad_accum=sequences // b, micro_batch="batch_size",
                                                                   val_steps=-(-config.val_steps * config.batch_size // b)))
              for b in range(sequences, 0, -1) if sequences % b == 0]
     memory = memory_bytes(plan.device)
     if memory is None:
         raise ValueError(f"the memory of {device_name(plan.device)} is not known: give --batch_size instead of --micro_batch auto")
-    fits = _runs if plan.device.type == "cuda" else lambda plan: sum(check_memory(plan).values()) < 0.8 * memory[0]
+    on_gpu = plan.device.type == "cuda"
     for candidate in plans:
-        estimate = sum(check_memory(candidate).values())
-        if (estimate < 1.25 * memory[0] or candidate is plans[-1]) and fits(candidate):
+        needed = check_memory(candidate)
+        # Of a CPU's memory the program has its share already.
+        estimate = sum(needed.values()) - needed["program"]
+        likely = estimate < 0.8 * memory[0] if not on_gpu else estimate <= memory[0] or candidate is plans[-1]
+        if likely and (not on_gpu or _runs(candidate)):
             c = candidate.config
-            return dataclasses.replace(candidate, notes=[*plan.notes, f"micro-batch {c.batch_size} x {c.grad_accum} is the largest that fits, of {sequences} sequences a step"])
+            return dataclasses.replace(with_loss_rows(candidate), notes=[*plan.notes, f"micro-batch {c.batch_size} x {c.grad_accum} is the largest that fits, of {sequences} sequences a step"])
     raise ValueError(f"not even one sequence of {plan.model_config.context_length} tokens fits {device_name(plan.device)}, which has {human_bytes(memory[0])} free and needs about "
                      f"{human_bytes(estimate)}: lower --context_length, take --activation_checkpointing, or a smaller model")
 
 
 def _runs(plan: Plan) -> bool:
-    """Whether a step of the plan runs on its device with memory to spare; leaves nothing behind."""
+    """Whether a step of the plan runs on its device, uncompiled, with memory to spare. Leaves nothing."""
     try:
-        set_up(plan)
+        set_up(dataclasses.replace(plan, config=dataclasses.replace(plan.config, compile=False)))
         return has_room(plan.device)
     except ValueError as error:
         if not is_out_of_memory(error.__cause__ or error):
@@ -549,8 +569,6 @@ def _runs(plan: Plan) -> bool:
         return False
     finally:
         release_memory(plan.device)
-        if plan.config.compile:
-            torch.compiler.reset()  # its graphs are of this size; nine of them for one block are an error
 
 
 def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
@@ -590,11 +608,15 @@ def loss_of(plan: Plan) -> Callable[[LLM, tuple], Output]:
 def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
     """Two micro-batches forward and backward, with the optimizer's state in place and nothing updated: out-of-memory comes now.
 
-    The second meets the gradients of the first, as in a step. Returns the seconds that it took; the first one warms up.
+    The second meets the gradients of the first where a step has more than one micro-batch; where it
+    has not, that would ask for memory that no step needs. Returns the seconds that the second took;
+    the first warms up.
     """
     initialise_state(optimizer)
     model.train()
     for _ in range(2):
+        if plan.config.grad_accum == 1:
+            optimizer.zero_grad(set_to_none=True)
         started = time.perf_counter()
         with autocast(plan.device, plan.dtype):
             out = loss_of(plan)(model, to_device(loader.batch(0), plan.device))
@@ -751,6 +773,7 @@ def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, float]
         if config.resume:
             load_training_state(plan.source, model, optimizer)
         model.activation_checkpointing = config.activation_checkpointing
+        model.loss_rows = plan.loss_rows
         if config.compile:
             model.compile_in_place()
         return model, optimizer, loader, dry_run(model, optimizer, loader, plan)
@@ -845,6 +868,7 @@ def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
         fit(model, loader, config, loss_of(plan), optimizer=optimizer, state=state, val_batches=val_batches, dtype=plan.dtype,
             on_log=reporter.on_log, on_save=on_save, on_step=on_step, stop_requested=stop.requested)
     reporter.close()
+    print(peak_memory_line(plan.device, sum(check_memory(plan).values())))
     if state.skipped_steps:
         print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")
     if state.step < config.max_steps:

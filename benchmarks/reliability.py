@@ -17,8 +17,8 @@ from runtime import cli
 
 def promises() -> list:
     """All of them, by number."""
-    from tests.promises import numbers, published, runs, wrongness
-    return sorted((*numbers.PROMISES, *published.PROMISES, *runs.PROMISES, *wrongness.PROMISES), key=lambda promise: promise.number)
+    from tests.promises import memory, numbers, published, runs, wrongness
+    return sorted((*memory.PROMISES, *numbers.PROMISES, *published.PROMISES, *runs.PROMISES, *wrongness.PROMISES), key=lambda promise: promise.number)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS
 MOST_ROWS_INLINE = 256    # fewer rows than this are not worth waking other threads
 MOST_IMBALANCE = 1.3      # of the busiest thread, over a fair share: beyond it the threads share each product instead
 # Rows of half precision are padded to multiples of this, on which oneDNN is also faster.
-ROWS_APART = 32
+ROWS_APART = 64
 # Rows that GELU and a product of half precision are given at once. oneDNN meets no larger counts
 # but in the weights' gradients, which sum over rows.
 ROWS_AT_ONCE = 256
@@ -157,10 +157,10 @@ def _grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, count
 
 # ------------------------------------------------------------------------------- few shapes
 def padded_rows(rows: int) -> int:
-    """`rows` rounded up to one of few counts: powers of two up to 32, then multiples of 32, and from
-    256 on eight to each doubling."""
-    if rows <= ROWS_APART:
-        return 1 << (rows - 1).bit_length()
+    """`rows` rounded up to one of few counts: 1, 8, multiples of 64, and from 512 on eight to each
+    doubling."""
+    if rows <= 8:
+        return 1 if rows <= 1 else 8
     step = max(ROWS_APART, 1 << (rows.bit_length() - 4))
     return -(-rows // step) * step
 

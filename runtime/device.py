@@ -150,14 +150,26 @@ def memory_bytes(device: torch.device) -> tuple[int, int] | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that this process has held on the device so far, in bytes. None where it cannot be asked."""
+    """Most memory that this process has held on the device so far, in bytes: on a GPU its tensors,
+    else all that the process holds. None where it cannot be asked."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as file:
+        # Not getrusage: there a child begins with what its parent held.
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     try:
         import resource
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory_line(device: torch.device, announced: int) -> str:
+    """The measured peak next to the one that was announced before the run."""
+    measured = peak_memory_bytes(device)
+    peak = human_bytes(measured) if measured else "unknown"
+    what = "tensors on the GPU" if device.type == "cuda" else "the whole process"
+    return f"memory   peak {peak} measured, {human_bytes(announced)} announced ({what})"
 
 
 def has_room(device: torch.device, share: float = 0.04) -> bool:

@@ -1,6 +1,7 @@
 """runtime/cpu_decode: the C code gives the plain model's logits, whatever the architecture, and is built and kept with care."""
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from runtime.cpu_decode import native_model
 from runtime.inference import Decoder
 from runtime.quantize import quantize_
 from tests.conftest import REPO
-from tests.numeric import is_close, logits_bound
+from tests.numeric import before_ties, is_close, logits_bound
 from tests.util import random_model, tiny_config
 
 HAS_CODE, WHY_NOT = cpu_decode.library()
@@ -30,12 +31,14 @@ def random_architecture(r: random.Random) -> ModelConfig:
     """Any sizes, also those that no vector and no tile divides."""
     G = r.choice([1, 1, 2, 3])
     E = r.choice([1, 2, 5, 8])
-    return tiny_config(
+    config = tiny_config(
         d_model=r.choice([1, 7, 16, 33, 64]), transformer_blocks=r.choice([1, 2, 3]), num_heads=G * r.choice([1, 2, 3]), num_kv_heads=G, head_dim=2 * r.choice([1, 3, 8, 17]),
         num_experts=E, top_k=r.randint(1, min(E, 4)), d_ff=r.choice([1, 5, 32, 67]), vocabulary_size=r.choice([2, 11, 64, 101]), expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]), attention_sinks=r.random() < 0.4, router_bias=r.random() < 0.4,
         context_length=48, tie_embeddings=r.random() < 0.3, router_bias_rate=r.choice([0.0, 0.1]), rms_norm_eps=r.choice([1e-6, 1e-2]), use_rope=r.random() < 0.8,
         **{name: r.random() < 0.5 for name in ("expert_bias", "qkv_bias", "out_proj_bias", "head_bias", "qk_norm", "use_attention_bias")},
         **r.choice([{}, dict(sliding_window=5), dict(sliding_window=9, window_pattern="alternating"), dict(rope_theta=100.0)]))
+    # The norm of a single number is its sign, which rounding turns where the number is almost 0: unless eps is as large as it.
+    return dataclasses.replace(config, rms_norm_eps=1.0) if config.d_model == 1 else config
 
 
 def close(a: torch.Tensor, b: torch.Tensor, config: ModelConfig) -> bool:
@@ -61,7 +64,7 @@ def test_it_gives_the_plain_models_logits(seed):
     native.least_bytes_per_thread = 1   # however small it is
     texts = [[r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))] for _ in range(r.choice([1, 2, 5, 9]))]
     caches = KVCache(config, len(texts), 48).rows()
-    is_ring, done = any(caches[0].is_ring), [0] * len(texts)
+    is_ring, done, compared = any(caches[0].is_ring), [0] * len(texts), 0
     threads = torch.get_num_threads()
     torch.set_num_threads(cpu_decode_threads)
     try:
@@ -70,13 +73,17 @@ def test_it_gives_the_plain_models_logits(seed):
             chunks = [texts[i][done[i]:done[i] + (1 if is_ring else r.choice([1, 1, 2, 7, 30]))] for i in chosen]
             all_logits = r.random() < 0.5
             logits = native.forward([caches[i] for i in chosen], chunks, all_logits)
-            expected = []
+            expected, is_sure = [], []
             for i, chunk in zip(chosen, chunks, strict=True):
                 done[i] += len(chunk)
-                plain = model(torch.tensor([texts[i][:done[i]]])).logits[0]
-                expected.append(plain[-len(chunk):] if all_logits else plain[-1:])
-            assert close(logits, torch.cat(expected), config), config
+                read, last = torch.tensor([texts[i][:done[i]]]), len(chunk) if all_logits else 1
+                expected.append(model(read).logits[0, -last:])
+                is_sure.append(before_ties(model, read)[0, -last:])
+            sure = torch.cat(is_sure)
+            compared += sure.sum().item()
+            assert not sure.any() or close(logits[sure], torch.cat(expected)[sure], config), config
             assert [cache.length for cache in caches] == done
+        assert compared
     finally:
         torch.set_num_threads(threads)
 
@@ -88,10 +95,13 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
     native, _ = native_model(model)
     ids = torch.randint(0, 50, (1, 250), generator=torch.Generator().manual_seed(0))
     cache, expected, at = KVCache(model.config, 1, 300), model(ids).logits[0], 0
+    is_sure = before_ties(model, ids)[0]
+    assert is_sure[:130].all()   # chunks of all sizes
     for i, T in enumerate([3, 1, 9, 70, 8, 1, 129, 1, 4, 24]):
         chunk = ids[:, at:at + T]
         logits = model(chunk, cache=cache).logits[0] if i % 2 else native.forward([cache], chunk.tolist(), all_logits=True)
-        assert close(logits, expected[at:at + T], model.config)
+        sure = is_sure[at:at + T]
+        assert not sure.any() or close(logits[sure], expected[at:at + T][sure], model.config)
         at += T
     assert at == 250
 

@@ -22,7 +22,7 @@ from config_model import PRESETS, ModelConfig
 from model import IGNORE, LLM, generate
 from runtime.custom_code import MODELING_FILE, custom_config, custom_tensors, modeling_source
 from runtime.export import Source
-from tests.numeric import assert_close, gradients_bound, logits_bound
+from tests.numeric import assert_close, before_ties, gradients_bound, logits_bound
 from tests.util import random_config, random_model, tiny_config
 
 REPO = Path(__file__).resolve().parent.parent
@@ -121,13 +121,14 @@ def test_a_folder_works_where_gptoss_is_not(tmp_path):
     seeds = {f"model{seed:02}": random_config(seed) for seed in range(10)}
     nano = ModelConfig(**PRESETS["gpt-oss-nano"].model | dict(context_length=64, vocabulary_size=300, transformer_blocks=2, sliding_window=5))
     others = {"model98": nano, "model99": tiny_config(tie_embeddings=True)}
-    expected = {}
+    expected, sure_of = {}, {}
     for name, config in (seeds | others).items():
         model = random_model(config).eval()
         ids = ids_for(config)
         torch.save(ids, export(tmp_path / name, model) / "ids.pt")
         with torch.no_grad():
             expected[name] = model(ids).logits, torch.stack(list(generate(model, ids, 6, temperature=0)), dim=1)
+            sure_of[name] = before_ties(model, torch.cat((ids, expected[name][1]), dim=1))
     script = tmp_path / "alone.py"
     script.write_text(ALONE)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
@@ -137,8 +138,10 @@ def test_a_folder_works_where_gptoss_is_not(tmp_path):
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for name, (logits, tokens) in expected.items():
         config = (seeds | others)[name]
-        assert_close(results[name][0], logits, logits_bound(config, logits.shape[1]), name)
-        assert torch.equal(results[name][1], tokens), name
+        sure = sure_of[name][:, :logits.shape[1]]
+        assert_close(results[name][0][sure], logits[sure], logits_bound(config, logits.shape[1]), name)
+        assert not sure_of[name].all() or torch.equal(results[name][1], tokens), name
+    assert sum(sure.all() for sure in sure_of.values()) >= 10   # of 12
     assert torch.equal(results["again"][0], results["model00"][0])
 
 

@@ -102,14 +102,14 @@ def test_greedy_text_is_the_models(exported):
 
 
 def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
-    """Positions are float64 in the graph: in float32, angles at 20,000 are off by a thousandth, as a graph made with such tables shows.
+    """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth, as a graph made with such tables shows.
 
-    New keys tell best, as none of the 20,000 others is in them. Attention's sums over all of these move the logits' last bits.
+    New keys tell best, as none of the 200,000 others is in them. Attention's sums over all of these move the logits' last bits.
     """
     import onnx_ir
     model, _ = load_model(exported[0])
     model.eval()
-    start, config, ids_BT = 20_000, model.config, torch.arange(6)[None]
+    start, config, ids_BT = 200_000, model.config, torch.arange(6)[None]
     cache = KVCache(config, 1, start + 6)
     for tensor in cache.keys + cache.values:
         tensor.normal_(generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from config_model import PRESETS, ModelConfig, total_parameters
 from model import LLM, generate
 from runtime.export import lazy_model, logits_of
 from runtime.huggingface import FAMILIES, INDEX, dequantise_mxfp4, export_tensors, family_of, folder_tensors, hf_config, import_tensor, model_config_from
-from tests.numeric import assert_close, gradients_bound, logits_bound, rounding
+from tests.numeric import assert_close, before_ties, gradients_bound, logits_bound, rounding
 from tests.util import random_model, tiny_config
 
 GPT_OSS = PRESETS["gpt-oss-nano"].model | dict(d_model=32, transformer_blocks=3, context_length=32, vocabulary_size=61, head_dim=8, num_experts=6, d_ff=24,
@@ -89,6 +89,7 @@ def test_transformers_computes_the_same_from_an_export(config, tmp_path):
     family, targets_BT = family_of(config), ids_BT.roll(-1, 1)
     logits = theirs(ids_BT).logits
     T = config.context_length
+    assert before_ties(model, ids_BT).all(), "another seed: a router may choose either of two experts"
     assert_close(model(ids_BT).logits, logits, logits_bound(config, T))
     F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten()).backward()
     out = model(ids_BT, targets_BT)
@@ -127,7 +128,8 @@ def test_what_transformers_saved_computes_the_same_here(config, layout, tmp_path
     assert dataclasses.replace(ours.config, head_dim=config.head_dim) == config
     with torch.no_grad():
         expected = theirs(ids_BT).logits
-    assert_close(logits_of(ours, ids_BT), expected, logits_bound(config, ids_BT.shape[1]))
+    sure = before_ties(ours, ids_BT)
+    assert_close(logits_of(ours, ids_BT)[sure], expected[sure], logits_bound(config, ids_BT.shape[1]))
 
 
 @ANY
@@ -423,7 +425,9 @@ def test_published_gpt_oss_files_are_read(tmp_path):
     ids_BT = some_ids(config)
     with torch.no_grad():
         expected = theirs(ids_BT).logits
-    assert_close(logits_of(read_folder(tmp_path), ids_BT), expected, logits_bound(config, ids_BT.shape[1]))
+    ours = read_folder(tmp_path)
+    sure = before_ties(ours, ids_BT)
+    assert_close(logits_of(ours, ids_BT)[sure], expected[sure], logits_bound(config, ids_BT.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------------------- folders gone wrong

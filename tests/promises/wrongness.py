@@ -49,6 +49,7 @@ from runtime.rounding import logits_bound, size_of
 from runtime.tokenizer import load_tokenizer
 from scripts import draw_architecture
 from tests import test_checkpoint, test_cli, test_cpu_decode, test_data, test_model_parts, test_predict, test_prepare_data, test_train
+from tests.numeric import before_ties
 from tests.promises import Promise, Tally
 from tests.util import random_config, random_model, without_chance
 
@@ -675,7 +676,8 @@ def cached(count: int) -> Tally:
                     whole, cache = model(ids).logits, KVCache(config, B, r.choice([T, T + 3]), dtype)
                     for size in test_model_parts.chunks_of(T, r):
                         parts.append(model(ids[:, cache.length:cache.length + size], cache=cache).logits)
-                difference = _relative(torch.cat(parts, 1), whole)
+                sure = before_ties(model, ids)   # in float32 either expert is right where a router meets a near tie
+                difference = _relative(torch.cat(parts, 1)[sure], whole[sure]) if sure.any() else 0.0
                 worst[str(dtype)[6:]] = max(worst[str(dtype)[6:]], difference)
                 assert difference <= tolerance, f"{dtype} differs by {difference:.2g}"
         attempt(tally, f"seed {seed}", check)

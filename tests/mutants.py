@@ -432,8 +432,9 @@ MUTANTS = [
            "return sorted(model.read.names - claimed)", "return []",
            "test_published.py::test_a_tensor_without_a_place_is_named"),
     mutant(OWN, "routers choose again in a narrow step", "runtime/asked.py",
-           "        if self._rows is None:\n", "        if True:\n",
-           "test_asked.py::test_what_is_right_is_used"),
+           "        return tuple(\n            torch.cat(values)[self._rows]",
+           "        return None and tuple(\n            torch.cat(values)[self._rows]",
+           "test_asked.py::test_a_step_is_asked_with_the_experts_that_the_plain_model_chose"),
     mutant(OWN, "--no-c_kernel is ignored", "predict.py",
            "Decoder(self.model, config.c_kernel,", "Decoder(self.model, True,",
            "test_asked.py::test_no_c_kernel_turns_the_c_code_off"),
@@ -443,6 +444,9 @@ MUTANTS = [
     mutant(OWN, "a new field may be left out of the random configurations", "tests/test_known.py",
            "< 2", "< 1",
            "test_changed_models.py::test_a_new_field_at_its_default_changes_nothing_and_a_test_asks_for_it"),
+    mutant(OWN, "an import is not compared", "scripts/import_hf.py",
+           "    check_published(route, KNOWS, model, logits_BTV, computed, ids_BT)\n", "",
+           "test_changed_models.py::test_an_import_is_what_the_architecture_computes_or_is_refused[sigmoid in place]"),
 ]
 
 

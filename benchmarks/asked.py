@@ -3,9 +3,9 @@
     python -m benchmarks.asked --preset nano
     python -m benchmarks.asked --name modern_8gb --preset modern-8gb --repeats 10
 
-Takes every flag of the model. A Decoder is made with the C kernel and without, on two threads or as
-many as there are, and each is asked again every time. `first_ms`: the first one of this process, which
-also loads PyTorch's operations. `cpu_ms`: of all threads, which other processes do not lengthen.
+Takes every flag of the model. A Decoder is made with the C kernel and without, and asked every time.
+`first_ms`: the first one of this process, which also loads PyTorch's operations. `cpu_ms`: of all
+threads, which other processes hardly lengthen.
 Saved: benchmarks/results/asked_NAME.json.
 """
 from __future__ import annotations
@@ -16,6 +16,7 @@ from runtime import process
 process.before_torch()
 
 import dataclasses
+import os
 import statistics
 import time
 
@@ -52,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
-    process_threads = min(torch.get_num_threads(), process.usable_cores())
-    torch.set_num_threads(process_threads)
+    torch.set_num_threads(min(torch.get_num_threads(), process.usable_cores()))
     config = cli.settings_from(args, ModelConfig).build(ModelConfig)
     model = LLM(config)
     choose_kernels(model, CPU, torch.float32)
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
               f"first {side['first_ms']:.1f}; {side['cpu_ms']:.1f} ms of all threads)  {side['note']}")
     save_results(f"asked_{args.name}", {
         "device": device_name(CPU), "model": dataclasses.asdict(config),
-        "parameters": total_parameters(config), "repeats": args.repeats, "sides": sides})
+        "parameters": total_parameters(config), "repeats": args.repeats, "sides": sides,
+        # Other work on the machine lengthens all but least_ms and cpu_ms.
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None})
     return 0
 
 

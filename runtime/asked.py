@@ -93,7 +93,7 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     )
     dispatched, threads = _without_dispatch(model), torch.get_num_threads()
     if _weight_bytes(model) < LARGE_BYTES:
-        # So little work is done before other threads are awake, or other processes have let them run.
+        # So little work is done before other threads are awake.
         torch.set_num_threads(1)
     try:
         probes = [_far_tokens(decoder, generator, rows) for rows in _rows(decoder)]
@@ -193,9 +193,8 @@ class _Probe(NamedTuple):
 
     plain_NV: Tensor
     fast_NV: Tensor
-    near_ties: Callable[
-        [], Tensor
-    ]  # [N]: whether rounding might have sent the token, or one before it in its text, elsewhere
+    # [N]: whether rounding might have sent the token, or one before it in its text, elsewhere.
+    near_ties: Callable[[], Tensor]
 
 
 def _short_texts(decoder, generator: torch.Generator) -> _Probe:
@@ -213,11 +212,8 @@ def _short_texts(decoder, generator: torch.Generator) -> _Probe:
         plain_BTV = model(ids_BT.to(device)).logits
     texts = decoder.texts(2, T)
     places = [(row, length - 1) for row, length in enumerate(lengths)]
-    fast = [
-        decoder.read_all(
-            texts, [ids_BT[row, :length].tolist() for row, length in enumerate(lengths)]
-        )
-    ]
+    new = [ids_BT[row, :length].tolist() for row, length in enumerate(lengths)]
+    fast = [decoder.read_all(texts, new)]
     for step in range(num_steps):
         now = [(row, length + step) for row, length in enumerate(lengths)]
         fast.append(decoder.step(texts, torch.stack([ids_BT[place] for place in now]).to(device)))
@@ -248,19 +244,16 @@ def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
     """
     model, device = decoder.model, decoder.device
     far = _far_position(decoder)
-    positions = [far, far // 2] * (rows // 2) + [far] * (rows % 2)
-    ids_B = (
-        torch.randint(model.config.vocabulary_size, (2,), generator=generator)
-        .repeat(-(-rows // 2))[:rows]
-        .to(device)
-    )
+    positions = [(far, far // 2)[row % 2] for row in range(rows)]
+    repeats = [row % 2 for row in range(rows)]
+    ids_B = torch.randint(model.config.vocabulary_size, (2,), generator=generator)[repeats]
+    ids_B = ids_B.to(device)
     texts = decoder.texts(rows, far + 1)
     for store in decoder._whole.keys + decoder._whole.values:
         content = torch.randn((2, *store.shape[1:]), generator=generator)
-        store.copy_(content.repeat(-(-rows // 2), 1, 1, 1)[:rows])
+        store.copy_(content[repeats])
     for text, position in zip(texts, positions, strict=True):
         text.cache.length = position
-    repeats = [row % 2 for row in range(rows)]
     with _Routers(model) as routers:
         plain = [
             model(ids_B[row : row + 1, None], cache=_copy(texts[row].cache)).logits[0]
@@ -277,11 +270,10 @@ def _far_position(decoder) -> int:
     """
     c = decoder.config
     window = max(c.window(block) for block in range(c.transformer_blocks))
-    cache_bytes = (
-        2 * (window + 4) * kv_cache_bytes_per_token(c, decoder.model.embed.weight.element_size())
-    )
-    far = window + 2 if window and cache_bytes <= max(MOST_CACHE_BYTES, _weight_bytes(decoder.model) // 16) else FAR
-    return min(far, c.context_length - 1)
+    element_bytes = decoder.model.embed.weight.element_size()
+    cache_bytes = 2 * (window + 4) * kv_cache_bytes_per_token(c, element_bytes)
+    has_room = cache_bytes <= max(MOST_CACHE_BYTES, _weight_bytes(decoder.model) // 16)
+    return min(window + 2 if window and has_room else FAR, c.context_length - 1)
 
 
 def _copy(cache: KVCache) -> KVCache:

@@ -514,8 +514,9 @@ MUTANTS = [
            "return sorted(model.read.names - claimed)", "return []",
            "test_published.py::test_a_tensor_without_a_place_is_named"),
     mutant(OWN, "routers choose again in a narrow step", "runtime/asked.py",
-           "        if self._rows is None:\n", "        if True:\n",
-           "test_asked.py::test_what_is_right_is_used"),
+           "        return tuple(\n            torch.cat(values)[self._rows]",
+           "        return None and tuple(\n            torch.cat(values)[self._rows]",
+           "test_asked.py::test_a_step_is_asked_with_the_experts_that_the_plain_model_chose"),
     mutant(OWN, "--no-c_kernel is ignored", "predict.py",
            "Decoder(self.model, config.c_kernel,", "Decoder(self.model, True,",
            "test_asked.py::test_no_c_kernel_turns_the_c_code_off"),
@@ -566,6 +567,9 @@ MUTANTS = [
            "test_benchmark_gpu.py::test_failed_tests_and_their_reasons_are_stored"),
     mutant(OWN, "the GPU's tests compile a model for each of many spans", "tests/test_gpu.py",
            "COMPILED_SPAN = 16", "COMPILED_SPAN = 4", "test_benchmark_gpu.py::test_gpu_tests_compile_few_models"),
+    mutant(OWN, "an import is not compared", "scripts/import_hf.py",
+           "    check_published(route, KNOWS, model, logits_BTV, computed, ids_BT)\n", "",
+           "test_changed_models.py::test_an_import_is_what_the_architecture_computes_or_is_refused[sigmoid in place]"),
 ]
 
 

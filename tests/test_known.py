@@ -211,7 +211,7 @@ def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is
     )
     assert (
         "layers.* as Block" not in counts.note
-        and "do not know layers.*.shared (Shared): +51,200 parameters" in counts.note
+        and "do not know layers.*.shared (Shared): its +51,200 parameters" in counts.note
     )
     torch.manual_seed(0)
     ordinary = LLM(config).layers[0].shared.down.weight.std().item()

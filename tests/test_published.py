@@ -13,9 +13,20 @@ import torch
 
 from runtime import published
 from runtime.huggingface import FAMILIES, folder_tensors
-from tests.test_huggingface import CONFIGS, load_theirs, some_ids, write_folder
+from tests.test_huggingface import CONFIGS as PUBLISHED
+from tests.test_huggingface import load_theirs, some_ids, write_folder
 from tests.util import random_model
 
+# Sizes at which the ends of YaRN's ramp, rounded or not, give other frequencies.
+CONFIGS = PUBLISHED | {
+    "gpt_oss, yarn not rounded": dataclasses.replace(
+        PUBLISHED["gpt_oss"],
+        head_dim=16,
+        context_length=64,
+        rope_theta=100.0,
+        yarn_truncate=False,
+    )
+}
 ANY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 EPS = torch.finfo(torch.float32).eps
 

@@ -81,7 +81,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         return None, "there is no C compiler (cc, gcc or clang)"
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     # After -march=native, so that they can take back what it allows: GPTOSS_CFLAGS="-mno-avx512f -O1".
-    flags = [*compiler.split(), *FLAGS, native, *os.environ.get("GPTOSS_CFLAGS", "").split()]
+    extra = os.environ.get("GPTOSS_CFLAGS", "").split()
+    flags = [*compiler.split(), *FLAGS, native, *extra]
     command = [*flags, str(SOURCE), "-lm", "-lpthread"]
     # By what the source says, not by where it lies: two copies of the code share one library.
     machine = [platform.machine(), *platform.libc_ver(), cpu_flags()]

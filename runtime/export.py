@@ -208,7 +208,8 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
 def allowed_difference(ours: Tensor, config: ModelConfig) -> float:
     """The largest difference from logits [B, T, V] that float32's rounding explains."""
     # The last tokens alone may be given: they attend to the whole text.
-    return logits_bound(config, min(config.context_length, MOST_CHECKED_TOKENS)) * size_of(ours)
+    keys = min(config.context_length, MOST_CHECKED_TOKENS)
+    return logits_bound(config, keys) * size_of(ours)
 
 
 def check_logits(route: str, ours: Tensor, theirs: Tensor, config: ModelConfig) -> float:

@@ -71,7 +71,7 @@ class LLM(nn.Module):
         those of its parameters that write to the stream: residual_outputs = ("down.weight",). train.py
         names parameters of a kind that is not listed above.
         """
-        residual = {f"{prefix}.{name}" for prefix, module in self.named_modules()
+        residual = {f"{prefix}.{name}".lstrip(".") for prefix, module in self.named_modules()
                     for name in getattr(module, "residual_outputs", ())}
         residual_std = self.config.init_std / math.sqrt(2 * self.config.transformer_blocks)
         for name, parameter in self.named_parameters():

@@ -349,17 +349,18 @@ def training_memory_bytes(config: ModelConfig, train: TrainConfig, compute_bytes
         # Each block's input; one block is made again, when all of the loss's but the gradient is gone.
         inputs = 4 * c.d_model * tokens * blocks
         forward = {"cast weights": cast // blocks, "activations": inputs + ends} | loss
-        backward = {"cast weights": cast // blocks, "activations": inputs + ends + block + within, "loss": 4 * head}
+        backward = {"cast weights": cast // blocks, "activations": inputs + ends + block}
     else:
         forward = {"cast weights": cast, "activations": blocks * block + ends} | loss
-        backward = {"cast weights": cast, "activations": blocks * block + ends + within, "loss": 4 * head}
+        backward = {"cast weights": cast, "activations": blocks * block + ends}
+    backward |= {"loss": 4 * head, "temporaries": within}
     before = gradients if train.grad_accum > 1 else {}
     # In the last block all gradients are there but the embedding's.
     last = {"gradients": 4 * (parameters - (not c.tie_embeddings) * head), "cast weights": cast // blocks,
-            "activations": 4 * c.d_model * tokens + block + within}
-    update = {"optimizer's update": _update_temporaries(c, train, b, on_gpu)} | gradients
+            "activations": 4 * c.d_model * tokens + block, "temporaries": within}
+    update = gradients | {"temporaries": _update_temporaries(c, train, b, on_gpu)}
     moments_of_a_step = [always | parts for parts in (before | forward, before | backward, last | before, update)]
-    names = ("program", "weights", "gradients", "optimizer state", "cast weights", "activations", "loss", "optimizer's update")
+    names = ("program", "weights", "gradients", "optimizer state", "cast weights", "activations", "loss", "temporaries")
     largest = max(moments_of_a_step, key=lambda parts: sum(parts.values()))
     return {name: largest.get(name, 0) for name in names}
 
@@ -385,8 +386,9 @@ def _saved_per_token(c: ModelConfig, b: int, on_gpu: bool) -> dict[str, int]:
     # Both norms' inputs; what each linear layer multiplies: the first norm's result, of AMP a copy for
     # each of q, k and v, and the second's, for the router in float32. A CPU's norm keeps a tensor more.
     stream = c.d_model * (8 + (6 if cast else 4) + 4 + (0 if on_gpu else 8))
-    masked = c.use_attention_bias or c.sliding_window   # then keys and values are copied to all heads on a GPU
-    attention = b * (2 * q + 2 * (q if masked and on_gpu else kv)) + 4 * c.num_heads
+    # A GPU's kernel for masks reads keys and values that are copied to all heads.
+    copied = (q - kv) * on_gpu * (1 if c.use_attention_bias else _windowed_share(c))
+    attention = round(b * 2 * (q + kv + copied)) + 4 * c.num_heads
     qk_norm = c.qk_norm * 4 * (q + kv) * (1 if on_gpu else 2)
     router = 8 * c.num_experts + 32 * c.top_k
     # Sorted rows, the hidden layer before its activation, the outputs. A CPU makes the rest again
@@ -398,10 +400,17 @@ def _saved_per_token(c: ModelConfig, b: int, on_gpu: bool) -> dict[str, int]:
     return {"attention": stream + attention + qk_norm, "router": router, "experts": experts}
 
 
+def _windowed_share(c: ModelConfig) -> float:
+    """Share of the blocks whose window is shorter than the context, so that they need a mask."""
+    windowed = [0 < c.window(block) < c.context_length for block in range(c.transformer_blocks)]
+    return sum(windowed) / c.transformer_blocks
+
+
 def _saved_scores(c: ModelConfig, train: TrainConfig, b: int, on_gpu: bool) -> int:
     """Bytes of [T, T] that a block saves: masks, the learned table as it was added, and on a CPU the scores."""
     square, batch = c.context_length ** 2, train.batch_size
-    mask = b * square * (batch if train.document_mask else bool(c.sliding_window) and not c.use_attention_bias)
+    windowed = 0 if c.use_attention_bias else _windowed_share(c)
+    mask = round(b * square * (batch if train.document_mask else windowed))
     if on_gpu:
         # The memory-efficient kernel holds no scores.
         return mask + c.use_attention_bias * square * (b * c.num_heads + 1)

@@ -24,7 +24,7 @@ from runtime.checkpoint import read_config
 from runtime.text import human_bytes, human_count
 
 DTYPES = {"float32": 4, "bfloat16": 2}
-MEMORY_SETTINGS = ["batch_size", "document_mask", "optimizer", "state_dtype", "activation_checkpointing"]  # of training, on which its memory depends
+MEMORY_SETTINGS = ["batch_size", "grad_accum", "document_mask", "optimizer", "state_dtype", "activation_checkpointing"]  # of training, on which its memory depends
 
 
 def report(config: ModelConfig, train: TrainConfig) -> list[str]:

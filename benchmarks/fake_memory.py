@@ -36,8 +36,8 @@ ALIGNMENT = 512  # bytes: CUDA's allocator hands out multiples of it
 
 
 class StorageCounter(TorchDispatchMode):
-    """While it is entered: `held`, bytes of the storages made since then that are alive; `peak`, the
-    most of it so far."""
+    """While it is entered: `held`, bytes of the storages made since then that are alive; `peak`,
+    the most of it so far."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ class StorageCounter(TorchDispatchMode):
         self.held -= size
 
 
-# ------------------------------------------------------------------------------------------------ what a GPU does instead
+# --------------------------------------------------------------------- what a GPU does instead
 def _attention(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
@@ -138,7 +138,7 @@ def _as_on_a_gpu(dtype: torch.dtype):
         yield
 
 
-# -------------------------------------------------------------------------------------------------------------- the count
+# ----------------------------------------------------------------------------------- the count
 def _batch(model_config: ModelConfig, train_config: TrainConfig) -> tuple[Tensor, ...]:
     shape = (train_config.batch_size, model_config.context_length)
     return tuple(torch.zeros(shape, dtype=torch.int64) for _ in range(2))

@@ -1,11 +1,12 @@
-"""Measure the memory of CPU training: how it grows over the steps, and the peak next to the estimate.
+"""Measure the memory of CPU training: its growth over the steps, its peak next to the estimate.
 
     python -m benchmarks.memory --name cpu
-    python -m benchmarks.memory --name cpu --cost_of OLD_CHECKOUT      # and a step's time, old and new in turns
+    python -m benchmarks.memory --name cpu --cost_of OLD    # a step's time, that checkout's in turns
 
-Each figure comes from a process of its own, which takes train.py's path from the dry run to the last
-step: memory that one setting keeps must not serve the next. Growth is of anonymous memory (RssAnon in
-/proc/self/status), which leaves out the pages of libraries. Saved: benchmarks/results/memory_NAME.json.
+Each figure comes from a process of its own, which takes train.py's path from the dry run to the
+last step: memory that one setting keeps must not serve the next. Growth is of anonymous memory
+(RssAnon in /proc/self/status), which leaves out the pages of libraries. Saved:
+benchmarks/results/memory_NAME.json.
 """
 
 from __future__ import annotations
@@ -50,16 +51,28 @@ MODEL = dict(
     tie_embeddings=True,
     head_bias=False,
 )
-# Small, for what grew was oneDNN's kernels, whose size is not the model's: from the settings that grew
-# most to those that did not.
+# Small, because what grew was oneDNN's kernels, whose size is not the model's. The settings that grew
+# most come first.
 SMALL = dict(d_model=64, d_ff=256, transformer_blocks=4)
 GROWTH = [
-    dict(model=SMALL | dict(expert_activation=activation), train=dict(optimizer=optimizer), dtype=dtype)
+    dict(
+        model=SMALL | dict(expert_activation=activation),
+        train=dict(optimizer=optimizer),
+        dtype=dtype,
+    )
     for optimizer in ("adamw", "muon")
     for activation, dtype in (
-        ("gelu", "float32"), ("swiglu", "bfloat16"), ("gelu", "bfloat16"),
-        ("swiglu_clamped", "bfloat16"), ("swiglu", "float32"), ("swiglu_clamped", "float32"),
-        ("gelu", "float16"), ("swiglu", "float16"), ("swiglu_clamped", "float16"))]
+        ("gelu", "float32"),
+        ("swiglu", "bfloat16"),
+        ("gelu", "bfloat16"),
+        ("swiglu_clamped", "bfloat16"),
+        ("swiglu", "float32"),
+        ("swiglu_clamped", "float32"),
+        ("gelu", "float16"),
+        ("swiglu", "float16"),
+        ("swiglu_clamped", "float16"),
+    )
+]
 # Five kinds of runs in which different parts of the estimate are the large ones.
 PEAKS = {
     "gelu": dict(model=dict(transformer_blocks=4, context_length=256), dtype="float32"),
@@ -67,6 +80,7 @@ PEAKS = {
         model=dict(
             expert_activation="swiglu",
             qk_norm=True,
+            d_ff=1024,
             expert_bias=False,
             transformer_blocks=4,
             context_length=256,
@@ -79,7 +93,7 @@ PEAKS = {
     ),
     "clamped, checkpointing": dict(
         model=dict(
-            expert_activation="swiglu_clamped", d_ff=1024, transformer_blocks=6, context_length=512
+            expert_activation="swiglu_clamped", d_ff=1024, transformer_blocks=4, context_length=512
         ),
         train=dict(activation_checkpointing=True, state_dtype="bfloat16"),
         dtype="float32",
@@ -91,7 +105,7 @@ PEAKS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ in a process of its own
+# --------------------------------------------------------------------- in a process of its own
 class _Batches:
     """Endless random tokens, rare ones among them: each batch is routed in another way."""
 
@@ -157,9 +171,9 @@ def train_and_measure(setting: dict) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- and from outside
+# -------------------------------------------------------------------------- and from outside
 def measured(setting: dict, checkout: Path = REPO) -> dict:
-    """train_and_measure in a process of its own, with the code of a checkout. RuntimeError if it fails."""
+    """train_and_measure in a process of its own, with a checkout's code. RuntimeError if it fails."""
     # -P: this file's folder, which has a train.py of its own, is no place for modules.
     command = [sys.executable, "-P", str(Path(__file__).resolve()), "--one", json.dumps(setting)]
     env = os.environ | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""}

@@ -522,3 +522,20 @@ def test_undecodable_ids_are_never_drawn():
     banned = [i for i in range(61) if i % 7]
     drawn = [t.item() for t in generate(model, torch.tensor([[1]]), 200, temperature=10.0, top_k=0, banned_ids=banned)]
     assert all(t % 7 == 0 for t in drawn)
+
+
+def test_rows_of_logits_at_a_time_change_neither_loss_nor_gradients():
+    """A GPU with room takes more of them (config_model.loss_chunk_rows): only the sums' order differs."""
+    model = random_model(tiny_config(head_bias=True), dtype=torch.float64)
+    ids = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
+    results = []
+    for rows in (0, 1, 5, 48, 8192):
+        model.loss_rows = rows
+        model.zero_grad()
+        loss = model(ids[:, :-1], ids[:, 1:]).cross_entropy_sum
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            # 48 terms, each rounded to 2^-53 of the largest.
+            assert (a - b).abs().max() <= 48 * 2 ** -52 * max(a.abs().max(), 1.0)

@@ -1,4 +1,5 @@
 """How much memory a run takes: promise 34."""
+
 from __future__ import annotations
 
 from benchmarks.memory import EARLY, GROWTH, LATE, measured
@@ -8,8 +9,8 @@ MOST_GROWTH = 1.1
 
 
 def memory_does_not_grow(count: int) -> Tally:
-    """34. Runs of every expert activation, optimizer and dtype, each in a process of its own: anonymous
-    memory after 40 steps against that after 3."""
+    """34. Runs of every expert activation, optimizer and dtype, each in a process of its own:
+    anonymous memory after 40 steps against that after 3."""
     tally, largest = Tally(), 0.0
     for setting in GROWTH[:count]:
         anonymous = measured(setting)["anonymous"]
@@ -21,6 +22,12 @@ def memory_does_not_grow(count: int) -> Tally:
 
 
 PROMISES = [
-    Promise(34, "Memory does not grow: after 40 steps at most 1.1 times that after 3, for each activation, optimizer, dtype",
-            memory_does_not_grow, 2, len(GROWTH), len(GROWTH)),
+    Promise(
+        34,
+        "Memory after 40 steps is at most 1.1 times that after 3, for each activation, optimizer, dtype",
+        memory_does_not_grow,
+        2,
+        len(GROWTH),
+        len(GROWTH),
+    ),
 ]

@@ -37,6 +37,7 @@ from runtime.cpu_decode import cache_folder, cpu_flags
 from runtime.device import device_name, is_out_of_memory
 from runtime.files import write_text_atomic
 from runtime.known import Known
+from runtime.rounding import MARGIN, logits_bound
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
 TOKENS, STEPS = 9, 2
@@ -49,8 +50,6 @@ MOST_CACHE_BYTES = 1 << 24
 LARGE_BYTES = 1 << 26
 # Files with outcomes in the cache folder; the oldest go.
 MOST_KEPT = 256
-# How much steeper than a sum attention, norms and routers may be: see `explained`.
-STEEPNESS = 8
 # Router scores that float32 sums in another order may put the other way round, as a share of the
 # largest.
 NEAR = 1e-5
@@ -149,14 +148,12 @@ def explained(model: LLM) -> float:
     """How far two orders of the same operations may put a token's logits apart, as a share of the
     logits' size.
 
-    A sum of n products in float32 is off by about eps * sqrt(n) of its size, what is stored in a
-    narrower dtype by that dtype's eps. Errors of the blocks add up like a random walk. STEEPNESS: a
-    softmax of scores around 30 makes so much more of an error in them.
+    That of float32 (runtime/rounding.py). In a narrower dtype, what each block stores is off by
+    that dtype's eps too, and the errors of the blocks add up like a random walk.
     """
     c, dtype = model.config, model.embed.weight.dtype
-    longest = max(c.d_model, c.d_ff, c.num_heads * c.attention_head_dim)
-    eps = torch.finfo(torch.float32).eps * math.sqrt(longest) + torch.finfo(dtype).eps
-    return STEEPNESS * math.sqrt(c.transformer_blocks + 1) * eps
+    stored = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    return logits_bound(c, FAR) + MARGIN / 2 * math.sqrt(c.transformer_blocks + 1) * stored
 
 
 def _without_dispatch(model: LLM) -> list[tuple]:

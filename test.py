@@ -17,10 +17,10 @@ from config_model import (
     flops_per_token,
     kv_cache_bytes_per_token,
     parameter_counts,
-    training_memory_bytes,
 )
 from runtime import cli, known
 from runtime.checkpoint import read_config
+from runtime.memory import training_memory_bytes
 from runtime.text import human_bytes, human_count
 
 DTYPES = {"float32": 4, "bfloat16": 2}
@@ -58,7 +58,7 @@ def preset_table() -> list[str]:
     lines = ["| preset | for | parameters | active | context | tokens per step | training memory |", "|---|---|---|---|---|---|---|"]
     for name, preset in PRESETS.items():
         config, train = ModelConfig(**preset.model), TrainConfig(**preset.train)
-        on_gpu = name != "nano"
+        on_gpu = not name.endswith("nano")
         needed = sum(training_memory_bytes(config, train, 2 if on_gpu else 4, on_gpu).values())
         lines.append(f"| `{name}` | {preset.description} | {human_count(known.counts(config).total)} | {human_count(known.counts(config).active)} | {config.context_length:,} | "
                      f"{train.batch_size * train.grad_accum * config.context_length:,} | {human_bytes(needed)} |")

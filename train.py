@@ -40,7 +40,6 @@ from config_model import (
     loss_chunk_rows,
     parameter_counts,
     total_parameters,
-    training_memory_bytes,
 )
 from model import IGNORE, LLM, Output
 from runtime import cli, known
@@ -75,6 +74,7 @@ from runtime.device import (
     synchronize,
 )
 from runtime.files import write_text_atomic
+from runtime.memory import training_memory_bytes
 from runtime.metrics import HEALTHY_LOAD, MetricsLog, make_sinks
 from runtime.optimizer import build_optimizer, initialise_state
 from runtime.plots import draw_plots

@@ -25,10 +25,11 @@ import model as model_module
 import model_parts
 import runtime.optimizer
 import train
-from config_model import ModelConfig, TrainConfig, training_memory_bytes
+from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime import cli
 from runtime.device import DTYPES, autocast, choose_kernels
+from runtime.memory import training_memory_bytes
 from runtime.optimizer import build_optimizer, initialise_state
 from runtime.text import human_bytes
 

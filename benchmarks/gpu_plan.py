@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from config_model import PRESETS, ModelConfig, TrainConfig, flops_per_token, training_memory_bytes
+from config_model import PRESETS, ModelConfig, TrainConfig, flops_per_token
+from runtime.memory import training_memory_bytes
 
 PYTHON = sys.executable
 TOTAL_SECONDS = {"first": 585, "second": 120}
@@ -72,8 +73,7 @@ def models() -> dict[str, tuple[ModelConfig, dict]]:
 def peak_bytes(config: ModelConfig, train: TrainConfig) -> float:
     """Peak of a step with bfloat16 products on a GPU, CUDA's own memory included.
 
-    By the estimate that train.py prints. A count over fake tensors may take its place here, as long
-    as it is as quick or kept: the sizes follow it.
+    By the estimate that train.py prints, which tests hold to a count over fake tensors.
     """
     return sum(training_memory_bytes(config, train, 2, on_gpu=True).values()) + CONTEXT_BYTES
 

@@ -29,10 +29,11 @@ import torch
 
 import train
 from benchmarks.common import REPO, save_results
-from config_model import ModelConfig, TrainConfig, training_memory_bytes
+from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime import cli
 from runtime.device import DTYPES, choose_kernels
+from runtime.memory import training_memory_bytes
 from runtime.optimizer import build_optimizer
 
 EARLY, LATE = 3, 40  # steps after which the growth is measured

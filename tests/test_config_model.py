@@ -15,11 +15,11 @@ from config_model import (
     loss_chunk_rows,
     parameter_counts,
     total_parameters,
-    training_memory_bytes,
 )
 from model import LLM
 from model_parts import KVCache
 from runtime.device import choose_kernels
+from runtime.memory import training_memory_bytes
 from tests.util import random_config, tiny_config
 
 

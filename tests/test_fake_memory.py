@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import fake_memory
 from benchmarks.fake_memory import StorageCounter, counted_peak_bytes
-from config_model import PRESETS, ModelConfig, TrainConfig, training_memory_bytes
+from config_model import PRESETS, ModelConfig, TrainConfig
+from runtime.memory import training_memory_bytes
 from tests.util import tiny_config
 
 

@@ -8,11 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import test as script
-from config_model import PRESETS, ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters, training_memory_bytes
+from config_model import PRESETS, ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters
 from model import LLM
 from model_parts import KVCache
 from runtime.checkpoint import read_config, save_checkpoint
 from runtime.device import peak_memory_bytes
+from runtime.memory import training_memory_bytes
 from runtime.text import human_bytes, human_count
 from tests.test_cli import NEEDS, as_flags, other_value
 from tests.util import tiny_config

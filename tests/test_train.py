@@ -17,11 +17,12 @@ import torch
 
 import prepare_data
 import train
-from config_model import ModelConfig, TrainConfig, total_parameters, training_memory_bytes
+from config_model import ModelConfig, TrainConfig, total_parameters
 from model import IGNORE, LLM
 from runtime import cli
 from runtime.checkpoint import load_model, read_checkpoint
 from runtime.data import WindowLoader, open_data, validation_batches
+from runtime.memory import training_memory_bytes
 from runtime.optimizer import build_optimizer, initialise_state
 from runtime.plots import draw_plots
 from tests.conftest import REPO

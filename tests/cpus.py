@@ -8,10 +8,12 @@ Exit code 1 if a test fails under a setting.
 """
 from __future__ import annotations
 
+import getpass
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -48,7 +50,9 @@ def environment(name: str) -> dict[str, str]:
     """This process's variables with those of a setting."""
     # Threads that wait for each other spin: a little of that, as the Makefile has it, or two of them on a busy machine take ten times as long.
     spin = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
-    return os.environ | spin | SETTINGS[name] | {"OMP_NUM_THREADS": SETTINGS[name]["GPTOSS_TEST_THREADS"]}
+    # The compiler's cache takes code for one capability for that of another, and then fails to compile it: each setting has its own.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{name}")}
+    return os.environ | spin | cache | SETTINGS[name] | {"OMP_NUM_THREADS": SETTINGS[name]["GPTOSS_TEST_THREADS"]}
 
 
 def run(name: str, flags: list[str]) -> int:

@@ -70,6 +70,12 @@ def test_every_test_that_compares_numbers_is_run():
         assert f"def {test.partition('[')[0]}" in (REPO / "tests" / file).read_text(), entry
 
 
+def test_code_that_the_compiler_made_for_one_setting_is_not_taken_for_another():
+    """Under ATEN_CPU_CAPABILITY=default, Inductor found what it had generated with vectors in its cache, and its headers had none: two red tests."""
+    folders = {cpus.environment(name)["TORCHINDUCTOR_CACHE_DIR"] for name in cpus.SETTINGS} | {os.environ.get("TORCHINDUCTOR_CACHE_DIR")}
+    assert len(folders) == len(cpus.SETTINGS) + 1
+
+
 @pytest.mark.parametrize("codes, exit_code", [((0, 0), 0), ((0, 1), 1), ((1, 0), 1)])
 def test_one_red_setting_is_enough(codes, exit_code, monkeypatch, capsys):
     calls, left = [], list(codes)

@@ -494,24 +494,29 @@ print("grew by", most[0] - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A model of 300 MB (16 blocks) in a process of its own: what is not a map of a file grows by less than 40 % of it, half of that for
-    modules loaded on the way."""
+    """Models of 4 and of 16 blocks (76 and 304 MB), each imported in a process of its own: what is not a map of a file grows as much.
+
+    Modules and libraries' working memory are in both figures. They come to 93 to 133 MB from one run to the next, which a bound on a
+    single model's figure, 40 % of the file, did not always have room for. Holding the weights once would add 228 MB.
+    """
+    from runtime.checkpoint import meta_model
     from runtime.huggingface import export_tensors, hf_config
     from tests.util import tiny_config
-    config = tiny_config(d_model=256, transformer_blocks=16, d_ff=384, num_experts=16, vocabulary_size=64, qk_norm=True)
-    folder, weights = tmp_path / "model", {}
-    folder.mkdir()
-    from runtime.checkpoint import meta_model
-    for name, tensor in meta_model(config).state_dict().items():
-        weights[name] = torch.ones(tensor.shape) if "norm" in name else torch.rand(tensor.shape) * 0.02
-    save_file({name: tensor.contiguous() for name, tensor in export_tensors(config, "qwen3_moe", weights)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(hf_config(config, "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32")))
-    size = (folder / "model.safetensors").stat().st_size
-    done = subprocess.run([sys.executable, "-c", MEASURE, "--model", str(folder), "--out", str(tmp_path / "x.pt")], cwd=REPO, capture_output=True, text=True,
-                          check=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    grew = int(done.stdout.rsplit("grew by ", 1)[1])
-    assert size > 290e6 and grew < 0.4 * size, (size, grew, done.stdout)
+    sizes, grew = [], []
+    for blocks in (4, 16):
+        config = tiny_config(d_model=256, transformer_blocks=blocks, d_ff=384, num_experts=16, vocabulary_size=64, qk_norm=True)
+        folder, weights = tmp_path / f"model{blocks}", {}
+        folder.mkdir()
+        for name, tensor in meta_model(config).state_dict().items():
+            weights[name] = torch.ones(tensor.shape) if "norm" in name else torch.rand(tensor.shape) * 0.02
+        tensors = {name: tensor.contiguous() for name, tensor in export_tensors(config, "qwen3_moe", weights)}
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(hf_config(config, "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32")))
+        sizes.append((folder / "model.safetensors").stat().st_size)
+        command = [sys.executable, "-c", MEASURE, "--model", str(folder), "--out", str(tmp_path / f"{blocks}.pt")]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        grew.append(int(done.stdout.rsplit("grew by ", 1)[1]))
+    assert sizes[1] > 290e6 and grew[1] - grew[0] < 0.3 * (sizes[1] - sizes[0]), (sizes, grew)
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(tmp_path):

@@ -43,6 +43,7 @@ from config_model import (
 )
 from model import IGNORE, LLM, Output
 from runtime import cli, known
+from runtime.check_kernels import settle_kernels
 from runtime.checkpoint import (
     Checkpoint,
     build_model,
@@ -769,6 +770,8 @@ def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, float]
             with plan.device:
                 model = LLM(plan.model_config)
         choose_kernels(model, plan.device, plan.dtype)
+        for line in settle_kernels(model):
+            tqdm.write(f"note     {line}")
         optimizer = build_optimizer(model, config)
         if config.resume:
             load_training_state(plan.source, model, optimizer)

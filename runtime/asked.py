@@ -33,6 +33,7 @@ from config_model import kv_cache_bytes_per_token
 from model import LLM
 from model_parts import KVCache, activate
 from runtime import cpu_decode
+from runtime.check_kernels import settle_kernels
 from runtime.cpu_decode import cache_folder, cpu_flags
 from runtime.device import device_name, is_out_of_memory
 from runtime.files import write_text_atomic
@@ -62,6 +63,7 @@ def settle(decoder, decode_step: Callable, step_knows: Known, weights: str = "")
     decode_step, step_knows: of runtime.inference. weights: digest of the file that the model is
     from, "" for a model made in memory.
     """
+    decoder.kernel_notes = settle_kernels(decoder.model)
     path = _kept(decoder, weights)
     answers = {} if path is None else _read(path)
     there = dict(answers)

@@ -77,12 +77,14 @@ class Decoder:
     @property
     def note(self) -> str:
         """What a user should know of how this decodes, in one line; "" for a fast way, and for a slower one that was asked for."""
-        if self.native is not None:
-            return ""
-        if self.why_not_step:
-            return f"the plain model decodes, text by text, which is slowest: {self.why_not_step}"
+        lines = [*self.kernel_notes]
         is_wanted = self.device.type != "cpu" or self.why_not_native == NOT_ASKED_FOR
-        return "" if is_wanted else f"PyTorch decodes, which is slower: {self.why_not_native}"
+        if self.native is None and self.why_not_step:
+            slowest = "the plain model decodes, text by text, which is slowest"
+            lines.append(f"{slowest}: {self.why_not_step}")
+        elif self.native is None and not is_wanted:
+            lines.append(f"PyTorch decodes, which is slower: {self.why_not_native}")
+        return "; ".join(lines)
 
     def texts(self, count: int, max_tokens: int) -> list[Text]:
         """`count` empty texts with room for `max_tokens` each; those of an earlier call are no longer valid."""

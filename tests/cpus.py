@@ -30,7 +30,7 @@ SETTINGS = {
              "MKL_CBWR": "AUTO", "GPTOSS_CFLAGS": f"{NO_AVX512}-O1", "GPTOSS_TEST_THREADS": "2"},
 }
 # Files whose tests compare two computations of the same numbers.
-FILES = ["test_cpu_decode.py", "test_cpu_experts.py", "test_custom_code.py", "test_export_hf.py", "test_export_onnx.py", "test_huggingface.py",
+FILES = ["test_check_kernels.py", "test_cpu_decode.py", "test_cpu_experts.py", "test_custom_code.py", "test_export_hf.py", "test_export_onnx.py", "test_huggingface.py",
          "test_import_hf.py", "test_inference.py", "test_model.py", "test_model_parts.py", "test_optimizer.py", "test_quantize.py",
          "test_rounding.py"]
 # And single tests of other files.

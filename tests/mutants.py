@@ -596,6 +596,17 @@ MUTANTS = [
            "test_memory.py::test_the_announced_peak_is_the_measured_one"),
     mutant(OWN, "a process's peak is that of its parent", "runtime/device.py", 'line.startswith("VmHWM")', 'line.startswith("VmHwm")',
            "test_memory.py::test_a_process_does_not_begin_with_its_parents_peak"),
+    # ----------------------------------------------------- own: a CPU's kernels are asked
+    mutant(OWN, "an activation of the kernel that is another is used", "runtime/check_kernels.py",
+           'return "" if same else', 'return "" if True else',
+           "test_check_kernels.py::test_a_changed_activation_is_what_trains",
+           "test_check_kernels.py::test_a_decoder_says_so_and_reads_prompts_with_it"),
+    mutant(OWN, "a decoder does not ask a CPU's kernels", "runtime/asked.py",
+           "decoder.kernel_notes = settle_kernels(decoder.model)", "decoder.kernel_notes = []",
+           "test_check_kernels.py::test_a_decoder_says_so_and_reads_prompts_with_it"),
+    mutant(OWN, "a parameter that the experts' kernel is not given is left out in silence",
+           "runtime/check_kernels.py", "sorted(names - set(EXPERTS))", "[]",
+           "test_check_kernels.py::test_a_parameter_that_the_kernel_is_not_given_is_named"),
 ]
 
 

@@ -26,6 +26,16 @@ TOKENS, WINDOW = 7, 3
 def settle_kernels(model) -> list[str]:
     """Take from the blocks of a model on a CPU what does not compute their functions; lines that
     say why, for a user."""
+    threads = torch.get_num_threads()
+    # So little work is done before other threads are awake.
+    torch.set_num_threads(1)
+    try:
+        return _settle(model)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _settle(model) -> list[str]:
     lines: dict[str, None] = {}
     slower = "plain operations compute {}, which is slower: {}"
     for block in model.layers:
@@ -55,7 +65,8 @@ def _why_not_experts(experts) -> str:
         h_RI.requires_grad_()
         y_RF = activate(h_RI, experts.activation)
         grad_RF = torch.randn(y_RF.shape, generator=generator)
-        (grad_RI,) = torch.autograd.grad(y_RF, h_RI, grad_RF)
+        # A sum has no gradient to be given: that would import sympy, which takes a second.
+        (grad_RI,) = torch.autograd.grad((y_RF * grad_RF).sum(), h_RI)
     with torch.no_grad():
         ours_RF = cpu_experts._activation(h_RI, experts.activation)
         ours_RI = cpu_experts._activation_backward(grad_RF.clone(), h_RI, experts.activation)

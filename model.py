@@ -81,7 +81,7 @@ class LLM(nn.Module):
             elif kind in ZERO:
                 parameter.zero_()
             else:
-                is_residual = name.endswith(RESIDUAL) or name in residual
+                is_residual = f".{name}".endswith(tuple(f".{end}" for end in RESIDUAL)) or name in residual
                 parameter.normal_(0.0, residual_std if is_residual else self.config.init_std)
 
     @property

@@ -483,7 +483,7 @@ class Session:
         print(f"{self.tokens_drawn} tokens drawn for {self.tokens_read} read{rate}")
         decoder = self.predictor.decoder
         print(f"{len(self.ids)} tokens of text, of which the model sees {min(len(self.ids), model.config.context_length)}; weights {human_bytes(weights)}, cache {human_bytes(sum(t.cache.num_bytes() for t in texts))}"
-              + ("; native decoding" if decoder.native else f"; PyTorch ({decoder.note or decoder.why_not_native})"))
+              + ("; C decoder" if decoder.native else f"; {decoder.note or 'PyTorch decodes, as asked for'}"))
 
 
 def repl(predictor: Predictor, config: PredictConfig) -> None:

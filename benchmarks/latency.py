@@ -104,11 +104,25 @@ def cudnn_attention(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+@contextlib.contextmanager
+def pytorchs_attention(model: LLM):
+    """PyTorch's own choice of a kernel: ours never takes cuDNN where nothing is trained."""
+    attentions = [block.attention for block in model.layers]
+    ours = [attention.device_attention for attention in attentions]
+    for attention in attentions:
+        attention.device_attention = None
+    try:
+        yield
+    finally:
+        for attention, choice in zip(attentions, ours, strict=True):
+            attention.device_attention = choice
+
+
 def first_token_ways(side: decode.Ours, model: LLM) -> dict[str, Callable[[torch.Tensor], None]]:
     """Ways to read a prompt [1, T] up to the logits of the token after it."""
 
     def plainly(allowed: bool, prompt_1T: torch.Tensor) -> None:
-        with cudnn_attention(allowed), torch.inference_mode():
+        with cudnn_attention(allowed), pytorchs_attention(model), torch.inference_mode():
             model(
                 prompt_1T.to(model.embed.weight.device), last_token_only=True
             ).logits.argmax().item()

@@ -142,6 +142,8 @@ class Ours:
         self.setting, self.model_config, self.compiled = setting, model_config, compiled
         plan = train.Plan(model_config=model_config, config=replace(setting.config, compile=compiled), device=setting.device, dtype=setting.dtype,
                           train=setting.tokens, val=setting.tokens, source=None, notes=[])
+        # As train.py does on a GPU.
+        plan = train.with_loss_rows(plan)
         self.model, self.optimizer, self.loader, *_ = train.set_up(plan)
         self.state = train.RunState()
         self.facts: dict = {}

@@ -42,10 +42,10 @@ from runtime.rounding import MARGIN, logits_bound
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
 TOKENS, STEPS = 9, 2
-# Position of a token in a filled cache, where no block has a window. No multiple of a vector or a
-# tile.
-FAR = 77
-# Memory for a cache that goes beyond a window: this, or a sixteenth of the weights.
+# Position of a token in a filled cache, or beyond the longest window, where its memory may be had:
+# a change may begin far into a text. No multiple of a vector or a tile.
+FAR = 511
+# Memory for that cache, all rows of it: this, or a sixteenth of the weights.
 MOST_CACHE_BYTES = 1 << 24
 # Files with less than this in weights are asked each time, which takes milliseconds.
 LARGE_BYTES = 1 << 26
@@ -85,6 +85,8 @@ def settle(decoder, decode_step: Callable, step_knows: Known, weights: str = "")
 def ask(decoder, decode_step: Callable, known: Known) -> str:
     """Why the way that `decoder` takes now is not to be used, in a line; "" if it gives the plain
     model's logits.
+
+    What --compile makes of decode_step is not asked: it is decode_step, and a minute's work.
     """
     model, generator = decoder.model, torch.Generator().manual_seed(0)
     compiles, decoder.compiles = decoder.compiles, False
@@ -123,9 +125,13 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
         return ""
     fields = known.undeclared(model.config)
     also = f"; it does not know ModelConfig.{', '.join(fields)}" if fields else ""
+    off = f"{known.what}'s logits are not the plain model's"
+    if math.isinf(share):
+        return f"{off}: one of them has NaN or infinities (are the weights damaged?){also}"
+    percent = f"{100 * share:.2g}" if share < 0.1 else f"{100 * share:.0f}"
     return (
-        f"{known.what}'s logits are not the plain model's: they differ by {100 * share:.2g} % "
-        f"of their size, and rounding explains {100 * limit:.2g} %{also}"
+        f"{off}: they differ by {percent} % of their size, and rounding explains "
+        f"{100 * limit:.2g} %{also}"
     )
 
 
@@ -264,15 +270,15 @@ def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
 
 
 def _far_position(decoder) -> int:
-    """A position beyond the longest window, if the cache for that may be made, else FAR, or the
-    context's last.
-    """
+    """FAR, or beyond the longest window; less where the context ends, or the cache's memory."""
     c = decoder.config
     window = max(c.window(block) for block in range(c.transformer_blocks))
     element_bytes = decoder.model.embed.weight.element_size()
-    cache_bytes = 2 * (window + 4) * kv_cache_bytes_per_token(c, element_bytes)
-    has_room = cache_bytes <= max(MOST_CACHE_BYTES, _weight_bytes(decoder.model) // 16)
-    return min(window + 2 if window and has_room else FAR, c.context_length - 1)
+    token_bytes = max(_rows(decoder)) * kv_cache_bytes_per_token(c, element_bytes)
+    most_bytes = max(MOST_CACHE_BYTES, _weight_bytes(decoder.model) // 16)
+    # A Decoder keeps one place more than it is asked for, and so does the position itself.
+    most = max(1, most_bytes // token_bytes - 2)
+    return min(max(FAR, window + 2 if window else 0), most, c.context_length - 1)
 
 
 def _copy(cache: KVCache) -> KVCache:
@@ -365,6 +371,8 @@ def _kept(decoder, weights: str) -> Path | None:
         platform.machine(),
         cpu_flags(),
         _sources(),
+        # Compilers and their flags make other libraries of one source.
+        "" if decoder.native is None else cpu_decode.library_digest(),
     ]
     return (
         cache_folder()

@@ -18,6 +18,8 @@ from torch import Tensor
 # PyTorch takes cuDNN first from this version on (sdp_utils.cpp: earlier ones were wrong for
 # lengths that are no multiple of 128).
 _FIRST_CUDNN = 91501
+# From here on it takes heads of up to 256 numbers on Hopper, and of 128 elsewhere.
+_WIDE_CUDNN = 91000
 # Numbers that a row of a mask on a GPU must be a multiple of.
 _ALIGNMENT = 16
 
@@ -80,10 +82,12 @@ def choose_attention(
     """
     half = dtype in _HALF
     aligned = D % (8 if half else 4) == 0
+    # sdp_utils.cpp, check_cudnn_tensor_shapes.
+    wide = card.capability == (9, 0) and card.cudnn_version >= _WIDE_CUDNN
     cudnn_is_first = (
         half
         and aligned
-        and D <= 128
+        and (256 if wide else 128) >= D
         and S > 1
         and card.capability[0] in (9, 10)
         and card.cudnn_version >= _FIRST_CUDNN

@@ -117,6 +117,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
 
 
+@functools.cache
+def library_digest() -> str:
+    """SHA-256 of the compiled code, "" where there is none."""
+    code, _ = library()
+    return "" if code is None else hashlib.sha256(Path(code._name).read_bytes()).hexdigest()
+
+
 def cpu_flags() -> str:
     """What -march=native stands for on this machine, as far as Linux tells."""
     try:

@@ -65,7 +65,7 @@ def _feed_forward_backward(grad_RC: Tensor, x_RC: Tensor, h_RI: Tensor, w_in_EIC
         # Rows of zeros add zeros to every sum over the rows.
         grad, h, x = _padded(grad_RC[rows]), _padded(h_RI[rows]), _padded(x_RC[rows])
         torch.mm(grad.T, _activation(h, activation), out=grad_w_out[e])
-        grad_a = torch.mm(grad, w_out_ECF[e], out=_temporary(h, w_out_ECF.shape[2]))
+        grad_a = _product(grad, w_out_ECF[e], _temporary(h, w_out_ECF.shape[2]))
         grad_h = _activation_backward(grad_a, h, activation)
         _product(grad_h, w_in_EIC[e], grad_x[rows])
         torch.mm(grad_h.T, x, out=grad_w_in[e])

@@ -38,6 +38,8 @@ FOLDER_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config
                           r"model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|modeling_gptoss\.py|README\.md|(loss|expert_load)\.png")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_CHECKED_TOKENS = 256
+# How much more than usual a model's float32 may lose to steep softmaxes before an export is refused.
+MOST_STEEPNESS = 16
 CHECK_TEXT = """Once upon a time there was a lighthouse keeper called Noor, who counted ships. On Monday she saw 3; on Tuesday, 14 more.
 "That's too many," she said, "for a harbour that holds only 12!" Her cat didn't answer. It was asleep on the charts again.
 
@@ -212,14 +214,17 @@ def allowed_difference(ours: Tensor, config: ModelConfig) -> float:
     return logits_bound(config, keys) * size_of(ours)
 
 
-def check_logits(route: str, ours: Tensor, theirs: Tensor, config: ModelConfig) -> float:
+def check_logits(
+    route: str, ours: Tensor, theirs: Tensor, config: ModelConfig, allowed: float = 0.0
+) -> float:
     """Print and return the largest difference of logits [B, T, V]; ExportError if it is beyond what float32's rounding explains.
 
     That depends on the model's size (runtime/rounding.py): 1.8e-4 of the logits' root mean square for nano, 1.6e-3 for gpt-oss-20b.
+    allowed: more than that, where a caller knows that this model loses more.
     """
     difference, largest = largest_difference(ours, theirs), ours.abs().max().item()
     print(f"check: {route}: largest logit difference {difference:.1e} (logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)")
-    allowed = allowed_difference(ours, config)
+    allowed = max(allowed, allowed_difference(ours, config))
     if not difference <= allowed:
         raise ExportError(f"{route}: logits differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains: nothing was written")
     return difference
@@ -238,10 +243,16 @@ def check_published(
         raise ExportError(f"{route}: {known.what} has no place for {left[0]}: nothing was written")
     ids = ids_BT[0].tolist()
     found = logits(theirs, ids)[None]
-    if not largest_difference(ours, found) <= allowed_difference(ours, model.config):
-        found = logits(theirs, ids, router_choices(model, ids)[0])[None]
+    explained = allowed = allowed_difference(ours, model.config)
+    if not largest_difference(ours, found) <= explained:
+        choices = router_choices(model, ids)[0]
+        found = logits(theirs, ids, choices)[None]
+        # A steep softmax makes more of a rounding: as much as float32 loses here, which float64
+        # shows. Both sides lose it (2), and the largest of many elements varies (4).
+        lost = largest_difference(found, logits(theirs.in_float64(), ids, choices)[None])
+        allowed = min(max(explained, 8 * lost), MOST_STEEPNESS * explained)
     try:
-        return check_logits(route, ours, found, model.config)
+        return check_logits(route, ours, found, model.config, allowed)
     except ExportError as error:
         fields = known.undeclared(model.config)
         also = f"; {known.what} does not know ModelConfig.{', '.join(fields)}" if fields else ""

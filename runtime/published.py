@@ -45,6 +45,15 @@ class Published:
     neighbours: bool = False  # rotate features (2i, 2i + 1), not (i, i + D/2)
     is_gpt_oss: bool = False  # softmax over the chosen experts' logits, clamped SwiGLU
 
+    def in_float64(self) -> Published:
+        """The same model, computed in float64."""
+
+        def read(name: str) -> Tensor | None:
+            tensor = self.read(name)
+            return None if tensor is None else tensor.double()
+
+        return dataclasses.replace(self, read=read)
+
 
 def logits(
     model: Published, ids_T: Sequence[int], choices: Sequence[Tensor] | None = None

@@ -14,9 +14,10 @@ import types
 import pytest
 import torch
 
+import model_parts
 import predict
 from benchmarks import asked as benchmark
-from config_model import TrainConfig
+from config_model import TrainConfig, kv_cache_bytes_per_token
 from model import generate as plain_generate
 from model_parts import KVCache
 from runtime import asked, cpu_decode, inference
@@ -530,3 +531,41 @@ def test_the_benchmark_says_what_asking_costs(monkeypatch, capsys):
     assert "c_kernel" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--repeats must be at least 1, not 0"):
         benchmark.main(["--repeats", "0"])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_change_that_begins_far_into_a_text_is_found(monkeypatch, native):
+    """Attention in chunks of 128 tokens was the same up to token 127. A decoder was asked at token
+    77 at most, and wrote another text than the model's from token 128 on."""
+
+    def in_chunks(self, start, T, q_BHTD, cache, starts_BT):
+        now_T = torch.arange(start, start + T)
+        keys_S = cache.key_positions(self.block, T) if cache is not None else now_T
+        same_TS = now_T[:, None] // 128 == keys_S // 128
+        return same_TS & (now_T[:, None] >= keys_S), False
+
+    monkeypatch.setattr(model_parts.Attention, "_mask", in_chunks)
+    decoder = Decoder(random_model(tiny_config(context_length=256)), native=native)
+    assert decoder.native is None and "differ by" in decoder.why_not_step
+
+
+def test_a_filled_cache_takes_no_more_memory_than_it_may(monkeypatch):
+    """On a GPU with many experts its 32 rows were budgeted as two: a model that fitted its card ran
+    out of memory."""
+    decoder = Decoder(everything(context_length=512), native=False)
+    monkeypatch.setattr(asked, "_rows", lambda decoder: [1, 32])
+    token_bytes = 32 * kv_cache_bytes_per_token(decoder.config, 4)
+    for most in (0, 40 * token_bytes, 300 * token_bytes):
+        monkeypatch.setattr(asked, "MOST_CACHE_BYTES", most)
+        far = asked._far_position(decoder)
+        assert far <= 1 or (far + 2) * token_bytes <= max(most, asked._weight_bytes(decoder.model))
+    assert far > 200
+
+
+@needs_code
+def test_another_build_of_the_c_code_is_asked_again(asks, monkeypatch):
+    """A library that was compiled with other flags was used on the word of the one before."""
+    Decoder(everything(), weights="a" * 64)
+    monkeypatch.setattr(cpu_decode, "library_digest", lambda: "another")
+    Decoder(everything(), weights="a" * 64)
+    assert len(asks) == 2

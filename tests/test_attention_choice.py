@@ -51,7 +51,12 @@ CUDNN, WHATEVER = Choice("cudnn", False, False), Choice("torch", False, True)
         (Card((9, 0), 0), BF16, "none", 7, 64, False, FLASH),
         (Card((9, 0), 91900, deterministic=True), BF16, "none", 1024, 64, True, FLASH),
         (Card((9, 0), 91900, deterministic=True), BF16, "fixed", 1024, 64, True, EFFICIENT),
-        (HOPPER, BF16, "none", 1024, 160, True, FLASH),
+        # Heads of 136 to 256 numbers: cuDNN takes them on Hopper, from 9.10 on.
+        *((HOPPER, BF16, "none", 1024, D, True, CUDNN) for D in (160, 192, 256)),
+        (HOPPER, BF16, "none", 7, 192, False, FLASH_BY_NAME),
+        (HOPPER, BF16, "fixed", 64, 192, True, EFFICIENT_BY_NAME),
+        (HOPPER, BF16, "none", 1024, 264, False, EFFICIENT),
+        (Card((10, 0), 91900), BF16, "none", 1024, 160, True, FLASH),
         (HOPPER, FP32, "none", 1024, 64, True, EFFICIENT),
         (HOPPER, FP32, "fixed", 64, 64, True, EFFICIENT),
         (AMPERE, BF16, "none", 1024, 64, True, FLASH),

@@ -226,6 +226,10 @@ def test_onednn_meets_few_row_counts(dtype, activation):
     for name, shapes in taken.items():
         counts = {n for shape in shapes for matrix in shape for n in matrix} - {C, F, I}
         assert counts and all(n == cpu_experts.padded_rows(n) for n in counts), name
+        if "mm" in name:
+            # A weight's gradient multiplies [features, rows]; all others [rows, features].
+            first = {matrices[0][0] for matrices in shapes} - {C, F, I}
+            assert max(first) <= cpu_experts.ROWS_AT_ONCE, (name, sorted(first))
         # Up to 700 rows: 1, 8, 4 multiples of 64; 7 larger ones in the weights' gradients.
         assert len(counts) <= (13 if name.startswith("mm") else 6), (name, sorted(counts))
 

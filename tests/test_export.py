@@ -12,8 +12,10 @@ import torch
 
 import runtime.export as export
 from config_model import TrainConfig
+from runtime import huggingface
 from runtime.checkpoint import read_checkpoint, save_checkpoint, write_weights
 from runtime.export import ExportError, check_logits, check_output, open_source, staged, work_folder
+from runtime.published import Published
 from runtime.tokenizer import load_tokenizer
 from tests.conftest import REPO
 from tests.numeric import logits_bound, size_of
@@ -170,3 +172,26 @@ def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path
     with torch.no_grad():
         source.checkpoint.model["norm.weight"].zero_()
     assert path.read_bytes() == before
+
+
+def test_what_float32_loses_to_steep_softmaxes_is_allowed(monkeypatch, capsys):
+    """Healthy models with attention scores of 60 were refused: their float32 is off by more than
+    that of others. As far as float64 shows it, and no further."""
+    model, ids_BT = random_model(tiny_config()).eval(), torch.arange(1, 9)[None]
+    ours = export.logits_of(model, ids_BT)
+    bound = export.allowed_difference(ours, model.config)
+    theirs = Published(lambda name: torch.ones(1), 1, 1, 1, 1, 1, 1e-6, 1e4, (0,))
+
+    def check(off, lost):
+        def logits(published, ids, choices=None):
+            is_exact = published.read("any").dtype == torch.float64
+            return ours[0].double() + off + lost * is_exact
+
+        monkeypatch.setattr(export, "logits", logits)
+        return export.check_published("x", huggingface.KNOWS, model, ours, theirs, ids_BT)
+
+    monkeypatch.setattr(export, "unclaimed", lambda published: [])
+    assert check(3 * bound, bound) == pytest.approx(3 * bound, rel=1e-3)
+    for off, lost in ((3 * bound, 0.0), (20 * bound, 100 * bound)):
+        with pytest.raises(ExportError, match="rounding explains"):
+            check(off, lost)

@@ -254,3 +254,13 @@ def test_train_says_both_before_the_first_step(monkeypatch):
         for line in train.describe(plan, {"weights": 1, "optimizer state": 1})
         if "initialise" in line
     ] == []
+
+
+def test_a_name_that_ends_alike_is_another_kind():
+    """`shared_w_out` began as w_out does, and the line said that it did not."""
+    config = tiny_config(transformer_blocks=2, init_std=0.1)
+    model = LLM(config)
+    model.layers[0].shared_w_out = torch.nn.Parameter(torch.empty(100, 100))
+    model.initialise()
+    # The estimate of a deviation from n numbers is off by a share of 1 / sqrt(2 n).
+    assert model.layers[0].shared_w_out.std().item() == pytest.approx(0.1, rel=5 / (2e4**0.5))

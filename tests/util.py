@@ -40,8 +40,9 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def without_chance(config: ModelConfig) -> ModelConfig:
-    """A config whose model computes the same in train mode: no dropout, no capacity."""
-    return dataclasses.replace(config, dropout=0.0, capacity_factor=0.0)
+    """A config whose model computes the same in train mode: no dropout, and the capacity that is the
+    default, none."""
+    return dataclasses.replace(config, dropout=0.0, capacity_factor=ModelConfig.capacity_factor)
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LLM:

@@ -8,6 +8,7 @@ Takes every flag of the model. A Decoder is made with the C kernel and without, 
 threads, which other processes hardly lengthen.
 Saved: benchmarks/results/asked_NAME.json.
 """
+
 from __future__ import annotations
 
 from runtime import process
@@ -40,9 +41,18 @@ def timed(model: LLM, native: bool, repeats: int) -> dict:
         decoder = Decoder(model, native=native)
         wall.append(1000 * (time.perf_counter() - started))
         cpu.append(1000 * (time.process_time() - used))
-    return {"first_ms": wall[0], "median_ms": statistics.median(wall[1:]), "least_ms": min(wall[1:]),
-            "cpu_ms": statistics.median(cpu[1:]), "note": decoder.note,
-            "way": "C kernel" if decoder.native else "plain model" if decoder.why_not_step else "decode_step"}
+    return {
+        "first_ms": wall[0],
+        "median_ms": statistics.median(wall[1:]),
+        "least_ms": min(wall[1:]),
+        "cpu_ms": statistics.median(cpu[1:]),
+        "note": decoder.note,
+        "way": "C kernel"
+        if decoder.native
+        else "plain model"
+        if decoder.why_not_step
+        else "decode_step",
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,15 +67,27 @@ def main(argv: list[str] | None = None) -> int:
     config = cli.settings_from(args, ModelConfig).build(ModelConfig)
     model = LLM(config)
     choose_kernels(model, CPU, torch.float32)
-    sides = {"c_kernel": timed(model, True, args.repeats), "pytorch": timed(model, False, args.repeats)}
+    sides = {
+        "c_kernel": timed(model, True, args.repeats),
+        "pytorch": timed(model, False, args.repeats),
+    }
     for name, side in sides.items():
-        print(f"{name:10} {side['way']:12} {side['median_ms']:8.1f} ms (least {side['least_ms']:.1f}, "
-              f"first {side['first_ms']:.1f}; {side['cpu_ms']:.1f} ms of all threads)  {side['note']}")
-    save_results(f"asked_{args.name}", {
-        "device": device_name(CPU), "model": dataclasses.asdict(config),
-        "parameters": total_parameters(config), "repeats": args.repeats, "sides": sides,
-        # Other work on the machine lengthens all but least_ms and cpu_ms.
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None})
+        print(
+            f"{name:10} {side['way']:12} {side['median_ms']:8.1f} ms (least {side['least_ms']:.1f}, "
+            f"first {side['first_ms']:.1f}; {side['cpu_ms']:.1f} ms of all threads)  {side['note']}"
+        )
+    save_results(
+        f"asked_{args.name}",
+        {
+            "device": device_name(CPU),
+            "model": dataclasses.asdict(config),
+            "parameters": total_parameters(config),
+            "repeats": args.repeats,
+            "sides": sides,
+            # Other work on the machine lengthens all but least_ms and cpu_ms.
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+    )
     return 0
 
 

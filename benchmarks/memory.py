@@ -52,8 +52,8 @@ MODEL = dict(
     tie_embeddings=True,
     head_bias=False,
 )
-# Small, because what grew was oneDNN's kernels, whose size is not the model's. The settings that grew
-# most come first.
+# Small, because what grew was oneDNN's kernels, whose size is not the model's. The settings that
+# grew most come first.
 SMALL = dict(d_model=64, d_ff=256, transformer_blocks=4)
 GROWTH = [
     dict(

@@ -387,7 +387,8 @@ def _in_gguf(arch: str, name: str) -> tuple | None:
     return f"blk.{n}.{_GGUF_INSIDE[plain]}.{kind}", lambda t: t
 
 
-# ------------------------------------------------------------------------------------ our own weights
+# ------------------------------------------------------------------------------------ our own
+# weights
 def of_weights(settings: Mapping, weights: Mapping[str, Tensor]) -> Published:
     """A published architecture with the settings of a config.json and weights under our names."""
     half = settings.get("moe_intermediate_size", settings["intermediate_size"])

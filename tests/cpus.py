@@ -6,6 +6,7 @@
 Libraries choose their code by what the processor has. Told to do with less, they add in other orders, as they do elsewhere.
 Exit code 1 if a test fails under a setting.
 """
+
 from __future__ import annotations
 
 import getpass
@@ -22,46 +23,105 @@ from runtime import cli
 REPO = Path(__file__).resolve().parent.parent
 NO_AVX512 = "-mno-avx512f " if platform.machine() in ("x86_64", "AMD64") else ""
 
-# ATen's own kernels, oneDNN's, MKL's (on AMD it knows only MKL_CBWR), the C decoder's compiler flags, and the number of threads.
+# ATen's own kernels, oneDNN's, MKL's (on AMD it knows only MKL_CBWR), the C decoder's compiler
+# flags, and the number of threads.
 SETTINGS = {
-    "plain": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-              "MKL_CBWR": "COMPATIBLE", "GPTOSS_CFLAGS": f"{NO_AVX512}".strip(), "GPTOSS_TEST_THREADS": "1"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-             "MKL_CBWR": "AUTO", "GPTOSS_CFLAGS": f"{NO_AVX512}-O1", "GPTOSS_TEST_THREADS": "2"},
+    "plain": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_CBWR": "COMPATIBLE",
+        "GPTOSS_CFLAGS": f"{NO_AVX512}".strip(),
+        "GPTOSS_TEST_THREADS": "1",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_CBWR": "AUTO",
+        "GPTOSS_CFLAGS": f"{NO_AVX512}-O1",
+        "GPTOSS_TEST_THREADS": "2",
+    },
 }
 # Files whose tests compare two computations of the same numbers.
-FILES = ["test_check_kernels.py", "test_cpu_decode.py", "test_cpu_experts.py", "test_custom_code.py", "test_export_hf.py", "test_export_onnx.py", "test_huggingface.py",
-         "test_import_hf.py", "test_inference.py", "test_model.py", "test_model_parts.py", "test_optimizer.py", "test_quantize.py",
-         "test_rounding.py"]
+FILES = [
+    "test_check_kernels.py",
+    "test_cpu_decode.py",
+    "test_cpu_experts.py",
+    "test_custom_code.py",
+    "test_export_hf.py",
+    "test_export_onnx.py",
+    "test_huggingface.py",
+    "test_import_hf.py",
+    "test_inference.py",
+    "test_model.py",
+    "test_model_parts.py",
+    "test_optimizer.py",
+    "test_quantize.py",
+    "test_rounding.py",
+]
 # And single tests of other files.
-TESTS = ["test_benchmark_attention.py::test_flex_gives_the_same_numbers", "test_benchmark_decode.py::test_the_same_tokens",
-         "test_benchmarks.py::test_loop_is_our_model", "test_benchmarks.py::test_hugging_face_is_our_model",
-         "test_benchmarks.py::test_both_sides_take_the_same_steps",
-         "test_checkpoint.py::test_reference_checkpoints_compute_what_they_computed_there", "test_checkpoint.py::test_reference_gradients",
-         "test_train.py::test_gradient_accumulation_equals_the_big_batch", "test_train.py::test_validation_is_the_loss_and_draws_nothing",
-         "test_train.py::test_a_window_s_numbers_are_means_over_its_steps",
-         "test_train.py::test_clipping_is_by_the_norm_of_the_whole_gradient",
-         "test_train.py::test_packed_documents_loss_is_that_of_each_document_behind_its_end_of_text",
-         *(f"test_promises.py::test_it_holds[{name}]" for name in
-           ("12-cached", "12-native", "13-causality", "15-same_function", "16-experts", "17-loss", "24-context_policy"))]
+TESTS = [
+    "test_benchmark_attention.py::test_flex_gives_the_same_numbers",
+    "test_benchmark_decode.py::test_the_same_tokens",
+    "test_benchmarks.py::test_loop_is_our_model",
+    "test_benchmarks.py::test_hugging_face_is_our_model",
+    "test_benchmarks.py::test_both_sides_take_the_same_steps",
+    "test_checkpoint.py::test_reference_checkpoints_compute_what_they_computed_there",
+    "test_checkpoint.py::test_reference_gradients",
+    "test_train.py::test_gradient_accumulation_equals_the_big_batch",
+    "test_train.py::test_validation_is_the_loss_and_draws_nothing",
+    "test_train.py::test_a_window_s_numbers_are_means_over_its_steps",
+    "test_train.py::test_clipping_is_by_the_norm_of_the_whole_gradient",
+    "test_train.py::test_packed_documents_loss_is_that_of_each_document_behind_its_end_of_text",
+    *(
+        f"test_promises.py::test_it_holds[{name}]"
+        for name in (
+            "12-cached",
+            "12-native",
+            "13-causality",
+            "15-same_function",
+            "16-experts",
+            "17-loss",
+            "24-context_policy",
+        )
+    ),
+]
 
 
 def environment(name: str) -> dict[str, str]:
     """This process's variables with those of a setting."""
-    # Threads that wait for each other spin: a little of that, as the Makefile has it, or two of them on a busy machine take ten times as long.
+    # Threads that wait for each other spin: a little of that, as the Makefile has it, or two of
+    # them on a busy machine take ten times as long.
     spin = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
-    # The compiler's cache takes code for one capability for that of another, and then fails to compile it: each setting has its own.
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{name}")}
-    return os.environ | spin | cache | SETTINGS[name] | {"OMP_NUM_THREADS": SETTINGS[name]["GPTOSS_TEST_THREADS"]}
+    # The compiler's cache takes code for one capability for that of another, and then fails to
+    # compile it: each setting has its own.
+    cache = {
+        "TORCHINDUCTOR_CACHE_DIR": str(
+            Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{name}"
+        )
+    }
+    return (
+        os.environ
+        | spin
+        | cache
+        | SETTINGS[name]
+        | {"OMP_NUM_THREADS": SETTINGS[name]["GPTOSS_TEST_THREADS"]}
+    )
 
 
 def run(name: str, flags: list[str]) -> int:
     """Pytest's exit code for all of these tests under a setting."""
-    shown = " ".join(f"{key}={value!r}" if " " in value else f"{key}={value}" for key, value in SETTINGS[name].items())
+    shown = " ".join(
+        f"{key}={value!r}" if " " in value else f"{key}={value}"
+        for key, value in SETTINGS[name].items()
+    )
     print(f"{name}: {shown}", flush=True)
     started = time.perf_counter()
     tests = [f"tests/{test}" for test in FILES + TESTS]
-    code = subprocess.run([sys.executable, "-m", "pytest", *tests, *flags], cwd=REPO, env=environment(name)).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests, *flags], cwd=REPO, env=environment(name)
+    ).returncode
     print(f"{name}: pytest's exit code {code}, {time.perf_counter() - started:.0f} s", flush=True)
     return code
 

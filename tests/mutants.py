@@ -460,7 +460,7 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------------- numbers on another machine
     mutant(OWN, "an export may be off by a hundred times what rounding explains", "runtime/export.py", "return logits_bound(config, keys) * size_of(ours)",
            "return 100 * logits_bound(config, keys) * size_of(ours)", "test_export.py::test_logits_that_are_off_are_an_error"),
-    mutant(OWN, "the bound on rounding knows one block", "runtime/rounding.py", "return c.transformer_blocks * (attention", "return 1 * (attention",
+    mutant(OWN, "the bound on rounding knows one block", "runtime/rounding.py", "blocks = c.transformer_blocks * (attention", "blocks = 1 * (attention",
            "test_rounding.py::test_a_deeper_a_wider_and_a_longer_model_may_differ_by_more"),
     mutant(OWN, "the bound on rounding is that of the worst case", "runtime/rounding.py", "math.sqrt(sum(lengths))", "sum(lengths)",
            "test_rounding.py::test_lengths_of_several_sums_add_up", "test_rounding.py::test_sums_in_two_orders_are_within_the_bound_and_not_far_from_it"),

@@ -1,10 +1,14 @@
-"""Comparisons of numbers whose last bits depend on the machine: the bounds are those of runtime/rounding.py, whose text derives them.
+"""Comparisons of numbers whose last bits depend on the machine: the bounds are those of
+runtime/rounding.py, whose text derives them.
 
-A router that meets two nearly equal scores may send a token to either expert, on another CPU to the other: the logits from there on
-differ by far more than rounding. Tests over many random models compare what comes before such a tie (before_ties).
+A router that meets two nearly equal scores may send a token to either expert, on another CPU to the
+other: the logits from there on differ by far more than rounding. Tests over many random models
+compare what comes before such a tie (before_ties).
 
-Not for what must be equal to the bit (torch.equal), nor for Python floats with a closed form (pytest.approx).
+Not for what must be equal to the bit (torch.equal), nor for Python floats with a closed form
+(pytest.approx).
 """
+
 from __future__ import annotations
 
 import torch
@@ -13,11 +17,21 @@ from torch import Tensor
 from model import LLM
 from runtime.rounding import gradients_bound, logits_bound, rounding, size_of
 
-__all__ = ["assert_close", "before_ties", "gradients_bound", "is_close", "logits_bound", "rounding", "share_of", "size_of"]
+__all__ = [
+    "assert_close",
+    "before_ties",
+    "gradients_bound",
+    "is_close",
+    "logits_bound",
+    "rounding",
+    "share_of",
+    "size_of",
+]
 
 
 def share_of(actual, expected, bound: float, size: float | None = None) -> float:
-    """The largest difference over what `bound` allows; above 1 is too much. NaN if one of them holds NaN or infinities.
+    """The largest difference over what `bound` allows; above 1 is too much. NaN if one of them
+    holds NaN or infinities.
 
     size: what the bound is relative to (default: the root mean square of `expected`).
     """
@@ -25,30 +39,45 @@ def share_of(actual, expected, bound: float, size: float | None = None) -> float
     assert actual.shape == expected.shape, f"shapes {list(actual.shape)} and {list(expected.shape)}"
     difference = (actual - expected).abs().max().item()
     allowed = bound * (size_of(expected) if size is None else size)
-    return difference / allowed if allowed else 0.0 if difference == 0 else float("inf") if difference > 0 else difference
+    if allowed:
+        return difference / allowed
+    return float("inf") if difference > 0 else difference
 
 
 def is_close(actual, expected, bound: float, size: float | None = None) -> bool:
     return share_of(actual, expected, bound, size) <= 1
 
 
-def assert_close(actual: Tensor, expected: Tensor, bound: float, what: str = "", size: float | None = None) -> None:
-    """AssertionError unless the largest difference is within `bound` of the size of `expected` (see share_of)."""
+def assert_close(
+    actual: Tensor, expected: Tensor, bound: float, what: str = "", size: float | None = None
+) -> None:
+    """AssertionError unless the largest difference is within `bound` of the size of `expected` (see
+    share_of).
+    """
     share = share_of(actual, expected, bound, size)
-    assert share <= 1, f"{what or 'values'}: {share:.3g} times the difference that rounding explains ({bound:.2g} of their size)"
+    assert share <= 1, (
+        f"{what or 'values'}: {share:.3g} times the difference that rounding explains "
+        f"({bound:.2g} of their size)"
+    )
 
 
 @torch.no_grad()
 def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
-    """Bool [B, T]: no router has met a near tie at this token or at one before it, so that every implementation chooses the same experts.
+    """Bool [B, T]: no router has met a near tie at this token or at one before it, so that every
+    implementation chooses the same experts.
 
-    A near tie: the score of the last expert that is chosen is above that of the first that is not by no more than rounding may make.
+    A near tie: the score of the last expert that is chosen is above that of the first that is not
+    by no more than rounding may make.
     """
     B, T = ids_BT.shape
     gaps = [torch.full((B * T,), float("inf"), dtype=torch.float64)]
 
     def watch(router, given, out) -> None:
-        scores_NE = out[2].double() if router.selection_bias is None else out[2].double() + router.selection_bias
+        scores_NE = (
+            out[2].double()
+            if router.selection_bias is None
+            else out[2].double() + router.selection_bias
+        )
         if router.top_k < router.num_experts:
             best = scores_NE.topk(router.top_k + 1, dim=-1).values
             gaps.append(best[:, -2] - best[:, -1])

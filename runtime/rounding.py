@@ -44,13 +44,12 @@ def length_of_sums(config: ModelConfig, tokens: int) -> float:
     attends to.
     """
     c, D = config, config.attention_head_dim
-    attention = (
-        c.d_model + 3 * c.d_model + 3 * D + 2 * tokens + c.num_heads * D
-    )  # norm; q, k, v; their norms, scores; softmax, values; output
-    experts = (
-        c.d_model + c.d_model + c.num_experts + 2 * c.d_model + c.d_ff + c.top_k
-    )  # norm; router; softmax; gate and up; down; weighted sum
-    elementwise = 16  # rotations, activations, products, residuals
+    # Norm; q, k, v; their norms, scores; softmax, values; output.
+    attention = c.d_model + 3 * c.d_model + 3 * D + 2 * tokens + c.num_heads * D
+    # Norm; router; softmax; gate and up; down; weighted sum.
+    experts = c.d_model + c.d_model + c.num_experts + 2 * c.d_model + c.d_ff + c.top_k
+    # Rotations, activations, products, residuals.
+    elementwise = 16
     blocks = c.transformer_blocks * (attention + experts + elementwise)
     # The last norm and the head.
     return blocks + 2 * c.d_model

@@ -738,6 +738,7 @@ class Reporter:
             return
         try:
             draw_plots(self.log.stream(), self.plan.config.graph_dir, step)
+            process.give_back_memory()
         except (ImportError, OSError, ValueError) as error:
             self.can_plot = False
             self.say(f"no plots: {error} (the metrics are in {self.log.path})")

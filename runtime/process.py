@@ -35,6 +35,22 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, KEEP_BYTES) and mallopt(M_TOP_PAD, TOP_PAD_BYTES))
 
 
+def give_back_memory() -> bool:
+    """Have malloc give what is free back to the system, also between what is in use; True if it
+    could be told so.
+
+    For after work that leaves many small pieces in a heap that keeps what is freed: large tensors
+    find no room between them, and the heap grew with every drawing of plots.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (OSError, AttributeError):
+        # Another C library.
+        return False
+
+
 def usable_cores(root: str = "/sys/fs/cgroup") -> int:
     """Cores that this process may use: those it is bound to, and no more than the CPU quota of its container (cgroup v2, v1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -558,7 +558,8 @@ def test_a_filled_cache_takes_no_more_memory_than_it_may(monkeypatch):
     for most in (0, 40 * token_bytes, 300 * token_bytes):
         monkeypatch.setattr(asked, "MOST_CACHE_BYTES", most)
         far = asked._far_position(decoder)
-        assert far <= 1 or (far + 2) * token_bytes <= max(most, asked._weight_bytes(decoder.model))
+        allowed = max(most, asked._weight_bytes(decoder.model) // 16)
+        assert far <= 1 or (far + 2) * token_bytes <= allowed
     assert far > 200
 
 

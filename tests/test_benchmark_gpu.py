@@ -116,8 +116,7 @@ def test_a_stage_has_its_own_seconds_and_those_that_others_left():
 @pytest.mark.parametrize("stage", gpu_plan.SIZES)
 def test_sizes_fit_the_memory(stage, card):
     """The command asked an H100 for 91 GiB, and an H200 for 160. The peak is the estimate's
-    (gpu_plan.peak_bytes says where a count over fake tensors can take its place), and what was
-    counted where it was.
+    (tests hold it to a count over fake tensors), and what was counted where it was.
     """
     config, changes = gpu_plan.models()[stage]
     sizes = gpu_plan.sizes_for(stage, CARD_MEMORY[card])
@@ -137,6 +136,12 @@ def test_sizes_fit_the_memory(stage, card):
     assert len(sequences) == 1, "all sizes of a stage are the same step"
     # What is chosen first has a prediction.
     assert (stage, "{}x{}".format(*sizes[0])) in gpu_plan.TRAINED
+    # On cards of any other size, too.
+    for memory in range(40 * GIB, 80 * GIB, 4 * GIB):
+        chosen = gpu_plan.sizes_for(stage, memory)
+        assert all(peak(size) < 0.95 * memory for size in chosen) or (
+            chosen == [gpu_plan.SIZES[stage][-1]]
+        )
     # And where nothing fits, the smallest is tried.
     assert gpu_plan.sizes_for(stage, GIB) == [gpu_plan.SIZES[stage][-1]]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
+import train
 from runtime import process
 from tests.conftest import REPO
 
@@ -74,3 +76,39 @@ def test_cores_are_no_more_than_the_container_s_quota(tmp_path, monkeypatch, fil
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     assert process.usable_cores(str(tmp_path)) == expected
+
+
+CHILD = """
+from runtime import process
+process.keep_freed_memory()
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) << 10
+pieces = [bytearray(20_000) for _ in range(5_000)]
+del pieces[::2], pieces[1::2]
+print(anonymous(), process.give_back_memory(), anonymous())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_what_small_pieces_hold_apart_is_given_back():
+    """Each drawing of plots left pieces all over a heap that keeps what is freed: a run of nano
+    held 490 MiB after its first save and 630 after the sixth, 760 at its peak, where 541 had been
+    announced."""
+    before, told, after = python(CHILD).split()
+    # 100 MB in pieces of 5 pages, of which three in four were freed.
+    assert told == "True" and int(before) - int(after) > 40e6
+
+
+def test_plots_give_back_what_they_took(monkeypatch):
+    called = []
+    monkeypatch.setattr(train, "draw_plots", lambda *given: called.append("draw"))
+    monkeypatch.setattr(process, "give_back_memory", lambda: called.append("give back"))
+    config = types.SimpleNamespace(graph_dir="")
+    reporter = types.SimpleNamespace(
+        can_plot=True,
+        plan=types.SimpleNamespace(config=config),
+        log=types.SimpleNamespace(stream=lambda: []),
+    )
+    train.Reporter.plots(reporter, 1)
+    assert called == ["draw", "give back"]

@@ -2,6 +2,7 @@
 
 Shape letters as in model_parts.py, and V vocabulary.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,18 +21,26 @@ IGNORE = -100  # a target with this value is not predicted and not counted
 # How parameters begin, by the ends of their names (LLM.initialise). Norms begin at 1.
 ZERO = ("bias", "b_in", "b_out", "attention_bias", "sinks")
 RESIDUAL = ("out_proj.weight", "w_out")
-NORMAL = ("embed.weight", "out_head.weight", "W_q.weight", "W_k.weight", "W_v.weight",
-          "router.weight", "w_in")
+NORMAL = (
+    "embed.weight",
+    "out_head.weight",
+    "W_q.weight",
+    "W_k.weight",
+    "W_v.weight",
+    "router.weight",
+    "w_in",
+)
 
 
 class Output(NamedTuple):
     """What one forward pass gives. Without targets: logits. With targets: the loss, and no logits."""
-    logits: Tensor | None             # [B, T, V], or [B, 1, V] with last_token_only
+
+    logits: Tensor | None  # [B, T, V], or [B, 1, V] with last_token_only
     cross_entropy_sum: Tensor | None  # scalar, float32 or better: summed over valid targets (nats)
-    num_targets: Tensor | None        # scalar int64: valid targets
-    aux_loss: Tensor                  # scalar: aux_loss_coef * sum over blocks
-    z_loss: Tensor                    # scalar: z_loss_coef * sum over blocks
-    router: RouterStats               # per block
+    num_targets: Tensor | None  # scalar int64: valid targets
+    aux_loss: Tensor  # scalar: aux_loss_coef * sum over blocks
+    z_loss: Tensor  # scalar: z_loss_coef * sum over blocks
+    router: RouterStats  # per block
 
 
 class Head(nn.Module):
@@ -39,9 +48,15 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))
+        weight = (
+            None
+            if config.tie_embeddings
+            else nn.Parameter(torch.empty(config.vocabulary_size, config.d_model))
+        )
         self.register_parameter("weight", weight)
-        self.register_parameter("bias", nn.Parameter(torch.empty(config.vocabulary_size)) if config.head_bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(config.vocabulary_size)) if config.head_bias else None
+        )
 
 
 class LLM(nn.Module):
@@ -54,11 +69,15 @@ class LLM(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocabulary_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, block) for block in range(config.transformer_blocks))
+        self.layers = nn.ModuleList(
+            Block(config, block) for block in range(config.transformer_blocks)
+        )
         self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.out_head = Head(config)
-        self.activation_checkpointing = False        # keep only the blocks' inputs, compute the rest again in the backward pass
-        self.softmax_gradient = softmax_gradient_    # or the same compiled (compile_in_place)
+        self.activation_checkpointing = (
+            False  # keep only the blocks' inputs, compute the rest again in the backward pass
+        )
+        self.softmax_gradient = softmax_gradient_  # or the same compiled (compile_in_place)
         self.loss_rows = 0  # rows of logits that the loss holds at a time; 0 = loss_chunk_rows
         self.initialise()
 
@@ -71,8 +90,11 @@ class LLM(nn.Module):
         those of its parameters that write to the stream: residual_outputs = ("down.weight",). train.py
         names parameters of a kind that is not listed above.
         """
-        residual = {f"{prefix}.{name}".lstrip(".") for prefix, module in self.named_modules()
-                    for name in getattr(module, "residual_outputs", ())}
+        residual = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in self.named_modules()
+            for name in getattr(module, "residual_outputs", ())
+        }
         residual_std = self.config.init_std / math.sqrt(2 * self.config.transformer_blocks)
         for name, parameter in self.named_parameters():
             kind = name.rsplit(".", 1)[-1]
@@ -81,7 +103,9 @@ class LLM(nn.Module):
             elif kind in ZERO:
                 parameter.zero_()
             else:
-                is_residual = f".{name}".endswith(tuple(f".{end}" for end in RESIDUAL)) or name in residual
+                is_residual = (
+                    f".{name}".endswith(tuple(f".{end}" for end in RESIDUAL)) or name in residual
+                )
                 parameter.normal_(0.0, residual_std if is_residual else self.config.init_std)
 
     @property
@@ -90,8 +114,14 @@ class LLM(nn.Module):
         weight = self.out_head.weight
         return self.embed.weight if weight is None else weight
 
-    def forward(self, ids_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, last_token_only: bool = False,
-                starts_BT: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_token_only: bool = False,
+        starts_BT: Tensor | None = None,
+    ) -> Output:
         """One pass over ids [B, T] int64, which continue what is in `cache` if one is given.
 
         targets [B, T]: the id that should follow each token, IGNORE where none counts. last_token_only: logits of the last
@@ -103,7 +133,11 @@ class LLM(nn.Module):
         self._check_input(ids_BT, start, cache)
         x_BTC = self.embed(ids_BT)
         dtype = torch.promote_types(x_BTC.dtype, torch.float32)
-        rope = rope_tables(self.config, start, T, dtype, x_BTC.device) if self.config.use_rope else None
+        rope = (
+            rope_tables(self.config, start, T, dtype, x_BTC.device)
+            if self.config.use_rope
+            else None
+        )
         per_block = []
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -120,11 +154,23 @@ class LLM(nn.Module):
             logits = F.linear(x_BTC, self.head_weight, self.out_head.bias)
         else:
             rows = self.loss_rows or loss_chunk_rows(self.config, x_BTC.device.type != "cpu")
-            cross_entropy_sum = linear_cross_entropy(x_BTC.flatten(0, 1), self.head_weight, self.out_head.bias,
-                                                     targets_BT.flatten(), rows, self.softmax_gradient)
+            cross_entropy_sum = linear_cross_entropy(
+                x_BTC.flatten(0, 1),
+                self.head_weight,
+                self.out_head.bias,
+                targets_BT.flatten(),
+                rows,
+                self.softmax_gradient,
+            )
             num_targets = (targets_BT != IGNORE).sum()
-        return Output(logits, cross_entropy_sum, num_targets, self.config.aux_loss_coef * stats.aux_loss.sum(),
-                      self.config.z_loss_coef * stats.z_loss.sum(), stats)
+        return Output(
+            logits,
+            cross_entropy_sum,
+            num_targets,
+            self.config.aux_loss_coef * stats.aux_loss.sum(),
+            self.config.z_loss_coef * stats.z_loss.sum(),
+            stats,
+        )
 
     def _check_input(self, ids_BT: Tensor, start: int, cache: KVCache | None) -> None:
         B, T = ids_BT.shape
@@ -134,14 +180,22 @@ class LLM(nn.Module):
             cache.check_fits(B, T)
         self.check_length(start + T)
         # Reading ids back from a GPU would stop it; there the callers (data manifest, tokenizer) have checked them.
-        if ids_BT.device.type == "cpu" and not torch.compiler.is_compiling() and (ids_BT.min() < 0 or ids_BT.max() >= self.config.vocabulary_size):
-            raise ValueError(f"token ids must be from 0 to {self.config.vocabulary_size - 1}, got {ids_BT.min().item()} to {ids_BT.max().item()}")
+        if (
+            ids_BT.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and (ids_BT.min() < 0 or ids_BT.max() >= self.config.vocabulary_size)
+        ):
+            raise ValueError(
+                f"token ids must be from 0 to {self.config.vocabulary_size - 1}, got {ids_BT.min().item()} to {ids_BT.max().item()}"
+            )
 
     def check_length(self, tokens: int) -> None:
         """Raise ValueError for positions that a learned table does not have."""
         if self.config.use_attention_bias and tokens > self.config.context_length:
-            raise ValueError(f"{tokens} tokens do not fit the context of {self.config.context_length}: this model adds a learned bias for each pair of "
-                             "positions (use_attention_bias) and has none beyond; a model without that table can go further")
+            raise ValueError(
+                f"{tokens} tokens do not fit the context of {self.config.context_length}: this model adds a learned bias for each pair of "
+                "positions (use_attention_bias) and has none beyond; a model without that table can go further"
+            )
 
     def compile_in_place(self) -> None:
         """Compile the blocks, each by itself (they share one graph), and the loss's inner part; parameter names stay what they are."""
@@ -162,7 +216,9 @@ class LLM(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------ loss
-def softmax_gradient_(logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, needs_gradient: bool = True) -> Tensor:
+def softmax_gradient_(
+    logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, needs_gradient: bool = True
+) -> Tensor:
     """Put the gradient of the summed cross-entropy in the place of the logits [N, V]; returns the sum.
 
     The gradient is softmax - one_hot, 0 in rows whose target is IGNORE. Arithmetic is float32 (or float64), whatever the
@@ -171,7 +227,9 @@ def softmax_gradient_(logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tenso
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     valid_N1, target_N1 = (targets_N != IGNORE)[:, None], targets_N.clamp(min=0)[:, None]
     x_NV = logits_NV.to(wide)  # the logits themselves where that is their dtype
-    if torch.compiler.is_compiling():  # spelled so that it becomes a pass for the sums and one that writes, with no tensor besides
+    if (
+        torch.compiler.is_compiling()
+    ):  # spelled so that it becomes a pass for the sums and one that writes, with no tensor besides
         x_NV = x_NV if bias_V is None else x_NV + bias_V
         at_target_N1, log_sum_N1 = x_NV.gather(1, target_N1), x_NV.logsumexp(dim=-1, keepdim=True)
         if needs_gradient:
@@ -188,7 +246,9 @@ def softmax_gradient_(logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tenso
             if logits_NV.dtype != wide:
                 logits_NV.copy_(x_NV)
             gradient_N1 = ((at_target_N1 - log_sum_N1).exp() - 1) * valid_N1
-            logits_NV.scatter_(1, target_N1, gradient_N1.to(logits_NV.dtype))  # written, not added: no atomics, and rounded once
+            logits_NV.scatter_(
+                1, target_N1, gradient_N1.to(logits_NV.dtype)
+            )  # written, not added: no atomics, and rounded once
     return ((log_sum_N1 - at_target_N1) * valid_N1).sum()
 
 
@@ -201,8 +261,14 @@ def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: boo
     if total_VC.dtype == h_NC.dtype:
         total_VC.addmm_(chunk_NV.T, h_NC, beta=float(not is_first))
     elif total_VC.is_cuda and torch.version.hip is None:
-        torch.addmm(total_VC, chunk_NV.T, h_NC, beta=float(not is_first),
-                    out_dtype=total_VC.dtype, out=total_VC)
+        torch.addmm(
+            total_VC,
+            chunk_NV.T,
+            h_NC,
+            beta=float(not is_first),
+            out_dtype=total_VC.dtype,
+            out=total_VC,
+        )
     elif is_first:
         total_VC.copy_(chunk_NV.T @ h_NC)
     else:
@@ -217,7 +283,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients, softmax_gradient):
+    def forward(
+        ctx,
+        h_NC,
+        weight_VC,
+        bias_V,
+        targets_N,
+        chunk_rows,
+        dtype,
+        needs_gradients,
+        softmax_gradient,
+    ):
         wide = torch.promote_types(dtype, torch.float32)
         h, weight = h_NC.to(dtype), weight_VC.to(dtype)
         bias = None if bias_V is None else bias_V.to(wide)
@@ -225,16 +301,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         N, V = len(h), len(weight)
         # Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose addresses are not aligned.
         buffer = torch.empty(min(chunk_rows, N), -(-V // 64) * 64, dtype=dtype, device=h.device)
-        buffer[:, V:] = 0  # a CPU's bfloat16 products read on to even numbers of columns: a NaN that was left there would count, times 0
+        buffer[:, V:] = (
+            0  # a CPU's bfloat16 products read on to even numbers of columns: a NaN that was left there would count, times 0
+        )
         if needs_gradients:
-            grad_h, grad_weight = torch.empty(h.shape, dtype=wide, device=h.device), torch.empty(weight.shape, dtype=wide, device=h.device)
+            grad_h, grad_weight = (
+                torch.empty(h.shape, dtype=wide, device=h.device),
+                torch.empty(weight.shape, dtype=wide, device=h.device),
+            )
             grad_bias = None if bias is None else torch.zeros_like(bias)
         for first in range(0, N, chunk_rows):
-            h_chunk = h[first:first + chunk_rows]
-            chunk_NV = torch.mm(h_chunk, weight.T, out=buffer[:len(h_chunk), :V])
-            total += softmax_gradient(chunk_NV, bias, targets_N[first:first + chunk_rows], needs_gradients)
+            h_chunk = h[first : first + chunk_rows]
+            chunk_NV = torch.mm(h_chunk, weight.T, out=buffer[: len(h_chunk), :V])
+            total += softmax_gradient(
+                chunk_NV, bias, targets_N[first : first + chunk_rows], needs_gradients
+            )
             if needs_gradients:
-                grad_h[first:first + chunk_rows] = chunk_NV @ weight
+                grad_h[first : first + chunk_rows] = chunk_NV @ weight
                 add_product_(grad_weight, chunk_NV, h_chunk, is_first=first == 0)
                 if bias is not None:
                     grad_bias += chunk_NV.sum(dim=0, dtype=wide)
@@ -247,12 +330,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         # Scaled in place, for a copy of the head's gradient is 0.8 GB at full size, unless the graph is to be walked again.
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
-        grads = (None if g is None else (g.mul_(grad) if is_last else g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        grads = (
+            None if g is None else (g.mul_(grad) if is_last else g * grad).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return *grads, None, None, None, None, None
 
 
-def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_rows: int,
-                         softmax_gradient=softmax_gradient_) -> Tensor:
+def linear_cross_entropy(
+    h_NC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    chunk_rows: int,
+    softmax_gradient=softmax_gradient_,
+) -> Tensor:
     """Summed cross-entropy (nats) of softmax(h W' + b) against targets, holding `chunk_rows` rows of the [N, V] logits at a time.
 
     h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not count. The products run in
@@ -260,15 +352,25 @@ def linear_cross_entropy(h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None,
     same compiled.
     """
     device = h_NC.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
+    dtype = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
+    )
     inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients, softmax_gradient)
+        return _LinearCrossEntropy.apply(
+            h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients, softmax_gradient
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ generation
-def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float = 0.0, repetition_penalty: float = 1.0) -> None:
+def check_sampling(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> None:
     """Raise ValueError for settings that define no distribution."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
@@ -279,18 +381,35 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float = 
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p must be from 0 (off) to 1, not {min_p}")
     if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
-        raise ValueError(f"repetition_penalty must be a positive number (1 = off), not {repetition_penalty}")
+        raise ValueError(
+            f"repetition_penalty must be a positive number (1 = off), not {repetition_penalty}"
+        )
 
 
-def penalise_repetition(logits_BV: Tensor, history_BT: Tensor, penalty: float, exempt_ids: Tensor) -> Tensor:
+def penalise_repetition(
+    logits_BV: Tensor, history_BT: Tensor, penalty: float, exempt_ids: Tensor
+) -> Tensor:
     """Logits [B, V] of the ids in each row's history [B, T] made less likely: positive ones divided by `penalty`, negative ones
     multiplied. exempt_ids [*]: ids that stay as they are. Keskar et al. 2019 (CTRL), section 4.1, whose logits are positive."""
-    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(1, history_BT, True).index_fill_(1, exempt_ids, False)
-    return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+    seen_BV = (
+        torch.zeros_like(logits_BV, dtype=torch.bool)
+        .scatter_(1, history_BT, True)
+        .index_fill_(1, exempt_ids, False)
+    )
+    return torch.where(
+        seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV
+    )
 
 
-def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, banned_ids: Tensor | None = None,
-           generator: torch.Generator | Sequence[torch.Generator] | None = None, min_p: float = 0.0) -> Tensor:
+def sample(
+    logits_BV: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    banned_ids: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    min_p: float = 0.0,
+) -> Tensor:
     """Draw one id per row from logits [B, V], in float32: ids [B] int64, -1 in rows whose logits are not finite. The host never waits.
 
     generator: one for all rows, or one for each. banned_ids [*] int64 are never drawn. temperature 0 takes the largest logit. min_p keeps those at least min_p times as
@@ -306,7 +425,9 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
         return torch.where(is_finite_B, logits_BV.argmax(dim=-1), -1)
     # Shifted so that the largest is 0: a tiny temperature then sends the others to -inf and never makes inf - inf. The
     # bounds are float32's: beyond them a temperature would be 0 or inf.
-    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / min(
+        max(temperature, 1e-30), 1e30
+    )
     if min_p:
         logits_BV = logits_BV.masked_fill(logits_BV < math.log(min_p), -math.inf)
     ids_BV = None
@@ -319,22 +440,43 @@ def sample(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
         probabilities_BV = probabilities_BV.masked_fill(before_BV >= max(top_p, 1e-30), 0.0)
     # The least of exponential clocks with these rates is a draw from them. torch.multinomial does the same, and waits for a check.
     clocks_BV = torch.empty_like(probabilities_BV)
-    for rows_BV, g in zip(clocks_BV.unbind(), generator, strict=True) if isinstance(generator, Sequence) else [(clocks_BV, generator)]:
+    for rows_BV, g in (
+        zip(clocks_BV.unbind(), generator, strict=True)
+        if isinstance(generator, Sequence)
+        else [(clocks_BV, generator)]
+    ):
         rows_BV.exponential_(generator=g)
     drawn_B1 = (probabilities_BV / clocks_BV.clamp_(min=1e-37)).argmax(dim=-1, keepdim=True)
-    return torch.where(is_finite_B, (drawn_B1 if ids_BV is None else ids_BV.gather(1, drawn_B1))[:, 0], -1)
+    return torch.where(
+        is_finite_B, (drawn_B1 if ids_BV is None else ids_BV.gather(1, drawn_B1))[:, 0], -1
+    )
 
 
 def check_drawn(ids: Sequence[int]) -> None:
     """Raise ValueError if `sample` met logits that are not finite."""
     if min(ids) < 0:
-        raise ValueError("the model's logits are not finite: its weights are damaged, or too large for this arithmetic (try --dtype float32)")
+        raise ValueError(
+            "the model's logits are not finite: its weights are damaged, or too large for this arithmetic (try --dtype float32)"
+        )
 
 
 @torch.no_grad()
-def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: float = 0.9, top_k: int = 50, top_p: float = 1.0,
-             stop_ids: Sequence[int] = (), banned_ids: Sequence[int] = (), generator: torch.Generator | None = None,
-             cache_dtype: torch.dtype | None = None, slide: bool = True, min_p: float = 0.0, repetition_penalty: float = 1.0) -> Iterator[Tensor]:
+def generate(
+    model: LLM,
+    ids_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.9,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+    cache_dtype: torch.dtype | None = None,
+    slide: bool = True,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Iterator[Tensor]:
     """Continue prompts [B, T], yielding one id per row, [B] int64, as soon as it is drawn.
 
     A row that has drawn one of `stop_ids` repeats it until all rows have; then generation ends. When the context is full,
@@ -348,7 +490,13 @@ def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: fl
     if max_new_tokens == 0:
         return
     (B, T), context, device = ids_BT.shape, model.config.context_length, ids_BT.device
-    cache = KVCache(model.config, B, min(context, T + max_new_tokens), cache_dtype or model.embed.weight.dtype, device)
+    cache = KVCache(
+        model.config,
+        B,
+        min(context, T + max_new_tokens),
+        cache_dtype or model.embed.weight.dtype,
+        device,
+    )
     banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=device)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
@@ -361,10 +509,12 @@ def generate(model: LLM, ids_BT: Tensor, max_new_tokens: int, *, temperature: fl
                 if not slide:
                     return
                 cache.reset()
-                next_BT = history_BT = history_BT[:, -max(1, context // 2):]
+                next_BT = history_BT = history_BT[:, -max(1, context // 2) :]
             logits_BV = model(next_BT, cache=cache, last_token_only=True).logits[:, -1]
             if repetition_penalty != 1.0:
-                logits_BV = penalise_repetition(logits_BV.float(), history_BT, repetition_penalty, stops)
+                logits_BV = penalise_repetition(
+                    logits_BV.float(), history_BT, repetition_penalty, stops
+                )
             drawn_B = sample(logits_BV, temperature, top_k, top_p, banned, generator, min_p)
             check_drawn(drawn_B.tolist())
             if len(stops):

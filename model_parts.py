@@ -3,6 +3,7 @@
 Shapes are written into names: B batch, T query tokens, S key tokens, C d_model, H query heads, G key/value heads, D head_dim,
 N = B*T tokens, E experts, K top_k, R = N*K rows (token-expert assignments), F d_ff, L blocks. A True in a mask keeps.
 """
+
 from __future__ import annotations
 
 import copy
@@ -19,7 +20,11 @@ from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS, ModelConfig
 # ------------------------------------------------------------------------------------------------------------- positions
 def _table_dtype(device) -> torch.dtype:
     """float64, or float32 on Apple's GPUs, which have no float64."""
-    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+    return (
+        torch.float32
+        if device is not None and torch.device(device).type == "mps"
+        else torch.float64
+    )
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
@@ -32,14 +37,18 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
     D, factor = config.attention_head_dim, config.rope_scaling_factor
     dtype = _table_dtype(device)
     pairs = torch.arange(0, D, 2, dtype=dtype, device=device) / D
-    frequencies = config.rope_theta ** -pairs
+    frequencies = config.rope_theta**-pairs
     if config.rope_scaling == "linear":
         return frequencies / factor
     if config.rope_scaling == "yarn":
         trained_tokens = config.context_length / factor
 
         def pair_that_turns(times: float) -> float:
-            return D * math.log(trained_tokens / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+            return (
+                D
+                * math.log(trained_tokens / (times * 2 * math.pi))
+                / (2 * math.log(config.rope_theta))
+            )
 
         fast, slow = pair_that_turns(32), pair_that_turns(1)
         if config.yarn_truncate:
@@ -51,18 +60,26 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
     return frequencies
 
 
-def rope_tables(config: ModelConfig, start: int, T: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    config: ModelConfig, start: int, T: int, dtype: torch.dtype, device
+) -> tuple[Tensor, Tensor]:
     """(cos, sin) for absolute positions start .. start+T-1, each [T, D] in `dtype`, which should be float32 or float64.
 
     Made for each forward pass and never stored, so that casting a model cannot round its positions.
     """
-    return rope_tables_at(config, torch.arange(start, start + T, dtype=_table_dtype(device), device=device), dtype)
+    return rope_tables_at(
+        config, torch.arange(start, start + T, dtype=_table_dtype(device), device=device), dtype
+    )
 
 
-def rope_tables_at(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables_at(
+    config: ModelConfig, positions_T: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """`rope_tables` for any positions [T]."""
     device = positions_T.device
-    angles_TD = torch.outer(positions_T.to(_table_dtype(device)), rope_frequencies(config, device)).repeat(1, 2)
+    angles_TD = torch.outer(
+        positions_T.to(_table_dtype(device)), rope_frequencies(config, device)
+    ).repeat(1, 2)
     # YaRN also sharpens attention by a temperature, folded into the tables (Peng et al. 2023, section 3.4).
     scale = 0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling == "yarn" else 1.0
     return (angles_TD.cos() * scale).to(dtype), (angles_TD.sin() * scale).to(dtype)
@@ -74,7 +91,9 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return (x_BHTD * cos_TD + torch.cat((-second, first), dim=-1) * sin_TD).to(x_BHTD.dtype)
 
 
-def attention_mask(q_positions_T: Tensor, k_positions_S: Tensor, window: int, starts_BT: Tensor | None = None) -> Tensor:
+def attention_mask(
+    q_positions_T: Tensor, k_positions_S: Tensor, window: int, starts_BT: Tensor | None = None
+) -> Tensor:
     """The one mask rule, [T, S] bool: a query sees keys at its own and earlier positions, at most `window` of them (0 = all).
 
     starts_BT: the position where each query's document begins; it sees nothing before. The mask is then [B, 1, T, S].
@@ -83,7 +102,11 @@ def attention_mask(q_positions_T: Tensor, k_positions_S: Tensor, window: int, st
     visible_TS = distance_TS >= 0
     if window:
         visible_TS = visible_TS & (distance_TS < window)
-    return visible_TS if starts_BT is None else visible_TS & (k_positions_S >= starts_BT[:, None, :, None])
+    return (
+        visible_TS
+        if starts_BT is None
+        else visible_TS & (k_positions_S >= starts_BT[:, None, :, None])
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- KV cache
@@ -95,13 +118,29 @@ class KVCache:
     `length` counts the tokens of every row that are in; ValueError where a forward pass does not fit.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_tokens: int, dtype: torch.dtype = torch.float32, device="cpu"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device="cpu",
+    ):
         self.batch_size, self.max_tokens, self.length = batch_size, max_tokens, 0
         windows = [config.window(block) for block in range(config.transformer_blocks)]
         self.is_ring = [0 < window < max_tokens for window in windows]
-        shapes = [(batch_size, config.num_kv_heads, window if ring else max_tokens, config.attention_head_dim)
-                  for window, ring in zip(windows, self.is_ring, strict=True)]
-        with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
+        shapes = [
+            (
+                batch_size,
+                config.num_kv_heads,
+                window if ring else max_tokens,
+                config.attention_head_dim,
+            )
+            for window, ring in zip(windows, self.is_ring, strict=True)
+        ]
+        with torch.inference_mode(
+            False
+        ):  # a tensor born in inference mode could not be written outside it
             self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
             self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
 
@@ -115,7 +154,10 @@ class KVCache:
 
     def rewind(self, length: int) -> bool:
         """Forget all but the first `length` tokens. False, and nothing happens, where a ring is full: it may have overwritten what the rest needs."""
-        if length < self.length and any(ring and self.length >= keys.shape[2] for ring, keys in zip(self.is_ring, self.keys, strict=True)):
+        if length < self.length and any(
+            ring and self.length >= keys.shape[2]
+            for ring, keys in zip(self.is_ring, self.keys, strict=True)
+        ):
             return False
         self.length = min(self.length, length)
         return True
@@ -125,16 +167,24 @@ class KVCache:
         rows = []
         for b in range(self.batch_size):
             row = copy.copy(self)
-            row.batch_size, row.keys, row.values = 1, [t[b:b + 1] for t in self.keys], [t[b:b + 1] for t in self.values]
+            row.batch_size, row.keys, row.values = (
+                1,
+                [t[b : b + 1] for t in self.keys],
+                [t[b : b + 1] for t in self.values],
+            )
             rows.append(row)
         return rows
 
     def check_fits(self, B: int, T: int) -> None:
         """Raise ValueError if T more tokens for B rows do not fit."""
         if self.batch_size != B:
-            raise ValueError(f"this KV cache was made for {self.batch_size} rows and was given {B}: make one for that batch")
+            raise ValueError(
+                f"this KV cache was made for {self.batch_size} rows and was given {B}: make one for that batch"
+            )
         if self.length + T > self.max_tokens:
-            raise ValueError(f"the KV cache holds {self.max_tokens} tokens, {self.length} of them are used and {T} more do not fit")
+            raise ValueError(
+                f"the KV cache holds {self.max_tokens} tokens, {self.length} of them are used and {T} more do not fit"
+            )
 
     def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new keys and values of one block at positions length .. length+T-1; return all that a query may need.
@@ -146,16 +196,18 @@ class KVCache:
         for store, new in ((self.keys[block], k_BGTD), (self.values[block], v_BGTD)):
             new = new.to(store.dtype)
             if not self.is_ring[block]:
-                store[:, :, start:start + T] = new
-                everything = store[:, :, :start + T]
+                store[:, :, start : start + T] = new
+                everything = store[:, :, : start + T]
             elif T == 1:
                 store[:, :, start % W] = new[:, :, 0]
-                everything = store[:, :, :start + 1]
+                everything = store[:, :, : start + 1]
             else:  # the chunk's first queries need keys that its last ones overwrite: read, then write
                 before = torch.arange(max(0, start - W), start, device=store.device) % W
                 everything = torch.cat((store[:, :, before], new), dim=2)
                 kept = min(T, W)
-                store[:, :, torch.arange(start + T - kept, start + T, device=store.device) % W] = new[:, :, T - kept:]
+                store[:, :, torch.arange(start + T - kept, start + T, device=store.device) % W] = (
+                    new[:, :, T - kept :]
+                )
             results.append(everything.to(k_BGTD.dtype))
         return results[0], results[1]
 
@@ -192,11 +244,23 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(self.H * self.D, config.d_model, bias=config.out_proj_bias)
         self.q_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.register_parameter("sinks", nn.Parameter(torch.empty(self.H)) if config.attention_sinks else None)
-        table = torch.empty(self.H, config.context_length, config.context_length) if config.use_attention_bias else None
+        self.register_parameter(
+            "sinks", nn.Parameter(torch.empty(self.H)) if config.attention_sinks else None
+        )
+        table = (
+            torch.empty(self.H, config.context_length, config.context_length)
+            if config.use_attention_bias
+            else None
+        )
         self.register_parameter("attention_bias", None if table is None else nn.Parameter(table))
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, starts_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None = None,
+        starts_BT: Tensor | None = None,
+    ) -> Tensor:
         B, T, _ = x_BTC.shape
         q_BHTD, k_BGSD, v_BGSD = self.project(x_BTC, rope)
         start = 0
@@ -213,25 +277,45 @@ class Attention(nn.Module):
                 # PyTorch holds all T x S scores. A copy of what this call reads avoids it.
                 groups = self.H // self.G
                 k_BGSD, v_BGSD = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
-            y_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, enable_gqa=k_BGSD.shape[1] != self.H)
+            y_BHTD = F.scaled_dot_product_attention(
+                q_BHTD,
+                k_BGSD,
+                v_BGSD,
+                attn_mask=mask,
+                is_causal=is_causal,
+                dropout_p=dropout,
+                enable_gqa=k_BGSD.shape[1] != self.H,
+            )
         elif self.sink_kernel is not None and not dropout and self.attention_bias is None:
             y_BHTD = self.sink_kernel(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal)
         else:
-            y_BHTD = attention_with_sinks(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal, dropout)
+            y_BHTD = attention_with_sinks(
+                q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal, dropout
+            )
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
 
-    def project(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, D], keys and values [B, G, T, D] of some tokens, normalised and rotated. rope: tables that go with [B, heads, T, D]."""
         B, T, _ = x_BTC.shape
-        q_BHTD, k_BGTD, v_BGTD = (linear(x_BTC).view(B, T, -1, self.D).transpose(1, 2) for linear in (self.W_q, self.W_k, self.W_v))
+        q_BHTD, k_BGTD, v_BGTD = (
+            linear(x_BTC).view(B, T, -1, self.D).transpose(1, 2)
+            for linear in (self.W_q, self.W_k, self.W_v)
+        )
         if self.q_norm is not None:
             dtype = self.q_norm.weight.dtype  # the weights': float32 under autocast
-            q_BHTD, k_BGTD = self.q_norm(q_BHTD.to(dtype)).to(v_BGTD.dtype), self.k_norm(k_BGTD.to(dtype)).to(v_BGTD.dtype)
+            q_BHTD, k_BGTD = (
+                self.q_norm(q_BHTD.to(dtype)).to(v_BGTD.dtype),
+                self.k_norm(k_BGTD.to(dtype)).to(v_BGTD.dtype),
+            )
         if rope is not None:
             q_BHTD, k_BGTD = rotate(q_BHTD, *rope), rotate(k_BGTD, *rope)
         return q_BHTD, k_BGTD, v_BGTD
 
-    def _mask(self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None, starts_BT: Tensor | None) -> tuple[Tensor | None, bool]:
+    def _mask(
+        self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None, starts_BT: Tensor | None
+    ) -> tuple[Tensor | None, bool]:
         """(attn_mask, is_causal) for the kernel: the one rule, spelled the fastest way that says the same."""
         if self.attention_bias is None and starts_BT is None:
             if T == 1:  # the cache hands one query nothing that it may not see
@@ -243,14 +327,22 @@ class Attention(nn.Module):
         mask = attention_mask(q_positions_T, k_positions_S, self.window, starts_BT)
         if self.attention_bias is None:
             return mask, False
-        bias_HTS = self.attention_bias[:, start:start + T]
+        bias_HTS = self.attention_bias[:, start : start + T]
         ring = cache is not None and cache.is_ring[self.block]
-        bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, :start + T]
+        bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
         bias_BHTS = bias_HTS.to(q_BHTD.dtype)[None]
         return torch.where(mask, bias_BHTS, -math.inf), False
 
 
-def attention_with_sinks(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H: Tensor, mask: Tensor | None, is_causal: bool, dropout: float = 0.0) -> Tensor:
+def attention_with_sinks(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    sinks_H: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
     """Attention whose softmax has one place more per head, the sink: [B, H, T, D]. In float32 or better, all scores at once.
 
     mask: [.., T, S], bool (True keeps) or added to the scores. Source: gpt-oss (arXiv 2508.10925, section 2); Xiao et al. 2023 on why it helps.
@@ -258,11 +350,15 @@ def attention_with_sinks(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H
     (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
     k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
-    scores_BHTS = (q_BHTD @ k_BHSD.transpose(2, 3)).to(dtype) * D ** -0.5
+    scores_BHTS = (q_BHTD @ k_BHSD.transpose(2, 3)).to(dtype) * D**-0.5
     if is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril()
     if mask is not None:
-        scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores_BHTS + mask
+        scores_BHTS = (
+            scores_BHTS.masked_fill(~mask, -math.inf)
+            if mask.dtype == torch.bool
+            else scores_BHTS + mask
+        )
     sinks_BHT1 = sinks_H.to(dtype).view(1, H, 1, 1).expand(B, H, T, 1)
     weights_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(dim=-1)[..., :S]
     return F.dropout(weights_BHTS, dropout).to(v_BHSD.dtype) @ v_BHSD
@@ -271,10 +367,11 @@ def attention_with_sinks(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H
 # ---------------------------------------------------------------------------------------------------- mixture of experts
 class RouterStats(NamedTuple):
     """What the routers did, one entry per block once `LLM` has stacked them. Losses carry gradients, the rest does not."""
-    aux_loss: Tensor       # [L] load-balance loss without its coefficient, 1.0 at perfect balance
-    z_loss: Tensor         # [L] mean squared log-partition of the router, without its coefficient
-    load: Tensor           # [L, E] assignments to each expert over its fair share: 1.0 = fair
-    entropy: Tensor        # [L] mean entropy of a token's router distribution (nats)
+
+    aux_loss: Tensor  # [L] load-balance loss without its coefficient, 1.0 at perfect balance
+    z_loss: Tensor  # [L] mean squared log-partition of the router, without its coefficient
+    load: Tensor  # [L, E] assignments to each expert over its fair share: 1.0 = fair
+    entropy: Tensor  # [L] mean entropy of a token's router distribution (nats)
     dropped_share: Tensor  # [L] assignments dropped by capacity_factor, as a share of all
 
 
@@ -285,21 +382,38 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
-        self.register_parameter("bias", nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
+        )
         # Added to the scores for the choice only, not for the weights; moved after each step by
         # LLM.balance_experts (Wang et al. 2024, "auxiliary-loss-free load balancing"; DeepSeek-V3, section 2.1.2).
-        self.register_buffer("selection_bias", torch.zeros(config.num_experts) if config.router_bias_rate else None)
+        self.register_buffer(
+            "selection_bias", torch.zeros(config.num_experts) if config.router_bias_rate else None
+        )
 
     def forward(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns (weights [N, K], experts [N, K] int64, probabilities [N, E], logits [N, E]), floats in float32 or better."""
         dtype = torch.promote_types(x_NC.dtype, torch.float32)
         with torch.autocast(x_NC.device.type, enabled=False):
-            logits_NE = F.linear(x_NC.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            logits_NE = F.linear(
+                x_NC.to(dtype),
+                self.weight.to(dtype),
+                None if self.bias is None else self.bias.to(dtype),
+            )
         probabilities_NE = logits_NE.softmax(dim=-1)
-        scores_NE = probabilities_NE if self.selection_bias is None else probabilities_NE + self.selection_bias
+        scores_NE = (
+            probabilities_NE
+            if self.selection_bias is None
+            else probabilities_NE + self.selection_bias
+        )
         experts_NK = scores_NE.topk(self.top_k, dim=-1).indices
         weights_NK = probabilities_NE.gather(1, experts_NK)
-        return weights_NK / weights_NK.sum(dim=-1, keepdim=True), experts_NK, probabilities_NE, logits_NE
+        return (
+            weights_NK / weights_NK.sum(dim=-1, keepdim=True),
+            experts_NK,
+            probabilities_NE,
+            logits_NE,
+        )
 
 
 def balance_loss(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
@@ -311,7 +425,9 @@ def balance_loss(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
     return probabilities_NE.shape[1] * (share_E * probabilities_NE.mean(dim=0)).sum()
 
 
-def drop_over_capacity(weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, capacity_factor: float) -> tuple[Tensor, Tensor]:
+def drop_over_capacity(
+    weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, capacity_factor: float
+) -> tuple[Tensor, Tensor]:
     """Zero the weights of assignments beyond ceil(capacity_factor * N * K / E) per expert; returns (weights, dropped share).
 
     The capacity is GShard's (Lepikhin et al. 2020) and Switch's. Which ones go does not depend on the place in the batch:
@@ -320,10 +436,14 @@ def drop_over_capacity(weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor,
     studied, the dropless path is the fast one.
     """
     (N, K), E = weights_NK.shape, counts_E.shape[0]
-    capacity = math.ceil(capacity_factor * N * K / E - 1e-9)  # 1.1 * 100 * 2 / 20 is 11, also in binary
+    capacity = math.ceil(
+        capacity_factor * N * K / E - 1e-9
+    )  # 1.1 * 100 * 2 / 20 is 11, also in binary
     by_weight = weights_NK.detach().flatten().argsort(descending=True, stable=True)
     experts_R = experts_NK.flatten()
-    order = by_weight[experts_R[by_weight].argsort(stable=True)]          # by expert, then by falling weight
+    order = by_weight[
+        experts_R[by_weight].argsort(stable=True)
+    ]  # by expert, then by falling weight
     first_E = counts_E.cumsum(0) - counts_E
     rank_R = torch.arange(N * K, device=order.device) - first_E[experts_R[order]]
     kept_R = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank_R < capacity)
@@ -347,7 +467,12 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         grad = grad.index_select(0, inverse)
-        return (grad.view(-1, ctx.K, grad.shape[1]).sum(dim=1) if ctx.K > 1 else grad), None, None, None
+        return (
+            (grad.view(-1, ctx.K, grad.shape[1]).sum(dim=1) if ctx.K > 1 else grad),
+            None,
+            None,
+            None,
+        )
 
 
 @torch.library.custom_op("gptoss::grouped_linear", mutates_args=())
@@ -368,7 +493,9 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: T
 
 
 @torch.library.custom_op("gptoss::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped_linear_backward(
+    grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to x, w and b (empty without one). A group without rows gets zeros."""
     grad_x, grad_w = torch.empty_like(x_RI), torch.empty_like(w_EOI)
     grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
@@ -396,7 +523,11 @@ def _(x_RI, w_EOI, b_EO, counts_E):
 
 @_grouped_linear_backward.register_fake
 def _(grad_RO, x_RI, w_EOI, counts_E, has_bias):
-    return torch.empty_like(x_RI), torch.empty_like(w_EOI), w_EOI.new_empty(w_EOI.shape[:2] if has_bias else 0)
+    return (
+        torch.empty_like(x_RI),
+        torch.empty_like(w_EOI),
+        w_EOI.new_empty(w_EOI.shape[:2] if has_bias else 0),
+    )
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -406,7 +537,9 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_RO):
-    grad_x, grad_w, grad_b = _grouped_linear_backward(grad_RO.contiguous(), *ctx.saved_tensors, ctx.has_bias)
+    grad_x, grad_w, grad_b = _grouped_linear_backward(
+        grad_RO.contiguous(), *ctx.saved_tensors, ctx.has_bias
+    )
     return grad_x, grad_w, grad_b if ctx.has_bias else None, None
 
 
@@ -437,19 +570,32 @@ class Experts(nn.Module):
         self.activation, self.dropout = config.expert_activation, config.dropout
         self.w_in = nn.Parameter(torch.empty(E, f_in, C))
         self.w_out = nn.Parameter(torch.empty(E, C, d_ff))
-        self.register_parameter("b_in", nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None)
-        self.register_parameter("b_out", nn.Parameter(torch.empty(E, C)) if config.expert_bias else None)
+        self.register_parameter(
+            "b_in", nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None
+        )
+        self.register_parameter(
+            "b_out", nn.Parameter(torch.empty(E, C)) if config.expert_bias else None
+        )
         # Faster ways to the same result, where the device has them (runtime.device.choose_kernels):
-        self.grouped = False      # one kernel for the products of all experts instead of one after another
+        self.grouped = (
+            False  # one kernel for the products of all experts instead of one after another
+        )
         self.feed_forward = None  # one operation for all of it: (x, w_in, b_in, w_out, b_out, counts, activation) -> ([R, C], what its backward needs)
 
     def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert through their experts: [R, C] -> [R, C].  experts_R: each row's expert; counts_E: rows of each."""
         device = x_RC.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RC.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RC.dtype
+        )
         if self.feed_forward is not None and not (self.dropout and self.training):
-            w_in, b_in, w_out, b_out = (None if p is None else p.to(dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
-            return self.feed_forward(x_RC.to(dtype), w_in, b_in, w_out, b_out, counts_E, self.activation)[0]
+            w_in, b_in, w_out, b_out = (
+                None if p is None else p.to(dtype)
+                for p in (self.w_in, self.b_in, self.w_out, self.b_out)
+            )
+            return self.feed_forward(
+                x_RC.to(dtype), w_in, b_in, w_out, b_out, counts_E, self.activation
+            )[0]
         h_RF = self._linear(x_RC.to(dtype), self.w_in, self.b_in, experts_R, counts_E)
         h_RF = activate(h_RF, self.activation)
         # expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4; on attention weights: as in GPT-2's code
@@ -457,7 +603,9 @@ class Experts(nn.Module):
             h_RF = F.dropout(h_RF, self.dropout, self.training)
         return self._linear(h_RF, self.w_out, self.b_out, experts_R, counts_E)
 
-    def _linear(self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor) -> Tensor:
+    def _linear(
+        self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor
+    ) -> Tensor:
         """grouped_linear in the rows' dtype (autocast knows neither path), by the device's own kernel where it is the fast one."""
         w_EOI, b_EO = w_EOI.to(x_RI.dtype), None if b_EO is None else b_EO.to(x_RI.dtype)
         if not self.grouped:
@@ -478,12 +626,21 @@ class LocalDispatcher:
     The seam for expert parallelism: anything with this `__call__` can take its place in `MoE.dispatcher`.
     """
 
-    def __call__(self, x_NC: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
+    def __call__(
+        self,
+        x_NC: Tensor,
+        weights_NK: Tensor,
+        experts_NK: Tensor,
+        counts_E: Tensor,
+        experts: Experts,
+    ) -> Tensor:
         """[N, C] -> [N, C]: each token's experts' outputs, weighted and summed."""
         N, K = experts_NK.shape
         experts_R = experts_NK.flatten()
         order_R = experts_R.argsort(stable=True)
-        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(N * K, device=order_R.device))
+        inverse_R = torch.empty_like(order_R).scatter_(
+            0, order_R, torch.arange(N * K, device=order_R.device)
+        )
         y_RC = experts(_GatherRows.apply(x_NC, order_R, inverse_R, K), experts_R[order_R], counts_E)
         y_NKC = _GatherRows.apply(y_RC, inverse_R, order_R, 1).view(N, K, -1)
         return (y_NKC * weights_NK[:, :, None]).sum(dim=1)
@@ -495,13 +652,19 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.capacity_factor = config.capacity_factor
-        self.router, self.experts, self.dispatcher = Router(config), Experts(config), LocalDispatcher()
+        self.router, self.experts, self.dispatcher = (
+            Router(config),
+            Experts(config),
+            LocalDispatcher(),
+        )
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, RouterStats]:
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         weights_NK, experts_NK, probabilities_NE, logits_NE = self.router(x_NC)
         E, assignments = probabilities_NE.shape[1], experts_NK.numel()
-        counts_E = (experts_NK.flatten()[:, None] == torch.arange(E, device=x_NC.device)).sum(dim=0)  # no atomic additions
+        counts_E = (experts_NK.flatten()[:, None] == torch.arange(E, device=x_NC.device)).sum(
+            dim=0
+        )  # no atomic additions
         aux_loss = balance_loss(probabilities_NE, counts_E)
         # ST-MoE (Zoph et al. 2022), equation 5
         z_loss = logits_NE.logsumexp(dim=-1).square().mean()
@@ -509,10 +672,16 @@ class MoE(nn.Module):
             entropy = -torch.special.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1).mean()
             load_E = counts_E.to(entropy.dtype) * (E / assignments)
         dropped_share = torch.zeros_like(entropy)
-        if self.capacity_factor and self.training:  # drops make a token depend on its batch; inference never does
-            weights_NK, dropped_share = drop_over_capacity(weights_NK, experts_NK, counts_E, self.capacity_factor)
+        if (
+            self.capacity_factor and self.training
+        ):  # drops make a token depend on its batch; inference never does
+            weights_NK, dropped_share = drop_over_capacity(
+                weights_NK, experts_NK, counts_E, self.capacity_factor
+            )
         y_NC = self.dispatcher(x_NC, weights_NK, experts_NK, counts_E, self.experts)
-        return y_NC.to(x_BTC.dtype).view_as(x_BTC), RouterStats(aux_loss, z_loss, load_E, entropy, dropped_share)
+        return y_NC.to(x_BTC.dtype).view_as(x_BTC), RouterStats(
+            aux_loss, z_loss, load_E, entropy, dropped_share
+        )
 
 
 class Block(nn.Module):
@@ -525,7 +694,13 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.moe = MoE(config)
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, starts_BT: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None = None,
+        starts_BT: Tensor | None = None,
+    ) -> tuple[Tensor, RouterStats]:
         x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)
         y_BTC, stats = self.moe(self.norm2(x_BTC))
         return x_BTC + y_BTC, stats

@@ -3,6 +3,7 @@
 Documents flow through in batches and in order, so memory does not grow with the corpus and the same input gives the same
 bytes, whatever the number of cores. Nothing in --out_dir changes before the new set is whole (see runtime/data.py).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,18 +31,36 @@ from tqdm import tqdm
 from runtime import data
 from runtime.cli import parser, run_main
 from runtime.process import usable_cores
-from runtime.tokenizer import COMPACT, END_OF_TEXT, NAMED, Tokenizer, check_name, compacted, load_tokenizer, train_bpe
+from runtime.tokenizer import (
+    COMPACT,
+    END_OF_TEXT,
+    NAMED,
+    Tokenizer,
+    check_name,
+    compacted,
+    load_tokenizer,
+    train_bpe,
+)
 
 DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
 DEFAULT_VAL_RATIO, DEFAULT_TOY_STORIES = 0.01, 30_000
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")  # what a dataset may call its own validation split
-TEXT_FORMATS = (".txt", ".jsonl", ".csv")                 # these may also be .gz
+VALIDATION_NAMES = (
+    "validation",
+    "valid",
+    "val",
+    "dev",
+)  # what a dataset may call its own validation split
+TEXT_FORMATS = (".txt", ".jsonl", ".csv")  # these may also be .gz
 FORMATS = (*TEXT_FORMATS, ".parquet")
-BATCH_CHARACTERS = 1 << 17     # one unit of work for one core: about 15 ms
-PART_CHARACTERS = 1 << 20      # a longer document in a .txt file is read and tokenised in parts of this size
+BATCH_CHARACTERS = 1 << 17  # one unit of work for one core: about 15 ms
+PART_CHARACTERS = (
+    1 << 20
+)  # a longer document in a .txt file is read and tokenised in parts of this size
 LARGEST_COUNT = 1 << 47
 
-Part = tuple[str, bool]        # text, and whether its document ends with it; all but huge documents have one part
+Part = tuple[
+    str, bool
+]  # text, and whether its document ends with it; all but huge documents have one part
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -52,8 +71,11 @@ class ToySource:
 
     def __init__(self, num_stories: int):
         from runtime import toy_stories
+
         if num_stories > toy_stories.NUM_DISTINCT:
-            raise ValueError(f"--num_stories {num_stories:,}: there are {toy_stories.NUM_DISTINCT:,} distinct stories")
+            raise ValueError(
+                f"--num_stories {num_stories:,}: there are {toy_stories.NUM_DISTINCT:,} distinct stories"
+            )
         self._story, self.num_stories, self.fraction = toy_stories.story, num_stories, 0.0
         self.description = {"dataset": "toy", "num_stories": num_stories}
 
@@ -66,15 +88,24 @@ class ToySource:
 class HubSource:
     """One split of a dataset that the `datasets` library can load, from the Hub or from a local folder."""
 
-    def __init__(self, name: str, config: str | None, split: str, text_column: str, streaming: bool):
+    def __init__(
+        self, name: str, config: str | None, split: str, text_column: str, streaming: bool
+    ):
         self.name, self.column, self.fraction = name, text_column, None
-        self.description = {"dataset": name, "config": config, "split": split, "text_column": text_column}
+        self.description = {
+            "dataset": name,
+            "config": config,
+            "split": split,
+            "text_column": text_column,
+        }
         with _library_errors(name):
             rows = _datasets().load_dataset(name, config, split=split, streaming=streaming)
             columns = rows.column_names or list(next(iter(rows), {}))
             self._num_rows = None if streaming else len(rows)
         if text_column not in columns:
-            raise ValueError(f"dataset {name} has no column {text_column!r}: give --text_column as one of {', '.join(columns)}")
+            raise ValueError(
+                f"dataset {name} has no column {text_column!r}: give --text_column as one of {', '.join(columns)}"
+            )
         self._rows = rows.select_columns([text_column])
 
     def documents(self) -> Iterator[Part]:
@@ -93,8 +124,16 @@ class FileSource:
     def __init__(self, paths: list[str], text_column: str, separator: str):
         self.paths = [Path(path) for path in paths]
         self.column, self.separator = text_column, separator
-        self._raw, self._bytes_done, self._bytes = None, 0, sum(path.stat().st_size for path in self.paths)
-        self.description = {"files": [{"name": path.as_posix(), "bytes": path.stat().st_size} for path in self.paths]}
+        self._raw, self._bytes_done, self._bytes = (
+            None,
+            0,
+            sum(path.stat().st_size for path in self.paths),
+        )
+        self.description = {
+            "files": [
+                {"name": path.as_posix(), "bytes": path.stat().st_size} for path in self.paths
+            ]
+        }
         kinds = {file_format(path) for path in self.paths}
         self.description |= {"text_column": text_column} if kinds - {".txt"} else {}
         self.description |= {"document_separator": separator} if ".txt" in kinds else {}
@@ -122,13 +161,19 @@ class FileSource:
                     yield from read_parquet(self._raw, path, self.column)
                     return
                 stream = gzip.GzipFile(fileobj=self._raw) if path.suffix == ".gz" else self._raw
-                text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if kind == ".csv" else None)
+                text = io.TextIOWrapper(
+                    stream, encoding="utf-8-sig", newline="" if kind == ".csv" else None
+                )
                 if kind == ".txt":
                     yield from read_txt(text, self.separator)
                 else:
-                    yield from (read_jsonl if kind == ".jsonl" else read_csv)(text, path, self.column)
+                    yield from (read_jsonl if kind == ".jsonl" else read_csv)(
+                        text, path, self.column
+                    )
         except (OSError, ValueError, EOFError, RecursionError, zlib.error, csv.Error) as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+            raise ValueError(
+                str(error) if str(path) in str(error) else f"{path}: {error}"
+            ) from error
 
 
 def file_format(path: Path) -> str:
@@ -137,7 +182,9 @@ def file_format(path: Path) -> str:
     for kind in FORMATS:
         if name.endswith(kind) or (kind in TEXT_FORMATS and name.endswith(kind + ".gz")):
             return kind
-    raise ValueError(f"{path} is of no known format: {', '.join(FORMATS)}, and .gz of the first three")
+    raise ValueError(
+        f"{path} is of no known format: {', '.join(FORMATS)}, and .gz of the first three"
+    )
 
 
 def read_txt(file: Iterable[str], separator: str) -> Iterator[Part]:
@@ -165,7 +212,10 @@ _BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_])|(?<=\S\n)(?=[^\W_])")
 
 def safe_cut(text: str, end: int) -> int:
     """The last place in the 4,096 characters before `end` where a cut changes no token; `end` if there is none."""
-    return max((match.start() for match in _BETWEEN_WORDS.finditer(text, max(1, end - 4096), end)), default=end)
+    return max(
+        (match.start() for match in _BETWEEN_WORDS.finditer(text, max(1, end - 4096), end)),
+        default=end,
+    )
 
 
 def read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
@@ -179,7 +229,9 @@ def read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or column not in row:
             columns = ", ".join(row) if isinstance(row, dict) else "no columns"
-            raise ValueError(f"{path} line {number} has no {column!r} (it has {columns}): give --text_column")
+            raise ValueError(
+                f"{path} line {number} has no {column!r} (it has {columns}): give --text_column"
+            )
         yield _text_of(row[column], f"{path} line {number}", column), True
 
 
@@ -188,7 +240,9 @@ def read_csv(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file)
     if column not in (rows.fieldnames or []):
-        raise ValueError(f"{path} has no column {column!r} (it has {', '.join(rows.fieldnames or ['none'])}): give --text_column")
+        raise ValueError(
+            f"{path} has no column {column!r} (it has {', '.join(rows.fieldnames or ['none'])}): give --text_column"
+        )
     for row in rows:
         yield _text_of(row[column], f"{path} line {rows.line_num}", column), True
 
@@ -201,7 +255,9 @@ def read_parquet(file: io.BufferedReader, path: Path, column: str) -> Iterator[P
         raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     table = pyarrow.parquet.ParquetFile(file)
     if column not in table.schema_arrow.names:
-        raise ValueError(f"{path} has no column {column!r} (it has {', '.join(table.schema_arrow.names)}): give --text_column")
+        raise ValueError(
+            f"{path} has no column {column!r} (it has {', '.join(table.schema_arrow.names)}): give --text_column"
+        )
     for batch in table.iter_batches(batch_size=1000, columns=[column]):
         for text in batch.column(0).to_pylist():
             yield _text_of(text, str(path), column), True
@@ -212,7 +268,9 @@ def _text_of(value: object, where: str, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, not text: give another --text_column")
+        raise ValueError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text: give another --text_column"
+        )
     return value
 
 
@@ -221,8 +279,13 @@ def _datasets():
         import datasets
         import huggingface_hub
     except ImportError:
-        raise ValueError("downloading a dataset needs the datasets library (pip install datasets); --files and --dataset toy do without") from None
-    for library in (datasets, huggingface_hub):  # their warnings about retries; an error comes out as one line of ours
+        raise ValueError(
+            "downloading a dataset needs the datasets library (pip install datasets); --files and --dataset toy do without"
+        ) from None
+    for library in (
+        datasets,
+        huggingface_hub,
+    ):  # their warnings about retries; an error comes out as one line of ours
         library.logging.set_verbosity_error()
     return datasets
 
@@ -238,16 +301,22 @@ def _library_errors(name: str) -> Iterator[None]:
         raise ValueError(f"dataset {name}: {error}") from error
     except Exception as error:  # their errors share no base class
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"dataset {name} could not be read ({reason}); without a network use --dataset toy or --files") from error
+        raise ValueError(
+            f"dataset {name} could not be read ({reason}); without a network use --dataset toy or --files"
+        ) from error
 
 
 def own_validation(name: str, config: str | None, split: str) -> str | None:
     """The name of a dataset's own validation split, unless that is what `split` trains on. ValueError if `split` is not there."""
     with _library_errors(name):
         names = _datasets().get_dataset_split_names(name, config)
-    wanted = {part.split("[")[0].strip() for part in split.split("+")}  # split may be train[:10%]+extra
+    wanted = {
+        part.split("[")[0].strip() for part in split.split("+")
+    }  # split may be train[:10%]+extra
     if missing := sorted(wanted - set(names)):
-        raise ValueError(f"dataset {name} has no split {missing[0]!r}: give --split as one of {', '.join(names)}")
+        raise ValueError(
+            f"dataset {name} has no split {missing[0]!r}: give --split as one of {', '.join(names)}"
+        )
     return next((own for own in VALIDATION_NAMES if own in names and own not in wanted), None)
 
 
@@ -266,12 +335,17 @@ def split_by_hash(val_ratio: float) -> Callable[[bytes], str]:
 @dataclass
 class Batch:
     """Some documents in a row: one unit of work."""
-    parts: dict[str, list[Part]] = field(default_factory=lambda: {split: [] for split in data.SPLITS})
+
+    parts: dict[str, list[Part]] = field(
+        default_factory=lambda: {split: [] for split in data.SPLITS}
+    )
     met: set[bytes] = field(default_factory=set)  # digests of those among them that were looked for
-    fraction: float | None = None                 # of the source, at the end of the batch
+    fraction: float | None = None  # of the source, at the end of the batch
 
 
-def make_batches(source, route: Callable[[bytes], str | None], look_for: Iterable[bytes] = frozenset()) -> Iterator[Batch]:
+def make_batches(
+    source, route: Callable[[bytes], str | None], look_for: Iterable[bytes] = frozenset()
+) -> Iterator[Batch]:
     """Documents in order, each with the split that `route` gives its digest (None: left out); empty ones are left out.
 
     A document of several parts is known by its first.
@@ -300,6 +374,7 @@ def make_batches(source, route: Callable[[bytes], str | None], look_for: Iterabl
 @dataclass
 class Encoded:
     """The ids of one batch's documents in one split, end-of-text after each, and of every part its tokens, UTF-8 bytes and end."""
+
     ids: np.ndarray
     parts: list[tuple[int, int, bool]]
 
@@ -320,7 +395,9 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
     return encoded
 
 
-def encode_in_order(tokenizer: Tokenizer, batches: Iterable[Batch], num_proc: int) -> Iterator[tuple[Batch, dict[str, Encoded]]]:
+def encode_in_order(
+    tokenizer: Tokenizer, batches: Iterable[Batch], num_proc: int
+) -> Iterator[tuple[Batch, dict[str, Encoded]]]:
     """Batches and their ids, in order, with `num_proc` threads at work on the ones ahead and a bounded number of them in memory."""
     waiting = deque()
     pool = ThreadPoolExecutor(num_proc)
@@ -340,7 +417,11 @@ class SplitWriter:
     """One split on its way to disk: its shards, its counts and which ids are `used`, bool [vocabulary], up to `limit` tokens."""
 
     def __init__(self, folder: Path, shard_size: int, limit: int, tokenizer: Tokenizer):
-        self.writer, self.limit, self.tokenizer = data.ShardWriter(folder, shard_size), limit, tokenizer
+        self.writer, self.limit, self.tokenizer = (
+            data.ShardWriter(folder, shard_size),
+            limit,
+            tokenizer,
+        )
         self.folder, self.num_documents, self.num_bytes = folder, 0, 0
         self.used = np.zeros(tokenizer.vocabulary_size, dtype=bool)
 
@@ -365,15 +446,27 @@ class SplitWriter:
 
     def finish(self) -> dict:
         """Close the shards; returns what the manifest says about them."""
-        return {"total_documents": self.num_documents, "total_bytes": self.num_bytes, **self.writer.finish()}
+        return {
+            "total_documents": self.num_documents,
+            "total_bytes": self.num_bytes,
+            **self.writer.finish(),
+        }
 
 
-def write_splits(tokenizer: Tokenizer, batches: Iterable[Batch], writers: dict[str, SplitWriter], until_full: str, num_proc: int) -> set[bytes]:
+def write_splits(
+    tokenizer: Tokenizer,
+    batches: Iterable[Batch],
+    writers: dict[str, SplitWriter],
+    until_full: str,
+    num_proc: int,
+) -> set[bytes]:
     """Tokenise batches into the writers until they end or `until_full` is full; returns the digests met that were looked for."""
     met: set[bytes] = set()
     label = " + ".join(writers)
-    with contextlib.closing(encode_in_order(tokenizer, batches, num_proc)) as results, \
-            tqdm(desc=label, unit=" tokens", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+    with (
+        contextlib.closing(encode_in_order(tokenizer, batches, num_proc)) as results,
+        tqdm(desc=label, unit=" tokens", unit_scale=True, disable=None, dynamic_ncols=True) as bar,
+    ):
         for batch, encoded in results:
             met |= batch.met
             before = sum(writer.writer.total_tokens for writer in writers.values())
@@ -381,7 +474,9 @@ def write_splits(tokenizer: Tokenizer, batches: Iterable[Batch], writers: dict[s
                 writers[split].add(ids)
             written = sum(writer.writer.total_tokens for writer in writers.values())
             if batch.fraction:
-                bar.total = round(min(written / batch.fraction, writers[until_full].limit * len(writers)))
+                bar.total = round(
+                    min(written / batch.fraction, writers[until_full].limit * len(writers))
+                )
             bar.update(written - before)
             if writers[until_full].full:
                 break
@@ -392,6 +487,7 @@ def write_splits(tokenizer: Tokenizer, batches: Iterable[Batch], writers: dict[s
 @dataclass
 class Plan:
     """What to read: training text, and either a validation source of its own or a share of the training text."""
+
     train: object
     val: object | None
     val_ratio: float | None
@@ -419,18 +515,33 @@ def open_sources(options: argparse.Namespace) -> Plan:
         val = None
     ratio = None if val else o.val_ratio or DEFAULT_VAL_RATIO
     limits = {"max_tokens": o.max_tokens} if o.max_tokens else {}
-    return Plan(train, val, ratio, train.description | limits | {"validation": val.description if val else {"val_ratio": ratio}})
+    return Plan(
+        train,
+        val,
+        ratio,
+        train.description
+        | limits
+        | {"validation": val.description if val else {"val_ratio": ratio}},
+    )
 
 
 def is_path(name: str) -> bool:
     """Whether --tokenizer names a folder or checkpoint that has a tokenizer."""
-    return name not in (*NAMED, "byte") and not name.startswith("bpe:") and not name.endswith(COMPACT) and os.path.exists(name)
+    return (
+        name not in (*NAMED, "byte")
+        and not name.startswith("bpe:")
+        and not name.endswith(COMPACT)
+        and os.path.exists(name)
+    )
 
 
 def ready_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer that text is cut with; None for one that is trained on the text."""
     if is_path(name):
-        from runtime.checkpoint import named_tokenizer  # imports torch, which nothing else here needs
+        from runtime.checkpoint import (
+            named_tokenizer,
+        )  # imports torch, which nothing else here needs
+
         return named_tokenizer(name)
     return None if name.startswith("bpe:") else load_tokenizer(name.removesuffix(COMPACT))
 
@@ -439,7 +550,10 @@ def trained_tokenizer(name: str, plan: Plan) -> Tokenizer:
     """bpe:SIZE, trained on the training text alone."""
     print(f"training {name} ...", flush=True)
     route = split_by_hash(plan.val_ratio) if plan.val is None else lambda digest: "train"
-    return train_bpe((text for batch in make_batches(plan.train, route) for text, _ in batch.parts["train"]), int(name[4:]))
+    return train_bpe(
+        (text for batch in make_batches(plan.train, route) for text, _ in batch.parts["train"]),
+        int(name[4:]),
+    )
 
 
 def prepare(options: argparse.Namespace) -> dict[str, dict]:
@@ -455,7 +569,9 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
         data.finish_publishing(out_dir)
         data.remove_partial(out_dir)
         try:
-            manifests = write_partial(out_dir / data.PARTIAL, tokenizer or trained_tokenizer(o.tokenizer, plan), plan, o)
+            manifests = write_partial(
+                out_dir / data.PARTIAL, tokenizer or trained_tokenizer(o.tokenizer, plan), plan, o
+            )
             data.publish(out_dir)
         except BaseException:
             data.remove_partial(out_dir)
@@ -466,42 +582,75 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
     return manifests
 
 
-def write_partial(folder: Path, tokenizer: Tokenizer, plan: Plan, o: argparse.Namespace) -> dict[str, dict]:
+def write_partial(
+    folder: Path, tokenizer: Tokenizer, plan: Plan, o: argparse.Namespace
+) -> dict[str, dict]:
     """Write both splits with their manifests, which come last, into an empty folder.
 
     A compact vocabulary is known only when all text is tokenised: until then the shards hold the ids of its base, `tokenizer`.
     """
     with contextlib.ExitStack() as stack:
-        writers = {split: SplitWriter(folder / split, o.shard_size, o.max_tokens or LARGEST_COUNT, tokenizer) for split in data.SPLITS}
+        writers = {
+            split: SplitWriter(
+                folder / split, o.shard_size, o.max_tokens or LARGEST_COUNT, tokenizer
+            )
+            for split in data.SPLITS
+        }
         for writer in writers.values():
             stack.callback(writer.writer.close)
         work = functools.partial(write_splits, tokenizer, num_proc=o.num_proc)
         if plan.val is None:
             work(make_batches(plan.train, split_by_hash(plan.val_ratio)), writers, "train")
         else:  # the validation side is small: remember its digests, find those that training has too, leave them out
-            wanted = {digest for batch in make_batches(plan.val, lambda digest: "val") for digest in _digests(batch)}
-            in_train = work(make_batches(plan.train, lambda digest: "train", wanted), {"train": writers["train"]}, "train")
-            work(make_batches(plan.val, lambda digest: None if digest in in_train else "val"), {"val": writers["val"]}, "val")
+            wanted = {
+                digest
+                for batch in make_batches(plan.val, lambda digest: "val")
+                for digest in _digests(batch)
+            }
+            in_train = work(
+                make_batches(plan.train, lambda digest: "train", wanted),
+                {"train": writers["train"]},
+                "train",
+            )
+            work(
+                make_batches(plan.val, lambda digest: None if digest in in_train else "val"),
+                {"val": writers["val"]},
+                "val",
+            )
         for split, writer in writers.items():
             if not writer.writer.total_tokens:
-                raise ValueError(_why_empty(split, plan, sum(writer.num_documents for writer in writers.values())))
+                raise ValueError(
+                    _why_empty(
+                        split, plan, sum(writer.num_documents for writer in writers.values())
+                    )
+                )
         counts = {split: writer.finish() for split, writer in writers.items()}
 
     used = np.flatnonzero(writers["train"].used | writers["val"].used)
     if o.tokenizer in NAMED:
-        print(f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur (--tokenizer {o.tokenizer}{COMPACT} makes a vocabulary of these)")
+        print(
+            f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur (--tokenizer {o.tokenizer}{COMPACT} makes a vocabulary of these)"
+        )
     elif o.tokenizer.endswith(COMPACT):
         print(f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur")
         tokenizer = compacted(tokenizer, used)
-        counts = {split: data.renumber(folder / split, counts[split], tokenizer.new_ids) for split in data.SPLITS}
+        counts = {
+            split: data.renumber(folder / split, counts[split], tokenizer.new_ids)
+            for split in data.SPLITS
+        }
     pair = data.pair_id(tokenizer, [counts[split]["tokens_sha256"] for split in data.SPLITS])
     manifests = {}
     for split in data.SPLITS:
         manifests[split] = {
-            "format": data.FORMAT, "version": data.VERSION, "split": split, "pair": pair,
+            "format": data.FORMAT,
+            "version": data.VERSION,
+            "split": split,
+            "pair": pair,
             "tokenizer": data.write_tokenizer(folder / split, tokenizer),
-            "vocabulary_size": tokenizer.vocabulary_size, "end_of_text_id": tokenizer.end_of_text_id,
-            "source": plan.description, **counts[split],
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "end_of_text_id": tokenizer.end_of_text_id,
+            "source": plan.description,
+            **counts[split],
         }
         data.write_manifest(folder / split, manifests[split])
     return manifests
@@ -521,9 +670,15 @@ def _why_empty(split: str, plan: Plan, num_documents: int) -> str:
         return "there is no text to prepare: all documents are empty"
     if plan.val is None:
         other = "raise" if split == "val" else "lower"
-        return (f"all {num_documents} documents went to the other side of val_ratio {plan.val_ratio}, so {split} would be empty: {other} --val_ratio, "
-                f"give --val_files, or divide the text into more documents (--document_separator)")
-    return f"{split} would be empty: " + ("every validation document is also in train, or empty" if split == "val" else "all its documents are empty")
+        return (
+            f"all {num_documents} documents went to the other side of val_ratio {plan.val_ratio}, so {split} would be empty: {other} --val_ratio, "
+            f"give --val_files, or divide the text into more documents (--document_separator)"
+        )
+    return f"{split} would be empty: " + (
+        "every validation document is also in train, or empty"
+        if split == "val"
+        else "all its documents are empty"
+    )
 
 
 def _count(text: str) -> int:
@@ -534,45 +689,114 @@ def _count(text: str) -> int:
             return int(number)
     except InvalidOperation:
         pass
-    raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {LARGEST_COUNT:.0e}, such as 1e8 or 100000000, not {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"must be a whole number from 1 to {LARGEST_COUNT:.0e}, such as 1e8 or 100000000, not {text!r}"
+    )
 
 
 def _ratio(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, such as 0.01, not {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"must be a number between 0 and 1, such as 0.01, not {text!r}"
+    )
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options from the command line. ValueError for each that is wrong or that the others would leave without effect."""
-    p = parser("Turn text into token shards for train.py.", epilog=(
-        "examples:\n  python prepare_data.py                                         TinyStories, o200k_base (downloads both)\n"
-        "  python prepare_data.py --tokenizer o200k_base:compact          the same tokens, numbered without the ids that TinyStories does not use\n"
-        "  python prepare_data.py --dataset toy --tokenizer bpe:2048      made-up stories, no network\n"
-        "  python prepare_data.py --files a.jsonl b.txt.gz --val_ratio 0.02\n"
-        "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu --dataset_config sample-10BT --streaming --max_tokens 1e9"))
+    p = parser(
+        "Turn text into token shards for train.py.",
+        epilog=(
+            "examples:\n  python prepare_data.py                                         TinyStories, o200k_base (downloads both)\n"
+            "  python prepare_data.py --tokenizer o200k_base:compact          the same tokens, numbered without the ids that TinyStories does not use\n"
+            "  python prepare_data.py --dataset toy --tokenizer bpe:2048      made-up stories, no network\n"
+            "  python prepare_data.py --files a.jsonl b.txt.gz --val_ratio 0.02\n"
+            "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu --dataset_config sample-10BT --streaming --max_tokens 1e9"
+        ),
+    )
 
     add = p.add_argument
-    add("--dataset", metavar="NAME", help=f"text set on the Hugging Face Hub, or a local folder that `datasets` can load, or toy: generated stories (default: {DEFAULT_DATASET})")
+    add(
+        "--dataset",
+        metavar="NAME",
+        help=f"text set on the Hugging Face Hub, or a local folder that `datasets` can load, or toy: generated stories (default: {DEFAULT_DATASET})",
+    )
     add("--dataset_config", metavar="NAME", help="configuration of the dataset")
     add("--split", metavar="NAME", help="split of the dataset to train on (default: train)")
-    add("--text_column", metavar="NAME", help=f"column that holds the text (default: {DEFAULT_COLUMN})")
-    add("--streaming", action="store_true", help="read the dataset from the network as it is used, without storing it first")
-    add("--num_stories", type=_count, metavar="STORIES", help=f"stories that --dataset toy generates (default: {DEFAULT_TOY_STORIES})")
-    add("--files", nargs="+", metavar="FILE", help="local text in place of a dataset: .txt, .jsonl, .csv (each also .gz), .parquet")
-    add("--val_files", nargs="+", metavar="FILE", help="validation text; documents that are also in the training text are left out")
-    add("--val_ratio", type=_ratio, metavar="SHARE",
-        help=f"share of the documents that go to validation, chosen by a hash of their text (default: the dataset's own validation split, else {DEFAULT_VAL_RATIO})")
-    add("--document_separator", metavar="TEXT", help=rf"what divides the documents of a .txt file; \n is a newline (default: {END_OF_TEXT})")
-    add("--max_tokens", type=_count, metavar="TOKENS", help="stop when train has this many tokens; val gets no more than that either (default: all)")
-    add("--out_dir", default="data", metavar="FOLDER", help="where train/ and val/ go, in the place of an earlier set (default: data)")
-    add("--tokenizer", default="o200k_base", metavar="NAME",
+    add(
+        "--text_column",
+        metavar="NAME",
+        help=f"column that holds the text (default: {DEFAULT_COLUMN})",
+    )
+    add(
+        "--streaming",
+        action="store_true",
+        help="read the dataset from the network as it is used, without storing it first",
+    )
+    add(
+        "--num_stories",
+        type=_count,
+        metavar="STORIES",
+        help=f"stories that --dataset toy generates (default: {DEFAULT_TOY_STORIES})",
+    )
+    add(
+        "--files",
+        nargs="+",
+        metavar="FILE",
+        help="local text in place of a dataset: .txt, .jsonl, .csv (each also .gz), .parquet",
+    )
+    add(
+        "--val_files",
+        nargs="+",
+        metavar="FILE",
+        help="validation text; documents that are also in the training text are left out",
+    )
+    add(
+        "--val_ratio",
+        type=_ratio,
+        metavar="SHARE",
+        help=f"share of the documents that go to validation, chosen by a hash of their text (default: the dataset's own validation split, else {DEFAULT_VAL_RATIO})",
+    )
+    add(
+        "--document_separator",
+        metavar="TEXT",
+        help=rf"what divides the documents of a .txt file; \n is a newline (default: {END_OF_TEXT})",
+    )
+    add(
+        "--max_tokens",
+        type=_count,
+        metavar="TOKENS",
+        help="stop when train has this many tokens; val gets no more than that either (default: all)",
+    )
+    add(
+        "--out_dir",
+        default="data",
+        metavar="FOLDER",
+        help="where train/ and val/ go, in the place of an earlier set (default: data)",
+    )
+    add(
+        "--tokenizer",
+        default="o200k_base",
+        metavar="NAME",
         help=f"{', '.join(NAMED)} (downloaded once); one of these with {COMPACT} behind it: the same tokens, but only the ids that occur in the text, and the 256 "
-             "bytes, are in the vocabulary, numbered from 0; byte; bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text; or a path: a checkpoint or folder (of a published model, or another --out_dir), "
-             "whose tokenizer it is then (default: o200k_base)")
-    add("--shard_size", type=_count, default=10**8, metavar="TOKENS", help="tokens per shard, 4 bytes each (default: 1e8)")
-    add("--num_proc", type=_count, default=usable_cores(), metavar="CORES", help="cores that tokenise (default: all)")
+        "bytes, are in the vocabulary, numbered from 0; byte; bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text; or a path: a checkpoint or folder (of a published model, or another --out_dir), "
+        "whose tokenizer it is then (default: o200k_base)",
+    )
+    add(
+        "--shard_size",
+        type=_count,
+        default=10**8,
+        metavar="TOKENS",
+        help="tokens per shard, 4 bytes each (default: 1e8)",
+    )
+    add(
+        "--num_proc",
+        type=_count,
+        default=usable_cores(),
+        metavar="CORES",
+        help="cores that tokenise (default: all)",
+    )
     o = p.parse_args(argv)
 
     def refuse(flags: Iterable[str], why: str) -> None:
@@ -592,7 +816,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         refuse(("val_ratio",), "with --val_files")
     for name in files:
         if not Path(name).is_file():
-            raise ValueError(f"{name} is a folder: give the files in it" if Path(name).is_dir() else f"there is no file {name}")
+            raise ValueError(
+                f"{name} is a folder: give the files in it"
+                if Path(name).is_dir()
+                else f"there is no file {name}"
+            )
     kinds = {file_format(Path(name)) for name in files}
     if len({Path(name).resolve() for name in files}) < len(files):
         raise ValueError("a file is given twice in --files and --val_files")
@@ -617,11 +845,15 @@ def main(argv: list[str] | None = None) -> int:
     manifests = prepare(options)
     seconds = time.perf_counter() - started
     for split, m in manifests.items():
-        print(f"{Path(options.out_dir) / split}: {m['total_documents']:,} documents, {m['total_tokens']:,} tokens ({m['total_bytes'] / m['total_tokens']:.2f} bytes each), "
-              f"{m['num_shards']:,} shard{'s' * (m['num_shards'] > 1)}")
+        print(
+            f"{Path(options.out_dir) / split}: {m['total_documents']:,} documents, {m['total_tokens']:,} tokens ({m['total_bytes'] / m['total_tokens']:.2f} bytes each), "
+            f"{m['num_shards']:,} shard{'s' * (m['num_shards'] > 1)}"
+        )
     tokens = sum(m["total_tokens"] for m in manifests.values())
-    print(f"{manifests['train']['tokenizer']['name']}, vocabulary {manifests['train']['vocabulary_size']:,}; {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
-          f"Next: python train.py --data_dir {options.out_dir}, on a laptop with --preset nano")
+    print(
+        f"{manifests['train']['tokenizer']['name']}, vocabulary {manifests['train']['vocabulary_size']:,}; {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
+        f"Next: python train.py --data_dir {options.out_dir}, on a laptop with --preset nano"
+    )
     return 0
 
 

@@ -8,6 +8,7 @@
 
 The project's own tests are run by `make test`.
 """
+
 from __future__ import annotations
 
 from config_model import (
@@ -24,7 +25,14 @@ from runtime.memory import training_memory_bytes
 from runtime.text import human_bytes, human_count
 
 DTYPES = {"float32": 4, "bfloat16": 2}
-MEMORY_SETTINGS = ["batch_size", "grad_accum", "document_mask", "optimizer", "state_dtype", "activation_checkpointing"]  # of training, on which its memory depends
+MEMORY_SETTINGS = [
+    "batch_size",
+    "grad_accum",
+    "document_mask",
+    "optimizer",
+    "state_dtype",
+    "activation_checkpointing",
+]  # of training, on which its memory depends
 
 
 def report(config: ModelConfig, train: TrainConfig) -> list[str]:
@@ -34,34 +42,67 @@ def report(config: ModelConfig, train: TrainConfig) -> list[str]:
     counts, table = parameter_counts(config), parameter_counts(config)["attention bias table"]
     lines = [f"{'part':24}{'parameters':>16}{'share':>9}"]
     counts |= {"not in the closed forms": real.uncounted}
-    lines += [f"{part:24}{count:>16,}{100 * count / total:>8.1f}%" for part, count in counts.items() if count]
-    lines += [f"{'total':24}{total:>16,}", f"{'active per token':24}{active:>16,}{100 * active / total:>8.1f}%"]
+    lines += [
+        f"{part:24}{count:>16,}{100 * count / total:>8.1f}%"
+        for part, count in counts.items()
+        if count
+    ]
+    lines += [
+        f"{'total':24}{total:>16,}",
+        f"{'active per token':24}{active:>16,}{100 * active / total:>8.1f}%",
+    ]
     lines += [f"note: {real.note}"] * bool(real.note)
     if table > 0.1 * total:
-        lines.append(f"{human_count(total - table)} + {human_count(table)} position table; see --preset gptoss-modern")
+        lines.append(
+            f"{human_count(total - table)} + {human_count(table)} position table; see --preset gptoss-modern"
+        )
     forward = flops_per_token(config)
-    lines += ["", f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training", ""]
+    lines += [
+        "",
+        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training",
+        "",
+    ]
     lines.append(f"{'memory':24}{'float32':>16}{'bfloat16':>16}")
-    lines.append(f"{'weights':24}" + "".join(f"{human_bytes(total * b):>16}" for b in DTYPES.values()))
+    lines.append(
+        f"{'weights':24}" + "".join(f"{human_bytes(total * b):>16}" for b in DTYPES.values())
+    )
     for where, on_gpu in (("GPU", True), ("CPU", False)):
-        needed = [sum(training_memory_bytes(config, train, b, on_gpu).values()) for b in DTYPES.values()]
-        lines.append(f"{f'training, {where}, {train.batch_size} x {config.context_length}':24}" + "".join(f"{human_bytes(n):>16}" for n in needed))
+        needed = [
+            sum(training_memory_bytes(config, train, b, on_gpu).values()) for b in DTYPES.values()
+        ]
+        lines.append(
+            f"{f'training, {where}, {train.batch_size} x {config.context_length}':24}"
+            + "".join(f"{human_bytes(n):>16}" for n in needed)
+        )
     cache = [kv_cache_bytes_per_token(config, b) for b in DTYPES.values()]
     lines.append(f"{'KV cache per token':24}" + "".join(f"{human_bytes(n):>16}" for n in cache))
-    full = [sum(min(config.window(i) or config.context_length, config.context_length) for i in range(config.transformer_blocks)) * n // config.transformer_blocks for n in cache]
+    full = [
+        sum(
+            min(config.window(i) or config.context_length, config.context_length)
+            for i in range(config.transformer_blocks)
+        )
+        * n
+        // config.transformer_blocks
+        for n in cache
+    ]
     lines.append(f"{'KV cache, full context':24}" + "".join(f"{human_bytes(n):>16}" for n in full))
     return lines
 
 
 def preset_table() -> list[str]:
     """All presets, as a Markdown table: parameters, training memory at the preset's own batch (bfloat16 on a GPU, float32 on a CPU)."""
-    lines = ["| preset | for | parameters | active | context | tokens per step | training memory |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| preset | for | parameters | active | context | tokens per step | training memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, preset in PRESETS.items():
         config, train = ModelConfig(**preset.model), TrainConfig(**preset.train)
         on_gpu = not name.endswith("nano")
         needed = sum(training_memory_bytes(config, train, 2 if on_gpu else 4, on_gpu).values())
-        lines.append(f"| `{name}` | {preset.description} | {human_count(known.counts(config).total)} | {human_count(known.counts(config).active)} | {config.context_length:,} | "
-                     f"{train.batch_size * train.grad_accum * config.context_length:,} | {human_bytes(needed)} |")
+        lines.append(
+            f"| `{name}` | {preset.description} | {human_count(known.counts(config).total)} | {human_count(known.counts(config).active)} | {config.context_length:,} | "
+            f"{train.batch_size * train.grad_accum * config.context_length:,} | {human_bytes(needed)} |"
+        )
     return lines
 
 
@@ -69,8 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     cli.add_config_flags(parser, ModelConfig)
     cli.add_fields(parser, TrainConfig, only=MEMORY_SETTINGS)
-    parser.add_argument("--ckpt", help="take the configuration from this checkpoint (ours or the reference's format)")
-    parser.add_argument("--presets", action="store_true", help="list all presets and what they cost")
+    parser.add_argument(
+        "--ckpt",
+        help="take the configuration from this checkpoint (ours or the reference's format)",
+    )
+    parser.add_argument(
+        "--presets", action="store_true", help="list all presets and what they cost"
+    )
     args = parser.parse_args(argv)
     if args.presets:
         print("\n".join(preset_table()))

@@ -11,6 +11,7 @@ sdpa_cudnn and sdpa_math (the latter with one backend forced), rescaled (runtime
 is and under --deterministic. What a library refuses stays in the results with its reason. All variants of a case are measured in
 turns; the figures are medians and go to benchmarks/results/attention_NAME.json after each case.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,7 +20,9 @@ from runtime import process
 
 # ruff: noqa: E402
 process.before_torch()  # what it sets is read when torch loads
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler counts bytes here; its start and end are no news
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "6"
+)  # the profiler counts bytes here; its start and end are no news
 
 import argparse
 import contextlib
@@ -42,14 +45,32 @@ from benchmarks.common import alternate_undisturbed, save_results, summary
 from model_parts import attention_mask, attention_with_sinks
 from runtime import cli
 from runtime.attention_choice import card_of
-from runtime.device import choose_device, choose_dtype, device_name, explained_out_of_memory, is_out_of_memory, make_deterministic, release_memory, synchronize
+from runtime.device import (
+    choose_device,
+    choose_dtype,
+    device_name,
+    explained_out_of_memory,
+    is_out_of_memory,
+    make_deterministic,
+    release_memory,
+    synchronize,
+)
 from runtime.sink_attention import sink_attention
 from runtime.text import human_bytes
 
-CASES = {"causal": (), "table": ("table",), "documents": ("documents",), "table_documents": ("table", "documents"), "sinks": ("sinks",)}
+CASES = {
+    "causal": (),
+    "table": ("table",),
+    "documents": ("documents",),
+    "table_documents": ("table", "documents"),
+    "sinks": ("sinks",),
+}
 DEFAULT_CASES = ("causal", "table", "documents")
 MODES = ("default", "deterministic")
-CHECK_BATCH, CHECK_TOKENS = 2, 256  # the size at which errors are measured: two of FlexAttention's blocks of 128 in each direction
+CHECK_BATCH, CHECK_TOKENS = (
+    2,
+    256,
+)  # the size at which errors are measured: two of FlexAttention's blocks of 128 in each direction
 REASON_CHARACTERS = 500
 OUT_OF_MEMORY = "out of memory"
 
@@ -58,6 +79,7 @@ OUT_OF_MEMORY = "out of memory"
 class Problem:
     """Queries and the output's gradient [B, H, T, D], keys and values [B, G, T, D], with memory in the order B, T, H, D as the
     model's projections leave it; table [H, T, T], each token's start of document [B, T] and sinks [H], or None."""
+
     q_BHTD: Tensor
     k_BGTD: Tensor
     v_BGTD: Tensor
@@ -68,13 +90,21 @@ class Problem:
 
     def leaves(self) -> dict[str, Tensor]:
         """What needs a gradient."""
-        leaves = {"q": self.q_BHTD, "k": self.k_BGTD, "v": self.v_BGTD, "table": self.table_HTT, "sinks": self.sinks_H}
+        leaves = {
+            "q": self.q_BHTD,
+            "k": self.k_BGTD,
+            "v": self.v_BGTD,
+            "table": self.table_HTT,
+            "sinks": self.sinks_H,
+        }
         return {name: tensor for name, tensor in leaves.items() if tensor is not None}
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Keys and values, one head for every query head."""
         groups = self.q_BHTD.shape[1] // self.k_BGTD.shape[1]
-        return self.k_BGTD.repeat_interleave(groups, dim=1), self.v_BGTD.repeat_interleave(groups, dim=1)
+        return self.k_BGTD.repeat_interleave(groups, dim=1), self.v_BGTD.repeat_interleave(
+            groups, dim=1
+        )
 
     def mask(self) -> Tensor:
         """The model's own rule, [T, T] or [B, 1, T, T] bool."""
@@ -92,15 +122,36 @@ class Problem:
         return 6 * 2 * H * D * self.visible_pairs()
 
 
-def make_problem(args: argparse.Namespace, case: str, B: int, T: int, device: torch.device, dtype: torch.dtype) -> Problem:
+def make_problem(
+    args: argparse.Namespace, case: str, B: int, T: int, device: torch.device, dtype: torch.dtype
+) -> Problem:
     """Random numbers, the same whenever it is called with the same sizes; table and sinks in float32, as the model keeps them."""
     H, G, D = args.num_heads, args.num_kv_heads, args.head_dim
     draws = torch.Generator(device).manual_seed(0)
-    q, k, v, dy = (torch.randn(B, T, heads, D, generator=draws, device=device, dtype=dtype).transpose(1, 2) for heads in (H, G, G, H))
-    table_HTT = torch.randn(H, T, T, generator=draws, device=device).requires_grad_() if "table" in CASES[case] else None
+    q, k, v, dy = (
+        torch.randn(B, T, heads, D, generator=draws, device=device, dtype=dtype).transpose(1, 2)
+        for heads in (H, G, G, H)
+    )
+    table_HTT = (
+        torch.randn(H, T, T, generator=draws, device=device).requires_grad_()
+        if "table" in CASES[case]
+        else None
+    )
     starts_BT = random_starts(B, T, args.documents, device) if "documents" in CASES[case] else None
-    sinks_H = torch.randn(H, generator=draws, device=device).requires_grad_() if "sinks" in CASES[case] else None
-    return Problem(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy, table_HTT, starts_BT, sinks_H)
+    sinks_H = (
+        torch.randn(H, generator=draws, device=device).requires_grad_()
+        if "sinks" in CASES[case]
+        else None
+    )
+    return Problem(
+        q.requires_grad_(),
+        k.requires_grad_(),
+        v.requires_grad_(),
+        dy,
+        table_HTT,
+        starts_BT,
+        sinks_H,
+    )
 
 
 def random_starts(B: int, T: int, documents: int, device: torch.device) -> Tensor:
@@ -108,7 +159,7 @@ def random_starts(B: int, T: int, documents: int, device: torch.device) -> Tenso
     draws = torch.Generator().manual_seed(1)
     starts_BT = torch.zeros(B, T, dtype=torch.int64)
     for starts_T in starts_BT:
-        cuts = 1 + torch.randperm(T - 1, generator=draws)[:documents - 1]
+        cuts = 1 + torch.randperm(T - 1, generator=draws)[: documents - 1]
         starts_T[cuts] = cuts
     return starts_BT.cummax(dim=1).values.to(device)
 
@@ -123,7 +174,12 @@ def manual(p: Problem) -> Tensor:
     if p.table_HTT is not None:
         scores_BHTT = scores_BHTT + p.table_HTT
     scores_BHTT = scores_BHTT.masked_fill(~p.mask(), -math.inf)
-    return scores_BHTT.softmax(dim=-1, dtype=torch.promote_types(scores_BHTT.dtype, torch.float32)).to(v_BHTD.dtype) @ v_BHTD
+    return (
+        scores_BHTT.softmax(dim=-1, dtype=torch.promote_types(scores_BHTT.dtype, torch.float32)).to(
+            v_BHTD.dtype
+        )
+        @ v_BHTD
+    )
 
 
 def sdpa(p: Problem, grouped: bool = False) -> Tensor:
@@ -134,7 +190,14 @@ def sdpa(p: Problem, grouped: bool = False) -> Tensor:
     if p.table_HTT is not None:
         mask = torch.where(mask, p.table_HTT.to(p.q_BHTD.dtype)[None], -math.inf)
     k, v = (p.k_BGTD, p.v_BGTD) if grouped else p.expanded()
-    return F.scaled_dot_product_attention(p.q_BHTD, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != p.q_BHTD.shape[1])
+    return F.scaled_dot_product_attention(
+        p.q_BHTD,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=k.shape[1] != p.q_BHTD.shape[1],
+    )
 
 
 def rescaled(p: Problem) -> Tensor:
@@ -171,13 +234,23 @@ def prepare_flex(p: Problem) -> Callable[[], Tensor]:
         y, log_BHT = flex_attention(q, k, v, return_lse=True, **how)
         return y * torch.sigmoid(log_BHT - sinks_H[:, None])[..., None].to(y.dtype)
 
-    block_mask = create_block_mask(visible, None if starts_BT is None else B, None, T, T, device=p.q_BHTD.device)
+    block_mask = create_block_mask(
+        visible, None if starts_BT is None else B, None, T, T, device=p.q_BHTD.device
+    )
     function = flex_attention if sinks_H is None else with_sinks
-    return lambda: compiled(function)(p.q_BHTD, p.k_BGTD, p.v_BGTD, score_mod=None if table_HTT is None else add_table, block_mask=block_mask,
-                                            enable_gqa=p.k_BGTD.shape[1] != H)
+    return lambda: compiled(function)(
+        p.q_BHTD,
+        p.k_BGTD,
+        p.v_BGTD,
+        score_mod=None if table_HTT is None else add_table,
+        block_mask=block_mask,
+        enable_gqa=p.k_BGTD.shape[1] != H,
+    )
 
 
-VARIANTS: dict[str, Callable[[Problem], Callable[[], Tensor]]] = {  # problem -> what is timed; what comes before is done once for all blocks
+VARIANTS: dict[
+    str, Callable[[Problem], Callable[[], Tensor]]
+] = {  # problem -> what is timed; what comes before is done once for all blocks
     "manual": lambda p: lambda: manual(p),
     "sdpa_grouped": lambda p: lambda: sdpa(p, grouped=True),
     "sdpa_expanded": lambda p: lambda: sdpa(p),
@@ -196,22 +269,38 @@ def run_once(attend: Callable[[], Tensor], p: Problem) -> dict[str, Tensor]:
     """Forward and backward: the output and the gradients by name."""
     leaves = p.leaves()
     y_BHTD = attend()
-    return {"output": y_BHTD} | dict(zip(leaves, torch.autograd.grad(y_BHTD, list(leaves.values()), p.dy_BHTD), strict=True))
+    return {"output": y_BHTD} | dict(
+        zip(leaves, torch.autograd.grad(y_BHTD, list(leaves.values()), p.dy_BHTD), strict=True)
+    )
 
 
 def expected(p: Problem) -> dict[str, Tensor]:
     """What run_once should return, computed in float64 on the CPU from the same numbers."""
+
     def exact(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().cpu().double().requires_grad_()
 
     starts_BT = None if p.starts_BT is None else p.starts_BT.cpu()
-    e = Problem(exact(p.q_BHTD), exact(p.k_BGTD), exact(p.v_BGTD), p.dy_BHTD.cpu().double(), exact(p.table_HTT), starts_BT, exact(p.sinks_H))
+    e = Problem(
+        exact(p.q_BHTD),
+        exact(p.k_BGTD),
+        exact(p.v_BGTD),
+        p.dy_BHTD.cpu().double(),
+        exact(p.table_HTT),
+        starts_BT,
+        exact(p.sinks_H),
+    )
     return run_once(lambda: manual(e), e)
 
 
 def relative_errors(results: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Largest difference over the largest value, of each tensor."""
-    return {name: ((results[name].cpu().double() - exact[name]).abs().max() / exact[name].abs().max()).item() for name in exact}
+    return {
+        name: (
+            (results[name].cpu().double() - exact[name]).abs().max() / exact[name].abs().max()
+        ).item()
+        for name in exact
+    }
 
 
 @contextlib.contextmanager
@@ -250,10 +339,17 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return max(
+        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())),
+        default=0,
+    )
 
 
 def attempt(function: Callable, device: torch.device) -> tuple:
@@ -265,7 +361,9 @@ def attempt(function: Callable, device: torch.device) -> tuple:
         except Exception as error:
             why = reason(error, [str(w.message) for w in caught])
     if why == OUT_OF_MEMORY:
-        release_memory(device)  # not in the handler: the exception holds the tensors of the frames it passed
+        release_memory(
+            device
+        )  # not in the handler: the exception holds the tensors of the frames it passed
     return None, why
 
 
@@ -274,9 +372,20 @@ def reason(error: Exception, warned: list[str]) -> str:
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     text = str(error)
-    if "No available kernel" in text:  # each kernel has said in a warning why it is not available, those that are forbidden here too
+    if (
+        "No available kernel" in text
+    ):  # each kernel has said in a warning why it is not available, those that are forbidden here too
         told = [w.partition("(Triggered")[0].strip() for w in warned]
-        text = " ".join([text, *(w for w in told if not w.endswith("not used because:") and "runtime disabled" not in w)])
+        text = " ".join(
+            [
+                text,
+                *(
+                    w
+                    for w in told
+                    if not w.endswith("not used because:") and "runtime disabled" not in w
+                ),
+            ]
+        )
     # The compiler says after much else what the traced code raised: Name('text'), before torch 2.13 Name([ConstantVariable(str: 'text')]).
     inner = re.search(r"""raised exception (\w+)\((?:\[\w+\(str: )?(["'])(.+?)\2\)""", text)
     name, text = (inner[1], inner[3]) if inner else (type(error).__name__, text)
@@ -294,7 +403,14 @@ def seconds_per_call(attend: Callable[[], Tensor], p: Problem, calls: int, mode:
     return (time.perf_counter() - started) / calls
 
 
-def examine(name: str, p: Problem, small: Problem, exact: dict[str, Tensor], mode: str, min_sample_seconds: float) -> tuple[dict, Callable[[], Tensor]]:
+def examine(
+    name: str,
+    p: Problem,
+    small: Problem,
+    exact: dict[str, Tensor],
+    mode: str,
+    min_sample_seconds: float,
+) -> tuple[dict, Callable[[], Tensor]]:
     """(everything about a variant but its speed, the function to time); what it raises is the variant's answer."""
     device, prepare = p.q_BHTD.device, VARIANTS[name]
     with mode_set(mode):
@@ -315,13 +431,24 @@ def examine(name: str, p: Problem, small: Problem, exact: dict[str, Tensor], mod
     return row, attend
 
 
-def measure_case(args: argparse.Namespace, case: str, names: list[str], device: torch.device, dtype: torch.dtype) -> dict:
+def measure_case(
+    args: argparse.Namespace, case: str, names: list[str], device: torch.device, dtype: torch.dtype
+) -> dict:
     """Every variant of a case in both modes, as it is stored: {variant: {mode: row}}; a row has `why` if it did not run."""
     torch.compiler.reset()  # compiled code of other cases would count towards the limit of what one function may have
     release_memory(device)
-    with explained_out_of_memory(device, "not even the inputs fit: lower --batch_size or --context_length"):
+    with explained_out_of_memory(
+        device, "not even the inputs fit: lower --batch_size or --context_length"
+    ):
         p = make_problem(args, case, args.batch_size, args.context_length, device, dtype)
-    small = make_problem(args, case, min(args.batch_size, CHECK_BATCH), min(args.context_length, CHECK_TOKENS), device, dtype)
+    small = make_problem(
+        args,
+        case,
+        min(args.batch_size, CHECK_BATCH),
+        min(args.context_length, CHECK_TOKENS),
+        device,
+        dtype,
+    )
     exact, flops = expected(small), p.flops()
     rows: dict[tuple[str, str], dict] = {}
     functions: dict[tuple[str, str], Callable[[], float]] = {}
@@ -329,29 +456,50 @@ def measure_case(args: argparse.Namespace, case: str, names: list[str], device: 
     def sample(key: tuple[str, str], attend: Callable[[], Tensor]) -> float:
         row, seconds = rows[key], None
         if "why" not in row:
-            seconds, why = attempt(lambda: seconds_per_call(attend, p, row["calls_per_sample"], key[1]), device)
+            seconds, why = attempt(
+                lambda: seconds_per_call(attend, p, row["calls_per_sample"], key[1]), device
+            )
             if why:
                 rows[key] = {"why": why}
         return math.nan if seconds is None else seconds
 
     for name, mode in product(names, MODES):
-        found, why = attempt(lambda name=name, mode=mode: examine(name, p, small, exact, mode, args.min_sample_seconds), device)
+        found, why = attempt(
+            lambda name=name, mode=mode: examine(
+                name, p, small, exact, mode, args.min_sample_seconds
+            ),
+            device,
+        )
         rows[name, mode] = {"why": why} if found is None else found[0]
         if found is not None:
             functions[name, mode] = functools.partial(sample, (name, mode), found[1])
-    limit = {} if device.type == "cpu" else {"most_foreign_cores": math.inf}  # a GPU does not mind a busy core
+    limit = (
+        {} if device.type == "cpu" else {"most_foreign_cores": math.inf}
+    )  # a GPU does not mind a busy core
     for key, samples in alternate_undisturbed(functions, args.repeats, **limit).items():
         if "why" not in rows[key]:
             seconds = summary(samples.values)
-            rows[key] |= {"seconds": seconds, "flops_per_sec": flops / seconds["median"],
-                          "discarded_samples": samples.discarded, "disturbed": samples.disturbed}
-    squares = args.batch_size * args.context_length ** 2
-    return {"visible_share": p.visible_pairs() / squares, "flops": flops, "variants": {name: {mode: rows[name, mode] for mode in MODES} for name in names}}
+            rows[key] |= {
+                "seconds": seconds,
+                "flops_per_sec": flops / seconds["median"],
+                "discarded_samples": samples.discarded,
+                "disturbed": samples.disturbed,
+            }
+    squares = args.batch_size * args.context_length**2
+    return {
+        "visible_share": p.visible_pairs() / squares,
+        "flops": flops,
+        "variants": {name: {mode: rows[name, mode] for mode in MODES} for name in names},
+    }
 
 
 def print_case(case: str, results: dict) -> None:
-    print(f"\n{case}: {100 * results['visible_share']:.1f} % of the pairs visible, {results['flops'] / 1e9:,.3g} GFLOP forward and backward")
-    print(f"{'variant':16}{'mode':15}{'kernel':11}{'ms':>10}{'TFLOP/s':>9}{'memory':>11}{'error':>9}  {'made before':11}  bits of two runs")
+    print(
+        f"\n{case}: {100 * results['visible_share']:.1f} % of the pairs visible, {results['flops'] / 1e9:,.3g} GFLOP forward and backward"
+    )
+    print(
+        f"{'variant':16}{'mode':15}{'kernel':11}{'ms':>10}{'TFLOP/s':>9}{'memory':>11}{'error':>9}  {'made before':11}  bits of two runs"
+    )
     for name, modes in results["variants"].items():
         whys = {row.get("why") for row in modes.values()}
         if len(whys) == 1 and None not in whys:
@@ -363,9 +511,11 @@ def print_case(case: str, results: dict) -> None:
                 continue
             peak = row["peak_above_inputs_bytes"]
             differ = [tensor for tensor, same in row["same_bits"].items() if not same]
-            print(f"{name:16}{mode:15}{row['kernel'] or '-':11}{1000 * row['seconds']['median']:>10.2f}{row['flops_per_sec'] / 1e12:>9.3g}"
-                  f"{human_bytes(peak) if peak is not None else '-':>11}{max(row['errors'].values()):>9.1e}  {1000 * row['prepare_seconds']:>8.2f} ms"
-                  f"  {'differ in ' + ', '.join(differ) if differ else 'the same'}{'; machine was busy' if row['disturbed'] else ''}")
+            print(
+                f"{name:16}{mode:15}{row['kernel'] or '-':11}{1000 * row['seconds']['median']:>10.2f}{row['flops_per_sec'] / 1e12:>9.3g}"
+                f"{human_bytes(peak) if peak is not None else '-':>11}{max(row['errors'].values()):>9.1e}  {1000 * row['prepare_seconds']:>8.2f} ms"
+                f"  {'differ in ' + ', '.join(differ) if differ else 'the same'}{'; machine was busy' if row['disturbed'] else ''}"
+            )
 
 
 def chosen(flag: str, given: str, known: dict, default: list[str]) -> list[str]:
@@ -378,45 +528,103 @@ def chosen(flag: str, given: str, known: dict, default: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("--name", required=True, help="results go to benchmarks/results/attention_NAME.json")
+    parser.add_argument(
+        "--name", required=True, help="results go to benchmarks/results/attention_NAME.json"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="B (default: 16)")
     parser.add_argument("--num_heads", type=int, default=32, help="H, query heads (default: 32)")
-    parser.add_argument("--num_kv_heads", type=int, default=8, help="G, key/value heads (default: 8)")
+    parser.add_argument(
+        "--num_kv_heads", type=int, default=8, help="G, key/value heads (default: 8)"
+    )
     parser.add_argument("--context_length", type=int, default=2048, help="T (default: 2048)")
     parser.add_argument("--head_dim", type=int, default=32, help="D (default: 32)")
-    parser.add_argument("--documents", type=int, default=8, help="documents in a row of the case documents (default: 8)")
-    parser.add_argument("--cases", default="", help=f"comma-separated, of {', '.join(CASES)} (default: {','.join(DEFAULT_CASES)})")
-    parser.add_argument("--variants", default="", help="comma-separated (default: all, the compiled SDPA on a GPU only)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="of q, k and v: auto, bfloat16, float16 or float32 (default: auto)")
-    parser.add_argument("--num_threads", type=int, default=0, help="CPU threads; 0 = PyTorch's choice (default: 0)")
-    parser.add_argument("--repeats", type=int, default=11, help="samples of each variant (default: 11)")
-    parser.add_argument("--min_sample_seconds", type=float, default=0.05, help="a sample is as many calls as fill this (default: 0.05)")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=8,
+        help="documents in a row of the case documents (default: 8)",
+    )
+    parser.add_argument(
+        "--cases",
+        default="",
+        help=f"comma-separated, of {', '.join(CASES)} (default: {','.join(DEFAULT_CASES)})",
+    )
+    parser.add_argument(
+        "--variants",
+        default="",
+        help="comma-separated (default: all, the compiled SDPA on a GPU only)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="of q, k and v: auto, bfloat16, float16 or float32 (default: auto)",
+    )
+    parser.add_argument(
+        "--num_threads", type=int, default=0, help="CPU threads; 0 = PyTorch's choice (default: 0)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=11, help="samples of each variant (default: 11)"
+    )
+    parser.add_argument(
+        "--min_sample_seconds",
+        type=float,
+        default=0.05,
+        help="a sample is as many calls as fill this (default: 0.05)",
+    )
     args = parser.parse_args(argv)
-    sizes = ("batch_size", "num_heads", "num_kv_heads", "context_length", "head_dim", "documents", "repeats")
+    sizes = (
+        "batch_size",
+        "num_heads",
+        "num_kv_heads",
+        "context_length",
+        "head_dim",
+        "documents",
+        "repeats",
+    )
     if too_small := [name for name in sizes if getattr(args, name) < 1]:
         raise ValueError(f"{too_small[0]} must be at least 1, not {getattr(args, too_small[0])}")
     if args.num_heads % args.num_kv_heads:
-        raise ValueError(f"num_heads {args.num_heads} must be a multiple of num_kv_heads {args.num_kv_heads}")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode needs it from cuBLAS's first call on
+        raise ValueError(
+            f"num_heads {args.num_heads} must be a multiple of num_kv_heads {args.num_kv_heads}"
+        )
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # deterministic mode needs it from cuBLAS's first call on
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     cases = chosen("case", args.cases, CASES, list(DEFAULT_CASES))
-    names = chosen("variant", args.variants, VARIANTS, [name for name in VARIANTS if name != "sdpa_compiled" or device.type == "cuda"])
+    names = chosen(
+        "variant",
+        args.variants,
+        VARIANTS,
+        [name for name in VARIANTS if name != "sdpa_compiled" or device.type == "cuda"],
+    )
     results = {
-        "device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."),
-        **{name: getattr(args, name) for name in sizes}, "cases": {}, "method": {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: getattr(args, name) for name in sizes},
+        "cases": {},
+        "method": {
             "seconds": "of one forward and backward pass, median of samples taken in turns; made before (prepare_seconds): the block mask, once for all blocks",
             "flops_per_sec": "12 H D per visible pair of query and key, the six matrix products that are needed, over the median time",
             "memory": "peak that PyTorch holds above the inputs, output and gradients included",
             "errors": f"against float64, largest difference over largest value; at most {CHECK_BATCH} rows of {CHECK_TOKENS} tokens",
-            "same_bits": "whether two runs gave the same bits", "deterministic": "as train.py --deterministic"}}
+            "same_bits": "whether two runs gave the same bits",
+            "deterministic": "as train.py --deterministic",
+        },
+    }
     for case in cases:
         results["cases"][case] = measure_case(args, case, names, device, dtype)
         print_case(case, results["cases"][case])
-        save_results(f"attention_{args.name}", results)  # after each: a run that is cut short keeps what it has
+        save_results(
+            f"attention_{args.name}", results
+        )  # after each: a run that is cut short keeps what it has
     return 0
 
 

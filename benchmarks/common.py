@@ -1,4 +1,5 @@
 """What every benchmark stores beside its figures, so that they mean something later: command, commit, hardware, versions."""
+
 from __future__ import annotations
 
 import ctypes
@@ -24,7 +25,9 @@ from runtime.files import write_text_atomic
 REPO = Path(__file__).resolve().parent.parent
 # Where save_results writes; benchmarks.gpu gives each of its stages a folder of its own.
 RESULTS = Path(os.environ.get("GPTOSS_RESULTS", REPO / "benchmarks" / "results"))
-SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))  # real text, for those who have it
+SHARED = Path(
+    os.environ.get("GPTOSS_SHARED", REPO.parent / "shared")
+)  # real text, for those who have it
 FOREIGN_CORES = 0.15  # a sample during which other processes used more than this is not counted
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors", "transformers")
 
@@ -34,6 +37,7 @@ def environment() -> dict:
     gpus = []
     if "torch" in sys.modules:
         import torch
+
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": _command(),
@@ -41,17 +45,30 @@ def environment() -> dict:
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hardware": {
-            "cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None, "gpus": gpus,
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if hasattr(os, "sysconf")
+            else None,
+            "gpus": gpus,
         },
-        "versions": {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"} | _versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()}",
+        }
+        | _versions(),
     }
 
 
 def save_results(name: str, results: dict, quiet: bool = False) -> Path:
     """Write NAME.json in benchmarks/results (or GPTOSS_RESULTS), the environment included; its path."""
     path = RESULTS / f"{name}.json"
-    write_text_atomic(path, json.dumps({"environment": environment(), **results}, indent=1, allow_nan=False) + "\n")
+    write_text_atomic(
+        path,
+        json.dumps({"environment": environment(), **results}, indent=1, allow_nan=False) + "\n",
+    )
     if not quiet:
         print(f"wrote {path.relative_to(REPO) if path.is_relative_to(REPO) else path}")
     return path
@@ -61,9 +78,16 @@ def replace_between(path: Path, contents: dict[str, str]) -> None:
     """Put each of `contents` between the lines <!-- NAME --> and <!-- /NAME --> of a Markdown file. ValueError unless both are there once."""
     text = path.read_text(encoding="utf-8")
     for name, content in contents.items():
-        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, content=content: m[1] + content + "\n" + m[2], text, flags=re.DOTALL)
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda m, content=content: m[1] + content + "\n" + m[2],
+            text,
+            flags=re.DOTALL,
+        )
         if count != 1:
-            raise ValueError(f"{path} must hold the lines <!-- {name} --> and <!-- /{name} --> once")
+            raise ValueError(
+                f"{path} must hold the lines <!-- {name} --> and <!-- /{name} --> once"
+            )
     write_text_atomic(path, text)
     print(f"wrote {path.name}")
 
@@ -86,9 +110,10 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
 @dataclass
 class Samples:
     """Values of one function, measured while the machine did little else."""
+
     values: list[float] = field(default_factory=list)
-    discarded: int = 0         # samples during which other processes used more than the limit
-    disturbed: bool = False    # too few were clean: the least disturbed ones were taken instead
+    discarded: int = 0  # samples during which other processes used more than the limit
+    disturbed: bool = False  # too few were clean: the least disturbed ones were taken instead
 
 
 def foreign_cores(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
@@ -101,13 +126,23 @@ def cpu_clock(stat: str = "/proc/stat") -> tuple[float, float, float]:
     """Seconds: (wall, CPU time that the machine has spent working, CPU time of this process). Linux; elsewhere the last two are 0."""
     try:
         with open(stat) as file:
-            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+                int, file.readline().split()[1:9]
+            )
     except OSError:
         return time.perf_counter(), 0.0, 0.0
-    return time.perf_counter(), (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+    return (
+        time.perf_counter(),
+        (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"),
+        sum(os.times()[:4]),
+    )
 
 
-def alternate_undisturbed(functions: dict[str, Callable[[], float]], repeats: int, most_foreign_cores: float = FOREIGN_CORES) -> dict[str, Samples]:
+def alternate_undisturbed(
+    functions: dict[str, Callable[[], float]],
+    repeats: int,
+    most_foreign_cores: float = FOREIGN_CORES,
+) -> dict[str, Samples]:
     """What each function returns, `repeats` times, called in turns; a value is discarded if other processes used more than
     `most_foreign_cores` while it was measured, and measured again in a later round.
 
@@ -161,14 +196,29 @@ def run_worker(module: str, flags: list[str], **environment: str | None) -> Any:
 
     environment: variables to set, or to remove where None.
     """
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))} | environment
+    variables = (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))}
+        | environment
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        done = subprocess.run([sys.executable, "-m", module, *flags, "--worker_out", str(path)], capture_output=True, text=True,
-                              env={name: value for name, value in variables.items() if value is not None})
+        done = subprocess.run(
+            [sys.executable, "-m", module, *flags, "--worker_out", str(path)],
+            capture_output=True,
+            text=True,
+            env={name: value for name, value in variables.items() if value is not None},
+        )
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip() or "killed").splitlines()
-            why = next((line for line in reversed(lines) if re.match(r"error:|[\w.]+(Error|Exception|Unsupported)\b", line)), lines[-1])
+            why = next(
+                (
+                    line
+                    for line in reversed(lines)
+                    if re.match(r"error:|[\w.]+(Error|Exception|Unsupported)\b", line)
+                ),
+                lines[-1],
+            )
             raise ValueError(f"python -m {module} {shlex.join(flags)} failed: {why}")
         return json.loads(path.read_text())
 
@@ -182,13 +232,19 @@ def _command() -> str:
     """The command line, as one would type it in the repository."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
-    start = ["python", "-m", spec.name] if spec else ["python", os.path.relpath(sys.argv[0] or "-", REPO)]
+    start = (
+        ["python", "-m", spec.name]
+        if spec
+        else ["python", os.path.relpath(sys.argv[0] or "-", REPO)]
+    )
     return shlex.join(start + sys.argv[1:])
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        return subprocess.run(["git", *arguments], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=REPO, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

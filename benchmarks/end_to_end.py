@@ -7,6 +7,7 @@ Takes every flag of train.py; --data_dir defaults to the environment variable GP
 benchmarks/results/end_to_end_NAME.json: tokens/s of the training steps (median; the first ones, which warm up, left out),
 MFU where the device's peak is known, peak memory, the losses, and tokens/s of prefill and greedy decoding at batch 1.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,7 +20,13 @@ import torch
 
 import train
 from benchmarks.common import save_results, summary
-from config_model import ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters
+from config_model import (
+    ModelConfig,
+    TrainConfig,
+    active_parameters,
+    flops_per_token,
+    total_parameters,
+)
 from model import LLM
 from runtime import cli
 from runtime.data import validation_batches
@@ -33,11 +40,22 @@ def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
     """Run the plan's steps, logging each; returns the model and its figures."""
     model, optimizer, loader, _ = train.set_up(plan)
     state = train.initial_state(plan)
-    batches = validation_batches(plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps)
+    batches = validation_batches(
+        plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps
+    )
     loss_fn = train.loss_of(plan)
     before = train.evaluate(model, batches, loss_fn, plan.dtype)
     records: list[dict] = []
-    train.fit(model, loader, plan.config, loss_fn, optimizer=optimizer, state=state, dtype=plan.dtype, on_log=records.append)
+    train.fit(
+        model,
+        loader,
+        plan.config,
+        loss_fn,
+        optimizer=optimizer,
+        state=state,
+        dtype=plan.dtype,
+        on_log=records.append,
+    )
     speeds = [r["tokens_per_sec"] for r in records[WARM_UP_STEPS:]]
     peak = peak_flops(plan.device, plan.dtype)
     return model, {
@@ -45,12 +63,17 @@ def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
         "mfu": peak and statistics.median(speeds) * 3 * flops_per_token(plan.model_config) / peak,
         "peak_memory_bytes": peak_memory_bytes(plan.device),
         "losses": [round(r["loss"], 4) for r in records],
-        "validation_loss": {"before": before, "after": train.evaluate(model, batches, loss_fn, plan.dtype)},
+        "validation_loss": {
+            "before": before,
+            "after": train.evaluate(model, batches, loss_fn, plan.dtype),
+        },
         "skipped_steps": state.skipped_steps,
     }
 
 
-def measure_decoding(model: torch.nn.Module, plan: train.Plan, prompt_tokens: int, new_tokens: int, repeats: int) -> dict:
+def measure_decoding(
+    model: torch.nn.Module, plan: train.Plan, prompt_tokens: int, new_tokens: int, repeats: int
+) -> dict:
     """Tokens/s of a prefill of `prompt_tokens` and of greedy decoding after it, batch 1, real text as the prompt.
 
     As predict.py does it: by runtime/inference.py, weights in the arithmetic's dtype (`model` is converted and stays so).
@@ -70,15 +93,31 @@ def measure_decoding(model: torch.nn.Module, plan: train.Plan, prompt_tokens: in
             first = first or time.perf_counter()
         prefill.append(prompt_tokens / (first - started))
         decode.append((new_tokens - 1) / (time.perf_counter() - first))
-    return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "prefill_tokens_per_sec": summary(prefill[1:]), "decode_tokens_per_sec": summary(decode[1:])}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "prefill_tokens_per_sec": summary(prefill[1:]),
+        "decode_tokens_per_sec": summary(decode[1:]),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("--name", required=True, help="results go to benchmarks/results/end_to_end_NAME.json")
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens of the prompt that decoding starts from (default: 64)")
-    parser.add_argument("--new_tokens", type=int, default=128, help="tokens to decode (default: 128)")
-    parser.add_argument("--repeats", type=int, default=5, help="decoding runs, besides one to warm up (default: 5)")
+    parser.add_argument(
+        "--name", required=True, help="results go to benchmarks/results/end_to_end_NAME.json"
+    )
+    parser.add_argument(
+        "--prompt_tokens",
+        type=int,
+        default=64,
+        help="tokens of the prompt that decoding starts from (default: 64)",
+    )
+    parser.add_argument(
+        "--new_tokens", type=int, default=128, help="tokens to decode (default: 128)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="decoding runs, besides one to warm up (default: 5)"
+    )
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
     args = parser.parse_args(argv)
     if "GPTOSS_DATA" in os.environ and not hasattr(args, "data_dir"):
@@ -87,23 +126,41 @@ def main(argv: list[str] | None = None) -> int:
         args.ckpt_dir, args.log_interval = os.path.join(empty, "checkpoints"), 1
         plan = train.make_plan(cli.settings_from(args, ModelConfig, TrainConfig))
         if plan.config.profile or plan.config.micro_batch == "auto":
-            raise ValueError("this benchmark takes neither --profile nor --micro_batch auto: leave them out")
+            raise ValueError(
+                "this benchmark takes neither --profile nor --micro_batch auto: leave them out"
+            )
         if plan.config.max_steps <= WARM_UP_STEPS:
-            raise ValueError(f"max_steps {plan.config.max_steps} must be more than the {WARM_UP_STEPS} steps that warm up")
+            raise ValueError(
+                f"max_steps {plan.config.max_steps} must be more than the {WARM_UP_STEPS} steps that warm up"
+            )
         if args.prompt_tokens + args.new_tokens > plan.model_config.context_length:
-            raise ValueError(f"prompt_tokens {args.prompt_tokens} + new_tokens {args.new_tokens} exceed the context of {plan.model_config.context_length}: lower them")
+            raise ValueError(
+                f"prompt_tokens {args.prompt_tokens} + new_tokens {args.new_tokens} exceed the context of {plan.model_config.context_length}: lower them"
+            )
         needed = train.check_memory(plan)
         print("\n".join(train.describe(plan, needed)), flush=True)
         model, training = measure_training(plan)
         decoding = measure_decoding(model, plan, args.prompt_tokens, args.new_tokens, args.repeats)
     results = {
-        "device": device_name(plan.device), "threads": torch.get_num_threads(), "model": dataclasses.asdict(plan.model_config),
-        "train": {k: v for k, v in dataclasses.asdict(plan.config).items() if not k.endswith("_dir")}, "parameters": total_parameters(plan.model_config),
-        "active_parameters": active_parameters(plan.model_config), "estimated_memory_bytes": sum(needed.values()), "training": training, "decoding": decoding}
+        "device": device_name(plan.device),
+        "threads": torch.get_num_threads(),
+        "model": dataclasses.asdict(plan.model_config),
+        "train": {
+            k: v for k, v in dataclasses.asdict(plan.config).items() if not k.endswith("_dir")
+        },
+        "parameters": total_parameters(plan.model_config),
+        "active_parameters": active_parameters(plan.model_config),
+        "estimated_memory_bytes": sum(needed.values()),
+        "training": training,
+        "decoding": decoding,
+    }
     save_results(f"end_to_end_{args.name}", results)
-    print(f"training {training['tokens_per_sec']['median']:.0f} tokens/s" + (f", MFU {100 * training['mfu']:.1f} %" if training["mfu"] else "")
-          + f"; prefill {decoding['prefill_tokens_per_sec']['median']:.0f}, decode {decoding['decode_tokens_per_sec']['median']:.1f} tokens/s; "
-          f"validation loss {training['validation_loss']['before']:.3f} -> {training['validation_loss']['after']:.3f}")
+    print(
+        f"training {training['tokens_per_sec']['median']:.0f} tokens/s"
+        + (f", MFU {100 * training['mfu']:.1f} %" if training["mfu"] else "")
+        + f"; prefill {decoding['prefill_tokens_per_sec']['median']:.0f}, decode {decoding['decode_tokens_per_sec']['median']:.1f} tokens/s; "
+        f"validation loss {training['validation_loss']['before']:.3f} -> {training['validation_loss']['after']:.3f}"
+    )
     return 0
 
 

@@ -6,6 +6,7 @@
 Each promise is a function in tests/promises, which pytest runs too, with smaller counts. What was measured before and is not asked
 for now stays in the file. Exit code 1 if anything did not hold.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,31 +19,74 @@ from runtime import cli
 def promises() -> list:
     """All of them, by number."""
     from tests.promises import memory, numbers, published, runs, wrongness
-    return sorted((*memory.PROMISES, *numbers.PROMISES, *published.PROMISES, *runs.PROMISES, *wrongness.PROMISES), key=lambda promise: promise.number)
+
+    return sorted(
+        (
+            *memory.PROMISES,
+            *numbers.PROMISES,
+            *published.PROMISES,
+            *runs.PROMISES,
+            *wrongness.PROMISES,
+        ),
+        key=lambda promise: promise.number,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of promises (default: all)")
-    parser.add_argument("--counts", choices=("at_push", "nightly", "published"), default="published", help="how often each is tried (default: published)")
-    parser.add_argument("--name", default="reliability", help="results go to benchmarks/results/NAME.json (default: reliability)")
+    parser.add_argument(
+        "--counts",
+        choices=("at_push", "nightly", "published"),
+        default="published",
+        help="how often each is tried (default: published)",
+    )
+    parser.add_argument(
+        "--name",
+        default="reliability",
+        help="results go to benchmarks/results/NAME.json (default: reliability)",
+    )
     args = parser.parse_args(argv)
     chosen = [promise for promise in promises() if args.only is None or promise.number in args.only]
     if unknown := set(args.only or []) - {promise.number for promise in chosen}:
-        raise ValueError(f"there is no promise {min(unknown)}; there are {', '.join(str(p.number) for p in promises())}")
+        raise ValueError(
+            f"there is no promise {min(unknown)}; there are {', '.join(str(p.number) for p in promises())}"
+        )
     path = RESULTS / f"{args.name}.json"
-    rows = {row["text"]: row for row in json.loads(path.read_text())["promises"]} if path.exists() else {}
+    rows = (
+        {row["text"]: row for row in json.loads(path.read_text())["promises"]}
+        if path.exists()
+        else {}
+    )
     failed = 0
     for promise in chosen:
         started = time.perf_counter()
         tally = promise.run(getattr(promise, args.counts))
         rows[promise.text] = {
-            "number": promise.number, "text": promise.text, "held": tally.held, "tried": tally.tried, "detail": tally.detail, "failures": tally.failures[:20], "reference": promise.reference,
-            "seconds": round(time.perf_counter() - started, 1), "measured": {name: value for name, value in environment().items() if name in ("commit", "uncommitted_changes", "time")}}
+            "number": promise.number,
+            "text": promise.text,
+            "held": tally.held,
+            "tried": tally.tried,
+            "detail": tally.detail,
+            "failures": tally.failures[:20],
+            "reference": promise.reference,
+            "seconds": round(time.perf_counter() - started, 1),
+            "measured": {
+                name: value
+                for name, value in environment().items()
+                if name in ("commit", "uncommitted_changes", "time")
+            },
+        }
         failed += tally.held != tally.tried or not tally.tried
-        print(f"{promise.number:3} {promise.text}: {tally.held} of {tally.tried}" + "".join(f", {name} {value}" for name, value in tally.detail.items()), flush=True)
+        print(
+            f"{promise.number:3} {promise.text}: {tally.held} of {tally.tried}"
+            + "".join(f", {name} {value}" for name, value in tally.detail.items()),
+            flush=True,
+        )
         known = [promise.text for promise in promises()]
-        save_results(args.name, {"promises": [rows[text] for text in known if text in rows]})   # after each: the next may take long
+        save_results(
+            args.name, {"promises": [rows[text] for text in known if text in rows]}
+        )  # after each: the next may take long
     return int(failed > 0)
 
 

@@ -8,6 +8,7 @@ An expert's row count is another one at each step, and oneDNN, which does GELU a
 half precision, builds and keeps a kernel of up to 0.9 MB for each count, up to 1,024 of them:
 memory grew with every step. So it only meets counts of `padded_rows` (benchmarks/memory.py).
 """
+
 from __future__ import annotations
 
 import functools
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS
 
-MOST_ROWS_INLINE = 256    # fewer rows than this are not worth waking other threads
-MOST_IMBALANCE = 1.3      # of the busiest thread, over a fair share: beyond it the threads share each product instead
+MOST_ROWS_INLINE = 256  # fewer rows than this are not worth waking other threads
+MOST_IMBALANCE = 1.3  # of the busiest thread, over a fair share: beyond it the threads share each product instead
 # Rows of half precision are padded to multiples of this, on which oneDNN is also faster.
 ROWS_APART = 64
 # Rows that GELU and a product of half precision are given at once. oneDNN meets no larger counts
@@ -33,8 +34,15 @@ ROWS_AT_ONCE = 256
 
 
 @torch.library.custom_op("gptoss::feed_forward", mutates_args=(), device_types="cpu")
-def feed_forward(x_RC: Tensor, w_in_EIC: Tensor, b_in_EI: Tensor | None, w_out_ECF: Tensor, b_out_EC: Tensor | None, counts_E: Tensor,
-                 activation: str) -> tuple[Tensor, Tensor]:
+def feed_forward(
+    x_RC: Tensor,
+    w_in_EIC: Tensor,
+    b_in_EI: Tensor | None,
+    w_out_ECF: Tensor,
+    b_out_EC: Tensor | None,
+    counts_E: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
     """Rows through their experts: ([R, C], [R, I]), the second what the backward pass needs, the hidden layer before its activation.
 
     counts_E int64: rows of each expert; they must sum to R. All floats have one dtype.
@@ -51,8 +59,16 @@ def feed_forward(x_RC: Tensor, w_in_EIC: Tensor, b_in_EI: Tensor | None, w_out_E
 
 
 @torch.library.custom_op("gptoss::feed_forward_backward", mutates_args=(), device_types="cpu")
-def _feed_forward_backward(grad_RC: Tensor, x_RC: Tensor, h_RI: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, counts_E: Tensor,
-                           activation: str, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _feed_forward_backward(
+    grad_RC: Tensor,
+    x_RC: Tensor,
+    h_RI: Tensor,
+    w_in_EIC: Tensor,
+    w_out_ECF: Tensor,
+    counts_E: Tensor,
+    activation: str,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to x, w_in, b_in, w_out, b_out (the biases' empty without them). An expert without rows gets zeros."""
     grads = _empty_gradients(x_RC, w_in_EIC, w_out_ECF, has_bias)
     grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
@@ -60,7 +76,7 @@ def _feed_forward_backward(grad_RC: Tensor, x_RC: Tensor, h_RI: Tensor, w_in_EIC
     def one(e: int, rows: slice) -> None:
         if rows.start == rows.stop:
             for gradient in grads[1:]:
-                gradient[e:e + 1].zero_()
+                gradient[e : e + 1].zero_()
             return
         # Rows of zeros add zeros to every sum over the rows.
         grad, h, x = _padded(grad_RC[rows]), _padded(h_RI[rows]), _padded(x_RC[rows])
@@ -91,7 +107,7 @@ def _product(x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None) -> T
         else:
             torch.addmm(bias, x_piece, w, out=piece)
     if whole is not out:
-        out.copy_(whole[:len(out)])
+        out.copy_(whole[: len(out)])
     return whole
 
 
@@ -105,7 +121,11 @@ def _activation(h: Tensor, activation: str) -> Tensor:
     if activation == "swiglu":
         return torch.ops.aten.silu.out(gate, out=_temporary(h, gate.shape[1])).mul_(up)
     gate = gate.clamp(max=SWIGLU_LIMIT)
-    return torch.sigmoid(SWIGLU_STEEPNESS * gate).mul_(gate).mul_(up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1))
+    return (
+        torch.sigmoid(SWIGLU_STEEPNESS * gate)
+        .mul_(gate)
+        .mul_(up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1))
+    )
 
 
 def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
@@ -121,7 +141,11 @@ def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
         gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
         sigmoid = torch.sigmoid(SWIGLU_STEEPNESS * gate)
         torch.mul(grad * gate * sigmoid, inside_up, out=grad_up)
-        torch.mul(grad * (up + 1) * sigmoid * (1 + SWIGLU_STEEPNESS * gate * (1 - sigmoid)), inside_gate, out=grad_gate)
+        torch.mul(
+            grad * (up + 1) * sigmoid * (1 + SWIGLU_STEEPNESS * gate * (1 - sigmoid)),
+            inside_gate,
+            out=grad_gate,
+        )
         return grad_h
     activated = torch.ops.aten.silu.out(gate, out=_temporary(h, gate.shape[1]))
     torch.mul(grad, activated, out=grad_up)
@@ -141,8 +165,9 @@ def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: 
 
 
 @torch.library.register_kernel("gptoss::grouped_linear_backward", "cpu")
-def _grouped_linear_backward(grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor,
-                             has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped_linear_backward(
+    grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_w = torch.empty_like(x_RI), torch.zeros_like(w_EOI)
     grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
     for e, rows in _groups(counts_E):
@@ -168,7 +193,7 @@ def padded_rows(rows: int) -> int:
 def _temporary(like: Tensor, columns: int) -> Tensor:
     """An uninitialised [len(like), columns], of a size that comes again: malloc then finds a place
     that was freed, where sizes of every kind cut the heap to pieces."""
-    return like.new_empty(padded_rows(len(like)), columns)[:len(like)]
+    return like.new_empty(padded_rows(len(like)), columns)[: len(like)]
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -189,7 +214,7 @@ def _in_few_shapes(function: Callable[..., object], *tensors: Tensor) -> None:
     while start < n:
         left = n - start
         rows = min(left - left % ROWS_APART, ROWS_AT_ONCE) or left
-        pieces = [t[start:start + rows] for t in tensors]
+        pieces = [t[start : start + rows] for t in tensors]
         padded = padded_rows(rows)
         if rows == padded:
             function(*pieces)
@@ -213,7 +238,9 @@ def _each_expert(function: Callable[[int, slice], None], counts_E: Tensor) -> No
     if parts is None:
         _call(function, groups, inference)
     else:
-        for _ in _pool(threads, os.getpid()).map(lambda part: _call(function, part, inference), parts):
+        for _ in _pool(threads, os.getpid()).map(
+            lambda part: _call(function, part, inference), parts
+        ):
             pass
 
 
@@ -237,7 +264,9 @@ def shares(groups: list[tuple[int, slice]], threads: int) -> list[list[tuple[int
     return parts if max(rows) * threads <= MOST_IMBALANCE * sum(rows) else None
 
 
-def _call(function: Callable[[int, slice], None], groups: list[tuple[int, slice]], inference: bool) -> None:
+def _call(
+    function: Callable[[int, slice], None], groups: list[tuple[int, slice]], inference: bool
+) -> None:
     with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
         for e, rows in groups:
             function(e, rows)
@@ -255,15 +284,26 @@ def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="experts")
     list(pool.map(start, range(threads)))
-    torch.set_num_threads(threads)  # what the workers set was theirs, and the number for threads yet to come
+    torch.set_num_threads(
+        threads
+    )  # what the workers set was theirs, and the number for threads yet to come
     return pool
 
 
 # ----------------------------------------------------------------------------------------------------- for the compiler
-def _empty_gradients(x_RC: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty_gradients(
+    x_RC: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def bias(w: Tensor) -> Tensor:
         return w.new_empty(w.shape[:2] if has_bias else 0)
-    return torch.empty_like(x_RC), torch.empty_like(w_in_EIC), bias(w_in_EIC), torch.empty_like(w_out_ECF), bias(w_out_ECF)
+
+    return (
+        torch.empty_like(x_RC),
+        torch.empty_like(w_in_EIC),
+        bias(w_in_EIC),
+        torch.empty_like(w_out_ECF),
+        bias(w_out_ECF),
+    )
 
 
 @feed_forward.register_fake
@@ -287,8 +327,18 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad_RC, _):
     if grad_RC is None:
         return (None,) * 7
-    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _feed_forward_backward(grad_RC.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.has_bias)
-    return grad_x, grad_w_in, grad_b_in if ctx.has_bias else None, grad_w_out, grad_b_out if ctx.has_bias else None, None, None
+    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _feed_forward_backward(
+        grad_RC.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.has_bias
+    )
+    return (
+        grad_x,
+        grad_w_in,
+        grad_b_in if ctx.has_bias else None,
+        grad_w_out,
+        grad_b_out if ctx.has_bias else None,
+        None,
+        None,
+    )
 
 
 feed_forward.register_autograd(_backward, setup_context=_save_for_backward)

@@ -3,6 +3,7 @@
 The modeling file is put together from this repo's own sources: of config_model.py, model_parts.py and model.py what LLM needs, word for
 word, and runtime/modeling_gptoss.py, the class of transformers around it. There is no second copy of the mathematics.
 """
+
 from __future__ import annotations
 
 import ast
@@ -17,7 +18,12 @@ from torch import Tensor
 from runtime.export import Source
 
 REPO = Path(__file__).resolve().parent.parent
-FILES = ("config_model.py", "model_parts.py", "model.py", "runtime/modeling_gptoss.py")  # each may import those before it
+FILES = (
+    "config_model.py",
+    "model_parts.py",
+    "model.py",
+    "runtime/modeling_gptoss.py",
+)  # each may import those before it
 MODELING_FILE = "modeling_gptoss.py"
 
 HEADER = '''"""A Mixture-of-Experts language model for transformers: from_pretrained(folder, trust_remote_code=True).
@@ -38,10 +44,19 @@ OPERATIONS = next(f"gptoss_{{n}}" for n in itertools.count() if not hasattr(geta
 def custom_config(source: Source, dtype: str) -> dict:
     """config.json. Of the model it holds only ModelConfig's fields: GptossConfig makes transformers' names from them."""
     module = MODELING_FILE.removesuffix(".py")
-    return {"architectures": ["GptossForCausalLM"], "model_type": "gptoss",
-            "auto_map": {"AutoConfig": f"{module}.GptossConfig", "AutoModelForCausalLM": f"{module}.GptossForCausalLM"},
-            "gptoss": dataclasses.asdict(source.model.config), "bos_token_id": source.tokenizer.start_id, "eos_token_id": source.tokenizer.end_of_text_id,
-            "dtype": dtype, "torch_dtype": dtype}  # transformers 5's spelling and 4's
+    return {
+        "architectures": ["GptossForCausalLM"],
+        "model_type": "gptoss",
+        "auto_map": {
+            "AutoConfig": f"{module}.GptossConfig",
+            "AutoModelForCausalLM": f"{module}.GptossForCausalLM",
+        },
+        "gptoss": dataclasses.asdict(source.model.config),
+        "bos_token_id": source.tokenizer.start_id,
+        "eos_token_id": source.tokenizer.end_of_text_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }  # transformers 5's spelling and 4's
 
 
 def custom_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -53,10 +68,11 @@ def custom_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]
 @dataclass(frozen=True)
 class Statement:
     """A statement of a module's top level: its lines, with the comment above it."""
+
     text: str
     defines: frozenset[str]
-    uses: frozenset[str]      # every name in it
-    belongs_to: str           # where it defines nothing: the function that it registers something with
+    uses: frozenset[str]  # every name in it
+    belongs_to: str  # where it defines nothing: the function that it registers something with
 
 
 def modeling_source() -> str:
@@ -64,11 +80,18 @@ def modeling_source() -> str:
     statements = [statement for file in FILES for statement in _statements(REPO / file)]
     names = [name for statement in statements for name in statement.defines]
     assert len(set(names)) == len(names), "two of the files define one name"
-    needed, kept = _names(ast.parse((REPO / FILES[-1]).read_text(encoding="utf-8"))).union(FILES), []
-    while (found := [s for s in statements if s.defines & needed or s.belongs_to in needed]) != kept:
+    needed, kept = (
+        _names(ast.parse((REPO / FILES[-1]).read_text(encoding="utf-8"))).union(FILES),
+        [],
+    )
+    while (
+        found := [s for s in statements if s.defines & needed or s.belongs_to in needed]
+    ) != kept:
         kept, needed = found, needed.union(*(s.uses for s in found))
     licence = (REPO / "LICENSE").read_text(encoding="utf-8").strip()
-    header = HEADER.format(files=", ".join(FILES[:-1]) + f" and {FILES[-1]}", licence=licence, imports=_imports(needed))
+    header = HEADER.format(
+        files=", ".join(FILES[:-1]) + f" and {FILES[-1]}", licence=licence, imports=_imports(needed)
+    )
     return header + "".join(s.text for s in kept).replace('"gptoss::', 'f"{OPERATIONS}::')
 
 
@@ -83,17 +106,27 @@ def _statements(path: Path) -> Iterator[Statement]:
     source, end = path.read_text(encoding="utf-8"), 0
     lines = source.splitlines(keepends=True)
     for node in ast.parse(source).body:
-        text, end = "".join(lines[end:node.end_lineno]), node.end_lineno
+        text, end = "".join(lines[end : node.end_lineno]), node.end_lineno
         defines, belongs_to = set(), ""
         match node:
             case ast.Import() | ast.ImportFrom():
                 continue
             case ast.Expr(value=ast.Constant(value=str(docstring))):
                 defines = {path.relative_to(REPO).as_posix()}
-                text = "\n\n# " + "=" * 118 + "\n" + "".join(f"# {line}".rstrip() + "\n" for line in f"{path.relative_to(REPO)}: {docstring}".splitlines())
-            case ast.FunctionDef(name="_", decorator_list=[decorator]):                  # @operation.register_fake
+                text = (
+                    "\n\n# "
+                    + "=" * 118
+                    + "\n"
+                    + "".join(
+                        f"# {line}".rstrip() + "\n"
+                        for line in f"{path.relative_to(REPO)}: {docstring}".splitlines()
+                    )
+                )
+            case ast.FunctionDef(name="_", decorator_list=[decorator]):  # @operation.register_fake
                 belongs_to = decorator.value.id
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):  # operation.register_autograd(...)
+            case ast.Expr(
+                value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))
+            ):  # operation.register_autograd(...)
                 belongs_to = name
             case ast.FunctionDef() | ast.ClassDef():
                 defines = {node.name}
@@ -111,7 +144,13 @@ def _imports(needed: frozenset[str]) -> str:
     for file in FILES:
         for node in ast.parse((REPO / file).read_text(encoding="utf-8")).body:
             for alias in getattr(node, "names", ()):
-                if (alias.asname or alias.name.partition(".")[0]) in needed and getattr(node, "module", "") not in ours:
-                    (members[node.module] if isinstance(node, ast.ImportFrom) else modules).add(ast.unparse(alias))
-    froms = [f"from {module} import {', '.join(sorted(members[module]))}" for module in sorted(members)]
+                if (alias.asname or alias.name.partition(".")[0]) in needed and getattr(
+                    node, "module", ""
+                ) not in ours:
+                    (members[node.module] if isinstance(node, ast.ImportFrom) else modules).add(
+                        ast.unparse(alias)
+                    )
+    froms = [
+        f"from {module} import {', '.join(sorted(members[module]))}" for module in sorted(members)
+    ]
     return "\n".join([f"import {name}" for name in sorted(modules)] + froms)

@@ -9,6 +9,7 @@ Replacing a set: the new one is written to data/.partial, then renamed to data/.
 then on data/.ready is the set, and readers look there first; before it, the old set is untouched. Then, split by split,
 the old folder is removed and the new one takes its place. A kill at any moment leaves one whole set, the old or the new.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -39,10 +40,12 @@ SPLITS = ("train", "val")
 MANIFEST = "meta.json"
 PARTIAL, READY = ".partial", ".ready"
 DTYPE = np.dtype("<u4")
-HEADER_BYTES = 128             # of a one-dimensional .npy file, whatever its length
+HEADER_BYTES = 128  # of a one-dimensional .npy file, whatever its length
 LARGEST_MANIFEST_BYTES = 1 << 28
-OPEN_SHARDS = 64               # memory maps held at a time: each keeps a file open, and systems allow 256 to 1,024
-CHUNK_BYTES = 1 << 22          # shards are rewritten in pieces of this size
+OPEN_SHARDS = (
+    64  # memory maps held at a time: each keeps a file open, and systems allow 256 to 1,024
+)
+CHUNK_BYTES = 1 << 22  # shards are rewritten in pieces of this size
 SHARD_NAME = re.compile(r"shard_\d{4,9}\.npy")
 
 
@@ -56,7 +59,9 @@ def _seal(manifest: dict) -> str:
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write meta.json, sealed, atomically."""
     sealed = manifest | {"seal": _seal(manifest)}
-    write_text_atomic(folder / MANIFEST, json.dumps(sealed, indent=1, ensure_ascii=True, allow_nan=False) + "\n")
+    write_text_atomic(
+        folder / MANIFEST, json.dumps(sealed, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    )
 
 
 def read_manifest(folder: str | Path) -> dict:
@@ -72,9 +77,13 @@ def read_manifest(folder: str | Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"{path} is damaged, it is not JSON: {again}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by this program (its format is not {FORMAT!r}): {again} with another --out_dir")
+        raise ValueError(
+            f"{path} was not written by this program (its format is not {FORMAT!r}): {again} with another --out_dir"
+        )
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{path} has version {manifest.get('version')!r}; this program reads version {VERSION}: {again}")
+        raise ValueError(
+            f"{path} has version {manifest.get('version')!r}; this program reads version {VERSION}: {again}"
+        )
     if manifest.get("seal") != _seal(manifest):
         raise ValueError(f"{path} is damaged, its digest does not match: {again}")
     if fault := _manifest_fault(manifest):
@@ -84,11 +93,16 @@ def read_manifest(folder: str | Path) -> dict:
 
 def _manifest_fault(m: dict) -> str | None:
     """What is wrong with the values of a manifest, or None. (The seal keeps out accidents; this keeps out inventions.)"""
+
     def count(value) -> bool:
         return type(value) is int and 0 < value < 1 << 48
 
     shards, tokenizer = m.get("shards"), m.get("tokenizer")
-    if not isinstance(shards, list) or not shards or not all(isinstance(shard, dict) for shard in shards):
+    if (
+        not isinstance(shards, list)
+        or not shards
+        or not all(isinstance(shard, dict) for shard in shards)
+    ):
         return "it lists no shards"
     for shard in shards:
         if not isinstance(shard.get("file"), str) or not SHARD_NAME.fullmatch(shard["file"]):
@@ -97,15 +111,22 @@ def _manifest_fault(m: dict) -> str | None:
             return f"{shard['file']} has no token count or digest"
     if len({shard["file"] for shard in shards}) < len(shards):
         return "it lists a shard twice"
-    if m.get("num_shards") != len(shards) or m.get("total_tokens") != sum(shard["tokens"] for shard in shards):
+    if m.get("num_shards") != len(shards) or m.get("total_tokens") != sum(
+        shard["tokens"] for shard in shards
+    ):
         return "its totals do not agree with its shards"
     if m.get("dtype") != DTYPE.name:
         return f"its dtype is {m.get('dtype')!r}, not {DTYPE.name!r}"
     if not all(count(m.get(key)) for key in ("total_documents", "total_bytes", "vocabulary_size")):
         return "a count is missing or not positive"
-    if not isinstance(tokenizer, dict) or not all(isinstance(value, str) for value in (tokenizer.get("fingerprint"), m.get("tokens_sha256"), m.get("pair"))):
+    if not isinstance(tokenizer, dict) or not all(
+        isinstance(value, str)
+        for value in (tokenizer.get("fingerprint"), m.get("tokens_sha256"), m.get("pair"))
+    ):
         return "its tokenizer, content digest or pair is missing"
-    if tokenizer.get("vocabulary_size") != m["vocabulary_size"] or tokenizer.get("end_of_text_id") != m.get("end_of_text_id"):
+    if tokenizer.get("vocabulary_size") != m["vocabulary_size"] or tokenizer.get(
+        "end_of_text_id"
+    ) != m.get("end_of_text_id"):
         return "its vocabulary is not its tokenizer's"
     return None
 
@@ -128,7 +149,10 @@ class ShardWriter:
         while len(ids):
             if self._file is None:
                 self._open()
-            part, ids = ids[: self.shard_size - self._in_shard], ids[self.shard_size - self._in_shard:]
+            part, ids = (
+                ids[: self.shard_size - self._in_shard],
+                ids[self.shard_size - self._in_shard :],
+            )
             data = memoryview(part).cast("B")
             self._file.write(data)
             self._digest.update(data)
@@ -143,8 +167,13 @@ class ShardWriter:
         if self._file is not None:
             self._finish_shard()
         fsync_folder(self.folder)
-        return {"num_shards": len(self.shards), "total_tokens": self.total_tokens, "dtype": DTYPE.name,
-                "tokens_sha256": self._tokens.hexdigest(), "shards": self.shards}
+        return {
+            "num_shards": len(self.shards),
+            "total_tokens": self.total_tokens,
+            "dtype": DTYPE.name,
+            "tokens_sha256": self._tokens.hexdigest(),
+            "shards": self.shards,
+        }
 
     def close(self) -> None:
         """Let go of the open file, if any: what is written so far is no set."""
@@ -198,7 +227,9 @@ def renumber(folder: Path, counts: dict, new_ids: np.ndarray) -> dict:
 def npy_header(tokens: int) -> bytes:
     """The .npy header (version 1.0) of a uint32 array [tokens]: 128 bytes, for numpy leaves room for the length to grow."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)})
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)}
+    )
     assert buffer.tell() == HEADER_BYTES
     return buffer.getvalue()
 
@@ -209,12 +240,17 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict:
         return tokenizer.to_state()
     text = json.dumps(tokenizer.to_state(), ensure_ascii=True) + "\n"
     write_text_atomic(folder / STATE_FILE, text)
-    return tokenizer.summary() | {"file": STATE_FILE, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return tokenizer.summary() | {
+        "file": STATE_FILE,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def pair_id(tokenizer: Tokenizer, tokens_sha256: Iterable[str]) -> str:
     """What train and val of one run share and no other run has, unless it made the same tokens: a digest of both contents."""
-    return hashlib.sha256("\n".join([tokenizer.fingerprint, *tokens_sha256]).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join([tokenizer.fingerprint, *tokens_sha256]).encode()).hexdigest()[
+        :32
+    ]
 
 
 # --------------------------------------------------------------------------------------------- replacing a set by another
@@ -224,14 +260,24 @@ def _files_of_set(folder: Path) -> list[str]:
     if not present:
         return []
     if MANIFEST not in present:
-        raise ValueError(f"{folder} holds files that prepare_data.py did not write ({min(present)}): move them away or give another --out_dir")
+        raise ValueError(
+            f"{folder} holds files that prepare_data.py did not write ({min(present)}): move them away or give another --out_dir"
+        )
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
-        raise ValueError(f"{folder} cannot be replaced, for what it holds is unknown: delete it or give another --out_dir ({error})") from None
-    ours = [shard["file"] for shard in manifest["shards"]] + [STATE_FILE] * ("file" in manifest["tokenizer"]) + [MANIFEST]
+        raise ValueError(
+            f"{folder} cannot be replaced, for what it holds is unknown: delete it or give another --out_dir ({error})"
+        ) from None
+    ours = (
+        [shard["file"] for shard in manifest["shards"]]
+        + [STATE_FILE] * ("file" in manifest["tokenizer"])
+        + [MANIFEST]
+    )
     if foreign := present - set(ours):
-        raise ValueError(f"{folder} holds a file that prepare_data.py did not write ({min(foreign)}): move it away or give another --out_dir")
+        raise ValueError(
+            f"{folder} holds a file that prepare_data.py did not write ({min(foreign)}): move it away or give another --out_dir"
+        )
     return ours
 
 
@@ -242,22 +288,30 @@ def check_replaceable(out_dir: Path) -> None:
             raise ValueError(f"{folder} is not a folder: give another --out_dir")
     for split in SPLITS:
         if (out_dir / split).is_symlink():
-            raise ValueError(f"{out_dir / split} is a symbolic link, which would be replaced: give its target's folder as --out_dir")
+            raise ValueError(
+                f"{out_dir / split} is a symbolic link, which would be replaced: give its target's folder as --out_dir"
+            )
         if (out_dir / split).exists():
             _files_of_set(out_dir / split)
 
 
 def remove_partial(out_dir: Path) -> None:
     """Remove the half-written set that an interrupted run left, if there is one. ValueError if it holds anything else."""
-    ours = re.compile(f"(?:{SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(STATE_FILE)})(?:{re.escape(TEMPORARY_SUFFIX)})?")
+    ours = re.compile(
+        f"(?:{SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(STATE_FILE)})(?:{re.escape(TEMPORARY_SUFFIX)})?"
+    )
     partial = out_dir / PARTIAL
     if not partial.is_dir():
         return
     folders = [partial / split for split in SPLITS if (partial / split).is_dir()]
     for folder in (partial, *folders):
         for entry in os.scandir(folder):
-            if not (folder != partial and ours.fullmatch(entry.name)) and not (folder == partial and entry.name in SPLITS):
-                raise ValueError(f"{entry.path} was not written by prepare_data.py: move it away or give another --out_dir")
+            if not (folder != partial and ours.fullmatch(entry.name)) and not (
+                folder == partial and entry.name in SPLITS
+            ):
+                raise ValueError(
+                    f"{entry.path} was not written by prepare_data.py: move it away or give another --out_dir"
+                )
     for folder in folders:
         for entry in list(os.scandir(folder)):
             os.unlink(entry.path)
@@ -284,7 +338,9 @@ def finish_publishing(out_dir: Path) -> None:
             continue
         old = out_dir / split
         if old.is_dir():
-            for name in _files_of_set(old):  # the manifest last: it says what is ours, should this be interrupted too
+            for name in _files_of_set(
+                old
+            ):  # the manifest last: it says what is ours, should this be interrupted too
                 (old / name).unlink(missing_ok=True)
             old.rmdir()
         os.rename(ready / split, old)
@@ -306,7 +362,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another prepare_data.py is writing to {folder}: wait for it or give another --out_dir") from None
+            raise ValueError(
+                f"another prepare_data.py is writing to {folder}: wait for it or give another --out_dir"
+            ) from None
         yield
     finally:
         os.close(descriptor)
@@ -327,7 +385,9 @@ class TokenShards:
         self.vocabulary_size: int = self.manifest["vocabulary_size"]
         self.end_of_text_id: int = self.manifest["end_of_text_id"]
         self._shards: list[dict] = self.manifest["shards"]
-        self._starts = np.concatenate([[0], np.cumsum([shard["tokens"] for shard in self._shards], dtype=np.int64)])
+        self._starts = np.concatenate(
+            [[0], np.cumsum([shard["tokens"] for shard in self._shards], dtype=np.int64)]
+        )
         self._identity = [self._check_size(i) for i in range(len(self._shards))]
         self._map = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
         if verify:
@@ -358,13 +418,15 @@ class TokenShards:
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids start .. start + count - 1 of the whole sequence, int64 [count], across shard borders."""
         if not 0 <= start <= start + count <= self.num_tokens:
-            raise ValueError(f"{self.folder} has tokens 0 to {self.num_tokens - 1}, not {start} to {start + count - 1}")
+            raise ValueError(
+                f"{self.folder} has tokens 0 to {self.num_tokens - 1}, not {start} to {start + count - 1}"
+            )
         ids, filled = np.empty(count, dtype=np.int64), 0
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while filled < count:
             offset = start + filled - int(self._starts[shard])
-            part = self._map(shard)[offset: offset + count - filled]
-            ids[filled: filled + len(part)] = part
+            part = self._map(shard)[offset : offset + count - filled]
+            ids[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
         return ids
@@ -401,32 +463,55 @@ class TokenShards:
             raise self._fault(i, "was changed while it was in use")
         with open(self._path(i), "rb") as file:
             if file.read(HEADER_BYTES) != npy_header(self._shards[i]["tokens"]):
-                raise self._fault(i, f"is not a {DTYPE.name} array of {self._shards[i]['tokens']:,} tokens")
-            return np.asarray(np.memmap(file, dtype=DTYPE, mode="r", offset=HEADER_BYTES, shape=(self._shards[i]["tokens"],)))
+                raise self._fault(
+                    i, f"is not a {DTYPE.name} array of {self._shards[i]['tokens']:,} tokens"
+                )
+            return np.asarray(
+                np.memmap(
+                    file,
+                    dtype=DTYPE,
+                    mode="r",
+                    offset=HEADER_BYTES,
+                    shape=(self._shards[i]["tokens"],),
+                )
+            )
 
     def _verify_shard(self, i: int) -> None:
         ids = self._open(i)
         if sha256_of_file(self._path(i)) != self._shards[i]["sha256"]:
             raise self._fault(i, "is damaged, its digest is not the manifest's")
         if (largest := int(ids.max())) >= self.vocabulary_size:
-            raise self._fault(i, f"holds id {largest}, beyond its vocabulary of {self.vocabulary_size:,}")
+            raise self._fault(
+                i, f"holds id {largest}, beyond its vocabulary of {self.vocabulary_size:,}"
+            )
 
 
 def open_data(data_dir: str | Path, verify: bool = True) -> tuple[TokenShards, TokenShards]:
     """The train and val shards that one run of prepare_data.py wrote. ValueError if they are missing, damaged or of two runs."""
     data_dir = Path(data_dir)
-    folders = [data_dir / READY / split if (data_dir / READY / split).is_dir() else data_dir / split for split in SPLITS]
+    folders = [
+        data_dir / READY / split if (data_dir / READY / split).is_dir() else data_dir / split
+        for split in SPLITS
+    ]
     for folder in folders:
         if not (folder / MANIFEST).is_file():
-            raise ValueError(f"{data_dir} has no prepared text ({folder / MANIFEST} is missing): run python prepare_data.py --out_dir {data_dir}")
+            raise ValueError(
+                f"{data_dir} has no prepared text ({folder / MANIFEST} is missing): run python prepare_data.py --out_dir {data_dir}"
+            )
     train, val = (TokenShards(folder, verify) for folder in folders)
     for shards, split in zip((train, val), SPLITS, strict=True):
         if shards.manifest.get("split") != split:
-            raise ValueError(f"{shards.folder} holds the split {shards.manifest.get('split')!r}, not {split!r}: run prepare_data.py again")
+            raise ValueError(
+                f"{shards.folder} holds the split {shards.manifest.get('split')!r}, not {split!r}: run prepare_data.py again"
+            )
     if train.manifest["pair"] != val.manifest["pair"]:
-        raise ValueError(f"{train.folder} and {val.folder} were not written by the same run of prepare_data.py: run it again")
+        raise ValueError(
+            f"{train.folder} and {val.folder} were not written by the same run of prepare_data.py: run it again"
+        )
     if train.manifest["tokenizer"] != val.manifest["tokenizer"]:
-        raise ValueError(f"{train.folder} and {val.folder} were made with different tokenizers: run prepare_data.py again")
+        raise ValueError(
+            f"{train.folder} and {val.folder} were made with different tokenizers: run prepare_data.py again"
+        )
     return train, val
 
 
@@ -434,16 +519,22 @@ def open_data(data_dir: str | Path, verify: bool = True) -> tuple[TokenShards, T
 def count_windows(shards: TokenShards, context_length: int) -> int:
     """Windows of T tokens and a shifted target each that cover every token once as a target, the last moved back to the end."""
     if shards.num_tokens < context_length + 1:
-        raise ValueError(f"{shards.folder} has {shards.num_tokens:,} tokens and a window needs {context_length + 1:,}: lower --context_length or prepare more text")
+        raise ValueError(
+            f"{shards.folder} has {shards.num_tokens:,} tokens and a window needs {context_length + 1:,}: lower --context_length or prepare more text"
+        )
     return math.ceil((shards.num_tokens - 1) / context_length)
 
 
-def read_windows(shards: TokenShards, windows: Iterable[int], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def read_windows(
+    shards: TokenShards, windows: Iterable[int], context_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each int64 [B, T], of the given windows: window i is tokens i*T .. i*T + T, moved back at the end."""
     import torch  # here, so that preparing text needs no torch
 
     last = shards.num_tokens - context_length - 1
-    tokens = np.stack([shards.read(min(int(i) * context_length, last), context_length + 1) for i in windows])
+    tokens = np.stack(
+        [shards.read(min(int(i) * context_length, last), context_length + 1) for i in windows]
+    )
     return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
 
 
@@ -456,9 +547,16 @@ class WindowLoader:
     """
 
     def __init__(self, shards: TokenShards, context_length: int, batch_size: int, seed: int):
-        self.shards, self.context_length, self.batch_size, self.seed = shards, context_length, batch_size, seed
+        self.shards, self.context_length, self.batch_size, self.seed = (
+            shards,
+            context_length,
+            batch_size,
+            seed,
+        )
         self.num_windows = count_windows(shards, context_length)
-        self._order = functools.lru_cache(maxsize=2)(self._shuffle)  # a batch meets at most two epochs at a border
+        self._order = functools.lru_cache(maxsize=2)(
+            self._shuffle
+        )  # a batch meets at most two epochs at a border
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         philox = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
@@ -471,7 +569,9 @@ class WindowLoader:
 
     def batch(self, first_sample: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 [B, T], of samples first_sample .. first_sample + B - 1."""
-        windows = [self.window(sample) for sample in range(first_sample, first_sample + self.batch_size)]
+        windows = [
+            self.window(sample) for sample in range(first_sample, first_sample + self.batch_size)
+        ]
         return read_windows(self.shards, windows, self.context_length)
 
 
@@ -492,10 +592,16 @@ class ValidationBatches:
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return read_windows(self.shards, self.windows[i * self.batch_size: (i + 1) * self.batch_size], self.context_length)
+        return read_windows(
+            self.shards,
+            self.windows[i * self.batch_size : (i + 1) * self.batch_size],
+            self.context_length,
+        )
 
 
-def validation_batches(shards: TokenShards, context_length: int, batch_size: int, max_batches: int) -> ValidationBatches:
+def validation_batches(
+    shards: TokenShards, context_length: int, batch_size: int, max_batches: int
+) -> ValidationBatches:
     """Fixed windows spread evenly over a split, the same at every call, read when they are asked for.
 
     All batches have batch_size windows, except that a split with fewer windows than that gives one smaller batch.

@@ -1,4 +1,5 @@
 """What the machine can do: device, arithmetic, kernels, memory, peak speed. Nothing outside runtime/ asks torch.cuda."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,23 +21,45 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 # Dense bf16/fp16 peak in FLOP/s, without sparsity, from the vendors' data sheets; matched against the device's name.
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12, "V100": 125e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "T4": 65e12,
+    "V100": 125e12,
 }
 
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device called `name` (auto: CUDA, then MPS, then CPU). Raises ValueError if this machine does not have it."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cuda", "mps", "cpu") or (device.type != "cuda" and device.index is not None):
+    if (
+        device is None
+        or device.type not in ("cuda", "mps", "cpu")
+        or (device.type != "cuda" and device.index is not None)
+    ):
         raise ValueError(f"unknown device {name!r}: allowed are auto, cuda, cuda:N, mps and cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+        raise ValueError(
+            f"device {name!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' is not here; try --device cpu")
     return device
@@ -50,12 +73,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            return (
+                torch.bfloat16
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16
+            )
         return torch.bfloat16 if device.type == "cpu" and bfloat16_is_faster() else torch.float32
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}: allowed are auto, {', '.join(DTYPES)}")
-    if device.type == "cuda" and name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float16 or float32")
+    if (
+        device.type == "cuda"
+        and name == "bfloat16"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float16 or float32"
+        )
     return DTYPES[name]
 
 
@@ -86,7 +119,9 @@ def make_deterministic() -> None:
     """Only kernels that give the same bits in every run; an operation that has none raises. To be called before any work on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written here before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # every element is written here before it is read
+    )
     torch.backends.cudnn.benchmark = False
 
 
@@ -101,8 +136,15 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     capability = (0, 0) if card is None else card.capability
     for block in model.layers:
         experts = block.moe.experts
-        experts.grouped = capability == (9, 0) and dtype == torch.bfloat16 and experts.w_in.shape[2] % 8 == 0 and experts.w_out.shape[2] % 8 == 0
-        experts.feed_forward = torch.ops.gptoss.feed_forward.default if device.type == "cpu" else None
+        experts.grouped = (
+            capability == (9, 0)
+            and dtype == torch.bfloat16
+            and experts.w_in.shape[2] % 8 == 0
+            and experts.w_out.shape[2] % 8 == 0
+        )
+        experts.feed_forward = (
+            torch.ops.gptoss.feed_forward.default if device.type == "cpu" else None
+        )
         attention = block.attention
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
@@ -143,7 +185,9 @@ def memory_bytes(device: torch.device) -> tuple[int, int] | None:
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            free = next(
+                int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")
+            )
         return free, total
     except (OSError, ValueError, AttributeError, StopIteration):
         return None
@@ -161,7 +205,9 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def peak_memory_line(device: torch.device, announced: int) -> str:
@@ -174,7 +220,10 @@ def peak_memory_line(device: torch.device, announced: int) -> str:
 
 def has_room(device: torch.device, share: float = 0.04) -> bool:
     """Whether a CUDA device has `share` of its memory left over beside what this process has ever held at once."""
-    return torch.cuda.max_memory_reserved(device) < (1 - share) * torch.cuda.get_device_properties(device).total_memory
+    return (
+        torch.cuda.max_memory_reserved(device)
+        < (1 - share) * torch.cuda.get_device_properties(device).total_memory
+    )
 
 
 def release_memory(device: torch.device) -> None:
@@ -190,7 +239,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     # The CPU's allocator, MPS, the CUDA driver and cuBLAS raise a plain RuntimeError.
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    return isinstance(error, RuntimeError) and any(
+        words in str(error)
+        for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
 
 
 @contextlib.contextmanager
@@ -202,7 +254,9 @@ def explained_out_of_memory(device: torch.device, advice: str):
         if not is_out_of_memory(error):
             raise
         memory = memory_bytes(device)
-        raise ValueError(f"out of memory on {device_name(device)}{f' ({human_bytes(memory[1])})' if memory else ''}: {advice}") from error
+        raise ValueError(
+            f"out of memory on {device_name(device)}{f' ({human_bytes(memory[1])})' if memory else ''}: {advice}"
+        ) from error
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,6 +5,7 @@ experts, which sum to 1 per token and block. Blocks, experts and tokens are numb
 
 # L blocks  T tokens  K chosen experts per token  E experts
 """
+
 from __future__ import annotations
 
 import base64
@@ -21,53 +22,148 @@ from runtime.text import visible
 
 # The coloured entries of the 256-colour cube that have a contrast of 3:1 on black and on white alike, each one as far as can
 # be from those before it (in Oklab): the first dozen are easily told apart. Expert 64 has the colour of expert 0 again.
-TERMINAL_COLOURS = (33, 196, 28, 201, 95, 92, 162, 136, 30, 61, 139, 135, 58, 166, 127, 168, 105, 63, 170, 26, 67, 101, 133, 129, 199, 98, 164, 197, 160, 130, 131, 202,
-                    94, 60, 126, 96, 29, 64, 161, 68, 25, 97, 163, 132, 169, 93, 128, 137, 165, 134, 171, 200, 99, 62, 27, 198, 167, 31, 32, 100, 65, 103, 104, 69)
-LONGEST_TEXT = 24   # terminal columns of a token's text; what is longer ends in an ellipsis
-HEAT_LEVELS = 9     # of the heat map's scale, half an octave each: a quarter of the fair share or less ... 4 times it or more
-GATE_LEVELS = 4     # of a token's tint, from an even split of its gates to all for one expert; style and script know them too
-MOST_NUMBERS = 16   # experts, up to which a heat map's cells have room for numbers
-MOST_LABELS = 24    # experts, up to which a heat map's columns have room for a label each
+TERMINAL_COLOURS = (
+    33,
+    196,
+    28,
+    201,
+    95,
+    92,
+    162,
+    136,
+    30,
+    61,
+    139,
+    135,
+    58,
+    166,
+    127,
+    168,
+    105,
+    63,
+    170,
+    26,
+    67,
+    101,
+    133,
+    129,
+    199,
+    98,
+    164,
+    197,
+    160,
+    130,
+    131,
+    202,
+    94,
+    60,
+    126,
+    96,
+    29,
+    64,
+    161,
+    68,
+    25,
+    97,
+    163,
+    132,
+    169,
+    93,
+    128,
+    137,
+    165,
+    134,
+    171,
+    200,
+    99,
+    62,
+    27,
+    198,
+    167,
+    31,
+    32,
+    100,
+    65,
+    103,
+    104,
+    69,
+)
+LONGEST_TEXT = 24  # terminal columns of a token's text; what is longer ends in an ellipsis
+HEAT_LEVELS = 9  # of the heat map's scale, half an octave each: a quarter of the fair share or less ... 4 times it or more
+GATE_LEVELS = 4  # of a token's tint, from an even split of its gates to all for one expert; style and script know them too
+MOST_NUMBERS = 16  # experts, up to which a heat map's cells have room for numbers
+MOST_LABELS = 24  # experts, up to which a heat map's columns have room for a label each
 
 
-def _strongest_first(pieces: list[str], experts_LTK: Tensor, gates_LTK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _strongest_first(
+    pieces: list[str], experts_LTK: Tensor, gates_LTK: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor]:
     """(experts, gates), checked, on the CPU (int64, float64), and the K of a token in falling order of their gates. Raises ValueError."""
     if experts_LTK.dim() != 3 or experts_LTK.shape != gates_LTK.shape:
-        raise ValueError(f"experts and gates must both be [blocks, tokens, chosen], not {list(experts_LTK.shape)} and {list(gates_LTK.shape)}")
+        raise ValueError(
+            f"experts and gates must both be [blocks, tokens, chosen], not {list(experts_LTK.shape)} and {list(gates_LTK.shape)}"
+        )
     L, T, K = experts_LTK.shape
     if len(pieces) != T:
-        raise ValueError(f"there are {len(pieces)} texts and experts for {T} tokens: give one text per token")
+        raise ValueError(
+            f"there are {len(pieces)} texts and experts for {T} tokens: give one text per token"
+        )
     if not (L and T and K):
-        raise ValueError(f"there is nothing to show in {L} blocks, {T} tokens and {K} chosen experts")
+        raise ValueError(
+            f"there is nothing to show in {L} blocks, {T} tokens and {K} chosen experts"
+        )
     if num_experts < K:
         raise ValueError(f"{K} chosen experts per token are more than num_experts, {num_experts}")
-    if experts_LTK.is_floating_point() or experts_LTK.is_complex() or experts_LTK.dtype == torch.bool:
+    if (
+        experts_LTK.is_floating_point()
+        or experts_LTK.is_complex()
+        or experts_LTK.dtype == torch.bool
+    ):
         raise ValueError(f"experts must be whole numbers, not {experts_LTK.dtype}")
     experts_LTK, gates_LTK = experts_LTK.detach().cpu().long(), gates_LTK.detach().cpu().double()
     lowest, highest = experts_LTK.min().item(), experts_LTK.max().item()
     if lowest < 0 or highest >= num_experts:
-        raise ValueError(f"experts must be from 0 to {num_experts - 1}, not from {lowest} to {highest}")
+        raise ValueError(
+            f"experts must be from 0 to {num_experts - 1}, not from {lowest} to {highest}"
+        )
     if not ((gates_LTK >= 0) & (gates_LTK <= 1 + 1e-3)).all():  # NaN is neither
-        raise ValueError("gates must be from 0 to 1: give the weights of the chosen experts, not logits")
+        raise ValueError(
+            "gates must be from 0 to 1: give the weights of the chosen experts, not logits"
+        )
     gates_LTK, order_LTK = gates_LTK.sort(dim=-1, descending=True, stable=True)
     return experts_LTK.gather(-1, order_LTK), gates_LTK
 
 
 def _counts(experts_LTK: Tensor, num_experts: int) -> list[list[int]]:
     """Tokens per block and expert, [L][E]."""
-    return [torch.bincount(experts_TK.flatten(), minlength=num_experts).tolist() for experts_TK in experts_LTK]
+    return [
+        torch.bincount(experts_TK.flatten(), minlength=num_experts).tolist()
+        for experts_TK in experts_LTK
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- terminal
 def _columns(text: str) -> int:
     """Terminal columns that a text takes: 2 for wide characters, 0 for combining ones."""
-    return sum(0 if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0
+        if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me")
+        else 2
+        if unicodedata.east_asian_width(c) in "WF"
+        else 1
+        for c in text
+    )
 
 
 def _one_line(piece: str) -> str:
     """A token's text on one line of at most LONGEST_TEXT columns; whatever is no mark on a terminal is spelled out."""
     text = visible(piece).replace("\n", "\\n").replace("\t", "\\t")
-    text = "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cf", "Cs", "Zl", "Zp") else c for c in text)
+    text = "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cf", "Cs", "Zl", "Zp")
+        else c
+        for c in text
+    )
     if _columns(text) <= LONGEST_TEXT:
         return text
     while _columns(text) > LONGEST_TEXT - 1:
@@ -75,7 +171,14 @@ def _one_line(piece: str) -> str:
     return text + "…"
 
 
-def text_map(pieces: list[str], experts_LTK: Tensor, gates_LTK: Tensor, num_experts: int, color: bool, width: int = 100) -> str:
+def text_map(
+    pieces: list[str],
+    experts_LTK: Tensor,
+    gates_LTK: Tensor,
+    num_experts: int,
+    color: bool,
+    width: int = 100,
+) -> str:
     """The tokens, one a line, with their experts in each block, strongest first (12·5); then how many experts each block used.
 
     Blocks that do not fit in `width` columns follow in further tables. With `color` an expert has the same colour wherever it
@@ -84,15 +187,27 @@ def text_map(pieces: list[str], experts_LTK: Tensor, gates_LTK: Tensor, num_expe
     """
     experts_LTK, gates_LTK = _strongest_first(pieces, experts_LTK, gates_LTK, num_experts)
     L, T, K = experts_LTK.shape
-    counts_LE, experts, gates = _counts(experts_LTK, num_experts), experts_LTK.tolist(), gates_LTK.tolist()
+    counts_LE, experts, gates = (
+        _counts(experts_LTK, num_experts),
+        experts_LTK.tolist(),
+        gates_LTK.tolist(),
+    )
 
     def number(expert: int, gate: float = 1.0) -> str:
         style = "2;" if gate < 0.5 / K else ""
-        return f"\x1b[{style}38;5;{TERMINAL_COLOURS[expert % len(TERMINAL_COLOURS)]}m{expert}\x1b[0m" if color else str(expert)
+        return (
+            f"\x1b[{style}38;5;{TERMINAL_COLOURS[expert % len(TERMINAL_COLOURS)]}m{expert}\x1b[0m"
+            if color
+            else str(expert)
+        )
 
     def line(first: str, cells: list[tuple[str, int]]) -> str:
         """Cells, each with the columns it takes, in columns of their own; nothing behind the last."""
-        padded = [first + " " * (text_columns - _columns(first))] + [text + " " * (cell_columns - taken) for text, taken in cells[:-1]] + [cells[-1][0]]
+        padded = (
+            [first + " " * (text_columns - _columns(first))]
+            + [text + " " * (cell_columns - taken) for text, taken in cells[:-1]]
+            + [cells[-1][0]]
+        )
         return "  ".join(padded)
 
     texts = [_one_line(piece) for piece in pieces]
@@ -107,27 +222,53 @@ def text_map(pieces: list[str], experts_LTK: Tensor, gates_LTK: Tensor, num_expe
     for blocks in torch.arange(L).tensor_split(tables):
         lines.append(line("token", [(names[block], len(names[block])) for block in blocks]))
         for t in range(T):
-            lines.append(line(texts[t], [("·".join(map(number, experts[block][t], gates[block][t])), len("·".join(map(str, experts[block][t])))) for block in blocks]))
+            lines.append(
+                line(
+                    texts[t],
+                    [
+                        (
+                            "·".join(map(number, experts[block][t], gates[block][t])),
+                            len("·".join(map(str, experts[block][t]))),
+                        )
+                        for block in blocks
+                    ],
+                )
+            )
         lines.append("")
     for block, counts_E in enumerate(counts_LE):
         most = max(range(num_experts), key=counts_E.__getitem__)
         used, share = sum(count > 0 for count in counts_E), counts_E[most] / (T * K)
-        lines.append(f"block {block:<{len(str(L - 1))}}  {used:>{len(str(num_experts))}} of {num_experts} experts used, "
-                     f"most of all expert {number(most)}: {100 * share:.1f} %, {share * num_experts:.2f} x its fair share")
+        lines.append(
+            f"block {block:<{len(str(L - 1))}}  {used:>{len(str(num_experts))}} of {num_experts} experts used, "
+            f"most of all expert {number(most)}: {100 * share:.1f} %, {share * num_experts:.2f} x its fair share"
+        )
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------------- page
 def _hues(num_experts: int) -> list[int]:
     """A hue in degrees per expert: evenly spaced, neighbours in number far apart (by about the golden ratio)."""
-    stride = next((stride for stride in range(max(1, round(0.382 * num_experts)), num_experts) if math.gcd(stride, num_experts) == 1), 1)
-    return [round((25 + 360 * (expert * stride % num_experts) / num_experts) % 360) for expert in range(num_experts)]
+    stride = next(
+        (
+            stride
+            for stride in range(max(1, round(0.382 * num_experts)), num_experts)
+            if math.gcd(stride, num_experts) == 1
+        ),
+        1,
+    )
+    return [
+        round((25 + 360 * (expert * stride % num_experts) / num_experts) % 360)
+        for expert in range(num_experts)
+    ]
 
 
 def _expert_styles(num_experts: int) -> str:
     """A style class per expert; of many experts, three lightnesses help to tell hues apart that are close."""
     tiers = [0] if num_experts <= 12 else [0, 1, -1]
-    return "\n".join(f".e{expert}{{--h:{hue};--tier:{tiers[expert % len(tiers)]}}}" for expert, hue in enumerate(_hues(num_experts)))
+    return "\n".join(
+        f".e{expert}{{--h:{hue};--tier:{tiers[expert % len(tiers)]}}}"
+        for expert, hue in enumerate(_hues(num_experts))
+    )
 
 
 def _width_styles(num_experts: int, K: int) -> str:
@@ -157,9 +298,17 @@ def _json_in_html(value: object) -> str:
 
 def _token_span(t: int, piece: str, is_prompt: bool, expert: int, gate: float, K: int) -> str:
     """One token of the text, tinted by its strongest expert. Its style classes are those that the script sets."""
-    level = GATE_LEVELS - 1 if K == 1 else min(GATE_LEVELS - 1, int(GATE_LEVELS * max(0.0, gate - 1 / K) / (1 - 1 / K)))
-    kind = " p" * is_prompt + (" nl" if piece.isspace() and "\n" in piece else " nil" if not piece else "")
-    label = _clean(f"token {t}{', prompt' * is_prompt}: " + piece.replace("\n", "\\n").replace("\t", "\\t"))
+    level = (
+        GATE_LEVELS - 1
+        if K == 1
+        else min(GATE_LEVELS - 1, int(GATE_LEVELS * max(0.0, gate - 1 / K) / (1 - 1 / K)))
+    )
+    kind = " p" * is_prompt + (
+        " nl" if piece.isspace() and "\n" in piece else " nil" if not piece else ""
+    )
+    label = _clean(
+        f"token {t}{', prompt' * is_prompt}: " + piece.replace("\n", "\\n").replace("\t", "\\t")
+    )
     return f'<span class="t{kind} e{expert} g{level}" tabindex="0" role="option" aria-label="{label}">{_clean(piece)}</span>'
 
 
@@ -167,22 +316,41 @@ def _heat_table(counts_LE: list[list[int]], assignments: int) -> str:
     """Rows are blocks, columns experts, a cell an expert's share of the block's assignments over the fair share 1/E."""
     E = len(counts_LE[0])
     step = 1 if E <= MOST_LABELS else 4 if E <= 96 else 16
-    head = "".join(f'<th scope="col" class="e{e}"><span{"" if e % step == 0 else " class=sr"}>{e}</span></th>' for e in range(E))
+    head = "".join(
+        f'<th scope="col" class="e{e}"><span{"" if e % step == 0 else " class=sr"}>{e}</span></th>'
+        for e in range(E)
+    )
     rows = []
     for block, counts_E in enumerate(counts_LE):
         cells = []
         for expert, count in enumerate(counts_E):
             load = count * E / assignments
-            level = 0 if not count else min(HEAT_LEVELS - 1, max(0, round(2 * math.log2(load)) + HEAT_LEVELS // 2))
+            level = (
+                0
+                if not count
+                else min(HEAT_LEVELS - 1, max(0, round(2 * math.log2(load)) + HEAT_LEVELS // 2))
+            )
             says = f"block {block}, expert {expert}: {count} of {assignments} assignments, {100 * count / assignments:.1f} %, {load:.2f} times the fair share"
-            cells.append(f'<td class="q{level}" role="gridcell" tabindex="{-1 if block or expert else 0}" aria-label="{says}" title="{says}">'
-                         f'{f"{load:.2f}" if E <= MOST_NUMBERS else ""}</td>')
+            cells.append(
+                f'<td class="q{level}" role="gridcell" tabindex="{-1 if block or expert else 0}" aria-label="{says}" title="{says}">'
+                f"{f'{load:.2f}' if E <= MOST_NUMBERS else ''}</td>"
+            )
         rows.append(f'<tr><th scope="row">{block}</th>{"".join(cells)}</tr>')
-    return (f'<table id="use" role="grid" aria-label="Expert use: rows are blocks, columns experts" class="{"numbers" if E <= MOST_NUMBERS else "dense"}">'
-            f'<thead><tr><th scope="col" class="corner">block</th>{head}</tr></thead>\n<tbody>{chr(10).join(rows)}</tbody></table>')
+    return (
+        f'<table id="use" role="grid" aria-label="Expert use: rows are blocks, columns experts" class="{"numbers" if E <= MOST_NUMBERS else "dense"}">'
+        f'<thead><tr><th scope="col" class="corner">block</th>{head}</tr></thead>\n<tbody>{chr(10).join(rows)}</tbody></table>'
+    )
 
 
-def html_page(title: str, pieces: list[str], experts_LTK: Tensor, gates_LTK: Tensor, num_experts: int, num_prompt_tokens: int, about: str = "") -> str:
+def html_page(
+    title: str,
+    pieces: list[str],
+    experts_LTK: Tensor,
+    gates_LTK: Tensor,
+    num_experts: int,
+    num_prompt_tokens: int,
+    about: str = "",
+) -> str:
     """One HTML page, whole in itself: the text with a tint per expert, a token's experts and gates per block, and a heat map of expert use.
 
     The first `num_prompt_tokens` tokens are marked as the prompt; `about` is plain text for under the title. The page's content
@@ -193,20 +361,53 @@ def html_page(title: str, pieces: list[str], experts_LTK: Tensor, gates_LTK: Ten
     experts_LTK, gates_LTK = _strongest_first(pieces, experts_LTK, gates_LTK, num_experts)
     L, T, K = experts_LTK.shape
     if not 0 <= num_prompt_tokens <= T:
-        raise ValueError(f"num_prompt_tokens must be from 0 to the {T} tokens there are, not {num_prompt_tokens}")
-    gates = [[[round(gate, 5) for gate in chosen] for chosen in block] for block in gates_LTK.tolist()]
-    data = {"num_experts": num_experts, "num_prompt_tokens": num_prompt_tokens, "pieces": pieces, "experts": experts_LTK.tolist(), "gates": gates}
-    spans = "".join(_token_span(t, piece, t < num_prompt_tokens, data["experts"][0][t][0], gates_LTK[0, t, 0].item(), K) for t, piece in enumerate(pieces))
+        raise ValueError(
+            f"num_prompt_tokens must be from 0 to the {T} tokens there are, not {num_prompt_tokens}"
+        )
+    gates = [
+        [[round(gate, 5) for gate in chosen] for chosen in block] for block in gates_LTK.tolist()
+    ]
+    data = {
+        "num_experts": num_experts,
+        "num_prompt_tokens": num_prompt_tokens,
+        "pieces": pieces,
+        "experts": experts_LTK.tolist(),
+        "gates": gates,
+    }
+    spans = "".join(
+        _token_span(
+            t, piece, t < num_prompt_tokens, data["experts"][0][t][0], gates_LTK[0, t, 0].item(), K
+        )
+        for t, piece in enumerate(pieces)
+    )
     style = STYLE + _expert_styles(num_experts) + _width_styles(num_experts, K)
-    hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in (("style", style), ("script", SCRIPT))}
+    hashes = {
+        name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for name, text in (("style", style), ("script", SCRIPT))
+    }
     drawn = T - num_prompt_tokens
-    facts = [f"{drawn} token{'s' * (drawn != 1)} after a prompt of {num_prompt_tokens}", f"{L} block{'s' * (L != 1)}", f"{num_experts} experts, {K} per token"]
+    facts = [
+        f"{drawn} token{'s' * (drawn != 1)} after a prompt of {num_prompt_tokens}",
+        f"{L} block{'s' * (L != 1)}",
+        f"{num_experts} experts, {K} per token",
+    ]
     legend = "".join(f'<i class="q{level}"></i>' for level in range(HEAT_LEVELS))
     return PAGE.format(
-        policy=f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'", style=style,
-        title=_clean(title), about=f'<p class="about">{_clean(about)}</p>\n' if about else "", facts=" &middot; ".join(facts), spans=spans, last_block=L - 1,
+        policy=f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'",
+        style=style,
+        title=_clean(title),
+        about=f'<p class="about">{_clean(about)}</p>\n' if about else "",
+        facts=" &middot; ".join(facts),
+        spans=spans,
+        last_block=L - 1,
         block_room="0" * len(str(L - 1)),
-        fixed=" disabled" if L == 1 else "", heat=_heat_table(_counts(experts_LTK, num_experts), T * K), legend=legend, fair=f"{100 / num_experts:.3g}", data=_json_in_html(data), script=SCRIPT)
+        fixed=" disabled" if L == 1 else "",
+        heat=_heat_table(_counts(experts_LTK, num_experts), T * K),
+        legend=legend,
+        fair=f"{100 / num_experts:.3g}",
+        data=_json_in_html(data),
+        script=SCRIPT,
+    )
 
 
 PAGE = """<!doctype html>

@@ -3,6 +3,7 @@
 An export writes under a temporary name, reads back what it wrote, compares its logits on real text with the model's, and only
 then renames it: what is off, or breaks off, is removed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -34,8 +35,10 @@ from runtime.rounding import logits_bound, size_of
 from runtime.tokenizer import Tokenizer
 
 # What scripts.export_hf writes into a folder, and what a published model's tokenizer brings along: all that --force may replace.
-FOLDER_FILES = re.compile(r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|"
-                          r"model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|modeling_gptoss\.py|README\.md|(loss|expert_load)\.png")
+FOLDER_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|modeling_gptoss\.py|README\.md|(loss|expert_load)\.png"
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_CHECKED_TOKENS = 256
 # How much more than usual a model's float32 may lose to steep softmaxes before an export is refused.
@@ -52,14 +55,16 @@ rose a little, fell a little, and left the stones where they had been. When Noor
 
 class ExportError(ValueError):
     """An export that does not compute what the model computes."""
+
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Source:
     """What is exported."""
+
     path: Path
-    model: LLM                # eval mode, float32 on the CPU; mapped from the file, or, if it holds bfloat16, made for a block at a time
+    model: LLM  # eval mode, float32 on the CPU; mapped from the file, or, if it holds bfloat16, made for a block at a time
     checkpoint: Checkpoint
     tokenizer: Tokenizer
 
@@ -67,24 +72,38 @@ class Source:
 def export_parser(description: str, out: str) -> argparse.ArgumentParser:
     """A parser with the flags of all exports. `out`: what --out names, for its help."""
     p = parser(description)
-    p.add_argument("--ckpt", default="checkpoints/latest.pt", help="checkpoint to export (default: checkpoints/latest.pt)")
+    p.add_argument(
+        "--ckpt",
+        default="checkpoints/latest.pt",
+        help="checkpoint to export (default: checkpoints/latest.pt)",
+    )
     p.add_argument("--out", required=True, help=out)
-    p.add_argument("--tokenizer", default="", help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of a data folder, a published model "
-                                                 "or a checkpoint (default: the checkpoint's)")
+    p.add_argument(
+        "--tokenizer",
+        default="",
+        help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of a data folder, a published model "
+        "or a checkpoint (default: the checkpoint's)",
+    )
     p.add_argument("--force", action="store_true", help="replace an output that is there")
     return p
 
 
 def open_source(args: argparse.Namespace) -> Source:
     """The checkpoint and tokenizer that the arguments name, checked. Raises ValueError."""
-    checkpoint = read_checkpoint(args.ckpt, read_only=True)   # no export writes to a weight
+    checkpoint = read_checkpoint(args.ckpt, read_only=True)  # no export writes to a weight
     is_wide = checkpoint.model["embed.weight"].dtype == torch.float32
-    model = build_model(checkpoint) if is_wide else lazy_model(checkpoint.model_config, lambda name: checkpoint.model[name].float())
+    model = (
+        build_model(checkpoint)
+        if is_wide
+        else lazy_model(checkpoint.model_config, lambda name: checkpoint.model[name].float())
+    )
     return Source(Path(args.ckpt), model, checkpoint, tokenizer_of(checkpoint, args.tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------------------ output
-def check_output(out: str | Path, force: bool, is_folder: bool = False, source: str | Path = "") -> Path:
+def check_output(
+    out: str | Path, force: bool, is_folder: bool = False, source: str | Path = ""
+) -> Path:
     """The path to write to, before any work. ValueError if something is there and may not be replaced: without `force` anything; with it
     what is no plain file, a folder that holds anything but what an export writes, and `source` or what holds it or is part of it."""
     path = Path(out)
@@ -95,12 +114,22 @@ def check_output(out: str | Path, force: bool, is_folder: bool = False, source: 
     if not force:
         raise ValueError(f"--out {out} exists: choose another name, or say --force to replace it")
     if not (path.is_dir() if is_folder else path.is_file()):
-        raise ValueError(f"--out {out} is no {'folder' if is_folder else 'plain file'}, and this writes one: choose another name")
+        raise ValueError(
+            f"--out {out} is no {'folder' if is_folder else 'plain file'}, and this writes one: choose another name"
+        )
     here, there = path.resolve(), Path(source).resolve()
     if source and (here == there or there in here.parents or here in there.parents):
-        raise ValueError(f"--out {out} would replace {source} or a part of it, which is read: choose another name")
-    if is_folder and (others := sorted(entry.name for entry in path.iterdir() if not FOLDER_FILES.fullmatch(entry.name))):
-        raise ValueError(f"--out {out} holds {others[0]}, which no export writes, so the folder is not replaced: choose another name")
+        raise ValueError(
+            f"--out {out} would replace {source} or a part of it, which is read: choose another name"
+        )
+    if is_folder and (
+        others := sorted(
+            entry.name for entry in path.iterdir() if not FOLDER_FILES.fullmatch(entry.name)
+        )
+    ):
+        raise ValueError(
+            f"--out {out} holds {others[0]}, which no export writes, so the folder is not replaced: choose another name"
+        )
     return path
 
 
@@ -113,10 +142,15 @@ def work_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
     make_folder(out.parent)
     prefix = f".{out.name}{TEMPORARY_SUFFIX}-"
     for left in sorted(out.parent.glob(f"{glob.escape(prefix)}*")):
-        print(f"note: {left} is of an export that was killed, or still runs: if it does not, remove it", file=sys.stderr)
+        print(
+            f"note: {left} is of an export that was killed, or still runs: if it does not, remove it",
+            file=sys.stderr,
+        )
     free = shutil.disk_usage(out.parent).free
     if needed_bytes > free:
-        raise ValueError(f"{out} needs {needed_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: free some space or choose another --out")
+        raise ValueError(
+            f"{out} needs {needed_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: free some space or choose another --out"
+        )
     with _signals_raise(), tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
         yield Path(folder)
 
@@ -124,11 +158,20 @@ def work_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
     """SIGTERM and SIGHUP end the block as an exception, so that it cleans up: the process then exits with 128 + the signal's number."""
+
     def leave(number, frame):
         raise SystemExit(128 + number)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)] if threading.current_thread() is threading.main_thread() else []
-    before = {name: signal.signal(getattr(signal, name), leave) for name in names if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL}
+    names = (
+        [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        if threading.current_thread() is threading.main_thread()
+        else []
+    )
+    before = {
+        name: signal.signal(getattr(signal, name), leave)
+        for name in names
+        if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
+    }
     try:
         yield
     finally:
@@ -175,7 +218,7 @@ def flush(path: Path) -> None:
 def check_ids(tokenizer: Tokenizer, config: ModelConfig) -> Tensor:
     """Ids [1, T] of a real text that every export is checked on, as long as the context allows."""
     ids = [tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)]
-    return torch.tensor([ids[:min(config.context_length, MOST_CHECKED_TOKENS)]])
+    return torch.tensor([ids[: min(config.context_length, MOST_CHECKED_TOKENS)]])
 
 
 def lazy_model(config: ModelConfig, read: Callable[[str], Tensor]) -> LLM:
@@ -183,14 +226,18 @@ def lazy_model(config: ModelConfig, read: Callable[[str], Tensor]) -> LLM:
     model = meta_model(config).eval()
 
     def load(module: nn.Module, prefix: str) -> None:
-        module.load_state_dict({name: read(prefix + name) for name in module.state_dict()}, assign=True)
+        module.load_state_dict(
+            {name: read(prefix + name) for name in module.state_dict()}, assign=True
+        )
 
     for name, module in model.named_children():
         if name != "layers":
             load(module, f"{name}.")
     for n, block in enumerate(model.layers):
         block.register_forward_pre_hook(lambda block, given, n=n: load(block, f"layers.{n}."))
-        block.register_forward_hook(lambda block, given, out: (block.to_empty(device="meta"), None)[1])
+        block.register_forward_hook(
+            lambda block, given, out: (block.to_empty(device="meta"), None)[1]
+        )
     return model
 
 
@@ -203,7 +250,9 @@ def logits_of(model: LLM, ids_BT: Tensor) -> Tensor:
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest absolute difference of two tensors of one shape; NaN where either holds one."""
     if ours.shape != theirs.shape:
-        raise ExportError(f"the export gives logits of shape {list(theirs.shape)}, the model {list(ours.shape)}")
+        raise ExportError(
+            f"the export gives logits of shape {list(theirs.shape)}, the model {list(ours.shape)}"
+        )
     return (ours.double() - theirs.double()).abs().max().item()
 
 
@@ -223,10 +272,14 @@ def check_logits(
     allowed: more than that, where a caller knows that this model loses more.
     """
     difference, largest = largest_difference(ours, theirs), ours.abs().max().item()
-    print(f"check: {route}: largest logit difference {difference:.1e} (logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)")
+    print(
+        f"check: {route}: largest logit difference {difference:.1e} (logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)"
+    )
     allowed = max(allowed, allowed_difference(ours, config))
     if not difference <= allowed:
-        raise ExportError(f"{route}: logits differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains: nothing was written")
+        raise ExportError(
+            f"{route}: logits differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains: nothing was written"
+        )
     return difference
 
 

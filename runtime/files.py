@@ -3,6 +3,7 @@
 A file is written under a temporary name in the same folder, flushed to the disk, renamed over the final name, and the
 folder is flushed too: a reader sees the old file or the new one, never half of one, after a kill or a power loss.
 """
+
 from __future__ import annotations
 
 import errno
@@ -25,7 +26,11 @@ def fsync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some network and FUSE mounts
+        if error.errno not in (
+            errno.EINVAL,
+            errno.EBADF,
+            errno.ENOTSUP,
+        ):  # some network and FUSE mounts
             raise
     finally:
         os.close(descriptor)
@@ -82,7 +87,9 @@ def link_atomic(target: Path, link: Path) -> None:
     try:
         os.replace(temporary, link)
     finally:
-        temporary.unlink(missing_ok=True)  # POSIX: renaming one hard link over another of the same file does nothing
+        temporary.unlink(
+            missing_ok=True
+        )  # POSIX: renaming one hard link over another of the same file does nothing
     fsync_folder(link.parent)
 
 

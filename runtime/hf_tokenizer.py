@@ -5,6 +5,7 @@ The file gives the ids that ours gives, for every text without the word of a spe
 split_special_tokens=True here: then all texts agree). Nothing is put before or behind a text; the id that a text begins
 behind is the file's bos_token.
 """
+
 from __future__ import annotations
 
 import functools
@@ -18,12 +19,25 @@ from pathlib import Path
 import numpy as np
 
 from runtime.files import write_text_atomic
-from runtime.tokenizer import COMPACT, END_OF_TEXT, Tokenizer, _without_surrogates, byte_of_character, spell
+from runtime.tokenizer import (
+    COMPACT,
+    END_OF_TEXT,
+    Tokenizer,
+    _without_surrogates,
+    byte_of_character,
+    spell,
+)
 
-TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TEMPLATE_FILE = "chat_template.jinja"  # where newer folders have what older ones have in tokenizer_config.json
-OURS = "gptoss_tokenizer"      # key in tokenizer_config.json: state of the tokenizer that the file was written from
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"   # what a SentencePiece vocabulary writes for a space
+TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+TEMPLATE_FILE = (
+    "chat_template.jinja"  # where newer folders have what older ones have in tokenizer_config.json
+)
+OURS = "gptoss_tokenizer"  # key in tokenizer_config.json: state of the tokenizer that the file was written from
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what a SentencePiece vocabulary writes for a space
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 CHECK_TEXTS = (
     "Once upon a time, there was a little girl named Lily. She didn't like the big, red ball; it wasn't hers!\n\n\"I'LL SHARE,\" said Tom's mom.\r\n",
@@ -32,13 +46,18 @@ CHECK_TEXTS = (
     "für Gäste geschlossen, стоял туман, 灯台は静かだった。 안녕하세요 你好，世界 नमस्ते สวัสดี שלום مرحبا ٣٤٥٦ ⅻ½²",
     "\N{FAMILY}\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{GIRL} \N{REGIONAL INDICATOR SYMBOL LETTER U}\N{REGIONAL INDICATOR SYMBOL LETTER N}"
     "\N{WAVING HAND SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-5}",
-    "\0\1\x1b[0m\x7f\x85\xa0\N{ZERO WIDTH NO-BREAK SPACE}\N{LINE SEPARATOR}\N{IDEOGRAPHIC SPACE}\N{REPLACEMENT CHARACTER}\U0010FFFF",
-    "a" + " " * 300 + "b\t\t\t\n \n  \n   end  ", "=" * 131 + "-" * 67 + "a" * 90 + "0" * 40, "/" * 9 + "\n/\r\n//x.y?z=1&q=%20#!", " ", "",
+    "\0\1\x1b[0m\x7f\x85\xa0\N{ZERO WIDTH NO-BREAK SPACE}\N{LINE SEPARATOR}\N{IDEOGRAPHIC SPACE}\N{REPLACEMENT CHARACTER}\U0010ffff",
+    "a" + " " * 300 + "b\t\t\t\n \n  \n   end  ",
+    "=" * 131 + "-" * 67 + "a" * 90 + "0" * 40,
+    "/" * 9 + "\n/\r\n//x.y?z=1&q=%20#!",
+    " ",
+    "",
 )
 
 
 class TokenizerError(ValueError):
     """A tokenizer.json that does not give the ids it should."""
+
     exit_code = 1
 
 
@@ -46,7 +65,9 @@ def _library():
     try:
         import tokenizers
     except ImportError:
-        raise ValueError("tokenizer.json needs the tokenizers library: pip install tokenizers") from None
+        raise ValueError(
+            "tokenizer.json needs the tokenizers library: pip install tokenizers"
+        ) from None
     return tokenizers
 
 
@@ -62,8 +83,13 @@ def byte_level_merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
         return tokenizer.merges()
     _refuse_compact(tokenizer)
     ranks = tokenizer.encoding._mergeable_ranks
-    ways = [(rank, left, right) for token, rank in ranks.items() for cut in range(1, len(token))
-            if (left := ranks.get(token[:cut])) is not None and (right := ranks.get(token[cut:])) is not None]
+    ways = [
+        (rank, left, right)
+        for token, rank in ranks.items()
+        for cut in range(1, len(token))
+        if (left := ranks.get(token[:cut])) is not None
+        and (right := ranks.get(token[cut:])) is not None
+    ]
     token_of = {rank: token for token, rank in ranks.items()}
     return [(token_of[left], token_of[right]) for _, left, right in sorted(ways)]
 
@@ -72,14 +98,18 @@ def special_words(tokenizer: Tokenizer) -> dict[str, int]:
     """Ids by word of a tokenizer of ours that no text has: the special tokens, and one for each id that stands for nothing. (Readers of
     tokenizer.json number such tokens one after the other, so a hole in the ids would move end-of-text.)"""
     fillers = {f"<|reserved_{i}|>": i for i in tokenizer.undecodable_ids}
-    return dict(sorted((tokenizer.encoding._special_tokens | fillers).items(), key=lambda item: item[1]))
+    return dict(
+        sorted((tokenizer.encoding._special_tokens | fillers).items(), key=lambda item: item[1])
+    )
 
 
 def _refuse_compact(tokenizer: Tokenizer) -> None:
     if tokenizer.name.endswith(COMPACT):
         base = tokenizer.name.removesuffix(COMPACT)
-        raise ValueError(f"tokenizer {tokenizer.name} has no form that others read: it spells {base}'s tokens that it left out with others, which no BPE does; "
-                         f"prepare the text with --tokenizer {base} or bpe:SIZE, and train the model that you export with that")
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has no form that others read: it spells {base}'s tokens that it left out with others, which no BPE does; "
+            f"prepare the text with --tokenizer {base} or bpe:SIZE, and train the model that you export with that"
+        )
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict:
@@ -87,20 +117,52 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     merges, ranks = byte_level_merges(tokenizer), tokenizer.encoding._mergeable_ranks
     spelled = {token: spell(token) for token in sorted(ranks, key=ranks.__getitem__)}
     # Oniguruma, which `tokenizers` uses, reads {1,3}+ as a repetition and $ as an end of line. Possessive or not changes no match here.
-    pattern = re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", tokenizer.encoding._pat_str).replace("$", r"(?![\s\S])")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    pattern = re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", tokenizer.encoding._pat_str).replace(
+        "$", r"(?![\s\S])"
+    )
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": word, **flags} for word, i in special_words(tokenizer).items()],
-        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": None, "decoder": byte_level,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": word, **flags} for word, i in special_words(tokenizer).items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-            "byte_fallback": False, "ignore_merges": True,   # a word that is a token is that token, as in tiktoken
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a word that is a token is that token, as in tiktoken
             "vocab": {spelled[token]: rank for token, rank in ranks.items()},
             "merges": [f"{spelled[left]} {spelled[right]}" for left, right in merges],
-        }}
+        },
+    }
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
@@ -110,16 +172,31 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text, config = tokenizer.text, dict(tokenizer.config)
-        if config.get("tokenizer_class") == "TokenizersBackend":   # transformers 5's word for the class, which 4 does not know
+        if (
+            config.get("tokenizer_class") == "TokenizersBackend"
+        ):  # transformers 5's word for the class, which 4 does not know
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
         text = _dump(_tokenizer_json(tokenizer))
         # The class: without one, or with a model's own, transformers 5 cuts words by that class's rule. No clean-up: version 4 would drop spaces.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"], "bos_token": END_OF_TEXT,
-                  "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False, "model_max_length": context_length, OURS: tokenizer.to_state()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": context_length,
+            OURS: tokenizer.to_state(),
+        }
     write_text_atomic(folder / TOKENIZER_FILE, text)
     write_text_atomic(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-    write_text_atomic(folder / SPECIALS_FILE, json.dumps({key: config[key] for key in SPECIALS if config.get(key)}, ensure_ascii=False, indent=2) + "\n")
+    write_text_atomic(
+        folder / SPECIALS_FILE,
+        json.dumps(
+            {key: config[key] for key in SPECIALS if config.get(key)}, ensure_ascii=False, indent=2
+        )
+        + "\n",
+    )
     check_tokenizer(folder, tokenizer)
 
 
@@ -129,21 +206,40 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     theirs = _load(path.read_text(encoding="utf-8"), path)
     theirs.encode_special_tokens = True
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        words = {spell(token): i for token, i in tokenizer.encoding._mergeable_ranks.items()} | special_words(tokenizer)
+        words = {
+            spell(token): i for token, i in tokenizer.encoding._mergeable_ranks.items()
+        } | special_words(tokenizer)
         if theirs.get_vocab() != words:
-            raise TokenizerError(f"{path} does not have the tokens of {tokenizer.name} under their ids")
+            raise TokenizerError(
+                f"{path} does not have the tokens of {tokenizer.name} under their ids"
+            )
     for text in (*CHECK_TEXTS, *_random_texts(300), f"a {END_OF_TEXT}{END_OF_TEXT} b"):
         ours, found = tokenizer.encode(text), theirs.encode(text, add_special_tokens=False).ids
         if ours != found:
-            raise TokenizerError(f"{path} gives other ids than {tokenizer.name}: of {text[:40]!r} it makes {found[:12]}, and it should be {ours[:12]}")
+            raise TokenizerError(
+                f"{path} gives other ids than {tokenizer.name}: of {text[:40]!r} it makes {found[:12]}, and it should be {ours[:12]}"
+            )
 
 
 def _random_texts(count: int) -> list[str]:
     """Short texts from all of Unicode, the same each time: of one script, and mixed with ASCII and with spaces."""
     rng, texts = random.Random(0), []
     for _ in range(count):
-        first = rng.choice([0, 0x20, 0x300, 0x900, 0x2000, 0x3000, 0xAC00, 0x1F300, rng.randrange(0x110000)])
-        drawn = [rng.choice([rng.randrange(first, min(first + 0x200, 0x110000)), rng.randrange(128), 0x20, 0x0A, 0x27]) for _ in range(rng.randrange(40))]
+        first = rng.choice(
+            [0, 0x20, 0x300, 0x900, 0x2000, 0x3000, 0xAC00, 0x1F300, rng.randrange(0x110000)]
+        )
+        drawn = [
+            rng.choice(
+                [
+                    rng.randrange(first, min(first + 0x200, 0x110000)),
+                    rng.randrange(128),
+                    0x20,
+                    0x0A,
+                    0x27,
+                ]
+            )
+            for _ in range(rng.randrange(40))
+        ]
         texts.append("".join(chr(c) for c in drawn if not 0xD800 <= c < 0xE000))
     return texts
 
@@ -166,10 +262,21 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab()
         self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
         self._token = _token_bytes(json.loads(text), vocabulary, self.name)
-        if not stop_ids or not all(type(i) is int and i in self._token for i in (*stop_ids, *([] if start_id is None else [start_id]))):
-            raise ValueError(f"{self.name} has no such ids as it should stop at and start with: {list(stop_ids)}, {start_id}")
-        ends = [i for i in stop_ids if self._token[i] == END_OF_TEXT.encode()]   # a chat model's first id ends a turn, not a text
-        self.end_of_text_id, self.stop_ids, self.start_id = (ends or stop_ids)[0], tuple(stop_ids), start_id
+        if not stop_ids or not all(
+            type(i) is int and i in self._token
+            for i in (*stop_ids, *([] if start_id is None else [start_id]))
+        ):
+            raise ValueError(
+                f"{self.name} has no such ids as it should stop at and start with: {list(stop_ids)}, {start_id}"
+            )
+        ends = [
+            i for i in stop_ids if self._token[i] == END_OF_TEXT.encode()
+        ]  # a chat model's first id ends a turn, not a text
+        self.end_of_text_id, self.stop_ids, self.start_id = (
+            (ends or stop_ids)[0],
+            tuple(stop_ids),
+            start_id,
+        )
 
     @functools.cached_property
     def undecodable_ids(self) -> list[int]:
@@ -201,10 +308,18 @@ class HuggingFaceTokenizer(Tokenizer):
         """Its merges as bytes, in order. ValueError unless it is a byte-level BPE."""
         data = json.loads(self.text)
         if data["model"].get("type") != "BPE" or not _is_byte_level(data):
-            raise ValueError(f"tokenizer {self.name} is no byte-level BPE, so it has no merges of bytes")
+            raise ValueError(
+                f"tokenizer {self.name} is no byte-level BPE, so it has no merges of bytes"
+            )
         to_byte = byte_of_character()
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"])
-        return [(bytes(map(to_byte.__getitem__, left)), bytes(map(to_byte.__getitem__, right))) for left, right in pairs]
+        pairs = (
+            merge.split(" ") if isinstance(merge, str) else merge
+            for merge in data["model"]["merges"]
+        )
+        return [
+            (bytes(map(to_byte.__getitem__, left)), bytes(map(to_byte.__getitem__, right)))
+            for left, right in pairs
+        ]
 
     def summary(self) -> dict:
         """What identifies this tokenizer, in plain JSON values."""
@@ -214,19 +329,25 @@ class HuggingFaceTokenizer(Tokenizer):
         """All that `from_state` needs, in plain JSON values."""
         return self.summary() | {"tokenizer_json": self.text, "tokenizer_config": self.config}
 
-    def __reduce__(self):   # the library's own pickle forgets that special tokens are text
+    def __reduce__(self):  # the library's own pickle forgets that special tokens are text
         return HuggingFaceTokenizer, (self.text, self.config, self.stop_ids, self.start_id)
 
 
 def from_state(state: dict) -> HuggingFaceTokenizer:
     """The tokenizer that `to_state` described. ValueError if it is malformed."""
-    text, config, stop_ids = (state.get(key) for key in ("tokenizer_json", "tokenizer_config", "stop_ids"))
+    text, config, stop_ids = (
+        state.get(key) for key in ("tokenizer_json", "tokenizer_config", "stop_ids")
+    )
     if not isinstance(text, str) or not isinstance(config, dict) or not isinstance(stop_ids, list):
-        raise ValueError(f"the stored tokenizer {state['name']} is damaged: its tokenizer.json or stop_ids are missing")
+        raise ValueError(
+            f"the stored tokenizer {state['name']} is damaged: its tokenizer.json or stop_ids are missing"
+        )
     try:
         return HuggingFaceTokenizer(text, config, stop_ids, state.get("start_id"))
     except json.JSONDecodeError:
-        raise ValueError(f"the stored tokenizer {state['name']} is damaged: its tokenizer.json is not JSON") from None
+        raise ValueError(
+            f"the stored tokenizer {state['name']} is damaged: its tokenizer.json is not JSON"
+        ) from None
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
@@ -239,31 +360,41 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no {TOKENIZER_FILE}: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one "
-                         "from other formats")
+        raise ValueError(
+            f"{folder} has no {TOKENIZER_FILE}: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one "
+            "from other formats"
+        )
     data, config = _read_json(path), _read_json(folder / CONFIG_FILE, {})
     if OURS in config:
         try:
             ours = Tokenizer.from_state(config[OURS])
             check_tokenizer(folder, ours)
             return ours
-        except ValueError:   # tokens were added since, say: it is a tokenizer of its own, whose texts begin behind bos_token as ours do
-            config = {key: value for key, value in config.items() if key != OURS} | {"add_bos_token": True}
+        except ValueError:  # tokens were added since, say: it is a tokenizer of its own, whose texts begin behind bos_token as ours do
+            config = {key: value for key, value in config.items() if key != OURS} | {
+                "add_bos_token": True
+            }
     if "model" not in data:
         raise ValueError(f"{path} is no tokenizer.json of the tokenizers library: it has no model")
     try:
         if (folder / TEMPLATE_FILE).is_file():
-            config = config | {"chat_template": (folder / TEMPLATE_FILE).read_text(encoding="utf-8")}
-        _dump(config).encode()   # JSON can spell a lone surrogate, and no export could write it
+            config = config | {
+                "chat_template": (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+            }
+        _dump(config).encode()  # JSON can spell a lone surrogate, and no export could write it
     except UnicodeError:
-        raise ValueError(f"{folder}: {CONFIG_FILE} or {TEMPLATE_FILE} holds what is no text in UTF-8 (a lone surrogate such as \\ud800, say)") from None
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} or {TEMPLATE_FILE} holds what is no text in UTF-8 (a lone surrogate such as \\ud800, say)"
+        ) from None
     text = _dump(data | {"truncation": None, "padding": None})
     library = _load(text, path)
     if isinstance(says := config.get("add_bos_token"), bool):
         start_id = _id_of(config, "bos_token", library) if says else None
     else:
-        framed, plain = (library.encode("a", add_special_tokens=special).ids for special in (True, False))
-        start_id = framed[0] if framed[:len(plain)] != plain else None
+        framed, plain = (
+            library.encode("a", add_special_tokens=special).ids for special in (True, False)
+        )
+        start_id = framed[0] if framed[: len(plain)] != plain else None
     return HuggingFaceTokenizer(text, config, _stop_ids(folder, config, library), start_id)
 
 
@@ -272,8 +403,10 @@ def _stop_ids(folder: Path, config: dict, library) -> list[int]:
         if (ids := _read_json(folder / name, {}).get("eos_token_id")) is not None:
             return ids if isinstance(ids, list) else [ids]
     if (end := _id_of(config, "eos_token", library)) is None:
-        raise ValueError(f"{folder} does not say which id ends a text: generation_config.json or config.json needs eos_token_id, or {CONFIG_FILE} "
-                         "eos_token")
+        raise ValueError(
+            f"{folder} does not say which id ends a text: generation_config.json or config.json needs eos_token_id, or {CONFIG_FILE} "
+            "eos_token"
+        )
     return [end]
 
 
@@ -310,14 +443,16 @@ def _load(text: str, where: object):
     try:
         return library.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{where} cannot be used as a tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(
+            f"{where} cannot be used as a tokenizer: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def _ids(library, text: str) -> list[int]:
     """The library's ids of a text; lone surrogates become U+FFFD."""
     try:
         return library.encode(text, add_special_tokens=False).ids
-    except TypeError:   # what the library says of a surrogate
+    except TypeError:  # what the library says of a surrogate
         return library.encode(_without_surrogates(text), add_special_tokens=False).ids
 
 
@@ -326,17 +461,39 @@ def _without_prefix(data: dict) -> dict:
     normalizers = [step for step in _steps(data, "normalizer") if step.get("type") != "Prepend"]
     splitters = _steps(data, "pre_tokenizer")
     if splitters and ("add_prefix_space" in splitters[0] or splitters[0]["type"] == "Metaspace"):
-        plain = {key: value for key, value in splitters[0].items() if key != "add_prefix_space"}   # which older files of Metaspace have
-        splitters = [plain | ({"prepend_scheme": "never"} if plain["type"] == "Metaspace" else {"add_prefix_space": False}), *splitters[1:]]
+        plain = {
+            key: value for key, value in splitters[0].items() if key != "add_prefix_space"
+        }  # which older files of Metaspace have
+        splitters = [
+            plain
+            | (
+                {"prepend_scheme": "never"}
+                if plain["type"] == "Metaspace"
+                else {"add_prefix_space": False}
+            ),
+            *splitters[1:],
+        ]
     if (normalizers, splitters) == (_steps(data, "normalizer"), _steps(data, "pre_tokenizer")):
         return data
-    return data | {"normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters}}
+    return data | {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters},
+    }
 
 
 def _steps(data: dict, part: str) -> list[dict]:
     """The steps of tokenizer.json's normalizer, pre_tokenizer or decoder."""
     step = data.get(part)
-    return step.get({"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[part], [step]) if step else []
+    return (
+        step.get(
+            {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[
+                part
+            ],
+            [step],
+        )
+        if step
+        else []
+    )
 
 
 def _is_byte_level(data: dict) -> bool:
@@ -349,12 +506,22 @@ def _token_bytes(data: dict, vocabulary: dict[str, int], name: str) -> dict[int,
         to_byte = byte_of_character()
 
         def read(word: str) -> bytes:
-            return bytes(map(to_byte.__getitem__, word)) if to_byte.keys() >= set(word) else word.encode()
-    elif any(SPACE in (step.get("replacement"), (step.get("pattern") or {}).get("String")) for step in _steps(data, "decoder")):
+            return (
+                bytes(map(to_byte.__getitem__, word))
+                if to_byte.keys() >= set(word)
+                else word.encode()
+            )
+    elif any(
+        SPACE in (step.get("replacement"), (step.get("pattern") or {}).get("String"))
+        for step in _steps(data, "decoder")
+    ):
+
         def read(word: str) -> bytes:
             is_byte = data["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", word)
             return bytes([int(word[3:5], 16)]) if is_byte else word.replace(SPACE, " ").encode()
     else:
-        raise ValueError(f"{name} decodes in a way that is not supported here: its vocabulary must be byte-level or write {SPACE} for a space")
+        raise ValueError(
+            f"{name} decodes in a way that is not supported here: its vocabulary must be byte-level or write {SPACE} for a space"
+        )
     added = {token["content"] for token in data.get("added_tokens") or []}
     return {i: word.encode() if word in added else read(word) for word, i in vocabulary.items()}

@@ -10,6 +10,7 @@ aside under a name that is not in use, what can be read of it is kept, and a mes
     metrics-N.jsonl          another run's, found where this one was to start (and its metrics-N.json)
     metrics-damaged-N.jsonl  one with lines that could not be read (and its metrics-damaged-N.json)
 """
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,10 @@ from pathlib import Path
 from runtime.files import make_folder, write_atomic
 
 KINDS = ("train", "val")
-HEALTHY_LOAD = (0.25, 4.0)  # of its fair share: an expert below learns little, one above is a bottleneck
+HEALTHY_LOAD = (
+    0.25,
+    4.0,
+)  # of its fair share: an expert below learns little, one above is a bottleneck
 
 
 # -------------------------------------------------------------------------------------------------- records <-> lines
@@ -48,7 +52,9 @@ def to_json(value):
             return float(f"{value:.6g}") if nested else float(value)
         if value is None or isinstance(value, (bool, int, str)):
             return value
-        raise ValueError(f"a metric must be a number, text, list or dict, not {value!r} ({type(value).__name__})")
+        raise ValueError(
+            f"a metric must be a number, text, list or dict, not {value!r} ({type(value).__name__})"
+        )
 
     return convert(value, False), not finite
 
@@ -97,7 +103,9 @@ def _good_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
         if record is not None:
             yield line, record
         elif not last:
-            raise ValueError(f"{path}, line {number}: not a metrics record ({problem}); mend or delete that line")
+            raise ValueError(
+                f"{path}, line {number}: not a metrics record ({problem}); mend or delete that line"
+            )
 
 
 def read_records(path: str | Path) -> Iterator[dict]:
@@ -121,7 +129,13 @@ class MetricsLog:
     Raises ValueError if `folder` cannot be a folder.
     """
 
-    def __init__(self, folder: str | Path, resume_step: int | None = None, run_info: dict | None = None, sinks=()):
+    def __init__(
+        self,
+        folder: str | Path,
+        resume_step: int | None = None,
+        run_info: dict | None = None,
+        sinks=(),
+    ):
         self.folder = Path(folder)
         self.path, self.json_path = self.folder / "metrics.jsonl", self.folder / "metrics.json"
         self.run_info = to_json(dict(run_info or {}))[0]
@@ -133,7 +147,9 @@ class MetricsLog:
         try:
             make_folder(self.folder)
         except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"{folder} is to hold the metrics but it, or a part of it, is a file: give another folder") from None
+            raise ValueError(
+                f"{folder} is to hold the metrics but it, or a part of it, is a file: give another folder"
+            ) from None
         if resume_step is None:
             self._start_fresh()
         else:
@@ -143,7 +159,9 @@ class MetricsLog:
     # ---- opening
     def _start_fresh(self) -> None:
         if self.path.exists() and (not self.path.is_file() or self.path.stat().st_size):
-            self.messages.append(f"{self.path} is another run's: moved to {self._move_aside('metrics')}")
+            self.messages.append(
+                f"{self.path} is another run's: moved to {self._move_aside('metrics')}"
+            )
         elif self.json_path.exists():
             self._move_aside("metrics")
         self._open()
@@ -167,9 +185,19 @@ class MetricsLog:
                     torn = True
                 elif problem:
                     problems.append(f"line {number}: {problem}")
-                elif record["step"] <= last_step and (copy.pop(key) != record if key in copy else record["step"] <= copied[record["kind"]] and key not in kept):
-                    problems.append(f"line {number}: not what {self.json_path.name} has of step {record['step']}")
-                elif record.get("run_id") != self.run_id and self.run_id is not None and "run_id" in record:
+                elif record["step"] <= last_step and (
+                    copy.pop(key) != record
+                    if key in copy
+                    else record["step"] <= copied[record["kind"]] and key not in kept
+                ):
+                    problems.append(
+                        f"line {number}: not what {self.json_path.name} has of step {record['step']}"
+                    )
+                elif (
+                    record.get("run_id") != self.run_id
+                    and self.run_id is not None
+                    and "run_id" in record
+                ):
                     foreign = record["run_id"]
                 elif record["step"] > last_step:
                     dropped += 1
@@ -182,40 +210,74 @@ class MetricsLog:
             problems.append(error.strerror or type(error).__name__)
         if foreign is not None:
             self._last = dict.fromkeys(KINDS, -1)
-            self.messages.append(f"{self.path} is run {foreign}'s, not run {self.run_id}'s: moved to {self._move_aside('metrics')}; this run's begin anew")
+            self.messages.append(
+                f"{self.path} is run {foreign}'s, not run {self.run_id}'s: moved to {self._move_aside('metrics')}; this run's begin anew"
+            )
             return self._open()
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             aside = self._move_aside("metrics-damaged")
-            self.messages.append(f"{self.path} is damaged ({problems[0]}{more}): moved to {aside}; {_counted(len(kept))} of it kept")
+            self.messages.append(
+                f"{self.path} is damaged ({problems[0]}{more}): moved to {aside}; {_counted(len(kept))} of it kept"
+            )
         if torn:
             self.messages.append(f"the last line of {self.path} was cut off and is dropped")
         if dropped:
-            self.messages.append(f"{_counted(dropped)} after step {last_step} dropped from {self.path}; the resumed run makes them again")
+            self.messages.append(
+                f"{_counted(dropped)} after step {last_step} dropped from {self.path}; the resumed run makes them again"
+            )
         if repeated:
-            self.messages.append(f"{_counted(repeated)} of {self.path} dropped: the step was there already")
-        if lost := {key: record for key, record in copy.items() if record["step"] <= last_step and key not in kept}:
+            self.messages.append(
+                f"{_counted(repeated)} of {self.path} dropped: the step was there already"
+            )
+        if lost := {
+            key: record
+            for key, record in copy.items()
+            if record["step"] <= last_step and key not in kept
+        }:
             kept |= {key: _dump(record) for key, record in lost.items()}
-            kept = dict(sorted(kept.items(), key=lambda item: (item[0][1], KINDS.index(item[0][0]))))
-            self._last = {kind: max((step for k, step in kept if k == kind), default=-1) for kind in KINDS}
-            self.messages.append(f"{_counted(len(lost))} that {self.path} no longer has put back from {self.json_path.name}")
+            kept = dict(
+                sorted(kept.items(), key=lambda item: (item[0][1], KINDS.index(item[0][0])))
+            )
+            self._last = {
+                kind: max((step for k, step in kept if k == kind), default=-1) for kind in KINDS
+            }
+            self.messages.append(
+                f"{_counted(len(lost))} that {self.path} no longer has put back from {self.json_path.name}"
+            )
         # Always rewritten: it costs little, and heals a missing line end, too.
-        write_atomic(self.path, lambda file: file.writelines(line + b"\n" for line in kept.values()))
+        write_atomic(
+            self.path, lambda file: file.writelines(line + b"\n" for line in kept.values())
+        )
         self._open()
 
     def _second_copy(self) -> dict[tuple[str, int], dict]:
         """This run's records in metrics.json, by (kind, step); none where it is not there or cannot be read."""
         try:
             whole = json.loads(self.json_path.read_bytes(), parse_constant=_not_json)
-            records = [record for kind in KINDS for record in whole[kind] if not _check(record) and record["kind"] == kind]
+            records = [
+                record
+                for kind in KINDS
+                for record in whole[kind]
+                if not _check(record) and record["kind"] == kind
+            ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
-        return {(record["kind"], record["step"]): record for record in records if self.run_id in (None, record.get("run_id", self.run_id))}
+        return {
+            (record["kind"], record["step"]): record
+            for record in records
+            if self.run_id in (None, record.get("run_id", self.run_id))
+        }
 
     def _bring_back(self) -> None:
         """If another run's metrics have taken the place of this run's, exchange them."""
+
         def owner(path: Path) -> str | None:
-            return next((record.get("run_id") for _, _, record, _, _ in _scan(path) if record), None) if path.is_file() else None
+            return (
+                next((record.get("run_id") for _, _, record, _, _ in _scan(path) if record), None)
+                if path.is_file()
+                else None
+            )
 
         if self.run_id is None or owner(self.path) == self.run_id:
             return
@@ -255,7 +317,9 @@ class MetricsLog:
         if problem := _check(record):
             raise ValueError(f"bad metrics record: {problem}")
         if record["step"] <= self._last[record["kind"]]:
-            raise ValueError(f"step {record['step']} of {record['kind']} is already in {self.path} (last: {self._last[record['kind']]})")
+            raise ValueError(
+                f"step {record['step']} of {record['kind']} is already in {self.path} (last: {self._last[record['kind']]})"
+            )
         if self.run_id is not None:
             record["run_id"] = self.run_id
         if non_finite:
@@ -286,7 +350,10 @@ class MetricsLog:
         """Rewrite metrics.json from metrics.jsonl, atomically and in constant memory (validation records aside)."""
         try:
             self._write_json()
-        except (ValueError, FileNotFoundError):  # damaged or deleted from outside since it was opened
+        except (
+            ValueError,
+            FileNotFoundError,
+        ):  # damaged or deleted from outside since it was opened
             self._reopen()
             self._write_json()
 
@@ -335,14 +402,24 @@ class MetricsLog:
 def flatten(record: dict) -> dict[str, float]:
     """A record as named scalars: `train/loss`, ..., and per block `router/block_00/entropy`, `.../load_min`, `.../load_max`,
     `.../dropped_share`. Nulls are left out."""
-    flat = {f"{record['kind']}/{key}": value for key, value in record.items()
-            if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)}
+    flat = {
+        f"{record['kind']}/{key}": value
+        for key, value in record.items()
+        if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
     for block, loads in enumerate(record.get("expert_load") or []):
         loads = [load for load in loads if load is not None]
         if loads:
-            flat[f"router/block_{block:02d}/load_min"], flat[f"router/block_{block:02d}/load_max"] = min(loads), max(loads)
+            (
+                flat[f"router/block_{block:02d}/load_min"],
+                flat[f"router/block_{block:02d}/load_max"],
+            ) = min(loads), max(loads)
     for key, name in (("router_entropy", "entropy"), ("dropped_share", "dropped_share")):
-        flat |= {f"router/block_{block:02d}/{name}": value for block, value in enumerate(record.get(key) or []) if value is not None}
+        flat |= {
+            f"router/block_{block:02d}/{name}": value
+            for block, value in enumerate(record.get(key) or [])
+            if value is not None
+        }
     return flat
 
 
@@ -353,13 +430,25 @@ class WandbSink:
         try:
             import wandb
         except ImportError:
-            raise ValueError("wandb was asked for but is not installed: pip install wandb, or leave --wandb out") from None
+            raise ValueError(
+                "wandb was asked for but is not installed: pip install wandb, or leave --wandb out"
+            ) from None
         run_id = run_info.get("run_id")
-        folder.mkdir(parents=True, exist_ok=True)  # wandb writes to a temporary folder where its own does not exist
+        folder.mkdir(
+            parents=True, exist_ok=True
+        )  # wandb writes to a temporary folder where its own does not exist
         try:
-            self.run = wandb.init(project="gptoss", dir=str(folder), config=run_info, id=run_id, resume="allow" if run_id else None)
+            self.run = wandb.init(
+                project="gptoss",
+                dir=str(folder),
+                config=run_info,
+                id=run_id,
+                resume="allow" if run_id else None,
+            )
         except wandb.errors.Error as error:
-            raise ValueError(f"wandb did not start ({error}): run wandb login, or set WANDB_MODE=offline, or leave --wandb out") from error
+            raise ValueError(
+                f"wandb did not start ({error}): run wandb login, or set WANDB_MODE=offline, or leave --wandb out"
+            ) from error
         # An axis of our own: wandb's is only allowed to grow, and a resumed run may begin before the step it was killed at.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -379,9 +468,13 @@ class TensorBoardSink:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("tensorboard was asked for but is not installed: pip install tensorboard, or leave --tensorboard out") from None
+            raise ValueError(
+                "tensorboard was asked for but is not installed: pip install tensorboard, or leave --tensorboard out"
+            ) from None
         events = Path(folder) / "tensorboard" / str(run_info.get("run_id", "run"))
-        self.writer = SummaryWriter(log_dir=str(events), purge_step=0 if resume_step is None else resume_step + 1)
+        self.writer = SummaryWriter(
+            log_dir=str(events), purge_step=0 if resume_step is None else resume_step + 1
+        )
 
     def append(self, record: dict) -> None:
         for name, value in flatten(record).items():
@@ -392,8 +485,14 @@ class TensorBoardSink:
         self.writer.close()
 
 
-def make_sinks(folder: str | Path, *, wandb: bool = False, tensorboard: bool = False, run_info: dict | None = None,
-               resume_step: int | None = None) -> list:
+def make_sinks(
+    folder: str | Path,
+    *,
+    wandb: bool = False,
+    tensorboard: bool = False,
+    run_info: dict | None = None,
+    resume_step: int | None = None,
+) -> list:
     """The optional mirrors that were asked for, for `MetricsLog(sinks=...)`. ValueError says what to install if one is missing."""
     run_info, folder = to_json(dict(run_info or {}))[0], Path(folder)
     sinks = []

@@ -4,6 +4,7 @@ Measured by `python -m benchmarks.train --allocator_row`: PyTorch takes each lar
 back, so the kernel clears the same pages again and again; and its threads spin while they wait, which on a machine with
 other work costs more than it saves.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -11,9 +12,9 @@ import math
 import os
 import sys
 
-SPIN_COUNT = "1000"                # turns of GNU OpenMP's waiting loop before a thread sleeps; its own choice is 100 times that or more
+SPIN_COUNT = "1000"  # turns of GNU OpenMP's waiting loop before a thread sleeps; its own choice is 100 times that or more
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
-KEEP_BYTES, TOP_PAD_BYTES = 2 ** 31 - 1, 1 << 28
+KEEP_BYTES, TOP_PAD_BYTES = 2**31 - 1, 1 << 28
 
 
 def before_torch() -> None:
@@ -32,7 +33,11 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, KEEP_BYTES) and mallopt(M_TOP_PAD, TOP_PAD_BYTES))
+    return bool(
+        mallopt(M_MMAP_MAX, 0)
+        and mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+        and mallopt(M_TOP_PAD, TOP_PAD_BYTES)
+    )
 
 
 def give_back_memory() -> bool:
@@ -53,8 +58,13 @@ def give_back_memory() -> bool:
 
 def usable_cores(root: str = "/sys/fs/cgroup") -> int:
     """Cores that this process may use: those it is bound to, and no more than the CPU quota of its container (cgroup v2, v1)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for quota in (_read(f"{root}/cpu.max"), f"{_read(f'{root}/cpu/cpu.cfs_quota_us')} {_read(f'{root}/cpu/cpu.cfs_period_us')}"):
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    for quota in (
+        _read(f"{root}/cpu.max"),
+        f"{_read(f'{root}/cpu/cpu.cfs_quota_us')} {_read(f'{root}/cpu/cpu.cfs_period_us')}",
+    ):
         numbers = quota.split()
         if len(numbers) == 2 and all(n.isdigit() for n in numbers) and int(numbers[1]) > 0:
             cores = min(cores, max(1, math.ceil(int(numbers[0]) / int(numbers[1]))))

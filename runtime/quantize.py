@@ -4,6 +4,7 @@ int8 with one scale per output row, symmetric; embedding, norms, biases and rout
 LLM: a packed weight is a property that unpacks when it is read, so everything that works on a model still does; what is fast
 reads the packed form (runtime/cpu_decode.c, runtime/inference.py).
 """
+
 from __future__ import annotations
 
 import functools
@@ -61,4 +62,14 @@ def quantize_(model: LLM) -> LLM:
 @functools.cache
 def _reading_packed(kind: type[nn.Module], name: str, dtype: torch.dtype) -> type[nn.Module]:
     """A subclass whose attribute `name` is unpacked from `name`_packed and `name`_scale."""
-    return type(kind.__name__, (kind,), {name: property(lambda self: unpack(getattr(self, f"{name}_packed"), getattr(self, f"{name}_scale"), dtype))})
+    return type(
+        kind.__name__,
+        (kind,),
+        {
+            name: property(
+                lambda self: unpack(
+                    getattr(self, f"{name}_packed"), getattr(self, f"{name}_scale"), dtype
+                )
+            )
+        },
+    )

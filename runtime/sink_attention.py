@@ -6,6 +6,7 @@ every probability anew as exp(s - new log), which is what they are, and the rest
 gradient is minus its probability times the inner product of the result and its gradient, as for any place with the value 0.
 `runtime.device.choose_kernels` puts this into `Attention.sink_kernel`.
 """
+
 from __future__ import annotations
 
 import torch
@@ -47,17 +48,25 @@ class _SinkAttention(torch.autograd.Function):
         q, k, v, sinks_H, mask, y, log, *tensors = ctx.saved_tensors
         tensors = iter(tensors)
         rest = [next(tensors) if is_tensor else value for is_tensor, value in ctx.rest]
-        grad_q, grad_k, grad_v = _backward(ctx.kernel, grad.to(y.dtype), q, k, v, y, log, mask,
-                                           ctx.is_causal, rest)
-        log_BHT = log.flatten(2)[:, :, :q.shape[2]]
+        grad_q, grad_k, grad_v = _backward(
+            ctx.kernel, grad.to(y.dtype), q, k, v, y, log, mask, ctx.is_causal, rest
+        )
+        log_BHT = log.flatten(2)[:, :, : q.shape[2]]
         share_BHT = (sinks_H.to(log_BHT.dtype)[:, None] - log_BHT).exp()
         products_BHT = (grad.to(share_BHT.dtype) * y.to(share_BHT.dtype)).sum(dim=-1)
         grad_sinks = -(share_BHT * products_BHT).sum(dim=(0, 2)).to(sinks_H.dtype)
         return grad_q, grad_k, grad_v, grad_sinks, None, None, None
 
 
-def sink_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H: Tensor,
-                   mask: Tensor | None, is_causal: bool, card: Card | None = None) -> Tensor:
+def sink_attention(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    sinks_H: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    card: Card | None = None,
+) -> Tensor:
     """[B, H, T, D] in the queries' dtype: on a CPU, or by the kernel that suits `card`.
 
     mask: bool, [T, S] or [B, 1, T, S], True keeps. ValueError for what no kernel of a card takes:
@@ -68,12 +77,15 @@ def sink_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, sinks_H: Tens
         mask = None if mask is None else mask_numbers(mask, q_BHTD.dtype)
     else:
         H, (G, S, D) = q_BHTD.shape[1], k_BGSD.shape[1:]
-        choice = choose_attention(card, q_BHTD.dtype, mask_kind(mask), S, D,
-                                  torch.is_grad_enabled(), sinks=True)
+        choice = choose_attention(
+            card, q_BHTD.dtype, mask_kind(mask), S, D, torch.is_grad_enabled(), sinks=True
+        )
         kernel = choice.kernel
         if kernel == "torch":
-            raise ValueError(f"no kernel of a GPU knows sinks with heads of {D} numbers in "
-                             f"{q_BHTD.dtype}: use model_parts.attention_with_sinks")
+            raise ValueError(
+                f"no kernel of a GPU knows sinks with heads of {D} numbers in "
+                f"{q_BHTD.dtype}: use model_parts.attention_with_sinks"
+            )
         if G != H and choice.copies_heads:
             k_BGSD, v_BGSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
         mask = None if mask is None else aligned_mask(mask, q_BHTD)

@@ -1,4 +1,5 @@
 """Numbers as people read them, and text that a terminal may be shown."""
+
 from __future__ import annotations
 
 import unicodedata
@@ -8,15 +9,23 @@ def human_count(number: float) -> str:
     """A count with a decimal unit and three digits: 950, 12.3 k, 3.66 B."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number / size:.0f}{unit}"
-    return str(int(number)) if number == int(number) else f"{round(number, 4):.3g}"  # rounded: from 0.00001 on, g writes 1e-05
+            return (
+                f"{number / size:.3g}{unit}"
+                if number < 999.5 * size
+                else f"{number / size:.0f}{unit}"
+            )
+    return (
+        str(int(number)) if number == int(number) else f"{round(number, 4):.3g}"
+    )  # rounded: from 0.00001 on, g writes 1e-05
 
 
 def human_bytes(number: float) -> str:
     """Bytes in binary units: 512 B, 3.1 MiB, 58.6 GiB."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= (1023.95 if power > 1 else 1023.5) * 1024 ** (power - 1):  # what would be printed as 1024 of the next smaller
-            return f"{number / 1024 ** power:.1f} {unit}"
+        if number >= (1023.95 if power > 1 else 1023.5) * 1024 ** (
+            power - 1
+        ):  # what would be printed as 1024 of the next smaller
+            return f"{number / 1024**power:.1f} {unit}"
     return f"{number:.0f} B"
 
 
@@ -43,16 +52,25 @@ class UntilText:
         text = self.held + text
         if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
             self.held = ""
-            return text[:min(found)], True
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self.held = text[len(text) - keep:]
-        return text[:len(text) - keep], False
+            return text[: min(found)], True
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
 
 
 def visible(text: str) -> str:
     """`text` with control characters (all but newline and tab) and direction overrides spelled out: what a model or a file
     says must not move the cursor, change colours or write the clipboard of the terminal it is shown on."""
+
     def shown(c: str) -> str:
-        hidden = (unicodedata.category(c) == "Cc" and c not in "\n\t") or "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
+        hidden = (
+            (unicodedata.category(c) == "Cc" and c not in "\n\t")
+            or "\u202a" <= c <= "\u202e"
+            or "\u2066" <= c <= "\u2069"
+        )
         return c.encode("unicode_escape").decode() if hidden else c
+
     return "".join(map(shown, text))

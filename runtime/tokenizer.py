@@ -5,6 +5,7 @@ Nothing is read or downloaded at import. A tokenizer travels as its *state*: pla
 checkpoint carry. A published vocabulary is stored by name and fingerprint, a compact one with the ids it keeps besides, a
 trained or imported one whole, so a checkpoint never meets ids that mean something else.
 """
+
 from __future__ import annotations
 
 import base64
@@ -23,24 +24,34 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("o200k_base", "gpt2", "cl100k_base")  # vocabularies that tiktoken downloads
-IMPORTED = "hf:"                               # hf:DIGEST is a published model's tokenizer.json
-COMPACT = ":compact"                           # o200k_base:compact is o200k_base without the ids that the text does not use
-STATE_FILE = "tokenizer.json"                  # where a tokenizer that was made from a text is saved, beside the shards
-SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000     # 256 bytes and end-of-text; far above any useful size
-BPE_SAMPLE_CHARACTERS = 1 << 28                # a BPE is trained on at most this much text, from the start of the corpus
+IMPORTED = "hf:"  # hf:DIGEST is a published model's tokenizer.json
+COMPACT = ":compact"  # o200k_base:compact is o200k_base without the ids that the text does not use
+STATE_FILE = (
+    "tokenizer.json"  # where a tokenizer that was made from a text is saved, beside the shards
+)
+SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # 256 bytes and end-of-text; far above any useful size
+BPE_SAMPLE_CHARACTERS = (
+    1 << 28
+)  # a BPE is trained on at most this much text, from the start of the corpus
 
 # How o200k_base cuts text into words before merging. Trained BPEs use the same rule, which llama.cpp knows as "gpt-4o".
 _LETTER_CASE = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-WORD_PATTERN = "|".join([
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER_CASE[0]}*{_LETTER_CASE[1]}+{_CONTRACTION}",  # word, lower case at its end
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER_CASE[0]}+{_LETTER_CASE[1]}*{_CONTRACTION}",  # word, upper case at its start
-    r"\p{N}{1,3}",                                                                 # digits by threes
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",                                                 # punctuation
-    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",                                           # white space
-])
-_BYTE_PATTERN = r"[\s\S]{1,64}"  # bytes never merge, so any cut will do; short pieces are the fastest
-_NOT_KEPT = 2**32 - 1            # in the place of a base id that a compact vocabulary has no id for
+WORD_PATTERN = "|".join(
+    [
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER_CASE[0]}*{_LETTER_CASE[1]}+{_CONTRACTION}",  # word, lower case at its end
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTER_CASE[0]}+{_LETTER_CASE[1]}*{_CONTRACTION}",  # word, upper case at its start
+        r"\p{N}{1,3}",  # digits by threes
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",  # punctuation
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",  # white space
+    ]
+)
+_BYTE_PATTERN = (
+    r"[\s\S]{1,64}"  # bytes never merge, so any cut will do; short pieces are the fastest
+)
+_NOT_KEPT = 2**32 - 1  # in the place of a base id that a compact vocabulary has no id for
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
@@ -67,7 +78,9 @@ class Tokenizer:
     @property
     def between_documents(self) -> list[int]:
         """Ids behind a document, in a row of them: end-of-text, and what the next one begins behind if that is another id."""
-        return [self.end_of_text_id] + [self.start_id] * (self.start_id not in (None, self.end_of_text_id))
+        return [self.end_of_text_id] + [self.start_id] * (
+            self.start_id not in (None, self.end_of_text_id)
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -92,11 +105,15 @@ class Tokenizer:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             return self.encode_to_numpy(_without_surrogates(text))
-        except ValueError:  # the word pattern gives up on a run of a million spaces or so: cut the text in two
+        except (
+            ValueError
+        ):  # the word pattern gives up on a run of a million spaces or so: cut the text in two
             if len(text) < 2:
                 raise
             half = len(text) // 2
-            return np.concatenate([self.encode_to_numpy(text[:half]), self.encode_to_numpy(text[half:])])
+            return np.concatenate(
+                [self.encode_to_numpy(text[:half]), self.encode_to_numpy(text[half:])]
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, as a list."""
@@ -113,7 +130,9 @@ class Tokenizer:
             return self._lookup(token_id)
         except (KeyError, OverflowError):
             if not 0 <= token_id < self.vocabulary_size:
-                raise ValueError(f"token id {token_id} is not in {self.name}, which has ids 0 to {self.vocabulary_size - 1}") from None
+                raise ValueError(
+                    f"token id {token_id} is not in {self.name}, which has ids 0 to {self.vocabulary_size - 1}"
+                ) from None
             return _REPLACEMENT
 
     def _lookup(self, token_id: int) -> bytes:
@@ -135,14 +154,23 @@ class Tokenizer:
 
     def summary(self) -> dict:
         """What identifies this tokenizer, in plain JSON values."""
-        return {"name": self.name, "fingerprint": self.fingerprint, "vocabulary_size": self.vocabulary_size, "end_of_text_id": self.end_of_text_id}
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "vocabulary_size": self.vocabulary_size,
+            "end_of_text_id": self.end_of_text_id,
+        }
 
     def to_state(self) -> dict:
         """All that `from_state` needs, in plain JSON values; a trained BPE carries its tokens (base64, by id)."""
         if not self.made_from_text:
             return self.summary()
         ranks = self.encoding._mergeable_ranks
-        return self.summary() | {"tokens": [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__)]}
+        return self.summary() | {
+            "tokens": [
+                base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__)
+            ]
+        }
 
     @staticmethod
     def from_state(state: dict) -> Tokenizer:
@@ -155,18 +183,23 @@ class Tokenizer:
             tokenizer = _compact_from_state(state)
         elif name.startswith(IMPORTED):
             from runtime import hf_tokenizer  # it imports this module
+
             tokenizer = hf_tokenizer.from_state(state)
         elif name.startswith("bpe:"):
             try:
                 tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
             except (KeyError, TypeError, ValueError, binascii.Error):
-                raise ValueError(f"the stored tokenizer {name} is damaged: its tokens cannot be read") from None
+                raise ValueError(
+                    f"the stored tokenizer {name} is damaged: its tokens cannot be read"
+                ) from None
             tokenizer = _bpe_tokenizer(name, tokens)
         else:
             tokenizer = load_tokenizer(name)
         for key, value in tokenizer.summary().items():
             if state.get(key) != value:
-                raise ValueError(f"the stored tokenizer {name} is not the {name} found here: its {key} is {state.get(key)!r}, here it is {value!r}")
+                raise ValueError(
+                    f"the stored tokenizer {name} is not the {name} found here: its {key} is {state.get(key)!r}, here it is {value!r}"
+                )
         return tokenizer
 
 
@@ -180,7 +213,9 @@ class CompactTokenizer(Tokenizer):
     def __init__(self, base: Tokenizer, base_ids: Sequence[int]):
         """`base_ids`, by new id: ascending, with all 256 bytes and, last, end-of-text."""
         tokens = [base.token_bytes(i) for i in base_ids[:-1]]
-        super().__init__(base.name + COMPACT, _encoding(base.name + COMPACT, tokens, base.encoding._pat_str))  # to look tokens up, not to encode
+        super().__init__(
+            base.name + COMPACT, _encoding(base.name + COMPACT, tokens, base.encoding._pat_str)
+        )  # to look tokens up, not to encode
         self.base, self.base_ids = base, list(base_ids)
         self.new_ids = np.full(base.vocabulary_size, _NOT_KEPT, dtype=np.uint32)  # [base ids]
         self.new_ids[self.base_ids] = np.arange(len(base_ids))
@@ -188,7 +223,10 @@ class CompactTokenizer(Tokenizer):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the base's fingerprint and the kept ids."""
-        return hashlib.sha256(f"compact {self.base.fingerprint}".encode() + np.array(self.base_ids, dtype="<u4").tobytes()).hexdigest()
+        return hashlib.sha256(
+            f"compact {self.base.fingerprint}".encode()
+            + np.array(self.base_ids, dtype="<u4").tobytes()
+        ).hexdigest()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Ids of a text, uint32 [tokens]: the base's, each either renumbered or spelled with kept tokens."""
@@ -196,8 +234,17 @@ class CompactTokenizer(Tokenizer):
         ids = self.new_ids[base_ids]
         if not (missing := ids == _NOT_KEPT).any():
             return ids
-        spelled = {i: self._spell(self.base.token_bytes(i)) for i in set(base_ids[missing].tolist())}
-        return np.array([i for base_id, new_id in zip(base_ids.tolist(), ids.tolist(), strict=True) for i in spelled.get(base_id, (new_id,))], dtype=np.uint32)
+        spelled = {
+            i: self._spell(self.base.token_bytes(i)) for i in set(base_ids[missing].tolist())
+        }
+        return np.array(
+            [
+                i
+                for base_id, new_id in zip(base_ids.tolist(), ids.tolist(), strict=True)
+                for i in spelled.get(base_id, (new_id,))
+            ],
+            dtype=np.uint32,
+        )
 
     def _spell(self, token: bytes) -> tuple[int, ...]:
         """The fewest kept tokens that these bytes can be cut into; of equally few, those whose last is the longest.
@@ -208,7 +255,11 @@ class CompactTokenizer(Tokenizer):
         kept = self.encoding._mergeable_ranks
         spelling: list[tuple[int, ...]] = [()]  # of the first 0, 1, 2, ... bytes
         for end in range(1, len(token) + 1):
-            ways = (spelling[start] + (kept[token[start:end]],) for start in range(end) if token[start:end] in kept)
+            ways = (
+                spelling[start] + (kept[token[start:end]],)
+                for start in range(end)
+                if token[start:end] in kept
+            )
             spelling.append(min(ways, key=len))
         return spelling[-1]
 
@@ -243,8 +294,15 @@ class TokenStream:
 def bpe_size(name: str) -> int:
     """SIZE of `bpe:SIZE`. ValueError if it is none or out of range."""
     digits = name.removeprefix("bpe:")
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 10 and SMALLEST_BPE <= int(digits) <= LARGEST_BPE):
-        raise ValueError(f"tokenizer {name!r}: SIZE of bpe:SIZE must be a whole number from {SMALLEST_BPE} (256 bytes and end-of-text) to {LARGEST_BPE:,}")
+    if not (
+        digits.isascii()
+        and digits.isdigit()
+        and len(digits) < 10
+        and SMALLEST_BPE <= int(digits) <= LARGEST_BPE
+    ):
+        raise ValueError(
+            f"tokenizer {name!r}: SIZE of bpe:SIZE must be a whole number from {SMALLEST_BPE} (256 bytes and end-of-text) to {LARGEST_BPE:,}"
+        )
     return int(digits)
 
 
@@ -252,11 +310,15 @@ def check_name(name: str) -> None:
     """ValueError unless `name` is a tokenizer that can be made here. Touches neither network nor disk."""
     if name.endswith(COMPACT):
         if name.removesuffix(COMPACT) not in NAMED:
-            raise ValueError(f"tokenizer {name!r}: only {', '.join(NAMED)} have a {COMPACT} form; byte and bpe:SIZE have few ids that a text does not use")
+            raise ValueError(
+                f"tokenizer {name!r}: only {', '.join(NAMED)} have a {COMPACT} form; byte and bpe:SIZE have few ids that a text does not use"
+            )
     elif name.startswith("bpe:"):
         bpe_size(name)
     elif not name.startswith(IMPORTED) and name not in (*NAMED, "byte"):
-        raise ValueError(f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE, or one of the first {len(NAMED)} with {COMPACT} behind it")
+        raise ValueError(
+            f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE, or one of the first {len(NAMED)} with {COMPACT} behind it"
+        )
 
 
 def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
@@ -272,13 +334,21 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
     if name in NAMED:
         return _load_named(name)
     if folder is None:
-        where = "comes with a model: give the folder or checkpoint" if name.startswith(IMPORTED) else "is made from a text: give the folder"
-        raise ValueError(f"tokenizer {name} {where} that {'has it' if name.startswith(IMPORTED) else 'prepare_data.py saved it in'}")
+        where = (
+            "comes with a model: give the folder or checkpoint"
+            if name.startswith(IMPORTED)
+            else "is made from a text: give the folder"
+        )
+        raise ValueError(
+            f"tokenizer {name} {where} that {'has it' if name.startswith(IMPORTED) else 'prepare_data.py saved it in'}"
+        )
     path = Path(folder) / STATE_FILE
     try:
         tokenizer = Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: prepare_data.py --tokenizer {name} writes it") from None
+        raise ValueError(
+            f"{path} does not exist: prepare_data.py --tokenizer {name} writes it"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is damaged: run prepare_data.py again") from None
     if tokenizer.name != name:
@@ -289,17 +359,23 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
 def _load_named(name: str) -> Tokenizer:
     try:
         return Tokenizer(name, tiktoken.get_encoding(name))
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
             f"the vocabulary {name} could not be downloaded ({type(error).__name__}: {reason}): set TIKTOKEN_CACHE_DIR to a folder "
-            f"that has it, or prepare the text with --tokenizer byte or --tokenizer bpe:8192, which need no network") from None
+            f"that has it, or prepare the text with --tokenizer byte or --tokenizer bpe:8192, which need no network"
+        ) from None
 
 
 def _encoding(name: str, tokens: list[bytes], pattern: str) -> tiktoken.Encoding:
     """The encoding whose ids are the positions in `tokens`, followed by end-of-text."""
     ranks = {token: i for i, token in enumerate(tokens)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
 
 
 def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
@@ -316,19 +392,33 @@ def _compact_from_state(state: dict) -> CompactTokenizer:
     """A compact tokenizer from its state. ValueError unless the base is the one it was and the ids are what `compacted` makes."""
     base, ids = load_tokenizer(state["name"].removesuffix(COMPACT)), state.get("base_ids")
     if state.get("base_fingerprint") != base.fingerprint:
-        raise ValueError(f"the stored tokenizer {state['name']} was made from another {base.name} than the one found here")
+        raise ValueError(
+            f"the stored tokenizer {state['name']} was made from another {base.name} than the one found here"
+        )
     usable = isinstance(ids, list) and all(type(i) is int for i in ids) and ids == sorted(set(ids))
-    if not usable or not _always_kept(base) <= set(ids) <= {*base.encoding._mergeable_ranks.values(), base.end_of_text_id}:
-        raise ValueError(f"the stored tokenizer {state['name']} is damaged: its base_ids must be ascending ids of tokens of {base.name}, "
-                         "with all 256 bytes and end-of-text")
+    if not usable or not _always_kept(base) <= set(ids) <= {
+        *base.encoding._mergeable_ranks.values(),
+        base.end_of_text_id,
+    }:
+        raise ValueError(
+            f"the stored tokenizer {state['name']} is damaged: its base_ids must be ascending ids of tokens of {base.name}, "
+            "with all 256 bytes and end-of-text"
+        )
     return CompactTokenizer(base, ids)
 
 
 def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
     """A trained BPE from its tokens by id. ValueError unless they are 256 bytes and then distinct, longer ones."""
-    if len(tokens) + 1 != bpe_size(name) or tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) < len(tokens) or b"" in tokens:
-        raise ValueError(f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, "
-                         f"{name.removeprefix('bpe:')} with end-of-text")
+    if (
+        len(tokens) + 1 != bpe_size(name)
+        or tokens[:256] != [bytes([b]) for b in range(256)]
+        or len(set(tokens)) < len(tokens)
+        or b"" in tokens
+    ):
+        raise ValueError(
+            f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, "
+            f"{name.removeprefix('bpe:')} with end-of-text"
+        )
     return Tokenizer(name, _encoding(name, tokens, WORD_PATTERN))
 
 
@@ -344,12 +434,18 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
         from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainable
     except ImportError:
-        raise ValueError(f"training {name} needs the tokenizers library: pip install tokenizers") from None
+        raise ValueError(
+            f"training {name} needs the tokenizers library: pip install tokenizers"
+        ) from None
     model = Trainable(models.BPE())
     split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
     model.train_from_iterator(_sample(texts), trainer)
 
     to_byte = byte_of_character()
@@ -358,8 +454,10 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
         tokens.append(bytes(to_byte[character] for character in "".join(pair)))
     tokens = list(dict.fromkeys(tokens))  # two merges can spell one token: it has one id
     if len(tokens) + 1 < size:
-        raise ValueError(f"this text is too small for --tokenizer {name}: it gives {len(tokens) + 1:,} ids at most; "
-                         f"use bpe:{len(tokens) + 1} or less, or more text")
+        raise ValueError(
+            f"this text is too small for --tokenizer {name}: it gives {len(tokens) + 1:,} ids at most; "
+            f"use bpe:{len(tokens) + 1} or less, or more text"
+        )
     return _bpe_tokenizer(name, tokens)
 
 

@@ -11,6 +11,7 @@ A is the hero, B the friend, P the hero's parent (`P.call` as a name), H a creat
 that begins with "plot" is a whole story. Two rules of the house keep the prose sound, and the tests hold it to them: a pronoun
 belongs to the one of A and B whom the narrator named last, and nobody else is ever called "he" or "she".
 """
+
 from __future__ import annotations
 
 import math
@@ -891,9 +892,16 @@ def _read_tables(text: str) -> dict[str, list[Phrase]]:
     for title, lines in _read_blocks(text).items():
         table, columns = title.split(": ")
         names = columns.split("; ")
-        rows = [[value.strip() for value in row.split(";")] for line in lines for row in line.split("|")]
+        rows = [
+            [value.strip() for value in row.split(";")] for line in lines for row in line.split("|")
+        ]
         names += [name.capitalize() for name in names]
-        tables[table] = [Phrase(row[0], **dict(zip(names, row + [v[0].upper() + v[1:] for v in row], strict=True))) for row in rows]
+        tables[table] = [
+            Phrase(
+                row[0], **dict(zip(names, row + [v[0].upper() + v[1:] for v in row], strict=True))
+            )
+            for row in rows
+        ]
     tables["toy"] += tables["light"]  # toys that fly (into trees) are a table of their own
     return tables
 
@@ -904,7 +912,9 @@ _TOKEN = re.compile(r"[()|]|<[^>]+>|[^()|<]+")
 
 def _compile(text: str, rules: dict[str, list]) -> str | tuple:
     """The text as a tree. A rule that it names is referred to, not copied, so that rules can be filled in any order."""
-    open_choices: list[list[list]] = [[[]]]  # of the brackets open here, outermost first: alternatives so far, each a list of pieces
+    open_choices: list[list[list]] = [
+        [[]]
+    ]  # of the brackets open here, outermost first: alternatives so far, each a list of pieces
     for token in _TOKEN.findall(text):
         if token == "(":
             open_choices.append([[]])
@@ -914,7 +924,9 @@ def _compile(text: str, rules: dict[str, list]) -> str | tuple:
             alternatives = open_choices.pop()
             open_choices[-1][-1].append([_join(pieces) for pieces in alternatives])
         else:
-            open_choices[-1][-1].append(rules[token[1:-1]] if token[0] == "<" else token.replace(" / ", "\n"))
+            open_choices[-1][-1].append(
+                rules[token[1:-1]] if token[0] == "<" else token.replace(" / ", "\n")
+            )
     return _join(open_choices[0][0])
 
 
@@ -935,9 +947,32 @@ def _read_rules(text: str) -> dict[str, list]:
 _TABLES = _read_tables(TABLES)
 _RULES = _read_rules(RULES)
 _PLOTS = [title for title in _RULES if title.startswith("plot ")]
-_SINGLE = ["day", "time", "P", "H", "reach", "ferry", "trouble", "build", "skill", "fear", "bake", "gift", "plant", "noise", "broken", "treat"]
-_ROWS = {name: _TABLES[name] for name in _SINGLE}  # the tables of which each story simply has one row
-_DESCRIPTIONS = [Phrase(words) for trait in _TABLES["trait"] for words in ("little", "young", "small", trait, f"{trait} little", f"{trait} young")]
+_SINGLE = [
+    "day",
+    "time",
+    "P",
+    "H",
+    "reach",
+    "ferry",
+    "trouble",
+    "build",
+    "skill",
+    "fear",
+    "bake",
+    "gift",
+    "plant",
+    "noise",
+    "broken",
+    "treat",
+]
+_ROWS = {
+    name: _TABLES[name] for name in _SINGLE
+}  # the tables of which each story simply has one row
+_DESCRIPTIONS = [
+    Phrase(words)
+    for trait in _TABLES["trait"]
+    for words in ("little", "young", "small", trait, f"{trait} little", f"{trait} young")
+]
 
 # ------------------------------------------------------------------------------------------------ writing a story
 
@@ -956,9 +991,21 @@ def _character(pick: Pick, is_child: bool) -> Phrase:
     else:
         name, kind = pick(_TABLES["she" if is_girl else "he"]), pick(_TABLES["animal"])
         look, den, hand, full = kind.look, kind.den, "paw", f"{name} the {kind}"
-    return Phrase(name, **(_SHE if is_girl else _HE), kind=kind, look=look, hand=hand, hands=hand + "s", full=full, s=name + "'s",
-                  a=f"{described.a} {kind}", A=f"{described.A} {kind}", home=f"{cozy.a} {den} {where}",
-                  intro=f"{described.a} {kind} named {name}", Intro=f"{described.A} {kind} named {name}")
+    return Phrase(
+        name,
+        **(_SHE if is_girl else _HE),
+        kind=kind,
+        look=look,
+        hand=hand,
+        hands=hand + "s",
+        full=full,
+        s=name + "'s",
+        a=f"{described.a} {kind}",
+        A=f"{described.A} {kind}",
+        home=f"{cozy.a} {den} {where}",
+        intro=f"{described.a} {kind} named {name}",
+        Intro=f"{described.A} {kind} named {name}",
+    )
 
 
 def _cast(pick: Pick, toys: list[Phrase]) -> dict[str, Phrase]:
@@ -970,7 +1017,11 @@ def _cast(pick: Pick, toys: list[Phrase]) -> dict[str, Phrase]:
         cast["B"] = _character(pick, is_child == pick([True, True, True, False]))
     toy, place, first = pick(toys), pick(_TABLES["place"]), pick([0, 1, 2, 3])
     cast["O"] = Phrase(f"{pick(_TABLES['color'])} {toy}", noun=toy, use=toy.use)
-    cast["place"], cast["at"], cast["sight"] = place, f"{place.prep} {place}", pick(place.sights.split(", "))
+    cast["place"], cast["at"], cast["sight"] = (
+        place,
+        f"{place.prep} {place}",
+        pick(place.sights.split(", ")),
+    )
     spots = place.spots.split(", ")
     cast["spot"], cast["spot2"], cast["spot3"] = spots[first], spots[first - 1], spots[first - 2]
     return cast
@@ -991,7 +1042,9 @@ def _draft(index: int) -> tuple[str, dict[str, Phrase]]:
     """Story `index` with its fields still open, and its cast."""
     if index < 0:
         raise ValueError(f"a story's index must be 0 or more, not {index}")
-    random_ = random.Random(index).random  # of the generator's methods, the one whose sequence Python promises to keep
+    random_ = random.Random(
+        index
+    ).random  # of the generator's methods, the one whose sequence Python promises to keep
 
     def pick(options: list) -> object:
         return options[int(random_() * len(options))]
@@ -1029,7 +1082,10 @@ def _fewest(text: str | tuple | list, cast: dict[str, Phrase]) -> int:
     if type(text) is tuple:
         return 1 + sum(_fewest(piece, cast) - 1 for piece in text)
     total, kept = 0, []
-    for number, beginning in sorted(((_fewest(option, cast), _beginning(option).format_map(cast)) for option in text), reverse=True):
+    for number, beginning in sorted(
+        ((_fewest(option, cast), _beginning(option).format_map(cast)) for option in text),
+        reverse=True,
+    ):
         if not any(beginning.startswith(other) or other.startswith(beginning) for other in kept):
             kept.append(beginning)
             total += number
@@ -1042,8 +1098,13 @@ def _num_distinct() -> int:
     A paragraph is a line, so a story's paragraphs can be told apart and their numbers multiply.
     """
     cast = _draft(0)[1]
-    plots = [line for title, lines in _read_blocks(RULES).items() if title in _PLOTS for line in lines]
-    return max(math.prod(_fewest(_compile(paragraph, _RULES), cast) for paragraph in plot.split(" / ")) for plot in plots)
+    plots = [
+        line for title, lines in _read_blocks(RULES).items() if title in _PLOTS for line in lines
+    ]
+    return max(
+        math.prod(_fewest(_compile(paragraph, _RULES), cast) for paragraph in plot.split(" / "))
+        for plot in plots
+    )
 
 
 NUM_DISTINCT = _num_distinct()

@@ -2,6 +2,7 @@
 
 Boxes, options and parameter counts all come from the ModelConfig; nothing in the picture is typed in.
 """
+
 from __future__ import annotations
 
 import io
@@ -12,16 +13,43 @@ from runtime.checkpoint import meta_model
 from runtime.cli import add_config_flags, parser, run_main, settings_from
 from runtime.files import write_atomic
 from runtime.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known, counts
-from runtime.plots import BACKGROUND, BLUE, EDGE, GREEN, GRID, MUTED, ORANGE, PANEL, PURPLE, STYLE, TEAL, TEXT, YELLOW, human
+from runtime.plots import (
+    BACKGROUND,
+    BLUE,
+    EDGE,
+    GREEN,
+    GRID,
+    MUTED,
+    ORANGE,
+    PANEL,
+    PURPLE,
+    STYLE,
+    TEAL,
+    TEXT,
+    YELLOW,
+    human,
+)
 
-WIDTH, HEIGHT, DPI = 13.0, 9.7, 150  # inches, inches, pixels per inch; all coordinates below are inches from the lower left
-PART_COLORS = {"embedding": TEAL, "attention": BLUE, "attention bias table": PURPLE, "router": YELLOW, "experts": ORANGE, "norms": MUTED, "head": GREEN,
-               "not drawn": TEXT}
+WIDTH, HEIGHT, DPI = (
+    13.0,
+    9.7,
+    150,
+)  # inches, inches, pixels per inch; all coordinates below are inches from the lower left
+PART_COLORS = {
+    "embedding": TEAL,
+    "attention": BLUE,
+    "attention bias table": PURPLE,
+    "router": YELLOW,
+    "experts": ORANGE,
+    "norms": MUTED,
+    "head": GREEN,
+    "not drawn": TEXT,
+}
 KNOWS = Known(
     "the drawing",
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
 )
-BOTTOM = 0.25          # where the sheet begins
+BOTTOM = 0.25  # where the sheet begins
 EXPERTS_DRAWN = 64
 EXPERT_NAMES = {"gelu": "GELU", "swiglu": "SwiGLU", "swiglu_clamped": "clamped SwiGLU"}
 
@@ -41,7 +69,13 @@ class Sheet:
 
     def text(self, x, y, words, size=12.0, color=TEXT, width=None, **options):
         """Text centred on (x, y) unless `ha`, `va` say otherwise; shrunk until it is no wider than `width` inches."""
-        made = self.axes.text(x, y, words, **{"fontsize": size, "color": color, "ha": "center", "va": "center", "zorder": 6} | options)
+        made = self.axes.text(
+            x,
+            y,
+            words,
+            **{"fontsize": size, "color": color, "ha": "center", "va": "center", "zorder": 6}
+            | options,
+        )
         if width is not None:
             wide = made.get_window_extent(self.canvas.get_renderer()).width / DPI
             if wide > width:
@@ -50,8 +84,18 @@ class Sheet:
 
     def rectangle(self, x, y, w, h, face, edge, radius=0.09, **options):
         from matplotlib.patches import FancyBboxPatch
-        self.axes.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=f"round,pad=0,rounding_size={radius}", facecolor=face, edgecolor=edge,
-                                           **{"linewidth": 1.4, "zorder": 4} | options))
+
+        self.axes.add_patch(
+            FancyBboxPatch(
+                (x, y),
+                w,
+                h,
+                boxstyle=f"round,pad=0,rounding_size={radius}",
+                facecolor=face,
+                edgecolor=edge,
+                **{"linewidth": 1.4, "zorder": 4} | options,
+            )
+        )
 
     def box(self, x, y, w, h, color, title, *lines, size=12.5):
         """A box tinted in `color`, with a title and smaller lines, all inside it."""
@@ -60,11 +104,20 @@ class Sheet:
         top = y + h / 2 + (pitch / 2 - 0.01) * len(lines)
         self.text(x + w / 2, top, title, size, width=w - 0.16, fontweight="bold")
         for i, line in enumerate(lines, 1):
-            self.text(x + w / 2, top - pitch * i - 0.01, line, 10.5, mix(TEXT, MUTED, 0.45), width=w - 0.16)
+            self.text(
+                x + w / 2,
+                top - pitch * i - 0.01,
+                line,
+                10.5,
+                mix(TEXT, MUTED, 0.45),
+                width=w - 0.16,
+            )
 
     def panel(self, x, y, w, h, title, note="", color=EDGE):
         """A frame that explains one part: title at the upper left, a remark at the upper right."""
-        self.rectangle(x, y, w, h, PANEL, mix(color, BACKGROUND, 0.6), radius=0.14, zorder=1, linewidth=1.2)
+        self.rectangle(
+            x, y, w, h, PANEL, mix(color, BACKGROUND, 0.6), radius=0.14, zorder=1, linewidth=1.2
+        )
         made = self.text(x + 0.2, y + h - 0.26, title, 14, color, ha="left", fontweight="bold")
         used = made.get_window_extent(self.canvas.get_renderer()).width / DPI
         if note:
@@ -73,29 +126,67 @@ class Sheet:
     def arrow(self, *points, color=MUTED):
         """A line through `points` with a head at its end."""
         from matplotlib.patches import FancyArrowPatch
+
         for start, end in zip(points[:-2], points[1:-1], strict=True):
-            self.axes.plot(*zip(start, end, strict=True), color=color, linewidth=1.6, zorder=3, solid_capstyle="round")
-        self.axes.add_patch(FancyArrowPatch(points[-2], points[-1], arrowstyle="-|>", mutation_scale=13, color=color,
-                                            linewidth=1.6, shrinkA=0, shrinkB=0, zorder=3))
+            self.axes.plot(
+                *zip(start, end, strict=True),
+                color=color,
+                linewidth=1.6,
+                zorder=3,
+                solid_capstyle="round",
+            )
+        self.axes.add_patch(
+            FancyArrowPatch(
+                points[-2],
+                points[-1],
+                arrowstyle="-|>",
+                mutation_scale=13,
+                color=color,
+                linewidth=1.6,
+                shrinkA=0,
+                shrinkB=0,
+                zorder=3,
+            )
+        )
 
     def dot(self, x, y, color=MUTED):
         self.axes.plot(x, y, "o", color=color, markersize=5.5, zorder=4)
 
     def plus(self, x, y):
-        self.axes.plot(x, y, "o", markersize=21, markerfacecolor=BACKGROUND, markeredgecolor=MUTED, markeredgewidth=1.5, zorder=5)
+        self.axes.plot(
+            x,
+            y,
+            "o",
+            markersize=21,
+            markerfacecolor=BACKGROUND,
+            markeredgecolor=MUTED,
+            markeredgewidth=1.5,
+            zorder=5,
+        )
         self.axes.plot(x, y, "+", markersize=11, color=TEXT, markeredgewidth=1.8, zorder=6)
 
     def zoom(self, left_x, bottom, top, right_x, right_bottom, right_top, color):
         """A pale wedge from a box to the panel that shows its inside."""
         from matplotlib.patches import Polygon
-        self.axes.add_patch(Polygon([(left_x, bottom), (left_x, top), (right_x, right_top), (right_x, right_bottom)], closed=True,
-                                    facecolor=mix(color, BACKGROUND, 0.13), edgecolor="none", zorder=0.5))
+
+        self.axes.add_patch(
+            Polygon(
+                [(left_x, bottom), (left_x, top), (right_x, right_top), (right_x, right_bottom)],
+                closed=True,
+                facecolor=mix(color, BACKGROUND, 0.13),
+                edgecolor="none",
+                zorder=0.5,
+            )
+        )
 
 
 def mix(color: str, other: str, share: float) -> tuple:
     """`share` of `color` and the rest of `other`."""
     from matplotlib.colors import to_rgb
-    return tuple(share * a + (1 - share) * b for a, b in zip(to_rgb(color), to_rgb(other), strict=True))
+
+    return tuple(
+        share * a + (1 - share) * b for a, b in zip(to_rgb(color), to_rgb(other), strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -104,22 +195,53 @@ def draw_model(sheet: Sheet, c: ModelConfig) -> None:
     x, w, middle = 0.3, 2.55, 0.3 + 2.55 / 2
     sheet.text(middle, 9.0, "token ids", 12, MUTED)
     sheet.arrow((middle, 8.84), (middle, 8.58))
-    sheet.box(x, 7.88, w, 0.68, TEAL, "Embedding", f"{plural(c.vocabulary_size, 'token')} × {c.d_model:,}")
+    sheet.box(
+        x, 7.88, w, 0.68, TEAL, "Embedding", f"{plural(c.vocabulary_size, 'token')} × {c.d_model:,}"
+    )
     cards = min(c.transformer_blocks, 3)
     sheet.arrow((middle, 7.88), (middle, 7.24 + 0.09 * (cards - 1)))
     for i in reversed(range(cards)):  # a pile of cards, the front one in full
-        sheet.rectangle(x + 0.09 * i, 5.8 + 0.09 * i, w - 0.09 * (cards - 1), 1.42, mix(TEXT, BACKGROUND, 0.10 - 0.02 * i),
-                        mix(TEXT, BACKGROUND, 0.55 - 0.15 * i), zorder=4 - 0.1 * i)
+        sheet.rectangle(
+            x + 0.09 * i,
+            5.8 + 0.09 * i,
+            w - 0.09 * (cards - 1),
+            1.42,
+            mix(TEXT, BACKGROUND, 0.10 - 0.02 * i),
+            mix(TEXT, BACKGROUND, 0.55 - 0.15 * i),
+            zorder=4 - 0.1 * i,
+        )
     front = w - 0.09 * (cards - 1)
-    sheet.text(x + front / 2, 6.78, f"{c.transformer_blocks:,} × block", 15, width=front - 0.2, fontweight="bold")
+    sheet.text(
+        x + front / 2,
+        6.78,
+        f"{c.transformer_blocks:,} × block",
+        15,
+        width=front - 0.2,
+        fontweight="bold",
+    )
     sheet.text(x + front / 2, 6.43, "attention", 12, BLUE)
-    sheet.text(x + front / 2, 6.15, f"{plural(c.num_experts, 'expert')}, {c.top_k:,} at work", 12, ORANGE, width=front - 0.2)
+    sheet.text(
+        x + front / 2,
+        6.15,
+        f"{plural(c.num_experts, 'expert')}, {c.top_k:,} at work",
+        12,
+        ORANGE,
+        width=front - 0.2,
+    )
     sheet.arrow((middle, 5.8), (middle, 5.3))
     sheet.box(x, 4.78, w, 0.5, MUTED, "RMSNorm")
     sheet.arrow((middle, 4.78), (middle, 4.3))
     matrix = f"{c.d_model:,} → {c.vocabulary_size:,}"
-    sheet.box(x, 3.38, w, 0.9, GREEN, "Output head", matrix + (" + bias" if c.head_bias else ""),
-              "tied to the embedding" if c.tie_embeddings else "not tied to the embedding")
+    sheet.box(
+        x,
+        3.38,
+        w,
+        0.9,
+        GREEN,
+        "Output head",
+        matrix + (" + bias" if c.head_bias else ""),
+        "tied to the embedding" if c.tie_embeddings else "not tied to the embedding",
+    )
     sheet.arrow((middle, 3.38), (middle, 2.9))
     sheet.text(middle, 2.74, "logits of the next token", 12, MUTED)
 
@@ -132,11 +254,15 @@ def draw_block(sheet: Sheet, c: ModelConfig) -> list[tuple[float, float]]:
     left, box_x, box_w = x + 0.34, x + 0.68, w - 0.93
     middle, wedges = box_x + box_w / 2, []
     sheet.arrow((middle, y + h - 0.52), (middle, 7.99))
-    for split, color, title, line in ((8.36, BLUE, "Attention", f"{plural(c.num_heads, 'head')} × {c.attention_head_dim:,}"),
-                                      (5.36, ORANGE, "Experts", f"{c.top_k:,} of {c.num_experts:,}, {c.d_ff:,} wide")):
+    for split, color, title, line in (
+        (8.36, BLUE, "Attention", f"{plural(c.num_heads, 'head')} × {c.attention_head_dim:,}"),
+        (5.36, ORANGE, "Experts", f"{c.top_k:,} of {c.num_experts:,}, {c.d_ff:,} wide"),
+    ):
         norm, part, plus = split - 0.86, split - 1.96, split - 2.5
         sheet.dot(middle, split)
-        sheet.arrow((middle, split), (left, split), (left, plus), (middle - 0.16, plus))  # the residual stream goes round
+        sheet.arrow(
+            (middle, split), (left, split), (left, plus), (middle - 0.16, plus)
+        )  # the residual stream goes round
         sheet.box(box_x, norm, box_w, 0.48, MUTED, "RMSNorm")
         sheet.arrow((middle, norm), (middle, part + 0.77))
         sheet.box(box_x, part, box_w, 0.76, color, title, line)
@@ -153,12 +279,26 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
     x, y, w, h, D = 6.85, 5.62, 5.85, 3.54, c.attention_head_dim
     sheet.zoom(6.2 - 0.25, *box, x, y, y + h, BLUE)
     group = c.num_heads // c.num_kv_heads
-    sheet.panel(x, y, w, h, "Grouped-query attention" if group > 1 else "Multi-head attention",
-                f"{group} query heads per key head" if group > 1 else "", BLUE)
+    sheet.panel(
+        x,
+        y,
+        w,
+        h,
+        "Grouped-query attention" if group > 1 else "Multi-head attention",
+        f"{group} query heads per key head" if group > 1 else "",
+        BLUE,
+    )
     bias = " + bias" if c.qkv_bias else ""
-    columns = {"Queries": (x + 0.2, 1.3, c.num_heads), "Keys": (x + 1.62, 1.08, c.num_kv_heads), "Values": (x + 2.82, 1.08, c.num_kv_heads)}
+    columns = {
+        "Queries": (x + 0.2, 1.3, c.num_heads),
+        "Keys": (x + 1.62, 1.08, c.num_kv_heads),
+        "Values": (x + 2.82, 1.08, c.num_kv_heads),
+    }
     scaling = [] if c.rope_scaling == "none" else [f"{c.rope_scaling} × {c.rope_scaling_factor:g}"]
-    treatment = "  ·  ".join(["QK-norm"] * c.qk_norm + ([f"RoPE {'base ' * (not scaling)}{c.rope_theta:,.0f}", *scaling] if c.use_rope else []))
+    treatment = "  ·  ".join(
+        ["QK-norm"] * c.qk_norm
+        + ([f"RoPE {'base ' * (not scaling)}{c.rope_theta:,.0f}", *scaling] if c.use_rope else [])
+    )
     core, core_w, bus = y + 0.84, 3.7, y + 1.56
     for name, (left, width, heads) in columns.items():
         middle = left + width / 2
@@ -172,24 +312,71 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
         sheet.box(x + 0.2, y + 1.76, 2.5, 0.37, TEAL, treatment, size=11.5)
     # the cache: new keys and values go in, all so far come out
     cache_x, keys_x, values_x = x + 4.3, x + 1.62 + 1.08 / 2, x + 2.82 + 1.08 / 2
-    kept = f"last {c.sliding_window:,} only" if c.sliding_window and c.window_pattern == "all" else "bf16, all blocks"
-    sheet.box(cache_x, y + 1.66, 1.35, 1.34, PURPLE, "KV cache", f"{plural(c.num_kv_heads, 'head')} × {D:,}",
-              f"{binary(kv_cache_bytes_per_token(c))} / token", kept, size=12)
+    kept = (
+        f"last {c.sliding_window:,} only"
+        if c.sliding_window and c.window_pattern == "all"
+        else "bf16, all blocks"
+    )
+    sheet.box(
+        cache_x,
+        y + 1.66,
+        1.35,
+        1.34,
+        PURPLE,
+        "KV cache",
+        f"{plural(c.num_kv_heads, 'head')} × {D:,}",
+        f"{binary(kv_cache_bytes_per_token(c))} / token",
+        kept,
+        size=12,
+    )
     sheet.dot(keys_x, bus, PURPLE)
     sheet.dot(values_x, bus, PURPLE)
-    sheet.arrow((keys_x, bus), (values_x + 0.74, bus), (values_x + 0.74, y + 1.86), (cache_x - 0.01, y + 1.86), color=PURPLE)
-    sheet.arrow((cache_x + 0.675, y + 1.66), (cache_x + 0.675, core + 0.28), (x + 0.2 + core_w + 0.02, core + 0.28), color=PURPLE)
+    sheet.arrow(
+        (keys_x, bus),
+        (values_x + 0.74, bus),
+        (values_x + 0.74, y + 1.86),
+        (cache_x - 0.01, y + 1.86),
+        color=PURPLE,
+    )
+    sheet.arrow(
+        (cache_x + 0.675, y + 1.66),
+        (cache_x + 0.675, core + 0.28),
+        (x + 0.2 + core_w + 0.02, core + 0.28),
+        color=PURPLE,
+    )
     besides = " + table" * c.use_attention_bias + ", sink" * c.attention_sinks
     reach = "every token sees itself and all before it"
     if c.sliding_window:
-        reach = f"every token sees the last {c.sliding_window:,}" + (", in blocks 0, 2, 4, …" if c.window_pattern == "alternating" else "")
-    sheet.box(x + 0.2, core, core_w, 0.56, BLUE, f"softmax( q · k / √{D:,}{besides} ) · v", reach, size=12)
+        reach = f"every token sees the last {c.sliding_window:,}" + (
+            ", in blocks 0, 2, 4, …" if c.window_pattern == "alternating" else ""
+        )
+    sheet.box(
+        x + 0.2, core, core_w, 0.56, BLUE, f"softmax( q · k / √{D:,}{besides} ) · v", reach, size=12
+    )
     left, width = x + 0.2, core_w
     if c.use_attention_bias:
-        sheet.box(left, y + 0.13, 1.78, 0.52, PURPLE, "Position table", f"{c.num_heads:,} × {c.context_length:,} × {c.context_length:,}", size=11)
+        sheet.box(
+            left,
+            y + 0.13,
+            1.78,
+            0.52,
+            PURPLE,
+            "Position table",
+            f"{c.num_heads:,} × {c.context_length:,} × {c.context_length:,}",
+            size=11,
+        )
         sheet.arrow((left + 0.93, y + 0.65), (left + 0.93, core), color=PURPLE)
         left, width = x + 2.12, 1.78
-    sheet.box(left, y + 0.13, width, 0.52, BLUE, "Output projection", f"{c.num_heads * D:,} → {c.d_model:,}" + " + bias" * c.out_proj_bias, size=11)
+    sheet.box(
+        left,
+        y + 0.13,
+        width,
+        0.52,
+        BLUE,
+        "Output projection",
+        f"{c.num_heads * D:,} → {c.d_model:,}" + " + bias" * c.out_proj_bias,
+        size=11,
+    )
     sheet.arrow((left + width / 2, core), (left + width / 2, y + 0.66))
     draw_mask(sheet, c, x + 4.595, y + 0.13, 0.76)
 
@@ -201,19 +388,53 @@ def draw_mask(sheet: Sheet, c: ModelConfig, x: float, y: float, side: float) -> 
     for q in range(cells):
         for k in range(cells):
             seen = 0 <= q - k < window
-            sheet.rectangle(x + k * step + 0.01, y + (cells - 1 - q) * step + 0.01, step - 0.02, step - 0.02, BLUE if seen else GRID, "none", radius=0.01)
+            sheet.rectangle(
+                x + k * step + 0.01,
+                y + (cells - 1 - q) * step + 0.01,
+                step - 0.02,
+                step - 0.02,
+                BLUE if seen else GRID,
+                "none",
+                radius=0.01,
+            )
 
 
 def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None:
     """Lower right: router, experts, weighted sum."""
     x, y, w, h = 6.85, 2.3, 5.85, 3.12
     sheet.zoom(6.2 - 0.25, *box, x, y, y + h, ORANGE)
-    capacity = f"each takes {c.capacity_factor:g} × its fair share at most" if c.capacity_factor else "dropless"
-    sheet.panel(x, y, w, h, "Mixture of experts", f"{c.top_k:,} of {c.num_experts:,}, {capacity}", ORANGE)
+    capacity = (
+        f"each takes {c.capacity_factor:g} × its fair share at most"
+        if c.capacity_factor
+        else "dropless"
+    )
+    sheet.panel(
+        x, y, w, h, "Mixture of experts", f"{c.top_k:,} of {c.num_experts:,}, {capacity}", ORANGE
+    )
     # router and its choice
-    sheet.box(x + 0.2, y + 1.86, 2.2, 0.76, YELLOW, "Router", f"{c.d_model:,} → {c.num_experts:,}" + " + bias" * c.router_bias, "softmax in fp32", size=12)
+    sheet.box(
+        x + 0.2,
+        y + 1.86,
+        2.2,
+        0.76,
+        YELLOW,
+        "Router",
+        f"{c.d_model:,} → {c.num_experts:,}" + " + bias" * c.router_bias,
+        "softmax in fp32",
+        size=12,
+    )
     sheet.arrow((x + 2.4, y + 2.24), (x + 2.76, y + 2.24), color=YELLOW)
-    sheet.box(x + 2.78, y + 1.86, w - 2.98, 0.76, YELLOW, f"Top {c.top_k:,}", "their weights sum to 1", balance(c), size=12)
+    sheet.box(
+        x + 2.78,
+        y + 1.86,
+        w - 2.98,
+        0.76,
+        YELLOW,
+        f"Top {c.top_k:,}",
+        "their weights sum to 1",
+        balance(c),
+        size=12,
+    )
     # the experts, the chosen ones bright
     drawn = min(c.num_experts, EXPERTS_DRAWN)
     rows = 1 if drawn <= 32 else 2
@@ -221,9 +442,16 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
     cell = min((w - 0.4) / across, 1.2)
     left, bottom, tall = x + w / 2 - cell * across / 2, y + 1.17, 0.46 / rows
     gap = min(0.05, 0.2 * cell)
-    first, second = ((int(min(max((at - left) / cell, 0), across - 1)) + across * (rows - 1)) % drawn for at in (x + 1.7, x + 4.3))
-    if c.top_k == 1:  # where both the arrow from the router and the one to the expert can go straight down
-        first = second = (int(min(max((x + 3.2 - left) / cell, 0), across - 1)) + across * (rows - 1)) % drawn
+    first, second = (
+        (int(min(max((at - left) / cell, 0), across - 1)) + across * (rows - 1)) % drawn
+        for at in (x + 1.7, x + 4.3)
+    )
+    if (
+        c.top_k == 1
+    ):  # where both the arrow from the router and the one to the expert can go straight down
+        first = second = (
+            int(min(max((x + 3.2 - left) / cell, 0), across - 1)) + across * (rows - 1)
+        ) % drawn
     chosen = {first, second}
     for i in range(1, drawn * 4):  # the others spread out (multiples of the golden section)
         if len(chosen) < min(c.top_k, drawn):
@@ -231,27 +459,67 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
     chosen |= set(range(drawn)) if c.top_k >= drawn else set()
     for i in range(drawn):
         row, column = divmod(i, across)
-        sheet.rectangle(left + column * cell + gap / 2, bottom + (rows - 1 - row) * tall + 0.02, cell - gap, tall - 0.04,
-                        ORANGE if i in chosen else mix(ORANGE, PANEL, 0.22), "none", radius=min(0.04, cell / 5))
+        sheet.rectangle(
+            left + column * cell + gap / 2,
+            bottom + (rows - 1 - row) * tall + 0.02,
+            cell - gap,
+            tall - 0.04,
+            ORANGE if i in chosen else mix(ORANGE, PANEL, 0.22),
+            "none",
+            radius=min(0.04, cell / 5),
+        )
     first_x, second_x = (left + (i % across + 0.5) * cell for i in (first, second))
     sheet.arrow((second_x, y + 1.86), (second_x, bottom + 0.46), color=YELLOW)
     # one of them, and the sum
     gated = c.expert_activation != "gelu"
     inside = f"{c.d_model:,} → {'2 × ' * gated}{c.d_ff:,} → {c.d_model:,}{', biases' if c.expert_bias else ', no biases'}"
     sheet.arrow((first_x, bottom), (first_x, y + 0.81), color=ORANGE)
-    sheet.box(x + 0.2, y + 0.14, 3.3, 0.66, ORANGE, f"One expert: {EXPERT_NAMES[c.expert_activation]}", inside, size=12)
+    sheet.box(
+        x + 0.2,
+        y + 0.14,
+        3.3,
+        0.66,
+        ORANGE,
+        f"One expert: {EXPERT_NAMES[c.expert_activation]}",
+        inside,
+        size=12,
+    )
     sheet.arrow((x + 3.5, y + 0.47), (x + 3.84, y + 0.47), color=ORANGE)
     if second_x > x + 3.9:
         sheet.arrow((second_x, bottom), (second_x, y + 0.81), color=ORANGE)
-    sheet.box(x + 3.86, y + 0.14, w - 4.06, 0.66, ORANGE, "Weighted sum", "by the router's weights", size=12)
+    sheet.box(
+        x + 3.86,
+        y + 0.14,
+        w - 4.06,
+        0.66,
+        ORANGE,
+        "Weighted sum",
+        "by the router's weights",
+        size=12,
+    )
     if drawn < c.num_experts:
-        sheet.text(x + 0.22, y + 0.99, f"{drawn} of {c.num_experts:,} drawn", 10.5, MUTED, ha="left", width=first_x - x - 0.36)
+        sheet.text(
+            x + 0.22,
+            y + 0.99,
+            f"{drawn} of {c.num_experts:,} drawn",
+            10.5,
+            MUTED,
+            ha="left",
+            width=first_x - x - 0.36,
+        )
 
 
 def balance(c: ModelConfig) -> str:
     """What keeps the load even."""
     terms = {"balance loss": c.aux_loss_coef, "z-loss": c.z_loss_coef, "bias": c.router_bias_rate}
-    return ", ".join(f"{name} × {value:g}" if name != "bias" else f"bias ± {value:g}" for name, value in terms.items() if value) or "nothing balances the load"
+    return (
+        ", ".join(
+            f"{name} × {value:g}" if name != "bias" else f"bias ± {value:g}"
+            for name, value in terms.items()
+            if value
+        )
+        or "nothing balances the load"
+    )
 
 
 def binary(count: int) -> str:
@@ -270,22 +538,51 @@ def plural(count: int, noun: str) -> str:
 def draw_parameters(sheet: Sheet, c: ModelConfig) -> None:
     """Bottom: where the parameters are, to scale."""
     real = counts(c)
-    parts = {part: count for part, count in (parameter_counts(c) | {"not drawn": real.uncounted}).items() if count > 0}
+    parts = {
+        part: count
+        for part, count in (parameter_counts(c) | {"not drawn": real.uncounted}).items()
+        if count > 0
+    }
     names = {"attention bias table": "position table"}
     total, x, w = real.total, 0.3, WIDTH - 0.6
     sheet.text(x, 1.86, "Where the parameters are", 14, ha="left", fontweight="bold")
     position = x
     for part, count in parts.items():
         length = w * count / total
-        sheet.rectangle(position, 1.26, length, 0.34, PART_COLORS[part], BACKGROUND, radius=0.0, linewidth=0.8)
+        sheet.rectangle(
+            position, 1.26, length, 0.34, PART_COLORS[part], BACKGROUND, radius=0.0, linewidth=0.8
+        )
         if length > 0.75:
-            sheet.text(position + length / 2, 1.425, f"{100 * count / total:.0f} %", 12, BACKGROUND, fontweight="bold")
+            sheet.text(
+                position + length / 2,
+                1.425,
+                f"{100 * count / total:.0f} %",
+                12,
+                BACKGROUND,
+                fontweight="bold",
+            )
         position += length
     pitch = w / len(parts)
     for i, (part, count) in enumerate(parts.items()):
         sheet.rectangle(x + i * pitch, 0.83, 0.16, 0.16, PART_COLORS[part], "none", radius=0.03)
-        sheet.text(x + i * pitch + 0.26, 0.91, names.get(part, part), 12, MUTED, width=pitch - 0.34, ha="left")
-        sheet.text(x + i * pitch + 0.26, 0.62, human(count), 13.5, width=pitch - 0.34, ha="left", fontweight="bold")
+        sheet.text(
+            x + i * pitch + 0.26,
+            0.91,
+            names.get(part, part),
+            12,
+            MUTED,
+            width=pitch - 0.34,
+            ha="left",
+        )
+        sheet.text(
+            x + i * pitch + 0.26,
+            0.62,
+            human(count),
+            13.5,
+            width=pitch - 0.34,
+            ha="left",
+            fontweight="bold",
+        )
 
 
 def draw(config: ModelConfig, name: str = ""):
@@ -298,7 +595,9 @@ def draw(config: ModelConfig, name: str = ""):
         used = title.get_window_extent(sheet.canvas.get_renderer()).width / DPI
         table = parameter_counts(config)["attention bias table"]
         real = counts(config)
-        sizes = f"{human(real.total)} parameters" + (f", {human(table)} of them position table" if table else "")
+        sizes = f"{human(real.total)} parameters" + (
+            f", {human(table)} of them position table" if table else ""
+        )
         summary = f"{sizes}   ·   {human(real.active)} active per token   ·   context {config.context_length:,}"
         sheet.text(WIDTH - 0.3, 9.56, summary, 13.5, MUTED, width=WIDTH - used - 1.0, ha="right")
         draw_model(sheet, config)
@@ -311,15 +610,23 @@ def draw(config: ModelConfig, name: str = ""):
 
 def main(argv: list[str] | None = None) -> int:
     args = parser(__doc__.splitlines()[0])
-    args.add_argument("--out", default="public/architecture.png", help="picture to write (default: public/architecture.png)")
-    args.add_argument("--title", default="", help="title of the picture (default: the preset's name)")
+    args.add_argument(
+        "--out",
+        default="public/architecture.png",
+        help="picture to write (default: public/architecture.png)",
+    )
+    args.add_argument(
+        "--title", default="", help="title of the picture (default: the preset's name)"
+    )
     add_config_flags(args, ModelConfig)
     args = args.parse_args(argv)
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"--out must be a .png file, not {args.out!r}")
     if Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a folder: name a file in it")
-    config = settings_from(args, ModelConfig, TrainConfig).build(ModelConfig)  # TrainConfig: a run's TOML file may be given
+    config = settings_from(args, ModelConfig, TrainConfig).build(
+        ModelConfig
+    )  # TrainConfig: a run's TOML file may be given
     try:
         figure = draw(config, args.title or args.preset or "gptoss")
     except ImportError as error:

@@ -11,6 +11,7 @@ Beside OUT.onnx: OUT.tokenizer.json, for the `tokenizers` package, and OUT.onnx.
 than one ONNX file can hold (2 GB). The model's metadata hold our config, the tokenizer's name, the id that a text begins behind
 (or nothing), end-of-text's, and a JSON list of all ids that end an answer.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -35,17 +36,29 @@ from model import LLM
 from model_parts import Experts, activate
 from runtime.checkpoint import build_model
 from runtime.cli import run_main
-from runtime.export import DTYPES, Source, check_ids, check_logits, check_output, export_parser, flush, largest_difference, logits_of, open_source, work_folder
+from runtime.export import (
+    DTYPES,
+    Source,
+    check_ids,
+    check_logits,
+    check_output,
+    export_parser,
+    flush,
+    largest_difference,
+    logits_of,
+    open_source,
+    work_folder,
+)
 from runtime.files import fsync_folder
 from runtime.hf_tokenizer import write_tokenizer
 from runtime.known import counts
 from runtime.tokenizer import COMPACT
 
-OPSET = 20                               # the first with an exact GELU
+OPSET = 20  # the first with an exact GELU
 GROUPED_LINEAR = "gptoss::GroupedLinear"
-MOST_BYTES_IN_ONE_FILE = 1_900_000_000   # protobuf ends at 2 GiB
-SINGLE_TOKENS = 4                   # fed one by one in the check
-BESIDES_BYTES = 1 << 26             # room for the tokenizer and the graph
+MOST_BYTES_IN_ONE_FILE = 1_900_000_000  # protobuf ends at 2 GiB
+SINGLE_TOKENS = 4  # fed one by one in the check
+BESIDES_BYTES = 1 << 26  # room for the tokenizer and the graph
 
 
 # --------------------------------------------------------------------------------------------------------------- tracing
@@ -71,19 +84,30 @@ class GivenPast:
         """The next call gets its length from what it is given."""
 
 
-def dispatch(x_NC: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
+def dispatch(
+    x_NC: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, experts: Experts
+) -> Tensor:
     """LocalDispatcher in operations that ONNX has, and one, GroupedLinear, that `unrolled` puts others in the place of.
 
     Every expert multiplies its own rows only, which is faster than all experts on all rows, for prompts (2.5 times at 8 experts) and
     single tokens alike, and than gathering the chosen experts' matrices. Traced as one operation, because torch.export needs
     minutes for some hundred pieces of unknown length.
     """
+
     def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None) -> Tensor:
-        return torch.onnx.ops.symbolic(GROUPED_LINEAR, (x_RI, w_EOI, counts_E, b_EO), dtype=x_RI.dtype, shape=(x_RI.shape[0], w_EOI.shape[1]), version=1)
+        return torch.onnx.ops.symbolic(
+            GROUPED_LINEAR,
+            (x_RI, w_EOI, counts_E, b_EO),
+            dtype=x_RI.dtype,
+            shape=(x_RI.shape[0], w_EOI.shape[1]),
+            version=1,
+        )
 
     N, K = experts_NK.shape
     order_R = experts_NK.flatten().argsort()
-    h_RF = activate(grouped_linear(x_NC[order_R // K], experts.w_in, experts.b_in), experts.activation)
+    h_RF = activate(
+        grouped_linear(x_NC[order_R // K], experts.w_in, experts.b_in), experts.activation
+    )
     y_NKC = grouped_linear(h_RF, experts.w_out, experts.b_out)[order_R.argsort()].view(N, K, -1)
     return (y_NKC * weights_NK[:, :, None]).sum(dim=1)
 
@@ -102,27 +126,53 @@ class WithPast(nn.Module):
 
 def past_names(config: ModelConfig, prefix: str) -> list[str]:
     """Names of a call's keys, then of its values, by block."""
-    return [f"{prefix}.{block}.{kind}" for kind in ("key", "value") for block in range(config.transformer_blocks)]
+    return [
+        f"{prefix}.{block}.{kind}"
+        for kind in ("key", "value")
+        for block in range(config.transformer_blocks)
+    ]
 
 
 def to_onnx(model: LLM):
     """The graph of a model in eval mode, as an onnx_ir.Model that shares its weights. The model is left as it was."""
-    config, dtype, L, Dim = model.config, model.embed.weight.dtype, model.config.transformer_blocks, torch.export.Dim
+    config, dtype, L, Dim = (
+        model.config,
+        model.embed.weight.dtype,
+        model.config.transformer_blocks,
+        torch.export.Dim,
+    )
     # Any sizes but 0 and 1, which torch.export takes for constants; the graph is then right for these as well.
-    past = [torch.zeros(2, config.num_kv_heads, 4, config.attention_head_dim, dtype=dtype) for _ in range(2 * L)]
+    past = [
+        torch.zeros(2, config.num_kv_heads, 4, config.attention_head_dim, dtype=dtype)
+        for _ in range(2 * L)
+    ]
     batch, tokens, length = Dim("batch"), Dim("tokens"), Dim("past")
     before = [block.moe.dispatcher for block in model.layers]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)   # it warns that torchvision is not there
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it warns that torchvision is not there
     try:
-        model.check_length = lambda tokens: None              # would end the tracing, as tokens are unknown; beyond the table ONNX's own shapes do not fit
+        model.check_length = (
+            lambda tokens: None
+        )  # would end the tracing, as tokens are unknown; beyond the table ONNX's own shapes do not fit
         for block in model.layers:
             block.moe.dispatcher = dispatch
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                WithPast(model), (torch.zeros(2, 3, dtype=torch.int64), past[:L], past[L:]), dynamo=True, opset_version=OPSET, verbose=False,
-                input_names=["input_ids", *past_names(config, "past_key_values")], output_names=["logits", *past_names(config, "present")],
-                dynamic_shapes={"input_ids": {0: batch, 1: tokens}, "keys": [{0: batch, 2: length}] * L, "values": [{0: batch, 2: length}] * L})
+                WithPast(model),
+                (torch.zeros(2, 3, dtype=torch.int64), past[:L], past[L:]),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=["input_ids", *past_names(config, "past_key_values")],
+                output_names=["logits", *past_names(config, "present")],
+                dynamic_shapes={
+                    "input_ids": {0: batch, 1: tokens},
+                    "keys": [{0: batch, 2: length}] * L,
+                    "values": [{0: batch, 2: length}] * L,
+                },
+            )
     finally:
         del model.check_length
         for block, dispatcher in zip(model.layers, before, strict=True):
@@ -137,12 +187,18 @@ def unrolled(graph_model):
 
     graph = graph_model.graph
 
-    @functools.cache   # torch.onnx stores equal weights once: blocks whose biases are all 0 share them
+    @functools.cache  # torch.onnx stores equal weights once: blocks whose biases are all 0 share them
     def parts(stacked: ir.Value) -> list[ir.Value]:
         """Initializers of each expert's own part: views, so that no memory is needed for them."""
-        values = [ir.Value(name=f"{stacked.name}.{e}", const_value=ir.tensor(part)) for e, part in enumerate(stacked.const_value.numpy())]
+        values = [
+            ir.Value(name=f"{stacked.name}.{e}", const_value=ir.tensor(part))
+            for e, part in enumerate(stacked.const_value.numpy())
+        ]
         for value in values:
-            value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+            value.shape, value.type = (
+                value.const_value.shape,
+                ir.TensorType(value.const_value.dtype),
+            )
             graph.register_initializer(value)
         return values
 
@@ -150,10 +206,17 @@ def unrolled(graph_model):
         x_RI, w_EOI, counts_E, b_EO = (*node.inputs, None)[:4]
         w_OI = parts(w_EOI)
         split = ir.node("Split", [x_RI, counts_E], {"axis": 0}, num_outputs=len(w_OI))
-        gemms = [ir.node("Gemm", inputs, {"transB": 1}) for inputs in zip(split.outputs, w_OI, *([] if b_EO is None else [parts(b_EO)]), strict=True)]
+        gemms = [
+            ir.node("Gemm", inputs, {"transB": 1})
+            for inputs in zip(
+                split.outputs, w_OI, *([] if b_EO is None else [parts(b_EO)]), strict=True
+            )
+        ]
         concat = ir.node("Concat", [gemm.outputs[0] for gemm in gemms], {"axis": 0})
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [split, *gemms, concat], node.outputs, concat.outputs)
-    RemoveUnusedNodesPass()(graph_model)                      # and the stacked weights
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [split, *gemms, concat], node.outputs, concat.outputs
+        )
+    RemoveUnusedNodesPass()(graph_model)  # and the stacked weights
     del graph_model.opset_imports[GROUPED_LINEAR.split("::")[0]]
     return graph_model
 
@@ -165,8 +228,17 @@ def in_float16(graph_model) -> None:
     graph = graph_model.graph
     for value in list(graph.initializers.values()):
         numbers = value.const_value.numpy()
-        if numbers.dtype == np.float32 and numbers.ndim >= 2 and np.array_equal(half := numbers.astype(np.float16), numbers):
-            stored = ir.Value(name=f"{value.name}.float16", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=ir.tensor(half))
+        if (
+            numbers.dtype == np.float32
+            and numbers.ndim >= 2
+            and np.array_equal(half := numbers.astype(np.float16), numbers)
+        ):
+            stored = ir.Value(
+                name=f"{value.name}.float16",
+                shape=value.shape,
+                type=ir.TensorType(ir.DataType.FLOAT16),
+                const_value=ir.tensor(half),
+            )
             graph.register_initializer(stored)
             cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
             graph.insert_before(graph[0], cast)
@@ -178,9 +250,15 @@ def in_float16(graph_model) -> None:
 def metadata(source: Source) -> dict[str, str]:
     """What a user of the file may need to know, as strings."""
     tokenizer = source.tokenizer
-    return {"config": json.dumps(dataclasses.asdict(source.model.config)), "tokenizer": tokenizer.name, "tokenizer_fingerprint": tokenizer.fingerprint,
-            "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id), "end_of_text_id": str(tokenizer.end_of_text_id),
-            "stop_ids": json.dumps(list(tokenizer.stop_ids)), "steps": str(source.checkpoint.step)}
+    return {
+        "config": json.dumps(dataclasses.asdict(source.model.config)),
+        "tokenizer": tokenizer.name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id),
+        "end_of_text_id": str(tokenizer.end_of_text_id),
+        "stop_ids": json.dumps(list(tokenizer.stop_ids)),
+        "steps": str(source.checkpoint.step),
+    }
 
 
 def companions(out: Path) -> list[Path]:
@@ -209,14 +287,22 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
 
     config, tokenizer = source.model.config, source.tokenizer
     if tokenizer.name.endswith(COMPACT):
-        print(f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.tokenizer makes its ids")
+        print(
+            f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.tokenizer makes its ids"
+        )
     else:
-        with tempfile.TemporaryDirectory(dir=folder) as aside:   # it writes files besides that only transformers reads
+        with tempfile.TemporaryDirectory(
+            dir=folder
+        ) as aside:  # it writes files besides that only transformers reads
             write_tokenizer(tokenizer, Path(aside), config.context_length)
             os.replace(Path(aside) / "tokenizer.json", folder / companions(Path(name))[0].name)
     graph_model.metadata_props.update(metadata(source))
     weights = sum(value.const_value.nbytes for value in graph_model.graph.initializers.values())
-    ir.save(graph_model, folder / name, external_data=f"{name}.data" if weights > MOST_BYTES_IN_ONE_FILE else None)
+    ir.save(
+        graph_model,
+        folder / name,
+        external_data=f"{name}.data" if weights > MOST_BYTES_IN_ONE_FILE else None,
+    )
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -224,18 +310,25 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
 def open_session(path: Path):
     """An onnxruntime session on the CPU."""
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3                            # errors
+    options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def run(session, config: ModelConfig, ids_BT: Tensor, past: list[np.ndarray] | None = None) -> tuple[Tensor, list[np.ndarray]]:
+def run(
+    session, config: ModelConfig, ids_BT: Tensor, past: list[np.ndarray] | None = None
+) -> tuple[Tensor, list[np.ndarray]]:
     """(logits [B, T, V], the past of the next call) after a call's `past`, or after nothing."""
     names = past_names(config, "past_key_values")
     if past is None:
-        past = [np.zeros((len(ids_BT), config.num_kv_heads, 0, config.attention_head_dim), np.float32)] * len(names)
-    logits, *past = session.run(None, {"input_ids": ids_BT.numpy(), **dict(zip(names, past, strict=True))})
+        past = [
+            np.zeros((len(ids_BT), config.num_kv_heads, 0, config.attention_head_dim), np.float32)
+        ] * len(names)
+    logits, *past = session.run(
+        None, {"input_ids": ids_BT.numpy(), **dict(zip(names, past, strict=True))}
+    )
     return torch.from_numpy(logits), past
 
 
@@ -247,20 +340,27 @@ def checked_parts(ids_1T: Tensor) -> tuple[Tensor, int]:
 def expected_logits(model: LLM, ids_1T: Tensor) -> tuple[Tensor, Tensor]:
     """What `check` compares with: logits [1, T, V] of the text, and those [2, 1 + single tokens, V] at the end of the two texts."""
     ids_2T, singles = checked_parts(ids_1T)
-    return logits_of(model, ids_1T), logits_of(model, ids_2T)[:, -1 - singles:].clone()
+    return logits_of(model, ids_1T), logits_of(model, ids_2T)[:, -1 - singles :].clone()
 
 
-def check(path: Path, config: ModelConfig, ids_1T: Tensor, whole: Tensor, end: Tensor, dtype: str) -> None:
+def check(
+    path: Path, config: ModelConfig, ids_1T: Tensor, whole: Tensor, end: Tensor, dtype: str
+) -> None:
     """Compare what was written with `expected_logits`: in one call, and through the cache. ExportError if it is off."""
     session = open_session(path)
     check_logits(f"onnxruntime, {dtype}, one call", whole, run(session, config, ids_1T)[0], config)
     ids_2T, singles = checked_parts(ids_1T)
-    logits, past = run(session, config, ids_2T[:, :ids_2T.shape[1] - singles])
+    logits, past = run(session, config, ids_2T[:, : ids_2T.shape[1] - singles])
     pieces = [logits[:, -1:]]
     for i in range(-singles, 0):
-        logits, past = run(session, config, ids_2T[:, ids_2T.shape[1] + i:][:, :1], past)
+        logits, past = run(session, config, ids_2T[:, ids_2T.shape[1] + i :][:, :1], past)
         pieces.append(logits)
-    check_logits(f"onnxruntime, {dtype}, token by token after a prompt", end, torch.cat(pieces, dim=1), config)
+    check_logits(
+        f"onnxruntime, {dtype}, token by token after a prompt",
+        end,
+        torch.cat(pieces, dim=1),
+        config,
+    )
 
 
 def round_to_float16(model: LLM) -> None:
@@ -272,10 +372,17 @@ def round_to_float16(model: LLM) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = export_parser(__doc__.splitlines()[0], "model to write, NAME.onnx; NAME.tokenizer.json is written beside it, and NAME.onnx.data with the weights "
-                                               "if they are more than one file can hold (2 GB)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "float16"),
-                   help="how the weights are stored (default: float32; float16: half the file; arithmetic and cache are float32 either way)")
+    p = export_parser(
+        __doc__.splitlines()[0],
+        "model to write, NAME.onnx; NAME.tokenizer.json is written beside it, and NAME.onnx.data with the weights "
+        "if they are more than one file can hold (2 GB)",
+    )
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="how the weights are stored (default: float32; float16: half the file; arithmetic and cache are float32 either way)",
+    )
     args = p.parse_args(argv)
     started = time.perf_counter()
     if Path(args.out).suffix != ".onnx":
@@ -286,24 +393,32 @@ def main(argv: list[str] | None = None) -> int:
         try:
             importlib.import_module(library)
         except ImportError:
-            raise ValueError(f"exporting to ONNX needs {library}: pip install onnx onnxscript onnxruntime") from None
+            raise ValueError(
+                f"exporting to ONNX needs {library}: pip install onnx onnxscript onnxruntime"
+            ) from None
     out, source = Path(args.out), open_source(args)
     config = source.checkpoint.model_config
-    model = build_model(source.checkpoint)   # all of it: source.model may hold a block at a time
+    model = build_model(source.checkpoint)  # all of it: source.model may hold a block at a time
     ids_1T = check_ids(source.tokenizer, config)
-    with staged_files(out, counts(config).total * DTYPES[args.dtype].itemsize + BESIDES_BYTES) as folder:
+    with staged_files(
+        out, counts(config).total * DTYPES[args.dtype].itemsize + BESIDES_BYTES
+    ) as folder:
         if args.dtype == "float16":
             exact = logits_of(model, ids_1T)
             round_to_float16(model)
         expected = expected_logits(model, ids_1T)
         if args.dtype == "float16":
-            print(f"check: rounding the weights to float16 moves the logits by up to {largest_difference(exact, expected[0]):.1e}")
+            print(
+                f"check: rounding the weights to float16 moves the logits by up to {largest_difference(exact, expected[0]):.1e}"
+            )
         graph_model = to_onnx(model)
         if args.dtype == "float16":
             in_float16(graph_model)
         num_bytes = write_files(folder, out.name, graph_model, source)
         check(folder / out.name, config, ids_1T, *expected, args.dtype)
-    print(f"{out}: {counts(config).total:,} parameters in {args.dtype}, {num_bytes / 1e6:,.1f} MB, {time.perf_counter() - started:.1f} s")
+    print(
+        f"{out}: {counts(config).total:,} parameters in {args.dtype}, {num_bytes / 1e6:,.1f} MB, {time.perf_counter() - started:.1f} s"
+    )
     return 0
 
 

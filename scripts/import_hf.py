@@ -6,6 +6,7 @@
 predict.py, train.py --init_from and all exports take it; its tokenizer travels along. The import is gone through on shapes alone
 first, so that nothing is written of a model that does not fit; then one tensor is in memory at a time, however large the model.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,13 +26,28 @@ from config_model import ModelConfig, total_parameters
 from runtime import published
 from runtime.checkpoint import Checkpoint, meta_model, read_checkpoint, tokenizer_of, write_weights
 from runtime.cli import parser, run_main
-from runtime.export import DTYPES, ExportError, check_output, check_published, lazy_model, logits_of, staged
+from runtime.export import (
+    DTYPES,
+    ExportError,
+    check_output,
+    check_published,
+    lazy_model,
+    logits_of,
+    staged,
+)
 from runtime.hf_tokenizer import CHECK_TEXTS, TEMPLATE_FILE, TOKENIZER_FILE, read_tokenizer
-from runtime.huggingface import KNOWS, export_tensors, folder_tensors, hf_config, import_tensor, model_config_from
+from runtime.huggingface import (
+    KNOWS,
+    export_tensors,
+    folder_tensors,
+    hf_config,
+    import_tensor,
+    model_config_from,
+)
 from runtime.text import human_bytes
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-COMPUTED = ".rotary_emb.inv_freq"   # a table that older versions saved; it follows from the config
+COMPUTED = ".rotary_emb.inv_freq"  # a table that older versions saved; it follows from the config
 
 
 def model_folder(model: str) -> Path:
@@ -39,17 +55,29 @@ def model_folder(model: str) -> Path:
     if os.path.isdir(model):
         return Path(model)
     if os.path.lexists(model) or not REPOSITORY.fullmatch(model):
-        raise ValueError(f"--model {model} is no folder, and no name such as mistralai/Mixtral-8x7B-v0.1")
+        raise ValueError(
+            f"--model {model} is no folder, and no name such as mistralai/Mixtral-8x7B-v0.1"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"there is no folder {model}, and to download it as a published model needs huggingface_hub: "
-                         "pip install huggingface_hub") from None
+        raise ValueError(
+            f"there is no folder {model}, and to download it as a published model needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
     try:  # some repositories hold the same weights once more, in folders of other programs
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", TEMPLATE_FILE], ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=["*.safetensors", "*.json", TEMPLATE_FILE],
+                ignore_patterns=["*/*"],
+            )
+        )
     except Exception as error:  # each version has an HTTP client of its own, with errors of its own
-        raise ValueError(f"there is no folder {model}, and as a published model it could not be downloaded: {type(error).__name__}: "
-                         f"{str(error)[:300]}") from error
+        raise ValueError(
+            f"there is no folder {model}, and as a published model it could not be downloaded: {type(error).__name__}: "
+            f"{str(error)[:300]}"
+        ) from error
 
 
 def read_config(folder: Path) -> tuple[str, ModelConfig]:
@@ -58,7 +86,9 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json: it is no folder of a Hugging Face model") from None
+        raise ValueError(
+            f"{folder} has no config.json: it is no folder of a Hugging Face model"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(theirs, dict):
@@ -66,7 +96,13 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
     return model_config_from(theirs)
 
 
-def rehearse(config: ModelConfig, family: str, has: Callable[[str], bool], read: Callable[[str], Tensor], names: list[str]) -> torch.dtype:
+def rehearse(
+    config: ModelConfig,
+    family: str,
+    has: Callable[[str], bool],
+    read: Callable[[str], Tensor],
+    names: list[str],
+) -> torch.dtype:
     """Go through the import on shapes alone. ValueError for a tensor that is missing, misshapen, or that our model has no use for.
 
     Returns the dtype that holds every weight exactly: bfloat16 if they are that (or MXFP4), else float32.
@@ -84,15 +120,27 @@ def rehearse(config: ModelConfig, family: str, has: Callable[[str], bool], read:
         for name in ours:
             import_tensor(config, family, name, has, read_shape)
     left = [name for name in names if name not in used and not name.endswith(COMPUTED)]
-    if config.tie_embeddings and "lm_head.weight" in left and torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight")):
+    if (
+        config.tie_embeddings
+        and "lm_head.weight" in left
+        and torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight"))
+    ):
         left.remove("lm_head.weight")
     if left:
-        raise ValueError(f"the folder has tensors that a {family} model of this config.json has not: {', '.join(sorted(left)[:3])}"
-                         + (f" and {len(left) - 3} more" if len(left) > 3 else ""))
-    return torch.bfloat16 if {kinds[name][1] for name in used} <= {torch.bfloat16, torch.uint8} else torch.float32
+        raise ValueError(
+            f"the folder has tensors that a {family} model of this config.json has not: {', '.join(sorted(left)[:3])}"
+            + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        )
+    return (
+        torch.bfloat16
+        if {kinds[name][1] for name in used} <= {torch.bfloat16, torch.uint8}
+        else torch.float32
+    )
 
 
-def check(checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read: Callable[[str], Tensor]) -> None:
+def check(
+    checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read: Callable[[str], Tensor]
+) -> None:
     """Hold a checkpoint just read from the disk against the folder, and compute with it. ExportError if anything is off.
 
     Compared is what an export would give back under the names in the folder, bit for bit: everything but stacked or MXFP4 experts,
@@ -105,12 +153,18 @@ def check(checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read:
             continue
         compared += 1
         if not torch.equal(read(name).to(tensor.dtype), tensor):
-            raise ExportError(f"{name} would be exported as other numbers than the folder has: nothing was written")
-    print(f"check: read back from the disk, digests match; an export gives back {compared:,} tensors of the folder bit for bit"
-          + (f" ({not_there:,} are stored in another layout there)" if not_there else ""))
+            raise ExportError(
+                f"{name} would be exported as other numbers than the folder has: nothing was written"
+            )
+    print(
+        f"check: read back from the disk, digests match; an export gives back {compared:,} tensors of the folder bit for bit"
+        + (f" ({not_there:,} are stored in another layout there)" if not_there else "")
+    )
     if checkpoint.tokenizer_state:
         tokenizer = tokenizer_of(checkpoint)
-        ids_BT = torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXTS[0])]])[:, :config.context_length]
+        ids_BT = torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXTS[0])]])[
+            :, : config.context_length
+        ]
     else:
         ids_BT = torch.arange(min(config.context_length, 64))[None] % config.vocabulary_size
     model = lazy_model(config, lambda name: checkpoint.model[name].float())
@@ -123,16 +177,26 @@ def check(checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read:
     check_published(route, KNOWS, model, logits_BTV, computed, ids_BT)
     if checkpoint.tokenizer_state and ids_BT.shape[1] > 1:
         loss = F.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:]).item()
-        print(f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f}, "
-              "which a model of other texts need not beat)")
+        print(
+            f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f}, "
+            "which a model of other texts need not beat)"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__)
-    p.add_argument("--model", required=True, help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), or its name on the Hub")
+    p.add_argument(
+        "--model",
+        required=True,
+        help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), or its name on the Hub",
+    )
     p.add_argument("--out", required=True, help="checkpoint file to write")
-    p.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
-                   help="numbers of the weights; auto = bfloat16 if all are that (or MXFP4) in the folder, else float32")
+    p.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="numbers of the weights; auto = bfloat16 if all are that (or MXFP4) in the folder, else float32",
+    )
     p.add_argument("--force", action="store_true", help="replace a file that is there")
     args = p.parse_args(argv)
     started, out = time.perf_counter(), check_output(args.out, args.force, source=args.model)
@@ -143,16 +207,32 @@ def main(argv: list[str] | None = None) -> int:
     dtype = DTYPES.get(args.dtype, exact)
     tokenizer = read_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
     if tokenizer and tokenizer.vocabulary_size > config.vocabulary_size:
-        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocabulary_size:,} ids, and its model only {config.vocabulary_size:,}")
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.vocabulary_size:,} ids, and its model only {config.vocabulary_size:,}"
+        )
     weights_bytes = total_parameters(config) * dtype.itemsize
-    with staged(out, weights_bytes + (weights_bytes >> 8) + (1 << 27)) as temporary:   # the tokenizer is less than 2**26 characters
-        write_weights(temporary, config, lambda name: import_tensor(config, family, name, has, read), dtype, tokenizer.to_state() if tokenizer else None,
-                      {} if os.path.isdir(args.model) else {"imported_from": args.model})
+    with staged(
+        out, weights_bytes + (weights_bytes >> 8) + (1 << 27)
+    ) as temporary:  # the tokenizer is less than 2**26 characters
+        write_weights(
+            temporary,
+            config,
+            lambda name: import_tensor(config, family, name, has, read),
+            dtype,
+            tokenizer.to_state() if tokenizer else None,
+            {} if os.path.isdir(args.model) else {"imported_from": args.model},
+        )
         check(read_checkpoint(temporary, read_only=True), family, has, read)
     rounded = ", rounded" if dtype.itemsize < exact.itemsize else ""
-    about = f"tokenizer {tokenizer.name}" if tokenizer else f"no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer"
-    print(f"{out}: {family}, {total_parameters(config):,} parameters as {str(dtype).removeprefix('torch.')}{rounded}, "
-          f"{human_bytes(out.stat().st_size)}, {about}; {time.perf_counter() - started:.1f} s")
+    about = (
+        f"tokenizer {tokenizer.name}"
+        if tokenizer
+        else f"no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer"
+    )
+    print(
+        f"{out}: {family}, {total_parameters(config):,} parameters as {str(dtype).removeprefix('torch.')}{rounded}, "
+        f"{human_bytes(out.stat().st_size)}, {about}; {time.perf_counter() - started:.1f} s"
+    )
     return 0
 
 

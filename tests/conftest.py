@@ -3,6 +3,7 @@
 Codes such as M1 or T8 in the tests' docstrings number the faults of the reference implementation (M model, T training, D data,
 P prediction, S security); what each was stands beside its code.
 """
+
 from __future__ import annotations
 
 import os
@@ -15,7 +16,9 @@ import torch
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))
-O200K_CACHE_NAME = "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
+O200K_CACHE_NAME = (
+    "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
+)
 
 # The models here are tiny: two threads would mostly wait for each other, and for busy neighbours. `make test-cpus` asks for two once.
 torch.set_num_threads(int(os.environ.get("GPTOSS_TEST_THREADS", "1")))
@@ -24,16 +27,31 @@ torch.set_num_threads(int(os.environ.get("GPTOSS_TEST_THREADS", "1")))
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
     """Connections leave this process only to itself; looking a name up fails at once."""
+
     def local(address) -> bool:
-        return isinstance(address, (str, bytes)) or str(address[0]) in ("localhost", "::1") or str(address[0]).startswith("127.")  # a str: a Unix socket
+        return (
+            isinstance(address, (str, bytes))
+            or str(address[0]) in ("localhost", "::1")
+            or str(address[0]).startswith("127.")
+        )  # a str: a Unix socket
 
     def refuse(what):
         raise OSError(f"tests reach no network: {what}")
 
     connect, look_up = socket.socket.connect, socket.getaddrinfo
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", lambda self, address: connect(self, address) if local(address) else refuse(address))
-        patch.setattr(socket, "getaddrinfo", lambda host, *args, **kwargs: look_up(host, *args, **kwargs) if local((host,)) or host is None else refuse(host))
+        patch.setattr(
+            socket.socket,
+            "connect",
+            lambda self, address: connect(self, address) if local(address) else refuse(address),
+        )
+        patch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda host, *args, **kwargs: (
+                look_up(host, *args, **kwargs) if local((host,)) or host is None else refuse(host)
+            ),
+        )
         yield
 
 
@@ -48,7 +66,9 @@ def no_amx():
 def need(path: Path) -> Path:
     """Skip the test if `path` is not on this machine; under CI it must be."""
     if not path.exists():
-        message = f"{path.name} is not on this machine (set GPTOSS_SHARED to the folder that has it)"
+        message = (
+            f"{path.name} is not on this machine (set GPTOSS_SHARED to the folder that has it)"
+        )
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
     return path
 

@@ -1,4 +1,5 @@
 """The benchmark that trains, ablations, at a tiny size."""
+
 from __future__ import annotations
 
 import json
@@ -30,29 +31,56 @@ def test_rows_are_run_timed_and_tabled(results, data):  # noqa: F811
     ablations.main(["--run", "base", "muon", "--steps", "4", "--data_dir", str(data)])
     ablations.main(["--run", "base", "--seeds", "43", "--steps", "4", "--data_dir", str(data)])
     ablations.main(["--run", "muon", "--time", "1", "--data_dir", str(data)])
-    (results / "page.md").write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("rows", "longer", "tokenizers")))
-    with pytest.raises(ValueError, match="no run of the base: python -m benchmarks.ablations --run longer_lr_6e-3"):
+    (results / "page.md").write_text(
+        "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("rows", "longer", "tokenizers"))
+    )
+    with pytest.raises(
+        ValueError, match="no run of the base: python -m benchmarks.ablations --run longer_lr_6e-3"
+    ):
         ablations.main(["--table"])
     ablations.main(["--run", "longer_lr_6e-3", "--steps", "8", "--data_dir", str(data)])
     ablations.main(["--table"])
     assert "| `longer_lr_6e-3` |" in (results / "page.md").read_text()
     (results / "ablations" / "longer_lr_6e-3_42.json").unlink()
-    rows = [line.split(" | ") for line in (results / "page.md").read_text().splitlines() if line.startswith("| `") and "longer" not in line]
+    rows = [
+        line.split(" | ")
+        for line in (results / "page.md").read_text().splitlines()
+        if line.startswith("| `") and "longer" not in line
+    ]
     assert {row[0] for row in rows} == {"| `base`", "| `muon`"}
-    runs = {path.stem: json.loads(path.read_text()) for path in (results / "ablations").glob("*.json")}
-    assert set(runs) == {"base_42", "base_43", "muon_42"} and all(run["tokens"] == 4 * 2048 for run in runs.values())
+    runs = {
+        path.stem: json.loads(path.read_text()) for path in (results / "ablations").glob("*.json")
+    }
+    assert set(runs) == {"base_42", "base_43", "muon_42"} and all(
+        run["tokens"] == 4 * 2048 for run in runs.values()
+    )
     base = next(row for row in rows if "base" in row[0])
-    assert base[2] == f"{runs['base_42']['validation_loss']:.4f}, {runs['base_43']['validation_loss']:.4f}" and base[3] == "+0.0000" and base[4] == "1.00x"
+    assert (
+        base[2]
+        == f"{runs['base_42']['validation_loss']:.4f}, {runs['base_43']['validation_loss']:.4f}"
+        and base[3] == "+0.0000"
+        and base[4] == "1.00x"
+    )
     mean = (runs["base_42"]["validation_loss"] + runs["base_43"]["validation_loss"]) / 2
-    assert next(row for row in rows if "muon" in row[0])[3] == f"{runs['muon_42']['validation_loss'] - mean:+.4f}"
+    assert (
+        next(row for row in rows if "muon" in row[0])[3]
+        == f"{runs['muon_42']['validation_loss'] - mean:+.4f}"
+    )
     assert runs["base_42"]["curve"][-1] == [4 * 2048, round(runs["base_42"]["validation_loss"], 4)]
 
 
 def test_the_stored_ablations_are_what_the_page_shows():
     """Run `python -m benchmarks.ablations --table` if this fails."""
     page = (REPO / "benchmarks" / "ABLATIONS.md").read_text()
-    for name, content in (("rows", ablations.table()), ("longer", ablations.longer_table()), ("tokenizers", ablations.tokenizer_table())):
-        assert re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", page, re.DOTALL).group(1) == content
+    for name, content in (
+        ("rows", ablations.table()),
+        ("longer", ablations.longer_table()),
+        ("tokenizers", ablations.tokenizer_table()),
+    ):
+        assert (
+            re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", page, re.DOTALL).group(1)
+            == content
+        )
 
 
 def test_bad_requests_are_told(results, data):  # noqa: F811
@@ -60,7 +88,9 @@ def test_bad_requests_are_told(results, data):  # noqa: F811
         ablations.main(["--run", "nothing"])
     with pytest.raises(ValueError, match="nothing to do"):
         ablations.main([])
-    with pytest.raises(ValueError, match="made with byte, and tokenizer_compact wants o200k_base:compact"):
+    with pytest.raises(
+        ValueError, match="made with byte, and tokenizer_compact wants o200k_base:compact"
+    ):
         ablations.main(["--run", "tokenizer_compact", "--data_dir", str(data)])
     with pytest.raises(ValueError, match="no run of the base"):
         ablations.table()

@@ -1,4 +1,5 @@
 """Command lines: every field of every config is a flag and a TOML key that arrives, and every mistake is one line."""
+
 from __future__ import annotations
 
 import argparse
@@ -21,15 +22,24 @@ from runtime import cli
 REPO = Path(__file__).resolve().parent.parent
 OWNERS = {"model": ModelConfig, "train": TrainConfig}
 FIELDS = [(table, f.name) for table, owner in OWNERS.items() for f in dataclasses.fields(owner)]
-NEEDS = {"window_pattern": {"sliding_window": 4}, "rope_scaling_factor": {"rope_scaling": "linear"}, "rope_scaling": {"context_length": 4096}, "yarn_truncate": {"rope_scaling": "yarn"},
-         "muon_momentum": {"optimizer": "muon"}}  # no effect without
+NEEDS = {
+    "window_pattern": {"sliding_window": 4},
+    "rope_scaling_factor": {"rope_scaling": "linear"},
+    "rope_scaling": {"context_length": 4096},
+    "yarn_truncate": {"rope_scaling": "yarn"},
+    "muon_momentum": {"optimizer": "muon"},
+}  # no effect without
 
 
 def other_value(config_class, name: str, besides=()):
     """A valid value for a field that is neither its default nor in `besides`."""
     f = next(f for f in dataclasses.fields(config_class) if f.name == name)
     kind, default = typing.get_type_hints(config_class)[name], f.default
-    companions = {k: v for k, v in NEEDS.get(name, {}).items() if k in {f.name for f in dataclasses.fields(config_class)}}
+    companions = {
+        k: v
+        for k, v in NEEDS.get(name, {}).items()
+        if k in {f.name for f in dataclasses.fields(config_class)}
+    }
     if f.metadata["choices"]:
         candidates = f.metadata["choices"]
     elif kind is bool:
@@ -39,7 +49,21 @@ def other_value(config_class, name: str, besides=()):
     elif kind is tuple:
         candidates = [("one", "two")]
     else:
-        candidates = [kind(v) for v in (2 * default, 4 * default, default / 2, default / 4, default + 2, default + 4, default + 6, 0.5, 0.25, 0.125)]
+        candidates = [
+            kind(v)
+            for v in (
+                2 * default,
+                4 * default,
+                default / 2,
+                default / 4,
+                default + 2,
+                default + 4,
+                default + 6,
+                0.5,
+                0.25,
+                0.125,
+            )
+        ]
     for value in candidates:
         if value != default and value not in besides:
             try:
@@ -56,7 +80,11 @@ def as_flags(values: dict) -> list[str]:
         if isinstance(value, tuple):
             flags += [part for item in value for part in (f"--{name}", item)]
             continue
-        flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", repr(value) if isinstance(value, float) else str(value)]
+        flags += (
+            [f"--{'' if value else 'no-'}{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", repr(value) if isinstance(value, float) else str(value)]
+        )
     return flags
 
 
@@ -73,10 +101,12 @@ def settings(*argv: str, classes=(ModelConfig, TrainConfig)) -> cli.Settings:
 @pytest.fixture
 def toml(tmp_path):
     """Writes a TOML file and gives the flags that read it."""
+
     def write(text: str | bytes) -> list[str]:
         path = tmp_path / "run.toml"
         path.write_bytes(text.encode() if isinstance(text, str) else text)
         return ["--config", str(path)]
+
     return write
 
 
@@ -102,19 +132,32 @@ def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, table, name)
     assert train.main(as_flags(NEEDS.get(name, {}) | {name: value})) == 0
     built = getattr(seen[0].build(owner), name)
     assert built == value and type(built) is type(value) and name in seen[0].explicit
-    others = {f.name: f.default for f in dataclasses.fields(owner)} | NEEDS.get(name, {}) | {name: value}
-    assert dataclasses.asdict(seen[0].build(owner)) == {k: v for k, v in others.items() if hasattr(owner, k)}  # and nothing else changed
+    others = (
+        {f.name: f.default for f in dataclasses.fields(owner)} | NEEDS.get(name, {}) | {name: value}
+    )
+    assert dataclasses.asdict(seen[0].build(owner)) == {
+        k: v for k, v in others.items() if hasattr(owner, k)
+    }  # and nothing else changed
 
 
 @pytest.mark.parametrize(("table", "name"), FIELDS)
 def test_every_field_is_a_toml_key_in_its_table_and_without(toml, table, name):
     owner, value = OWNERS[table], other_value(OWNERS[table], name)
-    needs = {t: {k: v for k, v in NEEDS.get(name, {}).items() if hasattr(o, k)} for t, o in OWNERS.items()}
-    tables = "".join(f"[{t}]\n{as_toml(needs[t] | ({name: value} if t == table else {}))}" for t in OWNERS)
+    needs = {
+        t: {k: v for k, v in NEEDS.get(name, {}).items() if hasattr(o, k)}
+        for t, o in OWNERS.items()
+    }
+    tables = "".join(
+        f"[{t}]\n{as_toml(needs[t] | ({name: value} if t == table else {}))}" for t in OWNERS
+    )
     for text in (tables, as_toml(NEEDS.get(name, {}) | {name: value})):
         given = settings(*toml(text))
         built = getattr(given.build(owner), name)
-        assert built == value and type(built) is type(value) and given.explicit == {name, *NEEDS.get(name, {})}
+        assert (
+            built == value
+            and type(built) is type(value)
+            and given.explicit == {name, *NEEDS.get(name, {})}
+        )
 
 
 @pytest.mark.parametrize(("table", "name"), FIELDS)
@@ -122,8 +165,18 @@ def test_a_flag_beats_the_file_beats_the_preset_beats_the_default(toml, monkeypa
     owner, needs = OWNERS[table], NEEDS.get(name, {})
     default = next(f.default for f in dataclasses.fields(owner) if f.name == name)
     in_preset = other_value(owner, name)
-    in_file = default if isinstance(default, bool) else other_value(owner, name, [in_preset]) if not isinstance(default, str) else default
-    on_flag = in_preset if isinstance(default, (bool, str)) else other_value(owner, name, [in_preset, in_file])
+    in_file = (
+        default
+        if isinstance(default, bool)
+        else other_value(owner, name, [in_preset])
+        if not isinstance(default, str)
+        else default
+    )
+    on_flag = (
+        in_preset
+        if isinstance(default, (bool, str))
+        else other_value(owner, name, [in_preset, in_file])
+    )
     preset = dataclasses.replace(PRESETS["nano"], model={}, train={})
     getattr(preset, table)[name] = in_preset
     monkeypatch.setitem(PRESETS, "nano", preset)
@@ -136,16 +189,25 @@ def test_a_flag_beats_the_file_beats_the_preset_beats_the_default(toml, monkeypa
     assert built(*chosen) == in_preset != default
     assert built(*chosen, *file) == in_file != in_preset
     assert built(*chosen, *file, *as_flags({name: on_flag})) == on_flag != in_file
-    assert built(*as_flags({name: on_flag}), *file, *chosen) == on_flag  # the order on the line does not count
+    assert (
+        built(*as_flags({name: on_flag}), *file, *chosen) == on_flag
+    )  # the order on the line does not count
 
 
 def test_presets_reach_both_configs_and_are_not_explicit():
     for name, preset in PRESETS.items():
         given = settings("--preset", name)
-        assert dataclasses.asdict(given.build(ModelConfig)) == dataclasses.asdict(ModelConfig(**preset.model))
-        assert dataclasses.asdict(given.build(TrainConfig)) == dataclasses.asdict(TrainConfig(**preset.train))
+        assert dataclasses.asdict(given.build(ModelConfig)) == dataclasses.asdict(
+            ModelConfig(**preset.model)
+        )
+        assert dataclasses.asdict(given.build(TrainConfig)) == dataclasses.asdict(
+            TrainConfig(**preset.train)
+        )
         assert given.explicit == set()
-    assert settings().build(ModelConfig) == ModelConfig() and settings().build(TrainConfig) == TrainConfig()
+    assert (
+        settings().build(ModelConfig) == ModelConfig()
+        and settings().build(TrainConfig) == TrainConfig()
+    )
 
 
 def test_a_flag_with_the_default_value_is_explicit():
@@ -167,22 +229,34 @@ def test_the_config_checks_what_was_given():
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--d_mode", "64"], "unrecognized arguments: --d_mode 64"),         # a short form of d_model: would change its meaning with the next new field
-    (["--res"], "unrecognized arguments: --res"),
-    (["--pre", "nano"], "unrecognized arguments: --pre nano"),
-    (["extra"], "unrecognized arguments: extra"),
-    (["--d_model"], "argument --d_model: expected one argument"),
-    (["--d_model", "x"], "argument --d_model: invalid int value: 'x'"),
-    (["--d_model", "64.0"], "invalid int value: '64.0'"),
-    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-    (["--schedule", "linear"], "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', 'constant'"),
-    (["--preset", "huge"], "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', 'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'"),
-    (["--use_rope=no"], "argument --use_rope/--no-use_rope: ignored explicit argument 'no'"),
-    (["--lr", "nan"], "lr must be a finite number"),
-    (["--grad_clip", "-1"], "grad_clip must be at least 0"),
-    (["--seed", str(2 ** 63)], "seed must be at most"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--d_mode", "64"],
+            "unrecognized arguments: --d_mode 64",
+        ),  # a short form of d_model: would change its meaning with the next new field
+        (["--res"], "unrecognized arguments: --res"),
+        (["--pre", "nano"], "unrecognized arguments: --pre nano"),
+        (["extra"], "unrecognized arguments: extra"),
+        (["--d_model"], "argument --d_model: expected one argument"),
+        (["--d_model", "x"], "argument --d_model: invalid int value: 'x'"),
+        (["--d_model", "64.0"], "invalid int value: '64.0'"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (
+            ["--schedule", "linear"],
+            "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', 'constant'",
+        ),
+        (
+            ["--preset", "huge"],
+            "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', 'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'",
+        ),
+        (["--use_rope=no"], "argument --use_rope/--no-use_rope: ignored explicit argument 'no'"),
+        (["--lr", "nan"], "lr must be a finite number"),
+        (["--grad_clip", "-1"], "grad_clip must be at least 0"),
+        (["--seed", str(2**63)], "seed must be at most"),
+    ],
+)
 def test_wrong_flags_are_one_line(argv, message):
     """argparse's own way was to print all 60 flags before the line that says what is wrong."""
     with pytest.raises(ValueError, match=message) as error:
@@ -191,30 +265,42 @@ def test_wrong_flags_are_one_line(argv, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("d_mode = 64", "unknown keys: d_mode; see --help"),
-    ("[model]\nd_model = 64\nlr = 0.1\nzzz = 1", r"unknown keys in \[model\]: lr, zzz; see --help"),
-    ("[train]\nd_model = 64", r"unknown keys in \[train\]: d_model"),
-    ("[data]\npath = 'x'", r"unknown table \[data\]: only \[model\] and \[train\] are read"),
-    ("[[model]]\nd_model = 1", "unknown keys: model"),
-    ("preset = 'nano'", "names a preset: name it on the command line"),
-    ("config = 'x.toml'", "unknown keys: config"),
-    ("d_model = 64\n[model]\nd_model = 128", r"gives d_model twice: in \[model\] and outside of it"),
-    ("d_model = '64'", "d_model must be of type int, not '64' .str"),
-    ("d_model = 64.0", "d_model must be of type int, not 64.0 .float"),
-    ("d_model = true", "d_model must be of type int, not True .bool"),
-    ("lr = '3e-4'", "lr must be of type float"),
-    ("lr = nan", "lr must be a finite number"),
-    ("lr = [1, 2]", "lr must be of type float, not .1, 2. .list"),
-    ("use_rope = 1", "use_rope must be of type bool, not 1 .int"),
-    ("data_dir = 2020-01-01", "data_dir must be of type str"),
-    ("[model.d_model]\nx = 1", "d_model must be of type int, not {'x': 1} .dict"),
-    ("schedule = 'linear'", "schedule must be one of 'cosine', 'wsd', 'constant', not 'linear'"),
-    ("d_model = ", "is not valid TOML"),
-    ("d_model = 1\nd_model = 2", "is not valid TOML"),
-    (b"\xff\xfe\x00", "is not valid TOML"),
-    (b"PK\x03\x04\x00", "is not valid TOML"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("d_mode = 64", "unknown keys: d_mode; see --help"),
+        (
+            "[model]\nd_model = 64\nlr = 0.1\nzzz = 1",
+            r"unknown keys in \[model\]: lr, zzz; see --help",
+        ),
+        ("[train]\nd_model = 64", r"unknown keys in \[train\]: d_model"),
+        ("[data]\npath = 'x'", r"unknown table \[data\]: only \[model\] and \[train\] are read"),
+        ("[[model]]\nd_model = 1", "unknown keys: model"),
+        ("preset = 'nano'", "names a preset: name it on the command line"),
+        ("config = 'x.toml'", "unknown keys: config"),
+        (
+            "d_model = 64\n[model]\nd_model = 128",
+            r"gives d_model twice: in \[model\] and outside of it",
+        ),
+        ("d_model = '64'", "d_model must be of type int, not '64' .str"),
+        ("d_model = 64.0", "d_model must be of type int, not 64.0 .float"),
+        ("d_model = true", "d_model must be of type int, not True .bool"),
+        ("lr = '3e-4'", "lr must be of type float"),
+        ("lr = nan", "lr must be a finite number"),
+        ("lr = [1, 2]", "lr must be of type float, not .1, 2. .list"),
+        ("use_rope = 1", "use_rope must be of type bool, not 1 .int"),
+        ("data_dir = 2020-01-01", "data_dir must be of type str"),
+        ("[model.d_model]\nx = 1", "d_model must be of type int, not {'x': 1} .dict"),
+        (
+            "schedule = 'linear'",
+            "schedule must be one of 'cosine', 'wsd', 'constant', not 'linear'",
+        ),
+        ("d_model = ", "is not valid TOML"),
+        ("d_model = 1\nd_model = 2", "is not valid TOML"),
+        (b"\xff\xfe\x00", "is not valid TOML"),
+        (b"PK\x03\x04\x00", "is not valid TOML"),
+    ],
+)
 def test_wrong_toml_files_are_one_line(toml, text, message):
     with pytest.raises(ValueError, match=message) as error:
         given = settings(*toml(text))
@@ -239,7 +325,9 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, toml):
         settings("--config", str(tmp_path))
     with pytest.raises(ValueError, match="cannot read --config .*: Not a directory"):
         settings("--config", toml("")[1] + "/x.toml")
-    with pytest.raises(ValueError, match="cannot read --config : No such file"):  # an unset shell variable was no file at all, silently
+    with pytest.raises(
+        ValueError, match="cannot read --config : No such file"
+    ):  # an unset shell variable was no file at all, silently
         settings("--config", "")
     assert settings(*toml("")).explicit == set()
 
@@ -253,13 +341,17 @@ def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, 
         script.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    classes = {"train": [ModelConfig, TrainConfig], "test": [ModelConfig], "prepare_data": []}.get(module) or []
+    classes = {"train": [ModelConfig, TrainConfig], "test": [ModelConfig], "prepare_data": []}.get(
+        module
+    ) or []
     if module == "predict":
         classes = [script.PredictConfig]
     for config_class in classes:
         for f in dataclasses.fields(config_class):
             assert f"--{f.name}" in text, f.name
-            assert f"(default: {'none' if f.default == () else repr(f.default)})" in " ".join(text.split()), f.name
+            assert f"(default: {'none' if f.default == () else repr(f.default)})" in " ".join(
+                text.split()
+            ), f.name
     assert ("--preset" in text and "--config" in text) == (module in ("train", "test"))
     if module in ("train", "test"):
         assert all(name in text for name in PRESETS)
@@ -267,27 +359,42 @@ def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, 
 
 def test_percent_signs_in_help_texts_are_printed(monkeypatch, capsys):
     """argparse formats help with %: one "10 %" in a description of a preset would have ended --help in a traceback."""
+
     @dataclasses.dataclass(frozen=True)
     class Config:
         """100 % of it."""
+
         share: float = option(0.5, "10 % of %(prog)s, or 5%")
         name: str = option("50%", "a %d thing")
         fast: bool = option(False, "100 % faster")
 
-    monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], description="10 % smaller"))
+    monkeypatch.setitem(
+        PRESETS, "nano", dataclasses.replace(PRESETS["nano"], description="10 % smaller")
+    )
     parser = cli.parser("About 90 %.", "And 5 % more.")
     cli.add_config_flags(parser, Config)
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for said in ("About 90 %.", "And 5 % more.", "100 % of it.", "10 % of %(prog)s, or 5% (default: 0.5)", "a %d thing (default: '50%')", "100 % faster (default: False)", "10 % smaller"):
+    for said in (
+        "About 90 %.",
+        "And 5 % more.",
+        "100 % of it.",
+        "10 % of %(prog)s, or 5% (default: 0.5)",
+        "a %d thing (default: '50%')",
+        "100 % faster (default: False)",
+        "10 % smaller",
+    ):
         assert said in text, said
 
 
 def test_only_some_fields():
     parser = argparse.ArgumentParser()
     cli.add_fields(parser, TrainConfig, only=["batch_size"])
-    assert vars(parser.parse_args(["--batch_size", "3"])) == {"batch_size": 3} and vars(parser.parse_args([])) == {}
+    assert (
+        vars(parser.parse_args(["--batch_size", "3"])) == {"batch_size": 3}
+        and vars(parser.parse_args([])) == {}
+    )
 
 
 def test_prepare_data_reports_a_wrong_flag_in_a_line():
@@ -300,15 +407,24 @@ class Explained(ValueError):
     exit_code = 3
 
 
-@pytest.mark.parametrize(("raised", "code", "line"), [
-    (ValueError("d_model must be\n at least   1"), 2, "error: d_model must be at least 1\n"),
-    (FileNotFoundError(2, "No such file or directory", "x.txt"), 2, "error: [Errno 2] No such file or directory: 'x.txt'\n"),
-    (ImportError("pip install wandb"), 2, "error: pip install wandb\n"),
-    (Explained("diverged"), 3, "error: diverged\n"),
-    (KeyboardInterrupt(), 130, "\ninterrupted\n"),
-    (ValueError(), 2, "error: ValueError\n"),
-])
-def test_run_main_makes_a_line_and_an_exit_code_of_an_exception(monkeypatch, capsys, raised, code, line):
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (ValueError("d_model must be\n at least   1"), 2, "error: d_model must be at least 1\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.txt"),
+            2,
+            "error: [Errno 2] No such file or directory: 'x.txt'\n",
+        ),
+        (ImportError("pip install wandb"), 2, "error: pip install wandb\n"),
+        (Explained("diverged"), 3, "error: diverged\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (ValueError(), 2, "error: ValueError\n"),
+    ],
+)
+def test_run_main_makes_a_line_and_an_exit_code_of_an_exception(
+    monkeypatch, capsys, raised, code, line
+):
     def main(argv):
         print("before")
         raise raised
@@ -329,7 +445,10 @@ def test_error_lines_do_not_write_to_the_terminal(monkeypatch, capsys):
 
     with pytest.raises(SystemExit):
         cli.run_main(main)
-    assert capsys.readouterr().err == "error: no column text; there are \\x1b]0;gotcha\\x07, \\u202ex and é\n"
+    assert (
+        capsys.readouterr().err
+        == "error: no column text; there are \\x1b]0;gotcha\\x07, \\u202ex and é\n"
+    )
 
 
 @pytest.mark.parametrize(("value", "code"), [(None, None), (0, 0), (143, 143)])
@@ -355,20 +474,33 @@ def test_bugs_keep_their_traceback(monkeypatch):
 @pytest.fixture
 def script(tmp_path):
     """Starts a program whose main has the given body; it imports nothing heavy, so a start takes a tenth of a second."""
-    def start(body: str, *argv: str, shell: str = "{}", env: dict | None = None, unread: bool = False) -> subprocess.CompletedProcess:
+
+    def start(
+        body: str, *argv: str, shell: str = "{}", env: dict | None = None, unread: bool = False
+    ) -> subprocess.CompletedProcess:
         path = tmp_path / "script.py"
-        path.write_text(f"import sys\nfrom config_model import ModelConfig, TrainConfig\nfrom runtime import cli\n\n\ndef main(argv):\n    {body}\n\n\ncli.run_main(main)\n")
+        path.write_text(
+            f"import sys\nfrom config_model import ModelConfig, TrainConfig\nfrom runtime import cli\n\n\ndef main(argv):\n    {body}\n\n\ncli.run_main(main)\n"
+        )
         words = " ".join([f"'{sys.executable}'", f"'{path}'", *argv])
         stdout = subprocess.PIPE
         if unread:  # a pipe whose reader has left before the program starts
             reader, stdout = os.pipe()
             os.close(reader)
         try:
-            return subprocess.run(["bash", "-c", "set -o pipefail; " + shell.format(words)], stdout=stdout, stderr=subprocess.PIPE, timeout=60,
-                                  env=os.environ | {"PYTHONPATH": str(REPO), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": ""} | (env or {}))
+            return subprocess.run(
+                ["bash", "-c", "set -o pipefail; " + shell.format(words)],
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                timeout=60,
+                env=os.environ
+                | {"PYTHONPATH": str(REPO), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": ""}
+                | (env or {}),
+            )
         finally:
             if unread:
                 os.close(stdout)
+
     return start
 
 
@@ -384,20 +516,36 @@ def test_help_cut_short_is_no_error_either(script):
     """--help leaves main by SystemExit, so nothing was flushed while BrokenPipeError was being watched for: Python complained at exit."""
     done = script("cli.parser('A short help.').parse_args(argv)", "--help", unread=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
-    done = script("p = cli.parser('A long one.'); cli.add_config_flags(p, ModelConfig, TrainConfig); p.parse_args(argv)", "--help", unread=True)
-    assert done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""  # argparse drops the error when it writes more than a buffer
+    done = script(
+        "p = cli.parser('A long one.'); cli.add_config_flags(p, ModelConfig, TrainConfig); p.parse_args(argv)",
+        "--help",
+        unread=True,
+    )
+    assert (
+        done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""
+    )  # argparse drops the error when it writes more than a buffer
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_any_console_can_show_any_text(script, encoding):
     """T21: the reference's training died at its first checkpoint on a Windows console, at a tick mark."""
-    done = script(r"print('\u2713 na\u00efve \U0001f600 \ud800'); raise ValueError('\u2713')", env={"PYTHONIOENCODING": encoding})
-    assert (done.returncode, done.stdout, done.stderr) == (2, "? naïve ? ?\n".encode(encoding, "replace"), b"error: ?\n")
+    done = script(
+        r"print('\u2713 na\u00efve \U0001f600 \ud800'); raise ValueError('\u2713')",
+        env={"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "? naïve ? ?\n".encode(encoding, "replace"),
+        b"error: ?\n",
+    )
 
 
 def test_closed_streams_are_no_error(script):
     """With `>&-` Python has no sys.stdout at all: flushing it was an AttributeError, after the work was done."""
-    done = script("print('gone', file=sys.stdout); sys.stdin.read(); print(sys.stdout.isatty())", shell="{} <&- >&-")
+    done = script(
+        "print('gone', file=sys.stdout); sys.stdin.read(); print(sys.stdout.isatty())",
+        shell="{} <&- >&-",
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     done = script("print('shown'); raise ValueError('gone')", shell="{} 2>&-")
     assert (done.returncode, done.stdout, done.stderr) == (2, b"shown\n", b"")
@@ -411,14 +559,32 @@ def test_output_to_a_full_disk_is_one_line(script):
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
-    for argv in (["--d_mode", "3"], ["--d_model", "-3"], ["--config", "nowhere.toml"], ["--preset", "x"]):
+    for argv in (
+        ["--d_mode", "3"],
+        ["--d_model", "-3"],
+        ["--config", "nowhere.toml"],
+        ["--preset", "x"],
+    ):
         body = "p = cli.parser('x'); cli.add_config_flags(p, ModelConfig, TrainConfig); cli.settings_from(p.parse_args(argv), ModelConfig, TrainConfig).build(ModelConfig)"
         done = script(body, *argv)
-        assert done.returncode == 2 and done.stdout == b"" and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1, done
+        assert (
+            done.returncode == 2
+            and done.stdout == b""
+            and done.stderr.startswith(b"error: ")
+            and done.stderr.count(b"\n") == 1
+        ), done
 
 
-@pytest.mark.parametrize("module, usage", [("scripts.export_hf", "usage: python -m scripts.export_hf"), ("train", "usage: train.py")])
+@pytest.mark.parametrize(
+    "module, usage",
+    [("scripts.export_hf", "usage: python -m scripts.export_hf"), ("train", "usage: train.py")],
+)
 def test_help_says_how_it_is_called(module, usage):
     """`usage: export_hf.py` suggested python scripts/export_hf.py, which does not find the rest."""
-    done = subprocess.run([sys.executable, *(["-m", module] if "." in module else [f"{module}.py"]), "--help"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *(["-m", module] if "." in module else [f"{module}.py"]), "--help"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.startswith(usage)

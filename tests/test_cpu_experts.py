@@ -1,4 +1,5 @@
 """All experts as one operation on a CPU: equal to the plain path, whatever the loads, the threads and the mode."""
+
 from __future__ import annotations
 
 import collections
@@ -28,14 +29,25 @@ def threads():
 
 
 def make_experts(activation: str, bias: bool, E: int = 5, dtype=torch.float64) -> Experts:
-    experts = Experts(tiny_config(d_model=12, d_ff=8, num_experts=E, top_k=1, expert_activation=activation, expert_bias=bias)).to(dtype)
+    experts = Experts(
+        tiny_config(
+            d_model=12,
+            d_ff=8,
+            num_experts=E,
+            top_k=1,
+            expert_activation=activation,
+            expert_bias=bias,
+        )
+    ).to(dtype)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(0.0, 0.5)
     return experts
 
 
-def outputs_and_gradients(experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
+def outputs_and_gradients(
+    experts: Experts, x: torch.Tensor, counts: torch.Tensor
+) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     experts.zero_grad()
     y = experts(x, torch.repeat_interleave(torch.arange(len(counts)), counts), counts)
@@ -43,7 +55,16 @@ def outputs_and_gradients(experts: Experts, x: torch.Tensor, counts: torch.Tenso
     return [y.detach(), x.grad] + [p.grad.clone() for p in experts.parameters()]
 
 
-@pytest.mark.parametrize("activation, bias", [("swiglu", False), ("gelu", True), ("swiglu", True), ("gelu", False), ("swiglu_clamped", True)])
+@pytest.mark.parametrize(
+    "activation, bias",
+    [
+        ("swiglu", False),
+        ("gelu", True),
+        ("swiglu", True),
+        ("gelu", False),
+        ("swiglu_clamped", True),
+    ],
+)
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_threads):
     """Random loads, experts without rows among them; both with a thread per expert and with the threads sharing each product."""
@@ -51,14 +72,21 @@ def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_th
     used = []
     monkeypatch.setattr(cpu_experts, "MOST_ROWS_INLINE", 1)
     original = cpu_experts.shares
-    monkeypatch.setattr(cpu_experts, "shares", lambda groups, n: used.append(original(groups, n)) or used[-1])
+    monkeypatch.setattr(
+        cpu_experts, "shares", lambda groups, n: used.append(original(groups, n)) or used[-1]
+    )
     for seed in range(8):
         r = random.Random(seed)
-        counts = torch.tensor([r.choice([0, 1, 7, 8, 9]) for _ in range(5)] if seed else [40, 0, 0, 0, 1])
+        counts = torch.tensor(
+            [r.choice([0, 1, 7, 8, 9]) for _ in range(5)] if seed else [40, 0, 0, 0, 1]
+        )
         if counts.sum() == 0:
             continue
         torch.manual_seed(seed)
-        experts, x = make_experts(activation, bias), torch.randn(int(counts.sum()), 12, dtype=torch.float64)
+        experts, x = (
+            make_experts(activation, bias),
+            torch.randn(int(counts.sum()), 12, dtype=torch.float64),
+        )
         plain = outputs_and_gradients(experts, x, counts)
         experts.feed_forward = torch.ops.gptoss.feed_forward.default
         for expected, value in zip(plain, outputs_and_gradients(experts, x, counts), strict=True):
@@ -74,22 +102,41 @@ def test_gradcheck():
     counts = torch.tensor([3, 0, 2])
     for activation, bias in (("swiglu", False), ("gelu", True), ("swiglu_clamped", True)):
         e = make_experts(activation, bias, E=3)
-        inputs = [torch.randn(5, 12, dtype=torch.float64, requires_grad=True), e.w_in, e.b_in, e.w_out, e.b_out]
-        assert torch.autograd.gradcheck(lambda *tensors, e=e: cpu_experts.feed_forward(*tensors, counts, e.activation)[0], inputs)
+        inputs = [
+            torch.randn(5, 12, dtype=torch.float64, requires_grad=True),
+            e.w_in,
+            e.b_in,
+            e.w_out,
+            e.b_out,
+        ]
+        assert torch.autograd.gradcheck(
+            lambda *tensors, e=e: cpu_experts.feed_forward(*tensors, counts, e.activation)[0],
+            inputs,
+        )
 
 
 def test_the_compiler_knows_its_shapes():
     torch.manual_seed(0)
     for activation, bias in (("swiglu", True), ("gelu", False), ("swiglu_clamped", True)):
         e = make_experts(activation, bias, E=3, dtype=torch.float32)
-        arguments = (torch.randn(6, 12, requires_grad=True), e.w_in, e.b_in, e.w_out, e.b_out, torch.tensor([1, 0, 5]), e.activation)
+        arguments = (
+            torch.randn(6, 12, requires_grad=True),
+            e.w_in,
+            e.b_in,
+            e.w_out,
+            e.b_out,
+            torch.tensor([1, 0, 5]),
+            e.activation,
+        )
         torch.library.opcheck(torch.ops.gptoss.feed_forward.default, arguments)
 
 
 def test_shares_are_even_or_refused():
     """Whole experts go to threads; where one has most of the rows, the others would wait for it, so all share each product."""
+
     def groups(*rows):
-        return [(e, slice(sum(rows[:e]), sum(rows[:e + 1]))) for e in range(len(rows))]
+        return [(e, slice(sum(rows[:e]), sum(rows[: e + 1]))) for e in range(len(rows))]
+
     parts = cpu_experts.shares(groups(5, 1, 4, 2), 2)
     assert sorted(e for part in parts for e, _ in part) == [0, 1, 2, 3]
     assert [sum(rows.stop - rows.start for _, rows in part) for part in parts] == [6, 6]
@@ -115,12 +162,18 @@ def test_a_change_of_threads_makes_another_pool(threads):
         threads(n)
         results.append(outputs_and_gradients(experts, x, counts)[0])
         assert torch.get_num_threads() == n
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), "an expert on one thread is the same on any"
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), (
+        "an expert on one thread is the same on any"
+    )
 
 
 def test_an_error_in_a_thread_is_raised(threads, monkeypatch):
     threads(2)
-    monkeypatch.setattr(cpu_experts, "_activation", lambda h, activation: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
+    monkeypatch.setattr(
+        cpu_experts,
+        "_activation",
+        lambda h, activation: (_ for _ in ()).throw(RuntimeError("can't allocate memory")),
+    )
     experts, counts = make_experts("swiglu", False), torch.tensor([80] * 5)
     experts.feed_forward = torch.ops.gptoss.feed_forward.default
     with pytest.raises(RuntimeError, match="can't allocate memory"):
@@ -143,7 +196,9 @@ if os.fork() == 0:
     os._exit(40 + len(seen))
 print(sorted(seen), os.waitstatus_to_exitcode(os.wait()[1]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "[0, 1] 42", done.stderr
 
 
@@ -161,7 +216,13 @@ def test_inference_mode_reaches_the_threads(threads):
 
 def test_dropout_takes_the_plain_path_and_the_rest_this_one(monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu_experts, "_each_expert", lambda function, counts, original=cpu_experts._each_expert: calls.append(1) or original(function, counts))
+    monkeypatch.setattr(
+        cpu_experts,
+        "_each_expert",
+        lambda function, counts, original=cpu_experts._each_expert: (
+            calls.append(1) or original(function, counts)
+        ),
+    )
     model = random_model(tiny_config(dropout=0.5))
     choose_kernels(model, torch.device("cpu"), torch.float32)
     ids = torch.randint(0, 61, (2, 8))
@@ -173,14 +234,20 @@ def test_dropout_takes_the_plain_path_and_the_rest_this_one(monkeypatch):
 
 def test_autocast_reaches_it():
     torch.manual_seed(0)
-    experts, counts, x = make_experts("swiglu", True, dtype=torch.float32), torch.tensor([4, 4, 4, 4, 4]), torch.randn(20, 12)
+    experts, counts, x = (
+        make_experts("swiglu", True, dtype=torch.float32),
+        torch.tensor([4, 4, 4, 4, 4]),
+        torch.randn(20, 12),
+    )
     exact = outputs_and_gradients(experts, x, counts)
     experts.feed_forward = torch.ops.gptoss.feed_forward.default
     with torch.autocast("cpu", torch.bfloat16):
         rounded = outputs_and_gradients(experts, x, counts)
     assert rounded[0].dtype == torch.bfloat16
     for a, b in zip(exact, rounded, strict=True):
-        assert not torch.equal(a, b.float()) and torch.allclose(a, b.float(), rtol=0.05, atol=0.05 * a.abs().max().item())
+        assert not torch.equal(a, b.float()) and torch.allclose(
+            a, b.float(), rtol=0.05, atol=0.05 * a.abs().max().item()
+        )
 
 
 # ---------------------------------------------------------------- memory that does not grow
@@ -262,7 +329,7 @@ def test_padding_changes_nothing(threads, monkeypatch, activation, num_threads):
             unpadded = outputs_and_gradients(experts, x, counts)
         for a, b in zip(padded, unpadded, strict=True):
             # Sums are float32's: another order may turn a rounding, 2^-8, of two numbers in a row.
-            assert (a - b).abs().max() <= 2 * 2 ** -8 * b.abs().max()
+            assert (a - b).abs().max() <= 2 * 2**-8 * b.abs().max()
         assert not any(gradient[1].any() for gradient in padded[2:])
 
 

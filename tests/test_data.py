@@ -2,6 +2,7 @@
 
 D1 .. D16 are the reference's faults with data (damaged, stale or foreign shards that it trained on without a word).
 """
+
 from __future__ import annotations
 
 import itertools
@@ -19,7 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import data
-from runtime.data import ShardWriter, TokenShards, WindowLoader, count_windows, open_data, prefetch, read_manifest, validation_batches, write_manifest
+from runtime.data import (
+    ShardWriter,
+    TokenShards,
+    WindowLoader,
+    count_windows,
+    open_data,
+    prefetch,
+    read_manifest,
+    validation_batches,
+    write_manifest,
+)
 from runtime.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -37,8 +48,19 @@ def write_split(folder: Path, ids, shard_size: int = 1000, **changes) -> Path:
     writer = ShardWriter(folder, shard_size)
     writer.append(np.asarray(ids, dtype=np.uint32))
     counts = writer.finish()
-    manifest = {"format": data.FORMAT, "version": data.VERSION, "split": folder.name, "pair": "p", "tokenizer": BYTE.to_state(),
-                "vocabulary_size": 257, "end_of_text_id": 256, "source": {}, "total_documents": 1, "total_bytes": max(1, len(ids)), **counts}
+    manifest = {
+        "format": data.FORMAT,
+        "version": data.VERSION,
+        "split": folder.name,
+        "pair": "p",
+        "tokenizer": BYTE.to_state(),
+        "vocabulary_size": 257,
+        "end_of_text_id": 256,
+        "source": {},
+        "total_documents": 1,
+        "total_bytes": max(1, len(ids)),
+        **counts,
+    }
     write_manifest(folder, manifest | changes)
     return folder
 
@@ -53,7 +75,10 @@ def reseal(folder: Path, change) -> None:
 def replace_shard(folder: Path, array: np.ndarray, allow_pickle: bool = False) -> None:
     """Put another array in the place of the first shard, with its right digest in the manifest."""
     np.save(folder / "shard_0000.npy", array, allow_pickle=allow_pickle)
-    reseal(folder, lambda m: m["shards"][0].update(sha256=data.sha256_of_file(folder / "shard_0000.npy")))
+    reseal(
+        folder,
+        lambda m: m["shards"][0].update(sha256=data.sha256_of_file(folder / "shard_0000.npy")),
+    )
 
 
 @pytest.fixture
@@ -72,8 +97,14 @@ def refused(folder: Path, match: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- shards
 def test_shards_are_plain_npy_files_and_read_as_one(split):
     shards = TokenShards(split)
-    assert shards.num_tokens == 2500 and shards.vocabulary_size == 257 and shards.end_of_text_id == 256
-    assert [np.load(split / f"shard_000{i}.npy", mmap_mode="r").shape for i in range(3)] == [(1000,), (1000,), (500,)]
+    assert (
+        shards.num_tokens == 2500 and shards.vocabulary_size == 257 and shards.end_of_text_id == 256
+    )
+    assert [np.load(split / f"shard_000{i}.npy", mmap_mode="r").shape for i in range(3)] == [
+        (1000,),
+        (1000,),
+        (500,),
+    ]
     assert np.load(split / "shard_0000.npy").dtype == np.uint32
     ids = shards.read(0, 2500)
     assert ids.dtype == np.int64 and (ids == np.arange(2500) % 257).all()
@@ -83,7 +114,9 @@ def test_shards_are_plain_npy_files_and_read_as_one(split):
 @settings(deadline=None, max_examples=50)
 @given(shard_size=st.integers(1, 40), start=st.integers(0, 99), count=st.integers(0, 100))
 def test_reading_crosses_shard_borders(tmp_path_factory, shard_size, start, count):
-    shards = TokenShards(write_split(tmp_path_factory.mktemp("s") / "train", np.arange(100), shard_size))
+    shards = TokenShards(
+        write_split(tmp_path_factory.mktemp("s") / "train", np.arange(100), shard_size)
+    )
     if start + count > 100:
         with pytest.raises(ValueError, match="has tokens 0 to 99"):
             shards.read(start, count)
@@ -108,18 +141,25 @@ def test_renumbered_shards_are_as_if_written_so(tmp_path, monkeypatch):
     old.append(ids)
     new.append(new_ids[ids])
     assert data.renumber(tmp_path / "old", old.finish(), new_ids) == new.finish()
-    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()
+    }
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
     """A resumed run may meet the same tokens in shards of another size; other tokens it must not meet."""
-    a, b, c = (TokenShards(write_split(tmp_path / name, np.arange(100) % n, size)).fingerprint for name, n, size in (("a", 90, 7), ("b", 90, 50), ("c", 91, 7)))
+    a, b, c = (
+        TokenShards(write_split(tmp_path / name, np.arange(100) % n, size)).fingerprint
+        for name, n, size in (("a", 90, 7), ("b", 90, 50), ("c", 91, 7))
+    )
     assert a == b != c
 
 
 def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
     """D7: by name, shard_10000 came before shard_9999. And 10,000 memory maps need 10,000 open files where 256 are usual."""
-    resource = pytest.importorskip("resource", reason="no limits on open files to set on this system")
+    resource = pytest.importorskip(
+        "resource", reason="no limits on open files to set on this system"
+    )
     folder = write_split(tmp_path / "train", np.arange(10_020) % 257, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
@@ -135,7 +175,18 @@ def test_files_that_the_manifest_does_not_list_are_not_read(split):
     assert TokenShards(split).num_tokens == 2500
 
 
-@pytest.mark.parametrize("text", ["", "garbage", "[]", "{}", '{"num_shards": 99, "total_tokens": 5}', "[" * 100_000, '{"format": "gptoss-shards", "version": 2}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "garbage",
+        "[]",
+        "{}",
+        '{"num_shards": 99, "total_tokens": 5}',
+        "[" * 100_000,
+        '{"format": "gptoss-shards", "version": 2}',
+    ],
+)
 def test_a_manifest_that_is_none_is_refused(split, text):
     """D1: meta.json only had to exist; "99 shards / 5 tokens" was accepted."""
     (split / "meta.json").write_text(text)
@@ -158,27 +209,30 @@ def test_no_flipped_bit_in_a_manifest_goes_unnoticed(split):
     assert noticed > 300
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: m.update(num_shards=99),
-    lambda m: m.update(total_tokens=5),
-    lambda m: m.update(dtype="int64"),
-    lambda m: m.update(shards=[]),
-    lambda m: m.update(shards={}),
-    lambda m: m.update(shards=m["shards"] + m["shards"][:1], num_shards=4, total_tokens=3500),
-    lambda m: m["shards"][0].update(file="../train/shard_0000.npy"),
-    lambda m: m["shards"][0].update(file="/etc/passwd"),
-    lambda m: m["shards"][0].update(tokens=-1),
-    lambda m: m["shards"][0].update(tokens=10**30),
-    lambda m: m["shards"][0].update(tokens=True),
-    lambda m: m["shards"][0].pop("sha256"),
-    lambda m: m.update(vocabulary_size=0),
-    lambda m: m.update(vocabulary_size="257"),
-    lambda m: m.update(vocabulary_size=300),
-    lambda m: m.update(end_of_text_id=0),
-    lambda m: m.pop("total_bytes"),
-    lambda m: m.pop("tokenizer"),
-    lambda m: m.pop("pair"),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(num_shards=99),
+        lambda m: m.update(total_tokens=5),
+        lambda m: m.update(dtype="int64"),
+        lambda m: m.update(shards=[]),
+        lambda m: m.update(shards={}),
+        lambda m: m.update(shards=m["shards"] + m["shards"][:1], num_shards=4, total_tokens=3500),
+        lambda m: m["shards"][0].update(file="../train/shard_0000.npy"),
+        lambda m: m["shards"][0].update(file="/etc/passwd"),
+        lambda m: m["shards"][0].update(tokens=-1),
+        lambda m: m["shards"][0].update(tokens=10**30),
+        lambda m: m["shards"][0].update(tokens=True),
+        lambda m: m["shards"][0].pop("sha256"),
+        lambda m: m.update(vocabulary_size=0),
+        lambda m: m.update(vocabulary_size="257"),
+        lambda m: m.update(vocabulary_size=300),
+        lambda m: m.update(end_of_text_id=0),
+        lambda m: m.pop("total_bytes"),
+        lambda m: m.pop("tokenizer"),
+        lambda m: m.pop("pair"),
+    ],
+)
 def test_an_invented_manifest_is_refused(split, change):
     reseal(split, change)
     refused(split, "meta.json is not usable")
@@ -194,9 +248,19 @@ def test_missing_and_empty_shards_are_refused(split):
     refused(split, "shard_0001.npy cannot be read")
 
 
-@pytest.mark.parametrize("array", [
-    np.full(500, np.nan), np.full(500, -5, dtype=np.int64), np.zeros(1000, dtype=np.float32), np.zeros(1000, dtype=np.int32), np.zeros(1000, dtype=">u4"),
-    np.zeros((10, 100), dtype=np.uint32), np.zeros((1000, 1), dtype=np.uint32)], ids=lambda a: f"{a.dtype}{a.shape}")
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.full(500, np.nan),
+        np.full(500, -5, dtype=np.int64),
+        np.zeros(1000, dtype=np.float32),
+        np.zeros(1000, dtype=np.int32),
+        np.zeros(1000, dtype=">u4"),
+        np.zeros((10, 100), dtype=np.uint32),
+        np.zeros((1000, 1), dtype=np.uint32),
+    ],
+    ids=lambda a: f"{a.dtype}{a.shape}",
+)
 def test_other_dtypes_and_shapes_are_refused(split, array):
     """D3: float64 NaN became token -9223372036854775808, a 2-D shard silently had no windows. (500 x 8 bytes: the size is right.)"""
     replace_shard(split, array)
@@ -263,7 +327,10 @@ def test_halves_of_two_runs_are_refused(tmp_path):
 
 
 def test_swapped_and_missing_splits_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no prepared text .*train.*meta.json is missing\): run python prepare_data.py"):
+    with pytest.raises(
+        ValueError,
+        match=r"no prepared text .*train.*meta.json is missing\): run python prepare_data.py",
+    ):
         open_data(tmp_path)
     write_pair(tmp_path)
     (tmp_path / "train").rename(tmp_path / "x")
@@ -282,29 +349,48 @@ def test_a_committed_set_is_read_before_it_is_in_place(tmp_path):
     write_split(tmp_path / ".ready" / "train", np.arange(70), pair="new")
     assert [shards.num_tokens for shards in open_data(tmp_path)] == [70, 60]
     data.finish_publishing(tmp_path)
-    assert not (tmp_path / ".ready").exists() and [shards.num_tokens for shards in open_data(tmp_path)] == [70, 60]
+    assert not (tmp_path / ".ready").exists() and [
+        shards.num_tokens for shards in open_data(tmp_path)
+    ] == [70, 60]
 
 
 # -------------------------------------------------------------------------------------------------------------- windows
 @settings(deadline=None, max_examples=100)
-@given(num_tokens=st.integers(2, 300), shard_size=st.integers(1, 100), context=st.integers(1, 64), seed=st.integers(0, 2**63 - 1))
-def test_an_epoch_uses_every_token_as_a_target(tmp_path_factory, num_tokens, shard_size, context, seed):
+@given(
+    num_tokens=st.integers(2, 300),
+    shard_size=st.integers(1, 100),
+    context=st.integers(1, 64),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_an_epoch_uses_every_token_as_a_target(
+    tmp_path_factory, num_tokens, shard_size, context, seed
+):
     """D6: a shard of 64 tokens gave 32 of its 63 targets, and no window crossed a shard (reliability 20)."""
-    shards = TokenShards(write_split(tmp_path_factory.mktemp("s") / "train", np.arange(num_tokens) % 257, shard_size), verify=False)
+    shards = TokenShards(
+        write_split(
+            tmp_path_factory.mktemp("s") / "train", np.arange(num_tokens) % 257, shard_size
+        ),
+        verify=False,
+    )
     if num_tokens < context + 1:
         with pytest.raises(ValueError, match="a window needs .* lower --context_length"):
             WindowLoader(shards, context, 1, seed)
         return
     loader = WindowLoader(shards, context, 1, seed)
-    assert sorted(loader.window(i) for i in range(loader.num_windows)) == list(range(loader.num_windows))
+    assert sorted(loader.window(i) for i in range(loader.num_windows)) == list(
+        range(loader.num_windows)
+    )
     used = np.zeros(num_tokens, dtype=int)
     for i in range(loader.num_windows):
         start = min(loader.window(i) * context, num_tokens - 1 - context)
         inputs, targets = loader.batch(i)
-        assert inputs.shape == targets.shape == (1, context) and inputs.dtype == targets.dtype == torch.int64
+        assert (
+            inputs.shape == targets.shape == (1, context)
+            and inputs.dtype == targets.dtype == torch.int64
+        )
         assert (inputs[0].numpy() == np.arange(start, start + context) % 257).all()
         assert (targets[0].numpy() == np.arange(start + 1, start + context + 1) % 257).all()
-        used[start + 1: start + context + 1] += 1
+        used[start + 1 : start + context + 1] += 1
     assert used[0] == 0 and (used[1:] >= 1).all() and used.sum() - (num_tokens - 1) < context
 
 
@@ -328,7 +414,9 @@ def test_epochs_and_seeds_have_orders_of_their_own(long):
         return [loader.window(epoch * loader.num_windows + i) for i in range(loader.num_windows)]
 
     orders = [order(seed, epoch) for seed, epoch in itertools.product((0, 1), (0, 1, 2))]
-    assert all(sorted(o) == list(range(100)) for o in orders) and len({tuple(o) for o in orders}) == 6
+    assert (
+        all(sorted(o) == list(range(100)) for o in orders) and len({tuple(o) for o in orders}) == 6
+    )
 
 
 def test_the_order_never_changes(long):
@@ -344,7 +432,11 @@ def test_validation_windows_are_fixed_whole_batches_spread_over_the_set(long):
     batches = validation_batches(long, 10, batch_size=4, max_batches=5)
     again = validation_batches(long, 10, batch_size=4, max_batches=5)
     assert len(batches) == len(list(batches)) == 5
-    assert all(torch.equal(x, y) for a, b in zip(batches, again, strict=True) for x, y in zip(a, b, strict=True))
+    assert all(
+        torch.equal(x, y)
+        for a, b in zip(batches, again, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
     assert batches.windows == list(range(0, 100, 5))
     every = validation_batches(long, 10, batch_size=7, max_batches=1000)
     assert {inputs.shape for inputs, _ in every} == {(7, 10)} and len(every) == 14

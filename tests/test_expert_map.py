@@ -1,4 +1,5 @@
 """The map of experts: its numbers against the tensors, what it does with hostile text, and the page in a real browser."""
+
 from __future__ import annotations
 
 import base64
@@ -20,26 +21,63 @@ import torch
 from runtime.expert_map import TERMINAL_COLOURS, html_page, text_map
 from runtime.text import visible
 
-HOSTILE = ["</script><img src=x onerror=\"window.pwned='image'\">", "<script>window.pwned='script'</script>", "\x1b]52;c;aGk=\x07", "\x9b31m", "<!--<script>", "-->", "&amp;&lt;", "\"'><b>",
-           "\u2028\u2029", "\u202eevil\u202c", "a\rb\x00c", "\ud800", "\u200b\ufeff", "{policy}%s{0}", "漢字", "e\u0301", "�", "", "\n", ".\n\n", "\t", " plain", "x" * 200, "</title>", "]]>"]
+HOSTILE = [
+    "</script><img src=x onerror=\"window.pwned='image'\">",
+    "<script>window.pwned='script'</script>",
+    "\x1b]52;c;aGk=\x07",
+    "\x9b31m",
+    "<!--<script>",
+    "-->",
+    "&amp;&lt;",
+    "\"'><b>",
+    "\u2028\u2029",
+    "\u202eevil\u202c",
+    "a\rb\x00c",
+    "\ud800",
+    "\u200b\ufeff",
+    "{policy}%s{0}",
+    "漢字",
+    "e\u0301",
+    "�",
+    "",
+    "\n",
+    ".\n\n",
+    "\t",
+    " plain",
+    "x" * 200,
+    "</title>",
+    "]]>",
+]
 SGR = re.compile(r"\x1b\[(2;)?38;5;(\d+)m(\d+)\x1b\[0m")
 
 
 def routed(L: int, T: int, K: int, E: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """(experts, gates) [L, T, K] of a router that likes some experts more, in no order within a token."""
     generator = torch.Generator().manual_seed(seed)
-    logits_LTE = 2 * torch.randn(L, T, E, generator=generator) + torch.randn(L, 1, E, generator=generator)
-    experts_LTK = logits_LTE.topk(K, dim=-1).indices.gather(-1, torch.rand(L, T, K, generator=generator).argsort(-1))
+    logits_LTE = 2 * torch.randn(L, T, E, generator=generator) + torch.randn(
+        L, 1, E, generator=generator
+    )
+    experts_LTK = logits_LTE.topk(K, dim=-1).indices.gather(
+        -1, torch.rand(L, T, K, generator=generator).argsort(-1)
+    )
     return experts_LTK, logits_LTE.gather(-1, experts_LTK).softmax(-1)
 
 
 def by_strength(experts_LTK, gates_LTK, l: int, t: int) -> list[int]:
     """A token's experts in falling order of their gates, the plain way."""
-    return [expert for _, expert in sorted(zip(gates_LTK[l, t].tolist(), experts_LTK[l, t].tolist(), strict=True), reverse=True)]
+    return [
+        expert
+        for _, expert in sorted(
+            zip(gates_LTK[l, t].tolist(), experts_LTK[l, t].tolist(), strict=True), reverse=True
+        )
+    ]
 
 
 def columns(text: str) -> int:
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- terminal
@@ -49,7 +87,10 @@ def tables(text: str) -> tuple[list[list[str]], list[str]]:
     return [part.split("\n") for part in parts], summary.split("\n")
 
 
-@pytest.mark.parametrize("L, E, K, width", [(1, 2, 1, 100), (4, 8, 2, 80), (12, 64, 4, 100), (12, 64, 4, 45), (3, 300, 2, 200)])
+@pytest.mark.parametrize(
+    "L, E, K, width",
+    [(1, 2, 1, 100), (4, 8, 2, 80), (12, 64, 4, 100), (12, 64, 4, 45), (3, 300, 2, 200)],
+)
 def test_every_token_has_a_line_with_its_experts_in_every_block(L, E, K, width):
     T = 17
     pieces = [f" w{t}" for t in range(T)]
@@ -65,14 +106,21 @@ def test_every_token_has_a_line_with_its_experts_in_every_block(L, E, K, width):
         for t, line in enumerate(lines):
             piece, *cells = re.split(r"  +", line)
             assert piece == pieces[t]
-            assert cells == ["·".join(map(str, by_strength(experts_LTK, gates_LTK, l, t))) for l in blocks]
-            assert all(line.startswith(cell, header.index(name)) for name, cell in zip(names, cells, strict=True)), "cells stand under their block's name"
+            assert cells == [
+                "·".join(map(str, by_strength(experts_LTK, gates_LTK, l, t))) for l in blocks
+            ]
+            assert all(
+                line.startswith(cell, header.index(name))
+                for name, cell in zip(names, cells, strict=True)
+            ), "cells stand under their block's name"
     assert seen == list(range(L)) and (len(found) > 1) == (L == 12)
 
 
 def test_blocks_are_spread_evenly_over_the_tables_that_a_narrow_terminal_needs():
     experts_LTK, gates_LTK = routed(12, 3, 4, 64)
-    narrow, _ = tables(text_map(["a", "b", "c"], experts_LTK, gates_LTK, 64, color=False, width=100))
+    narrow, _ = tables(
+        text_map(["a", "b", "c"], experts_LTK, gates_LTK, 64, color=False, width=100)
+    )
     assert [len(part[0].split()) - 1 for part in narrow] == [6, 6]
     tiny, _ = tables(text_map(["a", "b", "c"], experts_LTK, gates_LTK, 64, color=False, width=1))
     assert [part[0].split()[1:] for part in tiny] == [[f"b{l}"] for l in range(12)]
@@ -81,14 +129,24 @@ def test_blocks_are_spread_evenly_over_the_tables_that_a_narrow_terminal_needs()
 def test_without_colour_nothing_in_the_terminal_map_can_move_a_terminal():
     experts_LTK, gates_LTK = routed(2, len(HOSTILE), 2, 8)
     text = text_map(HOSTILE, experts_LTK, gates_LTK, 8, color=False)
-    assert "\x1b" not in text and not [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n"]
-    (header, *lines), = tables(text)[0]
+    assert "\x1b" not in text and not [
+        c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n"
+    ]
+    ((header, *lines),) = tables(text)[0]
     assert len(lines) == len(HOSTILE)
     texts = [re.fullmatch(r"(.*  )(\d·\d) +(\d·\d)", line).group(1) for line in lines]
-    assert set(map(columns, texts)) == {header.index("block 0")}, "wide and combining characters are counted"
+    assert set(map(columns, texts)) == {header.index("block 0")}, (
+        "wide and combining characters are counted"
+    )
     shown = dict(zip(HOSTILE, lines, strict=True))
-    assert shown["\n"].startswith("\\n ") and shown["\t"].startswith("\\t ") and shown[".\n\n"].startswith(".\\n\\n ")
-    assert shown["\x1b]52;c;aGk=\x07"].startswith("\\x1b]52;c;aGk=\\x07") and shown["\ud800"].startswith("\\ud800")
+    assert (
+        shown["\n"].startswith("\\n ")
+        and shown["\t"].startswith("\\t ")
+        and shown[".\n\n"].startswith(".\\n\\n ")
+    )
+    assert shown["\x1b]52;c;aGk=\x07"].startswith("\\x1b]52;c;aGk=\\x07") and shown[
+        "\ud800"
+    ].startswith("\\ud800")
     assert shown["x" * 200].startswith("x" * 23 + "…  ")
     text.encode()
 
@@ -96,18 +154,30 @@ def test_without_colour_nothing_in_the_terminal_map_can_move_a_terminal():
 def test_an_expert_has_one_colour_of_its_own_and_weak_gates_are_dim():
     L, T, K, E = 3, 400, 2, 64
     experts_LTK, gates_LTK = routed(L, T, K, E)
-    plain, coloured = (text_map(HOSTILE[:1] * T, experts_LTK, gates_LTK, E, color=color) for color in (False, True))
+    plain, coloured = (
+        text_map(HOSTILE[:1] * T, experts_LTK, gates_LTK, E, color=color) for color in (False, True)
+    )
     assert SGR.sub(r"\3", coloured) == plain and "\x1b" not in SGR.sub("", coloured)
     pairs = {(expert, colour) for _, colour, expert in SGR.findall(coloured)}
-    assert len(pairs) == E == len({expert for expert, _ in pairs}) == len({colour for _, colour in pairs})
-    body = coloured[:coloured.rindex("\n\n")]
-    assert sum(dim == "2;" for dim, _, _ in SGR.findall(body)) == (gates_LTK < 0.25).sum().item() > 50
+    assert (
+        len(pairs)
+        == E
+        == len({expert for expert, _ in pairs})
+        == len({colour for _, colour in pairs})
+    )
+    body = coloured[: coloured.rindex("\n\n")]
+    assert (
+        sum(dim == "2;" for dim, _, _ in SGR.findall(body)) == (gates_LTK < 0.25).sum().item() > 50
+    )
     few = text_map(["a"], torch.tensor([[[5]]]), torch.ones(1, 1, 1), 6, color=True)
-    assert {colour for _, colour, expert in SGR.findall(few)} == {colour for expert, colour in pairs if expert == "5"}, "the same whatever else is shown"
+    assert {colour for _, colour, expert in SGR.findall(few)} == {
+        colour for expert, colour in pairs if expert == "5"
+    }, "the same whatever else is shown"
 
 
 def test_terminal_colours_are_legible_on_black_and_on_white():
     """WCAG's contrast, from the cube's six steps."""
+
     def linear(step: int) -> float:
         value = (0, 95, 135, 175, 215, 255)[step] / 255
         return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
@@ -127,16 +197,24 @@ def test_the_summary_counts_experts_and_names_the_busiest():
     assert len(summary) == L
     for l, line in enumerate(summary):
         counts = Counter(experts_LTK[l].flatten().tolist())
-        block, used, of, expert, percent, times = re.fullmatch(r"block (\d+) +(\d+) of (\d+) experts used, most of all expert (\d+): ([\d.]+) %, ([\d.]+) x its fair share", line).groups()
+        block, used, of, expert, percent, times = re.fullmatch(
+            r"block (\d+) +(\d+) of (\d+) experts used, most of all expert (\d+): ([\d.]+) %, ([\d.]+) x its fair share",
+            line,
+        ).groups()
         most = max(counts.values())
-        assert (int(block), int(used), int(of)) == (l, len(counts), E) and counts[int(expert)] == most
-        assert float(percent) == pytest.approx(100 * most / (T * K), abs=0.051) and float(times) == pytest.approx(most / (T * K / E), abs=0.0051)
+        assert (int(block), int(used), int(of)) == (l, len(counts), E) and counts[
+            int(expert)
+        ] == most
+        assert float(percent) == pytest.approx(100 * most / (T * K), abs=0.051) and float(
+            times
+        ) == pytest.approx(most / (T * K / E), abs=0.0051)
     assert "2 of 16 experts used, most of all expert 2: 50.0 %, 8.00 x" in summary[3]
 
 
 # ------------------------------------------------------------------------------------------------------------------- page
 class Page(HTMLParser):
     """What a parser sees: (tag, attributes, text) of every element with its text, in order."""
+
     VOID = {"meta", "input"}
 
     def __init__(self, page: str):
@@ -160,48 +238,94 @@ class Page(HTMLParser):
             element[2] += data
 
     def all(self, tag: str, kind: str = "") -> list[list]:
-        return [element for element in self.elements if element[0] == tag and (not kind or kind in (element[1].get("class") or "").split())]
+        return [
+            element
+            for element in self.elements
+            if element[0] == tag and (not kind or kind in (element[1].get("class") or "").split())
+        ]
 
     def one(self, tag: str, **wanted: str) -> list:
-        element, = (e for e in self.all(tag) if all(e[1].get(key.rstrip("_")) == value for key, value in wanted.items()))
+        (element,) = (
+            e
+            for e in self.all(tag)
+            if all(e[1].get(key.rstrip("_")) == value for key, value in wanted.items())
+        )
         return element
 
 
-def page_of(pieces=HOSTILE, L=3, K=2, E=8, prompt=4, title="Experts", **more) -> tuple[str, torch.Tensor, torch.Tensor]:
+def page_of(
+    pieces=HOSTILE, L=3, K=2, E=8, prompt=4, title="Experts", **more
+) -> tuple[str, torch.Tensor, torch.Tensor]:
     experts_LTK, gates_LTK = routed(L, len(pieces), K, E)
-    return html_page(title, pieces, experts_LTK, gates_LTK, E, prompt, **more), experts_LTK, gates_LTK
+    return (
+        html_page(title, pieces, experts_LTK, gates_LTK, E, prompt, **more),
+        experts_LTK,
+        gates_LTK,
+    )
 
 
 def test_the_page_is_whole_in_itself_and_says_so():
-    text, _, _ = page_of(title="A </title><script>window.pwned='title'</script>", about="</p><script>1</script>\n& more")
+    text, _, _ = page_of(
+        title="A </title><script>window.pwned='title'</script>",
+        about="</p><script>1</script>\n& more",
+    )
     page = Page(text)
     assert text.startswith("<!doctype html>") and not page.open
-    assert page.all("html")[0][1]["lang"] == "en" and page.one("meta", charset="utf-8") and "width=device-width" in page.one("meta", name="viewport")[1]["content"]
-    assert page.all("title")[0][2] == page.all("h1")[0][2] == "A </title><script>window.pwned='title'</script>"
+    assert (
+        page.all("html")[0][1]["lang"] == "en"
+        and page.one("meta", charset="utf-8")
+        and "width=device-width" in page.one("meta", name="viewport")[1]["content"]
+    )
+    assert (
+        page.all("title")[0][2]
+        == page.all("h1")[0][2]
+        == "A </title><script>window.pwned='title'</script>"
+    )
     assert page.all("p", "about")[0][2] == "</p><script>1</script>\n& more"
-    assert not [a for _, attributes, _ in page.elements for a in attributes if a in ("src", "srcset", "style") or a.startswith("on")]
-    assert [attributes["href"] for _, attributes, _ in page.elements if "href" in attributes] == ["#use"]
+    assert not [
+        a
+        for _, attributes, _ in page.elements
+        for a in attributes
+        if a in ("src", "srcset", "style") or a.startswith("on")
+    ]
+    assert [attributes["href"] for _, attributes, _ in page.elements if "href" in attributes] == [
+        "#use"
+    ]
     assert not re.search(r"url\(|@import|https?://", text)
     data, script = page.all("script")
     assert data[1]["type"] == "application/json" and not script[1]
     policy = page.elements[page.elements.index(page.one("meta", charset="utf-8")) + 1][1]
     assert policy["http-equiv"] == "Content-Security-Policy"
-    hashes = [base64.b64encode(hashlib.sha256(element[2].encode()).digest()).decode() for element in (script, page.all("style")[0])]
-    assert policy["content"] == f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
+    hashes = [
+        base64.b64encode(hashlib.sha256(element[2].encode()).digest()).decode()
+        for element in (script, page.all("style")[0])
+    ]
+    assert (
+        policy["content"]
+        == f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
+    )
 
 
 def test_the_page_holds_every_token_and_hostile_text_stays_text():
     text, _, _ = page_of(prompt=4)
     page = Page(text)
     tokens = page.all("span", "t")
-    assert [token[2] for token in tokens] == [visible(piece).replace("\ud800", "\ufffd") for piece in HOSTILE], "as rendered by the server, line breaks included"
+    assert [token[2] for token in tokens] == [
+        visible(piece).replace("\ud800", "\ufffd") for piece in HOSTILE
+    ], "as rendered by the server, line breaks included"
     assert page.one("div", id="text")[2] == "".join(token[2] for token in tokens)
-    assert [("p" in token[1]["class"].split()) for token in tokens] == [True] * 4 + [False] * (len(HOSTILE) - 4)
+    assert [("p" in token[1]["class"].split()) for token in tokens] == [True] * 4 + [False] * (
+        len(HOSTILE) - 4
+    )
     assert all(token[1]["tabindex"] == "0" and token[1]["role"] == "option" for token in tokens)
-    assert tokens[21][1]["aria-label"] == "token 21:  plain" and tokens[18][1]["aria-label"] == "token 18: \\n" and tokens[1][1]["aria-label"].startswith("token 1, prompt: <script>")
+    assert (
+        tokens[21][1]["aria-label"] == "token 21:  plain"
+        and tokens[18][1]["aria-label"] == "token 18: \\n"
+        and tokens[1][1]["aria-label"].startswith("token 1, prompt: <script>")
+    )
     assert not page.all("img") and not page.all("b") and len(page.all("script")) == 2
-    raw = text[text.index('id="data">') + 10:]
-    raw = raw[:raw.index("</script>")]
+    raw = text[text.index('id="data">') + 10 :]
+    raw = raw[: raw.index("</script>")]
     assert raw.isascii() and not set("<>&") & set(raw)
     assert json.loads(raw)["pieces"] == HOSTILE
     assert not [c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"]
@@ -214,11 +338,20 @@ def test_the_pages_data_is_the_tensors(L, E, K):
     page = Page(text)
     data = json.loads(page.one("script", id="data")[2])
     assert data["num_experts"] == E and data["num_prompt_tokens"] == 0
-    assert data["experts"] == [[by_strength(experts_LTK, gates_LTK, l, t) for t in range(len(HOSTILE))] for l in range(L)]
-    assert torch.allclose(torch.tensor(data["gates"]), gates_LTK.sort(-1, descending=True).values, atol=6e-6)
-    strongest = [re.search(r" e(\d+) g(\d)", token[1]["class"]).groups() for token in page.all("span", "t")]
+    assert data["experts"] == [
+        [by_strength(experts_LTK, gates_LTK, l, t) for t in range(len(HOSTILE))] for l in range(L)
+    ]
+    assert torch.allclose(
+        torch.tensor(data["gates"]), gates_LTK.sort(-1, descending=True).values, atol=6e-6
+    )
+    strongest = [
+        re.search(r" e(\d+) g(\d)", token[1]["class"]).groups() for token in page.all("span", "t")
+    ]
     assert [int(expert) for expert, _ in strongest] == [row[0] for row in data["experts"][0]]
-    assert [int(level) for _, level in strongest] == [min(3, int(4 * (row[0] - 1 / K) / (1 - 1 / K))) if K > 1 else 3 for row in gates_LTK[0].sort(-1, descending=True).values.tolist()]
+    assert [int(level) for _, level in strongest] == [
+        min(3, int(4 * (row[0] - 1 / K) / (1 - 1 / K))) if K > 1 else 3
+        for row in gates_LTK[0].sort(-1, descending=True).values.tolist()
+    ]
 
 
 @pytest.mark.parametrize("E", [8, 64])
@@ -228,17 +361,27 @@ def test_the_heat_map_is_shares_over_the_fair_share(E):
     experts_LTK[2, :, 0], experts_LTK[2, :, 1] = 5, 6  # two experts get all
     page = Page(html_page("", pieces, experts_LTK, gates_LTK, E, 0))
     cells = page.all("td")
-    assert len(cells) == L * E and [head[2] for head in page.all("th") if head[1]["scope"] == "col"] == ["block", *map(str, range(E))]
+    assert len(cells) == L * E and [
+        head[2] for head in page.all("th") if head[1]["scope"] == "col"
+    ] == ["block", *map(str, range(E))]
     for i, (_, attributes, shown) in enumerate(cells):
         block, expert = divmod(i, E)
         count = sum(expert in chosen for chosen in experts_LTK[block].tolist())
         share, fair = count / (len(pieces) * K), 1 / E
-        assert attributes["title"] == attributes["aria-label"] == f"block {block}, expert {expert}: {count} of {len(pieces) * K} assignments, {100 * share:.1f} %, {share / fair:.2f} times the fair share"
+        assert (
+            attributes["title"]
+            == attributes["aria-label"]
+            == f"block {block}, expert {expert}: {count} of {len(pieces) * K} assignments, {100 * share:.1f} %, {share / fair:.2f} times the fair share"
+        )
         assert shown == (f"{share / fair:.2f}" if E == 8 else "")
         level = int(re.fullmatch(r"q(\d)", attributes["class"]).group(1))
-        assert (level < 4) == (share / fair < 2 ** -0.25) and (level > 4) == (share / fair > 2 ** 0.25), (share / fair, level)
+        assert (level < 4) == (share / fair < 2**-0.25) and (level > 4) == (
+            share / fair > 2**0.25
+        ), (share / fair, level)
         if block == 2:
-            assert level == (8 if expert in (5, 6) else 0) and (count == len(pieces)) == (expert in (5, 6))
+            assert level == (8 if expert in (5, 6) else 0) and (count == len(pieces)) == (
+                expert in (5, 6)
+            )
     assert f"fair share ({100 / E:.3g} %)" in page.all("p", "scale")[0][2]
 
 
@@ -246,13 +389,30 @@ E8, G8 = routed(2, 5, 2, 8)
 FIVE = ["a"] * 5
 
 
-@pytest.mark.parametrize("pieces, experts, gates, num_experts, says", [
-    (FIVE[:4], E8, G8, 8, "4 texts and experts for 5 tokens"), (FIVE, E8[0], G8[0], 8, r"\[blocks, tokens, chosen\]"), (FIVE, E8, G8[..., :1], 8, r"not \[2, 5, 2\] and \[2, 5, 1\]"),
-    (FIVE, E8, G8, 4, "experts must be from 0 to 3"), (FIVE, E8 - 8, G8, 8, "experts must be from 0 to 7"), (FIVE, E8.float(), G8, 8, "whole numbers, not torch.float32"),
-    (FIVE, E8, G8 * 3, 8, "gates must be from 0 to 1"), (FIVE, E8, G8 - 1, 8, "gates must be"), (FIVE, E8, G8 * float("nan"), 8, "gates must be"),
-    ([], E8[:, :0], G8[:, :0], 8, "nothing to show"), (FIVE, E8[..., :0], G8[..., :0], 8, "nothing to show"), (FIVE, E8 * 0, G8, 1, "more than num_experts")])
-def test_what_does_not_fit_together_is_refused_in_one_line(pieces, experts, gates, num_experts, says):
-    for draw in (lambda: text_map(pieces, experts, gates, num_experts, color=False), lambda: html_page("", pieces, experts, gates, num_experts, 0)):
+@pytest.mark.parametrize(
+    "pieces, experts, gates, num_experts, says",
+    [
+        (FIVE[:4], E8, G8, 8, "4 texts and experts for 5 tokens"),
+        (FIVE, E8[0], G8[0], 8, r"\[blocks, tokens, chosen\]"),
+        (FIVE, E8, G8[..., :1], 8, r"not \[2, 5, 2\] and \[2, 5, 1\]"),
+        (FIVE, E8, G8, 4, "experts must be from 0 to 3"),
+        (FIVE, E8 - 8, G8, 8, "experts must be from 0 to 7"),
+        (FIVE, E8.float(), G8, 8, "whole numbers, not torch.float32"),
+        (FIVE, E8, G8 * 3, 8, "gates must be from 0 to 1"),
+        (FIVE, E8, G8 - 1, 8, "gates must be"),
+        (FIVE, E8, G8 * float("nan"), 8, "gates must be"),
+        ([], E8[:, :0], G8[:, :0], 8, "nothing to show"),
+        (FIVE, E8[..., :0], G8[..., :0], 8, "nothing to show"),
+        (FIVE, E8 * 0, G8, 1, "more than num_experts"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_one_line(
+    pieces, experts, gates, num_experts, says
+):
+    for draw in (
+        lambda: text_map(pieces, experts, gates, num_experts, color=False),
+        lambda: html_page("", pieces, experts, gates, num_experts, 0),
+    ):
         with pytest.raises(ValueError, match=says) as error:
             draw()
         assert "\n" not in str(error.value)
@@ -342,28 +502,71 @@ def browse(page: str, script: str, folder, *flags: str) -> dict:
 
 def dump(page: str, folder, *flags: str) -> dict:
     """What a page's own script has left in the attribute data-result of its root."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))), None)
+    browser = next(
+        filter(
+            None,
+            map(
+                shutil.which,
+                ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"),
+            ),
+        ),
+        None,
+    )
     if browser is None:
         pytest.skip("no Chromium or Chrome on this machine (Debian: apt-get install chromium)")
     (folder / "page.html").write_text(page, encoding="utf-8", newline="\n")
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000",
-               *flags, "--dump-dom", (folder / "page.html").as_uri()]
+    command = [
+        browser,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        f"--user-data-dir={folder / 'profile'}",
+        "--virtual-time-budget=5000",
+        *flags,
+        "--dump-dom",
+        (folder / "page.html").as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, timeout=120)
     dom = done.stdout.decode("utf-8", "replace")
-    assert (found := re.search(r'<html[^>]* data-result="([^"]*)"', dom)), f"the script did not finish: {done.stderr.decode(errors='replace')[-1000:]}"
-    return json.loads(found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", "\xa0").replace("&amp;", "&"))
+    assert (found := re.search(r'<html[^>]* data-result="([^"]*)"', dom)), (
+        f"the script did not finish: {done.stderr.decode(errors='replace')[-1000:]}"
+    )
+    return json.loads(
+        found.group(1)
+        .replace("&quot;", '"')
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&nbsp;", "\xa0")
+        .replace("&amp;", "&")
+    )
 
 
 def test_the_page_in_a_browser(tmp_path):
     """Keyboard, hover, slider and heat map show what the tensors say; nothing moves; hostile text does nothing."""
     L, E, prompt = 3, 8, 4
     text, experts_LTK, gates_LTK = page_of(L=L, E=E, prompt=prompt, title="<b>Experts</b>")
-    result = browse(text, HELPERS + DRIVE, tmp_path, "--window-size=1280,900", "--blink-settings=preferredColorScheme=1")
+    result = browse(
+        text,
+        HELPERS + DRIVE,
+        tmp_path,
+        "--window-size=1280,900",
+        "--blink-settings=preferredColorScheme=1",
+    )
 
     def table(t: int) -> list:
         """A token's experts and gates (percent) per block, as its panel should show them."""
-        pairs = [sorted(zip(gates_LTK[l, t].tolist(), experts_LTK[l, t].tolist(), strict=True), reverse=True) for l in range(L)]
-        return [[[expert, pytest.approx(100 * gate, abs=0.051)] for gate, expert in block] for block in pairs]
+        pairs = [
+            sorted(
+                zip(gates_LTK[l, t].tolist(), experts_LTK[l, t].tolist(), strict=True), reverse=True
+            )
+            for l in range(L)
+        ]
+        return [
+            [[expert, pytest.approx(100 * gate, abs=0.051)] for gate, expert in block]
+            for block in pairs
+        ]
 
     def went_to(l: int, expert: int) -> list[int]:
         return [t for t in range(len(HOSTILE)) if expert in experts_LTK[l, t].tolist()]
@@ -374,34 +577,66 @@ def test_the_page_in_a_browser(tmp_path):
     assert not result["moved"], "pointing at a token moves nothing"
     token, panel, piece, spoken = result["focused"]
     assert [token, panel, piece] == [3, table(3), "“\\x9b31m”"]
-    assert spoken == "Block 0: " + "; ".join(f"expert {expert}, {gate:.1f} %" for expert, gate in panel[0])
+    assert spoken == "Block 0: " + "; ".join(
+        f"expert {expert}, {gate:.1f} %" for expert, gate in panel[0]
+    )
     assert result["keys"] == [4, 5, 4, last, last, 0, 0]
-    assert result["hovered"] == [7, table(7)] and result["left"] == 0, "the pointer gone, the focused token is shown again"
-    assert result["tints"] == [[by_strength(experts_LTK, gates_LTK, l, t)[0] for t in range(len(HOSTILE))] for l in (0, 2)]
+    assert result["hovered"] == [7, table(7)] and result["left"] == 0, (
+        "the pointer gone, the focused token is shown again"
+    )
+    assert result["tints"] == [
+        [by_strength(experts_LTK, gates_LTK, l, t)[0] for t in range(len(HOSTILE))] for l in (0, 2)
+    ]
     assert result["block"] == ["2", "2"]
-    assert result["pointed"][0] == went_to(1, 5) and result["pointed"][1].startswith(f"block 1, expert 5: {len(went_to(1, 5))} of 50 assignments") and result["pointed"][2]
+    assert (
+        result["pointed"][0] == went_to(1, 5)
+        and result["pointed"][1].startswith(
+            f"block 1, expert 5: {len(went_to(1, 5))} of 50 assignments"
+        )
+        and result["pointed"][2]
+    )
     assert result["unpointed"] == len(HOSTILE)
-    assert result["kept"] == [went_to(1, 5), len(went_to(1, 5)), "true"] and result["escaped"] == [len(HOSTILE), None]
+    assert result["kept"] == [went_to(1, 5), len(went_to(1, 5)), "true"] and result["escaped"] == [
+        len(HOSTILE),
+        None,
+    ]
     assert result["walked"] == [E + 1, went_to(1, 1)]
-    assert result["texts"] == [visible(piece).replace("\ud800", "\ufffd") for piece in HOSTILE] and result["lines"] >= 4
-    assert result["pwned"] == "" and result["scripts"] == 3 and result["bold"] == 0 and result["title"] == "<b>Experts</b>"
-    assert {"script-src-elem", "script-src-attr"} <= set(result["violations"]) and result["requests"] == []
+    assert (
+        result["texts"] == [visible(piece).replace("\ud800", "\ufffd") for piece in HOSTILE]
+        and result["lines"] >= 4
+    )
+    assert (
+        result["pwned"] == ""
+        and result["scripts"] == 3
+        and result["bold"] == 0
+        and result["title"] == "<b>Experts</b>"
+    )
+    assert {"script-src-elem", "script-src-attr"} <= set(result["violations"]) and result[
+        "requests"
+    ] == []
     assert result["contrast"] >= 4.5
 
 
 def test_the_dark_page_on_a_narrow_screen(tmp_path):
     """All text has WCAG AA's contrast for 64 experts too, and the page is no wider than the screen."""
     text, _, _ = page_of(L=12, E=64, K=4)
-    script = HELPERS + """
+    script = (
+        HELPERS
+        + """
     result.contrast = lowestContrast(64); result.wide = [document.documentElement.scrollWidth, innerWidth]; result.dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const panel = $("detail").getBoundingClientRect(); result.panel = [panel.top, panel.bottom, innerHeight];
     document.documentElement.setAttribute("data-result", JSON.stringify(result));"""
-    result = browse(text, script, tmp_path, "--window-size=500,900", "--blink-settings=preferredColorScheme=0")
+    )
+    result = browse(
+        text, script, tmp_path, "--window-size=500,900", "--blink-settings=preferredColorScheme=0"
+    )
     assert result["dark"] and result["errors"] == [] and result["violations"] == []
     assert result["contrast"] >= 4.5
     assert result["wide"][0] <= result["wide"][1] == 500
     top, bottom, height = result["panel"]
-    assert bottom <= height + 1 and 0.5 * height <= top < height, "the panel stays in sight, at the bottom"
+    assert bottom <= height + 1 and 0.5 * height <= top < height, (
+        "the panel stays in sight, at the bottom"
+    )
 
 
 # Fonts that a machine, a reader's settings or an extension may bring: a name -> a style sheet.
@@ -411,7 +646,7 @@ FONTS = {
     "monospace": "* {font-family: monospace !important}",
     "large": "html {font-size: 120%} body {font-size: 18px}",
     "wide": "* {font-family: monospace !important; letter-spacing: .12em !important; "
-            "word-spacing: .16em !important}",
+    "word-spacing: .16em !important}",
     "tall": "* {line-height: 2 !important}",
     "small": "html {font-size: 11px} body {font: 11px/1.2 sans-serif}",
 }
@@ -508,10 +743,13 @@ def in_frames(page: str, fonts: Sequence[str], skip: int, folder) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("L, E, K, fonts, skip", [
-    (3, 8, 2, tuple(FONTS), 5),
-    (12, 64, 4, ("the page's own", "wide"), 97),
-])
+@pytest.mark.parametrize(
+    "L, E, K, fonts, skip",
+    [
+        (3, 8, 2, tuple(FONTS), 5),
+        (12, 64, 4, ("the page's own", "wide"), 97),
+    ],
+)
 def test_the_page_holds_still_and_whole_in_any_fonts(L, E, K, fonts, skip, tmp_path):
     """Whatever is pointed at, clicked or chosen moves nothing; all stays in its card at any width.
 

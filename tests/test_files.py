@@ -1,4 +1,5 @@
 """Writes that a crash cannot tear: what is under a name before, during and after."""
+
 from __future__ import annotations
 
 import errno
@@ -23,18 +24,30 @@ def fail_half_way(error):
         file.write(b"half a ")
         file.flush()
         raise error
+
     return write
 
 
 # --------------------------------------------------------------------------------------------------------- write_atomic
 def test_a_new_file_and_its_folders_are_made(tmp_path):
     write_atomic(tmp_path / "a/b/file.bin", lambda file: file.write(b"new"))
-    assert (tmp_path / "a/b/file.bin").read_bytes() == b"new" and names(tmp_path / "a/b") == ["file.bin"]
+    assert (tmp_path / "a/b/file.bin").read_bytes() == b"new" and names(tmp_path / "a/b") == [
+        "file.bin"
+    ]
     write_atomic(str(tmp_path / "a/b/file.bin"), lambda file: file.write(b""))
     assert (tmp_path / "a/b/file.bin").read_bytes() == b""
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), SystemExit(1)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("bad"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        KeyboardInterrupt(),
+        SystemExit(1),
+    ],
+    ids=lambda e: type(e).__name__,
+)
 def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path, error):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
@@ -98,7 +111,9 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, 
 
     def spy_fsync(descriptor):
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        events.append("fsync folder" if is_folder else f"fsync file of {os.fstat(descriptor).st_size}")
+        events.append(
+            "fsync folder" if is_folder else f"fsync file of {os.fstat(descriptor).st_size}"
+        )
         fsync(descriptor)
 
     def spy_replace(source, target):
@@ -165,7 +180,11 @@ def test_a_hard_link_is_the_same_file_and_outlives_the_other_name(two):
     link_atomic(two / "step_1.pt", link)
     assert link.samefile(two / "step_1.pt") and not link.is_symlink()
     link_atomic(two / "step_2.pt", link)
-    assert link.samefile(two / "step_2.pt") and names(two) == ["latest.pt", "step_1.pt", "step_2.pt"]
+    assert link.samefile(two / "step_2.pt") and names(two) == [
+        "latest.pt",
+        "step_1.pt",
+        "step_2.pt",
+    ]
     (two / "step_2.pt").unlink()
     assert link.read_bytes() == b"two"
 
@@ -174,7 +193,9 @@ def test_linking_again_to_the_same_file_leaves_nothing_over(two):
     """POSIX: renaming one hard link over another of the same file does nothing, and the temporary name would stay."""
     for _ in range(2):
         link_atomic(two / "step_1.pt", two / "latest.pt")
-    assert names(two) == ["latest.pt", "step_1.pt", "step_2.pt"] and (two / "latest.pt").samefile(two / "step_1.pt")
+    assert names(two) == ["latest.pt", "step_1.pt", "step_2.pt"] and (two / "latest.pt").samefile(
+        two / "step_1.pt"
+    )
 
 
 def refuse(*_, **__):
@@ -185,9 +206,15 @@ def test_without_hard_links_it_is_a_relative_symbolic_link(two, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     for step in (1, 2, 2):
         link_atomic(two / f"step_{step}.pt", two / "latest.pt")
-        assert (two / "latest.pt").is_symlink() and os.readlink(two / "latest.pt") == f"step_{step}.pt"
+        assert (two / "latest.pt").is_symlink() and os.readlink(
+            two / "latest.pt"
+        ) == f"step_{step}.pt"
     moved = two.rename(two.with_name("moved"))
-    assert (moved / "latest.pt").read_bytes() == b"two" and names(moved) == ["latest.pt", "step_1.pt", "step_2.pt"]
+    assert (moved / "latest.pt").read_bytes() == b"two" and names(moved) == [
+        "latest.pt",
+        "step_1.pt",
+        "step_2.pt",
+    ]
 
 
 def test_without_any_links_it_is_a_copy(two, monkeypatch):
@@ -206,13 +233,21 @@ def test_a_link_that_cannot_be_renamed_leaves_the_old_one_and_nothing_over(two, 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="not supported"):
         link_atomic(two / "step_2.pt", two / "latest.pt")
-    assert (two / "latest.pt").read_bytes() == b"one" and names(two) == ["latest.pt", "step_1.pt", "step_2.pt"]
+    assert (two / "latest.pt").read_bytes() == b"one" and names(two) == [
+        "latest.pt",
+        "step_1.pt",
+        "step_2.pt",
+    ]
 
 
 def test_what_a_killed_process_left_of_a_link_is_replaced(two):
     (two / ("latest.pt" + files.TEMPORARY_SUFFIX)).symlink_to("nowhere")
     link_atomic(two / "step_1.pt", two / "latest.pt")
-    assert (two / "latest.pt").read_bytes() == b"one" and names(two) == ["latest.pt", "step_1.pt", "step_2.pt"]
+    assert (two / "latest.pt").read_bytes() == b"one" and names(two) == [
+        "latest.pt",
+        "step_1.pt",
+        "step_2.pt",
+    ]
 
 
 def test_sha256_of_file(tmp_path):

@@ -1,4 +1,5 @@
 """What only a CUDA GPU runs: its kernels against the plain paths on a CPU, skipped steps, compiled training, resuming."""
+
 from __future__ import annotations
 
 import copy
@@ -26,7 +27,10 @@ from tests.test_model_parts import sink_case
 from tests.test_train import MODEL, SPEED, Run, _settings, assert_same, data  # noqa: F401  (a fixture)
 from tests.util import random_model, tiny_config
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 CUDA = torch.device("cuda")
 CONTEXT = 32
 # What differs most from the plain model, and what is read most differently; spans of 16 and 32 of the
@@ -35,7 +39,9 @@ COMPILED_CASES = {"gpt-oss": (MODELS["gpt-oss"], False), "table-packed": (MODELS
 COMPILED_SPAN = 16
 
 
-def losses_and_gradients(model, device: torch.device, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+def losses_and_gradients(
+    model, device: torch.device, dtype: torch.dtype
+) -> tuple[float, dict[str, torch.Tensor]]:
     model = copy.deepcopy(model).to(device)
     choose_kernels(model, device, dtype)
     torch.manual_seed(1)
@@ -45,11 +51,22 @@ def losses_and_gradients(model, device: torch.device, dtype: torch.dtype) -> tup
     with autocast(device, dtype):
         out = model(ids, targets)
     (out.cross_entropy_sum / out.num_targets + out.aux_loss).backward()
-    return (out.cross_entropy_sum / out.num_targets).item(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
+    return (out.cross_entropy_sum / out.num_targets).item(), {
+        n: p.grad.float().cpu() for n, p in model.named_parameters()
+    }
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True, "qk_norm": False}, {"expert_activation": "gelu", "expert_bias": True, "head_bias": True}, {"sliding_window": 8},
-                                     {"attention_sinks": True, "qk_norm": False}, MODELS["gpt-oss"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_attention_bias": True, "qk_norm": False},
+        {"expert_activation": "gelu", "expert_bias": True, "head_bias": True},
+        {"sliding_window": 8},
+        {"attention_sinks": True, "qk_norm": False},
+        MODELS["gpt-oss"],
+    ],
+)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
     """Grouped experts, flash or memory-efficient attention, the loss in chunks: loss and every gradient."""
@@ -61,7 +78,9 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
     on_gpu, gradients_on_gpu = losses_and_gradients(model, CUDA, dtype)
     assert on_gpu == pytest.approx(loss, rel=tolerance / 5)
     for name, expected in gradients.items():
-        assert (gradients_on_gpu[name] - expected).norm() <= tolerance * expected.norm() + 1e-6, name
+        assert (gradients_on_gpu[name] - expected).norm() <= tolerance * expected.norm() + 1e-6, (
+            name
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,15 +88,21 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
 def test_attention_with_sinks_by_a_gpus_kernels(seed, dtype):
     """cuDNN (Hopper) or flash where nothing is masked beyond causality, the memory-efficient kernel
     else; results and all gradients, in tiny heads of 8."""
-    q, k, v, sinks, mask, is_causal = (x.to(CUDA) if isinstance(x, torch.Tensor) else x for x in sink_case(seed, torch.float64))
-    q, k, v = (torch.cat((x, x), dim=-1)[..., :8].to(dtype).detach().requires_grad_() for x in (q, k, v))
+    q, k, v, sinks, mask, is_causal = (
+        x.to(CUDA) if isinstance(x, torch.Tensor) else x for x in sink_case(seed, torch.float64)
+    )
+    q, k, v = (
+        torch.cat((x, x), dim=-1)[..., :8].to(dtype).detach().requires_grad_() for x in (q, k, v)
+    )
     sinks = sinks.float().detach().requires_grad_()
     gradient, results = torch.randn_like(q), []
     for kernel in (attention_with_sinks, functools.partial(sink_attention, card=card_of(CUDA))):
         y = kernel(q, k, v, sinks, mask, is_causal)
         results.append((y, *torch.autograd.grad(y, (q, k, v, sinks), gradient)))
     for plain, other in zip(*results, strict=True):
-        assert (plain.double() - other.double()).norm() <= (1e-4 if dtype == torch.float32 else 3e-2) * plain.double().norm()
+        assert (plain.double() - other.double()).norm() <= (
+            1e-4 if dtype == torch.float32 else 3e-2
+        ) * plain.double().norm()
 
 
 @pytest.mark.parametrize("flags", [{}, {"optimizer": "muon"}, {"state_dtype": "bfloat16"}])
@@ -92,15 +117,29 @@ def test_a_step_that_is_not_finite_changes_no_bit(flags):
             parameter.grad = torch.ones_like(parameter)
         if bad:
             parameters[3].grad.view(-1)[0] = float("nan")
-        before = [p.detach().clone() for p in parameters] + [t.clone() for state in optimizer.state.values() for t in state.values()]
-        assert train._update(optimizer, scaler, parameters, torch.ones((), device=CUDA), 1.0)[1].item() is bad
+        before = [p.detach().clone() for p in parameters] + [
+            t.clone() for state in optimizer.state.values() for t in state.values()
+        ]
+        assert (
+            train._update(optimizer, scaler, parameters, torch.ones((), device=CUDA), 1.0)[1].item()
+            is bad
+        )
         after = parameters + [t for state in optimizer.state.values() for t in state.values()]
         if bad:
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("flags", [["--compile"], ["--optimizer", "muon"], ["--document_mask", "--dtype", "bfloat16"], ["--no-use_attention_bias", "--activation_checkpointing"],
-                                   ["--dtype", "float16"], ["--micro_batch", "auto"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--compile"],
+        ["--optimizer", "muon"],
+        ["--document_mask", "--dtype", "bfloat16"],
+        ["--no-use_attention_bias", "--activation_checkpointing"],
+        ["--dtype", "float16"],
+        ["--micro_batch", "auto"],
+    ],
+)
 def test_it_trains(data, tmp_path, flags):  # noqa: F811
     """The whole program, with pinned prefetching, in the ways that a GPU takes."""
     run = Run(data, tmp_path)
@@ -117,7 +156,12 @@ def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa
         assert straight(*flags, "8") == 0
         plan = train.make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"))
         cut.ckpt_dir.parent.mkdir()
-        assert train.run(dataclasses.replace(plan, config=dataclasses.replace(plan.config, save_interval=4))) == 0
+        assert (
+            train.run(
+                dataclasses.replace(plan, config=dataclasses.replace(plan.config, save_interval=4))
+            )
+            == 0
+        )
         (cut.ckpt_dir / "latest.pt").unlink()
         for path in cut.ckpt_dir.glob("*.pt"):
             if path.name != "step_0000004.pt":
@@ -172,7 +216,7 @@ def test_a_step_waits_for_nothing():
     choose_kernels(model, CUDA, torch.float32)
     decoder = Decoder(model)
     texts = decoder.texts(3, 64)
-    assert all(len(row) == 5 for row in generated(decoder, PROMPTS[:3], 5, texts))   # captured now
+    assert all(len(row) == 5 for row in generated(decoder, PROMPTS[:3], 5, texts))  # captured now
     drawn = torch.tensor([1, 2, 3], device=CUDA)
     generators = [torch.Generator(CUDA).manual_seed(i) for i in range(3)]
     torch.cuda.set_sync_debug_mode("error")
@@ -187,10 +231,14 @@ def test_a_step_waits_for_nothing():
 def test_packed_weights_on_a_gpu_give_what_they_give_on_a_cpu(dtype):
     model = quantize_(random_model(tiny_config(), 1)).eval()
     on_gpu = copy.deepcopy(model).to(CUDA)
-    ids = torch.randint(0, model.config.vocabulary_size, (1, 20), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, model.config.vocabulary_size, (1, 20), generator=torch.Generator().manual_seed(0)
+    )
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         logits = on_gpu(ids.to(CUDA)).logits
-    assert (logits.float().cpu() - model(ids).logits).norm() <= (0.1 if dtype == torch.bfloat16 else 1e-4) * model(ids).logits.norm()
+    assert (logits.float().cpu() - model(ids).logits).norm() <= (
+        0.1 if dtype == torch.bfloat16 else 1e-4
+    ) * model(ids).logits.norm()
 
 
 # ------------------------------------------------------------------------- attention by each kernel
@@ -209,6 +257,7 @@ def attention_case(T: int, mask: str, D: int = 64, dtype: torch.dtype = torch.bf
 
 def attention_operations(function) -> set[str]:
     """The attention kernels that PyTorch calls in a function."""
+
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             if "attention" in str(op):
@@ -233,27 +282,31 @@ def test_pytorch_takes_the_kernel_that_the_table_says(dtype, T, mask, grad):
     if choice.copies_heads:
         k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     with torch.set_grad_enabled(grad):
-        taken = torch._fused_sdp_choice(q, k, v, given, 0.0, given is None, scale=None,
-                                        enable_gqa=k.shape[1] != 4)
+        taken = torch._fused_sdp_choice(
+            q, k, v, given, 0.0, given is None, scale=None, enable_gqa=k.shape[1] != 4
+        )
     assert BACKENDS[taken] == choice.kernel
 
 
-@pytest.mark.parametrize("T, mask", [(256, "none"), (192, "none"), (1, "none"), (192, "fixed"),
-                                     (200, "fixed")])
+@pytest.mark.parametrize(
+    "T, mask", [(256, "none"), (192, "none"), (1, "none"), (192, "fixed"), (200, "fixed")]
+)
 def test_attention_on_a_gpu_is_the_plain_one(T, mask):
     """By whichever kernel: results and gradients, training and generating, against float64."""
     q, k, v, given = attention_case(T, mask)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     repeated = (x.repeat_interleave(2, dim=1) for x in wide[1:])
     exact = torch.nn.functional.scaled_dot_product_attention(
-        wide[0], *repeated, attn_mask=given, is_causal=given is None)
+        wide[0], *repeated, attn_mask=given, is_causal=given is None
+    )
     y = gpu_attention(q, k, v, given, given is None, 0.0, card_of(CUDA))
     gradient = torch.randn_like(y)
     with torch.no_grad():
         generated_y = gpu_attention(q, k, v, given, given is None, 0.0, card_of(CUDA))
     expected = (exact, exact, *torch.autograd.grad(exact, wide, gradient.double()))
-    for got, want in zip((y, generated_y, *torch.autograd.grad(y, (q, k, v), gradient)), expected,
-                         strict=True):
+    for got, want in zip(
+        (y, generated_y, *torch.autograd.grad(y, (q, k, v), gradient)), expected, strict=True
+    ):
         # Weights and results are rounded to bfloat16, gradients also see the rounded results.
         assert (got.double() - want).norm() <= 8 * 2**-8 * want.norm() + 1e-6
 
@@ -280,7 +333,7 @@ def test_generating_builds_no_plan_of_cudnn():
     model = random_model(tiny_config(context_length=64)).to(CUDA, torch.bfloat16)
     choose_kernels(model, CUDA, torch.bfloat16)
     decoder = Decoder(model)
-    text, = decoder.texts(1, 64)
+    (text,) = decoder.texts(1, 64)
 
     def read():
         for length in (7, 19, 31):

@@ -1,4 +1,5 @@
 """runtime/inference.py: many texts at once give what each gives alone, nothing in a cache is computed twice, and look-up changes nothing."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,11 +22,33 @@ from tests.util import random_model, tiny_config
 
 CONTEXT = 32
 MODELS = {
-    "plain": {}, "table": dict(use_attention_bias=True, qk_norm=False), "biases": dict(expert_activation="gelu", expert_bias=True, head_bias=True, qkv_bias=True, out_proj_bias=True),
-    "window": dict(sliding_window=8), "alternating": dict(sliding_window=8, window_pattern="alternating", use_attention_bias=True),
-    "tied": dict(tie_embeddings=True, router_bias_rate=0.1, use_rope=False), "yarn": dict(rope_scaling="yarn", rope_scaling_factor=2.0),
-    "gpt-oss": dict(attention_sinks=True, router_bias=True, expert_activation="swiglu_clamped", expert_bias=True, qkv_bias=True, out_proj_bias=True, qk_norm=False,
-                    sliding_window=8, window_pattern="alternating", rope_scaling="yarn", rope_scaling_factor=2.0, yarn_truncate=False),
+    "plain": {},
+    "table": dict(use_attention_bias=True, qk_norm=False),
+    "biases": dict(
+        expert_activation="gelu",
+        expert_bias=True,
+        head_bias=True,
+        qkv_bias=True,
+        out_proj_bias=True,
+    ),
+    "window": dict(sliding_window=8),
+    "alternating": dict(sliding_window=8, window_pattern="alternating", use_attention_bias=True),
+    "tied": dict(tie_embeddings=True, router_bias_rate=0.1, use_rope=False),
+    "yarn": dict(rope_scaling="yarn", rope_scaling_factor=2.0),
+    "gpt-oss": dict(
+        attention_sinks=True,
+        router_bias=True,
+        expert_activation="swiglu_clamped",
+        expert_bias=True,
+        qkv_bias=True,
+        out_proj_bias=True,
+        qk_norm=False,
+        sliding_window=8,
+        window_pattern="alternating",
+        rope_scaling="yarn",
+        rope_scaling_factor=2.0,
+        yarn_truncate=False,
+    ),
 }
 PROMPTS = [[1, 2, 3], [4] * 9, [7, 8, 9, 10, 11], [5], list(range(30))]
 
@@ -37,12 +60,19 @@ def decoder_of(request):
         if request.param and decoder.native is None:
             pytest.skip(decoder.why_not_native)
         return decoder
+
     return make
 
 
 def run(decoder: Decoder, prompts, count: int, texts=None, **settings) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in prompts]
-    for step in generate(decoder, texts or decoder.texts(len(prompts), decoder.config.context_length), prompts, count, **settings):
+    for step in generate(
+        decoder,
+        texts or decoder.texts(len(prompts), decoder.config.context_length),
+        prompts,
+        count,
+        **settings,
+    ):
         for row, token in step:
             rows[row].append(token)
     return rows
@@ -63,18 +93,33 @@ def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 3).eval()
     decoder = decoder_of(model)
     for count, slide in ((5, True), (80, True), (80, False)):
-        assert run(decoder, PROMPTS, count, temperature=0, slide=slide) == [alone(model, p, count, temperature=0, slide=slide) for p in PROMPTS]
-    settings = dict(temperature=0.8, top_k=9, repetition_penalty=1.3, stop_ids=list(range(6, 18)), banned_ids=[2])
+        assert run(decoder, PROMPTS, count, temperature=0, slide=slide) == [
+            alone(model, p, count, temperature=0, slide=slide) for p in PROMPTS
+        ]
+    settings = dict(
+        temperature=0.8,
+        top_k=9,
+        repetition_penalty=1.3,
+        stop_ids=list(range(6, 18)),
+        banned_ids=[2],
+    )
     seeds = [11, 12, 13, 14, 15]
     drawn = run(decoder, PROMPTS, 60, generators=seeded(*seeds), **settings)
-    assert drawn == [alone(model, p, 60, generator=seeded(seed)[0], **settings) for p, seed in zip(PROMPTS, seeds, strict=True)]
-    assert len({len(row) for row in drawn}) > 1 and all(row[-1] in range(6, 18) or len(row) == 60 for row in drawn)
+    assert drawn == [
+        alone(model, p, 60, generator=seeded(seed)[0], **settings)
+        for p, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert len({len(row) for row in drawn}) > 1 and all(
+        row[-1] in range(6, 18) or len(row) == 60 for row in drawn
+    )
 
 
 def test_the_caller_can_end_a_row(decoder_of):
     decoder = decoder_of(random_model(tiny_config(context_length=CONTEXT)))
     finished, counts = set(), [0, 0, 0]
-    for step in generate(decoder, decoder.texts(3, CONTEXT), PROMPTS[:3], 10, temperature=0, finished=finished):
+    for step in generate(
+        decoder, decoder.texts(3, CONTEXT), PROMPTS[:3], 10, temperature=0, finished=finished
+    ):
         for row, _ in step:
             counts[row] += 1
             if row == 1 and counts[1] == 4:
@@ -86,31 +131,51 @@ def test_the_caller_can_end_a_row(decoder_of):
 def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     """What a CUDA graph holds: static shapes, a position for each row, more of the cache read than is filled; also for rows that take no part."""
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
-    if len(changes) % 2:   # some of them packed
+    if len(changes) % 2:  # some of them packed
         quantize_(model)
-    cache, ids = KVCache(model.config, 3, CONTEXT + 1), torch.randint(0, model.config.vocabulary_size, (3, 20), generator=torch.Generator().manual_seed(0))
+    cache, ids = (
+        KVCache(model.config, 3, CONTEXT + 1),
+        torch.randint(
+            0, model.config.vocabulary_size, (3, 20), generator=torch.Generator().manual_seed(0)
+        ),
+    )
     with torch.inference_mode():
         for b, row in enumerate(cache.rows()):
-            model(ids[b:b + 1, :4 + 5 * b], cache=row)
+            model(ids[b : b + 1, : 4 + 5 * b], cache=row)
         for t in range(5):
             positions = torch.tensor([4 + t, 9 + t, 14 + t])
-            step = torch.compile(decode_step, backend="eager", fullgraph=True, dynamic=False) if t == 4 else decode_step  # what --compile compiles is one graph
-            logits = step(model, cache, ids[range(3), positions], positions, CONTEXT if t % 2 else 19)
-            expected = torch.cat([model(ids[b:b + 1, :positions[b] + 1]).logits[:, -1] for b in range(3)])
+            step = (
+                torch.compile(decode_step, backend="eager", fullgraph=True, dynamic=False)
+                if t == 4
+                else decode_step
+            )  # what --compile compiles is one graph
+            logits = step(
+                model, cache, ids[range(3), positions], positions, CONTEXT if t % 2 else 19
+            )
+            expected = torch.cat(
+                [model(ids[b : b + 1, : positions[b] + 1]).logits[:, -1] for b in range(3)]
+            )
             sure = before_ties(model, ids)[range(3), positions]
             assert_close(logits[sure], expected[sure], logits_bound(model.config, 20))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("changes", [{}, dict(expert_activation="gelu", expert_bias=True, head_bias=True)], ids=["swiglu", "gelu"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(expert_activation="gelu", expert_bias=True, head_bias=True)],
+    ids=["swiglu", "gelu"],
+)
 def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes):
     """The experts by choice or all of them, and the packed head, as in a CUDA graph: on this CPU, which is told to be a GPU; as it is, and traced by the compiler."""
-    torch.compiler.reset()   # eight models are the most that one compiled function may see
+    torch.compiler.reset()  # eight models are the most that one compiled function may see
     model = random_model(tiny_config(**changes), 2)
     if quantized:
         quantize_(model)
-    block, x = model.layers[0], torch.randn(rows, model.config.d_model, generator=torch.Generator().manual_seed(1))
+    block, x = (
+        model.layers[0],
+        torch.randn(rows, model.config.d_model, generator=torch.Generator().manual_seed(1)),
+    )
 
     class Claims(torch.Tensor):
         is_cuda = True
@@ -119,13 +184,22 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
         expected = block.moe(x[:, None])[0][:, 0]
         actual = inference._experts(block, x.as_subclass(Claims)).as_subclass(torch.Tensor)
         c = model.config
-        assert_close(actual, expected, rounding(torch.float32, c.d_model, 2 * c.d_model, c.d_ff, c.top_k))
+        assert_close(
+            actual, expected, rounding(torch.float32, c.d_model, 2 * c.d_model, c.d_ff, c.top_k)
+        )
     with torch.no_grad():
         weights, chosen, _, _ = block.moe.router(x)
         linear = torch.compile(inference._chosen_linear, backend="eager", fullgraph=True)
-        for which, given in (("in", x[:, None].expand(-1, chosen.shape[1], -1)), ("out", torch.randn(rows, chosen.shape[1], model.config.d_ff))):
+        for which, given in (
+            ("in", x[:, None].expand(-1, chosen.shape[1], -1)),
+            ("out", torch.randn(rows, chosen.shape[1], model.config.d_ff)),
+        ):
             plain = inference._chosen_linear(block.moe.experts, which, chosen, given)
-            assert_close(linear(block.moe.experts, which, chosen, given), plain, rounding(torch.float32, given.shape[-1]))
+            assert_close(
+                linear(block.moe.experts, which, chosen, given),
+                plain,
+                rounding(torch.float32, given.shape[-1]),
+            )
 
 
 def test_every_span_of_the_cache_is_compiled(monkeypatch):
@@ -198,10 +272,15 @@ def reads(monkeypatch):
     def count(decoder):
         if decoder.native:
             real = decoder.native.forward
-            decoder.native.forward = lambda caches, ids, *more: counted.append(sum(map(len, ids))) or real(caches, ids, *more)
+            decoder.native.forward = lambda caches, ids, *more: (
+                counted.append(sum(map(len, ids))) or real(caches, ids, *more)
+            )
         real_model = decoder.model.forward
-        decoder.model.forward = lambda ids, **more: counted.append(ids.numel()) or real_model(ids, **more)
+        decoder.model.forward = lambda ids, **more: (
+            counted.append(ids.numel()) or real_model(ids, **more)
+        )
         return decoder
+
     count.tokens = counted
     return count
 
@@ -220,13 +299,15 @@ def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
         reads.tokens.clear()
         logits = decoder.read(text, list(ids))
         assert sum(reads.tokens) == expected
-        expected = model.__class__.forward(model, torch.tensor([ids]), last_token_only=True).logits[0]
+        expected = model.__class__.forward(model, torch.tensor([ids]), last_token_only=True).logits[
+            0
+        ]
         assert_close(logits, expected, logits_bound(model.config, 64))
 
     read(ids[:5], 5)
-    read(ids[:5], 1)                                 # the last token must be asked again, for its logits
+    read(ids[:5], 1)  # the last token must be asked again, for its logits
     read(ids[:7], 2)
-    read(ids[:4] + [0, 1, 2], 3)                     # within the window nothing is lost
+    read(ids[:4] + [0, 1, 2], 3)  # within the window nothing is lost
     read(ids[:20], 16)
     read(ids[:19] + [1, 2], 21 if is_ring else 2)
     read(ids[:10] + [3], 11 if is_ring else 1)
@@ -242,7 +323,9 @@ def test_generation_goes_on_from_the_cache(decoder_of, reads):
     first = run(decoder, [[1, 2, 3]], 10, texts, temperature=0)[0]
     reads.tokens.clear()
     second = run(decoder, [[1, 2, 3, *first, 4, 5]], 5, texts, temperature=0)[0]
-    assert sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3  # the last drawn, two new; steps of PyTorch do not pass through forward
+    assert (
+        sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3
+    )  # the last drawn, two new; steps of PyTorch do not pass through forward
     assert second == alone(model, [1, 2, 3, *first, 4, 5], 5, temperature=0)
 
 
@@ -257,7 +340,7 @@ def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes
     last = model.layers[-1]
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(last, "forward", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        if decoder.native:   # after C has written, before it is counted
+        if decoder.native:  # after C has written, before it is counted
             patch.setattr(KVCache, "advance", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             decoder.step([text], torch.tensor([ids[20]]))
         decoder.read(text, ids[:29])
@@ -288,17 +371,21 @@ def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, chang
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 2).eval()
     decoder = decoder_of(model)
     texts = decoder.texts(3, CONTEXT)
-    ids = torch.randint(0, model.config.vocabulary_size, (3, CONTEXT), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(
+        0, model.config.vocabulary_size, (3, CONTEXT), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     for length, text, row in zip((8, 12, CONTEXT), texts, ids, strict=True):
         decoder.read(text, row[:length])
     for order in ([1], [1, 0], [0]):
-        logits = decoder.step([texts[i] for i in order], torch.tensor([ids[i][texts[i].cache.length] for i in order]))
+        logits = decoder.step(
+            [texts[i] for i in order], torch.tensor([ids[i][texts[i].cache.length] for i in order])
+        )
         for i in order:
-            texts[i].ids = ids[i][:texts[i].cache.length]
+            texts[i].ids = ids[i][: texts[i].cache.length]
         expected = torch.cat([model(torch.tensor([texts[i].ids])).logits[:, -1] for i in order])
         assert_close(logits, expected, logits_bound(model.config, CONTEXT))
     for text, row in zip(texts, ids, strict=True):
-        other = [*row[:text.cache.length - 1], 3]
+        other = [*row[: text.cache.length - 1], 3]
         expected = model(torch.tensor([other])).logits[:, -1]
         assert_close(decoder.read(text, other), expected, logits_bound(model.config, CONTEXT))
 
@@ -310,7 +397,16 @@ def repetitive_model(seed: int = 0):
     return model
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=0, repetition_penalty=1.2), dict(temperature=0.3, top_k=4), dict(temperature=0, stop_ids=[3])], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(temperature=0),
+        dict(temperature=0, repetition_penalty=1.2),
+        dict(temperature=0.3, top_k=4),
+        dict(temperature=0, stop_ids=[3]),
+    ],
+    ids=str,
+)
 def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings):
     """Greedy and drawn, across the end of the context, with the noise that each token would have had. A guess is only ever checked."""
     accepted = 0
@@ -322,7 +418,10 @@ def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings
         passes = []
         real = decoder.read
         decoder.read = lambda *a, real=real, passes=passes, **k: passes.append(1) or real(*a, **k)
-        assert run(decoder, [[1, 2, 3, 1, 2]], 100, lookup=5, generators=seeded(7), **settings) == plain
+        assert (
+            run(decoder, [[1, 2, 3, 1, 2]], 100, lookup=5, generators=seeded(7), **settings)
+            == plain
+        )
         accepted += len(plain[0]) - len(passes)
     assert accepted > 30
 
@@ -331,25 +430,51 @@ def test_look_up_with_many_rows_begins_with_the_last_one(decoder_of):
     model = repetitive_model(1)
     decoder = decoder_of(model)
     finished, rows = set(), [[], []]
-    for step in generate(decoder, decoder.texts(2, 64), [[1, 2], [3, 4, 3]], 40, temperature=0, lookup=4, finished=finished):
+    for step in generate(
+        decoder,
+        decoder.texts(2, 64),
+        [[1, 2], [3, 4, 3]],
+        40,
+        temperature=0,
+        lookup=4,
+        finished=finished,
+    ):
         for row, token in step:
             rows[row].append(token)
         if len(rows[0]) == 5:
             finished.add(0)
-    assert rows == [alone(model, [1, 2], 5, temperature=0), alone(model, [3, 4, 3], 40, temperature=0)]
+    assert rows == [
+        alone(model, [1, 2], 5, temperature=0),
+        alone(model, [3, 4, 3], 40, temperature=0),
+    ]
 
 
-@pytest.mark.parametrize(("ids", "most", "guess"), [
-    ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]), ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]), ([5, 1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),   # the last occurrence
-    ([4, 1, 2, 7, 3, 1, 2, 8, 4, 1, 2], 1, [7]),                                                                           # the longest one
-    ([1, 2, 3], 5, []), ([1], 5, []), ([], 5, []), ([1, 1], 3, []), ([1, 1, 1], 3, [1]), ([1, 2, 1, 2], 0, []), ([1, 2, 1, 2], -3, []), (list(np.arange(5)) * 2, 2, [0, 1])])
+@pytest.mark.parametrize(
+    ("ids", "most", "guess"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]),
+        ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]),
+        ([5, 1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),  # the last occurrence
+        ([4, 1, 2, 7, 3, 1, 2, 8, 4, 1, 2], 1, [7]),  # the longest one
+        ([1, 2, 3], 5, []),
+        ([1], 5, []),
+        ([], 5, []),
+        ([1, 1], 3, []),
+        ([1, 1, 1], 3, [1]),
+        ([1, 2, 1, 2], 0, []),
+        ([1, 2, 1, 2], -3, []),
+        (list(np.arange(5)) * 2, 2, [0, 1]),
+    ],
+)
 def test_guesses_come_from_the_text(ids, most, guess):
     assert guess_from_text(ids, most) == guess
 
 
 def test_look_up_is_refused_where_it_cannot_take_tokens_back(decoder_of):
     decoder = decoder_of(random_model(tiny_config(sliding_window=8)))
-    with pytest.raises(ValueError, match="windowed blocks keep only their window: leave lookup out"):
+    with pytest.raises(
+        ValueError, match="windowed blocks keep only their window: leave lookup out"
+    ):
         run(decoder, [[1]], 3, lookup=2)
 
 
@@ -360,10 +485,16 @@ def test_router_choices_are_the_routers():
     ids = list(range(9))
     experts, gates = router_choices(model, ids)
     c = model.config
-    assert experts.shape == gates.shape == (c.transformer_blocks, 9, c.top_k) and torch.allclose(gates.sum(-1), torch.ones(c.transformer_blocks, 9))
+    assert experts.shape == gates.shape == (c.transformer_blocks, 9, c.top_k) and torch.allclose(
+        gates.sum(-1), torch.ones(c.transformer_blocks, 9)
+    )
     x = model.layers[0].norm1(model.embed(torch.tensor([ids])))
-    h = model.embed(torch.tensor([ids])) + model.layers[0].attention(x, inference.rope_tables_at(c, torch.arange(9), torch.float32))
-    logits = torch.nn.functional.linear(model.layers[0].norm2(h)[0], model.layers[0].moe.router.weight)
+    h = model.embed(torch.tensor([ids])) + model.layers[0].attention(
+        x, inference.rope_tables_at(c, torch.arange(9), torch.float32)
+    )
+    logits = torch.nn.functional.linear(
+        model.layers[0].norm2(h)[0], model.layers[0].moe.router.weight
+    )
     assert torch.equal(experts[0], logits.topk(c.top_k).indices)
     assert not model.layers[0].moe.router._forward_hooks
 
@@ -383,7 +514,9 @@ def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
     decoder = Decoder(quantize_(random_model(tiny_config(context_length=64))))
     if decoder.native is None:
         pytest.skip(decoder.why_not_native)
-    ids = torch.randint(0, decoder.config.vocabulary_size, (29,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(
+        0, decoder.config.vocabulary_size, (29,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     expected = decoder.model(torch.tensor([ids])).logits[0]
     bound = logits_bound(decoder.config, 29)
     assert_close(decoder.read(decoder.texts(1, 64)[0], ids, all_logits=True), expected, bound)
@@ -411,7 +544,9 @@ def test_old_texts_are_gone_before_new_ones_are_made(decoder_of):
     old = weakref.ref(decoder._whole)
     real = inference.KVCache
     try:
-        inference.KVCache = lambda *a: (_ for _ in ()).throw(MemoryError) if old() is not None else real(*a)
+        inference.KVCache = lambda *a: (
+            (_ for _ in ()).throw(MemoryError) if old() is not None else real(*a)
+        )
         decoder.texts(4, CONTEXT)
     finally:
         inference.KVCache = real
@@ -421,6 +556,8 @@ def test_a_full_cache_is_refused_before_anything_is_written(decoder_of):
     decoder = decoder_of(random_model(tiny_config(context_length=64)))
     text: Text = decoder.texts(1, 4)[0]
     decoder.read(text, [1, 2, 3, 4])
-    with pytest.raises(ValueError, match="the KV cache holds 4 tokens, 4 of them are used and 1 more do not fit"):
+    with pytest.raises(
+        ValueError, match="the KV cache holds 4 tokens, 4 of them are used and 1 more do not fit"
+    ):
         decoder.step([text], torch.tensor([1]))
     assert text.cache.length == 4

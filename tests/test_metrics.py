@@ -1,4 +1,5 @@
 """runtime/metrics.py: strict JSON lines that survive kills, resumes, other runs' files and damage."""
+
 from __future__ import annotations
 
 import json
@@ -17,13 +18,21 @@ from runtime.metrics import MetricsLog, flatten, make_sinks, read_records
 
 
 def record(step, kind="train", **more):
-    return {"step": step, "kind": kind, "tokens_seen": step * 1024, "loss": 5.0 - step / 100, **more}
+    return {
+        "step": step,
+        "kind": kind,
+        "tokens_seen": step * 1024,
+        "loss": 5.0 - step / 100,
+        **more,
+    }
 
 
 def strict(text):
     """json.loads that refuses NaN and Infinity, as other languages' parsers do."""
+
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
+
     return json.loads(text, parse_constant=refuse)
 
 
@@ -48,10 +57,14 @@ def test_a_record_is_in_the_file_when_append_returns(tmp_path):
 
 
 def test_a_killed_process_loses_no_record(tmp_path):
-    code = ("import os, signal, sys; from runtime.metrics import MetricsLog; log = MetricsLog(sys.argv[1])\n"
-            "for step in range(1, 4): log.append({'step': step, 'kind': 'train', 'loss': 1.0})\n"
-            "os.kill(os.getpid(), signal.SIGKILL)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__)))
+    code = (
+        "import os, signal, sys; from runtime.metrics import MetricsLog; log = MetricsLog(sys.argv[1])\n"
+        "for step in range(1, 4): log.append({'step': step, 'kind': 'train', 'loss': 1.0})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__))
+    )
     assert done.returncode == -signal.SIGKILL
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
@@ -63,18 +76,36 @@ def test_non_finite_numbers_become_null_and_are_marked(tmp_path):
     log.append(record(2))
     log.finish()
     first, second = (strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert first["loss"] is None and first["grad_norm"] is None and first["expert_load"] == [[1.0, None]]
+    assert (
+        first["loss"] is None
+        and first["grad_norm"] is None
+        and first["expert_load"] == [[1.0, None]]
+    )
     assert first["non_finite"] is True and "non_finite" not in second
     assert strict((tmp_path / "metrics.json").read_text())["train"] == [first, second]
 
 
 def test_arrays_and_tensors_become_numbers_and_lists(tmp_path):
     log = MetricsLog(tmp_path)
-    log.append(record(1, loss=torch.tensor(2.5), grad_norm=np.float32(0.5), expert_load=torch.ones(2, 3) / 3,
-                      router_entropy=np.array([1.0, np.nan])))
+    log.append(
+        record(
+            1,
+            loss=torch.tensor(2.5),
+            grad_norm=np.float32(0.5),
+            expert_load=torch.ones(2, 3) / 3,
+            router_entropy=np.array([1.0, np.nan]),
+        )
+    )
     (r,) = log.records()
-    assert r["loss"] == 2.5 and r["grad_norm"] == 0.5 and r["router_entropy"] == [1.0, None] and r["non_finite"] is True
-    assert r["expert_load"] == [[0.333333] * 3] * 2  # short: there are blocks x experts of them in each record
+    assert (
+        r["loss"] == 2.5
+        and r["grad_norm"] == 0.5
+        and r["router_entropy"] == [1.0, None]
+        and r["non_finite"] is True
+    )
+    assert (
+        r["expert_load"] == [[0.333333] * 3] * 2
+    )  # short: there are blocks x experts of them in each record
 
 
 def test_scalars_keep_all_their_digits(tmp_path):
@@ -83,10 +114,17 @@ def test_scalars_keep_all_their_digits(tmp_path):
     assert log.records()[0]["loss"] == 1 / 3
 
 
-@pytest.mark.parametrize("bad, words", [
-    ({"step": 1.5, "kind": "train"}, "step"), ({"step": -1, "kind": "train"}, "step"), ({"step": True, "kind": "train"}, "step"),
-    ({"kind": "train"}, "step"), ({"step": 1, "kind": "test"}, "kind"), ({"step": 1, "kind": "train", "loss": object()}, "metric"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"step": 1.5, "kind": "train"}, "step"),
+        ({"step": -1, "kind": "train"}, "step"),
+        ({"step": True, "kind": "train"}, "step"),
+        ({"kind": "train"}, "step"),
+        ({"step": 1, "kind": "test"}, "kind"),
+        ({"step": 1, "kind": "train", "loss": object()}, "metric"),
+    ],
+)
 def test_bad_records_are_refused_and_leave_no_trace(tmp_path, bad, words):
     log = filled(tmp_path, steps=(0,))
     with pytest.raises(ValueError, match=words):
@@ -131,17 +169,29 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
 
 def test_metrics_json_splits_train_and_val_and_carries_the_run(tmp_path):
     log = MetricsLog(tmp_path, run_info={"preset": "nano", "device": "cpu"})
-    assert strict((tmp_path / "metrics.json").read_text()) == {"run": {"preset": "nano", "device": "cpu"}, "train": [], "val": []}
+    assert strict((tmp_path / "metrics.json").read_text()) == {
+        "run": {"preset": "nano", "device": "cpu"},
+        "train": [],
+        "val": [],
+    }
     log.append(record(10))
     log.append(record(10, "val", bits_per_byte=1.0))
     log.append(record(20))
     log.write_json()
     whole = strict((tmp_path / "metrics.json").read_text())
-    assert whole == {"run": {"preset": "nano", "device": "cpu"}, "train": [record(10), record(20)], "val": [record(10, "val", bits_per_byte=1.0)]}
+    assert whole == {
+        "run": {"preset": "nano", "device": "cpu"},
+        "train": [record(10), record(20)],
+        "val": [record(10, "val", bits_per_byte=1.0)],
+    }
     assert not list(tmp_path.glob("*.partial"))
     log.finish()
     log.finish()
-    assert log.records() == [record(10), record(10, "val", bits_per_byte=1.0), record(20)]  # still readable afterwards
+    assert log.records() == [
+        record(10),
+        record(10, "val", bits_per_byte=1.0),
+        record(20),
+    ]  # still readable afterwards
 
 
 def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
@@ -153,6 +203,7 @@ def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
 
     def crash(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr("runtime.files.os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
         log.write_json()
@@ -170,11 +221,22 @@ def test_resume_drops_what_will_be_made_again(tmp_path):
         log.append(record(step))
     log.append(record(40, "val"))
     assert steps(log) == [10, 20, 30, 40, 50, 40]
-    assert [r["tokens_seen"] for r in log.records()] == [s * 1024 for s in (10, 20, 30, 40, 50, 40)]  # T14
+    assert [r["tokens_seen"] for r in log.records()] == [
+        s * 1024 for s in (10, 20, 30, 40, 50, 40)
+    ]  # T14
     assert any("3 records after step 20" in m for m in log.take_messages()) and log.messages == []
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 50, "kind": "tr', b"\x00" * 40, b"\xff\xfe{", b'{"step": 50, "kind": "train"', b'{"step": 5, "kind": "train", "loss": NaN}'])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b'{"step": 50, "kind": "tr',
+        b"\x00" * 40,
+        b"\xff\xfe{",
+        b'{"step": 50, "kind": "train"',
+        b'{"step": 5, "kind": "train", "loss": NaN}',
+    ],
+)
 def test_resume_drops_a_torn_last_line_and_says_so(tmp_path, tail):
     filled(tmp_path).finish()
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -195,12 +257,20 @@ def test_resume_keeps_a_last_line_that_lacks_only_its_end(tmp_path):
     assert steps(log) == [10, 20, 30, 40, 50] and log.messages == []
 
 
-@pytest.mark.parametrize("damage, kept", [
-    (lambda lines: lines[:1] + [b'{"step": 20, "ki'] + lines[2:], [10, 30, 40]),
-    (lambda lines: lines[:2] + [b"", b"[1, 2]", b'{"step": 31, "kind": "nonsense"}'] + lines[2:], [10, 20, 30, 40]),
-    (lambda lines: [b"\x89PNG\r", b"\x00\xff", b"\x01"], []),
-    (lambda lines: [b"[" * 100_000] + lines, [10, 20, 30, 40]),
-])
+@pytest.mark.parametrize(
+    "damage, kept",
+    [
+        (lambda lines: lines[:1] + [b'{"step": 20, "ki'] + lines[2:], [10, 30, 40]),
+        (
+            lambda lines: (
+                lines[:2] + [b"", b"[1, 2]", b'{"step": 31, "kind": "nonsense"}'] + lines[2:]
+            ),
+            [10, 20, 30, 40],
+        ),
+        (lambda lines: [b"\x89PNG\r", b"\x00\xff", b"\x01"], []),
+        (lambda lines: [b"[" * 100_000] + lines, [10, 20, 30, 40]),
+    ],
+)
 def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
     """A truncated metrics.json ended the reference's resume in a JSONDecodeError, with a good checkpoint at hand (fault T16)."""
     filled(tmp_path).finish()
@@ -214,7 +284,10 @@ def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
     assert "metrics-damaged-1.jsonl" in log.messages[0] and f"{len(kept)} record" in log.messages[0]
     log.append(record(50))
     log.finish()
-    assert [r["step"] for r in strict((tmp_path / "metrics.json").read_text())["train"]] == [*kept, 50]
+    assert [r["step"] for r in strict((tmp_path / "metrics.json").read_text())["train"]] == [
+        *kept,
+        50,
+    ]
     path.write_bytes(damaged)
     assert "metrics-damaged-2.jsonl" in MetricsLog(tmp_path, resume_step=40).messages[0]
 
@@ -250,7 +323,10 @@ def test_a_fresh_run_never_appends_to_another_runs_metrics(tmp_path):
         log.finish()
     assert "metrics-2.jsonl" in log.messages[0]
     for run in (1, 2):
-        assert [r["step"] for r in read_records(tmp_path / f"metrics-{run}.jsonl")] == [run, 10 * run]
+        assert [r["step"] for r in read_records(tmp_path / f"metrics-{run}.jsonl")] == [
+            run,
+            10 * run,
+        ]
         assert strict((tmp_path / f"metrics-{run}.json").read_text())["run"] == {"run": run}
 
 
@@ -319,15 +395,35 @@ def test_damage_from_outside_does_not_stop_the_run(tmp_path):
     path.write_bytes(b"oops\n" + path.read_bytes())
     log.append(record(30))
     log.write_json()
-    assert [r["step"] for r in strict((tmp_path / "metrics.json").read_text())["train"]] == [10, 20, 30]
+    assert [r["step"] for r in strict((tmp_path / "metrics.json").read_text())["train"]] == [
+        10,
+        20,
+        30,
+    ]
     assert "line 1" in log.messages[0] and (tmp_path / "metrics-damaged-1.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- sinks
-RICH = record(20, expert_load=[[0.5, 1.5], [1.0, None]], router_entropy=[0.6, 0.5], dropped_share=[0.0, 0.1], grad_norm=None, non_finite=True)
-FLAT = {"train/tokens_seen": 20480, "train/loss": 4.8, "router/block_00/load_min": 0.5, "router/block_00/load_max": 1.5,
-        "router/block_01/load_min": 1.0, "router/block_01/load_max": 1.0, "router/block_00/entropy": 0.6,
-        "router/block_01/entropy": 0.5, "router/block_00/dropped_share": 0.0, "router/block_01/dropped_share": 0.1}
+RICH = record(
+    20,
+    expert_load=[[0.5, 1.5], [1.0, None]],
+    router_entropy=[0.6, 0.5],
+    dropped_share=[0.0, 0.1],
+    grad_norm=None,
+    non_finite=True,
+)
+FLAT = {
+    "train/tokens_seen": 20480,
+    "train/loss": 4.8,
+    "router/block_00/load_min": 0.5,
+    "router/block_00/load_max": 1.5,
+    "router/block_01/load_min": 1.0,
+    "router/block_01/load_max": 1.0,
+    "router/block_00/entropy": 0.6,
+    "router/block_01/entropy": 0.5,
+    "router/block_00/dropped_share": 0.0,
+    "router/block_01/dropped_share": 0.1,
+}
 
 
 def test_flatten_names_every_number():
@@ -351,8 +447,10 @@ def fake_wandb(monkeypatch):
         assert os.path.isdir(options["dir"])
         calls.append(("init", options))
         return Run()
+
     class Error(Exception):
         pass
+
     module = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=Error))
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module, calls
@@ -361,13 +459,23 @@ def fake_wandb(monkeypatch):
 def test_wandb_gets_every_record(tmp_path, monkeypatch):
     _, calls = fake_wandb(monkeypatch)
     info = {"run_id": "abcd", "lr": 1e-3}
-    log = MetricsLog(tmp_path, run_info=info, sinks=make_sinks(tmp_path / "graphs", wandb=True, run_info=info))
+    log = MetricsLog(
+        tmp_path, run_info=info, sinks=make_sinks(tmp_path / "graphs", wandb=True, run_info=info)
+    )
     log.append(RICH)
     log.finish()
     log.finish()
-    assert calls[0][1]["config"] == info and calls[0][1]["id"] == "abcd" and calls[0][1]["resume"] == "allow"
+    assert (
+        calls[0][1]["config"] == info
+        and calls[0][1]["id"] == "abcd"
+        and calls[0][1]["resume"] == "allow"
+    )
     assert ("define", ("*",), {"step_metric": "step"}) in calls
-    assert calls[-2] == ("log", {"step": 20, **FLAT}) and calls[-1] == ("finish",) and calls.count(("finish",)) == 1
+    assert (
+        calls[-2] == ("log", {"step": 20, **FLAT})
+        and calls[-1] == ("finish",)
+        and calls.count(("finish",)) == 1
+    )
 
 
 def test_wandb_that_does_not_start_is_one_clear_line(tmp_path, monkeypatch):
@@ -375,6 +483,7 @@ def test_wandb_that_does_not_start_is_one_clear_line(tmp_path, monkeypatch):
 
     def init(**_):
         raise module.errors.Error("no API key")
+
     module.init = init
     with pytest.raises(ValueError, match="no API key.*wandb login"):
         make_sinks(tmp_path, wandb=True)
@@ -396,19 +505,28 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
         def close(self):
             calls.append("close")
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
     sinks = make_sinks(tmp_path, tensorboard=True, run_info={"run_id": "abcd"}, resume_step=10)
     log = MetricsLog(tmp_path, sinks=sinks)
     log.append(RICH)
     log.finish()
     assert calls[0] == (str(tmp_path / "tensorboard" / "abcd"), 11)
-    assert {c[:2] for c in calls[1:] if isinstance(c, tuple)} == set(FLAT.items()) and all(c[2] == 20 for c in calls[1:] if isinstance(c, tuple))
+    assert {c[:2] for c in calls[1:] if isinstance(c, tuple)} == set(FLAT.items()) and all(
+        c[2] == 20 for c in calls[1:] if isinstance(c, tuple)
+    )
     assert calls[-2:] == ["flush", "close"]
     make_sinks(tmp_path, tensorboard=True)
-    assert calls[-1] == (str(tmp_path / "tensorboard" / "run"), 0)  # another run's events in the folder are hidden
+    assert calls[-1] == (
+        str(tmp_path / "tensorboard" / "run"),
+        0,
+    )  # another run's events in the folder are hidden
 
 
-@pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+@pytest.mark.parametrize(
+    "name, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")]
+)
 def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"pip install {name}"):
@@ -416,10 +534,16 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, name, mod
 
 
 def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
-    code = ("import sys; from runtime.metrics import MetricsLog, make_sinks; log = MetricsLog(sys.argv[1], sinks=make_sinks(sys.argv[1]))\n"
-            "log.append({'step': 1, 'kind': 'train'}); log.finish()\n"
-            "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & set(sys.modules); assert not bad, bad")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__)), check=True)
+    code = (
+        "import sys; from runtime.metrics import MetricsLog, make_sinks; log = MetricsLog(sys.argv[1], sinks=make_sinks(sys.argv[1]))\n"
+        "log.append({'step': 1, 'kind': 'train'}); log.finish()\n"
+        "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+        check=True,
+    )
 
 
 def test_a_resumed_run_finds_its_metrics_again(tmp_path):

@@ -1,4 +1,5 @@
 """The whole model: initialisation, loss, sampling, generation."""
+
 import copy
 import math
 
@@ -27,8 +28,19 @@ from tests.util import random_model, tiny_config
 
 # -------------------------------------------------------------------------------------------------------- initialisation
 def test_initial_weights():
-    config = tiny_config(d_model=128, transformer_blocks=8, d_ff=64, num_experts=8, head_dim=32, vocabulary_size=500, use_attention_bias=True,
-                         expert_bias=True, out_proj_bias=True, head_bias=True, init_std=0.03)
+    config = tiny_config(
+        d_model=128,
+        transformer_blocks=8,
+        d_ff=64,
+        num_experts=8,
+        head_dim=32,
+        vocabulary_size=500,
+        use_attention_bias=True,
+        expert_bias=True,
+        out_proj_bias=True,
+        head_bias=True,
+        init_std=0.03,
+    )
     torch.manual_seed(0)
     model = LLM(config)
     for name, p in model.named_parameters():
@@ -46,7 +58,9 @@ def test_first_loss_is_that_of_guessing():
     torch.manual_seed(0)
     ids = torch.randint(0, config.vocabulary_size, (4, 65))
     out = LLM(config)(ids[:, :-1], ids[:, 1:])
-    assert (out.cross_entropy_sum / out.num_targets).item() == pytest.approx(math.log(config.vocabulary_size), abs=0.25)
+    assert (out.cross_entropy_sum / out.num_targets).item() == pytest.approx(
+        math.log(config.vocabulary_size), abs=0.25
+    )
 
 
 def test_tied_head_is_the_embedding():
@@ -69,7 +83,7 @@ def test_what_pads_the_rows_of_logits_is_no_garbage():
         return softmax_gradient_(logits_NV, bias_V, targets_N, needs_gradient)
 
     h, w = torch.randn(7, 32, requires_grad=True), torch.randn(61, 32, requires_grad=True)
-    garbage = torch.full((4, 64), math.nan)   # what the allocator gives out next
+    garbage = torch.full((4, 64), math.nan)  # what the allocator gives out next
     del garbage
     linear_cross_entropy(h, w, None, torch.randint(0, 61, (7,)), 4, look).backward()
     assert len(seen) == 2 and h.grad.isfinite().all()
@@ -91,9 +105,13 @@ def test_odd_vocabularies_have_finite_gradients_in_bfloat16(vocabulary, monkeypa
 def test_chunked_loss_equals_the_plain_one(bias, rows):
     """Value and all three gradients, for chunks that divide the rows and for ones that do not, with ignored targets."""
     torch.manual_seed(1)
-    h, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,)))
+    h, w, b = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,))
+    )
     targets = torch.tensor([3, IGNORE, 0, 10, 7, IGNORE, 2])
-    plain = F.cross_entropy(F.linear(h, w, b if bias else None), targets, ignore_index=IGNORE, reduction="sum")
+    plain = F.cross_entropy(
+        F.linear(h, w, b if bias else None), targets, ignore_index=IGNORE, reduction="sum"
+    )
     expected = torch.autograd.grad(3 * plain, [h, w] + [b] * bias)
     chunked = linear_cross_entropy(h, w, b if bias else None, targets, rows)
     actual = torch.autograd.grad(3 * chunked, [h, w] + [b] * bias)
@@ -111,7 +129,11 @@ def test_loss_never_holds_all_logits():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, (tuple, list)) else [out])
+                if isinstance(t, torch.Tensor)
+            )
             return out
 
     with Watch():
@@ -145,9 +167,14 @@ def test_loss_without_gradients_computes_none():
         assert not model(ids, ids).cross_entropy_sum.requires_grad
 
 
-@pytest.mark.parametrize("ids, message", [
-    (torch.tensor([[61]]), "from 0 to 60"), (torch.tensor([[-1]]), "from 0 to 60"), (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
-])
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (torch.tensor([[61]]), "from 0 to 60"),
+        (torch.tensor([[-1]]), "from 0 to 60"),
+        (torch.zeros(1, 0, dtype=torch.int64), "at least one token"),
+    ],
+)
 def test_bad_ids_are_told(ids, message):
     """The reference gave a raw IndexError, and logits of shape (1, 0, V) for nothing (its fault M9)."""
     with pytest.raises(ValueError, match=message):
@@ -160,13 +187,19 @@ def test_loss_can_be_walked_back_twice():
     loss = 0.5 * linear_cross_entropy(h, w, None, torch.randint(0, 50, (9,)), 4)
     once = torch.autograd.grad(loss, (h, w), retain_graph=True)
     again = torch.autograd.grad(loss, (h, w))
-    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)) and once[1].abs().sum() > 0
+    assert (
+        all(torch.equal(a, b) for a, b in zip(once, again, strict=True)) and once[1].abs().sum() > 0
+    )
 
 
 @pytest.mark.parametrize("V", [61, 64])
 def test_half_precision_loss_is_near_the_plain_one(V):
     """bfloat16 products, float32 softmax and sums; the buffer's rows are padded, the gradient's are not."""
-    h, w, b = torch.randn(40, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True), torch.randn(V, requires_grad=True)
+    h, w, b = (
+        torch.randn(40, 16, requires_grad=True),
+        torch.randn(V, 16, requires_grad=True),
+        torch.randn(V, requires_grad=True),
+    )
     targets = torch.randint(0, V, (40,))
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(h, w, b, targets, 16)
@@ -227,6 +260,7 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
     """Compiled in place, so a checkpoint does not know about it (the reference's keys got a prefix, T1); no graph break, and one
     graph for all blocks and for 20 steps whose experts' loads all differ."""
     from torch._dynamo.testing import CompileCounterWithBackend
+
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = random_model(tiny_config(transformer_blocks=3, expert_bias=True))
@@ -252,8 +286,21 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
         assert_close(p.grad, q.grad, gradients_bound(model.config, 16, rows=20 * 2), n)
 
 
-@pytest.mark.parametrize("changes", [dict(head_bias=True), dict(attention_sinks=True, router_bias=True, expert_activation="swiglu_clamped", expert_bias=True,
-                                                                sliding_window=9, qk_norm=False)], ids=["modern", "gpt-oss"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(head_bias=True),
+        dict(
+            attention_sinks=True,
+            router_bias=True,
+            expert_activation="swiglu_clamped",
+            expert_bias=True,
+            sliding_window=9,
+            qk_norm=False,
+        ),
+    ],
+    ids=["modern", "gpt-oss"],
+)
 def test_compiled_by_the_real_compiler_computes_the_same(changes):
     """Inductor's code for the blocks and for the loss, forward and backward; and the loss's second
     chunk, which is shorter. Compiled by torch 2.11, attention with sinks in float32 once had
@@ -325,7 +372,9 @@ def test_packed_documents_do_not_see_each_other(changes):
     assert_close(packed[:, 9:], other[:, 9:], bound)
     assert not is_close(packed[:, 9:], model(ids).logits[:, 9:], 1e-3)
     x = []
-    model.embed.register_forward_hook(lambda module, inputs, output: x.append(output.requires_grad_()) or x[-1])
+    model.embed.register_forward_hook(
+        lambda module, inputs, output: x.append(output.requires_grad_()) or x[-1]
+    )
     gradient = torch.autograd.grad(model(ids, starts_BT=starts).logits[:, 9:].sum(), x[-1:])[0]
     assert gradient[:, :9].abs().max() == 0 and gradient[:, 9:].abs().max() > 0
 
@@ -342,9 +391,22 @@ def chi_square_p(counts, probabilities) -> float:
     return 0.5 * math.erfc(z / math.sqrt(2))
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [
-    (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.5, 4, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (0.9, 6, 0.7, 0.0), (1.0, 999, 1.0, 0.0), (1.0, 0, 1.0, 0.3), (0.5, 0, 1.0, 0.1),
-    (1.3, 3, 1.0, 0.2), (1.0, 0, 0.9, 0.25), (2.0, 8, 0.8, 0.4)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, min_p",
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.0),
+        (1.5, 4, 1.0, 0.0),
+        (1.0, 0, 0.8, 0.0),
+        (0.9, 6, 0.7, 0.0),
+        (1.0, 999, 1.0, 0.0),
+        (1.0, 0, 1.0, 0.3),
+        (0.5, 0, 1.0, 0.1),
+        (1.3, 3, 1.0, 0.2),
+        (1.0, 0, 0.9, 0.25),
+        (2.0, 8, 0.8, 0.4),
+    ],
+)
 def test_samples_follow_the_distribution(temperature, top_k, top_p, min_p):
     torch.manual_seed(5)
     logits = torch.randn(12) * 0.7
@@ -352,13 +414,20 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p, min_p):
     p[p < min_p * p.max()] = 0
     order = np.argsort(-p)
     keep = np.zeros(12, bool)
-    keep[order[:top_k or 12]] = True
+    keep[order[: top_k or 12]] = True
     p = np.where(keep, p, 0) / p[keep].sum()
     if top_p < 1:
         before = np.cumsum(p[order]) - p[order]
         p[order[before >= top_p]] = 0
         p /= p.sum()
-    drawn = sample(logits.expand(100_000, 12), temperature, top_k, top_p, generator=torch.Generator().manual_seed(7), min_p=min_p)
+    drawn = sample(
+        logits.expand(100_000, 12),
+        temperature,
+        top_k,
+        top_p,
+        generator=torch.Generator().manual_seed(7),
+        min_p=min_p,
+    )
     assert chi_square_p(np.bincount(drawn.numpy(), minlength=12), p) > 1e-4
 
 
@@ -366,12 +435,20 @@ def test_greedy_banned_and_extreme_settings():
     """Temperature 0 and 1e-40, top_k above the vocabulary and ties in bf16 broke the reference (P2, P3, P14)."""
     logits = torch.tensor([[1.0, 5.0, 3.0], [2.0, 0.0, -1.0]])
     assert sample(logits, 0).tolist() == [1, 0]
-    assert sample(logits, 1e-40).tolist() == [1, 0] and sample(logits * 1e30, 1e-3).tolist() == [1, 0]
+    assert sample(logits, 1e-40).tolist() == [1, 0] and sample(logits * 1e30, 1e-3).tolist() == [
+        1,
+        0,
+    ]
     assert sample(logits, 0, banned_ids=torch.tensor([1])).tolist() == [2, 0]
-    assert sample(logits, 1e6, top_k=1).tolist() == [1, 0] and sample(logits, 1e6, top_p=1e-9).tolist() == [1, 0]
+    assert sample(logits, 1e6, top_k=1).tolist() == [1, 0] and sample(
+        logits, 1e6, top_p=1e-9
+    ).tolist() == [1, 0]
     ties = torch.zeros(1000, 50, dtype=torch.bfloat16)
     assert len(set(sample(ties, 1.0, top_k=7).tolist())) == 7
-    assert sample(logits, 1e6, min_p=1.0).tolist() == [1, 0] and len(set(sample(torch.zeros(1000, 9), 1.0, min_p=1.0).tolist())) == 9
+    assert (
+        sample(logits, 1e6, min_p=1.0).tolist() == [1, 0]
+        and len(set(sample(torch.zeros(1000, 9), 1.0, min_p=1.0).tolist())) == 9
+    )
     banned = sample(torch.zeros(5000, 4), 1.0, banned_ids=torch.tensor([0, 2]))
     assert set(banned.tolist()) == {1, 3}
 
@@ -379,7 +456,10 @@ def test_greedy_banned_and_extreme_settings():
 def test_extreme_settings_with_banned_ids():
     """temperature above 3e38 became inf, and -inf / inf NaN; top_p below 1e-45 is 0 in float32 and masked every id."""
     banned = torch.tensor([1])
-    assert sample(torch.tensor([[1.0, 9.0, 3.0]]), 1e300, top_k=0, banned_ids=banned).item() in (0, 2)
+    assert sample(torch.tensor([[1.0, 9.0, 3.0]]), 1e300, top_k=0, banned_ids=banned).item() in (
+        0,
+        2,
+    )
     assert sample(torch.tensor([[1.0, 9.0, 3.0]]), 1.0, top_p=1e-300, banned_ids=banned).item() == 2
 
 
@@ -387,7 +467,10 @@ def test_extreme_settings_with_banned_ids():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_told(temperature, bad):
     """Greedy decoding drew from NaN in silence, sampling ended in PyTorch's words about a probability tensor."""
-    assert sample(torch.tensor([[1.0, bad, 0.0], [0.0, 9e9, 0.0]]), temperature).tolist() == [-1, 1]  # marked, not raised: on a GPU that would be a wait
+    assert sample(torch.tensor([[1.0, bad, 0.0], [0.0, 9e9, 0.0]]), temperature).tolist() == [
+        -1,
+        1,
+    ]  # marked, not raised: on a GPU that would be a wait
     model = random_model(tiny_config())
     with torch.no_grad():
         model.embed.weight[5] = bad
@@ -405,15 +488,39 @@ def test_each_row_can_draw_from_a_generator_of_its_own():
     for settings in ({}, {"top_k": 10}, {"top_p": 0.7}, {"min_p": 0.1}):
         together = sample(logits, 1.0, generator=generators(range(4)), **settings)
         for chosen in ([0], [2, 1], [3, 0, 2]):
-            assert sample(logits[chosen], 1.0, generator=generators(chosen), **settings).tolist() == together[chosen].tolist()
+            assert (
+                sample(logits[chosen], 1.0, generator=generators(chosen), **settings).tolist()
+                == together[chosen].tolist()
+            )
 
 
-@pytest.mark.parametrize("settings", [(-1.0, 0, 1.0), (float("nan"), 0, 1.0), (1.0, -5, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.1), (1.0, 0, float("nan")),
-                                      (1.0, 0, 1.0, -0.1), (1.0, 0, 1.0, 1.1), (1.0, 0, 1.0, 0.0, 0.0), (1.0, 0, 1.0, 0.0, float("nan")), (1.0, 0, 1.0, 0.0, float("inf"))])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (-1.0, 0, 1.0),
+        (float("nan"), 0, 1.0),
+        (1.0, -5, 1.0),
+        (1.0, 0, 0.0),
+        (1.0, 0, 1.1),
+        (1.0, 0, float("nan")),
+        (1.0, 0, 1.0, -0.1),
+        (1.0, 0, 1.0, 1.1),
+        (1.0, 0, 1.0, 0.0, 0.0),
+        (1.0, 0, 1.0, 0.0, float("nan")),
+        (1.0, 0, 1.0, 0.0, float("inf")),
+    ],
+)
 def test_settings_without_a_meaning_are_refused(settings):
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     with pytest.raises(ValueError, match="must be"):
-        next(generate(random_model(tiny_config()), torch.ones(1, 2, dtype=torch.int64), 2, **dict(zip(names, settings, strict=False))))
+        next(
+            generate(
+                random_model(tiny_config()),
+                torch.ones(1, 2, dtype=torch.int64),
+                2,
+                **dict(zip(names, settings, strict=False)),
+            )
+        )
     if len(settings) < 5:
         with pytest.raises(ValueError, match="must be"):
             sample(torch.zeros(1, 3), **dict(zip(names, settings, strict=False)))
@@ -424,20 +531,35 @@ def test_repetition_penalty_makes_what_is_there_less_likely_whatever_its_sign():
     token begins every prompt here)."""
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0], [2.0, -2.0, 1.0, -1.0]])
     history, exempt = torch.tensor([[0, 1, 1], [2, 3, 2]]), torch.tensor([2])
-    assert penalise_repetition(logits, history, 2.0, exempt).tolist() == [[1.0, -4.0, 1.0, -1.0], [2.0, -2.0, 1.0, -2.0]]
-    assert penalise_repetition(logits, history, 0.5, exempt[:0]).tolist() == [[4.0, -1.0, 1.0, -1.0], [2.0, -2.0, 2.0, -0.5]]
+    assert penalise_repetition(logits, history, 2.0, exempt).tolist() == [
+        [1.0, -4.0, 1.0, -1.0],
+        [2.0, -2.0, 1.0, -2.0],
+    ]
+    assert penalise_repetition(logits, history, 0.5, exempt[:0]).tolist() == [
+        [4.0, -1.0, 1.0, -1.0],
+        [2.0, -2.0, 2.0, -0.5],
+    ]
 
 
 def test_repetition_penalty_counts_the_prompt_and_the_answer():
     model, prompt = random_model(tiny_config()), torch.tensor([[3, 5, 7]])
     plain = torch.cat(list(generate(model, prompt, 24, temperature=0))).tolist()
-    hard = torch.cat(list(generate(model, prompt, 24, temperature=0, repetition_penalty=1e9))).tolist()
+    hard = torch.cat(
+        list(generate(model, prompt, 24, temperature=0, repetition_penalty=1e9))
+    ).tolist()
     assert len(set(plain)) < 24 and len({*hard, 3, 5, 7}) == 24 + 3
+
     def first(token: int, **settings) -> int:
-        return next(generate(model, torch.tensor([[token, token]]), 1, temperature=0, **settings)).item()
+        return next(
+            generate(model, torch.tensor([[token, token]]), 1, temperature=0, **settings)
+        ).item()
 
     token = next(t for t in range(61) if first(t) == t)  # one that the model repeats
-    assert first(token, repetition_penalty=1e9) != token == first(token, repetition_penalty=1e9, stop_ids=[token])
+    assert (
+        first(token, repetition_penalty=1e9)
+        != token
+        == first(token, repetition_penalty=1e9, stop_ids=[token])
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ generation
@@ -447,7 +569,15 @@ def greedy_by_full_forward(model, ids, count):
     return ids
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True}, {"sliding_window": 4, "window_pattern": "alternating"}, {"num_kv_heads": 4}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_attention_bias": True},
+        {"sliding_window": 4, "window_pattern": "alternating"},
+        {"num_kv_heads": 4},
+    ],
+)
 def test_greedy_generation_equals_full_forward_passes(changes):
     model = random_model(tiny_config(**changes), 2, torch.float64).eval()
     prompt = torch.randint(0, 61, (2, 7))
@@ -482,8 +612,20 @@ def test_prefill_computes_logits_of_the_last_token_only():
 def test_stop_ids_end_rows_and_then_the_call():
     """Rows past their end kept sampling in the reference (P15)."""
     model = random_model(tiny_config())
-    drawn = torch.stack(list(generate(model, torch.randint(0, 61, (4, 3)), 29, temperature=5.0, top_k=0, stop_ids=range(0, 61, 3),
-                                      generator=torch.Generator().manual_seed(0))), 1)
+    drawn = torch.stack(
+        list(
+            generate(
+                model,
+                torch.randint(0, 61, (4, 3)),
+                29,
+                temperature=5.0,
+                top_k=0,
+                stop_ids=range(0, 61, 3),
+                generator=torch.Generator().manual_seed(0),
+            )
+        ),
+        1,
+    )
     assert drawn.shape[1] < 29
     for row in drawn.tolist():
         first = next(i for i, t in enumerate(row) if t % 3 == 0)
@@ -493,7 +635,15 @@ def test_stop_ids_end_rows_and_then_the_call():
 
 def test_same_seed_same_text():
     model = random_model(tiny_config())
-    runs = [[t.item() for t in generate(model, torch.tensor([[1, 2]]), 20, generator=torch.Generator().manual_seed(s))] for s in (3, 3, 4)]
+    runs = [
+        [
+            t.item()
+            for t in generate(
+                model, torch.tensor([[1, 2]]), 20, generator=torch.Generator().manual_seed(s)
+            )
+        ]
+        for s in (3, 3, 4)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -520,7 +670,12 @@ def test_undecodable_ids_are_never_drawn():
     """19 ids of o200k_base have no bytes; drawing one ended the reference's session (P1)."""
     model = random_model(tiny_config())
     banned = [i for i in range(61) if i % 7]
-    drawn = [t.item() for t in generate(model, torch.tensor([[1]]), 200, temperature=10.0, top_k=0, banned_ids=banned)]
+    drawn = [
+        t.item()
+        for t in generate(
+            model, torch.tensor([[1]]), 200, temperature=10.0, top_k=0, banned_ids=banned
+        )
+    ]
     assert all(t % 7 == 0 for t in drawn)
 
 
@@ -534,8 +689,10 @@ def test_rows_of_logits_at_a_time_change_neither_loss_nor_gradients():
         model.zero_grad()
         loss = model(ids[:, :-1], ids[:, 1:]).cross_entropy_sum
         loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             # 48 terms, each rounded to 2^-53 of the largest.
-            assert (a - b).abs().max() <= 48 * 2 ** -52 * max(a.abs().max(), 1.0)
+            assert (a - b).abs().max() <= 48 * 2**-52 * max(a.abs().max(), 1.0)

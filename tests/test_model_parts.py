@@ -1,4 +1,5 @@
 """Positions, cache, attention, router, experts: each against a plain restatement of what it should compute."""
+
 import dataclasses
 import math
 import random
@@ -26,7 +27,14 @@ from model_parts import (
 )
 from runtime.device import choose_kernels
 from runtime.sink_attention import sink_attention
-from tests.numeric import assert_close, before_ties, gradients_bound, is_close, logits_bound, rounding
+from tests.numeric import (
+    assert_close,
+    before_ties,
+    gradients_bound,
+    is_close,
+    logits_bound,
+    rounding,
+)
 from tests.util import random_config, random_model, tiny_config, without_chance
 
 
@@ -37,18 +45,33 @@ def test_rope_is_a_rotation_by_position_times_frequency():
     x = torch.randn(1, 1, 3, 8, dtype=torch.float64)
     z = torch.complex(x[..., :4], x[..., 4:])
     frequencies = torch.tensor([10_000.0 ** (-2 * i / 8) for i in range(4)], dtype=torch.float64)
-    turned = z * torch.exp(1j * torch.outer(torch.arange(5.0, 8.0, dtype=torch.float64), frequencies))
-    assert torch.allclose(rotate(x, cos, sin), torch.cat((turned.real, turned.imag), -1), atol=1e-14)
+    turned = z * torch.exp(
+        1j * torch.outer(torch.arange(5.0, 8.0, dtype=torch.float64), frequencies)
+    )
+    assert torch.allclose(
+        rotate(x, cos, sin), torch.cat((turned.real, turned.imag), -1), atol=1e-14
+    )
 
 
 def test_rope_theta_and_linear_scaling_reach_the_frequencies():
     plain = rope_frequencies(tiny_config())
-    assert torch.allclose(rope_frequencies(tiny_config(rope_theta=500.0)), 500.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8))
-    assert torch.allclose(rope_frequencies(tiny_config(rope_scaling="linear", rope_scaling_factor=4.0)), plain / 4)
+    assert torch.allclose(
+        rope_frequencies(tiny_config(rope_theta=500.0)),
+        500.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8),
+    )
+    assert torch.allclose(
+        rope_frequencies(tiny_config(rope_scaling="linear", rope_scaling_factor=4.0)), plain / 4
+    )
 
 
 def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
-    config = ModelConfig(head_dim=64, context_length=8192, rope_scaling="yarn", rope_scaling_factor=4.0, use_attention_bias=False)
+    config = ModelConfig(
+        head_dim=64,
+        context_length=8192,
+        rope_scaling="yarn",
+        rope_scaling_factor=4.0,
+        use_attention_bias=False,
+    )
     plain, scaled = rope_frequencies(ModelConfig(head_dim=64)), rope_frequencies(config)
     turns = 2048 * plain / (2 * math.pi)  # over the trained context
     assert torch.equal(scaled[turns > 33], plain[turns > 33])
@@ -57,10 +80,16 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
     assert ((scaled < plain) & (scaled > plain / 4))[between].all() and between.any()
     cos, _ = rope_tables(config, 0, 1, torch.float64, "cpu")
     assert cos[0, 0] == pytest.approx(0.1 * math.log(4) + 1)
-    exact = rope_frequencies(dataclasses.replace(config, yarn_truncate=False))  # as in gpt-oss: the ramp begins and ends between two pairs
-    first, last = (64 * math.log(2048 / (turns * 2 * math.pi)) / (2 * math.log(10_000)) for turns in (32, 1))
+    exact = rope_frequencies(
+        dataclasses.replace(config, yarn_truncate=False)
+    )  # as in gpt-oss: the ramp begins and ends between two pairs
+    first, last = (
+        64 * math.log(2048 / (turns * 2 * math.pi)) / (2 * math.log(10_000)) for turns in (32, 1)
+    )
     share = ((torch.arange(32, dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
-    assert torch.allclose(exact, plain * (1 - share) + plain / 4 * share) and not torch.equal(exact, scaled)
+    assert torch.allclose(exact, plain * (1 - share) + plain / 4 * share) and not torch.equal(
+        exact, scaled
+    )
 
 
 def test_casting_the_model_does_not_round_positions():
@@ -105,12 +134,17 @@ def test_cached_logits_equal_uncached(seed):
             cache = KVCache(config, B, r.choice([T, T + 3]), dtype)
             parts, at = [], 0
             for size in chunks_of(T, r):
-                parts.append(model(ids[:, at:at + size], cache=cache).logits)
+                parts.append(model(ids[:, at : at + size], cache=cache).logits)
                 at += size
         assert cache.length == T
         sure = before_ties(model, ids)
         assert sure[:, 0].any()
-        assert_close(torch.cat(parts, 1)[sure], whole[sure], logits_bound(config, T, dtype), f"seed {seed} {dtype}")
+        assert_close(
+            torch.cat(parts, 1)[sure],
+            whole[sure],
+            logits_bound(config, T, dtype),
+            f"seed {seed} {dtype}",
+        )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -132,7 +166,7 @@ def test_no_gradient_flows_from_later_tokens(seed):
         handle.remove()
         logits[:, t].sum().backward()
         grad = inputs["x"].grad
-        assert (grad[:, t + 1:] == 0).all() and (grad[:, t] != 0).any()
+        assert (grad[:, t + 1 :] == 0).all() and (grad[:, t] != 0).any()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -142,7 +176,9 @@ def test_rows_of_a_batch_do_not_meet(seed):
     model = random_model(config, seed, torch.float64).train()
     ids = torch.randint(0, config.vocabulary_size, (2, 8))
     other = torch.stack((torch.randint(0, config.vocabulary_size, (8,)), ids[1]))
-    assert_close(model(ids).logits[1], model(other).logits[1], logits_bound(config, 8, torch.float64))
+    assert_close(
+        model(ids).logits[1], model(other).logits[1], logits_bound(config, 8, torch.float64)
+    )
 
 
 def test_window_of_one_block_limits_what_is_seen():
@@ -157,7 +193,9 @@ def test_window_of_one_block_limits_what_is_seen():
         after = model(changed).logits
     # Rows are grouped by expert, so products round in another way.
     bound = logits_bound(config, 10, torch.float64)
-    moved = torch.tensor([not is_close(b, a, bound) for b, a in zip(before[0], after[0], strict=True)])
+    moved = torch.tensor(
+        [not is_close(b, a, bound) for b, a in zip(before[0], after[0], strict=True)]
+    )
     assert moved.tolist() == [False] * 4 + [True] * 3 + [False] * 3
     alternating = tiny_config(transformer_blocks=4, sliding_window=3, window_pattern="alternating")
     assert [alternating.window(b) for b in range(4)] == [3, 0, 3, 0]
@@ -166,7 +204,10 @@ def test_window_of_one_block_limits_what_is_seen():
 def test_a_ring_holds_only_its_window():
     config = tiny_config(sliding_window=4, window_pattern="alternating")
     cache = KVCache(config, 2, 20)
-    assert [k.shape for k in cache.keys] == [(2, 2, 4, 8), (2, 2, 20, 8)]  # as many KV heads as the model has: no repeat
+    assert [k.shape for k in cache.keys] == [
+        (2, 2, 4, 8),
+        (2, 2, 20, 8),
+    ]  # as many KV heads as the model has: no repeat
 
 
 # -------------------------------------------------------------------------------------------------------- cache as object
@@ -218,14 +259,27 @@ def test_longer_context_than_trained():
 
 
 def test_attention_table_is_added_to_the_scores():
-    config = tiny_config(transformer_blocks=1, use_attention_bias=True, context_length=6, num_heads=2, num_kv_heads=1, use_rope=False, qk_norm=False)
+    config = tiny_config(
+        transformer_blocks=1,
+        use_attention_bias=True,
+        context_length=6,
+        num_heads=2,
+        num_kv_heads=1,
+        use_rope=False,
+        qk_norm=False,
+    )
     model = random_model(config, 3, torch.float64)
     attention = model.layers[0].attention
     x = torch.randn(1, 6, 32, dtype=torch.float64)
-    q, k, v = (w(x).view(1, 6, -1, 8).transpose(1, 2) for w in (attention.W_q, attention.W_k, attention.W_v))
+    q, k, v = (
+        w(x).view(1, 6, -1, 8).transpose(1, 2)
+        for w in (attention.W_q, attention.W_k, attention.W_v)
+    )
     scores = q @ k.transpose(-1, -2).expand(1, 2, 8, 6) / math.sqrt(8) + attention.attention_bias
     scores = scores.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -math.inf)
-    expected = attention.out_proj((scores.softmax(-1) @ v.expand(1, 2, 6, 8)).transpose(1, 2).reshape(1, 6, 16))
+    expected = attention.out_proj(
+        (scores.softmax(-1) @ v.expand(1, 2, 6, 8)).transpose(1, 2).reshape(1, 6, 16)
+    )
     assert_close(attention(x, None), expected, rounding(torch.float64, 32, 8, 6, 6, 16))
 
 
@@ -235,13 +289,28 @@ def sink_case(seed: int, dtype=torch.float64):
     torch.manual_seed(seed)
     G, S = r.choice([1, 2, 3]), r.choice([5, 17, 40])
     H, D, T = G * r.choice([1, 2, 4]), r.choice([4, 8, 10]), r.choice([S, S, 1, 3])
-    q, k, v, sinks = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, H, T, D), (2, G, S, D), (2, G, S, D), (H,)))
-    window, starts = r.choice([0, 0, 3]), torch.tensor([[0] * (T // 2) + [S - T + T // 2] * (T - T // 2)] * 2) if T == S and r.random() < 0.4 else None
+    q, k, v, sinks = (
+        torch.randn(shape, dtype=dtype, requires_grad=True)
+        for shape in ((2, H, T, D), (2, G, S, D), (2, G, S, D), (H,))
+    )
+    window, starts = (
+        r.choice([0, 0, 3]),
+        torch.tensor([[0] * (T // 2) + [S - T + T // 2] * (T - T // 2)] * 2)
+        if T == S and r.random() < 0.4
+        else None,
+    )
     if starts is None and T == 1 and not window:
         return q, k, v, sinks, None, False
     if starts is None and T == S and not window:
         return q, k, v, sinks, None, True
-    return q, k, v, sinks, attention_mask(torch.arange(S - T, S), torch.arange(S), window, starts), False
+    return (
+        q,
+        k,
+        v,
+        sinks,
+        attention_mask(torch.arange(S - T, S), torch.arange(S), window, starts),
+        False,
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -249,11 +318,23 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
     """By the plain operations and by the kernels, results and all gradients, against one more key whose value is 0 and whose score is the sink."""
     q, k, v, sinks, mask, is_causal = sink_case(seed)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
-    visible = attention_mask(torch.arange(T), torch.arange(S), 0) if is_causal else torch.ones(T, S, dtype=torch.bool) if mask is None else mask
-    scores = torch.einsum("bgjtd,bgsd->bgjts", q.view(B, G, H // G, T, D), k).reshape(B, H, T, S) / math.sqrt(D)
-    exp = torch.cat((scores.masked_fill(~visible, -math.inf), sinks[None, :, None, None].expand(B, H, T, 1)), -1).exp()
+    visible = (
+        attention_mask(torch.arange(T), torch.arange(S), 0)
+        if is_causal
+        else torch.ones(T, S, dtype=torch.bool)
+        if mask is None
+        else mask
+    )
+    scores = torch.einsum("bgjtd,bgsd->bgjts", q.view(B, G, H // G, T, D), k).reshape(
+        B, H, T, S
+    ) / math.sqrt(D)
+    exp = torch.cat(
+        (scores.masked_fill(~visible, -math.inf), sinks[None, :, None, None].expand(B, H, T, 1)), -1
+    ).exp()
     shares = exp / exp.sum(-1, keepdim=True)
-    expected = torch.einsum("bgjts,bgsd->bgjtd", shares[..., :S].view(B, G, H // G, T, S), v).reshape(B, H, T, D)
+    expected = torch.einsum(
+        "bgjts,bgsd->bgjtd", shares[..., :S].view(B, G, H // G, T, S), v
+    ).reshape(B, H, T, D)
     gradient = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (q, k, v, sinks), gradient)
     for function in (attention_with_sinks, sink_attention):
@@ -261,7 +342,9 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
         # Scores, softmax, values; backward the same again for each of two operands, and sums over the queries of a group.
         lengths = D, S, S
         assert_close(y, expected, rounding(torch.float64, *lengths))
-        for got, want in zip(torch.autograd.grad(y, (q, k, v, sinks), gradient), wanted, strict=True):
+        for got, want in zip(
+            torch.autograd.grad(y, (q, k, v, sinks), gradient), wanted, strict=True
+        ):
             assert_close(got, want, rounding(torch.float64, *3 * lengths, B * T * H // G))
     assert (shares[..., S] > 0.01).any(), "the sink was to matter"
 
@@ -269,13 +352,21 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
 def test_the_kernel_keeps_no_scores():
     """What is saved for the backward pass grows with the tokens, not with their square; the plain operations save the square, several times."""
     T, saved = 256, {}
-    q, k, v, sinks = (torch.randn(shape, requires_grad=True) for shape in ((1, 2, T, 8), (1, 1, T, 8), (1, 1, T, 8), (2,)))
+    q, k, v, sinks = (
+        torch.randn(shape, requires_grad=True)
+        for shape in ((1, 2, T, 8), (1, 1, T, 8), (1, 1, T, 8), (2,))
+    )
     for function in (attention_with_sinks, sink_attention):
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
             function(q, k, v, sinks, None, True)
         saved[function] = sum(sizes)
-    assert saved[sink_attention] <= 2 * q.numel() + k.numel() + v.numel() + 2 * T + 2 and saved[attention_with_sinks] > 2 * T * T
+    assert (
+        saved[sink_attention] <= 2 * q.numel() + k.numel() + v.numel() + 2 * T + 2
+        and saved[attention_with_sinks] > 2 * T * T
+    )
 
 
 def test_sinks_in_half_precision_are_rounded_once():
@@ -283,14 +374,22 @@ def test_sinks_in_half_precision_are_rounded_once():
     q, k, v, sinks, mask, is_causal = sink_case(3, torch.float32)
     half = [x.detach().to(torch.bfloat16) for x in (q, k, v)]
     exact = attention_with_sinks(*(x.double() for x in half), sinks.double(), mask, is_causal)
-    error = (sink_attention(*half, sinks, mask, is_causal).double() - exact).abs() / exact.abs().clamp(min=1e-2)
-    assert error.max() < 2 ** -6 and error.mean() < 2 ** -9
+    error = (
+        sink_attention(*half, sinks, mask, is_causal).double() - exact
+    ).abs() / exact.abs().clamp(min=1e-2)
+    assert error.max() < 2**-6 and error.mean() < 2**-9
 
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"use_attention_bias": True}])
 def test_a_model_with_sinks_learns_them(changes):
     """Every head's sink has a gradient, by the kernel and, where there is dropout or a position table, by the plain operations."""
-    config = tiny_config(attention_sinks=True, router_bias=True, sliding_window=5, window_pattern="alternating", **changes)
+    config = tiny_config(
+        attention_sinks=True,
+        router_bias=True,
+        sliding_window=5,
+        window_pattern="alternating",
+        **changes,
+    )
     model, losses = random_model(config, 1), []
     ids = torch.randint(0, 61, (2, 12))
     for chosen in (False, True):
@@ -302,7 +401,9 @@ def test_a_model_with_sinks_learns_them(changes):
         out.cross_entropy_sum.backward()
         losses.append(out.cross_entropy_sum.item())
         for block in model.layers:
-            assert (block.attention.sinks.grad.abs() > 0).all() and (block.moe.router.bias.grad.abs() > 0).any()
+            assert (block.attention.sinks.grad.abs() > 0).all() and (
+                block.moe.router.bias.grad.abs() > 0
+            ).any()
     assert_close(losses[0], losses[1], logits_bound(config, 12))
 
 
@@ -314,7 +415,9 @@ def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
     probabilities = torch.softmax(logits, -1)
     chosen = []
     for n in range(len(x_NC)):
-        scores = probabilities[n] + (moe.router.selection_bias.double() if moe.router.selection_bias is not None else 0)
+        scores = probabilities[n] + (
+            moe.router.selection_bias.double() if moe.router.selection_bias is not None else 0
+        )
         best = torch.argsort(scores, descending=True)[:K].tolist()
         total = sum(probabilities[n, e] for e in best)
         chosen += [(n, e, probabilities[n, e] / total) for e in best]
@@ -331,7 +434,7 @@ def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
     y, ex = torch.zeros_like(x_NC), moe.experts
     for n, e, weight in chosen:
         h = F.linear(x_NC[n], ex.w_in[e], None if ex.b_in is None else ex.b_in[e])
-        gate, up = h[:len(h) // 2], h[len(h) // 2:]
+        gate, up = h[: len(h) // 2], h[len(h) // 2 :]
         if ex.activation == "swiglu":
             h = F.silu(gate) * up
         elif ex.activation == "swiglu_clamped":
@@ -348,8 +451,17 @@ def test_moe_against_a_per_token_loop(seed):
     """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer tokens than experts, ..."""
     r = random.Random(seed)
     E = r.choice([1, 2, 4, 9])
-    config = tiny_config(d_model=12, d_ff=8, num_experts=E, top_k=r.randint(1, E), expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]),
-                         expert_bias=r.random() < 0.5, router_bias=r.random() < 0.5, capacity_factor=r.choice([0.0, 0.0, 0.5, 1.0, 1.25]), router_bias_rate=r.choice([0.0, 1e-3]))
+    config = tiny_config(
+        d_model=12,
+        d_ff=8,
+        num_experts=E,
+        top_k=r.randint(1, E),
+        expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]),
+        expert_bias=r.random() < 0.5,
+        router_bias=r.random() < 0.5,
+        capacity_factor=r.choice([0.0, 0.0, 0.5, 1.0, 1.25]),
+        router_bias_rate=r.choice([0.0, 1e-3]),
+    )
     moe = random_model(config, seed, torch.float64).layers[0].moe.train()
     N = r.choice([1, 3, 17])
     x = torch.randn(1, N, 12, dtype=torch.float64)
@@ -357,7 +469,9 @@ def test_moe_against_a_per_token_loop(seed):
     expected, load, dropped = moe_by_token(moe, x[0], config.capacity_factor)
     bound = rounding(torch.float64, *3 * [config.d_model], E, config.d_ff, config.top_k)
     assert_close(y[0], expected, bound, f"seed {seed}")
-    assert torch.allclose(stats.load * N * config.top_k / E, torch.tensor(load, dtype=stats.load.dtype), atol=1e-9)
+    assert torch.allclose(
+        stats.load * N * config.top_k / E, torch.tensor(load, dtype=stats.load.dtype), atol=1e-9
+    )
     assert stats.dropped_share.item() == pytest.approx(dropped / (N * config.top_k), abs=1e-6)
 
 
@@ -377,7 +491,11 @@ def test_grouped_matmul_equals_one_expert_after_another(changes):
         results.append([y.detach(), x.grad] + [p.grad.clone() for p in moe.parameters()])
     for plain, fast in zip(*results, strict=True):
         # A block without its attention; 18 rows.
-        assert_close(fast, plain, gradients_bound(dataclasses.replace(config, transformer_blocks=1), 9, rows=2))
+        assert_close(
+            fast,
+            plain,
+            gradients_bound(dataclasses.replace(config, transformer_blocks=1), 9, rows=2),
+        )
 
 
 def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
@@ -412,14 +530,21 @@ def test_capacity_keeps_everything_at_balance_and_drops_by_weight():
     kept, share = drop_over_capacity(weights, experts, counts, 1.0)
     assert share == 0 and torch.equal(kept, weights)
     everything_to_one = torch.zeros(N, 1, dtype=torch.int64)
-    kept, share = drop_over_capacity(weights[:, :1], everything_to_one, torch.tensor([N, 0, 0, 0]), 1.0)
+    kept, share = drop_over_capacity(
+        weights[:, :1], everything_to_one, torch.tensor([N, 0, 0, 0]), 1.0
+    )
     assert share.item() == pytest.approx(0.75) and (kept > 0).sum() == N / E
     assert kept[kept > 0].min() >= weights[:, :1][kept == 0].max()
 
 
 def test_capacity_is_not_rounded_up_by_binary_fractions():
     """ceil(1.1 * 100 * 2 / 20) was 12: 1.1 is a little more than that in binary."""
-    kept, _ = drop_over_capacity(torch.rand(100, 2), torch.zeros(100, 2, dtype=torch.int64), torch.tensor([200] + [0] * 19), 1.1)
+    kept, _ = drop_over_capacity(
+        torch.rand(100, 2),
+        torch.zeros(100, 2, dtype=torch.int64),
+        torch.tensor([200] + [0] * 19),
+        1.1,
+    )
     assert (kept > 0).sum() == 11
 
 
@@ -434,7 +559,9 @@ def test_router_is_float32_under_autocast():
     """And a bf16 forward and backward pass run on the CPU at all (the reference's index_add_ did not: M3)."""
     model, ids = random_model(tiny_config()), torch.randint(0, 61, (2, 8))
     seen = {}
-    model.layers[0].moe.router.register_forward_hook(lambda m, a, out: seen.update(weights=out[0].dtype, logits=out[3].dtype))
+    model.layers[0].moe.router.register_forward_hook(
+        lambda m, a, out: seen.update(weights=out[0].dtype, logits=out[3].dtype)
+    )
     exact = model(ids, ids)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
@@ -442,7 +569,9 @@ def test_router_is_float32_under_autocast():
         out.cross_entropy_sum.backward()
         assert seen == {"weights": torch.float32, "logits": torch.float32}
         assert out.cross_entropy_sum.dtype == torch.float32
-        assert out.cross_entropy_sum.item() == pytest.approx(exact.cross_entropy_sum.item(), rel=0.05)
+        assert out.cross_entropy_sum.item() == pytest.approx(
+            exact.cross_entropy_sum.item(), rel=0.05
+        )
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -459,7 +588,9 @@ def test_selection_bias_moves_the_choice_but_not_the_weights():
 def test_balance_experts_moves_biases_towards_the_idle():
     model = LLM(tiny_config(router_bias_rate=0.1))
     model.balance_experts(torch.tensor([[4.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]))
-    assert torch.allclose(model.layers[0].moe.router.selection_bias, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
+    assert torch.allclose(
+        model.layers[0].moe.router.selection_bias, torch.tensor([-0.1, 0.1, 0.1, 0.1])
+    )
     assert (model.layers[1].moe.router.selection_bias == 0).all()
 
 
@@ -470,7 +601,9 @@ def test_router_entropy_and_z_loss():
     torch.nn.init.normal_(moe.experts.w_out)
     torch.nn.init.zeros_(moe.router.weight)
     _, stats = moe(torch.randn(1, 6, 32))
-    assert stats.entropy.item() == pytest.approx(math.log(4)) and stats.z_loss.item() == pytest.approx(math.log(4) ** 2)
+    assert stats.entropy.item() == pytest.approx(
+        math.log(4)
+    ) and stats.z_loss.item() == pytest.approx(math.log(4) ** 2)
 
 
 def test_expert_dropout_is_on_in_training_only():
@@ -479,7 +612,11 @@ def test_expert_dropout_is_on_in_training_only():
         model = random_model(tiny_config(dropout=0.5))
         module = model.layers[0].moe if field == "experts" else model.layers[0].attention
         x = torch.randn(1, 8, 32)
-        call = (lambda m=module, x=x: m(x)[0]) if field == "experts" else (lambda m=module, x=x: m(x, None))
+        call = (
+            (lambda m=module, x=x: m(x)[0])
+            if field == "experts"
+            else (lambda m=module, x=x: m(x, None))
+        )
         model.train()
         assert not torch.equal(call(), call())
         model.eval()
@@ -493,7 +630,15 @@ def test_dispatcher_is_a_seam():
 
     class Spy(LocalDispatcher):
         def __call__(self, x_NC, weights_NK, experts_NK, counts_E, experts):
-            calls.append((x_NC.shape, weights_NK.shape, experts_NK.shape, counts_E.sum().item(), type(experts)))
+            calls.append(
+                (
+                    x_NC.shape,
+                    weights_NK.shape,
+                    experts_NK.shape,
+                    counts_E.sum().item(),
+                    type(experts),
+                )
+            )
             return 2 * super().__call__(x_NC, weights_NK, experts_NK, counts_E, experts)
 
     plain, _ = moe(x)
@@ -502,14 +647,36 @@ def test_dispatcher_is_a_seam():
     assert torch.allclose(doubled, 2 * plain) and calls == [((5, 32), (5, 2), (5, 2), 10, Experts)]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"expert_activation": "gelu", "expert_bias": True, "qkv_bias": True, "out_proj_bias": True, "head_bias": True, "use_attention_bias": True},
-    {"tie_embeddings": True, "sliding_window": 3, "z_loss_coef": 1e-2},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "expert_activation": "gelu",
+            "expert_bias": True,
+            "qkv_bias": True,
+            "out_proj_bias": True,
+            "head_bias": True,
+            "use_attention_bias": True,
+        },
+        {"tie_embeddings": True, "sliding_window": 3, "z_loss_coef": 1e-2},
+    ],
+)
 def test_gradients_of_the_whole_model(changes):
     """gradcheck in float64: every parameter against finite differences, hand-written backward passes included."""
-    config = tiny_config(d_model=6, d_ff=4, num_heads=2, num_kv_heads=1, head_dim=4, vocabulary_size=7, context_length=5, num_experts=3,
-                         transformer_blocks=1, aux_loss_coef=0.1, **changes)
+    config = tiny_config(
+        d_model=6,
+        d_ff=4,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        vocabulary_size=7,
+        context_length=5,
+        num_experts=3,
+        transformer_blocks=1,
+        aux_loss_coef=0.1,
+        **changes,
+    )
     model = random_model(config, 4, torch.float64)
     ids = torch.randint(0, 7, (2, 5))
     names = [n for n, _ in model.named_parameters()]

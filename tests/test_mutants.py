@@ -1,4 +1,5 @@
 """The mutants fit the code, the runner tells one that is caught from one that is not, and what no other test noticed."""
+
 from __future__ import annotations
 
 import re
@@ -40,7 +41,9 @@ from tests.test_predict import biased_model, predictor_of, save
 from tests.test_train import Fixed, Run, data, poison, poisoned  # noqa: F401  (data: a fixture)
 from tests.util import random_model, tiny_config
 
-needs_git = pytest.mark.skipif(not (REPO / ".git").exists(), reason="the files to copy are those that git knows of")
+needs_git = pytest.mark.skipif(
+    not (REPO / ".git").exists(), reason="the files to copy are those that git knows of"
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ the mutants
@@ -53,15 +56,24 @@ def test_each_mutant_fits_the_code(one):
         compile(source.replace(one.old, one.new), one.file, "exec")
     for test in one.tests:
         file, function = test.split("::")
-        assert re.search(rf"^def {re.escape(function.partition('[')[0])}\(", (REPO / file).read_text(encoding="utf-8"), re.MULTILINE), test
+        assert re.search(
+            rf"^def {re.escape(function.partition('[')[0])}\(",
+            (REPO / file).read_text(encoding="utf-8"),
+            re.MULTILINE,
+        ), test
 
 
 def test_every_confirmed_fault_is_put_back_or_cannot_be():
     made = {one.fault for one in MUTANTS}
     assert made <= {*CONFIRMED, *IN_PART, OWN}
-    assert made & set(CONFIRMED) | NOT_APPLICABLE.keys() == set(CONFIRMED) and not made & NOT_APPLICABLE.keys()
+    assert (
+        made & set(CONFIRMED) | NOT_APPLICABLE.keys() == set(CONFIRMED)
+        and not made & NOT_APPLICABLE.keys()
+    )
     assert all(NOT_APPLICABLE.values()) and sum(one.fault == OWN for one in MUTANTS) >= 15
-    assert len(set(names())) == len({(one.file, one.old, one.new) for one in MUTANTS}) == len(MUTANTS)
+    assert (
+        len(set(names())) == len({(one.file, one.old, one.new) for one in MUTANTS}) == len(MUTANTS)
+    )
 
 
 @needs_git
@@ -69,7 +81,11 @@ def test_every_confirmed_fault_is_put_back_or_cannot_be():
 def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
     """A real one, one that changes a comment, and one whose module cannot be imported."""
     tests = ("tests/test_text.py::test_human_bytes",)
-    chosen = {"real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'), "comment": ("# rounded: from", "# Rounded: from"), "broken": ("import unicodedata\n", "import unicodedata_\n")}
+    chosen = {
+        "real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'),
+        "comment": ("# rounded: from", "# Rounded: from"),
+        "broken": ("import unicodedata\n", "import unicodedata_\n"),
+    }
     said = []
     mutants = [
         (name, Mutant(OWN, name, "runtime/text.py", old, new, tests))
@@ -77,17 +93,23 @@ def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
     ]
     outcomes = try_mutants(mutants, said.append, jobs)
     assert [(o.name, o.caught) for o in outcomes[:2]] == [("real", True), ("comment", False)]
-    assert outcomes[0].said.startswith("tests/test_text.py::test_human_bytes[") and outcomes[1].said == "its tests pass"
+    assert (
+        outcomes[0].said.startswith("tests/test_text.py::test_human_bytes[")
+        and outcomes[1].said == "its tests pass"
+    )
     assert outcomes[2].said.startswith(("exit code 2", "pytest ended with 4"))
     assert said[0].startswith("1 tests on the unchanged code: exit code 0")
     verdicts = ["caught" if o.caught else "SURVIVES" for o in outcomes]
     assert sorted(line.split()[0] for line in said[1:]) == sorted(verdicts)
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["-j", "0"], "--jobs must be at least 1, not 0"),
-    (["--only", "M999"], "there is no mutant M999"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["-j", "0"], "--jobs must be at least 1, not 0"),
+        (["--only", "M999"], "there is no mutant M999"),
+    ],
+)
 def test_what_the_runner_cannot_do_is_refused_in_one_line(flags, says):
     with pytest.raises(ValueError, match=says) as error:
         main(flags)
@@ -101,7 +123,10 @@ def test_a_mutant_is_in_the_copy_only_while_it_is_tried(tmp_path):
         assert path.read_text() == "x = 2\ny = 1\n" and path.stat().st_mtime == 1_000_000_000
     assert path.read_text() == "x = 1\ny = 1\n" and path.stat().st_mtime == 1_000_000_001
     for old in ("= 1", "z"):
-        with pytest.raises(ValueError, match="times, not once"), mutated(tmp_path, Mutant(OWN, "", "a.py", old, "", ()), 0):
+        with (
+            pytest.raises(ValueError, match="times, not once"),
+            mutated(tmp_path, Mutant(OWN, "", "a.py", old, "", ()), 0),
+        ):
             pass
 
 
@@ -117,9 +142,11 @@ def test_all_mutants_are_caught():
 def test_positions_stay_exact_in_a_bfloat16_model(monkeypatch):
     """M3b: tables in the model's own dtype would round positions by 2e-3, and every number would still be finite."""
     made, real = [], model_module.rope_tables
-    monkeypatch.setattr(model_module, "rope_tables", lambda *arguments: made.append(real(*arguments)) or made[-1])
+    monkeypatch.setattr(
+        model_module, "rope_tables", lambda *arguments: made.append(real(*arguments)) or made[-1]
+    )
     random_model(tiny_config(), dtype=torch.bfloat16)(torch.tensor([[1, 2, 3]]))
-    (cos, sin), = made
+    ((cos, sin),) = made
     assert cos.dtype == sin.dtype == torch.float32
 
 
@@ -135,7 +162,10 @@ def test_half_precision_logits_are_drawn_from_in_float32():
     """P14: as if they had been float32, noise included: a bfloat16 probability has 8 bits."""
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
     for settings in ((1.0, 0, 1.0), (0.7, 50, 1.0), (1.3, 0, 0.9)):
-        half, full = (sample(given, *settings, generator=torch.Generator().manual_seed(1)) for given in (logits, logits.float()))
+        half, full = (
+            sample(given, *settings, generator=torch.Generator().manual_seed(1))
+            for given in (logits, logits.float())
+        )
         assert torch.equal(half, full)
 
 
@@ -143,9 +173,17 @@ def test_temperatures_beyond_float32_draw_as_they_should():
     """P2: 1e-300 is 0 there and 1e300 infinite, and 0 / 0 and -inf / inf are NaN, of which argmax takes the first: id 0, which one draw can well be."""
     logits, banned = torch.tensor([[1.0, 9.0, 3.0]]).expand(1000, 3), torch.tensor([1])
     for temperature in (1e-40, 1e-46, 1e-300, 5e-324):
-        assert set(sample(logits, temperature).tolist()) == {1} and set(sample(logits, temperature, banned_ids=banned).tolist()) == {2}
+        assert set(sample(logits, temperature).tolist()) == {1} and set(
+            sample(logits, temperature, banned_ids=banned).tolist()
+        ) == {2}
     for temperature in (1e30, 1e39, 1e300):
-        counts = sample(logits, temperature, banned_ids=banned, generator=torch.Generator().manual_seed(0)).bincount(minlength=3).tolist()
+        counts = (
+            sample(
+                logits, temperature, banned_ids=banned, generator=torch.Generator().manual_seed(0)
+            )
+            .bincount(minlength=3)
+            .tolist()
+        )
         assert counts[1] == 0 and min(counts[0], counts[2]) > 400
 
 
@@ -167,7 +205,10 @@ def test_what_a_bad_answer_left_behind_a_shorter_text_counts_for_nothing():
         list(generate_texts(decoder, texts, [[1, 2, 7, 3, 4, 5, 6, 1], [1]], 5, temperature=0))
     drawn = list(generate_texts(decoder, texts, [[1], [3] * 12], 3, temperature=0, banned_ids=[7]))
     for row, prompt in enumerate(([1], [3] * 12)):
-        assert [step[row][1] for step in drawn] == [i.item() for i in generate(model, torch.tensor([prompt]), 3, temperature=0, banned_ids=[7])]
+        assert [step[row][1] for step in drawn] == [
+            i.item()
+            for i in generate(model, torch.tensor([prompt]), 3, temperature=0, banned_ids=[7])
+        ]
 
 
 @pytest.mark.parametrize("chunk", [1, 12])
@@ -191,8 +232,22 @@ def fit(model, steps: int, loss_fn=train.next_token_loss, **more):
     records, inputs = [], torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(0))
     on_log = more.pop("on_log", lambda record: None)
     fields = ("log_interval", "save_interval", "val_interval")
-    config = TrainConfig(batch_size=2, grad_accum=2, max_steps=steps, warmup_steps=0, device="cpu", **{name: more.pop(name) for name in fields if name in more})
-    state = train.fit(model, Fixed(inputs, inputs.roll(1, 1), 2), config, loss_fn, on_log=lambda record: (records.append(record), on_log(record)), **more)
+    config = TrainConfig(
+        batch_size=2,
+        grad_accum=2,
+        max_steps=steps,
+        warmup_steps=0,
+        device="cpu",
+        **{name: more.pop(name) for name in fields if name in more},
+    )
+    state = train.fit(
+        model,
+        Fixed(inputs, inputs.roll(1, 1), 2),
+        config,
+        loss_fn,
+        on_log=lambda record: (records.append(record), on_log(record)),
+        **more,
+    )
     return state, records
 
 
@@ -201,7 +256,9 @@ def test_the_logged_loss_is_the_cross_entropy_alone():
     model = random_model(tiny_config(aux_loss_coef=1.0, z_loss_coef=1.0))
     inputs = torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(model(inputs).logits.double().flatten(0, 1), inputs.roll(1, 1).flatten()).item()
+        expected = torch.nn.functional.cross_entropy(
+            model(inputs).logits.double().flatten(0, 1), inputs.roll(1, 1).flatten()
+        ).item()
     _, (record, *_) = fit(model, 1)
     assert record["loss"] == pytest.approx(expected, rel=1e-5) and record["aux_loss"] > 1
 
@@ -211,7 +268,9 @@ def test_a_skipped_step_moves_no_selection_bias():
     model = random_model(tiny_config(router_bias_rate=0.5))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     state, _ = fit(model, 3, poisoned(set(range(6)), "loss"))
-    assert state.skipped_steps == 3 and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert state.skipped_steps == 3 and all(
+        torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()
+    )
     fit(model, 1)
     assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
@@ -229,12 +288,32 @@ def test_speed_excludes_validation_and_saving(monkeypatch):
         return train.next_token_loss(model, batch)
 
     validation = [(torch.ones(1, 12, dtype=torch.int64),) * 2] * 2
-    state, records = fit(model, 6, loss, log_interval=2, val_interval=1, save_interval=3, val_batches=validation, on_log=lambda record: later(3600), on_save=lambda *_: later(3600))
+    state, records = fit(
+        model,
+        6,
+        loss,
+        log_interval=2,
+        val_interval=1,
+        save_interval=3,
+        val_batches=validation,
+        on_log=lambda record: later(3600),
+        on_save=lambda *_: later(3600),
+    )
     assert state.train_seconds == 6 * 2 and now[0] > 10 * 3600
-    assert [r["tokens_per_sec"] for r in records if r["kind"] == "train"] == pytest.approx([24.0] * 3)
+    assert [r["tokens_per_sec"] for r in records if r["kind"] == "train"] == pytest.approx(
+        [24.0] * 3
+    )
 
 
-@pytest.mark.parametrize("number", [s for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if (s := getattr(signal, name, None))], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        s
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+        if (s := getattr(signal, name, None))
+    ],
+    ids=lambda number: number.name,
+)
 def test_every_polite_signal_is_a_wish_to_stop(monkeypatch, number):
     monkeypatch.setattr(train.os, "write", lambda *_: None)
     before = signal.getsignal(number)
@@ -258,7 +337,7 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
     """The checkpoint that a signal asked for is one of the bad stretch: a resume begins there, a rollback must not."""
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
     monkeypatch.setattr(train, "draw_plots", lambda *_: None)
-    poison(monkeypatch, range(10, 26))       # steps 6 to 13 of 2 micro-batches
+    poison(monkeypatch, range(10, 26))  # steps 6 to 13 of 2 micro-batches
     run, steps = Run(data, tmp_path), []
 
     def requested(self):
@@ -273,9 +352,16 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
     stopped = run.final()
     assert stopped.step == 8 and stopped.run["skipped_in_a_row"] == 3
     assert run("--resume", fresh=False) == 0
-    assert "back to step 5, and on behind the data met since (rollback 1 of at most 2)" in capsys.readouterr().out
+    assert (
+        "back to step 5, and on behind the data met since (rollback 1 of at most 2)"
+        in capsys.readouterr().out
+    )
     final = run.final()
-    assert final.step == 16 and final.run["rollbacks"] == 1 and final.run["samples_seen"] >= (16 + 12 - 5) * 4 - 4
+    assert (
+        final.step == 16
+        and final.run["rollbacks"] == 1
+        and final.run["samples_seen"] >= (16 + 12 - 5) * 4 - 4
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- ... data and prediction
@@ -294,20 +380,36 @@ def test_training_reads_no_damaged_shard(tmp_path):
 def test_holes_of_a_vocabulary_are_banned(tmp_path, monkeypatch):
     """P1: o200k_base has 19; here, where that file may not be, they are made up. The model wants nothing else."""
     monkeypatch.setattr(Tokenizer, "undecodable_ids", [65, 66])
-    predictor, config = predictor_of(save(tmp_path, biased_model(biases={65: 90.0, 66: 95.0})), max_new_tokens=20, temperature=5.0, top_k=0)
+    predictor, config = predictor_of(
+        save(tmp_path, biased_model(biases={65: 90.0, 66: 95.0})),
+        max_new_tokens=20,
+        temperature=5.0,
+        top_k=0,
+    )
     assert predictor.banned_ids == [65, 66, 257, 258, 259]
     assert not set("AB") & set("".join(predictor.stream("x", config)))
 
 
 def test_many_answers_move_no_terminal_either(tmp_path, monkeypatch, capsys):
     """S1: one answer's control characters are tested elsewhere; those of many are shown by another function."""
+
     def fake(decoder, texts, prompts, max_new_tokens, finished, **settings):
         yield from ([(row, token) for row in range(len(prompts))] for token in b"\x1b[31m")
         finished.update(range(len(prompts)))
         yield [(row, ord(".")) for row in range(len(prompts))]
 
     monkeypatch.setattr(predict, "generate", fake)
-    argv = ["--ckpt", save(tmp_path, biased_model()), "--prompt", "\x07", "--num_samples", "2", "--device", "cpu", "--quiet"]
+    argv = [
+        "--ckpt",
+        save(tmp_path, biased_model()),
+        "--prompt",
+        "\x07",
+        "--num_samples",
+        "2",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     predict.main(argv)
     assert capsys.readouterr().out == "\x07\x1b[31m.\n\n\x07\x1b[31m.\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

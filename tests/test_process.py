@@ -1,4 +1,5 @@
 """What a process sets for itself: spinning, malloc, cores."""
+
 from __future__ import annotations
 
 import os
@@ -15,7 +16,9 @@ from tests.conftest import REPO
 
 def python(code: str, **environment: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | environment
-    return subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_train_sets_the_spin_count_before_torch_is_loaded():
@@ -33,7 +36,10 @@ builtins.__import__ = watching
 import train
 """
     assert python(code).split() == ["seen", process.SPIN_COUNT]
-    assert python(code, GOMP_SPINCOUNT="7").split() == ["seen", "7"]  # a setting that is there stays
+    assert python(code, GOMP_SPINCOUNT="7").split() == [
+        "seen",
+        "7",
+    ]  # a setting that is there stays
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
@@ -58,17 +64,36 @@ for _ in range(4):
     use()
 print(faults() - before)
 """
-    asked = [int(subprocess.run([sys.executable, "-c", code, *flags], cwd=REPO, capture_output=True, text=True, check=True).stdout) for flags in ([], ["keep"])]
+    asked = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, *flags],
+                cwd=REPO,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for flags in ([], ["keep"])
+    ]
     if asked[0] < 1000:
         pytest.skip("this system maps large pages, or its malloc is not glibc's")
     assert asked[1] < 0.1 * asked[0]
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({}, 64), ({"cpu.max": "max 100000"}, 64), ({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "50000 100000"}, 1),
-    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64), ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
-    ({"cpu.max": "damaged"}, 64), ({"cpu.max": "100000 0"}, 64),
-])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, 64),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu.max": "damaged"}, 64),
+        ({"cpu.max": "100000 0"}, 64),
+    ],
+)
 def test_cores_are_no_more_than_the_container_s_quota(tmp_path, monkeypatch, files, expected):
     """A container with two of 64 cores would otherwise get 64 threads that wait for each other."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)

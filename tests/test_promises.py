@@ -1,4 +1,5 @@
 """Every promise of tests/promises, with its counts for every push and for the night. That each can be broken is in test_promises_*.py."""
+
 import os
 
 import pytest
@@ -6,8 +7,17 @@ import pytest
 from benchmarks.reliability import promises
 from tests.promises import runs
 
-PROMISES = [pytest.param(p, id=f"{p.number}-{p.run.__name__}", marks=pytest.mark.skipif(p in runs.PROMISES and not hasattr(os, "fork"), reason="the runs are children of a fork server"))
-            for p in promises()]
+PROMISES = [
+    pytest.param(
+        p,
+        id=f"{p.number}-{p.run.__name__}",
+        marks=pytest.mark.skipif(
+            p in runs.PROMISES and not hasattr(os, "fork"),
+            reason="the runs are children of a fork server",
+        ),
+    )
+    for p in promises()
+]
 
 
 @pytest.mark.parametrize("promise", PROMISES)

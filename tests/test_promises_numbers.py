@@ -1,4 +1,5 @@
 """That the promises of tests/promises/numbers.py can be broken."""
+
 import torch
 
 import train
@@ -6,7 +7,11 @@ from tests.promises import numbers
 
 
 def test_a_step_that_is_taken_all_the_same_is_noticed(monkeypatch):
-    monkeypatch.setattr(train.torch, "isfinite", lambda t, real=torch.isfinite: real(torch.zeros_like(t)) if t.dim() == 0 else real(t))
+    monkeypatch.setattr(
+        train.torch,
+        "isfinite",
+        lambda t, real=torch.isfinite: real(torch.zeros_like(t)) if t.dim() == 0 else real(t),
+    )
     assert numbers.not_finite(3).held < 3
 
 

@@ -1,4 +1,5 @@
 """That the promise of tests/promises/published.py can be broken."""
+
 import torch
 
 import runtime.huggingface
@@ -7,15 +8,20 @@ from tests.promises import published
 
 def test_an_export_that_is_another_function_is_noticed(monkeypatch):
     """Gate and up change places on the way out and on the way in: a round trip alone would not see it."""
-    other = {name: family._replace(gate=family.up, up=family.gate) for name, family in runtime.huggingface.FAMILIES.items()}
+    other = {
+        name: family._replace(gate=family.up, up=family.gate)
+        for name, family in runtime.huggingface.FAMILIES.items()
+    }
     monkeypatch.setattr(runtime.huggingface, "FAMILIES", other)
     tally = published.same_function(6)
-    assert tally.held == 2 and tally.tried == 6   # gpt-oss's experts are stacked
+    assert tally.held == 2 and tally.tried == 6  # gpt-oss's experts are stacked
 
 
 def test_a_bit_that_gets_lost_is_noticed(monkeypatch):
     real = published.import_tensor
-    monkeypatch.setattr(published, "import_tensor", lambda *given: real(*given).to(torch.bfloat16).float())
+    monkeypatch.setattr(
+        published, "import_tensor", lambda *given: real(*given).to(torch.bfloat16).float()
+    )
     assert published.same_function(3).held == 0
 
 

@@ -1,4 +1,5 @@
 """That the promises of tests/promises/wrongness.py can be broken."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -19,21 +20,29 @@ from tests.promises import wrongness
 # ------------------------------------------------------------------------------------------------- they notice what they are for
 def broken(tally, words: str) -> None:
     """The tally has failures, and one says so."""
-    assert tally.tried - tally.held > 0 and any(words in failure for failure in tally.failures), tally
+    assert tally.tried - tally.held > 0 and any(words in failure for failure in tally.failures), (
+        tally
+    )
     with pytest.raises(AssertionError):
         tally.check()
 
 
-@pytest.mark.parametrize("owner, name, fake, count, words", [
-    (checkpoint, "_digests", lambda *_: {}, 28, "checkpoint bit"),
-    (data.TokenShards, "verify", lambda self: None, 28, "shard bit"),
-    (MetricsLog, "_second_copy", lambda self: {}, 112, "metrics bit"),
-], ids=["no digests", "no verification", "no second copy"])
+@pytest.mark.parametrize(
+    "owner, name, fake, count, words",
+    [
+        (checkpoint, "_digests", lambda *_: {}, 28, "checkpoint bit"),
+        (data.TokenShards, "verify", lambda self: None, 28, "shard bit"),
+        (MetricsLog, "_second_copy", lambda self: {}, 112, "metrics bit"),
+    ],
+    ids=["no digests", "no verification", "no second copy"],
+)
 def test_unchecked_files_are_found_silently_wrong(owner, name, fake, count, words):
     with mock.patch.object(owner, name, fake):
         tally = wrongness.corruption(count)
     broken(tally, words)
-    assert any("silently wrong" in failure or "nobody measured" in failure for failure in tally.failures)
+    assert any(
+        "silently wrong" in failure or "nobody measured" in failure for failure in tally.failures
+    )
 
 
 def test_a_fallback_without_a_word_is_found():
@@ -89,7 +98,9 @@ def test_a_validation_that_draws_random_numbers_is_found():
 
 def test_tokens_that_are_never_used_are_found():
     """The reference's windows: whole ones only, and none that crosses the end."""
-    with mock.patch.object(data, "count_windows", lambda shards, context: max(1, (shards.num_tokens - 1) // context)):
+    with mock.patch.object(
+        data, "count_windows", lambda shards, context: max(1, (shards.num_tokens - 1) // context)
+    ):
         broken(wrongness.every_token_once(10), "are never a target")
 
 
@@ -104,12 +115,21 @@ def test_a_traceback_is_found():
 
 
 def test_a_flag_that_is_ignored_is_found():
-    with mock.patch("config_model.check_fields", lambda config: None), mock.patch.object(predict, "check_fields", lambda config: None):
+    with (
+        mock.patch("config_model.check_fields", lambda config: None),
+        mock.patch.object(predict, "check_fields", lambda config: None),
+    ):
         broken(wrongness.flags(60), "accepted: its work began")
 
 
 def test_a_connection_is_found():
-    broken(wrongness.alone(17, "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', 80))\nsys.exit()"), "a look-up: socket.getaddrinfo")
+    broken(
+        wrongness.alone(
+            17,
+            "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', 80))\nsys.exit()",
+        ),
+        "a look-up: socket.getaddrinfo",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- what they have found
@@ -129,8 +149,14 @@ def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"4.95", b"4.99"))
     log = MetricsLog(tmp_path, resume_step=40, run_info={"run_id": "a"})
     assert log.records() == [records[0], records[1], records[3]]
-    assert "line 3: not what metrics.json has of step 30" in log.messages[0] and "metrics-damaged-1.jsonl; 3 records of it kept" in log.messages[0]
-    assert json.loads((tmp_path / "metrics.json").read_text())["train"] == log.records() and (tmp_path / "metrics-damaged-1.json").exists()
+    assert (
+        "line 3: not what metrics.json has of step 30" in log.messages[0]
+        and "metrics-damaged-1.jsonl; 3 records of it kept" in log.messages[0]
+    )
+    assert (
+        json.loads((tmp_path / "metrics.json").read_text())["train"] == log.records()
+        and (tmp_path / "metrics-damaged-1.json").exists()
+    )
 
 
 def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
@@ -138,9 +164,17 @@ def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0].replace(b'"step":10', b'"step":11') + lines[1].replace(b"{", b"[") + lines[2] + lines[3][:20])
+    path.write_bytes(
+        lines[0].replace(b'"step":10', b'"step":11')
+        + lines[1].replace(b"{", b"[")
+        + lines[2]
+        + lines[3][:20]
+    )
     log = MetricsLog(tmp_path, resume_step=40, run_info={"run_id": "a"})
-    assert log.records() == records and log.messages[-1] == f"3 records that {path} no longer has put back from metrics.json"
+    assert (
+        log.records() == records
+        and log.messages[-1] == f"3 records that {path} no longer has put back from metrics.json"
+    )
     log.append({"step": 50, "kind": "train", "loss": 1.0})
     assert [r["step"] for r in read_records(path)] == [10, 20, 30, 40, 50]
 
@@ -155,8 +189,11 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
         if resume == 40:
             assert not log.messages
         elif steps[-1] == 40:
-            log.write_json()   # as a checkpoint at 40 does
-    assert [r["step"] for r in log.records()] == [10, 20, 30, 40, 50] and metrics.KINDS == ("train", "val")
+            log.write_json()  # as a checkpoint at 40 does
+    assert [r["step"] for r in log.records()] == [10, 20, 30, 40, 50] and metrics.KINDS == (
+        "train",
+        "val",
+    )
 
 
 def test_what_the_weights_are_may_be_said_again(tmp_path):
@@ -165,5 +202,24 @@ def test_what_the_weights_are_may_be_said_again(tmp_path):
     model = test_predict.biased_model(vocabulary_size=257)
     with wrongness.folder() as at:
         path, data_dir = test_predict.save(at / "ckpt", model), wrongness._byte_data(at)
-        given = ["--init_from", path, "--data_dir", str(data_dir), "--ckpt_dir", str(at / "new"), "--d_model", "32", "--num_heads", "4", "--num_kv_heads", "2", "--head_dim", "8", "--top_k", "1"]
-        assert train.make_plan(test_train._settings(*given)).model_config == dataclasses.replace(model.config, top_k=1)
+        given = [
+            "--init_from",
+            path,
+            "--data_dir",
+            str(data_dir),
+            "--ckpt_dir",
+            str(at / "new"),
+            "--d_model",
+            "32",
+            "--num_heads",
+            "4",
+            "--num_kv_heads",
+            "2",
+            "--head_dim",
+            "8",
+            "--top_k",
+            "1",
+        ]
+        assert train.make_plan(test_train._settings(*given)).model_config == dataclasses.replace(
+            model.config, top_k=1
+        )

@@ -1,4 +1,5 @@
 """What the README says is checked where it can be: tables, flags, files."""
+
 import importlib
 import re
 
@@ -18,7 +19,11 @@ COMMANDS = re.findall(r"^(?:python3?|make) .*$", README, re.MULTILINE)
 
 
 def between(name: str) -> str:
-    return re.search(rf"<!-- {name}\b.*?-->\n(.*?)<!-- /{name} -->", README, re.DOTALL).group(1).strip()
+    return (
+        re.search(rf"<!-- {name}\b.*?-->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
+        .group(1)
+        .strip()
+    )
 
 
 def test_the_preset_table_is_computed():
@@ -28,18 +33,32 @@ def test_the_preset_table_is_computed():
 
 def test_the_speeds_are_the_stored_ones():
     """Run `python -m benchmarks.tables` if this fails."""
-    assert between("training speed") == tables.training_table() and between("allocator") == tables.allocator_line() and between("sinks") == tables.sinks_line()
-    assert between("speed") == tables.speed_table() and between("decoding") == tables.decoding_table() and between("launch") == tables.launch_line()
+    assert (
+        between("training speed") == tables.training_table()
+        and between("allocator") == tables.allocator_line()
+        and between("sinks") == tables.sinks_line()
+    )
+    assert (
+        between("speed") == tables.speed_table()
+        and between("decoding") == tables.decoding_table()
+        and between("launch") == tables.launch_line()
+    )
     assert between("reliability") == tables.reliability_table()
-    assert between("exports") == tables.exports_table() and between("export sizes") == tables.export_sizes_table() and between("llama.cpp") == tables.llama_cpp_table()
+    assert (
+        between("exports") == tables.exports_table()
+        and between("export sizes") == tables.export_sizes_table()
+        and between("llama.cpp") == tables.llama_cpp_table()
+    )
 
 
 def test_the_mutants_it_counts_are_those_there_are():
     """The README said 203 of 203 when there were 217: the stored run was of an older list."""
     result = tables.stored("mutants")
     tried = [(one["id"], one["what"]) for one in result["mutants"] if one["caught"]]
-    stale = "run `python -m tests.mutants`, then `python -m benchmarks.tables`: " \
-            "benchmarks/results/mutants.json or README.md is of another list of mutants"
+    stale = (
+        "run `python -m tests.mutants`, then `python -m benchmarks.tables`: "
+        "benchmarks/results/mutants.json or README.md is of another list of mutants"
+    )
     assert result["made"] == result["caught"] == len(MUTANTS), stale
     assert tried == [(name, one.what) for name, one in zip(names(), MUTANTS, strict=True)], stale
     counts = re.findall(r"Mutants: (\d+) of (\d+) caught", README)
@@ -75,7 +94,9 @@ def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch, ca
         parser = cli.parser("")
         parser.add_argument("--prompt")
         cli.add_fields(parser, PredictConfig)
-        given = vars(parser.parse_args(re.findall(r"(?:\"[^\"]*\"|\S)+", re.sub(r"\s+#.*", "", command))[2:]))
+        given = vars(
+            parser.parse_args(re.findall(r"(?:\"[^\"]*\"|\S)+", re.sub(r"\s+#.*", "", command))[2:])
+        )
         PredictConfig(**{k: v for k, v in given.items() if k != "prompt"})
     elif script.startswith("scripts."):
         with pytest.raises(SystemExit):

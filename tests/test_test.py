@@ -1,4 +1,5 @@
 """test.py, the size report: its numbers against the module's own, and where they come from."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -8,7 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import test as script
-from config_model import PRESETS, ModelConfig, TrainConfig, active_parameters, flops_per_token, total_parameters
+from config_model import (
+    PRESETS,
+    ModelConfig,
+    TrainConfig,
+    active_parameters,
+    flops_per_token,
+    total_parameters,
+)
 from model import LLM
 from model_parts import KVCache
 from runtime.checkpoint import read_config, save_checkpoint
@@ -22,10 +30,15 @@ from tests.util import tiny_config
 @pytest.fixture
 def report(capsys):
     """Runs test.py's main; gives its lines by their first words (two blanks or more end them)."""
+
     def run(*argv) -> dict[str, list[str]]:
         assert script.main(list(map(str, argv))) == 0
         lines = [line for line in capsys.readouterr().out.splitlines() if line]
-        return {line.split("  ")[0]: [word.strip() for word in line.split("  ")[1:] if word.strip()] for line in lines}
+        return {
+            line.split("  ")[0]: [word.strip() for word in line.split("  ")[1:] if word.strip()]
+            for line in lines
+        }
+
     return run
 
 
@@ -34,17 +47,35 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
     with torch.device("meta"):
         model = LLM(config)
     total = sum(p.numel() for p in model.parameters())
-    parts = [int(values[0].replace(",", "")) for name, values in list(lines.items())[1:list(lines).index("total")]]
+    parts = [
+        int(values[0].replace(",", ""))
+        for name, values in list(lines.items())[1 : list(lines).index("total")]
+    ]
     assert sum(parts) == total == int(lines["total"][0].replace(",", ""))
     assert lines["active per token"][0] == f"{active_parameters(config):,}"
     forward = flops_per_token(config)
-    assert f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training" in lines
+    assert (
+        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training"
+        in lines
+    )
     assert lines["weights"] == [human_bytes(4 * total), human_bytes(2 * total)]
     for where, on_gpu in (("GPU", True), ("CPU", False)):
-        needed = [human_bytes(sum(training_memory_bytes(config, TrainConfig(batch_size=batch_size, **train), b, on_gpu).values())) for b in (4, 2)]
+        needed = [
+            human_bytes(
+                sum(
+                    training_memory_bytes(
+                        config, TrainConfig(batch_size=batch_size, **train), b, on_gpu
+                    ).values()
+                )
+            )
+            for b in (4, 2)
+        ]
         assert lines[f"training, {where}, {batch_size} x {config.context_length}"] == needed
     for column, dtype in enumerate((torch.float32, torch.bfloat16)):  # what a cache really holds
-        one, full = (KVCache(config, 1, tokens, dtype, "meta").num_bytes() for tokens in (1, config.context_length))
+        one, full = (
+            KVCache(config, 1, tokens, dtype, "meta").num_bytes()
+            for tokens in (1, config.context_length)
+        )
         assert lines["KV cache per token"][column] == human_bytes(one)
         assert lines["KV cache, full context"][column] == human_bytes(full)
 
@@ -55,7 +86,10 @@ def test_the_default_is_the_published_model_and_its_table_is_named(report):
     assert lines["total"] == ["3,664,132,435"]
     assert "2.05 B + 1.61 B position table; see --preset gptoss-modern" in lines
     assert lines["attention bias table"] == ["1,610,612,736", "44.0%"]
-    assert lines["KV cache per token"] == ["24.0 KiB", "12.0 KiB"]  # 2 x 12 blocks x 8 heads x 32 features x 4 bytes
+    assert lines["KV cache per token"] == [
+        "24.0 KiB",
+        "12.0 KiB",
+    ]  # 2 x 12 blocks x 8 heads x 32 features x 4 bytes
     check(lines, ModelConfig(), TrainConfig().batch_size)
     assert report("--preset", "gptoss") == lines
 
@@ -68,19 +102,41 @@ def test_every_preset(report, name):
     assert any("position table" in line for line in lines) == config.use_attention_bias
 
 
-@pytest.mark.parametrize("changes", [dict(sliding_window=8), dict(sliding_window=8, window_pattern="alternating", transformer_blocks=3), dict(sliding_window=1000),
-                                     dict(use_attention_bias=True, tie_embeddings=True), dict(num_experts=1, top_k=1)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(sliding_window=8),
+        dict(sliding_window=8, window_pattern="alternating", transformer_blocks=3),
+        dict(sliding_window=1000),
+        dict(use_attention_bias=True, tie_embeddings=True),
+        dict(num_experts=1, top_k=1),
+    ],
+)
 def test_windows_and_options_count_as_the_cache_and_the_module_do(report, changes):
     config = tiny_config(**changes)
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    given = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default
+    }
     check(report(*as_flags(given), "--batch_size", 3), config, 3)
-    check(report(*as_flags(given), "--batch_size", 3, "--optimizer", "muon", "--activation_checkpointing"), config, 3, optimizer="muon", activation_checkpointing=True)
+    check(
+        report(
+            *as_flags(given), "--batch_size", 3, "--optimizer", "muon", "--activation_checkpointing"
+        ),
+        config,
+        3,
+        optimizer="muon",
+        activation_checkpointing=True,
+    )
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
 def test_every_model_flag_reaches_the_report(monkeypatch, name):
     seen = []
-    monkeypatch.setattr(script, "report", lambda config, train: seen.append((config, train.batch_size)) or [])
+    monkeypatch.setattr(
+        script, "report", lambda config, train: seen.append((config, train.batch_size)) or []
+    )
     value = other_value(ModelConfig, name)
     assert script.main(as_flags(NEEDS.get(name, {}) | {name: value, "batch_size": 7})) == 0
     assert getattr(seen[0][0], name) == value and seen[0][1] == 7
@@ -88,7 +144,9 @@ def test_every_model_flag_reaches_the_report(monkeypatch, name):
 
 def test_a_toml_file_of_a_run_is_read(report, tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text("[model]\nd_model = 64\nnum_heads = 4\nnum_kv_heads = 2\nuse_attention_bias = false\n[train]\nbatch_size = 5\nlr = 0.1\n")
+    path.write_text(
+        "[model]\nd_model = 64\nnum_heads = 4\nnum_kv_heads = 2\nuse_attention_bias = false\n[train]\nbatch_size = 5\nlr = 0.1\n"
+    )
     config = ModelConfig(d_model=64, num_heads=4, num_kv_heads=2, use_attention_bias=False)
     check(report("--config", path), config, 5)
     check(report("--config", path, "--batch_size", 6), config, 6)
@@ -97,7 +155,14 @@ def test_a_toml_file_of_a_run_is_read(report, tmp_path):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("ckpt"), 3, LLM(tiny_config(sliding_window=8)), None, train_config=TrainConfig(), tokenizer_state=None)
+    return save_checkpoint(
+        tmp_path_factory.mktemp("ckpt"),
+        3,
+        LLM(tiny_config(sliding_window=8)),
+        None,
+        train_config=TrainConfig(),
+        tokenizer_state=None,
+    )
 
 
 def test_a_checkpoint_of_ours_says_what_it_is(report, checkpoint):
@@ -111,20 +176,30 @@ def test_a_checkpoint_of_the_reference_says_what_it_is(report, shared_dir, name)
     lines = report("--ckpt", path)
     check(lines, read_config(path), 2)
     model = torch.load(path, weights_only=True)["model"]
-    assert int(lines["total"][0].replace(",", "")) == sum(t.numel() for name, t in model.items() if not name.endswith("_cached"))
+    assert int(lines["total"][0].replace(",", "")) == sum(
+        t.numel() for name, t in model.items() if not name.endswith("_cached")
+    )
 
 
-@pytest.mark.parametrize("argv", [["--preset", "nano"], ["--d_model", "64"], ["--no-use_rope"], ["--config", "run.toml"]])
+@pytest.mark.parametrize(
+    "argv", [["--preset", "nano"], ["--d_model", "64"], ["--no-use_rope"], ["--config", "run.toml"]]
+)
 def test_a_checkpoint_with_other_settings_is_refused(checkpoint, tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text("[model]\nd_model = 64\n")
-    with pytest.raises(ValueError, match="--ckpt says what the model is: leave out --preset and the model's flags"):
+    with pytest.raises(
+        ValueError, match="--ckpt says what the model is: leave out --preset and the model's flags"
+    ):
         script.main(["--ckpt", str(checkpoint), *argv])
 
 
 def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"no checkpoint")
-    for path, message in ((tmp_path, "is a directory"), (tmp_path / "y.pt", "no such file"), (tmp_path / "x.pt", "not a checkpoint")):
+    for path, message in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "y.pt", "no such file"),
+        (tmp_path / "x.pt", "not a checkpoint"),
+    ):
         with pytest.raises(ValueError, match=message):
             script.main(["--ckpt", str(path)])
 
@@ -136,7 +211,11 @@ def test_an_empty_name_is_not_ignored():
 
 
 def test_models_that_cannot_be_are_one_line():
-    for argv, message in ((["--num_heads", "7"], "d_model 1024 is not divisible by num_heads 7"), (["--top_k", "99"], "top_k 99 must not exceed"), (["--batch_size", "0"], "batch_size must be")):
+    for argv, message in (
+        (["--num_heads", "7"], "d_model 1024 is not divisible by num_heads 7"),
+        (["--top_k", "99"], "top_k 99 must not exceed"),
+        (["--batch_size", "0"], "batch_size must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             script.main(argv)
 
@@ -149,14 +228,42 @@ def test_no_parameter_is_ever_made(report):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            real.extend(t.nbytes for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor) and not t.is_meta)
+            real.extend(
+                t.nbytes
+                for t in (out if isinstance(out, (tuple, list)) else [out])
+                if isinstance(t, torch.Tensor) and not t.is_meta
+            )
             return out
 
     before = peak_memory_bytes(torch.device("cpu"))
     with Watch():
         report()
-        lines = report("--transformer_blocks", 64, "--num_experts", 128, "--d_model", 8192, "--d_ff", 8192, "--num_heads", 64, "--no-use_attention_bias")
-    assert int(lines["total"][0].replace(",", "")) == total_parameters(
-        ModelConfig(transformer_blocks=64, num_experts=128, d_model=8192, d_ff=8192, num_heads=64, use_attention_bias=False)) > 1e12
+        lines = report(
+            "--transformer_blocks",
+            64,
+            "--num_experts",
+            128,
+            "--d_model",
+            8192,
+            "--d_ff",
+            8192,
+            "--num_heads",
+            64,
+            "--no-use_attention_bias",
+        )
+    assert (
+        int(lines["total"][0].replace(",", ""))
+        == total_parameters(
+            ModelConfig(
+                transformer_blocks=64,
+                num_experts=128,
+                d_model=8192,
+                d_ff=8192,
+                num_heads=64,
+                use_attention_bias=False,
+            )
+        )
+        > 1e12
+    )
     assert max(real, default=0) <= 4096
     assert before is None or peak_memory_bytes(torch.device("cpu")) - before < 100 << 20

@@ -1,4 +1,5 @@
 """Training: the step, the schedule, resuming, stopping, refusing."""
+
 import dataclasses
 import json
 import math
@@ -29,10 +30,48 @@ from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding, size_of
 from tests.util import random_model, tiny_config
 
-MODEL = ["--d_model", "16", "--transformer_blocks", "1", "--num_heads", "2", "--num_kv_heads", "1", "--d_ff", "16", "--num_experts", "4",
-         "--context_length", "16", "--expert_activation", "swiglu"]
-SPEED = ["--batch_size", "2", "--grad_accum", "2", "--warmup_steps", "3", "--lr", "1e-2", "--min_lr", "1e-3", "--log_interval", "2",
-         "--val_interval", "4", "--val_steps", "2", "--save_interval", "1000", "--device", "cpu", "--dtype", "float32"]
+MODEL = [
+    "--d_model",
+    "16",
+    "--transformer_blocks",
+    "1",
+    "--num_heads",
+    "2",
+    "--num_kv_heads",
+    "1",
+    "--d_ff",
+    "16",
+    "--num_experts",
+    "4",
+    "--context_length",
+    "16",
+    "--expert_activation",
+    "swiglu",
+]
+SPEED = [
+    "--batch_size",
+    "2",
+    "--grad_accum",
+    "2",
+    "--warmup_steps",
+    "3",
+    "--lr",
+    "1e-2",
+    "--min_lr",
+    "1e-3",
+    "--log_interval",
+    "2",
+    "--val_interval",
+    "4",
+    "--val_steps",
+    "2",
+    "--save_interval",
+    "1000",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+]
 
 
 def write_text(path: Path, seed: int, documents: int = 60) -> Path:
@@ -54,8 +93,20 @@ def write_text(path: Path, seed: int, documents: int = 60) -> Path:
 def data(tmp_path_factory) -> Path:
     """A folder with prepared byte shards."""
     folder = tmp_path_factory.mktemp("data")
-    code = prepare_data.main(["--files", str(write_text(folder / "t.jsonl", 0)), "--val_files", str(write_text(folder / "v.jsonl", 1, 20)), "--tokenizer", "byte",
-                              "--out_dir", str(folder / "set"), "--num_proc", "1"])
+    code = prepare_data.main(
+        [
+            "--files",
+            str(write_text(folder / "t.jsonl", 0)),
+            "--val_files",
+            str(write_text(folder / "v.jsonl", 1, 20)),
+            "--tokenizer",
+            "byte",
+            "--out_dir",
+            str(folder / "set"),
+            "--num_proc",
+            "1",
+        ]
+    )
     assert not code
     return folder / "set"
 
@@ -65,18 +116,30 @@ class Run:
 
     def __init__(self, data: Path, folder: Path):
         self.ckpt_dir, self.graph_dir = folder / "ckpt", folder / "graphs"
-        self.folders = ["--data_dir", str(data), "--ckpt_dir", str(self.ckpt_dir), "--graph_dir", str(self.graph_dir)]
+        self.folders = [
+            "--data_dir",
+            str(data),
+            "--ckpt_dir",
+            str(self.ckpt_dir),
+            "--graph_dir",
+            str(self.graph_dir),
+        ]
 
     def __call__(self, *flags: str, fresh: bool = True) -> int:
         return train.main([*(MODEL + SPEED if fresh else []), *self.folders, *map(str, flags)])
 
     def final(self):
         checkpoint = read_checkpoint(self.ckpt_dir / "latest.pt", optimizer=True)
-        copies = [{n: t.clone() for n, t in group.items()} for group in (checkpoint.model, checkpoint.optimizer)]  # the file may change below a map
+        copies = [
+            {n: t.clone() for n, t in group.items()}
+            for group in (checkpoint.model, checkpoint.optimizer)
+        ]  # the file may change below a map
         return dataclasses.replace(checkpoint, model=copies[0], optimizer=copies[1])
 
     def records(self) -> list[dict]:
-        return [json.loads(line) for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()
+        ]
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +148,7 @@ def one_plot(monkeypatch):
 
     `straight` is made before and draws them all, as programs in processes of their own do.
     """
+
     def draw_loss(records, folder, step):
         return draw_plots(records, folder, step, ["loss"])
 
@@ -101,27 +165,45 @@ def assert_same(a, b) -> None:
     assert a.model.keys() == b.model.keys() and a.optimizer.keys() == b.optimizer.keys()
     assert all(torch.equal(a.model[n], b.model[n]) for n in a.model)
     assert all(torch.equal(a.optimizer[n], b.optimizer[n]) for n in a.optimizer)
-    mine, theirs = ({k: v for k, v in c.run.items() if k not in ("run_id", "train_seconds", "window")} for c in (a, b))
+    mine, theirs = (
+        {k: v for k, v in c.run.items() if k not in ("run_id", "train_seconds", "window")}
+        for c in (a, b)
+    )
     assert mine == theirs and a.step == b.step
 
 
 def comparable(records: list[dict]) -> list[dict]:
     """Metrics without what a clock put into them."""
-    return [{k: v for k, v in r.items() if k not in ("run_id", "seconds", "tokens_per_sec", "waiting_share", "mfu")} for r in records]
+    return [
+        {
+            k: v
+            for k, v in r.items()
+            if k not in ("run_id", "seconds", "tokens_per_sec", "waiting_share", "mfu")
+        }
+        for r in records
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the schedule
 def test_learning_rates():
     cosine = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
-    assert [train.learning_rate(s, cosine) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert [train.learning_rate(s, cosine) for s in (0, 4, 9, 10)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0]
+    )
     assert train.learning_rate(109, cosine) == pytest.approx(0.1)
     assert train.learning_rate(10 + 99 / 2, cosine) == pytest.approx(0.55)
     wsd = dataclasses.replace(cosine, schedule="wsd", decay_fraction=0.2)
     assert [train.learning_rate(s, wsd) for s in (9, 50, 88)] == pytest.approx([1.0, 1.0, 1.0])
-    assert train.learning_rate(109, wsd) == pytest.approx(0.1) and 0.1 < train.learning_rate(100, wsd) < 1.0
+    assert (
+        train.learning_rate(109, wsd) == pytest.approx(0.1)
+        and 0.1 < train.learning_rate(100, wsd) < 1.0
+    )
     constant = dataclasses.replace(cosine, schedule="constant")
     assert train.learning_rate(4, constant) == 0.5 and train.learning_rate(109, constant) == 1.0
-    assert train.learning_rate(0, TrainConfig(warmup_steps=0, schedule="constant", lr=0.5, min_lr=0.1)) == 0.5
+    assert (
+        train.learning_rate(0, TrainConfig(warmup_steps=0, schedule="constant", lr=0.5, min_lr=0.1))
+        == 0.5
+    )
     assert math.isfinite(train.learning_rate(1, TrainConfig(max_steps=2, warmup_steps=1)))
 
 
@@ -147,7 +229,14 @@ def test_gradient_accumulation_equals_the_big_batch(accumulation):
     results = []
     for batch_size, grad_accum in ((8, 1), (8 // accumulation, accumulation)):
         model = random_model(tiny_config(aux_loss_coef=0.0, z_loss_coef=0.01), 1, torch.float64)
-        config = TrainConfig(batch_size=batch_size, grad_accum=grad_accum, max_steps=3, warmup_steps=1, lr=1e-2, device="cpu")
+        config = TrainConfig(
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            max_steps=3,
+            warmup_steps=1,
+            lr=1e-2,
+            device="cpu",
+        )
         train.fit(model, Fixed(inputs, targets, batch_size), config)
         results.append(model.state_dict())
     for name in results[0]:
@@ -156,6 +245,7 @@ def test_gradient_accumulation_equals_the_big_batch(accumulation):
 
 def test_loss_function_is_a_seam():
     """fit minimises whatever it is given, through the same interface: here only the second half of each window counts."""
+
     def second_half(model, batch):
         inputs, targets = batch
         targets = targets.clone()
@@ -165,11 +255,27 @@ def test_loss_function_is_a_seam():
     torch.manual_seed(0)
     inputs = torch.randint(0, 61, (4, 12))
     model, records = random_model(tiny_config(), 1), []
-    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=30, warmup_steps=1, lr=1e-2, log_interval=30, device="cpu")
-    train.fit(model, Fixed(inputs, inputs.roll(1, 1), 4), config, second_half, on_log=records.append)
+    config = TrainConfig(
+        batch_size=4,
+        grad_accum=1,
+        max_steps=30,
+        warmup_steps=1,
+        lr=1e-2,
+        log_interval=30,
+        device="cpu",
+    )
+    train.fit(
+        model, Fixed(inputs, inputs.roll(1, 1), 4), config, second_half, on_log=records.append
+    )
     with torch.no_grad():
         logits = model(inputs).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs.roll(1, 1).flatten(), reduction="none").view(4, 12).mean(0)
+    loss = (
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), inputs.roll(1, 1).flatten(), reduction="none"
+        )
+        .view(4, 12)
+        .mean(0)
+    )
     assert loss[6:].mean() < loss[:6].mean() - 1
 
 
@@ -185,6 +291,7 @@ def poisoned(steps: set[int], where: str):
         if where == "gradient":
             bad = bad + (model.embed.weight.sum() * 0).sqrt()  # value 0, gradient infinite times 0
         return out._replace(cross_entropy_sum=bad)
+
     return loss_fn
 
 
@@ -192,16 +299,28 @@ def poisoned(steps: set[int], where: str):
 def test_a_step_that_is_not_finite_changes_nothing(where):
     """One NaN micro-batch made 54 of 58 tensors NaN in the reference, and it went on to the end (its fault T8)."""
     inputs = torch.randint(0, 61, (4, 12))
-    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=6, warmup_steps=1, lr=1e-2, log_interval=1, device="cpu")
+    config = TrainConfig(
+        batch_size=4,
+        grad_accum=1,
+        max_steps=6,
+        warmup_steps=1,
+        lr=1e-2,
+        log_interval=1,
+        device="cpu",
+    )
     model, before, records = random_model(tiny_config(), 1), {}, []
 
     def on_log(record):
         before[record["step"]] = {n: p.clone() for n, p in model.state_dict().items()}
         records.append(record)
 
-    state = train.fit(model, Fixed(inputs, inputs, 4), config, poisoned({2, 3}, where), on_log=on_log)
+    state = train.fit(
+        model, Fixed(inputs, inputs, 4), config, poisoned({2, 3}, where), on_log=on_log
+    )
     assert state.skipped_steps == 2 and state.skipped_in_a_row == 0 and state.step == 6
-    assert all(torch.equal(before[2][n], before[4][n]) for n in before[2]) and not all(torch.equal(before[4][n], before[5][n]) for n in before[4])
+    assert all(torch.equal(before[2][n], before[4][n]) for n in before[2]) and not all(
+        torch.equal(before[4][n], before[5][n]) for n in before[4]
+    )
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert [math.isfinite(r["loss"]) for r in records] == [True, True, False, False, True, True]
 
@@ -210,7 +329,12 @@ def test_a_run_that_never_recovers_ends():
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(batch_size=4, grad_accum=1, max_steps=100, warmup_steps=1, device="cpu")
     with pytest.raises(train.TrainingDiverged, match="lower --lr") as error:
-        train.fit(random_model(tiny_config()), Fixed(inputs, inputs, 4), config, poisoned(set(range(100)), "loss"))
+        train.fit(
+            random_model(tiny_config()),
+            Fixed(inputs, inputs, 4),
+            config,
+            poisoned(set(range(100)), "loss"),
+        )
     assert error.value.exit_code == 3
 
 
@@ -231,19 +355,27 @@ def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[in
     return poisoned_calls
 
 
-def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(run, data, tmp_path, monkeypatch, capsys):
+def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
+    run, data, tmp_path, monkeypatch, capsys
+):
     """It used to end at once, and --resume met the same data again. Now it is as if the steps since the checkpoint had not been, but for the data, which is not met again."""
-    poison(monkeypatch, range(20, 80))       # steps 11 to 40 of 2 micro-batches
+    poison(monkeypatch, range(20, 80))  # steps 11 to 40 of 2 micro-batches
     assert run("--max_steps", "60", "--save_interval", "5") == 0
     out = capsys.readouterr().out
-    assert re.search(r"\d\d steps in a row were skipped \(step \d\d\), for their gradients were not finite: back to step 10, and on behind the data met since \(rollback 1 of at most 2\)", out)
+    assert re.search(
+        r"\d\d steps in a row were skipped \(step \d\d\), for their gradients were not finite: back to step 10, and on behind the data met since \(rollback 1 of at most 2\)",
+        out,
+    )
     final = run.final()
     assert final.step == 60 and final.run["rollbacks"] == 1 and final.run["skipped_in_a_row"] == 0
-    assert final.run["samples_seen"] - 60 * 4 in range(25 * 4, 33 * 4, 4) and final.run["tokens_seen"] == 60 * 4 * 16
+    assert (
+        final.run["samples_seen"] - 60 * 4 in range(25 * 4, 33 * 4, 4)
+        and final.run["tokens_seen"] == 60 * 4 * 16
+    )
     steps = [r["step"] for r in run.records() if r["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 60
     assert all(torch.isfinite(t).all() for t in final.model.values())
-    for path in run.ckpt_dir.glob("*.pt"):      # a later resume knows of it
+    for path in run.ckpt_dir.glob("*.pt"):  # a later resume knows of it
         if path.name not in ("step_0000050.pt", "step_0000055.pt"):
             path.unlink()
     assert run("--resume", fresh=False) == 0
@@ -253,7 +385,9 @@ def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(run, data
 @pytest.mark.parametrize(("allowed", "said"), [(0, 0), (1, 1), (2, 2)])
 def test_going_back_has_a_limit_and_an_exit_code(run, monkeypatch, capsys, allowed, said):
     poison(monkeypatch, range(20, 10_000))
-    with pytest.raises(train.TrainingDiverged, match="steps in a row were skipped .* lower --lr") as error:
+    with pytest.raises(
+        train.TrainingDiverged, match="steps in a row were skipped .* lower --lr"
+    ) as error:
         run("--max_steps", "500", "--save_interval", "5", "--max_rollbacks", allowed)
     assert error.value.exit_code == 3 and capsys.readouterr().out.count("back to step 10") == said
     assert all(torch.isfinite(t).all() for t in run.final().model.values())
@@ -273,8 +407,14 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
     monkeypatch.setattr(train, "_rolled_back", damaged)
     assert run("--max_steps", "80", "--save_interval", "10", "--keep_last", "0") == 0
     assert "back to step 10," in capsys.readouterr().out
-    plan = train.make_plan(_settings(*MODEL, *SPEED, *run.folders[:2], "--ckpt_dir", run.folders[3] + "2", *run.folders[4:]))
-    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, ckpt_dir=run.folders[3]))
+    plan = train.make_plan(
+        _settings(
+            *MODEL, *SPEED, *run.folders[:2], "--ckpt_dir", run.folders[3] + "2", *run.folders[4:]
+        )
+    )
+    plan = dataclasses.replace(
+        plan, config=dataclasses.replace(plan.config, ckpt_dir=run.folders[3])
+    )
     with pytest.raises(train.TrainingDiverged, match="stop"):
         real(plan, train.RunState(run_id="another"), train.TrainingDiverged("stop"))
 
@@ -288,7 +428,11 @@ def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
     poison(monkeypatch, range(2 * step, 2 * step + 1), lambda loss: 20 * loss)
     assert run(*flags) == 0
     records = [r for r in run.records() if r["kind"] == "train"]
-    skipped = [r["step"] for before, r in zip(records, records[1:], strict=False) if r["skipped_steps"] > before["skipped_steps"]]
+    skipped = [
+        r["step"]
+        for before, r in zip(records, records[1:], strict=False)
+        if r["skipped_steps"] > before["skipped_steps"]
+    ]
     assert skipped == [step + 1] and run.final().run["skipped_steps"] == 1
 
 
@@ -310,7 +454,10 @@ def test_spikes_are_told_from_noise():
         recent.add(torch.tensor(loss), torch.tensor(False))
     assert alarms == 0
     assert recent.numbers[1].item() == pytest.approx(losses[-50:].mean(), abs=0.02)
-    assert train.RecentLoss(train.RunState(), 0.0, torch.device("cpu")).is_spike(torch.tensor(1e9)) is None
+    assert (
+        train.RecentLoss(train.RunState(), 0.0, torch.device("cpu")).is_spike(torch.tensor(1e9))
+        is None
+    )
 
 
 def test_recent_losses_survive_a_resume(run, data, tmp_path):
@@ -323,7 +470,9 @@ def test_recent_losses_survive_a_resume(run, data, tmp_path):
             path.unlink()
     assert run("--resume", fresh=False) == 0
     assert_same(run.final(), whole)
-    with pytest.raises(ValueError, match="spike_sigmas skips steps that float16's loss scaler would take"):
+    with pytest.raises(
+        ValueError, match="spike_sigmas skips steps that float16's loss scaler would take"
+    ):
         Run(data, tmp_path / "half")("--spike_sigmas", "5", "--dtype", "float16")
 
 
@@ -340,15 +489,24 @@ def test_validation_is_the_loss_and_draws_nothing(data):
     assert train.evaluate(model, batches) == first
     model.eval()
     with torch.no_grad():
-        losses = [-torch.log_softmax(model(x).logits.double(), -1).gather(2, y[..., None]) for x, y in batches]
-    assert_close(first, torch.cat([v.flatten() for v in losses]).mean(), logits_bound(model.config, 16))
+        losses = [
+            -torch.log_softmax(model(x).logits.double(), -1).gather(2, y[..., None])
+            for x, y in batches
+        ]
+    assert_close(
+        first, torch.cat([v.flatten() for v in losses]).mean(), logits_bound(model.config, 16)
+    )
 
 
 def test_selection_bias_is_moved_by_training():
     inputs = torch.randint(0, 61, (4, 12))
     model = random_model(tiny_config(router_bias_rate=0.01), 1)
     before = model.layers[0].moe.router.selection_bias.clone()
-    train.fit(model, Fixed(inputs, inputs, 4), TrainConfig(batch_size=4, grad_accum=1, max_steps=3, warmup_steps=1, device="cpu"))
+    train.fit(
+        model,
+        Fixed(inputs, inputs, 4),
+        TrainConfig(batch_size=4, grad_accum=1, max_steps=3, warmup_steps=1, device="cpu"),
+    )
     moved = (model.layers[0].moe.router.selection_bias - before).abs()
     assert moved.max() > 0 and (moved < 0.03 + 1e-6).all()
 
@@ -361,18 +519,35 @@ def test_the_host_waits_once_per_log_line(monkeypatch):
     def counting(name, original):
         def method(self, *args):
             caller = sys._getframe(1)
-            if caller.f_code.co_filename in (train.__file__, train.build_optimizer.__code__.co_filename) and caller.f_code.co_name != "<genexpr>":
+            if (
+                caller.f_code.co_filename
+                in (train.__file__, train.build_optimizer.__code__.co_filename)
+                and caller.f_code.co_name != "<genexpr>"
+            ):
                 reads.append((caller.f_code.co_name, name))
             return original(self, *args)
+
         return method
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
     inputs = torch.randint(0, 61, (4, 12))
-    config = TrainConfig(batch_size=2, grad_accum=2, max_steps=20, warmup_steps=1, log_interval=5, save_interval=1000, device="cpu")
+    config = TrainConfig(
+        batch_size=2,
+        grad_accum=2,
+        max_steps=20,
+        warmup_steps=1,
+        log_interval=5,
+        save_interval=1000,
+        device="cpu",
+    )
     for changes in ({}, {"optimizer": "muon"}):
         reads.clear()
-        train.fit(random_model(tiny_config()), Fixed(inputs, inputs, 2), dataclasses.replace(config, **changes))
+        train.fit(
+            random_model(tiny_config()),
+            Fixed(inputs, inputs, 2),
+            dataclasses.replace(config, **changes),
+        )
         assert reads == [("read", "tolist")] * 4
 
 
@@ -382,10 +557,26 @@ def test_a_window_s_numbers_are_means_over_its_steps():
     targets[:2, :7] = IGNORE
     records = {}
     for interval in (1, 4):
-        config = TrainConfig(batch_size=2, grad_accum=1, max_steps=8, warmup_steps=1, lr=1e-2, log_interval=interval, device="cpu")
+        config = TrainConfig(
+            batch_size=2,
+            grad_accum=1,
+            max_steps=8,
+            warmup_steps=1,
+            lr=1e-2,
+            log_interval=interval,
+            device="cpu",
+        )
         records[interval] = []
-        train.fit(random_model(tiny_config(z_loss_coef=0.1)), Fixed(inputs, targets, 2), config, poisoned({5}, "loss"), on_log=records[interval].append)
-    counts = [sum(int((targets[(2 * i + j) % 4] != IGNORE).sum()) for j in range(2)) for i in range(8)]
+        train.fit(
+            random_model(tiny_config(z_loss_coef=0.1)),
+            Fixed(inputs, targets, 2),
+            config,
+            poisoned({5}, "loss"),
+            on_log=records[interval].append,
+        )
+    counts = [
+        sum(int((targets[(2 * i + j) % 4] != IGNORE).sum()) for j in range(2)) for i in range(8)
+    ]
     for one, steps in zip(records[4], ([0, 1, 2, 3], [4, 6, 7]), strict=True):
         every = [records[1][i] for i in steps]
         weights = [counts[i] for i in steps]
@@ -394,30 +585,49 @@ def test_a_window_s_numbers_are_means_over_its_steps():
         assert_close(one["loss"], mean, bound)
         for key in ("aux_loss", "z_loss", "expert_load"):
             assert_close(one[key], np.mean([r[key] for r in every], axis=0), bound, key)
-        assert one["grad_norm"] == records[1][one["step"] - 1]["grad_norm"] and 0 <= one["waiting_share"] < 1
+        assert (
+            one["grad_norm"] == records[1][one["step"] - 1]["grad_norm"]
+            and 0 <= one["waiting_share"] < 1
+        )
     assert records[4][-1]["skipped_steps"] == 1
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
     """It happens inside the optimizer's kernel; the update must be that of PyTorch's own clipping."""
     inputs = torch.randint(0, 61, (4, 12))
-    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=3, warmup_steps=1, lr=1e-2, grad_clip=0.3, adam_eps=1e-2, device="cpu")
+    config = TrainConfig(
+        batch_size=4,
+        grad_accum=1,
+        max_steps=3,
+        warmup_steps=1,
+        lr=1e-2,
+        grad_clip=0.3,
+        adam_eps=1e-2,
+        device="cpu",
+    )
     ours, theirs, records = random_model(tiny_config()), random_model(tiny_config()), []
-    train.fit(ours, Fixed(inputs, inputs, 4), dataclasses.replace(config, log_interval=1), on_log=records.append)
+    train.fit(
+        ours,
+        Fixed(inputs, inputs, 4),
+        dataclasses.replace(config, log_interval=1),
+        on_log=records.append,
+    )
     assert records[0]["grad_norm"] > 0.3
     optimizer = train.build_optimizer(theirs, config)
     for step in range(3):
         out = theirs(inputs, inputs)
         (out.cross_entropy_sum / out.num_targets + out.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.3)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = train.learning_rate(step, config)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = train.learning_rate(
+            step, config
+        )
         optimizer.step()
         optimizer.zero_grad()
     # AdamW moves by lr g / (sqrt(g^2) + eps): where gradients are small, by lr / eps times an error of theirs, and never by more than lr.
     T = inputs.shape[1]
     bound = gradients_bound(tiny_config(), T, rows=len(inputs))
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        gradient = 0.3 / math.sqrt(p.numel())   # clipped: at most this large
+        gradient = 0.3 / math.sqrt(p.numel())  # clipped: at most this large
         allowed = 3 * config.lr * bound * gradient / config.adam_eps
         assert_close(p, q, 1.0, name, size=allowed + rounding(torch.float32, 3) * size_of(q))
 
@@ -429,9 +639,14 @@ def test_packed_documents_loss_is_that_of_each_document_behind_its_end_of_text()
     targets = torch.cat((row[:, 1:], torch.tensor([[20]])), dim=1)
     with torch.no_grad():
         packed = train.packed_documents_loss(model, (row, targets), eot).cross_entropy_sum
-        alone = sum(model(row[:, a:b], targets[:, a:b]).cross_entropy_sum for a, b in ((0, 3), (3, 8), (8, 15), (15, 16)))
+        alone = sum(
+            model(row[:, a:b], targets[:, a:b]).cross_entropy_sum
+            for a, b in ((0, 3), (3, 8), (8, 15), (15, 16))
+        )
         assert_close(packed, alone, logits_bound(model.config, 16))
-        assert packed.item() != pytest.approx(model(row, targets).cross_entropy_sum.item(), rel=1e-3)
+        assert packed.item() != pytest.approx(
+            model(row, targets).cross_entropy_sum.item(), rel=1e-3
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ resuming, stopping
@@ -461,7 +676,10 @@ def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkey
     steps = []
     with monkeypatch.context() as patch:
         patch.setattr(train.StopRequest, "requested", requested)
-        assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3") == 128 + signal.SIGTERM
+        assert (
+            run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3")
+            == 128 + signal.SIGTERM
+        )
     assert run.final().step == stop_after
     assert run("--resume", fresh=False) == 0
     assert_same(run.final(), straight.final())
@@ -472,13 +690,21 @@ def test_metrics_of_a_run(straight):
     """Steps strictly increase, tokens are steps x tokens per step, the file is strict JSON, metrics.json says the same."""
     records = straight.records()
     rows = [r for r in records if r["kind"] == "train"]
-    assert [r["step"] for r in rows] == [2, 4, 6, 8, 10, 11] and [r["step"] for r in records if r["kind"] == "val"] == [4, 8, 11]
+    assert [r["step"] for r in rows] == [2, 4, 6, 8, 10, 11] and [
+        r["step"] for r in records if r["kind"] == "val"
+    ] == [4, 8, 11]
     assert all(r["tokens_seen"] == r["step"] * 2 * 2 * 16 for r in records)
     for r in rows:
-        assert r["perplexity"] == pytest.approx(math.exp(r["loss"])) and len(r["expert_load"][0]) == 4
-        assert sum(r["expert_load"][0]) == pytest.approx(4, abs=1e-4) and r["aux_loss"] == pytest.approx(0.01, rel=0.5)
+        assert (
+            r["perplexity"] == pytest.approx(math.exp(r["loss"])) and len(r["expert_load"][0]) == 4
+        )
+        assert sum(r["expert_load"][0]) == pytest.approx(4, abs=1e-4) and r[
+            "aux_loss"
+        ] == pytest.approx(0.01, rel=0.5)
     saved = json.loads((straight.graph_dir / "metrics.json").read_text())
-    assert comparable(saved["train"] + saved["val"]) == comparable(rows + [r for r in records if r["kind"] == "val"])
+    assert comparable(saved["train"] + saved["val"]) == comparable(
+        rows + [r for r in records if r["kind"] == "val"]
+    )
     final = straight.final()
     assert final.val_loss == [r for r in records if r["kind"] == "val"][-1]["loss"]
 
@@ -490,7 +716,19 @@ def test_best_is_the_lowest_validation(straight):
 
 def test_plots_are_drawn(straight):
     names = {p.name for p in straight.graph_dir.glob("latest_*.png")}
-    assert {f"latest_{n}.png" for n in ("loss", "perplexity", "lr", "tokens_per_sec", "tokens_seen", "expert_load", "router", "grad_norm")} <= names
+    assert {
+        f"latest_{n}.png"
+        for n in (
+            "loss",
+            "perplexity",
+            "lr",
+            "tokens_per_sec",
+            "tokens_seen",
+            "expert_load",
+            "router",
+            "grad_norm",
+        )
+    } <= names
     assert (straight.graph_dir / "step_0000011_loss.png").exists()
 
 
@@ -498,12 +736,37 @@ def test_missing_matplotlib_costs_the_plots_only(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     assert run("--max_steps", 4, "--save_interval", 2) == 0
-    assert capsys.readouterr().out.count("no plots") == 1 and not list(run.graph_dir.glob("*.png")) and run.final().step == 4
+    assert (
+        capsys.readouterr().out.count("no plots") == 1
+        and not list(run.graph_dir.glob("*.png"))
+        and run.final().step == 4
+    )
 
 
 def test_how_often_it_validates_does_not_change_training(straight, run):
-    assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3", "--val_interval", "1", "--log_interval", "1", "--save_interval", "3", "--keep_last", "2") == 0
-    assert_same(dataclasses.replace(run.final(), run=run.final().run | {"best_val_loss": 0}), dataclasses.replace(straight.final(), run=straight.final().run | {"best_val_loss": 0}))
+    assert (
+        run(
+            "--max_steps",
+            STEPS,
+            "--dropout",
+            "0.1",
+            "--router_bias_rate",
+            "1e-3",
+            "--val_interval",
+            "1",
+            "--log_interval",
+            "1",
+            "--save_interval",
+            "3",
+            "--keep_last",
+            "2",
+        )
+        == 0
+    )
+    assert_same(
+        dataclasses.replace(run.final(), run=run.final().run | {"best_val_loss": 0}),
+        dataclasses.replace(straight.final(), run=straight.final().run | {"best_val_loss": 0}),
+    )
     assert len(list(run.ckpt_dir.glob("step_*.pt"))) == 2
 
 
@@ -516,8 +779,14 @@ def wait_for(condition, process, seconds: float = 120.0) -> None:
 
 
 def start(run: Run, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(REPO / "train.py"), *run.folders, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "train.py"), *run.folders, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def logged(run: Run) -> int:
@@ -525,7 +794,16 @@ def logged(run: Run) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-LONG = ["--max_steps", "300", "--save_interval", "100", "--num_threads", "1", "--val_interval", "1000"]
+LONG = [
+    "--max_steps",
+    "300",
+    "--save_interval",
+    "100",
+    "--num_threads",
+    "1",
+    "--val_interval",
+    "1000",
+]
 
 
 @pytest.fixture(scope="session")
@@ -615,13 +893,21 @@ def test_a_used_folder_needs_a_word(run):
     assert (run.ckpt_dir / "latest.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--lr", "0.5"], "--lr 0.5 differs"), (["--d_model", "32"], "--d_model 32 differs"), (["--batch_size", "4"], "--batch_size 4 differs"),
-    (["--dropout", "0.3"], "--dropout 0.3 differs"), (["--seed", "1"], "--seed 1 differs"), (["--top_k", "1"], "--top_k 1 differs"),
-    (["--dtype", "bfloat16"], "--dtype bfloat16 differs"), (["--preset", "nano"], "leave out --preset nano"),
-    (["--max_steps", "3", "--warmup_steps", "1"], "--warmup_steps 1 differs"),
-    (["--init_from", "x.pt"], "not both"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lr", "0.5"], "--lr 0.5 differs"),
+        (["--d_model", "32"], "--d_model 32 differs"),
+        (["--batch_size", "4"], "--batch_size 4 differs"),
+        (["--dropout", "0.3"], "--dropout 0.3 differs"),
+        (["--seed", "1"], "--seed 1 differs"),
+        (["--top_k", "1"], "--top_k 1 differs"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16 differs"),
+        (["--preset", "nano"], "leave out --preset nano"),
+        (["--max_steps", "3", "--warmup_steps", "1"], "--warmup_steps 1 differs"),
+        (["--init_from", "x.pt"], "not both"),
+    ],
+)
 def test_resuming_with_other_settings_is_refused(run, flags, message):
     """The reference took another top_k, coefficient or dropout without a word (T7), and below its step rewrote history (T10)."""
     assert run("--max_steps", 4) == 0
@@ -635,17 +921,24 @@ def test_fewer_steps_than_taken_are_refused_and_as_many_are_done(run, capsys):
         run("--resume", "--max_steps", "5", fresh=False)
     before = (run.ckpt_dir / "latest.pt").read_bytes()
     assert run("--resume", fresh=False) == 0  # scripts that resume until a run is done get their 0
-    assert "done already" in capsys.readouterr().out and (run.ckpt_dir / "latest.pt").read_bytes() == before
+    assert (
+        "done already" in capsys.readouterr().out
+        and (run.ckpt_dir / "latest.pt").read_bytes() == before
+    )
 
 
 def test_extending_a_run_says_what_the_learning_rate_does(run, capsys):
     assert run("--max_steps", 8) == 0
     assert run("--resume", "--max_steps", "16", fresh=False) == 0
-    assert re.search(r"max_steps 8 -> 16: the learning rate goes on from 0.00\d+ .before: 0.001", capsys.readouterr().out)
+    assert re.search(
+        r"max_steps 8 -> 16: the learning rate goes on from 0.00\d+ .before: 0.001",
+        capsys.readouterr().out,
+    )
 
 
 def test_metrics_that_cannot_be_written_cost_the_metrics_only(run, monkeypatch, capsys):
     """A full disk under graph_dir ended the run before its first checkpoint was written."""
+
     def full(self, *_):
         raise OSError(28, "No space left on device")
 
@@ -667,8 +960,16 @@ def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
     losses, best = iter([math.nan, 3.0, 2.0, 2.5]), []
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
     inputs = torch.randint(0, 61, (4, 12))
-    config = TrainConfig(batch_size=4, grad_accum=1, max_steps=4, warmup_steps=1, save_interval=1, device="cpu")
-    train.fit(random_model(tiny_config()), Fixed(inputs, inputs, 4), config, val_batches=[1], on_save=lambda state, loss, is_best: best.append(is_best))
+    config = TrainConfig(
+        batch_size=4, grad_accum=1, max_steps=4, warmup_steps=1, save_interval=1, device="cpu"
+    )
+    train.fit(
+        random_model(tiny_config()),
+        Fixed(inputs, inputs, 4),
+        config,
+        val_batches=[1],
+        on_save=lambda state, loss, is_best: best.append(is_best),
+    )
     assert best == [False, True, True, False]
 
 
@@ -695,7 +996,18 @@ def test_resume_may_repeat_the_run_s_own_flags_and_extend_it(run):
 
 def test_resume_with_other_text_is_refused(run, tmp_path):
     assert run("--max_steps", 4) == 0
-    prepare_data.main(["--files", str(write_text(tmp_path / "o.jsonl", 5)), "--val_ratio", "0.2", "--tokenizer", "byte", "--out_dir", str(tmp_path / "other")])
+    prepare_data.main(
+        [
+            "--files",
+            str(write_text(tmp_path / "o.jsonl", 5)),
+            "--val_ratio",
+            "0.2",
+            "--tokenizer",
+            "byte",
+            "--out_dir",
+            str(tmp_path / "other"),
+        ]
+    )
     with pytest.raises(ValueError, match="is not the text that"):
         run("--resume", "--max_steps", "6", "--data_dir", str(tmp_path / "other"), fresh=False)
 
@@ -717,8 +1029,23 @@ def test_vocabulary_comes_from_the_data_unless_it_is_given(run, tmp_path, data):
 
 def test_a_model_beyond_the_machine_is_refused_before_it_is_made(run, monkeypatch):
     monkeypatch.setattr(train, "LLM", None)
-    with pytest.raises(ValueError, match="4.23 T parameters need .* choose a smaller model, e.g. --preset"):
-        train.main([*run.folders, "--d_model", "65536", "--num_heads", "64", "--d_ff", "8192", "--transformer_blocks", "96", "--no-use_attention_bias"])
+    with pytest.raises(
+        ValueError, match="4.23 T parameters need .* choose a smaller model, e.g. --preset"
+    ):
+        train.main(
+            [
+                *run.folders,
+                "--d_model",
+                "65536",
+                "--num_heads",
+                "64",
+                "--d_ff",
+                "8192",
+                "--transformer_blocks",
+                "96",
+                "--no-use_attention_bias",
+            ]
+        )
 
 
 @pytest.mark.parametrize("where", ["dry run", "step"])
@@ -745,22 +1072,44 @@ def test_the_dry_run_changes_nothing(data, grad_accum):
     before = {n: p.clone() for n, p in model.state_dict().items()}
     config = TrainConfig(batch_size=2, grad_accum=grad_accum, device="cpu", dtype="float32")
     optimizer = train.build_optimizer(model, config)
-    plan = train.Plan(model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, [])
+    plan = train.Plan(
+        model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, []
+    )
     modes = []
-    model.layers[0].register_forward_hook(lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None)))
+    model.layers[0].register_forward_hook(
+        lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None))
+    )
     assert train.dry_run(model.eval(), optimizer, WindowLoader(_train, 16, 2, 0), plan) > 0
     # As in a step: training mode, and the second meets the first one's gradients where a step has two.
     assert modes == [(True, False), (True, grad_accum > 1)]
-    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
-    assert all(s["step"] == 0 for s in optimizer.state.values()) and len(optimizer.state) == len(list(model.parameters()))
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(
+        p.grad is None for p in model.parameters()
+    )
+    assert all(s["step"] == 0 for s in optimizer.state.values()) and len(optimizer.state) == len(
+        list(model.parameters())
+    )
 
 
 def test_what_is_printed_before_step_1(data, capsys):
     """The default says what half of it is; tokens and epochs are computed."""
-    plan = train.make_plan(cli.settings_from(_args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"), ModelConfig, TrainConfig))
-    lines = "\n".join(train.describe(plan, train.training_memory_bytes(plan.model_config, plan.config)))
-    assert "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)" in lines
-    assert "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines and "float32" in lines
+    plan = train.make_plan(
+        cli.settings_from(
+            _args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"),
+            ModelConfig,
+            TrainConfig,
+        )
+    )
+    lines = "\n".join(
+        train.describe(plan, train.training_memory_bytes(plan.model_config, plan.config))
+    )
+    assert (
+        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)"
+        in lines
+    )
+    assert (
+        "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines
+        and "float32" in lines
+    )
 
 
 def _args(*flags):
@@ -773,23 +1122,71 @@ def _args(*flags):
 def test_a_new_run_from_old_weights(run, data, tmp_path):
     assert run("--max_steps", 4) == 0
     new = Run(data, tmp_path / "new")
-    assert new(*SPEED, "--init_from", str(run.ckpt_dir / "latest.pt"), "--max_steps", "4", "--dropout", "0.1", "--lr", "1e-9", "--min_lr", "0", "--weight_decay", "0", fresh=False) == 0
+    assert (
+        new(
+            *SPEED,
+            "--init_from",
+            str(run.ckpt_dir / "latest.pt"),
+            "--max_steps",
+            "4",
+            "--dropout",
+            "0.1",
+            "--lr",
+            "1e-9",
+            "--min_lr",
+            "0",
+            "--weight_decay",
+            "0",
+            fresh=False,
+        )
+        == 0
+    )
     start, end = run.final(), new.final()
     assert end.step == 4 and end.model_config.dropout == 0.1 and end.model_config.d_model == 16
     assert all(torch.allclose(start.model[n], end.model[n], atol=1e-6) for n in start.model)
     biased = Run(data, tmp_path / "biased")
-    assert biased(*SPEED, "--init_from", str(run.ckpt_dir / "latest.pt"), "--max_steps", "4", "--router_bias_rate", "1e-3", fresh=False) == 0
-    assert "layers.0.moe.router.selection_bias" in biased.final().model  # a raw RuntimeError once, in both directions
+    assert (
+        biased(
+            *SPEED,
+            "--init_from",
+            str(run.ckpt_dir / "latest.pt"),
+            "--max_steps",
+            "4",
+            "--router_bias_rate",
+            "1e-3",
+            fresh=False,
+        )
+        == 0
+    )
+    assert (
+        "layers.0.moe.router.selection_bias" in biased.final().model
+    )  # a raw RuntimeError once, in both directions
     plain = Run(data, tmp_path / "plain")
-    assert plain(*SPEED, "--init_from", str(biased.ckpt_dir / "latest.pt"), "--max_steps", "4", "--router_bias_rate", "0", fresh=False) == 0
+    assert (
+        plain(
+            *SPEED,
+            "--init_from",
+            str(biased.ckpt_dir / "latest.pt"),
+            "--max_steps",
+            "4",
+            "--router_bias_rate",
+            "0",
+            fresh=False,
+        )
+        == 0
+    )
     assert "layers.0.moe.router.selection_bias" not in plain.final().model
     with pytest.raises(ValueError, match="--d_ff does not fit the weights"):
-        Run(data, tmp_path / "wrong")("--init_from", str(run.ckpt_dir / "latest.pt"), "--d_ff", "24", fresh=False)
+        Run(data, tmp_path / "wrong")(
+            "--init_from", str(run.ckpt_dir / "latest.pt"), "--d_ff", "24", fresh=False
+        )
 
 
 @pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_training_goes_on_from_the_reference_s_checkpoints(shared_dir, data, tmp_path, name, prefix):
+def test_training_goes_on_from_the_reference_s_checkpoints(
+    shared_dir, data, tmp_path, name, prefix
+):
     """Directly, compiled or not: the first step's loss is that of the converted weights."""
     path = shared_dir / "upstream" / f"{name}.pt"
     if prefix:
@@ -798,11 +1195,35 @@ def test_training_goes_on_from_the_reference_s_checkpoints(shared_dir, data, tmp
         path = tmp_path / "prefixed.pt"
         torch.save(content, path)
     run = Run(data, tmp_path / "run")
-    assert run(*SPEED, "--init_from", str(path), "--max_steps", "4", "--log_interval", "1", "--dropout", "0", "--lr", "1e-9", "--min_lr", "0", fresh=False) == 0
+    assert (
+        run(
+            *SPEED,
+            "--init_from",
+            str(path),
+            "--max_steps",
+            "4",
+            "--log_interval",
+            "1",
+            "--dropout",
+            "0",
+            "--lr",
+            "1e-9",
+            "--min_lr",
+            "0",
+            fresh=False,
+        )
+        == 0
+    )
     model, _ = load_model(path)
     train_shards, _ = open_data(data)
-    batches = [WindowLoader(train_shards, model.config.context_length, 2, 42).batch(i) for i in (0, 2)]
-    assert_close(run.records()[0]["loss"], train.evaluate(model, batches), logits_bound(model.config, model.config.context_length))
+    batches = [
+        WindowLoader(train_shards, model.config.context_length, 2, 42).batch(i) for i in (0, 2)
+    ]
+    assert_close(
+        run.records()[0]["loss"],
+        train.evaluate(model, batches),
+        logits_bound(model.config, model.config.context_length),
+    )
 
 
 def test_the_reference_s_runs_cannot_be_resumed(shared_dir, data, tmp_path):
@@ -814,18 +1235,62 @@ def test_the_reference_s_runs_cannot_be_resumed(shared_dir, data, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- real text
 def test_it_learns_real_text(shared_dir, tmp_path):
     """250 steps on TinyStories: far below guessing, and below what the frequency of single tokens gives."""
-    stories = [json.loads(line)["text"] for line in (shared_dir / "tinystories" / "train.jsonl").read_text().splitlines()[:1500]]
+    stories = [
+        json.loads(line)["text"]
+        for line in (shared_dir / "tinystories" / "train.jsonl").read_text().splitlines()[:1500]
+    ]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": s}) for s in stories))
-    prepare_data.main(["--files", str(tmp_path / "t.jsonl"), "--val_ratio", "0.05", "--tokenizer", "bpe:512", "--out_dir", str(tmp_path / "set")])
+    prepare_data.main(
+        [
+            "--files",
+            str(tmp_path / "t.jsonl"),
+            "--val_ratio",
+            "0.05",
+            "--tokenizer",
+            "bpe:512",
+            "--out_dir",
+            str(tmp_path / "set"),
+        ]
+    )
     run = Run(tmp_path / "set", tmp_path)
-    assert run("--preset", "nano", "--d_model", "64", "--transformer_blocks", "2", "--context_length", "64", "--num_experts", "4", "--d_ff", "64", "--max_steps", "250", "--batch_size", "16",
-               "--warmup_steps", "20", "--val_interval", "125", "--lr", "1e-2", "--device", "cpu", fresh=False) == 0
+    assert (
+        run(
+            "--preset",
+            "nano",
+            "--d_model",
+            "64",
+            "--transformer_blocks",
+            "2",
+            "--context_length",
+            "64",
+            "--num_experts",
+            "4",
+            "--d_ff",
+            "64",
+            "--max_steps",
+            "250",
+            "--batch_size",
+            "16",
+            "--warmup_steps",
+            "20",
+            "--val_interval",
+            "125",
+            "--lr",
+            "1e-2",
+            "--device",
+            "cpu",
+            fresh=False,
+        )
+        == 0
+    )
     val = [r["loss"] for r in run.records() if r["kind"] == "val"]
     shards, _ = open_data(tmp_path / "set")
     counts = np.bincount(shards.read(0, shards.num_tokens), minlength=512) / shards.num_tokens
     unigram = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
     assert val[-1] < val[0] < math.log(512) and val[-1] < unigram - 0.5
-    assert total_parameters(run.final().model_config) == sum(p.numel() for p in LLM(run.final().model_config).parameters())
+    assert total_parameters(run.final().model_config) == sum(
+        p.numel() for p in LLM(run.final().model_config).parameters()
+    )
 
 
 def _settings(*flags: str) -> cli.Settings:
@@ -836,47 +1301,102 @@ def test_document_mask_reaches_training_and_validation(data, tmp_path):
     records = []
     for i, flags in enumerate(([], ["--document_mask"])):
         one = Run(data, tmp_path / str(i))
-        assert one("--max_steps", "4", "--context_length", "128", *flags) == 0  # documents have about 70 bytes
+        assert (
+            one("--max_steps", "4", "--context_length", "128", *flags) == 0
+        )  # documents have about 70 bytes
         records.append(comparable(one.records()))
     assert {r["kind"] for r in records[0]} == {"train", "val"}
     assert all(a["loss"] != b["loss"] for a, b in zip(*records, strict=True))
 
 
 @pytest.mark.parametrize("room_for, expected", [(8, (8, 1)), (4, (4, 2)), (2, (2, 4)), (0, None)])
-def test_largest_micro_batch_keeps_the_sequences_per_step(run, data, monkeypatch, capsys, room_for, expected):
+def test_largest_micro_batch_keeps_the_sequences_per_step(
+    run, data, monkeypatch, capsys, room_for, expected
+):
     """On a CPU by the estimate: what fits is chosen, the effective batch stays, and the checkpoint knows the numbers, not the wish."""
-    plan = train.make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data), "--batch_size", str(room_for or 1), "--grad_accum", "1" if room_for == 8 else "2"))
+    plan = train.make_plan(
+        _settings(
+            *MODEL,
+            *SPEED,
+            "--data_dir",
+            str(data),
+            "--batch_size",
+            str(room_for or 1),
+            "--grad_accum",
+            "1" if room_for == 8 else "2",
+        )
+    )
     needed = train.check_memory(plan)
     free = (sum(needed.values()) - needed["program"]) / 0.8 + (1 if room_for else -1)
     monkeypatch.setattr(train, "memory_bytes", lambda device: (free, 1 << 40))
-    flags = ["--batch_size", "1", "--grad_accum", "8", "--micro_batch", "auto", "--max_steps", "2", "--warmup_steps", "1"]
+    flags = [
+        "--batch_size",
+        "1",
+        "--grad_accum",
+        "8",
+        "--micro_batch",
+        "auto",
+        "--max_steps",
+        "2",
+        "--warmup_steps",
+        "1",
+    ]
     if expected is None:
         with pytest.raises(ValueError, match="not even one sequence"):
             run(*flags)
         return
     assert run(*flags) == 0
     saved = run.final().train_config
-    assert (saved["batch_size"], saved["grad_accum"], saved["micro_batch"]) == (*expected, "batch_size")
-    assert f"micro-batch {expected[0]} x {expected[1]} is the largest that fits" in capsys.readouterr().out
+    assert (saved["batch_size"], saved["grad_accum"], saved["micro_batch"]) == (
+        *expected,
+        "batch_size",
+    )
+    assert (
+        f"micro-batch {expected[0]} x {expected[1]} is the largest that fits"
+        in capsys.readouterr().out
+    )
     assert run.final().run["samples_seen"] == 16
 
 
 def _on_a_gpu(monkeypatch, set_up, free: int) -> None:
     """train.py's questions about a GPU with so many bytes free, answered without one."""
-    answers = {"set_up": set_up, "memory_bytes": lambda device: (free, free), "has_room": lambda device: True,
-               "release_memory": lambda device: None, "device_name": lambda device: "a GPU"}
+    answers = {
+        "set_up": set_up,
+        "memory_bytes": lambda device: (free, free),
+        "has_room": lambda device: True,
+        "release_memory": lambda device: None,
+        "device_name": lambda device: "a GPU",
+    }
     for name, value in answers.items():
         monkeypatch.setattr(train, name, value)
 
 
-@pytest.mark.parametrize("preset, sequences, found", [("gptoss-modern", 64, 16), ("gptoss", 16, 16)])
+@pytest.mark.parametrize(
+    "preset, sequences, found", [("gptoss-modern", 64, 16), ("gptoss", 16, 16)]
+)
 def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, sequences, found):
     """Each try of a compiled model took a minute, and what the estimate said not to fit was tried, up
     to 1.25 times of what was free: 32 sequences of the modern preset need 94 GiB."""
-    flags = ["--batch_size", str(sequences), "--grad_accum", "1", "--micro_batch", "auto", "--compile"]
-    plan = train.make_plan(_settings("--preset", preset, "--data_dir", str(data), "--vocabulary_size", "200019", *flags))
+    flags = [
+        "--batch_size",
+        str(sequences),
+        "--grad_accum",
+        "1",
+        "--micro_batch",
+        "auto",
+        "--compile",
+    ]
+    plan = train.make_plan(
+        _settings(
+            "--preset", preset, "--data_dir", str(data), "--vocabulary_size", "200019", *flags
+        )
+    )
     plan, tried = dataclasses.replace(plan, device=torch.device("cuda"), dtype=torch.bfloat16), []
-    _on_a_gpu(monkeypatch, lambda plan: tried.append((plan.config.batch_size, plan.config.compile)), 79 << 30)
+    _on_a_gpu(
+        monkeypatch,
+        lambda plan: tried.append((plan.config.batch_size, plan.config.compile)),
+        79 << 30,
+    )
     config = train.with_largest_micro_batch(plan).config
     assert tried == [(found, False)] and config.compile
     assert (config.batch_size, config.grad_accum) == (found, sequences // found)
@@ -887,15 +1407,27 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
     """Each chunk of 2,048 rows is a pass over the head's gradient: 26 ms a step of 32,768 tokens, where
     8,192 rows take 16. The estimate that is announced counts them; a run that must repeat its bits does
     not ask what is free."""
-    plan = train.make_plan(_settings("--preset", "gptoss-modern", "--data_dir", str(data), "--vocabulary_size",
-                                     "200019", "--batch_size", "16"))
+    plan = train.make_plan(
+        _settings(
+            "--preset",
+            "gptoss-modern",
+            "--data_dir",
+            str(data),
+            "--vocabulary_size",
+            "200019",
+            "--batch_size",
+            "16",
+        )
+    )
     plan = dataclasses.replace(plan, device=torch.device("cuda"), dtype=torch.bfloat16)
     _on_a_gpu(monkeypatch, None, free_gib << 30)
     chosen = train.with_loss_rows(plan)
     assert chosen.loss_rows == expected
     more = sum(train.check_memory(chosen).values()) - sum(train.check_memory(plan).values())
     assert more == 6 * (expected - 2048) * 200_019
-    same_bits = dataclasses.replace(plan, config=dataclasses.replace(plan.config, deterministic=True))
+    same_bits = dataclasses.replace(
+        plan, config=dataclasses.replace(plan.config, deterministic=True)
+    )
     assert train.with_loss_rows(same_bits).loss_rows == 0
 
 
@@ -908,19 +1440,36 @@ def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
     assert run("--max_steps", 4) == 0
     out = capsys.readouterr().out
     announced = re.search(r"memory   about ([\d.]+ \w+) ", out)[1]
-    line = re.search(r"memory   peak [\d.]+ \w+ measured, ([\d.]+ \w+) announced .the whole process.\n", out)
+    line = re.search(
+        r"memory   peak [\d.]+ \w+ measured, ([\d.]+ \w+) announced .the whole process.\n", out
+    )
     assert line[1] == announced
 
 
 def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
     """Trials that run out of memory (at 8 and 4 sequences here) are passed over; any other fault comes out."""
-    plan = train.make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data), "--batch_size", "8", "--grad_accum", "1", "--micro_batch", "auto"))
+    plan = train.make_plan(
+        _settings(
+            *MODEL,
+            *SPEED,
+            "--data_dir",
+            str(data),
+            "--batch_size",
+            "8",
+            "--grad_accum",
+            "1",
+            "--micro_batch",
+            "auto",
+        )
+    )
     plan, tried = dataclasses.replace(plan, device=torch.device("cuda")), []
 
     def set_up(plan):
         tried.append(plan.config.batch_size)
         if plan.config.batch_size > 2:
-            raise ValueError("out of memory on it: lower") from torch.OutOfMemoryError("CUDA out of memory")
+            raise ValueError("out of memory on it: lower") from torch.OutOfMemoryError(
+                "CUDA out of memory"
+            )
         if plan.config.seed:
             return
         raise ValueError("another fault")
@@ -928,15 +1477,25 @@ def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
     _on_a_gpu(monkeypatch, set_up, 1 << 40)
     found = train.with_largest_micro_batch(plan)
     assert tried == [8, 4, 2] and (found.config.batch_size, found.config.grad_accum) == (2, 4)
-    assert found.config.val_steps * 2 == plan.config.val_steps * 8, "as many windows of validation as were asked for"
+    assert found.config.val_steps * 2 == plan.config.val_steps * 8, (
+        "as many windows of validation as were asked for"
+    )
     with pytest.raises(ValueError, match="another fault"):
-        train.with_largest_micro_batch(dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=0)))
+        train.with_largest_micro_batch(
+            dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=0))
+        )
 
 
 def test_profile_writes_a_trace_of_three_steps(run, data, tmp_path, capsys):
     assert run("--max_steps", "10", "--profile") == 0
     events = json.loads((run.graph_dir / "trace.json").read_text())["traceEvents"]
-    assert sum(e.get("name", "").startswith("ProfilerStep#") and e.get("cat") == "user_annotation" for e in events) == 3
+    assert (
+        sum(
+            e.get("name", "").startswith("ProfilerStep#") and e.get("cat") == "user_annotation"
+            for e in events
+        )
+        == 3
+    )
     assert "gptoss::feed_forward" in (run.graph_dir / "trace.txt").read_text()
     assert "profile  of steps 7 to 9" in capsys.readouterr().out
     metrics = (run.graph_dir / "metrics.jsonl").read_bytes()
@@ -944,7 +1503,9 @@ def test_profile_writes_a_trace_of_three_steps(run, data, tmp_path, capsys):
     short.folders[-1] = str(run.graph_dir)
     with pytest.raises(ValueError, match="--profile needs 9 steps"):
         short("--max_steps", "8", "--profile")
-    assert (run.graph_dir / "metrics.jsonl").read_bytes() == metrics, "refused before another run's metrics are put aside"
+    assert (run.graph_dir / "metrics.jsonl").read_bytes() == metrics, (
+        "refused before another run's metrics are put aside"
+    )
 
 
 def test_profile_is_not_a_wish_for_the_rest_of_the_run(run, capsys):
@@ -959,10 +1520,20 @@ def test_sums_of_a_log_window_survive_a_resume_to_the_last_bit():
     model, state, cpu = random_model(tiny_config()), train.RunState(), torch.device("cpu")
     totals = train.Totals(state, model, cpu)
     for i in range(7):
-        totals.add(torch.tensor(False), torch.rand(5), torch.rand(2, 6), torch.rand(()), tokens=64, seconds=0.1, waiting_seconds=0.01)
+        totals.add(
+            torch.tensor(False),
+            torch.rand(5),
+            torch.rand(2, 6),
+            torch.rand(()),
+            tokens=64,
+            seconds=0.1,
+            waiting_seconds=0.01,
+        )
         assert i or totals.sums["losses"].dtype == torch.float64
     totals.read(state)
-    again = train.Totals(train.RunState(**json.loads(json.dumps(dataclasses.asdict(state)))), model, cpu)
+    again = train.Totals(
+        train.RunState(**json.loads(json.dumps(dataclasses.asdict(state)))), model, cpu
+    )
     assert all(torch.equal(again.sums[name], value) for name, value in totals.sums.items())
 
 
@@ -981,6 +1552,7 @@ def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
 
 def test_mps_skips_a_bad_step_under_loss_scaling_too():
     """Its fused kernel does not listen to found_inf: the first overflow of float16 made all weights NaN."""
+
     class OnMPS(torch.Tensor):
         device = property(lambda self: torch.device("mps"))
 
@@ -995,44 +1567,84 @@ def test_mps_skips_a_bad_step_under_loss_scaling_too():
     for gradient, expected in ((math.inf, 0), (1.0, 1)):
         scaler.scale(torch.ones(()))
         weight.grad = torch.full((2,), gradient)
-        with mock.patch("torch.nn.utils.get_total_norm", lambda gradients: torch.stack(gradients).norm().as_subclass(OnMPS)):
+        with mock.patch(
+            "torch.nn.utils.get_total_norm",
+            lambda gradients: torch.stack(gradients).norm().as_subclass(OnMPS),
+        ):
             train._update(optimizer, scaler, [weight], torch.ones(()), 0.0)
         assert len(steps) == expected
 
 
 def test_fit_refuses_an_optimizer_that_cannot_skip(data):
     model = random_model(tiny_config())
-    with pytest.raises(ValueError, match="fit cannot tell SGD to skip a step .* make it with fused=True"):
-        train.fit(model, None, TrainConfig(max_steps=1, warmup_steps=0), optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(
+        ValueError, match="fit cannot tell SGD to skip a step .* make it with fused=True"
+    ):
+        train.fit(
+            model,
+            None,
+            TrainConfig(max_steps=1, warmup_steps=0),
+            optimizer=torch.optim.SGD(model.parameters()),
+        )
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "state_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "state_dtype": "bfloat16"}]
+)
 def test_size_of_a_checkpoint_is_that_of_its_tensors(changes):
     """12 bytes a parameter were asked of the disk, whatever the optimizer keeps: Muon with bfloat16 moments was refused room that it has no use for."""
     config, train_config = tiny_config(), TrainConfig(**changes)
     model = LLM(config)
     optimizer = build_optimizer(model, train_config)
     initialise_state(optimizer)
-    moments = sum(t.nbytes for state in optimizer.state.values() for name, t in state.items() if name != "step")
-    assert train.checkpoint_bytes(training_memory_bytes(config, train_config)) == moments + sum(p.nbytes for p in model.parameters())
+    moments = sum(
+        t.nbytes
+        for state in optimizer.state.values()
+        for name, t in state.items()
+        if name != "step"
+    )
+    assert train.checkpoint_bytes(training_memory_bytes(config, train_config)) == moments + sum(
+        p.nbytes for p in model.parameters()
+    )
 
 
 def test_activation_checkpointing_changes_no_bit_of_a_run(straight, run):
-    assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3", "--activation_checkpointing") == 0
+    assert (
+        run(
+            "--max_steps",
+            STEPS,
+            "--dropout",
+            "0.1",
+            "--router_bias_rate",
+            "1e-3",
+            "--activation_checkpointing",
+        )
+        == 0
+    )
     assert_same(run.final(), straight.final())
 
 
 def test_deterministic_asks_pytorch_for_it(run):
     try:
         assert run("--max_steps", "4", "--deterministic") == 0
-        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert (
+            torch.are_deterministic_algorithms_enabled()
+            and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        )
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--state_dtype", "bfloat16"], ["--optimizer", "muon", "--state_dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "muon"],
+        ["--state_dtype", "bfloat16"],
+        ["--optimizer", "muon", "--state_dtype", "bfloat16"],
+    ],
+)
 def test_every_optimizer_resumes_bit_for_bit(run, data, tmp_path, flags):
     """Its state is in the checkpoint, in its own dtypes, and a step after a resume is the step that would have been."""
     assert run("--max_steps", "6", *flags) == 0
@@ -1043,7 +1655,9 @@ def test_every_optimizer_resumes_bit_for_bit(run, data, tmp_path, flags):
             path.unlink()
     assert other("--resume", fresh=False) == 0
     assert_same(run.final(), other.final())
-    assert any(t.dtype == torch.bfloat16 for t in run.final().optimizer.values()) == ("bfloat16" in flags)
+    assert any(t.dtype == torch.bfloat16 for t in run.final().optimizer.values()) == (
+        "bfloat16" in flags
+    )
     assert any(name.startswith("momentum.") for name in run.final().optimizer) == ("muon" in flags)
 
 
@@ -1051,11 +1665,22 @@ def test_starved_and_crowded_experts_are_told_once_each_way(capsys):
     """After the warm-up no expert should get under 25 or over 400 % of its fair share; until now only the plot knew."""
     reporter = train.Reporter.__new__(train.Reporter)
     reporter.healthy, reporter.say = True, print
-    for step, loads in ((1, [[1.0, 1.0]]), (2, [[0.2, 1.8], [1.0, 1.0]]), (3, [[0.1, 1.9], [1.0, 1.0]]), (4, [[1.1, 0.9], [1.0, 1.0]]), (5, [[0.3, 4.5]])):
+    for step, loads in (
+        (1, [[1.0, 1.0]]),
+        (2, [[0.2, 1.8], [1.0, 1.0]]),
+        (3, [[0.1, 1.9], [1.0, 1.0]]),
+        (4, [[1.1, 0.9], [1.0, 1.0]]),
+        (5, [[0.3, 4.5]]),
+    ):
         reporter._watch_experts({"step": step, "expert_load": loads})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert "step       2" in lines[0] and "1 of 4 experts" in lines[0] and "expert 0 of block 0 20 %" in lines[0] and "--aux_loss_coef" in lines[0]
+    assert (
+        "step       2" in lines[0]
+        and "1 of 4 experts" in lines[0]
+        and "expert 0 of block 0 20 %" in lines[0]
+        and "--aux_loss_coef" in lines[0]
+    )
     assert "step       4" in lines[1] and "back" in lines[1]
     assert "step       5" in lines[2] and "expert 1 of block 0 450 %" in lines[2]
 

@@ -1,4 +1,5 @@
 """Small configs for tests."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,9 +10,25 @@ import torch
 from config_model import ModelConfig
 from model import LLM
 
-TINY = dict(d_model=32, transformer_blocks=2, context_length=32, vocabulary_size=61, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24,
-            num_experts=4, top_k=2, use_attention_bias=False, qk_norm=True, expert_activation="swiglu", expert_bias=False,
-            out_proj_bias=False, head_bias=False, rms_norm_eps=1e-6)
+TINY = dict(
+    d_model=32,
+    transformer_blocks=2,
+    context_length=32,
+    vocabulary_size=61,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=24,
+    num_experts=4,
+    top_k=2,
+    use_attention_bias=False,
+    qk_norm=True,
+    expert_activation="swiglu",
+    expert_bias=False,
+    out_proj_bias=False,
+    head_bias=False,
+    rms_norm_eps=1e-6,
+)
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -26,17 +43,48 @@ def random_config(seed: int) -> ModelConfig:
     use_rope = r.random() < 0.8
     scaling = r.choice(["none", "linear", "yarn"]) if use_rope else "none"
     E = r.choice([1, 2, 4, 7])
-    sinks, router_bias, truncate = r.random() < 0.4, r.random() < 0.4, scaling != "yarn" or r.random() < 0.5
+    sinks, router_bias, truncate = (
+        r.random() < 0.4,
+        r.random() < 0.4,
+        scaling != "yarn" or r.random() < 0.5,
+    )
     return ModelConfig(
-        d_model=r.choice([8, 24, 36]), transformer_blocks=r.choice([1, 2, 3]), context_length=r.choice([16, 24]), vocabulary_size=r.choice([17, 50]),
-        num_heads=G * groups, num_kv_heads=G, head_dim=r.choice([4, 6, 10]), d_ff=r.choice([8, 20]), num_experts=E, top_k=r.randint(1, E),
-        use_attention_bias=r.random() < 0.4, qkv_bias=r.random() < 0.3, out_proj_bias=r.random() < 0.5, qk_norm=r.random() < 0.5,
-        expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]), expert_bias=r.random() < 0.5, head_bias=r.random() < 0.5, tie_embeddings=r.random() < 0.5,
-        sliding_window=window, window_pattern=r.choice(["all", "alternating"]) if window else "all", use_rope=use_rope, rope_scaling=scaling,
-        rope_scaling_factor=2.0 if scaling != "none" else 1.0, router_bias_rate=r.choice([0.0, 1e-3]), attention_sinks=sinks, router_bias=router_bias, yarn_truncate=truncate, rms_norm_eps=r.choice([1e-6, 2.0 ** -23]),
+        d_model=r.choice([8, 24, 36]),
+        transformer_blocks=r.choice([1, 2, 3]),
+        context_length=r.choice([16, 24]),
+        vocabulary_size=r.choice([17, 50]),
+        num_heads=G * groups,
+        num_kv_heads=G,
+        head_dim=r.choice([4, 6, 10]),
+        d_ff=r.choice([8, 20]),
+        num_experts=E,
+        top_k=r.randint(1, E),
+        use_attention_bias=r.random() < 0.4,
+        qkv_bias=r.random() < 0.3,
+        out_proj_bias=r.random() < 0.5,
+        qk_norm=r.random() < 0.5,
+        expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]),
+        expert_bias=r.random() < 0.5,
+        head_bias=r.random() < 0.5,
+        tie_embeddings=r.random() < 0.5,
+        sliding_window=window,
+        window_pattern=r.choice(["all", "alternating"]) if window else "all",
+        use_rope=use_rope,
+        rope_scaling=scaling,
+        rope_scaling_factor=2.0 if scaling != "none" else 1.0,
+        router_bias_rate=r.choice([0.0, 1e-3]),
+        attention_sinks=sinks,
+        router_bias=router_bias,
+        yarn_truncate=truncate,
+        rms_norm_eps=r.choice([1e-6, 2.0**-23]),
         # The last draws, so that those before them stay what they were.
-        rope_theta=r.choice([100.0, 10_000.0]), init_std=r.choice([0.02, 0.05]), aux_loss_coef=r.choice([0.0, 1e-2]), z_loss_coef=r.choice([0.0, 1e-3]),
-        dropout=r.choice([0.0, 0.1]), capacity_factor=r.choice([0.0, 1.25]))
+        rope_theta=r.choice([100.0, 10_000.0]),
+        init_std=r.choice([0.02, 0.05]),
+        aux_loss_coef=r.choice([0.0, 1e-2]),
+        z_loss_coef=r.choice([0.0, 1e-3]),
+        dropout=r.choice([0.0, 0.1]),
+        capacity_factor=r.choice([0.0, 1.25]),
+    )
 
 
 def without_chance(config: ModelConfig) -> ModelConfig:

@@ -3,6 +3,7 @@
 pytest runs them with small counts at every push and larger ones nightly (`make test-nightly`); `python -m benchmarks.reliability`
 (`make figures`) runs them with the counts that README.md quotes. The numbers are those of the promises' list in the README.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from dataclasses import dataclass, field
 @dataclass
 class Tally:
     """How often something held. A failure is a line that says with which seed or case it can be seen again."""
+
     held: int = 0
     tried: int = 0
     failures: list[str] = field(default_factory=list)
-    detail: dict[str, int | float | str] = field(default_factory=dict)   # what else was counted, e.g. {"kills": 57, "kills inside a save": 19}
+    detail: dict[str, int | float | str] = field(
+        default_factory=dict
+    )  # what else was counted, e.g. {"kills": 57, "kills inside a save": 19}
 
     def add(self, ok: bool, what: str) -> None:
         """Count one try."""
@@ -26,16 +30,21 @@ class Tally:
 
     def check(self) -> None:
         """Raise AssertionError unless something was tried and it held every time."""
-        assert self.tried and self.held == self.tried, f"held {self.held} of {self.tried}:\n" + "\n".join(self.failures[:20])
+        assert self.tried and self.held == self.tried, (
+            f"held {self.held} of {self.tried}:\n" + "\n".join(self.failures[:20])
+        )
 
 
 @dataclass(frozen=True)
 class Promise:
     """One row of the README's table."""
-    number: int                         # of the list; rows are in this order
-    text: str                           # what is promised, as a reader wants it said
-    run: Callable[[int], Tally]         # tries it about so many times
-    at_push: int                        # counts: in make test,
-    nightly: int                        # in make test-nightly,
-    published: int                      # and for the README
-    reference: str = ""                 # what the same test finds in the reference implementation, where that was measured
+
+    number: int  # of the list; rows are in this order
+    text: str  # what is promised, as a reader wants it said
+    run: Callable[[int], Tally]  # tries it about so many times
+    at_push: int  # counts: in make test,
+    nightly: int  # in make test-nightly,
+    published: int  # and for the README
+    reference: str = (
+        ""  # what the same test finds in the reference implementation, where that was measured
+    )

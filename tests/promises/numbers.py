@@ -1,4 +1,5 @@
 """Promises about numbers that are not finite, and about losses that jump."""
+
 from __future__ import annotations
 
 import math
@@ -19,20 +20,27 @@ class _Batches:
     """Endless samples of a small regular text."""
 
     def batch(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.stack([(torch.arange(13) * (1 + i % 3) + i) % 61 for i in range(first, first + 2)])
+        rows = torch.stack(
+            [(torch.arange(13) * (1 + i % 3) + i) % 61 for i in range(first, first + 2)]
+        )
         return rows[:, :-1], rows[:, 1:]
 
 
-def _fit(poison: dict[int, str]) -> tuple[train.RunState, list[dict], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+def _fit(
+    poison: dict[int, str],
+) -> tuple[train.RunState, list[dict], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
     """A short run in which some calls of the loss (two a step) are spoilt in some place: its state, records, weights, and what it saved."""
-    model, records, saved, call = random_model(tiny_config(), 1), [], [], iter(range(10 ** 6))
+    model, records, saved, call = random_model(tiny_config(), 1), [], [], iter(range(10**6))
 
     def loss_fn(model, batch):
         out, where = train.next_token_loss(model, batch), poison.get(next(call))
         loss = out.cross_entropy_sum
         if where in ("nan loss", "inf loss"):
             loss = loss * (math.nan if where == "nan loss" else math.inf)
-        elif where in ("nan gradient", "inf gradient"):     # the loss stays what it is, one weight's gradient does not
+        elif where in (
+            "nan gradient",
+            "inf gradient",
+        ):  # the loss stays what it is, one weight's gradient does not
             weight = model.layers[0].moe.experts.w_in[0, 0, 0]
             gradient = torch.tensor(math.nan if where == "nan gradient" else math.inf)
             weight.register_hook(lambda g: gradient)
@@ -41,9 +49,26 @@ def _fit(poison: dict[int, str]) -> tuple[train.RunState, list[dict], dict[str, 
             return out._replace(aux_loss=out.aux_loss * math.nan)
         return out._replace(cross_entropy_sum=loss)
 
-    config = TrainConfig(batch_size=2, grad_accum=2, max_steps=STEPS, warmup_steps=1, lr=3e-3, log_interval=1, save_interval=1, device="cpu")
-    state = train.fit(model, _Batches(), config, loss_fn, on_log=records.append,
-                      on_save=lambda state, val_loss, is_best: saved.append({n: p.detach().clone() for n, p in model.state_dict().items()}))
+    config = TrainConfig(
+        batch_size=2,
+        grad_accum=2,
+        max_steps=STEPS,
+        warmup_steps=1,
+        lr=3e-3,
+        log_interval=1,
+        save_interval=1,
+        device="cpu",
+    )
+    state = train.fit(
+        model,
+        _Batches(),
+        config,
+        loss_fn,
+        on_log=records.append,
+        on_save=lambda state, val_loss, is_best: saved.append(
+            {n: p.detach().clone() for n, p in model.state_dict().items()}
+        ),
+    )
     return state, records, dict(model.state_dict()), saved
 
 
@@ -52,13 +77,21 @@ def not_finite(count: int) -> Tally:
     tally, r = Tally(), random.Random(9)
     _, clean, _, _ = _fit({})
     for i in range(count):
-        call, where = r.randrange(2 * (STEPS - 2)), r.choice(["nan loss", "inf loss", "nan gradient", "inf gradient", "nan router"])
+        call, where = (
+            r.randrange(2 * (STEPS - 2)),
+            r.choice(["nan loss", "inf loss", "nan gradient", "inf gradient", "nan router"]),
+        )
         state, records, _, saved = _fit({call: where})
         step = call // 2
         finite = all(torch.isfinite(t).all() for weights in saved for t in weights.values())
-        counted = state.skipped_steps == 1 and [j for j, record in enumerate(records) if not math.isfinite(record["loss"])] == [step]
+        counted = state.skipped_steps == 1 and [
+            j for j, record in enumerate(records) if not math.isfinite(record["loss"])
+        ] == [step]
         learned = abs(records[-1]["loss"] - clean[-1]["loss"]) < 0.1 * clean[0]["loss"]
-        tally.add(finite and counted and learned and len(saved) == STEPS - 1, f"try {i}: {where} at call {call}: finite {finite}, counted {counted}, last loss {records[-1]['loss']:.3f} and {clean[-1]['loss']:.3f}")
+        tally.add(
+            finite and counted and learned and len(saved) == STEPS - 1,
+            f"try {i}: {where} at call {call}: finite {finite}, counted {counted}, last loss {records[-1]['loss']:.3f} and {clean[-1]['loss']:.3f}",
+        )
     return tally
 
 
@@ -83,7 +116,22 @@ def spikes(count: int) -> Tally:
 
 
 PROMISES = [
-    Promise(9, "A NaN or Inf in loss, gradient or router: the step changes nothing and is counted, nothing not finite is saved", not_finite, 10, 1000, 200,
-            "NaN in 54 of 58 tensors on disk, exit code 0"),
-    Promise(10, "`--spike_sigmas 6`: a jump of the loss is skipped at its own step, and no step is skipped without one", spikes, 20, 200, 20, "no such thing"),
+    Promise(
+        9,
+        "A NaN or Inf in loss, gradient or router: the step changes nothing and is counted, nothing not finite is saved",
+        not_finite,
+        10,
+        1000,
+        200,
+        "NaN in 54 of 58 tensors on disk, exit code 0",
+    ),
+    Promise(
+        10,
+        "`--spike_sigmas 6`: a jump of the loss is skipped at its own step, and no step is skipped without one",
+        spikes,
+        20,
+        200,
+        20,
+        "no such thing",
+    ),
 ]

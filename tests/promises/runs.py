@@ -9,6 +9,7 @@ restart costs a fraction of a second. A child tells through a pipe what it begin
 Crash points are not run but enumerated: `Recorder` notes what the real save code asks of the file system, `Disk` says what
 may be left of it after every prefix of that, and the real find_latest has to cope.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -40,7 +41,13 @@ import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime import checkpoint, cli
-from runtime.checkpoint import CheckpointError, find_latest, folder_has_run, read_checkpoint, save_checkpoint
+from runtime.checkpoint import (
+    CheckpointError,
+    find_latest,
+    folder_has_run,
+    read_checkpoint,
+    save_checkpoint,
+)
 from runtime.files import TEMPORARY_SUFFIX
 from runtime.optimizer import build_optimizer, initialise_state
 from tests.conftest import REPO
@@ -49,10 +56,27 @@ from tests.test_train import MODEL, SPEED, comparable, write_text
 
 STEPS = 40
 TOKENS_PER_STEP = 2 * 2 * 16
-FLAGS = [*MODEL, *SPEED, "--max_steps", str(STEPS), "--save_interval", "5", "--keep_last", "2", "--dropout", "0.1", "--router_bias_rate", "1e-3", "--num_threads", "1"]
-HANG_SECONDS = 60                   # an attempt takes about one
+FLAGS = [
+    *MODEL,
+    *SPEED,
+    "--max_steps",
+    str(STEPS),
+    "--save_interval",
+    "5",
+    "--keep_last",
+    "2",
+    "--dropout",
+    "0.1",
+    "--router_bias_rate",
+    "1e-3",
+    "--num_threads",
+    "1",
+]
+HANG_SECONDS = 60  # an attempt takes about one
 MOST_KILLS_A_RUN = 6
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 # ---------------------------------------------------------------------------------------------------- the file operations
@@ -64,7 +88,7 @@ class Operations:
 
     def __init__(self, *roots: Path):
         self.roots = [os.path.abspath(root) for root in roots]
-        self.opened: dict[int, str] = {}                # path by descriptor, of files and folders
+        self.opened: dict[int, str] = {}  # path by descriptor, of files and folders
 
     def before(self, kind: str, path: str, half=lambda: None) -> int | None:
         """An operation begins; half() carries out half of a write. May raise. A number: only so many bytes are written."""
@@ -80,7 +104,10 @@ class Operations:
 
     def __enter__(self):
         self._patches = contextlib.ExitStack()
-        real = {name: getattr(os, name) for name in ("mkdir", "unlink", "replace", "link", "symlink", "open", "close", "fsync")}
+        real = {
+            name: getattr(os, name)
+            for name in ("mkdir", "unlink", "replace", "link", "symlink", "open", "close", "fsync")
+        }
 
         def of_one(kind):
             def operation(path, *args, **kwargs):
@@ -89,6 +116,7 @@ class Operations:
                 self.before(kind, str(path))
                 real[kind](path, *args, **kwargs)
                 self.after(kind, str(path))
+
             return operation
 
         def of_two(kind):
@@ -98,6 +126,7 @@ class Operations:
                 self.before(kind, str(target))
                 real[kind](source, target, **kwargs)
                 self.after(kind, str(source), str(target))
+
             return operation
 
         def open_descriptor(path, flags, *args, **kwargs):
@@ -115,7 +144,9 @@ class Operations:
             if path is None:
                 return real["fsync"](descriptor)
             kind = "fsync folder" if os.path.isdir(path) else "fsync"
-            self.before(kind, path)                     # the model's flush is the one that counts here: the disk's is left out, it is slow
+            self.before(
+                kind, path
+            )  # the model's flush is the one that counts here: the disk's is left out, it is slow
             self.after(kind, path)
 
         real_open = builtins.open
@@ -151,7 +182,9 @@ class _File(io.FileIO):
 
     def write(self, data) -> int:
         data = bytes(data)
-        limit = self.operations.before("write", self.path, lambda: super(_File, self).write(data[:len(data) // 2]))
+        limit = self.operations.before(
+            "write", self.path, lambda: super(_File, self).write(data[: len(data) // 2])
+        )
         written = super().write(data if limit is None else data[:limit])
         self.operations.after("write", self.path, data[:written])
         return written
@@ -173,6 +206,7 @@ class Faults(Operations):
 
     A full disk lets files be deleted and folders be flushed. `short`: the write that does not fit writes its half first.
     """
+
     NEED_ROOM = {"mkdir", "open", "write", "fsync", "replace", "link", "symlink"}
 
     def __init__(self, *roots: Path, index: int, code: int, lasting: bool, short: bool):
@@ -188,7 +222,10 @@ class Faults(Operations):
         if self.code == errno.ENOSPC and kind not in self.NEED_ROOM:
             return
         if kind == "write" and self.short:
-            self.short, self.index = False, self.number + 1     # this one comes back short, the next one fails
+            self.short, self.index = (
+                False,
+                self.number + 1,
+            )  # this one comes back short, the next one fails
             return 1
         raise OSError(self.code, os.strerror(self.code), path)
 
@@ -205,12 +242,16 @@ class _Watched(Operations):
 
     def tell(self, event: str, half=lambda: None) -> None:
         self.counts[event] += 1
-        here = self.job.get("exact") and event in self.job["events"] and sum(self.counts[e] for e in self.job["events"]) == self.job["index"]
+        here = (
+            self.job.get("exact")
+            and event in self.job["events"]
+            and sum(self.counts[e] for e in self.job["events"]) == self.job["index"]
+        )
         if here:
             half()
         os.write(self.pipe, event.encode())
         if here:
-            signal.pause()                              # until the kill
+            signal.pause()  # until the kill
 
     def before(self, kind, path, half=lambda: None):
         self.tell("w" if self.saving else "o", half)
@@ -223,7 +264,9 @@ def _mutate(mutant: str) -> None:
         train.STOP_SIGNALS = []
     elif mutant:
         initial_state, name = train.initial_state, mutant.removeprefix("forgets ")
-        train.initial_state = lambda plan: dataclasses.replace(initial_state(plan), **{name: getattr(train.RunState(), name)})
+        train.initial_state = lambda plan: dataclasses.replace(
+            initial_state(plan), **{name: getattr(train.RunState(), name)}
+        )
 
 
 def _child(job: dict, pipe: int) -> None:
@@ -235,7 +278,9 @@ def _child(job: dict, pipe: int) -> None:
             os.dup2(log, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number in (*train.STOP_SIGNALS, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)       # whoever started us in the background had it ignored
+            signal.signal(
+                number, signal.SIG_DFL
+            )  # whoever started us in the background had it ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
         watched = _Watched(job, pipe, *map(Path, job["roots"]))
         requested, save = train.StopRequest.requested, train.save_checkpoint
@@ -265,6 +310,7 @@ def _child(job: dict, pipe: int) -> None:
         code = leaving.code or 0
     except BaseException:
         import traceback
+
         traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
@@ -294,12 +340,17 @@ def _attempt(job: dict) -> dict:
             os.kill(pid, job["signal"])
             sent = True
     os.close(reader)
-    return {"events": events, "code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), "hung": hung}
+    return {
+        "events": events,
+        "code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]),
+        "hung": hung,
+    }
 
 
 def serve() -> None:
     """Answer a job a line, until stdin ends. torch must not have computed anything here: its threads would not be in the child."""
     import torch._dynamo  # noqa: F401 - torch.optim does so when an optimizer is made, and it takes more than all else in a child
+
     torch.set_num_threads(1)
     train.draw_plots = lambda *_: None
     for line in sys.stdin:
@@ -312,15 +363,33 @@ def _home() -> Path:
     home = Path(tempfile.mkdtemp(prefix="promises-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        assert not prepare_data.main(["--files", str(write_text(home / "t.jsonl", 0)), "--val_files", str(write_text(home / "v.jsonl", 1, 20)), "--tokenizer", "byte",
-                                      "--out_dir", str(home / "data"), "--num_proc", "1"])
+        assert not prepare_data.main(
+            [
+                "--files",
+                str(write_text(home / "t.jsonl", 0)),
+                "--val_files",
+                str(write_text(home / "v.jsonl", 1, 20)),
+                "--tokenizer",
+                "byte",
+                "--out_dir",
+                str(home / "data"),
+                "--num_proc",
+                "1",
+            ]
+        )
     return home
 
 
 @functools.cache
 def _server() -> subprocess.Popen:
-    server = subprocess.Popen([sys.executable, "-c", "from tests.promises import runs; runs.serve()"], cwd=REPO, text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    server = subprocess.Popen(
+        [sys.executable, "-c", "from tests.promises import runs; runs.serve()"],
+        cwd=REPO,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
 
     def end():
         server.stdin.close()
@@ -334,6 +403,7 @@ def _server() -> subprocess.Popen:
 @dataclass
 class Attempt:
     """What a child did, its exit code (or minus the signal that ended it) and what it printed."""
+
     events: str
     code: int
     output: str
@@ -347,6 +417,7 @@ class Attempt:
 
 class Run:
     """A run in a folder of its own, as a user's script starts it: with --resume once there is something to resume."""
+
     numbers = itertools.count()
 
     def __init__(self, mutant: str = ""):
@@ -355,17 +426,34 @@ class Run:
         self.folder.mkdir()
 
     def __call__(self, **job) -> Attempt:
-        folders = ["--data_dir", str(_home() / "data"), "--ckpt_dir", str(self.ckpt_dir), "--graph_dir", str(self.graph_dir)]
+        folders = [
+            "--data_dir",
+            str(_home() / "data"),
+            "--ckpt_dir",
+            str(self.ckpt_dir),
+            "--graph_dir",
+            str(self.graph_dir),
+        ]
         argv = ["--resume", *folders] if folder_has_run(self.ckpt_dir) else [*FLAGS, *folders]
-        job |= {"argv": argv, "log": str(self.folder / "log"), "roots": [str(self.folder)], "mutant": self.mutant}
+        job |= {
+            "argv": argv,
+            "log": str(self.folder / "log"),
+            "roots": [str(self.folder)],
+            "mutant": self.mutant,
+        }
         server = _server()
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         answer = json.loads(server.stdout.readline())
-        return Attempt(answer["events"], answer["code"], (self.folder / "log").read_text(), answer["hung"])
+        return Attempt(
+            answer["events"], answer["code"], (self.folder / "log").read_text(), answer["hung"]
+        )
 
     def records(self) -> list[dict]:
-        return [json.loads(line, parse_constant=_not_json) for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line, parse_constant=_not_json)
+            for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()
+        ]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -387,8 +475,13 @@ def straight() -> tuple[Run, Attempt]:
 def difference(run: Run) -> str:
     """Where the final checkpoint of a run is not, bit for bit, that of the run that was not interrupted; "" where it is."""
     try:
-        mine, theirs = (read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True) for one in (run, straight()[0]))
-        best, their_best = (read_checkpoint(one.ckpt_dir / "best.pt").step for one in (run, straight()[0]))
+        mine, theirs = (
+            read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True)
+            for one in (run, straight()[0])
+        )
+        best, their_best = (
+            read_checkpoint(one.ckpt_dir / "best.pt").step for one in (run, straight()[0])
+        )
     except CheckpointError as error:
         return str(error)
     if mine.step != theirs.step:
@@ -419,13 +512,26 @@ def metrics_difference(run: Run) -> str:
         steps = [record["step"] for record in records if record["kind"] == kind]
         if not all(a < b for a, b in itertools.pairwise(steps)):
             return f"{kind} steps do not increase: {steps}"
-        if comparable(saved[kind]) != comparable([record for record in records if record["kind"] == kind]):
+        if comparable(saved[kind]) != comparable(
+            [record for record in records if record["kind"] == kind]
+        ):
             return f"metrics.json has other {kind} records than metrics.jsonl"
-    if bad := [record["step"] for record in records if record["tokens_seen"] != record["step"] * TOKENS_PER_STEP]:
+    if bad := [
+        record["step"]
+        for record in records
+        if record["tokens_seen"] != record["step"] * TOKENS_PER_STEP
+    ]:
         return f"tokens_seen is not step x {TOKENS_PER_STEP} at step {bad[0]}"
     mine, theirs = comparable(records), comparable(straight()[0].records())
     if mine != theirs:
-        return next((f"the record of step {b['step']} differs" for a, b in zip(mine, theirs, strict=False) if a != b), f"{len(mine)} records, not {len(theirs)}")
+        return next(
+            (
+                f"the record of step {b['step']} differs"
+                for a, b in zip(mine, theirs, strict=False)
+                if a != b
+            ),
+            f"{len(mine)} records, not {len(theirs)}",
+        )
     return ""
 
 
@@ -433,11 +539,15 @@ def metrics_difference(run: Run) -> str:
 def _moment(r: random.Random, in_a_save: bool) -> dict:
     """When to kill an attempt: at an operation of one of its next saves (as it begins; a write is half done), or somewhere else."""
     events = straight()[1].events
-    operations = events[:events.index(")")].count("w")
+    operations = events[: events.index(")")].count("w")
     if in_a_save:
         return {"events": "w", "index": r.randint(1, 2 * operations), "exact": r.random() < 0.75}
     if r.random() < 0.4:
-        return {"events": "o", "index": r.randint(1, 20), "exact": True}    # metrics: as they are opened, appended to, rewritten
+        return {
+            "events": "o",
+            "index": r.randint(1, 20),
+            "exact": True,
+        }  # metrics: as they are opened, appended to, rewritten
     return {"events": "s", "index": r.randint(1, 12), "exact": False}
 
 
@@ -452,7 +562,9 @@ def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
         r, run, mine, faults = random.Random(seed), Run(mutant), 0, []
         while True:
             killing = kills < count and mine < MOST_KILLS_A_RUN
-            attempt = run(**_moment(r, inside * 2 <= kills), signal=signal.SIGKILL) if killing else run()
+            attempt = (
+                run(**_moment(r, inside * 2 <= kills), signal=signal.SIGKILL) if killing else run()
+            )
             if "skipped a damaged checkpoint" in attempt.output:
                 faults.append("a damaged checkpoint was left")
             if attempt.code != -signal.SIGKILL or attempt.hung:
@@ -475,7 +587,9 @@ def same_after_kills(count: int) -> Tally:
     """1. At least a quarter of the kills fall inside a save."""
     states, _ = killed_runs(count)
     if states.detail["kills inside a save"] * 4 < states.detail["kills"]:
-        return dataclasses.replace(states, held=0, failures=["too few kills fell inside a save to say anything"])
+        return dataclasses.replace(
+            states, held=0, failures=["too few kills fell inside a save to say anything"]
+        )
     return states
 
 
@@ -493,8 +607,13 @@ def same_after_resume(count: int, mutant: str = "") -> Tally:
         stopped = run(stop_after=stop_after)
         reached = find_latest(run.ckpt_dir)[0].step if folder_has_run(run.ckpt_dir) else 0
         attempt = run()
-        fault = (f"exit codes {stopped.code} and {attempt.code}: {attempt.output[-300:]}" if (stopped.code, attempt.code) != (128 + signal.SIGTERM, 0) else
-                 f"its checkpoint was of step {reached}" if reached != stop_after else difference(run) or metrics_difference(run))
+        fault = (
+            f"exit codes {stopped.code} and {attempt.code}: {attempt.output[-300:]}"
+            if (stopped.code, attempt.code) != (128 + signal.SIGTERM, 0)
+            else f"its checkpoint was of step {reached}"
+            if reached != stop_after
+            else difference(run) or metrics_difference(run)
+        )
         tally.add(not fault, f"stopped after step {stop_after}: {fault}")
         run.remove()
     return tally
@@ -507,6 +626,7 @@ GONE, FOLDER = object(), "folder"
 @dataclass(frozen=True)
 class Link:
     """A symbolic link's text."""
+
     text: str
 
 
@@ -514,12 +634,14 @@ class Disk:
     """A file system that keeps what POSIX says and not a byte more: content after fsync, names after fsync of their folder."""
 
     def __init__(self, root: str):
-        self.root = root                                # a folder that is surely on the disk
-        self.contents: list[list[bytes]] = []           # of each file: as read now, and as surely on the disk
-        self.opened: dict[str, int] = {}                # number of the file that was last opened under a path
-        self.names: dict[str, object] = {}              # path -> number of a file, Link or FOLDER: as seen now,
-        self.flushed: dict[str, object] = {}            # and as surely on the disk
-        self.pending: list[dict[str, object]] = []      # changes of names between the two, in order
+        self.root = root  # a folder that is surely on the disk
+        self.contents: list[
+            list[bytes]
+        ] = []  # of each file: as read now, and as surely on the disk
+        self.opened: dict[str, int] = {}  # number of the file that was last opened under a path
+        self.names: dict[str, object] = {}  # path -> number of a file, Link or FOLDER: as seen now,
+        self.flushed: dict[str, object] = {}  # and as surely on the disk
+        self.pending: list[dict[str, object]] = []  # changes of names between the two, in order
 
     def do(self, kind: str, path: str, more=None) -> None:
         """An operation, as `Operations.after` is told of it."""
@@ -539,7 +661,9 @@ class Disk:
         elif kind == "fsync":
             self.contents[self.opened[path]][1] = self.contents[self.opened[path]][0]
         elif kind == "fsync folder":
-            here = [change for change in self.pending if os.path.dirname(next(iter(change))) == path]
+            here = [
+                change for change in self.pending if os.path.dirname(next(iter(change))) == path
+            ]
             self.pending = [change for change in self.pending if change not in here]
             for change in here:
                 self._apply(self.flushed, change)
@@ -550,7 +674,9 @@ class Disk:
         elif kind == "symlink":
             self._change({more: Link(path)})
         elif kind == "replace":
-            if self.names[path] != self.names.get(more):  # POSIX: over another name of the same file it does nothing
+            if self.names[path] != self.names.get(
+                more
+            ):  # POSIX: over another name of the same file it does nothing
                 self._change({path: GONE, more: self.names[path]})
         elif kind == "unlink":
             self._change({path: GONE})
@@ -571,14 +697,18 @@ class Disk:
         """What a killed process leaves: everything that it did, and half of the write that it was at."""
         contents = [now for now, _ in self.contents]
         if half_written:
-            contents[self.opened[half_written[0]]] += half_written[1][:len(half_written[1]) // 2]
+            contents[self.opened[half_written[0]]] += half_written[1][: len(half_written[1]) // 2]
         return self._state(self.names, contents)
 
     def after_power_loss(self) -> Iterator[State]:
         """Every state that may be left: any of the changes of names that were not flushed are made and the others not (beyond 7 of
         them: the first so many); of what was not flushed of a file there is nothing, half, half and then zeros, zeros, or all."""
         number = len(self.pending)
-        kept = itertools.product((True, False), repeat=number) if number <= 7 else ([i < n for i in range(number)] for n in range(number + 1))
+        kept = (
+            itertools.product((True, False), repeat=number)
+            if number <= 7
+            else ([i < n for i in range(number)] for n in range(number + 1))
+        )
         for choice in kept:
             names = dict(self.flushed)
             for change in itertools.compress(self.pending, choice):
@@ -589,22 +719,44 @@ class Disk:
 
     def _state(self, names: dict, contents) -> State:
         """Names whose folders are there, and contents by number of the file."""
-        def reached(path: str) -> bool:
-            return path == self.root or names.get(path) is not None and reached(os.path.dirname(path))
 
-        return State(tuple((path, what if not isinstance(what, int) else (what, b"" if path.endswith(TEMPORARY_SUFFIX) else contents[what]))
-                           for path, what in sorted(names.items()) if reached(path)))
+        def reached(path: str) -> bool:
+            return (
+                path == self.root or names.get(path) is not None and reached(os.path.dirname(path))
+            )
+
+        return State(
+            tuple(
+                (
+                    path,
+                    what
+                    if not isinstance(what, int)
+                    else (what, b"" if path.endswith(TEMPORARY_SUFFIX) else contents[what]),
+                )
+                for path, what in sorted(names.items())
+                if reached(path)
+            )
+        )
 
     def _torn(self, file: int) -> list[bytes]:
         now, kept = self.contents[file]
         half = len(now) // 2
-        return [now] if now == kept else list(dict.fromkeys([kept, now[:half], now[:half] + bytes(len(now) - half), bytes(len(now)), now]))
+        return (
+            [now]
+            if now == kept
+            else list(
+                dict.fromkeys(
+                    [kept, now[:half], now[:half] + bytes(len(now) - half), bytes(len(now)), now]
+                )
+            )
+        )
 
 
 @dataclass(frozen=True)
 class State:
     """A folder that a crash left: (path, file number and content, Link or FOLDER), sorted. Files under temporary names are never
     opened again, so what is in them makes no other state."""
+
     entries: tuple
 
     def make(self, root: str, folder: Path) -> None:
@@ -640,6 +792,7 @@ class Recorder(Operations):
 @dataclass
 class Verdict:
     """What the reader makes of a state: step of the newest checkpoint, 0 without one; what is wrong with it; whether it can be saved into."""
+
     step: int
     unloadable: str
     recovers: str
@@ -648,9 +801,12 @@ class Verdict:
 @dataclass
 class Crashes:
     """Counts of an enumeration."""
+
     operations: int = 0
     states: dict[str, int] = dataclasses.field(default_factory=lambda: {"kill": 0, "power loss": 0})
-    unloadable: dict[str, int] = dataclasses.field(default_factory=lambda: {"kill": 0, "power loss": 0})
+    unloadable: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"kill": 0, "power loss": 0}
+    )
     lost: dict[str, int] = dataclasses.field(default_factory=lambda: {"kill": 0, "power loss": 0})
     distinct: int = 0
     tally: Tally = dataclasses.field(default_factory=Tally)
@@ -660,7 +816,19 @@ class Crashes:
 def _tiny() -> tuple[LLM, torch.optim.Optimizer, TrainConfig]:
     torch.manual_seed(0)
     config = TrainConfig(lr=1e-2, min_lr=0.0)
-    model = LLM(ModelConfig(d_model=8, transformer_blocks=1, context_length=8, vocabulary_size=16, num_heads=2, num_kv_heads=1, num_experts=2, top_k=1, d_ff=4))
+    model = LLM(
+        ModelConfig(
+            d_model=8,
+            transformer_blocks=1,
+            context_length=8,
+            vocabulary_size=16,
+            num_heads=2,
+            num_kv_heads=1,
+            num_experts=2,
+            top_k=1,
+            d_ff=4,
+        )
+    )
     optimizer = build_optimizer(model, config)
     initialise_state(optimizer)
     return model, optimizer, config
@@ -671,8 +839,18 @@ def _save(folder: Path, step: int, keep_last: int = 2) -> None:
     model, optimizer, config = _tiny()
     with torch.no_grad():
         model.embed.weight.fill_(step / 1000)
-    save_checkpoint(folder, step, model, optimizer, train_config=config, tokenizer_state={"name": "byte"}, data_fingerprint="abc", run={"step": step},
-                    keep_last=keep_last, is_best=step % 2 == 1)
+    save_checkpoint(
+        folder,
+        step,
+        model,
+        optimizer,
+        train_config=config,
+        tokenizer_state={"name": "byte"},
+        data_fingerprint="abc",
+        run={"step": step},
+        keep_last=keep_last,
+        is_best=step % 2 == 1,
+    )
 
 
 def _judge(folder: Path, good: set[bytes]) -> Verdict:
@@ -699,16 +877,31 @@ def _judge(folder: Path, good: set[bytes]) -> Verdict:
     try:
         _save(folder, 900)
         left = [path.name for path in folder.iterdir() if path.name.endswith(TEMPORARY_SUFFIX)]
-        recovers = f"{left[0]} stays" if left else "" if find_latest(folder)[0].step == 900 else "the next save is not found"
+        recovers = (
+            f"{left[0]} stays"
+            if left
+            else ""
+            if find_latest(folder)[0].step == 900
+            else "the next save is not found"
+        )
     except CheckpointError as error:
         recovers = str(error)
     return Verdict(step, "", recovers)
 
 
-LINKS = {"hard links": (), "symbolic links": ("link",), "no links": ("link", "symlink")}   # file systems, by what they refuse
+LINKS = {
+    "hard links": (),
+    "symbolic links": ("link",),
+    "no links": ("link", "symlink"),
+}  # file systems, by what they refuse
 
 
-def enumerate_crashes(saves: int, refused: tuple[str, ...] = (), forget: frozenset[str] = frozenset(), patches: dict | None = None) -> Crashes:
+def enumerate_crashes(
+    saves: int,
+    refused: tuple[str, ...] = (),
+    forget: frozenset[str] = frozenset(),
+    patches: dict | None = None,
+) -> Crashes:
     """Record `saves` consecutive saves and judge what every crash in them may leave.
 
     refused: operations that the file system does not have. For tests of this test: forget, kinds of operations that the disk does
@@ -737,14 +930,18 @@ def enumerate_crashes(saves: int, refused: tuple[str, ...] = (), forget: frozens
                 folder = Path(place, f"state-{len(verdicts)}")
                 folder.mkdir()
                 state.make(root, folder)
-                with Operations(folder):                # whose flushes cost nothing
+                with Operations(folder):  # whose flushes cost nothing
                     verdicts[state] = _judge(folder / "runs" / "ckpt", good)
                 shutil.rmtree(folder)
             verdict = verdicts[state]
             crashes.states[crash] += 1
             crashes.unloadable[crash] += bool(verdict.unloadable)
             crashes.lost[crash] += verdict.step < committed
-            fault = verdict.unloadable or (f"step {committed} was saved, step {verdict.step} is found" if verdict.step < committed else verdict.recovers)
+            fault = verdict.unloadable or (
+                f"step {committed} was saved, step {verdict.step} is found"
+                if verdict.step < committed
+                else verdict.recovers
+            )
             crashes.tally.add(not fault, f"{crash} {where}: {fault}")
 
         disk, committed = Disk(root), 0
@@ -752,7 +949,9 @@ def enumerate_crashes(saves: int, refused: tuple[str, ...] = (), forget: frozens
             if kind == "saved":
                 committed = path
                 continue
-            where = f"before operation {number}, {kind} {os.path.relpath(path, root) if path else ''}"
+            where = (
+                f"before operation {number}, {kind} {os.path.relpath(path, root) if path else ''}"
+            )
             judge("kill", disk.after_kill(), committed, where)
             if kind == "write":
                 judge("kill", disk.after_kill((path, more)), committed, where + ", half done")
@@ -768,7 +967,18 @@ def enumerate_crashes(saves: int, refused: tuple[str, ...] = (), forget: frozens
 def no_crash_loses_a_checkpoint(count: int) -> Tally:
     """3. Exhaustive over `count` consecutive saves, on file systems with hard links, with symbolic links only, and with neither."""
     tally, kinds = Tally(), ("kill", "power loss")
-    totals = dict.fromkeys(("operations", *(f"{what} after a {crash}" for crash in kinds for what in ("states", "unloadable", "lost commits")), "distinct states"), 0)
+    totals = dict.fromkeys(
+        (
+            "operations",
+            *(
+                f"{what} after a {crash}"
+                for crash in kinds
+                for what in ("states", "unloadable", "lost commits")
+            ),
+            "distinct states",
+        ),
+        0,
+    )
     for name, refused in LINKS.items():
         crashes = enumerate_crashes(count, refused)
         tally.held, tally.tried = tally.held + crashes.tally.held, tally.tried + crashes.tally.tried
@@ -787,10 +997,17 @@ def no_crash_loses_a_checkpoint(count: int) -> Tally:
 def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
     """4. `count` signals, in turn SIGTERM, SIGINT and SIGUSR1, at random events between the first step and the last save."""
     events = straight()[1].events
-    first, last = events.index("s") + 1, events.rindex("(", 0, events.rindex("(")) - 3 * len(events) // STEPS
+    first, last = (
+        events.index("s") + 1,
+        events.rindex("(", 0, events.rindex("(")) - 3 * len(events) // STEPS,
+    )
     tally = Tally()
     for seed in range(count):
-        run, number, index = Run(mutant), SIGNALS[seed % len(SIGNALS)], random.Random(seed).randint(first, last)
+        run, number, index = (
+            Run(mutant),
+            SIGNALS[seed % len(SIGNALS)],
+            random.Random(seed).randint(first, last),
+        )
         stopped = run(events="wo()s", index=index, signal=int(number))
         step = stopped.events.count("s")
         fault = ""
@@ -798,13 +1015,19 @@ def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
             fault = f"exit code {stopped.code}: {stopped.output[-300:]}"
         elif f"stopped after step {step}," not in stopped.output:
             fault = f"step {step} was the last, and it says {stopped.output[-200:]}"
-        elif stopped.events[index:].count("s") > 8:      # it may do a few while the signal is on its way, with two processes for one core
+        elif (
+            stopped.events[index:].count("s") > 8
+        ):  # it may do a few while the signal is on its way, with two processes for one core
             fault = f"{stopped.events[index:].count('s')} steps after the signal"
         elif (latest := read_checkpoint(run.ckpt_dir / "latest.pt", optimizer=True)).step != step:
             fault = f"the checkpoint is of step {latest.step}, not {step}"
         else:
             attempt = run()
-            fault = f"resumed: exit code {attempt.code}: {attempt.output[-300:]}" if attempt.code else difference(run) or metrics_difference(run)
+            fault = (
+                f"resumed: exit code {attempt.code}: {attempt.output[-300:]}"
+                if attempt.code
+                else difference(run) or metrics_difference(run)
+            )
         tally.add(not fault, f"seed {seed}, {number.name} at event {index}: {fault}")
         run.remove()
     return tally
@@ -813,8 +1036,13 @@ def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
 # ----------------------------------------------------------------------------------------------------------- 5: full disks
 def _faults(operations: int) -> list[dict]:
     """Every way in which operations 1 .. n fail here."""
-    return [{"index": index, "code": code, "lasting": lasting, "short": short} for index in range(1, operations + 1) for code in (errno.ENOSPC, errno.EIO)
-            for lasting in (False, True) for short in (False, True)]
+    return [
+        {"index": index, "code": code, "lasting": lasting, "short": short}
+        for index in range(1, operations + 1)
+        for code in (errno.ENOSPC, errno.EIO)
+        for lasting in (False, True)
+        for short in (False, True)
+    ]
 
 
 def _one_line(text: str) -> bool:
@@ -822,7 +1050,7 @@ def _one_line(text: str) -> bool:
 
 
 def _failing_save(template: Path, folder: Path, fault: dict) -> str:
-    """A third save that meets `fault`: what is wrong with what is then, or "". """
+    """A third save that meets `fault`: what is wrong with what is then, or ""."""
     shutil.copytree(template, folder, symlinks=True)
     error = None
     try:
@@ -844,15 +1072,27 @@ def _failing_save(template: Path, folder: Path, fault: dict) -> str:
         return f"after {error}: step {found.step} is found, {skipped}"
     _save(folder, 4)
     left = [path.name for path in folder.iterdir() if path.name.endswith(TEMPORARY_SUFFIX)]
-    return f"{left[0]} stays" if left else "" if find_latest(folder)[0].step == 4 else "the next save is not found"
+    return (
+        f"{left[0]} stays"
+        if left
+        else ""
+        if find_latest(folder)[0].step == 4
+        else "the next save is not found"
+    )
 
 
 def _failing_run(run: Run, fault: dict) -> str:
-    """A run that meets `fault`, and then a resume: what is wrong with them, or "". """
+    """A run that meets `fault`, and then a resume: what is wrong with them, or ""."""
     attempt = run(fault=fault)
     says = [line for line in attempt.output.splitlines() if line.startswith("error: ")]
     saved = attempt.events.count(")")
-    if attempt.code not in (0, 2) or attempt.hung or "Traceback" in attempt.output or len(says) != (attempt.code == 2) or not all(map(_one_line, says)):
+    if (
+        attempt.code not in (0, 2)
+        or attempt.hung
+        or "Traceback" in attempt.output
+        or len(says) != (attempt.code == 2)
+        or not all(map(_one_line, says))
+    ):
         return f"exit code {attempt.code}: {attempt.output[-300:]}"
     if saved and (found := find_latest(run.ckpt_dir))[1] or saved and found[0].step < 5 * saved:
         return f"after {saved} saves step {found[0].step} is found, {found[1]}"
@@ -878,7 +1118,11 @@ def full_disks_cost_nothing(count: int) -> Tally:
         shutil.copytree(template, Path(place, "counted"))
         with Faults(Path(place, "counted"), index=0, code=0, lasting=False, short=False) as counted:
             _save(Path(place, "counted"), 3)
-        cases = [fault for fault in _faults(counted.number) if counted.log[fault["index"] - 1] == "write" or not fault["short"]]
+        cases = [
+            fault
+            for fault in _faults(counted.number)
+            if counted.log[fault["index"] - 1] == "write" or not fault["short"]
+        ]
         saves = cases if (wanted := count - count // 4) >= len(cases) else r.sample(cases, wanted)
         for number, fault in enumerate(saves):
             wrong = _failing_save(template, Path(place, str(number)), fault)
@@ -896,15 +1140,58 @@ def full_disks_cost_nothing(count: int) -> Tally:
 
 
 PROMISES = [
-    Promise(1, "Killed (-9) at any moment, also inside a save, and restarted: the same weights and optimizer state, bit for bit",
-            same_after_kills, 6, 200, 50, "0 of 1; 3 of 5 kills inside a save leave a run that cannot go on"),
-    Promise(2, "Stopped after any step and resumed: the run that was never stopped, bit for bit", same_after_resume, 5, 39, 39, "4 of 58 tensors equal"),
-    Promise(3, "No crash of the program or the power, at any operation of a save, costs a finished checkpoint or leaves a broken one",
-            no_crash_loses_a_checkpoint, 3, 6, 4, "unloadable: 32 of 73 states after a kill, 7,098 of 9,020 after a power loss"),
-    Promise(4, "SIGTERM, SIGINT, SIGUSR1: finishes the step, saves, leaves with 128 + N; resumed, the same run bit for bit",
-            signals_save_and_leave, 6, 90, 90, "0 of 2"),
-    Promise(5, "A full or failing disk, at any write, costs one line: earlier checkpoints load, and the run can go on",
-            full_disks_cost_nothing, 16, 600, 400, "a traceback and a torn file"),
-    Promise(18, "Metrics of a killed run are those of the run that was not: no step twice, none missing, strict JSON",
-            same_metrics_after_kills, 6, 200, 50, "halved loss, steps 4, 8, 4, 8"),
+    Promise(
+        1,
+        "Killed (-9) at any moment, also inside a save, and restarted: the same weights and optimizer state, bit for bit",
+        same_after_kills,
+        6,
+        200,
+        50,
+        "0 of 1; 3 of 5 kills inside a save leave a run that cannot go on",
+    ),
+    Promise(
+        2,
+        "Stopped after any step and resumed: the run that was never stopped, bit for bit",
+        same_after_resume,
+        5,
+        39,
+        39,
+        "4 of 58 tensors equal",
+    ),
+    Promise(
+        3,
+        "No crash of the program or the power, at any operation of a save, costs a finished checkpoint or leaves a broken one",
+        no_crash_loses_a_checkpoint,
+        3,
+        6,
+        4,
+        "unloadable: 32 of 73 states after a kill, 7,098 of 9,020 after a power loss",
+    ),
+    Promise(
+        4,
+        "SIGTERM, SIGINT, SIGUSR1: finishes the step, saves, leaves with 128 + N; resumed, the same run bit for bit",
+        signals_save_and_leave,
+        6,
+        90,
+        90,
+        "0 of 2",
+    ),
+    Promise(
+        5,
+        "A full or failing disk, at any write, costs one line: earlier checkpoints load, and the run can go on",
+        full_disks_cost_nothing,
+        16,
+        600,
+        400,
+        "a traceback and a torn file",
+    ),
+    Promise(
+        18,
+        "Metrics of a killed run are those of the run that was not: no step twice, none missing, strict JSON",
+        same_metrics_after_kills,
+        6,
+        200,
+        50,
+        "halved loss, steps 4, 8, 4, 8",
+    ),
 ]

@@ -1,7 +1,7 @@
 """The numbers: what a model is made of, how it is trained, and what that costs.
 
 `ModelConfig` and `TrainConfig` are frozen dataclasses. Every field carries its help text, its unit and its allowed range;
-the command line (runtime/cli.py), the validation below and `--help` are all made from that one place. Nothing here needs
+the command line (runtime/base/cli.py), the validation below and `--help` are all made from that one place. Nothing here needs
 more than the standard library, so a config can be read, checked and priced on any machine.
 """
 
@@ -600,3 +600,127 @@ def loss_chunk_rows(config: ModelConfig, on_gpu: bool, spare_bytes: int = 0) -> 
     while 2 * rows <= 8192 and 6 * (2 * rows - least) * config.vocabulary_size <= spare_bytes // 2:
         rows *= 2
     return rows
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """How text is generated."""
+
+    ckpt: str = option(
+        "checkpoints/latest.pt", "checkpoint to load, ours or the reference's format"
+    )
+    # what is drawn
+    max_new_tokens: int = option(200, "most tokens in an answer", minimum=1, maximum=100_000_000)
+    temperature: float = option(
+        0.9,
+        "0 takes the likeliest token; 1 draws from the model's own distribution",
+        minimum=0.0,
+        maximum=1e30,
+    )
+    top_k: int = option(50, "draw from the k likeliest tokens only; 0 = all", minimum=0)
+    top_p: float = option(
+        1.0, "draw from the fewest tokens whose probabilities reach p", minimum=1e-9, maximum=1.0
+    )
+    min_p: float = option(
+        0.0,
+        "draw only from tokens at least this many times as likely as the likeliest; 0 = off",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "above 1: tokens that are in the context already are less likely; 1 = off",
+        minimum=1e-3,
+        maximum=1e3,
+    )
+    stop: tuple = option((), "end an answer before this text; may be given more than once")
+    seed: int = option(
+        -1,
+        "the same seed and settings give the same text; -1 = another each time",
+        minimum=-1,
+        maximum=2**63 - 1,
+    )
+    # many answers
+    prompt_file: str = option(
+        "", 'file of prompts: a line each, or .jsonl with {"prompt": ...} or {"text": ...}'
+    )
+    num_samples: int = option(
+        1,
+        "answers to each prompt; with a seed, answer i has seed + i",
+        minimum=1,
+        maximum=1_000_000,
+    )
+    batch_size: int = option(
+        8, "answers that are generated at the same time", minimum=1, maximum=4_096
+    )
+    # the context
+    when_full: str = option(
+        "slide",
+        "at the end of the context: slide (forget its older half and go on) or stop",
+        choices=("slide", "stop"),
+    )
+    context_length: int = option(
+        0,
+        "tokens to attend over, also beyond the trained context if the model has no position table; 0 = as trained",
+        minimum=0,
+        maximum=16_777_216,
+    )
+    rope_scaling: str = option(
+        "none",
+        "with a longer context_length: none, linear (position interpolation) or yarn",
+        choices=("none", "linear", "yarn"),
+    )
+    tokenizer: str = option(
+        "",
+        "tokenizer for a checkpoint that carries none (o200k_base, byte, ..., a folder of prepare_data.py or of a published model); default: the checkpoint's",
+    )
+    # how it runs
+    device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")
+    dtype: str = option(
+        "auto",
+        "weights and arithmetic; auto = the best for the device",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    quantize: str = option(
+        "none",
+        "int8: experts, attention and head in 8 bits; faster on a CPU, less memory everywhere",
+        choices=("none", "int8"),
+    )
+    lookup: int = option(
+        0,
+        "guess up to this many tokens at once from earlier text, and check them in one pass; the same answer, sooner where text repeats; 0 = off",
+        minimum=0,
+        maximum=64,
+    )
+    c_kernel: bool = option(True, "on a CPU: decode by C code, where it gives the model's logits")
+    compile: bool = option(
+        False,
+        "on a GPU: also compile the step of the CUDA graph, which takes a while before the first token",
+    )
+    num_threads: int = option(
+        0, "CPU threads; 0 = the cores that this process may use", minimum=0, maximum=4_096
+    )
+    # what is shown
+    json: bool = option(False, "one JSON object a line for each answer, when it is complete")
+    quiet: bool = option(False, "text alone: no notes, no figures, no greeting")
+    show_experts: bool = option(
+        False, "after an answer: which experts each of its tokens went to, block by block"
+    )
+    experts_html: str = option("", "write a page that shows the same, token by token, to this file")
+    interactive: bool = option(False, "a prompt to type at even where stdin is a pipe")
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.rope_scaling != "none" and not self.context_length:
+            raise ValueError(
+                f"rope_scaling {self.rope_scaling} needs a context_length to stretch to"
+            )
+        if (
+            self.num_samples > 1
+            and (self.experts_html or self.show_experts)
+            or self.prompt_file
+            and (self.experts_html or self.show_experts)
+        ):
+            raise ValueError(
+                "show_experts and experts_html are for one answer: leave prompt_file and num_samples out, or these"
+            )

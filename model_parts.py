@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS, ModelConfig
+from runtime.kernels.grouped_linear import (
+    _GatherRows,
+    _row_bias,
+    grouped_linear,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- positions
@@ -450,102 +455,6 @@ def drop_over_capacity(
     return weights_NK * kept_R.view(N, K), 1 - kept_R.float().mean()
 
 
-class _GatherRows(torch.autograd.Function):
-    """x[index // K] for a permutation `index` of R = rows(x) * K assignments, with a backward pass that gathers too.
-
-    PyTorch's own backward of a gather adds atomically, in an order that changes from run to run; knowing the inverse
-    permutation, the gradient of row n is the sum over its K places, always in the same order.
-    """
-
-    @staticmethod
-    def forward(ctx, x, index, inverse, K):
-        ctx.save_for_backward(inverse)
-        ctx.K = K
-        return x.index_select(0, index // K if K > 1 else index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        grad = grad.index_select(0, inverse)
-        return (
-            (grad.view(-1, ctx.K, grad.shape[1]).sum(dim=1) if ctx.K > 1 else grad),
-            None,
-            None,
-            None,
-        )
-
-
-@torch.library.custom_op("gptoss::grouped_linear", mutates_args=())
-def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: Tensor) -> Tensor:
-    """Rows that are sorted by group, each times its group's matrix plus its bias: [R, I], [E, O, I], [E, O] -> [R, O].
-
-    counts_E int64: rows of each group; they must sum to R. One matrix product after another, each written in its place: the
-    plain path for CPUs, float64 and cards whose grouped kernel is slow. A custom operation, because it reads the counts as
-    Python numbers: a compiler then sees one step in one graph, whatever they are.
-    """
-    y_RO = x_RI.new_empty(len(x_RI), w_EOI.shape[1])
-    for e, rows in _group_rows(counts_E):
-        if b_EO is None:
-            torch.mm(x_RI[rows], w_EOI[e].T, out=y_RO[rows])
-        else:
-            torch.addmm(b_EO[e], x_RI[rows], w_EOI[e].T, out=y_RO[rows])
-    return y_RO
-
-
-@torch.library.custom_op("gptoss::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(
-    grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, w and b (empty without one). A group without rows gets zeros."""
-    grad_x, grad_w = torch.empty_like(x_RI), torch.empty_like(w_EOI)
-    grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
-    for e, rows in _group_rows(counts_E, empty=True):
-        torch.mm(grad_RO[rows], w_EOI[e], out=grad_x[rows])
-        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_w[e])
-        if has_bias:
-            torch.sum(grad_RO[rows], dim=0, out=grad_b[e])
-    return grad_x, grad_w, grad_b
-
-
-def _group_rows(counts_E: Tensor, empty: bool = False):
-    """(group, slice of its rows) for each group that has rows, or for all with `empty`."""
-    start = 0
-    for e, count in enumerate(counts_E.tolist()):
-        if count or empty:
-            yield e, slice(start, start + count)
-        start += count
-
-
-@grouped_linear.register_fake
-def _(x_RI, w_EOI, b_EO, counts_E):
-    return x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
-
-
-@_grouped_linear_backward.register_fake
-def _(grad_RO, x_RI, w_EOI, counts_E, has_bias):
-    return (
-        torch.empty_like(x_RI),
-        torch.empty_like(w_EOI),
-        w_EOI.new_empty(w_EOI.shape[:2] if has_bias else 0),
-    )
-
-
-def _save_for_backward(ctx, inputs, output):
-    x_RI, w_EOI, b_EO, counts_E = inputs
-    ctx.save_for_backward(x_RI, w_EOI, counts_E)
-    ctx.has_bias = b_EO is not None
-
-
-def _backward(ctx, grad_RO):
-    grad_x, grad_w, grad_b = _grouped_linear_backward(
-        grad_RO.contiguous(), *ctx.saved_tensors, ctx.has_bias
-    )
-    return grad_x, grad_w, grad_b if ctx.has_bias else None, None
-
-
-grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
-
-
 def activate(h: Tensor, activation: str) -> Tensor:
     """The hidden layer [..., F] from what an expert's first matrix gives, [..., F] or, gated, [..., 2F].
 
@@ -612,12 +521,6 @@ class Experts(nn.Module):
             return grouped_linear(x_RI, w_EOI, b_EO, counts_E)
         y_RO = F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0).to(torch.int32))
         return y_RO if b_EO is None else y_RO + _row_bias(b_EO, experts_R)
-
-
-def _row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
-    """bias[experts], [R, F], as a product with one-hot rows: its backward sums in float32 and in a fixed order, where that of
-    a gather rounds to bfloat16 after each of thousands of rows."""
-    return F.one_hot(experts_R, len(bias_EF)).to(bias_EF.dtype) @ bias_EF
 
 
 class LocalDispatcher:

@@ -1,23 +1,17 @@
 """Text -> token shards: read documents, decide each one's split, tokenise on all cores, write data/train and data/val.
 
 Documents flow through in batches and in order, so memory does not grow with the corpus and the same input gives the same
-bytes, whatever the number of cores. Nothing in --out_dir changes before the new set is whole (see runtime/data.py).
+bytes, whatever the number of cores. Nothing in --out_dir changes before the new set is whole (see runtime/data/shards.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
-import gzip
 import hashlib
-import io
-import json
 import os
-import re
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,296 +22,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime import data
-from runtime.cli import parser, run_main
-from runtime.process import usable_cores
-from runtime.tokenizer import (
-    COMPACT,
-    END_OF_TEXT,
-    NAMED,
-    Tokenizer,
-    check_name,
-    compacted,
-    load_tokenizer,
-    train_bpe,
+from runtime.base.cli import parser, run_main
+from runtime.base.process import usable_cores
+from runtime.data import shards as data
+from runtime.data.sources import (
+    DEFAULT_COLUMN,
+    DEFAULT_DATASET,
+    DEFAULT_TOY_STORIES,
+    DEFAULT_VAL_RATIO,
+    FileSource,
+    HubSource,
+    Part,
+    ToySource,
+    file_format,
+    own_validation,
 )
+from runtime.data.tokenizer import COMPACT, END_OF_TEXT, NAMED, Tokenizer
+from runtime.data.tokenizers import check_name, compacted, load_tokenizer, train_bpe
 
-DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
-DEFAULT_VAL_RATIO, DEFAULT_TOY_STORIES = 0.01, 30_000
-VALIDATION_NAMES = (
-    "validation",
-    "valid",
-    "val",
-    "dev",
-)  # what a dataset may call its own validation split
-TEXT_FORMATS = (".txt", ".jsonl", ".csv")  # these may also be .gz
-FORMATS = (*TEXT_FORMATS, ".parquet")
 BATCH_CHARACTERS = 1 << 17  # one unit of work for one core: about 15 ms
-PART_CHARACTERS = (
-    1 << 20
-)  # a longer document in a .txt file is read and tokenised in parts of this size
 LARGEST_COUNT = 1 << 47
-
-Part = tuple[
-    str, bool
-]  # text, and whether its document ends with it; all but huge documents have one part
-
-
-# ------------------------------------------------------------------------------------------------------------- sources
-# A source has documents() -> Iterator[Part], which can be called again; fraction, the share read so far (None: unknown);
-# and description, what the manifest says about it.
-class ToySource:
-    """Stories from the generator in runtime/toy_stories.py."""
-
-    def __init__(self, num_stories: int):
-        from runtime import toy_stories
-
-        if num_stories > toy_stories.NUM_DISTINCT:
-            raise ValueError(
-                f"--num_stories {num_stories:,}: there are {toy_stories.NUM_DISTINCT:,} distinct stories"
-            )
-        self._story, self.num_stories, self.fraction = toy_stories.story, num_stories, 0.0
-        self.description = {"dataset": "toy", "num_stories": num_stories}
-
-    def documents(self) -> Iterator[Part]:
-        for i in range(self.num_stories):
-            self.fraction = i / self.num_stories
-            yield self._story(i), True
-
-
-class HubSource:
-    """One split of a dataset that the `datasets` library can load, from the Hub or from a local folder."""
-
-    def __init__(
-        self, name: str, config: str | None, split: str, text_column: str, streaming: bool
-    ):
-        self.name, self.column, self.fraction = name, text_column, None
-        self.description = {
-            "dataset": name,
-            "config": config,
-            "split": split,
-            "text_column": text_column,
-        }
-        with _library_errors(name):
-            rows = _datasets().load_dataset(name, config, split=split, streaming=streaming)
-            columns = rows.column_names or list(next(iter(rows), {}))
-            self._num_rows = None if streaming else len(rows)
-        if text_column not in columns:
-            raise ValueError(
-                f"dataset {name} has no column {text_column!r}: give --text_column as one of {', '.join(columns)}"
-            )
-        self._rows = rows.select_columns([text_column])
-
-    def documents(self) -> Iterator[Part]:
-        with _library_errors(self.name):
-            row = 0
-            for batch in self._rows.iter(batch_size=1000):
-                self.fraction = row / self._num_rows if self._num_rows else None
-                for text in batch[self.column]:
-                    yield _text_of(text, f"row {row} of dataset {self.name}", self.column), True
-                    row += 1
-
-
-class FileSource:
-    """Local files: .txt, whose documents a separator divides, .jsonl, .csv and .parquet, which have a text column; also .gz."""
-
-    def __init__(self, paths: list[str], text_column: str, separator: str):
-        self.paths = [Path(path) for path in paths]
-        self.column, self.separator = text_column, separator
-        self._raw, self._bytes_done, self._bytes = (
-            None,
-            0,
-            sum(path.stat().st_size for path in self.paths),
-        )
-        self.description = {
-            "files": [
-                {"name": path.as_posix(), "bytes": path.stat().st_size} for path in self.paths
-            ]
-        }
-        kinds = {file_format(path) for path in self.paths}
-        self.description |= {"text_column": text_column} if kinds - {".txt"} else {}
-        self.description |= {"document_separator": separator} if ".txt" in kinds else {}
-        for path in self.paths:  # what cannot be read is refused before the work starts
-            with contextlib.closing(self._read(path)) as parts:
-                next(parts, None)
-
-    @property
-    def fraction(self) -> float | None:
-        here = self._raw.tell() if self._raw and not self._raw.closed else 0
-        return (self._bytes_done + here) / self._bytes if self._bytes else None
-
-    def documents(self) -> Iterator[Part]:
-        self._bytes_done = 0
-        for path in self.paths:
-            yield from self._read(path)
-            self._bytes_done += path.stat().st_size
-
-    def _read(self, path: Path) -> Iterator[Part]:
-        """The parts of one file; every error names the file."""
-        kind = file_format(path)
-        try:
-            with open(path, "rb") as self._raw:
-                if kind == ".parquet":
-                    yield from read_parquet(self._raw, path, self.column)
-                    return
-                stream = gzip.GzipFile(fileobj=self._raw) if path.suffix == ".gz" else self._raw
-                text = io.TextIOWrapper(
-                    stream, encoding="utf-8-sig", newline="" if kind == ".csv" else None
-                )
-                if kind == ".txt":
-                    yield from read_txt(text, self.separator)
-                else:
-                    yield from (read_jsonl if kind == ".jsonl" else read_csv)(
-                        text, path, self.column
-                    )
-        except (OSError, ValueError, EOFError, RecursionError, zlib.error, csv.Error) as error:
-            raise ValueError(
-                str(error) if str(path) in str(error) else f"{path}: {error}"
-            ) from error
-
-
-def file_format(path: Path) -> str:
-    """Which of FORMATS a file name says it is. ValueError if none."""
-    name = path.name.lower()
-    for kind in FORMATS:
-        if name.endswith(kind) or (kind in TEXT_FORMATS and name.endswith(kind + ".gz")):
-            return kind
-    raise ValueError(
-        f"{path} is of no known format: {', '.join(FORMATS)}, and .gz of the first three"
-    )
-
-
-def read_txt(file: Iterable[str], separator: str) -> Iterator[Part]:
-    """Documents between separators, stripped; only a piece of one is in memory at a time."""
-    text, begun = "", False  # begun: a part of this document is already out
-    while chunk := file.read(1 << 16):
-        text += chunk
-        *whole, text = text.split(separator)
-        for document in whole:
-            yield (document.rstrip() if begun else document.strip()), True
-            begun = False
-        while len(text) > PART_CHARACTERS + len(separator):
-            text = text if begun else text.lstrip()
-            if len(text) > PART_CHARACTERS + len(separator):
-                cut = safe_cut(text, PART_CHARACTERS)
-                yield text[:cut], False
-                text, begun = text[cut:], True
-    yield (text.rstrip() if begun else text.strip()), True
-
-
-# Before a single space between words, and after a newline before a word, every word pattern here cuts anyway: tokens are
-# the same as those of the whole text.
-_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_])|(?<=\S\n)(?=[^\W_])")
-
-
-def safe_cut(text: str, end: int) -> int:
-    """The last place in the 4,096 characters before `end` where a cut changes no token; `end` if there is none."""
-    return max(
-        (match.start() for match in _BETWEEN_WORDS.finditer(text, max(1, end - 4096), end)),
-        default=end,
-    )
-
-
-def read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
-    """One JSON object a line."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or column not in row:
-            columns = ", ".join(row) if isinstance(row, dict) else "no columns"
-            raise ValueError(
-                f"{path} line {number} has no {column!r} (it has {columns}): give --text_column"
-            )
-        yield _text_of(row[column], f"{path} line {number}", column), True
-
-
-def read_csv(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
-    """Comma-separated values under a line of column names."""
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(file)
-    if column not in (rows.fieldnames or []):
-        raise ValueError(
-            f"{path} has no column {column!r} (it has {', '.join(rows.fieldnames or ['none'])}): give --text_column"
-        )
-    for row in rows:
-        yield _text_of(row[column], f"{path} line {rows.line_num}", column), True
-
-
-def read_parquet(file: io.BufferedReader, path: Path, column: str) -> Iterator[Part]:
-    """One column of a Parquet file, a thousand rows at a time."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
-    table = pyarrow.parquet.ParquetFile(file)
-    if column not in table.schema_arrow.names:
-        raise ValueError(
-            f"{path} has no column {column!r} (it has {', '.join(table.schema_arrow.names)}): give --text_column"
-        )
-    for batch in table.iter_batches(batch_size=1000, columns=[column]):
-        for text in batch.column(0).to_pylist():
-            yield _text_of(text, str(path), column), True
-
-
-def _text_of(value: object, where: str, column: str) -> str:
-    """A text column's value: nothing is an empty document, anything else that is no text a mistake."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text: give another --text_column"
-        )
-    return value
-
-
-def _datasets():
-    try:
-        import datasets
-        import huggingface_hub
-    except ImportError:
-        raise ValueError(
-            "downloading a dataset needs the datasets library (pip install datasets); --files and --dataset toy do without"
-        ) from None
-    for library in (
-        datasets,
-        huggingface_hub,
-    ):  # their warnings about retries; an error comes out as one line of ours
-        library.logging.set_verbosity_error()
-    return datasets
-
-
-@contextlib.contextmanager
-def _library_errors(name: str) -> Iterator[None]:
-    """One line for whatever `datasets` and the dozen libraries below it raise; our own lines pass."""
-    try:
-        yield
-    except ValueError as error:
-        if name in str(error):
-            raise
-        raise ValueError(f"dataset {name}: {error}") from error
-    except Exception as error:  # their errors share no base class
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(
-            f"dataset {name} could not be read ({reason}); without a network use --dataset toy or --files"
-        ) from error
-
-
-def own_validation(name: str, config: str | None, split: str) -> str | None:
-    """The name of a dataset's own validation split, unless that is what `split` trains on. ValueError if `split` is not there."""
-    with _library_errors(name):
-        names = _datasets().get_dataset_split_names(name, config)
-    wanted = {
-        part.split("[")[0].strip() for part in split.split("+")
-    }  # split may be train[:10%]+extra
-    if missing := sorted(wanted - set(names)):
-        raise ValueError(
-            f"dataset {name} has no split {missing[0]!r}: give --split as one of {', '.join(names)}"
-        )
-    return next((own for own in VALIDATION_NAMES if own in names and own not in wanted), None)
 
 
 # ------------------------------------------------------------------------------------------------------- split, tokenise
@@ -538,9 +262,7 @@ def is_path(name: str) -> bool:
 def ready_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer that text is cut with; None for one that is trained on the text."""
     if is_path(name):
-        from runtime.checkpoint import (
-            named_tokenizer,
-        )  # imports torch, which nothing else here needs
+        from runtime.data.tokenizers import named_tokenizer
 
         return named_tokenizer(name)
     return None if name.startswith("bpe:") else load_tokenizer(name.removesuffix(COMPACT))

@@ -19,10 +19,11 @@ from config_model import (
     kv_cache_bytes_per_token,
     parameter_counts,
 )
-from runtime import cli, known
-from runtime.checkpoint import read_config
-from runtime.memory import training_memory_bytes
-from runtime.text import human_bytes, human_count
+from runtime.base import cli
+from runtime.base.text import human_bytes, human_count
+from runtime.checkpoint.read import read_config
+from runtime.checks import known
+from runtime.training.memory import training_memory_bytes
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 MEMORY_SETTINGS = [

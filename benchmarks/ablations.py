@@ -32,9 +32,12 @@ from config_model import (
     flops_per_token,
     total_parameters,
 )
-from runtime import cli
-from runtime.data import validation_batches
-from runtime.files import write_atomic, write_text_atomic
+from runtime.base import cli
+from runtime.base.files import write_atomic, write_text_atomic
+from runtime.data.loader import validation_batches
+from runtime.training import plan as plan_module
+from runtime.training.plan import Plan
+from runtime.training.setup import set_up
 
 FOLDER = RESULTS / "ablations"
 PAGE = RESULTS.parent / "ABLATIONS.md"
@@ -132,7 +135,7 @@ TOKENIZERS = {
 ALL = ROWS | LONGER | TOKENIZERS
 
 
-def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> train.Plan:
+def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> Plan:
     """The plan of a row."""
     parser = cli.parser(__doc__)
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
@@ -155,7 +158,9 @@ def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> train.Plan:
             else [f"--{key}", str(value)]
         )
     ]
-    return train.make_plan(cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig))
+    return plan_module.make_plan(
+        cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig)
+    )
 
 
 def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
@@ -166,7 +171,7 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
         raise ValueError(
             f"{data_dir} was made with {plan.train.tokenizer_state['name']}, and {name} wants {what}: python prepare_data.py --tokenizer {what}"
         )
-    model, optimizer, loader, _ = train.set_up(plan)
+    model, optimizer, loader, _ = set_up(plan)
     batches = validation_batches(
         plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps
     )
@@ -227,7 +232,7 @@ def time_rows(names: list[str], data_dir: str, repeats: int, steps: int = 8) -> 
     functions = {}
     for name in names:
         plan = make_plan(name, 42, data_dir, {})
-        model, optimizer, loader, _ = train.set_up(plan)
+        model, optimizer, loader, _ = set_up(plan)
         config = dataclasses.replace(
             plan.config, max_steps=steps, warmup_steps=1, log_interval=steps
         )
@@ -332,7 +337,7 @@ def picture(path: Path) -> None:
     """Loss curves of the default's choices against the modern ones, by tokens and by what a step costs, as --time measured it."""
     import matplotlib
 
-    from runtime import plots
+    from runtime.training import plots
 
     runs, ratio = results(), _ratios()
     shown = {

@@ -1,4 +1,4 @@
-"""What it costs that a Decoder asks its fast ways for a few tokens before it uses them (runtime/asked.py).
+"""What it costs that a Decoder asks its fast ways for a few tokens before it uses them (runtime/inference/asked.py).
 
     python -m benchmarks.asked --preset nano
     python -m benchmarks.asked --name modern_8gb --preset modern-8gb --repeats 10
@@ -11,7 +11,7 @@ Saved: benchmarks/results/asked_NAME.json.
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()
@@ -26,9 +26,10 @@ import torch
 from benchmarks.common import save_results
 from config_model import ModelConfig, total_parameters
 from model import LLM
-from runtime import cli
-from runtime.device import choose_kernels, device_name
-from runtime.inference import Decoder
+from runtime.base import cli
+from runtime.base.device import device_name
+from runtime.inference.decoder import Decoder
+from runtime.kernels.choose import choose_kernels
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ Cases: causal; table (causal, plus the learned position table, whose gradient is
 the documents that share a row); table_documents (both) and sinks (causal, with gpt-oss's sinks), only if asked for. Variants: manual (all T x T scores), sdpa_grouped and
 sdpa_expanded (F.scaled_dot_product_attention with the few key/value heads as they are or repeated per query head, and the mask
 made in the call, as model_parts.Attention does), sdpa_compiled (the latter under torch.compile), sdpa_flash, sdpa_efficient,
-sdpa_cudnn and sdpa_math (the latter with one backend forced), rescaled (runtime/sink_attention.py; sinks only), flex (FlexAttention compiled, with a block mask). Each runs as it
+sdpa_cudnn and sdpa_math (the latter with one backend forced), rescaled (runtime/kernels/sink_attention.py; sinks only), flex (FlexAttention compiled, with a block mask). Each runs as it
 is and under --deterministic. What a library refuses stays in the results with its reason. All variants of a case are measured in
 turns; the figures are medians and go to benchmarks/results/attention_NAME.json after each case.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()  # what it sets is read when torch loads
@@ -43,9 +43,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.common import alternate_undisturbed, save_results, summary
 from model_parts import attention_mask, attention_with_sinks
-from runtime import cli
-from runtime.attention_choice import card_of
-from runtime.device import (
+from runtime.base import cli
+from runtime.base.device import (
     choose_device,
     choose_dtype,
     device_name,
@@ -55,8 +54,9 @@ from runtime.device import (
     release_memory,
     synchronize,
 )
-from runtime.sink_attention import sink_attention
-from runtime.text import human_bytes
+from runtime.base.text import human_bytes
+from runtime.kernels.attention_choice import card_of
+from runtime.kernels.sink_attention import sink_attention
 
 CASES = {
     "causal": (),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.files import write_text_atomic
+from runtime.base.files import write_text_atomic
 
 REPO = Path(__file__).resolve().parent.parent
 # Where save_results writes; benchmarks.gpu gives each of its stages a folder of its own.

@@ -12,7 +12,7 @@ same tokens, except where two logits are as good as equal. Figures are medians; 
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()  # as predict.py
@@ -40,23 +40,25 @@ from benchmarks.baselines import HuggingFaceMoE, build_hf, check_hf
 from benchmarks.common import REPO, Samples, alternate_undisturbed, save_results, summary
 from config_model import ModelConfig, active_parameters, total_parameters
 from model import LLM, generate
-from runtime import cli, inference
-from runtime.checkpoint import load_model
-from runtime.data import open_data, validation_batches
-from runtime.device import (
+from runtime.base import cli
+from runtime.base.device import (
     choose_device,
     choose_dtype,
-    choose_kernels,
     device_name,
     explained_out_of_memory,
     release_memory,
     synchronize,
 )
-from runtime.quantize import quantize_
+from runtime.checkpoint.read import load_model
+from runtime.data.loader import validation_batches
+from runtime.data.shards import open_data
+from runtime.inference import decoder as inference
+from runtime.inference.quantize import quantize_
+from runtime.kernels.choose import choose_kernels
 
 VARIANTS = {
-    "ours": "runtime/inference.py: native code on a CPU, a CUDA graph on a GPU",
-    "ours_int8": "the same with weights of experts, attention and head in 8 bits (runtime/quantize.py)",
+    "ours": "runtime/inference/decoder.py: native code on a CPU, a CUDA graph on a GPU",
+    "ours_int8": "the same with weights of experts, attention and head in 8 bits (runtime/inference/quantize.py)",
     "ours_torch": "the same without the native code (CPU)",
     "ours_compiled": "the same with the CUDA graph's operations compiled (GPU)",
     "plain": "model.generate",
@@ -228,7 +230,7 @@ def timed(steps: Iterable[list[int]], started: float) -> Run:
 
 
 class Ours:
-    """runtime/inference.py. Between two runs its caches keep the prompt, unless `fresh`."""
+    """runtime/inference/decoder.py. Between two runs its caches keep the prompt, unless `fresh`."""
 
     def __init__(self, model: LLM, **options):
         self.model, self.decoder = model, inference.Decoder(model, **options)

@@ -28,18 +28,21 @@ from config_model import (
     total_parameters,
 )
 from model import LLM
-from runtime import cli
-from runtime.data import validation_batches
-from runtime.device import choose_kernels, device_name, peak_flops, peak_memory_bytes, synchronize
-from runtime.inference import Decoder, generate
+from runtime.base import cli
+from runtime.base.device import device_name, peak_flops, peak_memory_bytes, synchronize
+from runtime.data.loader import validation_batches
+from runtime.inference.decoder import Decoder, generate
+from runtime.kernels.choose import choose_kernels
+from runtime.training.plan import Plan, check_memory, describe, initial_state, make_plan
+from runtime.training.setup import set_up
 
 WARM_UP_STEPS = 5
 
 
-def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
+def measure_training(plan: Plan) -> tuple[torch.nn.Module, dict]:
     """Run the plan's steps, logging each; returns the model and its figures."""
-    model, optimizer, loader, _ = train.set_up(plan)
-    state = train.initial_state(plan)
+    model, optimizer, loader, _ = set_up(plan)
+    state = initial_state(plan)
     batches = validation_batches(
         plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps
     )
@@ -72,11 +75,11 @@ def measure_training(plan: train.Plan) -> tuple[torch.nn.Module, dict]:
 
 
 def measure_decoding(
-    model: torch.nn.Module, plan: train.Plan, prompt_tokens: int, new_tokens: int, repeats: int
+    model: torch.nn.Module, plan: Plan, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict:
     """Tokens/s of a prefill of `prompt_tokens` and of greedy decoding after it, batch 1, real text as the prompt.
 
-    As predict.py does it: by runtime/inference.py, weights in the arithmetic's dtype (`model` is converted and stays so).
+    As predict.py does it: by runtime/inference/decoder.py, weights in the arithmetic's dtype (`model` is converted and stays so).
     """
     with torch.device("meta"):
         plain = LLM(plan.model_config)
@@ -124,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         args.data_dir = os.environ["GPTOSS_DATA"]
     with tempfile.TemporaryDirectory() as empty:
         args.ckpt_dir, args.log_interval = os.path.join(empty, "checkpoints"), 1
-        plan = train.make_plan(cli.settings_from(args, ModelConfig, TrainConfig))
+        plan = make_plan(cli.settings_from(args, ModelConfig, TrainConfig))
         if plan.config.profile or plan.config.micro_batch == "auto":
             raise ValueError(
                 "this benchmark takes neither --profile nor --micro_batch auto: leave them out"
@@ -137,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"prompt_tokens {args.prompt_tokens} + new_tokens {args.new_tokens} exceed the context of {plan.model_config.context_length}: lower them"
             )
-        needed = train.check_memory(plan)
-        print("\n".join(train.describe(plan, needed)), flush=True)
+        needed = check_memory(plan)
+        print("\n".join(describe(plan, needed)), flush=True)
         model, training = measure_training(plan)
         decoding = measure_decoding(model, plan, args.prompt_tokens, args.new_tokens, args.repeats)
     results = {

@@ -11,7 +11,7 @@ benchmarks/results/experts_NAME.json.
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()
@@ -25,13 +25,13 @@ from torch import Tensor
 from benchmarks.common import alternate, save_results, summary
 from config_model import ModelConfig
 from model_parts import Experts
-from runtime import cli
-from runtime.device import choose_device, choose_dtype, device_name, synchronize
+from runtime.base import cli
+from runtime.base.device import choose_device, choose_dtype, device_name, synchronize
 
 VARIANTS = {
     "one_by_one": "grouped_linear of model_parts.py: a product for each expert, cut among all threads",
     "grouped_mm": "F.grouped_mm, the GPU's path",
-    "feed_forward": "runtime/cpu_experts.py: each expert on one core",
+    "feed_forward": "runtime/kernels/cpu_experts.py: each expert on one core",
 }
 
 

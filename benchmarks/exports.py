@@ -29,13 +29,14 @@ import numpy as np
 import torch
 
 from benchmarks.common import REPO, SHARED, save_results
-from config_model import ModelConfig, TrainConfig, total_parameters
+from config_model import ModelConfig, PredictConfig, TrainConfig, total_parameters
 from model import LLM
-from predict import PredictConfig, Predictor
-from runtime import cli
-from runtime.checkpoint import load_model, save_checkpoint, tokenizer_of
-from runtime.huggingface import family_of
-from runtime.tokenizer import load_tokenizer
+from runtime.base import cli
+from runtime.checkpoint.read import load_model
+from runtime.checkpoint.write import save_checkpoint
+from runtime.data.tokenizers import load_tokenizer, tokenizer_of
+from runtime.inference.predictor import Predictor
+from runtime.interop.huggingface import family_of
 from scripts import export_onnx
 from scripts.export_gguf import run_llama_cpp
 

@@ -23,15 +23,17 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 import model_parts
-import runtime.optimizer
+import runtime.training.optimizer
 import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime import cli
-from runtime.device import DTYPES, autocast, choose_kernels
-from runtime.memory import training_memory_bytes
-from runtime.optimizer import build_optimizer, initialise_state
-from runtime.text import human_bytes
+from runtime.base import cli
+from runtime.base.device import DTYPES, autocast
+from runtime.base.text import human_bytes
+from runtime.checkpoint.optimizer_state import initialise_state
+from runtime.kernels.choose import choose_kernels
+from runtime.training.memory import training_memory_bytes
+from runtime.training.optimizer import build_optimizer
 
 ALIGNMENT = 512  # bytes: CUDA's allocator hands out multiples of it
 
@@ -132,8 +134,12 @@ def _as_on_a_gpu(dtype: torch.dtype):
             (F, "rms_norm", _rms_norm),
             (model_parts, "_row_bias", _row_bias),
             (model_module, "loss_chunk_rows", lambda config, _: rows(config, True)),
-            (runtime.optimizer, "_elements_at_once", lambda _: 1 << 24),
-            (runtime.optimizer, "_orthogonalise_dtype", lambda _: dtype if half else torch.float32),
+            (runtime.training.optimizer, "_elements_at_once", lambda _: 1 << 24),
+            (
+                runtime.training.optimizer,
+                "_orthogonalise_dtype",
+                lambda _: dtype if half else torch.float32,
+            ),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         yield

@@ -47,9 +47,9 @@ from benchmarks.common import REPO, environment
 from benchmarks.gpu_plan import CARDS, GIB, OFF, Stage
 from benchmarks.measures import measures_of
 from config_model import ModelConfig
-from runtime import cli
-from runtime.data import open_data
-from runtime.files import write_text_atomic
+from runtime.base import cli
+from runtime.base.files import write_text_atomic
+from runtime.data.shards import open_data
 
 # How long a stage's program has, of its own seconds, to print where it hangs before it is killed.
 GRACE_SECONDS = 5.0

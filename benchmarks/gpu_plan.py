@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from config_model import PRESETS, ModelConfig, TrainConfig, flops_per_token
-from runtime.memory import training_memory_bytes
+from runtime.training.memory import training_memory_bytes
 
 PYTHON = sys.executable
 TOTAL_SECONDS = {"first": 585, "second": 120}
@@ -28,8 +28,8 @@ GIB = 2**30
 # lack.
 TEST_FILES = [
     "tests/test_gpu.py",
-    "tests/test_benchmark_attention.py",
-    "tests/test_checkpoint.py",
+    "tests/benchmarks/test_attention.py",
+    "tests/checkpoint/test_checkpoint.py",
     "tests/test_predict.py",
 ]
 COMPILED_TESTS = "tests/test_gpu.py::test_a_compiled_step_gives_the_cpus_texts"
@@ -182,7 +182,7 @@ def hugging_face(name: str, tiny: bool) -> list[list[str]]:
 def first(name: str, memory_bytes: float, tiny: bool) -> dict[str, Stage]:
     """The first command's stages, for a GPU of so much memory."""
     tests = (
-        ["tests/test_process.py", "-k", "container"]
+        ["tests/base/test_process.py", "-k", "container"]
         if tiny
         else [
             *TEST_FILES,
@@ -234,7 +234,7 @@ def second(name: str, tiny: bool, first_json: str, work: str) -> dict[str, Stage
     checkpoints, 5 GB.
     """
     compiled = (
-        ["tests/test_inference.py", "-k", "decode_step_is and plain"]
+        ["tests/inference/test_decoder.py", "-k", "decode_step_is and plain"]
         if tiny
         else [COMPILED_TESTS, *in_parallel(2)]
     )

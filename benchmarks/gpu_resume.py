@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.common import REPO
 from benchmarks.measures import Measures
-from runtime import cli
-from runtime.checkpoint import read_checkpoint
+from runtime.base import cli
+from runtime.checkpoint.read import read_checkpoint
 
 
 def run(program: str, *flags: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from benchmarks.common import REPO
 from benchmarks.measures import Measures
-from runtime import cli
+from runtime.base import cli
 
 SLOWEST = 10
 SAVE_SECONDS = 1.0

@@ -14,7 +14,7 @@ it is there.
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()
@@ -32,8 +32,8 @@ from benchmarks import decode
 from benchmarks.measures import Measures
 from config_model import ModelConfig, active_parameters
 from model import LLM
-from runtime import cli
-from runtime.device import device_name, peak_memory_bytes, synchronize
+from runtime.base import cli
+from runtime.base.device import device_name, peak_memory_bytes, synchronize
 
 WEIGHT_SCALE = 3.0
 REPEATS = 3

@@ -11,7 +11,7 @@ is timed: Python calls it once a token, and the likeliest is found by numpy. Fig
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()  # as predict.py
@@ -44,11 +44,12 @@ from benchmarks.decode import (
 )
 from config_model import ModelConfig, active_parameters, total_parameters
 from model import LLM
-from runtime import cli
-from runtime.checkpoint import load_model
-from runtime.device import choose_kernels, device_name
-from runtime.quantize import quantize_
-from runtime.tokenizer import load_tokenizer
+from runtime.base import cli
+from runtime.base.device import device_name
+from runtime.checkpoint.read import load_model
+from runtime.data.tokenizers import load_tokenizer
+from runtime.inference.quantize import quantize_
+from runtime.kernels.choose import choose_kernels
 from scripts import export_gguf
 
 PAIRS = {"float32": ("ours", "llama_f32"), "8 bits": ("ours_int8", "llama_q8_0")}

@@ -12,7 +12,7 @@ they go to benchmarks/results/loss_NAME.json.
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()  # what it sets is read when torch loads
@@ -38,9 +38,8 @@ from benchmarks.common import (
     save_results,
     summary,
 )
-from model import linear_cross_entropy, softmax_gradient_
-from runtime import cli
-from runtime.device import (
+from runtime.base import cli
+from runtime.base.device import (
     autocast,
     choose_device,
     choose_dtype,
@@ -48,7 +47,8 @@ from runtime.device import (
     is_out_of_memory,
     synchronize,
 )
-from runtime.text import human_bytes
+from runtime.base.text import human_bytes
+from runtime.kernels.linear_cross_entropy import linear_cross_entropy, softmax_gradient_
 
 ALIGNMENT = 64
 HAS_TORCH_FUNCTION = hasattr(F, "linear_cross_entropy")

@@ -11,7 +11,9 @@ benchmarks/results/memory_NAME.json.
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
+from runtime.training.plan import Plan
+from runtime.training.setup import dry_run
 
 # ruff: noqa: E402
 process.before_torch()
@@ -31,10 +33,11 @@ import train
 from benchmarks.common import REPO, save_results
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime import cli
-from runtime.device import DTYPES, choose_kernels
-from runtime.memory import training_memory_bytes
-from runtime.optimizer import build_optimizer
+from runtime.base import cli
+from runtime.base.device import DTYPES
+from runtime.kernels.choose import choose_kernels
+from runtime.training.memory import training_memory_bytes
+from runtime.training.optimizer import build_optimizer
 
 EARLY, LATE = 3, 40  # steps after which the growth is measured
 SECONDS = 600
@@ -144,13 +147,13 @@ def train_and_measure(setting: dict) -> dict:
         | setting.get("train", {})
     )
     cpu, dtype = torch.device("cpu"), DTYPES[setting["dtype"]]
-    plan = train.Plan(model_config, config, cpu, dtype, None, None, None, [])
+    plan = Plan(model_config, config, cpu, dtype, None, None, None, [])
     torch.manual_seed(0)
     model, loader = LLM(model_config), _Batches(model_config, config.batch_size)
     choose_kernels(model, cpu, dtype)
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = build_optimizer(model, config)
-    train.dry_run(model, optimizer, loader, plan)
+    dry_run(model, optimizer, loader, plan)
     anonymous, seconds, started = [], [], [time.process_time()]
 
     def on_step() -> None:

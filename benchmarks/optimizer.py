@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from benchmarks.common import alternate, save_results, summary
 from config_model import ModelConfig, TrainConfig, total_parameters
 from model import LLM
-from runtime import cli
-from runtime.device import (
+from runtime.base import cli
+from runtime.base.device import (
     choose_device,
     device_name,
     explained_out_of_memory,
     peak_memory_bytes,
     synchronize,
 )
-from runtime.optimizer import build_optimizer, parameter_groups
+from runtime.training.optimizer import build_optimizer, parameter_groups
 
 CONFIG = TrainConfig(
     lr=1e-6, min_lr=0.0

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import prepare_data
 from benchmarks.common import SHARED, alternate, save_results, summary
-from runtime.cli import run_main
-from runtime.process import usable_cores
-from runtime.tokenizer import load_tokenizer
+from runtime.base.cli import run_main
+from runtime.base.process import usable_cores
+from runtime.data.tokenizers import load_tokenizer
 
 
 class Texts:

@@ -13,7 +13,7 @@ reason. Each figure goes to benchmarks/results/probe_NAME.json as soon as it is 
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
 
 # ruff: noqa: E402
 process.before_torch()
@@ -31,8 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import attention
 from benchmarks.measures import Measures
-from runtime import cli
-from runtime.device import (
+from runtime.base import cli
+from runtime.base.device import (
     choose_device,
     choose_dtype,
     device_name,
@@ -40,7 +40,7 @@ from runtime.device import (
     release_memory,
     synchronize,
 )
-from runtime.process import usable_cores
+from runtime.base.process import usable_cores
 
 SAMPLES = 5
 # Query heads, key/value heads and features of a head: the default's and those of gptoss-modern,

@@ -13,7 +13,7 @@ import json
 import time
 
 from benchmarks.common import RESULTS, environment, save_results
-from runtime import cli
+from runtime.base import cli
 
 
 def promises() -> list:

@@ -15,7 +15,8 @@ benchmarks/results/steps_NAME.json as soon as it is there.
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
+from runtime.training import setup
 
 # ruff: noqa: E402
 process.before_torch()
@@ -38,9 +39,8 @@ import train
 from benchmarks import train as bench
 from benchmarks.measures import Measures
 from config_model import ModelConfig, TrainConfig, flops_per_token, total_parameters
-from runtime import cli
-from runtime.data import open_data
-from runtime.device import (
+from runtime.base import cli
+from runtime.base.device import (
     choose_device,
     choose_dtype,
     device_name,
@@ -51,7 +51,8 @@ from runtime.device import (
     release_memory,
     synchronize,
 )
-from runtime.text import human_bytes
+from runtime.base.text import human_bytes
+from runtime.data.shards import open_data
 
 # Which part of a step a kernel belongs to, by what its name holds; the first that fits. Names as of
 # torch 2.11 on Hopper: cuDNN's attention has sdpa in it, PyTorch's memory-efficient one
@@ -132,7 +133,7 @@ def build(setting: bench.Setting) -> tuple[bench.Ours, dict[str, float]]:
     the first micro-batch of train.dry_run took longer than the last.
     """
     seconds: dict[str, float] = {}
-    dry_run = train.dry_run
+    dry_run = setup.dry_run
 
     def timed(*given) -> float:
         started = time.perf_counter()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 
 from benchmarks.common import REPO, RESULTS, replace_between
-from runtime import cli
-from runtime.text import human_bytes
+from runtime.base import cli
+from runtime.base.text import human_bytes
 
 TRAINING = {  # stored result: what was trained
     "train_cpu_4x512": "4 x 512 tokens, 8,192 words",
@@ -113,7 +113,7 @@ def training_table() -> str:
 
 
 def allocator_line() -> str:
-    """What the settings of runtime/process.py give by themselves."""
+    """What the settings of runtime/base/process.py give by themselves."""
     row = stored("train_cpu_4x512")["allocator_row"]
     return (
         f"Keeping freed memory, threads and their spin count alone: {row['default']['tokens_per_sec']['median']:,.0f} -> {row['tuned']['tokens_per_sec']['median']:,.0f} tokens/s, "

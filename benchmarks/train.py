@@ -13,7 +13,10 @@ Figures are medians; they go to benchmarks/results/train_NAME.json.
 
 from __future__ import annotations
 
-from runtime import process
+from runtime.base import process
+from runtime.training.plan import Plan, with_loss_rows
+from runtime.training.setup import set_up
+from runtime.training.state import RunState
 
 # ruff: noqa: E402
 process.before_torch()  # what it sets is read when torch loads
@@ -56,9 +59,8 @@ from config_model import (
     total_parameters,
 )
 from model import LLM
-from runtime import cli
-from runtime.data import TokenShards, WindowLoader, open_data, prefetch
-from runtime.device import (
+from runtime.base import cli
+from runtime.base.device import (
     autocast,
     choose_device,
     choose_dtype,
@@ -69,8 +71,10 @@ from runtime.device import (
     release_memory,
     synchronize,
 )
-from runtime.optimizer import build_adamw
-from runtime.text import human_bytes
+from runtime.base.text import human_bytes
+from runtime.data.loader import WindowLoader, prefetch
+from runtime.data.shards import TokenShards, open_data
+from runtime.training.optimizer import build_adamw
 
 VARIANTS = {
     "ours": "this repository, eager",
@@ -190,7 +194,7 @@ class Ours:
 
     def __init__(self, setting: Setting, model_config: ModelConfig, compiled: bool = False):
         self.setting, self.model_config, self.compiled = setting, model_config, compiled
-        plan = train.Plan(
+        plan = Plan(
             model_config=model_config,
             config=replace(setting.config, compile=compiled),
             device=setting.device,
@@ -201,9 +205,9 @@ class Ours:
             notes=[],
         )
         # As train.py does on a GPU.
-        plan = train.with_loss_rows(plan)
-        self.model, self.optimizer, self.loader, *_ = train.set_up(plan)
-        self.state = train.RunState()
+        plan = with_loss_rows(plan)
+        self.model, self.optimizer, self.loader, *_ = set_up(plan)
+        self.state = RunState()
         self.facts: dict = {}
         self.waiting_for_data = 0.0  # share of the last run's time
 

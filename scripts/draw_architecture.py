@@ -9,11 +9,20 @@ import io
 from pathlib import Path
 
 from config_model import ModelConfig, TrainConfig, kv_cache_bytes_per_token, parameter_counts
-from runtime.checkpoint import meta_model
-from runtime.cli import add_config_flags, parser, run_main, settings_from
-from runtime.files import write_atomic
-from runtime.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known, counts
-from runtime.plots import (
+from runtime.base.cli import add_config_flags, parser, run_main, settings_from
+from runtime.base.files import write_atomic
+from runtime.checkpoint.format import meta_model
+from runtime.checks.known import (
+    ATTENTION,
+    EXPERTS,
+    OUTSIDE,
+    POSITIONS,
+    SIZES,
+    TRAINING,
+    Known,
+    counts,
+)
+from runtime.training.plots import (
     BACKGROUND,
     BLUE,
     EDGE,

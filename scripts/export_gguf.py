@@ -28,11 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config_model import ModelConfig, total_parameters
-from predict import PredictConfig
-from runtime import export, published
-from runtime.cli import run_main
-from runtime.export import (
+from config_model import ModelConfig, PredictConfig, total_parameters
+from runtime.base.cli import run_main
+from runtime.base.files import write_text_atomic
+from runtime.base.text import human_bytes
+from runtime.checks.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
+from runtime.data.hf_tokenizer import HuggingFaceTokenizer, byte_level_merges, special_words
+from runtime.data.tokenizer import END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
+from runtime.interop import export, published
+from runtime.interop.export import (
     ExportError,
     check_logits,
     check_output,
@@ -43,12 +47,7 @@ from runtime.export import (
     open_source,
     staged,
 )
-from runtime.files import write_text_atomic
-from runtime.hf_tokenizer import HuggingFaceTokenizer, byte_level_merges, special_words
-from runtime.huggingface import family_of
-from runtime.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
-from runtime.text import human_bytes
-from runtime.tokenizer import END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
+from runtime.interop.huggingface import family_of
 
 ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
 KNOWS = Known(
@@ -607,7 +606,7 @@ def check_file(
 ) -> None:
     """Compare the file's keys with the config, and what its architecture computes by them with the model.
 
-    The former by runtime/published.py, without our model's code; the latter with weights rounded as those
+    The former by runtime/interop/published.py, without our model's code; the latter with weights rounded as those
     of the file. ours_BTV: the model's logits of ids_BT, nothing rounded. ExportError if they differ.
     """
     keys, names, read = read_gguf(gguf, path)

@@ -1,6 +1,6 @@
 """Export a checkpoint as a Hugging Face folder, for transformers, vLLM and the tools around them.
 
-The architecture follows from the checkpoint's config: Mixtral, Qwen3-MoE or gpt-oss (runtime/huggingface.py). What none of them can
+The architecture follows from the checkpoint's config: Mixtral, Qwen3-MoE or gpt-oss (runtime/interop/huggingface.py). What none of them can
 hold is refused, or exported with --custom_code as a modeling file of its own. Weights stay mapped from the checkpoint, and memory
 holds one tensor of the export at a time; the check at the end, one block.
 """
@@ -18,13 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config_model import ModelConfig
-from predict import PredictConfig
-from runtime import published
-from runtime.checkpoint import meta_model
-from runtime.cli import run_main
-from runtime.custom_code import MODELING_FILE, custom_config, custom_tensors, modeling_source
-from runtime.export import (
+from config_model import ModelConfig, PredictConfig
+from runtime.base.cli import run_main
+from runtime.checkpoint.format import meta_model
+from runtime.checks.known import counts
+from runtime.data.hf_tokenizer import write_tokenizer
+from runtime.interop import published
+from runtime.interop.custom_code import (
+    MODELING_FILE,
+    custom_config,
+    custom_tensors,
+    modeling_source,
+)
+from runtime.interop.export import (
     DTYPES,
     ExportError,
     Source,
@@ -39,8 +45,7 @@ from runtime.export import (
     open_source,
     staged,
 )
-from runtime.hf_tokenizer import write_tokenizer
-from runtime.huggingface import (
+from runtime.interop.huggingface import (
     INDEX,
     KNOWS,
     SINGLE,
@@ -51,8 +56,7 @@ from runtime.huggingface import (
     import_tensor,
     model_config_from,
 )
-from runtime.known import counts
-from runtime.model_card import is_as_written, write_card
+from runtime.interop.model_card import is_as_written, write_card
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TRAINING_ONLY = {"dropout", "capacity_factor", "aux_loss_coef", "z_loss_coef"}

@@ -34,9 +34,13 @@ from torch import Tensor, nn
 from config_model import ModelConfig
 from model import LLM
 from model_parts import Experts, activate
-from runtime.checkpoint import build_model
-from runtime.cli import run_main
-from runtime.export import (
+from runtime.base.cli import run_main
+from runtime.base.files import fsync_folder
+from runtime.checkpoint.read import build_model
+from runtime.checks.known import counts
+from runtime.data.hf_tokenizer import write_tokenizer
+from runtime.data.tokenizer import COMPACT
+from runtime.interop.export import (
     DTYPES,
     Source,
     check_ids,
@@ -49,10 +53,6 @@ from runtime.export import (
     open_source,
     work_folder,
 )
-from runtime.files import fsync_folder
-from runtime.hf_tokenizer import write_tokenizer
-from runtime.known import counts
-from runtime.tokenizer import COMPACT
 
 OPSET = 20  # the first with an exact GELU
 GROUPED_LINEAR = "gptoss::GroupedLinear"
@@ -288,7 +288,7 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
     config, tokenizer = source.model.config, source.tokenizer
     if tokenizer.name.endswith(COMPACT):
         print(
-            f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.tokenizer makes its ids"
+            f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.data.tokenizer makes its ids"
         )
     else:
         with tempfile.TemporaryDirectory(

@@ -23,10 +23,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config_model import ModelConfig, total_parameters
-from runtime import published
-from runtime.checkpoint import Checkpoint, meta_model, read_checkpoint, tokenizer_of, write_weights
-from runtime.cli import parser, run_main
-from runtime.export import (
+from runtime.base.cli import parser, run_main
+from runtime.base.text import human_bytes
+from runtime.checkpoint.format import Checkpoint, meta_model
+from runtime.checkpoint.read import read_checkpoint
+from runtime.checkpoint.write import write_weights
+from runtime.data.hf_tokenizer import CHECK_TEXTS, TEMPLATE_FILE, TOKENIZER_FILE
+from runtime.data.tokenizers import read_tokenizer, tokenizer_of
+from runtime.interop import published
+from runtime.interop.export import (
     DTYPES,
     ExportError,
     check_output,
@@ -35,8 +40,7 @@ from runtime.export import (
     logits_of,
     staged,
 )
-from runtime.hf_tokenizer import CHECK_TEXTS, TEMPLATE_FILE, TOKENIZER_FILE, read_tokenizer
-from runtime.huggingface import (
+from runtime.interop.huggingface import (
     KNOWS,
     export_tensors,
     folder_tensors,
@@ -44,7 +48,6 @@ from runtime.huggingface import (
     import_tensor,
     model_config_from,
 )
-from runtime.text import human_bytes
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 COMPUTED = ".rotary_emb.inv_freq"  # a table that older versions saved; it follows from the config

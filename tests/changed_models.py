@@ -6,7 +6,7 @@ says of each.
 
 FOLDER holds a published model.
 
-tests/test_changed_models.py makes the copies, applies CHANGES and reads the answers.
+tests/checks/test_changed_models.py makes the copies, applies CHANGES and reads the answers.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def said_by(function, *arguments) -> list:
 def onnx_answers(fields: dict) -> list:
     """What the export to ONNX says of a model with these fields."""
     from config_model import TrainConfig
-    from runtime.checkpoint import save_checkpoint
-    from runtime.tokenizer import load_tokenizer
+    from runtime.checkpoint.write import save_checkpoint
+    from runtime.data.tokenizers import load_tokenizer
     from scripts import export_onnx
     from tests.util import random_model, tiny_config
 
@@ -163,12 +163,12 @@ def answers(fields: dict, exports: bool = True) -> dict:
     import test as size_report
     from config_model import TrainConfig
     from model import generate
-    from runtime import known
-    from runtime.checkpoint import save_checkpoint
-    from runtime.device import choose_kernels
-    from runtime.inference import Decoder
-    from runtime.inference import generate as fast_generate
-    from runtime.tokenizer import load_tokenizer
+    from runtime.checkpoint.write import save_checkpoint
+    from runtime.checks import known
+    from runtime.data.tokenizers import load_tokenizer
+    from runtime.inference.decoder import Decoder
+    from runtime.inference.decoder import generate as fast_generate
+    from runtime.kernels.choose import choose_kernels
     from scripts import draw_architecture, export_gguf, export_hf
     from tests.util import random_model, tiny_config
 
@@ -227,7 +227,7 @@ def answers(fields: dict, exports: bool = True) -> dict:
 
 
 def main(name: str, published: str, *rest: str) -> None:
-    from tests.test_known import fields_not_varied
+    from tests.checks.test_known import fields_not_varied
 
     if rest:
         print(json.dumps(onnx_answers(FIELDS.get(name, {}))))

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runtime import cli
+from runtime.base import cli
 
 REPO = Path(__file__).resolve().parent.parent
 NO_AVX512 = "-mno-avx512f " if platform.machine() in ("x86_64", "AMD64") else ""
@@ -62,20 +62,20 @@ FILES = [
 ]
 # And single tests of other files.
 TESTS = [
-    "test_benchmark_attention.py::test_flex_gives_the_same_numbers",
-    "test_benchmark_decode.py::test_the_same_tokens",
-    "test_benchmarks.py::test_loop_is_our_model",
-    "test_benchmarks.py::test_hugging_face_is_our_model",
-    "test_benchmarks.py::test_both_sides_take_the_same_steps",
-    "test_checkpoint.py::test_reference_checkpoints_compute_what_they_computed_there",
-    "test_checkpoint.py::test_reference_gradients",
+    "benchmarks/test_attention.py::test_flex_gives_the_same_numbers",
+    "benchmarks/test_decode.py::test_the_same_tokens",
+    "benchmarks/test_benchmarks.py::test_loop_is_our_model",
+    "benchmarks/test_benchmarks.py::test_hugging_face_is_our_model",
+    "benchmarks/test_benchmarks.py::test_both_sides_take_the_same_steps",
+    "checkpoint/test_checkpoint.py::test_reference_checkpoints_compute_what_they_computed_there",
+    "checkpoint/test_checkpoint.py::test_reference_gradients",
     "test_train.py::test_gradient_accumulation_equals_the_big_batch",
     "test_train.py::test_validation_is_the_loss_and_draws_nothing",
     "test_train.py::test_a_window_s_numbers_are_means_over_its_steps",
     "test_train.py::test_clipping_is_by_the_norm_of_the_whole_gradient",
     "test_train.py::test_packed_documents_loss_is_that_of_each_document_behind_its_end_of_text",
     *(
-        f"test_promises.py::test_it_holds[{name}]"
+        f"promises/test_promises.py::test_it_holds[{name}]"
         for name in (
             "12-cached",
             "12-native",

@@ -1,5 +1,5 @@
 """Comparisons of numbers whose last bits depend on the machine: the bounds are those of
-runtime/rounding.py, whose text derives them.
+runtime/checks/rounding.py, whose text derives them.
 
 A router that meets two nearly equal scores may send a token to either expert, on another CPU to the
 other: the logits from there on differ by far more than rounding. Tests over many random models
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import LLM
-from runtime.rounding import gradients_bound, logits_bound, rounding, size_of
+from runtime.checks.rounding import gradients_bound, logits_bound, rounding, size_of
 
 __all__ = [
     "assert_close",

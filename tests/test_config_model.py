@@ -19,8 +19,8 @@ from config_model import (
 )
 from model import LLM
 from model_parts import KVCache
-from runtime.device import choose_kernels
-from runtime.memory import training_memory_bytes
+from runtime.kernels.choose import choose_kernels
+from runtime.training.memory import training_memory_bytes
 from tests.util import random_config, tiny_config
 
 

@@ -13,16 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import runtime.inference as inference
 import train
 from config_model import TrainConfig
-from model import IGNORE, LLM, add_product_, sample
+from model import LLM, sample
 from model_parts import attention_mask, attention_with_sinks
-from runtime.attention_choice import card_of, choose_attention, gpu_attention
-from runtime.device import autocast, choose_kernels
-from runtime.inference import Decoder
-from runtime.optimizer import build_optimizer
-from runtime.quantize import quantize_
-from runtime.sink_attention import sink_attention
-from tests.test_inference import MODELS, PROMPTS, alone
-from tests.test_inference import run as generated
+from runtime.base.device import autocast
+from runtime.inference.decoder import Decoder
+from runtime.inference.quantize import quantize_
+from runtime.kernels.attention_choice import card_of, choose_attention, gpu_attention
+from runtime.kernels.choose import choose_kernels
+from runtime.kernels.linear_cross_entropy import IGNORE, add_product_
+from runtime.kernels.sink_attention import sink_attention
+from runtime.training.optimizer import build_optimizer
+from runtime.training.plan import make_plan
+from tests.inference.test_decoder import MODELS, PROMPTS, alone
+from tests.inference.test_decoder import run as generated
 from tests.test_model_parts import sink_case
 from tests.test_train import MODEL, SPEED, Run, _settings, assert_same, data  # noqa: F401  (a fixture)
 from tests.util import random_model, tiny_config
@@ -154,7 +157,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa
     try:
         straight, cut = Run(data, tmp_path / "straight"), Run(data, tmp_path / "cut")
         assert straight(*flags, "8") == 0
-        plan = train.make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"))
+        plan = make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"))
         cut.ckpt_dir.parent.mkdir()
         assert (
             train.run(

@@ -10,18 +10,15 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config_model import PRESETS, ModelConfig
-from model import (
+from model import LLM, generate, penalise_repetition, sample
+from model_parts import KVCache
+from runtime.kernels.choose import choose_kernels
+from runtime.kernels.linear_cross_entropy import (
     IGNORE,
-    LLM,
     add_product_,
-    generate,
     linear_cross_entropy,
-    penalise_repetition,
-    sample,
     softmax_gradient_,
 )
-from model_parts import KVCache
-from runtime.device import choose_kernels
 from tests.numeric import assert_close, gradients_bound, is_close, logits_bound, rounding
 from tests.util import random_model, tiny_config
 

@@ -16,7 +16,6 @@ from model_parts import (
     LocalDispatcher,
     MoE,
     Router,
-    _row_bias,
     attention_mask,
     attention_with_sinks,
     balance_loss,
@@ -25,8 +24,9 @@ from model_parts import (
     rope_tables,
     rotate,
 )
-from runtime.device import choose_kernels
-from runtime.sink_attention import sink_attention
+from runtime.kernels.choose import choose_kernels
+from runtime.kernels.grouped_linear import _row_bias
+from runtime.kernels.sink_attention import sink_attention
 from tests.numeric import (
     assert_close,
     before_ties,

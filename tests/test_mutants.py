@@ -17,12 +17,15 @@ import train
 from config_model import TrainConfig
 from model import generate, sample
 from model_parts import KVCache
-from runtime.cpu_decode import native_model
-from runtime.data import open_data
-from runtime.inference import Decoder
-from runtime.inference import generate as generate_texts
-from runtime.tokenizer import Tokenizer
+from runtime.base.process import StopRequest
+from runtime.data.shards import open_data
+from runtime.data.tokenizer import Tokenizer
+from runtime.inference.cpu_decode import native_model
+from runtime.inference.decoder import Decoder
+from runtime.inference.decoder import generate as generate_texts
+from runtime.training.state import RecentLoss, RunState
 from tests.conftest import REPO
+from tests.data.test_shards import write_pair
 from tests.mutants import (
     CONFIRMED,
     IN_PART,
@@ -36,7 +39,6 @@ from tests.mutants import (
     names,
 )
 from tests.mutants import run as try_mutants
-from tests.test_data import write_pair
 from tests.test_predict import biased_model, predictor_of, save
 from tests.test_train import Fixed, Run, data, poison, poisoned  # noqa: F401  (data: a fixture)
 from tests.util import random_model, tiny_config
@@ -80,7 +82,7 @@ def test_every_confirmed_fault_is_put_back_or_cannot_be():
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
     """A real one, one that changes a comment, and one whose module cannot be imported."""
-    tests = ("tests/test_text.py::test_human_bytes",)
+    tests = ("tests/base/test_text.py::test_human_bytes",)
     chosen = {
         "real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'),
         "comment": ("# rounded: from", "# Rounded: from"),
@@ -88,13 +90,13 @@ def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
     }
     said = []
     mutants = [
-        (name, Mutant(OWN, name, "runtime/text.py", old, new, tests))
+        (name, Mutant(OWN, name, "runtime/base/text.py", old, new, tests))
         for name, (old, new) in chosen.items()
     ]
     outcomes = try_mutants(mutants, said.append, jobs)
     assert [(o.name, o.caught) for o in outcomes[:2]] == [("real", True), ("comment", False)]
     assert (
-        outcomes[0].said.startswith("tests/test_text.py::test_human_bytes[")
+        outcomes[0].said.startswith("tests/base/test_text.py::test_human_bytes[")
         and outcomes[1].said == "its tests pass"
     )
     assert outcomes[2].said.startswith(("exit code 2", "pytest ended with 4"))
@@ -317,7 +319,7 @@ def test_speed_excludes_validation_and_saving(monkeypatch):
 def test_every_polite_signal_is_a_wish_to_stop(monkeypatch, number):
     monkeypatch.setattr(train.os, "write", lambda *_: None)
     before = signal.getsignal(number)
-    with train.StopRequest() as stop:
+    with StopRequest() as stop:
         assert signal.getsignal(number) != before, "it would end the process"
         assert not stop.requested()
         signal.raise_signal(number)
@@ -327,7 +329,7 @@ def test_every_polite_signal_is_a_wish_to_stop(monkeypatch, number):
 
 def test_a_loss_that_stands_still_has_no_spikes():
     """Late in training the variance is next to nothing, and a loss 0.1 % above the mean many standard deviations away; one 10 % above is a spike."""
-    recent = train.RecentLoss(train.RunState(), 6.0, torch.device("cpu"))
+    recent = RecentLoss(RunState(), 6.0, torch.device("cpu"))
     for _ in range(200):
         recent.add(torch.tensor(2.0), torch.tensor(False))
     assert not recent.is_spike(torch.tensor(2.002)) and recent.is_spike(torch.tensor(2.2))
@@ -347,7 +349,7 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
         return self.signal is not None
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.StopRequest, "requested", requested)
+        patch.setattr(StopRequest, "requested", requested)
         assert run("--max_steps", 16, "--save_interval", 5) == 128 + signal.SIGTERM
     stopped = run.final()
     assert stopped.step == 8 and stopped.run["skipped_in_a_row"] == 3

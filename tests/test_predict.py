@@ -22,15 +22,19 @@ import torch
 
 import predict
 import prepare_data
-from config_model import TrainConfig
+from config_model import PredictConfig, TrainConfig
 from model import LLM
 from model import generate as plain_generate
-from predict import PredictConfig, Predictor
-from runtime.checkpoint import save_checkpoint
-from runtime.inference import generate, router_choices
-from runtime.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from tests.test_cli import as_flags, other_value
-from tests.test_tokenizer import stand_in
+from runtime.checkpoint.write import save_checkpoint
+from runtime.data.tokenizer import Tokenizer
+from runtime.data.tokenizers import load_tokenizer, train_bpe
+from runtime.inference import session
+from runtime.inference.console import read_prompts
+from runtime.inference.decoder import generate, router_choices
+from runtime.inference.predictor import Predictor
+from runtime.inference.session import COMMANDS, VERBS, command_result
+from tests.base.test_cli import as_flags, other_value
+from tests.data.test_tokenizer import stand_in
 from tests.util import random_model, tiny_config
 
 REPO = Path(__file__).resolve().parent.parent
@@ -944,11 +948,8 @@ def test_settings_reach_the_next_answer(endless, repl, drawn):
 
 def test_help_names_every_command(endless, repl, drawn):
     out, _ = repl(endless, ":help\n")
-    assert (
-        all(f"  {command} " in out for command in (*predict.COMMANDS, *predict.VERBS))
-        and ":experts" in predict.VERBS
-    )
-    assert {field for field, _ in predict.COMMANDS.values()} == {
+    assert all(f"  {command} " in out for command in (*COMMANDS, *VERBS)) and ":experts" in VERBS
+    assert {field for field, _ in COMMANDS.values()} == {
         "temperature",
         "top_k",
         "top_p",
@@ -1054,7 +1055,7 @@ def fuzz_line(r: random.Random) -> str:
         return (
             r.choice(
                 [
-                    *predict.COMMANDS,
+                    *COMMANDS,
                     ":undo",
                     ":reset",
                     ":stats",
@@ -1128,7 +1129,7 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
             pass
         return line
 
-    def remember(config, command, arguments, real=predict.command_result):
+    def remember(config, command, arguments, real=command_result):
         config = real(config, command, arguments)
         states.append(dataclasses.replace(config))  # checks every field again
         return config
@@ -1142,7 +1143,7 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
     )  # as run_main sets it up
-    predict.repl(predictor, config)
+    session.repl(predictor, config)
     assert next(left, None) is None and len(states) > 300 and len(set(states)) > 20
     assert [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")
@@ -1253,14 +1254,14 @@ def test_ctrl_c_at_the_prompt_or_in_a_command_does_not_end_the_session(
             return line
         raise line
 
-    def interrupted(config, command, arguments, real=predict.command_result):
+    def interrupted(config, command, arguments, real=command_result):
         if command == ":help":
             raise KeyboardInterrupt
         return real(config, command, arguments)
 
     monkeypatch.setattr("builtins.input", fake_input)
     monkeypatch.setattr(predict, "command_result", interrupted)
-    predict.repl(*predictor_of(endless))
+    session.repl(*predictor_of(endless))
     assert capsys.readouterr().out == "\ntemperature = 0.5\n" and next(lines, None) is None
 
 
@@ -1399,8 +1400,8 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(endless, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
     (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"text": "b"}')
     assert (
-        predict.read_prompts(str(tmp_path / "p.txt"))
-        == predict.read_prompts(str(tmp_path / "p.jsonl"))
+        read_prompts(str(tmp_path / "p.txt"))
+        == read_prompts(str(tmp_path / "p.jsonl"))
         == ["a", "b"]
     )
 

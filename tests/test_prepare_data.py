@@ -28,17 +28,17 @@ from prepare_data import (
     make_batches,
     parse_options,
     prepare,
-    safe_cut,
     split_by_hash,
     text_digest,
 )
-from runtime import data, toy_stories
-from runtime.checkpoint import save_checkpoint
-from runtime.data import open_data, read_manifest
-from runtime.hf_tokenizer import read_tokenizer
-from runtime.tokenizer import Tokenizer, load_tokenizer
-from tests.test_hf_tokenizer import mixtral, qwen, tales  # noqa: F401  (fixtures)
-from tests.test_tokenizer import stand_in
+from runtime.checkpoint.write import save_checkpoint
+from runtime.data import shards as data
+from runtime.data import toy_stories
+from runtime.data.shards import open_data, read_manifest
+from runtime.data.sources import FileSource, safe_cut
+from runtime.data.tokenizer import Tokenizer
+from runtime.data.tokenizers import load_tokenizer, read_tokenizer
+from tests.data.test_tokenizer import stand_in
 from tests.util import random_model, tiny_config
 
 REPO = Path(__file__).resolve().parent.parent
@@ -384,7 +384,7 @@ def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypa
     val = write_jsonl(tmp_path / "val.jsonl", stories(5))
     monkeypatch.setattr(prepare_data, "PART_CHARACTERS", 5000)
     tokenizer = load_tokenizer("o200k_base")
-    source = prepare_data.FileSource([str(tmp_path / "a.txt")], "text", "<|endoftext|>")
+    source = FileSource([str(tmp_path / "a.txt")], "text", "<|endoftext|>")
     parts = list(source.documents())
     assert (
         len(parts) > 50
@@ -976,7 +976,7 @@ from pathlib import Path
 import tiktoken
 import prepare_data
 from runtime.data import open_data
-from tests.test_tokenizer import stand_in
+from tests.data.test_tokenizer import stand_in
 tiktoken.registry.ENCODINGS["gpt2"] = stand_in()
 old, new, work = (Path(a) for a in sys.argv[1:4])
 arguments = sys.argv[4:]

@@ -7,10 +7,9 @@ import pytest
 
 import test as size_report
 from benchmarks import tables
-from config_model import ModelConfig, TrainConfig
-from predict import PredictConfig
+from config_model import ModelConfig, PredictConfig, TrainConfig
 from prepare_data import parse_options
-from runtime import cli
+from runtime.base import cli
 from tests.conftest import REPO
 from tests.mutants import MUTANTS, names
 

@@ -19,11 +19,12 @@ from config_model import (
 )
 from model import LLM
 from model_parts import KVCache
-from runtime.checkpoint import read_config, save_checkpoint
-from runtime.device import peak_memory_bytes
-from runtime.memory import training_memory_bytes
-from runtime.text import human_bytes, human_count
-from tests.test_cli import NEEDS, as_flags, other_value
+from runtime.base.device import peak_memory_bytes
+from runtime.base.text import human_bytes, human_count
+from runtime.checkpoint.read import read_config
+from runtime.checkpoint.write import save_checkpoint
+from runtime.training.memory import training_memory_bytes
+from tests.base.test_cli import NEEDS, as_flags, other_value
 from tests.util import tiny_config
 
 

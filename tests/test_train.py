@@ -19,13 +19,31 @@ import torch
 import prepare_data
 import train
 from config_model import ModelConfig, TrainConfig, total_parameters
-from model import IGNORE, LLM
-from runtime import cli
-from runtime.checkpoint import load_model, read_checkpoint
-from runtime.data import WindowLoader, open_data, validation_batches
-from runtime.memory import training_memory_bytes
-from runtime.optimizer import build_optimizer, initialise_state
-from runtime.plots import draw_plots
+from model import LLM
+from runtime.base import cli
+from runtime.base.device import to_device
+from runtime.base.process import StopRequest
+from runtime.checkpoint.optimizer_state import initialise_state
+from runtime.checkpoint.read import load_model, read_checkpoint
+from runtime.data.loader import WindowLoader, validation_batches
+from runtime.data.shards import open_data
+from runtime.kernels.linear_cross_entropy import IGNORE
+from runtime.training import setup
+from runtime.training.memory import training_memory_bytes
+from runtime.training.optimizer import build_optimizer
+from runtime.training.plan import (
+    Plan,
+    check_memory,
+    checkpoint_bytes,
+    describe,
+    make_plan,
+    with_largest_micro_batch,
+    with_loss_rows,
+)
+from runtime.training.plots import draw_plots
+from runtime.training.reporter import Reporter
+from runtime.training.setup import dry_run
+from runtime.training.state import RecentLoss, RunState, Totals, TrainingDiverged
 from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding, size_of
 from tests.util import random_model, tiny_config
@@ -328,7 +346,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where):
 def test_a_run_that_never_recovers_ends():
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(batch_size=4, grad_accum=1, max_steps=100, warmup_steps=1, device="cpu")
-    with pytest.raises(train.TrainingDiverged, match="lower --lr") as error:
+    with pytest.raises(TrainingDiverged, match="lower --lr") as error:
         train.fit(
             random_model(tiny_config()),
             Fixed(inputs, inputs, 4),
@@ -386,7 +404,7 @@ def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
 def test_going_back_has_a_limit_and_an_exit_code(run, monkeypatch, capsys, allowed, said):
     poison(monkeypatch, range(20, 10_000))
     with pytest.raises(
-        train.TrainingDiverged, match="steps in a row were skipped .* lower --lr"
+        TrainingDiverged, match="steps in a row were skipped .* lower --lr"
     ) as error:
         run("--max_steps", "500", "--save_interval", "5", "--max_rollbacks", allowed)
     assert error.value.exit_code == 3 and capsys.readouterr().out.count("back to step 10") == said
@@ -407,7 +425,7 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
     monkeypatch.setattr(train, "_rolled_back", damaged)
     assert run("--max_steps", "80", "--save_interval", "10", "--keep_last", "0") == 0
     assert "back to step 10," in capsys.readouterr().out
-    plan = train.make_plan(
+    plan = make_plan(
         _settings(
             *MODEL, *SPEED, *run.folders[:2], "--ckpt_dir", run.folders[3] + "2", *run.folders[4:]
         )
@@ -415,8 +433,8 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
     plan = dataclasses.replace(
         plan, config=dataclasses.replace(plan.config, ckpt_dir=run.folders[3])
     )
-    with pytest.raises(train.TrainingDiverged, match="stop"):
-        real(plan, train.RunState(run_id="another"), train.TrainingDiverged("stop"))
+    with pytest.raises(TrainingDiverged, match="stop"):
+        real(plan, RunState(run_id="another"), TrainingDiverged("stop"))
 
 
 @pytest.mark.parametrize("step", [75, 95])
@@ -441,7 +459,7 @@ def test_spikes_are_told_from_noise():
     r = np.random.default_rng(0)
     t = np.arange(10_000)
     losses = 2 + 6 * np.exp(-t / 800) + (0.05 + 0.2 * np.exp(-t / 500)) * r.standard_normal(10_000)
-    recent, alarms = train.RecentLoss(train.RunState(), 6.0, torch.device("cpu")), 0
+    recent, alarms = RecentLoss(RunState(), 6.0, torch.device("cpu")), 0
     spikes = set(r.choice(np.arange(100, 10_000), 20, replace=False).tolist())
     for step, loss in enumerate(losses.tolist()):
         if step in spikes:
@@ -454,10 +472,7 @@ def test_spikes_are_told_from_noise():
         recent.add(torch.tensor(loss), torch.tensor(False))
     assert alarms == 0
     assert recent.numbers[1].item() == pytest.approx(losses[-50:].mean(), abs=0.02)
-    assert (
-        train.RecentLoss(train.RunState(), 0.0, torch.device("cpu")).is_spike(torch.tensor(1e9))
-        is None
-    )
+    assert RecentLoss(RunState(), 0.0, torch.device("cpu")).is_spike(torch.tensor(1e9)) is None
 
 
 def test_recent_losses_survive_a_resume(run, data, tmp_path):
@@ -675,7 +690,7 @@ def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkey
 
     steps = []
     with monkeypatch.context() as patch:
-        patch.setattr(train.StopRequest, "requested", requested)
+        patch.setattr(StopRequest, "requested", requested)
         assert (
             run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3")
             == 128 + signal.SIGTERM
@@ -979,7 +994,7 @@ def test_one_wish_may_come_as_two_signals(monkeypatch):
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(train.os, "_exit", left.append)
     monkeypatch.setattr(train.os, "write", lambda *_: None)
-    with train.StopRequest() as stop:
+    with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert stop.requested() and stop.signal == signal.SIGINT and left == []
@@ -1072,14 +1087,12 @@ def test_the_dry_run_changes_nothing(data, grad_accum):
     before = {n: p.clone() for n, p in model.state_dict().items()}
     config = TrainConfig(batch_size=2, grad_accum=grad_accum, device="cpu", dtype="float32")
     optimizer = train.build_optimizer(model, config)
-    plan = train.Plan(
-        model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, []
-    )
+    plan = Plan(model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, [])
     modes = []
     model.layers[0].register_forward_hook(
         lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None))
     )
-    assert train.dry_run(model.eval(), optimizer, WindowLoader(_train, 16, 2, 0), plan) > 0
+    assert dry_run(model.eval(), optimizer, WindowLoader(_train, 16, 2, 0), plan) > 0
     # As in a step: training mode, and the second meets the first one's gradients where a step has two.
     assert modes == [(True, False), (True, grad_accum > 1)]
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(
@@ -1092,16 +1105,14 @@ def test_the_dry_run_changes_nothing(data, grad_accum):
 
 def test_what_is_printed_before_step_1(data, capsys):
     """The default says what half of it is; tokens and epochs are computed."""
-    plan = train.make_plan(
+    plan = make_plan(
         cli.settings_from(
             _args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"),
             ModelConfig,
             TrainConfig,
         )
     )
-    lines = "\n".join(
-        train.describe(plan, train.training_memory_bytes(plan.model_config, plan.config))
-    )
+    lines = "\n".join(describe(plan, train.training_memory_bytes(plan.model_config, plan.config)))
     assert (
         "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)"
         in lines
@@ -1314,7 +1325,7 @@ def test_largest_micro_batch_keeps_the_sequences_per_step(
     run, data, monkeypatch, capsys, room_for, expected
 ):
     """On a CPU by the estimate: what fits is chosen, the effective batch stays, and the checkpoint knows the numbers, not the wish."""
-    plan = train.make_plan(
+    plan = make_plan(
         _settings(
             *MODEL,
             *SPEED,
@@ -1326,7 +1337,7 @@ def test_largest_micro_batch_keeps_the_sequences_per_step(
             "1" if room_for == 8 else "2",
         )
     )
-    needed = train.check_memory(plan)
+    needed = check_memory(plan)
     free = (sum(needed.values()) - needed["program"]) / 0.8 + (1 if room_for else -1)
     monkeypatch.setattr(train, "memory_bytes", lambda device: (free, 1 << 40))
     flags = [
@@ -1386,7 +1397,7 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
         "auto",
         "--compile",
     ]
-    plan = train.make_plan(
+    plan = make_plan(
         _settings(
             "--preset", preset, "--data_dir", str(data), "--vocabulary_size", "200019", *flags
         )
@@ -1397,7 +1408,7 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
         lambda plan: tried.append((plan.config.batch_size, plan.config.compile)),
         79 << 30,
     )
-    config = train.with_largest_micro_batch(plan).config
+    config = with_largest_micro_batch(plan).config
     assert tried == [(found, False)] and config.compile
     assert (config.batch_size, config.grad_accum) == (found, sequences // found)
 
@@ -1407,7 +1418,7 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
     """Each chunk of 2,048 rows is a pass over the head's gradient: 26 ms a step of 32,768 tokens, where
     8,192 rows take 16. The estimate that is announced counts them; a run that must repeat its bits does
     not ask what is free."""
-    plan = train.make_plan(
+    plan = make_plan(
         _settings(
             "--preset",
             "gptoss-modern",
@@ -1421,19 +1432,19 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
     )
     plan = dataclasses.replace(plan, device=torch.device("cuda"), dtype=torch.bfloat16)
     _on_a_gpu(monkeypatch, None, free_gib << 30)
-    chosen = train.with_loss_rows(plan)
+    chosen = with_loss_rows(plan)
     assert chosen.loss_rows == expected
-    more = sum(train.check_memory(chosen).values()) - sum(train.check_memory(plan).values())
+    more = sum(check_memory(chosen).values()) - sum(check_memory(plan).values())
     assert more == 6 * (expected - 2048) * 200_019
     same_bits = dataclasses.replace(
         plan, config=dataclasses.replace(plan.config, deterministic=True)
     )
-    assert train.with_loss_rows(same_bits).loss_rows == 0
+    assert with_loss_rows(same_bits).loss_rows == 0
 
 
 def test_the_rows_of_a_plan_reach_the_model(data):
-    plan = train.make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data)))
-    assert train.set_up(dataclasses.replace(plan, loss_rows=7))[0].loss_rows == 7
+    plan = make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data)))
+    assert setup.set_up(dataclasses.replace(plan, loss_rows=7))[0].loss_rows == 7
 
 
 def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
@@ -1448,7 +1459,7 @@ def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
 
 def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
     """Trials that run out of memory (at 8 and 4 sequences here) are passed over; any other fault comes out."""
-    plan = train.make_plan(
+    plan = make_plan(
         _settings(
             *MODEL,
             *SPEED,
@@ -1475,13 +1486,13 @@ def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
         raise ValueError("another fault")
 
     _on_a_gpu(monkeypatch, set_up, 1 << 40)
-    found = train.with_largest_micro_batch(plan)
+    found = with_largest_micro_batch(plan)
     assert tried == [8, 4, 2] and (found.config.batch_size, found.config.grad_accum) == (2, 4)
     assert found.config.val_steps * 2 == plan.config.val_steps * 8, (
         "as many windows of validation as were asked for"
     )
     with pytest.raises(ValueError, match="another fault"):
-        train.with_largest_micro_batch(
+        with_largest_micro_batch(
             dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=0))
         )
 
@@ -1517,8 +1528,8 @@ def test_profile_is_not_a_wish_for_the_rest_of_the_run(run, capsys):
 
 def test_sums_of_a_log_window_survive_a_resume_to_the_last_bit():
     """They came back as float32: the losses logged after a resume inside a window were not those of the straight run."""
-    model, state, cpu = random_model(tiny_config()), train.RunState(), torch.device("cpu")
-    totals = train.Totals(state, model, cpu)
+    model, state, cpu = random_model(tiny_config()), RunState(), torch.device("cpu")
+    totals = Totals(state, model, cpu)
     for i in range(7):
         totals.add(
             torch.tensor(False),
@@ -1531,9 +1542,7 @@ def test_sums_of_a_log_window_survive_a_resume_to_the_last_bit():
         )
         assert i or totals.sums["losses"].dtype == torch.float64
     totals.read(state)
-    again = train.Totals(
-        train.RunState(**json.loads(json.dumps(dataclasses.asdict(state)))), model, cpu
-    )
+    again = Totals(RunState(**json.loads(json.dumps(dataclasses.asdict(state)))), model, cpu)
     assert all(torch.equal(again.sums[name], value) for name, value in totals.sums.items())
 
 
@@ -1546,7 +1555,7 @@ def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
         def to(self, device, non_blocking):
             asked.append(non_blocking)
 
-    train.to_device((Ids(), Ids()), torch.device(device))
+    to_device((Ids(), Ids()), torch.device(device))
     assert asked == [expected] * 2
 
 
@@ -1603,7 +1612,7 @@ def test_size_of_a_checkpoint_is_that_of_its_tensors(changes):
         for name, t in state.items()
         if name != "step"
     )
-    assert train.checkpoint_bytes(training_memory_bytes(config, train_config)) == moments + sum(
+    assert checkpoint_bytes(training_memory_bytes(config, train_config)) == moments + sum(
         p.nbytes for p in model.parameters()
     )
 
@@ -1663,7 +1672,7 @@ def test_every_optimizer_resumes_bit_for_bit(run, data, tmp_path, flags):
 
 def test_starved_and_crowded_experts_are_told_once_each_way(capsys):
     """After the warm-up no expert should get under 25 or over 400 % of its fair share; until now only the plot knew."""
-    reporter = train.Reporter.__new__(train.Reporter)
+    reporter = Reporter.__new__(Reporter)
     reporter.healthy, reporter.say = True, print
     for step, loads in (
         (1, [[1.0, 1.0]]),

@@ -37,7 +37,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def random_config(seed: int) -> ModelConfig:
-    """A small model with every option drawn at random, also those that act only while training. tests/test_known.py holds that none is left out."""
+    """A small model with every option drawn at random, also those that act only while training. tests/checks/test_known.py holds that none is left out."""
     r = random.Random(seed)
     G, groups, window = r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([0, 0, 1, 3, 7])
     use_rope = r.random() < 0.8

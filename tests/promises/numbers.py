@@ -10,6 +10,7 @@ import torch
 
 import train
 from config_model import TrainConfig
+from runtime.training.state import RecentLoss, RunState
 from tests.promises import Promise, Tally
 from tests.util import random_model, tiny_config
 
@@ -28,7 +29,7 @@ class _Batches:
 
 def _fit(
     poison: dict[int, str],
-) -> tuple[train.RunState, list[dict], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+) -> tuple[RunState, list[dict], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
     """A short run in which some calls of the loss (two a step) are spoilt in some place: its state, records, weights, and what it saved."""
     model, records, saved, call = random_model(tiny_config(), 1), [], [], iter(range(10**6))
 
@@ -100,7 +101,7 @@ def spikes(count: int) -> Tally:
     tally, r = Tally(), np.random.default_rng(10)
     t, alarms, places = np.arange(10_000), 0, set()
     losses = 2 + 6 * np.exp(-t / 800) + (0.05 + 0.2 * np.exp(-t / 500)) * r.standard_normal(10_000)
-    recent = train.RecentLoss(train.RunState(), 6.0, torch.device("cpu"))
+    recent = RecentLoss(RunState(), 6.0, torch.device("cpu"))
     places.update(r.choice(np.arange(100, 10_000), count, replace=False).tolist())
     for step, loss in enumerate(losses.tolist()):
         if step in places:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from config_model import ModelConfig
-from runtime.huggingface import (
+from runtime.interop.huggingface import (
     FAMILIES,
     export_tensors,
     folder_tensors,
@@ -108,7 +108,7 @@ def same_function(count: int) -> Tally:
         difference = (
             (logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1)
         ).item()
-        # The embedding's gradient has gone back through all of the model; those of single tensors are compared in tests/test_huggingface.py.
+        # The embedding's gradient has gone back through all of the model; those of single tensors are compared in tests/interop/test_huggingface.py.
         ours, other = gradients[0]["embed.weight"], gradients[1]["model.embed_tokens.weight"]
         gradient = ((ours - other).abs().max() / ours.abs().max()).item()
         worst = {

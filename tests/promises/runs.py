@@ -40,16 +40,18 @@ import prepare_data
 import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime import checkpoint, cli
-from runtime.checkpoint import (
-    CheckpointError,
-    find_latest,
-    folder_has_run,
-    read_checkpoint,
-    save_checkpoint,
-)
-from runtime.files import TEMPORARY_SUFFIX
-from runtime.optimizer import build_optimizer, initialise_state
+from runtime.base import cli, process
+from runtime.base.files import TEMPORARY_SUFFIX
+from runtime.base.process import StopRequest
+from runtime.checkpoint import format as checkpoint
+from runtime.checkpoint.folder import find_latest, folder_has_run
+from runtime.checkpoint.format import CheckpointError
+from runtime.checkpoint.optimizer_state import initialise_state
+from runtime.checkpoint.read import read_checkpoint
+from runtime.checkpoint.write import save_checkpoint
+from runtime.training import plan as plan_module
+from runtime.training.optimizer import build_optimizer
+from runtime.training.state import RunState
 from tests.conftest import REPO
 from tests.promises import Promise, Tally
 from tests.test_train import MODEL, SPEED, comparable, write_text
@@ -261,11 +263,11 @@ class _Watched(Operations):
 def _mutate(mutant: str) -> None:
     """Break train, for the tests of these tests: "forgets NAME", a resume without that part of RunState, or "dies of signals"."""
     if mutant == "dies of signals":
-        train.STOP_SIGNALS = []
+        process.STOP_SIGNALS = []
     elif mutant:
-        initial_state, name = train.initial_state, mutant.removeprefix("forgets ")
-        train.initial_state = lambda plan: dataclasses.replace(
-            initial_state(plan), **{name: getattr(train.RunState(), name)}
+        initial_state, name = plan_module.initial_state, mutant.removeprefix("forgets ")
+        plan_module.initial_state = lambda plan: dataclasses.replace(
+            initial_state(plan), **{name: getattr(RunState(), name)}
         )
 
 
@@ -277,13 +279,13 @@ def _child(job: dict, pipe: int) -> None:
         for descriptor in (1, 2):
             os.dup2(log, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number in (*train.STOP_SIGNALS, signal.SIGPIPE):
+        for number in (*process.STOP_SIGNALS, signal.SIGPIPE):
             signal.signal(
                 number, signal.SIG_DFL
             )  # whoever started us in the background had it ignored
         signal.signal(signal.SIGINT, signal.default_int_handler)
         watched = _Watched(job, pipe, *map(Path, job["roots"]))
-        requested, save = train.StopRequest.requested, train.save_checkpoint
+        requested, save = StopRequest.requested, train.save_checkpoint
 
         def after_a_step(stop):
             watched.tell("s")
@@ -301,7 +303,7 @@ def _child(job: dict, pipe: int) -> None:
             watched.tell(")")
             return path
 
-        train.StopRequest.requested, train.save_checkpoint = after_a_step, watched_save
+        StopRequest.requested, train.save_checkpoint = after_a_step, watched_save
         _mutate(job["mutant"])
         sys.argv = ["train.py", *job["argv"]]
         with watched:

@@ -35,30 +35,38 @@ import predict
 import prepare_data
 import test as size_report
 import train
-from config_model import ModelConfig, TrainConfig
-from model import IGNORE
+from config_model import ModelConfig, PredictConfig, TrainConfig
 from model_parts import KVCache
-from runtime import checkpoint as checkpoints
-from runtime import cli
-from runtime import data as shards
-from runtime.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
-from runtime.cpu_decode import library
-from runtime.data import TokenShards, WindowLoader, open_data
-from runtime.inference import generate
-from runtime.metrics import MetricsLog, read_records
-from runtime.rounding import logits_bound, size_of
-from runtime.tokenizer import load_tokenizer
-from scripts import draw_architecture
-from tests import (
-    test_checkpoint,
-    test_cli,
-    test_cpu_decode,
-    test_data,
-    test_model_parts,
-    test_predict,
-    test_prepare_data,
-    test_train,
+from runtime.base import cli
+from runtime.checkpoint.format import CheckpointError
+from runtime.checkpoint.read import read_checkpoint
+from runtime.checkpoint.reference import (
+    _reference_shape,
+    _reference_sources,
+    expected_shapes,
+    reference_config,
 )
+from runtime.checkpoint.write import save_checkpoint
+from runtime.checks.rounding import logits_bound, size_of
+from runtime.data import shards as shards
+from runtime.data.loader import WindowLoader
+from runtime.data.shards import TokenShards, open_data
+from runtime.data.tokenizers import load_tokenizer
+from runtime.inference import session
+from runtime.inference.cpu_decode import library
+from runtime.inference.decoder import generate
+from runtime.inference.predictor import Predictor
+from runtime.inference.session import repl
+from runtime.kernels.linear_cross_entropy import IGNORE
+from runtime.training.metrics import MetricsLog, read_records
+from runtime.training.plan import FREE_ON_RESUME, make_plan
+from runtime.training.setup import set_up
+from scripts import draw_architecture
+from tests import test_model_parts, test_predict, test_prepare_data, test_train
+from tests.base import test_cli
+from tests.checkpoint import test_checkpoint
+from tests.data import test_shards as test_data
+from tests.inference import test_cpu_decode
 from tests.numeric import before_ties
 from tests.promises import Promise, Tally
 from tests.util import random_config, random_model, without_chance
@@ -292,7 +300,7 @@ def fallback(count: int) -> Tally:
                 places.append(f"{path.name} {where}")
 
             def check(number=number):
-                plan = train.make_plan(test_train._settings("--resume", *run.folders))
+                plan = make_plan(test_train._settings("--resume", *run.folders))
                 said = [
                     note for note in plan.notes if note.startswith("skipped a damaged checkpoint: ")
                 ]
@@ -510,11 +518,11 @@ class World:
             aux_loss_coef=0.01,
             capacity_factor=1.25,
         )
-        config = checkpoints.reference_config(fields)
+        config = reference_config(fields)
         weights = {
-            source: torch.ones(checkpoints._reference_shape(name, shape))
-            for name, shape in checkpoints._expected_shapes(config, 1 << 30).items()
-            for source in checkpoints._reference_sources(name, config.num_experts)
+            source: torch.ones(_reference_shape(name, shape))
+            for name, shape in expected_shapes(config, 1 << 30).items()
+            for source in _reference_sources(name, config.num_experts)
         }
         path = self.at / "reference" / "latest.pt"
         path.parent.mkdir()
@@ -545,7 +553,7 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
     own = saved.train_config | dataclasses.asdict(saved.model_config)
     for owner in (ModelConfig, TrainConfig):
         for f in dataclasses.fields(owner):
-            if f.name in train.FREE_ON_RESUME | {"init_from"}:
+            if f.name in FREE_ON_RESUME | {"init_from"}:
                 continue
             value = (
                 not own[f.name]
@@ -855,7 +863,7 @@ def pairings(count: int) -> Tally:
     return tally
 
 
-REAL = {"set_up": train.set_up, "write_partial": prepare_data.write_partial}
+REAL = {"set_up": set_up, "write_partial": prepare_data.write_partial}
 
 
 # ------------------------------------------------------------------------------------------------------------ 8: malice
@@ -1530,7 +1538,7 @@ def _write_shards(split: Path, sizes: list[int]) -> None:
 # -------------------------------------------------------------------------------------------------- 21, 22, 24: what is typed
 SCRIPTS = {
     "train": (train.main, [ModelConfig, TrainConfig]),
-    "predict": (predict.main, [predict.PredictConfig]),
+    "predict": (predict.main, [PredictConfig]),
     "prepare_data": (prepare_data.main, []),
     "test": (size_report.main, [ModelConfig]),
     "scripts.draw_architecture": (draw_architecture.main, [ModelConfig]),
@@ -1808,7 +1816,7 @@ def fuzzed_argv(count: int) -> Tally:
 
 
 @contextlib.contextmanager
-def _small_predictor(**settings) -> Iterator[tuple[predict.Predictor, predict.PredictConfig, Path]]:
+def _small_predictor(**settings) -> Iterator[tuple[Predictor, PredictConfig, Path]]:
     """The smallest of models, ready to answer, in a folder that is the current one."""
     with folder() as at, contextlib.chdir(at):
         model = test_predict.biased_model(
@@ -1830,7 +1838,7 @@ def repl_lines(count: int) -> Tally:
     with _small_predictor(max_new_tokens=2) as (predictor, config, _):
         r = random.Random(FIRST_SEED + count)
 
-        class Session(predict.Session):
+        class Session(session.Session):
             def line(self, line: str) -> bool:
                 typed.append(line)
                 try:
@@ -1872,7 +1880,7 @@ def repl_lines(count: int) -> Tally:
             while len(typed) < count:
                 left, first = [min(500, count - len(typed))], len(typed)
                 try:
-                    predict.repl(predictor, config)
+                    repl(predictor, config)
                     tally.tried, tally.held = (
                         tally.tried + len(typed) - first,
                         tally.held + len(typed) - first,
@@ -2058,7 +2066,7 @@ def run(module, *argv):
     return lambda: importlib.import_module(module).main(list(argv))
 {prelude}
 MODEL, SPEED = {model!r}, {speed!r}
-for module in ("config_model", "runtime.data", "runtime.tokenizer", "runtime.checkpoint", "runtime.inference", "prepare_data", "train", "predict", "test", "scripts.draw_architecture"):
+for module in ("config_model", "runtime.data", "runtime.data.tokenizer", "runtime.checkpoint", "runtime.inference", "prepare_data", "train", "predict", "test", "scripts.draw_architecture"):
     step("import " + module, lambda: importlib.import_module(module) and None)
 step("prepare_data, bytes", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "byte", "--val_ratio", "0.2", "--out_dir", "data"))
 step("prepare_data, BPE", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "bpe:300", "--val_ratio", "0.2", "--out_dir", "bpe"))

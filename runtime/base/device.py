@@ -1,0 +1,235 @@
+"""What the machine can do: device, arithmetic, kernels, memory, peak speed. Nothing outside runtime/ asks torch.cuda."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from runtime.base.text import human_bytes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Dense bf16/fp16 peak in FLOP/s, without sparsity, from the vendors' data sheets; matched against the device's name.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "T4": 65e12,
+    "V100": 125e12,
+}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name` (auto: CUDA, then MPS, then CPU). Raises ValueError if this machine does not have it."""
+    if name == "auto":
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if (
+        device is None
+        or device.type not in ("cuda", "mps", "cpu")
+        or (device.type != "cuda" and device.index is not None)
+    ):
+        raise ValueError(f"unknown device {name!r}: allowed are auto, cuda, cuda:N, mps and cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not here; try --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic called `name` on `device`; auto is bfloat16 where the GPU has it in hardware, else float16 on CUDA, else
+    float32, but bfloat16 on a CPU whose matrix unit (Intel's AMX) makes it faster.
+
+    Raises ValueError for what the device cannot do: a dtype that was asked for is honoured or refused, never replaced.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return (
+                torch.bfloat16
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16
+            )
+        return torch.bfloat16 if device.type == "cpu" and bfloat16_is_faster() else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: allowed are auto, {', '.join(DTYPES)}")
+    if (
+        device.type == "cuda"
+        and name == "bfloat16"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16: use --dtype float16 or float32"
+        )
+    return DTYPES[name]
+
+
+def bfloat16_is_faster() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices well faster than float32 ones. Asked of those with AMX only: without it bfloat16 is slower."""
+    if not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        tries = []
+        for _ in range(6):
+            started = time.perf_counter()
+            a @ a
+            tries.append(time.perf_counter() - started)
+        seconds[dtype] = min(tries[1:])
+    return seconds[torch.bfloat16] < 0.67 * seconds[torch.float32]
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Context in which matrix multiplications run in `dtype`; does nothing for float32."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext()
+
+
+def make_deterministic() -> None:
+    """Only kernels that give the same bits in every run; an operation that has none raises. To be called before any work on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # every element is written here before it is read
+    )
+    torch.backends.cudnn.benchmark = False
+
+
+def device_name(device: torch.device) -> str:
+    """A name to print and to record: the GPU's, or the CPU's with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Vendor's dense peak for half precision in FLOP/s, or None where it is not known (then no MFU is printed)."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "Laptop" in name:  # the same number on the box, another chip inside
+        return None
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int] | None:
+    """(free, total) memory of the device in bytes; for a CPU what a new process may take. None where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/meminfo") as file:
+            free = next(
+                int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")
+            )
+        return free, total
+    except (OSError, ValueError, AttributeError, StopIteration):
+        return None
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that this process has held on the device so far, in bytes: on a GPU its tensors,
+    else all that the process holds. None where it cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as file:
+        # Not getrusage: there a child begins with what its parent held.
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def peak_memory_line(device: torch.device, announced: int) -> str:
+    """The measured peak next to the one that was announced before the run."""
+    measured = peak_memory_bytes(device)
+    peak = human_bytes(measured) if measured else "unknown"
+    what = "tensors on the GPU" if device.type == "cuda" else "the whole process"
+    return f"memory   peak {peak} measured, {human_bytes(announced)} announced ({what})"
+
+
+def has_room(device: torch.device, share: float = 0.04) -> bool:
+    """Whether a CUDA device has `share` of its memory left over beside what this process has ever held at once."""
+    return (
+        torch.cuda.max_memory_reserved(device)
+        < (1 - share) * torch.cuda.get_device_properties(device).total_memory
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give the device's memory that nothing refers to back, and begin to measure the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device's memory is used up, in any of PyTorch's spellings."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator, MPS, the CUDA driver and cuBLAS raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error)
+        for words in ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(device: torch.device, advice: str):
+    """Turn out-of-memory into a ValueError of one line: the device, its memory, and `advice` on what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        memory = memory_bytes(device)
+        raise ValueError(
+            f"out of memory on {device_name(device)}{f' ({human_bytes(memory[1])})' if memory else ''}: {advice}"
+        ) from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything given to the device is done, so that a clock read next is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Tensors of a batch on `device`; a CUDA device takes pinned ones while the host goes on. (MPS would read memory that may have
+    been given back by then: PyTorch issue 139550.)"""
+    return tuple(t.to(device, non_blocking=device.type == "cuda") for t in batch)

@@ -1,0 +1,79 @@
+"""The checkpoints in a folder: their names, the newest one, and what a kill can leave."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from runtime.base.files import link_atomic
+from runtime.checkpoint.format import (
+    Checkpoint,
+    CheckpointError,
+)
+from runtime.checkpoint.read import (
+    read_checkpoint,
+)
+
+LATEST, BEST = "latest.pt", "best.pt"
+
+
+STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
+
+
+def step_files(ckpt_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, path) of the step files in a folder, oldest step first. Other files, however similar their names, are not ours."""
+    if not Path(ckpt_dir).is_dir():
+        return []
+    return sorted(
+        (int(match[1]), path)
+        for path in Path(ckpt_dir).iterdir()
+        if (match := STEP_FILE.fullmatch(path.name))
+    )
+
+
+def folder_has_run(ckpt_dir: str | Path) -> bool:
+    """Whether a folder holds a run's checkpoints, readable or not."""
+    return bool(step_files(ckpt_dir)) or any(
+        os.path.lexists(Path(ckpt_dir, name)) for name in (LATEST, BEST)
+    )
+
+
+def restore_names(checkpoint: Checkpoint) -> None:
+    """Name latest.pt, and best.pt if it is the run's best, the step file that a run goes on from: a save may have ended between
+    writing the file and naming it, and if nothing is saved after it those names would stay an older one's."""
+    if not STEP_FILE.fullmatch(checkpoint.path.name):
+        return
+    is_best = checkpoint.val_loss is not None and checkpoint.val_loss == checkpoint.run.get(
+        "best_val_loss"
+    )
+    for name in (BEST, LATEST) if is_best else (LATEST,):
+        link = checkpoint.path.with_name(name)
+        if not (link.exists() and link.samefile(checkpoint.path)):
+            link_atomic(checkpoint.path, link)
+
+
+def find_latest(ckpt_dir: str | Path, optimizer: bool = True) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that passes every check, and one line for each newer one that did not, for the caller to print.
+
+    Tried in turn: the step files from the last step down, latest.pt, best.pt: a kill between writing a step file and naming
+    it latest.pt loses nothing. CheckpointError if none can be read.
+    """
+    folder, tried, skipped = Path(ckpt_dir), [], []
+    if not folder_has_run(folder):
+        raise CheckpointError(folder, f"holds no checkpoint ({LATEST} or step_*.pt)")
+    for path in [
+        *(path for _, path in reversed(step_files(folder))),
+        folder / LATEST,
+        folder / BEST,
+    ]:
+        if not os.path.lexists(path) or any(
+            path.exists() and path.samefile(other) for other in tried if other.exists()
+        ):
+            continue  # another name of a file that was just refused
+        try:
+            return read_checkpoint(path, optimizer), skipped
+        except CheckpointError as error:
+            tried.append(path)
+            skipped.append(str(error))
+    raise CheckpointError(folder, f"no checkpoint can be read: {'; '.join(skipped)}")

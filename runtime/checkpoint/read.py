@@ -1,0 +1,296 @@
+"""Read a checkpoint, trusting nothing in it, and build its model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import pickletools
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from config_model import ModelConfig
+from model import LLM
+from runtime.checkpoint.format import (
+    FORMAT,
+    HEADER,
+    TENSOR_KEYS,
+    VERSION,
+    Checkpoint,
+    CheckpointError,
+    _check_header,
+    _config,
+    _dict,
+    _digests,
+    _expected,
+    _header_digest,
+    _plain,
+    _tensors,
+    meta_model,
+)
+from runtime.checkpoint.optimizer_state import check_tensors, load_state_by_name
+from runtime.checkpoint.reference import (
+    read_reference,
+    reference_config,
+)
+
+PICKLE_LIMIT_BYTES = 1 << 28
+
+
+OUT_OF_ADDRESSES = "Cannot allocate memory"  # in PyTorch's words for a map that the system refuses
+
+
+# All that the pickle of a checkpoint may name. weights_only allows more, e.g. bytearray(10**12) and storages of any size.
+PICKLE_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
+    f"torch {kind}Storage"
+    for kind in (
+        "Float",
+        "Double",
+        "Half",
+        "BFloat16",
+        "Long",
+        "Int",
+        "Short",
+        "Char",
+        "Byte",
+        "Bool",
+    )
+}
+
+
+PICKLE_FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+
+
+def read_checkpoint(
+    path: str | Path, optimizer: bool = False, read_only: bool = False
+) -> Checkpoint:
+    """Read and check a file of our format or the reference's. Raises CheckpointError (one line) for whatever is wrong with it.
+
+    Checked: the zip, the pickle, every key and type, the config against the tensors, and digests and finiteness of what is
+    read: the model always, the optimizer if it is asked for. Tensors are mapped, not copied (stacked experts of the
+    reference's format are). The reference's optimizer state cannot be converted: asking for it is an error. read_only: the
+    caller promises to write to no tensor, and a file larger than memory and swap can then be read too (see _load_mapped).
+    """
+    path = Path(path)
+    contents, records = unpack(path, read_only)
+    try:
+        read = _read_ours if "format" in contents else read_reference
+        return read(path, contents, records, optimizer)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration in a file of either format. No weight is read, so it takes no longer for 44 GB. Raises CheckpointError."""
+    path = Path(path)
+    contents, _ = unpack(path)
+    try:
+        return (
+            _config(read_header(contents)["cfg"])
+            if "format" in contents
+            else reference_config(_plain(_dict(contents, "cfg")))
+        )
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
+
+
+def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, int]]]:
+    """The dict in the file, and (bytes, CRC-32) of its records. Every reader's failure becomes a CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(
+            path,
+            "is a directory or device, not a checkpoint file" if path.exists() else "no such file",
+        )
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic != b"PK\3\4":
+            raise ValueError(
+                "the file is empty" if not magic else "not a checkpoint (no torch.save zip)"
+            )
+        records = _scan_zip(path)
+        contents = _load_mapped(path, read_only)
+    except (zipfile.BadZipFile, UnicodeError) as error:
+        raise CheckpointError(path, f"damaged or cut short: {error}") from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
+    except Exception as error:  # zipfile, pickle and torch raise nearly everything on damaged input; the cause is kept
+        if OUT_OF_ADDRESSES in str(error):
+            raise CheckpointError(
+                path,
+                f"has {path.stat().st_size / 1e9:.1f} GB, which this machine's memory and swap cannot hold",
+            ) from error
+        raise CheckpointError(
+            path, f"damaged, or no checkpoint: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(
+            path, f"not a checkpoint: it holds a {type(contents).__name__}, not a dict"
+        )
+    return contents, records
+
+
+def _load_mapped(path: Path, read_only: bool) -> object:
+    """The file's contents, tensors mapped: privately, so that training on one never reaches the file. Linux refuses that for a file larger
+    than memory and swap; with `read_only` it is then shared, and who wrote to a tensor all the same would write to the file."""
+    kinds = (
+        []
+        if sys.platform == "win32"
+        else [mmap.MAP_PRIVATE, *([mmap.MAP_SHARED] if read_only else [])]
+    )
+    for kind in kinds or [None]:
+        try:
+            with (
+                contextlib.nullcontext()
+                if kind is None
+                else torch.serialization.set_default_mmap_options(kind)
+            ):
+                return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        except RuntimeError as error:
+            if OUT_OF_ADDRESSES not in str(error) or kind in (None, kinds[-1]):
+                raise
+
+
+def _scan_zip(path: Path) -> set[tuple[int, int]]:
+    """Refuse zips that torch.save did not write and pickles that name anything but tensors; (bytes, CRC-32) of the records."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError(
+                "not a checkpoint: its zip is compressed, and torch.save does not compress"
+            )
+        if sum(entry.file_size for entry in entries) > path.stat().st_size or len(
+            {entry.filename for entry in entries}
+        ) < len(entries):
+            raise ValueError("damaged or forged: its zip claims more than the file holds")
+        pickles = [entry for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1 or pickles[0].file_size > PICKLE_LIMIT_BYTES:
+            raise ValueError("not a checkpoint: its zip has no data.pkl of a sensible size")
+        if any(entry.filename.split("/")[1:] == ["constants.pkl"] for entry in entries):
+            raise ValueError("refused: a TorchScript archive, which holds code")
+        for opcode, argument, _ in pickletools.genops(
+            archive.read(pickles[0])
+        ):  # reads the opcodes, executes nothing
+            if (
+                opcode.name in PICKLE_FORBIDDEN
+                or opcode.name == "GLOBAL"
+                and argument not in PICKLE_GLOBALS
+            ):
+                raise ValueError(
+                    f"refused: a checkpoint holds tensors and plain values, and this file's pickle asks for {argument or opcode.name}"
+                )
+        return {(entry.file_size, entry.CRC) for entry in entries}
+
+
+def read_header(contents: dict) -> dict:
+    """Everything in our format that is no tensor, checked against its digest."""
+    header = _plain({key: value for key, value in contents.items() if key not in TENSOR_KEYS})
+    if header["format"] != FORMAT:
+        raise ValueError(
+            f"not a checkpoint: its format is {header['format']!r:.60}, not {FORMAT!r}"
+        )
+    if type(version := header.get("version")) is int and version > VERSION:
+        raise ValueError(
+            f"written in format version {version}, and this program reads up to {VERSION}: update gptoss"
+        )
+    _check_header(header)
+    if header["version"] != VERSION:
+        raise ValueError(f"version must be {VERSION}, not {header['version']}")
+    if extra := header.keys() - HEADER.keys():
+        raise ValueError(f"unknown key {min(extra)!r:.60}")
+    if _plain(_dict(contents, "digests")).get("header") != _header_digest(header):
+        raise ValueError("damaged: the header does not match its digest")
+    return header
+
+
+def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
+    header, digests = read_header(contents), contents["digests"]
+    config = _config(header["cfg"])
+    file_bytes = path.stat().st_size
+    model = _tensors(_dict(contents, "model"), "model", file_bytes)
+    is_bfloat16 = "embed.weight" in model and model["embed.weight"].dtype == torch.bfloat16
+    check_tensors(
+        _expected(config, torch.bfloat16 if is_bfloat16 else torch.float32, file_bytes),
+        model,
+        "model",
+    )
+    state = None
+    if optimizer:
+        state = _tensors(_dict(contents, "optimizer"), "optimizer", file_bytes)
+        if not state:
+            raise ValueError(
+                "holds weights but no optimizer state, so training cannot be resumed from it: start a new run with --init_from"
+            )
+    _digests(model, "model", digests)
+    _digests(state or {}, "optimizer", digests)
+    return Checkpoint(
+        path,
+        header["step"],
+        config,
+        model,
+        state,
+        header["val_loss"],
+        header["train_cfg"],
+        header["tokenizer"],
+        header["data_fingerprint"],
+        header["run"],
+        header["versions"],
+        False,
+        hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[LLM, Checkpoint]:
+    """A model in eval mode on `device`, its parameters in `dtype`, and the checkpoint that it came from. Raises CheckpointError."""
+    checkpoint = read_checkpoint(path)
+    return build_model(checkpoint, device, dtype), checkpoint
+
+
+def build_model(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> LLM:
+    """A model in eval mode with the checkpoint's weights, tensor by tensor from the map to `device` and `dtype`: there is no
+    second copy of it at any time. On the CPU in float32 the parameters stay mapped: pages are read when used and copied
+    when written, so training on them is safe and the file is not changed. Buffers keep float32."""
+    model = meta_model(checkpoint.model_config)
+    parameters = {name for name, _ in model.named_parameters()}
+    model.load_state_dict(
+        {
+            name: tensor.to(device=device, dtype=dtype if name in parameters else tensor.dtype)
+            for name, tensor in checkpoint.model.items()
+        },
+        assign=True,
+    )
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), (
+        "the model has tensors that no checkpoint holds"
+    )
+    return model.eval()
+
+
+def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Copy weights and optimizer state into a model and its AdamW, wherever they are. All is checked before anything is changed."""
+    if checkpoint.optimizer is None:
+        raise CheckpointError(checkpoint.path, "was read without its optimizer state")
+    try:
+        own = model.state_dict()
+        check_tensors(
+            {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()},
+            checkpoint.model,
+            "model",
+        )
+        load_state_by_name(model, optimizer, checkpoint.optimizer)
+        model.load_state_dict(checkpoint.model)
+    except ValueError as error:
+        raise CheckpointError(checkpoint.path, f"does not fit this model: {error}") from error

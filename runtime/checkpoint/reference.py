@@ -1,0 +1,143 @@
+"""Checkpoints of the original implementation, converted as they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import torch
+
+from config_model import ModelConfig
+from runtime.checkpoint.format import (
+    Checkpoint,
+    _dict,
+    _digests,
+    _expected,
+    _plain,
+    _tensors,
+)
+from runtime.checkpoint.optimizer_state import check_tensors
+
+REFERENCE_FIELDS = (
+    "d_model",
+    "dropout",
+    "context_length",
+    "vocabulary_size",
+    "num_heads",
+    "transformer_blocks",
+    "num_kv_heads",
+    "qkv_bias",
+    "use_rope",
+    "use_attention_bias",
+    "d_ff",
+    "num_experts",
+    "top_k",
+    "aux_loss_coef",
+    "capacity_factor",
+)
+
+
+REFERENCE_EXPERT_NAMES = {
+    "w_in": "fc1.weight",
+    "b_in": "fc1.bias",
+    "w_out": "fc2.weight",
+    "b_out": "fc2.bias",
+}
+
+
+REFERENCE_TABLES = (".gqa.cos_cached", ".gqa.sin_cached")  # RoPE tables: computed here, not stored
+
+
+def expected_shapes(config: ModelConfig, file_bytes: int) -> dict[str, torch.Size]:
+    return {
+        name: shape for name, (shape, _) in _expected(config, torch.float32, file_bytes).items()
+    }
+
+
+def read_reference(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
+    """A checkpoint of the reference, under our names. It has no digests, so the zip's CRC-32 of every weight is checked instead."""
+    fields = _plain(_dict(contents, "cfg"))
+    header = _plain({key: contents.get(key) for key in ("step", "val_loss")})
+    if (
+        type(header["step"]) is not int
+        or header["step"] < 0
+        or not isinstance(header["val_loss"], (float, type(None)))
+    ):
+        raise ValueError(
+            f"step must be an integer of at least 0 and val_loss a number or None, not {header['step']!r:.40} and {header['val_loss']!r:.40}"
+        )
+    if optimizer:
+        raise ValueError(
+            "is in the reference's format, whose optimizer state cannot be continued: start a new run from it with --init_from"
+        )
+    config = reference_config(fields)
+    given = _tensors(_dict(contents, "model"), "model", path.stat().st_size)
+    given = {name.removeprefix("_orig_mod."): tensor for name, tensor in given.items()}
+    expected = expected_shapes(config, path.stat().st_size)
+    sources = {name: _reference_sources(name, config.num_experts) for name in expected}
+    shapes = {
+        source: _reference_shape(name, shape)
+        for name, shape in expected.items()
+        for source in sources[name]
+    }
+    weights = {
+        name: tensor for name, tensor in given.items() if not name.endswith(REFERENCE_TABLES)
+    }
+    check_tensors(
+        {name: (shape, torch.float32) for name, shape in shapes.items()}, weights, "model"
+    )
+    _digests(weights, "model")
+    for name, tensor in weights.items():
+        if (tensor.nbytes, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())) not in records:
+            raise ValueError(f"damaged: model tensor {name} does not match the zip's checksum")
+    model = {
+        name: torch.stack([weights[source] for source in names])
+        if len(names) > 1 or ".experts." in name
+        else weights[names[0]].reshape(expected[name])
+        for name, names in sources.items()
+    }
+    return Checkpoint(
+        path, header["step"], config, model, None, header["val_loss"], {}, None, "", {}, {}, True
+    )
+
+
+def reference_config(fields: dict) -> ModelConfig:
+    """Our config of the reference's: the same function, loss included.
+
+    Its auxiliary loss counts a token once per chosen expert and so is top_k at balance where ours is 1: the coefficient
+    takes the factor. Its capacity rule forgets top_k and drops tokens of balanced batches: weights are used dropless.
+    """
+    if set(fields) != set(REFERENCE_FIELDS):
+        raise ValueError(
+            f"cfg has the fields {', '.join(sorted(fields))[:200]}, and the reference's has {', '.join(REFERENCE_FIELDS)}"
+        )
+    try:
+        config = ModelConfig(
+            **{**fields, "capacity_factor": 0.0},
+            expert_activation="gelu",
+            expert_bias=True,
+            out_proj_bias=True,
+            head_bias=True,
+            tie_embeddings=False,
+            rms_norm_eps=2.0**-23,
+        )
+        return dataclasses.replace(config, aux_loss_coef=config.aux_loss_coef * config.top_k)
+    except ValueError as error:
+        raise ValueError(f"cfg: {error}") from error
+
+
+def _reference_sources(name: str, num_experts: int) -> list[str]:
+    """The reference's names of what one tensor of ours is made of: one, or one per expert."""
+    stem, _, leaf = name.rpartition(".")
+    if stem.endswith(".moe.experts"):
+        return [f"{stem}.{expert}.{REFERENCE_EXPERT_NAMES[leaf]}" for expert in range(num_experts)]
+    return [
+        name.replace(".attention.", ".gqa.").replace(".moe.router.weight", ".moe.router.W_r.weight")
+    ]
+
+
+def _reference_shape(name: str, shape: torch.Size) -> torch.Size:
+    if ".moe.experts." in name:
+        return shape[1:]
+    return torch.Size((1, *shape)) if name.endswith(".attention_bias") else shape

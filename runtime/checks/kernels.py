@@ -1,0 +1,104 @@
+"""The kernels of a CPU that stand in for parts of a block are asked before they are used.
+
+runtime/kernels/cpu_experts.py and runtime/kernels/sink_attention.py compute again what model_parts.py says. Where
+that was changed (another activation, one more parameter of the experts), they would train and
+generate another function in silence. So each is compared with it on a few numbers; one that
+differs is taken out of the model, which then computes as model_parts.py does, and a line says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model_parts import activate, attention_mask, attention_with_sinks
+from runtime.checks.rounding import rounding, size_of
+from runtime.kernels import cpu_experts
+
+# Parameters of Experts that runtime/kernels/cpu_experts.py is given.
+EXPERTS = ("w_in", "b_in", "w_out", "b_out")
+# Rows and features of what is compared, and up to which values: beyond the limits of
+# swiglu_clamped, and where the tails of the activations are.
+ROWS, FEATURES, LARGEST = 9, 16, 9.0
+TOKENS, WINDOW = 7, 3
+
+
+def settle_kernels(model) -> list[str]:
+    """Take from the blocks of a model on a CPU what does not compute their functions; lines that
+    say why, for a user."""
+    threads = torch.get_num_threads()
+    # So little work is done before other threads are awake.
+    torch.set_num_threads(1)
+    try:
+        return _settle(model)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _settle(model) -> list[str]:
+    lines: dict[str, None] = {}
+    slower = "plain operations compute {}, which is slower: {}"
+    for block in model.layers:
+        experts, attention = block.moe.experts, block.attention
+        if experts.w_in.device.type != "cpu":
+            continue
+        if experts.feed_forward is not None and (why := _why_not_experts(experts)):
+            experts.feed_forward = None
+            lines[slower.format("the experts", why)] = None
+        has_sinks = attention.sink_kernel is not None and attention.sinks is not None
+        if has_sinks and (why := _why_not_sinks(attention)):
+            attention.sink_kernel = None
+            lines[slower.format("attention", why)] = None
+    return list(lines)
+
+
+@torch.inference_mode(False)
+def _why_not_experts(experts) -> str:
+    tensors = [*experts.named_parameters(), *experts.named_buffers()]
+    # A packed matrix has two names (runtime/inference/quantize.py).
+    names = {name.removesuffix("_packed").removesuffix("_scale") for name, _ in tensors}
+    if unknown := sorted(names - set(EXPERTS)):
+        return f"runtime/kernels/cpu_experts.py does not know {', '.join(unknown)}"
+    generator = torch.Generator().manual_seed(0)
+    h_RI = (torch.rand(ROWS, FEATURES, generator=generator) * 2 - 1) * LARGEST
+    with torch.enable_grad():
+        h_RI.requires_grad_()
+        y_RF = activate(h_RI, experts.activation)
+        grad_RF = torch.randn(y_RF.shape, generator=generator)
+        # A sum has no gradient to be given: that would import sympy, which takes a second.
+        (grad_RI,) = torch.autograd.grad((y_RF * grad_RF).sum(), h_RI)
+    with torch.no_grad():
+        ours_RF = cpu_experts._activation(h_RI, experts.activation)
+        ours_RI = cpu_experts._activation_backward(grad_RF.clone(), h_RI, experts.activation)
+        same = _is_same(ours_RF, y_RF.detach()) and _is_same(ours_RI, grad_RI)
+    return (
+        ""
+        if same
+        else "runtime/kernels/cpu_experts.py has another activation than model_parts.activate"
+    )
+
+
+@torch.inference_mode()
+def _why_not_sinks(attention) -> str:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (attention.H, attention.G, attention.G)
+    q_BHTD, k_BGTD, v_BGTD = (
+        torch.randn(1, heads, TOKENS, attention.D, generator=generator) for heads in sizes
+    )
+    sinks_H = torch.randn(attention.H, generator=generator)
+    positions_T = torch.arange(TOKENS)
+    window_TT = attention_mask(positions_T, positions_T, WINDOW)
+    for mask, is_causal in ((None, True), (window_TT, False)):
+        given = (q_BHTD, k_BGTD, v_BGTD, sinks_H, mask, is_causal)
+        plain = attention_with_sinks(*given)
+        if not _is_same(attention.sink_kernel(*given), plain, attention.D + TOKENS):
+            return "runtime/kernels/sink_attention.py has other results than model_parts.attention_with_sinks"
+    return ""
+
+
+def _is_same(ours: Tensor, plain: Tensor, length: int = FEATURES) -> bool:
+    """Whether two results differ by no more than rounding; False where one is not finite."""
+    if ours.shape != plain.shape:
+        return False
+    difference = (ours.double() - plain.double()).abs().max().item()
+    return difference <= rounding(torch.float32, length) * size_of(plain)

@@ -1,0 +1,167 @@
+"""Batches for training and validation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+import torch
+from torch import Tensor
+
+from config_model import (
+    TrainConfig,
+)
+from runtime.data.shards import TokenShards
+from runtime.kernels.linear_cross_entropy import IGNORE
+
+
+def count_windows(shards: TokenShards, context_length: int) -> int:
+    """Windows of T tokens and a shifted target each that cover every token once as a target, the last moved back to the end."""
+    if shards.num_tokens < context_length + 1:
+        raise ValueError(
+            f"{shards.folder} has {shards.num_tokens:,} tokens and a window needs {context_length + 1:,}: lower --context_length or prepare more text"
+        )
+    return math.ceil((shards.num_tokens - 1) / context_length)
+
+
+def read_windows(
+    shards: TokenShards, windows: Iterable[int], context_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, each int64 [B, T], of the given windows: window i is tokens i*T .. i*T + T, moved back at the end."""
+    import torch  # here, so that preparing text needs no torch
+
+    last = shards.num_tokens - context_length - 1
+    tokens = np.stack(
+        [shards.read(min(int(i) * context_length, last), context_length + 1) for i in windows]
+    )
+    return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+
+
+class WindowLoader:
+    """Training batches as a pure function of (seed, index): nothing to save, and the same for any number of workers.
+
+    Samples are numbered 0, 1, 2, ... without end. Epoch e is samples e*num_windows to (e+1)*num_windows - 1: every window
+    once, in the order of num_windows 64-bit numbers drawn from Philox with key (seed, e). (The generator's raw numbers are
+    used because numpy promises never to change them, as it does not for its own shuffling.)
+    """
+
+    def __init__(self, shards: TokenShards, context_length: int, batch_size: int, seed: int):
+        self.shards, self.context_length, self.batch_size, self.seed = (
+            shards,
+            context_length,
+            batch_size,
+            seed,
+        )
+        self.num_windows = count_windows(shards, context_length)
+        self._order = functools.lru_cache(maxsize=2)(
+            self._shuffle
+        )  # a batch meets at most two epochs at a border
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        philox = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
+        return np.argsort(philox.random_raw(self.num_windows), kind="stable")
+
+    def window(self, sample: int) -> int:
+        """Which window sample number `sample` is."""
+        epoch, place = divmod(sample, self.num_windows)
+        return int(self._order(epoch)[place])
+
+    def batch(self, first_sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, int64 [B, T], of samples first_sample .. first_sample + B - 1."""
+        windows = [
+            self.window(sample) for sample in range(first_sample, first_sample + self.batch_size)
+        ]
+        return read_windows(self.shards, windows, self.context_length)
+
+
+class ValidationBatches:
+    """At most `max_batches` batches of (inputs, targets), int64 [B, T] each; see validation_batches."""
+
+    def __init__(self, shards: TokenShards, context_length: int, batch_size: int, max_batches: int):
+        total = count_windows(shards, context_length)
+        num_windows = min(total, batch_size * max_batches)
+        if num_windows > batch_size:
+            num_windows -= num_windows % batch_size  # whole batches: one shape to compile
+        self.shards, self.context_length, self.batch_size = shards, context_length, batch_size
+        self.windows = [i * total // num_windows for i in range(num_windows)]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.windows) / self.batch_size)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return read_windows(
+            self.shards,
+            self.windows[i * self.batch_size : (i + 1) * self.batch_size],
+            self.context_length,
+        )
+
+
+def validation_batches(
+    shards: TokenShards, context_length: int, batch_size: int, max_batches: int
+) -> ValidationBatches:
+    """Fixed windows spread evenly over a split, the same at every call, read when they are asked for.
+
+    All batches have batch_size windows, except that a split with fewer windows than that gives one smaller batch.
+    """
+    return ValidationBatches(shards, context_length, batch_size, max_batches)
+
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """`items`, made up to `depth` ahead by a background thread. Its errors come out here; closing the iterator ends the thread."""
+    ready: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
+    closed = threading.Event()
+
+    def offer(kind: str, value: object) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((kind, value), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                offer("item", item)
+                if closed.is_set():
+                    return
+            offer("end", None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            offer("error", error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        closed.set()
+        thread.join()
+
+
+def micro_batches(
+    loader, config: TrainConfig, first_sample: int, device: torch.device
+) -> tuple[list[tuple[Tensor, ...]], int]:
+    """The micro-batches of a step, in pinned memory if they go to a GPU, and how many targets in them are valid."""
+    batches = [loader.batch(first_sample + i * config.batch_size) for i in range(config.grad_accum)]
+    valid_targets = sum(int((batch[1] != IGNORE).sum()) for batch in batches)
+    return [
+        tuple(t.pin_memory() for t in batch) for batch in batches
+    ] if device.type == "cuda" else batches, valid_targets

@@ -1,0 +1,343 @@
+"""Find, train and restore tokenizers, by name, path or saved state."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tiktoken
+
+from runtime.checkpoint.format import (
+    Checkpoint,
+    CheckpointError,
+)
+from runtime.checkpoint.read import (
+    read_header,
+    unpack,
+)
+from runtime.data import hf_tokenizer, tokenizers
+from runtime.data.hf_tokenizer import (
+    CONFIG_FILE,
+    OURS,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    HuggingFaceTokenizer,
+    _dump,
+    _id_of,
+    _load,
+    _read_json,
+    check_tokenizer,
+)
+from runtime.data.shards import MANIFEST, TokenShards
+from runtime.data.tokenizer import (
+    _BYTE_PATTERN,
+    COMPACT,
+    END_OF_TEXT,
+    IMPORTED,
+    NAMED,
+    STATE_FILE,
+    WORD_PATTERN,
+    CompactTokenizer,
+    Tokenizer,
+    _without_surrogates,
+    byte_of_character,
+)
+
+
+def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
+    """The checkpoint's tokenizer; `name` (see named_tokenizer) only where it carries none. ValueError if they do not go together."""
+    path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
+    if checkpoint.tokenizer_state:
+        tokenizer = Tokenizer.from_state(checkpoint.tokenizer_state)
+        if name and named_tokenizer(name).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{path} was trained with tokenizer {tokenizer.name}, not {name}: leave --tokenizer out"
+            )
+    elif (
+        name or vocabulary == 200_019
+    ):  # the reference's checkpoints name none and always are o200k_base
+        tokenizer = named_tokenizer(name or "o200k_base")
+    else:
+        raise ValueError(
+            f"{path} does not say which tokenizer it was trained with (vocabulary {vocabulary:,}): name it with --tokenizer"
+        )
+    if tokenizer.vocabulary_size > vocabulary:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids and the model in {path} {vocabulary:,}: "
+            "give the one that it was trained with"
+        )
+    return tokenizer
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`, or that of what is there under this path: a folder with shards (data, or data/train) or of a published
+    model, or a checkpoint, of which no weight is read. Raises ValueError."""
+    if name in (*NAMED, "byte") or not os.path.exists(name):
+        return load_tokenizer(name)
+    folder = Path(name)
+    if folder.is_file():
+        contents, _ = unpack(folder, read_only=True)
+        try:
+            state = read_header(contents)["tokenizer"] if "format" in contents else None
+            if not state:
+                raise ValueError("does not say which tokenizer it was trained with")
+            return Tokenizer.from_state(state)
+        except ValueError as error:
+            raise CheckpointError(folder, error) from error
+    if (
+        not any((place / MANIFEST).exists() for place in (folder, folder / "train"))
+        and (folder / hf_tokenizer.TOKENIZER_FILE).exists()
+    ):
+        return tokenizers.read_tokenizer(folder)
+    shards = TokenShards(folder if (folder / MANIFEST).exists() else folder / "train", verify=False)
+    return Tokenizer.from_state(shards.tokenizer_state)
+
+
+def read_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a published model's folder; ours, if write_tokenizer made it from one of ours, nobody changed it since, and it can be
+    had here: the files are complete without o200k_base's, which tiktoken downloads.
+
+    The ids that end a text are eos_token_id of generation_config.json, else of config.json, else the eos_token of
+    tokenizer_config.json; the id before a text is what tokenizer.json puts there, or bos_token if add_bos_token says so.
+    """
+    folder = Path(folder)
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {TOKENIZER_FILE}: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one "
+            "from other formats"
+        )
+    data, config = _read_json(path), _read_json(folder / CONFIG_FILE, {})
+    if OURS in config:
+        try:
+            ours = Tokenizer.from_state(config[OURS])
+            check_tokenizer(folder, ours)
+            return ours
+        except ValueError:  # tokens were added since, say: it is a tokenizer of its own, whose texts begin behind bos_token as ours do
+            config = {key: value for key, value in config.items() if key != OURS} | {
+                "add_bos_token": True
+            }
+    if "model" not in data:
+        raise ValueError(f"{path} is no tokenizer.json of the tokenizers library: it has no model")
+    try:
+        if (folder / TEMPLATE_FILE).is_file():
+            config = config | {
+                "chat_template": (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+            }
+        _dump(config).encode()  # JSON can spell a lone surrogate, and no export could write it
+    except UnicodeError:
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} or {TEMPLATE_FILE} holds what is no text in UTF-8 (a lone surrogate such as \\ud800, say)"
+        ) from None
+    text = _dump(data | {"truncation": None, "padding": None})
+    library = _load(text, path)
+    if isinstance(says := config.get("add_bos_token"), bool):
+        start_id = _id_of(config, "bos_token", library) if says else None
+    else:
+        framed, plain = (
+            library.encode("a", add_special_tokens=special).ids for special in (True, False)
+        )
+        start_id = framed[0] if framed[: len(plain)] != plain else None
+    return HuggingFaceTokenizer(text, config, _stop_ids(folder, config, library), start_id)
+
+
+def _stop_ids(folder: Path, config: dict, library) -> list[int]:
+    for name in ("generation_config.json", "config.json"):
+        if (ids := _read_json(folder / name, {}).get("eos_token_id")) is not None:
+            return ids if isinstance(ids, list) else [ids]
+    if (end := _id_of(config, "eos_token", library)) is None:
+        raise ValueError(
+            f"{folder} does not say which id ends a text: generation_config.json or config.json needs eos_token_id, or {CONFIG_FILE} "
+            "eos_token"
+        )
+    return [end]
+
+
+SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # 256 bytes and end-of-text; far above any useful size
+
+
+BPE_SAMPLE_CHARACTERS = (
+    1 << 28
+)  # a BPE is trained on at most this much text, from the start of the corpus
+
+
+def bpe_size(name: str) -> int:
+    """SIZE of `bpe:SIZE`. ValueError if it is none or out of range."""
+    digits = name.removeprefix("bpe:")
+    if not (
+        digits.isascii()
+        and digits.isdigit()
+        and len(digits) < 10
+        and SMALLEST_BPE <= int(digits) <= LARGEST_BPE
+    ):
+        raise ValueError(
+            f"tokenizer {name!r}: SIZE of bpe:SIZE must be a whole number from {SMALLEST_BPE} (256 bytes and end-of-text) to {LARGEST_BPE:,}"
+        )
+    return int(digits)
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is a tokenizer that can be made here. Touches neither network nor disk."""
+    if name.endswith(COMPACT):
+        if name.removesuffix(COMPACT) not in NAMED:
+            raise ValueError(
+                f"tokenizer {name!r}: only {', '.join(NAMED)} have a {COMPACT} form; byte and bpe:SIZE have few ids that a text does not use"
+            )
+    elif name.startswith("bpe:"):
+        bpe_size(name)
+    elif not name.startswith(IMPORTED) and name not in (*NAMED, "byte"):
+        raise ValueError(
+            f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE, or one of the first {len(NAMED)} with {COMPACT} behind it"
+        )
+
+
+def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
+    """A tokenizer by name.
+
+    o200k_base, gpt2 and cl100k_base come from tiktoken, which downloads the vocabulary once and checks its hash; `byte` is
+    256 bytes and end-of-text = 256; `bpe:SIZE` and `NAME:compact` are read from `folder`, beside the shards of the text that
+    they were made from.
+    """
+    check_name(name)
+    if name == "byte":
+        return Tokenizer(name, _encoding(name, [bytes([b]) for b in range(256)], _BYTE_PATTERN))
+    if name in NAMED:
+        return _load_named(name)
+    if folder is None:
+        where = (
+            "comes with a model: give the folder or checkpoint"
+            if name.startswith(IMPORTED)
+            else "is made from a text: give the folder"
+        )
+        raise ValueError(
+            f"tokenizer {name} {where} that {'has it' if name.startswith(IMPORTED) else 'prepare_data.py saved it in'}"
+        )
+    path = Path(folder) / STATE_FILE
+    try:
+        tokenizer = Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: prepare_data.py --tokenizer {name} writes it"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is damaged: run prepare_data.py again") from None
+    if tokenizer.name != name:
+        raise ValueError(f"{path} holds {tokenizer.name}, not {name}")
+    return tokenizer
+
+
+def _load_named(name: str) -> Tokenizer:
+    try:
+        return Tokenizer(name, tiktoken.get_encoding(name))
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"the vocabulary {name} could not be downloaded ({type(error).__name__}: {reason}): set TIKTOKEN_CACHE_DIR to a folder "
+            f"that has it, or prepare the text with --tokenizer byte or --tokenizer bpe:8192, which need no network"
+        ) from None
+
+
+def _encoding(name: str, tokens: list[bytes], pattern: str) -> tiktoken.Encoding:
+    """The encoding whose ids are the positions in `tokens`, followed by end-of-text."""
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
+def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
+    """A published vocabulary with the ids `used` alone, and those of the 256 bytes and end-of-text, which any text may need."""
+    return CompactTokenizer(base, sorted(_always_kept(base).union(map(int, used))))
+
+
+def _always_kept(base: Tokenizer) -> set[int]:
+    ranks = base.encoding._mergeable_ranks
+    return {*(ranks[bytes([b])] for b in range(256)), base.end_of_text_id}
+
+
+def _compact_from_state(state: dict) -> CompactTokenizer:
+    """A compact tokenizer from its state. ValueError unless the base is the one it was and the ids are what `compacted` makes."""
+    base, ids = load_tokenizer(state["name"].removesuffix(COMPACT)), state.get("base_ids")
+    if state.get("base_fingerprint") != base.fingerprint:
+        raise ValueError(
+            f"the stored tokenizer {state['name']} was made from another {base.name} than the one found here"
+        )
+    usable = isinstance(ids, list) and all(type(i) is int for i in ids) and ids == sorted(set(ids))
+    if not usable or not _always_kept(base) <= set(ids) <= {
+        *base.encoding._mergeable_ranks.values(),
+        base.end_of_text_id,
+    }:
+        raise ValueError(
+            f"the stored tokenizer {state['name']} is damaged: its base_ids must be ascending ids of tokens of {base.name}, "
+            "with all 256 bytes and end-of-text"
+        )
+    return CompactTokenizer(base, ids)
+
+
+def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
+    """A trained BPE from its tokens by id. ValueError unless they are 256 bytes and then distinct, longer ones."""
+    if (
+        len(tokens) + 1 != bpe_size(name)
+        or tokens[:256] != [bytes([b]) for b in range(256)]
+        or len(set(tokens)) < len(tokens)
+        or b"" in tokens
+    ):
+        raise ValueError(
+            f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, "
+            f"{name.removeprefix('bpe:')} with end-of-text"
+        )
+    return Tokenizer(name, _encoding(name, tokens, WORD_PATTERN))
+
+
+def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """A byte-level BPE of `size` ids in all (256 bytes, merges, end-of-text last), trained on `texts`; the same texts give the same ids.
+
+    Trained by the `tokenizers` library, used through tiktoken. At most BPE_SAMPLE_CHARACTERS of text are read, from the
+    start; memory grows with the number of distinct words in them only. ValueError if the text has too few pairs that occur twice.
+    """
+    name = f"bpe:{size}"
+    bpe_size(name)
+    try:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Trainable
+    except ImportError:
+        raise ValueError(
+            f"training {name} needs the tokenizers library: pip install tokenizers"
+        ) from None
+    model = Trainable(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(_sample(texts), trainer)
+
+    to_byte = byte_of_character()
+    tokens = [bytes([b]) for b in range(256)]
+    for pair in json.loads(model.to_str())["model"]["merges"]:
+        tokens.append(bytes(to_byte[character] for character in "".join(pair)))
+    tokens = list(dict.fromkeys(tokens))  # two merges can spell one token: it has one id
+    if len(tokens) + 1 < size:
+        raise ValueError(
+            f"this text is too small for --tokenizer {name}: it gives {len(tokens) + 1:,} ids at most; "
+            f"use bpe:{len(tokens) + 1} or less, or more text"
+        )
+    return _bpe_tokenizer(name, tokens)
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, up to BPE_SAMPLE_CHARACTERS of them; lone surrogates replaced as in encoding."""
+    left = BPE_SAMPLE_CHARACTERS
+    for text in texts:
+        yield _without_surrogates(text[:left])
+        left -= len(text)
+        if left <= 0:
+            return

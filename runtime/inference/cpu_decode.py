@@ -1,0 +1,416 @@
+"""Decoding on a CPU by runtime/inference/cpu_decode.c, which is compiled once by the machine's own C compiler and then kept.
+
+It runs a finished plain LLM: the C code is handed pointers to the model's own parameters and to ordinary KV caches, so nothing is
+copied and a text can go from PyTorch's path to this one and back. Without a compiler, or for arithmetic other than
+float32, `native_model` says so and runtime/inference/decoder.py goes on in PyTorch.
+
+Environment variables: CC is the compiler, GPTOSS_CFLAGS are flags after ours, XDG_CACHE_HOME is where compiled code is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import LLM
+from model_parts import KVCache, rope_tables
+from runtime.checks.known import (
+    ATTENTION,
+    EXPERTS,
+    OUTSIDE,
+    PACKED_TENSORS,
+    POSITIONS,
+    SIZES,
+    TENSORS,
+    TRAINING,
+    Known,
+)
+from runtime.inference.quantize import is_packed
+
+SOURCE = Path(__file__).with_name("cpu_decode.c")
+FLAGS = [
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-std=gnu11",
+    "-shared",
+    "-fPIC",
+]
+TILE = 4  # as in the C code
+ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")  # in the order of the C code's enum
+KNOWS = Known(
+    "the C decoder",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+    TENSORS | PACKED_TENSORS,
+)
+LEAST_BYTES_PER_THREAD = (
+    1 << 20
+)  # of weights, read once for each token: for less, another thread costs more than it does
+
+
+# ------------------------------------------------------------------------------------------------------- the C library
+def _struct(name: str, **fields) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def _of(kind, names: str) -> dict:
+    return dict.fromkeys(names.split(), kind)
+
+
+Matrix = _struct("Matrix", **_of(c_void_p, "weight scale bias"), **_of(c_int32, "rows cols"))
+Block = _struct(
+    "Block",
+    **_of(
+        c_void_p, "norm1 norm2 q_norm k_norm router router_bias selection_bias attention_bias sinks"
+    ),
+    **_of(Matrix, "q k v out w_in w_out"),
+    **_of(c_int32, "window capacity is_ring unused"),
+)
+Model = _struct(
+    "Model",
+    **_of(c_int32, "C L H G D V E K F activation table threads"),
+    eps=c_float,
+    unused=c_int32,
+    norm=c_void_p,
+    **_of(Matrix, "embed head"),
+    blocks=POINTER(Block),
+    **_of(c_void_p, "cos sin"),
+)
+Pass = _struct(
+    "Pass",
+    m=POINTER(Model),
+    **_of(c_int32, "n num_logits"),
+    **_of(c_void_p, "ids positions caches keys values logit_rows logits"),
+    **_of(c_void_p, "x y q k v h up chosen order starts gate private"),
+    private_floats=c_int64,
+    **_of(c_int32, "team arrived phase unused"),
+)
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """(the compiled code, ""), or (None, why there is none)."""
+    if platform.system() not in ("Linux", "Darwin"):
+        return None, f"there is no native decoding on {platform.system()}"
+    compiler = os.environ.get("CC") or next(
+        (c for c in ("cc", "gcc", "clang") if shutil.which(c)), None
+    )
+    if compiler is None:
+        return None, "there is no C compiler (cc, gcc or clang)"
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    # After -march=native, so that they can take back what it allows: GPTOSS_CFLAGS="-mno-avx512f -O1".
+    extra = os.environ.get("GPTOSS_CFLAGS", "").split()
+    flags = [*compiler.split(), *FLAGS, native, *extra]
+    command = [*flags, str(SOURCE), "-lm", "-lpthread"]
+    # By what the source says, not by where it lies: two copies of the code share one library.
+    machine = [platform.machine(), *platform.libc_ver(), cpu_flags()]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, *machine]).encode()).hexdigest()[
+        :24
+    ]
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / f"cpu_decode_{key}.so"
+        for attempt in range(2):
+            if attempt or not path.exists():
+                with tempfile.TemporaryDirectory(
+                    dir=folder
+                ) as work:  # another process may be doing the same: whoever is last wins
+                    subprocess.run(
+                        [*command, "-o", f"{work}/new.so"],
+                        check=True,
+                        capture_output=True,
+                        text=True,
+                        timeout=300,
+                    )
+                    os.replace(f"{work}/new.so", path)
+            for own in (folder, path):
+                if (
+                    (status := own.lstat()).st_uid != os.geteuid()
+                    or status.st_mode & 0o022
+                    or own.is_symlink()
+                ):
+                    return (
+                        None,
+                        f"{own} is not this user's alone, and code is not taken from there: remove it, or set XDG_CACHE_HOME",
+                    )
+            with contextlib.suppress(OSError):  # cut short, or made for another system: made anew
+                code = ctypes.CDLL(str(path))
+                break
+        else:
+            return None, f"{path} was compiled, and cannot be loaded"
+        sizes = [code.gptoss_sizes(i) for i in range(4)]
+    except (OSError, subprocess.SubprocessError) as error:
+        return (
+            None,
+            f"cpu_decode.c could not be compiled: {' '.join((getattr(error, 'stderr', None) or str(error)).split())[:200]}",
+        )
+    assert sizes == [ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)], (
+        "cpu_decode.c and cpu_decode.py disagree about a structure"
+    )
+    code.gptoss_forward.argtypes, code.gptoss_forward.restype = [POINTER(Pass)], None
+    return code, ""
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept, and what runtime/inference/asked.py found."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
+
+
+@functools.cache
+def library_digest() -> str:
+    """SHA-256 of the compiled code, "" where there is none."""
+    code, _ = library()
+    return "" if code is None else hashlib.sha256(Path(code._name).read_bytes()).hexdigest()
+
+
+def cpu_flags() -> str:
+    """What -march=native stands for on this machine, as far as Linux tells."""
+    try:
+        return next(
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith(("flags", "Features"))
+        )
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+def native_model(model: LLM) -> tuple[NativeModel | None, str]:
+    """(the model for C, ""), or (None, why not)."""
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    if kinds != {("cpu", torch.float32)}:
+        return None, "native decoding is for float32 on a CPU"
+    if why := KNOWS.why_not(model):
+        return None, why
+    code, why = library()
+    return (NativeModel(model, code) if code else None), why
+
+
+class NativeModel:
+    """A plain LLM as the C code sees it. The model's parameters must stay where they are."""
+
+    def __init__(self, model: LLM, code: ctypes.CDLL):
+        c = model.config
+        self.model, self.config, self._code = model, c, code
+        self._kept: list[Tensor] = []  # what only C points to
+        self._rope = None  # (cos, sin) of the positions so far needed
+        table = model.layers[0].attention.attention_bias
+        self._blocks = (Block * c.transformer_blocks)(
+            *(self._block(block) for block in model.layers)
+        )
+        self._m = Model(
+            C=c.d_model,
+            L=c.transformer_blocks,
+            H=c.num_heads,
+            G=c.num_kv_heads,
+            D=c.attention_head_dim,
+            V=c.vocabulary_size,
+            E=c.num_experts,
+            K=c.top_k,
+            F=c.d_ff,
+            activation=ACTIVATIONS.index(c.expert_activation),
+            table=0 if table is None else table.shape[-1],
+            eps=c.rms_norm_eps,
+            norm=self._pointer(model.norm.weight),
+            embed=self._matrix(model.embed, "weight"),
+            head=self._matrix(
+                model.embed if c.tie_embeddings and not is_packed(model) else model.out_head,
+                "weight",
+                model.out_head.bias,
+            ),
+            blocks=self._blocks,
+        )
+        self._widest = max(c.d_model, c.num_heads * c.attention_head_dim, c.d_ff)
+        self._room, self._rows, self._threads = None, 0, 0
+        self._lock = threading.Lock()
+        self.least_bytes_per_thread = LEAST_BYTES_PER_THREAD
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        assert (
+            tensor.is_contiguous()
+            and tensor.dtype in (torch.float32, torch.int8)
+            and tensor.device.type == "cpu"
+        )
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _matrix(self, module, name: str, bias: Tensor | None = None) -> Matrix:
+        """The weights `name` of a module, plain or as runtime/inference/quantize.py left them."""
+        packed = getattr(module, f"{name}_packed", None)
+        weight = getattr(module, name) if packed is None else packed
+        scale = None if packed is None else getattr(module, f"{name}_scale")
+        return Matrix(
+            weight=self._pointer(weight),
+            scale=self._pointer(scale),
+            bias=self._pointer(bias),
+            rows=weight.shape[-2],
+            cols=weight.shape[-1],
+        )
+
+    def _block(self, block) -> Block:
+        a, moe = block.attention, block.moe
+        return Block(
+            norm1=self._pointer(block.norm1.weight),
+            norm2=self._pointer(block.norm2.weight),
+            router=self._pointer(moe.router.weight),
+            q_norm=self._pointer(a.q_norm and a.q_norm.weight),
+            k_norm=self._pointer(a.k_norm and a.k_norm.weight),
+            router_bias=self._pointer(moe.router.bias),
+            selection_bias=self._pointer(moe.router.selection_bias),
+            attention_bias=self._pointer(a.attention_bias),
+            sinks=self._pointer(a.sinks),
+            q=self._matrix(a.W_q, "weight", a.W_q.bias),
+            k=self._matrix(a.W_k, "weight", a.W_k.bias),
+            v=self._matrix(a.W_v, "weight", a.W_v.bias),
+            out=self._matrix(a.out_proj, "weight", a.out_proj.bias),
+            w_in=self._matrix(moe.experts, "w_in", moe.experts.b_in),
+            w_out=self._matrix(moe.experts, "w_out", moe.experts.b_out),
+            window=a.window,
+        )
+
+    def forward(
+        self, caches: Sequence[KVCache], ids: Sequence[Sequence[int]], all_logits: bool = False
+    ) -> Tensor:
+        """One pass over some further ids of each cache's text: logits [caches, V] of each one's last, or [all ids, V]; the caches advance.
+
+        The caches must be rows of one allocation, and no rings where an entry has several ids. ValueError for ids out of range or a cache without room.
+        """
+        c, lengths = self.config, [len(chunk) for chunk in ids]
+        for cache, T in zip(caches, lengths, strict=True):
+            cache.check_fits(1, T)
+            self.model.check_length(cache.length + T)
+            assert T == 1 or not any(cache.is_ring), (
+                "a ring loses keys that the first of several new tokens need"
+            )
+        flat = np.array([i for chunk in ids for i in chunk], dtype=np.int64)
+        if not len(flat) or flat.min() < 0 or flat.max() >= c.vocabulary_size:
+            raise ValueError(f"token ids must be from 0 to {c.vocabulary_size - 1}")
+        n = len(flat)
+        positions = np.concatenate(
+            [
+                np.arange(cache.length, cache.length + T, dtype=np.int32)
+                for cache, T in zip(caches, lengths, strict=True)
+            ]
+        )
+        owners = np.repeat(np.arange(len(caches), dtype=np.int32), lengths)
+        keys, values = (np.concatenate([_addresses(cache)[i] for cache in caches]) for i in (0, 1))
+        rows = (
+            np.arange(n, dtype=np.int32) if all_logits else np.cumsum(lengths, dtype=np.int32) - 1
+        )
+        logits = torch.empty(len(rows), c.vocabulary_size)
+        with self._lock:  # C runs without Python's, and there is one working memory
+            self._prepare(n, caches[0])
+            p = self._pass
+            p.n, p.num_logits = n, len(rows)
+            p.ids, p.positions, p.caches, p.keys, p.values, p.logit_rows = (
+                a.ctypes.data for a in (flat, positions, owners, keys, values, rows)
+            )
+            p.logits = logits.data_ptr()
+            self._code.gptoss_forward(ctypes.byref(p))
+        for cache, T in zip(caches, lengths, strict=True):
+            cache.advance(T)
+        return logits
+
+    def _prepare(self, n: int, cache: KVCache) -> None:
+        """Working memory for n rows, rotations for the cache's positions, what the blocks need to know of it, the number of threads."""
+        c = self.config
+        if c.use_rope and (self._rope is None or len(self._rope[0]) < cache.max_tokens):
+            self._rope = rope_tables(c, 0, cache.max_tokens, torch.float32, "cpu")
+            self._m.cos, self._m.sin = self._rope[0].data_ptr(), self._rope[1].data_ptr()
+        for block, store, is_ring in zip(self._blocks, cache.keys, cache.is_ring, strict=True):
+            block.capacity, block.is_ring = store.shape[2], is_ring
+        threads = min(
+            torch.get_num_threads(),
+            max(1, n * self.bytes_per_token() // self.least_bytes_per_thread),
+        )
+        private = max(TILE * self._widest, 4 * (cache.max_tokens + 16), c.num_experts)
+        if (
+            self._room is None
+            or n > self._rows
+            or threads > self._threads
+            or private > self._pass.private_floats
+        ):
+            HD, GD, R = (
+                c.num_heads * c.attention_head_dim,
+                c.num_kv_heads * c.attention_head_dim,
+                n * c.top_k,
+            )
+            sizes = dict(
+                x=n * c.d_model,
+                y=n * max(c.d_model, HD),
+                q=n * HD,
+                k=n * GD,
+                v=n * GD,
+                h=R * c.d_ff,
+                up=R * c.d_ff,
+                gate=R,
+                chosen=R,
+                order=R,
+                starts=c.num_experts + 1,
+                private=threads * private,
+            )
+            self._room, self._rows, self._threads = (
+                {name: torch.empty(size) for name, size in sizes.items()},
+                n,
+                threads,
+            )  # all of them 4 bytes wide
+            self._pass = Pass(
+                m=ctypes.pointer(self._m),
+                private_floats=private,
+                **{name: t.data_ptr() for name, t in self._room.items()},
+            )
+        self._m.threads = threads
+
+    @functools.cache  # noqa: B019  (one model, for as long as it lives)
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one token reads: its experts, attention, router, norms and head, and one row of the embedding."""
+
+        def size(matrix: Matrix, rows: int) -> int:
+            return rows * (
+                matrix.cols * (1 if matrix.scale else 4)
+                + 4 * bool(matrix.scale)
+                + 4 * bool(matrix.bias)
+            )
+
+        c, total = self.config, size(self._m.head, self._m.head.rows) + size(self._m.embed, 1)
+        for b in self._blocks:
+            total += (
+                sum(size(m, m.rows) for m in (b.q, b.k, b.v, b.out))
+                + c.top_k * sum(size(m, m.rows) for m in (b.w_in, b.w_out))
+                + 4 * c.num_experts * c.d_model
+            )
+        return total
+
+
+def _addresses(cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
+    """Where a cache of one row keeps its keys and values, by block; [L] uint64 each."""
+    if not hasattr(cache, "_addresses"):
+        assert all(
+            t.shape[0] == 1 and t[0].is_contiguous() and t.dtype == torch.float32
+            for t in cache.keys + cache.values
+        )
+        cache._addresses = tuple(
+            np.array([t.data_ptr() for t in tensors], dtype=np.uint64)
+            for tensors in (cache.keys, cache.values)
+        )
+    return cache._addresses

@@ -1,0 +1,621 @@
+"""Generation at the speed of the machine: many texts at once, of any lengths, each in a KV cache of its own that is kept and reused.
+
+`Decoder` runs a finished plain LLM, in one of three ways that give the same logits: by the native code of runtime/inference/cpu_decode.c
+(float32 on a CPU), by one captured CUDA graph a token, or by a few PyTorch operations (`decode_step`) anywhere else. A model that
+none of them knows is stepped through by its own forward pass. `generate` is model.generate for many texts, with reuse of what is in the
+caches and with prompt look-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
+from model_parts import Block, KVCache, activate, rope_tables_at
+from runtime.checks.known import (
+    ATTENTION,
+    EXPERTS,
+    OUTSIDE,
+    PACKED_TENSORS,
+    POSITIONS,
+    SIZES,
+    TENSORS,
+    TRAINING,
+    Known,
+)
+from runtime.inference import asked
+from runtime.inference.cpu_decode import native_model
+from runtime.inference.quantize import is_packed, unpack
+
+MOST_NATIVE_ROWS = (
+    512  # of a prompt at once: with more, PyTorch's matrix products are the faster ones
+)
+GRAPH_SPAN = 256  # a CUDA graph reads so much of the cache, or 2, 4, ... times as much
+KNOWS = Known(
+    "decode_step",
+    SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
+    TENSORS | PACKED_TENSORS,
+)
+NOT_ASKED_FOR = "it was not asked for"
+# Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an H100),
+# and tuning takes a minute.
+TUNED_BYTES = 1 << 26
+LONGEST_MATCH = (
+    4  # tokens at the end of a text that prompt look-up searches for earlier in it, down to 2
+)
+
+
+@dataclass
+class Text:
+    """A text that is being continued: its cache holds keys and values of the first `cache.length` of `ids`."""
+
+    cache: KVCache
+    ids: list[int] = field(default_factory=list)
+
+
+class Decoder:
+    """A model ready to generate.
+
+    native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a while at
+    the first token. weights: digest of the model's file, "" if it has none.
+
+    Each fast way is asked for a few tokens here (runtime/inference/asked.py). Where it does not know the model, or
+    gives other logits, the next one is used: the C decoder, decode_step, the plain model with its cache.
+    """
+
+    def __init__(self, model: LLM, native: bool = True, compile: bool = False, weights: str = ""):
+        self.model, self.config, self.device = model.eval(), model.config, model.embed.weight.device
+        self.native, self.why_not_native = native_model(model) if native else (None, NOT_ASKED_FOR)
+        self.why_not_step = KNOWS.why_not(model)  # "": decode_step knows the model
+        self.compiles, self._graphs, self._whole = compile, {}, None
+        self._is_packed = is_packed(model)  # then PyTorch has to unpack every matrix that it uses
+        asked.settle(self, decode_step, KNOWS, weights)
+
+    @property
+    def note(self) -> str:
+        """What a user should know of how this decodes, in one line; "" for a fast way, and for a slower one that was asked for."""
+        lines = [*self.kernel_notes]
+        is_wanted = self.device.type != "cpu" or self.why_not_native == NOT_ASKED_FOR
+        if self.native is None and self.why_not_step:
+            slowest = "the plain model decodes, text by text, which is slowest"
+            lines.append(f"{slowest}: {self.why_not_step}")
+        elif self.native is None and not is_wanted:
+            lines.append(f"PyTorch decodes, which is slower: {self.why_not_native}")
+        return "; ".join(lines)
+
+    def texts(self, count: int, max_tokens: int) -> list[Text]:
+        """`count` empty texts with room for `max_tokens` each; those of an earlier call are no longer valid."""
+        self._whole, self._caches, self._graphs = (
+            None,
+            [],
+            {},
+        )  # first, so that both are never there at once
+        # One place more: where a step has texts that take no part, they write behind their end.
+        self._whole = KVCache(
+            self.config, count, max_tokens + 1, self.model.embed.weight.dtype, self.device
+        )
+        self._caches = self._whole.rows()
+        self._row = {id(cache): row for row, cache in enumerate(self._caches)}
+        for cache in self._caches:
+            cache.max_tokens = max_tokens
+        return [Text(cache) for cache in self._caches]
+
+    def forget(self) -> None:
+        """Empty all texts, and leave nothing of what they held: a NaN behind the end of a text would count there, times 0."""
+        for cache in self._caches:
+            cache.reset()
+        for tensor in self._whole.keys + self._whole.values:
+            tensor.zero_()
+
+    @torch.inference_mode()
+    def read(self, text: Text, ids: list[int], all_logits: bool = False) -> Tensor:
+        """Make `ids` the text; logits [1, V] of its last token, or [T, V] of all tokens that were not in the cache.
+
+        What the cache holds of it is not computed again, unless a ring has overwritten what that would need.
+        """
+        new = self._begin(text, ids)
+        with _safe([text.cache]):
+            if self._reads_natively(text, new):
+                chunks = [
+                    new[first : first + MOST_NATIVE_ROWS]
+                    for first in range(0, len(new), MOST_NATIVE_ROWS)
+                ]
+                logits = [
+                    self.native.forward([text.cache], [chunk], all_logits) for chunk in chunks
+                ]
+                return torch.cat(logits) if all_logits else logits[-1]
+            return self.model(
+                torch.tensor([new], device=self.device),
+                cache=text.cache,
+                last_token_only=not all_logits,
+            ).logits[0]
+
+    @torch.inference_mode()
+    def read_all(self, texts: Sequence[Text], ids: Sequence[list[int]]) -> Tensor:
+        """`read` for several texts: logits [B, V] of their last tokens. Short ones pass together, so that each weight is read once for them."""
+        logits: dict[int, Tensor] = {}
+        group: list[int] = []
+        new = [self._begin(text, own) for text, own in zip(texts, ids, strict=True)]
+
+        def pass_group() -> None:
+            caches = [texts[i].cache for i in group]
+            with _safe(caches):
+                logits.update(
+                    zip(group, self.native.forward(caches, [new[i] for i in group]), strict=True)
+                )
+            group.clear()
+
+        for i, text in enumerate(texts):
+            if not self._reads_natively(text, new[i]) or len(new[i]) > MOST_NATIVE_ROWS:
+                logits[i] = self.read(text, ids[i])[0]
+                continue
+            if group and sum(len(new[j]) for j in group) + len(new[i]) > 2 * MOST_NATIVE_ROWS:
+                pass_group()
+            group.append(i)
+        if group:
+            pass_group()
+        return torch.stack([logits[i] for i in range(len(texts))])
+
+    def _begin(self, text: Text, ids: list[int]) -> list[int]:
+        """Make `ids` the text and wind its cache back to what they share; the ids that are to be read."""
+        pairs = zip(ids[:-1], text.ids[: text.cache.length], strict=False)
+        if not text.cache.rewind(
+            sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        ):
+            text.cache.reset()
+        text.ids = ids
+        return ids[text.cache.length :]
+
+    def _reads_natively(self, text: Text, new: list[int]) -> bool:
+        return self.native is not None and (
+            len(new) == 1
+            or ((len(new) <= MOST_NATIVE_ROWS or self._is_packed) and not any(text.cache.is_ring))
+        )
+
+    @torch.inference_mode()
+    def step(self, texts: Sequence[Text], ids_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token for each of some texts that are all in the cache. ids [B] int64; on a GPU the host does not wait for them."""
+        caches = [text.cache for text in texts]
+        with _safe(caches):
+            return (
+                self.native.forward(caches, ids_B[:, None].tolist())
+                if self.native
+                else self._step(caches, ids_B)
+            )
+
+    def _step(self, caches: list[KVCache], ids_B: Tensor) -> Tensor:
+        for cache in caches:
+            cache.check_fits(1, 1)
+            self.model.check_length(cache.length + 1)
+        if self.why_not_step:
+            rows_B11 = ids_B.clamp(min=0)[:, None, None]
+            pairs = zip(rows_B11, caches, strict=True)
+            return torch.cat(
+                [self.model(id_11, cache=cache).logits[:, -1] for id_11, cache in pairs]
+            )
+        B, positions, rows = (
+            len(self._caches),
+            [cache.length for cache in self._caches],
+            [self._row[id(cache)] for cache in caches],
+        )
+        span = max(positions[row] for row in rows) + 1
+        ids, where = ids_B.clamp(min=0), self._to_device(positions)
+        if rows != list(range(B)):
+            ids = torch.zeros(B, dtype=torch.int64, device=self.device).index_copy_(
+                0, self._to_device(rows), ids
+            )
+        logits_BV = (
+            self._replay(ids, where, span)
+            if self.device.type == "cuda"
+            else decode_step(self.model, self._whole, ids, where, span)
+        )
+        for cache in caches:
+            cache.advance(1)
+        return logits_BV if rows == list(range(B)) else logits_BV[self._to_device(rows)]
+
+    def _to_device(self, numbers: list[int]) -> Tensor:
+        tensor = torch.tensor(numbers)
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else tensor.to(self.device)
+        )
+
+    def _replay(self, ids_B: Tensor, positions_B: Tensor, span: int) -> Tensor:
+        """`decode_step` as a CUDA graph, one for each of GRAPH_SPAN, twice that, ... places of the cache that are read."""
+        span = min(
+            self._whole.max_tokens, GRAPH_SPAN << max(0, -(-span // GRAPH_SPAN) - 1).bit_length()
+        )
+        if span not in self._graphs:
+            self._graphs[span] = self._capture(ids_B, positions_B, span)
+        graph, ids, positions, logits, _ = self._graphs[span]
+        ids.copy_(ids_B)
+        positions.copy_(positions_B)
+        graph.replay()
+        return logits.clone()
+
+    def _capture(self, ids_B: Tensor, positions_B: Tensor, span: int):
+        """(graph, its ids [B], its positions [B], its logits [B, V], its function).
+
+        The runs before the capture write what the first replay will write again.
+        """
+        ids, positions = ids_B.clone(), positions_B.clone()
+        function = decode_step
+        if self.compiles:
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            function = compiled_step(span, sum(t.nbytes for t in tensors) >= TUNED_BYTES)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function(self.model, self._whole, ids, positions, span)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = (
+            next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+        )  # one memory for all: a replay's logits are copied before the next
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
+            logits = function(self.model, self._whole, ids, positions, span)
+        # What was compiled lives as long as the graph that runs it.
+        return graph, ids, positions, logits, function
+
+
+@contextlib.contextmanager
+def _safe(caches: Sequence[KVCache]) -> Iterator[None]:
+    """A pass that breaks off (Ctrl-C, out of memory) counts for nothing, but may have overwritten what a ring held: then all of it is forgotten."""
+    try:
+        yield
+    except BaseException:
+        for cache in caches:
+            if any(cache.is_ring):
+                cache.reset()
+        raise
+
+
+@torch.inference_mode()
+def router_choices(model: LLM, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(experts [L, T, K] int64, gates [L, T, K] float32): where the routers send each token of a text, and with which weights."""
+    chosen: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        block.moe.router.register_forward_hook(lambda module, given, out: chosen.append(out[:2]))
+        for block in model.layers
+    ]
+    try:
+        model(torch.tensor([list(ids)], device=model.embed.weight.device), last_token_only=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights, experts = (torch.stack(values).cpu() for values in zip(*chosen, strict=True))
+    return experts, weights.float()
+
+
+# ----------------------------------------------------------------------------------------------- one token for each text
+def decode_step(
+    model: LLM, cache: KVCache, ids_B: Tensor, positions_B: Tensor, span: int
+) -> Tensor:
+    """Logits [B, V] of one more token for each row of a cache, at positions of their own; keys and values are stored, `cache.length` is not touched.
+
+    ids, positions [B] int64 on the device; the first `span` places of the cache are read, more than every position. Shapes and memory are
+    the same at every call with the same span and the host waits for nothing, so that a CUDA graph can hold it.
+    """
+    c, B = model.config, len(ids_B)
+    H, G, D = c.num_heads, c.num_kv_heads, c.attention_head_dim
+    x_BC = model.embed(ids_B)
+    rope = None
+    if c.use_rope:
+        rope = [
+            table_BD[:, None, None]
+            for table_BD in rope_tables_at(
+                c, positions_B, torch.promote_types(x_BC.dtype, torch.float32)
+            )
+        ]
+    row_B = torch.arange(B, device=ids_B.device)
+    for i, block in enumerate(model.layers):
+        a, keys_BGSD, values_BGSD = block.attention, cache.keys[i], cache.values[i]
+        q_BHD, k_BGD, v_BGD = (
+            heads[:, :, 0] for heads in a.project(block.norm1(x_BC)[:, None], rope)
+        )
+        W = keys_BGSD.shape[2]
+        place_B = positions_B % W if cache.is_ring[i] else positions_B
+        keys_BGSD[row_B, :, place_B], values_BGSD[row_B, :, place_B] = (
+            k_BGD.to(keys_BGSD.dtype),
+            v_BGD.to(keys_BGSD.dtype),
+        )
+        S = min(span, W)
+        place_S, now_B1 = torch.arange(S, device=ids_B.device), positions_B[:, None]
+        key_positions_BS = (
+            now_B1 - (now_B1 - place_S) % W if cache.is_ring[i] else place_S.expand(B, S)
+        )
+        distance_BS = (
+            now_B1 - key_positions_BS
+        )  # the mask rule of model_parts.attention_mask, each row at a position of its own
+        visible_BS = (
+            (distance_BS >= 0)
+            & (key_positions_BS >= 0)
+            & (distance_BS < (a.window or c.context_length + 1))
+        )
+        scores_BGJS = (
+            q_BHD.view(B, G, H // G, D) @ keys_BGSD[:, :, :S].transpose(2, 3).to(q_BHD.dtype)
+        ).float() * D**-0.5
+        if a.attention_bias is not None:
+            bias_HBS = a.attention_bias[
+                :,
+                now_B1.clamp(max=c.context_length - 1),
+                key_positions_BS.clamp(0, c.context_length - 1),
+            ]
+            scores_BGJS = scores_BGJS + bias_HBS.transpose(0, 1).reshape(B, G, H // G, S)
+        scores_BGJS = scores_BGJS.masked_fill(~visible_BS[:, None, None], -torch.inf)
+        if (
+            a.sinks is not None
+        ):  # one place more, which holds nothing (model_parts.attention_with_sinks)
+            scores_BGJS = torch.cat(
+                (scores_BGJS, a.sinks.float().view(1, G, H // G, 1).expand(B, -1, -1, -1)), dim=-1
+            )
+        weights_BGJS = scores_BGJS.softmax(dim=-1)[..., :S].to(q_BHD.dtype)
+        x_BC = x_BC + a.out_proj(
+            (weights_BGJS @ values_BGSD[:, :, :S].to(q_BHD.dtype)).reshape(B, H * D)
+        )
+        x_BC = x_BC + _experts(block, block.norm2(x_BC))
+    x_BC = model.norm(x_BC)
+    if not is_packed(model):
+        return F.linear(x_BC, model.head_weight, model.out_head.bias)
+    packed_VC = model.out_head.weight_packed.to(x_BC.dtype)
+    logits_BV = _products(packed_VC, x_BC) if torch.compiler.is_compiling() else x_BC @ packed_VC.T
+    return logits_BV.float() * model.out_head.weight_scale[:, 0] + (
+        0 if model.out_head.bias is None else model.out_head.bias
+    )
+
+
+def compiled_step(span: int, tunes: bool) -> Callable[..., Tensor]:
+    """`decode_step`, compiled for one span.
+
+    The compiler counts what it has compiled for one function and refuses the ninth, so each span
+    gets a function of its own. tunes: search each kernel's sizes by coordinate descent; the
+    compiler then also writes a product with one row as a sum that its neighbours join, where a call
+    of cuBLAS would stand alone.
+    """
+    code = decode_step.__code__.replace(co_name=f"decode_step_{span}")
+    own = types.FunctionType(code, decode_step.__globals__)
+    options = {"coordinate_descent_tuning": True} if tunes else None
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+def _experts(block: Block, h_BC: Tensor) -> Tensor:
+    """The mixture of experts for a few rows. On a GPU without asking which experts were chosen: by reading the matrices of the chosen ones alone, or, where
+    those would be all, by asking every expert about every row and weighing with 0."""
+    moe, experts = block.moe, block.moe.experts
+    K, num_experts = moe.router.top_k, len(moe.router.weight)
+    if not h_BC.is_cuda or (experts.grouped and len(h_BC) * K >= num_experts):
+        return moe(h_BC[:, None])[0][:, 0]
+    weights_BK, experts_BK, _, _ = moe.router(h_BC)
+    if len(h_BC) * K >= num_experts:
+        weights_BE = torch.zeros(
+            len(h_BC), num_experts, dtype=weights_BK.dtype, device=h_BC.device
+        ).scatter_(1, experts_BK, weights_BK)
+        h_EBI = h_BC @ experts.w_in.transpose(1, 2) + (
+            0 if experts.b_in is None else experts.b_in[:, None]
+        )
+        y_EBC = activate(h_EBI, experts.activation) @ experts.w_out.transpose(1, 2) + (
+            0 if experts.b_out is None else experts.b_out[:, None]
+        )
+        return (y_EBC * weights_BE.T[:, :, None]).sum(dim=0).to(h_BC.dtype)
+    h_BKI = _chosen_linear(experts, "in", experts_BK, h_BC[:, None].expand(-1, K, -1))
+    return (
+        (
+            _chosen_linear(experts, "out", experts_BK, activate(h_BKI, experts.activation))
+            * weights_BK[:, :, None]
+        )
+        .sum(dim=1)
+        .to(h_BC.dtype)
+    )
+
+
+def _chosen_linear(experts, which: str, experts_BK: Tensor, x_BKI: Tensor) -> Tensor:
+    """x [B, K, I] times the chosen experts' matrices, plus their biases: [B, K, O]. Compiled, the matrices are read where they are."""
+    packed = getattr(experts, f"w_{which}_packed", None)
+    if packed is None:
+        w_BKOI = getattr(experts, f"w_{which}")[experts_BK]
+    else:
+        w_BKOI = unpack(
+            packed[experts_BK], getattr(experts, f"w_{which}_scale")[experts_BK], x_BKI.dtype
+        )
+    y_BKO = (
+        _products(w_BKOI, x_BKI)
+        if torch.compiler.is_compiling()
+        else (w_BKOI @ x_BKI[..., None])[..., 0]
+    )
+    bias_EO = getattr(experts, f"b_{which}")
+    return y_BKO if bias_EO is None else y_BKO + bias_EO[experts_BK]
+
+
+def _products(w_OI: Tensor, x_I: Tensor) -> Tensor:
+    """Matrices [..., O, I] times vectors [..., I] as sums of products, which the compiler makes one pass that reads the matrices where they are."""
+    return (w_OI * x_I[..., None, :]).sum(dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- generation
+def generate(
+    decoder: Decoder,
+    texts: Sequence[Text],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.9,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] = (),
+    generators: Sequence[torch.Generator] | None = None,
+    slide: bool = True,
+    lookup: int = 0,
+    finished: set[int] | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """Continue a prompt (ids, not empty) in each text; yields (row, id) of the rows that go on, as soon as ids are drawn.
+
+    Settings, sliding and stopping are model.generate's, for each row by itself: what a row draws depends on its prompt and its
+    generator alone, up to the rounding of logits. A row ends with a stop id (which is yielded), at a full context without `slide`, or when the caller puts it into
+    `finished`. Prompts are cut to their last context_length tokens. What the texts' caches hold is reused.
+
+    lookup: with one row left, guess that many tokens from an earlier occurrence of the last ones, and check them in one pass
+    (Saxena 2023, "prompt lookup decoding"). Each token is still drawn from the model's own distribution given what precedes it,
+    with the noise that it would have had: the same text, up to the rounding of logits. ValueError with rings in the cache.
+    """
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if lookup and any(texts[0].cache.is_ring):
+        raise ValueError(
+            "lookup takes back tokens, and this model's windowed blocks keep only their window: leave lookup out"
+        )
+    if max_new_tokens == 0 or not texts:
+        return
+    context, device = decoder.config.context_length, decoder.device
+    finished = set() if finished is None else finished
+    banned, stops = (
+        torch.tensor(list(numbers), dtype=torch.int64, device=device)
+        for numbers in (banned_ids, stop_ids)
+    )
+    ids = [
+        list(prompt[-context:]) for prompt in prompts
+    ]  # of each row: what the model is to see; the very list that its text has
+    num_drawn = [0] * len(texts)
+
+    def read(rows: list[int]) -> Tensor:
+        """Logits [rows, V] for texts from whatever their caches hold; one that is too long goes on from the newer half of the context."""
+        for row in rows:
+            if len(ids[row]) > context:
+                ids[row] = ids[row][-max(1, context // 2) :]
+        return decoder.read_all([texts[row] for row in rows], [ids[row] for row in rows])
+
+    def draw(rows: list[int], logits_BV: Tensor) -> Tensor:
+        if repetition_penalty != 1.0:
+            logits_BV = torch.cat(
+                [
+                    penalise_repetition(
+                        logits_V[None].float(),
+                        torch.tensor([ids[row]], device=device),
+                        repetition_penalty,
+                        stops,
+                    )
+                    for row, logits_V in zip(rows, logits_BV, strict=True)
+                ]
+            )
+        return sample(
+            logits_BV,
+            temperature,
+            top_k,
+            top_p,
+            banned,
+            [generators[row] for row in rows] if generators else None,
+            min_p,
+        )
+
+    def take(rows: list[int], drawn: list[int]) -> list[tuple[int, int]]:
+        try:
+            check_drawn(drawn)
+        except ValueError:
+            decoder.forget()
+            raise
+        for row, token in zip(rows, drawn, strict=True):
+            ids[row].append(token)
+            num_drawn[row] += 1
+            if (
+                token in stop_ids
+                or num_drawn[row] == max_new_tokens
+                or (len(ids[row]) > context and not slide)
+            ):
+                finished.add(row)
+        return list(zip(rows, drawn, strict=True))
+
+    rows = [row for row in range(len(texts)) if row not in finished]
+    logits_BV = read(rows) if rows else None
+    while rows:
+        drawn_B, ahead_BV = draw(rows, logits_BV), None
+        host = _HostCopy(drawn_B)
+        if (
+            device.type == "cuda"
+            and not lookup
+            and all(num_drawn[row] + 1 < max_new_tokens and len(ids[row]) < context for row in rows)
+        ):
+            # The next step is on its way before this one's ids are read. For a row that ends here it is for nothing.
+            ahead_BV = decoder.step([texts[row] for row in rows], drawn_B)
+        before = rows
+        yield take(rows, host.read())
+        rows = [row for row in before if row not in finished]
+        if lookup and len(rows) == 1:
+            break
+        if ahead_BV is not None:
+            logits_BV = (
+                ahead_BV
+                if len(rows) == len(before)
+                else ahead_BV[[before.index(row) for row in rows]]
+            )
+            continue
+        fitting, full = (
+            [row for row in rows if len(ids[row]) <= context],
+            [row for row in rows if len(ids[row]) > context],
+        )
+        logits = dict(zip(full, read(full), strict=True)) if full else {}
+        if fitting:
+            last_B = torch.tensor([ids[row][-1] for row in fitting], device=device)
+            logits |= zip(
+                fitting, decoder.step([texts[row] for row in fitting], last_B), strict=True
+            )
+        logits_BV = torch.stack([logits[row] for row in rows]) if rows else None
+    for row in rows:  # the only one, with look-up
+        while row not in finished:
+            guess = guess_from_text(
+                ids[row], min(lookup, context - len(ids[row]), max_new_tokens - num_drawn[row] - 1)
+            )
+            logits_TV = (
+                decoder.read(texts[row], ids[row] + guess, all_logits=True)[-len(guess) - 1 :]
+                if guess
+                else read([row])
+            )
+            for logits_V, guessed in zip(logits_TV, [*guess, None], strict=True):
+                pairs = take([row], draw([row], logits_V[None]).tolist())
+                yield pairs
+                if row in finished or pairs[0][1] != guessed:
+                    break
+            texts[row].cache.rewind(len(ids[row]) - 1)
+            texts[row].ids = ids[row]
+
+
+def guess_from_text(ids: Sequence[int], most: int) -> list[int]:
+    """Up to `most` ids that followed the last few (LONGEST_MATCH, or fewer, down to 2) when they last occurred together earlier in `ids`."""
+    text = np.asarray(ids)
+    for n in range(min(LONGEST_MATCH, len(text) - 1), 1, -1) if most > 0 else ():
+        candidates = np.lib.stride_tricks.sliding_window_view(text[:-1], n)
+        if len(found := np.flatnonzero((candidates == text[-n:]).all(axis=1))):
+            start = int(found[-1]) + n
+            return list(ids[start : start + most])
+    return []
+
+
+class _HostCopy:
+    """ids [B] on their way to the host; `read` waits for them and for nothing that was started after."""
+
+    def __init__(self, ids_B: Tensor):
+        self._ids, self._event = ids_B, None
+        if ids_B.is_cuda:
+            self._ids = torch.empty(ids_B.shape, dtype=ids_B.dtype, pin_memory=True).copy_(
+                ids_B, non_blocking=True
+            )
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(ids_B.device))
+
+    def read(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._ids.tolist()

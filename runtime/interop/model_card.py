@@ -1,0 +1,373 @@
+"""The model card of an export, README.md: what the run itself recorded, and what nobody recorded said to be unknown.
+
+Sources: the checkpoint's header, and the metrics in the run's graph_dir if they are there and are that run's. A checkpoint may come
+from anywhere: nothing in it is taken for Markdown or YAML, and no path of the training machine is told, only names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+from runtime.base.text import human_bytes, human_count, human_seconds, visible
+from runtime.checkpoint.format import Checkpoint
+from runtime.checks.known import counts
+from runtime.data.tokenizer import IMPORTED
+from runtime.interop.custom_code import MODELING_FILE
+from runtime.interop.export import Source
+from runtime.interop.huggingface import FAMILIES
+from runtime.training.metrics import read_records
+from runtime.training.plots import draw_plots
+
+PICTURES = {
+    "loss": "Loss over the training steps",
+    "expert_load": "How evenly the experts are used",
+}
+MOST_ROWS = 8  # of the table of losses
+CARD = """---
+{front}
+---
+
+# {title}
+
+A Mixture-of-Experts language model of {total} parameters, {active} of them active for each token{origin}. It continues text.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file is
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+prompt = tokenizer({prompt}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0]))
+```
+{start_note}{code_note}
+## Model
+
+{model}
+
+## Training
+
+{training}
+
+## Limits
+
+- A base model: it was not taught to follow instructions, to refuse, or to tell the truth, and it repeats what its text holds, mistakes and prejudices included.
+- {measured}
+- {context}
+- Unknown here: the licence of these weights and of the text, and what that text holds. Whoever publishes this folder should say so in this file.
+"""
+
+START_NOTE = """
+In training every document began with the token that is put in front here; without it the model is asked to begin amid a text.
+"""
+
+CODE_NOTE = f"""
+No class of transformers has this architecture: `trust_remote_code` runs {MODELING_FILE} of this folder. Read it first if the folder is not yours.
+"""
+
+
+def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> None:
+    """Write README.md, and beside it the pictures of the run if its metrics are found and matplotlib is installed. family None: custom code."""
+    checkpoint, config, is_ours = (
+        source.checkpoint,
+        source.model.config,
+        not source.tokenizer.name.startswith(IMPORTED),
+    )
+    records, info = _metrics(checkpoint)
+    has_record, validation = (
+        bool(checkpoint.train_config or checkpoint.is_reference_format),
+        _validation(checkpoint),
+    )
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "gptoss"] + ["custom_code"] * (family is None),
+    }
+    if names := _hub_names(info.get("source")):
+        front["datasets"] = names
+    if base := _base_model(checkpoint):
+        front["base_model"] = base
+    if has_record and not records:
+        print("note: the run's metrics were not found, so the model card has no curves")
+    text = CARD.format(
+        front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        title=plain(folder.name),
+        total=human_count(counts(config).total),
+        active=human_count(counts(config).active),
+        origin=_origin(checkpoint) if has_record else "",
+        trust="" if family else ", trust_remote_code=True",
+        prompt='tokenizer.bos_token + "Once upon a time"' if is_ours else '"Once upon a time"',
+        code_note="" if family else CODE_NOTE,
+        start_note=START_NOTE if is_ours else "",
+        new_tokens=min(100, max(1, config.context_length // 2)),
+        model=_table(_model_rows(source, family, dtype)),
+        training=_training(checkpoint, info, records, _draw(folder, records, checkpoint.step))
+        if has_record
+        else f"This was made from weights without a record of their training{f', {base}' * bool(base)}: see the model that they come from.",
+        measured=f"The only measure of its quality here is the validation loss: {validation}. No benchmark was run."
+        if validation
+        else "Nothing about its quality was measured here.",
+        context=f"It cannot read more than {config.context_length:,} tokens: it has learned biases for those positions and none beyond."
+        if config.use_attention_bias
+        else f"What it does beyond {config.context_length:,} tokens was not tried.",
+    )
+    (folder / "README.md").write_text(
+        f"{text}\n<!-- written by gptoss, {_digest(text)} -->\n", encoding="utf-8"
+    )
+
+
+def is_as_written(card: Path) -> bool:
+    """Whether a model card is still what `write_card` wrote, or is not there: what somebody edited is not to be replaced."""
+    if not card.exists():
+        return True
+    text, _, end = card.read_text(encoding="utf-8", errors="replace").rpartition(
+        "\n<!-- written by gptoss, "
+    )
+    return end == f"{_digest(text)} -->\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------- escaping
+def plain(value: object, most: int = 120) -> str:
+    """A value as text that is nothing but text in Markdown: one line, no markup, no link, at most `most` characters."""
+    text = " ".join(visible(str(value)).split())
+    return re.sub(
+        r"[\\`*_\[\]|~#<>&!$]|(?<=www)\.|:(?=//)|(?<=\w)@",
+        r"\\\g<0>",
+        text if len(text) <= most else text[:most] + "...",
+    )
+
+
+def number(value: object) -> float | None:
+    """A number that is one and is finite, else None."""
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def digits(value: object) -> str:
+    """A number in four digits, or nothing."""
+    return "" if number(value) is None else f"{value:.4g}"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- records
+def _metrics(checkpoint: Checkpoint) -> tuple[list[dict], dict]:
+    """The run's records up to the checkpoint, and what metrics.json says about the run; empty where they are gone or another run's."""
+    run_id, folder = checkpoint.run.get("run_id"), checkpoint.train_config.get("graph_dir")
+    if not (isinstance(run_id, str) and run_id and isinstance(folder, str)):
+        return [], {}
+    try:
+        info = json.loads(Path(folder, "metrics.json").read_bytes())["run"]
+        info = info if isinstance(info, dict) and info.get("run_id") == run_id else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        info = {}
+    for path in [
+        Path(folder, "metrics.jsonl"),
+        *sorted(Path(folder).glob("metrics-*.jsonl")),
+    ]:  # a later run there moves an earlier one's aside
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+            if records := [
+                record
+                for record in read_records(path)
+                if record.get("run_id") == run_id and record["step"] <= checkpoint.step
+            ]:
+                return records, info
+    return [], info
+
+
+def _draw(folder: Path, records: list[dict], step: int) -> list[str]:
+    """Pictures of the records, drawn anew: those in graph_dir may go beyond this checkpoint, or be another run's. Returns their names."""
+    try:
+        drawn = draw_plots(records, folder, step, tuple(PICTURES)) if records else []
+    except ImportError:  # matplotlib
+        return []
+    for path in drawn:
+        path.unlink() if path.name.startswith("step_") else path.rename(
+            folder / path.name.removeprefix("latest_")
+        )
+    return [name for name in PICTURES if (folder / f"{name}.png").exists()]
+
+
+def _hub_names(source: object) -> list[str]:
+    """Names of data sets of the Hugging Face Hub that a run's source says it read."""
+    name = source.get("dataset") if isinstance(source, dict) else None
+    is_name = (
+        isinstance(name, str)
+        and name != "toy"
+        and re.fullmatch(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", name, re.ASCII)
+        and not Path(name).exists()
+    )
+    return [name] if is_name else []
+
+
+def _base_model(checkpoint: Checkpoint) -> str:
+    """The published model that imported weights are of, by its name on the Hub; nothing where it was a folder."""
+    name = checkpoint.run.get("imported_from")
+    return (
+        name
+        if isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name, re.ASCII)
+        else ""
+    )
+
+
+def _text_source(source: object) -> str:
+    """What was read, by name."""
+    if not isinstance(source, dict):
+        return "unknown"
+    if isinstance(files := source.get("files"), list):
+        files = [file for file in files if isinstance(file, dict)]
+        named = ", ".join(
+            plain(str(file.get("name")).replace("\\", "/").rpartition("/")[2], 60)
+            for file in files[:3]
+        )
+        size = human_bytes(sum(number(file.get("bytes")) or 0 for file in files))
+        return f"{named}{f' and {len(files) - 3} more files' * (len(files) > 3)} ({size})"
+    if source.get("dataset") == "toy":
+        return f"{plain(source.get('num_stories'))} stories that gptoss made itself"
+    name = (
+        source.get("dataset")
+        if _hub_names(source)
+        else str(source.get("dataset")).replace("\\", "/").rpartition("/")[2]
+    )
+    return f"{plain(name)}, {', '.join(plain(source[key], 40) for key in ('config', 'split') if source.get(key))}"
+
+
+def _validation(checkpoint: Checkpoint) -> str:
+    """Validation loss and perplexity in words, or nothing."""
+    if (loss := number(checkpoint.val_loss)) is None:
+        return ""
+    return f"{loss:.3f} nats per token{' (an auxiliary loss included)' * checkpoint.is_reference_format}, perplexity {math.exp(min(loss, 700)):.4g}"
+
+
+# ------------------------------------------------------------------------------------------------------------------- parts
+def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[str, str]]:
+    c = source.model.config
+    window = (
+        f", the last {c.sliding_window:,} of them"
+        + (" in every other block" if c.window_pattern == "alternating" else "")
+        if c.sliding_window
+        else ""
+    )
+    return [
+        (
+            "class",
+            FAMILIES[family].architecture if family else f"GptossForCausalLM ({MODELING_FILE})",
+        ),
+        (
+            "parameters",
+            f"{counts(c).total:,}, {counts(c).active:,} active for each token; stored as {dtype}",
+        ),
+        ("blocks", f"{c.transformer_blocks:,}, {c.d_model:,} wide"),
+        (
+            "attention",
+            f"{c.num_heads:,} query heads, {c.num_kv_heads:,} key/value heads, {c.attention_head_dim:,} features each",
+        ),
+        (
+            "experts",
+            f"{c.num_experts:,} in each block, {c.top_k:,} for each token, {c.d_ff:,} hidden features ({c.expert_activation.replace('_', ' ')})",
+        ),
+        ("context", f"{c.context_length:,} tokens{window}"),
+        ("tokenizer", f"{plain(source.tokenizer.name)}, {source.tokenizer.vocabulary_size:,} ids"),
+    ]
+
+
+def _origin(checkpoint: Checkpoint) -> str:
+    start = checkpoint.train_config.get("init_from")
+    how = f"from the weights in {plain(Path(str(start)).name, 60)}" if start else "from scratch"
+    return f", trained {how} with {'the reference that gptoss follows' if checkpoint.is_reference_format else 'gptoss'}"
+
+
+def _training(checkpoint: Checkpoint, info: dict, records: list[dict], pictures: list[str]) -> str:
+    """The run in a table, its losses in another, its pictures."""
+    run, train = checkpoint.run, checkpoint.train_config
+    sizes, planned = (
+        [number(train.get(key)) for key in ("batch_size", "grad_accum")],
+        number(train.get("max_steps")),
+    )
+    steps = f"{checkpoint.step:,}" + (
+        f" of {math.prod(sizes):,} x {checkpoint.model_config.context_length:,} tokens"
+        if None not in sizes
+        else ""
+    )
+    seconds, seen = number(run.get("train_seconds")), number(run.get("tokens_seen"))
+    rates = " to ".join(filter(None, (digits(train.get(key)) for key in ("lr", "min_lr"))))
+    rows = [
+        ("text", _text_source(info.get("source"))),
+        (
+            "steps",
+            steps
+            + (f"; {planned:,} were planned" if planned not in (None, checkpoint.step) else ""),
+        ),
+        ("tokens seen", "unknown" if seen is None else human_count(seen)),
+        ("validation loss", _validation(checkpoint) or "not measured at this step"),
+        (
+            "optimizer",
+            f"{plain(train['optimizer'])}, learning rate {rates or 'unknown'}, schedule {plain(train.get('schedule'))}"
+            if "optimizer" in train
+            else "unknown",
+        ),
+        (
+            "time",
+            ("unknown" if seconds is None else human_seconds(seconds))
+            + (f" on {plain(info['device'])}" if "device" in info else ""),
+        ),
+        ("arithmetic", plain(train.get("dtype", "unknown"))),
+        (
+            "versions",
+            ", ".join(
+                f"{plain(name, 40)} {plain(version, 40)}"
+                for name, version in list(checkpoint.versions.items())[:4]
+            ),
+        ),
+        ("data fingerprint", plain(checkpoint.data_fingerprint)),
+        ("run", plain(run.get("run_id", ""))),
+    ]
+    return "\n\n".join(
+        [
+            _table(rows),
+            _loss_table(records) or "Its curves were not found when this file was written.",
+            *(f"![{PICTURES[name]}]({name}.png)" for name in pictures),
+        ]
+    )
+
+
+def _loss_table(records: list[dict]) -> str:
+    """Validations, at most MOST_ROWS of them, the first and the last included, each with the last training loss before it."""
+    heads, rows, train_loss = (
+        ["step", "tokens", "training loss", "validation loss", "perplexity", "bits per byte"],
+        [],
+        None,
+    )
+    for record in sorted(
+        records, key=lambda record: record["step"]
+    ):  # stable: a step's training record comes before its validation
+        if record["kind"] == "train":
+            train_loss = record.get("loss")
+            continue
+        seen = number(record.get("tokens_seen"))
+        rows.append(
+            [
+                f"{record['step']:,}",
+                "" if seen is None else human_count(seen),
+                digits(train_loss),
+                *(digits(record.get(key)) for key in ("loss", "perplexity", "bits_per_byte")),
+            ]
+        )
+    if not rows:
+        return ""
+    chosen = sorted({round(i * (len(rows) - 1) / (MOST_ROWS - 1)) for i in range(MOST_ROWS)})
+    columns = [column for column in range(len(heads)) if any(row[column] for row in rows)]
+    lines = [heads, ["---:"] * len(heads), *(rows[i] for i in chosen)]
+    return "\n".join(f"| {' | '.join(line[column] for column in columns)} |" for line in lines)

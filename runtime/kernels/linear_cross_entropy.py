@@ -1,0 +1,155 @@
+"""Cross-entropy of a linear layer over a large vocabulary, without holding the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target with this value is not predicted and not counted
+
+
+def softmax_gradient_(
+    logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, needs_gradient: bool = True
+) -> Tensor:
+    """Put the gradient of the summed cross-entropy in the place of the logits [N, V]; returns the sum.
+
+    The gradient is softmax - one_hot, 0 in rows whose target is IGNORE. Arithmetic is float32 (or float64), whatever the
+    logits are kept in. Without `needs_gradient` the logits are only used up.
+    """
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    valid_N1, target_N1 = (targets_N != IGNORE)[:, None], targets_N.clamp(min=0)[:, None]
+    x_NV = logits_NV.to(wide)  # the logits themselves where that is their dtype
+    if (
+        torch.compiler.is_compiling()
+    ):  # spelled so that it becomes a pass for the sums and one that writes, with no tensor besides
+        x_NV = x_NV if bias_V is None else x_NV + bias_V
+        at_target_N1, log_sum_N1 = x_NV.gather(1, target_N1), x_NV.logsumexp(dim=-1, keepdim=True)
+        if needs_gradient:
+            is_target_NV = torch.arange(x_NV.shape[1], device=x_NV.device) == target_N1
+            logits_NV.copy_(((x_NV - log_sum_N1).exp() - is_target_NV.to(wide)) * valid_N1)
+    else:  # the same, in place
+        if bias_V is not None:
+            x_NV.add_(bias_V)
+        largest_N1, at_target_N1 = x_NV.amax(dim=-1, keepdim=True), x_NV.gather(1, target_N1)
+        total_N1 = x_NV.sub_(largest_N1).exp_().sum(dim=-1, keepdim=True)
+        log_sum_N1 = total_N1.log() + largest_N1
+        if needs_gradient:
+            x_NV.mul_(valid_N1 / total_N1)
+            if logits_NV.dtype != wide:
+                logits_NV.copy_(x_NV)
+            gradient_N1 = ((at_target_N1 - log_sum_N1).exp() - 1) * valid_N1
+            logits_NV.scatter_(
+                1, target_N1, gradient_N1.to(logits_NV.dtype)
+            )  # written, not added: no atomics, and rounded once
+    return ((log_sum_N1 - at_target_N1) * valid_N1).sum()
+
+
+def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: bool) -> None:
+    """Add chunk' h to the total, or put it there: then what was there is ignored.
+
+    A CUDA GPU adds to a float32 total inside a half-precision product, unrounded (torch.addmm with
+    out_dtype, from torch 2.8). Elsewhere the product is rounded to its dtype first.
+    """
+    if total_VC.dtype == h_NC.dtype:
+        total_VC.addmm_(chunk_NV.T, h_NC, beta=float(not is_first))
+    elif total_VC.is_cuda and torch.version.hip is None:
+        torch.addmm(
+            total_VC,
+            chunk_NV.T,
+            h_NC,
+            beta=float(not is_first),
+            out_dtype=total_VC.dtype,
+            out=total_VC,
+        )
+    elif is_first:
+        total_VC.copy_(chunk_NV.T @ h_NC)
+    else:
+        total_VC += chunk_NV.T @ h_NC
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum over valid rows of logsumexp(h W' + b) - (h W' + b)[target], a few rows of logits at a time.
+
+    A chunk's share of every gradient is known while its logits are there, so one buffer of `chunk_rows` rows serves them
+    all and no [N, V] tensor exists. The matrix products are in `dtype`, the head's gradient is summed in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        h_NC,
+        weight_VC,
+        bias_V,
+        targets_N,
+        chunk_rows,
+        dtype,
+        needs_gradients,
+        softmax_gradient,
+    ):
+        wide = torch.promote_types(dtype, torch.float32)
+        h, weight = h_NC.to(dtype), weight_VC.to(dtype)
+        bias = None if bias_V is None else bias_V.to(wide)
+        total = torch.zeros((), dtype=wide, device=h.device)
+        N, V = len(h), len(weight)
+        # Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose addresses are not aligned.
+        buffer = torch.empty(min(chunk_rows, N), -(-V // 64) * 64, dtype=dtype, device=h.device)
+        buffer[:, V:] = (
+            0  # a CPU's bfloat16 products read on to even numbers of columns: a NaN that was left there would count, times 0
+        )
+        if needs_gradients:
+            grad_h, grad_weight = (
+                torch.empty(h.shape, dtype=wide, device=h.device),
+                torch.empty(weight.shape, dtype=wide, device=h.device),
+            )
+            grad_bias = None if bias is None else torch.zeros_like(bias)
+        for first in range(0, N, chunk_rows):
+            h_chunk = h[first : first + chunk_rows]
+            chunk_NV = torch.mm(h_chunk, weight.T, out=buffer[: len(h_chunk), :V])
+            total += softmax_gradient(
+                chunk_NV, bias, targets_N[first : first + chunk_rows], needs_gradients
+            )
+            if needs_gradients:
+                grad_h[first : first + chunk_rows] = chunk_NV @ weight
+                add_product_(grad_weight, chunk_NV, h_chunk, is_first=first == 0)
+                if bias is not None:
+                    grad_bias += chunk_NV.sum(dim=0, dtype=wide)
+        ctx.dtypes = (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
+        if needs_gradients:
+            ctx.save_for_backward(grad_h, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Scaled in place, for a copy of the head's gradient is 0.8 GB at full size, unless the graph is to be walked again.
+        is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        grads = (
+            None if g is None else (g.mul_(grad) if is_last else g * grad).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    h_NC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    chunk_rows: int,
+    softmax_gradient=softmax_gradient_,
+) -> Tensor:
+    """Summed cross-entropy (nats) of softmax(h W' + b) against targets, holding `chunk_rows` rows of the [N, V] logits at a time.
+
+    h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not count. The products run in
+    autocast's dtype if it is on; result float32 (float64 for float64 inputs). softmax_gradient: softmax_gradient_, or the
+    same compiled.
+    """
+    device = h_NC.device.type
+    dtype = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
+    )
+    inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
+    needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(
+            h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients, softmax_gradient
+        )

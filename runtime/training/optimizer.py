@@ -1,0 +1,338 @@
+"""AdamW, and Muon for the matrices inside the blocks: which tensors get which, one step, and the state under the parameters' names.
+
+torch's own optimizer state dict is keyed by position; here a moment is `exp_avg.layers.0.norm1.weight`, so that a checkpoint
+can be read by hand and a renamed, missing or reshaped parameter is an error that says its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from config_model import TrainConfig
+from runtime.base.device import DTYPES, choose_dtype
+from runtime.checkpoint.optimizer_state import (
+    initialise_state,
+)
+
+STACKED_BIASES = (
+    "b_in",
+    "b_out",
+)  # one bias per expert, stacked to a matrix [E, F or C]: still biases
+HIDDEN_MATRICES = (
+    "attention.W_q.weight",
+    "attention.W_k.weight",
+    "attention.W_v.weight",
+    "attention.out_proj.weight",
+    "experts.w_in",
+    "experts.w_out",
+)
+
+# A bfloat16 has 8 significant bits, so a moment whose gradient is 0 rounds back to what it was, and never falls, if a step takes
+# less than 2^-8 of it away.
+BFLOAT16_DECAY_LIMIT = 0.996
+MUON_RMS = 0.2  # what AdamW's updates have, so that its lr and weight decay serve (Liu et al. 2025, section 2.2)
+# (a, b, c) of the polynomials a x + b x^3 + c x^5, one per step, and how much larger than 1 a singular value may be by rounding:
+# Amsel et al. 2025, "The Polar Express", algorithm 1, minimax for singular values from 0.001 to 1. They lift small ones twice as far
+# as the five equal steps of Jordan et al. 2024, end closer to 1, and trained GPT-2 Large to a lower loss (the paper's figure 1).
+POLAR_EXPRESS = (
+    (8.287212, -23.595887, 17.300387),
+    (4.107059, -2.947850, 0.544843),
+    (3.948691, -2.908902, 0.551819),
+    (3.318420, -2.488488, 0.510049),
+    (2.300652, -1.668904, 0.418807),
+)
+POLAR_EXPRESS_MARGIN = 1.01
+
+
+# ----------------------------------------------------------------------------------------------- which tensors get what
+def decays(name: str, parameter: Tensor) -> bool:
+    """The rule: what has two or more dimensions decays, unless it is a stack of biases.
+
+    So every matrix (stacked experts and the router included), the embeddings, the head and the learned attention-bias table
+    [H, T, T] decay; norms, biases, and the experts' stacked biases do not. Decay pulls a matrix that multiplies its input
+    towards a smaller function; on a bias or a norm's gain it only shifts the function (nanoGPT's rule, kept for stacks).
+    """
+    return parameter.dim() >= 2 and name.rpartition(".")[2] not in STACKED_BIASES
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, muon_momentum: float | None = None
+) -> list[dict]:
+    """Groups for AdamW: those that decay, those that do not; with a muon_momentum also Muon's. Each trainable parameter is in
+    one; a tied one counts once.
+
+    Muon's rule: the matrices that map features to features inside a block, HIDDEN_MATRICES by name. Embedding, head and router
+    stay with AdamW, for their rows are ids or experts and not features (Jordan et al. 2024), and so does what is no matrix.
+    `row_parts` matrices are stacked along the rows of each matrix in a group: 2 in w_in of gated experts, gate and up.
+    """
+    named = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    gated = {
+        f"{name}.w_in"
+        for name, module in model.named_modules()
+        if getattr(module, "activation", "gelu") != "gelu"
+    }
+    muon = [name for name in named if muon_momentum is not None and name.endswith(HIDDEN_MATRICES)]
+    groups = [
+        {
+            "params": [
+                p for name, p in named.items() if name not in muon and decays(name, p) == decay
+            ],
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+        for decay in (True, False)
+    ]
+    groups += [
+        {
+            "params": [named[name] for name in muon if (name in gated) == (parts == 2)],
+            "weight_decay": weight_decay,
+            "momentum": muon_momentum,
+            "row_parts": parts,
+        }
+        for parts in (1, 2)
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """The optimizer that the config describes, over `model`. ValueError for moments that bfloat16 cannot hold."""
+    if config.optimizer == "adamw" and config.state_dtype == "float32":
+        return build_adamw(model, config)
+    muon = config.optimizer == "muon"
+    for name in ("beta1", "beta2", *(["muon_momentum"] if muon else [])):
+        if config.state_dtype == "bfloat16" and getattr(config, name) >= BFLOAT16_DECAY_LIMIT:
+            raise ValueError(
+                f"{name} {getattr(config, name)} with state_dtype bfloat16 makes a moment that rounding keeps from ever falling: "
+                f"lower it below {BFLOAT16_DECAY_LIMIT}, or use state_dtype float32"
+            )
+    return MuonAdamW(
+        parameter_groups(model, config.weight_decay, config.muon_momentum if muon else None),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        state_dtype=DTYPES[config.state_dtype],
+    )
+
+
+def build_adamw(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW over `model` with the config's lr, betas, eps and weight decay, in torch's fused kernel, which CPU, CUDA and MPS have."""
+    return AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+class MuonAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for the groups that have a momentum, AdamW for the others.
+
+    Moments are kept in `state_dtype` between steps and are float32 in the arithmetic. As in torch's fused optimizers a step
+    divides gradients by the tensor `grad_scale` and changes nothing, not one bit, where the tensor `found_inf` is 1: whoever
+    calls step() may set these attributes (GradScaler does), and the host waits for neither.
+    """
+
+    _step_supports_amp_scaling = True  # what GradScaler asks before it sets the two
+
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        state_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(
+            groups,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=0.0,
+                state_dtype=state_dtype,
+                momentum=None,
+                row_parts=1,
+                fused=True,
+            ),
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter that has a gradient."""
+        initialise_state(self)
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                given = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+                found_inf, grad_scale = (
+                    None if t is None else t.to(parameters[0].device, non_blocking=True)
+                    for t in given
+                )
+                (self._adamw if group["momentum"] is None else self._muon)(
+                    group, parameters, found_inf, grad_scale
+                )
+
+    def _adamw(
+        self,
+        group: dict,
+        parameters: list[Tensor],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """torch's fused AdamW; moments in bfloat16 are widened for it a slice at a time."""
+        states = [self.state[parameter] for parameter in parameters]
+        steps = [state["step"] for state in states]
+        values = dict(
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        torch._foreach_add_(steps, 1)
+        if group["state_dtype"] == torch.float32:
+            torch._fused_adamw_(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                **values,
+            )
+        else:
+            for parameter, state in zip(parameters, states, strict=True):
+                flat = (
+                    parameter.view(-1),
+                    parameter.grad.reshape(-1),
+                    state["exp_avg"].view(-1),
+                    state["exp_avg_sq"].view(-1),
+                )
+                for weights, gradient, *moments in zip(
+                    *(t.split(_elements_at_once(parameter)) for t in flat), strict=True
+                ):
+                    wide = [moment.float() for moment in moments]
+                    torch._fused_adamw_(
+                        [weights], [gradient], wide[:1], wide[1:], [], [state["step"]], **values
+                    )
+                    torch._foreach_copy_(moments, wide)
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+    def _muon(
+        self,
+        group: dict,
+        parameters: list[Tensor],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """Matrices of one shape, whichever tensors they are stacked in, go through the arithmetic together, a bounded number at a time."""
+        by_shape: dict[tuple, list[tuple]] = {}
+        for parameter in parameters:
+            shape = (-1, parameter.shape[-2] // group["row_parts"], parameter.shape[-1])
+            tensors = (
+                parameter.view(shape),
+                parameter.grad.reshape(shape),
+                self.state[parameter]["momentum"].view(shape),
+            )
+            at_once = max(1, _elements_at_once(parameter) // (shape[1] * shape[2]))
+            by_shape.setdefault((*shape[1:], at_once), []).extend(
+                zip(*(t.split(at_once) for t in tensors), strict=True)
+            )
+        skip = None if found_inf is None else found_inf == 1
+        for (*_, at_once), pieces in by_shape.items():
+            for batch in _batches(pieces, at_once):
+                _muon_step(
+                    batch, group["lr"], group["weight_decay"], group["momentum"], grad_scale, skip
+                )
+
+
+def _elements_at_once(parameter: Tensor) -> int:
+    """Elements that temporaries are made for: on a CPU what stays in its cache, on a GPU what fills it (64 MB in float32)."""
+    return 1 << (17 if parameter.device.type == "cpu" else 24)
+
+
+def _batches(pieces: list[tuple], at_once: int) -> Iterator[list[tuple]]:
+    """Consecutive pieces (tuples of tensors [n, R, C], n <= at_once) in lists that hold at most `at_once` matrices each."""
+    batch: list[tuple] = []
+    for piece in pieces:
+        if sum(len(tensors[0]) for tensors in (*batch, piece)) > at_once:
+            yield batch
+            batch = []
+        batch.append(piece)
+    yield batch
+
+
+def _muon_step(
+    batch: list[tuple],
+    lr: float,
+    weight_decay: float,
+    beta: float,
+    grad_scale: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    """Muon's update of some (weights, gradient, momentum), each [n, R, C]: Nesterov momentum, orthogonalised, scaled to MUON_RMS.
+
+    An orthogonal R x C matrix has a root mean square of 1 / sqrt(max(R, C)). A matrix without any gradient, an expert that no
+    token chose, is not moved: what is left of its momentum would be blown up to full size, step after step.
+    """
+    updates = []
+    for _, gradient, momentum in batch:
+        gradient = gradient if grad_scale is None else gradient / grad_scale
+        moved = momentum.float().lerp(gradient, 1 - beta)
+        has_gradient = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True) > 0
+        updates.append(gradient.lerp(moved, beta).mul_(has_gradient))
+        _assign(momentum, moved, skip)
+    R, C = updates[0].shape[1:]
+    orthogonal = orthogonalise(torch.cat(updates), _orthogonalise_dtype(updates[0].device))
+    for (weights, _, _), update in zip(
+        batch, orthogonal.split([len(piece[0]) for piece in batch]), strict=True
+    ):
+        _assign(
+            weights,
+            (weights * (1 - lr * weight_decay)).add_(
+                update, alpha=-lr * MUON_RMS * math.sqrt(max(R, C))
+            ),
+            skip,
+        )
+
+
+def _orthogonalise_dtype(device: torch.device) -> torch.dtype:
+    """Half precision on CUDA, for the result is an approximation anyhow; float32 elsewhere, whatever a CPU's clock says at the moment."""
+    return choose_dtype("auto", device) if device.type == "cuda" else torch.float32
+
+
+def _assign(to: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    """Copy, except where `skip`, a boolean on the device, says not to. A product with 0 would let NaN through and turn -0 to 0."""
+    if skip is None:
+        to.copy_(value)
+    else:
+        torch.where(skip, to, value.to(to.dtype), out=to)
+
+
+def orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest orthogonal matrices U V' of matrices U S V' [N, R, C], approximately, by Newton-Schulz steps in `dtype`.
+
+    Singular values of at least 0.002 of their matrix's Frobenius norm come out between 0.86 and 1.13, smaller ones lower.
+    """
+    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    x = matrices_NRC.mT if tall else matrices_NRC  # the products are then of the shorter side
+    norm_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    x = (x / (POLAR_EXPRESS_MARGIN * norm_N11).clamp(min=1e-12)).to(dtype)
+    for a, b, c in POLAR_EXPRESS:
+        a, b, c = a / POLAR_EXPRESS_MARGIN, b / POLAR_EXPRESS_MARGIN**3, c / POLAR_EXPRESS_MARGIN**5
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

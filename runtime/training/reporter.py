@@ -1,0 +1,194 @@
+"""Progress bar, log lines, metrics, plots and the profile of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config_model import (
+    flops_per_token,
+)
+from runtime.base import process
+from runtime.base.device import (
+    device_name,
+    peak_flops,
+)
+from runtime.base.files import write_text_atomic
+from runtime.base.text import human_count, human_seconds
+from runtime.checks import known
+from runtime.training.metrics import HEALTHY_LOAD, MetricsLog, make_sinks
+from runtime.training.plan import (
+    Plan,
+)
+from runtime.training.plots import draw_plots
+from runtime.training.state import (
+    RunState,
+)
+
+PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, recorded
+
+
+class Reporter:
+    """Progress bar, log lines, metrics and plots of a run."""
+
+    def __init__(self, plan: Plan, state: RunState):
+        config, resume_step = plan.config, state.step if plan.config.resume else None
+        real = known.counts(plan.model_config)
+        info = {
+            "run_id": state.run_id,
+            "model": dataclasses.asdict(plan.model_config),
+            "train": dataclasses.asdict(config),
+            "source": plan.train.manifest["source"],
+            "parameters": real.total,
+            "active_parameters": real.active,
+            "device": device_name(plan.device),
+            "torch": torch.__version__,
+            "command": " ".join(sys.argv),
+        }
+        sinks = make_sinks(
+            config.graph_dir,
+            wandb=config.wandb,
+            tensorboard=config.tensorboard,
+            run_info=info,
+            resume_step=resume_step,
+        )
+        self.plan, self.state = plan, state
+        self.log = MetricsLog(config.graph_dir, resume_step, info, sinks)
+        for message in self.log.take_messages():
+            print(message)
+        self.flops_per_token = 3 * flops_per_token(plan.model_config)
+        self.peak = peak_flops(plan.device, plan.dtype)
+        self.can_plot = self.can_log = self.healthy = True
+        self.bar = tqdm(
+            total=config.max_steps,
+            initial=state.step,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+        )
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def on_log(self, record: dict) -> None:
+        """Complete a record of `fit`, store and show it."""
+        if record["kind"] == "val":
+            record["bits_per_byte"] = record["loss"] / math.log(2) / self.plan.val.bytes_per_token
+            self.say(
+                f"step {record['step']:>7,}  validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}  bits/byte {record['bits_per_byte']:.4f}"
+            )
+        else:
+            if self.peak:
+                record["mfu"] = record["tokens_per_sec"] * self.flops_per_token / self.peak
+            shown = {
+                "loss": f"{record['loss']:.4f}",
+                "tok/s": human_count(record["tokens_per_sec"]),
+            } | ({"MFU": f"{100 * record['mfu']:.1f}%"} if self.peak else {})
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(record["step"] - self.bar.n)
+            if self.bar.disable:
+                left = (
+                    (self.plan.config.max_steps - record["step"])
+                    * self.state.train_seconds
+                    / record["step"]
+                )
+                self.say(
+                    f"step {record['step']:>7,}  "
+                    + "  ".join(f"{k} {v}" for k, v in shown.items())
+                    + f"  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  ETA {human_seconds(left)}"
+                )
+            if record["step"] > self.plan.config.warmup_steps:
+                self._watch_experts(record)
+        self._log(lambda: self.log.append(record))
+
+    def _watch_experts(self, record: dict) -> None:
+        """Say when experts leave the healthy range and when all are back in it."""
+        loads = [
+            (load, block, expert)
+            for block, row in enumerate(record["expert_load"])
+            for expert, load in enumerate(row)
+        ]
+        ill = [
+            one
+            for one in loads
+            if not HEALTHY_LOAD[0] <= one[0] <= HEALTHY_LOAD[1] and math.isfinite(one[0])
+        ]
+        bounds = " to ".join(f"{100 * share:.0f}" for share in HEALTHY_LOAD)
+        if ill and self.healthy:
+            load, block, expert = max(ill, key=lambda one: abs(math.log(max(one[0], 1e-9))))
+            self.say(
+                f"step {record['step']:>7,}  warning: {len(ill)} of {len(loads)} experts get less or more than {bounds} % of their fair share, expert {expert} of "
+                f"block {block} {100 * load:.0f} %: if it stays so, raise --aux_loss_coef or set --router_bias_rate (see latest_expert_load.png)"
+            )
+        elif not ill and not self.healthy:
+            self.say(
+                f"step {record['step']:>7,}  all experts are back at {bounds} % of their fair share"
+            )
+        self.healthy = not ill
+
+    def write_json(self) -> None:
+        self._log(self.log.write_json)
+
+    def _log(self, write: Callable[[], None]) -> None:
+        """Metrics are worth a line when they cannot be written, but never the run."""
+        if not self.can_log:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.can_log = False
+            self.say(f"no more metrics: {error} (training goes on)")
+        for message in self.log.take_messages():
+            self.say(message)
+
+    def plots(self, step: int) -> None:
+        """Draw what there is. Plots are a comfort: whatever is wrong with them is said once and the run goes on."""
+        if not self.can_plot:
+            return
+        try:
+            draw_plots(self.log.stream(), self.plan.config.graph_dir, step)
+            process.give_back_memory()
+        except (ImportError, OSError, ValueError) as error:
+            self.can_plot = False
+            self.say(f"no plots: {error} (the metrics are in {self.log.path})")
+
+    def close(self) -> None:
+        self.bar.close()
+        self._log(self.log.finish)
+
+
+@contextlib.contextmanager
+def profiled(plan: Plan, state: RunState, say: Callable[[str], None]):
+    """Gives what to call after each step. With config.profile the last of PROFILED_STEPS is followed by a trace and a table in graph_dir."""
+    if not plan.config.profile:
+        yield lambda: None
+        return
+    from torch.profiler import profile, schedule
+
+    folder = Path(plan.config.graph_dir)
+
+    def write(profiler):
+        column = "self_device_time_total" if plan.device.type == "cuda" else "self_cpu_time_total"
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        write_text_atomic(
+            folder / "trace.txt",
+            profiler.key_averages().table(sort_by=column, row_limit=40, max_name_column_width=60),
+        )
+        say(
+            f"profile  of steps {state.step - PROFILED_STEPS[-1] + 1} to {state.step}: {folder / 'trace.json'} (open it at ui.perfetto.dev), {folder / 'trace.txt'}"
+        )
+
+    skip, warm_up, record = PROFILED_STEPS
+    with profile(
+        schedule=schedule(skip_first=skip, wait=0, warmup=warm_up, active=record, repeat=1),
+        on_trace_ready=write,
+    ) as profiler:
+        yield profiler.step

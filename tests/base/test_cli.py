@@ -1,0 +1,590 @@
+"""Command lines: every field of every config is a flag and a TOML key that arrives, and every mistake is one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import prepare_data
+import train
+from config_model import PRESETS, ModelConfig, TrainConfig, option
+from runtime.base import cli
+
+REPO = Path(__file__).resolve().parent.parent
+OWNERS = {"model": ModelConfig, "train": TrainConfig}
+FIELDS = [(table, f.name) for table, owner in OWNERS.items() for f in dataclasses.fields(owner)]
+NEEDS = {
+    "window_pattern": {"sliding_window": 4},
+    "rope_scaling_factor": {"rope_scaling": "linear"},
+    "rope_scaling": {"context_length": 4096},
+    "yarn_truncate": {"rope_scaling": "yarn"},
+    "muon_momentum": {"optimizer": "muon"},
+}  # no effect without
+
+
+def other_value(config_class, name: str, besides=()):
+    """A valid value for a field that is neither its default nor in `besides`."""
+    f = next(f for f in dataclasses.fields(config_class) if f.name == name)
+    kind, default = typing.get_type_hints(config_class)[name], f.default
+    companions = {
+        k: v
+        for k, v in NEEDS.get(name, {}).items()
+        if k in {f.name for f in dataclasses.fields(config_class)}
+    }
+    if f.metadata["choices"]:
+        candidates = f.metadata["choices"]
+    elif kind is bool:
+        candidates = (not default, default)
+    elif kind is str:
+        candidates = [f"other/{name}", f"another/{name}", "third"]
+    elif kind is tuple:
+        candidates = [("one", "two")]
+    else:
+        candidates = [
+            kind(v)
+            for v in (
+                2 * default,
+                4 * default,
+                default / 2,
+                default / 4,
+                default + 2,
+                default + 4,
+                default + 6,
+                0.5,
+                0.25,
+                0.125,
+            )
+        ]
+    for value in candidates:
+        if value != default and value not in besides:
+            try:
+                config_class(**companions | {name: value})
+            except ValueError:
+                continue
+            return value
+    raise AssertionError(f"no other value for {name}")
+
+
+def as_flags(values: dict) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            flags += [part for item in value for part in (f"--{name}", item)]
+            continue
+        flags += (
+            [f"--{'' if value else 'no-'}{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", repr(value) if isinstance(value, float) else str(value)]
+        )
+    return flags
+
+
+def as_toml(values: dict) -> str:
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+def settings(*argv: str, classes=(ModelConfig, TrainConfig)) -> cli.Settings:
+    parser = cli.parser("test")
+    cli.add_config_flags(parser, *classes)
+    return cli.settings_from(parser.parse_args(argv), *classes)
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Writes a TOML file and gives the flags that read it."""
+
+    def write(text: str | bytes) -> list[str]:
+        path = tmp_path / "run.toml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_no_name_is_a_field_of_two_configs():
+    """Flags and flat TOML keys have no prefix, so one name must mean one thing."""
+    assert len({name for _, name in FIELDS}) == len(FIELDS)
+
+
+# ------------------------------------------------------------------------------------------------------- values arrive
+def test_every_field_has_help_with_text():
+    for owner in OWNERS.values():
+        for f in dataclasses.fields(owner):
+            assert len(f.metadata["help"]) > 5, f.name
+
+
+@pytest.mark.parametrize(("table", "name"), FIELDS)
+def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, table, name):
+    """Through train.py's own main: what its plan is made from."""
+    seen = []
+    monkeypatch.setattr(train, "make_plan", seen.append)
+    monkeypatch.setattr(train, "run", lambda plan: 0)
+    owner, value = OWNERS[table], other_value(OWNERS[table], name)
+    assert train.main(as_flags(NEEDS.get(name, {}) | {name: value})) == 0
+    built = getattr(seen[0].build(owner), name)
+    assert built == value and type(built) is type(value) and name in seen[0].explicit
+    others = (
+        {f.name: f.default for f in dataclasses.fields(owner)} | NEEDS.get(name, {}) | {name: value}
+    )
+    assert dataclasses.asdict(seen[0].build(owner)) == {
+        k: v for k, v in others.items() if hasattr(owner, k)
+    }  # and nothing else changed
+
+
+@pytest.mark.parametrize(("table", "name"), FIELDS)
+def test_every_field_is_a_toml_key_in_its_table_and_without(toml, table, name):
+    owner, value = OWNERS[table], other_value(OWNERS[table], name)
+    needs = {
+        t: {k: v for k, v in NEEDS.get(name, {}).items() if hasattr(o, k)}
+        for t, o in OWNERS.items()
+    }
+    tables = "".join(
+        f"[{t}]\n{as_toml(needs[t] | ({name: value} if t == table else {}))}" for t in OWNERS
+    )
+    for text in (tables, as_toml(NEEDS.get(name, {}) | {name: value})):
+        given = settings(*toml(text))
+        built = getattr(given.build(owner), name)
+        assert (
+            built == value
+            and type(built) is type(value)
+            and given.explicit == {name, *NEEDS.get(name, {})}
+        )
+
+
+@pytest.mark.parametrize(("table", "name"), FIELDS)
+def test_a_flag_beats_the_file_beats_the_preset_beats_the_default(toml, monkeypatch, table, name):
+    owner, needs = OWNERS[table], NEEDS.get(name, {})
+    default = next(f.default for f in dataclasses.fields(owner) if f.name == name)
+    in_preset = other_value(owner, name)
+    in_file = (
+        default
+        if isinstance(default, bool)
+        else other_value(owner, name, [in_preset])
+        if not isinstance(default, str)
+        else default
+    )
+    on_flag = (
+        in_preset
+        if isinstance(default, (bool, str))
+        else other_value(owner, name, [in_preset, in_file])
+    )
+    preset = dataclasses.replace(PRESETS["nano"], model={}, train={})
+    getattr(preset, table)[name] = in_preset
+    monkeypatch.setitem(PRESETS, "nano", preset)
+    chosen, file, extra = ["--preset", "nano"], toml(as_toml({name: in_file})), as_flags(needs)
+
+    def built(*argv):
+        return getattr(settings(*argv, *extra).build(owner), name)
+
+    assert built() == default
+    assert built(*chosen) == in_preset != default
+    assert built(*chosen, *file) == in_file != in_preset
+    assert built(*chosen, *file, *as_flags({name: on_flag})) == on_flag != in_file
+    assert (
+        built(*as_flags({name: on_flag}), *file, *chosen) == on_flag
+    )  # the order on the line does not count
+
+
+def test_presets_reach_both_configs_and_are_not_explicit():
+    for name, preset in PRESETS.items():
+        given = settings("--preset", name)
+        assert dataclasses.asdict(given.build(ModelConfig)) == dataclasses.asdict(
+            ModelConfig(**preset.model)
+        )
+        assert dataclasses.asdict(given.build(TrainConfig)) == dataclasses.asdict(
+            TrainConfig(**preset.train)
+        )
+        assert given.explicit == set()
+    assert (
+        settings().build(ModelConfig) == ModelConfig()
+        and settings().build(TrainConfig) == TrainConfig()
+    )
+
+
+def test_a_flag_with_the_default_value_is_explicit():
+    """--resume must know what was said, also where it is what would have been anyway."""
+    assert settings("--lr", "0.0003").explicit == {"lr"}
+    assert settings("--no-resume").explicit == {"resume"}
+
+
+def test_a_script_with_one_config_ignores_the_other_half_of_a_preset_only(toml):
+    given = settings("--preset", "nano", classes=(ModelConfig,))
+    assert given.build(ModelConfig).d_model == 128 and "batch_size" not in given.values
+    with pytest.raises(ValueError, match="unknown keys: lr"):
+        settings(*toml("[train]\nlr = 1.0"), classes=(ModelConfig,))
+
+
+def test_the_config_checks_what_was_given():
+    with pytest.raises(ValueError, match="d_model must be at least 1"):
+        settings("--d_model", "0").build(ModelConfig)
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--d_mode", "64"],
+            "unrecognized arguments: --d_mode 64",
+        ),  # a short form of d_model: would change its meaning with the next new field
+        (["--res"], "unrecognized arguments: --res"),
+        (["--pre", "nano"], "unrecognized arguments: --pre nano"),
+        (["extra"], "unrecognized arguments: extra"),
+        (["--d_model"], "argument --d_model: expected one argument"),
+        (["--d_model", "x"], "argument --d_model: invalid int value: 'x'"),
+        (["--d_model", "64.0"], "invalid int value: '64.0'"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (
+            ["--schedule", "linear"],
+            "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', 'constant'",
+        ),
+        (
+            ["--preset", "huge"],
+            "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', 'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'",
+        ),
+        (["--use_rope=no"], "argument --use_rope/--no-use_rope: ignored explicit argument 'no'"),
+        (["--lr", "nan"], "lr must be a finite number"),
+        (["--grad_clip", "-1"], "grad_clip must be at least 0"),
+        (["--seed", str(2**63)], "seed must be at most"),
+    ],
+)
+def test_wrong_flags_are_one_line(argv, message):
+    """argparse's own way was to print all 60 flags before the line that says what is wrong."""
+    with pytest.raises(ValueError, match=message) as error:
+        given = settings(*argv)
+        given.build(ModelConfig), given.build(TrainConfig)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("d_mode = 64", "unknown keys: d_mode; see --help"),
+        (
+            "[model]\nd_model = 64\nlr = 0.1\nzzz = 1",
+            r"unknown keys in \[model\]: lr, zzz; see --help",
+        ),
+        ("[train]\nd_model = 64", r"unknown keys in \[train\]: d_model"),
+        ("[data]\npath = 'x'", r"unknown table \[data\]: only \[model\] and \[train\] are read"),
+        ("[[model]]\nd_model = 1", "unknown keys: model"),
+        ("preset = 'nano'", "names a preset: name it on the command line"),
+        ("config = 'x.toml'", "unknown keys: config"),
+        (
+            "d_model = 64\n[model]\nd_model = 128",
+            r"gives d_model twice: in \[model\] and outside of it",
+        ),
+        ("d_model = '64'", "d_model must be of type int, not '64' .str"),
+        ("d_model = 64.0", "d_model must be of type int, not 64.0 .float"),
+        ("d_model = true", "d_model must be of type int, not True .bool"),
+        ("lr = '3e-4'", "lr must be of type float"),
+        ("lr = nan", "lr must be a finite number"),
+        ("lr = [1, 2]", "lr must be of type float, not .1, 2. .list"),
+        ("use_rope = 1", "use_rope must be of type bool, not 1 .int"),
+        ("data_dir = 2020-01-01", "data_dir must be of type str"),
+        ("[model.d_model]\nx = 1", "d_model must be of type int, not {'x': 1} .dict"),
+        (
+            "schedule = 'linear'",
+            "schedule must be one of 'cosine', 'wsd', 'constant', not 'linear'",
+        ),
+        ("d_model = ", "is not valid TOML"),
+        ("d_model = 1\nd_model = 2", "is not valid TOML"),
+        (b"\xff\xfe\x00", "is not valid TOML"),
+        (b"PK\x03\x04\x00", "is not valid TOML"),
+    ],
+)
+def test_wrong_toml_files_are_one_line(toml, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        given = settings(*toml(text))
+        given.build(ModelConfig), given.build(TrainConfig)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_given_twice_is_refused(toml):
+    """A key outside the tables and again in one: the table's won without a word, although the other was nearer the top."""
+    with pytest.raises(ValueError, match="lr, seed twice"):
+        settings(*toml("seed = 1\nlr = 0.1\n[train]\nlr = 0.2\nseed = 2\n"))
+
+
+def test_integers_are_good_floats_in_toml(toml):
+    assert settings(*toml("grad_clip = 2")).build(TrainConfig).grad_clip == 2.0
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path, toml):
+    with pytest.raises(ValueError, match=r"cannot read --config .*nowhere.toml: No such file"):
+        settings("--config", str(tmp_path / "nowhere.toml"))
+    with pytest.raises(ValueError, match="cannot read --config .*: Is a directory"):
+        settings("--config", str(tmp_path))
+    with pytest.raises(ValueError, match="cannot read --config .*: Not a directory"):
+        settings("--config", toml("")[1] + "/x.toml")
+    with pytest.raises(
+        ValueError, match="cannot read --config : No such file"
+    ):  # an unset shell variable was no file at all, silently
+        settings("--config", "")
+    assert settings(*toml("")).explicit == set()
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+@pytest.mark.parametrize("module", ["train", "predict", "test", "prepare_data"])
+def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    script = __import__(module)
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    classes = {"train": [ModelConfig, TrainConfig], "test": [ModelConfig], "prepare_data": []}.get(
+        module
+    ) or []
+    if module == "predict":
+        classes = [script.PredictConfig]
+    for config_class in classes:
+        for f in dataclasses.fields(config_class):
+            assert f"--{f.name}" in text, f.name
+            assert f"(default: {'none' if f.default == () else repr(f.default)})" in " ".join(
+                text.split()
+            ), f.name
+    assert ("--preset" in text and "--config" in text) == (module in ("train", "test"))
+    if module in ("train", "test"):
+        assert all(name in text for name in PRESETS)
+
+
+def test_percent_signs_in_help_texts_are_printed(monkeypatch, capsys):
+    """argparse formats help with %: one "10 %" in a description of a preset would have ended --help in a traceback."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """100 % of it."""
+
+        share: float = option(0.5, "10 % of %(prog)s, or 5%")
+        name: str = option("50%", "a %d thing")
+        fast: bool = option(False, "100 % faster")
+
+    monkeypatch.setitem(
+        PRESETS, "nano", dataclasses.replace(PRESETS["nano"], description="10 % smaller")
+    )
+    parser = cli.parser("About 90 %.", "And 5 % more.")
+    cli.add_config_flags(parser, Config)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "About 90 %.",
+        "And 5 % more.",
+        "100 % of it.",
+        "10 % of %(prog)s, or 5% (default: 0.5)",
+        "a %d thing (default: '50%')",
+        "100 % faster (default: False)",
+        "10 % smaller",
+    ):
+        assert said in text, said
+
+
+def test_only_some_fields():
+    parser = argparse.ArgumentParser()
+    cli.add_fields(parser, TrainConfig, only=["batch_size"])
+    assert (
+        vars(parser.parse_args(["--batch_size", "3"])) == {"batch_size": 3}
+        and vars(parser.parse_args([])) == {}
+    )
+
+
+def test_prepare_data_reports_a_wrong_flag_in_a_line():
+    with pytest.raises(ValueError, match="unrecognized arguments: --tokeniser"):
+        prepare_data.main(["--tokeniser", "byte"])
+
+
+# ------------------------------------------------------------------------------------------------------------ run_main
+class Explained(ValueError):
+    exit_code = 3
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (ValueError("d_model must be\n at least   1"), 2, "error: d_model must be at least 1\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.txt"),
+            2,
+            "error: [Errno 2] No such file or directory: 'x.txt'\n",
+        ),
+        (ImportError("pip install wandb"), 2, "error: pip install wandb\n"),
+        (Explained("diverged"), 3, "error: diverged\n"),
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (ValueError(), 2, "error: ValueError\n"),
+    ],
+)
+def test_run_main_makes_a_line_and_an_exit_code_of_an_exception(
+    monkeypatch, capsys, raised, code, line
+):
+    def main(argv):
+        print("before")
+        raise raised
+
+    monkeypatch.delenv("GPTOSS_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(main)
+    out, err = capsys.readouterr()
+    assert end.value.code == code and out == "before\n" and err == line
+
+
+def test_error_lines_do_not_write_to_the_terminal(monkeypatch, capsys):
+    """A column name of a downloaded file is quoted in an error of prepare_data.py: with an ESC in it, it would have been carried out."""
+    monkeypatch.delenv("GPTOSS_TRACEBACK", raising=False)
+
+    def main(argv):
+        raise ValueError("no column text; there are \x1b]0;gotcha\x07, \u202ex and é")
+
+    with pytest.raises(SystemExit):
+        cli.run_main(main)
+    assert (
+        capsys.readouterr().err
+        == "error: no column text; there are \\x1b]0;gotcha\\x07, \\u202ex and é\n"
+    )
+
+
+@pytest.mark.parametrize(("value", "code"), [(None, None), (0, 0), (143, 143)])
+def test_run_main_exits_with_what_main_returns(monkeypatch, value, code):
+    monkeypatch.setattr(sys, "argv", ["script", "--a", "b"])
+    seen = []
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(lambda argv: seen.append(argv) or value)
+    assert end.value.code == code and seen == [["--a", "b"]]
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def bug(argv):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        cli.run_main(bug)
+    monkeypatch.setenv("GPTOSS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="wanted"):
+        cli.run_main(lambda argv: int("wanted"))
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Starts a program whose main has the given body; it imports nothing heavy, so a start takes a tenth of a second."""
+
+    def start(
+        body: str, *argv: str, shell: str = "{}", env: dict | None = None, unread: bool = False
+    ) -> subprocess.CompletedProcess:
+        path = tmp_path / "script.py"
+        path.write_text(
+            f"import sys\nfrom config_model import ModelConfig, TrainConfig\nfrom runtime import cli\n\n\ndef main(argv):\n    {body}\n\n\ncli.run_main(main)\n"
+        )
+        words = " ".join([f"'{sys.executable}'", f"'{path}'", *argv])
+        stdout = subprocess.PIPE
+        if unread:  # a pipe whose reader has left before the program starts
+            reader, stdout = os.pipe()
+            os.close(reader)
+        try:
+            return subprocess.run(
+                ["bash", "-c", "set -o pipefail; " + shell.format(words)],
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                timeout=60,
+                env=os.environ
+                | {"PYTHONPATH": str(REPO), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": ""}
+                | (env or {}),
+            )
+        finally:
+            if unread:
+                os.close(stdout)
+
+    return start
+
+
+def test_output_cut_short_by_head_is_no_error(script):
+    """`| head` closes our output: the run ends quietly, with the exit code of a program that SIGPIPE ended."""
+    done = script("for i in range(100_000): print('line', i)", shell="{} | head -1")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, b"line 0\n", b"")
+    done = script("print('one line, still in the buffer when main returns')", unread=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_help_cut_short_is_no_error_either(script):
+    """--help leaves main by SystemExit, so nothing was flushed while BrokenPipeError was being watched for: Python complained at exit."""
+    done = script("cli.parser('A short help.').parse_args(argv)", "--help", unread=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+    done = script(
+        "p = cli.parser('A long one.'); cli.add_config_flags(p, ModelConfig, TrainConfig); p.parse_args(argv)",
+        "--help",
+        unread=True,
+    )
+    assert (
+        done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""
+    )  # argparse drops the error when it writes more than a buffer
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_any_console_can_show_any_text(script, encoding):
+    """T21: the reference's training died at its first checkpoint on a Windows console, at a tick mark."""
+    done = script(
+        r"print('\u2713 na\u00efve \U0001f600 \ud800'); raise ValueError('\u2713')",
+        env={"PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "? naïve ? ?\n".encode(encoding, "replace"),
+        b"error: ?\n",
+    )
+
+
+def test_closed_streams_are_no_error(script):
+    """With `>&-` Python has no sys.stdout at all: flushing it was an AttributeError, after the work was done."""
+    done = script(
+        "print('gone', file=sys.stdout); sys.stdin.read(); print(sys.stdout.isatty())",
+        shell="{} <&- >&-",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = script("print('shown'); raise ValueError('gone')", shell="{} 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"shown\n", b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_to_a_full_disk_is_one_line(script):
+    """Python tried again at exit, with three more lines and an exit code of 120."""
+    done = script("print('lost')", shell="{} > /dev/full")
+    assert done.stderr == b"error: [Errno 28] No space left on device\n" and done.returncode == 2
+
+
+def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
+    for argv in (
+        ["--d_mode", "3"],
+        ["--d_model", "-3"],
+        ["--config", "nowhere.toml"],
+        ["--preset", "x"],
+    ):
+        body = "p = cli.parser('x'); cli.add_config_flags(p, ModelConfig, TrainConfig); cli.settings_from(p.parse_args(argv), ModelConfig, TrainConfig).build(ModelConfig)"
+        done = script(body, *argv)
+        assert (
+            done.returncode == 2
+            and done.stdout == b""
+            and done.stderr.startswith(b"error: ")
+            and done.stderr.count(b"\n") == 1
+        ), done
+
+
+@pytest.mark.parametrize(
+    "module, usage",
+    [("scripts.export_hf", "usage: python -m scripts.export_hf"), ("train", "usage: train.py")],
+)
+def test_help_says_how_it_is_called(module, usage):
+    """`usage: export_hf.py` suggested python scripts/export_hf.py, which does not find the rest."""
+    done = subprocess.run(
+        [sys.executable, *(["-m", module] if "." in module else [f"{module}.py"]), "--help"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith(usage)

@@ -1,0 +1,156 @@
+"""Numbers and text as people are shown them."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+
+import pytest
+
+from runtime.base.text import UntilText, human_bytes, human_count, human_seconds, visible
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0"),
+        (1, "1"),
+        (7.25, "7.25"),
+        (950, "950"),
+        (950.0, "950"),
+        (999, "999"),
+        (999.4, "999"),
+        (999.5, "1 k"),
+        (999.6, "1 k"),
+        (1000, "1 k"),
+        (1234, "1.23 k"),
+        (12_345, "12.3 k"),
+        (999_499, "999 k"),
+        (999_500, "1 M"),
+        (1_611_000_000, "1.61 B"),
+        (2_053_515_955, "2.05 B"),
+        (3_664_132_435, "3.66 B"),
+        (999_500_000_000, "1 T"),
+        (3.26e12, "3.26 T"),
+        (999e12, "999 T"),
+        (1e15, "1000 T"),
+        (1.5e18, "1500000 T"),
+        (0.5, "0.5"),
+        (0.001, "0.001"),
+    ],
+)
+def test_human_count(number, shown):
+    assert human_count(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(1e-4, "0.0001"), (6e-5, "0.0001"), (1e-5, "0"), (1e-300, "0")]
+)
+def test_human_count_of_next_to_nothing_has_no_exponent(number, shown):
+    """Below 0.0001 the format `g` switched to 1e-05, which no one reads as a number of tokens per second."""
+    assert human_count(number) == shown
+
+
+def test_counts_never_have_an_exponent_and_are_within_half_a_percent():
+    r = random.Random(0)
+    for _ in range(20_000):
+        number = 10 ** r.uniform(-6, 20)
+        text = human_count(number)
+        assert "e" not in text.lower(), (number, text)
+        value, _, unit = text.partition(" ")
+        value = float(value) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[unit]
+        assert abs(value - number) <= 0.0051 * number + 5.1e-5, (number, text)
+        assert float(text.split()[0]) < 1000 or unit == "T", (number, text)
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0 B"),
+        (512, "512 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (24_576, "24.0 KiB"),
+        (1024**2, "1.0 MiB"),
+        (3.1 * 1024**2, "3.1 MiB"),
+        (58.6 * 1024**3, "58.6 GiB"),
+        (1024**4, "1.0 TiB"),
+        (1e18, "909494.7 TiB"),
+    ],
+)
+def test_human_bytes(number, shown):
+    assert human_bytes(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (1023.4, "1023 B"),
+        (1023.6, "1.0 KiB"),
+        (1024**2 - 1, "1.0 MiB"),
+        (1023.9 * 1024, "1023.9 KiB"),
+        (1024**3 - 1, "1.0 GiB"),
+        (1024**4 - 1, "1.0 TiB"),
+    ],
+)
+def test_human_bytes_takes_the_next_unit_when_rounding_reaches_it(number, shown):
+    """One byte below a GiB was "1024.0 MiB"."""
+    assert human_bytes(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (42, "42 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (60, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h 00 min"),
+        (7800, "2 h 10 min"),
+        (86_399.6, "1 d 0 h"),
+        (4 * 86_400 + 3 * 3600, "4 d 3 h"),
+        (1e9, "11574 d 1 h"),
+    ],
+)
+def test_human_seconds(seconds, shown):
+    assert human_seconds(seconds) == shown
+
+
+def test_visible_spells_out_whatever_moves_a_terminal():
+    """S1: the reference printed a model's ESC bytes raw; with them a text can change the title, the colours, the clipboard."""
+    assert visible("plain é 漢字 😀\n\ttab") == "plain é 漢字 😀\n\ttab"
+    assert visible("\x1b]52;c;aGk=\x07") == "\\x1b]52;c;aGk=\\x07"
+    assert visible("a\rb\x00\x7f\x9b31m") == "a\\rb\\x00\\x7f\\x9b31m"
+    assert visible("\u202eevil\u202c \u2066x\u2069") == "\\u202eevil\\u202c \\u2066x\\u2069"
+    everything = "".join(map(chr, range(0x3000)))
+    assert not any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in visible(everything))
+    assert visible(visible(everything)) == visible(everything)
+
+
+@pytest.mark.parametrize(
+    "stops, pieces, shown, held, stopped",
+    [
+        ((), ["ab", "c"], ["ab", "c"], "", False),
+        (("X",), ["ab", "cXd"], ["ab", "c"], "", True),
+        (("abc",), ["xa", "b", "d"], ["x", "", "abd"], "", False),
+        (("abc",), ["xa", "b", "cd"], ["x", "", ""], "", True),
+        (("abc", "b"), ["xab"], ["xa"], "", True),
+        (("\n\n",), ["a\n", "b\n", "\nc"], ["a", "\nb", ""], "", True),
+        (("aab",), ["aa", "a", "b"], ["", "a", ""], "", True),
+        (("abc",), ["ab"], [""], "ab", False),
+        (("",), ["ab"], ["ab"], "", False),
+    ],
+)
+def test_text_is_cut_at_the_first_stop_however_it_comes(stops, pieces, shown, held, stopped):
+    """What may become a stop is held back, and given when it does not."""
+    until = UntilText(stops)
+    results = [until.push(piece) for piece in pieces]
+    assert (
+        [text for text, _ in results] == shown
+        and until.held == held
+        and [s for _, s in results] == [False] * (len(pieces) - 1) + [stopped]
+    )

@@ -1,0 +1,108 @@
+"""What stands in for parts of a block on a CPU is compared with model_parts before it is used."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model_parts
+from runtime.checks import kernels as check_kernels
+from runtime.checks.kernels import settle_kernels
+from runtime.inference.decoder import Decoder
+from runtime.inference.quantize import quantize_
+from runtime.kernels.choose import choose_kernels
+from tests.numeric import assert_close, logits_bound
+from tests.util import random_config, random_model, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def ready(**changes):
+    """A small model with a CPU's kernels."""
+    model = random_model(tiny_config(**changes)).eval()
+    choose_kernels(model, CPU, torch.float32)
+    return model
+
+
+def squared_relu(h, activation):
+    return F.relu(h).square()
+
+
+@pytest.fixture
+def other_activation(monkeypatch):
+    """model_parts.activate as somebody changed it."""
+    for module in (model_parts, check_kernels):
+        monkeypatch.setattr(module, "activate", squared_relu)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_model_as_it_is_keeps_its_kernels(activation, packed):
+    model = ready(expert_activation=activation, expert_bias=True, attention_sinks=True)
+    if packed:
+        quantize_(model)
+    assert settle_kernels(model) == []
+    assert all(block.moe.experts.feed_forward for block in model.layers)
+    assert all(block.attention.sink_kernel for block in model.layers)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_architecture_keeps_its_kernels(seed):
+    model = random_model(random_config(seed), seed)
+    choose_kernels(model, CPU, torch.float32)
+    assert settle_kernels(model) == []
+
+
+def test_a_changed_activation_is_what_trains(other_activation):
+    """Somebody put another activation into model_parts.activate: training on a CPU went on with the
+    old one, which runtime/kernels/cpu_experts.py has too, and nothing said so."""
+    model = ready(expert_activation="gelu")
+    ids_BT = torch.arange(12)[None] % 61
+    plain = copy.deepcopy(model)
+    for block in plain.layers:
+        block.moe.experts.feed_forward = None
+    (line,) = settle_kernels(model)
+    assert "another activation than model_parts.activate" in line
+    losses = [m(ids_BT, ids_BT.roll(-1, 1)).cross_entropy_sum for m in (model, plain)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_decoder_says_so_and_reads_prompts_with_it(other_activation):
+    """The C decoder stepped aside, and PyTorch then read with the old activation."""
+    model = ready(expert_activation="gelu")
+    decoder = Decoder(model)
+    assert decoder.native is None and "another activation" in decoder.note
+    (text,) = decoder.texts(1, 32)
+    logits_V = decoder.read(text, [1, 2, 3])[0]
+    plain = copy.deepcopy(model)
+    for block in plain.layers:
+        block.moe.experts.feed_forward = None
+    expected_V = plain(torch.tensor([[1, 2, 3]])).logits[0, -1]
+    assert_close(logits_V, expected_V, logits_bound(model.config, 3))
+
+
+def test_a_parameter_that_the_kernel_is_not_given_is_named():
+    model = ready()
+    model.layers[1].moe.experts.scale = torch.nn.Parameter(torch.ones(4))
+    (line,) = settle_kernels(model)
+    assert "does not know scale" in line
+    assert [block.moe.experts.feed_forward is None for block in model.layers] == [False, True]
+
+
+def test_changed_attention_with_sinks_is_what_is_computed(monkeypatch):
+    def scaled(*given):
+        return 2 * model_parts.attention_with_sinks(*given)
+
+    monkeypatch.setattr(check_kernels, "attention_with_sinks", scaled)
+    model = ready(attention_sinks=True, sliding_window=4)
+    (line,) = settle_kernels(model)
+    assert "attention_with_sinks" in line
+    assert all(block.attention.sink_kernel is None for block in model.layers)
+    assert settle_kernels(ready()) == []

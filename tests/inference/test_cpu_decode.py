@@ -1,0 +1,382 @@
+"""runtime/cpu_decode: the C code gives the plain model's logits, whatever the architecture, and is built and kept with care."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import runtime.inference.cpu_decode as cpu_decode
+from config_model import ModelConfig
+from model_parts import KVCache
+from runtime.inference.cpu_decode import native_model
+from runtime.inference.decoder import Decoder
+from runtime.inference.quantize import quantize_
+from tests.conftest import REPO
+from tests.numeric import before_ties, is_close, logits_bound, size_of
+from tests.util import random_model, tiny_config
+
+HAS_CODE, WHY_NOT = cpu_decode.library()
+needs_code = pytest.mark.skipif(HAS_CODE is None, reason=f"no native decoding here: {WHY_NOT}")
+if os.environ.get("CI") and sys.platform == "linux":
+    assert HAS_CODE, WHY_NOT
+
+
+def random_architecture(r: random.Random) -> ModelConfig:
+    """Any sizes, also those that no vector and no tile divides."""
+    G = r.choice([1, 1, 2, 3])
+    E = r.choice([1, 2, 5, 8])
+    config = tiny_config(
+        d_model=r.choice([1, 7, 16, 33, 64]),
+        transformer_blocks=r.choice([1, 2, 3]),
+        num_heads=G * r.choice([1, 2, 3]),
+        num_kv_heads=G,
+        head_dim=2 * r.choice([1, 3, 8, 17]),
+        num_experts=E,
+        top_k=r.randint(1, min(E, 4)),
+        d_ff=r.choice([1, 5, 32, 67]),
+        vocabulary_size=r.choice([2, 11, 64, 101]),
+        expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]),
+        attention_sinks=r.random() < 0.4,
+        router_bias=r.random() < 0.4,
+        context_length=48,
+        tie_embeddings=r.random() < 0.3,
+        router_bias_rate=r.choice([0.0, 0.1]),
+        rms_norm_eps=r.choice([1e-6, 1e-2]),
+        use_rope=r.random() < 0.8,
+        **{
+            name: r.random() < 0.5
+            for name in (
+                "expert_bias",
+                "qkv_bias",
+                "out_proj_bias",
+                "head_bias",
+                "qk_norm",
+                "use_attention_bias",
+            )
+        },
+        **r.choice(
+            [
+                {},
+                dict(sliding_window=5),
+                dict(sliding_window=9, window_pattern="alternating"),
+                dict(rope_theta=100.0),
+            ]
+        ),
+    )
+    # The norm of a single number is its sign, which rounding turns where the number is almost 0: unless eps is as large as it.
+    return dataclasses.replace(config, rms_norm_eps=1.0) if config.d_model == 1 else config
+
+
+def close(a: torch.Tensor, b: torch.Tensor, config: ModelConfig) -> bool:
+    # A residual stream of one number may cancel to nearly 0, but what it is a sum of is about 1.
+    size = max(size_of(b), 1.0) if config.d_model == 1 else None
+    return is_close(a, b, logits_bound(config, config.context_length), size)
+
+
+@needs_code
+@pytest.mark.parametrize("seed", range(60))
+def test_it_gives_the_plain_models_logits(seed):
+    """Random architectures, read in chunks of many tokens or one by one, many texts of different lengths at once, in 1 to 3 threads, packed or not."""
+    r = random.Random(seed)
+    config = random_architecture(r)
+    model = random_model(config, seed)
+    with torch.no_grad():  # a selection bias that matters
+        for block in model.layers:
+            if block.moe.router.selection_bias is not None:
+                block.moe.router.selection_bias.normal_(
+                    generator=torch.Generator().manual_seed(seed)
+                )
+    if r.random() < 0.4:
+        quantize_(model)
+    native, why = native_model(model)
+    assert native and not why
+    cpu_decode_threads = r.choice([1, 2, 3])
+    native.least_bytes_per_thread = 1  # however small it is
+    texts = [
+        [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))]
+        for _ in range(r.choice([1, 2, 5, 9]))
+    ]
+    plain = [model(torch.tensor([text])).logits[0] for text in texts]
+    clear = [before_ties(model, torch.tensor([text]))[0] for text in texts]
+    caches = KVCache(config, len(texts), 48).rows()
+    is_ring, done, compared = any(caches[0].is_ring), [0] * len(texts), 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cpu_decode_threads)
+    try:
+        while left := [i for i, text in enumerate(texts) if done[i] < len(text)]:
+            chosen = r.sample(left, r.randint(1, len(left)))
+            chunks = [
+                texts[i][done[i] : done[i] + (1 if is_ring else r.choice([1, 1, 2, 7, 30]))]
+                for i in chosen
+            ]
+            all_logits = r.random() < 0.5
+            logits = native.forward([caches[i] for i in chosen], chunks, all_logits)
+            expected, is_sure = [], []
+            for i, chunk in zip(chosen, chunks, strict=True):
+                done[i] += len(chunk)
+                rows = slice(done[i] - (len(chunk) if all_logits else 1), done[i])
+                expected.append(plain[i][rows])
+                is_sure.append(clear[i][rows])
+            sure = torch.cat(is_sure)
+            compared += sure.sum().item()
+            assert not sure.any() or close(logits[sure], torch.cat(expected)[sure], config), config
+            assert [cache.length for cache in caches] == done
+        assert compared
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+def test_a_text_can_go_from_pytorch_to_c_and_back():
+    """They share the cache, and rows with room for many tokens are tiled, few rows are not: all sizes of chunk agree."""
+    model = random_model(
+        tiny_config(d_model=32, d_ff=48, num_experts=4, context_length=300, vocabulary_size=50), 1
+    )
+    native, _ = native_model(model)
+    ids = torch.randint(0, 50, (1, 250), generator=torch.Generator().manual_seed(0))
+    cache, expected, at = KVCache(model.config, 1, 300), model(ids).logits[0], 0
+    is_sure = before_ties(model, ids)[0]
+    assert is_sure[:130].all()  # chunks of all sizes
+    for i, T in enumerate([3, 1, 9, 70, 8, 1, 129, 1, 4, 24]):
+        chunk = ids[:, at : at + T]
+        logits = (
+            model(chunk, cache=cache).logits[0]
+            if i % 2
+            else native.forward([cache], chunk.tolist(), all_logits=True)
+        )
+        sure = is_sure[at : at + T]
+        assert not sure.any() or close(logits[sure], expected[at : at + T][sure], model.config)
+        at += T
+    assert at == 250
+
+
+@needs_code
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("chunk", [1, 12])
+def test_what_is_not_a_number_is_not_hidden(bad, chunk):
+    """A bound on the exponent of softmax made NaN scores count for nothing: a damaged weight gave text, and no error."""
+    model = random_model(tiny_config(context_length=64))
+    with torch.no_grad():
+        model.embed.weight[7] = bad
+    native, _ = native_model(model)
+    cache, ids = KVCache(model.config, 1, 64), [1, 2, 3, 7, 4, 5, 6, 8, 9, 1, 2, 3]
+    for first in range(0, 12, chunk):
+        logits = native.forward([cache], [ids[first : first + chunk]])
+    assert not torch.isfinite(logits.sum())
+
+
+@needs_code
+def test_scores_of_any_size_are_weighed_as_pytorch_does():
+    """Far below the largest, far above, negative ones: softmax by our own exponential function, over contexts that fill no vector."""
+    model = random_model(tiny_config(context_length=128, use_attention_bias=True), 3)
+    with torch.no_grad():
+        for block, size in zip(model.layers, (30.0, 300.0), strict=False):
+            block.attention.attention_bias.normal_(
+                0, size, generator=torch.Generator().manual_seed(1)
+            )
+    native, _ = native_model(model)
+    ids = torch.randint(
+        0, model.config.vocabulary_size, (1, 77), generator=torch.Generator().manual_seed(0)
+    )
+    logits = native.forward([KVCache(model.config, 1, 128)], ids.tolist(), all_logits=True)
+    assert close(logits, model(ids).logits[0], model.config)
+
+
+@needs_code
+def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
+    config = tiny_config()
+    assert (
+        native_model(random_model(config).double())[1] == "native decoding is for float32 on a CPU"
+    )
+    assert native_model(random_model(config).bfloat16())[0] is None
+    native, _ = native_model(random_model(config))
+    cache = KVCache(config, 1, 4)
+    for bad in ([-1], [config.vocabulary_size], []):
+        with pytest.raises(ValueError, match="token ids must be from 0 to"):
+            native.forward([cache], [bad])
+    with pytest.raises(ValueError, match="the KV cache holds 4 tokens"):
+        native.forward([cache], [[1] * 5])
+    assert cache.length == 0
+    native, _ = native_model(random_model(tiny_config(context_length=8, use_attention_bias=True)))
+    with pytest.raises(
+        ValueError, match="9 tokens do not fit the context of 8: this model adds a learned bias"
+    ):  # it read behind the table
+        native.forward([KVCache(native.config, 1, 16)], [[1] * 9])
+
+
+@needs_code
+def test_bytes_per_token_are_those_of_the_weights_that_a_token_reads():
+    config = tiny_config(expert_bias=True, head_bias=True, out_proj_bias=True)
+    model = random_model(config)
+    native, _ = native_model(model)
+    expected = 0
+    for name, p in model.named_parameters():
+        share = 1.0
+        if ".experts." in name:
+            share = config.top_k / config.num_experts
+        elif name == "embed.weight":
+            share = 1 / config.vocabulary_size
+        elif "norm" in name:
+            share = 0.0
+        expected += share * p.numel() * 4
+    assert native.bytes_per_token() == pytest.approx(expected)
+    quantized, _ = native_model(quantize_(random_model(config)))
+    assert 0.25 * expected < quantized.bytes_per_token() < 0.5 * expected
+
+
+# ------------------------------------------------------------------------------------------------------- the compiler
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """library() as in a new process, with a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_decode.library.cache_clear()
+    yield tmp_path / "gptoss"
+    cpu_decode.library.cache_clear()
+
+
+@needs_code
+def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
+    assert cpu_decode.library()[0] is not None
+    (path,) = fresh.iterdir()
+    assert path.name.startswith("cpu_decode_") and fresh.stat().st_mode & 0o777 == 0o700
+    cpu_decode.library.cache_clear()
+
+    def no_compiler(*_, **__):
+        raise AssertionError("compiled again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", no_compiler)
+        assert cpu_decode.library()[0] is not None
+    path.unlink()  # not written over: this process has it mapped
+    path.write_bytes(b"cut short")
+    path.chmod(0o755)
+    script = "import runtime.inference.cpu_decode as c; print(c.library()[0] is not None)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120
+        ).stdout
+        == "True\n"
+        and path.stat().st_size > 1000
+    )  # made anew
+
+
+@needs_code
+def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
+    """GPTOSS_CFLAGS can take back what -march=native allows only if it comes after it; code compiled with other flags is never taken for it."""
+    commands, real = [], subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **more: commands.append(command) or real(command, **more)
+    )
+    for flags in ("", "-O1 -fno-tree-vectorize"):
+        monkeypatch.setenv("GPTOSS_CFLAGS", flags)
+        cpu_decode.library.cache_clear()
+        assert cpu_decode.library()[0] is not None
+    assert len(list(fresh.iterdir())) == len(commands) == 2
+    at = next(i for i, flag in enumerate(commands[1]) if flag.endswith("=native"))
+    assert (
+        commands[1][at + 1 : at + 3] == ["-O1", "-fno-tree-vectorize"] and "-O1" not in commands[0]
+    )
+    monkeypatch.setenv("GPTOSS_CFLAGS", "-no-such-flag")
+    cpu_decode.library.cache_clear()
+    assert "could not be compiled" in cpu_decode.library()[1]
+
+
+@needs_code
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
+    """The name of the compiled code can be guessed: in a folder that others can write to, it was whatever they put there."""
+    assert cpu_decode.library()[0] is not None
+    (path,) = fresh.iterdir()
+    if what == "link":
+        path.rename(tmp_path / "elsewhere.so")
+        path.symlink_to(tmp_path / "elsewhere.so")
+    else:
+        (fresh if what == "folder" else path).chmod(0o777)
+    cpu_decode.library.cache_clear()
+    code, why = cpu_decode.library()
+    assert (
+        code is None
+        and why.startswith(str(fresh))
+        and why.endswith(
+            "is not this user's alone, and code is not taken from there: remove it, or set XDG_CACHE_HOME"
+        )
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no native decoding")
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("none", "there is no C compiler"),
+        ("broken", "could not be compiled: this compiler is broken"),
+        ("folder", "could not be compiled: .*"),
+    ],
+)
+def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why, tmp_path):
+    """A machine without a compiler, with a broken one, or with a home that cannot be written: the same text, and `:stats` says why it is slower."""
+    monkeypatch.delenv("CC", raising=False)
+    if how == "none":
+        monkeypatch.setattr(cpu_decode.shutil, "which", lambda name: None)
+    elif how == "broken":
+        (tmp_path / "cc").write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    decoder = Decoder(random_model(tiny_config()))
+    assert decoder.native is None
+    assert re.search(why, decoder.why_not_native)
+
+
+@needs_code
+def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path):
+    """Compiled for the oldest x86-64, without the vectors of this machine; and for this one with the compiler's checks of memory and arithmetic on:
+    each buffer is an allocation of its own, so running out of one is seen."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("a Linux compiler's flags")
+    checker = subprocess.run(
+        [*(os.environ.get("CC") or "cc").split(), "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    checks = ["-march=native", "-fsanitize=undefined", "-fno-sanitize-recover=all"] + [
+        "-fsanitize=address"
+    ] * os.path.isabs(checker)
+    for name, flags in (
+        ("plain", ["-march=x86-64"] if os.uname().machine == "x86_64" else []),
+        ("checked", checks),
+    ):
+        variables = {"XDG_CACHE_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
+        if "-fsanitize=address" in flags:
+            variables |= {"LD_PRELOAD": checker, "ASAN_OPTIONS": "detect_leaks=0"}
+        script = tmp_path / f"{name}.py"
+        script.write_text(f"""
+import sys, random
+sys.path.insert(0, {str(REPO)!r})
+import runtime.inference.cpu_decode as c
+real = c.subprocess.run
+def run(command, **more):
+    return real([a for a in command if a != "-march=native"] + {flags!r}, **more)
+c.subprocess.run = run
+from tests.inference.test_cpu_decode import test_it_gives_the_plain_models_logits as check, test_a_text_can_go_from_pytorch_to_c_and_back as shared
+for seed in range(100, 112):
+    check(seed)
+shared()
+print("the same")
+""")
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | variables,
+        )
+        assert done.stdout == "the same\n", done.stderr[-2000:]

@@ -1,0 +1,228 @@
+"""That the promises of tests/promises/wrongness.py can be broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from unittest import mock
+
+import pytest
+
+import predict
+import train
+from model_parts import Attention, KVCache
+from runtime.checkpoint import format as checkpoint
+from runtime.data import shards as data
+from runtime.training import metrics
+from runtime.training.metrics import MetricsLog, read_records
+from runtime.training.plan import make_plan
+from tests import test_predict, test_train
+from tests.promises import wrongness
+
+
+# ------------------------------------------------------------------------------------------------- they notice what they are for
+def broken(tally, words: str) -> None:
+    """The tally has failures, and one says so."""
+    assert tally.tried - tally.held > 0 and any(words in failure for failure in tally.failures), (
+        tally
+    )
+    with pytest.raises(AssertionError):
+        tally.check()
+
+
+@pytest.mark.parametrize(
+    "owner, name, fake, count, words",
+    [
+        (checkpoint, "_digests", lambda *_: {}, 28, "checkpoint bit"),
+        (data.TokenShards, "verify", lambda self: None, 28, "shard bit"),
+        (MetricsLog, "_second_copy", lambda self: {}, 112, "metrics bit"),
+    ],
+    ids=["no digests", "no verification", "no second copy"],
+)
+def test_unchecked_files_are_found_silently_wrong(owner, name, fake, count, words):
+    with mock.patch.object(owner, name, fake):
+        tally = wrongness.corruption(count)
+    broken(tally, words)
+    assert any(
+        "silently wrong" in failure or "nobody measured" in failure for failure in tally.failures
+    )
+
+
+def test_a_fallback_without_a_word_is_found():
+    real = train.find_latest
+    with mock.patch.object(train, "find_latest", lambda *a, **k: (real(*a, **k)[0], [])):
+        broken(wrongness.fallback(2), "step_0000006.pt")
+
+
+def test_a_pairing_that_is_accepted_is_found():
+    with mock.patch.object(train, "_check_vocabulary", lambda *_: None):
+        broken(wrongness.pairings(1000), "accepted: work began")
+
+
+def test_a_payload_that_runs_is_found():
+    """With the unpickler that the reference uses in the place of ours."""
+    prelude = "import runtime.checkpoint as c, pickle\nreal = torch.load\nc._scan_zip = lambda path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', weights_only=False)"
+    tally = wrongness.hostile(4, prelude)
+    assert tally.held == 0 and "something was executed" in tally.failures[0]
+
+
+def test_a_look_into_the_future_is_found():
+    with mock.patch.object(Attention, "_mask", lambda *_: (None, False)):
+        broken(wrongness.causality(3), "logits before token")
+
+
+def test_a_cache_that_changes_what_it_holds_is_found():
+    real = KVCache.update
+
+    def update(*args):
+        keys, values = real(*args)
+        return keys * 1.001, values
+
+    with mock.patch.object(KVCache, "update", update):
+        broken(wrongness.cached(5), "differs by")
+
+
+def test_a_loss_that_is_another_is_found():
+    real = train.evaluate
+    with mock.patch.object(train, "evaluate", lambda *a, **k: real(*a, **k) + 0.01):
+        broken(wrongness.loss(2), "by hand")
+
+
+def test_a_validation_that_draws_random_numbers_is_found():
+    real = train.evaluate
+
+    def drawing(*args, **options):
+        wrongness.torch.rand(1)
+        return real(*args, **options)
+
+    with mock.patch.object(train, "evaluate", drawing):
+        broken(wrongness.loss(2), "draws random numbers")
+
+
+def test_tokens_that_are_never_used_are_found():
+    """The reference's windows: whole ones only, and none that crosses the end."""
+    with mock.patch.object(
+        data, "count_windows", lambda shards, context: max(1, (shards.num_tokens - 1) // context)
+    ):
+        broken(wrongness.every_token_once(10), "are never a target")
+
+
+def test_a_traceback_is_found():
+    def fails(*_):
+        raise KeyError("k")
+
+    with mock.patch.object(predict, "command_result", fails):
+        broken(wrongness.repl_lines(100), "KeyError")
+    with mock.patch.object(train.cli, "settings_from", fails):
+        broken(wrongness.fuzzed_argv(40), "KeyError")
+
+
+def test_a_flag_that_is_ignored_is_found():
+    with (
+        mock.patch("config_model.check_fields", lambda config: None),
+        mock.patch.object(predict, "check_fields", lambda config: None),
+    ):
+        broken(wrongness.flags(60), "accepted: its work began")
+
+
+def test_a_connection_is_found():
+    broken(
+        wrongness.alone(
+            17,
+            "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', 80))\nsys.exit()",
+        ),
+        "a look-up: socket.getaddrinfo",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- what they have found
+def _filled(folder, steps=(10, 20, 30, 40)) -> list[dict]:
+    log = MetricsLog(folder, run_info={"run_id": "a"})
+    for step in steps:
+        log.append({"step": step, "kind": "train", "loss": 5.25 - step / 100})
+    log.finish()
+    return log.records()
+
+
+def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
+    """4.95 became 4.99 by one bit, which is as good JSON: a resumed run took it for measured, and drew it. metrics.json has every record once
+    more, so the two are compared; where they differ no one knows which is right, and neither is kept."""
+    records = _filled(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"4.95", b"4.99"))
+    log = MetricsLog(tmp_path, resume_step=40, run_info={"run_id": "a"})
+    assert log.records() == [records[0], records[1], records[3]]
+    assert (
+        "line 3: not what metrics.json has of step 30" in log.messages[0]
+        and "metrics-damaged-1.jsonl; 3 records of it kept" in log.messages[0]
+    )
+    assert (
+        json.loads((tmp_path / "metrics.json").read_text())["train"] == log.records()
+        and (tmp_path / "metrics-damaged-1.json").exists()
+    )
+
+
+def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
+    """A line that is damaged, one whose step became another, and the last one cut short: metrics.json still has all three."""
+    records = _filled(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(
+        lines[0].replace(b'"step":10', b'"step":11')
+        + lines[1].replace(b"{", b"[")
+        + lines[2]
+        + lines[3][:20]
+    )
+    log = MetricsLog(tmp_path, resume_step=40, run_info={"run_id": "a"})
+    assert (
+        log.records() == records
+        and log.messages[-1] == f"3 records that {path} no longer has put back from metrics.json"
+    )
+    log.append({"step": 50, "kind": "train", "loss": 1.0})
+    assert [r["step"] for r in read_records(path)] == [10, 20, 30, 40, 50]
+
+
+def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
+    """Resumed at 20, killed at 35, resumed at 20 and then at 40: what metrics.json had of the first run's steps beyond 20 is forgotten in time."""
+    _filled(tmp_path)
+    for resume, steps in ((20, (25, 35)), (20, (30, 40)), (40, (50,))):
+        log = MetricsLog(tmp_path, resume_step=resume, run_info={"run_id": "a"})
+        for step in steps:
+            log.append({"step": step, "kind": "train", "loss": 1.0 + resume})
+        if resume == 40:
+            assert not log.messages
+        elif steps[-1] == 40:
+            log.write_json()  # as a checkpoint at 40 does
+    assert [r["step"] for r in log.records()] == [10, 20, 30, 40, 50] and metrics.KINDS == (
+        "train",
+        "val",
+    )
+
+
+def test_what_the_weights_are_may_be_said_again(tmp_path):
+    """--init_from with the weights' own --d_model was refused, for it was checked with the default's 32 heads; and --num_heads 8 --head_dim 4 on
+    weights of 4 heads of 8 was taken without a word (it is in the table of pairings): the shapes are the same, the function is not."""
+    model = test_predict.biased_model(vocabulary_size=257)
+    with wrongness.folder() as at:
+        path, data_dir = test_predict.save(at / "ckpt", model), wrongness._byte_data(at)
+        given = [
+            "--init_from",
+            path,
+            "--data_dir",
+            str(data_dir),
+            "--ckpt_dir",
+            str(at / "new"),
+            "--d_model",
+            "32",
+            "--num_heads",
+            "4",
+            "--num_kv_heads",
+            "2",
+            "--head_dim",
+            "8",
+            "--top_k",
+            "1",
+        ]
+        assert make_plan(test_train._settings(*given)).model_config == dataclasses.replace(
+            model.config, top_k=1
+        )

@@ -37,7 +37,7 @@ from runtime.data import toy_stories
 from runtime.data.shards import open_data, read_manifest
 from runtime.data.sources import FileSource, safe_cut
 from runtime.data.tokenizer import Tokenizer
-from runtime.data.tokenizers import load_tokenizer, read_tokenizer
+from runtime.data.tokenizers import load_tokenizer, read_tokenizer, tokenizer_from_state
 from tests.data.test_tokenizer import stand_in
 from tests.util import random_model, tiny_config
 
@@ -85,7 +85,7 @@ def documents(shards) -> list[str]:
     ids = shards.read(0, shards.num_tokens)
     ends = np.flatnonzero(ids == shards.end_of_text_id)
     assert ends[-1] == len(ids) - 1
-    tokenizer = Tokenizer.from_state(shards.tokenizer_state)
+    tokenizer = tokenizer_from_state(shards.tokenizer_state)
     return [tokenizer.decode(part[:-1]) for part in np.split(ids, ends[:-1] + 1)]
 
 
@@ -538,7 +538,7 @@ def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
         limit,
         tokenizer="gpt2:compact",
     )
-    tokenizer = Tokenizer.from_state(train.tokenizer_state)
+    tokenizer = tokenizer_from_state(train.tokenizer_state)
     longer = {tokenizer.token_bytes(i) for i in range(tokenizer.end_of_text_id)} - {
         bytes([b]) for b in range(256)
     }

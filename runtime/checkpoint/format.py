@@ -83,7 +83,7 @@ class Checkpoint:
         float | None
     )  # cross-entropy in nats (in the reference's files: its auxiliary loss included)
     train_config: dict  # fields of TrainConfig; empty in the reference's format
-    tokenizer_state: dict | None  # for Tokenizer.from_state
+    tokenizer_state: dict | None  # for tokenizer_from_state
     data_fingerprint: str
     run: dict  # what the trainer put there
     versions: dict  # of torch and Python, when it was written

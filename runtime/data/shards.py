@@ -403,7 +403,7 @@ class TokenShards:
 
     @functools.cached_property
     def tokenizer_state(self) -> dict:
-        """State of the tokenizer that made these shards, for Tokenizer.from_state; one made from the text is read from beside them."""
+        """State of the tokenizer that made these shards, for tokenizer_from_state; one made from the text is read from beside them."""
         entry = self.manifest["tokenizer"]
         if "file" not in entry:
             return entry

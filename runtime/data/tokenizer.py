@@ -9,7 +9,6 @@ trained or imported one whole, so a checkpoint never meets ids that mean somethi
 from __future__ import annotations
 
 import base64
-import binascii
 import codecs
 import functools
 import hashlib
@@ -19,14 +18,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import tiktoken
-
-from runtime.data.tokenizers import (
-    _bpe_tokenizer,
-    _compact_from_state,
-    _encoding,
-    check_name,
-    load_tokenizer,
-)
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = ("o200k_base", "gpt2", "cl100k_base")  # vocabularies that tiktoken downloads
@@ -62,8 +53,16 @@ def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def encoding_of(name: str, tokens: list[bytes], pattern: str) -> tiktoken.Encoding:
+    """The encoding whose ids are the positions in `tokens`, followed by end-of-text."""
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+
+
 class Tokenizer:
-    """A vocabulary and its end-of-text id. Ids run from 0 to vocabulary_size - 1; made by load_tokenizer, train_bpe, compacted or from_state.
+    """A vocabulary and its end-of-text id. Ids run from 0 to vocabulary_size - 1; made by load_tokenizer, train_bpe, compacted or tokenizer_from_state.
 
     An answer ends with one of `stop_ids`, and a text begins behind `start_id` (None: behind nothing). Both are end-of-text, but
     for a published model's tokenizer.
@@ -164,7 +163,7 @@ class Tokenizer:
         }
 
     def to_state(self) -> dict:
-        """All that `from_state` needs, in plain JSON values; a trained BPE carries its tokens (base64, by id)."""
+        """All that `tokenizer_from_state` needs, in plain JSON values; a trained BPE carries its tokens (base64, by id)."""
         if not self.made_from_text:
             return self.summary()
         ranks = self.encoding._mergeable_ranks
@@ -173,36 +172,6 @@ class Tokenizer:
                 base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.__getitem__)
             ]
         }
-
-    @staticmethod
-    def from_state(state: dict) -> Tokenizer:
-        """The tokenizer that `to_state` described. ValueError if it is malformed or if this is not the vocabulary it was."""
-        if not isinstance(state, dict) or not isinstance(state.get("name"), str):
-            raise ValueError("the stored tokenizer is damaged: it has no name")
-        name = state["name"]
-        check_name(name)
-        if name.endswith(COMPACT):
-            tokenizer = _compact_from_state(state)
-        elif name.startswith(IMPORTED):
-            from runtime.data import hf_tokenizer
-
-            tokenizer = hf_tokenizer.from_state(state)
-        elif name.startswith("bpe:"):
-            try:
-                tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
-            except (KeyError, TypeError, ValueError, binascii.Error):
-                raise ValueError(
-                    f"the stored tokenizer {name} is damaged: its tokens cannot be read"
-                ) from None
-            tokenizer = _bpe_tokenizer(name, tokens)
-        else:
-            tokenizer = load_tokenizer(name)
-        for key, value in tokenizer.summary().items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"the stored tokenizer {name} is not the {name} found here: its {key} is {state.get(key)!r}, here it is {value!r}"
-                )
-        return tokenizer
 
 
 class CompactTokenizer(Tokenizer):
@@ -216,7 +185,7 @@ class CompactTokenizer(Tokenizer):
         """`base_ids`, by new id: ascending, with all 256 bytes and, last, end-of-text."""
         tokens = [base.token_bytes(i) for i in base_ids[:-1]]
         super().__init__(
-            base.name + COMPACT, _encoding(base.name + COMPACT, tokens, base.encoding._pat_str)
+            base.name + COMPACT, encoding_of(base.name + COMPACT, tokens, base.encoding._pat_str)
         )  # to look tokens up, not to encode
         self.base, self.base_ids = base, list(base_ids)
         self.new_ids = np.full(base.vocabulary_size, _NOT_KEPT, dtype=np.uint32)  # [base ids]
@@ -270,7 +239,7 @@ class CompactTokenizer(Tokenizer):
         return super().summary() | {"base_fingerprint": self.base.fingerprint}
 
     def to_state(self) -> dict:
-        """All that `from_state` needs, in plain JSON values: the kept ids of the base, by new id."""
+        """All that `tokenizer_from_state` needs, in plain JSON values: the kept ids of the base, by new id."""
         return self.summary() | {"base_ids": self.base_ids}
 
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tiktoken
 
-from runtime.checkpoint.format import (
-    Checkpoint,
-    CheckpointError,
-)
-from runtime.checkpoint.read import (
-    read_header,
-    unpack,
-)
-from runtime.data import hf_tokenizer, tokenizers
+from runtime.data import hf_tokenizer
 from runtime.data.hf_tokenizer import (
     CONFIG_FILE,
     OURS,
@@ -34,7 +29,6 @@ from runtime.data.shards import MANIFEST, TokenShards
 from runtime.data.tokenizer import (
     _BYTE_PATTERN,
     COMPACT,
-    END_OF_TEXT,
     IMPORTED,
     NAMED,
     STATE_FILE,
@@ -43,14 +37,18 @@ from runtime.data.tokenizer import (
     Tokenizer,
     _without_surrogates,
     byte_of_character,
+    encoding_of,
 )
+
+if TYPE_CHECKING:
+    from runtime.checkpoint.format import Checkpoint
 
 
 def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
     """The checkpoint's tokenizer; `name` (see named_tokenizer) only where it carries none. ValueError if they do not go together."""
     path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
     if checkpoint.tokenizer_state:
-        tokenizer = Tokenizer.from_state(checkpoint.tokenizer_state)
+        tokenizer = tokenizer_from_state(checkpoint.tokenizer_state)
         if name and named_tokenizer(name).fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"{path} was trained with tokenizer {tokenizer.name}, not {name}: leave --tokenizer out"
@@ -78,21 +76,25 @@ def named_tokenizer(name: str) -> Tokenizer:
         return load_tokenizer(name)
     folder = Path(name)
     if folder.is_file():
+        # Here, so that preparing text loads no torch.
+        from runtime.checkpoint.format import CheckpointError
+        from runtime.checkpoint.read import read_header, unpack
+
         contents, _ = unpack(folder, read_only=True)
         try:
             state = read_header(contents)["tokenizer"] if "format" in contents else None
             if not state:
                 raise ValueError("does not say which tokenizer it was trained with")
-            return Tokenizer.from_state(state)
+            return tokenizer_from_state(state)
         except ValueError as error:
             raise CheckpointError(folder, error) from error
     if (
         not any((place / MANIFEST).exists() for place in (folder, folder / "train"))
         and (folder / hf_tokenizer.TOKENIZER_FILE).exists()
     ):
-        return tokenizers.read_tokenizer(folder)
+        return read_tokenizer(folder)
     shards = TokenShards(folder if (folder / MANIFEST).exists() else folder / "train", verify=False)
-    return Tokenizer.from_state(shards.tokenizer_state)
+    return tokenizer_from_state(shards.tokenizer_state)
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
@@ -112,7 +114,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     data, config = _read_json(path), _read_json(folder / CONFIG_FILE, {})
     if OURS in config:
         try:
-            ours = Tokenizer.from_state(config[OURS])
+            ours = tokenizer_from_state(config[OURS])
             check_tokenizer(folder, ours)
             return ours
         except ValueError:  # tokens were added since, say: it is a tokenizer of its own, whose texts begin behind bos_token as ours do
@@ -202,7 +204,7 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
     """
     check_name(name)
     if name == "byte":
-        return Tokenizer(name, _encoding(name, [bytes([b]) for b in range(256)], _BYTE_PATTERN))
+        return Tokenizer(name, encoding_of(name, [bytes([b]) for b in range(256)], _BYTE_PATTERN))
     if name in NAMED:
         return _load_named(name)
     if folder is None:
@@ -216,7 +218,7 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
         )
     path = Path(folder) / STATE_FILE
     try:
-        tokenizer = Tokenizer.from_state(json.loads(path.read_text(encoding="utf-8")))
+        tokenizer = tokenizer_from_state(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(
             f"{path} does not exist: prepare_data.py --tokenizer {name} writes it"
@@ -230,7 +232,7 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
 
 def _load_named(name: str) -> Tokenizer:
     try:
-        return Tokenizer(name, tiktoken.get_encoding(name))
+        return Tokenizer(name, tiktoken.getencoding_of(name))
     except (
         OSError,
         ValueError,
@@ -242,12 +244,32 @@ def _load_named(name: str) -> Tokenizer:
         ) from None
 
 
-def _encoding(name: str, tokens: list[bytes], pattern: str) -> tiktoken.Encoding:
-    """The encoding whose ids are the positions in `tokens`, followed by end-of-text."""
-    ranks = {token: i for i, token in enumerate(tokens)}
-    return tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-    )
+def tokenizer_from_state(state: dict) -> Tokenizer:
+    """The tokenizer that `to_state` described. ValueError if it is malformed or if this is not the vocabulary it was."""
+    if not isinstance(state, dict) or not isinstance(state.get("name"), str):
+        raise ValueError("the stored tokenizer is damaged: it has no name")
+    name = state["name"]
+    check_name(name)
+    if name.endswith(COMPACT):
+        tokenizer = _compact_from_state(state)
+    elif name.startswith(IMPORTED):
+        tokenizer = hf_tokenizer.from_state(state)
+    elif name.startswith("bpe:"):
+        try:
+            tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
+        except (KeyError, TypeError, ValueError, binascii.Error):
+            raise ValueError(
+                f"the stored tokenizer {name} is damaged: its tokens cannot be read"
+            ) from None
+        tokenizer = _bpe_tokenizer(name, tokens)
+    else:
+        tokenizer = load_tokenizer(name)
+    for key, value in tokenizer.summary().items():
+        if state.get(key) != value:
+            raise ValueError(
+                f"the stored tokenizer {name} is not the {name} found here: its {key} is {state.get(key)!r}, here it is {value!r}"
+            )
+    return tokenizer
 
 
 def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
@@ -291,7 +313,7 @@ def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
             f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, "
             f"{name.removeprefix('bpe:')} with end-of-text"
         )
-    return Tokenizer(name, _encoding(name, tokens, WORD_PATTERN))
+    return Tokenizer(name, encoding_of(name, tokens, WORD_PATTERN))
 
 
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:

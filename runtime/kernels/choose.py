@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
 from runtime.kernels.sink_attention import sink_attention
 

@@ -25,7 +25,13 @@ from runtime.data.hf_tokenizer import (
     write_tokenizer,
 )
 from runtime.data.tokenizer import Tokenizer, TokenStream, byte_of_character, spell
-from runtime.data.tokenizers import compacted, load_tokenizer, read_tokenizer, train_bpe
+from runtime.data.tokenizers import (
+    compacted,
+    load_tokenizer,
+    read_tokenizer,
+    tokenizer_from_state,
+    train_bpe,
+)
 from runtime.inference.predictor import Answer
 from tests.data.test_tokenizer import stand_in
 from tests.test_predict import biased_model, drawn, predictor_of, repl, run, save  # noqa: F401  (three are fixtures)
@@ -592,7 +598,7 @@ def test_special_words_of_published_tokenizers_are_ordinary_text(mixtral, qwen):
         assert not set(ids) & {*ours.stop_ids} and ours.decode(ids).strip() == f"a{word}b"
         for again in (
             copy.deepcopy(ours),
-            Tokenizer.from_state(json.loads(json.dumps(ours.to_state()))),
+            tokenizer_from_state(json.loads(json.dumps(ours.to_state()))),
         ):  # the library's flag is in none of its files
             assert again.encode(f"a{word}b") == ids and again.to_state() == ours.to_state()
     assert ours.encode("a\ud800") == ours.encode("a\N{REPLACEMENT CHARACTER}")
@@ -705,7 +711,7 @@ def test_byte_level_texts_go_on_as_they_begin(qwen, bpe, tmp_path):
 def test_damaged_states_are_refused(mixtral, change):
     state = read_tokenizer(mixtral).to_state()
     with pytest.raises(ValueError) as caught:
-        Tokenizer.from_state(state | change)
+        tokenizer_from_state(state | change)
     assert "\n" not in str(caught.value)
 
 

@@ -26,7 +26,7 @@ from runtime.data.tokenizer import (
     byte_of_character,
     spell,
 )
-from runtime.data.tokenizers import compacted, load_tokenizer, train_bpe
+from runtime.data.tokenizers import compacted, load_tokenizer, tokenizer_from_state, train_bpe
 
 REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
@@ -373,7 +373,7 @@ def test_compact_fingerprints_cover_the_base_and_the_ids(gpt2):
     ],
 )
 def test_what_cannot_be_compact_is_refused(name):
-    for refused in (lambda: load_tokenizer(name), lambda: Tokenizer.from_state({"name": name})):
+    for refused in (lambda: load_tokenizer(name), lambda: tokenizer_from_state({"name": name})):
         with pytest.raises(
             ValueError,
             match=f"^tokenizer '{name}': only o200k_base, gpt2, cl100k_base have a :compact form; .*$",
@@ -406,13 +406,13 @@ def test_damaged_compact_states_are_refused(gpt2, change):
     state = json.loads(json.dumps(compacted(gpt2, [300, 310]).to_state()))
     assert (
         state["base_ids"][:2] == [0, 1]
-        and Tokenizer.from_state(state).base_ids == state["base_ids"]
+        and tokenizer_from_state(state).base_ids == state["base_ids"]
     )
     with pytest.raises(
         ValueError,
         match="^the stored tokenizer gpt2:compact is damaged: its base_ids must be ascending ids of tokens of gpt2, with all .*$",
     ):
-        Tokenizer.from_state(state | {"base_ids": change(state["base_ids"])})
+        tokenizer_from_state(state | {"base_ids": change(state["base_ids"])})
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_compact_states_must_be_what_they_say(gpt2, change):
         ValueError,
         match=r"^the stored tokenizer gpt2:compact is not the gpt2:compact found here: its \w+ is .*$",
     ):
-        Tokenizer.from_state(compacted(gpt2, [300, 310]).to_state() | change)
+        tokenizer_from_state(compacted(gpt2, [300, 310]).to_state() | change)
 
 
 def test_a_compact_state_wants_the_base_it_was_made_from(gpt2, monkeypatch):
@@ -443,7 +443,7 @@ def test_a_compact_state_wants_the_base_it_was_made_from(gpt2, monkeypatch):
             ValueError,
             match="^the stored tokenizer gpt2:compact was made from another gpt2 than the one found here$",
         ):
-            Tokenizer.from_state(wrong)
+            tokenizer_from_state(wrong)
 
 
 # -------------------------------------------------------------------------------------------------------------- state
@@ -454,7 +454,7 @@ def test_state_travels_as_json(bpe, gpt2, o200k):
         compacted(gpt2, gpt2.encode("the dog")),
         load_tokenizer("o200k_base"),
     ):
-        again = Tokenizer.from_state(json.loads(json.dumps(tokenizer.to_state())))
+        again = tokenizer_from_state(json.loads(json.dumps(tokenizer.to_state())))
         assert again.summary() == tokenizer.summary()
         assert again.encode(TALE[0]) == tokenizer.encode(TALE[0])
     assert (
@@ -496,7 +496,7 @@ def _swapped(state):
 def test_damaged_states_are_refused(bpe, damage):
     """P9: another tokenizer's ids gave garbage with exit 0."""
     with pytest.raises(ValueError) as caught:
-        Tokenizer.from_state(damage(bpe.to_state()))
+        tokenizer_from_state(damage(bpe.to_state()))
     assert "\n" not in str(caught.value)
 
 

@@ -379,6 +379,14 @@ class RouterStats(NamedTuple):
     entropy: Tensor  # [L] mean entropy of a token's router distribution (nats)
     dropped_share: Tensor  # [L] assignments dropped by capacity_factor, as a share of all
 
+    def logged(self) -> dict[str, Tensor]:
+        """Return the numbers that are logged, under their names in the metrics."""
+        return {
+            "expert_load": self.load,
+            "router_entropy": self.entropy,
+            "dropped_share": self.dropped_share,
+        }
+
 
 class Router(nn.Module):
     """Chooses top_k experts per token by softmax in float32, and weighs them so that the weights of a token sum to 1."""

@@ -23,10 +23,13 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from config_model import (
     ModelConfig,
@@ -46,10 +49,11 @@ from runtime.base.text import human_bytes, human_seconds
 from runtime.checkpoint.folder import restore_names, step_files
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import check_disk_space, save_checkpoint
-from runtime.data.loader import micro_batches, prefetch, validation_batches
+from runtime.data.loader import micro_batches, prefetch
+from runtime.data.shards import open_data
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import (
-    Plan,
+    TrainPlan,
     check_memory,
     checkpoint_bytes,
     describe,
@@ -59,7 +63,7 @@ from runtime.training.plan import (
     with_largest_micro_batch,
 )
 from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled
-from runtime.training.setup import out_of_memory_advice, set_up
+from runtime.training.setup import out_of_memory_advice, runs, set_up
 from runtime.training.state import (
     RecentLoss,
     RunState,
@@ -68,13 +72,15 @@ from runtime.training.state import (
     perplexity,
     train_record,
 )
+from runtime.training.task import Batch, Pretraining, Task
 
 MOST_SKIPPED_IN_A_ROW = 25
-SMALLEST_LOSS_SCALE = (
-    2.0**-14
-)  # float16's smallest normal number: a gradient that overflows even so is not a matter of scale
+# float16's smallest normal number: a gradient that overflows even at this scale is not a matter of
+# scale.
+SMALLEST_LOSS_SCALE = 2.0**-14
 
 
+# ------------------------------------------------------------------------------- schedule and losses
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Rate of step number `step` (0 is the first): linear warm-up, then cosine (Loshchilov & Hutter 2016) to min_lr, wsd
     (Hu et al. 2024, "MiniCPM": constant, then linear to min_lr over the last decay_fraction) or constant."""
@@ -107,6 +113,15 @@ def packed_documents_loss(model: LLM, batch: tuple[Tensor, Tensor], end_of_text_
     return model(inputs_BT, targets_BT, starts_BT=starts_BT)
 
 
+def pretraining(config: TrainConfig) -> Task:
+    """Return the task of pre-training on the shards in config.data_dir."""
+    train, val = open_data(config.data_dir)
+    if not config.document_mask:
+        return Pretraining(train, val, next_token_loss)
+    loss = functools.partial(packed_documents_loss, end_of_text_id=train.end_of_text_id)
+    return Pretraining(train, val, loss)
+
+
 @torch.no_grad()
 def evaluate(
     model: LLM,
@@ -131,177 +146,77 @@ def evaluate(
     return sum(total for total, _ in totals) / sum(count for _, count in totals)
 
 
-def fit(
+# ------------------------------------------------------------------------------------------ the step
+class StepResult(NamedTuple):
+    """What a step did. All of it is on the device, and nothing has been waited for."""
+
+    sums: dict[str, Tensor]  # numbers to log, by name; train_record divides them
+    grad_norm: Tensor  # 0-dim, before clipping
+    skipped: Tensor  # 0-dim bool
+
+
+def forward_backward(
     model: LLM,
-    loader,
-    config: TrainConfig,
-    loss_fn: Callable[[LLM, tuple], Output] = next_token_loss,
-    *,
-    optimizer=None,
-    state: RunState | None = None,
-    val_batches: Iterable = (),
-    dtype: torch.dtype = torch.float32,
-    on_log: Callable[[dict], None] = lambda record: None,
-    on_save: Callable[[RunState, float | None, bool], None] = lambda state, val_loss, is_best: None,
-    on_step: Callable[[], None] = lambda: None,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> RunState:
-    """Train `model` in place until config.max_steps, or until `stop_requested()` after a step; returns the state reached.
-
-    loader: `.batch(first_sample) -> (inputs, targets)` gives config.batch_size samples from an endless, numbered stream.
-    loss_fn(model, batch) -> Output: the step minimises sum(cross_entropy_sum) / sum(valid targets) over its grad_accum
-    micro-batches, which is the gradient of the one big batch, plus the mean of their auxiliary losses.
-    on_log gets a record every log_interval steps ("train") and after each validation ("val"); on_save(state, val_loss,
-    is_best) is called every save_interval steps (not amid skipped ones), at the end, and when stopped; on_step() after each step. The host waits
-    for the device only where one of the first two is due, and every MOST_SKIPPED_IN_A_ROW steps (MPS: at each). The optimizer
-    must be one that can be told to skip a step, as torch's fused ones can. Raises TrainingDiverged, and ValueError for another.
-    """
-    state = state or RunState()
-    optimizer = optimizer or build_optimizer(model, config)
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            f"fit cannot tell {type(optimizer).__name__} to skip a step whose gradient is not finite: make it with fused=True, or by build_optimizer"
-        )
+    task: Task,
+    batch: Batch,
+    dtype: torch.dtype,
+    divisor: int = 1,
+    grad_accum: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Output:
+    """Add the gradients of sum(cross-entropy) / divisor + auxiliary losses / grad_accum."""
     device = model.embed.weight.device
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state.scaler:
-        scaler.load_state_dict(state.scaler)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    samples_per_step = config.batch_size * config.grad_accum
-    steps = range(state.step, config.max_steps)
-    firsts = range(
-        state.samples_seen, state.samples_seen + len(steps) * samples_per_step, samples_per_step
-    )  # made now: the state moves on
-    stream = prefetch(
-        micro_batches(loader, config, first_sample, device) for first_sample in firsts
-    )
-    totals, recent = Totals(state, model, device), RecentLoss(state, config.spike_sigmas, device)
-    model.train()
-    with contextlib.closing(stream):
-        for step in steps:
-            started = time.perf_counter()
-            micro_batches, valid_targets = next(stream)
-            waited = time.perf_counter() - started
-            lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            torch.manual_seed(
-                (config.seed * 1_000_003 + step) % 2**63
-            )  # dropout: a function of (seed, step), so a resume needs no RNG state
-            losses, router = 0.0, 0.0
-            for batch in micro_batches:
-                with autocast(device, dtype):
-                    out = loss_fn(model, to_device(batch, device))
-                    loss = (
-                        out.cross_entropy_sum / valid_targets
-                        + (out.aux_loss + out.z_loss) / config.grad_accum
-                    )
-                scaler.scale(loss).backward()
-                losses = (
-                    losses + torch.stack((out.cross_entropy_sum, out.aux_loss, out.z_loss)).detach()
-                )
-                router = (
-                    router
-                    + torch.cat(
-                        (
-                            out.router.load,
-                            out.router.entropy[:, None],
-                            out.router.dropped_share[:, None],
-                        ),
-                        dim=1,
-                    )
-                    / config.grad_accum
-                )
-            norm, bad = _update(
-                optimizer,
-                scaler,
-                parameters,
-                losses[0],
-                config.grad_clip,
-                recent.is_spike(losses[0] / valid_targets),
-            )
-            if config.spike_sigmas:
-                recent.add(losses[0] / valid_targets, bad)
-            model.balance_experts(torch.where(bad, 1.0, router[:, :-2]))
-            optimizer.zero_grad(set_to_none=True)
+    with autocast(device, dtype):
+        out = task.loss(model, to_device(batch, device))
+        loss = out.cross_entropy_sum / divisor + (out.aux_loss + out.z_loss) / grad_accum
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return out
 
-            state.step, state.samples_seen = step + 1, state.samples_seen + samples_per_step
-            tokens = sum(batch[0].numel() for batch in micro_batches)
-            state.tokens_seen += tokens
-            last, stopping = state.step == config.max_steps, stop_requested()
-            logging, saving = (
-                state.step % config.log_interval == 0 or last,
-                state.step % config.save_interval == 0 or last,
-            )
-            validating = bool(val_batches) and (state.step % config.val_interval == 0 or saving)
-            step_losses = torch.stack(
-                (
-                    losses[0],
-                    torch.full_like(norm, valid_targets),
-                    torch.ones_like(norm),
-                    *(losses[1:] / config.grad_accum),
-                )
-            )
-            totals.add(
-                bad, step_losses, router, norm, tokens=tokens, seconds=0.0, waiting_seconds=waited
-            )
-            grad_norm = None
-            if (
-                logging
-                or saving
-                or validating
-                or stopping
-                or state.step % MOST_SKIPPED_IN_A_ROW == 0
-            ):
-                grad_norm = totals.read(state)
-            seconds = time.perf_counter() - started
-            state.train_seconds += seconds
-            totals.host["seconds"] += seconds
-            on_step()
-            if grad_norm is None:
-                continue
-            state.window["seconds"] = totals.host["seconds"]
-            state.scaler = scaler.state_dict() if scaler.is_enabled() else {}
-            if config.spike_sigmas:
-                state.recent_loss = recent.numbers.tolist()
-            if state.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW and (
-                not scaler.is_enabled() or scaler.get_scale() < SMALLEST_LOSS_SCALE
-            ):
-                raise TrainingDiverged(
-                    f"{state.skipped_in_a_row} steps in a row were skipped (step {state.step}), for their gradients were not finite"
-                    + (" or their losses spikes" if config.spike_sigmas else "")
-                    + ": go back to the last "
-                    "checkpoint with a lower --lr or a longer --warmup_steps, or try --dtype float32"
-                )
-            if logging:
-                on_log(train_record(state, lr, grad_norm))
-                totals.clear()
-                state.window = {}
-            val_loss = None
-            if validating:
-                val_loss = evaluate(model, val_batches, loss_fn, dtype)
-                on_log(
-                    {
-                        "kind": "val",
-                        "step": state.step,
-                        "tokens_seen": state.tokens_seen,
-                        "loss": val_loss,
-                        "perplexity": perplexity(val_loss),
-                    }
-                )
-            if (
-                (saving and not state.skipped_in_a_row) or last or stopping
-            ):  # amid skipped steps there is nothing new to save, and no good place to go back to
-                is_best = (
-                    val_loss is not None
-                    and math.isfinite(val_loss)
-                    and (state.best_val_loss is None or val_loss < state.best_val_loss)
-                )
-                state.best_val_loss = val_loss if is_best else state.best_val_loss
-                on_save(state, val_loss, is_best)
-            if stopping:
-                break
-    return state
+
+def train_step(
+    model: LLM,
+    task: Task,
+    batches: list[Batch],
+    divisor: int,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    recent: RecentLoss,
+    config: TrainConfig,
+    dtype: torch.dtype,
+) -> StepResult:
+    """Take one optimizer step on the micro-batches `batches`.
+
+    Minimise sum(cross-entropy) / divisor, which is the gradient of the one big batch, plus the mean
+    of the auxiliary losses. A step whose loss or gradient is not finite, or whose loss is a spike,
+    changes nothing.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    losses: Tensor | float = 0.0
+    router: dict[str, Tensor] = {}
+    for batch in batches:
+        out = forward_backward(model, task, batch, dtype, divisor, config.grad_accum, scaler)
+        losses = losses + torch.stack((out.cross_entropy_sum, out.aux_loss, out.z_loss)).detach()
+        for name, value in out.router.logged().items():
+            router[name] = router.get(name, 0.0) + value / config.grad_accum
+    cross_entropy, aux_loss, z_loss = losses
+    mean_loss = cross_entropy / divisor
+    norm, skipped = _update(
+        optimizer, scaler, parameters, cross_entropy, config.grad_clip, recent.is_spike(mean_loss)
+    )
+    if config.spike_sigmas:
+        recent.add(mean_loss, skipped)
+    # A row of ones moves nothing.
+    model.balance_experts(torch.where(skipped, 1.0, router["expert_load"]))
+    optimizer.zero_grad(set_to_none=True)
+    sums = {
+        "cross_entropy": cross_entropy,
+        "targets": torch.full_like(norm, divisor),
+        "steps": torch.ones_like(norm),
+        "aux_loss": aux_loss / config.grad_accum,
+        "z_loss": z_loss / config.grad_accum,
+        **router,
+    }
+    return StepResult(sums, norm, skipped)
 
 
 def _update(
@@ -336,25 +251,188 @@ def _update(
     return norm, bad
 
 
-def loss_of(plan: Plan) -> Callable[[LLM, tuple], Output]:
-    """The plan's loss."""
-    return (
-        functools.partial(packed_documents_loss, end_of_text_id=plan.train.end_of_text_id)
-        if plan.config.document_mask
-        else next_token_loss
+# ------------------------------------------------------------------------------------------ the loop
+@dataclass
+class Hooks:
+    """What the loop calls; by default nothing.
+
+    on_log(record): every log_interval steps ("train") and after each validation ("val").
+    on_save(state, val_loss, is_best): every save_interval steps (not amid skipped ones), at the
+        end, and when stopped.
+    on_step(): after each step.
+    stop_requested(): whether to save and stop after this step.
+    """
+
+    on_log: Callable[[dict], None] = lambda record: None
+    on_save: Callable[[RunState, float | None, bool], None] = lambda state, val_loss, is_best: None
+    on_step: Callable[[], None] = lambda: None
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+class Due(NamedTuple):
+    """What is due after a step."""
+
+    log: bool
+    validate: bool
+    save: bool
+    last: bool
+    stop: bool
+
+
+def what_is_due(step: int, config: TrainConfig, validates: bool, stop: bool) -> Due:
+    """Return what is due after `step` steps."""
+    last = step == config.max_steps
+    save = last or step % config.save_interval == 0
+    return Due(
+        log=last or step % config.log_interval == 0,
+        validate=validates and (save or step % config.val_interval == 0),
+        save=save,
+        last=last,
+        stop=stop,
     )
 
 
-def run(plan: Plan) -> int:
-    """Carry out a plan; returns the exit code (0, or 128 + the signal that stopped it)."""
+def fit(
+    model: LLM,
+    task: Task,
+    config: TrainConfig,
+    hooks: Hooks | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    state: RunState | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> RunState:
+    """Train `model` in place until config.max_steps or a requested stop; return the state reached.
+
+    The host waits for the device only where something is due (Hooks), and every
+    MOST_SKIPPED_IN_A_ROW steps (MPS: at each). The optimizer must be one that can be told to skip a
+    step, as torch's fused ones can; else ValueError. Raises TrainingDiverged.
+    """
+    hooks = hooks or Hooks()
+    state = state or RunState()
+    optimizer = optimizer or build_optimizer(model, config)
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"fit cannot tell {type(optimizer).__name__} to skip a step whose gradient is not finite: make it with fused=True, or by build_optimizer"
+        )
+    device = model.embed.weight.device
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state.scaler:
+        scaler.load_state_dict(state.scaler)
+    validation = task.validation(model.config, config)
+    totals, recent = Totals(state, device), RecentLoss(state, config.spike_sigmas, device)
+    model.train()
+    with contextlib.closing(_steps(model, task, config, state)) as stream:
+        for step in range(state.step, config.max_steps):
+            started = time.perf_counter()
+            batches, divisor = next(stream)
+            waited = time.perf_counter() - started
+            lr = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # Dropout is a function of (seed, step), so a resume needs no state of the generator.
+            torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
+            result = train_step(
+                model, task, batches, divisor, optimizer, scaler, recent, config, dtype
+            )
+            totals.add(result.sums, result.grad_norm, result.skipped)
+
+            tokens = sum(batch[0].numel() for batch in batches)
+            state.step = step + 1
+            state.samples_seen += config.batch_size * config.grad_accum
+            state.tokens_seen += tokens
+            due = what_is_due(state.step, config, bool(validation), hooks.stop_requested())
+            reading = any(due) or state.step % MOST_SKIPPED_IN_A_ROW == 0
+            if reading:
+                totals.wait()
+            seconds = time.perf_counter() - started
+            state.train_seconds += seconds
+            totals.add_on_host(tokens=tokens, seconds=seconds, waiting_seconds=waited)
+            hooks.on_step()
+            if not reading:
+                continue
+
+            grad_norm = totals.store(state)
+            state.scaler = scaler.state_dict() if scaler.is_enabled() else {}
+            if config.spike_sigmas:
+                state.recent_loss = recent.numbers.tolist()
+            _check_progress(state, config, scaler)
+            if due.log:
+                hooks.on_log(train_record(state, lr, grad_norm))
+                totals.clear()
+                state.window = {}
+            val_loss = None
+            if due.validate:
+                val_loss = evaluate(model, validation, task.loss, dtype)
+                hooks.on_log(_val_record(state, val_loss, task.score(model)))
+            # Amid skipped steps there is nothing new to save, and no good place to go back to.
+            if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
+                is_best = _is_best(val_loss, state.best_val_loss)
+                if is_best:
+                    state.best_val_loss = val_loss
+                hooks.on_save(state, val_loss, is_best)
+            if due.stop:
+                break
+    return state
+
+
+def _steps(
+    model: LLM, task: Task, config: TrainConfig, state: RunState
+) -> Iterator[tuple[list[Batch], int]]:
+    """Return the micro-batches and the divisor of each step left, fetched ahead if they may be."""
+    loader = task.loader(model.config, config)
+    pinned = model.embed.weight.device.type == "cuda"
+    samples = config.batch_size * config.grad_accum
+    # Computed now: the state moves on.
+    firsts = [state.samples_seen + i * samples for i in range(config.max_steps - state.step)]
+    made = (micro_batches(loader, task.count, config, first, pinned) for first in firsts)
+    return prefetch(made) if task.fetch_ahead else made
+
+
+def _check_progress(state: RunState, config: TrainConfig, scaler: torch.amp.GradScaler) -> None:
+    """Raise TrainingDiverged after too many skipped steps in a row."""
+    # A scaler that is still falling may yet find a scale at which gradients are finite.
+    settled = not scaler.is_enabled() or scaler.get_scale() < SMALLEST_LOSS_SCALE
+    if state.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW and settled:
+        raise TrainingDiverged(
+            f"{state.skipped_in_a_row} steps in a row were skipped (step {state.step}), for their gradients were not finite"
+            + (" or their losses spikes" if config.spike_sigmas else "")
+            + ": go back to the last checkpoint with a lower --lr or a longer --warmup_steps, or "
+            "try --dtype float32"
+        )
+
+
+def _val_record(state: RunState, val_loss: float, score: dict[str, float]) -> dict:
+    """Return the log record of a validation."""
+    record = {
+        "kind": "val",
+        "step": state.step,
+        "tokens_seen": state.tokens_seen,
+        "loss": val_loss,
+        "perplexity": perplexity(val_loss),
+    }
+    return record | ({"score": score} if score else {})
+
+
+def _is_best(val_loss: float | None, best: float | None) -> bool:
+    """Return whether a validation loss is the lowest so far."""
+    if val_loss is None or not math.isfinite(val_loss):
+        return False
+    return best is None or val_loss < best
+
+
+# -------------------------------------------------------------------------------------------- a run
+def run(plan: TrainPlan) -> int:
+    """Carry out a plan; return the exit code (0, or 128 + the signal that stopped it)."""
     if plan.config.micro_batch == "auto":
-        plan = with_largest_micro_batch(plan)
+        plan = with_largest_micro_batch(plan, lambda candidate: runs(candidate, forward_backward))
     config, needed = plan.config, check_memory(plan)
-    for line in plan.notes + describe(plan, needed):
+    for line in plan.notes + schedule_notes(plan) + describe(plan, needed):
         print(line)
     sys.stdout.flush()
     if config.resume:
-        restore_names(plan.source)  # a kill between a save and its names left those of an older one
+        # A kill between a save and its names left those of an older one.
+        restore_names(plan.source)
     state = initial_state(plan)
     if state.step == config.max_steps:
         print(
@@ -366,20 +444,33 @@ def run(plan: Plan) -> int:
             f"--profile needs {sum(PROFILED_STEPS)} steps, of which it records the last {PROFILED_STEPS[-1]}, and {left} are left: raise --max_steps"
         )
     check_disk_space(config.ckpt_dir, checkpoint_bytes(needed))
-    val_batches = validation_batches(
-        plan.val, plan.model_config.context_length, config.batch_size, config.val_steps
-    )
     while True:
         reporter = Reporter(plan, state)
         try:
-            return _train(plan, state, reporter, val_batches)
+            return _train(plan, state, reporter)
         except TrainingDiverged as error:
             plan, state = _rolled_back(plan, state, error)
         finally:
             reporter.close()
 
 
-def _rolled_back(plan: Plan, diverged: RunState, error: TrainingDiverged) -> tuple[Plan, RunState]:
+def schedule_notes(plan: TrainPlan) -> list[str]:
+    """Return a line about the learning rate where a resumed run has another max_steps."""
+    if not plan.config.resume:
+        return []
+    config, before = plan.config, TrainConfig(**plan.source.train_config)
+    if config.max_steps == before.max_steps:
+        return []
+    step = plan.source.step
+    return [
+        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate goes on from {learning_rate(step, config):.3g} "
+        f"(before: {learning_rate(step - 1, before):.3g})"
+    ]
+
+
+def _rolled_back(
+    plan: TrainPlan, diverged: RunState, error: TrainingDiverged
+) -> tuple[TrainPlan, RunState]:
     """The run from its last checkpoint without a skipped step behind it, and on behind the data that it met since. Raises the error where there is none, or
     not another time."""
     error.__traceback__ = (
@@ -408,10 +499,10 @@ def _rolled_back(plan: Plan, diverged: RunState, error: TrainingDiverged) -> tup
     ), state
 
 
-def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
-    """The part of `run` that takes long."""
+def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
+    """Set up, train, and print how it ended."""
     config = plan.config
-    model, optimizer, loader, seconds = set_up(plan)
+    model, optimizer, seconds = set_up(plan, forward_backward)
     left = (config.max_steps - state.step) * config.grad_accum * seconds
     peak = peak_memory_bytes(plan.device)
     reporter.say(
@@ -428,8 +519,8 @@ def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
             optimizer,
             train_config=dataclasses.replace(config, resume=False, profile=False),
             val_loss=val_loss,
-            tokenizer_state=plan.train.tokenizer_state,
-            data_fingerprint=plan.train.manifest["pair"],
+            tokenizer_state=plan.task.tokenizer_state,
+            data_fingerprint=plan.task.fingerprint,
             run=dataclasses.asdict(state),
             keep_last=config.keep_last,
             is_best=is_best,
@@ -441,20 +532,8 @@ def _train(plan: Plan, state: RunState, reporter: Reporter, val_batches) -> int:
         out_of_memory_advice(plan),
         profiled(plan, state, reporter.say) as on_step,
     ):
-        fit(
-            model,
-            loader,
-            config,
-            loss_of(plan),
-            optimizer=optimizer,
-            state=state,
-            val_batches=val_batches,
-            dtype=plan.dtype,
-            on_log=reporter.on_log,
-            on_save=on_save,
-            on_step=on_step,
-            stop_requested=stop.requested,
-        )
+        hooks = Hooks(reporter.on_log, on_save, on_step, stop.requested)
+        fit(model, plan.task, config, hooks, optimizer=optimizer, state=state, dtype=plan.dtype)
     reporter.close()
     print(peak_memory_line(plan.device, sum(check_memory(plan).values())))
     if state.skipped_steps:
@@ -475,7 +554,8 @@ def main(argv: list[str] | None = None) -> int:
         __doc__, "Settings: a flag beats --config, which beats --preset, which beats the default."
     )
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
-    return run(make_plan(cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig)))
+    settings = cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig)
+    return run(make_plan(settings, pretraining))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,8 @@ from config_model import (
 )
 from runtime.base import cli
 from runtime.base.files import write_atomic, write_text_atomic
-from runtime.data.loader import validation_batches
 from runtime.training import plan as plan_module
-from runtime.training.plan import Plan
+from runtime.training.plan import TrainPlan
 from runtime.training.setup import set_up
 
 FOLDER = RESULTS / "ablations"
@@ -135,7 +134,7 @@ TOKENIZERS = {
 ALL = ROWS | LONGER | TOKENIZERS
 
 
-def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> Plan:
+def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> TrainPlan:
     """The plan of a row."""
     parser = cli.parser(__doc__)
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
@@ -167,25 +166,20 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     """Train a row and store its curve."""
     plan = make_plan(name, seed, data_dir, changes)
     what, flags = ALL[name]
-    if name in TOKENIZERS and plan.train.tokenizer_state["name"] != what:
+    if name in TOKENIZERS and plan.task.train.tokenizer_state["name"] != what:
         raise ValueError(
-            f"{data_dir} was made with {plan.train.tokenizer_state['name']}, and {name} wants {what}: python prepare_data.py --tokenizer {what}"
+            f"{data_dir} was made with {plan.task.train.tokenizer_state['name']}, and {name} wants {what}: python prepare_data.py --tokenizer {what}"
         )
-    model, optimizer, loader, _ = set_up(plan)
-    batches = validation_batches(
-        plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps
-    )
+    model, optimizer, _ = set_up(plan, train.forward_backward)
     records: list[dict] = []
     started = time.perf_counter()
     state = train.fit(
         model,
-        loader,
+        plan.task,
         plan.config,
-        train.loss_of(plan),
+        train.Hooks(on_log=records.append),
         optimizer=optimizer,
-        val_batches=batches,
         dtype=plan.dtype,
-        on_log=records.append,
     )
     seconds = time.perf_counter() - started
     curves = {kind: [r for r in records if r["kind"] == kind] for kind in ("train", "val")}
@@ -200,13 +194,13 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
         "what": what,
         "flags": flags | changes,
         "seed": seed,
-        "tokenizer": plan.train.tokenizer_state["name"],
+        "tokenizer": plan.task.train.tokenizer_state["name"],
         "vocabulary_size": plan.model_config.vocabulary_size,
         "tokens": state.tokens_seen,
-        "epochs": state.tokens_seen / plan.train.num_tokens,
+        "epochs": state.tokens_seen / plan.task.train.num_tokens,
         "validation_loss": last,
-        "bytes_per_token": plan.train.bytes_per_token,
-        "bits_per_byte": last / 0.6931471805599453 / plan.val.bytes_per_token,
+        "bytes_per_token": plan.task.train.bytes_per_token,
+        "bits_per_byte": last / 0.6931471805599453 / plan.task.val.bytes_per_token,
         "train_loss": curves["train"][-1]["loss"],
         "parameters": total_parameters(plan.model_config),
         "active_parameters": active_parameters(plan.model_config),
@@ -232,13 +226,13 @@ def time_rows(names: list[str], data_dir: str, repeats: int, steps: int = 8) -> 
     functions = {}
     for name in names:
         plan = make_plan(name, 42, data_dir, {})
-        model, optimizer, loader, _ = set_up(plan)
+        model, optimizer, _ = set_up(plan, train.forward_backward)
         config = dataclasses.replace(
             plan.config, max_steps=steps, warmup_steps=1, log_interval=steps
         )
 
-        def step(model=model, loader=loader, config=config, plan=plan, optimizer=optimizer):
-            train.fit(model, loader, config, train.loss_of(plan), optimizer=optimizer)
+        def step(model=model, config=config, plan=plan, optimizer=optimizer):
+            train.fit(model, plan.task, config, optimizer=optimizer)
 
         functions[name] = step
     seconds = alternate(functions, repeats)

@@ -30,34 +30,29 @@ from config_model import (
 from model import LLM
 from runtime.base import cli
 from runtime.base.device import device_name, peak_flops, peak_memory_bytes, synchronize
-from runtime.data.loader import validation_batches
 from runtime.inference.decoder import Decoder, generate
 from runtime.kernels.choose import choose_kernels
-from runtime.training.plan import Plan, check_memory, describe, initial_state, make_plan
+from runtime.training.plan import TrainPlan, check_memory, describe, initial_state, make_plan
 from runtime.training.setup import set_up
 
 WARM_UP_STEPS = 5
 
 
-def measure_training(plan: Plan) -> tuple[torch.nn.Module, dict]:
+def measure_training(plan: TrainPlan) -> tuple[torch.nn.Module, dict]:
     """Run the plan's steps, logging each; returns the model and its figures."""
-    model, optimizer, loader, _ = set_up(plan)
+    model, optimizer, _ = set_up(plan, train.forward_backward)
     state = initial_state(plan)
-    batches = validation_batches(
-        plan.val, plan.model_config.context_length, plan.config.batch_size, plan.config.val_steps
-    )
-    loss_fn = train.loss_of(plan)
+    batches, loss_fn = plan.task.validation(plan.model_config, plan.config), plan.task.loss
     before = train.evaluate(model, batches, loss_fn, plan.dtype)
     records: list[dict] = []
     train.fit(
         model,
-        loader,
+        plan.task,
         plan.config,
-        loss_fn,
+        train.Hooks(on_log=records.append),
         optimizer=optimizer,
         state=state,
         dtype=plan.dtype,
-        on_log=records.append,
     )
     speeds = [r["tokens_per_sec"] for r in records[WARM_UP_STEPS:]]
     peak = peak_flops(plan.device, plan.dtype)
@@ -75,7 +70,7 @@ def measure_training(plan: Plan) -> tuple[torch.nn.Module, dict]:
 
 
 def measure_decoding(
-    model: torch.nn.Module, plan: Plan, prompt_tokens: int, new_tokens: int, repeats: int
+    model: torch.nn.Module, plan: TrainPlan, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict:
     """Tokens/s of a prefill of `prompt_tokens` and of greedy decoding after it, batch 1, real text as the prompt.
 
@@ -85,7 +80,7 @@ def measure_decoding(
         plain = LLM(plan.model_config)
     plain.load_state_dict(model.to(plan.dtype).state_dict(), assign=True)  # the same tensors
     choose_kernels(plain, plan.device, plan.dtype)
-    decoder, prompt = Decoder(plain), plan.val.read(0, prompt_tokens).tolist()
+    decoder, prompt = Decoder(plain), plan.task.val.read(0, prompt_tokens).tolist()
     texts = decoder.texts(1, prompt_tokens + new_tokens)
     prefill, decode = [], []
     for _ in range(repeats + 1):
@@ -127,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         args.data_dir = os.environ["GPTOSS_DATA"]
     with tempfile.TemporaryDirectory() as empty:
         args.ckpt_dir, args.log_interval = os.path.join(empty, "checkpoints"), 1
-        plan = make_plan(cli.settings_from(args, ModelConfig, TrainConfig))
+        plan = make_plan(cli.settings_from(args, ModelConfig, TrainConfig), train.pretraining)
         if plan.config.profile or plan.config.micro_batch == "auto":
             raise ValueError(
                 "this benchmark takes neither --profile nor --micro_batch auto: leave them out"

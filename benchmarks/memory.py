@@ -12,8 +12,9 @@ benchmarks/results/memory_NAME.json.
 from __future__ import annotations
 
 from runtime.base import process
-from runtime.training.plan import Plan
+from runtime.training.plan import TrainPlan
 from runtime.training.setup import dry_run
+from runtime.training.task import GivenTask
 
 # ruff: noqa: E402
 process.before_torch()
@@ -147,13 +148,14 @@ def train_and_measure(setting: dict) -> dict:
         | setting.get("train", {})
     )
     cpu, dtype = torch.device("cpu"), DTYPES[setting["dtype"]]
-    plan = Plan(model_config, config, cpu, dtype, None, None, None, [])
     torch.manual_seed(0)
-    model, loader = LLM(model_config), _Batches(model_config, config.batch_size)
+    model = LLM(model_config)
+    task = GivenTask(_Batches(model_config, config.batch_size), train.next_token_loss)
+    plan = TrainPlan(model_config, config, cpu, dtype, task, None, [])
     choose_kernels(model, cpu, dtype)
     model.activation_checkpointing = config.activation_checkpointing
     optimizer = build_optimizer(model, config)
-    dry_run(model, optimizer, loader, plan)
+    dry_run(model, optimizer, plan, train.forward_backward)
     anonymous, seconds, started = [], [], [time.process_time()]
 
     def on_step() -> None:
@@ -161,7 +163,7 @@ def train_and_measure(setting: dict) -> dict:
         seconds.append(time.process_time() - started[0])
         started[0] = time.process_time()
 
-    train.fit(model, loader, config, optimizer=optimizer, dtype=dtype, on_step=on_step)
+    train.fit(model, task, config, train.Hooks(on_step=on_step), optimizer=optimizer, dtype=dtype)
     import matplotlib.pyplot  # noqa: F401 - as a run's plots do
 
     needed = training_memory_bytes(model_config, config, dtype.itemsize)

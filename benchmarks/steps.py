@@ -35,7 +35,6 @@ from unittest import mock
 import torch
 from torch.autograd import DeviceType
 
-import train
 from benchmarks import train as bench
 from benchmarks.measures import Measures
 from config_model import ModelConfig, TrainConfig, flops_per_token, total_parameters
@@ -142,7 +141,7 @@ def build(setting: bench.Setting) -> tuple[bench.Ours, dict[str, float]]:
         return seconds["micro-batch"]
 
     started = time.perf_counter()
-    with mock.patch.object(train, "dry_run", timed):
+    with mock.patch.object(setup, "dry_run", timed):
         runner = bench.Ours(setting, setting.model_config, setting.config.compile)
     whole = time.perf_counter() - started
     return runner, {

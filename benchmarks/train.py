@@ -14,9 +14,10 @@ Figures are medians; they go to benchmarks/results/train_NAME.json.
 from __future__ import annotations
 
 from runtime.base import process
-from runtime.training.plan import Plan, with_loss_rows
+from runtime.training.plan import TrainPlan, with_loss_rows
 from runtime.training.setup import set_up
 from runtime.training.state import RunState
+from runtime.training.task import Pretraining
 
 # ruff: noqa: E402
 process.before_torch()  # what it sets is read when torch loads
@@ -194,19 +195,19 @@ class Ours:
 
     def __init__(self, setting: Setting, model_config: ModelConfig, compiled: bool = False):
         self.setting, self.model_config, self.compiled = setting, model_config, compiled
-        plan = Plan(
+        plan = TrainPlan(
             model_config=model_config,
             config=replace(setting.config, compile=compiled),
             device=setting.device,
             dtype=setting.dtype,
-            train=setting.tokens,
-            val=setting.tokens,
+            task=Pretraining(setting.tokens, setting.tokens, train.next_token_loss),
             source=None,
             notes=[],
         )
         # As train.py does on a GPU.
         plan = with_loss_rows(plan)
-        self.model, self.optimizer, self.loader, *_ = set_up(plan)
+        self.task = plan.task
+        self.model, self.optimizer, _ = set_up(plan, train.forward_backward)
         self.state = RunState()
         self.facts: dict = {}
         self.waiting_for_data = 0.0  # share of the last run's time
@@ -221,12 +222,12 @@ class Ours:
         )  # one log line, at the end
         self.state = train.fit(
             self.model,
-            self.loader,
+            self.task,
             config,
+            train.Hooks(on_log=records.append),
             optimizer=self.optimizer,
             state=self.state,
             dtype=self.setting.dtype,
-            on_log=records.append,
         )
         self.waiting_for_data = records[-1]["waiting_share"]
         return records[-1]["loss"]

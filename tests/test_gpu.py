@@ -157,7 +157,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa
     try:
         straight, cut = Run(data, tmp_path / "straight"), Run(data, tmp_path / "cut")
         assert straight(*flags, "8") == 0
-        plan = make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"))
+        plan = make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"), train.pretraining)
         cut.ckpt_dir.parent.mkdir()
         assert (
             train.run(

@@ -24,6 +24,7 @@ from runtime.inference.cpu_decode import native_model
 from runtime.inference.decoder import Decoder
 from runtime.inference.decoder import generate as generate_texts
 from runtime.training.state import RecentLoss, RunState
+from tests import util
 from tests.conftest import REPO
 from tests.data.test_shards import write_pair
 from tests.mutants import (
@@ -242,7 +243,7 @@ def fit(model, steps: int, loss_fn=train.next_token_loss, **more):
         device="cpu",
         **{name: more.pop(name) for name in fields if name in more},
     )
-    state = train.fit(
+    state = util.fit(
         model,
         Fixed(inputs, inputs.roll(1, 1), 2),
         config,

@@ -32,7 +32,7 @@ from runtime.training import setup
 from runtime.training.memory import training_memory_bytes
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import (
-    Plan,
+    TrainPlan,
     check_memory,
     checkpoint_bytes,
     describe,
@@ -44,6 +44,7 @@ from runtime.training.plots import draw_plots
 from runtime.training.reporter import Reporter
 from runtime.training.setup import dry_run
 from runtime.training.state import RecentLoss, RunState, Totals, TrainingDiverged
+from tests import util
 from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding, size_of
 from tests.util import random_model, tiny_config
@@ -255,7 +256,7 @@ def test_gradient_accumulation_equals_the_big_batch(accumulation):
             lr=1e-2,
             device="cpu",
         )
-        train.fit(model, Fixed(inputs, targets, batch_size), config)
+        util.fit(model, Fixed(inputs, targets, batch_size), config)
         results.append(model.state_dict())
     for name in results[0]:
         assert torch.allclose(results[0][name], results[1][name], rtol=0, atol=1e-6), name
@@ -282,9 +283,7 @@ def test_loss_function_is_a_seam():
         log_interval=30,
         device="cpu",
     )
-    train.fit(
-        model, Fixed(inputs, inputs.roll(1, 1), 4), config, second_half, on_log=records.append
-    )
+    util.fit(model, Fixed(inputs, inputs.roll(1, 1), 4), config, second_half, on_log=records.append)
     with torch.no_grad():
         logits = model(inputs).logits
     loss = (
@@ -332,7 +331,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where):
         before[record["step"]] = {n: p.clone() for n, p in model.state_dict().items()}
         records.append(record)
 
-    state = train.fit(
+    state = util.fit(
         model, Fixed(inputs, inputs, 4), config, poisoned({2, 3}, where), on_log=on_log
     )
     assert state.skipped_steps == 2 and state.skipped_in_a_row == 0 and state.step == 6
@@ -347,7 +346,7 @@ def test_a_run_that_never_recovers_ends():
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(batch_size=4, grad_accum=1, max_steps=100, warmup_steps=1, device="cpu")
     with pytest.raises(TrainingDiverged, match="lower --lr") as error:
-        train.fit(
+        util.fit(
             random_model(tiny_config()),
             Fixed(inputs, inputs, 4),
             config,
@@ -428,7 +427,8 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
     plan = make_plan(
         _settings(
             *MODEL, *SPEED, *run.folders[:2], "--ckpt_dir", run.folders[3] + "2", *run.folders[4:]
-        )
+        ),
+        train.pretraining,
     )
     plan = dataclasses.replace(
         plan, config=dataclasses.replace(plan.config, ckpt_dir=run.folders[3])
@@ -517,7 +517,7 @@ def test_selection_bias_is_moved_by_training():
     inputs = torch.randint(0, 61, (4, 12))
     model = random_model(tiny_config(router_bias_rate=0.01), 1)
     before = model.layers[0].moe.router.selection_bias.clone()
-    train.fit(
+    util.fit(
         model,
         Fixed(inputs, inputs, 4),
         TrainConfig(batch_size=4, grad_accum=1, max_steps=3, warmup_steps=1, device="cpu"),
@@ -558,7 +558,7 @@ def test_the_host_waits_once_per_log_line(monkeypatch):
     )
     for changes in ({}, {"optimizer": "muon"}):
         reads.clear()
-        train.fit(
+        util.fit(
             random_model(tiny_config()),
             Fixed(inputs, inputs, 2),
             dataclasses.replace(config, **changes),
@@ -582,7 +582,7 @@ def test_a_window_s_numbers_are_means_over_its_steps():
             device="cpu",
         )
         records[interval] = []
-        train.fit(
+        util.fit(
             random_model(tiny_config(z_loss_coef=0.1)),
             Fixed(inputs, targets, 2),
             config,
@@ -621,7 +621,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
         device="cpu",
     )
     ours, theirs, records = random_model(tiny_config()), random_model(tiny_config()), []
-    train.fit(
+    util.fit(
         ours,
         Fixed(inputs, inputs, 4),
         dataclasses.replace(config, log_interval=1),
@@ -978,7 +978,7 @@ def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
     config = TrainConfig(
         batch_size=4, grad_accum=1, max_steps=4, warmup_steps=1, save_interval=1, device="cpu"
     )
-    train.fit(
+    util.fit(
         random_model(tiny_config()),
         Fixed(inputs, inputs, 4),
         config,
@@ -1087,7 +1087,9 @@ def test_the_dry_run_changes_nothing(data, grad_accum):
     before = {n: p.clone() for n, p in model.state_dict().items()}
     config = TrainConfig(batch_size=2, grad_accum=grad_accum, device="cpu", dtype="float32")
     optimizer = train.build_optimizer(model, config)
-    plan = Plan(model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, [])
+    plan = TrainPlan(
+        model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, []
+    )
     modes = []
     model.layers[0].register_forward_hook(
         lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None))
@@ -1110,7 +1112,8 @@ def test_what_is_printed_before_step_1(data, capsys):
             _args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"),
             ModelConfig,
             TrainConfig,
-        )
+        ),
+        train.pretraining,
     )
     lines = "\n".join(describe(plan, train.training_memory_bytes(plan.model_config, plan.config)))
     assert (
@@ -1335,7 +1338,8 @@ def test_largest_micro_batch_keeps_the_sequences_per_step(
             str(room_for or 1),
             "--grad_accum",
             "1" if room_for == 8 else "2",
-        )
+        ),
+        train.pretraining,
     )
     needed = check_memory(plan)
     free = (sum(needed.values()) - needed["program"]) / 0.8 + (1 if room_for else -1)
@@ -1400,7 +1404,8 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
     plan = make_plan(
         _settings(
             "--preset", preset, "--data_dir", str(data), "--vocabulary_size", "200019", *flags
-        )
+        ),
+        train.pretraining,
     )
     plan, tried = dataclasses.replace(plan, device=torch.device("cuda"), dtype=torch.bfloat16), []
     _on_a_gpu(
@@ -1428,7 +1433,8 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
             "200019",
             "--batch_size",
             "16",
-        )
+        ),
+        train.pretraining,
     )
     plan = dataclasses.replace(plan, device=torch.device("cuda"), dtype=torch.bfloat16)
     _on_a_gpu(monkeypatch, None, free_gib << 30)
@@ -1443,7 +1449,7 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
 
 
 def test_the_rows_of_a_plan_reach_the_model(data):
-    plan = make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data)))
+    plan = make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data)), train.pretraining)
     assert setup.set_up(dataclasses.replace(plan, loss_rows=7))[0].loss_rows == 7
 
 
@@ -1471,7 +1477,8 @@ def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
             "1",
             "--micro_batch",
             "auto",
-        )
+        ),
+        train.pretraining,
     )
     plan, tried = dataclasses.replace(plan, device=torch.device("cuda")), []
 
@@ -1589,7 +1596,7 @@ def test_fit_refuses_an_optimizer_that_cannot_skip(data):
     with pytest.raises(
         ValueError, match="fit cannot tell SGD to skip a step .* make it with fused=True"
     ):
-        train.fit(
+        util.fit(
             model,
             None,
             TrainConfig(max_steps=1, warmup_steps=0),

@@ -7,8 +7,10 @@ import random
 
 import torch
 
+import train
 from config_model import ModelConfig
 from model import LLM
+from runtime.training.task import GivenTask
 
 TINY = dict(
     d_model=32,
@@ -104,3 +106,27 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
             if block.moe.router.selection_bias is not None:
                 block.moe.router.selection_bias.normal_(0.0, 0.3)
     return model
+
+
+def fit(
+    model,
+    loader,
+    config,
+    loss_fn=train.next_token_loss,
+    *,
+    optimizer=None,
+    state=None,
+    val_batches=(),
+    dtype=torch.float32,
+    **hooks,
+):
+    """Call train.fit with a task of these parts; `hooks` are the fields of train.Hooks."""
+    return train.fit(
+        model,
+        GivenTask(loader, loss_fn, val_batches),
+        config,
+        train.Hooks(**hooks),
+        optimizer=optimizer,
+        state=state,
+        dtype=dtype,
+    )

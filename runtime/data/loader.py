@@ -7,21 +7,18 @@ import functools
 import math
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
-import torch
-from torch import Tensor
 
 from config_model import (
     TrainConfig,
 )
 from runtime.data.shards import TokenShards
-from runtime.kernels.linear_cross_entropy import IGNORE
 
 
 def count_windows(shards: TokenShards, context_length: int) -> int:
@@ -157,11 +154,14 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 
 
 def micro_batches(
-    loader, config: TrainConfig, first_sample: int, device: torch.device
-) -> tuple[list[tuple[Tensor, ...]], int]:
-    """The micro-batches of a step, in pinned memory if they go to a GPU, and how many targets in them are valid."""
+    loader, count: Callable[[tuple], int], config: TrainConfig, first_sample: int, pinned: bool
+) -> tuple[list[tuple[torch.Tensor, ...]], int]:
+    """Return the micro-batches of a step, and the sum of their `count`s.
+
+    pinned: put them into page-locked memory, from which a GPU copies while the host continues.
+    """
     batches = [loader.batch(first_sample + i * config.batch_size) for i in range(config.grad_accum)]
-    valid_targets = sum(int((batch[1] != IGNORE).sum()) for batch in batches)
-    return [
-        tuple(t.pin_memory() for t in batch) for batch in batches
-    ] if device.type == "cuda" else batches, valid_targets
+    divisor = sum(count(batch) for batch in batches)
+    if pinned:
+        batches = [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]
+    return batches, divisor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +31,11 @@ from runtime.checkpoint.folder import find_latest, folder_has_run
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checks import known
-from runtime.data.shards import TokenShards, open_data
 from runtime.training.memory import training_memory_bytes
-from runtime.training.setup import runs
 from runtime.training.state import (
     RunState,
 )
-from train import (
-    learning_rate,
-)
+from runtime.training.task import Task
 
 # With --resume these may be given anew; every other setting is the run's and must stay what it is.
 FREE_ON_RESUME = {
@@ -81,22 +78,24 @@ FREE_ON_INIT = {
 
 
 @dataclass
-class Plan:
+class TrainPlan:
     """A run, decided and checked, before anything large is made."""
 
     model_config: ModelConfig
     config: TrainConfig
     device: torch.device
     dtype: torch.dtype
-    train: TokenShards
-    val: TokenShards
+    task: Task
     source: Checkpoint | None  # what is resumed or started from
     notes: list[str]
     loss_rows: int = 0  # of logits that the loss holds at a time; 0 = the model's choice
 
 
-def make_plan(settings: cli.Settings) -> Plan:
-    """Settings -> plan. Raises ValueError for whatever cannot be honoured."""
+def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) -> TrainPlan:
+    """Return the plan of some settings. Raises ValueError for whatever cannot be honoured.
+
+    task_of(config): what is to be learnt, from the data that the settings name.
+    """
     notes: list[str] = []
     source = None
     if settings.values.get("resume"):
@@ -113,12 +112,6 @@ def make_plan(settings: cli.Settings) -> Plan:
             f"resuming {source.path} at step {source.step:,}"
         ]
         config, model_config = _resumed_configs(settings, source)
-        before = TrainConfig(**source.train_config)
-        if config.max_steps != before.max_steps:
-            notes.append(
-                f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate goes on from {learning_rate(source.step, config):.3g} "
-                f"(before: {learning_rate(source.step - 1, before):.3g})"
-            )
     else:
         config = settings.build(TrainConfig)
         if folder_has_run(config.ckpt_dir):
@@ -140,9 +133,9 @@ def make_plan(settings: cli.Settings) -> Plan:
         raise ValueError(
             "spike_sigmas skips steps that float16's loss scaler would take: use --dtype bfloat16 or float32"
         )
-    train, val = open_data(config.data_dir)
+    task = task_of(config)
     if config.resume:
-        if source.data_fingerprint != train.manifest["pair"]:
+        if source.data_fingerprint != task.fingerprint:
             raise ValueError(
                 f"{config.data_dir} is not the text that {source.path} was trained on: give the run's own --data_dir, or start anew with --init_from"
             )
@@ -158,11 +151,11 @@ def make_plan(settings: cli.Settings) -> Plan:
                     else ""
                 )
             )
-        elif "vocabulary_size" not in settings.explicit:
-            model_config = dataclasses.replace(model_config, vocabulary_size=train.vocabulary_size)
-        _check_vocabulary(model_config, train, source)
+        elif task.vocabulary_size and "vocabulary_size" not in settings.explicit:
+            model_config = dataclasses.replace(model_config, vocabulary_size=task.vocabulary_size)
+        _check_vocabulary(model_config, task, source)
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    return with_loss_rows(Plan(model_config, config, device, dtype, train, val, source, notes))
+    return with_loss_rows(TrainPlan(model_config, config, device, dtype, task, source, notes))
 
 
 def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainConfig, ModelConfig]:
@@ -251,25 +244,23 @@ def with_config(source: Checkpoint, config: ModelConfig) -> Checkpoint:
     return dataclasses.replace(source, model_config=config, model=model)
 
 
-def _check_vocabulary(
-    model_config: ModelConfig, train: TokenShards, source: Checkpoint | None
-) -> None:
-    if model_config.vocabulary_size < train.vocabulary_size:
+def _check_vocabulary(model_config: ModelConfig, task: Task, source: Checkpoint | None) -> None:
+    """Raise ValueError unless model, data and starting weights agree on what the ids mean."""
+    ours = task.tokenizer_state
+    if model_config.vocabulary_size < task.vocabulary_size:
         raise ValueError(
-            f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's {train.vocabulary_size:,} ({train.tokenizer_state['name']}): "
+            f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's {task.vocabulary_size:,} ({ours['name']}): "
             "leave --vocabulary_size out to take the data's, or prepare the text with the model's tokenizer"
         )
     theirs = source and source.tokenizer_state
-    if theirs and theirs["fingerprint"] != train.tokenizer_state["fingerprint"]:
-        name = train.tokenizer_state["name"] + (
-            " of another text" if train.tokenizer_state["name"] == theirs["name"] else ""
-        )
+    if theirs and ours and theirs["fingerprint"] != ours["fingerprint"]:
+        name = ours["name"] + (" of another text" if ours["name"] == theirs["name"] else "")
         raise ValueError(
-            f"{source.path} was trained with tokenizer {theirs['name']} and {train.folder} was made with {name}: prepare the text with the former"
+            f"{source.path} was trained with tokenizer {theirs['name']} and {task.where} was made with {name}: prepare the text with the former"
         )
 
 
-def check_memory(plan: Plan) -> dict[str, int]:
+def check_memory(plan: TrainPlan) -> dict[str, int]:
     """Estimated memory by part; ValueError if the weights, gradients and optimizer state alone exceed what the device has."""
     on_gpu = plan.device.type == "cuda"
     needed = training_memory_bytes(
@@ -301,7 +292,7 @@ def _fitting_preset(total_bytes: int) -> str:
     )
 
 
-def with_loss_rows(plan: Plan) -> Plan:
+def with_loss_rows(plan: TrainPlan) -> TrainPlan:
     """The plan with as many rows of logits at a time as its GPU has memory for; always the same where
     the run is to give the same bits."""
     if plan.device.type != "cuda" or plan.config.deterministic:
@@ -311,7 +302,7 @@ def with_loss_rows(plan: Plan) -> Plan:
     return dataclasses.replace(plan, loss_rows=loss_chunk_rows(plan.model_config, True, spare))
 
 
-def with_largest_micro_batch(plan: Plan) -> Plan:
+def with_largest_micro_batch(plan: TrainPlan, runs: Callable[[TrainPlan], bool]) -> TrainPlan:
     """The plan with the largest micro-batch that fits its device, and as many of them as keep the sequences per step.
 
     A validation keeps its windows, rounded up
@@ -366,7 +357,7 @@ def with_largest_micro_batch(plan: Plan) -> Plan:
     )
 
 
-def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
+def describe(plan: TrainPlan, needed: dict[str, int]) -> list[str]:
     """The lines printed before step 1."""
     c, t = plan.model_config, plan.config
     table = parameter_counts(c)["attention bias table"]
@@ -385,15 +376,7 @@ def describe(plan: Plan, needed: dict[str, int]) -> list[str]:
         for line in (real.note, "" if plan.source else known.initial_note(c))
         if line
     ]
-    tokens = t.batch_size * t.grad_accum * c.context_length
-    epoch = plan.train.num_tokens
-    lines.append(
-        f"data     {epoch:,} training and {plan.val.num_tokens:,} validation tokens ({plan.train.tokenizer_state['name']}) in {t.data_dir}"
-    )
-    lines.append(
-        f"steps    {t.max_steps:,} steps of {t.batch_size} x {t.grad_accum} sequences x {c.context_length} = {tokens:,} tokens: {human_count(t.max_steps * tokens)} tokens, "
-        f"{t.max_steps * tokens / epoch:.2f} epochs"
-    )
+    lines += plan.task.describe(c, t)
     memory = memory_bytes(plan.device)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needed.items() if size)
     lines.append(
@@ -425,7 +408,7 @@ def checkpoint_bytes(needed: dict[str, int]) -> int:
     return needed["weights"] + needed["optimizer state"]
 
 
-def initial_state(plan: Plan) -> RunState:
+def initial_state(plan: TrainPlan) -> RunState:
     """Where the run starts: at step 0, or where the checkpoint that it resumes says."""
     if not plan.config.resume:
         return RunState(run_id=os.urandom(8).hex())

@@ -25,7 +25,7 @@ from runtime.base.text import human_count, human_seconds
 from runtime.checks import known
 from runtime.training.metrics import HEALTHY_LOAD, MetricsLog, make_sinks
 from runtime.training.plan import (
-    Plan,
+    TrainPlan,
 )
 from runtime.training.plots import draw_plots
 from runtime.training.state import (
@@ -38,14 +38,14 @@ PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, r
 class Reporter:
     """Progress bar, log lines, metrics and plots of a run."""
 
-    def __init__(self, plan: Plan, state: RunState):
+    def __init__(self, plan: TrainPlan, state: RunState):
         config, resume_step = plan.config, state.step if plan.config.resume else None
         real = known.counts(plan.model_config)
         info = {
             "run_id": state.run_id,
             "model": dataclasses.asdict(plan.model_config),
             "train": dataclasses.asdict(config),
-            "source": plan.train.manifest["source"],
+            "source": plan.task.source,
             "parameters": real.total,
             "active_parameters": real.active,
             "device": device_name(plan.device),
@@ -81,10 +81,13 @@ class Reporter:
     def on_log(self, record: dict) -> None:
         """Complete a record of `fit`, store and show it."""
         if record["kind"] == "val":
-            record["bits_per_byte"] = record["loss"] / math.log(2) / self.plan.val.bytes_per_token
-            self.say(
-                f"step {record['step']:>7,}  validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}  bits/byte {record['bits_per_byte']:.4f}"
-            )
+            line = f"validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}"
+            if bytes_per_token := self.plan.task.bytes_per_token:
+                record["bits_per_byte"] = record["loss"] / math.log(2) / bytes_per_token
+                line += f"  bits/byte {record['bits_per_byte']:.4f}"
+            for name, value in record.get("score", {}).items():
+                line += f"  {name} {value:.4f}"
+            self.say(f"step {record['step']:>7,}  {line}")
         else:
             if self.peak:
                 record["mfu"] = record["tokens_per_sec"] * self.flops_per_token / self.peak
@@ -166,7 +169,7 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def profiled(plan: Plan, state: RunState, say: Callable[[str], None]):
+def profiled(plan: TrainPlan, state: RunState, say: Callable[[str], None]):
     """Gives what to call after each step. With config.profile the last of PROFILED_STEPS is followed by a trace and a table in graph_dir."""
     if not plan.config.profile:
         yield lambda: None

@@ -4,39 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import torch
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from model import LLM
+from model import LLM, Output
 from runtime.base.device import (
-    autocast,
     explained_out_of_memory,
     has_room,
     is_out_of_memory,
     release_memory,
     synchronize,
-    to_device,
 )
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import build_model, load_training_state
 from runtime.checks.kernels import settle_kernels
-from runtime.data.loader import WindowLoader
 from runtime.kernels.choose import choose_kernels
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import (
-    Plan,
+    TrainPlan,
     with_config,
 )
-from train import (
-    loss_of,
-)
+
+# train.forward_backward(model, task, batch, dtype), handed in: gradients are made in train.py alone.
+ForwardBackward = Callable[..., Output]
 
 
-def runs(plan: Plan) -> bool:
-    """Whether a step of the plan runs on its device, uncompiled, with memory to spare. Leaves nothing."""
+def runs(plan: TrainPlan, forward_backward: ForwardBackward) -> bool:
+    """Return whether a step of the plan runs on its device with memory to spare.
+
+    The trial is not compiled, and leaves nothing.
+    """
     try:
-        set_up(dataclasses.replace(plan, config=dataclasses.replace(plan.config, compile=False)))
+        set_up(
+            dataclasses.replace(plan, config=dataclasses.replace(plan.config, compile=False)),
+            forward_backward,
+        )
         return has_room(plan.device)
     except ValueError as error:
         if not is_out_of_memory(error.__cause__ or error):
@@ -46,29 +51,30 @@ def runs(plan: Plan) -> bool:
         release_memory(plan.device)
 
 
-def dry_run(model: LLM, optimizer, loader: WindowLoader, plan: Plan) -> float:
-    """Two micro-batches forward and backward, with the optimizer's state in place and nothing updated: out-of-memory comes now.
+def dry_run(
+    model: LLM, optimizer: Optimizer, plan: TrainPlan, forward_backward: ForwardBackward
+) -> float:
+    """Run two micro-batches with the optimizer's state in place, so that out-of-memory comes now.
 
-    The second meets the gradients of the first where a step has more than one micro-batch; where it
-    has not, that would ask for memory that no step needs. Returns the seconds that the second took;
-    the first warms up.
+    Nothing is updated. The second meets the gradients of the first where a step has more than one
+    micro-batch; where it has not, that would ask for memory no step needs. Returns the seconds the
+    second took; the first warms up.
     """
     initialise_state(optimizer)
     model.train()
+    loader = plan.task.loader(plan.model_config, plan.config)
     for _ in range(2):
         if plan.config.grad_accum == 1:
             optimizer.zero_grad(set_to_none=True)
         started = time.perf_counter()
-        with autocast(plan.device, plan.dtype):
-            out = loss_of(plan)(model, to_device(loader.batch(0), plan.device))
-        (out.cross_entropy_sum + out.aux_loss + out.z_loss).backward()
+        forward_backward(model, plan.task, loader.batch(0), plan.dtype)
         synchronize(plan.device)
         seconds = time.perf_counter() - started
     optimizer.zero_grad(set_to_none=True)
     return seconds
 
 
-def out_of_memory_advice(plan: Plan):
+def out_of_memory_advice(plan: TrainPlan):
     """Context that turns a device's out-of-memory into one line that says what to lower."""
     return explained_out_of_memory(
         plan.device,
@@ -77,19 +83,11 @@ def out_of_memory_advice(plan: Plan):
     )
 
 
-def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, float]:
-    """Model, optimizer and loader of a plan, ready for `fit`, and the seconds that a micro-batch takes."""
+def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Optimizer, float]:
+    """Return a plan's model and optimizer, ready for `fit`, and the seconds of a micro-batch."""
     config = plan.config
-    loader = WindowLoader(
-        plan.train, plan.model_config.context_length, config.batch_size, config.seed
-    )
     with out_of_memory_advice(plan):
-        if config.init_from:
-            model = build_model(with_config(plan.source, plan.model_config), plan.device)
-        else:
-            torch.manual_seed(config.seed)
-            with plan.device:
-                model = LLM(plan.model_config)
+        model = build(plan)
         choose_kernels(model, plan.device, plan.dtype)
         for line in settle_kernels(model):
             tqdm.write(f"note     {line}")
@@ -100,4 +98,13 @@ def set_up(plan: Plan) -> tuple[LLM, torch.optim.Optimizer, WindowLoader, float]
         model.loss_rows = plan.loss_rows
         if config.compile:
             model.compile_in_place()
-        return model, optimizer, loader, dry_run(model, optimizer, loader, plan)
+        return model, optimizer, dry_run(model, optimizer, plan, forward_backward)
+
+
+def build(plan: TrainPlan) -> LLM:
+    """Return the plan's model on its device, with the weights of --init_from or random ones."""
+    if plan.config.init_from:
+        return build_model(with_config(plan.source, plan.model_config), plan.device)
+    torch.manual_seed(plan.config.seed)
+    with plan.device:
+        return LLM(plan.model_config)

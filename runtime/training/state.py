@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import LLM
+# What Totals counts on the host.
+HOST_SUMS = ("tokens", "seconds", "waiting_seconds")
 
 
 class TrainingDiverged(ValueError):
@@ -77,86 +78,135 @@ class RecentLoss:
 
 
 class Totals:
-    """Sums over the steps since the last log line, kept on the device: a step adds to them and only `read` waits for it."""
+    """Sums by name over the steps since the last log line, kept on the device.
 
-    def __init__(self, state: RunState, model: LLM, device: torch.device):
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        rows = (model.config.transformer_blocks, model.config.num_experts + 2)
-        zeros = {"losses": torch.zeros(5), "router": torch.zeros(rows)}
-        self.sums = {
-            name: torch.tensor(state.window[name], dtype=torch.float64)
-            if name in state.window
-            else zero
-            for name, zero in zeros.items()
-        }
-        self.sums = {name: tensor.to(dtype).to(device) for name, tensor in self.sums.items()}
+    A step adds to them; only `wait` waits for the device. The names are the caller's: "targets" and
+    "steps" divide the others (train_record).
+    """
+
+    def __init__(self, state: RunState, device: torch.device):
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.device = device
+        saved = sums_of(state.window)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.flat: Tensor | None = None  # all sums, one after the other
+        if saved:
+            tensors = {
+                name: torch.tensor(value, dtype=torch.float64) for name, value in saved.items()
+            }
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            self.flat = self._flatten(tensors)
         self.skipped = torch.tensor(
-            [state.skipped_steps, state.skipped_in_a_row], dtype=dtype, device=device
+            [state.skipped_steps, state.skipped_in_a_row], dtype=self.dtype, device=device
         )
-        self.host = {
-            name: state.window.get(name, 0) for name in ("tokens", "seconds", "waiting_seconds")
-        }
-        self.grad_norm = torch.zeros((), dtype=dtype, device=device)
+        self.host = {name: state.window.get(name, 0) for name in HOST_SUMS}
+        self.grad_norm = torch.zeros((), dtype=self.dtype, device=device)
+        self.numbers: list[float] = []
 
-    def add(
-        self, bad: Tensor, losses: Tensor, router: Tensor, grad_norm: Tensor, **host: float
-    ) -> None:
-        """Add a step. losses [5]: cross-entropy, valid targets, steps, auxiliary loss, z-loss; router [L, E + 2]: loads, entropy,
-        dropped share. A step that is `bad` (0-dim bool), and so skipped, counts its time and tokens, not its losses."""
-        for name, value in (("losses", losses), ("router", router)):
-            self.sums[name] += torch.where(bad, 0.0, value.to(self.sums[name]))
+    def _flatten(self, sums: dict[str, Tensor]) -> Tensor:
+        return torch.cat([tensor.flatten() for tensor in sums.values()]).to(self.device, self.dtype)
+
+    def add(self, sums: dict[str, Tensor], grad_norm: Tensor, bad: Tensor) -> None:
+        """Add a step. One that is `bad` (0-dim bool), and so was skipped, adds nothing to the sums."""
+        values = self._flatten(sums)
+        if self.flat is None:
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in sums.items()}
+            self.flat = torch.zeros_like(values)
+        self.flat += torch.where(bad, 0.0, values)
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad
         self.grad_norm = grad_norm.to(self.skipped)
-        for name, value in host.items():
+
+    def add_on_host(self, **numbers: float) -> None:
+        """Add what the host counts: tokens and seconds. Skipped steps count too."""
+        for name, value in numbers.items():
             self.host[name] += value
 
-    def read(self, state: RunState) -> float:
-        """Wait for the device, put everything into `state` and return the last step's gradient norm."""
-        shape = self.sums["router"].shape
-        *numbers, total, in_a_row, grad_norm = torch.cat(
-            (self.sums["losses"], self.sums["router"].flatten(), self.skipped, self.grad_norm[None])
-        ).tolist()
-        state.window = self.host | {
-            "losses": numbers[:5],
-            "router": [numbers[5 + i * shape[1] : 5 + (i + 1) * shape[1]] for i in range(shape[0])],
+    def wait(self) -> None:
+        """Wait for the device and fetch its numbers, for `store`."""
+        self.numbers = torch.cat((self.flat, self.skipped, self.grad_norm[None])).tolist()
+
+    def store(self, state: RunState) -> float:
+        """Put what `wait` fetched into `state` and return the last step's gradient norm."""
+        *numbers, skipped, in_a_row, grad_norm = self.numbers
+        parts = torch.tensor(numbers, dtype=torch.float64).split(
+            [math.prod(shape) for shape in self.shapes.values()]
+        )
+        sums = {
+            name: part.view(shape).tolist()
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
-        state.skipped_steps, state.skipped_in_a_row = int(total), int(in_a_row)
+        state.window = self.host | {"sums": sums}
+        state.skipped_steps, state.skipped_in_a_row = int(skipped), int(in_a_row)
         return grad_norm
 
     def clear(self) -> None:
-        """Begin the next window."""
-        for tensor in self.sums.values():
-            tensor.zero_()
+        """Start the next interval."""
+        if self.flat is not None:
+            self.flat.zero_()
         self.host = dict.fromkeys(self.host, 0)
 
 
+def sums_of(window: dict) -> dict:
+    """Return the sums in a saved `RunState.window` by name.
+
+    Earlier versions saved them by position: five losses, and a row of loads, entropy and dropped
+    share per block.
+    """
+    if "losses" not in window:
+        return window.get("sums", {})
+    router = window["router"]
+    return dict(
+        zip(
+            ("cross_entropy", "targets", "steps", "aux_loss", "z_loss"),
+            window["losses"],
+            strict=True,
+        )
+    ) | {
+        "expert_load": [row[:-2] for row in router],
+        "router_entropy": [row[-2] for row in router],
+        "dropped_share": [row[-1] for row in router],
+    }
+
+
 def perplexity(loss: float) -> float:
+    """Return exp(loss), inf where that is beyond a double."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def train_record(state: RunState, lr: float, grad_norm: float) -> dict:
-    """A log record: means over the window, losses by valid targets, the rest by steps; a window of skipped steps has none."""
-    cross_entropy, targets, steps, aux_loss, z_loss = state.window["losses"]
-    seconds = max(state.window["seconds"], 1e-9)
-    nan = math.nan
-    loss = cross_entropy / targets if steps else nan
-    router = [[value / steps if steps else nan for value in row] for row in state.window["router"]]
+    """Return a log record: means over the interval, nan where all of its steps were skipped.
+
+    The loss is the mean over valid targets, all other sums are means over steps.
+    """
+    window = state.window
+    sums = dict(window["sums"])
+    cross_entropy, targets, steps = (
+        sums.pop(name) for name in ("cross_entropy", "targets", "steps")
+    )
+    loss = cross_entropy / targets if steps else math.nan
+    means = {name: _divided(value, steps) for name, value in sums.items()}
+    seconds = max(window["seconds"], 1e-9)
     return {
         "kind": "train",
         "step": state.step,
         "tokens_seen": state.tokens_seen,
         "loss": loss,
         "perplexity": perplexity(loss),
-        "aux_loss": aux_loss / steps if steps else nan,
-        "z_loss": z_loss / steps if steps else nan,
+        "aux_loss": means.pop("aux_loss"),
+        "z_loss": means.pop("z_loss"),
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens_per_sec": state.window["tokens"] / seconds,
-        "waiting_share": state.window["waiting_seconds"] / seconds,
+        "tokens_per_sec": window["tokens"] / seconds,
+        "waiting_share": window["waiting_seconds"] / seconds,
         "seconds": state.train_seconds,
         "skipped_steps": state.skipped_steps,
-        "expert_load": [row[:-2] for row in router],
-        "router_entropy": [row[-2] for row in router],
-        "dropped_share": [row[-1] for row in router],
+        **means,
     }
+
+
+def _divided(value, steps: float):
+    """Return a number, or each number of nested lists, over `steps`; nan where there are none."""
+    if isinstance(value, list):
+        return [_divided(part, steps) for part in value]
+    return value / steps if steps else math.nan

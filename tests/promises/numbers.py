@@ -11,6 +11,7 @@ import torch
 import train
 from config_model import TrainConfig
 from runtime.training.state import RecentLoss, RunState
+from tests import util
 from tests.promises import Promise, Tally
 from tests.util import random_model, tiny_config
 
@@ -60,7 +61,7 @@ def _fit(
         save_interval=1,
         device="cpu",
     )
-    state = train.fit(
+    state = util.fit(
         model,
         _Batches(),
         config,

@@ -223,6 +223,6 @@ def test_what_the_weights_are_may_be_said_again(tmp_path):
             "--top_k",
             "1",
         ]
-        assert make_plan(test_train._settings(*given)).model_config == dataclasses.replace(
-            model.config, top_k=1
-        )
+        assert make_plan(
+            test_train._settings(*given), train.pretraining
+        ).model_config == dataclasses.replace(model.config, top_k=1)

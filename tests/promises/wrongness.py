@@ -62,7 +62,7 @@ from runtime.training.metrics import MetricsLog, read_records
 from runtime.training.plan import FREE_ON_RESUME, make_plan
 from runtime.training.setup import set_up
 from scripts import draw_architecture
-from tests import test_model_parts, test_predict, test_prepare_data, test_train
+from tests import test_model_parts, test_predict, test_prepare_data, test_train, util
 from tests.base import test_cli
 from tests.checkpoint import test_checkpoint
 from tests.data import test_shards as test_data
@@ -300,7 +300,7 @@ def fallback(count: int) -> Tally:
                 places.append(f"{path.name} {where}")
 
             def check(number=number):
-                plan = make_plan(test_train._settings("--resume", *run.folders))
+                plan = make_plan(test_train._settings("--resume", *run.folders), train.pretraining)
                 said = [
                     note for note in plan.notes if note.startswith("skipped a damaged checkpoint: ")
                 ]
@@ -1377,7 +1377,7 @@ def loss(count: int) -> Tally:
             weights = []
             for val_batches, val_interval in (((), 1), (batches, 1), (batches, 2)):
                 trained = random_model(config, seed)
-                train.fit(
+                util.fit(
                     trained,
                     test_train.Fixed(inputs, targets, rows // 2),
                     TrainConfig(

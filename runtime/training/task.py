@@ -1,0 +1,132 @@
+"""What a run learns from and what it minimises: the seam between the loop and all that it trains.
+
+`train.fit` knows one loop. A kind of training is a Task that the loop calls; fine-tuning adds tasks,
+never loops. Pre-training on token shards is the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from config_model import ModelConfig, TrainConfig
+from model import LLM, Output
+from runtime.base.text import human_count
+from runtime.data.loader import ValidationBatches, WindowLoader, validation_batches
+from runtime.data.shards import TokenShards
+from runtime.kernels.linear_cross_entropy import IGNORE
+
+Batch = tuple[Tensor, ...]
+Loss = Callable[[LLM, Batch], Output]
+
+
+class Loader(Protocol):
+    """An endless, numbered stream of samples."""
+
+    def batch(self, first_sample: int) -> Batch:
+        """Return config.batch_size samples, the first of which has number `first_sample`."""
+
+
+class Task:
+    """What `train.fit` asks of a kind of training. A subclass gives at least `loader` and `loss`.
+
+    vocabulary_size: ids in the data, which the model must have; 0 = any.
+    tokenizer_state: saved with each checkpoint, so that a model never meets ids of another meaning.
+    fingerprint: identifies the data; a resumed run must find the same.
+    source, where: what the data was made from, for the log, and a name for it in error lines.
+    bytes_per_token: of the validation text, for bits per byte; 0 = not known.
+    fetch_ahead: whether batches may be made while earlier steps run. False where they depend on
+        the model's weights, as sampled answers do.
+    """
+
+    vocabulary_size: int = 0
+    tokenizer_state: dict | None = None
+    fingerprint: str = ""
+    source: object = None
+    where: str = "the data"
+    bytes_per_token: float = 0.0
+    fetch_ahead: bool = True
+
+    def loader(self, model_config: ModelConfig, config: TrainConfig) -> Loader:
+        """Return the stream of training batches."""
+        raise NotImplementedError
+
+    def loss(self, model: LLM, batch: Batch) -> Output:
+        """Return one forward pass with its loss; the step minimises the sum over its batches."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> int:
+        """Return what a batch adds to the number its step's loss is divided by: valid targets."""
+        return int((batch[1] != IGNORE).sum())
+
+    def validation(self, model_config: ModelConfig, config: TrainConfig) -> Sequence[Batch]:
+        """Return the batches that `train.evaluate` is given: the same ones at each call."""
+        return ()
+
+    def score(self, model: LLM) -> dict[str, float]:
+        """Return further numbers for the log line of a validation, by name."""
+        return {}
+
+    def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
+        """Return the lines about the data that are printed before step 1."""
+        return []
+
+
+class Pretraining(Task):
+    """Predict the next token of the shards that prepare_data.py wrote.
+
+    train, val: the two splits, of one tokenizer. loss_fn(model, (inputs, targets)) -> Output.
+    """
+
+    def __init__(self, train: TokenShards, val: TokenShards, loss_fn: Loss):
+        self.train, self.val, self.loss_fn = train, val, loss_fn
+        self.vocabulary_size = train.vocabulary_size
+        self.tokenizer_state = train.tokenizer_state
+        self.fingerprint = train.manifest["pair"]
+        self.source = train.manifest["source"]
+        self.where = str(train.folder)
+        self.bytes_per_token = val.bytes_per_token
+
+    def loader(self, model_config: ModelConfig, config: TrainConfig) -> WindowLoader:
+        return WindowLoader(self.train, model_config.context_length, config.batch_size, config.seed)
+
+    def loss(self, model: LLM, batch: Batch) -> Output:
+        return self.loss_fn(model, batch)
+
+    def validation(self, model_config: ModelConfig, config: TrainConfig) -> ValidationBatches:
+        return validation_batches(
+            self.val, model_config.context_length, config.batch_size, config.val_steps
+        )
+
+    def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
+        T = model_config.context_length
+        tokens = config.batch_size * config.grad_accum * T
+        in_all, epoch = config.max_steps * tokens, self.train.num_tokens
+        return [
+            f"data     {epoch:,} training and {self.val.num_tokens:,} validation tokens "
+            f"({self.train.tokenizer_state['name']}) in {config.data_dir}",
+            f"steps    {config.max_steps:,} steps of {config.batch_size} x {config.grad_accum} "
+            f"sequences x {T} = {tokens:,} tokens: {human_count(in_all)} tokens, "
+            f"{in_all / epoch:.2f} epochs",
+        ]
+
+
+class GivenTask(Task):
+    """A task of given parts, for text that is in memory and for losses to try out.
+
+    loader: `.batch(first_sample)`; loss_fn(model, batch) -> Output; val_batches: a sequence.
+    """
+
+    def __init__(self, loader: Loader, loss_fn: Loss, val_batches: Sequence[Batch] = ()):
+        self.given_loader, self.loss_fn, self.val_batches = loader, loss_fn, val_batches
+
+    def loader(self, model_config: ModelConfig, config: TrainConfig) -> Loader:
+        return self.given_loader
+
+    def loss(self, model: LLM, batch: Batch) -> Output:
+        return self.loss_fn(model, batch)
+
+    def validation(self, model_config: ModelConfig, config: TrainConfig) -> Sequence[Batch]:
+        return self.val_batches

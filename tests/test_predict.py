@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,10 +33,10 @@ from runtime.inference.decoder import generate, router_choices
 from runtime.inference.predictor import Predictor
 from runtime.inference.session import COMMANDS, VERBS, command_result
 from tests.base.test_cli import as_flags, other_value
+from tests.conftest import REPO
 from tests.data.test_tokenizer import stand_in
 from tests.util import random_model, tiny_config
 
-REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
 END = BYTE.end_of_text_id
 CONTEXT = 32

@@ -38,10 +38,10 @@ from runtime.data.shards import open_data, read_manifest
 from runtime.data.sources import FileSource, safe_cut
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, read_tokenizer, tokenizer_from_state
+from tests.conftest import REPO
 from tests.data.test_tokenizer import stand_in
 from tests.util import random_model, tiny_config
 
-REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
 
 

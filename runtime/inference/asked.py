@@ -386,14 +386,12 @@ def _weight_bytes(model: LLM) -> int:
 
 @functools.cache
 def _sources() -> str:
-    """Digest of all that computes: the model's three files and what is next to this one."""
-    here = Path(__file__).resolve().parent
-    files = [
-        here.parent / name for name in ("config_model.py", "model_parts.py", "model.py")
-    ] + sorted([*here.glob("*.py"), *here.glob("*.c")])
-    return hashlib.sha256(
-        b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files)
-    ).hexdigest()
+    """Return the digest of all that computes: the model's three files and all of runtime/."""
+    runtime = Path(__file__).resolve().parents[1]
+    files = [runtime.parent / name for name in ("config_model.py", "model_parts.py", "model.py")]
+    files += sorted([*runtime.glob("**/*.py"), *runtime.glob("**/*.c")])
+    contents = (file.name.encode() + b"\0" + file.read_bytes() for file in files)
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from runtime.interop.export import Source
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 FILES = (
     "config_model.py",
+    "runtime/kernels/grouped_linear.py",
+    "runtime/kernels/linear_cross_entropy.py",
     "model_parts.py",
     "model.py",
     "runtime/interop/modeling_gptoss.py",
@@ -139,7 +141,7 @@ def _statements(path: Path) -> Iterator[Statement]:
 
 def _imports(needed: frozenset[str]) -> str:
     """What the files import of `needed` names from elsewhere."""
-    ours = {file.removesuffix(".py") for file in FILES} | {"__future__"}
+    ours = {file.removesuffix(".py").replace("/", ".") for file in FILES} | {"__future__"}
     modules, members = {"itertools"}, defaultdict(set)
     for file in FILES:
         for node in ast.parse((REPO / file).read_text(encoding="utf-8")).body:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +17,8 @@ import prepare_data
 import train
 from config_model import PRESETS, ModelConfig, TrainConfig, option
 from runtime.base import cli
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 OWNERS = {"model": ModelConfig, "train": TrainConfig}
 FIELDS = [(table, f.name) for table, owner in OWNERS.items() for f in dataclasses.fields(owner)]
 NEEDS = {

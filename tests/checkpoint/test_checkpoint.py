@@ -30,9 +30,9 @@ from runtime.checkpoint.read import load_model, load_training_state, read_checkp
 from runtime.checkpoint.reference import _reference_sources, reference_config
 from runtime.checkpoint.write import save_checkpoint, write_weights
 from runtime.training.optimizer import build_adamw
+from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound
 
-REPO = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
     d_model=16,
     transformer_blocks=2,

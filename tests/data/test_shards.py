@@ -23,8 +23,8 @@ from runtime.data import shards as data
 from runtime.data.loader import WindowLoader, count_windows, prefetch, validation_batches
 from runtime.data.shards import ShardWriter, TokenShards, open_data, read_manifest, write_manifest
 from runtime.data.tokenizers import load_tokenizer
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
 
 

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +26,8 @@ from runtime.data.tokenizer import (
     spell,
 )
 from runtime.data.tokenizers import compacted, load_tokenizer, tokenizer_from_state, train_bpe
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
 TALE = [
     "Once upon a time there was a cat named Tom. Tom's cat-friend said: \"I'LL come at 10:45, won't I?\"\n\n",

@@ -10,14 +10,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from runtime.data import toy_stories
 from runtime.data.toy_stories import NUM_DISTINCT, Phrase, _compile, _draft, _fewest, story
+from tests.conftest import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 SAMPLE = 10_000  # stories that are checked one by one
 FIELD = re.compile(r"\{([\w.]+)\}")
 QUOTE = re.compile(r'"[^"]*"')

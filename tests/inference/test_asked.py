@@ -450,14 +450,10 @@ def test_old_answers_go_and_a_folder_that_cannot_be_written_costs_nothing_else(
 )
 def test_the_sources_digest_covers_what_computes(changed, tmp_path, monkeypatch):
     """An answer of an older version of any of these would be believed for ever."""
-    (tmp_path / "runtime").mkdir()
-    for path in (
-        *(REPO / "runtime").glob("*.[pc]*"),
-        *(REPO / name for name in ("model_parts.py", "config_model.py", "model.py")),
-    ):
-        if path.is_file():
-            shutil.copyfile(path, tmp_path / path.relative_to(REPO))
-    monkeypatch.setattr(asked, "__file__", str(tmp_path / "runtime" / "asked.py"))
+    shutil.copytree(REPO / "runtime", tmp_path / "runtime")
+    for name in ("model_parts.py", "config_model.py", "model.py"):
+        shutil.copyfile(REPO / name, tmp_path / name)
+    monkeypatch.setattr(asked, "__file__", str(tmp_path / "runtime" / "inference" / "asked.py"))
     before = asked._sources.__wrapped__()
     (tmp_path / changed).write_text("# another\n")
     assert len(before) == 64 and asked._sources.__wrapped__() != before

@@ -65,13 +65,13 @@ from scripts import draw_architecture
 from tests import test_model_parts, test_predict, test_prepare_data, test_train, util
 from tests.base import test_cli
 from tests.checkpoint import test_checkpoint
+from tests.conftest import REPO
 from tests.data import test_shards as test_data
 from tests.inference import test_cpu_decode
 from tests.numeric import before_ties
 from tests.promises import Promise, Tally
 from tests.util import random_config, random_model, without_chance
 
-REPO = Path(__file__).resolve().parent.parent.parent
 FIRST_SEED = 10_000  # the tests of the modules have the small seeds
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.conftest import REPO
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex  # noqa: E402
@@ -18,7 +19,6 @@ from runtime.training.plots import human
 from scripts import draw_architecture  # noqa: E402
 from scripts.draw_architecture import PART_COLORS, draw, main  # noqa: E402
 
-REPO = Path(__file__).resolve().parent.parent
 MODERN = PRESETS["gptoss-modern"].model
 ODD = {
     "all options": MODERN

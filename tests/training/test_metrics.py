@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from runtime.training.metrics import MetricsLog, flatten, make_sinks, read_records
+from tests.conftest import REPO
 
 
 def record(step, kind="train", **more):
@@ -62,9 +63,7 @@ def test_a_killed_process_loses_no_record(tmp_path):
         "for step in range(1, 4): log.append({'step': step, 'kind': 'train', 'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=os.path.dirname(os.path.dirname(__file__))
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPO)
     assert done.returncode == -signal.SIGKILL
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
@@ -541,7 +540,7 @@ def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
-        cwd=os.path.dirname(os.path.dirname(__file__)),
+        cwd=REPO,
         check=True,
     )
 

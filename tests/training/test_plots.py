@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.conftest import REPO
 
 pytest.importorskip("matplotlib")
 import matplotlib  # noqa: E402
@@ -20,8 +21,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
 from runtime.training import plots
 from runtime.training.plots import PLOTS, STYLE, History, draw_plots, human, smooth, thin
-
-REPO = Path(__file__).resolve().parent.parent
 
 
 def synthetic(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS, ModelConfig
 from runtime.kernels.grouped_linear import (
-    _GatherRows,
-    _row_bias,
+    GatherRows,
     grouped_linear,
+    row_bias,
 )
 
 
@@ -528,7 +528,7 @@ class Experts(nn.Module):
         if not self.grouped:
             return grouped_linear(x_RI, w_EOI, b_EO, counts_E)
         y_RO = F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0).to(torch.int32))
-        return y_RO if b_EO is None else y_RO + _row_bias(b_EO, experts_R)
+        return y_RO if b_EO is None else y_RO + row_bias(b_EO, experts_R)
 
 
 class LocalDispatcher:
@@ -552,8 +552,8 @@ class LocalDispatcher:
         inverse_R = torch.empty_like(order_R).scatter_(
             0, order_R, torch.arange(N * K, device=order_R.device)
         )
-        y_RC = experts(_GatherRows.apply(x_NC, order_R, inverse_R, K), experts_R[order_R], counts_E)
-        y_NKC = _GatherRows.apply(y_RC, inverse_R, order_R, 1).view(N, K, -1)
+        y_RC = experts(GatherRows.apply(x_NC, order_R, inverse_R, K), experts_R[order_R], counts_E)
+        y_NKC = GatherRows.apply(y_RC, inverse_R, order_R, 1).view(N, K, -1)
         return (y_NKC * weights_NK[:, :, None]).sum(dim=1)
 
 

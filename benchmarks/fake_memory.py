@@ -117,7 +117,7 @@ def _rms_norm(x: Tensor, normalized_shape, weight: Tensor, eps: float | None = N
     return _RMSNorm.apply(x, weight)
 
 
-def _row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
+def row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
     """model_parts._row_bias, whose one_hot reads values on a CPU."""
     one_hot_RE = torch.zeros(len(experts_R), len(bias_EF), dtype=torch.int64)
     return one_hot_RE.to(bias_EF.dtype) @ bias_EF
@@ -132,7 +132,7 @@ def _as_on_a_gpu(dtype: torch.dtype):
         for owner, name, value in (
             (F, "scaled_dot_product_attention", _attention),
             (F, "rms_norm", _rms_norm),
-            (model_parts, "_row_bias", _row_bias),
+            (model_parts, "row_bias", row_bias),
             (model_module, "loss_chunk_rows", lambda config, _: rows(config, True)),
             (runtime.training.optimizer, "_elements_at_once", lambda _: 1 << 24),
             (

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import runtime.inference as inference
 import train
 from config_model import TrainConfig
 from model import LLM, sample
 from model_parts import attention_mask, attention_with_sinks
 from runtime.base.device import autocast
+from runtime.inference import decoder as inference
 from runtime.inference.decoder import Decoder
 from runtime.inference.quantize import quantize_
 from runtime.kernels.attention_choice import card_of, choose_attention, gpu_attention

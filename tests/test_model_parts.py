@@ -25,7 +25,7 @@ from model_parts import (
     rotate,
 )
 from runtime.kernels.choose import choose_kernels
-from runtime.kernels.grouped_linear import _row_bias
+from runtime.kernels.grouped_linear import row_bias
 from runtime.kernels.sink_attention import sink_attention
 from tests.numeric import (
     assert_close,
@@ -503,10 +503,10 @@ def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
     bias = torch.randn(4, 16, requires_grad=True)
     experts = torch.arange(8192) % 4
     weights = torch.rand(8192, 16) + 0.5
-    (_row_bias(bias.bfloat16(), experts) * weights.bfloat16()).sum().backward()
+    (row_bias(bias.bfloat16(), experts) * weights.bfloat16()).sum().backward()
     exact = torch.zeros(4, 16).index_add_(0, experts, weights.bfloat16().float())
     assert torch.allclose(bias.grad, exact, rtol=0.01)
-    assert torch.equal(_row_bias(bias, experts), bias[experts])
+    assert torch.equal(row_bias(bias, experts), bias[experts])
 
 
 def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():

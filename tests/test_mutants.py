@@ -17,12 +17,15 @@ import train
 from config_model import TrainConfig
 from model import generate, sample
 from model_parts import KVCache
+from runtime.base import process
 from runtime.base.process import StopRequest
 from runtime.data.shards import open_data
 from runtime.data.tokenizer import Tokenizer
+from runtime.inference import predictor
 from runtime.inference.cpu_decode import native_model
 from runtime.inference.decoder import Decoder
 from runtime.inference.decoder import generate as generate_texts
+from runtime.training import reporter
 from runtime.training.state import RecentLoss, RunState
 from tests import util
 from tests.conftest import REPO
@@ -318,7 +321,7 @@ def test_speed_excludes_validation_and_saving(monkeypatch):
     ids=lambda number: number.name,
 )
 def test_every_polite_signal_is_a_wish_to_stop(monkeypatch, number):
-    monkeypatch.setattr(train.os, "write", lambda *_: None)
+    monkeypatch.setattr(process.os, "write", lambda *_: None)
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert signal.getsignal(number) != before, "it would end the process"
@@ -339,7 +342,7 @@ def test_a_loss_that_stands_still_has_no_spikes():
 def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The checkpoint that a signal asked for is one of the bad stretch: a resume begins there, a rollback must not."""
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
-    monkeypatch.setattr(train, "draw_plots", lambda *_: None)
+    monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
     poison(monkeypatch, range(10, 26))  # steps 6 to 13 of 2 micro-batches
     run, steps = Run(data, tmp_path), []
 
@@ -401,7 +404,7 @@ def test_many_answers_move_no_terminal_either(tmp_path, monkeypatch, capsys):
         finished.update(range(len(prompts)))
         yield [(row, ord(".")) for row in range(len(prompts))]
 
-    monkeypatch.setattr(predict, "generate", fake)
+    monkeypatch.setattr(predictor, "generate", fake)
     argv = [
         "--ckpt",
         save(tmp_path, biased_model()),

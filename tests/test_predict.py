@@ -27,7 +27,7 @@ from model import generate as plain_generate
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, train_bpe
-from runtime.inference import session
+from runtime.inference import predictor, session
 from runtime.inference.console import read_prompts
 from runtime.inference.decoder import generate, router_choices
 from runtime.inference.predictor import Predictor
@@ -127,7 +127,7 @@ def drawn(monkeypatch):
                 return
 
     Drawn.calls = []
-    monkeypatch.setattr(predict, "generate", fake)
+    monkeypatch.setattr(predictor, "generate", fake)
     return Drawn
 
 
@@ -320,7 +320,7 @@ def test_the_answer_streams(endless, monkeypatch, drawn):
             seen.append(stdout.flushed)
             yield [(0, i)]
 
-    monkeypatch.setattr(predict, "generate", fake)
+    monkeypatch.setattr(predictor, "generate", fake)
     monkeypatch.setattr(sys, "stdout", stdout)
     predict.main(["--ckpt", endless, "--prompt", "P"])
     assert seen == ["P", "Pa", "Pab"] and stdout.flushed == "Pabc\n"
@@ -796,13 +796,13 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
             match="^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another --device or a smaller model$",
         ),
     ):
-        patch.setattr(predict, "load_model", too_large)
+        patch.setattr(predictor, "load_model", too_large)
         predict.main(["--ckpt", endless, "--prompt", "x", "--device", "cpu"])
     with pytest.raises(
         ValueError,
         match="^out of memory on cpu .*: lower --context_length or use --dtype bfloat16$",
     ):
-        monkeypatch.setattr(predict, "generate", too_large)
+        monkeypatch.setattr(predictor, "generate", too_large)
         predict.main(["--ckpt", endless, "--prompt", "shown", "--device", "cpu"])
     assert capsys.readouterr().out == "shown\n"
 
@@ -1135,7 +1135,7 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
 
     predictor, config = predictor_of(small, max_new_tokens=2)
     monkeypatch.setattr("builtins.input", fake_input)
-    monkeypatch.setattr(predict, "command_result", remember)
+    monkeypatch.setattr(session, "command_result", remember)
     monkeypatch.setattr(
         predict, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
     )  # whatever :n says
@@ -1259,7 +1259,7 @@ def test_ctrl_c_at_the_prompt_or_in_a_command_does_not_end_the_session(
         return real(config, command, arguments)
 
     monkeypatch.setattr("builtins.input", fake_input)
-    monkeypatch.setattr(predict, "command_result", interrupted)
+    monkeypatch.setattr(session, "command_result", interrupted)
     session.repl(*predictor_of(endless))
     assert capsys.readouterr().out == "\ntemperature = 0.5\n" and next(lines, None) is None
 
@@ -1364,7 +1364,7 @@ def test_json_keeps_an_interrupted_answer(endless, monkeypatch, capsys):
         yield [(0, ord("a"))]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "generate", interrupted)
+    monkeypatch.setattr(predictor, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt", "p", "--json"])
     assert json.loads(capsys.readouterr().out) | {"seconds_to_first_token": 0} == {
@@ -1389,7 +1389,7 @@ def test_ctrl_c_keeps_the_answers_that_are_there(endless, tmp_path, monkeypatch,
         assert capsys.readouterr().out == "ax\n"  # shown when it is complete
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "generate", interrupted)
+    monkeypatch.setattr(predictor, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt_file", str(tmp_path / "p.txt")])
     assert capsys.readouterr().out == "\nby\n\ncz\n"
@@ -1603,7 +1603,7 @@ def test_an_answer_that_failed_can_be_asked_again(endless, repl, monkeypatch):
         raise RuntimeError("no memory")
         yield
 
-    monkeypatch.setattr(predict, "generate", fails)
+    monkeypatch.setattr(predictor, "generate", fails)
     out, err = repl(endless, "ab\n+c\n:undo\n:undo\n")
     assert (
         err == "error: no memory\n" * 2

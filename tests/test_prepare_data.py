@@ -33,7 +33,7 @@ from prepare_data import (
 )
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data import shards as data
-from runtime.data import toy_stories
+from runtime.data import sources, toy_stories
 from runtime.data.shards import open_data, read_manifest
 from runtime.data.sources import FileSource, safe_cut
 from runtime.data.tokenizer import Tokenizer
@@ -382,7 +382,7 @@ def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypa
     ]
     (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
     val = write_jsonl(tmp_path / "val.jsonl", stories(5))
-    monkeypatch.setattr(prepare_data, "PART_CHARACTERS", 5000)
+    monkeypatch.setattr(sources, "PART_CHARACTERS", 5000)
     tokenizer = load_tokenizer("o200k_base")
     source = FileSource([str(tmp_path / "a.txt")], "text", "<|endoftext|>")
     parts = list(source.documents())
@@ -402,7 +402,7 @@ def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypa
 
 
 def test_a_document_in_parts_is_left_out_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PART_CHARACTERS", 100)
+    monkeypatch.setattr(sources, "PART_CHARACTERS", 100)
     long = ["one " * 200, "two " * 200, "three " * 200]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(long))
     (tmp_path / "v.txt").write_text("<|endoftext|>".join([long[1], "four " * 200]))

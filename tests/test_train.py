@@ -20,7 +20,7 @@ import prepare_data
 import train
 from config_model import ModelConfig, TrainConfig, total_parameters
 from model import LLM
-from runtime.base import cli
+from runtime.base import cli, process
 from runtime.base.device import to_device
 from runtime.base.process import StopRequest
 from runtime.checkpoint.optimizer_state import initialise_state
@@ -28,7 +28,8 @@ from runtime.checkpoint.read import load_model, read_checkpoint
 from runtime.data.loader import WindowLoader, validation_batches
 from runtime.data.shards import open_data
 from runtime.kernels.linear_cross_entropy import IGNORE
-from runtime.training import setup
+from runtime.training import plan as plan_module
+from runtime.training import reporter, setup
 from runtime.training.memory import training_memory_bytes
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import (
@@ -171,7 +172,7 @@ def one_plot(monkeypatch):
     def draw_loss(records, folder, step):
         return draw_plots(records, folder, step, ["loss"])
 
-    monkeypatch.setattr(train, "draw_plots", draw_loss)
+    monkeypatch.setattr(reporter, "draw_plots", draw_loss)
 
 
 @pytest.fixture
@@ -680,7 +681,7 @@ def straight(data, tmp_path_factory) -> Run:
 def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkeypatch, stop_after):
     """Weights, optimizer, data position and metrics, bit for bit. The reference's resumed run re-read its first 80 windows
     (T2), halved its first logged loss (T13) and lost count of its tokens (T14)."""
-    monkeypatch.setattr(train, "draw_plots", lambda *_: None)
+    monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
 
     def requested(self):
         steps.append(1)
@@ -957,14 +958,14 @@ def test_metrics_that_cannot_be_written_cost_the_metrics_only(run, monkeypatch, 
     def full(self, *_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.MetricsLog, "append", full)
+    monkeypatch.setattr(reporter.MetricsLog, "append", full)
     assert run("--max_steps", 4, "--save_interval", 2) == 0
     assert capsys.readouterr().out.count("no more metrics") == 1 and run.final().step == 4
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_told_at_the_start(run, monkeypatch):
     """It came at the first save, a thousand steps later."""
-    monkeypatch.setattr(train, "LLM", None)
+    monkeypatch.setattr(setup, "LLM", None)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000})())
     with pytest.raises(ValueError, match="a checkpoint needs .* delete old checkpoints"):
         run("--max_steps", 4)
@@ -991,9 +992,9 @@ def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
 def test_one_wish_may_come_as_two_signals(monkeypatch):
     """A wrapper forwards the Ctrl-C that the terminal sent to both: the run ended at once, unsaved. A later one means it."""
     now, left = [100.0], []
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.os, "_exit", left.append)
-    monkeypatch.setattr(train.os, "write", lambda *_: None)
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(process.os, "_exit", left.append)
+    monkeypatch.setattr(process.os, "write", lambda *_: None)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -1043,7 +1044,7 @@ def test_vocabulary_comes_from_the_data_unless_it_is_given(run, tmp_path, data):
 
 
 def test_a_model_beyond_the_machine_is_refused_before_it_is_made(run, monkeypatch):
-    monkeypatch.setattr(train, "LLM", None)
+    monkeypatch.setattr(setup, "LLM", None)
     with pytest.raises(
         ValueError, match="4.23 T parameters need .* choose a smaller model, e.g. --preset"
     ):
@@ -1343,7 +1344,7 @@ def test_largest_micro_batch_keeps_the_sequences_per_step(
     )
     needed = check_memory(plan)
     free = (sum(needed.values()) - needed["program"]) / 0.8 + (1 if room_for else -1)
-    monkeypatch.setattr(train, "memory_bytes", lambda device: (free, 1 << 40))
+    monkeypatch.setattr(plan_module, "memory_bytes", lambda device: (free, 1 << 40))
     flags = [
         "--batch_size",
         "1",
@@ -1383,7 +1384,10 @@ def _on_a_gpu(monkeypatch, set_up, free: int) -> None:
         "device_name": lambda device: "a GPU",
     }
     for name, value in answers.items():
-        monkeypatch.setattr(train, name, value)
+        users = [module for module in (plan_module, setup) if hasattr(module, name)]
+        assert users, f"nobody asks {name}"
+        for module in users:
+            monkeypatch.setattr(module, name, value)
 
 
 @pytest.mark.parametrize(

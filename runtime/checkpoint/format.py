@@ -93,7 +93,7 @@ class Checkpoint:
 
 
 # ------------------------------------------------------------------------------------------------------- digests and header
-def _digests(
+def digests_of(
     tensors: dict[str, Tensor], group: str, recorded: dict | None = None
 ) -> dict[str, str]:
     """SHA-256 of every tensor as {"GROUP/NAME": digest}, one thread each (hashing frees the interpreter lock).
@@ -101,7 +101,7 @@ def _digests(
     ValueError where one is not what was `recorded`, or is not finite.
     """
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        results = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+        results = dict(zip(tensors, pool.map(digest_of, tensors.values()), strict=True))
     for name, (digest, _) in results.items():
         if recorded is not None and recorded.get(f"{group}/{name}") != digest:
             raise ValueError(f"damaged: {group} tensor {name} does not match its digest")
@@ -113,7 +113,7 @@ def _digests(
     return {f"{group}/{name}": digest for name, (digest, _) in results.items()}
 
 
-def _digest(tensor: Tensor) -> tuple[str, bool]:
+def digest_of(tensor: Tensor) -> tuple[str, bool]:
     """SHA-256 in hex over dtype, shape and bytes, and whether every value is finite. A GPU tensor is copied, a CPU tensor is not."""
     digest, finite = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode()), True
     for chunk in tensor.detach().cpu().contiguous().reshape(-1).split(CHUNK_ELEMENTS):
@@ -123,7 +123,7 @@ def _digest(tensor: Tensor) -> tuple[str, bool]:
     return digest.hexdigest(), finite
 
 
-def _plain(header: object) -> object:
+def plain_values(header: object) -> object:
     """`header` as plain str, int, float, bool, None, list and dict; ValueError for what JSON cannot hold or what is too large.
 
     The limit counts what is visited, so lists that contain one another many times over (a small file) end here as well.
@@ -158,13 +158,13 @@ def _plain(header: object) -> object:
     return visit(header, "header", 0)
 
 
-def _header_digest(header: dict) -> str:
+def header_digest(header: dict) -> str:
     return hashlib.sha256(
         json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
-def _check_header(header: dict) -> None:
+def check_header(header: dict) -> None:
     """ValueError unless every header key is there, of its type, and the step is possible."""
     for key, kinds in HEADER.items():
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -178,7 +178,7 @@ def _check_header(header: dict) -> None:
         raise ValueError(f"step must be at least 0, not {header['step']}")
 
 
-def _dict(contents: dict, key: str) -> dict:
+def dict_in(contents: dict, key: str) -> dict:
     if not isinstance(value := contents.get(key), dict):
         raise ValueError(
             f"{key} is missing"
@@ -188,7 +188,7 @@ def _dict(contents: dict, key: str) -> dict:
     return value
 
 
-def _config(fields: dict) -> ModelConfig:
+def config_from(fields: dict) -> ModelConfig:
     """ModelConfig from a file: no field unknown, each valid. A field that the file's version did not have takes its default, so
     a new field must default to what the model did before it."""
     if unknown := fields.keys() - {f.name for f in dataclasses.fields(ModelConfig)}:
@@ -199,7 +199,7 @@ def _config(fields: dict) -> ModelConfig:
         raise ValueError(f"cfg: {error}") from error
 
 
-def _tensors(given: dict, group: str, file_bytes: int) -> dict[str, Tensor]:
+def plain_tensors(given: dict, group: str, file_bytes: int) -> dict[str, Tensor]:
     """The group with plain, dense, contiguous tensors that fit into the file; ValueError for anything else, e.g. stride 0."""
     for name, tensor in given.items():
         if type(name) is not str or type(tensor) is not Tensor:
@@ -219,7 +219,7 @@ def _tensors(given: dict, group: str, file_bytes: int) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in given.items()}
 
 
-def _expected(
+def expected_tensors(
     config: ModelConfig, dtype: torch.dtype, file_bytes: int | None = None
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Names, shapes and dtypes that a config implies where parameters are kept in `dtype`, from the module itself on the meta device; a

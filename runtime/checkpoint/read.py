@@ -24,15 +24,15 @@ from runtime.checkpoint.format import (
     VERSION,
     Checkpoint,
     CheckpointError,
-    _check_header,
-    _config,
-    _dict,
-    _digests,
-    _expected,
-    _header_digest,
-    _plain,
-    _tensors,
+    check_header,
+    config_from,
+    dict_in,
+    digests_of,
+    expected_tensors,
+    header_digest,
     meta_model,
+    plain_tensors,
+    plain_values,
 )
 from runtime.checkpoint.optimizer_state import check_tensors, load_state_by_name
 from runtime.checkpoint.reference import (
@@ -94,9 +94,9 @@ def read_config(path: str | Path) -> ModelConfig:
     contents, _ = unpack(path)
     try:
         return (
-            _config(read_header(contents)["cfg"])
+            config_from(read_header(contents)["cfg"])
             if "format" in contents
-            else reference_config(_plain(_dict(contents, "cfg")))
+            else reference_config(plain_values(dict_in(contents, "cfg")))
         )
     except ValueError as error:
         raise CheckpointError(path, error) from error
@@ -194,7 +194,7 @@ def _scan_zip(path: Path) -> set[tuple[int, int]]:
 
 def read_header(contents: dict) -> dict:
     """Everything in our format that is no tensor, checked against its digest."""
-    header = _plain({key: value for key, value in contents.items() if key not in TENSOR_KEYS})
+    header = plain_values({key: value for key, value in contents.items() if key not in TENSOR_KEYS})
     if header["format"] != FORMAT:
         raise ValueError(
             f"not a checkpoint: its format is {header['format']!r:.60}, not {FORMAT!r}"
@@ -203,36 +203,36 @@ def read_header(contents: dict) -> dict:
         raise ValueError(
             f"written in format version {version}, and this program reads up to {VERSION}: update gptoss"
         )
-    _check_header(header)
+    check_header(header)
     if header["version"] != VERSION:
         raise ValueError(f"version must be {VERSION}, not {header['version']}")
     if extra := header.keys() - HEADER.keys():
         raise ValueError(f"unknown key {min(extra)!r:.60}")
-    if _plain(_dict(contents, "digests")).get("header") != _header_digest(header):
+    if plain_values(dict_in(contents, "digests")).get("header") != header_digest(header):
         raise ValueError("damaged: the header does not match its digest")
     return header
 
 
 def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
     header, digests = read_header(contents), contents["digests"]
-    config = _config(header["cfg"])
+    config = config_from(header["cfg"])
     file_bytes = path.stat().st_size
-    model = _tensors(_dict(contents, "model"), "model", file_bytes)
+    model = plain_tensors(dict_in(contents, "model"), "model", file_bytes)
     is_bfloat16 = "embed.weight" in model and model["embed.weight"].dtype == torch.bfloat16
     check_tensors(
-        _expected(config, torch.bfloat16 if is_bfloat16 else torch.float32, file_bytes),
+        expected_tensors(config, torch.bfloat16 if is_bfloat16 else torch.float32, file_bytes),
         model,
         "model",
     )
     state = None
     if optimizer:
-        state = _tensors(_dict(contents, "optimizer"), "optimizer", file_bytes)
+        state = plain_tensors(dict_in(contents, "optimizer"), "optimizer", file_bytes)
         if not state:
             raise ValueError(
                 "holds weights but no optimizer state, so training cannot be resumed from it: start a new run with --init_from"
             )
-    _digests(model, "model", digests)
-    _digests(state or {}, "optimizer", digests)
+    digests_of(model, "model", digests)
+    digests_of(state or {}, "optimizer", digests)
     return Checkpoint(
         path,
         header["step"],

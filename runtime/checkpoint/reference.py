@@ -11,11 +11,11 @@ import torch
 from config_model import ModelConfig
 from runtime.checkpoint.format import (
     Checkpoint,
-    _dict,
-    _digests,
-    _expected,
-    _plain,
-    _tensors,
+    dict_in,
+    digests_of,
+    expected_tensors,
+    plain_tensors,
+    plain_values,
 )
 from runtime.checkpoint.optimizer_state import check_tensors
 
@@ -51,14 +51,15 @@ REFERENCE_TABLES = (".gqa.cos_cached", ".gqa.sin_cached")  # RoPE tables: comput
 
 def expected_shapes(config: ModelConfig, file_bytes: int) -> dict[str, torch.Size]:
     return {
-        name: shape for name, (shape, _) in _expected(config, torch.float32, file_bytes).items()
+        name: shape
+        for name, (shape, _) in expected_tensors(config, torch.float32, file_bytes).items()
     }
 
 
 def read_reference(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
     """A checkpoint of the reference, under our names. It has no digests, so the zip's CRC-32 of every weight is checked instead."""
-    fields = _plain(_dict(contents, "cfg"))
-    header = _plain({key: contents.get(key) for key in ("step", "val_loss")})
+    fields = plain_values(dict_in(contents, "cfg"))
+    header = plain_values({key: contents.get(key) for key in ("step", "val_loss")})
     if (
         type(header["step"]) is not int
         or header["step"] < 0
@@ -72,7 +73,7 @@ def read_reference(path: Path, contents: dict, records: set, optimizer: bool) ->
             "is in the reference's format, whose optimizer state cannot be continued: start a new run from it with --init_from"
         )
     config = reference_config(fields)
-    given = _tensors(_dict(contents, "model"), "model", path.stat().st_size)
+    given = plain_tensors(dict_in(contents, "model"), "model", path.stat().st_size)
     given = {name.removeprefix("_orig_mod."): tensor for name, tensor in given.items()}
     expected = expected_shapes(config, path.stat().st_size)
     sources = {name: _reference_sources(name, config.num_experts) for name in expected}
@@ -87,7 +88,7 @@ def read_reference(path: Path, contents: dict, records: set, optimizer: bool) ->
     check_tensors(
         {name: (shape, torch.float32) for name, shape in shapes.items()}, weights, "model"
     )
-    _digests(weights, "model")
+    digests_of(weights, "model")
     for name, tensor in weights.items():
         if (tensor.nbytes, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())) not in records:
             raise ValueError(f"damaged: model tensor {name} does not match the zip's checksum")

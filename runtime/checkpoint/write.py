@@ -28,12 +28,12 @@ from runtime.checkpoint.format import (
     FORMAT,
     VERSION,
     CheckpointError,
-    _check_header,
-    _digest,
-    _digests,
-    _expected,
-    _header_digest,
-    _plain,
+    check_header,
+    digest_of,
+    digests_of,
+    expected_tensors,
+    header_digest,
+    plain_values,
 )
 from runtime.checkpoint.optimizer_state import state_by_name
 
@@ -85,7 +85,9 @@ def save_checkpoint(
         check_disk_space(
             folder, sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
         )
-        digests = _digests(groups["model"], "model") | _digests(groups["optimizer"], "optimizer")
+        digests = digests_of(groups["model"], "model") | digests_of(
+            groups["optimizer"], "optimizer"
+        )
         groups = {
             group: {name: _own_storage(tensor) for name, tensor in tensors.items()}
             for group, tensors in groups.items()
@@ -94,7 +96,7 @@ def save_checkpoint(
             "step": step,
             **groups,
             **header,
-            "digests": digests | {"header": _header_digest(header)},
+            "digests": digests | {"header": header_digest(header)},
         }
         write_atomic(path, lambda file: _torch_save(contents, file))
         for name in (
@@ -114,7 +116,7 @@ def save_checkpoint(
 
 def _header(config: ModelConfig, tokenizer_state: dict | None, **values) -> dict:
     """The header of a new file, checked. `values`: what differs from a file that holds nothing but weights."""
-    header = _plain(
+    header = plain_values(
         {
             "step": 0,
             "val_loss": None,
@@ -129,7 +131,7 @@ def _header(config: ModelConfig, tokenizer_state: dict | None, **values) -> dict
         }
         | values
     )
-    _check_header(header)
+    check_header(header)
     return header
 
 
@@ -148,9 +150,12 @@ def write_weights(
     zip's CRC-32 of the tensors stay 0: nothing reads them where there are digests.) What is left of a write that ends early is no
     checkpoint: `path` is a temporary name, see runtime.export.staged. ValueError for a tensor of another shape or that is not finite.
     """
-    header, expected = _header(config, tokenizer_state, run=run or {}), _expected(config, dtype)
+    header, expected = (
+        _header(config, tokenizer_state, run=run or {}),
+        expected_tensors(config, dtype),
+    )
     digests = {f"model/{name}": f"{i:064x}" for i, name in enumerate(expected)} | {
-        "header": _header_digest(header)
+        "header": header_digest(header)
     }
     with open(path, "w+b") as file:
         _lay_out(file, header, expected, digests)
@@ -160,7 +165,7 @@ def write_weights(
             if tensor.shape != shape:
                 raise ValueError(f"{name} has the shape {list(tensor.shape)}, not {list(shape)}")
             tensor = tensor.detach().to("cpu", kind).contiguous()
-            digests[f"model/{name}"], finite = _digest(tensor)
+            digests[f"model/{name}"], finite = digest_of(tensor)
             if not finite:
                 raise ValueError(f"{name} holds NaN or infinity")
             file.seek(places[f"archive/data/{i}"])

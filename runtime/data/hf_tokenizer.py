@@ -23,9 +23,9 @@ from runtime.data.tokenizer import (
     COMPACT,
     END_OF_TEXT,
     Tokenizer,
-    _without_surrogates,
     byte_of_character,
     spell,
+    without_surrogates,
 )
 
 TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE = (
@@ -177,7 +177,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
         ):  # transformers 5's word for the class, which 4 does not know
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
-        text = _dump(_tokenizer_json(tokenizer))
+        text = canonical_json(_tokenizer_json(tokenizer))
         # The class: without one, or with a model's own, transformers 5 cuts words by that class's rule. No clean-up: version 4 would drop spaces.
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -203,7 +203,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """TokenizerError unless the folder's tokenizer.json has the tokenizer's tokens and gives its ids and its text on CHECK_TEXTS and 300 random ones."""
     path = folder / TOKENIZER_FILE
-    theirs = _load(path.read_text(encoding="utf-8"), path)
+    theirs = load_library_tokenizer(path.read_text(encoding="utf-8"), path)
     theirs.encode_special_tokens = True
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         words = {
@@ -253,11 +253,11 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, text: str, config: dict, stop_ids: Sequence[int], start_id: int | None):
-        """`text`: tokenizer.json as `_dump` writes it; stop_ids: all ids that end an answer. ValueError if it cannot be used here."""
+        """`text`: tokenizer.json as `canonical_json` writes it; stop_ids: all ids that end an answer. ValueError if it cannot be used here."""
         self.text, self.config = text, config
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.name = f"hf:{self.fingerprint[:12]}"
-        self._tokenizer = _load(text, self.name)
+        self._tokenizer = load_library_tokenizer(text, self.name)
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab()
         self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
@@ -297,7 +297,7 @@ class HuggingFaceTokenizer(Tokenizer):
         data = json.loads(self.text)
         if (inside := _without_prefix(data)) is data:
             return self._tokenizer
-        library = _load(_dump(inside), self.name)
+        library = load_library_tokenizer(canonical_json(inside), self.name)
         library.encode_special_tokens = True
         return library
 
@@ -350,7 +350,7 @@ def from_state(state: dict) -> HuggingFaceTokenizer:
         ) from None
 
 
-def _id_of(config: dict, key: str, library) -> int | None:
+def special_id(config: dict, key: str, library) -> int | None:
     """Id of a special token that tokenizer_config.json names, by its word or as a description of it."""
     word = config.get(key)
     word = word.get("content") if isinstance(word, dict) else word
@@ -359,7 +359,7 @@ def _id_of(config: dict, key: str, library) -> int | None:
     return library.token_to_id(word) if word else None
 
 
-def _read_json(path: Path, missing: dict | None = None) -> dict:
+def read_json_object(path: Path, missing: dict | None = None) -> dict:
     """A JSON object from a file; `missing` if there is none. ValueError in one line for anything else."""
     if missing is not None and not path.is_file():
         return missing
@@ -372,12 +372,12 @@ def _read_json(path: Path, missing: dict | None = None) -> dict:
     return data
 
 
-def _dump(data: dict) -> str:
+def canonical_json(data: dict) -> str:
     """JSON in one spelling only, so that its digest identifies a tokenizer."""
     return json.dumps(data, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def _load(text: str, where: object):
+def load_library_tokenizer(text: str, where: object):
     """The library's tokenizer of a tokenizer.json. ValueError in one line if it refuses it."""
     library = _library()
     try:
@@ -393,7 +393,7 @@ def _ids(library, text: str) -> list[int]:
     try:
         return library.encode(text, add_special_tokens=False).ids
     except TypeError:  # what the library says of a surrogate
-        return library.encode(_without_surrogates(text), add_special_tokens=False).ids
+        return library.encode(without_surrogates(text), add_special_tokens=False).ids
 
 
 def _without_prefix(data: dict) -> dict:

@@ -41,14 +41,14 @@ WORD_PATTERN = "|".join(
         r"\s+",  # white space
     ]
 )
-_BYTE_PATTERN = (
+BYTE_PATTERN = (
     r"[\s\S]{1,64}"  # bytes never merge, so any cut will do; short pieces are the fastest
 )
 _NOT_KEPT = 2**32 - 1  # in the place of a base id that a compact vocabulary has no id for
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Valid Unicode: surrogate pairs joined, lone ones replaced by U+FFFD. (JSON can spell what UTF-8 cannot hold.)"""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -105,7 +105,7 @@ class Tokenizer:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
-            return self.encode_to_numpy(_without_surrogates(text))
+            return self.encode_to_numpy(without_surrogates(text))
         except (
             ValueError
         ):  # the word pattern gives up on a run of a million spaces or so: cut the text in two

@@ -19,15 +19,15 @@ from runtime.data.hf_tokenizer import (
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     HuggingFaceTokenizer,
-    _dump,
-    _id_of,
-    _load,
-    _read_json,
+    canonical_json,
     check_tokenizer,
+    load_library_tokenizer,
+    read_json_object,
+    special_id,
 )
 from runtime.data.shards import MANIFEST, TokenShards
 from runtime.data.tokenizer import (
-    _BYTE_PATTERN,
+    BYTE_PATTERN,
     COMPACT,
     IMPORTED,
     NAMED,
@@ -35,9 +35,9 @@ from runtime.data.tokenizer import (
     WORD_PATTERN,
     CompactTokenizer,
     Tokenizer,
-    _without_surrogates,
     byte_of_character,
     encoding_of,
+    without_surrogates,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder} has no {TOKENIZER_FILE}: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one "
             "from other formats"
         )
-    data, config = _read_json(path), _read_json(folder / CONFIG_FILE, {})
+    data, config = read_json_object(path), read_json_object(folder / CONFIG_FILE, {})
     if OURS in config:
         try:
             ours = tokenizer_from_state(config[OURS])
@@ -128,15 +128,17 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
             config = config | {
                 "chat_template": (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
             }
-        _dump(config).encode()  # JSON can spell a lone surrogate, and no export could write it
+        canonical_json(
+            config
+        ).encode()  # JSON can spell a lone surrogate, and no export could write it
     except UnicodeError:
         raise ValueError(
             f"{folder}: {CONFIG_FILE} or {TEMPLATE_FILE} holds what is no text in UTF-8 (a lone surrogate such as \\ud800, say)"
         ) from None
-    text = _dump(data | {"truncation": None, "padding": None})
-    library = _load(text, path)
+    text = canonical_json(data | {"truncation": None, "padding": None})
+    library = load_library_tokenizer(text, path)
     if isinstance(says := config.get("add_bos_token"), bool):
-        start_id = _id_of(config, "bos_token", library) if says else None
+        start_id = special_id(config, "bos_token", library) if says else None
     else:
         framed, plain = (
             library.encode("a", add_special_tokens=special).ids for special in (True, False)
@@ -147,9 +149,9 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _stop_ids(folder: Path, config: dict, library) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        if (ids := _read_json(folder / name, {}).get("eos_token_id")) is not None:
+        if (ids := read_json_object(folder / name, {}).get("eos_token_id")) is not None:
             return ids if isinstance(ids, list) else [ids]
-    if (end := _id_of(config, "eos_token", library)) is None:
+    if (end := special_id(config, "eos_token", library)) is None:
         raise ValueError(
             f"{folder} does not say which id ends a text: generation_config.json or config.json needs eos_token_id, or {CONFIG_FILE} "
             "eos_token"
@@ -204,7 +206,7 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
     """
     check_name(name)
     if name == "byte":
-        return Tokenizer(name, encoding_of(name, [bytes([b]) for b in range(256)], _BYTE_PATTERN))
+        return Tokenizer(name, encoding_of(name, [bytes([b]) for b in range(256)], BYTE_PATTERN))
     if name in NAMED:
         return _load_named(name)
     if folder is None:
@@ -359,7 +361,7 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
     """The first texts, up to BPE_SAMPLE_CHARACTERS of them; lone surrogates replaced as in encoding."""
     left = BPE_SAMPLE_CHARACTERS
     for text in texts:
-        yield _without_surrogates(text[:left])
+        yield without_surrogates(text[:left])
         left -= len(text)
         if left <= 0:
             return

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class _GatherRows(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
     """x[index // K] for a permutation `index` of R = rows(x) * K assignments, with a backward pass that gathers too.
 
     PyTorch's own backward of a gather adds atomically, in an order that changes from run to run; knowing the inverse
@@ -103,7 +103,7 @@ def _backward(ctx, grad_RO):
 grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
+def row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
     """bias[experts], [R, F], as a product with one-hot rows: its backward sums in float32 and in a fixed order, where that of
     a gather rounds to bfloat16 after each of thousands of rows."""
     return F.one_hot(experts_R, len(bias_EF)).to(bias_EF.dtype) @ bias_EF

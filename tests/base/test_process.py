@@ -9,8 +9,8 @@ import types
 
 import pytest
 
-import train
 from runtime.base import process
+from runtime.training import reporter
 from runtime.training.reporter import Reporter
 from tests.conftest import REPO
 
@@ -128,13 +128,13 @@ def test_what_small_pieces_hold_apart_is_given_back():
 
 def test_plots_give_back_what_they_took(monkeypatch):
     called = []
-    monkeypatch.setattr(train, "draw_plots", lambda *given: called.append("draw"))
+    monkeypatch.setattr(reporter, "draw_plots", lambda *given: called.append("draw"))
     monkeypatch.setattr(process, "give_back_memory", lambda: called.append("give back"))
     config = types.SimpleNamespace(graph_dir="")
-    reporter = types.SimpleNamespace(
+    run = types.SimpleNamespace(
         can_plot=True,
         plan=types.SimpleNamespace(config=config),
         log=types.SimpleNamespace(stream=lambda: []),
     )
-    Reporter.plots(reporter, 1)
+    Reporter.plots(run, 1)
     assert called == ["draw", "give back"]

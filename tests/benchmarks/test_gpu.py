@@ -19,7 +19,6 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-import runtime.inference as inference
 import train
 from benchmarks import (
     common,
@@ -37,6 +36,7 @@ from benchmarks import train as bench
 from benchmarks.gpu_plan import CARDS, GIB, Stage
 from config_model import TrainConfig
 from runtime.base import cli
+from runtime.inference import decoder as inference
 from runtime.training import setup
 from tests import test_gpu
 from tests.conftest import REPO
@@ -794,7 +794,7 @@ def test_seconds_to_compile_are_what_the_first_micro_batch_took_longer(results, 
         time.sleep(0.3)
         return 0.05
 
-    monkeypatch.setattr(train, "dry_run", dry_run)
+    monkeypatch.setattr(setup, "dry_run", dry_run)
     _, seconds = steps.build(setting)
     assert seconds["compile"] >= 0.2 and seconds["build"] >= 0 and setup.dry_run is dry_run
 

@@ -23,7 +23,7 @@ from model_parts import KVCache
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data.tokenizers import load_tokenizer
-from runtime.inference import asked, cpu_decode
+from runtime.inference import asked, cpu_decode, predictor
 from runtime.inference import decoder as inference
 from runtime.inference.decoder import Decoder, generate
 from runtime.inference.quantize import quantize_
@@ -470,7 +470,7 @@ def test_no_c_kernel_turns_the_c_code_off(tmp_path, capsys, monkeypatch):
     argv = ["--ckpt", str(path), "--prompt", "abc", "--temperature", "0", "--device", "cpu"]
     made = []
     real = predict.Decoder
-    monkeypatch.setattr(predict, "Decoder", lambda *given: made.append(real(*given)) or made[-1])
+    monkeypatch.setattr(predictor, "Decoder", lambda *given: made.append(real(*given)) or made[-1])
     assert predict.main(argv) == 0
     by_c = capsys.readouterr()
     with monkeypatch.context() as without:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from runtime.checkpoint import format as checkpoint
+from runtime.checkpoint import write as checkpoint
 from runtime.checkpoint.folder import find_latest, restore_names, step_files
 from runtime.checkpoint.read import read_checkpoint
 from tests.promises import runs

@@ -8,12 +8,14 @@ from unittest import mock
 
 import pytest
 
-import predict
 import train
 from model_parts import Attention, KVCache
-from runtime.checkpoint import format as checkpoint
+from runtime.checkpoint import read as read_module
+from runtime.data import loader as loader_module
 from runtime.data import shards as data
+from runtime.inference import session
 from runtime.training import metrics
+from runtime.training import plan as plan_module
 from runtime.training.metrics import MetricsLog, read_records
 from runtime.training.plan import make_plan
 from tests import test_predict, test_train
@@ -33,7 +35,7 @@ def broken(tally, words: str) -> None:
 @pytest.mark.parametrize(
     "owner, name, fake, count, words",
     [
-        (checkpoint, "_digests", lambda *_: {}, 28, "checkpoint bit"),
+        (read_module, "digests_of", lambda *_: {}, 28, "checkpoint bit"),
         (data.TokenShards, "verify", lambda self: None, 28, "shard bit"),
         (MetricsLog, "_second_copy", lambda self: {}, 112, "metrics bit"),
     ],
@@ -49,19 +51,19 @@ def test_unchecked_files_are_found_silently_wrong(owner, name, fake, count, word
 
 
 def test_a_fallback_without_a_word_is_found():
-    real = train.find_latest
-    with mock.patch.object(train, "find_latest", lambda *a, **k: (real(*a, **k)[0], [])):
+    real = plan_module.find_latest
+    with mock.patch.object(plan_module, "find_latest", lambda *a, **k: (real(*a, **k)[0], [])):
         broken(wrongness.fallback(2), "step_0000006.pt")
 
 
 def test_a_pairing_that_is_accepted_is_found():
-    with mock.patch.object(train, "_check_vocabulary", lambda *_: None):
+    with mock.patch.object(plan_module, "_check_vocabulary", lambda *_: None):
         broken(wrongness.pairings(1000), "accepted: work began")
 
 
 def test_a_payload_that_runs_is_found():
     """With the unpickler that the reference uses in the place of ours."""
-    prelude = "import runtime.checkpoint as c, pickle\nreal = torch.load\nc._scan_zip = lambda path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', weights_only=False)"
+    prelude = "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', weights_only=False)"
     tally = wrongness.hostile(4, prelude)
     assert tally.held == 0 and "something was executed" in tally.failures[0]
 
@@ -102,7 +104,9 @@ def test_a_validation_that_draws_random_numbers_is_found():
 def test_tokens_that_are_never_used_are_found():
     """The reference's windows: whole ones only, and none that crosses the end."""
     with mock.patch.object(
-        data, "count_windows", lambda shards, context: max(1, (shards.num_tokens - 1) // context)
+        loader_module,
+        "count_windows",
+        lambda shards, context: max(1, (shards.num_tokens - 1) // context),
     ):
         broken(wrongness.every_token_once(10), "are never a target")
 
@@ -111,7 +115,7 @@ def test_a_traceback_is_found():
     def fails(*_):
         raise KeyError("k")
 
-    with mock.patch.object(predict, "command_result", fails):
+    with mock.patch.object(session, "command_result", fails):
         broken(wrongness.repl_lines(100), "KeyError")
     with mock.patch.object(train.cli, "settings_from", fails):
         broken(wrongness.fuzzed_argv(40), "KeyError")
@@ -120,7 +124,6 @@ def test_a_traceback_is_found():
 def test_a_flag_that_is_ignored_is_found():
     with (
         mock.patch("config_model.check_fields", lambda config: None),
-        mock.patch.object(predict, "check_fields", lambda config: None),
     ):
         broken(wrongness.flags(60), "accepted: its work began")
 

@@ -52,12 +52,14 @@ from runtime.data import shards as shards
 from runtime.data.loader import WindowLoader
 from runtime.data.shards import TokenShards, open_data
 from runtime.data.tokenizers import load_tokenizer
-from runtime.inference import session
+from runtime.inference import predictor, session
 from runtime.inference.cpu_decode import library
 from runtime.inference.decoder import generate
 from runtime.inference.predictor import Predictor
 from runtime.inference.session import repl
 from runtime.kernels.linear_cross_entropy import IGNORE
+from runtime.training import plan as plan_module
+from runtime.training import reporter
 from runtime.training.metrics import MetricsLog, read_records
 from runtime.training.plan import FREE_ON_RESUME, make_plan
 from runtime.training.setup import set_up
@@ -83,7 +85,7 @@ def folder() -> Iterator[Path]:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         mock.patch.object(os, "fsync"),
-        mock.patch.object(train, "draw_plots"),
+        mock.patch.object(reporter, "draw_plots"),
     ):
         yield Path(path)
 
@@ -370,7 +372,7 @@ def no_work() -> Iterator[None]:
     """Scripts stop with WorkBegan where they would build a model, generate, read text, draw; they change nothing of this process."""
     patches = [
         (train, "set_up"),
-        (predict, "generate"),
+        (predictor, "generate"),
         (predict, "repl"),
         (prepare_data, "own_validation"),
         (prepare_data, "write_partial"),
@@ -382,7 +384,7 @@ def no_work() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, _work_began))
         for owner, name in (
             (torch, "set_num_threads"),
-            (train, "make_deterministic"),
+            (plan_module, "make_deterministic"),
             (train.process, "keep_freed_memory"),
             (predict.gc, "freeze"),
         ):
@@ -1865,9 +1867,9 @@ def repl_lines(count: int) -> Tally:
 
         patches = [
             mock.patch("builtins.input", fake_input),
-            mock.patch.object(predict, "Session", Session),
+            mock.patch.object(session, "Session", Session),
             mock.patch.object(
-                predict, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
+                predictor, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
             ),
             mock.patch.object(
                 sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")

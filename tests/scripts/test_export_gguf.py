@@ -17,7 +17,7 @@ import torch
 
 from config_model import ModelConfig, PredictConfig, TrainConfig
 from runtime.checkpoint.write import save_checkpoint, write_weights
-from runtime.data.hf_tokenizer import HuggingFaceTokenizer, _dump
+from runtime.data.hf_tokenizer import HuggingFaceTokenizer, canonical_json
 from runtime.data.tokenizer import WORD_PATTERN, Tokenizer, byte_of_character
 from runtime.data.tokenizers import compacted, load_tokenizer, train_bpe
 from runtime.interop.export import CHECK_TEXT, ExportError
@@ -424,7 +424,7 @@ def imported(
         "decoder": BYTE_LEVEL,
         "model": model,
     }
-    return HuggingFaceTokenizer(_dump(data | changes), {}, stop_ids, start_id)
+    return HuggingFaceTokenizer(canonical_json(data | changes), {}, stop_ids, start_id)
 
 
 @pytest.mark.parametrize(

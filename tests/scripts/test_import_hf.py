@@ -790,12 +790,12 @@ import sys
 from scripts import import_hf
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-import runtime.checkpoint as checkpoint
-most, digest = [0], checkpoint._digest
+import runtime.checkpoint.format as checkpoint
+most, digest = [0], checkpoint.digest_of
 def measured(tensor):
     most[0] = max(most[0], anonymous())
     return digest(tensor)
-checkpoint._digest = measured
+checkpoint.digest_of = measured
 lazy = import_hf.lazy_model
 def measuring(config, read):
     def measured_read(name):

@@ -22,7 +22,7 @@ from pathlib import Path
 Edit = tuple[str, str, str]
 SOFTMAX = "        probabilities_NE = logits_NE.softmax(dim=-1)\n"
 SIGMOID = "logits_NE.sigmoid() / logits_NE.sigmoid().sum(dim=-1, keepdim=True)"
-FIELD_BEFORE = "    capacity_factor: float = option(0.0,"
+FIELD_BEFORE = "    capacity_factor: float = option(\n        0.0,"
 DISPATCH = "        y_NC = self.dispatcher(x_NC, weights_NK, experts_NK, counts_E, self.experts)\n"
 MOE = "class MoE(nn.Module):\n"
 SHARED_EXPERT = '''class SharedExpert(nn.Module):

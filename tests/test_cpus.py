@@ -21,7 +21,7 @@ from tests.conftest import REPO
 
 CHILD = """
 import hashlib, torch
-from runtime import cpu_decode
+from runtime.inference import cpu_decode
 from tests import conftest
 x = (torch.arange(37 * 37) % 101 / 101).view(37, 37)   # the same bits everywhere, as random numbers are not
 print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), hashlib.sha256((x @ x).numpy().tobytes()).hexdigest())

@@ -1807,7 +1807,7 @@ def no_network(*_):
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without()
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = no_network
 
-from runtime import cli
+from runtime.base import cli
 import predict
 import test
 

@@ -234,7 +234,7 @@ def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
 
 def _load_named(name: str) -> Tokenizer:
     try:
-        return Tokenizer(name, tiktoken.getencoding_of(name))
+        return Tokenizer(name, tiktoken.get_encoding(name))
     except (
         OSError,
         ValueError,

@@ -125,7 +125,7 @@ def test_every_field_has_help_with_text():
 def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, table, name):
     """Through train.py's own main: what its plan is made from."""
     seen = []
-    monkeypatch.setattr(train, "make_plan", seen.append)
+    monkeypatch.setattr(train, "make_plan", lambda settings, task_of: seen.append(settings))
     monkeypatch.setattr(train, "run", lambda plan: 0)
     owner, value = OWNERS[table], other_value(OWNERS[table], name)
     assert train.main(as_flags(NEEDS.get(name, {}) | {name: value})) == 0
@@ -479,7 +479,7 @@ def script(tmp_path):
     ) -> subprocess.CompletedProcess:
         path = tmp_path / "script.py"
         path.write_text(
-            f"import sys\nfrom config_model import ModelConfig, TrainConfig\nfrom runtime import cli\n\n\ndef main(argv):\n    {body}\n\n\ncli.run_main(main)\n"
+            f"import sys\nfrom config_model import ModelConfig, TrainConfig\nfrom runtime.base import cli\n\n\ndef main(argv):\n    {body}\n\n\ncli.run_main(main)\n"
         )
         words = " ".join([f"'{sys.executable}'", f"'{path}'", *argv])
         stdout = subprocess.PIPE

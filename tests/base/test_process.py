@@ -48,7 +48,7 @@ def test_freed_memory_is_used_again_without_page_faults():
     """Counted, not timed: PyTorch's large temporaries were mapped and cleared anew each time, 16,384 page faults for 64 MB."""
     code = """
 import resource, sys
-from runtime import process
+from runtime.base import process
 assert not (len(sys.argv) > 1) or process.keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -105,7 +105,7 @@ def test_cores_are_no_more_than_the_container_s_quota(tmp_path, monkeypatch, fil
 
 
 CHILD = """
-from runtime import process
+from runtime.base import process
 process.keep_freed_memory()
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()

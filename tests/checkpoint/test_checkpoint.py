@@ -22,7 +22,9 @@ import torch
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM, generate
-from runtime.checkpoint import format as module
+from runtime.checkpoint import format as format_module
+from runtime.checkpoint import read as read_module
+from runtime.checkpoint import write as write_module
 from runtime.checkpoint.folder import find_latest, folder_has_run, step_files
 from runtime.checkpoint.format import CheckpointError
 from runtime.checkpoint.optimizer_state import initialise_state, state_by_name
@@ -108,12 +110,16 @@ def forge(source: Path, target: Path, change, redo_digests=True) -> Path:
         with contextlib.suppress(
             TypeError, RuntimeError, AttributeError, KeyError
         ):  # some of what is put in has no digest
-            contents["digests"]["header"] = module.header_digest(
-                {key: value for key, value in contents.items() if key not in module.TENSOR_KEYS}
+            contents["digests"]["header"] = format_module.header_digest(
+                {
+                    key: value
+                    for key, value in contents.items()
+                    if key not in format_module.TENSOR_KEYS
+                }
             )
             for group in ("model", "optimizer"):
                 contents["digests"] |= {
-                    f"{group}/{name}": module.digest_of(tensor)[0]
+                    f"{group}/{name}": format_module.digest_of(tensor)[0]
                     for name, tensor in contents[group].items()
                 }
     torch.save(contents, target)
@@ -604,7 +610,7 @@ def bomb(depth=60):
 
 def test_lists_that_contain_one_another_end_quickly(saved, tmp_path, monkeypatch):
     """2 ** 60 visits from a file of a few kilobytes."""
-    monkeypatch.setattr(module, "HEADER_LIMIT", 1 << 18)
+    monkeypatch.setattr(format_module, "HEADER_LIMIT", 1 << 18)
     for number, value in enumerate((bomb(), {"x": bomb()})):
         refused(
             forge(
@@ -632,7 +638,7 @@ def test_lists_that_contain_one_another_end_quickly(saved, tmp_path, monkeypatch
 def test_config_bombs_are_refused_before_the_module_is_built(saved, tmp_path, monkeypatch, cfg):
     """S2: a small file whose config asked for 3.36 TB."""
     path = forge(saved.path, tmp_path / "x.pt", lambda c: c["cfg"].update(cfg))
-    monkeypatch.setattr(module, "LLM", None)
+    monkeypatch.setattr(format_module, "LLM", None)
     start = time.perf_counter()
     refused(path, "cfg describes .* parameters, more than the file")
     assert time.perf_counter() - start < 1
@@ -764,7 +770,9 @@ def test_a_run_resumed_further_back_never_prunes_what_it_has_just_written(tmp_pa
 
 
 def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000))
+    monkeypatch.setattr(
+        write_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=40_000)
+    )
     with pytest.raises(
         CheckpointError, match=r"needs 0\.\d\d GB, and .* has 0\.00 GB free: delete old checkpoints"
     ):
@@ -806,9 +814,9 @@ def test_an_interrupted_write_keeps_the_old_and_leaves_nothing_half_written(
     """T3, T20: latest.pt was torn by a kill; a full disk left `[enforce fail at inline_container.cc]` and a torn step file."""
     save(tmp_path, 1, is_best=True), save(tmp_path, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    write_atomic = module.write_atomic
+    write_atomic = write_module.write_atomic
     monkeypatch.setattr(
-        module,
+        write_module,
         "write_atomic",
         lambda path, write: write_atomic(path, lambda file: write(Failing(file, left, error))),
     )
@@ -1158,5 +1166,5 @@ def test_a_file_beyond_the_machines_memory_says_so(saved, monkeypatch):
     def no_room(*args, **kwargs):
         raise RuntimeError("unable to mmap 42 bytes from file <x>: Cannot allocate memory (12)")
 
-    monkeypatch.setattr(module.torch, "load", no_room)
+    monkeypatch.setattr(read_module.torch, "load", no_room)
     refused(saved.path, "GB, which this machine's memory and swap cannot hold")

@@ -21,6 +21,7 @@ from runtime.inference import decoder as inference
 from runtime.inference.quantize import quantize_
 from runtime.interop import huggingface
 from runtime.training.plan import describe
+from runtime.training.task import Task
 from scripts import draw_architecture, export_gguf
 from tests.util import random_config, random_model, tiny_config
 
@@ -235,12 +236,10 @@ def test_train_says_both_before_the_first_step(monkeypatch):
         lambda config: known.Counts(123_456_789, 23_456_789, 1_000, "the closed forms are off"),
     )
     monkeypatch.setattr(known, "initial_note", lambda config: "LLM.initialise does not know x")
-    shards = types.SimpleNamespace(num_tokens=1_000, tokenizer_state={"name": "byte"})
     plan = types.SimpleNamespace(
         model_config=tiny_config(),
         config=train.TrainConfig(),
-        train=shards,
-        val=shards,
+        task=Task(),
         device=torch.device("cpu"),
         source=None,
     )

@@ -15,7 +15,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.data import tokenizer as module
+from runtime.data import tokenizers
 from runtime.data.tokenizer import (
     STATE_FILE,
     WORD_PATTERN,
@@ -210,7 +210,7 @@ def test_bpe_is_what_the_tokenizers_library_says(stories):
 
 def test_bpe_training_is_deterministic():
     """In other processes with other hash seeds too: a re-run must write the same bytes."""
-    code = "import sys; from runtime.data.tokenizer import train_bpe; print(train_bpe(sys.argv[1:] * 20, 300).fingerprint)"
+    code = "import sys; from runtime.data.tokenizers import train_bpe; print(train_bpe(sys.argv[1:] * 20, 300).fingerprint)"
     seen = {
         subprocess.run(
             [sys.executable, "-c", code, *TALE],
@@ -234,7 +234,7 @@ def test_bpe_refuses_a_text_that_is_too_small():
 
 
 def test_bpe_reads_a_bounded_sample(monkeypatch):
-    monkeypatch.setattr(module, "BPE_SAMPLE_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenizers, "BPE_SAMPLE_CHARACTERS", 1000)
     texts = iter(TALE * 1000)
     train_bpe(texts, 280)
     assert sum(map(len, texts)) > sum(map(len, TALE)) * 990
@@ -546,7 +546,7 @@ def test_import_reaches_for_nothing():
 import sys
 events = []
 sys.addaudithook(lambda event, args: events.append((event, args)) if event.startswith("socket.") else None)
-import runtime.data.tokenizer, tiktoken.registry
+import runtime.data.tokenizers, tiktoken.registry
 assert not events, events
 assert not tiktoken.registry.ENCODINGS
 assert not {"tokenizers", "datasets", "torch", "requests"} & set(sys.modules), sys.modules.keys()

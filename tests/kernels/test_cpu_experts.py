@@ -185,7 +185,7 @@ def test_a_forked_process_makes_its_own_threads():
     """A pool's threads do not survive a fork: work given to it in the child was never done."""
     code = """
 import os, torch
-from runtime import cpu_experts
+from runtime.kernels import cpu_experts
 torch.set_num_threads(2)
 counts = torch.tensor([200, 200])
 seen = []

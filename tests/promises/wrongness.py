@@ -2068,7 +2068,7 @@ def run(module, *argv):
     return lambda: importlib.import_module(module).main(list(argv))
 {prelude}
 MODEL, SPEED = {model!r}, {speed!r}
-for module in ("config_model", "runtime.data", "runtime.data.tokenizer", "runtime.checkpoint", "runtime.inference", "prepare_data", "train", "predict", "test", "scripts.draw_architecture"):
+for module in ("config_model", "runtime.data.shards", "runtime.data.tokenizers", "runtime.checkpoint.read", "runtime.inference.decoder", "prepare_data", "train", "predict", "test", "scripts.draw_architecture"):
     step("import " + module, lambda: importlib.import_module(module) and None)
 step("prepare_data, bytes", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "byte", "--val_ratio", "0.2", "--out_dir", "data"))
 step("prepare_data, BPE", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "bpe:300", "--val_ratio", "0.2", "--out_dir", "bpe"))

@@ -26,9 +26,9 @@ from runtime.device import choose_kernels
 from runtime.inference import Decoder, generate
 from runtime.quantize import quantize_
 from runtime.tokenizer import load_tokenizer
+from tests.builders import random_architecture, random_config, random_model, tiny_config
+from tests.checks import needs_code
 from tests.conftest import REPO
-from tests.test_cpu_decode import needs_code, random_architecture
-from tests.util import random_config, random_model, tiny_config
 
 BYTE = load_tokenizer("byte")
 # All that attention, routers and experts may have; a window shorter than the texts that are read.
@@ -124,7 +124,7 @@ def test_asking_does_not_wait_for_pytorchs_compiler():
     later, for a check.
     """
     code = (
-        "import sys, torch; from tests.util import *; from runtime.inference import Decoder\n"
+        "import sys, torch; from tests.builders import *; from runtime.inference import Decoder\n"
         "from runtime.device import choose_kernels\n"
         "from runtime.checkpoint import meta_model\n"
         "model = meta_model(tiny_config()).to_empty(device='cpu')\n"

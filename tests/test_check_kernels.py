@@ -14,8 +14,8 @@ from runtime.check_kernels import settle_kernels
 from runtime.device import choose_kernels
 from runtime.inference import Decoder
 from runtime.quantize import quantize_
+from tests.builders import random_config, random_model, tiny_config
 from tests.numeric import assert_close, logits_bound
-from tests.util import random_config, random_model, tiny_config
 
 CPU = torch.device("cpu")
 

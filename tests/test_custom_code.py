@@ -23,8 +23,8 @@ from config_model import PRESETS, ModelConfig
 from model import IGNORE, LLM, generate
 from runtime.custom_code import MODELING_FILE, custom_config, custom_tensors, modeling_source
 from runtime.export import Source
+from tests.builders import random_config, random_model, tiny_config
 from tests.numeric import assert_close, before_ties, gradients_bound, logits_bound
-from tests.util import random_config, random_model, tiny_config
 
 REPO = Path(__file__).resolve().parent.parent
 

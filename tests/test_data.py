@@ -31,38 +31,15 @@ from runtime.data import (
     validation_batches,
     write_manifest,
 )
-from runtime.tokenizer import load_tokenizer
+from tests.builders_data import BYTE, write_pair, write_split
 
 REPO = Path(__file__).resolve().parent.parent
-BYTE = load_tokenizer("byte")
 
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
     """Thousands of tiny files: flushing each to the disk would be most of the time."""
     monkeypatch.setattr(data.os, "fsync", lambda descriptor: None)
-
-
-def write_split(folder: Path, ids, shard_size: int = 1000, **changes) -> Path:
-    """A split as prepare_data writes it, with the byte tokenizer; `changes` replace manifest values before it is sealed."""
-    writer = ShardWriter(folder, shard_size)
-    writer.append(np.asarray(ids, dtype=np.uint32))
-    counts = writer.finish()
-    manifest = {
-        "format": data.FORMAT,
-        "version": data.VERSION,
-        "split": folder.name,
-        "pair": "p",
-        "tokenizer": BYTE.to_state(),
-        "vocabulary_size": 257,
-        "end_of_text_id": 256,
-        "source": {},
-        "total_documents": 1,
-        "total_bytes": max(1, len(ids)),
-        **counts,
-    }
-    write_manifest(folder, manifest | changes)
-    return folder
 
 
 def reseal(folder: Path, change) -> None:
@@ -307,10 +284,6 @@ def test_a_shard_replaced_while_in_use_is_noticed(split):
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
-def write_pair(folder: Path, **val_changes) -> Path:
-    write_split(folder / "train", np.arange(100))
-    write_split(folder / "val", np.arange(50), **val_changes)
-    return folder
 
 
 def test_open_data(tmp_path):

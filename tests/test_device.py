@@ -29,7 +29,7 @@ from runtime.device import (
     synchronize,
 )
 from runtime.sink_attention import sink_attention
-from tests.util import tiny_config
+from tests.builders import tiny_config
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from runtime.checkpoint import read_checkpoint, save_checkpoint, write_weights
 from runtime.export import ExportError, check_logits, check_output, open_source, staged, work_folder
 from runtime.published import Published
 from runtime.tokenizer import load_tokenizer
+from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
 from tests.numeric import logits_bound, size_of
-from tests.util import random_model, tiny_config
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from runtime.export import CHECK_TEXT, ExportError
 from runtime.files import TEMPORARY_SUFFIX
 from runtime.tokenizer import load_tokenizer, train_bpe
 from scripts.export_hf import main, shard_bytes
+from tests.builders import random_model, tiny_config
 from tests.numeric import assert_close, before_ties, is_close, logits_bound
-from tests.util import random_model, tiny_config
 
 GPT_OSS = ModelConfig(
     **PRESETS["gpt-oss-nano"].model

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import runtime.inference as inference
 import train
 from config_model import TrainConfig
-from model import IGNORE, LLM, add_product_, sample
+from model import IGNORE, add_product_, sample
 from model_parts import attention_mask, attention_with_sinks
 from runtime.attention_choice import card_of, choose_attention, gpu_attention
 from runtime.device import autocast, choose_kernels
@@ -21,22 +21,23 @@ from runtime.inference import Decoder
 from runtime.optimizer import build_optimizer
 from runtime.quantize import quantize_
 from runtime.sink_attention import sink_attention
-from tests.test_inference import MODELS, PROMPTS, alone
-from tests.test_inference import run as generated
-from tests.test_model_parts import sink_case
-from tests.test_train import MODEL, SPEED, Run, _settings, assert_same, data  # noqa: F401  (a fixture)
-from tests.util import random_model, tiny_config
+from tests.builders import random_model, sink_case, tiny_config
+from tests.builders_inference import (
+    COMPILED_CASES,
+    COMPILED_SPAN,
+    MODELS,
+    PROMPTS,
+    assert_same_texts,
+    decoder_on,
+    generated,
+)
+from tests.builders_runs import MODEL, SPEED, Run, assert_same, settings_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 CUDA = torch.device("cuda")
-CONTEXT = 32
-# What differs most from the plain model, and what is read most differently; spans of 16 and 32 of the
-# cache's places.
-COMPILED_CASES = {"gpt-oss": (MODELS["gpt-oss"], False), "table-packed": (MODELS["table"], True)}
-COMPILED_SPAN = 16
 
 
 def losses_and_gradients(
@@ -140,7 +141,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(flags):
         ["--micro_batch", "auto"],
     ],
 )
-def test_it_trains(data, tmp_path, flags):  # noqa: F811
+def test_it_trains(data, tmp_path, flags):
     """The whole program, with pinned prefetching, in the ways that a GPU takes."""
     run = Run(data, tmp_path)
     assert run("--device", "cuda", "--max_steps", "12", "--lr", "1e-2", *flags) == 0
@@ -149,12 +150,12 @@ def test_it_trains(data, tmp_path, flags):  # noqa: F811
 
 
 @pytest.mark.parametrize("table", ["--use_attention_bias", "--no-use_attention_bias"])
-def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa: F811
+def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):
     flags = ["--device", "cuda", "--dtype", "bfloat16", "--deterministic", table, "--max_steps"]
     try:
         straight, cut = Run(data, tmp_path / "straight"), Run(data, tmp_path / "cut")
         assert straight(*flags, "8") == 0
-        plan = train.make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"))
+        plan = train.make_plan(settings_of(*MODEL, *SPEED, *cut.folders, *flags, "8"))
         cut.ckpt_dir.parent.mkdir()
         assert (
             train.run(
@@ -172,28 +173,12 @@ def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa
         torch.use_deterministic_algorithms(False)
 
 
-def decoder_on_gpu(changes: dict, packed: bool, **options) -> tuple[LLM, Decoder]:
-    """(a model on the CPU, a decoder of its copy on the GPU)."""
-    model = random_model(tiny_config(context_length=CONTEXT, **changes), 3).eval()
-    if packed:
-        quantize_(model)
-    on_gpu = copy.deepcopy(model).to(CUDA)
-    choose_kernels(on_gpu, CUDA, torch.float32)
-    return model, Decoder(on_gpu, **options)
-
-
-def assert_same_texts(model: LLM, decoder: Decoder, **settings) -> None:
-    """Ragged prompts, greedy, with the next step always on its way."""
-    expected = [alone(model, prompt, 80, temperature=0, **settings) for prompt in PROMPTS]
-    assert generated(decoder, PROMPTS, 80, temperature=0, **settings) == expected
-
-
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_captured_step_gives_the_cpus_texts(changes, packed, monkeypatch):
     """Across the end of the context and up to it. Several graphs in one memory."""
     monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
-    model, decoder = decoder_on_gpu(changes, packed)
+    model, decoder = decoder_on(CUDA, changes, packed)
     for slide in (True, False):
         assert_same_texts(model, decoder, slide=slide)
 
@@ -206,7 +191,7 @@ def test_a_compiled_step_gives_the_cpus_texts(changes, packed, monkeypatch):
     of an hour has room for. Now two cases of two spans.
     """
     monkeypatch.setattr(inference, "GRAPH_SPAN", COMPILED_SPAN)
-    model, decoder = decoder_on_gpu(changes, packed, compile=True)
+    model, decoder = decoder_on(CUDA, changes, packed, compile=True)
     assert_same_texts(model, decoder, slide=True)
 
 

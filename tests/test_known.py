@@ -18,7 +18,8 @@ from runtime import cpu_decode, huggingface, inference, known
 from runtime.checkpoint import meta_model
 from runtime.quantize import quantize_
 from scripts import draw_architecture, export_gguf
-from tests.util import random_config, random_model, tiny_config
+from tests.builders import random_config, random_model, tiny_config
+from tests.checks import fields_not_varied
 
 IMPLEMENTATIONS = {
     "C decoder": cpu_decode.KNOWS,
@@ -32,16 +33,6 @@ EACH = pytest.mark.parametrize("knows", IMPLEMENTATIONS.values(), ids=IMPLEMENTA
 # Fields that an implementation does not know, on purpose. It then steps aside or refuses where they
 # are not at their default.
 NOT_KNOWN: dict[str, set[str]] = {name: set() for name in IMPLEMENTATIONS}
-
-
-def fields_not_varied() -> list[str]:
-    """Fields of ModelConfig that have one value in all random configurations."""
-    configs = [random_config(seed) for seed in range(200)]
-    return [
-        f.name
-        for f in dataclasses.fields(ModelConfig)
-        if len({getattr(config, f.name) for config in configs}) < 2
-    ]
 
 
 def test_the_random_configurations_vary_every_field():

@@ -22,8 +22,8 @@ from model import (
 )
 from model_parts import KVCache
 from runtime.device import choose_kernels
+from tests.builders import random_model, tiny_config
 from tests.numeric import assert_close, gradients_bound, is_close, logits_bound, rounding
-from tests.util import random_model, tiny_config
 
 
 # -------------------------------------------------------------------------------------------------------- initialisation

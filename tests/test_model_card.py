@@ -18,7 +18,7 @@ from runtime.export import Source
 from runtime.metrics import MetricsLog
 from runtime.model_card import plain, write_card
 from runtime.tokenizer import load_tokenizer
-from tests.util import random_model, tiny_config
+from tests.builders import random_model, tiny_config
 
 CONFIG = tiny_config(vocabulary_size=257)
 FILES = {

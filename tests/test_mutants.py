@@ -25,6 +25,10 @@ from runtime.inference import Decoder
 from runtime.inference import generate as generate_texts
 from runtime.tokenizer import Tokenizer
 from tests import anchors
+from tests.builders import random_model, tiny_config
+from tests.builders_data import write_pair
+from tests.builders_inference import biased_model, predictor_of, save
+from tests.builders_runs import Fixed, Run, poison, poisoned
 from tests.conftest import REPO
 from tests.mutants import (
     CONFIRMED,
@@ -39,10 +43,6 @@ from tests.mutants import (
     names,
 )
 from tests.mutants import run as try_mutants
-from tests.test_data import write_pair
-from tests.test_predict import biased_model, predictor_of, save
-from tests.test_train import Fixed, Run, data, poison, poisoned  # noqa: F401  (data: a fixture)
-from tests.util import random_model, tiny_config
 
 needs_git = pytest.mark.skipif(
     not (REPO / ".git").exists(), reason="the files to copy are those that git knows of"
@@ -423,7 +423,7 @@ def test_a_loss_that_stands_still_has_no_spikes():
     assert not recent.is_spike(torch.tensor(2.002)) and recent.is_spike(torch.tensor(2.2))
 
 
-def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monkeypatch, capsys):
     """The checkpoint that a signal asked for is one of the bad stretch: a resume begins there, a rollback must not."""
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
     monkeypatch.setattr(train, "draw_plots", lambda *_: None)

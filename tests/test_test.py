@@ -23,8 +23,7 @@ from runtime.checkpoint import read_config, save_checkpoint
 from runtime.device import peak_memory_bytes
 from runtime.memory import training_memory_bytes
 from runtime.text import human_bytes, human_count
-from tests.test_cli import NEEDS, as_flags, other_value
-from tests.util import tiny_config
+from tests.builders import NEEDS, as_flags, other_value, tiny_config
 
 
 @pytest.fixture

@@ -29,31 +29,10 @@ from runtime.tokenizer import (
     spell,
     train_bpe,
 )
+from tests.builders_tokenizer import TALE, stand_in
 
 REPO = Path(__file__).resolve().parent.parent
 BYTE = load_tokenizer("byte")
-TALE = [
-    "Once upon a time there was a cat named Tom. Tom's cat-friend said: \"I'LL come at 10:45, won't I?\"\n\n",
-    "The dog ran to the big tree. " * 3,
-]
-
-
-def stand_in(extra_tokens=()) -> tiktoken.Encoding:
-    """A small vocabulary under gpt2's name, built as published ones are: the bytes in an order of their own, ids for nothing, specials last."""
-    merges = sorted(
-        train_bpe(TALE * 20, 320).encoding._mergeable_ranks.items(), key=lambda item: item[1]
-    )[256:]
-    tokens = (
-        [bytes([b * 77 % 256]) for b in range(256)]
-        + [token for token, _ in merges]
-        + list(extra_tokens)
-    )
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=WORD_PATTERN,
-        mergeable_ranks={token: i for i, token in enumerate(tokens)},
-        special_tokens={"<|endoftext|>": len(tokens) + 1, "<|other|>": len(tokens) + 3},
-    )
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -26,120 +25,22 @@ from runtime.data import WindowLoader, open_data, validation_batches
 from runtime.memory import training_memory_bytes
 from runtime.optimizer import build_optimizer, initialise_state
 from runtime.plots import draw_plots
+from tests.builders import random_model, tiny_config
+from tests.builders_runs import (
+    MODEL,
+    SPEED,
+    Fixed,
+    Run,
+    assert_same,
+    comparable,
+    parsed,
+    poison,
+    poisoned,
+    settings_of,
+    write_text,
+)
 from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding, size_of
-from tests.util import random_model, tiny_config
-
-MODEL = [
-    "--d_model",
-    "16",
-    "--transformer_blocks",
-    "1",
-    "--num_heads",
-    "2",
-    "--num_kv_heads",
-    "1",
-    "--d_ff",
-    "16",
-    "--num_experts",
-    "4",
-    "--context_length",
-    "16",
-    "--expert_activation",
-    "swiglu",
-]
-SPEED = [
-    "--batch_size",
-    "2",
-    "--grad_accum",
-    "2",
-    "--warmup_steps",
-    "3",
-    "--lr",
-    "1e-2",
-    "--min_lr",
-    "1e-3",
-    "--log_interval",
-    "2",
-    "--val_interval",
-    "4",
-    "--val_steps",
-    "2",
-    "--save_interval",
-    "1000",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-]
-
-
-def write_text(path: Path, seed: int, documents: int = 60) -> Path:
-    """Documents of made-up words that follow each other with some regularity, as JSON lines."""
-    r = np.random.default_rng(seed)
-    words = ["tom", "saw", "a", "red", "ball", "and", "ran", "home", "to", "mum", "sun", "sky"]
-    lines = []
-    for _ in range(documents):
-        at, text = int(r.integers(12)), []
-        for _ in range(20):
-            at = (at + int(r.integers(1, 4))) % 12
-            text.append(words[at])
-        lines.append(json.dumps({"text": " ".join(text) + "."}))
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """A folder with prepared byte shards."""
-    folder = tmp_path_factory.mktemp("data")
-    code = prepare_data.main(
-        [
-            "--files",
-            str(write_text(folder / "t.jsonl", 0)),
-            "--val_files",
-            str(write_text(folder / "v.jsonl", 1, 20)),
-            "--tokenizer",
-            "byte",
-            "--out_dir",
-            str(folder / "set"),
-            "--num_proc",
-            "1",
-        ]
-    )
-    assert not code
-    return folder / "set"
-
-
-class Run:
-    """`train.main` in a folder of its own."""
-
-    def __init__(self, data: Path, folder: Path):
-        self.ckpt_dir, self.graph_dir = folder / "ckpt", folder / "graphs"
-        self.folders = [
-            "--data_dir",
-            str(data),
-            "--ckpt_dir",
-            str(self.ckpt_dir),
-            "--graph_dir",
-            str(self.graph_dir),
-        ]
-
-    def __call__(self, *flags: str, fresh: bool = True) -> int:
-        return train.main([*(MODEL + SPEED if fresh else []), *self.folders, *map(str, flags)])
-
-    def final(self):
-        checkpoint = read_checkpoint(self.ckpt_dir / "latest.pt", optimizer=True)
-        copies = [
-            {n: t.clone() for n, t in group.items()}
-            for group in (checkpoint.model, checkpoint.optimizer)
-        ]  # the file may change below a map
-        return dataclasses.replace(checkpoint, model=copies[0], optimizer=copies[1])
-
-    def records(self) -> list[dict]:
-        return [
-            json.loads(line) for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()
-        ]
 
 
 @pytest.fixture(autouse=True)
@@ -158,30 +59,6 @@ def one_plot(monkeypatch):
 @pytest.fixture
 def run(data, tmp_path) -> Run:
     return Run(data, tmp_path)
-
-
-def assert_same(a, b) -> None:
-    """Two checkpoints, bit for bit: weights, optimizer, step, tokens, data position."""
-    assert a.model.keys() == b.model.keys() and a.optimizer.keys() == b.optimizer.keys()
-    assert all(torch.equal(a.model[n], b.model[n]) for n in a.model)
-    assert all(torch.equal(a.optimizer[n], b.optimizer[n]) for n in a.optimizer)
-    mine, theirs = (
-        {k: v for k, v in c.run.items() if k not in ("run_id", "train_seconds", "window")}
-        for c in (a, b)
-    )
-    assert mine == theirs and a.step == b.step
-
-
-def comparable(records: list[dict]) -> list[dict]:
-    """Metrics without what a clock put into them."""
-    return [
-        {
-            k: v
-            for k, v in r.items()
-            if k not in ("run_id", "seconds", "tokens_per_sec", "waiting_share", "mfu")
-        }
-        for r in records
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the schedule
@@ -208,15 +85,6 @@ def test_learning_rates():
 
 
 # --------------------------------------------------------------------------------------------------------------- the step
-class Fixed:
-    """A loader over given tensors."""
-
-    def __init__(self, inputs, targets, batch_size):
-        self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
-
-    def batch(self, first):
-        rows = torch.arange(first, first + self.batch_size) % len(self.inputs)
-        return self.inputs[rows], self.targets[rows]
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
@@ -279,22 +147,6 @@ def test_loss_function_is_a_seam():
     assert loss[6:].mean() < loss[:6].mean() - 1
 
 
-def poisoned(steps: set[int], where: str):
-    """next_token_loss that is not finite at some calls."""
-    calls = iter(range(10_000))
-
-    def loss_fn(model, batch):
-        out = train.next_token_loss(model, batch)
-        if not model.training or next(calls) not in steps:
-            return out
-        bad = out.cross_entropy_sum * (math.nan if where == "loss" else 1.0)
-        if where == "gradient":
-            bad = bad + (model.embed.weight.sum() * 0).sqrt()  # value 0, gradient infinite times 0
-        return out._replace(cross_entropy_sum=bad)
-
-    return loss_fn
-
-
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(where):
     """One NaN micro-batch made 54 of 58 tensors NaN in the reference, and it went on to the end (its fault T8)."""
@@ -336,23 +188,6 @@ def test_a_run_that_never_recovers_ends():
             poisoned(set(range(100)), "loss"),
         )
     assert error.value.exit_code == 3
-
-
-def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[int]:
-    """Make the loss of some training calls (of micro-batches; the two of the dry run are not counted) something else; returns the calls that were."""
-    real, calls, poisoned_calls = train.next_token_loss, [0], []
-
-    def loss_fn(model, batch):
-        out = real(model, batch)
-        if model.training and sys._getframe(1).f_code.co_name == "fit":
-            calls[0] += 1
-            if calls[0] - 1 in bad:
-                poisoned_calls.append(calls[0] - 1)
-                return out._replace(cross_entropy_sum=how(out.cross_entropy_sum))
-        return out
-
-    monkeypatch.setattr(train, "next_token_loss", loss_fn)
-    return poisoned_calls
 
 
 def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
@@ -408,7 +243,7 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
     assert run("--max_steps", "80", "--save_interval", "10", "--keep_last", "0") == 0
     assert "back to step 10," in capsys.readouterr().out
     plan = train.make_plan(
-        _settings(
+        settings_of(
             *MODEL, *SPEED, *run.folders[:2], "--ckpt_dir", run.folders[3] + "2", *run.folders[4:]
         )
     )
@@ -1094,7 +929,7 @@ def test_what_is_printed_before_step_1(data, capsys):
     """The default says what half of it is; tokens and epochs are computed."""
     plan = train.make_plan(
         cli.settings_from(
-            _args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"),
+            parsed("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"),
             ModelConfig,
             TrainConfig,
         )
@@ -1110,12 +945,6 @@ def test_what_is_printed_before_step_1(data, capsys):
         "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines
         and "float32" in lines
     )
-
-
-def _args(*flags):
-    parser = cli.parser("")
-    cli.add_config_flags(parser, ModelConfig, TrainConfig)
-    return parser.parse_args(list(flags))
 
 
 # --------------------------------------------------------------------------------------------------------------- init_from
@@ -1293,10 +1122,6 @@ def test_it_learns_real_text(shared_dir, tmp_path):
     )
 
 
-def _settings(*flags: str) -> cli.Settings:
-    return cli.settings_from(_args(*flags), ModelConfig, TrainConfig)
-
-
 def test_document_mask_reaches_training_and_validation(data, tmp_path):
     records = []
     for i, flags in enumerate(([], ["--document_mask"])):
@@ -1315,7 +1140,7 @@ def test_largest_micro_batch_keeps_the_sequences_per_step(
 ):
     """On a CPU by the estimate: what fits is chosen, the effective batch stays, and the checkpoint knows the numbers, not the wish."""
     plan = train.make_plan(
-        _settings(
+        settings_of(
             *MODEL,
             *SPEED,
             "--data_dir",
@@ -1387,7 +1212,7 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
         "--compile",
     ]
     plan = train.make_plan(
-        _settings(
+        settings_of(
             "--preset", preset, "--data_dir", str(data), "--vocabulary_size", "200019", *flags
         )
     )
@@ -1408,7 +1233,7 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
     8,192 rows take 16. The estimate that is announced counts them; a run that must repeat its bits does
     not ask what is free."""
     plan = train.make_plan(
-        _settings(
+        settings_of(
             "--preset",
             "gptoss-modern",
             "--data_dir",
@@ -1432,7 +1257,7 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
 
 
 def test_the_rows_of_a_plan_reach_the_model(data):
-    plan = train.make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data)))
+    plan = train.make_plan(settings_of(*MODEL, *SPEED, "--data_dir", str(data)))
     assert train.set_up(dataclasses.replace(plan, loss_rows=7))[0].loss_rows == 7
 
 
@@ -1449,7 +1274,7 @@ def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
 def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
     """Trials that run out of memory (at 8 and 4 sequences here) are passed over; any other fault comes out."""
     plan = train.make_plan(
-        _settings(
+        settings_of(
             *MODEL,
             *SPEED,
             "--data_dir",

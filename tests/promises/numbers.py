@@ -10,8 +10,8 @@ import torch
 
 import train
 from config_model import TrainConfig
+from tests.builders import random_model, tiny_config
 from tests.promises import Promise, Tally
-from tests.util import random_model, tiny_config
 
 STEPS = 10
 

@@ -50,9 +50,9 @@ from runtime.checkpoint import (
 )
 from runtime.files import TEMPORARY_SUFFIX
 from runtime.optimizer import build_optimizer, initialise_state
+from tests.builders_runs import MODEL, SPEED, comparable, write_text
 from tests.conftest import REPO
 from tests.promises import Promise, Tally
-from tests.test_train import MODEL, SPEED, comparable, write_text
 
 STEPS = 40
 TOKENS_PER_STEP = 2 * 2 * 16

@@ -18,7 +18,20 @@ from runtime.base import cli
 
 def promises() -> list:
     """All of them, by number."""
-    from tests.promises import memory, numbers, published, runs, wrongness
+    from tests.promises import (
+        damage,
+        flags,
+        hostile,
+        memory,
+        model,
+        network,
+        numbers,
+        pairing,
+        prompt,
+        published,
+        runs,
+        training,
+    )
 
     return sorted(
         (
@@ -26,7 +39,14 @@ def promises() -> list:
             *numbers.PROMISES,
             *published.PROMISES,
             *runs.PROMISES,
-            *wrongness.PROMISES,
+            *damage.PROMISES,
+            *pairing.PROMISES,
+            *hostile.PROMISES,
+            *model.PROMISES,
+            *training.PROMISES,
+            *prompt.PROMISES,
+            *flags.PROMISES,
+            *network.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -132,7 +132,7 @@ def onnx_answers(fields: dict) -> list:
     from runtime.checkpoint.write import save_checkpoint
     from runtime.data.tokenizers import load_tokenizer
     from scripts import export_onnx
-    from tests.util import random_model, tiny_config
+    from tests.builders import random_model, tiny_config
 
     model = random_model(tiny_config(vocabulary_size=260, context_length=64, **fields))
     with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +170,7 @@ def answers(fields: dict, exports: bool = True) -> dict:
     from runtime.inference.decoder import generate as fast_generate
     from runtime.kernels.choose import choose_kernels
     from scripts import draw_architecture, export_gguf, export_hf
-    from tests.util import random_model, tiny_config
+    from tests.builders import random_model, tiny_config
 
     torch.set_num_threads(1)
     config = tiny_config(vocabulary_size=260, context_length=64, **fields)
@@ -227,7 +227,7 @@ def answers(fields: dict, exports: bool = True) -> dict:
 
 
 def main(name: str, published: str, *rest: str) -> None:
-    from tests.checks.test_known import fields_not_varied
+    from tests.shared_checks import fields_not_varied
 
     if rest:
         print(json.dumps(onnx_answers(FIELDS.get(name, {}))))

@@ -20,6 +20,12 @@ O200K_CACHE_NAME = (
     "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
 )
 
+# Their assertions say what was compared, as those of test modules do.
+pytest.register_assert_rewrite(
+    "tests.shared_checks",
+    *(f"tests.{path.stem}" for path in Path(__file__).parent.glob("builders*.py")),
+)
+
 # The models here are tiny: two threads would mostly wait for each other, and for busy neighbours. `make test-cpus` asks for two once.
 torch.set_num_threads(int(os.environ.get("GPTOSS_TEST_THREADS", "1")))
 
@@ -92,3 +98,36 @@ def o200k(tmp_path_factory):
         del os.environ["TIKTOKEN_CACHE_DIR"]
     else:
         os.environ["TIKTOKEN_CACHE_DIR"] = before
+
+
+# What these need is imported only where one is used: a test of text files needs no train.py.
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Return a folder with prepared byte shards."""
+    from tests.builders_runs import prepared
+
+    return prepared(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tales(shared_dir) -> list[str]:
+    """Return the real validation texts."""
+    from tests.builders_tokenizer import read_tales
+
+    return read_tales(shared_dir)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tales, tmp_path_factory) -> Path:
+    """Return a folder with a tokenizer as Mixtral's."""
+    from tests.builders_tokenizer import mixtral_folder
+
+    return mixtral_folder(tales, tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tales, tmp_path_factory) -> Path:
+    """Return a folder with a tokenizer as Qwen3's."""
+    from tests.builders_tokenizer import qwen_folder
+
+    return qwen_folder(tales, tmp_path_factory.mktemp("qwen"))

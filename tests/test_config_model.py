@@ -21,7 +21,7 @@ from model import LLM
 from model_parts import KVCache
 from runtime.kernels.choose import choose_kernels
 from runtime.training.memory import training_memory_bytes
-from tests.util import random_config, tiny_config
+from tests.builders import random_config, tiny_config
 
 
 def module_parameters(config: ModelConfig) -> int:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from config_model import TrainConfig
-from model import LLM, sample
+from model import sample
 from model_parts import attention_mask, attention_with_sinks
 from runtime.base.device import autocast
 from runtime.inference import decoder as inference
@@ -24,22 +24,23 @@ from runtime.kernels.linear_cross_entropy import IGNORE, add_product_
 from runtime.kernels.sink_attention import sink_attention
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import make_plan
-from tests.inference.test_decoder import MODELS, PROMPTS, alone
-from tests.inference.test_decoder import run as generated
-from tests.test_model_parts import sink_case
-from tests.test_train import MODEL, SPEED, Run, _settings, assert_same, data  # noqa: F401  (a fixture)
-from tests.util import random_model, tiny_config
+from tests.builders import random_model, sink_case, tiny_config
+from tests.builders_inference import (
+    COMPILED_CASES,
+    COMPILED_SPAN,
+    MODELS,
+    PROMPTS,
+    assert_same_texts,
+    decoder_on,
+    generated,
+)
+from tests.builders_runs import MODEL, SPEED, Run, assert_same, settings_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 CUDA = torch.device("cuda")
-CONTEXT = 32
-# What differs most from the plain model, and what is read most differently; spans of 16 and 32 of the
-# cache's places.
-COMPILED_CASES = {"gpt-oss": (MODELS["gpt-oss"], False), "table-packed": (MODELS["table"], True)}
-COMPILED_SPAN = 16
 
 
 def losses_and_gradients(
@@ -143,7 +144,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(flags):
         ["--micro_batch", "auto"],
     ],
 )
-def test_it_trains(data, tmp_path, flags):  # noqa: F811
+def test_it_trains(data, tmp_path, flags):
     """The whole program, with pinned prefetching, in the ways that a GPU takes."""
     run = Run(data, tmp_path)
     assert run("--device", "cuda", "--max_steps", "12", "--lr", "1e-2", *flags) == 0
@@ -152,12 +153,12 @@ def test_it_trains(data, tmp_path, flags):  # noqa: F811
 
 
 @pytest.mark.parametrize("table", ["--use_attention_bias", "--no-use_attention_bias"])
-def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa: F811
+def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):
     flags = ["--device", "cuda", "--dtype", "bfloat16", "--deterministic", table, "--max_steps"]
     try:
         straight, cut = Run(data, tmp_path / "straight"), Run(data, tmp_path / "cut")
         assert straight(*flags, "8") == 0
-        plan = make_plan(_settings(*MODEL, *SPEED, *cut.folders, *flags, "8"), train.pretraining)
+        plan = make_plan(settings_of(*MODEL, *SPEED, *cut.folders, *flags, "8"), train.pretraining)
         cut.ckpt_dir.parent.mkdir()
         assert (
             train.run(
@@ -175,28 +176,12 @@ def test_a_deterministic_run_resumes_bit_for_bit(data, tmp_path, table):  # noqa
         torch.use_deterministic_algorithms(False)
 
 
-def decoder_on_gpu(changes: dict, packed: bool, **options) -> tuple[LLM, Decoder]:
-    """(a model on the CPU, a decoder of its copy on the GPU)."""
-    model = random_model(tiny_config(context_length=CONTEXT, **changes), 3).eval()
-    if packed:
-        quantize_(model)
-    on_gpu = copy.deepcopy(model).to(CUDA)
-    choose_kernels(on_gpu, CUDA, torch.float32)
-    return model, Decoder(on_gpu, **options)
-
-
-def assert_same_texts(model: LLM, decoder: Decoder, **settings) -> None:
-    """Ragged prompts, greedy, with the next step always on its way."""
-    expected = [alone(model, prompt, 80, temperature=0, **settings) for prompt in PROMPTS]
-    assert generated(decoder, PROMPTS, 80, temperature=0, **settings) == expected
-
-
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_captured_step_gives_the_cpus_texts(changes, packed, monkeypatch):
     """Across the end of the context and up to it. Several graphs in one memory."""
     monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
-    model, decoder = decoder_on_gpu(changes, packed)
+    model, decoder = decoder_on(CUDA, changes, packed)
     for slide in (True, False):
         assert_same_texts(model, decoder, slide=slide)
 
@@ -209,7 +194,7 @@ def test_a_compiled_step_gives_the_cpus_texts(changes, packed, monkeypatch):
     of an hour has room for. Now two cases of two spans.
     """
     monkeypatch.setattr(inference, "GRAPH_SPAN", COMPILED_SPAN)
-    model, decoder = decoder_on_gpu(changes, packed, compile=True)
+    model, decoder = decoder_on(CUDA, changes, packed, compile=True)
     assert_same_texts(model, decoder, slide=True)
 
 

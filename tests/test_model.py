@@ -19,8 +19,8 @@ from runtime.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     softmax_gradient_,
 )
+from tests.builders import random_model, tiny_config
 from tests.numeric import assert_close, gradients_bound, is_close, logits_bound, rounding
-from tests.util import random_model, tiny_config
 
 
 # -------------------------------------------------------------------------------------------------------- initialisation

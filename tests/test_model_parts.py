@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from config_model import ModelConfig
 from model import LLM
@@ -27,6 +26,13 @@ from model_parts import (
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.grouped_linear import row_bias
 from runtime.kernels.sink_attention import sink_attention
+from tests.builders import (
+    chunks_of,
+    random_config,
+    random_model,
+    sink_case,
+    tiny_config,
+)
 from tests.numeric import (
     assert_close,
     before_ties,
@@ -35,7 +41,11 @@ from tests.numeric import (
     logits_bound,
     rounding,
 )
-from tests.util import random_config, random_model, tiny_config, without_chance
+from tests.shared_checks import (
+    check_moe_against_a_loop,
+    check_no_gradient_from_later_tokens,
+    check_rows_do_not_meet,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- positions
@@ -110,11 +120,6 @@ def test_mask_rule(window):
 
 
 # -------------------------------------------------------------------------------------------- causality, cached = uncached
-def chunks_of(total: int, r: random.Random) -> list[int]:
-    sizes = []
-    while sum(sizes) < total:
-        sizes.append(min(r.choice([1, 1, 2, 3, 5, 9]), total - sum(sizes)))
-    return sizes
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -150,35 +155,13 @@ def test_cached_logits_equal_uncached(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_gradient_flows_from_later_tokens(seed):
     """The logits at t depend on no token after t: the gradient is exactly 0, with and without a cache."""
-    config = random_config(1000 + seed)
-    model = random_model(config, seed, torch.float64).eval()
-    T, t = 9, seed % 8
-    ids = torch.randint(0, config.vocabulary_size, (2, T))
-    for cached in (False, True):
-        inputs = {}
-
-        def keep(module, args, output, inputs=inputs):
-            output.retain_grad()
-            inputs["x"] = output
-
-        handle = model.embed.register_forward_hook(keep)
-        logits = model(ids, cache=KVCache(config, 2, T, torch.float64) if cached else None).logits
-        handle.remove()
-        logits[:, t].sum().backward()
-        grad = inputs["x"].grad
-        assert (grad[:, t + 1 :] == 0).all() and (grad[:, t] != 0).any()
+    check_no_gradient_from_later_tokens(seed)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_of_a_batch_do_not_meet(seed):
     """In train mode too (dropless): changing row 0 leaves row 1 as it was. The reference's capacity coupled them by 0.32."""
-    config = without_chance(random_config(2000 + seed))
-    model = random_model(config, seed, torch.float64).train()
-    ids = torch.randint(0, config.vocabulary_size, (2, 8))
-    other = torch.stack((torch.randint(0, config.vocabulary_size, (8,)), ids[1]))
-    assert_close(
-        model(ids).logits[1], model(other).logits[1], logits_bound(config, 8, torch.float64)
-    )
+    check_rows_do_not_meet(seed)
 
 
 def test_window_of_one_block_limits_what_is_seen():
@@ -283,36 +266,6 @@ def test_attention_table_is_added_to_the_scores():
     assert_close(attention(x, None), expected, rounding(torch.float64, 32, 8, 6, 6, 16))
 
 
-def sink_case(seed: int, dtype=torch.float64):
-    """(queries, keys, values, sinks, mask or None, is_causal) of some size: causal, windowed, packed documents, one token, a chunk behind a cache."""
-    r = random.Random(seed)
-    torch.manual_seed(seed)
-    G, S = r.choice([1, 2, 3]), r.choice([5, 17, 40])
-    H, D, T = G * r.choice([1, 2, 4]), r.choice([4, 8, 10]), r.choice([S, S, 1, 3])
-    q, k, v, sinks = (
-        torch.randn(shape, dtype=dtype, requires_grad=True)
-        for shape in ((2, H, T, D), (2, G, S, D), (2, G, S, D), (H,))
-    )
-    window, starts = (
-        r.choice([0, 0, 3]),
-        torch.tensor([[0] * (T // 2) + [S - T + T // 2] * (T - T // 2)] * 2)
-        if T == S and r.random() < 0.4
-        else None,
-    )
-    if starts is None and T == 1 and not window:
-        return q, k, v, sinks, None, False
-    if starts is None and T == S and not window:
-        return q, k, v, sinks, None, True
-    return (
-        q,
-        k,
-        v,
-        sinks,
-        attention_mask(torch.arange(S - T, S), torch.arange(S), window, starts),
-        False,
-    )
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
     """By the plain operations and by the kernels, results and all gradients, against one more key whose value is 0 and whose score is the sink."""
@@ -408,71 +361,12 @@ def test_a_model_with_sinks_learns_them(changes):
 
 
 # ---------------------------------------------------------------------------------------------------- mixture of experts
-def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
-    """The layer once more, a token and an expert at a time; returns (output, assignments per expert, dropped)."""
-    E, K = moe.router.num_experts, moe.router.top_k
-    logits = x_NC @ moe.router.weight.T + (0 if moe.router.bias is None else moe.router.bias)
-    probabilities = torch.softmax(logits, -1)
-    chosen = []
-    for n in range(len(x_NC)):
-        scores = probabilities[n] + (
-            moe.router.selection_bias.double() if moe.router.selection_bias is not None else 0
-        )
-        best = torch.argsort(scores, descending=True)[:K].tolist()
-        total = sum(probabilities[n, e] for e in best)
-        chosen += [(n, e, probabilities[n, e] / total) for e in best]
-    load = [sum(1 for _, e, _ in chosen if e == expert) for expert in range(E)]
-    dropped = 0
-    if capacity_factor:
-        capacity = math.ceil(capacity_factor * len(x_NC) * K / E)
-        kept = []
-        for expert in range(E):
-            mine = sorted((a for a in chosen if a[1] == expert), key=lambda a: -a[2].item())
-            kept += mine[:capacity]
-            dropped += max(0, len(mine) - capacity)
-        chosen = kept
-    y, ex = torch.zeros_like(x_NC), moe.experts
-    for n, e, weight in chosen:
-        h = F.linear(x_NC[n], ex.w_in[e], None if ex.b_in is None else ex.b_in[e])
-        gate, up = h[: len(h) // 2], h[len(h) // 2 :]
-        if ex.activation == "swiglu":
-            h = F.silu(gate) * up
-        elif ex.activation == "swiglu_clamped":
-            gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-            h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
-        else:
-            h = F.gelu(h)
-        y[n] += weight * F.linear(h, ex.w_out[e], None if ex.b_out is None else ex.b_out[e])
-    return y, load, dropped
 
 
 @pytest.mark.parametrize("seed", range(120))
 def test_moe_against_a_per_token_loop(seed):
     """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer tokens than experts, ..."""
-    r = random.Random(seed)
-    E = r.choice([1, 2, 4, 9])
-    config = tiny_config(
-        d_model=12,
-        d_ff=8,
-        num_experts=E,
-        top_k=r.randint(1, E),
-        expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]),
-        expert_bias=r.random() < 0.5,
-        router_bias=r.random() < 0.5,
-        capacity_factor=r.choice([0.0, 0.0, 0.5, 1.0, 1.25]),
-        router_bias_rate=r.choice([0.0, 1e-3]),
-    )
-    moe = random_model(config, seed, torch.float64).layers[0].moe.train()
-    N = r.choice([1, 3, 17])
-    x = torch.randn(1, N, 12, dtype=torch.float64)
-    y, stats = moe(x)
-    expected, load, dropped = moe_by_token(moe, x[0], config.capacity_factor)
-    bound = rounding(torch.float64, *3 * [config.d_model], E, config.d_ff, config.top_k)
-    assert_close(y[0], expected, bound, f"seed {seed}")
-    assert torch.allclose(
-        stats.load * N * config.top_k / E, torch.tensor(load, dtype=stats.load.dtype), atol=1e-9
-    )
-    assert stats.dropped_share.item() == pytest.approx(dropped / (N * config.top_k), abs=1e-6)
+    check_moe_against_a_loop(seed)
 
 
 @pytest.mark.parametrize("changes", [{}, {"expert_activation": "gelu", "expert_bias": True}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import re
 import signal
 import sys
@@ -27,9 +29,12 @@ from runtime.inference.decoder import Decoder
 from runtime.inference.decoder import generate as generate_texts
 from runtime.training import reporter
 from runtime.training.state import RecentLoss, RunState
-from tests import util
+from tests import anchors, builders_runs
+from tests.builders import random_model, tiny_config
+from tests.builders_data import write_pair
+from tests.builders_inference import biased_model, predictor_of, save
+from tests.builders_runs import Fixed, Run, poison, poisoned
 from tests.conftest import REPO
-from tests.data.test_shards import write_pair
 from tests.mutants import (
     CONFIRMED,
     IN_PART,
@@ -43,9 +48,6 @@ from tests.mutants import (
     names,
 )
 from tests.mutants import run as try_mutants
-from tests.test_predict import biased_model, predictor_of, save
-from tests.test_train import Fixed, Run, data, poison, poisoned  # noqa: F401  (data: a fixture)
-from tests.util import random_model, tiny_config
 
 needs_git = pytest.mark.skipif(
     not (REPO / ".git").exists(), reason="the files to copy are those that git knows of"
@@ -53,20 +55,110 @@ needs_git = pytest.mark.skipif(
 
 
 # ------------------------------------------------------------------------------------------------------------ the mutants
-@pytest.mark.parametrize("one", MUTANTS, ids=names())
-def test_each_mutant_fits_the_code(one):
-    """What it replaces is there once, the result compiles, and its tests exist. (The code has moved where this fails: move the mutant after it.)"""
+def misfit(one: Mutant) -> str:
+    """Return why a mutant does not fit the code, or nothing."""
     source = (REPO / one.file).read_text(encoding="utf-8")
-    assert source.count(one.old) == 1 and one.new != one.old
-    if one.file.endswith(".py"):
-        compile(source.replace(one.old, one.new), one.file, "exec")
+    python = one.file.endswith(".py")
+    try:
+        changed = one.put_into(source)
+        if python:
+            ast.parse(changed)
+    except (ValueError, SyntaxError) as error:
+        return str(error)
+    if changed == source or python and anchors.same(changed, source):
+        return "the code says the same with it"
     for test in one.tests:
         file, function = test.split("::")
-        assert re.search(
-            rf"^def {re.escape(function.partition('[')[0])}\(",
-            (REPO / file).read_text(encoding="utf-8"),
-            re.MULTILINE,
-        ), test
+        signature = rf"^def {re.escape(function.partition('[')[0])}\("
+        if not re.search(signature, (REPO / file).read_text(encoding="utf-8"), re.MULTILINE):
+            return f"there is no {test}"
+    return ""
+
+
+def test_each_mutant_fits_the_code():
+    """What it replaces is there once, the result is other code, and its tests exist.
+
+    Where this fails, the code has moved: move the mutant after it.
+    """
+    wrong = [(name, misfit(one)) for name, one in zip(names(), MUTANTS, strict=True)]
+    assert [f"{name}: {why}" for name, why in wrong if why] == []
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"old": "no such thing"}, "model.py has 0 times, not once"),
+        ({"old": "self"}, "times, not once"),
+        ({"old": "import math", "new": "import"}, "invalid syntax"),
+        ({"old": "import math", "new": "import math  # ematics"}, "says the same"),
+        (
+            {"tests": ("tests/base/test_text.py::test_nothing",)},
+            "there is no tests/base/test_text.py::test_",
+        ),
+    ],
+)
+def test_a_mutant_that_does_not_fit_is_named(change, says):
+    fitting = Mutant(OWN, "", "model.py", "import math", "import cmath", ())
+    assert misfit(fitting) == ""
+    assert says in misfit(dataclasses.replace(fitting, **change))
+
+
+SOURCE = """\
+def f(x):
+    # why
+    if x:
+        y = g(x, "it's", f"{x!r:>{x}}",)
+        y += h[x:1.5, ]
+    return {  # a set
+        y, 'b',
+    }
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        # Quotes, white space, comments and the comma that closes a list do not count.
+        ("g(\n  x,\n  'it\\'s',  # that\n  f'{x!r:>{x}}'\n)", "x", ("        y = x\n",)),
+        ("h[x : 1.5]", "h[x]", ("h[x]",)),
+        ('return {y, "b"}', "return y", ("    return y\n",)),
+        # A part of what stands in brackets.
+        ("if x: y = g(", "if x:\n    y = k(", ("    if x:\n        y = k(x, ",)),
+        # Lines after the first are indented as the line in which the anchor begins.
+        (
+            "y += h[x:1.5]",
+            "for _ in y:\n    y -= 1",
+            ("        for _ in y:\n            y -= 1\n",),
+        ),
+        # Nothing in its place.
+        ("y += h[x:1.5]", "", ("        \n    return",)),
+        # What is no whole token: the inside of a string, or a comment.
+        ("t's", "t is", ('"it is"',)),
+        ("why", "Why", ("# Why",)),
+    ],
+)
+def test_anchors_are_found_however_the_code_is_formatted(old, new, expected):
+    changed = anchors.replace(SOURCE, old, new, python=True)
+    assert changed != SOURCE and all(part in changed for part in expected)
+    ast.parse(changed)
+
+
+@pytest.mark.parametrize(
+    "old", ["x = ", "y - = 1", '"its"', "h[x:15]", "g(x,)", "if  xx", "f(x)", "y", " "]
+)
+def test_other_code_is_not_found(old):
+    """Nowhere, or more than once: neither says what is to be replaced."""
+    source = SOURCE + "f(x)\n"
+    with pytest.raises(ValueError, match="times, not once"):
+        anchors.replace(source, old, "", python=True)
+
+
+def test_white_space_does_not_count_in_c():
+    source = "int  f(void)\n{\n    return 1; }\n"
+    assert anchors.find(source, "f(void) {  return 1;", python=False) == [(5, 28)]
+    assert anchors.find(source, "f(void){", python=False) == []
+    changed = anchors.replace(source, "return 1;", "g();\nreturn 2;", python=False)
+    assert changed == "int  f(void)\n{\n    g();\n    return 2; }\n"
 
 
 def test_every_confirmed_fault_is_put_back_or_cannot_be():
@@ -246,7 +338,7 @@ def fit(model, steps: int, loss_fn=train.next_token_loss, **more):
         device="cpu",
         **{name: more.pop(name) for name in fields if name in more},
     )
-    state = util.fit(
+    state = builders_runs.fit(
         model,
         Fixed(inputs, inputs.roll(1, 1), 2),
         config,
@@ -339,7 +431,7 @@ def test_a_loss_that_stands_still_has_no_spikes():
     assert not recent.is_spike(torch.tensor(2.002)) and recent.is_spike(torch.tensor(2.2))
 
 
-def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monkeypatch, capsys):
     """The checkpoint that a signal asked for is one of the bad stretch: a resume begins there, a rollback must not."""
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
     monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,47 +22,31 @@ import torch
 
 import predict
 import prepare_data
-from config_model import PredictConfig, TrainConfig
+from config_model import PredictConfig
 from model import LLM
 from model import generate as plain_generate
-from runtime.checkpoint.write import save_checkpoint
-from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, train_bpe
 from runtime.inference import predictor, session
 from runtime.inference.console import read_prompts
 from runtime.inference.decoder import generate, router_choices
 from runtime.inference.predictor import Predictor
 from runtime.inference.session import COMMANDS, VERBS, command_result
-from tests.base.test_cli import as_flags, other_value
-from tests.conftest import REPO
-from tests.data.test_tokenizer import stand_in
-from tests.util import random_model, tiny_config
+from tests.builders import as_flags, other_value
+from tests.builders_inference import (
+    BYTE,
+    CONTEXT,
+    END,
+    biased_model,
+    draw_given_ids,
+    fuzz_line,
+    predict_with,
+    predictor_of,
+    repl_with,
+    save,
+)
+from tests.builders_tokenizer import stand_in
 
-BYTE = load_tokenizer("byte")
-END = BYTE.end_of_text_id
-CONTEXT = 32
-
-
-def save(folder, model: LLM, tokenizer: Tokenizer | None = BYTE) -> str:
-    return str(
-        save_checkpoint(
-            folder,
-            1,
-            model,
-            None,
-            train_config=TrainConfig(),
-            tokenizer_state=tokenizer and tokenizer.to_state(),
-        )
-    )
-
-
-def biased_model(seed: int = 0, biases: dict[int, float] | None = None, **changes) -> LLM:
-    """A random model whose head prefers or avoids ids as `biases` says."""
-    model = random_model(tiny_config(**(dict(vocabulary_size=260, head_bias=True) | changes)), seed)
-    with torch.no_grad():
-        for i, bias in (biases or {}).items():
-            model.out_head.bias[i] += bias
-    return model
+REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -101,39 +86,17 @@ def bpe(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys):
-    """Runs predict.py's main; returns what it printed."""
-
-    def run_(*argv) -> str:
-        assert predict.main([*map(str, argv), "--device", "cpu"]) == 0
-        return capsys.readouterr().out
-
-    return run_
+    return predict_with(capsys)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Replaces generate by one that draws the given ids for every prompt and records how it was called."""
-
-    class Drawn:
-        ids, calls = (), []
-
-    def fake(decoder, texts, prompts, max_new_tokens, finished, **settings):
-        Drawn.calls.append((prompts, max_new_tokens, settings))
-        for i, token in enumerate(Drawn.ids[:max_new_tokens], 1):
-            if i in (max_new_tokens, len(Drawn.ids)):
-                finished.update(range(len(prompts)))
-            yield [(row, token) for row in range(len(prompts))]
-            if finished:
-                return
-
-    Drawn.calls = []
-    monkeypatch.setattr(predictor, "generate", fake)
-    return Drawn
+    return draw_given_ids(monkeypatch)
 
 
-def predictor_of(ckpt: str, **settings) -> tuple[Predictor, PredictConfig]:
-    config = PredictConfig(ckpt=ckpt, device="cpu", **settings)
-    return Predictor(config), config
+@pytest.fixture
+def repl(monkeypatch, capsys):
+    return repl_with(monkeypatch, capsys)
 
 
 def greedy_ids(model: LLM, ids: list[int], count: int, **settings) -> list[int]:
@@ -841,31 +804,6 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------- the REPL
-@pytest.fixture
-def repl(monkeypatch, capsys):
-    """Feeds bytes to the REPL through main; returns (stdout, stderr)."""
-
-    def feed(ckpt: str, script: bytes | str, *argv) -> tuple[str, str]:
-        script = script.encode() if isinstance(script, str) else script
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(script), encoding="utf-8"))
-        assert (
-            predict.main(
-                [
-                    "--ckpt",
-                    ckpt,
-                    "--device",
-                    "cpu",
-                    "--interactive",
-                    "--max_new_tokens",
-                    "3",
-                    *map(str, argv),
-                ]
-            )
-            == 0
-        )
-        return capsys.readouterr()
-
-    return feed
 
 
 @pytest.mark.parametrize(
@@ -1013,105 +951,6 @@ def test_text_with_lone_surrogates_is_answered(endless):
     """JSON and file names can spell them; UTF-8 cannot."""
     predictor, config = predictor_of(endless, max_new_tokens=2)
     assert len(list(predictor.stream("a \ud83d b \udcff", config))) == 3
-
-
-def fuzz_line(r: random.Random) -> str:
-    kind = r.random()
-    if kind < 0.5:
-        values = [
-            "0",
-            "1",
-            "-1",
-            "0.5",
-            "1e-45",
-            "1e-320",
-            "1e308",
-            "-0.0",
-            "nan",
-            "inf",
-            "-inf",
-            "999999",
-            "1" * 25,
-            "9" * 5000,
-            "0x10",
-            "1_000",
-            "٣",
-            "½",
-            "",
-            " ",
-            "a",
-            "\x00",
-            "\x1b[2J",
-            "2 3",
-            "--",
-            "True",
-            "None",
-            "1e5",
-            "+3",
-            ".5",
-            "5.",
-        ]
-        return (
-            r.choice(
-                [
-                    *COMMANDS,
-                    ":undo",
-                    ":reset",
-                    ":stats",
-                    ":experts",
-                    ":save",
-                    ":save /dev/null/x",
-                    ":",
-                    ":T",
-                    ":help",
-                    ":quantum",
-                    ":q x",
-                    "::",
-                    ":t:",
-                    ":\u00a0q",
-                    ":;",
-                ]
-            )
-            + r.choice([" ", "", "  ", "\t", "\u3000"])
-            + r.choice(values)
-        )
-    if kind < 0.75:
-        return "".join(
-            chr(
-                r.choice(
-                    [
-                        r.randrange(0x20),
-                        r.randrange(0x20, 0x7F),
-                        r.randrange(0x80, 0x3000),
-                        r.randrange(0x1F300, 0x1F700),
-                        r.randrange(0x10000),
-                    ]
-                )
-            )
-            for _ in range(r.randrange(40))
-        )
-    return r.choice(
-        [
-            "",
-            " ",
-            "+",
-            "+ and",
-            "+\x00",
-            "go on\\\\",
-            "Once upon a time",
-            "<|endoftext|>",
-            "\\",
-            "'\"",
-            "%s%n{}",
-            "x" * r.randrange(300),
-            " :q",
-            "\u2028",
-            "\ufeff",
-            "\ud800",
-            "a\tb",
-            "é" * 50,
-        ]
-    )
 
 
 def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(

@@ -38,9 +38,10 @@ from runtime.data.shards import open_data, read_manifest
 from runtime.data.sources import FileSource, safe_cut
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, read_tokenizer, tokenizer_from_state
+from tests.builders import random_model, tiny_config
+from tests.builders_data import BAD
+from tests.builders_tokenizer import stand_in
 from tests.conftest import REPO
-from tests.data.test_tokenizer import stand_in
-from tests.util import random_model, tiny_config
 
 BYTE = load_tokenizer("byte")
 
@@ -693,57 +694,6 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
-BAD = [
-    "--shard_size 0.5",
-    "--shard_size 0",
-    "--shard_size -1",
-    "--shard_size nan",
-    "--shard_size inf",
-    "--shard_size 1e999999999",
-    "--shard_size x",
-    "--shard_size",
-    "--max_tokens 0",
-    "--max_tokens 1.5",
-    "--num_proc 0",
-    "--num_proc 1e9",
-    "--val_ratio 0",
-    "--val_ratio 1",
-    "--val_ratio -0.1",
-    "--val_ratio nan",
-    "--val_ratio x",
-    "--tokenizer o300k",
-    "--tokenizer bpe:",
-    "--tokenizer bpe:100",
-    "--tokenizer bpe:1e4",
-    "--tokenizer byte:compact",
-    "--tokenizer bpe:300:compact",
-    "--num_stories 5",
-    "--dataset toy --num_stories 0",
-    "--files a.jsonl --dataset toy",
-    "--files a.jsonl --split train",
-    "--files a.jsonl --streaming",
-    "--files a.jsonl --dataset_config x",
-    "--files a.jsonl --num_stories 5",
-    "--dataset toy --streaming",
-    "--dataset toy --split train",
-    "--dataset toy --dataset_config x",
-    "--dataset toy --text_column x",
-    "--dataset toy --document_separator x",
-    "--files a.jsonl --document_separator x",
-    "--files a.txt --text_column x",
-    "--files a.txt --document_separator=",
-    "--files a.jsonl --val_files b.jsonl --val_ratio 0.1",
-    "--files a.jsonl a.jsonl",
-    "--files a.jsonl --val_files ./a.jsonl",
-    "--files nothere.jsonl",
-    "--files .",
-    "--files a.json",
-    "--files a.parquet.gz",
-    "--files",
-    "--out",
-    "--nope 1",
-    "extra",
-]
 
 
 @pytest.mark.parametrize("line", BAD)
@@ -976,7 +926,7 @@ from pathlib import Path
 import tiktoken
 import prepare_data
 from runtime.data import open_data
-from tests.data.test_tokenizer import stand_in
+from tests.builders_tokenizer import stand_in
 tiktoken.registry.ENCODINGS["gpt2"] = stand_in()
 old, new, work = (Path(a) for a in sys.argv[1:4])
 arguments = sys.argv[4:]

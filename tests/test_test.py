@@ -24,8 +24,7 @@ from runtime.base.text import human_bytes, human_count
 from runtime.checkpoint.read import read_config
 from runtime.checkpoint.write import save_checkpoint
 from runtime.training.memory import training_memory_bytes
-from tests.base.test_cli import NEEDS, as_flags, other_value
-from tests.util import tiny_config
+from tests.builders import NEEDS, as_flags, other_value, tiny_config
 
 
 @pytest.fixture

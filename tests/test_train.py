@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -44,122 +43,25 @@ from runtime.training.plan import (
 from runtime.training.plots import draw_plots
 from runtime.training.reporter import Reporter
 from runtime.training.setup import dry_run
-from runtime.training.state import RecentLoss, RunState, Totals, TrainingDiverged
-from tests import util
+from runtime.training.state import RecentLoss, RunState, Totals, TrainingDiverged, train_record
+from runtime.training.task import Pretraining
+from tests import builders_runs
+from tests.builders import random_model, tiny_config
+from tests.builders_runs import (
+    MODEL,
+    SPEED,
+    Fixed,
+    Run,
+    assert_same,
+    comparable,
+    parsed,
+    poison,
+    poisoned,
+    settings_of,
+    write_text,
+)
 from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding, size_of
-from tests.util import random_model, tiny_config
-
-MODEL = [
-    "--d_model",
-    "16",
-    "--transformer_blocks",
-    "1",
-    "--num_heads",
-    "2",
-    "--num_kv_heads",
-    "1",
-    "--d_ff",
-    "16",
-    "--num_experts",
-    "4",
-    "--context_length",
-    "16",
-    "--expert_activation",
-    "swiglu",
-]
-SPEED = [
-    "--batch_size",
-    "2",
-    "--grad_accum",
-    "2",
-    "--warmup_steps",
-    "3",
-    "--lr",
-    "1e-2",
-    "--min_lr",
-    "1e-3",
-    "--log_interval",
-    "2",
-    "--val_interval",
-    "4",
-    "--val_steps",
-    "2",
-    "--save_interval",
-    "1000",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-]
-
-
-def write_text(path: Path, seed: int, documents: int = 60) -> Path:
-    """Documents of made-up words that follow each other with some regularity, as JSON lines."""
-    r = np.random.default_rng(seed)
-    words = ["tom", "saw", "a", "red", "ball", "and", "ran", "home", "to", "mum", "sun", "sky"]
-    lines = []
-    for _ in range(documents):
-        at, text = int(r.integers(12)), []
-        for _ in range(20):
-            at = (at + int(r.integers(1, 4))) % 12
-            text.append(words[at])
-        lines.append(json.dumps({"text": " ".join(text) + "."}))
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """A folder with prepared byte shards."""
-    folder = tmp_path_factory.mktemp("data")
-    code = prepare_data.main(
-        [
-            "--files",
-            str(write_text(folder / "t.jsonl", 0)),
-            "--val_files",
-            str(write_text(folder / "v.jsonl", 1, 20)),
-            "--tokenizer",
-            "byte",
-            "--out_dir",
-            str(folder / "set"),
-            "--num_proc",
-            "1",
-        ]
-    )
-    assert not code
-    return folder / "set"
-
-
-class Run:
-    """`train.main` in a folder of its own."""
-
-    def __init__(self, data: Path, folder: Path):
-        self.ckpt_dir, self.graph_dir = folder / "ckpt", folder / "graphs"
-        self.folders = [
-            "--data_dir",
-            str(data),
-            "--ckpt_dir",
-            str(self.ckpt_dir),
-            "--graph_dir",
-            str(self.graph_dir),
-        ]
-
-    def __call__(self, *flags: str, fresh: bool = True) -> int:
-        return train.main([*(MODEL + SPEED if fresh else []), *self.folders, *map(str, flags)])
-
-    def final(self):
-        checkpoint = read_checkpoint(self.ckpt_dir / "latest.pt", optimizer=True)
-        copies = [
-            {n: t.clone() for n, t in group.items()}
-            for group in (checkpoint.model, checkpoint.optimizer)
-        ]  # the file may change below a map
-        return dataclasses.replace(checkpoint, model=copies[0], optimizer=copies[1])
-
-    def records(self) -> list[dict]:
-        return [
-            json.loads(line) for line in (self.graph_dir / "metrics.jsonl").read_text().splitlines()
-        ]
 
 
 @pytest.fixture(autouse=True)
@@ -178,30 +80,6 @@ def one_plot(monkeypatch):
 @pytest.fixture
 def run(data, tmp_path) -> Run:
     return Run(data, tmp_path)
-
-
-def assert_same(a, b) -> None:
-    """Two checkpoints, bit for bit: weights, optimizer, step, tokens, data position."""
-    assert a.model.keys() == b.model.keys() and a.optimizer.keys() == b.optimizer.keys()
-    assert all(torch.equal(a.model[n], b.model[n]) for n in a.model)
-    assert all(torch.equal(a.optimizer[n], b.optimizer[n]) for n in a.optimizer)
-    mine, theirs = (
-        {k: v for k, v in c.run.items() if k not in ("run_id", "train_seconds", "window")}
-        for c in (a, b)
-    )
-    assert mine == theirs and a.step == b.step
-
-
-def comparable(records: list[dict]) -> list[dict]:
-    """Metrics without what a clock put into them."""
-    return [
-        {
-            k: v
-            for k, v in r.items()
-            if k not in ("run_id", "seconds", "tokens_per_sec", "waiting_share", "mfu")
-        }
-        for r in records
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the schedule
@@ -228,15 +106,6 @@ def test_learning_rates():
 
 
 # --------------------------------------------------------------------------------------------------------------- the step
-class Fixed:
-    """A loader over given tensors."""
-
-    def __init__(self, inputs, targets, batch_size):
-        self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
-
-    def batch(self, first):
-        rows = torch.arange(first, first + self.batch_size) % len(self.inputs)
-        return self.inputs[rows], self.targets[rows]
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
@@ -257,7 +126,7 @@ def test_gradient_accumulation_equals_the_big_batch(accumulation):
             lr=1e-2,
             device="cpu",
         )
-        util.fit(model, Fixed(inputs, targets, batch_size), config)
+        builders_runs.fit(model, Fixed(inputs, targets, batch_size), config)
         results.append(model.state_dict())
     for name in results[0]:
         assert torch.allclose(results[0][name], results[1][name], rtol=0, atol=1e-6), name
@@ -284,7 +153,9 @@ def test_loss_function_is_a_seam():
         log_interval=30,
         device="cpu",
     )
-    util.fit(model, Fixed(inputs, inputs.roll(1, 1), 4), config, second_half, on_log=records.append)
+    builders_runs.fit(
+        model, Fixed(inputs, inputs.roll(1, 1), 4), config, second_half, on_log=records.append
+    )
     with torch.no_grad():
         logits = model(inputs).logits
     loss = (
@@ -295,22 +166,6 @@ def test_loss_function_is_a_seam():
         .mean(0)
     )
     assert loss[6:].mean() < loss[:6].mean() - 1
-
-
-def poisoned(steps: set[int], where: str):
-    """next_token_loss that is not finite at some calls."""
-    calls = iter(range(10_000))
-
-    def loss_fn(model, batch):
-        out = train.next_token_loss(model, batch)
-        if not model.training or next(calls) not in steps:
-            return out
-        bad = out.cross_entropy_sum * (math.nan if where == "loss" else 1.0)
-        if where == "gradient":
-            bad = bad + (model.embed.weight.sum() * 0).sqrt()  # value 0, gradient infinite times 0
-        return out._replace(cross_entropy_sum=bad)
-
-    return loss_fn
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -332,7 +187,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where):
         before[record["step"]] = {n: p.clone() for n, p in model.state_dict().items()}
         records.append(record)
 
-    state = util.fit(
+    state = builders_runs.fit(
         model, Fixed(inputs, inputs, 4), config, poisoned({2, 3}, where), on_log=on_log
     )
     assert state.skipped_steps == 2 and state.skipped_in_a_row == 0 and state.step == 6
@@ -347,30 +202,13 @@ def test_a_run_that_never_recovers_ends():
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(batch_size=4, grad_accum=1, max_steps=100, warmup_steps=1, device="cpu")
     with pytest.raises(TrainingDiverged, match="lower --lr") as error:
-        util.fit(
+        builders_runs.fit(
             random_model(tiny_config()),
             Fixed(inputs, inputs, 4),
             config,
             poisoned(set(range(100)), "loss"),
         )
     assert error.value.exit_code == 3
-
-
-def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[int]:
-    """Make the loss of some training calls (of micro-batches; the two of the dry run are not counted) something else; returns the calls that were."""
-    real, calls, poisoned_calls = train.next_token_loss, [0], []
-
-    def loss_fn(model, batch):
-        out = real(model, batch)
-        if model.training and sys._getframe(1).f_code.co_name == "fit":
-            calls[0] += 1
-            if calls[0] - 1 in bad:
-                poisoned_calls.append(calls[0] - 1)
-                return out._replace(cross_entropy_sum=how(out.cross_entropy_sum))
-        return out
-
-    monkeypatch.setattr(train, "next_token_loss", loss_fn)
-    return poisoned_calls
 
 
 def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
@@ -426,7 +264,7 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
     assert run("--max_steps", "80", "--save_interval", "10", "--keep_last", "0") == 0
     assert "back to step 10," in capsys.readouterr().out
     plan = make_plan(
-        _settings(
+        settings_of(
             *MODEL, *SPEED, *run.folders[:2], "--ckpt_dir", run.folders[3] + "2", *run.folders[4:]
         ),
         train.pretraining,
@@ -518,7 +356,7 @@ def test_selection_bias_is_moved_by_training():
     inputs = torch.randint(0, 61, (4, 12))
     model = random_model(tiny_config(router_bias_rate=0.01), 1)
     before = model.layers[0].moe.router.selection_bias.clone()
-    util.fit(
+    builders_runs.fit(
         model,
         Fixed(inputs, inputs, 4),
         TrainConfig(batch_size=4, grad_accum=1, max_steps=3, warmup_steps=1, device="cpu"),
@@ -559,7 +397,7 @@ def test_the_host_waits_once_per_log_line(monkeypatch):
     )
     for changes in ({}, {"optimizer": "muon"}):
         reads.clear()
-        util.fit(
+        builders_runs.fit(
             random_model(tiny_config()),
             Fixed(inputs, inputs, 2),
             dataclasses.replace(config, **changes),
@@ -583,7 +421,7 @@ def test_a_window_s_numbers_are_means_over_its_steps():
             device="cpu",
         )
         records[interval] = []
-        util.fit(
+        builders_runs.fit(
             random_model(tiny_config(z_loss_coef=0.1)),
             Fixed(inputs, targets, 2),
             config,
@@ -622,7 +460,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
         device="cpu",
     )
     ours, theirs, records = random_model(tiny_config()), random_model(tiny_config()), []
-    util.fit(
+    builders_runs.fit(
         ours,
         Fixed(inputs, inputs, 4),
         dataclasses.replace(config, log_interval=1),
@@ -979,7 +817,7 @@ def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
     config = TrainConfig(
         batch_size=4, grad_accum=1, max_steps=4, warmup_steps=1, save_interval=1, device="cpu"
     )
-    util.fit(
+    builders_runs.fit(
         random_model(tiny_config()),
         Fixed(inputs, inputs, 4),
         config,
@@ -1088,14 +926,13 @@ def test_the_dry_run_changes_nothing(data, grad_accum):
     before = {n: p.clone() for n, p in model.state_dict().items()}
     config = TrainConfig(batch_size=2, grad_accum=grad_accum, device="cpu", dtype="float32")
     optimizer = train.build_optimizer(model, config)
-    plan = TrainPlan(
-        model.config, config, torch.device("cpu"), torch.float32, _train, _train, None, []
-    )
+    task = Pretraining(_train, _train, train.next_token_loss)
+    plan = TrainPlan(model.config, config, torch.device("cpu"), torch.float32, task, None, [])
     modes = []
     model.layers[0].register_forward_hook(
         lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None))
     )
-    assert dry_run(model.eval(), optimizer, WindowLoader(_train, 16, 2, 0), plan) > 0
+    assert dry_run(model.eval(), optimizer, plan, train.forward_backward) > 0
     # As in a step: training mode, and the second meets the first one's gradients where a step has two.
     assert modes == [(True, False), (True, grad_accum > 1)]
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(
@@ -1110,7 +947,7 @@ def test_what_is_printed_before_step_1(data, capsys):
     """The default says what half of it is; tokens and epochs are computed."""
     plan = make_plan(
         cli.settings_from(
-            _args("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"),
+            parsed("--data_dir", str(data), "--device", "cpu", "--vocabulary_size", "200019"),
             ModelConfig,
             TrainConfig,
         ),
@@ -1125,12 +962,6 @@ def test_what_is_printed_before_step_1(data, capsys):
         "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines
         and "float32" in lines
     )
-
-
-def _args(*flags):
-    parser = cli.parser("")
-    cli.add_config_flags(parser, ModelConfig, TrainConfig)
-    return parser.parse_args(list(flags))
 
 
 # --------------------------------------------------------------------------------------------------------------- init_from
@@ -1308,10 +1139,6 @@ def test_it_learns_real_text(shared_dir, tmp_path):
     )
 
 
-def _settings(*flags: str) -> cli.Settings:
-    return cli.settings_from(_args(*flags), ModelConfig, TrainConfig)
-
-
 def test_document_mask_reaches_training_and_validation(data, tmp_path):
     records = []
     for i, flags in enumerate(([], ["--document_mask"])):
@@ -1330,7 +1157,7 @@ def test_largest_micro_batch_keeps_the_sequences_per_step(
 ):
     """On a CPU by the estimate: what fits is chosen, the effective batch stays, and the checkpoint knows the numbers, not the wish."""
     plan = make_plan(
-        _settings(
+        settings_of(
             *MODEL,
             *SPEED,
             "--data_dir",
@@ -1374,6 +1201,11 @@ def test_largest_micro_batch_keeps_the_sequences_per_step(
     assert run.final().run["samples_seen"] == 16
 
 
+def runs(plan) -> bool:
+    """Try a plan as train.run does."""
+    return setup.runs(plan, train.forward_backward)
+
+
 def _on_a_gpu(monkeypatch, set_up, free: int) -> None:
     """train.py's questions about a GPU with so many bytes free, answered without one."""
     answers = {
@@ -1406,7 +1238,7 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
         "--compile",
     ]
     plan = make_plan(
-        _settings(
+        settings_of(
             "--preset", preset, "--data_dir", str(data), "--vocabulary_size", "200019", *flags
         ),
         train.pretraining,
@@ -1414,10 +1246,10 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
     plan, tried = dataclasses.replace(plan, device=torch.device("cuda"), dtype=torch.bfloat16), []
     _on_a_gpu(
         monkeypatch,
-        lambda plan: tried.append((plan.config.batch_size, plan.config.compile)),
+        lambda plan, _: tried.append((plan.config.batch_size, plan.config.compile)),
         79 << 30,
     )
-    config = with_largest_micro_batch(plan).config
+    config = with_largest_micro_batch(plan, runs).config
     assert tried == [(found, False)] and config.compile
     assert (config.batch_size, config.grad_accum) == (found, sequences // found)
 
@@ -1428,7 +1260,7 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
     8,192 rows take 16. The estimate that is announced counts them; a run that must repeat its bits does
     not ask what is free."""
     plan = make_plan(
-        _settings(
+        settings_of(
             "--preset",
             "gptoss-modern",
             "--data_dir",
@@ -1453,8 +1285,11 @@ def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, 
 
 
 def test_the_rows_of_a_plan_reach_the_model(data):
-    plan = make_plan(_settings(*MODEL, *SPEED, "--data_dir", str(data)), train.pretraining)
-    assert setup.set_up(dataclasses.replace(plan, loss_rows=7))[0].loss_rows == 7
+    plan = make_plan(settings_of(*MODEL, *SPEED, "--data_dir", str(data)), train.pretraining)
+    assert (
+        setup.set_up(dataclasses.replace(plan, loss_rows=7), train.forward_backward)[0].loss_rows
+        == 7
+    )
 
 
 def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
@@ -1470,7 +1305,7 @@ def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
 def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
     """Trials that run out of memory (at 8 and 4 sequences here) are passed over; any other fault comes out."""
     plan = make_plan(
-        _settings(
+        settings_of(
             *MODEL,
             *SPEED,
             "--data_dir",
@@ -1486,7 +1321,7 @@ def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
     )
     plan, tried = dataclasses.replace(plan, device=torch.device("cuda")), []
 
-    def set_up(plan):
+    def set_up(plan, forward_backward):
         tried.append(plan.config.batch_size)
         if plan.config.batch_size > 2:
             raise ValueError("out of memory on it: lower") from torch.OutOfMemoryError(
@@ -1497,14 +1332,14 @@ def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
         raise ValueError("another fault")
 
     _on_a_gpu(monkeypatch, set_up, 1 << 40)
-    found = with_largest_micro_batch(plan)
+    found = with_largest_micro_batch(plan, runs)
     assert tried == [8, 4, 2] and (found.config.batch_size, found.config.grad_accum) == (2, 4)
     assert found.config.val_steps * 2 == plan.config.val_steps * 8, (
         "as many windows of validation as were asked for"
     )
     with pytest.raises(ValueError, match="another fault"):
         with_largest_micro_batch(
-            dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=0))
+            dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=0)), runs
         )
 
 
@@ -1540,21 +1375,40 @@ def test_profile_is_not_a_wish_for_the_rest_of_the_run(run, capsys):
 def test_sums_of_a_log_window_survive_a_resume_to_the_last_bit():
     """They came back as float32: the losses logged after a resume inside a window were not those of the straight run."""
     model, state, cpu = random_model(tiny_config()), RunState(), torch.device("cpu")
-    totals = Totals(state, model, cpu)
+    totals = Totals(state, cpu)
+    names = ("cross_entropy", "targets", "steps", "aux_loss", "z_loss", "entropy")
     for i in range(7):
-        totals.add(
-            torch.tensor(False),
-            torch.rand(5),
-            torch.rand(2, 6),
-            torch.rand(()),
-            tokens=64,
-            seconds=0.1,
-            waiting_seconds=0.01,
-        )
-        assert i or totals.sums["losses"].dtype == torch.float64
-    totals.read(state)
-    again = Totals(RunState(**json.loads(json.dumps(dataclasses.asdict(state)))), model, cpu)
-    assert all(torch.equal(again.sums[name], value) for name, value in totals.sums.items())
+        sums = {name: torch.rand(()) for name in names} | {"expert_load": torch.rand(2, 4)}
+        totals.add(sums, torch.rand(()), torch.tensor(False))
+        totals.add_on_host(tokens=64, seconds=0.1, waiting_seconds=0.01)
+        assert i or totals.flat.dtype == torch.float64
+    totals.wait()
+    totals.store(state)
+    again = Totals(RunState(**json.loads(json.dumps(dataclasses.asdict(state)))), cpu)
+    assert torch.equal(again.flat, totals.flat) and again.shapes == totals.shapes
+    assert again.host == totals.host
+    again.add(sums, torch.rand(()), torch.tensor(True))
+    assert torch.equal(again.flat, totals.flat), "a skipped step adds nothing"
+
+
+def test_sums_that_an_older_version_saved_by_position_are_read():
+    """The first versions saved five losses and a row per block: a run of theirs resumes."""
+    old = {
+        "tokens": 64,
+        "seconds": 0.5,
+        "waiting_seconds": 0.1,
+        "losses": [10.0, 5.0, 2.0, 0.5, 0.25],
+        "router": [[1.0, 3.0, 0.5, 0.0], [2.0, 2.0, 0.75, 0.5]],
+    }
+    state = RunState(window=old)
+    totals = Totals(state, torch.device("cpu"))
+    totals.wait()
+    totals.store(state)
+    record = train_record(state, 0.1, 0.0)
+    assert record["loss"] == 2.0 and record["aux_loss"] == 0.25 and record["z_loss"] == 0.125
+    assert record["expert_load"] == [[0.5, 1.5], [1.0, 1.0]]
+    assert record["router_entropy"] == [0.25, 0.375] and record["dropped_share"] == [0.0, 0.25]
+    assert record["tokens_per_sec"] == 128
 
 
 @pytest.mark.parametrize("device, expected", [("cuda", True), ("mps", False), ("cpu", False)])
@@ -1600,7 +1454,7 @@ def test_fit_refuses_an_optimizer_that_cannot_skip(data):
     with pytest.raises(
         ValueError, match="fit cannot tell SGD to skip a step .* make it with fused=True"
     ):
-        util.fit(
+        builders_runs.fit(
             model,
             None,
             TrainConfig(max_steps=1, warmup_steps=0),

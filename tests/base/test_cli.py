@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import typing
 
 import pytest
 
@@ -17,74 +16,11 @@ import prepare_data
 import train
 from config_model import PRESETS, ModelConfig, TrainConfig, option
 from runtime.base import cli
+from tests.builders import NEEDS, as_flags, other_value
 from tests.conftest import REPO
 
 OWNERS = {"model": ModelConfig, "train": TrainConfig}
 FIELDS = [(table, f.name) for table, owner in OWNERS.items() for f in dataclasses.fields(owner)]
-NEEDS = {
-    "window_pattern": {"sliding_window": 4},
-    "rope_scaling_factor": {"rope_scaling": "linear"},
-    "rope_scaling": {"context_length": 4096},
-    "yarn_truncate": {"rope_scaling": "yarn"},
-    "muon_momentum": {"optimizer": "muon"},
-}  # no effect without
-
-
-def other_value(config_class, name: str, besides=()):
-    """A valid value for a field that is neither its default nor in `besides`."""
-    f = next(f for f in dataclasses.fields(config_class) if f.name == name)
-    kind, default = typing.get_type_hints(config_class)[name], f.default
-    companions = {
-        k: v
-        for k, v in NEEDS.get(name, {}).items()
-        if k in {f.name for f in dataclasses.fields(config_class)}
-    }
-    if f.metadata["choices"]:
-        candidates = f.metadata["choices"]
-    elif kind is bool:
-        candidates = (not default, default)
-    elif kind is str:
-        candidates = [f"other/{name}", f"another/{name}", "third"]
-    elif kind is tuple:
-        candidates = [("one", "two")]
-    else:
-        candidates = [
-            kind(v)
-            for v in (
-                2 * default,
-                4 * default,
-                default / 2,
-                default / 4,
-                default + 2,
-                default + 4,
-                default + 6,
-                0.5,
-                0.25,
-                0.125,
-            )
-        ]
-    for value in candidates:
-        if value != default and value not in besides:
-            try:
-                config_class(**companions | {name: value})
-            except ValueError:
-                continue
-            return value
-    raise AssertionError(f"no other value for {name}")
-
-
-def as_flags(values: dict) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, tuple):
-            flags += [part for item in value for part in (f"--{name}", item)]
-            continue
-        flags += (
-            [f"--{'' if value else 'no-'}{name}"]
-            if isinstance(value, bool)
-            else [f"--{name}", repr(value) if isinstance(value, float) else str(value)]
-        )
-    return flags
 
 
 def as_toml(values: dict) -> str:

@@ -29,7 +29,7 @@ from runtime.base.device import (
 from runtime.kernels.attention_choice import Card, gpu_attention
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.sink_attention import sink_attention
-from tests.util import tiny_config
+from tests.builders import tiny_config
 
 CPU = torch.device("cpu")
 

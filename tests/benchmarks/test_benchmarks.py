@@ -16,9 +16,9 @@ from benchmarks import train as bench
 from config_model import ModelConfig, TrainConfig, flops_per_token
 from runtime.base import cli
 from runtime.kernels.linear_cross_entropy import softmax_gradient_
+from tests.builders import random_model, tiny_config
+from tests.builders_runs import MODEL
 from tests.numeric import assert_close, before_ties, gradients_bound, is_close, logits_bound
-from tests.test_train import MODEL, data  # noqa: F401  (a fixture)
-from tests.util import random_model, tiny_config
 
 TINY = [
     *MODEL,
@@ -241,7 +241,7 @@ def test_cpu_clock(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- training steps
-def test_train_benchmark(data, results_folder, monkeypatch):  # noqa: F811
+def test_train_benchmark(data, results_folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch, "compile", lambda function, **kwargs: compiled.append(function) or function
@@ -759,7 +759,7 @@ def test_experts_benchmark_notices_another_result():
 
 
 # ---------------------------------------------------------------------------------------------------- the whole programs
-def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):  # noqa: F811
+def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):
     """Its blocks take each length as another graph, and the ninth is an error: on a GPU the figures of the whole run were lost."""
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     original = torch.nn.Module.compile
@@ -814,7 +814,7 @@ def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):  
     )  # --document_mask reaches the dry run, the steps and the validations; only the first did
 
 
-def test_end_to_end_figures(data, results_folder, monkeypatch):  # noqa: F811
+def test_end_to_end_figures(data, results_folder, monkeypatch):
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     flags = [
         *MODEL,

@@ -20,9 +20,9 @@ from runtime.checkpoint.read import load_model
 from runtime.data.loader import validation_batches
 from runtime.data.shards import open_data
 from runtime.inference.quantize import quantize_
+from tests.builders import random_model, tiny_config
+from tests.builders_runs import Run
 from tests.numeric import assert_close, logits_bound, size_of
-from tests.test_train import Run, data  # noqa: F401  (a fixture)
-from tests.util import random_model, tiny_config
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(
@@ -346,7 +346,7 @@ def test_impossible_settings_are_refused(flags, message, results_folder):
     assert "\n" not in str(error.value) and not list(results_folder.glob("*.json"))
 
 
-def test_settings(data):  # noqa: F811
+def test_settings(data):
     s = setting("--contexts", "0", "8", "--hf_batches", "3")
     assert (
         s.contexts == [42, 8]
@@ -513,7 +513,7 @@ def test_random_weights_are_scaled_but_for_norms():
 
 
 # ------------------------------------------------------------------------------------------------------ with a checkpoint
-def test_perplexity_of_packed_weights(data, tmp_path, results_folder):  # noqa: F811
+def test_perplexity_of_packed_weights(data, tmp_path, results_folder):
     run = Run(data, tmp_path / "run")
     assert run("--max_steps", "6") == 0
     ckpt = str(run.ckpt_dir / "latest.pt")
@@ -538,7 +538,7 @@ def test_perplexity_of_packed_weights(data, tmp_path, results_folder):  # noqa: 
     )
 
 
-def test_another_text_is_refused(data, monkeypatch):  # noqa: F811
+def test_another_text_is_refused(data, monkeypatch):
     model = random_model(tiny_config())
     for state, message in (
         (

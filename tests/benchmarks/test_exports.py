@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import exports, llama_cpp
 from model import generate
-from tests.util import random_model, tiny_config
+from tests.builders import random_model, tiny_config
 
 
 class Reader:

@@ -10,7 +10,7 @@ from benchmarks import fake_memory
 from benchmarks.fake_memory import StorageCounter, counted_peak_bytes
 from config_model import PRESETS, ModelConfig, TrainConfig
 from runtime.training.memory import training_memory_bytes
-from tests.util import tiny_config
+from tests.builders import tiny_config
 
 
 def test_what_is_alive_at_once_is_counted():

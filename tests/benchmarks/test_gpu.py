@@ -38,9 +38,15 @@ from config_model import TrainConfig
 from runtime.base import cli
 from runtime.inference import decoder as inference
 from runtime.training import setup
-from tests import test_gpu
+from tests.builders_inference import (
+    COMPILED_CASES,
+    COMPILED_SPAN,
+    CONTEXT,
+    assert_same_texts,
+    decoder_on,
+)
+from tests.builders_runs import Run
 from tests.conftest import REPO
-from tests.test_train import Run, data  # noqa: F401  (a fixture)
 
 CARD_MEMORY = {"H100": 79 * GIB, "H200": 139 * GIB}
 TINY = [
@@ -266,8 +272,8 @@ def test_gpu_tests_compile_few_models():
     )
     collected = re.findall(r"^tests/test_gpu\.py::(\w+)", done.stdout, re.MULTILINE)
     assert len(collected) > 50
-    spans, span = 1, test_gpu.COMPILED_SPAN
-    while span < test_gpu.CONTEXT:
+    spans, span = 1, COMPILED_SPAN
+    while span < CONTEXT:
         spans, span = spans + 1, 2 * span
     compiled = collected.count(gpu_plan.COMPILED_TESTS.partition("::")[2])
     assert compiled and compiled * spans <= 4
@@ -275,7 +281,7 @@ def test_gpu_tests_compile_few_models():
     assert (REPO / "tests/test_gpu.py").read_text().count("compile=True") == 1
 
 
-@pytest.mark.parametrize("case", test_gpu.COMPILED_CASES)
+@pytest.mark.parametrize("case", COMPILED_CASES)
 def test_the_compiled_tests_read_both_spans(case, monkeypatch):
     """Run here in the place of a GPU, without the compiler: what is asked for and compared is the
     same, and no step reads more of the cache than the spans that were counted.
@@ -287,11 +293,10 @@ def test_the_compiled_tests_read_both_spans(case, monkeypatch):
         return decode_step(model, cache, ids_B, positions_B, span)
 
     monkeypatch.setattr(inference, "decode_step", noted)
-    monkeypatch.setattr(test_gpu, "CUDA", torch.device("cpu"))
-    changes, packed = test_gpu.COMPILED_CASES[case]
-    model, decoder = test_gpu.decoder_on_gpu(changes, packed, compile=True, native=False)
-    test_gpu.assert_same_texts(model, decoder, slide=True)
-    assert min(spans) <= test_gpu.COMPILED_SPAN < max(spans) <= test_gpu.CONTEXT
+    changes, packed = COMPILED_CASES[case]
+    model, decoder = decoder_on(torch.device("cpu"), changes, packed, compile=True, native=False)
+    assert_same_texts(model, decoder, slide=True)
+    assert min(spans) <= COMPILED_SPAN < max(spans) <= CONTEXT
 
 
 # -------------------------------------------------------------------------------------- predictions
@@ -589,7 +594,7 @@ def test_the_command_itself_needs_no_torch():
     assert done.stdout == "set()\n"
 
 
-def test_bad_requests_are_told(results, data, monkeypatch):  # noqa: F811
+def test_bad_requests_are_told(results, data, monkeypatch):
     for flags, message in (
         (["--name", "x", "--stages", "nothing"], "no such stage: nothing; there are probe, tests"),
         (["--name", "a/b"], "name must be letters"),
@@ -1086,7 +1091,7 @@ def test_only_what_failed_is_taken_again(results, monkeypatch):
         gpu_tests.main(["--name", "y", "--failed_in", str(results / "none.json")])
 
 
-def test_a_difference_between_two_runs_is_seen(tmp_path, data, results, monkeypatch):  # noqa: F811
+def test_a_difference_between_two_runs_is_seen(tmp_path, data, results, monkeypatch):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert Run(data, tmp_path / name)("--max_steps", "4", "--seed", seed) == 0
     a, b, c = (tmp_path / name / "ckpt" for name in "abc")
@@ -1115,7 +1120,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def test_both_commands_run_at_a_tiny_size(results, data):  # noqa: F811
+def test_both_commands_run_at_a_tiny_size(results, data):
     """Every program, with real shards, without the library datasets, the tests' fixtures and a
     network.
     """

@@ -10,7 +10,6 @@ import pytest
 from benchmarks import ablations, common
 from benchmarks.ablations import LONGER, ROWS, at_tokens
 from tests.conftest import REPO
-from tests.test_train import data  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_rows_are_run_timed_and_tabled(results, data):  # noqa: F811
+def test_rows_are_run_timed_and_tabled(results, data):
     """Every figure in the table comes from the stored runs; the base itself is +0 and 1.00x."""
     ablations.main(["--run", "base", "muon", "--steps", "4", "--data_dir", str(data)])
     ablations.main(["--run", "base", "--seeds", "43", "--steps", "4", "--data_dir", str(data)])
@@ -83,7 +82,7 @@ def test_the_stored_ablations_are_what_the_page_shows():
         )
 
 
-def test_bad_requests_are_told(results, data):  # noqa: F811
+def test_bad_requests_are_told(results, data):
     with pytest.raises(ValueError, match="no such row: nothing"):
         ablations.main(["--run", "nothing"])
     with pytest.raises(ValueError, match="nothing to do"):
@@ -96,7 +95,7 @@ def test_bad_requests_are_told(results, data):  # noqa: F811
         ablations.table()
 
 
-def test_every_row_is_a_model_and_differs_from_the_base(data):  # noqa: F811
+def test_every_row_is_a_model_and_differs_from_the_base(data):
     base = ablations.make_plan("base", 42, str(data), {})
     for name in (ROWS | LONGER).keys() - {"base"}:
         plan = ablations.make_plan(name, 42, str(data), {})

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from config_model import ModelConfig, TrainConfig
-from model import LLM, generate
+from config_model import TrainConfig
+from model import generate
 from runtime.checkpoint import format as format_module
 from runtime.checkpoint import read as read_module
 from runtime.checkpoint import write as write_module
@@ -30,62 +30,24 @@ from runtime.checkpoint.format import CheckpointError
 from runtime.checkpoint.optimizer_state import initialise_state, state_by_name
 from runtime.checkpoint.read import load_model, load_training_state, read_checkpoint
 from runtime.checkpoint.reference import _reference_sources, reference_config
-from runtime.checkpoint.write import save_checkpoint, write_weights
+from runtime.checkpoint.write import write_weights
 from runtime.training.optimizer import build_adamw
-from tests.conftest import REPO
+from tests.builders_checkpoint import (
+    CONFIG,
+    RUN,
+    TOKENIZER,
+    TRAIN,
+    Payload,
+    bomb,
+    forge,
+    new_run,
+    put,
+    save,
+    train,
+)
 from tests.numeric import assert_close, gradients_bound, logits_bound
 
-CONFIG = ModelConfig(
-    d_model=16,
-    transformer_blocks=2,
-    context_length=8,
-    vocabulary_size=32,
-    num_heads=2,
-    num_kv_heads=1,
-    num_experts=2,
-    top_k=1,
-    d_ff=8,
-    router_bias_rate=1e-3,
-)
-TRAIN = TrainConfig(lr=1e-2, min_lr=0.0)
-TOKENIZER = {"name": "byte", "vocabulary_size": 257}
-RUN = {
-    "tokens_seen": 2**40,
-    "scaler": {"scale": 65536.0},
-    "tail": [[1, 2.5], [2, 2.25]],
-    "note": "naïve \u2192 ok",
-    "best_val_loss": None,
-}
-
-
-def train(model, optimizer, steps, seed):
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        ids = torch.randint(0, model.config.vocabulary_size, (2, 9), generator=generator)
-        out = model(ids[:, :-1], ids[:, 1:])
-        (out.cross_entropy_sum / out.num_targets + out.aux_loss).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def new_run(config=CONFIG, seed=0):
-    torch.manual_seed(seed)
-    model = LLM(config)
-    return model, build_adamw(model, TRAIN)
-
-
-def save(folder, step=2, model=None, optimizer=None, **values):
-    values = {
-        "train_config": TRAIN,
-        "tokenizer_state": TOKENIZER,
-        "data_fingerprint": "abc",
-        "val_loss": 3.25,
-        "run": RUN,
-    } | values
-    if model is None:
-        model, optimizer = new_run()
-    return save_checkpoint(folder, step, model, optimizer, **values)
+REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -99,31 +61,6 @@ def saved(tmp_path_factory):
         optimizer=optimizer,
         path=save(tmp_path_factory.mktemp("run"), 2, model, optimizer),
     )
-
-
-def forge(source: Path, target: Path, change, redo_digests=True) -> Path:
-    """Write `source` to `target` with its dict changed and the digests made to fit, as someone who means harm would."""
-    contents = torch.load(source, weights_only=True)
-    changed = change(contents)
-    contents = contents if changed is None else changed
-    if redo_digests and isinstance(contents, dict) and isinstance(contents.get("digests"), dict):
-        with contextlib.suppress(
-            TypeError, RuntimeError, AttributeError, KeyError
-        ):  # some of what is put in has no digest
-            contents["digests"]["header"] = format_module.header_digest(
-                {
-                    key: value
-                    for key, value in contents.items()
-                    if key not in format_module.TENSOR_KEYS
-                }
-            )
-            for group in ("model", "optimizer"):
-                contents["digests"] |= {
-                    f"{group}/{name}": format_module.digest_of(tensor)[0]
-                    for name, tensor in contents[group].items()
-                }
-    torch.save(contents, target)
-    return target
 
 
 def refused(path, match=None, **how) -> str:
@@ -433,10 +370,6 @@ def test_paths_that_are_no_file(tmp_path):
     refused(tmp_path / "pipe", "device")  # and does not wait for someone to write into it
 
 
-def put(key, value):
-    return lambda contents: contents.update({key: value})
-
-
 def drop(key):
     return lambda contents: contents.pop(key) and None
 
@@ -538,12 +471,6 @@ def test_changes_that_keep_the_old_digests(saved, tmp_path, change, match):
 
 
 # ----------------------------------------------------------------------------------------------------------------- malice
-class Payload:
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize(
@@ -599,13 +526,6 @@ def test_zips_whose_entries_share_bytes_are_refused(saved, tmp_path):
                 largest.file_size + 10_000,
             )
     refused(path, "claims more than the file holds")
-
-
-def bomb(depth=60):
-    value = ["x"]
-    for _ in range(depth):
-        value = [value, value]
-    return value
 
 
 def test_lists_that_contain_one_another_end_quickly(saved, tmp_path, monkeypatch):

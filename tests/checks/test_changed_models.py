@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 
 from runtime.inference import cpu_decode
+from tests.builders import random_model, tiny_config
+from tests.builders_export import write_folder
 from tests.changed_models import CHANGES, FIELDS
 from tests.conftest import REPO
-from tests.interop.test_huggingface import write_folder
-from tests.util import random_model, tiny_config
 
 # What each of them names. The first has no name: it is found by its logits alone.
 NAMES = {

@@ -14,8 +14,8 @@ from runtime.checks.kernels import settle_kernels
 from runtime.inference.decoder import Decoder
 from runtime.inference.quantize import quantize_
 from runtime.kernels.choose import choose_kernels
+from tests.builders import random_config, random_model, tiny_config
 from tests.numeric import assert_close, logits_bound
-from tests.util import random_config, random_model, tiny_config
 
 CPU = torch.device("cpu")
 

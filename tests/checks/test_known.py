@@ -16,14 +16,15 @@ from config_model import PRESETS, ModelConfig, option
 from model import LLM
 from runtime.checkpoint.format import meta_model
 from runtime.checks import known
-from runtime.inference import cpu_decode
-from runtime.inference import decoder as inference
+from runtime.inference.decoder import cpu_decode
+from runtime.inference.decoder import decoder as inference
 from runtime.inference.quantize import quantize_
 from runtime.interop import huggingface
 from runtime.training.plan import describe
 from runtime.training.task import Task
 from scripts import draw_architecture, export_gguf
-from tests.util import random_config, random_model, tiny_config
+from tests.builders import random_config, random_model, tiny_config
+from tests.shared_checks import fields_not_varied
 
 IMPLEMENTATIONS = {
     "C decoder": cpu_decode.KNOWS,
@@ -37,16 +38,6 @@ EACH = pytest.mark.parametrize("knows", IMPLEMENTATIONS.values(), ids=IMPLEMENTA
 # Fields that an implementation does not know, on purpose. It then steps aside or refuses where they
 # are not at their default.
 NOT_KNOWN: dict[str, set[str]] = {name: set() for name in IMPLEMENTATIONS}
-
-
-def fields_not_varied() -> list[str]:
-    """Fields of ModelConfig that have one value in all random configurations."""
-    configs = [random_config(seed) for seed in range(200)]
-    return [
-        f.name
-        for f in dataclasses.fields(ModelConfig)
-        if len({getattr(config, f.name) for config in configs}) < 2
-    ]
 
 
 def test_the_random_configurations_vary_every_field():

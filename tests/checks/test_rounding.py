@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from runtime.checks.rounding import gradients_bound, length_of_sums, logits_bound, rounding, size_of
+from tests.builders import random_config, random_model, tiny_config
 from tests.numeric import assert_close, is_close, share_of
-from tests.util import random_config, random_model, tiny_config
 
 
 def in_order(terms_NK: torch.Tensor) -> torch.Tensor:

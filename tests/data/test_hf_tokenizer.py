@@ -14,7 +14,6 @@ import tiktoken
 import tiktoken_ext.openai_public as published
 
 from config_model import PredictConfig
-from runtime.data import hf_tokenizer as module
 from runtime.data.hf_tokenizer import (
     OURS,
     SPACE,
@@ -24,6 +23,7 @@ from runtime.data.hf_tokenizer import (
     check_tokenizer,
     write_tokenizer,
 )
+from runtime.data.shards import hf_tokenizer as module
 from runtime.data.tokenizer import Tokenizer, TokenStream, byte_of_character, spell
 from runtime.data.tokenizers import (
     compacted,
@@ -33,8 +33,15 @@ from runtime.data.tokenizers import (
     train_bpe,
 )
 from runtime.inference.predictor import Answer
-from tests.data.test_tokenizer import stand_in
-from tests.test_predict import biased_model, drawn, predictor_of, repl, run, save  # noqa: F401  (three are fixtures)
+from tests.builders_inference import (
+    biased_model,
+    draw_given_ids,
+    predict_with,
+    predictor_of,
+    repl_with,
+    save,
+)
+from tests.builders_tokenizer import stand_in, write_folder
 
 BYTE = load_tokenizer("byte")
 FILES = (module.TOKENIZER_FILE, module.CONFIG_FILE, module.SPECIALS_FILE)
@@ -44,6 +51,21 @@ FAMILIES = {
     "gpt_oss": "GptOssForCausalLM",
 }
 SPECIAL_TEXT = "a <|endoftext|>b<|reserved_3|> <|endofprompt|>"
+
+
+@pytest.fixture
+def run(capsys):
+    return predict_with(capsys)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    return draw_given_ids(monkeypatch)
+
+
+@pytest.fixture
+def repl(monkeypatch, capsys):
+    return repl_with(monkeypatch, capsys)
 
 
 def library(folder: Path):
@@ -64,16 +86,6 @@ def auto_tokenizer(folder: Path, family: str):
         json.dumps({"model_type": family, "architectures": [FAMILIES[family]]})
     )
     return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def tales(shared_dir) -> list[str]:
-    return [
-        json.loads(line)["text"]
-        for line in (shared_dir / "tinystories" / "valid.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -396,137 +408,6 @@ def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, m
 
 
 # ---------------------------------------------------------------------------------------------------------------- theirs
-def special(i: int, content: str, is_special: bool = True) -> dict:
-    return {
-        "id": i,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": is_special,
-    }
-
-
-def write_folder(folder: Path, data: dict, **files: dict) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, value in {"tokenizer": data, **files}.items():
-        (folder / f"{name}.json").write_text(
-            json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8"
-        )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def mixtral(tales, tmp_path_factory) -> Path:
-    """As Mixtral's: spaces as ▁, one before every text, bytes as <0xAB>, texts between <s> and </s>, <unk> = 0. One id, 700, stands for nothing."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import models, normalizers, trainers
-
-    made = Library(models.BPE(unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
-    made.train_from_iterator(
-        (word for text in tales[:200] for word in text.split()),
-        trainers.BpeTrainer(
-            vocab_size=700,
-            special_tokens=["<unk>", "<s>", "</s>"],
-            show_progress=False,
-            limit_alphabet=60,
-        ),
-    )
-    data = json.loads(made.to_str())
-    data["model"]["vocab"] |= {f"<0x{b:02X}>": 701 + b for b in range(256)}
-    data["model"] |= {"byte_fallback": True, "fuse_unk": True}
-    data["decoder"] = {
-        "type": "Sequence",
-        "decoders": [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ],
-    }
-    data["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-    }
-    return write_folder(
-        tmp_path_factory.mktemp("mixtral"),
-        data,
-        config={"eos_token_id": 2, "bos_token_id": 1},
-        tokenizer_config={
-            "tokenizer_class": "TokenizersBackend",
-            "bos_token": "<s>",
-            "eos_token": {"__type": "AddedToken", **special(2, "</s>")},
-            "chat_template": "{{ messages }}",
-        },
-    )
-
-
-@pytest.fixture(scope="module")
-def qwen(tales, tmp_path_factory) -> Path:
-    """As Qwen3's: byte-level, digits one by one, NFC, a chat model that stops at two ids, with an added token that is no special one; nothing before a text."""
-    from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Library
-
-    rule = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    made = Library(models.BPE())
-    made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(rule), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    made.train_from_iterator(
-        tales[:200],
-        trainers.BpeTrainer(
-            vocab_size=800,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    data = json.loads(made.to_str())
-    data["decoder"] = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
-    data["added_tokens"] = [
-        special(800, "<|endoftext|>"),
-        special(801, "<|im_start|>"),
-        special(802, "<|im_end|>"),
-        special(803, "<think>", False),
-    ]
-    data["truncation"] = {
-        "direction": "Right",
-        "max_length": 5,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
-    folder = write_folder(
-        tmp_path_factory.mktemp("qwen"),
-        data,
-        generation_config={"eos_token_id": [802, 800]},
-        config={"eos_token_id": 802},
-        tokenizer_config={
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": False,
-            "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-        },
-    )
-    (folder / "chat_template.jinja").write_text("{{ bos }}")
-    return folder
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
@@ -854,7 +735,7 @@ def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, fil
 
 
 # ------------------------------------------------------------------------------------------------------ in a checkpoint
-def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):  # noqa: F811
+def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
     """`+me` went on with " me", and what was drawn before a stop text was read again with one more space before it."""
     tokenizer = read_tokenizer(mixtral)
     ckpt = save(tmp_path, biased_model(vocabulary_size=tokenizer.vocabulary_size), tokenizer)
@@ -865,7 +746,7 @@ def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):  
     assert tokenizer.decode(second[len(first) :]) == "me, a dog"
 
 
-def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_path, run, drawn):  # noqa: F811
+def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_path, run, drawn):
     """An imported model's prompts are put behind its own first id, or behind nothing, and any of its end ids ends an answer."""
     for folder, before, stops in ((mixtral, [1], [2]), (qwen, [], [802, 800])):
         tokenizer = read_tokenizer(folder)

@@ -22,38 +22,15 @@ from hypothesis import strategies as st
 from runtime.data import shards as data
 from runtime.data.loader import WindowLoader, count_windows, prefetch, validation_batches
 from runtime.data.shards import ShardWriter, TokenShards, open_data, read_manifest, write_manifest
-from runtime.data.tokenizers import load_tokenizer
-from tests.conftest import REPO
+from tests.builders_data import BYTE, write_pair, write_split
 
-BYTE = load_tokenizer("byte")
+REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
     """Thousands of tiny files: flushing each to the disk would be most of the time."""
     monkeypatch.setattr(data.os, "fsync", lambda descriptor: None)
-
-
-def write_split(folder: Path, ids, shard_size: int = 1000, **changes) -> Path:
-    """A split as prepare_data writes it, with the byte tokenizer; `changes` replace manifest values before it is sealed."""
-    writer = ShardWriter(folder, shard_size)
-    writer.append(np.asarray(ids, dtype=np.uint32))
-    counts = writer.finish()
-    manifest = {
-        "format": data.FORMAT,
-        "version": data.VERSION,
-        "split": folder.name,
-        "pair": "p",
-        "tokenizer": BYTE.to_state(),
-        "vocabulary_size": 257,
-        "end_of_text_id": 256,
-        "source": {},
-        "total_documents": 1,
-        "total_bytes": max(1, len(ids)),
-        **counts,
-    }
-    write_manifest(folder, manifest | changes)
-    return folder
 
 
 def reseal(folder: Path, change) -> None:
@@ -298,10 +275,6 @@ def test_a_shard_replaced_while_in_use_is_noticed(split):
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
-def write_pair(folder: Path, **val_changes) -> Path:
-    write_split(folder / "train", np.arange(100))
-    write_split(folder / "val", np.arange(50), **val_changes)
-    return folder
 
 
 def test_open_data(tmp_path):

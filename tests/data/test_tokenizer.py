@@ -15,7 +15,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.data import tokenizers
+from runtime.data.shards import tokenizers
 from runtime.data.tokenizer import (
     STATE_FILE,
     WORD_PATTERN,
@@ -26,31 +26,10 @@ from runtime.data.tokenizer import (
     spell,
 )
 from runtime.data.tokenizers import compacted, load_tokenizer, tokenizer_from_state, train_bpe
+from tests.builders_tokenizer import TALE, stand_in
 from tests.conftest import REPO
 
 BYTE = load_tokenizer("byte")
-TALE = [
-    "Once upon a time there was a cat named Tom. Tom's cat-friend said: \"I'LL come at 10:45, won't I?\"\n\n",
-    "The dog ran to the big tree. " * 3,
-]
-
-
-def stand_in(extra_tokens=()) -> tiktoken.Encoding:
-    """A small vocabulary under gpt2's name, built as published ones are: the bytes in an order of their own, ids for nothing, specials last."""
-    merges = sorted(
-        train_bpe(TALE * 20, 320).encoding._mergeable_ranks.items(), key=lambda item: item[1]
-    )[256:]
-    tokens = (
-        [bytes([b * 77 % 256]) for b in range(256)]
-        + [token for token, _ in merges]
-        + list(extra_tokens)
-    )
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=WORD_PATTERN,
-        mergeable_ranks={token: i for i, token in enumerate(tokens)},
-        special_tokens={"<|endoftext|>": len(tokens) + 1, "<|other|>": len(tokens) + 3},
-    )
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ from runtime.inference import decoder as inference
 from runtime.inference.decoder import Decoder, generate
 from runtime.inference.quantize import quantize_
 from runtime.kernels.choose import choose_kernels
+from tests.builders import random_architecture, random_config, random_model, tiny_config
 from tests.conftest import REPO
-from tests.inference.test_cpu_decode import needs_code, random_architecture
-from tests.util import random_config, random_model, tiny_config
+from tests.shared_checks import needs_code
 
 BYTE = load_tokenizer("byte")
 # All that attention, routers and experts may have; a window shorter than the texts that are read.
@@ -126,7 +126,7 @@ def test_asking_does_not_wait_for_pytorchs_compiler():
     later, for a check.
     """
     code = (
-        "import sys, torch; from tests.util import *; from runtime.inference import Decoder\n"
+        "import sys, torch; from tests.builders import *; from runtime.inference import Decoder\n"
         "from runtime.base.device import choose_kernels\n"
         "from runtime.checkpoint import meta_model\n"
         "model = meta_model(tiny_config()).to_empty(device='cpu')\n"

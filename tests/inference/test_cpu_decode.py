@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import random
 import re
 import subprocess
 import sys
@@ -13,124 +11,24 @@ import pytest
 import torch
 
 import runtime.inference.cpu_decode as cpu_decode
-from config_model import ModelConfig
 from model_parts import KVCache
 from runtime.inference.cpu_decode import native_model
 from runtime.inference.decoder import Decoder
 from runtime.inference.quantize import quantize_
+from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
-from tests.numeric import before_ties, is_close, logits_bound, size_of
-from tests.util import random_model, tiny_config
+from tests.numeric import before_ties
+from tests.shared_checks import HAS_CODE, WHY_NOT, check_native_logits, close, needs_code
 
-HAS_CODE, WHY_NOT = cpu_decode.library()
-needs_code = pytest.mark.skipif(HAS_CODE is None, reason=f"no native decoding here: {WHY_NOT}")
 if os.environ.get("CI") and sys.platform == "linux":
     assert HAS_CODE, WHY_NOT
-
-
-def random_architecture(r: random.Random) -> ModelConfig:
-    """Any sizes, also those that no vector and no tile divides."""
-    G = r.choice([1, 1, 2, 3])
-    E = r.choice([1, 2, 5, 8])
-    config = tiny_config(
-        d_model=r.choice([1, 7, 16, 33, 64]),
-        transformer_blocks=r.choice([1, 2, 3]),
-        num_heads=G * r.choice([1, 2, 3]),
-        num_kv_heads=G,
-        head_dim=2 * r.choice([1, 3, 8, 17]),
-        num_experts=E,
-        top_k=r.randint(1, min(E, 4)),
-        d_ff=r.choice([1, 5, 32, 67]),
-        vocabulary_size=r.choice([2, 11, 64, 101]),
-        expert_activation=r.choice(["gelu", "swiglu", "swiglu_clamped"]),
-        attention_sinks=r.random() < 0.4,
-        router_bias=r.random() < 0.4,
-        context_length=48,
-        tie_embeddings=r.random() < 0.3,
-        router_bias_rate=r.choice([0.0, 0.1]),
-        rms_norm_eps=r.choice([1e-6, 1e-2]),
-        use_rope=r.random() < 0.8,
-        **{
-            name: r.random() < 0.5
-            for name in (
-                "expert_bias",
-                "qkv_bias",
-                "out_proj_bias",
-                "head_bias",
-                "qk_norm",
-                "use_attention_bias",
-            )
-        },
-        **r.choice(
-            [
-                {},
-                dict(sliding_window=5),
-                dict(sliding_window=9, window_pattern="alternating"),
-                dict(rope_theta=100.0),
-            ]
-        ),
-    )
-    # The norm of a single number is its sign, which rounding turns where the number is almost 0: unless eps is as large as it.
-    return dataclasses.replace(config, rms_norm_eps=1.0) if config.d_model == 1 else config
-
-
-def close(a: torch.Tensor, b: torch.Tensor, config: ModelConfig) -> bool:
-    # A residual stream of one number may cancel to nearly 0, but what it is a sum of is about 1.
-    size = max(size_of(b), 1.0) if config.d_model == 1 else None
-    return is_close(a, b, logits_bound(config, config.context_length), size)
 
 
 @needs_code
 @pytest.mark.parametrize("seed", range(60))
 def test_it_gives_the_plain_models_logits(seed):
     """Random architectures, read in chunks of many tokens or one by one, many texts of different lengths at once, in 1 to 3 threads, packed or not."""
-    r = random.Random(seed)
-    config = random_architecture(r)
-    model = random_model(config, seed)
-    with torch.no_grad():  # a selection bias that matters
-        for block in model.layers:
-            if block.moe.router.selection_bias is not None:
-                block.moe.router.selection_bias.normal_(
-                    generator=torch.Generator().manual_seed(seed)
-                )
-    if r.random() < 0.4:
-        quantize_(model)
-    native, why = native_model(model)
-    assert native and not why
-    cpu_decode_threads = r.choice([1, 2, 3])
-    native.least_bytes_per_thread = 1  # however small it is
-    texts = [
-        [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))]
-        for _ in range(r.choice([1, 2, 5, 9]))
-    ]
-    plain = [model(torch.tensor([text])).logits[0] for text in texts]
-    clear = [before_ties(model, torch.tensor([text]))[0] for text in texts]
-    caches = KVCache(config, len(texts), 48).rows()
-    is_ring, done, compared = any(caches[0].is_ring), [0] * len(texts), 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(cpu_decode_threads)
-    try:
-        while left := [i for i, text in enumerate(texts) if done[i] < len(text)]:
-            chosen = r.sample(left, r.randint(1, len(left)))
-            chunks = [
-                texts[i][done[i] : done[i] + (1 if is_ring else r.choice([1, 1, 2, 7, 30]))]
-                for i in chosen
-            ]
-            all_logits = r.random() < 0.5
-            logits = native.forward([caches[i] for i in chosen], chunks, all_logits)
-            expected, is_sure = [], []
-            for i, chunk in zip(chosen, chunks, strict=True):
-                done[i] += len(chunk)
-                rows = slice(done[i] - (len(chunk) if all_logits else 1), done[i])
-                expected.append(plain[i][rows])
-                is_sure.append(clear[i][rows])
-            sure = torch.cat(is_sure)
-            compared += sure.sum().item()
-            assert not sure.any() or close(logits[sure], torch.cat(expected)[sure], config), config
-            assert [cache.length for cache in caches] == done
-        assert compared
-    finally:
-        torch.set_num_threads(threads)
+    check_native_logits(seed)
 
 
 @needs_code

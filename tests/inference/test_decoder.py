@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import generate as plain_generate
+import runtime.inference as inference
 from model_parts import KVCache
-from runtime.inference import decoder as inference
 from runtime.inference.decoder import (
     Decoder,
     Text,
@@ -24,40 +23,11 @@ from runtime.inference.decoder import (
 )
 from runtime.inference.quantize import quantize_
 from runtime.kernels.choose import choose_kernels
+from tests.builders import random_model, tiny_config
+from tests.builders_inference import MODELS, PROMPTS, alone, generated
 from tests.numeric import assert_close, before_ties, logits_bound, rounding
-from tests.util import random_model, tiny_config
 
 CONTEXT = 32
-MODELS = {
-    "plain": {},
-    "table": dict(use_attention_bias=True, qk_norm=False),
-    "biases": dict(
-        expert_activation="gelu",
-        expert_bias=True,
-        head_bias=True,
-        qkv_bias=True,
-        out_proj_bias=True,
-    ),
-    "window": dict(sliding_window=8),
-    "alternating": dict(sliding_window=8, window_pattern="alternating", use_attention_bias=True),
-    "tied": dict(tie_embeddings=True, router_bias_rate=0.1, use_rope=False),
-    "yarn": dict(rope_scaling="yarn", rope_scaling_factor=2.0),
-    "gpt-oss": dict(
-        attention_sinks=True,
-        router_bias=True,
-        expert_activation="swiglu_clamped",
-        expert_bias=True,
-        qkv_bias=True,
-        out_proj_bias=True,
-        qk_norm=False,
-        sliding_window=8,
-        window_pattern="alternating",
-        rope_scaling="yarn",
-        rope_scaling_factor=2.0,
-        yarn_truncate=False,
-    ),
-}
-PROMPTS = [[1, 2, 3], [4] * 9, [7, 8, 9, 10, 11], [5], list(range(30))]
 
 
 @pytest.fixture(params=[True, False], ids=["native", "pytorch"])
@@ -71,24 +41,6 @@ def decoder_of(request):
     return make
 
 
-def run(decoder: Decoder, prompts, count: int, texts=None, **settings) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in prompts]
-    for step in generate(
-        decoder,
-        texts or decoder.texts(len(prompts), decoder.config.context_length),
-        prompts,
-        count,
-        **settings,
-    ):
-        for row, token in step:
-            rows[row].append(token)
-    return rows
-
-
-def alone(model, prompt, count: int, **settings) -> list[int]:
-    return [i.item() for i in plain_generate(model, torch.tensor([prompt]), count, **settings)]
-
-
 def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -100,7 +52,7 @@ def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 3).eval()
     decoder = decoder_of(model)
     for count, slide in ((5, True), (80, True), (80, False)):
-        assert run(decoder, PROMPTS, count, temperature=0, slide=slide) == [
+        assert generated(decoder, PROMPTS, count, temperature=0, slide=slide) == [
             alone(model, p, count, temperature=0, slide=slide) for p in PROMPTS
         ]
     settings = dict(
@@ -111,7 +63,7 @@ def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
         banned_ids=[2],
     )
     seeds = [11, 12, 13, 14, 15]
-    drawn = run(decoder, PROMPTS, 60, generators=seeded(*seeds), **settings)
+    drawn = generated(decoder, PROMPTS, 60, generators=seeded(*seeds), **settings)
     assert drawn == [
         alone(model, p, 60, generator=seeded(seed)[0], **settings)
         for p, seed in zip(PROMPTS, seeds, strict=True)
@@ -327,9 +279,9 @@ def test_generation_goes_on_from_the_cache(decoder_of, reads):
     model = random_model(tiny_config(context_length=64)).eval()
     decoder = reads(decoder_of(model))
     texts = decoder.texts(1, 64)
-    first = run(decoder, [[1, 2, 3]], 10, texts, temperature=0)[0]
+    first = generated(decoder, [[1, 2, 3]], 10, texts, temperature=0)[0]
     reads.tokens.clear()
-    second = run(decoder, [[1, 2, 3, *first, 4, 5]], 5, texts, temperature=0)[0]
+    second = generated(decoder, [[1, 2, 3, *first, 4, 5]], 5, texts, temperature=0)[0]
     assert (
         sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3
     )  # the last drawn, two new; steps of PyTorch do not pass through forward
@@ -421,12 +373,12 @@ def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings
     # at once adds in another order than reading one.
     for seed in (4, 5, 7, 8, 11, 13):
         decoder = decoder_of(repetitive_model(seed))
-        plain = run(decoder, [[1, 2, 3, 1, 2]], 100, generators=seeded(7), **settings)
+        plain = generated(decoder, [[1, 2, 3, 1, 2]], 100, generators=seeded(7), **settings)
         passes = []
         real = decoder.read
         decoder.read = lambda *a, real=real, passes=passes, **k: passes.append(1) or real(*a, **k)
         assert (
-            run(decoder, [[1, 2, 3, 1, 2]], 100, lookup=5, generators=seeded(7), **settings)
+            generated(decoder, [[1, 2, 3, 1, 2]], 100, lookup=5, generators=seeded(7), **settings)
             == plain
         )
         accepted += len(plain[0]) - len(passes)
@@ -482,7 +434,7 @@ def test_look_up_is_refused_where_it_cannot_take_tokens_back(decoder_of):
     with pytest.raises(
         ValueError, match="windowed blocks keep only their window: leave lookup out"
     ):
-        run(decoder, [[1]], 3, lookup=2)
+        generated(decoder, [[1]], 3, lookup=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- the rest
@@ -508,12 +460,12 @@ def test_router_choices_are_the_routers():
 
 def test_nothing_asked_for_is_nothing_done(decoder_of):
     decoder = decoder_of(random_model(tiny_config()))
-    assert run(decoder, [[1]], 0) == [[]] and list(generate(decoder, [], [], 5)) == []
+    assert generated(decoder, [[1]], 0) == [[]] and list(generate(decoder, [], [], 5)) == []
     for bad, message in ((dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p")):
         with pytest.raises(ValueError, match=message):
-            run(decoder, [[1]], 3, **bad)
+            generated(decoder, [[1]], 3, **bad)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 0"):
-        run(decoder, [[1]], -1)
+        generated(decoder, [[1]], -1)
 
 
 def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
@@ -538,8 +490,8 @@ def test_a_bad_answer_does_not_spoil_the_next(decoder_of):
     decoder = decoder_of(model)
     texts = decoder.texts(2, CONTEXT)
     with pytest.raises(ValueError, match="not finite"):
-        run(decoder, [[1, 2, 7, 3, 4, 5, 6, 1], [1]], 5, texts, temperature=0)
-    good = run(decoder, [[1, 2], [3]], 9, texts, temperature=0, banned_ids=[7])
+        generated(decoder, [[1, 2, 7, 3, 4, 5, 6, 1], [1]], 5, texts, temperature=0)
+    good = generated(decoder, [[1, 2], [3]], 9, texts, temperature=0, banned_ids=[7])
     assert good == [alone(model, p, 9, temperature=0, banned_ids=[7]) for p in ([1, 2], [3])]
     whole = decode_step(model, decoder._whole, torch.tensor([1, 2]), torch.tensor([2, 5]), CONTEXT)
     assert torch.isfinite(whole[:, :7]).all()

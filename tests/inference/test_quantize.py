@@ -10,8 +10,8 @@ import torch
 from model import LLM, generate
 from runtime.inference.quantize import pack, quantize_, quantized_weights, unpack
 from runtime.kernels.choose import choose_kernels
+from tests.builders import random_model, tiny_config
 from tests.numeric import assert_close, is_close, logits_bound
-from tests.util import random_model, tiny_config
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 6), (1, 1)])

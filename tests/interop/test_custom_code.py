@@ -30,9 +30,9 @@ from runtime.interop.custom_code import (
 from runtime.interop.export import Source
 from runtime.kernels.grouped_linear import grouped_linear
 from runtime.kernels.linear_cross_entropy import IGNORE
+from tests.builders import random_config, random_model, tiny_config
 from tests.conftest import REPO
 from tests.numeric import assert_close, before_ties, gradients_bound, logits_bound
-from tests.util import random_config, random_model, tiny_config
 
 
 def export(folder: Path, model: LLM, dtype: str = "float32") -> Path:

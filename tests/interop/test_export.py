@@ -26,9 +26,9 @@ from runtime.interop.export import (
     work_folder,
 )
 from runtime.interop.published import Published
+from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
 from tests.numeric import logits_bound, size_of
-from tests.util import random_model, tiny_config
 
 
 @pytest.mark.parametrize(

@@ -30,89 +30,20 @@ from runtime.interop.huggingface import (
     import_tensor,
     model_config_from,
 )
+from tests.builders import random_model, tiny_config
+from tests.builders_export import CONFIGS, GPT_OSS_SMALL, load_theirs, some_ids, write_folder
 from tests.numeric import assert_close, before_ties, gradients_bound, logits_bound, rounding
-from tests.util import random_model, tiny_config
 
-GPT_OSS = PRESETS["gpt-oss-nano"].model | dict(
-    d_model=32,
-    transformer_blocks=3,
-    context_length=32,
-    vocabulary_size=61,
-    head_dim=8,
-    num_experts=6,
-    d_ff=24,
-    sliding_window=5,
-)
-CONFIGS = {
-    "mixtral": tiny_config(qk_norm=False),
-    "mixtral, tied, windowed, linear": tiny_config(
-        qk_norm=False,
-        tie_embeddings=True,
-        sliding_window=6,
-        rope_theta=5_000.0,
-        rope_scaling="linear",
-        rope_scaling_factor=2.5,
-    ),
-    "qwen3_moe": tiny_config(),
-    "qwen3_moe, tied, windowed, yarn": tiny_config(
-        tie_embeddings=True,
-        sliding_window=6,
-        rope_theta=1_000.0,
-        rope_scaling="yarn",
-        rope_scaling_factor=2.0,
-        rms_norm_eps=1e-5,
-    ),
-    "gpt_oss": ModelConfig(**GPT_OSS),
-    "gpt_oss, tied, truncated yarn": ModelConfig(
-        **GPT_OSS | dict(tie_embeddings=True, yarn_truncate=True, num_kv_heads=4)
-    ),
-}
 ANY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 ONE_EACH = pytest.mark.parametrize(
     "config", [CONFIGS[family] for family in FAMILIES], ids=FAMILIES.keys()
 )
 
 
-def write_folder(model: LLM, folder: Path, **changes) -> dict:
-    """Weights and config.json as an export has them; returns the tensors."""
-    folder.mkdir(exist_ok=True)
-    family = family_of(model.config)
-    tensors = {
-        name: tensor.detach().clone()
-        for name, tensor in export_tensors(model.config, family, model.state_dict())
-    }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(
-        json.dumps(
-            hf_config(model.config, family, end_of_text_id=0, start_id=0, dtype="float32") | changes
-        )
-    )
-    return tensors
-
-
 def read_folder(folder: Path) -> LLM:
     family, config = model_config_from(json.loads((folder / "config.json").read_text()))
     has, read, _ = folder_tensors(folder)
     return lazy_model(config, lambda name: import_tensor(config, family, name, has, read).float())
-
-
-def load_theirs(folder: Path):
-    from transformers import AutoModelForCausalLM
-
-    theirs, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(info.values()), info  # missing, unexpected, mismatched, errors
-    return theirs
-
-
-def some_ids(config: ModelConfig, B: int = 2) -> torch.Tensor:
-    return torch.randint(
-        0,
-        config.vocabulary_size,
-        (B, config.context_length),
-        generator=torch.Generator().manual_seed(1),
-    )
 
 
 def random_theirs(hf: dict):
@@ -708,9 +639,9 @@ def test_other_options_in_the_way_of_gpt_oss():
         dict(attention_sinks=False),
     ):
         with pytest.raises(ValueError, match=f"nearest, gpt_oss: {next(iter(changes))} [^,]*$"):
-            family_of(ModelConfig(**GPT_OSS | changes))
+            family_of(ModelConfig(**GPT_OSS_SMALL | changes))
     with pytest.raises(ValueError, match="rope_scaling_factor 5.0 .must divide context_length 32"):
-        family_of(ModelConfig(**GPT_OSS | dict(rope_scaling_factor=5.0)))
+        family_of(ModelConfig(**GPT_OSS_SMALL | dict(rope_scaling_factor=5.0)))
 
 
 def test_training_only_options_are_never_in_the_way():
@@ -775,7 +706,7 @@ def test_published_gpt_oss_files_are_read(tmp_path):
     """MXFP4 experts become ours: the logits are those of transformers with the experts that it dequantises itself."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    config = ModelConfig(**GPT_OSS | dict(d_model=64, d_ff=32))
+    config = ModelConfig(**GPT_OSS_SMALL | dict(d_model=64, d_ff=32))
     tensors = mxfp4(tmp_path, config)
     theirs = random_theirs(
         hf_config(config, "gpt_oss", end_of_text_id=0, start_id=0, dtype="float32")

@@ -20,9 +20,9 @@ from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, train_bpe
 from runtime.interop.export import logits_of
 from scripts import export_gguf
+from tests.builders import random_model, tiny_config
+from tests.builders_export import FAMILIES, GPT_OSS, LLAMA3, QWEN2, imported
 from tests.numeric import logits_bound, share_of
-from tests.scripts.test_export_gguf import FAMILIES, GPT_OSS, LLAMA3, QWEN2, imported
-from tests.util import random_model, tiny_config
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed (make test-llamacpp)"

@@ -18,7 +18,7 @@ from runtime.data.tokenizers import load_tokenizer
 from runtime.interop.export import Source
 from runtime.interop.model_card import plain, write_card
 from runtime.training.metrics import MetricsLog
-from tests.util import random_model, tiny_config
+from tests.builders import random_model, tiny_config
 
 CONFIG = tiny_config(vocabulary_size=257)
 FILES = {

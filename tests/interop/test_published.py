@@ -13,9 +13,9 @@ import torch
 
 from runtime.interop import published
 from runtime.interop.huggingface import FAMILIES, folder_tensors
-from tests.interop.test_huggingface import CONFIGS as PUBLISHED
-from tests.interop.test_huggingface import load_theirs, some_ids, write_folder
-from tests.util import random_model
+from tests.builders import random_model
+from tests.builders_export import CONFIGS as PUBLISHED
+from tests.builders_export import load_theirs, some_ids, write_folder
 
 # Sizes at which the ends of YaRN's ramp, rounded or not, give other frequencies.
 CONFIGS = PUBLISHED | {

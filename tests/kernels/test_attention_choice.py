@@ -18,7 +18,7 @@ from model_parts import attention_mask, attention_with_sinks
 from runtime.inference.decoder import Decoder
 from runtime.kernels.attention_choice import Card, Choice, choose_attention, gpu_attention
 from runtime.kernels.sink_attention import sink_attention
-from tests.util import random_model, tiny_config
+from tests.builders import random_model, tiny_config
 
 HOPPER, AMPERE, TURING = Card((9, 0), 91900), Card((8, 0), 91900), Card((7, 5), 91900)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

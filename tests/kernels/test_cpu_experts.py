@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model_parts import Experts
 from runtime.kernels import cpu_experts
 from runtime.kernels.choose import choose_kernels
+from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
 from tests.numeric import assert_close, rounding
-from tests.util import random_model, tiny_config
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 import train
 from config_model import TrainConfig
 from runtime.training.state import RecentLoss, RunState
-from tests import util
+from tests import builders_runs
+from tests.builders import random_model, tiny_config
 from tests.promises import Promise, Tally
-from tests.util import random_model, tiny_config
 
 STEPS = 10
 
@@ -61,7 +61,7 @@ def _fit(
         save_interval=1,
         device="cpu",
     )
-    state = util.fit(
+    state = builders_runs.fit(
         model,
         _Batches(),
         config,

@@ -21,9 +21,9 @@ from runtime.interop.huggingface import (
     import_tensor,
     model_config_from,
 )
+from tests.builders import random_model
 from tests.numeric import before_ties
 from tests.promises import Promise, Tally
-from tests.util import random_model
 
 
 def random_family_config(seed: int) -> tuple[str, ModelConfig]:

@@ -43,17 +43,18 @@ from model import LLM
 from runtime.base import cli, process
 from runtime.base.files import TEMPORARY_SUFFIX
 from runtime.base.process import StopRequest
-from runtime.checkpoint import write as checkpoint
+from runtime.checkpoint import format as checkpoint
 from runtime.checkpoint.folder import find_latest, folder_has_run
 from runtime.checkpoint.format import CheckpointError
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint
+from runtime.training import plan as plan_module
 from runtime.training.optimizer import build_optimizer
 from runtime.training.state import RunState
+from tests.builders_runs import MODEL, SPEED, comparable, write_text
 from tests.conftest import REPO
 from tests.promises import Promise, Tally
-from tests.test_train import MODEL, SPEED, comparable, write_text
 
 STEPS = 40
 TOKENS_PER_STEP = 2 * 2 * 16
@@ -264,8 +265,8 @@ def _mutate(mutant: str) -> None:
     if mutant == "dies of signals":
         process.STOP_SIGNALS = []
     elif mutant:
-        initial_state, name = train.initial_state, mutant.removeprefix("forgets ")
-        train.initial_state = lambda plan: dataclasses.replace(
+        initial_state, name = plan_module.initial_state, mutant.removeprefix("forgets ")
+        plan_module.initial_state = lambda plan: dataclasses.replace(
             initial_state(plan), **{name: getattr(RunState(), name)}
         )
 

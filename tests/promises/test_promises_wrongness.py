@@ -1,4 +1,4 @@
-"""That the promises of tests/promises/wrongness.py can be broken."""
+"""That the promises about silent wrongness can be broken."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from unittest import mock
 
 import pytest
+import torch
 
 import train
 from model_parts import Attention, KVCache
@@ -18,8 +19,8 @@ from runtime.training import metrics
 from runtime.training import plan as plan_module
 from runtime.training.metrics import MetricsLog, read_records
 from runtime.training.plan import make_plan
-from tests import test_predict, test_train
-from tests.promises import wrongness
+from tests import builders_inference, builders_runs
+from tests.promises import common, damage, flags, hostile, model, network, pairing, prompt, training
 
 
 # ------------------------------------------------------------------------------------------------- they notice what they are for
@@ -43,7 +44,7 @@ def broken(tally, words: str) -> None:
 )
 def test_unchecked_files_are_found_silently_wrong(owner, name, fake, count, words):
     with mock.patch.object(owner, name, fake):
-        tally = wrongness.corruption(count)
+        tally = damage.corruption(count)
     broken(tally, words)
     assert any(
         "silently wrong" in failure or "nobody measured" in failure for failure in tally.failures
@@ -53,24 +54,24 @@ def test_unchecked_files_are_found_silently_wrong(owner, name, fake, count, word
 def test_a_fallback_without_a_word_is_found():
     real = plan_module.find_latest
     with mock.patch.object(plan_module, "find_latest", lambda *a, **k: (real(*a, **k)[0], [])):
-        broken(wrongness.fallback(2), "step_0000006.pt")
+        broken(damage.fallback(2), "step_0000006.pt")
 
 
 def test_a_pairing_that_is_accepted_is_found():
     with mock.patch.object(plan_module, "_check_vocabulary", lambda *_: None):
-        broken(wrongness.pairings(1000), "accepted: work began")
+        broken(pairing.pairings(1000), "accepted: work began")
 
 
 def test_a_payload_that_runs_is_found():
     """With the unpickler that the reference uses in the place of ours."""
     prelude = "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', weights_only=False)"
-    tally = wrongness.hostile(4, prelude)
+    tally = hostile.hostile(4, prelude)
     assert tally.held == 0 and "something was executed" in tally.failures[0]
 
 
 def test_a_look_into_the_future_is_found():
     with mock.patch.object(Attention, "_mask", lambda *_: (None, False)):
-        broken(wrongness.causality(3), "logits before token")
+        broken(model.causality(3), "logits before token")
 
 
 def test_a_cache_that_changes_what_it_holds_is_found():
@@ -81,24 +82,24 @@ def test_a_cache_that_changes_what_it_holds_is_found():
         return keys * 1.001, values
 
     with mock.patch.object(KVCache, "update", update):
-        broken(wrongness.cached(5), "differs by")
+        broken(model.cached(5), "differs by")
 
 
 def test_a_loss_that_is_another_is_found():
     real = train.evaluate
     with mock.patch.object(train, "evaluate", lambda *a, **k: real(*a, **k) + 0.01):
-        broken(wrongness.loss(2), "by hand")
+        broken(training.loss(2), "by hand")
 
 
 def test_a_validation_that_draws_random_numbers_is_found():
     real = train.evaluate
 
     def drawing(*args, **options):
-        wrongness.torch.rand(1)
+        torch.rand(1)
         return real(*args, **options)
 
     with mock.patch.object(train, "evaluate", drawing):
-        broken(wrongness.loss(2), "draws random numbers")
+        broken(training.loss(2), "draws random numbers")
 
 
 def test_tokens_that_are_never_used_are_found():
@@ -108,7 +109,7 @@ def test_tokens_that_are_never_used_are_found():
         "count_windows",
         lambda shards, context: max(1, (shards.num_tokens - 1) // context),
     ):
-        broken(wrongness.every_token_once(10), "are never a target")
+        broken(training.every_token_once(10), "are never a target")
 
 
 def test_a_traceback_is_found():
@@ -116,21 +117,21 @@ def test_a_traceback_is_found():
         raise KeyError("k")
 
     with mock.patch.object(session, "command_result", fails):
-        broken(wrongness.repl_lines(100), "KeyError")
+        broken(prompt.repl_lines(100), "KeyError")
     with mock.patch.object(train.cli, "settings_from", fails):
-        broken(wrongness.fuzzed_argv(40), "KeyError")
+        broken(flags.fuzzed_argv(40), "KeyError")
 
 
 def test_a_flag_that_is_ignored_is_found():
     with (
         mock.patch("config_model.check_fields", lambda config: None),
     ):
-        broken(wrongness.flags(60), "accepted: its work began")
+        broken(flags.flags(60), "accepted: its work began")
 
 
 def test_a_connection_is_found():
     broken(
-        wrongness.alone(
+        network.alone(
             17,
             "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', 80))\nsys.exit()",
         ),
@@ -205,9 +206,9 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
 def test_what_the_weights_are_may_be_said_again(tmp_path):
     """--init_from with the weights' own --d_model was refused, for it was checked with the default's 32 heads; and --num_heads 8 --head_dim 4 on
     weights of 4 heads of 8 was taken without a word (it is in the table of pairings): the shapes are the same, the function is not."""
-    model = test_predict.biased_model(vocabulary_size=257)
-    with wrongness.folder() as at:
-        path, data_dir = test_predict.save(at / "ckpt", model), wrongness._byte_data(at)
+    model = builders_inference.biased_model(vocabulary_size=257)
+    with common.folder() as at:
+        path, data_dir = builders_inference.save(at / "ckpt", model), common.byte_data(at)
         given = [
             "--init_from",
             path,
@@ -227,5 +228,5 @@ def test_what_the_weights_are_may_be_said_again(tmp_path):
             "1",
         ]
         assert make_plan(
-            test_train._settings(*given), train.pretraining
+            builders_runs.settings_of(*given), train.pretraining
         ).model_config == dataclasses.replace(model.config, top_k=1)

@@ -17,35 +17,26 @@ import torch
 
 from config_model import ModelConfig, PredictConfig, TrainConfig
 from runtime.checkpoint.write import save_checkpoint, write_weights
-from runtime.data.hf_tokenizer import HuggingFaceTokenizer, canonical_json
-from runtime.data.tokenizer import WORD_PATTERN, Tokenizer, byte_of_character
+from runtime.data.tokenizer import Tokenizer, byte_of_character
 from runtime.data.tokenizers import compacted, load_tokenizer, train_bpe
 from runtime.interop.export import CHECK_TEXT, ExportError
 from runtime.interop.huggingface import FAMILIES as PUBLISHED
 from scripts import export_gguf
 from scripts.export_gguf import main
-from tests.data.test_tokenizer import stand_in
-from tests.util import random_model, tiny_config
+from tests.builders import random_model, tiny_config
+from tests.builders_export import (
+    BYTE_LEVEL,
+    FAMILIES,
+    GPT_OSS,
+    LLAMA3,
+    QWEN2,
+    QWEN3_MOE,
+    SPLIT,
+    imported,
+)
+from tests.builders_tokenizer import stand_in
 
 BYTE = load_tokenizer("byte")
-MIXTRAL = dict(qk_norm=False)
-QWEN3_MOE = dict(rope_scaling="yarn", rope_scaling_factor=2.0)
-GPT_OSS = dict(
-    qk_norm=False,
-    qkv_bias=True,
-    out_proj_bias=True,
-    attention_sinks=True,
-    sliding_window=8,
-    window_pattern="alternating",
-    rope_scaling="yarn",
-    rope_scaling_factor=2.0,
-    yarn_truncate=False,
-    expert_activation="swiglu_clamped",
-    expert_bias=True,
-    router_bias=True,
-    rms_norm_eps=1e-5,
-)
-FAMILIES = {"llama": MIXTRAL, "qwen3moe": QWEN3_MOE, "gpt-oss": GPT_OSS}
 ROUNDED = "--accept_rounded_yarn"  # which GPT_OSS needs
 
 
@@ -357,74 +348,6 @@ def test_ids_that_stand_for_nothing_are_not_used():
         tokenizer.undecodable_ids
         and vocabulary.kinds[tokenizer.end_of_text_id] == gguf.TokenType.CONTROL
     )
-
-
-SPLIT = {
-    "type": "Split",
-    "pattern": {"Regex": WORD_PATTERN},
-    "behavior": "Isolated",
-    "invert": False,
-}
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
-
-
-def imported(
-    pattern: str | None = WORD_PATTERN,
-    stop_ids=(258, 260),
-    start_id: int | None = 259,
-    pre_tokenizer=None,
-    ignore_merges=False,
-    **changes,
-) -> HuggingFaceTokenizer:
-    """A byte-level tokenizer.json with one merge, three special tokens and an added word."""
-    words = [c for c, _ in sorted(byte_of_character().items(), key=lambda item: item[1])] + ["th"]
-    added = [
-        {
-            "id": 257 + i,
-            "content": word,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": i > 0,
-        }
-        for i, word in enumerate(["<word>", "<|end|>", "<|start|>", "<|turn|>"])
-    ]
-    split = pre_tokenizer or {
-        "type": "Sequence",
-        "pretokenizers": [SPLIT | {"pattern": {"Regex": pattern}}, BYTE_LEVEL],
-    }
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": ignore_merges,
-        "vocab": {word: i for i, word in enumerate(words)},
-        "merges": ["t h"],
-    }
-    data = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": split,
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": model,
-    }
-    return HuggingFaceTokenizer(canonical_json(data | changes), {}, stop_ids, start_id)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from runtime.checkpoint.write import save_checkpoint, write_weights
 from runtime.data.tokenizers import load_tokenizer, train_bpe
 from runtime.interop.export import CHECK_TEXT, ExportError
 from scripts.export_hf import main, shard_bytes
+from tests.builders import random_model, tiny_config
 from tests.numeric import assert_close, before_ties, is_close, logits_bound
-from tests.util import random_model, tiny_config
 
 GPT_OSS = ModelConfig(
     **PRESETS["gpt-oss-nano"].model

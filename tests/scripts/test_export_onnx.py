@@ -21,10 +21,10 @@ from runtime.data.tokenizers import load_tokenizer
 from runtime.interop.export import ExportError, logits_of
 from scripts import export_onnx
 from scripts.export_onnx import main, open_session, run, to_onnx
+from tests.builders import random_config, random_model, tiny_config
+from tests.builders_export import imported
 from tests.conftest import REPO
 from tests.numeric import assert_close, logits_bound, rounding, share_of
-from tests.scripts.test_export_gguf import imported
-from tests.util import random_config, random_model, tiny_config
 
 
 def checkpoint(folder, config, tokenizer=None):

@@ -23,9 +23,9 @@ from runtime.data.hf_tokenizer import write_tokenizer
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference.predictor import Predictor
 from scripts import import_hf
+from tests.builders_runs import SPEED
 from tests.conftest import REPO
 from tests.numeric import before_ties, logits_bound, share_of
-from tests.test_train import SPEED, data  # noqa: F401  (a fixture)
 
 SIZES = dict(
     vocab_size=257,
@@ -398,7 +398,7 @@ def test_predict_runs_a_bfloat16_file_in_either_arithmetic(mxfp4, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_a_run_starts_from_it_in_float32(family, folders, data, tmp_path):  # noqa: F811
+def test_a_run_starts_from_it_in_float32(family, folders, data, tmp_path):
     imported(folders(family)[1], tmp_path / "x.pt", "--dtype", "bfloat16")
     flags = [
         *SPEED,
@@ -818,7 +818,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     """
     from runtime.checkpoint.format import meta_model
     from runtime.interop.huggingface import export_tensors, hf_config
-    from tests.util import tiny_config
+    from tests.builders import tiny_config
 
     sizes, grew = [], []
     for blocks in (4, 16):

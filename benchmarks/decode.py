@@ -52,7 +52,7 @@ from runtime.base.device import (
 from runtime.checkpoint.read import load_model
 from runtime.data.loader import validation_batches
 from runtime.data.shards import open_data
-from runtime.inference.decoder import decoder as inference
+from runtime.inference import decoder as inference
 from runtime.inference.quantize import quantize_
 from runtime.kernels.choose import choose_kernels
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from config_model import PRESETS, ModelConfig
 from model import LLM
-from runtime.data.hf_tokenizer import HuggingFaceTokenizer, _dump
+from runtime.data.hf_tokenizer import HuggingFaceTokenizer, canonical_json
 from runtime.data.tokenizer import WORD_PATTERN, byte_of_character
 from runtime.interop.huggingface import export_tensors, family_of, hf_config
 from tests.builders import tiny_config
@@ -98,7 +98,7 @@ def imported(
         "decoder": BYTE_LEVEL,
         "model": model,
     }
-    return HuggingFaceTokenizer(_dump(data | changes), {}, stop_ids, start_id)
+    return HuggingFaceTokenizer(canonical_json(data | changes), {}, stop_ids, start_id)
 
 
 GPT_OSS_SMALL = PRESETS["gpt-oss-nano"].model | dict(

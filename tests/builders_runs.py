@@ -165,13 +165,22 @@ def poisoned(steps: set[int], where: str):
     return loss_fn
 
 
+def callers() -> list[str]:
+    """Names of the functions that are being carried out, the innermost first."""
+    frame, found = sys._getframe(1), []
+    while frame:
+        found.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return found
+
+
 def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[int]:
     """Make the loss of some training calls (of micro-batches; the two of the dry run are not counted) something else; returns the calls that were."""
     real, calls, poisoned_calls = train.next_token_loss, [0], []
 
     def loss_fn(model, batch):
         out = real(model, batch)
-        if model.training and sys._getframe(1).f_code.co_name == "fit":
+        if model.training and "train_step" in callers():
             calls[0] += 1
             if calls[0] - 1 in bad:
                 poisoned_calls.append(calls[0] - 1)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime.inference.decoder import cpu_decode
+from runtime.inference import cpu_decode
 from tests import cpus
 from tests.conftest import REPO
 

@@ -129,13 +129,10 @@ class Totals:
     def store(self, state: RunState) -> float:
         """Put what `wait` fetched into `state` and return the last step's gradient norm."""
         *numbers, skipped, in_a_row, grad_norm = self.numbers
-        parts = torch.tensor(numbers, dtype=torch.float64).split(
-            [math.prod(shape) for shape in self.shapes.values()]
-        )
-        sums = {
-            name: part.view(shape).tolist()
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        sums = {}
+        for name, shape in self.shapes.items():
+            count = math.prod(shape)
+            sums[name], numbers = _nested(numbers[:count], shape), numbers[count:]
         state.window = self.host | {"sums": sums}
         state.skipped_steps, state.skipped_in_a_row = int(skipped), int(in_a_row)
         return grad_norm
@@ -145,6 +142,14 @@ class Totals:
         if self.flat is not None:
             self.flat.zero_()
         self.host = dict.fromkeys(self.host, 0)
+
+
+def _nested(numbers: list[float], shape: tuple[int, ...]):
+    """Return `numbers` as nested lists of a shape; as a number for shape ()."""
+    if not shape:
+        return numbers[0]
+    size = len(numbers) // shape[0]
+    return [_nested(numbers[i * size : (i + 1) * size], shape[1:]) for i in range(shape[0])]
 
 
 def sums_of(window: dict) -> dict:

@@ -16,8 +16,8 @@ from config_model import PRESETS, ModelConfig, option
 from model import LLM
 from runtime.checkpoint.format import meta_model
 from runtime.checks import known
-from runtime.inference.decoder import cpu_decode
-from runtime.inference.decoder import decoder as inference
+from runtime.inference import cpu_decode
+from runtime.inference import decoder as inference
 from runtime.inference.quantize import quantize_
 from runtime.interop import huggingface
 from runtime.training.plan import describe

@@ -14,6 +14,7 @@ import tiktoken
 import tiktoken_ext.openai_public as published
 
 from config_model import PredictConfig
+from runtime.data import hf_tokenizer as module
 from runtime.data.hf_tokenizer import (
     OURS,
     SPACE,
@@ -23,7 +24,6 @@ from runtime.data.hf_tokenizer import (
     check_tokenizer,
     write_tokenizer,
 )
-from runtime.data.shards import hf_tokenizer as module
 from runtime.data.tokenizer import Tokenizer, TokenStream, byte_of_character, spell
 from runtime.data.tokenizers import (
     compacted,

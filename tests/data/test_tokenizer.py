@@ -15,7 +15,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.data.shards import tokenizers
+from runtime.data import tokenizers
 from runtime.data.tokenizer import (
     STATE_FILE,
     WORD_PATTERN,

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from runtime.data.shards import toy_stories
+from runtime.data import toy_stories
 from runtime.data.toy_stories import NUM_DISTINCT, Phrase, _compile, _draft, _fewest, story
 from tests.conftest import REPO
 

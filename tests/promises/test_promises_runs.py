@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 
+from runtime.checkpoint import write as checkpoint
 from runtime.checkpoint.folder import find_latest, restore_names, step_files
-from runtime.checkpoint.format import write as checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from tests.promises import runs
 from tests.promises.runs import (

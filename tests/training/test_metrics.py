@@ -203,7 +203,7 @@ def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("runtime.files.os.replace", crash)
+    monkeypatch.setattr("runtime.base.files.os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
         log.write_json()
     assert (tmp_path / "metrics.json").read_text() == before

@@ -372,7 +372,9 @@ def set_gradients(model, seed, scale=1e-2):
 
 def test_muon_does_not_ask_a_clock_what_to_compute_in(monkeypatch):
     """On a CPU with a matrix unit its dtype was measured anew for every batch of every step: slow, and not the same bits in every run."""
-    monkeypatch.setattr("runtime.device.bfloat16_is_faster", lambda: pytest.fail("a measurement"))
+    monkeypatch.setattr(
+        "runtime.base.device.bfloat16_is_faster", lambda: pytest.fail("a measurement")
+    )
     model = tiny()
     set_gradients(model, 0)
     tiny_optimizer(model).step()

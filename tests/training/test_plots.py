@@ -198,7 +198,7 @@ def test_latest_is_replaced_whole(tmp_path, coarse, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("runtime.files.os.replace", crash)
+    monkeypatch.setattr("runtime.base.files.os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
         draw_plots(synthetic(40), tmp_path, 400, ["loss"])
     assert (tmp_path / "latest_loss.png").read_bytes() == before and not list(

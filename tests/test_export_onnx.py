@@ -230,7 +230,7 @@ def test_the_documented_example_says_what_the_model_says(exported, tmp_path, mon
     assert 256 not in ours and documented_example(tmp_path, monkeypatch)[:40] == ours
 
 
-def test_the_readmes_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
+def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
     """An imported model may have no start, several ids that end an answer, and a tokenizer that frames texts by itself: the example met int(""), knew only
     end-of-text, and began with what the tokenizer put there."""
     frame = {

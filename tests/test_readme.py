@@ -256,10 +256,23 @@ def sentences(text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "term",
-    (
-        "REPL,greedy,perplexity,prefix caching,speculative,KV cache,vocabulary,rolls back,host sync,"
-        "ring buffer,routing weight,expert bias,learned attention bias,prompt-lookup decoding,C kernel"
-    ).split(","),
+    [
+        "REPL",
+        "greedy",
+        "perplexity",
+        "prefix caching",
+        "speculative",
+        "KV cache",
+        "vocabulary",
+        "rolls back",
+        "host sync",
+        "ring buffer",
+        "routing weight",
+        "expert bias",
+        "learned attention bias",
+        "prompt-lookup decoding",
+        "C kernel",
+    ],
 )
 def test_the_words_of_the_field_are_found(term):
     assert term in TEXT

@@ -1,4 +1,4 @@
-"""What README.md, docs/ and CONTRIBUTING.md say is checked where it can be: tables, flags, files."""
+"""README.md, docs/ and CONTRIBUTING.md are checked: tables, figures, commands, flags, paths."""
 
 import importlib
 import re

@@ -54,7 +54,7 @@ test-llamacpp: $(VENV)/installed-dev
 mutants: $(VENV)/installed-dev
 	$(PY) -m tests.mutants
 
-# The counted promises of the README's reliability table, and the table.
+# The counts of docs/reliability.md, and all generated tables.
 figures: $(VENV)/installed-dev
 	$(PY) -m benchmarks.reliability
 	$(PY) -m benchmarks.tables

@@ -1,4 +1,4 @@
-"""Reruns the promises of reliability that are counted, with the counts that README.md quotes.
+"""Reruns the promises of reliability that are counted, with the counts that docs/reliability.md quotes.
 
     python -m benchmarks.reliability                      all: about a quarter of an hour on one core, into benchmarks/results/reliability.json
     python -m benchmarks.reliability --only 3 6 --counts nightly --name try

@@ -1,4 +1,6 @@
-"""The tables of measured speed in README.md, written from benchmarks/results/.
+"""Write the tables of measured figures in README.md and docs/ from benchmarks/results/.
+
+Each table goes into the page that holds its marker, <!-- NAME -->.
 
 python -m benchmarks.tables
 """
@@ -6,37 +8,42 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from benchmarks.common import REPO, RESULTS, replace_between
 from runtime.base import cli
 from runtime.base.text import human_bytes
 
-TRAINING = {  # stored result: what was trained
-    "train_cpu_4x512": "4 x 512 tokens, 8,192 words",
-    "train_cpu_1x2048": "1 x 2,048 tokens, 8,192 words",
-    "train_cpu_200k": "4 x 512 tokens, 200,019 words",
+# Stored result: what was trained.
+TRAINING = {
+    "train_cpu_4x512": "4 x 512 tokens, vocabulary 8,192",
+    "train_cpu_1x2048": "1 x 2,048 tokens, vocabulary 8,192",
+    "train_cpu_200k": "4 x 512 tokens, vocabulary 200,019",
 }
 PROGRAMS = {
     "end_to_end_nano_cpu": "`nano`, 3.87 M parameters, bpe:4096",
-    "end_to_end_small_o200k_cpu": "d_model 128, 4 blocks, 8 experts, context 256, o200k_base: 54.8 M parameters, 51 M of them embedding and head",
+    "end_to_end_small_o200k_cpu": "54.8 M parameters, 51 M in embedding and head, o200k_base",
 }
-DECODING = {  # stored result: the model
-    "decode_cpu_56m": "55 M, 8,192 words",
-    "decode_cpu_330m": "328 M, 50,304 words",
+# Stored result: the model.
+DECODING = {
+    "decode_cpu_56m": "55 M, vocabulary 8,192",
+    "decode_cpu_330m": "328 M, vocabulary 50,304",
 }
 DECODERS = {
-    "ours": "gptoss (native)",
+    "ours": "gptoss (C kernel)",
     "ours_int8": "gptoss `--quantize int8`",
-    "ours_torch": "gptoss without native code",
+    "ours_torch": "gptoss without the C kernel",
     "ours_compiled": "gptoss `--compile`",
-    "plain": "gptoss, plain `model.generate`",
+    "plain": "gptoss, plain `generate`",
     "hf_eager": "Hugging Face, eager experts",
     "hf_grouped": "Hugging Face, grouped_mm",
     "hf_batched": "Hugging Face, batched_mm",
     "hf_compiled": "Hugging Face, static cache, compiled",
 }
 DECODING_CONTEXT, BATCHES, PROMPTS = 128, (8, 32), (64, 256, 1024)
-EXPORTED = ("qwen3_moe", "mixtral", "gpt_oss")  # trained models, by family: exports_FAMILY.json
+# Trained models, by family: exports_FAMILY.json.
+EXPORTED = ("qwen3_moe", "mixtral", "gpt_oss")
 EXPORT_SIZES = "exports_300m"
 EXPORT_ROUTES = {
     "hf": "Hugging Face folder",
@@ -48,8 +55,8 @@ EXPORT_ROUTES = {
 }
 AGAINST_LLAMA_CPP = {
     "llama_cpp_nano": "`nano`, trained",
-    "llama_cpp_56m": "55 M, 8,192 words",
-    "llama_cpp_330m": "328 M, 50,304 words",
+    "llama_cpp_56m": "55 M, vocabulary 8,192",
+    "llama_cpp_330m": "328 M, vocabulary 50,304",
 }
 NAMES = {
     "ours": "gptoss (eager)",
@@ -62,12 +69,12 @@ NAMES = {
 
 
 def stored(name: str) -> dict:
-    """The result called `name`."""
+    """Return the result called `name`."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def machine(result: dict) -> str:
-    """What a result was measured on, for a caption; its commit is in the file."""
+    """Return what a result was measured on, for a caption; its commit is in the file."""
     e = result["environment"]
     hardware = (
         e["hardware"]["gpus"][0]
@@ -80,9 +87,9 @@ def machine(result: dict) -> str:
 
 
 def training_table() -> str:
-    """Training steps of all sides; ratios are of medians taken in turns in one process."""
+    """Return the training steps of all sides; ratios are of medians measured in alternation."""
     lines = [
-        "| step | who | tokens/s | x loop | x Hugging Face | of matmul speed | memory above states |",
+        "| step | who | tokens/s | x loop | x Hugging Face | matmul speed | memory above states |",
         "|---|---|---|---|---|---|---|",
     ]
     results = {name: stored(name) for name in TRAINING}
@@ -98,7 +105,8 @@ def training_table() -> str:
             )
             busy = " (machine was busy)" * v["disturbed"]
             lines.append(
-                f"| {what} | {NAMES[variant]}{busy} | {v['tokens_per_sec']['median']:,.0f} | {ratios} | {100 * v['mfu']:.0f} % | {memory} |"
+                f"| {what} | {NAMES[variant]}{busy} | {v['tokens_per_sec']['median']:,.0f} "
+                f"| {ratios} | {100 * v['mfu']:.0f} % | {memory} |"
             )
             what = ""
     machines = dict.fromkeys(machine(result) for result in results.values())
@@ -113,29 +121,55 @@ def training_table() -> str:
 
 
 def allocator_line() -> str:
-    """What the settings of runtime/base/process.py give by themselves."""
+    """Return what the settings of the process give by themselves."""
     row = stored("train_cpu_4x512")["allocator_row"]
+    before, after = (row[k]["tokens_per_sec"]["median"] for k in ("default", "tuned"))
     return (
-        f"Keeping freed memory, threads and their spin count alone: {row['default']['tokens_per_sec']['median']:,.0f} -> {row['tuned']['tokens_per_sec']['median']:,.0f} tokens/s, "
-        f"{row['ratio']:.2f} times PyTorch's defaults ({row['processes_each']} processes each, in turns)."
+        f"These settings alone raise training from {before:,.0f} to {after:,.0f} tokens/s, "
+        f"{row['ratio']:.2f} times PyTorch's defaults "
+        f"({row['processes_each']} processes each, in alternation)."
     )
 
 
 def sinks_line() -> str:
-    """Attention with sinks, by PyTorch's kernels and by all scores."""
+    """Return how attention with sinks compares: PyTorch's kernel, and all scores."""
     result = stored("attention_sinks_cpu")
     plain, ours = (
         result["cases"]["sinks"]["variants"][name]["default"] for name in ("manual", "rescaled")
     )
+    faster = plain["seconds"]["median"] / ours["seconds"]["median"]
     return (
-        f"Attention with gpt-oss's sinks, forward and backward, by PyTorch's flash kernel with its result rescaled: {plain['seconds']['median'] / ours['seconds']['median']:.1f} times as fast as "
-        f"with all scores, in {human_bytes(ours['peak_above_inputs_bytes'])} instead of {human_bytes(plain['peak_above_inputs_bytes'])} ({result['context_length']:,} tokens, "
-        f"{result['num_heads']} heads of {result['head_dim']}; {machine(result)}; `attention_sinks_cpu.json`)."
+        "Attention with gpt-oss's sinks uses PyTorch's flash kernel and rescales its output. "
+        f"Forward and backward are {faster:.1f} times as fast as with all scores, "
+        f"in {human_bytes(ours['peak_above_inputs_bytes'])} "
+        f"instead of {human_bytes(plain['peak_above_inputs_bytes'])} "
+        f"({result['context_length']:,} tokens, {result['num_heads']} heads "
+        f"of {result['head_dim']}; {machine(result)}; `attention_sinks_cpu.json`)."
+    )
+
+
+def experts_line() -> str:
+    """Return the speed of the experts alone."""
+    variants = stored("experts_cpu_256")["variants"]
+    ours, grouped = (variants[k]["ratio"]["median"] for k in ("feed_forward", "grouped_mm"))
+    return (
+        f"The experts alone, one expert on each core, are {ours:.2f} times as fast as one product "
+        f"after another. PyTorch's grouped_mm is {grouped:.2f} times as fast "
+        "(`experts_cpu_256.json`)."
+    )
+
+
+def prepare_line() -> str:
+    """Return the speed of preparing text."""
+    ratio = stored("prepare")["sides"]["prepare_data"]["speed_against_tiktoken"]
+    return (
+        f"`prepare_data.py` is {ratio:.2f} times as fast as tiktoken's own batch encoding on the "
+        "same cores (`prepare.json`)."
     )
 
 
 def speed_table() -> str:
-    """Training and decoding through the users' own programs."""
+    """Return training and decoding speed of the commands that users run."""
     lines = [
         "| tokens/s | training | prefill, 64 tokens | greedy decoding, batch 1 |",
         "|---|---|---|---|",
@@ -153,67 +187,87 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def _decoding(result: dict) -> tuple[dict, dict]:
+    """Return ({batch size: sides}, {prompt length: sides}) of a result of benchmarks.decode."""
+    decode = {
+        cell["batch_size"]: cell["sides"]
+        for cell in result["decode"]
+        if cell["context"] == DECODING_CONTEXT
+    }
+    return decode, {cell["tokens"]: cell["sides"] for cell in result["prefill"]}
+
+
+def _decoding_caption(about: str) -> str:
+    """Return the lines below a table of DECODING's results."""
+    machines = "; ".join(dict.fromkeys(machine(stored(name)) for name in DECODING))
+    files = ", ".join(f"`{name}.json`" for name in DECODING)
+    return f"{about} {machines}. Commands and commits: {files} in `benchmarks/results/`."
+
+
 def decoding_table() -> str:
-    """Generation of all sides; ratios are of medians taken in turns in one process, to the best of Hugging Face's modes."""
+    """Return decoding speed of all sides; ratios are to the best of Hugging Face's modes."""
+    batches = " | ".join(f"{b} texts" for b in BATCHES)
     lines = [
-        "| model | who | tokens/s, one text | x Hugging Face | of memory speed | "
-        + " | ".join(f"{b} texts" for b in BATCHES)
-        + " | "
-        + " | ".join(f"prompt of {length:,}" for length in PROMPTS)
-        + " |",
-        "|---" * (5 + len(BATCHES) + len(PROMPTS)) + "|",
+        f"| model | who | tokens/s, one text | x Hugging Face | memory speed | {batches} |",
+        "|---" * (5 + len(BATCHES)) + "|",
     ]
-    results = {name: stored(name) for name in DECODING}
     for name, what in DECODING.items():
-        result = results[name]
-        decode = {
-            cell["batch_size"]: cell["sides"]
-            for cell in result["decode"]
-            if cell["context"] == DECODING_CONTEXT
-        }
-        prefill = {cell["tokens"]: cell["sides"] for cell in result["prefill"]}
-        for side in result["sides"]:
-            one = decode[1].get(side, {})
-            if "tokens_per_sec" not in one:  # it failed, and the file says why
+        decode, _ = _decoding(stored(name))
+        for side, one in decode[1].items():
+            # It failed, and the file says why.
+            if "tokens_per_sec" not in one:
                 continue
             ratio = f"{one['ratio_to_hf']:.2f}" if "ratio_to_hf" in one else ""
-            busy = " (machine was busy)" * any(
-                cell.get(side, {}).get("disturbed", False)
-                for cell in (*decode.values(), *prefill.values())
-            )
-            batches = [_speed(decode.get(b, {}).get(side, {})) for b in BATCHES]
-            prompts = [
-                _speed(prefill.get(length, {}).get(side, {}), with_ratio=True) for length in PROMPTS
-            ]
+            cells = " | ".join(_speed(decode.get(b, {}).get(side, {})) for b in BATCHES)
             lines.append(
-                f"| {what} | {DECODERS[side]}{busy} | {_speed(one)} | {ratio} | {100 * one['share_of_bandwidth']:.0f} % | {' | '.join(batches + prompts)} |"
+                f"| {what} | {DECODERS[side]}{_busy(decode, side)} | {_speed(one)} | {ratio} "
+                f"| {100 * one['share_of_bandwidth']:.0f} % | {cells} |"
             )
             what = ""
-    machines = dict.fromkeys(machine(result) for result in results.values())
-    files = ", ".join(f"`{name}.json`" for name in DECODING)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Tokens/s, greedy, float32, {DECODING_CONTEXT} tokens of context; x: of Hugging Face's best mode there. {'; '.join(machines)}. "
-            f"Commands and commits: {files} in `benchmarks/results/`.",
-        ]
-    )
+    about = f"Tokens/s, greedy, float32, {DECODING_CONTEXT} tokens of context; x: of the best mode."
+    return "\n".join([*lines, "", _decoding_caption(about)])
+
+
+def prompts_table() -> str:
+    """Return the speed of reading a prompt; ratios are to the best of Hugging Face's modes."""
+    lengths = " | ".join(f"prompt of {length:,}" for length in PROMPTS)
+    lines = [f"| model | who | {lengths} |", "|---" * (2 + len(PROMPTS)) + "|"]
+    for name, what in DECODING.items():
+        _, prefill = _decoding(stored(name))
+        for side in prefill[PROMPTS[0]]:
+            speeds = [prefill.get(n, {}).get(side, {}) for n in PROMPTS]
+            if not any("tokens_per_sec" in speed for speed in speeds):
+                continue
+            cells = " | ".join(_speed(speed, with_ratio=True) for speed in speeds)
+            lines.append(f"| {what} | {DECODERS[side]}{_busy(prefill, side)} | {cells} |")
+            what = ""
+    return "\n".join([*lines, "", _decoding_caption("Prompt tokens/s, float32.")])
+
+
+def _busy(cells: dict, side: str) -> str:
+    """Return a remark if the machine was busy in one of a side's cells."""
+    disturbed = any(sides.get(side, {}).get("disturbed", False) for sides in cells.values())
+    return " (machine was busy)" * disturbed
 
 
 def launch_line() -> str:
-    """From the command line to the first token, and what 8 bits cost."""
+    """Return the time from the command line to the first token, and the cost of 8 bits."""
     result = stored("decode_nano_cpu")
     launch, quality = result["launch"], result["perplexity"]
     return (
-        f"The process `python predict.py --prompt x --max_new_tokens 1` with the trained `nano` model takes {launch['predict_s']['median']:.2f} s from its start to its end, `import torch` alone "
-        f"{launch['import_torch_s']['median']:.2f} s. `--quantize int8` changes that model's perplexity from {quality['perplexity']['float32']:.3f} to {quality['perplexity']['int8']:.3f} "
-        f"({100 * (quality['ratio'] - 1):+.2f} %; {quality['tokens']:,} tokens of TinyStories validation)."
+        "The process `python predict.py --prompt x --max_new_tokens 1` with the trained `nano` "
+        f"model takes {launch['predict_s']['median']:.2f} s from start to end. "
+        f"A separate process with `import torch` alone took "
+        f"{launch['import_torch_s']['median']:.2f} s. "
+        "`--quantize int8` changes that model's perplexity from "
+        f"{quality['perplexity']['float32']:.3f} to {quality['perplexity']['int8']:.3f} "
+        f"({100 * (quality['ratio'] - 1):+.2f} %; {quality['tokens']:,} tokens "
+        "of TinyStories validation)."
     )
 
 
 def _speed(side: dict, with_ratio: bool = False) -> str:
-    """A side's tokens/s, for a cell of a table; empty where it was not measured."""
+    """Return a side's tokens/s for a cell of a table; empty if it was not measured."""
     if "tokens_per_sec" not in side:
         return ""
     return f"{side['tokens_per_sec']['median']:,.0f}" + (
@@ -221,9 +275,62 @@ def _speed(side: dict, with_ratio: bool = False) -> str:
     )
 
 
+def speed_summary() -> str:
+    """Return the few ratios of the front page, each with the file it comes from."""
+    rows = []
+    for name, what in (
+        ("train_cpu_1x2048", "training, 2,048 tokens of context"),
+        ("train_cpu_200k", "training, vocabulary of 200,019"),
+    ):
+        ratio = stored(name)["variants"]["ours"]["ratio_to"]["loop"]
+        rows.append((what, "a loop over experts", ratio, name))
+    ratio = stored("train_cpu_4x512")["variants"]["ours"]["ratio_to"]["hf_grouped"]
+    rows.append(("training, 512 tokens", "Hugging Face", ratio, "train_cpu_4x512"))
+    ratio = _decoding(stored("decode_cpu_330m"))[0][1]["ours"]["ratio_to_hf"]
+    rows.append(
+        ("decoding, 328 M parameters", "Hugging Face's best mode", ratio, "decode_cpu_330m")
+    )
+    ratio = stored("llama_cpp_330m")["decode"]["ours"]["ratio_to_llama_cpp"]
+    rows.append(("decoding, 328 M parameters", "llama.cpp", ratio, "llama_cpp_330m"))
+    return "\n".join(
+        [
+            "| float32, 2 CPU threads | compared with | ratio | file |",
+            "|---|---|---|---|",
+            *(f"| {what} | {who} | {x:.2f} | `{file}.json` |" for what, who, x, file in rows),
+        ]
+    )
+
+
+# Guarantees of the front page: the number in reliability.json (its first row), and a short name.
+FRONT_PAGE = {
+    1: "killed at any moment, restarted: the same weights, bit for bit",
+    3: "a crash or power failure leaves no broken checkpoint",
+    6: "damaged files are noticed, with file and reason",
+    12: "logits with the cache equal those without it",
+    21: "a flag that cannot be honoured is rejected before any work",
+}
+
+
+def reliability_summary() -> str:
+    """Return the few guarantees of the front page."""
+    held: dict[int, dict] = {}
+    for row in stored("reliability")["promises"]:
+        held.setdefault(row["number"], row)
+    return "\n".join(
+        [
+            "| guarantee | held |",
+            "|---|---|",
+            *(
+                f"| {what} | {held[number]['held']:,} of {held[number]['tried']:,} |"
+                for number, what in FRONT_PAGE.items()
+            ),
+        ]
+    )
+
+
 def reliability_table() -> str:
-    """What was promised, how often it was tried and held, and what the same test found in the reference implementation."""
-    lines = ["| promise | held | the reference |", "|---|---|---|"]
+    """Return each guarantee, how often it held, and what the original implementation did."""
+    lines = ["| guarantee | held | the original implementation |", "|---|---|---|"]
     for row in stored("reliability")["promises"]:
         detail = "".join(
             f"; {value:,} {name}" if isinstance(value, int) else f"; {name} {value}"
@@ -237,27 +344,32 @@ def reliability_table() -> str:
         [
             *lines,
             "",
-            f"Mutants: {mutants['caught']} of {mutants['made']} caught (`mutants.json`; the table: `reliability.json`, in `benchmarks/results/`).",
+            f"Mutants: {mutants['caught']} of {mutants['made']} caught (`mutants.json`). "
+            "The table is from `reliability.json`. Both are in `benchmarks/results/`.",
         ]
     )
 
 
 def exports_table() -> str:
-    """What those who read the files make of them."""
+    """Return how three readers of the exported files compare with the model."""
     lines = [
         "| architecture | read by | largest logit difference | greedy tokens as predict.py's |",
         "|---|---|---|---|",
     ]
     results = {family: stored(f"exports_{family}") for family in EXPORTED}
     for family, result in results.items():
-        title = f"`{family}`, {result['parameters'] / 1e6:.2f} M parameters, {result['checkpoint_step']:,} steps"
+        title = (
+            f"`{family}`, {result['parameters'] / 1e6:.2f} M parameters, "
+            f"{result['checkpoint_step']:,} steps"
+        )
         for reader, r in result["readers"].items():
             same, total = (
                 sum(r["same_greedy_tokens"].values()),
                 sum(result["greedy_tokens"].values()),
             )
             lines.append(
-                f"| {title} | {reader} {r['version']} | {r['largest_logit_difference']:.1e} of {r['largest_logit']:.3g} | {same} of {total} |"
+                f"| {title} | {reader} {r['version']} | {r['largest_logit_difference']:.1e} "
+                f"of {r['largest_logit']:.3g} | {same} of {total} |"
             )
             title = ""
     first = results[EXPORTED[0]]
@@ -271,22 +383,27 @@ def exports_table() -> str:
         [
             *lines,
             "",
-            f"Logits in float32 on {reader['stories']} stories of the validation text, {reader['tokens']:,} tokens; {len(first['greedy_tokens'])} prompts. Exported, imported and exported again, "
-            f"weights, config and tokenizer files are the same bytes: {', '.join(bitwise)}. Commands and commits: `exports_*.json` in `benchmarks/results/`.",
+            f"Logits in float32 on {reader['stories']} validation stories, {reader['tokens']:,} "
+            f"tokens; {len(first['greedy_tokens'])} prompts. A model exported, imported and "
+            "exported again gives the same bytes of weights, config and tokenizer: "
+            f"{', '.join(bitwise)}. "
+            "Commands and commits: `exports_*.json` in `benchmarks/results/`.",
         ]
     )
 
 
 def export_sizes_table() -> str:
-    """Time, size and memory of a larger model's exports."""
+    """Return time, size and memory of a larger model's exports."""
     result = stored(EXPORT_SIZES)
     lines = [
-        f"| {result['parameters'] / 1e6:.0f} M parameters | seconds, check included | file | peak memory, mapped files included |",
+        f"| {result['parameters'] / 1e6:.0f} M parameters | seconds, with check | file "
+        "| peak memory, with mapped files |",
         "|---|---|---|---|",
     ]
     for route, r in result["routes"].items():
         lines.append(
-            f"| {EXPORT_ROUTES[route]} | {r['seconds']:.0f} | {human_bytes(r['bytes'])} | {human_bytes(r['peak_rss_bytes'])} |"
+            f"| {EXPORT_ROUTES[route]} | {r['seconds']:.0f} | {human_bytes(r['bytes'])} "
+            f"| {human_bytes(r['peak_rss_bytes'])} |"
         )
     return "\n".join(
         [*lines, "", f"{result['environment']['hardware']['cpu']}, 2 cores; `{EXPORT_SIZES}.json`."]
@@ -294,9 +411,10 @@ def export_sizes_table() -> str:
 
 
 def llama_cpp_table() -> str:
-    """Speed against llama.cpp with the same weights; ratios are of medians taken in turns in one process."""
+    """Return speed next to llama.cpp; ratios are of medians measured in alternation."""
     lines = [
-        "| tokens/s (x llama.cpp) | decoding, float32 | decoding, 8 bits | prompt of 256, float32 | prompt of 256, 8 bits |",
+        "| tokens/s (x llama.cpp) | decoding, float32 | decoding, 8 bits "
+        "| prompt of 256, float32 | prompt of 256, 8 bits |",
         "|---|---|---|---|---|",
     ]
     results = {name: stored(name) for name in AGAINST_LLAMA_CPP}
@@ -320,28 +438,59 @@ def llama_cpp_table() -> str:
         [
             *lines,
             "",
-            f"One text, greedy, {one['threads']} threads on both sides, {one['environment']['hardware']['cpu']}, llama-cpp-python {version}; `llama_cpp_*.json`.",
+            f"One text, greedy, {one['threads']} threads on both sides, "
+            f"{one['environment']['hardware']['cpu']}, llama-cpp-python {version}; "
+            "`llama_cpp_*.json`.",
         ]
     )
 
 
+TABLES: dict[str, Callable[[], str]] = {
+    "speed summary": speed_summary,
+    "reliability summary": reliability_summary,
+    "training speed": training_table,
+    "experts": experts_line,
+    "prepare": prepare_line,
+    "allocator": allocator_line,
+    "sinks": sinks_line,
+    "speed": speed_table,
+    "decoding": decoding_table,
+    "prompts": prompts_table,
+    "launch": launch_line,
+    "reliability": reliability_table,
+    "exports": exports_table,
+    "export sizes": export_sizes_table,
+    "llama.cpp": llama_cpp_table,
+}
+
+
+def pages() -> list[Path]:
+    """Return the documents that may hold a table."""
+    return [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def write_tables(contents: dict[str, str], documents: Sequence[Path]) -> None:
+    """Write each table into the document with its marker.
+
+    Raise ValueError, and write nothing, unless exactly one document holds each marker.
+    """
+    texts = {path: path.read_text(encoding="utf-8") for path in documents}
+    owners = {
+        name: [path for path, text in texts.items() if f"<!-- {name} -->" in text]
+        for name in contents
+    }
+    for name, found in owners.items():
+        if len(found) != 1:
+            places = ", ".join(path.name for path in found) or "no document"
+            raise ValueError(f"<!-- {name} --> must be in one document, but {places} has it")
+    for path in documents:
+        if mine := {name: contents[name] for name, found in owners.items() if found == [path]}:
+            replace_between(path, mine)
+
+
 def main(argv: list[str] | None = None) -> int:
     cli.parser(__doc__).parse_args(argv)
-    replace_between(
-        REPO / "README.md",
-        {
-            "training speed": training_table(),
-            "allocator": allocator_line(),
-            "sinks": sinks_line(),
-            "speed": speed_table(),
-            "decoding": decoding_table(),
-            "launch": launch_line(),
-            "reliability": reliability_table(),
-            "exports": exports_table(),
-            "export sizes": export_sizes_table(),
-            "llama.cpp": llama_cpp_table(),
-        },
-    )
+    write_tables({name: table() for name, table in TABLES.items()}, pages())
     return 0
 
 

@@ -652,20 +652,29 @@ def test_the_table_of_generation(monkeypatch):
     stored = {"decode_cpu_56m": result(1.0), "decode_cpu_330m": result(0.25)}
     monkeypatch.setattr(tables, "stored", stored.__getitem__)
     header, line, *rows = tables.decoding_table().splitlines()
-    assert (
-        header.count("|") == line.count("|") == rows[0].count("|") == 11
-        and "prompt of 1,024" in header
-    )
+    assert header.count("|") == line.count("|") == rows[0].count("|") == 8
     assert rows[:4] == [
-        "| 55 M, 8,192 words | gptoss (native) | 1,500 | 6.12 | 86 % | 4,000 |  | 6,400 (2.50 x) |  | 9,000 |",
-        "|  | Hugging Face, eager experts (machine was busy) | 240 | 1.00 | 14 % |  |  | 2,560 (1.00 x) |  |  |",
-        "| 328 M, 50,304 words | gptoss (native) | 375 | 6.12 | 86 % | 1,000 |  | 6,400 (2.50 x) |  | 9,000 |",
-        "|  | Hugging Face, eager experts (machine was busy) | 60 | 1.00 | 14 % |  |  | 2,560 (1.00 x) |  |  |",
+        "| 55 M, vocabulary 8,192 | gptoss (C kernel) | 1,500 | 6.12 | 86 % | 4,000 |  |",
+        "|  | Hugging Face, eager experts | 240 | 1.00 | 14 % |  |  |",
+        "| 328 M, vocabulary 50,304 | gptoss (C kernel) | 375 | 6.12 | 86 % | 1,000 |  |",
+        "|  | Hugging Face, eager experts | 60 | 1.00 | 14 % |  |  |",
     ]
-    assert (
-        rows[4] == ""
-        and "Some CPU, cpu (2 threads), torch 2.13.0, transformers 5.23.0." in rows[5]
-        and "`decode_cpu_56m.json`, `decode_cpu_330m.json`" in rows[5]
-        and len(rows) == 6
-    )
+    caption = rows[5]
+    assert rows[4] == "" and len(rows) == 6
+    assert "Some CPU, cpu (2 threads), torch 2.13.0, transformers 5.23.0." in caption
+    assert "`decode_cpu_56m.json`, `decode_cpu_330m.json`" in caption
+    header, line, *rows = tables.prompts_table().splitlines()
+    assert "prompt of 1,024" in header
+    assert header.count("|") == line.count("|") == rows[0].count("|") == 6
+    eager = "|  | Hugging Face, eager experts (machine was busy) | 2,560 (1.00 x) |  |  |"
+    assert rows[:4] == [
+        "| 55 M, vocabulary 8,192 | gptoss (C kernel) | 6,400 (2.50 x) |  | 9,000 |",
+        eager,
+        "| 328 M, vocabulary 50,304 | gptoss (C kernel) | 6,400 (2.50 x) |  | 9,000 |",
+        eager,
+    ]
+    assert rows[4:] == [
+        "",
+        caption.replace(caption.partition(" Some")[0], "Prompt tokens/s, float32."),
+    ]
     assert tables.DECODERS.keys() == decode.VARIANTS.keys()

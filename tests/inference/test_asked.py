@@ -30,6 +30,7 @@ from runtime.inference.quantize import quantize_
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_architecture, random_config, random_model, tiny_config
 from tests.conftest import REPO
+from tests.implementations import at_default
 from tests.shared_checks import needs_code
 
 BYTE = load_tokenizer("byte")
@@ -61,6 +62,7 @@ def test_what_is_right_is_used(seed):
     """Over random architectures, in 8 bits or not: no fast way steps aside because of rounding."""
     r = random.Random(seed)
     config = random_config(seed) if seed % 2 else random_architecture(r)
+    config = at_default(config, "C decoder", "decode_step")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = random_model(config, seed).to(dtype)
         choose_kernels(model, torch.device("cpu"), dtype)

@@ -201,12 +201,14 @@ def test_what_a_user_needs_is_in_and_beside_the_file(exported):
     ]
 
 
-def readmes_example(folder, monkeypatch) -> list[int]:
-    """The ids that the README's program makes of the my-model.onnx in a folder."""
+def documented_example(folder, monkeypatch) -> list[int]:
+    """Return the ids that the program of docs/export.md makes of my-model.onnx in a folder."""
     (example,) = (
         block
         for block in re.findall(
-            r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL
+            r"```python\n(.*?)```",
+            (REPO / "docs" / "export.md").read_text(encoding="utf-8"),
+            re.DOTALL,
         )
         if "onnxruntime" in block
     )
@@ -222,14 +224,14 @@ def greedy(model, prompt: list[int], length: int) -> list[int]:
     ]
 
 
-def test_the_readmes_example_says_what_the_model_says(exported, tmp_path, monkeypatch):
+def test_the_documented_example_says_what_the_model_says(exported, tmp_path, monkeypatch):
     for name in ("model.onnx", "model.tokenizer.json"):
         shutil.copy(exported[1].with_name(name), tmp_path / f"my-{name}")
     ours = greedy(load_model(exported[0])[0], [256, *b"Once upon a time"], 40)
-    assert 256 not in ours and readmes_example(tmp_path, monkeypatch)[:40] == ours
+    assert 256 not in ours and documented_example(tmp_path, monkeypatch)[:40] == ours
 
 
-def test_the_readmes_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
+def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
     """An imported model may have no start, several ids that end an answer, and a tokenizer that frames texts by itself: the example met int(""), knew only
     end-of-text, and began with what the tokenizer put there."""
     frame = {
@@ -249,7 +251,7 @@ def test_the_readmes_example_is_right_for_an_imported_model(tmp_path, monkeypatc
     )
     assert main(["--ckpt", str(path), "--out", str(tmp_path / "my-model.onnx")]) == 0
     assert (
-        readmes_example(tmp_path, monkeypatch)
+        documented_example(tmp_path, monkeypatch)
         == answer[: next(i for i, token in enumerate(answer, 1) if token in stop_ids)]
     )
 

@@ -26,7 +26,7 @@ from config_model import PredictConfig
 from model import LLM
 from model import generate as plain_generate
 from runtime.data.tokenizers import load_tokenizer, train_bpe
-from runtime.inference import predictor, session
+from runtime.inference import console, predictor, session
 from runtime.inference.console import read_prompts
 from runtime.inference.decoder import generate, router_choices
 from runtime.inference.predictor import Predictor
@@ -112,11 +112,14 @@ def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, tmp_path, na
     seen = []
     monkeypatch.setattr(predict, "Predictor", lambda config: config)
     for function in ("show_answer", "show_answers", "repl", "write_experts_page", "experts_map"):
-        monkeypatch.setattr(
-            predict,
-            function,
-            lambda predictor, *rest: seen.append((predictor, rest[-1] if rest else predictor)),
-        )
+        users = [module for module in (predict, console) if hasattr(module, function)]
+        assert users, f"nobody calls {function}"
+        for module in users:
+            monkeypatch.setattr(
+                module,
+                function,
+                lambda predictor, *rest: seen.append((predictor, rest[-1] if rest else predictor)),
+            )
     (tmp_path / "prompts").write_text("p")
     needs = {"context_length": 4096} if name == "rope_scaling" else {}
     special = {
@@ -200,7 +203,7 @@ def test_every_dtype_works_on_a_cpu(endless, dtype):
 def test_the_device_is_asked_for_by_name(endless, monkeypatch):
     names = []
     monkeypatch.setattr(
-        predict, "choose_device", lambda name: names.append(name) or torch.device("cpu")
+        predictor, "choose_device", lambda name: names.append(name) or torch.device("cpu")
     )
     Predictor(PredictConfig(ckpt=endless, device="cuda:3"))
     assert names == ["cuda:3"]
@@ -976,7 +979,7 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
     monkeypatch.setattr("builtins.input", fake_input)
     monkeypatch.setattr(session, "command_result", remember)
     monkeypatch.setattr(
-        predict, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
+        predictor, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
     )  # whatever :n says
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")

@@ -925,7 +925,7 @@ import json, os, shutil, sys
 from pathlib import Path
 import tiktoken
 import prepare_data
-from runtime.data import open_data
+from runtime.data.shards import open_data
 from tests.builders_tokenizer import stand_in
 tiktoken.registry.ENCODINGS["gpt2"] = stand_in()
 old, new, work = (Path(a) for a in sys.argv[1:4])

@@ -128,9 +128,9 @@ def test_asking_does_not_wait_for_pytorchs_compiler():
     later, for a check.
     """
     code = (
-        "import sys, torch; from tests.builders import *; from runtime.inference import Decoder\n"
+        "import sys, torch; from tests.builders import *; from runtime.inference.decoder import Decoder\n"
         "from runtime.base.device import choose_kernels\n"
-        "from runtime.checkpoint import meta_model\n"
+        "from runtime.checkpoint.format import meta_model\n"
         "model = meta_model(tiny_config()).to_empty(device='cpu')\n"
         "[torch.nn.init.constant_(p, 0.1) for p in model.parameters()]\n"
         "choose_kernels(model, torch.device('cpu'), torch.float32)\n"

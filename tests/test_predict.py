@@ -26,7 +26,8 @@ from config_model import PredictConfig
 from model import LLM
 from model import generate as plain_generate
 from runtime.data.tokenizers import load_tokenizer, train_bpe
-from runtime.inference import console, predictor, session
+from runtime.inference import console, session
+from runtime.inference import predictor as predictor_module
 from runtime.inference.console import read_prompts
 from runtime.inference.decoder import generate, router_choices
 from runtime.inference.predictor import Predictor
@@ -203,7 +204,7 @@ def test_every_dtype_works_on_a_cpu(endless, dtype):
 def test_the_device_is_asked_for_by_name(endless, monkeypatch):
     names = []
     monkeypatch.setattr(
-        predictor, "choose_device", lambda name: names.append(name) or torch.device("cpu")
+        predictor_module, "choose_device", lambda name: names.append(name) or torch.device("cpu")
     )
     Predictor(PredictConfig(ckpt=endless, device="cuda:3"))
     assert names == ["cuda:3"]
@@ -286,7 +287,7 @@ def test_the_answer_streams(endless, monkeypatch, drawn):
             seen.append(stdout.flushed)
             yield [(0, i)]
 
-    monkeypatch.setattr(predictor, "generate", fake)
+    monkeypatch.setattr(predictor_module, "generate", fake)
     monkeypatch.setattr(sys, "stdout", stdout)
     predict.main(["--ckpt", endless, "--prompt", "P"])
     assert seen == ["P", "Pa", "Pab"] and stdout.flushed == "Pabc\n"
@@ -350,7 +351,7 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
     assert predictor.tokenizer.name == "o200k_base" and predictor.banned_ids == holes
     ids = []
     monkeypatch.setattr(
-        predict,
+        predictor_module,
         "generate",
         lambda *a, **k: (ids.append(step[0][1]) or step for step in generate(*a, **k)),
     )
@@ -762,13 +763,13 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
             match="^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another --device or a smaller model$",
         ),
     ):
-        patch.setattr(predictor, "load_model", too_large)
+        patch.setattr(predictor_module, "load_model", too_large)
         predict.main(["--ckpt", endless, "--prompt", "x", "--device", "cpu"])
     with pytest.raises(
         ValueError,
         match="^out of memory on cpu .*: lower --context_length or use --dtype bfloat16$",
     ):
-        monkeypatch.setattr(predictor, "generate", too_large)
+        monkeypatch.setattr(predictor_module, "generate", too_large)
         predict.main(["--ckpt", endless, "--prompt", "shown", "--device", "cpu"])
     assert capsys.readouterr().out == "shown\n"
 
@@ -979,7 +980,7 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
     monkeypatch.setattr("builtins.input", fake_input)
     monkeypatch.setattr(session, "command_result", remember)
     monkeypatch.setattr(
-        predictor, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
+        predictor_module, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
     )  # whatever :n says
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
@@ -1206,7 +1207,7 @@ def test_json_keeps_an_interrupted_answer(endless, monkeypatch, capsys):
         yield [(0, ord("a"))]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predictor, "generate", interrupted)
+    monkeypatch.setattr(predictor_module, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt", "p", "--json"])
     assert json.loads(capsys.readouterr().out) | {"seconds_to_first_token": 0} == {
@@ -1231,7 +1232,7 @@ def test_ctrl_c_keeps_the_answers_that_are_there(endless, tmp_path, monkeypatch,
         assert capsys.readouterr().out == "ax\n"  # shown when it is complete
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predictor, "generate", interrupted)
+    monkeypatch.setattr(predictor_module, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt_file", str(tmp_path / "p.txt")])
     assert capsys.readouterr().out == "\nby\n\ncz\n"
@@ -1445,7 +1446,7 @@ def test_an_answer_that_failed_can_be_asked_again(endless, repl, monkeypatch):
         raise RuntimeError("no memory")
         yield
 
-    monkeypatch.setattr(predictor, "generate", fails)
+    monkeypatch.setattr(predictor_module, "generate", fails)
     out, err = repl(endless, "ab\n+c\n:undo\n:undo\n")
     assert (
         err == "error: no memory\n" * 2

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -35,14 +36,22 @@ def run(argv, *, timeout: float = 120, input: str = "", **options) -> subprocess
     return subprocess.CompletedProcess(child.args, child.returncode, stdout, stderr)
 
 
-def start(argv, *, cwd=REPO, env: dict | None = None, input: str = "", merge: bool = False):
+def start(
+    argv,
+    *,
+    cwd=REPO,
+    env: dict[str, str] | None = None,
+    input: str = "",
+    merge: bool = False,
+    libraries: Sequence[str] = (),
+) -> Child:
     """`subprocess.Popen` of Python with `argv`: what it prints is kept for `communicate`.
 
-    merge: put stderr into stdout. One child at a time: a start kills the child before it.
+    merge: put stderr into stdout. libraries: load these before the fork as well, from now on.
+    One child at a time: a start kills the child before it.
     """
-    return Child(
-        [str(word) for word in argv], cwd, dict(os.environ if env is None else env), input, merge
-    )
+    args, env = [str(word) for word in argv], dict(os.environ if env is None else env)
+    return Child(args, input, merge, cwd=str(cwd), env=env, libraries=list(libraries))
 
 
 class Child:
@@ -50,7 +59,7 @@ class Child:
 
     _last: Child | None = None
 
-    def __init__(self, args: list[str], cwd, env: dict[str, str], input: str, merge: bool):
+    def __init__(self, args: list[str], input: str, merge: bool, **job):
         if Child._last is not None and Child._last.poll() is None:
             Child._last.kill()
             Child._last.wait()
@@ -61,11 +70,9 @@ class Child:
         if script == "-c":
             script = self._folder / "code.py"
             script.write_text(args[1], encoding="utf-8")
-        job = {
+        job |= {
             "args": args,
             "script": str(script),
-            "cwd": str(cwd),
-            "env": env,
             "streams": [
                 str(self._folder / name) for name in ("in", "out", "out" if merge else "err")
             ],
@@ -161,9 +168,12 @@ def _serve() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in jobs:
+        job = json.loads(line)
+        for name in job["libraries"]:
+            importlib.import_module(name)
         pid = os.fork()
         if not pid:
-            _become(json.loads(line))
+            _become(job)
         print(pid, file=answers, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
 

@@ -13,14 +13,13 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from runtime import cpu_decode
+from tests import children
 from tests.changed_models import CHANGES, FIELDS
 from tests.conftest import REPO
 from tests.test_huggingface import write_folder
@@ -66,13 +65,12 @@ def said(name: str, *rest: str) -> dict:
             for key, value in os.environ.items()
             if key not in ("PYTHONPATH", "GPTOSS_TRACEBACK")
         }
-        run = subprocess.run(
-            [sys.executable, "-m", "tests.changed_models", name, str(published), *rest],
+        run = children.run(
+            ["-m", "tests.changed_models", name, published, *rest],
             cwd=copy,
-            capture_output=True,
-            text=True,
             timeout=600,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=environment,
+            libraries=["transformers.modeling_utils", "onnxscript", "onnxruntime"],
         )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])

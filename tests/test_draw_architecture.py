@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from config_model import PRESETS, ModelConfig, active_parameters, parameter_coun
 from runtime.plots import human  # noqa: E402
 from scripts import draw_architecture  # noqa: E402
 from scripts.draw_architecture import PART_COLORS, draw, main  # noqa: E402
+from tests import children  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent
 MODERN = PRESETS["gptoss-modern"].model
@@ -249,19 +248,8 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, arguments, message):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     arguments = [a.format(tmp=tmp_path) for a in arguments]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "scripts.draw_architecture",
-            "--out",
-            str(tmp_path / "a.png"),
-            *arguments,
-        ],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+    out = tmp_path / "a.png"
+    done = children.run(["-m", "scripts.draw_architecture", "--out", out, *arguments])
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 

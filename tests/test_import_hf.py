@@ -22,6 +22,7 @@ from runtime.checkpoint import CheckpointError, load_model, read_checkpoint
 from runtime.hf_tokenizer import write_tokenizer
 from runtime.tokenizer import load_tokenizer
 from scripts import import_hf
+from tests import children
 from tests.conftest import REPO
 from tests.numeric import before_ties, logits_bound, share_of
 from tests.test_train import SPEED, data  # noqa: F401  (a fixture)
@@ -868,20 +869,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "scripts.import_hf",
-            "--model",
-            str(tmp_path),
-            "--out",
-            str(tmp_path / "x.pt"),
-        ],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+    out = tmp_path / "x.pt"
+    done = children.run(["-m", "scripts.import_hf", "--model", tmp_path, "--out", out])
     assert (
         done.returncode == 2
         and done.stdout == ""

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from runtime.data import WindowLoader, open_data, validation_batches
 from runtime.memory import training_memory_bytes
 from runtime.optimizer import build_optimizer, initialise_state
 from runtime.plots import draw_plots
+from tests import children
 from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding, size_of
 from tests.util import random_model, tiny_config
@@ -778,15 +778,8 @@ def wait_for(condition, process, seconds: float = 120.0) -> None:
         time.sleep(0.01)
 
 
-def start(run: Run, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(REPO / "train.py"), *run.folders, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=REPO,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def start(run: Run, *flags: str) -> children.Child:
+    return children.start([REPO / "train.py", *run.folders, *flags], merge=True)
 
 
 def logged(run: Run) -> int:

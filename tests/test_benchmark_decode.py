@@ -20,7 +20,7 @@ from runtime.checkpoint import load_model
 from runtime.data import open_data, validation_batches
 from runtime.quantize import quantize_
 from tests.numeric import assert_close, logits_bound, size_of
-from tests.test_train import Run, data  # noqa: F401  (a fixture)
+from tests.test_train import Run, data, one_plot  # noqa: F401  (fixtures)
 from tests.util import random_model, tiny_config
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None

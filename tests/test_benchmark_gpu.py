@@ -37,9 +37,9 @@ from benchmarks import train as bench
 from benchmarks.gpu_plan import CARDS, GIB, Stage
 from config_model import TrainConfig
 from runtime import cli
-from tests import test_gpu
+from tests import children, test_gpu
 from tests.conftest import REPO
-from tests.test_train import Run, data  # noqa: F401  (a fixture)
+from tests.test_train import Run, data, one_plot  # noqa: F401  (fixtures)
 
 CARD_MEMORY = {"H100": 79 * GIB, "H200": 139 * GIB}
 TINY = [
@@ -255,14 +255,11 @@ def test_gpu_tests_compile_few_models():
     """They compiled some 70 whole models, several minutes: now at most 4, of which none is in the
     first command.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
+    done = children.run(
+        ["-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"],
         env=os.environ | {"PYTEST_ADDOPTS": "-o addopts="},
     )
+    assert done.returncode == 0, done.stderr
     collected = re.findall(r"^tests/test_gpu\.py::(\w+)", done.stdout, re.MULTILINE)
     assert len(collected) > 50
     spans, span = 1, test_gpu.COMPILED_SPAN
@@ -508,7 +505,7 @@ stages = {{name: Stage(60, [python(program)]) for name, program in programs.item
 gpu_plan.first = lambda name, memory, tiny: stages
 gpu.main(["--name", "box", "--out", {str(results)!r}])
 """
-    process = subprocess.Popen(python(code), cwd=REPO, stdout=subprocess.PIPE, text=True)
+    process = children.start(["-c", code])
     path, log = results / "box.json", results / "box.log"
     assert wait_until(
         lambda: (
@@ -1024,12 +1021,10 @@ def test_failed_tests_and_their_reasons_are_stored(results):
     folder = results / "suite"
     folder.mkdir()
     (folder / "test_it.py").write_text(TESTS)
-    command = [sys.executable, "-m", "benchmarks.gpu_tests", "--name"]
+    command = ["-m", "benchmarks.gpu_tests", "--name"]
     env = os.environ | {"GPTOSS_RESULTS": str(results)}
     where = ["-p", "no:cacheprovider", "--rootdir", str(folder), str(folder / "test_it.py")]
-    done = subprocess.run(
-        [*command, "x", "--", *where], cwd=REPO, env=env, capture_output=True, text=True
-    )
+    done = children.run([*command, "x", "--", *where], env=env)
     told = stored(results, "tests_x")
     assert done.returncode == 1
     assert {name: row["value"] for name, row in told["measures"].items()} == {

@@ -25,7 +25,7 @@ from scripts import import_hf
 from tests import children
 from tests.conftest import REPO
 from tests.numeric import before_ties, logits_bound, share_of
-from tests.test_train import SPEED, data  # noqa: F401  (a fixture)
+from tests.test_train import SPEED, data, one_plot  # noqa: F401  (fixtures)
 
 SIZES = dict(
     vocab_size=257,

@@ -70,7 +70,7 @@ def said(name: str, *rest: str) -> dict:
             cwd=copy,
             timeout=600,
             env=environment,
-            libraries=["transformers.modeling_utils", "onnxscript", "onnxruntime"],
+            libraries=["transformers.modeling_utils", "onnxscript"],
         )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])

@@ -251,6 +251,7 @@ def test_all_gpu_tests_are_asked_for():
     assert sorted(gpu_plan.TEST_FILES) == marked
 
 
+@pytest.mark.slow
 def test_gpu_tests_compile_few_models():
     """They compiled some 70 whole models, several minutes: now at most 4, of which none is in the
     first command.
@@ -271,6 +272,7 @@ def test_gpu_tests_compile_few_models():
     assert (REPO / "tests/test_gpu.py").read_text().count("compile=True") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", test_gpu.COMPILED_CASES)
 def test_the_compiled_tests_read_both_spans(case, monkeypatch):
     """Run here in the place of a GPU, without the compiler: what is asked for and compared is the
@@ -489,6 +491,7 @@ def test_a_child_that_outlives_its_stage_is_killed(plan):
     assert len(pids) == 3 and all_end(pids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_command_may_be_killed_at_any_time(results, how):
     """What ended is stored by then, what the stage in between has measured too; and its program
@@ -1016,6 +1019,7 @@ def test_error(broken): pass
 """
 
 
+@pytest.mark.slow
 def test_failed_tests_and_their_reasons_are_stored(results):
     """As each ends; and the second command takes those again that failed in the first."""
     folder = results / "suite"
@@ -1080,6 +1084,7 @@ def test_only_what_failed_is_taken_again(results, monkeypatch):
         gpu_tests.main(["--name", "y", "--failed_in", str(results / "none.json")])
 
 
+@pytest.mark.slow
 def test_a_difference_between_two_runs_is_seen(tmp_path, data, results, monkeypatch):  # noqa: F811
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert Run(data, tmp_path / name)("--max_steps", "4", "--seed", seed) == 0
@@ -1109,6 +1114,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+@pytest.mark.slow
 def test_both_commands_run_at_a_tiny_size(results, data):  # noqa: F811
     """Every program, with real shards, without the library datasets, the tests' fixtures and a
     network.

@@ -25,6 +25,7 @@ from tests.conftest import REPO
 from tests.test_huggingface import write_folder
 from tests.util import random_model, tiny_config
 
+pytestmark = pytest.mark.slow
 # What each of them names. The first has no name: it is found by its logits alone.
 NAMES = {
     "sigmoid in place": "",

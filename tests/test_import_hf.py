@@ -809,6 +809,7 @@ print("grew by", most[0] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Models of 4 and of 16 blocks (76 and 304 MB), each imported in a process of its own: what is not a map of a file grows as much.

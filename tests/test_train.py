@@ -817,6 +817,7 @@ def long_straight(data, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_and_resume_equals_the_straight_run(long_straight, run):
     process = start(run, *MODEL, *SPEED, *LONG)
     wait_for(lambda: (run.ckpt_dir / "latest.pt").exists() and logged(run) > 30, process)

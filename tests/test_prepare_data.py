@@ -37,7 +37,6 @@ from runtime.checkpoint import save_checkpoint
 from runtime.data import open_data, read_manifest
 from runtime.hf_tokenizer import read_tokenizer
 from runtime.tokenizer import Tokenizer, load_tokenizer
-from tests import children
 from tests.test_hf_tokenizer import mixtral, qwen, tales  # noqa: F401  (fixtures)
 from tests.test_tokenizer import stand_in
 from tests.util import random_model, tiny_config
@@ -1048,8 +1047,13 @@ def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkey
         "1",
     ]
     main([*arguments, "--out_dir", str(tmp_path / "new")])
-    folders = [out, tmp_path / "new", tmp_path / "work"]
-    result = children.run(["-c", KILLER, *folders, *arguments])
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, out, tmp_path / "new", tmp_path / "work", *arguments],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["kills"] >= 30 and found["old"] >= 10 and found["new"] >= 10, found

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -164,6 +165,8 @@ def _serve() -> None:
     """
     for name in LIBRARIES:
         importlib.import_module(name)
+    # The collector of a child must not touch, and so copy, all of this.
+    gc.freeze()
     # A signal waits until the child can answer it: Python drops one that comes amid a fork.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +16,7 @@ from runtime.checkpoint import read_checkpoint, save_checkpoint, write_weights
 from runtime.export import ExportError, check_logits, check_output, open_source, staged, work_folder
 from runtime.published import Published
 from runtime.tokenizer import load_tokenizer
-from tests.conftest import REPO
+from tests import children
 from tests.numeric import logits_bound, size_of
 from tests.util import random_model, tiny_config
 
@@ -154,9 +152,7 @@ def test_a_signal_leaves_nothing(tmp_path, name):
         f"        path.write_text('half'); os.kill(os.getpid(), signal.{name}); signal.pause()\n"
         "run_main(main)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120
-    )
+    done = children.run(["-c", code])
     number = getattr(signal, name)
     assert (
         done.returncode == (-number if name == "SIGKILL" else 128 + number)

@@ -394,6 +394,7 @@ def test_going_back_has_a_limit_and_an_exit_code(run, monkeypatch, capsys, allow
     assert all(torch.isfinite(t).all() for t in run.final().model.values())
 
 
+@pytest.mark.slow
 def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypatch, capsys):
     """The newest good checkpoint is the one before it; without any of this run's there is nothing to go back to."""
     poison(monkeypatch, range(40, 100))
@@ -420,6 +421,7 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
         real(plan, train.RunState(run_id="another"), train.TrainingDiverged("stop"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [75, 95])
 def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
     """The step that met it changes nothing, and only it: the run goes on as one that never took that step."""
@@ -832,6 +834,7 @@ def test_sigkill_in_the_middle_and_resume_equals_the_straight_run(long_straight,
     assert comparable(run.records()) == comparable(long_straight.records())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(long_straight, run, number):
     process = start(run, *MODEL, *SPEED, *LONG)
@@ -883,6 +886,7 @@ def test_bfloat16_is_honoured_and_remembered(run):
     assert all(t.dtype == torch.float32 for t in run.final().model.values())
 
 
+@pytest.mark.slow
 def test_compiled_and_plain_runs_resume_each_other(run):
     """The reference's compiled checkpoints did not load uncompiled (T1)."""
     assert run("--max_steps", "4", "--compile") == 0
@@ -1239,6 +1243,7 @@ def test_the_reference_s_runs_cannot_be_resumed(shared_dir, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- real text
+@pytest.mark.slow
 def test_it_learns_real_text(shared_dir, tmp_path):
     """250 steps on TinyStories: far below guessing, and below what the frequency of single tokens gives."""
     stories = [

@@ -245,7 +245,9 @@ def test_all_gpu_tests_are_asked_for():
         f"tests/{path.name}"
         for path in sorted((REPO / "tests").glob("test_*.py"))
         if re.search(
-            r"^(@pytest\.mark\.gpu|pytestmark = .*mark\.gpu)", path.read_text(), re.MULTILINE
+            r"^(@pytest\.mark\.gpu|pytestmark = \[?\s*pytest\.mark\.gpu)",
+            path.read_text(),
+            re.MULTILINE,
         )
     ]
     assert sorted(gpu_plan.TEST_FILES) == marked

@@ -1571,6 +1571,7 @@ class Terminal:
         os.write(self.ours, keys)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
@@ -1604,6 +1605,7 @@ def test_a_session_on_a_terminal(tmp_path):
         assert terminal.process.wait(60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
@@ -1667,6 +1669,7 @@ cli.run_main(main)
 """
 
 
+@pytest.mark.slow
 def test_it_needs_no_network_and_no_optional_library_and_any_console_will_do(
     endless, bpe, tmp_path
 ):

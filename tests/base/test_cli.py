@@ -510,6 +510,7 @@ def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
         ), done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, usage",
     [("scripts.export_hf", "usage: python -m scripts.export_hf"), ("train", "usage: train.py")],

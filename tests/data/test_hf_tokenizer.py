@@ -126,6 +126,7 @@ def bpe_folder(bpe, tmp_path) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------------ ours
+@pytest.mark.slow
 def test_o200k_in_the_library(o200k_folder, tales, odd):
     """Thousands of texts, and every id: the hole at 199,998 made end-of-text 199,998 in other converters, so a model never stopped."""
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
@@ -142,6 +143,7 @@ def test_o200k_in_the_library(o200k_folder, tales, odd):
     assert all(theirs.id_to_token(i) == spell(ours.token_bytes(i)) for i in range(199_998))
 
 
+@pytest.mark.slow
 def test_every_character_in_o200k(o200k_folder):
     """Two engines with their own tables of Unicode cut words: no character of the lower planes may be another class in one than in the other."""
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
@@ -200,6 +202,7 @@ def test_special_words_in_the_library(bpe_folder, bpe):
     assert ids_of(theirs, SPECIAL_TEXT) == bpe.encode(SPECIAL_TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base"])
 def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(
     name, monkeypatch, tales, odd, tmp_path

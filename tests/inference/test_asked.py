@@ -122,6 +122,7 @@ def test_a_context_of_one_token_is_asked_too():
         )
 
 
+@pytest.mark.slow
 @needs_code
 def test_asking_does_not_wait_for_pytorchs_compiler():
     """The first call of a custom operation imports it: predict.py would have started a second

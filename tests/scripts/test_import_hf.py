@@ -23,6 +23,7 @@ from runtime.data.hf_tokenizer import write_tokenizer
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference.predictor import Predictor
 from scripts import import_hf
+from tests import children
 from tests.builders_runs import SPEED
 from tests.conftest import REPO
 from tests.numeric import before_ties, logits_bound, share_of
@@ -809,6 +810,7 @@ print("grew by", most[0] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Models of 4 and of 16 blocks (76 and 304 MB), each imported in a process of its own: what is not a map of a file grows as much.
@@ -869,20 +871,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "scripts.import_hf",
-            "--model",
-            str(tmp_path),
-            "--out",
-            str(tmp_path / "x.pt"),
-        ],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+    out = tmp_path / "x.pt"
+    done = children.run(["-m", "scripts.import_hf", "--model", tmp_path, "--out", out])
     assert (
         done.returncode == 2
         and done.stdout == ""

@@ -638,7 +638,8 @@ def wait_for(condition, process, seconds: float = 120.0) -> None:
 PLAIN = """
 import train
 from runtime.base import cli
-train.draw_plots = lambda *_: None
+from runtime.training import reporter
+reporter.draw_plots = lambda *_: None
 cli.run_main(train.main)
 """
 

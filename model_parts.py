@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -99,22 +99,50 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 def attention_mask(
     q_positions_T: Tensor, k_positions_S: Tensor, window: int, starts_BT: Tensor | None = None
 ) -> Tensor:
-    """The one mask rule, [T, S] bool: a query sees keys at its own and earlier positions, at most `window` of them (0 = all).
+    """Return the one mask rule, [T, S] bool: a query sees keys at its own and earlier positions.
 
-    starts_BT: the position where each query's document begins; it sees nothing before. The mask is then [B, 1, T, S].
+    window: it sees at most so many of them (0 = all). Positions [B, T] and [B, S], where the rows
+    are at positions of their own, give [B, 1, T, S]. So does starts_BT: the position where each
+    query's document begins; it sees nothing before.
     """
-    distance_TS = q_positions_T[:, None] - k_positions_S[None, :]
+    distance_TS = q_positions_T[..., :, None] - k_positions_S[..., None, :]
     visible_TS = distance_TS >= 0
     if window:
         visible_TS = visible_TS & (distance_TS < window)
-    return (
-        visible_TS
-        if starts_BT is None
-        else visible_TS & (k_positions_S >= starts_BT[:, None, :, None])
-    )
+    if q_positions_T.dim() == 2:
+        visible_TS = visible_TS[:, None]
+    if starts_BT is not None:
+        visible_TS = visible_TS & (k_positions_S >= starts_BT[:, None, :, None])
+    return visible_TS
 
 
-# -------------------------------------------------------------------------------------------------------------- KV cache
+# -------------------------------------------------------------------------------------------- KV cache
+class Cache(Protocol):
+    """What the model asks of a KV cache. `update` comes before `key_positions`, `advance` last.
+
+    length: tokens of every row that are in. per_row: whether each row is at a position of its own;
+    then each call brings one token a row, and positions are [B, T] and [B, S].
+    """
+
+    length: int
+    per_row: bool
+
+    def check_fits(self, B: int, T: int) -> None:
+        """Raise ValueError if T more tokens for B rows do not fit."""
+
+    def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a block's new keys and values; return all that a query may need, [B, G, S, D]."""
+
+    def query_positions(self, T: int, device) -> Tensor:
+        """Return the absolute positions [T] of the new tokens."""
+
+    def key_positions(self, block: int, T: int) -> Tensor:
+        """Return the absolute positions [S] of the keys that `update` returned."""
+
+    def advance(self, T: int) -> None:
+        """Count T tokens as seen; called once, when every block has them."""
+
+
 class KVCache:
     """Keys and values of the tokens seen so far. The caller makes it, passes it to `LLM.forward`, and owns it.
 
@@ -122,6 +150,8 @@ class KVCache:
     capacity is the window and position p lives in slot p % window (a ring); elsewhere the capacity is `max_tokens`.
     `length` counts the tokens of every row that are in; ValueError where a forward pass does not fit.
     """
+
+    per_row = False
 
     def __init__(
         self,
@@ -216,6 +246,9 @@ class KVCache:
             results.append(everything.to(k_BGTD.dtype))
         return results[0], results[1]
 
+    def query_positions(self, T: int, device) -> Tensor:
+        return torch.arange(self.length, self.length + T, device=device)
+
     def key_positions(self, block: int, T: int) -> Tensor:
         """Absolute positions [S] of the keys that `update` returned for a chunk of T tokens (before `advance`)."""
         start, W, device = self.length, self.keys[block].shape[2], self.keys[block].device
@@ -263,41 +296,62 @@ class Attention(nn.Module):
         self,
         x_BTC: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         starts_BT: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x_BTC.shape
         q_BHTD, k_BGSD, v_BGSD = self.project(x_BTC, rope)
-        start = 0
         if cache is not None:
-            start = cache.length
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
-        mask, is_causal = self._mask(start, T, q_BHTD, cache, starts_BT)
-        dropout = self.dropout if self.training else 0.0
-        if self.sinks is None and self.device_attention is not None:
-            y_BHTD = self.device_attention(q_BHTD, k_BGSD, v_BGSD, mask, is_causal, dropout)
-        elif self.sinks is None:
-            if q_BHTD.is_cuda and self.H != self.G and mask is not None:
-                # Not every kernel that takes a mask takes grouped heads, and the last resort of
-                # PyTorch holds all T x S scores. A copy of what this call reads avoids it.
-                groups = self.H // self.G
-                k_BGSD, v_BGSD = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
-            y_BHTD = F.scaled_dot_product_attention(
-                q_BHTD,
-                k_BGSD,
-                v_BGSD,
-                attn_mask=mask,
-                is_causal=is_causal,
-                dropout_p=dropout,
-                enable_gqa=k_BGSD.shape[1] != self.H,
-            )
-        elif self.sink_kernel is not None and not dropout and self.attention_bias is None:
-            y_BHTD = self.sink_kernel(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal)
+        mask, is_causal = self._mask(T, q_BHTD, cache, starts_BT)
+        if cache is not None and cache.per_row:
+            y_BHTD = self._attend_once(q_BHTD, k_BGSD, v_BGSD, mask)
         else:
-            y_BHTD = attention_with_sinks(
+            y_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD, mask, is_causal)
+        return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+    def _attend(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Return softmax(q k / sqrt(D)) v, [B, H, T, D], by the fastest kernel that there is."""
+        dropout = self.dropout if self.training else 0.0
+        if self.sinks is not None:
+            if self.sink_kernel is not None and not dropout and self.attention_bias is None:
+                return self.sink_kernel(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal)
+            return attention_with_sinks(
                 q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal, dropout
             )
-        return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
+        if self.device_attention is not None:
+            return self.device_attention(q_BHTD, k_BGSD, v_BGSD, mask, is_causal, dropout)
+        if q_BHTD.is_cuda and self.H != self.G and mask is not None:
+            # Not every kernel that takes a mask takes grouped heads, and the last resort of
+            # PyTorch holds all T x S scores. A copy of what this call reads avoids it.
+            groups = self.H // self.G
+            k_BGSD, v_BGSD = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BGSD,
+            v_BGSD,
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout_p=dropout,
+            enable_gqa=k_BGSD.shape[1] != self.H,
+        )
+
+    def _attend_once(
+        self, q_BH1D: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHTS: Tensor
+    ) -> Tensor:
+        """`_attend` for one query a row: the J heads that share keys become J queries of one head.
+
+        So no key is copied, as grouped heads would have it. Few operations, which a CUDA graph can
+        hold and a compiler can fuse; nothing here depends on values.
+        """
+        B, S = len(q_BH1D), k_BGSD.shape[2]
+        q_BGJD = q_BH1D.view(B, self.G, -1, self.D)
+        if mask_BHTS.shape[1] > 1:  # a learned bias: each head has its own
+            mask_BHTS = mask_BHTS.view(B, self.G, -1, S)
+        y_BGJD = attention_with_sinks(q_BGJD, k_BGSD, v_BGSD, self.sinks, mask_BHTS, False)
+        return y_BGJD.reshape(B, self.H, 1, self.D)
 
     def project(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None
@@ -319,53 +373,74 @@ class Attention(nn.Module):
         return q_BHTD, k_BGTD, v_BGTD
 
     def _mask(
-        self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None, starts_BT: Tensor | None
+        self, T: int, q_BHTD: Tensor, cache: Cache | None, starts_BT: Tensor | None
     ) -> tuple[Tensor | None, bool]:
-        """(attn_mask, is_causal) for the kernel: the one rule, spelled the fastest way that says the same."""
-        if self.attention_bias is None and starts_BT is None:
+        """Return (attn_mask, is_causal): the one rule, spelled the fastest way that says the same."""
+        start, per_row = (0, False) if cache is None else (cache.length, cache.per_row)
+        if self.attention_bias is None and starts_BT is None and not per_row:
             if T == 1:  # the cache hands one query nothing that it may not see
                 return None, False
             if start == 0 and (not self.window or self.window >= T):
                 return None, True
-        q_positions_T = torch.arange(start, start + T, device=q_BHTD.device)
-        k_positions_S = q_positions_T if cache is None else cache.key_positions(self.block, T)
+        if cache is None:
+            q_positions_T = k_positions_S = torch.arange(T, device=q_BHTD.device)
+        else:
+            q_positions_T = cache.query_positions(T, q_BHTD.device)
+            k_positions_S = cache.key_positions(self.block, T)
         mask = attention_mask(q_positions_T, k_positions_S, self.window, starts_BT)
         if self.attention_bias is None:
             return mask, False
-        bias_HTS = self.attention_bias[:, start : start + T]
-        ring = cache is not None and cache.is_ring[self.block]
-        bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
-        bias_BHTS = bias_HTS.to(q_BHTD.dtype)[None]
-        return torch.where(mask, bias_BHTS, -math.inf), False
+        if per_row:
+            bias = self._bias_of_rows(q_positions_T, k_positions_S)
+        else:
+            bias_HTS = self.attention_bias[:, start : start + T]
+            ring = cache is not None and cache.is_ring[self.block]
+            bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
+            bias = bias_HTS[None]
+        return torch.where(mask, bias.to(q_BHTD.dtype), -math.inf), False
+
+    def _bias_of_rows(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
+        """Return the learned bias [B, H, T, S] at positions that differ from row to row.
+
+        Rows that take no part in a step, and keys nobody sees, may lie outside of the table.
+        """
+        last = self.attention_bias.shape[1] - 1
+        q_BT1 = q_positions_BT.clamp(max=last)[:, :, None]
+        k_B1S = k_positions_BS.clamp(0, last)[:, None, :]
+        return self.attention_bias[:, q_BT1, k_B1S].transpose(0, 1)
 
 
 def attention_with_sinks(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSD: Tensor,
-    sinks_H: Tensor,
+    sinks_H: Tensor | None,
     mask: Tensor | None,
     is_causal: bool,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention whose softmax has one place more per head, the sink: [B, H, T, D]. In float32 or better, all scores at once.
+    """Return attention [B, H, T, D] whose softmax has one more term per head, the sink.
 
-    mask: [.., T, S], bool (True keeps) or added to the scores. Source: gpt-oss (arXiv 2508.10925, section 2); Xiao et al. 2023 on why it helps.
+    In float32 or better, with all scores at once. mask: [.., T, S], bool (True keeps) or added to
+    the scores. sinks: one per head, or one per head and query ([H * T] numbers), or none. Source: gpt-oss (arXiv 2508.10925, section 2); Xiao et al. 2023 on why it helps.
     """
     (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
-    k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
+    k_BHSD, v_BHSD = k_BGSD, v_BGSD
+    if H != G:
+        k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
     scores_BHTS = (q_BHTD @ k_BHSD.transpose(2, 3)).to(dtype) * D**-0.5
     if is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril()
     if mask is not None:
-        scores_BHTS = (
-            scores_BHTS.masked_fill(~mask, -math.inf)
-            if mask.dtype == torch.bool
-            else scores_BHTS + mask
-        )
-    sinks_BHT1 = sinks_H.to(dtype).view(1, H, 1, 1).expand(B, H, T, 1)
-    weights_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(dim=-1)[..., :S]
+        if mask.dtype == torch.bool:
+            scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
+        else:
+            scores_BHTS = scores_BHTS + mask
+    if sinks_H is not None:
+        sinks_BHT1 = sinks_H.to(dtype).view(1, H, -1, 1).expand(B, H, T, 1)
+        scores_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1)
+    weights_BHTS = scores_BHTS.softmax(dim=-1)[..., :S]
     return F.dropout(weights_BHTS, dropout).to(v_BHSD.dtype) @ v_BHSD
 
 
@@ -609,7 +684,7 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         starts_BT: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats]:
         x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)

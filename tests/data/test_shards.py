@@ -337,7 +337,7 @@ def test_an_epoch_uses_every_token_as_a_target(
         verify=False,
     )
     if num_tokens < context + 1:
-        with pytest.raises(ValueError, match="a window needs .* lower --context_length"):
+        with pytest.raises(ValueError, match="a sequence needs .* lower --context_length"):
             WindowLoader(shards, context, 1, seed)
         return
     loader = WindowLoader(shards, context, 1, seed)

@@ -14,8 +14,8 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -34,12 +34,19 @@ from runtime.data.sources import (
     FileSource,
     HubSource,
     Part,
+    Source,
     ToySource,
     file_format,
     own_validation,
 )
 from runtime.data.tokenizer import COMPACT, END_OF_TEXT, NAMED, Tokenizer
-from runtime.data.tokenizers import check_name, compacted, load_tokenizer, train_bpe
+from runtime.data.tokenizers import (
+    check_name,
+    compacted,
+    load_tokenizer,
+    named_tokenizer,
+    train_bpe,
+)
 
 # One unit of work for one core: about 15 ms.
 BATCH_CHARACTERS = 1 << 17
@@ -73,13 +80,18 @@ class Batch:
 
 
 def make_batches(
-    source, route: Callable[[bytes], str | None], look_for: Iterable[bytes] = frozenset()
+    source: Source,
+    route: Callable[[bytes], str | None],
+    look_for: Set[bytes] = frozenset(),
 ) -> Iterator[Batch]:
     """Yield non-empty documents in order, each in the split that `route` gives its digest.
 
     `route` returns None to leave a document out. The first part of a document identifies it.
     """
-    batch, size, split, begun = Batch(), 0, None, False
+    batch, size = Batch(), 0
+    split: str | None = None
+    # begun: the first part of this document is in a batch.
+    begun = False
     for text, ends in source.documents():
         if not begun:
             if ends and not text.strip():
@@ -132,9 +144,9 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
 
 def encode_in_order(
     tokenizer: Tokenizer, batches: Iterable[Batch], num_proc: int
-) -> Iterator[tuple[Batch, dict[str, Encoded]]]:
+) -> Generator[tuple[Batch, dict[str, Encoded]], None, None]:
     """Yield batches and their ids in order; `num_proc` threads encode a few batches ahead."""
-    waiting = deque()
+    waiting: deque[tuple[Batch, Future[dict[str, Encoded]]]] = deque()
     pool = ThreadPoolExecutor(num_proc)
     try:
         for batch in batches:
@@ -152,12 +164,9 @@ class SplitWriter:
     """Writes one split, up to `limit` tokens: shards, counts and `used` ids, bool [vocabulary]."""
 
     def __init__(self, folder: Path, shard_size: int, limit: int, tokenizer: Tokenizer):
-        self.writer, self.limit, self.tokenizer = (
-            data.ShardWriter(folder, shard_size),
-            limit,
-            tokenizer,
-        )
-        self.folder, self.num_documents, self.num_bytes = folder, 0, 0
+        self.writer = data.ShardWriter(folder, shard_size)
+        self.limit, self.tokenizer = limit, tokenizer
+        self.num_documents, self.num_bytes = 0, 0
         self.used = np.zeros(tokenizer.vocabulary_size, dtype=bool)
 
     @property
@@ -174,7 +183,7 @@ class SplitWriter:
             if start >= room:
                 break
             if cut := start + num_tokens > room:
-                num_bytes = len(self.tokenizer.decode_bytes(encoded.ids[start:room]))
+                num_bytes = len(self.tokenizer.decode_bytes(encoded.ids[start:room].tolist()))
             self.num_bytes += num_bytes
             self.num_documents += ends or cut
             start += num_tokens
@@ -212,9 +221,8 @@ def write_splits(
                 writers[split].add(ids)
             written = sum(writer.writer.total_tokens for writer in writers.values())
             if batch.fraction:
-                bar.total = round(
-                    min(written / batch.fraction, writers[until_full].limit * len(writers))
-                )
+                most = writers[until_full].limit * len(writers)
+                bar.total = round(min(written / batch.fraction, most))
             bar.update(written - before)
             if writers[until_full].full:
                 break
@@ -223,20 +231,28 @@ def write_splits(
 
 # ------------------------------------------------------------------------------ the command
 @dataclass
-class Plan:
+class DataPlan:
     """What to read: training text, and a validation source or a share of the training text."""
 
-    train: object
-    val: object | None
-    val_ratio: float | None
+    train: Source
+    val: Source | None
+    # Share of the training text that goes to val; no effect if `val` is a source.
+    val_ratio: float
+    # What the manifests say about the text.
     description: dict
 
+    @property
+    def split_train(self) -> Callable[[bytes], str]:
+        """The function that gives a digest from the training source its split."""
+        return split_by_hash(self.val_ratio) if self.val is None else lambda digest: "train"
 
-def open_sources(options: argparse.Namespace) -> Plan:
+
+def open_sources(options: argparse.Namespace) -> DataPlan:
     """Open all sources. Raise ValueError for a missing file, dataset, column or split."""
     o = options
     column, separator = o.text_column or DEFAULT_COLUMN, o.document_separator or END_OF_TEXT
-    own = None
+    own: str | None = None
+    train: Source
     if o.files:
         train = FileSource(o.files, column, separator)
     elif o.dataset == "toy":
@@ -245,22 +261,18 @@ def open_sources(options: argparse.Namespace) -> Plan:
         print(f"opening dataset {o.dataset} ...", flush=True)
         own = own_validation(o.dataset, o.dataset_config, o.split)
         train = HubSource(o.dataset, o.dataset_config, o.split, column, o.streaming)
+    val: Source | None = None
     if o.val_files:
         val = FileSource(o.val_files, column, separator)
     elif own and o.val_ratio is None:
         val = HubSource(o.dataset, o.dataset_config, own, column, o.streaming)
-    else:
-        val = None
-    ratio = None if val else o.val_ratio or DEFAULT_VAL_RATIO
-    limits = {"max_tokens": o.max_tokens} if o.max_tokens else {}
-    return Plan(
-        train,
-        val,
-        ratio,
-        train.description
-        | limits
-        | {"validation": val.description if val else {"val_ratio": ratio}},
-    )
+
+    ratio = o.val_ratio or DEFAULT_VAL_RATIO
+    description = dict(train.description)
+    if o.max_tokens:
+        description["max_tokens"] = o.max_tokens
+    description["validation"] = val.description if val else {"val_ratio": ratio}
+    return DataPlan(train, val, ratio, description)
 
 
 def is_path(name: str) -> bool:
@@ -276,20 +288,18 @@ def is_path(name: str) -> bool:
 def ready_tokenizer(name: str) -> Tokenizer | None:
     """Return the tokenizer to encode with; None if it must first be trained on the text."""
     if is_path(name):
-        from runtime.data.tokenizers import named_tokenizer
-
         return named_tokenizer(name)
-    return None if name.startswith("bpe:") else load_tokenizer(name.removesuffix(COMPACT))
+    if name.startswith("bpe:"):
+        return None
+    return load_tokenizer(name.removesuffix(COMPACT))
 
 
-def trained_tokenizer(name: str, plan: Plan) -> Tokenizer:
+def trained_tokenizer(name: str, plan: DataPlan) -> Tokenizer:
     """Return bpe:SIZE, trained on the training text only."""
     print(f"training {name} ...", flush=True)
-    route = split_by_hash(plan.val_ratio) if plan.val is None else lambda digest: "train"
-    return train_bpe(
-        (text for batch in make_batches(plan.train, route) for text, _ in batch.parts["train"]),
-        int(name[4:]),
-    )
+    batches = make_batches(plan.train, plan.split_train)
+    texts = (text for batch in batches for text, _ in batch.parts["train"])
+    return train_bpe(texts, int(name.removeprefix("bpe:")))
 
 
 def prepare(options: argparse.Namespace) -> dict[str, dict]:
@@ -306,9 +316,8 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
         data.finish_publishing(out_dir)
         data.remove_partial(out_dir)
         try:
-            manifests = write_partial(
-                out_dir / data.PARTIAL, tokenizer or trained_tokenizer(o.tokenizer, plan), plan, o
-            )
+            tokenizer = tokenizer or trained_tokenizer(o.tokenizer, plan)
+            manifests = write_partial(out_dir / data.PARTIAL, tokenizer, plan, o)
             data.publish(out_dir)
         except BaseException:
             data.remove_partial(out_dir)
@@ -320,7 +329,7 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def write_partial(
-    folder: Path, tokenizer: Tokenizer, plan: Plan, o: argparse.Namespace
+    folder: Path, tokenizer: Tokenizer, plan: DataPlan, o: argparse.Namespace
 ) -> dict[str, dict]:
     """Write both splits into an empty folder, manifests last.
 
@@ -328,56 +337,56 @@ def write_partial(
     shards hold the ids of its base, `tokenizer`.
     """
     with contextlib.ExitStack() as stack:
+        limit = o.max_tokens or LARGEST_COUNT
         writers = {
-            split: SplitWriter(
-                folder / split, o.shard_size, o.max_tokens or LARGEST_COUNT, tokenizer
-            )
+            split: SplitWriter(folder / split, o.shard_size, limit, tokenizer)
             for split in data.SPLITS
         }
         for writer in writers.values():
             stack.callback(writer.writer.close)
-        work = functools.partial(write_splits, tokenizer, num_proc=o.num_proc)
-        if plan.val is None:
-            work(make_batches(plan.train, split_by_hash(plan.val_ratio)), writers, "train")
-        else:
-            # Validation is small: remember its digests, find those in train, leave them out of val.
-            wanted = {
-                digest
-                for batch in make_batches(plan.val, lambda digest: "val")
-                for digest in _digests(batch)
-            }
-            in_train = work(
-                make_batches(plan.train, lambda digest: "train", wanted),
-                {"train": writers["train"]},
-                "train",
-            )
-            work(
-                make_batches(plan.val, lambda digest: None if digest in in_train else "val"),
-                {"val": writers["val"]},
-                "val",
-            )
-        for split, writer in writers.items():
-            if not writer.writer.total_tokens:
-                raise ValueError(
-                    _why_empty(
-                        split, plan, sum(writer.num_documents for writer in writers.values())
-                    )
-                )
+        tokenise(tokenizer, plan, writers, o.num_proc)
         counts = {split: writer.finish() for split, writer in writers.items()}
 
     used = np.flatnonzero(writers["train"].used | writers["val"].used)
+    occur = f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur"
     if o.tokenizer in NAMED:
-        print(
-            f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur "
-            f"(--tokenizer {o.tokenizer}{COMPACT} keeps only these)"
-        )
+        print(f"{occur} (--tokenizer {o.tokenizer}{COMPACT} keeps only these)")
     elif o.tokenizer.endswith(COMPACT):
-        print(f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur")
-        tokenizer = compacted(tokenizer, used)
+        print(occur)
+        compact = compacted(tokenizer, used)
         counts = {
-            split: data.renumber(folder / split, counts[split], tokenizer.new_ids)
+            split: data.renumber(folder / split, counts[split], compact.new_ids)
             for split in data.SPLITS
         }
+        tokenizer = compact
+    return write_manifests(folder, tokenizer, plan, counts)
+
+
+def tokenise(
+    tokenizer: Tokenizer, plan: DataPlan, writers: dict[str, SplitWriter], num_proc: int
+) -> None:
+    """Write all text of the plan into the writers. Raise ValueError if a split stays empty."""
+    work = functools.partial(write_splits, tokenizer, num_proc=num_proc)
+    if plan.val is None:
+        work(make_batches(plan.train, plan.split_train), writers, "train")
+    else:
+        # Validation is small: remember its digests, find those in train, leave them out of val.
+        val_batches = make_batches(plan.val, lambda digest: "val")
+        wanted = {digest for batch in val_batches for digest in _digests(batch)}
+        train_batches = make_batches(plan.train, plan.split_train, wanted)
+        in_train = work(train_batches, {"train": writers["train"]}, "train")
+        val_batches = make_batches(plan.val, lambda digest: None if digest in in_train else "val")
+        work(val_batches, {"val": writers["val"]}, "val")
+    num_documents = sum(writer.num_documents for writer in writers.values())
+    for split, writer in writers.items():
+        if not writer.writer.total_tokens:
+            raise ValueError(_why_empty(split, plan, num_documents))
+
+
+def write_manifests(
+    folder: Path, tokenizer: Tokenizer, plan: DataPlan, counts: dict[str, dict]
+) -> dict[str, dict]:
+    """Write and return both manifests; `counts` is what each split's writer returned."""
     pair = data.pair_id(tokenizer, [counts[split]["tokens_sha256"] for split in data.SPLITS])
     manifests = {}
     for split in data.SPLITS:
@@ -405,22 +414,25 @@ def _digests(batch: Batch) -> Iterator[bytes]:
         begun = not ends
 
 
-def _why_empty(split: str, plan: Plan, num_documents: int) -> str:
+def _why_empty(split: str, plan: DataPlan, num_documents: int) -> str:
     """Return the error line for a split without tokens."""
     if not num_documents:
         return "there is no text to prepare: all documents are empty"
     if plan.val is None:
+        if num_documents == 1 and split == "val":
+            return (
+                "only 1 document found, so no validation split is possible: use --val_files, "
+                r"or --document_separator '\n\n' to split it"
+            )
         other = "raise" if split == "val" else "lower"
         return (
             f"all {num_documents} documents went to the other split at val_ratio "
             f"{plan.val_ratio}, so {split} would be empty: {other} --val_ratio, use --val_files, "
             "or split the text into more documents (--document_separator)"
         )
-    return f"{split} would be empty: " + (
-        "every validation document is also in train, or empty"
-        if split == "val"
-        else "all its documents are empty"
-    )
+    if split == "val":
+        return "val would be empty: every validation document is also in train, or empty"
+    return "train would be empty: all its documents are empty"
 
 
 def _count(text: str) -> int:
@@ -447,8 +459,8 @@ def _ratio(text: str) -> float:
     )
 
 
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's options. Raise ValueError for a wrong one or one without effect."""
+def add_flags() -> argparse.ArgumentParser:
+    """Return the command's parser. Long, because it is one table of flags."""
     p = parser(
         "Write token shards for train.py from text.",
         epilog=(
@@ -551,7 +563,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="CORES",
         help="threads that tokenise (default: all cores)",
     )
-    o = p.parse_args(argv)
+    return p
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options. Raise ValueError for a wrong one or one without effect."""
+    o = add_flags().parse_args(argv)
 
     def refuse(flags: Iterable[str], why: str) -> None:
         for flag in flags:
@@ -569,12 +586,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     if o.val_files:
         refuse(("val_ratio",), "with --val_files")
     for name in files:
+        if Path(name).is_dir():
+            raise ValueError(f"{name} is a folder: name the files in it")
         if not Path(name).is_file():
-            raise ValueError(
-                f"{name} is a folder: name the files in it"
-                if Path(name).is_dir()
-                else f"{name} does not exist"
-            )
+            raise ValueError(f"{name} does not exist")
     kinds = {file_format(Path(name)) for name in files}
     if len({Path(name).resolve() for name in files}) < len(files):
         raise ValueError("--files and --val_files name a file twice: name each file once")
@@ -599,16 +614,16 @@ def main(argv: list[str] | None = None) -> int:
     manifests = prepare(options)
     seconds = time.perf_counter() - started
     for split, m in manifests.items():
+        documents, shards = m["total_documents"], m["num_shards"]
+        tokens = m["total_tokens"]
         print(
-            f"{Path(options.out_dir) / split}: {m['total_documents']:,} documents, "
-            f"{m['total_tokens']:,} tokens "
-            f"({m['total_bytes'] / m['total_tokens']:.2f} bytes each), "
-            f"{m['num_shards']:,} shard{'s' * (m['num_shards'] > 1)}"
+            f"{Path(options.out_dir) / split}: {documents:,} documents, {tokens:,} tokens "
+            f"({m['total_bytes'] / tokens:.2f} bytes each), {shards:,} shard{'s' * (shards > 1)}"
         )
+    train = manifests["train"]
     tokens = sum(m["total_tokens"] for m in manifests.values())
     print(
-        f"{manifests['train']['tokenizer']['name']}, "
-        f"vocabulary {manifests['train']['vocabulary_size']:,}; "
+        f"{train['tokenizer']['name']}, vocabulary {train['vocabulary_size']:,}; "
         f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
         f"Next: python train.py --data_dir {options.out_dir}, on a laptop with --preset nano"
     )

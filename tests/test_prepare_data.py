@@ -436,9 +436,16 @@ def test_an_empty_side_is_refused(tmp_path):
     one = write_jsonl(tmp_path / "a.jsonl", ["only this"])
     with pytest.raises(
         ValueError,
-        match="all 1 documents went to the other split at val_ratio 0.01, so val would be empty: raise --val_ratio, use --val_files",
+        match="only 1 document found, so no validation split is possible: use --val_files",
     ):
         run(tmp_path, "--files", one)
+    two = write_jsonl(tmp_path / "e.jsonl", ["one", "two"])
+    with pytest.raises(
+        ValueError,
+        match="all 2 documents went to the other split at val_ratio 1e-09, "
+        "so val would be empty: raise --val_ratio, use --val_files",
+    ):
+        run(tmp_path, "--files", two, "--val_ratio", "1e-9")
     with pytest.raises(ValueError, match="every validation document is also in train"):
         run(
             tmp_path,

@@ -60,12 +60,8 @@ class WindowLoader:
     """
 
     def __init__(self, shards: TokenShards, context_length: int, batch_size: int, seed: int):
-        self.shards, self.context_length, self.batch_size, self.seed = (
-            shards,
-            context_length,
-            batch_size,
-            seed,
-        )
+        self.shards, self.context_length = shards, context_length
+        self.batch_size, self.seed = batch_size, seed
         self.num_windows = count_windows(shards, context_length)
         # A batch has samples of at most two epochs.
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
@@ -76,8 +72,8 @@ class WindowLoader:
 
     def window(self, sample: int) -> int:
         """Return which window the sample with this number is."""
-        epoch, place = divmod(sample, self.num_windows)
-        return int(self._order(epoch)[place])
+        epoch, position = divmod(sample, self.num_windows)
+        return int(self._order(epoch)[position])
 
     def batch(self, first_sample: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, int64 [B, T], of the B samples from `first_sample` on."""
@@ -96,7 +92,8 @@ class ValidationBatches:
         if num_windows > batch_size:
             # Whole batches: one shape to compile.
             num_windows -= num_windows % batch_size
-        self.shards, self.context_length, self.batch_size = shards, context_length, batch_size
+        self.shards, self.context_length = shards, context_length
+        self.batch_size = batch_size
         self.windows = [i * total // num_windows for i in range(num_windows)]
 
     def __len__(self) -> int:

@@ -24,15 +24,12 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 import numpy as np
 
 from runtime.base.files import TEMPORARY_SUFFIX, fsync_folder, sha256_of_file, write_text_atomic
 from runtime.data.tokenizer import STATE_FILE, Tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT, VERSION = "gptoss-shards", 1
 SPLITS = ("train", "val")
@@ -150,32 +147,29 @@ class ShardWriter:
         self.total_tokens = 0
         # Of all ids, however they are cut into shards.
         self._tokens = hashlib.sha256()
-        self._file = None
+        self._file: BinaryIO | None = None
         folder.mkdir(parents=True)
 
     def append(self, ids: np.ndarray) -> None:
         """Append ids, uint32 [tokens]; close a full shard and start the next."""
         ids = ids.astype(DTYPE, copy=False)
         while len(ids):
-            if self._file is None:
-                self._open()
-            part, ids = (
-                ids[: self.shard_size - self._in_shard],
-                ids[self.shard_size - self._in_shard :],
-            )
-            data = memoryview(part).cast("B")
-            self._file.write(data)
+            file = self._file or self._open()
+            room = self.shard_size - self._in_shard
+            part, ids = ids[:room], ids[room:]
+            data = part.data.cast("B")
+            file.write(data)
             self._digest.update(data)
             self._tokens.update(data)
             self._in_shard += len(part)
             self.total_tokens += len(part)
             if self._in_shard == self.shard_size:
-                self._finish_shard()
+                self._finish_shard(file)
 
     def finish(self) -> dict:
         """Close the last shard; return the manifest's shards, counts, dtype and tokens_sha256."""
         if self._file is not None:
-            self._finish_shard()
+            self._finish_shard(self._file)
         fsync_folder(self.folder)
         return {
             "num_shards": len(self.shards),
@@ -190,27 +184,27 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
+        """Start the next shard and return its file."""
         self._path = self.folder / f"shard_{len(self.shards):04d}.npy"
         # Not in a `with`: the file lives across calls.
-        self._file = open(self._path, "wb")  # noqa: SIM115
-        self._digest, self._in_shard = hashlib.sha256(), 0
+        file = self._file = open(self._path, "wb")  # noqa: SIM115
         # Right for every shard but the last.
-        self._write_header(self.shard_size)
-        self._digest.update(self._header)
+        header = npy_header(self.shard_size)
+        file.write(header)
+        self._digest, self._in_shard = hashlib.sha256(header), 0
+        return file
 
-    def _write_header(self, tokens: int) -> None:
-        self._header = npy_header(tokens)
-        self._file.seek(0)
-        self._file.write(self._header)
-
-    def _finish_shard(self) -> None:
+    def _finish_shard(self, file: BinaryIO) -> None:
+        """Flush and close a shard's file, and list it."""
         if short := self._in_shard < self.shard_size:
-            self._write_header(self._in_shard)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+            file.seek(0)
+            file.write(npy_header(self._in_shard))
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
         self._file = None
+        # A short shard has another header than the one that was digested.
         sha256 = sha256_of_file(self._path) if short else self._digest.hexdigest()
         self.shards.append({"file": self._path.name, "tokens": self._in_shard, "sha256": sha256})
 
@@ -267,9 +261,8 @@ def pair_id(tokenizer: Tokenizer, tokens_sha256: Iterable[str]) -> str:
 
     Another run has the same id only if it made the same tokens.
     """
-    return hashlib.sha256("\n".join([tokenizer.fingerprint, *tokens_sha256]).encode()).hexdigest()[
-        :32
-    ]
+    content = "\n".join([tokenizer.fingerprint, *tokens_sha256])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 # ------------------------------------------------------------------------------ replace a set

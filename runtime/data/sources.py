@@ -1,8 +1,4 @@
-"""Sources of text: files, datasets of the Hugging Face Hub, generated stories.
-
-A source has `documents()`, an iterator of Part that can be called again; `fraction`, the share read
-so far (None: unknown); and `description`, what the manifest says about the source.
-"""
+"""Sources of text: files, datasets of the Hugging Face Hub, generated stories."""
 
 from __future__ import annotations
 
@@ -13,8 +9,9 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
 DEFAULT_VAL_RATIO, DEFAULT_TOY_STORIES = 0.01, 30_000
@@ -33,6 +30,21 @@ PART_CHARACTERS = 1 << 20
 Part = tuple[str, bool]
 
 
+class Source(Protocol):
+    """What a source of text has."""
+
+    # What the manifest says about the source.
+    description: dict
+
+    @property
+    def fraction(self) -> float | None:
+        """Share of the source that has been read; None: unknown."""
+
+    def documents(self) -> Iterator[Part]:
+        """Yield all text in order; each call starts from the beginning."""
+        ...
+
+
 class ToySource:
     """Stories from the generator in runtime/data/toy_stories.py."""
 
@@ -44,7 +56,8 @@ class ToySource:
                 f"--num_stories {num_stories:,} is too many: "
                 f"there are {toy_stories.NUM_DISTINCT:,} distinct stories"
             )
-        self._story, self.num_stories, self.fraction = toy_stories.story, num_stories, 0.0
+        self._story, self.num_stories = toy_stories.story, num_stories
+        self.fraction = 0.0
         self.description = {"dataset": "toy", "num_stories": num_stories}
 
     def documents(self) -> Iterator[Part]:
@@ -59,7 +72,8 @@ class HubSource:
     def __init__(
         self, name: str, config: str | None, split: str, text_column: str, streaming: bool
     ):
-        self.name, self.column, self.fraction = name, text_column, None
+        self.name, self.column = name, text_column
+        self.fraction: float | None = None
         self.description = {
             "dataset": name,
             "config": config,
@@ -96,19 +110,20 @@ class FileSource:
     def __init__(self, paths: list[str], text_column: str, separator: str):
         self.paths = [Path(path) for path in paths]
         self.column, self.separator = text_column, separator
-        self._raw, self._bytes_done, self._bytes = (
-            None,
-            0,
-            sum(path.stat().st_size for path in self.paths),
-        )
-        self.description = {
+        # The file that is being read, which knows how far it is.
+        self._raw: io.BufferedReader | None = None
+        self._bytes_done = 0
+        self._bytes = sum(path.stat().st_size for path in self.paths)
+        self.description: dict = {
             "files": [
                 {"name": path.as_posix(), "bytes": path.stat().st_size} for path in self.paths
             ]
         }
         kinds = {file_format(path) for path in self.paths}
-        self.description |= {"text_column": text_column} if kinds - {".txt"} else {}
-        self.description |= {"document_separator": separator} if ".txt" in kinds else {}
+        if kinds - {".txt"}:
+            self.description["text_column"] = text_column
+        if ".txt" in kinds:
+            self.description["document_separator"] = separator
         # Find a file that cannot be read before the work starts.
         for path in self.paths:
             with contextlib.closing(self._read(path)) as parts:
@@ -125,28 +140,28 @@ class FileSource:
             yield from self._read(path)
             self._bytes_done += path.stat().st_size
 
-    def _read(self, path: Path) -> Iterator[Part]:
+    def _read(self, path: Path) -> Generator[Part, None, None]:
         """Yield the parts of one file; every error names the file."""
         kind = file_format(path)
         try:
-            with open(path, "rb") as self._raw:
+            with open(path, "rb") as raw:
+                self._raw = raw
                 if kind == ".parquet":
-                    yield from read_parquet(self._raw, path, self.column)
+                    yield from read_parquet(raw, path, self.column)
                     return
-                stream = gzip.GzipFile(fileobj=self._raw) if path.suffix == ".gz" else self._raw
-                text = io.TextIOWrapper(
-                    stream, encoding="utf-8-sig", newline="" if kind == ".csv" else None
-                )
+                stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+                # The csv module handles line ends itself: a field may contain them.
+                newline = "" if kind == ".csv" else None
+                text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
                 if kind == ".txt":
                     yield from read_txt(text, self.separator)
+                elif kind == ".jsonl":
+                    yield from read_jsonl(text, path, self.column)
                 else:
-                    yield from (read_jsonl if kind == ".jsonl" else read_csv)(
-                        text, path, self.column
-                    )
+                    yield from read_csv(text, path, self.column)
         except (OSError, ValueError, EOFError, RecursionError, zlib.error, csv.Error) as error:
-            raise ValueError(
-                str(error) if str(path) in str(error) else f"{path}: {error}"
-            ) from error
+            names_it = str(path) in str(error)
+            raise ValueError(str(error) if names_it else f"{path}: {error}") from error
 
 
 def file_format(path: Path) -> str:
@@ -161,7 +176,7 @@ def file_format(path: Path) -> str:
     )
 
 
-def read_txt(file: Iterable[str], separator: str) -> Iterator[Part]:
+def read_txt(file: io.TextIOBase, separator: str) -> Iterator[Part]:
     """Yield the documents between separators, stripped; only a part of one is in memory."""
     # begun: a part of this document has been yielded.
     text, begun = "", False

@@ -24,7 +24,7 @@ from runtime.data.loader import WindowLoader, count_windows, prefetch, validatio
 from runtime.data.shards import ShardWriter, TokenShards, open_data, read_manifest, write_manifest
 from tests.builders_data import BYTE, write_pair, write_split
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -433,7 +433,7 @@ def test_prefetch_ends_its_thread():
 
 def test_import_needs_no_torch_and_no_datasets():
     """prepare_data starts without torch; train and predict without datasets and tokenizers."""
-    code = "import sys, runtime.data; assert not {'torch', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules)"
+    code = "import sys, runtime.data.shards, runtime.data.loader; assert not {'torch', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 

@@ -130,7 +130,8 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Not needed: every element is written here before it is read.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # PyTorch's stubs lack this attribute.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

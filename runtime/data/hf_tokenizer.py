@@ -207,13 +207,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
         }
     write_text_atomic(folder / TOKENIZER_FILE, text)
     write_text_atomic(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-    write_text_atomic(
-        folder / SPECIALS_FILE,
-        json.dumps(
-            {key: config[key] for key in SPECIALS if config.get(key)}, ensure_ascii=False, indent=2
-        )
-        + "\n",
-    )
+    specials = {key: config[key] for key in SPECIALS if config.get(key)}
+    specials_text = json.dumps(specials, ensure_ascii=False, indent=2) + "\n"
+    write_text_atomic(folder / SPECIALS_FILE, specials_text)
     check_tokenizer(folder, tokenizer)
 
 
@@ -244,21 +240,16 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 def _random_texts(count: int) -> list[str]:
     """Return short texts from all of Unicode, always the same: one script each, some with ASCII."""
-    rng, texts = random.Random(0), []
+    rng = random.Random(0)
+    texts = []
     for _ in range(count):
-        first = rng.choice(
-            [0, 0x20, 0x300, 0x900, 0x2000, 0x3000, 0xAC00, 0x1F300, rng.randrange(0x110000)]
-        )
+        # Blocks of common scripts, of punctuation and emoji, and one anywhere.
+        blocks = [0, 0x20, 0x300, 0x900, 0x2000, 0x3000, 0xAC00, 0x1F300, rng.randrange(0x110000)]
+        first = rng.choice(blocks)
+        last = min(first + 0x200, 0x110000)
         drawn = [
-            rng.choice(
-                [
-                    rng.randrange(first, min(first + 0x200, 0x110000)),
-                    rng.randrange(128),
-                    0x20,
-                    0x0A,
-                    0x27,
-                ]
-            )
+            # From the block, from ASCII, a space, a newline or an apostrophe.
+            rng.choice([rng.randrange(first, last), rng.randrange(128), 0x20, 0x0A, 0x27])
             for _ in range(rng.randrange(40))
         ]
         texts.append("".join(chr(c) for c in drawn if not 0xD800 <= c < 0xE000))
@@ -287,21 +278,16 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab()
         self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
         self._token = _token_bytes(json.loads(text), vocabulary, self.name)
-        if not stop_ids or not all(
-            type(i) is int and i in self._token
-            for i in (*stop_ids, *([] if start_id is None else [start_id]))
-        ):
+        named = [*stop_ids] if start_id is None else [*stop_ids, start_id]
+        if not stop_ids or not all(type(i) is int and i in self._token for i in named):
             raise ValueError(
                 f"{self.name} has no such ids to stop at and start with: "
                 f"{list(stop_ids)}, {start_id}"
             )
         # A chat model's first stop id ends a turn, not a text.
         ends = [i for i in stop_ids if self._token[i] == END_OF_TEXT.encode()]
-        self.end_of_text_id, self.stop_ids, self.start_id = (
-            (ends or stop_ids)[0],
-            tuple(stop_ids),
-            start_id,
-        )
+        self.end_of_text_id = (ends or stop_ids)[0]
+        self.stop_ids, self.start_id = tuple(stop_ids), start_id
 
     @functools.cached_property
     def undecodable_ids(self) -> list[int]:
@@ -364,9 +350,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def from_state(state: dict) -> HuggingFaceTokenizer:
     """Return the tokenizer that `to_state` described. Raise ValueError if it is malformed."""
-    text, config, stop_ids = (
-        state.get(key) for key in ("tokenizer_json", "tokenizer_config", "stop_ids")
-    )
+    text, config = state.get("tokenizer_json"), state.get("tokenizer_config")
+    stop_ids = state.get("stop_ids")
     if not isinstance(text, str) or not isinstance(config, dict) or not isinstance(stop_ids, list):
         raise ValueError(
             f"the stored tokenizer {state['name']} is damaged: "
@@ -387,19 +372,6 @@ def special_id(config: dict, key: str, library) -> int | None:
     if word is not None and not isinstance(word, str):
         raise ValueError(f"{CONFIG_FILE}: {key} must be a token's word or null, not {word!r}")
     return library.token_to_id(word) if word else None
-
-
-def read_json_object(path: Path, missing: dict | None = None) -> dict:
-    """Return a file's JSON object; `missing` if there is no file. Raise a one-line ValueError."""
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
-    return data
 
 
 def canonical_json(data: dict) -> str:
@@ -438,15 +410,11 @@ def _without_prefix(data: dict) -> dict:
     if splitters and ("add_prefix_space" in splitters[0] or splitters[0]["type"] == "Metaspace"):
         # Older files of Metaspace also have add_prefix_space.
         plain = {key: value for key, value in splitters[0].items() if key != "add_prefix_space"}
-        splitters = [
-            plain
-            | (
-                {"prepend_scheme": "never"}
-                if plain["type"] == "Metaspace"
-                else {"add_prefix_space": False}
-            ),
-            *splitters[1:],
-        ]
+        if plain["type"] == "Metaspace":
+            first = plain | {"prepend_scheme": "never"}
+        else:
+            first = plain | {"add_prefix_space": False}
+        splitters = [first, *splitters[1:]]
     if (normalizers, splitters) == (_steps(data, "normalizer"), _steps(data, "pre_tokenizer")):
         return data
     return data | {
@@ -458,16 +426,11 @@ def _without_prefix(data: dict) -> dict:
 def _steps(data: dict, part: str) -> list[dict]:
     """Return the steps of tokenizer.json's normalizer, pre_tokenizer or decoder."""
     step = data.get(part)
-    return (
-        step.get(
-            {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[
-                part
-            ],
-            [step],
-        )
-        if step
-        else []
-    )
+    if not step:
+        return []
+    # A sequence has its steps under one of these names; anything else is itself the only step.
+    steps = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    return step.get(steps[part], [step])
 
 
 def _is_byte_level(data: dict) -> bool:
@@ -480,11 +443,10 @@ def _token_bytes(data: dict, vocabulary: dict[str, int], name: str) -> dict[int,
         to_byte = byte_of_character()
 
         def read(word: str) -> bytes:
-            return (
-                bytes(map(to_byte.__getitem__, word))
-                if to_byte.keys() >= set(word)
-                else word.encode()
-            )
+            if to_byte.keys() >= set(word):
+                return bytes(map(to_byte.__getitem__, word))
+            return word.encode()
+
     elif any(
         SPACE in (step.get("replacement"), (step.get("pattern") or {}).get("String"))
         for step in _steps(data, "decoder")

@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -127,7 +127,7 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 
     Its errors are raised here. Closing the iterator ends the thread.
     """
-    ready: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
     def offer(kind: str, value: object) -> None:

@@ -94,9 +94,9 @@ class Tokenizer:
     @property
     def between_documents(self) -> list[int]:
         """Ids between two documents: end-of-text, then the start token if it differs."""
-        return [self.end_of_text_id] + [self.start_id] * (
-            self.start_id not in (None, self.end_of_text_id)
-        )
+        if self.start_id is None or self.start_id == self.end_of_text_id:
+            return [self.end_of_text_id]
+        return [self.end_of_text_id, self.start_id]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -210,11 +210,10 @@ class CompactTokenizer(Tokenizer):
 
     def __init__(self, base: Tokenizer, base_ids: Sequence[int]):
         """base_ids: by new id, ascending, with all 256 bytes, end-of-text last."""
+        name = base.name + COMPACT
         tokens = [base.token_bytes(i) for i in base_ids[:-1]]
         # This encoding looks tokens up; it does not encode.
-        super().__init__(
-            base.name + COMPACT, encoding_of(base.name + COMPACT, tokens, base.encoding._pat_str)
-        )
+        super().__init__(name, encoding_of(name, tokens, base.encoding._pat_str))
         self.base, self.base_ids = base, list(base_ids)
         self.new_ids = np.full(base.vocabulary_size, _NOT_KEPT, dtype=np.uint32)  # [base ids]
         self.new_ids[self.base_ids] = np.arange(len(base_ids))
@@ -222,10 +221,8 @@ class CompactTokenizer(Tokenizer):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the base's fingerprint and the kept ids."""
-        return hashlib.sha256(
-            f"compact {self.base.fingerprint}".encode()
-            + np.array(self.base_ids, dtype="<u4").tobytes()
-        ).hexdigest()
+        kept = np.array(self.base_ids, dtype="<u4").tobytes()
+        return hashlib.sha256(f"compact {self.base.fingerprint}".encode() + kept).hexdigest()
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return a text's ids, uint32 [tokens]: renumbered base ids or spelled with kept ones."""
@@ -236,14 +233,9 @@ class CompactTokenizer(Tokenizer):
         spelled = {
             i: self._spell(self.base.token_bytes(i)) for i in set(base_ids[missing].tolist())
         }
-        return np.array(
-            [
-                i
-                for base_id, new_id in zip(base_ids.tolist(), ids.tolist(), strict=True)
-                for i in spelled.get(base_id, (new_id,))
-            ],
-            dtype=np.uint32,
-        )
+        pairs = zip(base_ids.tolist(), ids.tolist(), strict=True)
+        spelled_ids = [i for base_id, new_id in pairs for i in spelled.get(base_id, (new_id,))]
+        return np.array(spelled_ids, dtype=np.uint32)
 
     def _spell(self, token: bytes) -> tuple[int, ...]:
         """Return the fewest kept tokens that spell these bytes; a tie: the longest last token.

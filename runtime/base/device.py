@@ -40,13 +40,12 @@ PEAK_FLOPS = {
 def choose_device(name: str = "auto") -> torch.device:
     """Return a device; auto is CUDA, then MPS, then CPU. Raise ValueError if it is missing."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -110,7 +110,7 @@ class StopRequest:
     nohup) stays ignored.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self):

@@ -625,7 +625,7 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
     smaller = save(tmp_path / "smaller", biased_model(vocabulary_size=97), None)
     with pytest.raises(
         ValueError,
-        match="tokenizer byte has 257 ids and the model in .* 97: give the one that it was trained with",
+        match="tokenizer byte has 257 ids, the model in .* only 97: use the tokenizer that it was trained with",
     ):
         predict.main(["--ckpt", smaller, "--prompt", "x", "--tokenizer", "byte"])
 

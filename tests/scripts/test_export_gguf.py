@@ -793,7 +793,7 @@ def test_compact_vocabularies_are_refused(tmp_path):
     tokenizer = compacted(Tokenizer("gpt2", stand_in()), range(300))
     with pytest.raises(
         ValueError,
-        match="gpt2:compact has no form that others read.*prepare the text with --tokenizer gpt2 or bpe:SIZE",
+        match="gpt2:compact cannot be exported.*prepare the text with --tokenizer gpt2 or bpe:SIZE",
     ):
         export_gguf.vocabulary_of(gguf, tokenizer, 400)
 

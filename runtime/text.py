@@ -1,4 +1,4 @@
-"""Numbers as people read them, and text that a terminal may be shown."""
+"""Numbers as people read them, text that a terminal may be shown, and the style of pages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ class UntilText:
         self.stops, self.held = [stop for stop in stops if stop], ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(what can be shown now, whether a stop has come). What may be the beginning of a stop stays in `held`."""
+        """Return (what can be shown now, whether a stop has come).
+
+        What may be the beginning of a stop stays in `held`.
+        """
         text = self.held + text
         if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
             self.held = ""
@@ -63,8 +66,12 @@ class UntilText:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters (all but newline and tab) and direction overrides spelled out: what a model or a file
-    says must not move the cursor, change colours or write the clipboard of the terminal it is shown on."""
+    """Return `text` with control characters and direction overrides spelled out.
+
+    Newline and tab stay.
+    What a model or a file says must not move the cursor, change colours or write the clipboard of
+    the terminal it is shown on.
+    """
 
     def shown(c: str) -> str:
         hidden = (

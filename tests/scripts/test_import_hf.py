@@ -713,7 +713,7 @@ def test_an_output_that_is_there_needs_force(folders, tmp_path):
 
 def test_a_full_disk_is_seen_before_writing(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "runtime.export.shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1 << 20)
+        "runtime.interop.export.shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1 << 20)
     )
     refused(folders("mixtral")[1], tmp_path / "x.pt", "GB free: free some space")
 

@@ -1,7 +1,10 @@
-"""Export a checkpoint as GGUF, the file of llama.cpp and Ollama: python -m scripts.export_gguf --ckpt checkpoints/latest.pt --out model.gguf [--quantize q8_0]
+"""Export a checkpoint as GGUF, the file format of llama.cpp and Ollama.
 
-ollama create NAME -f model.Modelfile          the Modelfile is written next to the model
-llama-completion -m model.gguf -p "Once upon a time" --temp 0 -no-cnv
+Use the file, and the Modelfile next to it, like this:
+
+    python -m scripts.export_gguf --ckpt checkpoints/latest.pt --out model.gguf [--quantize q8_0]
+    ollama create NAME -f model.Modelfile
+    llama-completion -m model.gguf -p "Once upon a time" --temp 0 -no-cnv
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ def main(argv: list[str] | None = None) -> int:
         "--quantize",
         default="f32",
         choices=QUANTIZE,
-        help="what matrices are written as; norms, routers, biases and sinks stay float32 (default: f32)",
+        help="type of the matrices; norms, routers, biases and sinks stay float32 (default: f32)",
     )
     p.add_argument(
         "--accept_rounded_yarn",
         action="store_true",
-        help="export a model with yarn_truncate False (gpt-oss-20b) although llama.cpp, which always rounds the ends of YaRN's ramp, gives "
-        "other logits; by how much is printed (default: such a model is refused)",
+        help="export a model with yarn_truncate False (gpt-oss-20b), although llama.cpp always "
+        "rounds the ends of YaRN's ramp and so gives other logits; the difference is printed "
+        "(default: exit with an error)",
     )
     args = p.parse_args(argv)
     import_gguf()

@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face folder, for transformers, vLLM and the tools around them."""
+"""Export a checkpoint as a Hugging Face folder, for transformers, vLLM and similar tools."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--dtype",
         choices=sorted(DTYPES),
-        help="numbers of the weights (default: the checkpoint's, which is exact: float32 unless it was imported as bfloat16)",
+        help="dtype of the weights (default: the checkpoint's, which is exact: float32 unless it "
+        "was imported as bfloat16)",
     )
     p.add_argument(
         "--max_shard_size",
         default="5GB",
-        help="most bytes of a weights file, in KB, MB or GB (default: 5GB)",
+        help="maximum size of a weights file, in KB, MB or GB (default: 5GB)",
     )
     p.add_argument(
         "--custom_code",
         action="store_true",
-        help="any config, as a modeling file of its own that transformers loads with trust_remote_code=True",
+        help="write any config with its own modeling file, which transformers loads with "
+        "trust_remote_code=True",
     )
     args = p.parse_args(argv)
     limit, started = shard_bytes(args.max_shard_size), time.perf_counter()
     out = check_output(args.out, args.force, is_folder=True, source=args.ckpt)
     if not is_as_written(out / "README.md"):
         raise ValueError(
-            f"{out / 'README.md'} was changed since it was written: move it elsewhere, or choose another --out"
+            f"{out / 'README.md'} was changed since it was written: "
+            "move it elsewhere, or choose another --out"
         )
     source = open_source(args)
     dtype = DTYPES.get(args.dtype, source.checkpoint.model["embed.weight"].dtype)

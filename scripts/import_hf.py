@@ -1,9 +1,10 @@
-"""Make a checkpoint of a published model: Mixtral, Qwen3-MoE or gpt-oss, from a Hugging Face folder or by its name there.
+"""Make a checkpoint of a published model: Mixtral, Qwen3-MoE or gpt-oss.
 
     python -m scripts.import_hf --model DIR --out model.pt
-    python -m scripts.import_hf --model openai/gpt-oss-20b --out model.pt       downloaded first; MXFP4 experts become bfloat16
+    python -m scripts.import_hf --model openai/gpt-oss-20b --out model.pt
 
-predict.py, train.py --init_from and all exports take it; its tokenizer travels along.
+The second command downloads the model first. MXFP4 experts become bfloat16. The checkpoint holds
+the tokenizer. predict.py, train.py --init_from and all exports read it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--model",
         required=True,
-        help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), or its name on the Hub",
+        help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), "
+        "or its name on the Hub",
     )
     p.add_argument("--out", required=True, help="checkpoint file to write")
     p.add_argument(
         "--dtype",
         choices=["auto", "bfloat16", "float32"],
         default="auto",
-        help="numbers of the weights; auto = bfloat16 if all are that (or MXFP4) in the folder, else float32",
+        help="dtype of the weights; auto = bfloat16 if all are bfloat16 or MXFP4 in the folder, "
+        "else float32 (default: auto)",
     )
-    p.add_argument("--force", action="store_true", help="replace a file that is there")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
     args = p.parse_args(argv)
     started, out = time.perf_counter(), check_output(args.out, args.force, source=args.model)
     folder = model_folder(args.model)

@@ -1,11 +1,14 @@
-"""Write a model as GGUF, the file of llama.cpp and Ollama.
+"""Write a model as GGUF, the file format of llama.cpp and Ollama.
 
-The architectures are llama (our Mixtral family), qwen3moe and gpt-oss, chosen from the config. Tensors are written one at a time, so memory
-stays near the largest. What was written is read back and must give the model's logits; where llama-cpp-python is installed, llama.cpp itself
-must give them too, and the same token ids.
+The architecture is llama (our Mixtral family), qwen3moe or gpt-oss, chosen from the config. Tensors
+are written one at a time, so memory stays near the largest. The file is read back and must give the
+model's logits. If llama-cpp-python is installed, llama.cpp itself must give them too, with the same
+token ids.
 
-A prompt begins a document, as in predict.py: the start token is the BOS token, and llama.cpp is told to put it there. Its rule for cutting
-text knows no combining marks: o200k_base's ids of Hindi, say, differ there. And it rounds YaRN's ramp, as gpt-oss does not (see rounded_yarn).
+A prompt begins a document, as in predict.py: the start token is the BOS token, and the file tells
+llama.cpp to prepend it. llama.cpp's rule for splitting text ignores combining marks, so it finds
+other ids than o200k_base in Hindi, for example. It also rounds YaRN's ramp, which gpt-oss does not
+(see rounded_yarn).
 """
 
 from __future__ import annotations
@@ -49,29 +52,37 @@ KNOWS = Known(
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
 )
 QUANTIZE = ("f32", "f16", "bf16", "q8_0")
-# llama.cpp's name (src/llama-vocab.cpp) for each way to cut text into words. "dbrx" has cl100k_base's but for white space at the very end
-# of a text. Single bytes never merge, so that any way will do for them.
+# llama.cpp's name (src/llama-vocab.cpp) for each rule that splits text before merging. "dbrx" is
+# cl100k_base's rule, white space at the very end of a text aside. Single bytes never merge, so any
+# rule will do for them.
 PRE_TOKENIZERS = {"o200k_base": "gpt-4o", "cl100k_base": "dbrx", "gpt2": "gpt-2", "byte": "gpt-4o"}
 _SUFFIXES = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Those after the first are of imported tokenizers: GPT-2's, Qwen's, and that of Llama 3 and DBRX
+# (Llama 3 looks whole words up first).
 PATTERNS = {
     WORD_PATTERN: "gpt-4o",
-    _GPT2: "gpt-2",  # of imported tokenizers: GPT-2's, Qwen's, Llama 3's (whole words are looked up first) and DBRX's
+    _GPT2: "gpt-2",
     rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_END}": "qwen2",
     rf"{_SUFFIXES}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_END}": "dbrx",
 }
-# How far llama.cpp may be from our own logits with the same narrow weights: root mean square of the difference over that of the logits, which is
-# 1.4 where the two have nothing in common. It rounds what such weights are multiplied with, too (f16 to 11 bits, bf16 and q8_0 to 8), so that a
-# router's near tie can fall the other way. Measured: 0.01 % to 1.7 % for trained models, up to 2.4 % (f16), 8.5 % (bf16) and 10 % (q8_0) for 4 to 48
-# untrained blocks. Swapped halves of a trained nano's experts are 50 % off; its RoPE base doubled is 5 % to 9 %, a top_k off by one 7 % to 25 %. So
-# this sees a wrong layout and no small mistake. Settings are compared one by one instead (check_keys), and files in float32 to what rounding explains.
+# How far llama.cpp may be from our own logits with the same narrow weights: root mean square of the
+# difference over that of the logits. It is 1.4 if the two have nothing in common. llama.cpp also
+# rounds what it multiplies such weights with (f16: 11 bits; bf16 and q8_0: 8), so a router's near
+# tie can fall the other way.
+# Measured: 0.01 % to 1.7 % for trained models; for 4 to 48 untrained blocks up to 2.4 % (f16),
+# 8.5 % (bf16) and 10 % (q8_0). Mistakes in a trained nano: swapped halves of its experts are 50 %
+# off, a doubled RoPE base 5 % to 9 %, a top_k off by one 7 % to 25 %.
+# So this finds a wrong layout, but no small mistake. check_keys compares the settings one by one,
+# and a float32 file must agree to what rounding explains.
 NARROW_TOLERANCE = {"f16": 0.05, "bf16": 0.15, "q8_0": 0.15}
-BLOCK = 32  # numbers of a row that share a scale in q8_0
+# Numbers of a row that share a scale in q8_0.
+BLOCK = 32
 
 
 def import_gguf():
-    """The gguf package. ValueError where it is missing."""
+    """Return the gguf package. Raise ValueError if it is missing."""
     try:
         import gguf
         import gguf.quants
@@ -80,21 +91,25 @@ def import_gguf():
     return gguf
 
 
-# ----------------------------------------------------------------------------------------------------------------- tensors
+# --------------------------------------------------------------------------------------- tensors
 class Part(NamedTuple):
     """A tensor of the file: one of ours, or half of one."""
 
-    name: str  # in the file
-    source: str  # ours
-    is_matrix: bool  # may be narrow; vectors, routers and biases stay float32
-    half: int | None = (
-        None  # 0, 1: first or second half of dimension 1, which holds gate and up rows of the experts
-    )
-    heads: int = 0  # rows of each head are reordered: llama.cpp's `llama` rotates neighbours (2i, 2i+1), we rotate (i, i + D/2)
+    # its name in the file
+    name: str
+    # its name here
+    source: str
+    # may be narrow; vectors, routers and biases stay float32
+    is_matrix: bool
+    # 0 or 1: first or second half of dimension 1, which holds the experts' gate and up rows
+    half: int | None = None
+    # number of heads whose rows are reordered, 0 for none: llama.cpp's `llama` rotates neighbours
+    # (2i, 2i+1), we rotate (i, i + D/2)
+    heads: int = 0
 
 
 def parts(config: ModelConfig, family: str) -> Iterator[Part]:
-    """All tensors of the file, in order."""
+    """Yield all tensors of the file, in order."""
     gpt_oss, H, G = family == "gpt_oss", config.num_heads, config.num_kv_heads
     yield Part("token_embd.weight", "embed.weight", True)
     for n in range(config.transformer_blocks):
@@ -141,7 +156,7 @@ def parts(config: ModelConfig, family: str) -> Iterator[Part]:
 
 
 def taken(part: Part, tensor: Tensor) -> Tensor:
-    """The tensor of the file from ours (a view, unless rows are reordered)."""
+    """Return the tensor of the file from ours (a view, unless rows are reordered)."""
     if part.half is not None:
         tensor = tensor.chunk(2, dim=1)[part.half]
     if part.heads:
@@ -152,7 +167,7 @@ def taken(part: Part, tensor: Tensor) -> Tensor:
 def with_head(
     config: ModelConfig, family: str, weights: Mapping[str, Tensor]
 ) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """The same model, not tied where llama.cpp knows no tied one: its gpt-oss refuses a file without a head."""
+    """Return the same model, untied if needed: llama.cpp's gpt-oss loads no file without a head."""
     if family == "gpt_oss" and config.tie_embeddings:
         return dataclasses.replace(config, tie_embeddings=False), {
             **weights,
@@ -166,13 +181,17 @@ class Entry(NamedTuple):
 
     part: Part
     shape: torch.Size
-    kind: str  # one of QUANTIZE
+    # one of QUANTIZE
+    kind: str
 
 
 def layout(
     config: ModelConfig, family: str, weights: Mapping[str, Tensor], quantize: str
 ) -> list[Entry]:
-    """All tensors of the file, in order. Matrices are `quantize`, or f16 where q8_0 does not divide their rows."""
+    """Return all tensors of the file, in order.
+
+    Matrices have the type `quantize`, or f16 if q8_0's blocks do not divide their rows.
+    """
     entries = []
     for part in parts(config, family):
         shape = taken(part, weights[part.source].to("meta")).shape
@@ -185,19 +204,20 @@ def layout(
 
 
 def bytes_of(gguf, entry: Entry) -> int:
-    """Bytes of a tensor in the file."""
+    """Return the size of a tensor in the file."""
     numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.kind.upper()]]
     return math.prod(entry.shape) // numbers * size
 
 
 def encoded(gguf, entry: Entry, tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor in the file."""
+    """Return a tensor as the file holds it. Raise ValueError for a value beyond float16."""
     if (
         entry.kind == "f16"
         and (largest := tensor.abs().max().item()) > torch.finfo(torch.float16).max
     ):
         raise ValueError(
-            f"{entry.part.name} holds {largest:.3g}, and float16 ends at 65504: say --quantize bf16 or f32"
+            f"{entry.part.name} holds {largest:.3g}, and float16 ends at 65504: "
+            "say --quantize bf16 or f32"
         )
     return gguf.quants.quantize(
         tensor.float().contiguous().numpy(), gguf.GGMLQuantizationType[entry.kind.upper()]
@@ -205,7 +225,10 @@ def encoded(gguf, entry: Entry, tensor: Tensor) -> np.ndarray:
 
 
 def rounded(gguf, tensor: Tensor, kind: str) -> Tensor:
-    """What is left of a tensor in `kind`, float32; not by the code that writes it, where PyTorch has the type."""
+    """Return a tensor rounded to `kind`, as float32.
+
+    If PyTorch has the type, it does the rounding, independently of the code that writes the file.
+    """
     if kind == "q8_0":
         q8_0 = gguf.GGMLQuantizationType.Q8_0
         return torch.from_numpy(
@@ -218,19 +241,24 @@ def rounded(gguf, tensor: Tensor, kind: str) -> Tensor:
     ).float()
 
 
-# --------------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------- tokenizer
 class Vocabulary(NamedTuple):
     """A byte-level BPE as llama.cpp has it."""
 
-    pre: str  # its name of the rule that cuts text into words
+    # llama.cpp's name of the rule that splits text before merging
+    pre: str
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
 
 
 def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """The tokenizer, filled up to the `size` rows of the embedding. ValueError for one that llama.cpp cannot be."""
-    # A file without merges is refused, so single bytes get one that never applies: nothing makes its halves.
+    """Return the tokenizer for llama.cpp, padded to the `size` rows of the embedding.
+
+    Raise ValueError for a tokenizer that llama.cpp cannot represent.
+    """
+    # llama.cpp loads no file without merges, so single bytes get one that never applies: nothing
+    # makes its halves.
     merges = [f"{spell(left)} {spell(right)}" for left, right in byte_level_merges(tokenizer)] or [
         f"{END_OF_TEXT} {END_OF_TEXT}"
     ]
@@ -264,7 +292,10 @@ def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 
 def pre_tokenizer_of(data: dict, name: str) -> str:
-    """llama.cpp's name of the way in which a tokenizer.json cuts text into words. ValueError if it has none."""
+    """Return llama.cpp's name of the rule by which a tokenizer.json splits text before merging.
+
+    Raise ValueError if it has none.
+    """
     step, normalizer = data.get("pre_tokenizer") or {}, data.get("normalizer")
     steps = [
         {key: value for key, value in part.items() if key != "trim_offsets"}
@@ -286,12 +317,14 @@ def pre_tokenizer_of(data: dict, name: str) -> str:
         or normalizer not in (None, {"type": "NFC"})
     ):
         raise ValueError(
-            f"tokenizer {name} is no byte-level BPE that cuts text as GPT-2, GPT-4o, Qwen2 or Llama 3 do, and no other is written here: "
+            f"tokenizer {name} is no byte-level BPE that cuts text as GPT-2, GPT-4o, Qwen2 or "
+            "Llama 3 do, and no other is written here: "
             "use scripts.export_hf, and llama.cpp's convert_hf_to_gguf.py on its folder"
         )
     if normalizer:
         print(
-            "note: llama.cpp does not compose characters (NFC) before it looks tokens up, as this tokenizer does"
+            "note: llama.cpp does not compose characters (NFC) before it looks tokens up, "
+            "as this tokenizer does"
         )
     return (
         "llama-bpe"
@@ -300,13 +333,13 @@ def pre_tokenizer_of(data: dict, name: str) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- the file
+# -------------------------------------------------------------------------------------- the file
 def check_windows(config: ModelConfig, family: str) -> None:
-    """ValueError for windows that the architecture in llama.cpp does not have: there only gpt-oss has any."""
+    """Raise ValueError for a sliding window that llama.cpp lacks: only its gpt-oss has one."""
     if family != "gpt_oss" and 0 < config.sliding_window < config.context_length:
         raise ValueError(
-            f"llama.cpp's {ARCHITECTURES[family]} sees the whole context, and this model has sliding_window {config.sliding_window}: "
-            "it cannot be exported to GGUF"
+            f"llama.cpp's {ARCHITECTURES[family]} sees the whole context, and this model has "
+            f"sliding_window {config.sliding_window}: it cannot be exported to GGUF"
         )
 
 
@@ -320,7 +353,7 @@ def add_keys(
     tokenizer: Tokenizer,
     vocabulary: Vocabulary,
 ) -> None:
-    """Everything in the file that is no tensor."""
+    """Write everything in the file but the tensors."""
     c, kinds = config, gguf.LlamaFileType
     writer.add_type("model")
     writer.add_name(name)
@@ -385,7 +418,7 @@ def write_gguf(
     tokenizer: Tokenizer,
     vocabulary: Vocabulary,
 ) -> None:
-    """Write the file, a tensor at a time."""
+    """Write the file, one tensor at a time."""
     writer, types = gguf.GGUFWriter(path, ARCHITECTURES[family]), gguf.GGMLQuantizationType
     try:
         add_keys(gguf, writer, name, config, family, quantize, tokenizer, vocabulary)
@@ -409,13 +442,13 @@ def write_gguf(
 
 
 def needed_bytes(gguf, entries: Sequence[Entry], vocabulary: Vocabulary) -> int:
-    """Bytes of the file, or a little more."""
+    """Return the size of the file, or a little more."""
     text = sum(len(string.encode()) + 12 for string in (*vocabulary.tokens, *vocabulary.merges))
     return sum(bytes_of(gguf, entry) + 256 for entry in entries) + text + (1 << 16)
 
 
 def modelfile(gguf_name: str, config: ModelConfig, stops: Iterable[str]) -> str:
-    """What Ollama needs besides: no chat template, and predict.py's settings in the place of its own."""
+    """Return Ollama's Modelfile: no chat template, and predict.py's settings instead of its own."""
     d = PredictConfig()
     settings = {
         "num_ctx": config.context_length,
@@ -435,30 +468,33 @@ def modelfile(gguf_name: str, config: ModelConfig, stops: Iterable[str]) -> str:
 
 
 def fits_modelfile(text: str) -> bool:
-    """Whether a Modelfile can hold a text, which is not always ours: it has no escapes, and what follows a quote or a line's end is an instruction."""
+    """Return whether a Modelfile can hold a text, which may come from someone else.
+
+    A Modelfile has no escapes: what follows a quote or the end of a line is an instruction.
+    """
     return text.isprintable() and not set(text) & {'"', "'", "\N{REPLACEMENT CHARACTER}"}
 
 
 def stop_words(tokenizer: Tokenizer) -> list[str]:
-    """The words that end an answer, without those that a Modelfile cannot hold, of which a line tells."""
+    """Return the texts of the stop tokens. Leave out, with a line, what no Modelfile can hold."""
     words = [tokenizer.decode([i]) for i in tokenizer.stop_ids]
     for word in words:
         if not (word and fits_modelfile(word)):
             print(
-                f"note: the Modelfile leaves out the stop word {word!r}, which it cannot hold; llama.cpp itself stops at the token"
+                f"note: the Modelfile leaves out the stop word {word!r}, which it cannot hold; "
+                "llama.cpp itself stops at the token"
             )
     return [word for word in words if word and fits_modelfile(word)]
 
 
-# ------------------------------------------------------------------------------------------------------------------- check
+# ----------------------------------------------------------------------------------------- check
 def read_gguf(gguf, path: Path) -> tuple[dict[str, object], list[str], Callable[[str], Tensor]]:
-    """(all keys, names of the tensors, a tensor by its name) of a file that `write_gguf` wrote."""
+    """Return (all keys, names of the tensors, read(name)) of a file that `write_gguf` wrote."""
 
     class Reader(gguf.GGUFReader):
         def _build_fields(self, *given):
-            self.data = self.data.view(
-                np.ndarray
-            )  # a slice of numpy's memmap costs four times as much, and each token is one
+            # Each token is a slice, and one of numpy's memmap costs four times as much.
+            self.data = self.data.view(np.ndarray)
             return super()._build_fields(*given)
 
     reader = Reader(path)
@@ -471,7 +507,10 @@ def read_gguf(gguf, path: Path) -> tuple[dict[str, object], list[str], Callable[
 
 
 def said_by(keys: Mapping[str, object]) -> dict[str, object]:
-    """What a file's keys say of the model, by our names, as llama.cpp reads them; a set of values where several keys mean one thing and differ."""
+    """Return what a file's keys say about the model, by our names, as llama.cpp reads them.
+
+    A value is a set if several keys mean one thing and differ.
+    """
     arch = keys.get("general.architecture")
 
     def of(*names: str) -> object:
@@ -512,7 +551,10 @@ def check_keys(
     tokenizer: Tokenizer,
     vocabulary: Vocabulary,
 ) -> None:
-    """Compare what the keys of a file say with the model and its tokenizer: nothing in the tensors tells. ExportError if they differ."""
+    """Compare the keys of a file with the model and its tokenizer.
+
+    Raise ExportError if they differ. Nothing in the tensors would show a wrong key.
+    """
     wanted = dataclasses.asdict(config) | {
         "architecture": ARCHITECTURES[family],
         "head_dim": config.attention_head_dim,
@@ -550,7 +592,8 @@ def check_keys(
             f"{name} holds other tokens or merges than {tokenizer.name}: nothing was written"
         )
     print(
-        f"check: {name}: {len(said)} settings and {len(vocabulary.tokens):,} tokens read back as the model's"
+        f"check: {name}: {len(said)} settings and {len(vocabulary.tokens):,} tokens "
+        "read back as the model's"
     )
 
 
@@ -561,8 +604,12 @@ def rounded_yarn(
     ours_BTV: Tensor,
     accept: bool,
 ) -> tuple[ModelConfig, Tensor]:
-    """(config, logits) as llama.cpp has them. It rounds the ends of YaRN's ramp, gpt-oss does not, and no key of a file tells it: what it computes
-    is the model with yarn_truncate, another function. ExportError if that shows in the logits and was not accepted."""
+    """Return (config, logits) as llama.cpp has them.
+
+    llama.cpp rounds the ends of YaRN's ramp, gpt-oss does not, and no key of a file can say so.
+    What it computes is the model with yarn_truncate, which is another function. Raise ExportError
+    if the logits show it and `accept` is False.
+    """
     if config.yarn_truncate or config.rope_scaling_factor == 1:
         return config, ours_BTV
     config = dataclasses.replace(config, yarn_truncate=True)
@@ -571,7 +618,8 @@ def rounded_yarn(
     if accept:
         difference = export.largest_difference(ours_BTV, theirs_BTV)
         print(
-            f"note: {what}: there its logits differ by up to {difference:.1e} in {ids_BT.shape[1]} tokens, perhaps by more in longer texts; "
+            f"note: {what}: there its logits differ by up to {difference:.1e} in "
+            f"{ids_BT.shape[1]} tokens, perhaps by more in longer texts; "
             "the checks that follow are with them rounded"
         )
         return config, theirs_BTV
@@ -579,7 +627,8 @@ def rounded_yarn(
         check_logits("llama.cpp's YaRN", ours_BTV, theirs_BTV, config)
     except ExportError as error:
         raise ExportError(
-            f"{what}, and no key of the file tells it; {error}. --accept_rounded_yarn writes the file all the same"
+            f"{what}, and no key of the file tells it; {error}. "
+            "--accept_rounded_yarn writes the file all the same"
         ) from error
     return config, theirs_BTV
 
@@ -598,10 +647,11 @@ def check_file(
     ids_BT: Tensor,
     ours_BTV: Tensor,
 ) -> None:
-    """Compare the file's keys with the config, and what its architecture computes by them with the model.
+    """Compare the file's keys with the config, and what its architecture computes with the model.
 
-    The former by runtime/interop/published.py, without our model's code; the latter with weights rounded as those
-    of the file. ours_BTV: the model's logits of ids_BT, nothing rounded. ExportError if they differ.
+    runtime/interop/published.py computes the former, without our model's code. The model's weights
+    are rounded like those of the file. ours_BTV: the model's logits of ids_BT, nothing rounded.
+    Raise ExportError if they differ.
     """
     keys, names, read = read_gguf(gguf, path)
     check_keys(name, keys, config, family, tokenizer, vocabulary)
@@ -619,7 +669,8 @@ def check_file(
     )
     if quantize != "f32":
         print(
-            f"check: {quantize} weights instead of float32: largest logit difference {export.largest_difference(ours_BTV, expected_BTV):.1e}"
+            f"check: {quantize} weights instead of float32: largest logit difference "
+            f"{export.largest_difference(ours_BTV, expected_BTV):.1e}"
         )
     check_llama_cpp(path, tokenizer, ids_BT, expected_BTV, quantize, config)
 
@@ -627,7 +678,7 @@ def check_file(
 def run_llama_cpp(
     path: str, ids: list[int], text: str, num_threads: int
 ) -> tuple[np.ndarray, list[int]]:
-    """Logits [T, V] of `ids` and the ids of `text` in llama.cpp, its cache in float32."""
+    """Return logits [T, V] of `ids` and the ids of `text` in llama.cpp, with a float32 cache."""
     import llama_cpp
 
     T, f32 = len(ids), llama_cpp.GGML_TYPE_F32
@@ -658,13 +709,15 @@ def check_llama_cpp(
     quantize: str,
     config: ModelConfig,
 ) -> None:
-    """Run the file in llama.cpp, if llama-cpp-python is installed: the same logits and the same token ids, or ExportError."""
+    """Run the file in llama.cpp, if llama-cpp-python is installed.
+
+    Raise ExportError unless the logits and the token ids are the same.
+    """
     if importlib.util.find_spec("llama_cpp") is None:
-        print("note: not run in llama.cpp itself, for llama-cpp-python is not installed")
+        print("note: not run in llama.cpp itself, because llama-cpp-python is not installed")
         return
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")
-    ) as pool:  # of its own: what fails there ends the process
+    # A process of its own: a failure in llama.cpp ends the process.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             logits_TV, their_ids = pool.submit(
                 run_llama_cpp,
@@ -689,7 +742,8 @@ def check_llama_cpp(
             min(len(our_ids), len(their_ids)),
         )
         raise ExportError(
-            f"llama.cpp's token {at} of the check's text is {their_ids[at : at + 1]}, ours {our_ids[at : at + 1]}: nothing was written"
+            f"llama.cpp's token {at} of the check's text is {their_ids[at : at + 1]}, "
+            f"ours {our_ids[at : at + 1]}: nothing was written"
         )
     print(f"check: llama.cpp: the same {len(our_ids)} token ids")
     if quantize == "f32":
@@ -700,24 +754,27 @@ def check_llama_cpp(
         ((theirs_BTV - expected_BTV).square().mean() / expected_BTV.square().mean()).sqrt().item(),
     )
     print(
-        f"check: llama.cpp: logits differ by {100 * share:.2g} % (root mean square; {100 * tolerance:.2g} % may be), as its products with "
-        f"{quantize} weights are narrow themselves: this sees a wrong layout, and no small mistake; "
+        f"check: llama.cpp: logits differ by {100 * share:.2g} % (root mean square; "
+        f"{100 * tolerance:.2g} % is allowed), because its products with {quantize} weights are "
+        "narrow themselves: this finds a wrong layout, but no small mistake; "
         f"largest difference {export.largest_difference(expected_BTV, theirs_BTV):.1e}"
     )
     if not share <= tolerance:
         raise ExportError(
-            f"llama.cpp: logits differ by {100 * share:.2g} %, more than {100 * tolerance:.2g} %: nothing was written"
+            f"llama.cpp: logits differ by {100 * share:.2g} %, "
+            f"more than {100 * tolerance:.2g} %: nothing was written"
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- the export
+# ------------------------------------------------------------------------------------ the export
 def check_name(out: str) -> None:
-    """Raise ValueError if a file of this name cannot be written, or cannot be named in a Modelfile."""
+    """Raise ValueError if a file cannot have this name, or if a Modelfile cannot hold it."""
     if Path(out).suffix != ".gguf":
         raise ValueError(f"--out must end in .gguf, not {out!r}")
     if not fits_modelfile(Path(out).name):
         raise ValueError(
-            f"--out {out!r}: the Modelfile names the file and can hold no quotes or control characters; choose another name"
+            f"--out {out!r}: the Modelfile names the file and can hold no quotes or control "
+            "characters; choose another name"
         )
 
 
@@ -740,7 +797,8 @@ def export_model(
     matrices = [entry.kind for entry in entries if entry.part.is_matrix]
     if others := len(matrices) - matrices.count(quantize):
         print(
-            f"note: {others} of {len(matrices)} matrices are f16: {quantize} needs rows of a multiple of {BLOCK} numbers"
+            f"note: {others} of {len(matrices)} matrices are f16: "
+            f"{quantize} needs rows of a multiple of {BLOCK} numbers"
         )
     with staged(out, needed_bytes(gguf, entries, vocabulary)) as temporary:
         ids_BT = export.check_ids(tokenizer, config)
@@ -775,6 +833,7 @@ def export_model(
         )
     write_text_atomic(recipe, modelfile(out.name, config, stop_words(tokenizer)))
     print(
-        f"{out}: {ARCHITECTURES[family]}, {total_parameters(source.checkpoint.model_config):,} parameters, {quantize}, "
+        f"{out}: {ARCHITECTURES[family]}, "
+        f"{total_parameters(source.checkpoint.model_config):,} parameters, {quantize}, "
         f"{human_bytes(out.stat().st_size)}; {recipe} for Ollama"
     )

@@ -1,8 +1,9 @@
-"""Write a model as a Hugging Face folder, for transformers, vLLM and the tools around them.
+"""Write a model as a Hugging Face folder, for transformers, vLLM and similar tools.
 
-The architecture follows from the checkpoint's config: Mixtral, Qwen3-MoE or gpt-oss (runtime/interop/huggingface.py). What none of them can
-hold is refused, or exported with --custom_code as a modeling file of its own. Weights stay mapped from the checkpoint, and memory
-holds one tensor of the export at a time; the check at the end, one block.
+The architecture follows from the checkpoint's config: Mixtral, Qwen3-MoE or gpt-oss
+(runtime/interop/huggingface.py). A model that none of them can hold is an error, unless
+--custom_code exports it with its own modeling file. Weights stay mapped from the checkpoint. Memory
+holds one tensor of the export at a time, and in the final check one block.
 """
 
 from __future__ import annotations
@@ -55,11 +56,15 @@ from runtime.interop.model_card import write_card
 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TRAINING_ONLY = {"dropout", "capacity_factor", "aux_loss_coef", "z_loss_coef"}
-BESIDES_BYTES = 1 << 26  # room for the tokenizer and the model card
+# Room for the tokenizer and the model card.
+BESIDES_BYTES = 1 << 26
 
 
 def shard_bytes(text: str) -> int:
-    """Bytes of a size such as 5GB, in units of 1000 as transformers has them."""
+    """Return the bytes of a size such as 5GB, in units of 1000 as in transformers.
+
+    Raise ValueError for any other text.
+    """
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMG])B", text)
     if not match or not (
         size := int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
@@ -73,7 +78,10 @@ def shard_bytes(text: str) -> int:
 def outgoing(
     config: ModelConfig, family: str | None, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as the folder holds them, one at a time; family None: custom code. Selection biases keep float32."""
+    """Yield (name, tensor) as the folder holds them, one at a time. family None: custom code.
+
+    Expert biases (`selection_bias`) stay float32.
+    """
     for name, tensor in (
         export_tensors(config, family, weights) if family else custom_tensors(weights)
     ):
@@ -81,7 +89,7 @@ def outgoing(
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in the export's dtype. ValueError for a weight that float16 cannot hold."""
+    """Return a tensor in the export's dtype. Raise ValueError for a value beyond float16."""
     tensor = tensor.detach() if name.endswith("selection_bias") else tensor.detach().to(dtype)
     if dtype == torch.float16 and not tensor.is_meta and not tensor.isfinite().all():
         raise ValueError(f"{name} has values beyond float16's 65504: say --dtype bfloat16")
@@ -94,8 +102,11 @@ def write_weights(
     tensors: Iterator[tuple[str, Tensor]],
     limit: int,
 ) -> int:
-    """Write `tensors`, which are as those of `plan` (on the meta device) say, as safetensors of at most `limit` bytes of them each (a larger
-    tensor has one to itself), and an index if they are several. Returns how many."""
+    """Write `tensors` as safetensors files of at most `limit` bytes of tensors each.
+
+    A larger tensor has its own file. Several files also get an index. plan: the names, shapes and
+    dtypes of `tensors`, as tensors on the meta device. Return the number of files.
+    """
     shards, size = [[]], 0
     for name, like in plan:
         if shards[-1] and size + like.nbytes > limit:
@@ -127,8 +138,12 @@ def write_weights(
 def write_safetensors(
     path: Path, plan: Sequence[tuple[str, Tensor]], tensors: Iterator[tuple[str, Tensor]]
 ) -> None:
-    """Write as many of `tensors` as `plan` has, one in memory at a time. (safetensors' own save_file wants all of a file at once, and lets nobody
-    but its owner read it.) The format: length of the header, header, tensors: https://huggingface.co/docs/safetensors."""
+    """Write as many of `tensors` as `plan` has, one in memory at a time.
+
+    (safetensors' own save_file wants all tensors of a file at once, and makes a file that only its
+    owner can read.) The format: length of the header, header, tensors:
+    https://huggingface.co/docs/safetensors.
+    """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, like in plan:
         header[name] = {
@@ -140,9 +155,8 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for (name, like), (given, tensor) in zip(
-            plan, tensors, strict=False
-        ):  # the rest of `tensors` is for the next file
+        # Not strict: the rest of `tensors` is for the next file.
+        for (name, like), (given, tensor) in zip(plan, tensors, strict=False):
             assert (given, tensor.shape, tensor.dtype) == (name, like.shape, like.dtype)
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -152,7 +166,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def generation_config(source: Source) -> dict:
-    """generation_config.json: predict.py's settings, and the ids that it never draws."""
+    """Return generation_config.json: predict.py's settings, and the ids that it never draws."""
     tokenizer, d, config = source.tokenizer, PredictConfig(), source.model.config
     never = [*tokenizer.undecodable_ids, *range(tokenizer.vocabulary_size, config.vocabulary_size)]
     stops = list(tokenizer.stop_ids)
@@ -170,7 +184,10 @@ def generation_config(source: Source) -> dict:
 
 
 def config_there(folder: Path, ours: ModelConfig, family: str | None) -> ModelConfig:
-    """The model that the folder's config.json describes. ExportError unless it is `ours`, but for what acts only while training."""
+    """Return the model that the folder's config.json describes.
+
+    Raise ExportError unless it is `ours`. Fields that act only in training may differ.
+    """
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         config = model_config_from(theirs)[1] if family else ModelConfig(**theirs["gptoss"])
@@ -194,7 +211,10 @@ def config_there(folder: Path, ours: ModelConfig, family: str | None) -> ModelCo
 
 
 def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> None:
-    """Read the folder back. ExportError if config.json, a tensor or a logit is not what it was. (write_tokenizer has checked the tokens.)"""
+    """Read the folder back. Raise ExportError if config.json, a tensor or a logit has changed.
+
+    (write_tokenizer has checked the tokens.)
+    """
     config, weights, dtype = source.model.config, source.checkpoint.model, DTYPES[dtype_name]
     has, read, names = folder_tensors(folder)
     theirs = config_there(folder, config, family)
@@ -224,15 +244,18 @@ def check(folder: Path, source: Source, family: str | None, dtype_name: str) -> 
     if dtype != weights["embed.weight"].dtype:
         exact = logits_of(lazy_model(config, lambda name: weights[name].float()), ids_BT)
         print(
-            f"check: rounding the weights to {dtype_name} moves the logits by up to {largest_difference(exact, ours):.1e}; "
-            "without --dtype they stay what they are"
+            f"check: rounding the weights to {dtype_name} moves the logits by up to "
+            f"{largest_difference(exact, ours):.1e}; without --dtype they stay what they are"
         )
 
 
 def export_folder(
     source: Source, out: Path, dtype: torch.dtype, limit: int, custom_code: bool
 ) -> str:
-    """Write `source` to the folder `out`, and check it. Return what was written, for the last line."""
+    """Write `source` to the folder `out`, and check it.
+
+    limit: maximum bytes of a weights file. Return what was written, for the last line.
+    """
     config, tokenizer = source.model.config, source.tokenizer
     dtype_name = str(dtype).removeprefix("torch.")
     if not custom_code:
@@ -267,7 +290,8 @@ def export_folder(
         if family and size * dtype.itemsize % 16
     ]:
         print(
-            f"note: {' and '.join(odd)} in {dtype_name}: rows of experts are no multiple of 16 bytes, which transformers 5 needs unless "
+            f"note: {' and '.join(odd)} in {dtype_name}: rows of experts are no multiple of 16 "
+            "bytes, which transformers 5 needs unless "
             'from_pretrained is told experts_implementation="eager"'
         )
     return (

@@ -1,7 +1,7 @@
 """Make a checkpoint of a published model's folder.
 
-The import is gone through on shapes alone first, so that nothing is written of a model that does not fit; then one tensor is in
-memory at a time, however large the model.
+A rehearsal on shapes alone comes first, so that nothing is written of a model that does not fit.
+Then one tensor is in memory at a time, however large the model.
 """
 
 from __future__ import annotations
@@ -44,25 +44,32 @@ from runtime.interop.huggingface import (
 )
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-COMPUTED = ".rotary_emb.inv_freq"  # a table that older versions saved; it follows from the config
+# A table that older versions of transformers saved; it follows from the config.
+COMPUTED = ".rotary_emb.inv_freq"
 
 
 def model_folder(model: str) -> Path:
-    """The folder that --model names; a model of that name is downloaded, as safetensors, JSON and chat template alone. ValueError if there is neither."""
+    """Return the folder that --model names, or download the published model of that name.
+
+    Only safetensors, JSON and the chat template are downloaded. Raise ValueError if there is
+    neither a folder nor such a model.
+    """
     if os.path.isdir(model):
         return Path(model)
     if os.path.lexists(model) or not REPOSITORY.fullmatch(model):
         raise ValueError(
-            f"--model {model} is no folder, and no name such as mistralai/Mixtral-8x7B-v0.1"
+            f"--model {model} is neither a folder nor a Hub name such as "
+            "mistralai/Mixtral-8x7B-v0.1"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
-            f"there is no folder {model}, and to download it as a published model needs huggingface_hub: "
-            "pip install huggingface_hub"
+            f"there is no folder {model}, and to download it as a published model needs "
+            "huggingface_hub: pip install huggingface_hub"
         ) from None
-    try:  # some repositories hold the same weights once more, in folders of other programs
+    # Some repositories hold the same weights again in folders, for other programs: skip folders.
+    try:
         return Path(
             snapshot_download(
                 model,
@@ -70,15 +77,19 @@ def model_folder(model: str) -> Path:
                 ignore_patterns=["*/*"],
             )
         )
-    except Exception as error:  # each version has an HTTP client of its own, with errors of its own
+    # Each version has its own HTTP client, with its own errors.
+    except Exception as error:
         raise ValueError(
-            f"there is no folder {model}, and as a published model it could not be downloaded: {type(error).__name__}: "
-            f"{str(error)[:300]}"
+            f"there is no folder {model}, and as a published model it could not be downloaded: "
+            f"{type(error).__name__}: {str(error)[:300]}"
         ) from error
 
 
 def read_config(folder: Path) -> tuple[str, ModelConfig]:
-    """(family, our config) from a folder's config.json. ValueError, also for a folder that is none of a published model."""
+    """Return (family, our config) from a folder's config.json.
+
+    Raise ValueError for a model that ours cannot be, and for a folder without a model.
+    """
     path = folder / "config.json"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -100,9 +111,11 @@ def rehearse(
     read: Callable[[str], Tensor],
     names: list[str],
 ) -> torch.dtype:
-    """Go through the import on shapes alone. ValueError for a tensor that is missing, misshapen, or that our model has no use for.
+    """Rehearse the import on shapes alone.
 
-    Returns the dtype that holds every weight exactly: bfloat16 if they are that (or MXFP4), else float32.
+    Raise ValueError for a tensor that is missing, has another shape, or has no use in our model.
+    Return the dtype that holds every weight exactly: bfloat16 if all are bfloat16 or MXFP4, else
+    float32.
     """
     kinds, used = {name: ((tensor := read(name)).shape, tensor.dtype) for name in names}, set()
 
@@ -125,7 +138,8 @@ def rehearse(
         left.remove("lm_head.weight")
     if left:
         raise ValueError(
-            f"the folder has tensors that a {family} model of this config.json has not: {', '.join(sorted(left)[:3])}"
+            f"the folder has tensors that a {family} model of this config.json has not: "
+            + ", ".join(sorted(left)[:3])
             + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         )
     return (
@@ -138,10 +152,11 @@ def rehearse(
 def check(
     checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read: Callable[[str], Tensor]
 ) -> None:
-    """Hold a checkpoint just read from the disk against the folder, and compute with it. ExportError if anything is off.
+    """Compare a checkpoint just read from the disk with the folder, and compute its logits.
 
-    Compared is what an export would give back under the names in the folder, bit for bit: everything but stacked or MXFP4 experts,
-    whose digests alone say that the disk holds what was imported.
+    Raise ExportError if anything differs. What an export would write under the names in the folder
+    is compared bit for bit. Stacked and MXFP4 experts are not among them: for those only the
+    digests show that the disk holds what was imported.
     """
     config, compared, not_there = checkpoint.model_config, 0, 0
     for name, tensor in export_tensors(config, family, checkpoint.model):
@@ -151,10 +166,12 @@ def check(
         compared += 1
         if not torch.equal(read(name).to(tensor.dtype), tensor):
             raise ExportError(
-                f"{name} would be exported as other numbers than the folder has: nothing was written"
+                f"{name} would be exported as other numbers than the folder has: "
+                "nothing was written"
             )
     print(
-        f"check: read back from the disk, digests match; an export gives back {compared:,} tensors of the folder bit for bit"
+        "check: read back from the disk, digests match; "
+        f"an export gives back {compared:,} tensors of the folder bit for bit"
         + (f" ({not_there:,} are stored in another layout there)" if not_there else "")
     )
     if checkpoint.tokenizer_state:
@@ -175,15 +192,17 @@ def check(
     if checkpoint.tokenizer_state and ids_BT.shape[1] > 1:
         loss = F.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:]).item()
         print(
-            f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f}, "
+            f"check: cross-entropy of simple English {loss:.2f} nats per token "
+            f"(guessing has {math.log(config.vocabulary_size):.2f}, "
             "which a model of other texts need not beat)"
         )
 
 
 def import_folder(folder: Path, out: Path, dtype_name: str, run: dict) -> str:
-    """Write the checkpoint `out` of the model in `folder`, and check it. Return what was written, for the last line.
+    """Write the checkpoint `out` of the model in `folder`, and check it.
 
-    dtype_name: of DTYPES; any other name is the dtype that holds every weight exactly. run: of the checkpoint's header.
+    dtype_name: one of DTYPES, or auto for the dtype that holds every weight exactly. run: for the
+    checkpoint's header. Return what was written, for the last line.
     """
     family, config = read_config(folder)
     has, read, names = folder_tensors(folder)
@@ -192,12 +211,12 @@ def import_folder(folder: Path, out: Path, dtype_name: str, run: dict) -> str:
     tokenizer = read_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
     if tokenizer and tokenizer.vocabulary_size > config.vocabulary_size:
         raise ValueError(
-            f"{folder}: its tokenizer has {tokenizer.vocabulary_size:,} ids, and its model only {config.vocabulary_size:,}"
+            f"{folder}: its tokenizer has {tokenizer.vocabulary_size:,} ids, "
+            f"and its model only {config.vocabulary_size:,}"
         )
     weights_bytes = total_parameters(config) * dtype.itemsize
-    with staged(
-        out, weights_bytes + (weights_bytes >> 8) + (1 << 27)
-    ) as temporary:  # the tokenizer is less than 2**26 characters
+    # Room for the header as well: 1/256 of the weights, and a tokenizer of up to 2**26 characters.
+    with staged(out, weights_bytes + (weights_bytes >> 8) + (1 << 27)) as temporary:
         write_weights(
             temporary,
             config,
@@ -214,6 +233,7 @@ def import_folder(folder: Path, out: Path, dtype_name: str, run: dict) -> str:
         else f"no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer"
     )
     return (
-        f"{family}, {total_parameters(config):,} parameters as {str(dtype).removeprefix('torch.')}{rounded}, "
+        f"{family}, {total_parameters(config):,} parameters as "
+        f"{str(dtype).removeprefix('torch.')}{rounded}, "
         f"{human_bytes(out.stat().st_size)}, {about}"
     )

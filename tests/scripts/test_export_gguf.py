@@ -700,7 +700,7 @@ def test_what_llama_cpp_rounds_must_be_accepted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         "YaRN" not in out
-        and "note: not run in llama.cpp itself, for llama-cpp-python is not installed" in out
+        and "note: not run in llama.cpp itself, because llama-cpp-python is not installed" in out
     )
 
 

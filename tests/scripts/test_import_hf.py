@@ -535,7 +535,7 @@ def test_downloads_that_fail_are_one_line(tmp_path, monkeypatch):
     )
     (tmp_path / "file").touch()
     for name in ("no-such-folder", "../x/y/z", str(tmp_path / "file"), "a/-b/c", ""):
-        refused(name, tmp_path / "x.pt", "is no folder, and no name such as")
+        refused(name, tmp_path / "x.pt", "is neither a folder nor a Hub name such as")
 
 
 # --------------------------------------------------------------------------------------------------------- damage and malice

@@ -545,7 +545,7 @@ def balance(c: ModelConfig) -> str:
     )
 
 
-def binary(count: int) -> str:
+def binary(count: float) -> str:
     """Return a number of bytes in a unit of 1,024."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
@@ -633,17 +633,15 @@ def draw(config: ModelConfig, name: str = ""):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser(__doc__.splitlines()[0])
-    args.add_argument(
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument(
         "--out",
         default="public/architecture.png",
         help="picture to write (default: public/architecture.png)",
     )
-    args.add_argument(
-        "--title", default="", help="title of the picture (default: the preset's name)"
-    )
-    add_config_flags(args, ModelConfig)
-    args = args.parse_args(argv)
+    p.add_argument("--title", default="", help="title of the picture (default: the preset's name)")
+    add_config_flags(p, ModelConfig)
+    args = p.parse_args(argv)
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"--out must be a .png file, not {args.out!r}")
     if Path(args.out).is_dir():

@@ -98,10 +98,9 @@ def modeling_source() -> str:
     statements = [statement for file in FILES for statement in _statements(REPO / file)]
     names = [name for statement in statements for name in statement.defines]
     assert len(set(names)) == len(names), "two of the files define one name"
-    needed, kept = (
-        _names(ast.parse((REPO / FILES[-1]).read_text(encoding="utf-8"))).union(FILES),
-        [],
-    )
+    last = (REPO / FILES[-1]).read_text(encoding="utf-8")
+    needed = _names(ast.parse(last)).union(FILES)
+    kept: list[Statement] = []
     # A kept statement needs others: repeat until no new one is found.
     while (
         found := [s for s in statements if s.defines & needed or s.belongs_to in needed]

@@ -731,10 +731,8 @@ def check_llama_cpp(
                 f"llama.cpp does not run the file: {error}. "
                 "If its build is at fault, pip uninstall llama-cpp-python leaves this check out"
             ) from error
-    theirs_BTV, start = (
-        torch.from_numpy(logits_TV)[None],
-        [] if tokenizer.start_id is None else [tokenizer.start_id],
-    )
+    theirs_BTV = torch.from_numpy(logits_TV)[None]
+    start = [] if tokenizer.start_id is None else [tokenizer.start_id]
     our_ids = start + tokenizer.encode(export.CHECK_TEXT)
     if their_ids != our_ids:
         at = next(
@@ -749,10 +747,9 @@ def check_llama_cpp(
     if quantize == "f32":
         check_logits("llama.cpp", expected_BTV, theirs_BTV, config)
         return
-    tolerance, share = (
-        NARROW_TOLERANCE[quantize],
-        ((theirs_BTV - expected_BTV).square().mean() / expected_BTV.square().mean()).sqrt().item(),
-    )
+    tolerance = NARROW_TOLERANCE[quantize]
+    mean_square = (theirs_BTV - expected_BTV).square().mean()
+    share = (mean_square / expected_BTV.square().mean()).sqrt().item()
     print(
         f"check: llama.cpp: logits differ by {100 * share:.2g} % (root mean square; "
         f"{100 * tolerance:.2g} % is allowed), because its products with {quantize} weights are "
@@ -783,11 +780,8 @@ def export_model(
 ) -> None:
     """Write `source` to `out`, check it, and write its Modelfile to `recipe`."""
     gguf = import_gguf()
-    config, weights, tokenizer = (
-        source.checkpoint.model_config,
-        source.checkpoint.model,
-        source.tokenizer,
-    )
+    config, tokenizer = source.checkpoint.model_config, source.tokenizer
+    weights: Mapping[str, Tensor] = source.checkpoint.model
     KNOWS.check(source.model)
     family = family_of(config)
     check_windows(config, family)

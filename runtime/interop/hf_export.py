@@ -107,7 +107,8 @@ def write_weights(
     A larger tensor has its own file. Several files also get an index. plan: the names, shapes and
     dtypes of `tensors`, as tensors on the meta device. Return the number of files.
     """
-    shards, size = [[]], 0
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    size = 0
     for name, like in plan:
         if shards[-1] and size + like.nbytes > limit:
             shards.append([])
@@ -144,7 +145,8 @@ def write_safetensors(
     owner can read.) The format: length of the header, header, tensors:
     https://huggingface.co/docs/safetensors.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, like in plan:
         header[name] = {
             "dtype": KINDS[like.dtype],

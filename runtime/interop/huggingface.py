@@ -345,7 +345,7 @@ def _table(hf: dict, key: str) -> dict:
 
 def _rope_from(hf: dict) -> tuple[str, float, int, float, bool]:
     """Return (rope_scaling, rope_scaling_factor, context_length, rope_theta, yarn_truncate)."""
-    rope = {}
+    rope: dict = {}
     # transformers 5 has the first table, transformers 4 the others.
     for table in (
         _table(hf, "rope_parameters"),

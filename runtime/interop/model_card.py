@@ -85,16 +85,11 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
     There are plots if the run's metrics are found and matplotlib is installed. family None: custom
     code.
     """
-    checkpoint, config, is_ours = (
-        source.checkpoint,
-        source.model.config,
-        not source.tokenizer.name.startswith(IMPORTED),
-    )
+    checkpoint, config = source.checkpoint, source.model.config
+    is_ours = not source.tokenizer.name.startswith(IMPORTED)
     records, info = _metrics(checkpoint)
-    has_record, validation = (
-        bool(checkpoint.train_config or checkpoint.is_reference_format),
-        _validation(checkpoint),
-    )
+    has_record = bool(checkpoint.train_config or checkpoint.is_reference_format)
+    validation = _validation(checkpoint)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -382,11 +377,9 @@ def _loss_table(records: list[dict]) -> str:
 
     It has at most MOST_ROWS rows, the first and the last validation among them.
     """
-    heads, rows, train_loss = (
-        ["step", "tokens", "training loss", "validation loss", "perplexity", "bits per byte"],
-        [],
-        None,
-    )
+    heads = ["step", "tokens", "training loss", "validation loss", "perplexity", "bits per byte"]
+    rows: list[list[str]] = []
+    train_loss = None
     # The sort is stable: a step's training record stays before its validation.
     for record in sorted(records, key=lambda record: record["step"]):
         if record["kind"] == "train":

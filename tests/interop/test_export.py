@@ -174,7 +174,7 @@ def test_what_a_kill_left_is_named(tmp_path, capsys):
     with staged(tmp_path / "out", 10) as path:
         path.touch()
     assert (
-        ".out.partial-abc is of an export that was killed" in capsys.readouterr().err
+        ".out.partial-abc is the leftover of an interrupted export" in capsys.readouterr().err
         and (tmp_path / ".out.partial-abc").exists()
     )
 

@@ -91,7 +91,7 @@ def test_all_parameters_are_the_closed_forms(name):
     shown = [t.get_text() for t in draw(config).axes[0].texts]
     legend = shown[shown.index("Where the parameters are") :]
     for part, count in parameter_counts(config).items():
-        label = {"attention bias table": "position table"}.get(part, part)
+        label = {"attention bias table": "learned bias"}.get(part, part)
         assert (
             (legend[legend.index(label) + 1] == human(count)) if count else (label not in legend)
         ), part
@@ -121,7 +121,7 @@ def test_the_bar_is_to_scale():
     "field, value, with_it, without_it",
     [
         ("use_attention_bias", True, "32 × 2,048 × 2,048", ""),
-        ("use_attention_bias", False, "", "table"),
+        ("use_attention_bias", False, "", "Learned bias"),
         ("qk_norm", True, "QK-norm", ""),
         ("qk_norm", False, "", "QK-norm"),
         ("use_rope", False, "", "RoPE"),

@@ -28,7 +28,7 @@ HEALTHY_LOAD = (
 )  # of its fair share: an expert below learns little, one above is a bottleneck
 
 
-# -------------------------------------------------------------------------------------------------- records <-> lines
+# -------------------------------------------------------------------------------- records <-> lines
 def to_json(value):
     """`value` as plain JSON types and whether a number in it was not finite: such numbers become None.
 
@@ -116,7 +116,7 @@ def read_records(path: str | Path) -> Iterator[dict]:
     return (record for _, record in _good_lines(Path(path)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- log
+# ---------------------------------------------------------------------------------------------- log
 class MetricsLog:
     """Append-only measurements of one run in `folder`.
 
@@ -398,7 +398,7 @@ class MetricsLog:
             sink.finish()
 
 
-# -------------------------------------------------------------------------------------------------------------- mirrors
+# ------------------------------------------------------------------------------------------ mirrors
 def flatten(record: dict) -> dict[str, float]:
     """A record as named scalars: `train/loss`, ..., and per block `router/block_00/entropy`, `.../load_min`, `.../load_max`,
     `.../dropped_share`. Nulls are left out."""

@@ -15,9 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from config_model import TrainConfig
 from runtime.base.device import DTYPES, choose_dtype
-from runtime.checkpoint.optimizer_state import (
-    initialise_state,
-)
+from runtime.checkpoint.optimizer_state import initialise_state
 
 STACKED_BIASES = (
     "b_in",
@@ -49,7 +47,7 @@ POLAR_EXPRESS = (
 POLAR_EXPRESS_MARGIN = 1.01
 
 
-# ----------------------------------------------------------------------------------------------- which tensors get what
+# --------------------------------------------------------------------------- which tensors get what
 def decays(name: str, parameter: Tensor) -> bool:
     """The rule: what has two or more dimensions decays, unless it is a stack of biases.
 
@@ -131,7 +129,7 @@ def build_adamw(model: nn.Module, config: TrainConfig) -> AdamW:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024) for the groups that have a momentum, AdamW for the others.
 

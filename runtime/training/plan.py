@@ -32,9 +32,7 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checks import known
 from runtime.training.memory import training_memory_bytes
-from runtime.training.state import (
-    RunState,
-)
+from runtime.training.state import RunState
 from runtime.training.task import Task
 
 # With --resume these may be given anew; every other setting is the run's and must stay what it is.

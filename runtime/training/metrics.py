@@ -407,6 +407,9 @@ def flatten(record: dict) -> dict[str, float]:
         for key, value in record.items()
         if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+    for name, value in (record.get("score") or {}).items():
+        if value is not None:
+            flat[f"{record['kind']}/{name}"] = value
     for block, loads in enumerate(record.get("expert_load") or []):
         loads = [load for load in loads if load is not None]
         if loads:

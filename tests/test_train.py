@@ -219,7 +219,8 @@ def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
     assert run("--max_steps", "60", "--save_interval", "5") == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"\d\d steps in a row were skipped \(step \d\d\), for their gradients were not finite: back to step 10, and on behind the data met since \(rollback 1 of at most 2\)",
+        r"\d\d steps in a row were skipped \(step \d\d\), because their gradients were not finite: "
+        r"back to step 10, continuing after the data already used \(rollback 1 of at most 2\)",
         out,
     )
     final = run.final()
@@ -696,7 +697,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(long_straight, r
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + number and "Traceback" not in output
-    assert f"go on with: python train.py --resume --ckpt_dir {run.ckpt_dir}" in output
+    assert f"continue with: python train.py --resume --ckpt_dir {run.ckpt_dir}" in output
     stopped = run.final().step
     assert f"stopped after step {stopped}," in output and 0 < stopped < 150
     resumed = start(run, "--resume")
@@ -786,7 +787,7 @@ def test_fewer_steps_than_taken_are_refused_and_as_many_are_done(run, capsys):
     before = (run.ckpt_dir / "latest.pt").read_bytes()
     assert run("--resume", fresh=False) == 0  # scripts that resume until a run is done get their 0
     assert (
-        "done already" in capsys.readouterr().out
+        "training is already complete" in capsys.readouterr().out
         and (run.ckpt_dir / "latest.pt").read_bytes() == before
     )
 
@@ -795,7 +796,7 @@ def test_extending_a_run_says_what_the_learning_rate_does(run, capsys):
     assert run("--max_steps", 8) == 0
     assert run("--resume", "--max_steps", "16", fresh=False) == 0
     assert re.search(
-        r"max_steps 8 -> 16: the learning rate goes on from 0.00\d+ .before: 0.001",
+        r"max_steps 8 -> 16: the learning rate continues at 0.00\d+ .before: 0.001",
         capsys.readouterr().out,
     )
 

@@ -1,9 +1,10 @@
-"""Generation at the speed of the machine: many texts at once, of any lengths, each in a KV cache of its own that is kept and reused.
+"""Generate at the machine's speed: many sequences at once, each in a KV cache that is kept.
 
-`Decoder` runs a finished plain LLM, in one of three ways that give the same logits: by the native code of runtime/inference/cpu_decode.c
-(float32 on a CPU), by one captured CUDA graph a token, or by a few PyTorch operations (`decode_step`) anywhere else. A model that
-none of them knows is stepped through by its own forward pass. `generate` is model.generate for many texts, with reuse of what is in the
-caches and with prompt look-up.
+`Decoder` runs a finished plain LLM in one of three ways that give the same logits: by the C kernel
+of runtime/inference/cpu_decode.c (float32 on a CPU), by one captured CUDA graph a token, or by a
+few PyTorch operations (`decode_step`) anywhere else. A model that none of them knows is stepped through
+by its own forward pass. `generate` is model.generate for many sequences; it reuses what is in the
+caches and can guess tokens by prompt-lookup decoding.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,27 +38,29 @@ from runtime.inference import asked
 from runtime.inference.cpu_decode import native_model
 from runtime.inference.quantize import is_packed, unpack
 
-MOST_NATIVE_ROWS = (
-    512  # of a prompt at once: with more, PyTorch's matrix products are the faster ones
-)
-GRAPH_SPAN = 256  # a CUDA graph reads so much of the cache, or 2, 4, ... times as much
+# Tokens of a prompt at once: with more, PyTorch's matrix products are the faster ones.
+MOST_NATIVE_ROWS = 512
+# A CUDA graph reads so many slots of the cache, or 2, 4, ... times as many.
+GRAPH_SPAN = 256
 KNOWS = Known(
     "decode_step",
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
     TENSORS | PACKED_TENSORS,
 )
 NOT_ASKED_FOR = "it was not asked for"
-# Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an H100),
-# and tuning takes a minute.
+# Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an
+# H100), and tuning takes a minute.
 TUNED_BYTES = 1 << 26
-LONGEST_MATCH = (
-    4  # tokens at the end of a text that prompt look-up searches for earlier in it, down to 2
-)
+# Tokens at the end of a text that prompt-lookup decoding searches for earlier in it, down to 2.
+LONGEST_MATCH = 4
 
 
 @dataclass
 class Text:
-    """A text that is being continued: its cache holds keys and values of the first `cache.length` of `ids`."""
+    """A sequence that is being continued.
+
+    Its cache holds keys and values of the first `cache.length` of `ids`.
+    """
 
     cache: KVCache
     ids: list[int] = field(default_factory=list)
@@ -65,24 +69,35 @@ class Text:
 class Decoder:
     """A model ready to generate.
 
-    native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a while at
-    the first token. weights: digest of the model's file, "" if it has none.
+    native: False keeps to PyTorch. compile: fuse the operations of a CUDA graph, which takes a
+    while at the first token. weights: digest of the model's file, "" if it has none.
 
-    Each fast way is asked for a few tokens here (runtime/inference/asked.py). Where it does not know the model, or
-    gives other logits, the next one is used: the C decoder, decode_step, the plain model with its cache.
+    Each fast way is asked for a few tokens here (runtime/inference/asked.py). Where it does not
+    know the model, or gives other logits, the next one is used: the C decoder, decode_step, the
+    plain model with its cache.
     """
 
     def __init__(self, model: LLM, native: bool = True, compile: bool = False, weights: str = ""):
         self.model, self.config, self.device = model.eval(), model.config, model.embed.weight.device
+        self.native: Any
         self.native, self.why_not_native = native_model(model) if native else (None, NOT_ASKED_FOR)
-        self.why_not_step = KNOWS.why_not(model)  # "": decode_step knows the model
-        self.compiles, self._graphs, self._whole = compile, {}, None
-        self._is_packed = is_packed(model)  # then PyTorch has to unpack every matrix that it uses
+        # "": decode_step knows the model.
+        self.why_not_step = KNOWS.why_not(model)
+        self.compiles = compile
+        self._graphs: dict[int, tuple] = {}
+        # The cache of all texts, made by `texts`, and what asked.settle says.
+        self._whole: Any = None
+        self.kernel_notes: list[str] = []
+        # Then PyTorch has to unpack every matrix that it uses.
+        self._is_packed = is_packed(model)
         asked.settle(self, decode_step, KNOWS, weights)
 
     @property
     def note(self) -> str:
-        """What a user should know of how this decodes, in one line; "" for a fast way, and for a slower one that was asked for."""
+        """What a user should know of how this decodes, in one line.
+
+        "" for a fast way, and for a slower one that was asked for.
+        """
         lines = [*self.kernel_notes]
         is_wanted = self.device.type != "cpu" or self.why_not_native == NOT_ASKED_FOR
         if self.native is None and self.why_not_step:
@@ -93,16 +108,15 @@ class Decoder:
         return "; ".join(lines)
 
     def texts(self, count: int, max_tokens: int) -> list[Text]:
-        """`count` empty texts with room for `max_tokens` each; those of an earlier call are no longer valid."""
-        self._whole, self._caches, self._graphs = (
-            None,
-            [],
-            {},
-        )  # first, so that both are never there at once
-        # One place more: where a step has texts that take no part, they write behind their end.
-        self._whole = KVCache(
-            self.config, count, max_tokens + 1, self.model.embed.weight.dtype, self.device
-        )
+        """Return `count` empty texts with room for `max_tokens` each.
+
+        Those of an earlier call are no longer valid.
+        """
+        # First, so that both are never in memory at once.
+        self._whole, self._caches, self._graphs = None, [], {}
+        # One slot more: where a step has texts that take no part, they write after their end.
+        dtype = self.model.embed.weight.dtype
+        self._whole = KVCache(self.config, count, max_tokens + 1, dtype, self.device)
         self._caches = self._whole.rows()
         self._row = {id(cache): row for row, cache in enumerate(self._caches)}
         for cache in self._caches:
@@ -110,7 +124,7 @@ class Decoder:
         return [Text(cache) for cache in self._caches]
 
     def forget(self) -> None:
-        """Empty all texts, and leave nothing of what they held: a NaN behind the end of a text would count there, times 0."""
+        """Reset and zero all caches: 0 * NaN is NaN, so stale values past the end would leak."""
         for cache in self._caches:
             cache.reset()
         for tensor in self._whole.keys + self._whole.values:
@@ -118,30 +132,29 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, text: Text, ids: list[int], all_logits: bool = False) -> Tensor:
-        """Make `ids` the text; logits [1, V] of its last token, or [T, V] of all tokens that were not in the cache.
+        """Make `ids` the text; return logits [1, V] of its last token.
 
-        What the cache holds of it is not computed again, unless a ring has overwritten what that would need.
+        all_logits: [T, V] of all tokens that were not in the cache. What the cache holds is not
+        computed again, unless a ring buffer has overwritten what that would need.
         """
         new = self._begin(text, ids)
         with _safe([text.cache]):
             if self._reads_natively(text, new):
-                chunks = [
-                    new[first : first + MOST_NATIVE_ROWS]
-                    for first in range(0, len(new), MOST_NATIVE_ROWS)
-                ]
+                firsts = range(0, len(new), MOST_NATIVE_ROWS)
+                chunks = [new[first : first + MOST_NATIVE_ROWS] for first in firsts]
                 logits = [
                     self.native.forward([text.cache], [chunk], all_logits) for chunk in chunks
                 ]
                 return torch.cat(logits) if all_logits else logits[-1]
-            return self.model(
-                torch.tensor([new], device=self.device),
-                cache=text.cache,
-                last_token_only=not all_logits,
-            ).logits[0]
+            ids_1T = torch.tensor([new], device=self.device)
+            return self.model(ids_1T, cache=text.cache, last_token_only=not all_logits).logits[0]
 
     @torch.inference_mode()
     def read_all(self, texts: Sequence[Text], ids: Sequence[list[int]]) -> Tensor:
-        """`read` for several texts: logits [B, V] of their last tokens. Short ones pass together, so that each weight is read once for them."""
+        """`read` for several texts: return logits [B, V] of their last tokens.
+
+        Short ones pass together, so that each weight is read once for them.
+        """
         logits: dict[int, Tensor] = {}
         group: list[int] = []
         new = [self._begin(text, own) for text, own in zip(texts, ids, strict=True)]
@@ -149,9 +162,8 @@ class Decoder:
         def pass_group() -> None:
             caches = [texts[i].cache for i in group]
             with _safe(caches):
-                logits.update(
-                    zip(group, self.native.forward(caches, [new[i] for i in group]), strict=True)
-                )
+                rows = self.native.forward(caches, [new[i] for i in group])
+                logits.update(zip(group, rows, strict=True))
             group.clear()
 
         for i, text in enumerate(texts):
@@ -166,31 +178,32 @@ class Decoder:
         return torch.stack([logits[i] for i in range(len(texts))])
 
     def _begin(self, text: Text, ids: list[int]) -> list[int]:
-        """Make `ids` the text and wind its cache back to what they share; the ids that are to be read."""
+        """Make `ids` the text, rewind its cache to what they share; return the ids to read."""
         pairs = zip(ids[:-1], text.ids[: text.cache.length], strict=False)
-        if not text.cache.rewind(
-            sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        ):
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if not text.cache.rewind(shared):
             text.cache.reset()
         text.ids = ids
         return ids[text.cache.length :]
 
     def _reads_natively(self, text: Text, new: list[int]) -> bool:
-        return self.native is not None and (
-            len(new) == 1
-            or ((len(new) <= MOST_NATIVE_ROWS or self._is_packed) and not any(text.cache.is_ring))
-        )
+        if self.native is None:
+            return False
+        is_short = len(new) <= MOST_NATIVE_ROWS or self._is_packed
+        return len(new) == 1 or (is_short and not any(text.cache.is_ring))
 
     @torch.inference_mode()
     def step(self, texts: Sequence[Text], ids_B: Tensor) -> Tensor:
-        """Logits [B, V] after one more token for each of some texts that are all in the cache. ids [B] int64; on a GPU the host does not wait for them."""
+        """Return logits [B, V] after one more token for each of some texts.
+
+        ids [B] int64; on a GPU the host does not wait for them. All tokens of the texts are in
+        their caches.
+        """
         caches = [text.cache for text in texts]
         with _safe(caches):
-            return (
-                self.native.forward(caches, ids_B[:, None].tolist())
-                if self.native
-                else self._step(caches, ids_B)
-            )
+            if self.native:
+                return self.native.forward(caches, ids_B[:, None].tolist())
+            return self._step(caches, ids_B)
 
     def _step(self, caches: list[KVCache], ids_B: Tensor) -> Tensor:
         for cache in caches:
@@ -202,39 +215,34 @@ class Decoder:
             return torch.cat(
                 [self.model(id_11, cache=cache).logits[:, -1] for id_11, cache in pairs]
             )
-        B, positions, rows = (
-            len(self._caches),
-            [cache.length for cache in self._caches],
-            [self._row[id(cache)] for cache in caches],
-        )
+        B = len(self._caches)
+        positions = [cache.length for cache in self._caches]
+        rows = [self._row[id(cache)] for cache in caches]
+        takes_all = rows == list(range(B))
         span = max(positions[row] for row in rows) + 1
         ids, where = ids_B.clamp(min=0), self._to_device(positions)
-        if rows != list(range(B)):
+        if not takes_all:
             ids = torch.zeros(B, dtype=torch.int64, device=self.device).index_copy_(
                 0, self._to_device(rows), ids
             )
-        logits_BV = (
-            self._replay(ids, where, span)
-            if self.device.type == "cuda"
-            else decode_step(self.model, self._whole, ids, where, span)
-        )
+        if self.device.type == "cuda":
+            logits_BV = self._replay(ids, where, span)
+        else:
+            logits_BV = decode_step(self.model, self._whole, ids, where, span)
         for cache in caches:
             cache.advance(1)
-        return logits_BV if rows == list(range(B)) else logits_BV[self._to_device(rows)]
+        return logits_BV if takes_all else logits_BV[self._to_device(rows)]
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         tensor = torch.tensor(numbers)
-        return (
-            tensor.pin_memory().to(self.device, non_blocking=True)
-            if self.device.type == "cuda"
-            else tensor.to(self.device)
-        )
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _replay(self, ids_B: Tensor, positions_B: Tensor, span: int) -> Tensor:
-        """`decode_step` as a CUDA graph, one for each of GRAPH_SPAN, twice that, ... places of the cache that are read."""
-        span = min(
-            self._whole.max_tokens, GRAPH_SPAN << max(0, -(-span // GRAPH_SPAN) - 1).bit_length()
-        )
+        """Run `decode_step` as a CUDA graph: one for each of GRAPH_SPAN, twice that, ... slots."""
+        doublings = max(0, -(-span // GRAPH_SPAN) - 1).bit_length()
+        span = min(self._whole.max_tokens, GRAPH_SPAN << doublings)
         if span not in self._graphs:
             self._graphs[span] = self._capture(ids_B, positions_B, span)
         graph, ids, positions, logits, _ = self._graphs[span]
@@ -244,7 +252,7 @@ class Decoder:
         return logits.clone()
 
     def _capture(self, ids_B: Tensor, positions_B: Tensor, span: int):
-        """(graph, its ids [B], its positions [B], its logits [B, V], its function).
+        """Return (graph, its ids [B], its positions [B], its logits [B, V], its function).
 
         The runs before the capture write what the first replay will write again.
         """
@@ -260,9 +268,8 @@ class Decoder:
                 function(self.model, self._whole, ids, positions, span)
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        pool = (
-            next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-        )  # one memory for all: a replay's logits are copied before the next
+        # One memory for all graphs: a replay's logits are copied before the next.
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
             logits = function(self.model, self._whole, ids, positions, span)
         # What was compiled lives as long as the graph that runs it.
@@ -271,7 +278,10 @@ class Decoder:
 
 @contextlib.contextmanager
 def _safe(caches: Sequence[KVCache]) -> Iterator[None]:
-    """A pass that breaks off (Ctrl-C, out of memory) counts for nothing, but may have overwritten what a ring held: then all of it is forgotten."""
+    """If a forward pass is interrupted, discard it.
+
+    Ring buffers, which may be half overwritten, are cleared.
+    """
     try:
         yield
     except BaseException:
@@ -283,7 +293,10 @@ def _safe(caches: Sequence[KVCache]) -> Iterator[None]:
 
 @torch.inference_mode()
 def router_choices(model: LLM, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(experts [L, T, K] int64, gates [L, T, K] float32): where the routers send each token of a text, and with which weights."""
+    """Return where the routers send each token of a text, and with which routing weights.
+
+    (experts [L, T, K] int64, weights [L, T, K] float32).
+    """
     chosen: list[tuple[Tensor, Tensor]] = []
     hooks = [
         block.moe.router.register_forward_hook(lambda module, given, out: chosen.append(out[:2]))
@@ -298,7 +311,7 @@ def router_choices(model: LLM, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     return experts, weights.float()
 
 
-# ----------------------------------------------------------------------------------------------- one token for each text
+# -------------------------------------------------------------------------- one token for each text
 class RowCache:
     """A KVCache whose rows are at positions of their own, for one more token of each.
 
@@ -390,59 +403,104 @@ def compiled_step(span: int, tunes: bool) -> Callable[..., Tensor]:
 
 
 def _experts(block: Block, h_BC: Tensor) -> Tensor:
-    """The mixture of experts for a few rows. On a GPU without asking which experts were chosen: by reading the matrices of the chosen ones alone, or, where
-    those would be all, by asking every expert about every row and weighing with 0."""
+    """Return the mixture of experts of a few rows.
+
+    On a GPU without asking which experts were chosen: read the matrices of the chosen ones alone,
+    or, where those would be all, ask every expert about every row and weigh with 0.
+    """
     moe, experts = block.moe, block.moe.experts
     K, num_experts = moe.router.top_k, len(moe.router.weight)
-    if not h_BC.is_cuda or (experts.grouped and len(h_BC) * K >= num_experts):
+    is_all = len(h_BC) * K >= num_experts
+    if not h_BC.is_cuda or (experts.grouped and is_all):
         return moe(h_BC[:, None])[0][:, 0]
     weights_BK, experts_BK, _, _ = moe.router(h_BC)
-    if len(h_BC) * K >= num_experts:
+    if is_all:
         weights_BE = torch.zeros(
             len(h_BC), num_experts, dtype=weights_BK.dtype, device=h_BC.device
         ).scatter_(1, experts_BK, weights_BK)
-        h_EBI = h_BC @ experts.w_in.transpose(1, 2) + (
-            0 if experts.b_in is None else experts.b_in[:, None]
-        )
-        y_EBC = activate(h_EBI, experts.activation) @ experts.w_out.transpose(1, 2) + (
-            0 if experts.b_out is None else experts.b_out[:, None]
-        )
+        h_EBI = h_BC @ experts.w_in.transpose(1, 2)
+        h_EBI = h_EBI + (0 if experts.b_in is None else experts.b_in[:, None])
+        y_EBC = activate(h_EBI, experts.activation) @ experts.w_out.transpose(1, 2)
+        y_EBC = y_EBC + (0 if experts.b_out is None else experts.b_out[:, None])
         return (y_EBC * weights_BE.T[:, :, None]).sum(dim=0).to(h_BC.dtype)
     h_BKI = _chosen_linear(experts, "in", experts_BK, h_BC[:, None].expand(-1, K, -1))
-    return (
-        (
-            _chosen_linear(experts, "out", experts_BK, activate(h_BKI, experts.activation))
-            * weights_BK[:, :, None]
-        )
-        .sum(dim=1)
-        .to(h_BC.dtype)
-    )
+    h_BKF = activate(h_BKI, experts.activation)
+    y_BKC = _chosen_linear(experts, "out", experts_BK, h_BKF)
+    return (y_BKC * weights_BK[:, :, None]).sum(dim=1).to(h_BC.dtype)
 
 
 def _chosen_linear(experts, which: str, experts_BK: Tensor, x_BKI: Tensor) -> Tensor:
-    """x [B, K, I] times the chosen experts' matrices, plus their biases: [B, K, O]. Compiled, the matrices are read where they are."""
+    """Return x [B, K, I] times the chosen experts' matrices, plus their biases: [B, K, O].
+
+    Compiled, the matrices are read where they are.
+    """
     packed = getattr(experts, f"w_{which}_packed", None)
     if packed is None:
         w_BKOI = getattr(experts, f"w_{which}")[experts_BK]
     else:
-        w_BKOI = unpack(
-            packed[experts_BK], getattr(experts, f"w_{which}_scale")[experts_BK], x_BKI.dtype
-        )
-    y_BKO = (
-        _products(w_BKOI, x_BKI)
-        if torch.compiler.is_compiling()
-        else (w_BKOI @ x_BKI[..., None])[..., 0]
-    )
+        scale_BKO1 = getattr(experts, f"w_{which}_scale")[experts_BK]
+        w_BKOI = unpack(packed[experts_BK], scale_BKO1, x_BKI.dtype)
+    if torch.compiler.is_compiling():
+        y_BKO = _products(w_BKOI, x_BKI)
+    else:
+        y_BKO = (w_BKOI @ x_BKI[..., None])[..., 0]
     bias_EO = getattr(experts, f"b_{which}")
     return y_BKO if bias_EO is None else y_BKO + bias_EO[experts_BK]
 
 
 def _products(w_OI: Tensor, x_I: Tensor) -> Tensor:
-    """Matrices [..., O, I] times vectors [..., I] as sums of products, which the compiler makes one pass that reads the matrices where they are."""
+    """Return matrices [..., O, I] times vectors [..., I] as sums of products.
+
+    The compiler makes that one pass, which reads the matrices where they are.
+    """
     return (w_OI * x_I[..., None, :]).sum(dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
+@dataclass
+class Drawing:
+    """How tokens are drawn: the settings of model.sample, and which ids end or never come."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop_ids: Sequence[int]
+    banned_ids: Sequence[int]
+    generators: Sequence[torch.Generator] | None
+    device: torch.device
+
+    def __post_init__(self):
+        check_sampling(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        )
+        self.stops, self.banned = (
+            torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+            for ids in (self.stop_ids, self.banned_ids)
+        )
+
+    def __call__(self, rows: list[int], ids: list[list[int]], logits_BV: Tensor) -> Tensor:
+        """Draw the next id [B] of some rows, whose tokens so far are `ids[row]`."""
+        if self.repetition_penalty != 1.0:
+            logits_BV = torch.cat(
+                [
+                    self._penalised(ids[row], logits_V)
+                    for row, logits_V in zip(rows, logits_BV, strict=True)
+                ]
+            )
+        generators = [self.generators[row] for row in rows] if self.generators else None
+        return sample(
+            logits_BV, self.temperature, self.top_k, self.top_p, self.banned, generators, self.min_p
+        )
+
+    def _penalised(self, ids: list[int], logits_V: Tensor) -> Tensor:
+        seen_1T = torch.tensor([ids], device=self.device)
+        return penalise_repetition(
+            logits_V[None].float(), seen_1T, self.repetition_penalty, self.stops
+        )
+
+
 def generate(
     decoder: Decoder,
     texts: Sequence[Text],
@@ -461,139 +519,175 @@ def generate(
     lookup: int = 0,
     finished: set[int] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Continue a prompt (ids, not empty) in each text; yields (row, id) of the rows that go on, as soon as ids are drawn.
+    """Continue a prompt (ids, not empty) in each text; yield (row, id) as soon as ids are drawn.
 
-    Settings, sliding and stopping are model.generate's, for each row by itself: what a row draws depends on its prompt and its
-    generator alone, up to the rounding of logits. A row ends with a stop id (which is yielded), at a full context without `slide`, or when the caller puts it into
-    `finished`. Prompts are cut to their last context_length tokens. What the texts' caches hold is reused.
+    Settings, sliding and stopping are model.generate's, for each row by itself: what a row draws
+    depends on its prompt and its generator alone, up to the rounding of logits. A row ends with a
+    stop id (which is yielded), at a full context without `slide`, or when the caller puts it into
+    `finished`. Prompts are cut to their last context_length tokens. What the texts' caches hold is
+    reused.
 
-    lookup: with one row left, guess that many tokens from an earlier occurrence of the last ones, and check them in one pass
-    (Saxena 2023, "prompt lookup decoding"). Each token is still drawn from the model's own distribution given what precedes it,
-    with the noise that it would have had: the same text, up to the rounding of logits. ValueError with rings in the cache.
+    lookup: with one row left, guess that many tokens from an earlier occurrence of the last ones,
+    and check them in one pass (Saxena 2023, "prompt lookup decoding"). Each token is still drawn
+    from the model's own distribution given what precedes it, with the noise that it would have had:
+    the same text, up to the rounding of logits. ValueError with ring buffers in the cache.
     """
-    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    draw = Drawing(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        stop_ids,
+        banned_ids,
+        generators,
+        decoder.device,
+    )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     if lookup and any(texts[0].cache.is_ring):
         raise ValueError(
-            "lookup takes back tokens, and this model's windowed blocks keep only their window: leave lookup out"
+            "lookup takes back tokens, and this model's windowed blocks keep only their window: "
+            "leave lookup out"
         )
     if max_new_tokens == 0 or not texts:
         return
-    context, device = decoder.config.context_length, decoder.device
     finished = set() if finished is None else finished
-    banned, stops = (
-        torch.tensor(list(numbers), dtype=torch.int64, device=device)
-        for numbers in (banned_ids, stop_ids)
-    )
-    ids = [
-        list(prompt[-context:]) for prompt in prompts
-    ]  # of each row: what the model is to see; the very list that its text has
-    num_drawn = [0] * len(texts)
+    run = _Generation(decoder, texts, prompts, max_new_tokens, draw, slide, finished)
+    yield from run.in_steps(stop_at_one=lookup > 0)
+    # At most one row is left, and that with prompt-lookup decoding.
+    for row in run.unfinished():
+        yield from run.by_lookup(row, lookup)
 
-    def read(rows: list[int]) -> Tensor:
-        """Logits [rows, V] for texts from whatever their caches hold; one that is too long goes on from the newer half of the context."""
+
+class _Generation:
+    """The rows that `generate` continues.
+
+    ids: of each row, what the model is to see; the very list that its text has.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        texts: Sequence[Text],
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        draw: Drawing,
+        slide: bool,
+        finished: set[int],
+    ):
+        self.decoder, self.texts, self.draw = decoder, texts, draw
+        self.max_new_tokens, self.slide, self.finished = max_new_tokens, slide, finished
+        self.context = decoder.config.context_length
+        self.ids = [list(prompt[-self.context :]) for prompt in prompts]
+        self.num_drawn = [0] * len(texts)
+
+    def unfinished(self) -> list[int]:
+        """Return the rows that continue."""
+        return [row for row in range(len(self.texts)) if row not in self.finished]
+
+    def read(self, rows: list[int]) -> Tensor:
+        """Return logits [rows, V], reading what their caches do not hold.
+
+        A text that is too long continues from the newer half of the context.
+        """
         for row in rows:
-            if len(ids[row]) > context:
-                ids[row] = ids[row][-max(1, context // 2) :]
-        return decoder.read_all([texts[row] for row in rows], [ids[row] for row in rows])
-
-    def draw(rows: list[int], logits_BV: Tensor) -> Tensor:
-        if repetition_penalty != 1.0:
-            logits_BV = torch.cat(
-                [
-                    penalise_repetition(
-                        logits_V[None].float(),
-                        torch.tensor([ids[row]], device=device),
-                        repetition_penalty,
-                        stops,
-                    )
-                    for row, logits_V in zip(rows, logits_BV, strict=True)
-                ]
-            )
-        return sample(
-            logits_BV,
-            temperature,
-            top_k,
-            top_p,
-            banned,
-            [generators[row] for row in rows] if generators else None,
-            min_p,
+            if len(self.ids[row]) > self.context:
+                self.ids[row] = self.ids[row][-max(1, self.context // 2) :]
+        return self.decoder.read_all(
+            [self.texts[row] for row in rows], [self.ids[row] for row in rows]
         )
 
-    def take(rows: list[int], drawn: list[int]) -> list[tuple[int, int]]:
+    def step(self, rows: list[int], ids_B: Tensor) -> Tensor:
+        """Return logits [rows, V] after one more token of each."""
+        return self.decoder.step([self.texts[row] for row in rows], ids_B)
+
+    def take(self, rows: list[int], drawn: list[int]) -> list[tuple[int, int]]:
+        """Append what was drawn, note which rows end with it, and return the pairs."""
         try:
             check_drawn(drawn)
         except ValueError:
-            decoder.forget()
+            self.decoder.forget()
             raise
         for row, token in zip(rows, drawn, strict=True):
-            ids[row].append(token)
-            num_drawn[row] += 1
-            if (
-                token in stop_ids
-                or num_drawn[row] == max_new_tokens
-                or (len(ids[row]) > context and not slide)
-            ):
-                finished.add(row)
+            self.ids[row].append(token)
+            self.num_drawn[row] += 1
+            is_last = self.num_drawn[row] == self.max_new_tokens
+            is_full = len(self.ids[row]) > self.context and not self.slide
+            if token in self.draw.stop_ids or is_last or is_full:
+                self.finished.add(row)
         return list(zip(rows, drawn, strict=True))
 
-    rows = [row for row in range(len(texts)) if row not in finished]
-    logits_BV = read(rows) if rows else None
-    while rows:
-        drawn_B, ahead_BV = draw(rows, logits_BV), None
-        host = _HostCopy(drawn_B)
-        if (
-            device.type == "cuda"
-            and not lookup
-            and all(num_drawn[row] + 1 < max_new_tokens and len(ids[row]) < context for row in rows)
-        ):
-            # The next step is on its way before this one's ids are read. For a row that ends here it is for nothing.
-            ahead_BV = decoder.step([texts[row] for row in rows], drawn_B)
-        before = rows
-        yield take(rows, host.read())
-        rows = [row for row in before if row not in finished]
-        if lookup and len(rows) == 1:
-            break
-        if ahead_BV is not None:
-            logits_BV = (
-                ahead_BV
-                if len(rows) == len(before)
-                else ahead_BV[[before.index(row) for row in rows]]
-            )
-            continue
-        fitting, full = (
-            [row for row in rows if len(ids[row]) <= context],
-            [row for row in rows if len(ids[row]) > context],
+    def in_steps(self, stop_at_one: bool) -> Iterator[list[tuple[int, int]]]:
+        """Draw one token for each row at a time; stop_at_one: until one row is left."""
+        rows = self.unfinished()
+        logits_BV = self.read(rows) if rows else None
+        while rows:
+            drawn_B, ahead_BV = self.draw(rows, self.ids, logits_BV), None
+            host = _HostCopy(drawn_B)
+            if not stop_at_one and self._all_continue(rows):
+                # The next step is on its way before this one's ids are read. For a row that ends
+                # here it is for nothing.
+                ahead_BV = self.step(rows, drawn_B)
+            before = rows
+            yield self.take(rows, host.read())
+            rows = [row for row in before if row not in self.finished]
+            if stop_at_one and len(rows) == 1:
+                return
+            if ahead_BV is None:
+                logits_BV = self._next_logits(rows)
+            elif len(rows) == len(before):
+                logits_BV = ahead_BV
+            else:
+                logits_BV = ahead_BV[[before.index(row) for row in rows]]
+
+    def _all_continue(self, rows: list[int]) -> bool:
+        """Return whether a GPU's next step can be sent off: no row ends by its length here."""
+        return self.decoder.device.type == "cuda" and all(
+            self.num_drawn[row] + 1 < self.max_new_tokens and len(self.ids[row]) < self.context
+            for row in rows
         )
-        logits = dict(zip(full, read(full), strict=True)) if full else {}
+
+    def _next_logits(self, rows: list[int]) -> Tensor | None:
+        """Return logits [rows, V] after the last tokens; rows over the context are read again."""
+        full = [row for row in rows if len(self.ids[row]) > self.context]
+        fitting = [row for row in rows if len(self.ids[row]) <= self.context]
+        logits = dict(zip(full, self.read(full), strict=True)) if full else {}
         if fitting:
-            last_B = torch.tensor([ids[row][-1] for row in fitting], device=device)
-            logits |= zip(
-                fitting, decoder.step([texts[row] for row in fitting], last_B), strict=True
+            last_B = torch.tensor(
+                [self.ids[row][-1] for row in fitting], device=self.decoder.device
             )
-        logits_BV = torch.stack([logits[row] for row in rows]) if rows else None
-    for row in rows:  # the only one, with look-up
-        while row not in finished:
-            guess = guess_from_text(
-                ids[row], min(lookup, context - len(ids[row]), max_new_tokens - num_drawn[row] - 1)
-            )
-            logits_TV = (
-                decoder.read(texts[row], ids[row] + guess, all_logits=True)[-len(guess) - 1 :]
-                if guess
-                else read([row])
-            )
+            logits |= zip(fitting, self.step(fitting, last_B), strict=True)
+        return torch.stack([logits[row] for row in rows]) if rows else None
+
+    def by_lookup(self, row: int, lookup: int) -> Iterator[list[tuple[int, int]]]:
+        """Draw a row's tokens, several a pass where guesses from its own text are right."""
+        text = self.texts[row]
+        while row not in self.finished:
+            room = self.context - len(self.ids[row])
+            left = self.max_new_tokens - self.num_drawn[row] - 1
+            guess = guess_from_text(self.ids[row], min(lookup, room, left))
+            if guess:
+                guessed_ids = self.ids[row] + guess
+                logits_TV = self.decoder.read(text, guessed_ids, all_logits=True)
+                logits_TV = logits_TV[-len(guess) - 1 :]
+            else:
+                logits_TV = self.read([row])
             for logits_V, guessed in zip(logits_TV, [*guess, None], strict=True):
-                pairs = take([row], draw([row], logits_V[None]).tolist())
+                drawn_1 = self.draw([row], self.ids, logits_V[None])
+                pairs = self.take([row], drawn_1.tolist())
                 yield pairs
-                if row in finished or pairs[0][1] != guessed:
+                if row in self.finished or pairs[0][1] != guessed:
                     break
-            texts[row].cache.rewind(len(ids[row]) - 1)
-            texts[row].ids = ids[row]
+            text.cache.rewind(len(self.ids[row]) - 1)
+            text.ids = self.ids[row]
 
 
 def guess_from_text(ids: Sequence[int], most: int) -> list[int]:
-    """Up to `most` ids that followed the last few (LONGEST_MATCH, or fewer, down to 2) when they last occurred together earlier in `ids`."""
+    """Return up to `most` ids that followed the last few when these last occurred in `ids`.
+
+    The last few are LONGEST_MATCH, or fewer, down to 2.
+    """
     text = np.asarray(ids)
     for n in range(min(LONGEST_MATCH, len(text) - 1), 1, -1) if most > 0 else ():
         candidates = np.lib.stride_tricks.sliding_window_view(text[:-1], n)
@@ -604,7 +698,10 @@ def guess_from_text(ids: Sequence[int], most: int) -> list[int]:
 
 
 class _HostCopy:
-    """ids [B] on their way to the host; `read` waits for them and for nothing that was started after."""
+    """Ids [B] on their way to the host.
+
+    `read` waits for them, and for nothing that was started after.
+    """
 
     def __init__(self, ids_B: Tensor):
         self._ids, self._event = ids_B, None

@@ -1,8 +1,8 @@
 """The kernels of a CPU that stand in for parts of a block are asked before they are used.
 
-runtime/kernels/cpu_experts.py and runtime/kernels/sink_attention.py compute again what model_parts.py says. Where
-that was changed (another activation, one more parameter of the experts), they would train and
-generate another function in silence. So each is compared with it on a few numbers; one that
+runtime/kernels/cpu_experts.py and runtime/kernels/sink_attention.py compute again what
+model_parts.py says. Where that was changed (another activation, one more parameter of the experts),
+they would train and generate another function in silence. So each is compared with it on a few numbers; one that
 differs is taken out of the model, which then computes as model_parts.py does, and a line says so.
 """
 
@@ -92,7 +92,10 @@ def _why_not_sinks(attention) -> str:
         given = (q_BHTD, k_BGTD, v_BGTD, sinks_H, mask, is_causal)
         plain = attention_with_sinks(*given)
         if not _is_same(attention.sink_kernel(*given), plain, attention.D + TOKENS):
-            return "runtime/kernels/sink_attention.py has other results than model_parts.attention_with_sinks"
+            return (
+                "runtime/kernels/sink_attention.py has other results than "
+                "model_parts.attention_with_sinks"
+            )
     return ""
 
 

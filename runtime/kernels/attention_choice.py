@@ -74,8 +74,8 @@ def choose_attention(
     """The kernel for queries of `dtype` with heads of D numbers that see at most S keys.
 
     mask: none (causal or no mask at all), fixed, or learned (it gets a gradient, which the
-    memory-efficient kernel alone can give). sinks: for runtime/kernels/sink_attention.py, which gives cuDNN
-    no mask. cuDNN is about twice as fast as flash on Hopper, but
+    memory-efficient kernel alone can give). sinks: for runtime/kernels/sink_attention.py, which
+    gives cuDNN no mask. cuDNN is about twice as fast as flash on Hopper, but
     builds a plan for every new length (0.4 s) and knows no deterministic backward pass: it trains,
     at one length, and never generates. With a mask its gradient of the queries can be NaN where
     S % 128 is 64 (PyTorch issue 196678).

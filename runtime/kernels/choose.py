@@ -12,11 +12,12 @@ from runtime.kernels.sink_attention import sink_attention
 
 
 def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
-    """Tell a model's blocks which of their paths is the fast one on `device` for arithmetic in `dtype`. The results are the same.
+    """Tell a model's blocks which of their paths is the fast one on `device` in `dtype`.
 
-    Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a multiple of 16 bytes; not on later cards while PyTorch
-    issue 172439 is open (wrong weight gradients for experts without tokens). On a CPU: runtime/kernels/cpu_experts.py.
-    Attention: runtime/kernels/attention_choice.py; with sinks: runtime/kernels/sink_attention.py.
+    The results are the same. Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a
+    multiple of 16 bytes; not on later cards while PyTorch issue 172439 is open (wrong weight
+    gradients for experts without tokens). On a CPU: runtime/kernels/cpu_experts.py. Attention:
+    runtime/kernels/attention_choice.py; with sinks: runtime/kernels/sink_attention.py.
     """
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
@@ -37,7 +38,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | None):
-    """sink_attention where it can run on `device`, else None: Apple's GPUs, heads of odd sizes."""
+    """Return sink_attention where it can run, else None: Apple's GPUs, heads of odd sizes."""
     if device.type == "cpu":
         return sink_attention
     masked = card and choose_attention(card, dtype, "fixed", 2, D, needs_gradient=False)

@@ -1,10 +1,11 @@
-"""All experts of a block as one operation for CPUs: each expert on one core, from its input to its output, while it is in the cache.
+"""All experts of a block as one operation for CPUs: each expert on one core, while it is in cache.
 
-The plain path in model_parts.py cuts every small matrix product among all threads and reads the hidden layer from memory for
-each elementwise step. Here a thread takes whole experts. Same results, except for the last bits of a product that the plain
-path would have cut. `runtime.device.choose_kernels` puts it into `Experts.feed_forward`; benchmarks/experts.py compares the two.
+The plain path in model_parts.py cuts every small matrix product among all threads, and reads the
+hidden layer from memory for each elementwise step. Here a thread takes whole experts. The results
+are the same, except for the last bits of a product that the plain path would have cut.
+runtime/kernels/choose.py puts it into `Experts.feed_forward`; benchmarks/experts.py compares them.
 
-An expert's row count is another one at each step, and oneDNN, which does GELU and the products in
+An expert's row count differs at each step, and oneDNN, which does GELU and the products in
 half precision, builds and keeps a kernel of up to 0.9 MB for each count, up to 1,024 of them:
 memory grew with every step. So it only meets counts of `padded_rows` (benchmarks/memory.py).
 """
@@ -22,15 +23,18 @@ from torch import Tensor
 
 from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS
 
-MOST_ROWS_INLINE = 256  # fewer rows than this are not worth waking other threads
-MOST_IMBALANCE = 1.3  # of the busiest thread, over a fair share: beyond it the threads share each product instead
+# Fewer rows than this are not worth waking other threads.
+MOST_ROWS_INLINE = 256
+# Of the busiest thread, over a fair share: beyond it the threads share each product instead.
+MOST_IMBALANCE = 1.3
 # Rows of half precision are padded to multiples of this, on which oneDNN is also faster.
 ROWS_APART = 64
 # Rows that GELU and a product of half precision are given at once. oneDNN meets no larger counts
 # but in the weights' gradients, which sum over rows.
 ROWS_AT_ONCE = 256
 
-# R rows sorted by expert, E experts, C d_model, F d_ff, I = F (gelu) or 2F (gated: gate rows before up rows).
+# R rows sorted by expert, E experts, C d_model, F d_ff, I = F (gelu) or 2F (gated: gate rows before
+# up rows).
 
 
 @torch.library.custom_op("gptoss::feed_forward", mutates_args=(), device_types="cpu")
@@ -43,8 +47,9 @@ def feed_forward(
     counts_E: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Rows through their experts: ([R, C], [R, I]), the second what the backward pass needs, the hidden layer before its activation.
+    """Pass rows through their experts; return ([R, C], [R, I]).
 
+    The second is what the backward pass needs: the hidden layer before its activation.
     counts_E int64: rows of each expert; they must sum to R. All floats have one dtype.
     """
     h_RI, y_RC = x_RC.new_empty(len(x_RC), w_in_EIC.shape[1]), torch.empty_like(x_RC)
@@ -69,7 +74,10 @@ def _feed_forward_backward(
     activation: str,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, w_in, b_in, w_out, b_out (the biases' empty without them). An expert without rows gets zeros."""
+    """Return the gradients of x, w_in, b_in, w_out, b_out (the biases' empty without them).
+
+    An expert without rows gets zeros.
+    """
     grads = _empty_gradients(x_RC, w_in_EIC, w_out_ECF, has_bias)
     grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
 
@@ -129,7 +137,7 @@ def _activation(h: Tensor, activation: str) -> Tensor:
 
 
 def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
-    """The gradient with respect to h of _activation(h), from that with respect to its result, which is used up."""
+    """Return the gradient of h in _activation(h) from that of the result, which is used up."""
     grad_h = _temporary(h, h.shape[1])
     if activation == "gelu":
         backward = torch.ops.aten.gelu_backward.grad_input
@@ -153,7 +161,7 @@ def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
     return grad_h
 
 
-# -------------------------------------------------- the plain path's products, in the same shapes
+# ---------------------------------------------------- the plain path's products, in the same shapes
 @torch.library.register_kernel("gptoss::grouped_linear", "cpu")
 def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: Tensor) -> Tensor:
     """model_parts.grouped_linear on a CPU: for training with dropout."""
@@ -180,7 +188,7 @@ def _grouped_linear_backward(
     return grad_x, grad_w, grad_b
 
 
-# ------------------------------------------------------------------------------- few shapes
+# --------------------------------------------------------------------------------------- few shapes
 def padded_rows(rows: int) -> int:
     """`rows` rounded up to one of few counts: 1, 8, multiples of 64, and from 512 on eight to each
     doubling."""
@@ -197,7 +205,10 @@ def _temporary(like: Tensor, columns: int) -> Tensor:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """x [n, I] with zeros up to `padded_rows`, in half precision: there oneDNN does the products."""
+    """Return x [n, I] with zeros up to `padded_rows` rows, in half precision.
+
+    There oneDNN does the products.
+    """
     n, padded = len(x), padded_rows(len(x))
     if n == padded or x.element_size() != 2:
         return x
@@ -227,10 +238,12 @@ def _in_few_shapes(function: Callable[..., object], *tensors: Tensor) -> None:
         start += rows
 
 
-# --------------------------------------------------------------------------------------------------------------- threads
+# ------------------------------------------------------------------------------------------ threads
 def _each_expert(function: Callable[[int, slice], None], counts_E: Tensor) -> None:
-    """Call function(expert, slice of its rows) for every expert: on one thread each, or one after another on all threads
-    where there are few rows or a few experts have most of them."""
+    """Call function(expert, slice of its rows) for every expert, on one thread each.
+
+    Where there are few rows, or a few experts have most of them: one after another on all threads.
+    """
     groups = _groups(counts_E)
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     enough = threads > 1 and groups[-1][1].stop >= MOST_ROWS_INLINE
@@ -238,14 +251,13 @@ def _each_expert(function: Callable[[int, slice], None], counts_E: Tensor) -> No
     if parts is None:
         _call(function, groups, inference)
     else:
-        for _ in _pool(threads, os.getpid()).map(
-            lambda part: _call(function, part, inference), parts
-        ):
-            pass
+        pool = _pool(threads, os.getpid())
+        # list: errors of the threads are raised here.
+        list(pool.map(lambda part: _call(function, part, inference), parts))
 
 
 def _groups(counts_E: Tensor) -> list[tuple[int, slice]]:
-    """(expert, slice of its rows) of all experts."""
+    """Return (expert, slice of its rows) of all experts."""
     groups, start = [], 0
     for e, count in enumerate(counts_E.tolist()):
         groups.append((e, slice(start, start + count)))
@@ -254,7 +266,10 @@ def _groups(counts_E: Tensor) -> list[tuple[int, slice]]:
 
 
 def shares(groups: list[tuple[int, slice]], threads: int) -> list[list[tuple[int, slice]]] | None:
-    """The groups for each thread, largest first to whoever has least; None where the busiest gets far more than a fair share."""
+    """Return the groups for each thread: the largest first, to the thread that has least.
+
+    None where the busiest thread gets far more than a fair share.
+    """
     parts: list[list[tuple[int, slice]]] = [[] for _ in range(threads)]
     rows = [0] * threads
     for e, group in sorted(groups, key=lambda group: group[1].start - group[1].stop):
@@ -267,30 +282,34 @@ def shares(groups: list[tuple[int, slice]], threads: int) -> list[list[tuple[int
 def _call(
     function: Callable[[int, slice], None], groups: list[tuple[int, slice]], inference: bool
 ) -> None:
-    with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
+    # A thread has modes of its own.
+    with torch.inference_mode(inference), torch.no_grad():
         for e, rows in groups:
             function(e, rows)
 
 
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
-    """Threads whose own products are not cut further; a forked process (another pid) makes its own."""
+    """Return threads whose own products are not cut further.
+
+    A forked process (another pid) makes its own.
+    """
     started = threading.Barrier(threads)
 
     def start(_: int) -> None:
-        torch.get_num_threads()  # a thread's first question sets it to the process's number, so it has to come before
+        # A thread's first question sets it to the process's number, so it has to come before.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         started.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="experts")
     list(pool.map(start, range(threads)))
-    torch.set_num_threads(
-        threads
-    )  # what the workers set was theirs, and the number for threads yet to come
+    # What the workers set was theirs, and the number for threads yet to come.
+    torch.set_num_threads(threads)
     return pool
 
 
-# ----------------------------------------------------------------------------------------------------- for the compiler
+# --------------------------------------------------------------------------------- for the compiler
 def _empty_gradients(
     x_RC: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

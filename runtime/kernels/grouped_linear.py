@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 class GatherRows(torch.autograd.Function):
-    """x[index // K] for a permutation `index` of R = rows(x) * K assignments, with a backward pass that gathers too.
+    """Gather x[index // K] for a permutation `index` of R = rows(x) * K assignments.
 
-    PyTorch's own backward of a gather adds atomically, in an order that changes from run to run; knowing the inverse
-    permutation, the gradient of row n is the sum over its K places, always in the same order.
+    The backward pass gathers too. PyTorch's own backward of a gather adds atomically, in an order
+    that changes from run to run. Knowing the inverse permutation, the gradient of row n is the sum
+    over its K assignments, always in the same order.
     """
 
     @staticmethod
@@ -24,21 +25,19 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         grad = grad.index_select(0, inverse)
-        return (
-            (grad.view(-1, ctx.K, grad.shape[1]).sum(dim=1) if ctx.K > 1 else grad),
-            None,
-            None,
-            None,
-        )
+        if ctx.K > 1:
+            grad = grad.view(-1, ctx.K, grad.shape[1]).sum(dim=1)
+        return grad, None, None, None
 
 
 @torch.library.custom_op("gptoss::grouped_linear", mutates_args=())
 def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: Tensor) -> Tensor:
-    """Rows that are sorted by group, each times its group's matrix plus its bias: [R, I], [E, O, I], [E, O] -> [R, O].
+    """Return rows that are sorted by group, each times its group's matrix plus its bias.
 
-    counts_E int64: rows of each group; they must sum to R. One matrix product after another, each written in its place: the
-    plain path for CPUs, float64 and cards whose grouped kernel is slow. A custom operation, because it reads the counts as
-    Python numbers: a compiler then sees one step in one graph, whatever they are.
+    [R, I], [E, O, I], [E, O] -> [R, O]. counts_E int64: rows of each group; they must sum to R.
+    One matrix product after another: the plain path for CPUs, float64 and cards whose grouped
+    kernel is slow. A custom operation, because it reads the counts as Python numbers: a compiler
+    then sees one step in one graph, whatever they are.
     """
     y_RO = x_RI.new_empty(len(x_RI), w_EOI.shape[1])
     for e, rows in _group_rows(counts_E):
@@ -53,7 +52,7 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: T
 def _grouped_linear_backward(
     grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, w and b (empty without one). A group without rows gets zeros."""
+    """Return the gradients of x, w and b (empty without one); zeros for a group without rows."""
     grad_x, grad_w = torch.empty_like(x_RI), torch.empty_like(w_EOI)
     grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
     for e, rows in _group_rows(counts_E, empty=True):
@@ -65,7 +64,7 @@ def _grouped_linear_backward(
 
 
 def _group_rows(counts_E: Tensor, empty: bool = False):
-    """(group, slice of its rows) for each group that has rows, or for all with `empty`."""
+    """Yield (group, slice of its rows) for each group that has rows; `empty`: for all."""
     start = 0
     for e, count in enumerate(counts_E.tolist()):
         if count or empty:
@@ -104,6 +103,9 @@ grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def row_bias(bias_EF: Tensor, experts_R: Tensor) -> Tensor:
-    """bias[experts], [R, F], as a product with one-hot rows: its backward sums in float32 and in a fixed order, where that of
-    a gather rounds to bfloat16 after each of thousands of rows."""
+    """Return bias[experts], [R, F], as a product with one-hot rows.
+
+    Its backward pass sums in float32 and in a fixed order. That of a gather rounds to bfloat16
+    after each of thousands of rows.
+    """
     return F.one_hot(experts_R, len(bias_EF)).to(bias_EF.dtype) @ bias_EF

@@ -5,29 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = -100  # a target with this value is not predicted and not counted
+# A target with this value is not predicted and not counted.
+IGNORE = -100
 
 
 def softmax_gradient_(
     logits_NV: Tensor, bias_V: Tensor | None, targets_N: Tensor, needs_gradient: bool = True
 ) -> Tensor:
-    """Put the gradient of the summed cross-entropy in the place of the logits [N, V]; returns the sum.
+    """Overwrite logits [N, V] with the gradient of their summed cross-entropy; return the sum.
 
-    The gradient is softmax - one_hot, 0 in rows whose target is IGNORE. Arithmetic is float32 (or float64), whatever the
-    logits are kept in. Without `needs_gradient` the logits are only used up.
+    The gradient is softmax - one_hot, 0 in rows whose target is IGNORE. Computed in float32 (or
+    float64), whatever the logits are kept in. Without `needs_gradient` the logits are only used up.
     """
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     valid_N1, target_N1 = (targets_N != IGNORE)[:, None], targets_N.clamp(min=0)[:, None]
-    x_NV = logits_NV.to(wide)  # the logits themselves where that is their dtype
-    if (
-        torch.compiler.is_compiling()
-    ):  # spelled so that it becomes a pass for the sums and one that writes, with no tensor besides
+    # The logits themselves where that is their dtype.
+    x_NV = logits_NV.to(wide)
+    if torch.compiler.is_compiling():
+        # Written so that the compiler fuses it into two passes without temporaries.
         x_NV = x_NV if bias_V is None else x_NV + bias_V
         at_target_N1, log_sum_N1 = x_NV.gather(1, target_N1), x_NV.logsumexp(dim=-1, keepdim=True)
         if needs_gradient:
             is_target_NV = torch.arange(x_NV.shape[1], device=x_NV.device) == target_N1
             logits_NV.copy_(((x_NV - log_sum_N1).exp() - is_target_NV.to(wide)) * valid_N1)
-    else:  # the same, in place
+    else:
+        # The same, in place.
         if bias_V is not None:
             x_NV.add_(bias_V)
         largest_N1, at_target_N1 = x_NV.amax(dim=-1, keepdim=True), x_NV.gather(1, target_N1)
@@ -38,14 +40,13 @@ def softmax_gradient_(
             if logits_NV.dtype != wide:
                 logits_NV.copy_(x_NV)
             gradient_N1 = ((at_target_N1 - log_sum_N1).exp() - 1) * valid_N1
-            logits_NV.scatter_(
-                1, target_N1, gradient_N1.to(logits_NV.dtype)
-            )  # written, not added: no atomics, and rounded once
+            # Written, not added: no atomics, and rounded once.
+            logits_NV.scatter_(1, target_N1, gradient_N1.to(logits_NV.dtype))
     return ((log_sum_N1 - at_target_N1) * valid_N1).sum()
 
 
 def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: bool) -> None:
-    """Add chunk' h to the total, or put it there: then what was there is ignored.
+    """Add chunk' h to the total; is_first: overwrite the total with it.
 
     A CUDA GPU adds to a float32 total inside a half-precision product, unrounded (torch.addmm with
     out_dtype, from torch 2.8). Elsewhere the product is rounded to its dtype first.
@@ -68,10 +69,11 @@ def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: boo
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over valid rows of logsumexp(h W' + b) - (h W' + b)[target], a few rows of logits at a time.
+    """Sum logsumexp(h W' + b) - (h W' + b)[target] over valid rows, a few rows at a time.
 
-    A chunk's share of every gradient is known while its logits are there, so one buffer of `chunk_rows` rows serves them
-    all and no [N, V] tensor exists. The matrix products are in `dtype`, the head's gradient is summed in float32.
+    A chunk's share of every gradient is known while its logits are there. So one buffer of
+    `chunk_rows` rows serves them all, and no [N, V] tensor exists. The matrix products are in
+    `dtype`, the head's gradient is summed in float32.
     """
 
     @staticmethod
@@ -91,23 +93,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias = None if bias_V is None else bias_V.to(wide)
         total = torch.zeros((), dtype=wide, device=h.device)
         N, V = len(h), len(weight)
-        # Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose addresses are not aligned.
+        # Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose
+        # addresses are not aligned.
         buffer = torch.empty(min(chunk_rows, N), -(-V // 64) * 64, dtype=dtype, device=h.device)
-        buffer[:, V:] = (
-            0  # a CPU's bfloat16 products read on to even numbers of columns: a NaN that was left there would count, times 0
-        )
+        # A CPU's bfloat16 products read an even number of columns: a NaN that was left there would
+        # count, times 0.
+        buffer[:, V:] = 0
         if needs_gradients:
-            grad_h, grad_weight = (
-                torch.empty(h.shape, dtype=wide, device=h.device),
-                torch.empty(weight.shape, dtype=wide, device=h.device),
-            )
+            grad_h = torch.empty(h.shape, dtype=wide, device=h.device)
+            grad_weight = torch.empty(weight.shape, dtype=wide, device=h.device)
             grad_bias = None if bias is None else torch.zeros_like(bias)
         for first in range(0, N, chunk_rows):
             h_chunk = h[first : first + chunk_rows]
             chunk_NV = torch.mm(h_chunk, weight.T, out=buffer[: len(h_chunk), :V])
-            total += softmax_gradient(
-                chunk_NV, bias, targets_N[first : first + chunk_rows], needs_gradients
-            )
+            targets = targets_N[first : first + chunk_rows]
+            total += softmax_gradient(chunk_NV, bias, targets, needs_gradients)
             if needs_gradients:
                 grad_h[first : first + chunk_rows] = chunk_NV @ weight
                 add_product_(grad_weight, chunk_NV, h_chunk, is_first=first == 0)
@@ -120,7 +120,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Scaled in place, for a copy of the head's gradient is 0.8 GB at full size, unless the graph is to be walked again.
+        # Scaled in place, because a copy of the head's gradient is 0.8 GB at full size. Not if the
+        # graph is kept for another backward pass.
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
         grads = (
             None if g is None else (g.mul_(grad) if is_last else g * grad).to(dtype)
@@ -137,16 +138,16 @@ def linear_cross_entropy(
     chunk_rows: int,
     softmax_gradient=softmax_gradient_,
 ) -> Tensor:
-    """Summed cross-entropy (nats) of softmax(h W' + b) against targets, holding `chunk_rows` rows of the [N, V] logits at a time.
+    """Return the summed cross-entropy (nats) of softmax(h W' + b) against targets.
 
-    h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not count. The products run in
-    autocast's dtype if it is on; result float32 (float64 for float64 inputs). softmax_gradient: softmax_gradient_, or the
-    same compiled.
+    h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not
+    count. Of the logits [N, V], `chunk_rows` rows are held at a time. The products run in
+    autocast's dtype if it is on; the result is float32 (float64 for float64 inputs).
+    softmax_gradient: softmax_gradient_, or the same compiled.
     """
-    device = h_NC.device.type
-    dtype = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
-    )
+    device, dtype = h_NC.device.type, weight_VC.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.autocast(device, enabled=False):

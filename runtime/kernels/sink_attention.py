@@ -1,9 +1,11 @@
-"""Attention with sinks by the kernels that know none: the same mathematics as model_parts.attention_with_sinks, no scores held.
+"""Attention with sinks by kernels that know none; no scores are held.
 
-A kernel gives softmax(s) v and the log of the softmax's sum. With one place more in that sum, which holds nothing, the result
-shrinks by exp(old log - new log). Backward, the kernel only needs to be told the shrunk result and the new log: it then makes
-every probability anew as exp(s - new log), which is what they are, and the rest of its formulas stays true. The sink's own
-gradient is minus its probability times the inner product of the result and its gradient, as for any place with the value 0.
+The mathematics is that of model_parts.attention_with_sinks. A kernel gives softmax(s) v and lse,
+the log of the softmax's sum. The sink adds a term to that denominator, so the output is scaled by
+exp(lse_old - lse_new). In the backward pass, give the kernel the scaled output and lse_new: it
+recomputes each probability as exp(s - lse_new), which is right, and its other formulas hold. The
+sink's gradient is minus its probability times the inner product of the output and its gradient, as
+for any key with the value 0.
 `runtime.device.choose_kernels` puts this into `Attention.sink_kernel`.
 """
 

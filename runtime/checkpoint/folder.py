@@ -16,13 +16,14 @@ from runtime.checkpoint.read import (
 )
 
 LATEST, BEST = "latest.pt", "best.pt"
-
-
 STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
 
 
 def step_files(ckpt_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of the step files in a folder, oldest step first. Other files, however similar their names, are not ours."""
+    """Return (step, path) of the step files in a folder, oldest step first.
+
+    Other files, however similar their names, are not ours.
+    """
     if not Path(ckpt_dir).is_dir():
         return []
     return sorted(
@@ -33,20 +34,22 @@ def step_files(ckpt_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def folder_has_run(ckpt_dir: str | Path) -> bool:
-    """Whether a folder holds a run's checkpoints, readable or not."""
+    """Return whether a folder holds a run's checkpoints, readable or not."""
     return bool(step_files(ckpt_dir)) or any(
         os.path.lexists(Path(ckpt_dir, name)) for name in (LATEST, BEST)
     )
 
 
 def restore_names(checkpoint: Checkpoint) -> None:
-    """Name latest.pt, and best.pt if it is the run's best, the step file that a run goes on from: a save may have ended between
-    writing the file and naming it, and if nothing is saved after it those names would stay an older one's."""
+    """Point latest.pt, and best.pt if it is the run's best, to the step file a run continues.
+
+    A save may have ended between writing the file and naming it. If nothing is saved after it,
+    those names would stay an older one's.
+    """
     if not STEP_FILE.fullmatch(checkpoint.path.name):
         return
-    is_best = checkpoint.val_loss is not None and checkpoint.val_loss == checkpoint.run.get(
-        "best_val_loss"
-    )
+    val_loss, best = checkpoint.val_loss, checkpoint.run.get("best_val_loss")
+    is_best = val_loss is not None and val_loss == best
     for name in (BEST, LATEST) if is_best else (LATEST,):
         link = checkpoint.path.with_name(name)
         if not (link.exists() and link.samefile(checkpoint.path)):
@@ -54,12 +57,15 @@ def restore_names(checkpoint: Checkpoint) -> None:
 
 
 def find_latest(ckpt_dir: str | Path, optimizer: bool = True) -> tuple[Checkpoint, list[str]]:
-    """The newest checkpoint that passes every check, and one line for each newer one that did not, for the caller to print.
+    """Return the newest checkpoint that passes every check, and a line for each that did not.
 
-    Tried in turn: the step files from the last step down, latest.pt, best.pt: a kill between writing a step file and naming
-    it latest.pt loses nothing. CheckpointError if none can be read.
+    Tried in turn: the step files from the last step down, latest.pt, best.pt. So a kill between
+    writing a step file and naming it latest.pt loses nothing. Raise CheckpointError if none can be
+    read.
     """
-    folder, tried, skipped = Path(ckpt_dir), [], []
+    folder = Path(ckpt_dir)
+    tried: list[Path] = []
+    skipped: list[str] = []
     if not folder_has_run(folder):
         raise CheckpointError(folder, f"holds no checkpoint ({LATEST} or step_*.pt)")
     for path in [
@@ -67,10 +73,10 @@ def find_latest(ckpt_dir: str | Path, optimizer: bool = True) -> tuple[Checkpoin
         folder / LATEST,
         folder / BEST,
     ]:
-        if not os.path.lexists(path) or any(
-            path.exists() and path.samefile(other) for other in tried if other.exists()
-        ):
-            continue  # another name of a file that was just refused
+        # Another name of a file that was just refused.
+        is_tried = any(path.exists() and path.samefile(other) for other in tried if other.exists())
+        if not os.path.lexists(path) or is_tried:
+            continue
         try:
             return read_checkpoint(path, optimizer), skipped
         except CheckpointError as error:

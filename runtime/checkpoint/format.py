@@ -1,16 +1,26 @@
-"""Checkpoints: one file from which a run goes on bit for bit, that cannot be half written, and that is believed only when checked.
+"""The checkpoint format: one file from which a run continues bit for bit on a CPU.
 
-A checkpoint is a `torch.save` zip of a dict that can be read by hand:
+It cannot be half written, and it is believed only when checked. A checkpoint is a `torch.save` zip
+of a dict that can be read by hand:
 
-    step, model {name: float32}, optimizer {"exp_avg.NAME": tensor}, val_loss, cfg     what the reference wrote, under its names
-                                                                                      (weights alone may be bfloat16)
-    format, version, train_cfg, tokenizer, data_fingerprint, run, versions             what a resume needs besides
-    digests {"model/NAME": sha256, "optimizer/NAME": sha256, "header": sha256}         header: everything that is no tensor
+    step_0001000.pt (zip, stored, not compressed)
+      archive/data.pkl   the dict below; tensors by number
+      archive/data/0     bytes of the first tensor, mapped when it is read
+      archive/data/1     ...
 
-A file is never trusted: it may be cut short, flipped by a bad disk, or made to do harm. Its pickle is scanned before it is
-loaded, by `torch.load(weights_only=True)` on a private map of the file; the config is compared with the tensors before
-anything is allocated; digests are checked for what is read, so predicting does not read the optimizer's two thirds.
-Whatever is wrong is a `CheckpointError` of one line. Files of the reference's format are converted as they are read.
+    step, val_loss, cfg                     what the original implementation wrote, under its names
+    model {name: float32}                   (weights alone may be bfloat16)
+    optimizer {"exp_avg.NAME": tensor}
+    format, version, versions, train_cfg,   what a resume needs in addition
+    tokenizer, data_fingerprint, run
+    digests {"model/NAME": sha256,          "header" covers everything that is no tensor
+      "optimizer/NAME": sha256, "header": sha256}
+
+A file is never trusted: it may be cut short, flipped by a bad disk, or made to do harm. Its pickle
+is scanned before it is loaded, by `torch.load(weights_only=True)` on a private map of the file. The
+config is compared with the tensors before anything is allocated. Digests are checked for what is
+read, so predicting does not read the optimizer's two thirds. Whatever is wrong is a
+`CheckpointError` of one line. Files of the original implementation are converted as they are read.
 """
 
 from __future__ import annotations
@@ -47,11 +57,12 @@ HEADER = {
 }
 TENSOR_KEYS = ("model", "optimizer", "digests")
 
-CHUNK_ELEMENTS = 1 << 20  # hashed and checked for NaN at a time: stays in the cache between the two
-HEADER_LIMIT = (
-    1 << 26
-)  # characters, and VALUE_COST for each value; a 200k-token vocabulary in base64 is 4 M
-VALUE_COST = 32  # a value takes some 80 bytes and half a microsecond to look at: 64 M of them were 5 GB and a minute
+# Hashed and checked for NaN at a time: a chunk stays in the cache between the two.
+CHUNK_ELEMENTS = 1 << 20
+# Characters, and VALUE_COST for each value. A 200k-token vocabulary in base64 is 4 M.
+HEADER_LIMIT = 1 << 26
+# A value takes some 80 bytes and half a microsecond to look at: 64 M were 5 GB and a minute.
+VALUE_COST = 32
 DEPTH_LIMIT = 64
 
 
@@ -59,46 +70,52 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written: one line that names the file and the reason."""
 
     def __init__(self, path: Path | str, reason: object):
-        line = " ".join(
-            f"{path}: {reason}".split()
-        )  # a hostile file must not write to the terminal
+        # A hostile file must not write to the terminal.
+        line = " ".join(f"{path}: {reason}".split())
         line = "".join(c if c.isprintable() else "?" for c in line)
         super().__init__(line if len(line) <= 600 else line[:600] + " ...")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, checked. Tensors are on the CPU and mapped: private pages of the file, read when touched, never written."""
+    """What a file holds, checked.
+
+    Tensors are on the CPU and mapped: private pages of the file, read when touched, never written.
+    """
 
     path: Path
-    step: int  # optimizer steps done
+    # Optimizer steps done.
+    step: int
     model_config: ModelConfig
-    model: dict[
-        str, Tensor
-    ]  # under the names of LLM.state_dict(); float32, or all parameters bfloat16 (buffers never)
-    optimizer: (
-        dict[str, Tensor] | None
-    )  # as runtime.optimizer.state_by_name; None if it was not asked for
-    val_loss: (
-        float | None
-    )  # cross-entropy in nats (in the reference's files: its auxiliary loss included)
-    train_config: dict  # fields of TrainConfig; empty in the reference's format
-    tokenizer_state: dict | None  # for tokenizer_from_state
+    # Under the names of LLM.state_dict(); float32, or all parameters bfloat16 (buffers never).
+    model: dict[str, Tensor]
+    # As optimizer_state.state_by_name gives it; None if it was not asked for.
+    optimizer: dict[str, Tensor] | None
+    # Cross-entropy in nats. Files of the original implementation include its auxiliary loss.
+    val_loss: float | None
+    # Fields of TrainConfig; empty in the original implementation's format.
+    train_config: dict
+    # For tokenizer_from_state.
+    tokenizer_state: dict | None
     data_fingerprint: str
-    run: dict  # what the trainer put there
-    versions: dict  # of torch and Python, when it was written
+    # What the trainer put there.
+    run: dict
+    # Of torch and Python, when it was written.
+    versions: dict
+    # Whether the original implementation wrote it.
     is_reference_format: bool
-    # Of the digests of all that the file holds; "" in the reference's format, which has none.
+    # Of the digests of all that the file holds; "" where there are none.
     digest: str = ""
 
 
-# ------------------------------------------------------------------------------------------------------- digests and header
+# ------------------------------------------------------------------------------- digests and header
 def digests_of(
     tensors: dict[str, Tensor], group: str, recorded: dict | None = None
 ) -> dict[str, str]:
-    """SHA-256 of every tensor as {"GROUP/NAME": digest}, one thread each (hashing frees the interpreter lock).
+    """Return the SHA-256 of every tensor as {"GROUP/NAME": digest}.
 
-    ValueError where one is not what was `recorded`, or is not finite.
+    One thread each: hashing frees the interpreter's lock. Raise ValueError where one is not what
+    was `recorded`, or is not finite.
     """
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         results = dict(zip(tensors, pool.map(digest_of, tensors.values()), strict=True))
@@ -106,27 +123,30 @@ def digests_of(
         if recorded is not None and recorded.get(f"{group}/{name}") != digest:
             raise ValueError(f"damaged: {group} tensor {name} does not match its digest")
     if bad := [name for name, (_, finite) in results.items() if not finite]:
-        raise ValueError(
-            f"{group} tensor {bad[0]} holds NaN or infinity"
-            + (f", and so do {len(bad) - 1} more" if len(bad) > 1 else "")
-        )
+        more = f", and so do {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{group} tensor {bad[0]} holds NaN or infinity{more}")
     return {f"{group}/{name}": digest for name, (digest, _) in results.items()}
 
 
 def digest_of(tensor: Tensor) -> tuple[str, bool]:
-    """SHA-256 in hex over dtype, shape and bytes, and whether every value is finite. A GPU tensor is copied, a CPU tensor is not."""
+    """Return the SHA-256 in hex over dtype, shape and bytes, and whether every value is finite.
+
+    A GPU's tensor is copied, a CPU's is not.
+    """
     digest, finite = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode()), True
     for chunk in tensor.detach().cpu().contiguous().reshape(-1).split(CHUNK_ELEMENTS):
-        digest.update(chunk.view(torch.uint8).numpy())  # as bytes: bfloat16 has no numpy dtype
+        # As bytes: bfloat16 has no numpy dtype.
+        digest.update(chunk.view(torch.uint8).numpy())
         values = chunk if chunk.dtype in (torch.float32, torch.float64) else chunk.float()
         finite = finite and bool(np.isfinite(values.numpy()).all())
     return digest.hexdigest(), finite
 
 
 def plain_values(header: object) -> object:
-    """`header` as plain str, int, float, bool, None, list and dict; ValueError for what JSON cannot hold or what is too large.
+    """Return `header` as plain str, int, float, bool, None, list and dict.
 
-    The limit counts what is visited, so lists that contain one another many times over (a small file) end here as well.
+    Raise ValueError for what JSON cannot hold or what is too large. The limit counts what is
+    visited, so lists that contain one another many times over (a small file) end here as well.
     """
     left = HEADER_LIMIT
 
@@ -143,7 +163,8 @@ def plain_values(header: object) -> object:
             raise ValueError(f"{where} is an integer of {value.bit_length()} bits")
         for kind in (str, int, float):
             if isinstance(value, kind):
-                return kind(value)  # a subclass would name its class in the pickle
+                # A subclass would name its class in the pickle.
+                return kind(value)
         if isinstance(value, (list, tuple)):
             return [visit(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
         if isinstance(value, dict):
@@ -159,38 +180,41 @@ def plain_values(header: object) -> object:
 
 
 def header_digest(header: dict) -> str:
-    return hashlib.sha256(
-        json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """Return the SHA-256 of a header, as JSON in one spelling."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_header(header: dict) -> None:
-    """ValueError unless every header key is there, of its type, and the step is possible."""
-    for key, kinds in HEADER.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    """Raise ValueError unless every header key is there, of its type, and the step is possible."""
+    for key, kind in HEADER.items():
+        kinds: tuple = kind if isinstance(kind, tuple) else (kind,)
         if key not in header:
             raise ValueError(f"{key} is missing")
-        if type(header[key]) not in kinds:  # type(), not isinstance: True is no step
-            raise ValueError(
-                f"{key} must be of type {' or '.join(k.__name__ for k in kinds)}, not {type(header[key]).__name__}"
-            )
+        # type(), not isinstance: True is no step.
+        if type(header[key]) not in kinds:
+            allowed = " or ".join(k.__name__ for k in kinds)
+            raise ValueError(f"{key} must be of type {allowed}, not {type(header[key]).__name__}")
     if not 0 <= header["step"] < 1 << 63:
         raise ValueError(f"step must be at least 0, not {header['step']}")
 
 
 def dict_in(contents: dict, key: str) -> dict:
-    if not isinstance(value := contents.get(key), dict):
-        raise ValueError(
-            f"{key} is missing"
-            if key not in contents
-            else f"{key} must be a dict, not {type(value).__name__}"
-        )
+    """Return contents[key]. Raise ValueError unless it is there and a dict."""
+    if key not in contents:
+        raise ValueError(f"{key} is missing")
+    value = contents[key]
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be a dict, not {type(value).__name__}")
     return value
 
 
 def config_from(fields: dict) -> ModelConfig:
-    """ModelConfig from a file: no field unknown, each valid. A field that the file's version did not have takes its default, so
-    a new field must default to what the model did before it."""
+    """Return the ModelConfig of a file's fields: none unknown, each valid.
+
+    A field that the file's version did not have takes its default, so a new field must default to
+    what the model did before it.
+    """
     if unknown := fields.keys() - {f.name for f in dataclasses.fields(ModelConfig)}:
         raise ValueError(f"cfg has unknown {min(unknown)!r:.60}")
     try:
@@ -200,19 +224,18 @@ def config_from(fields: dict) -> ModelConfig:
 
 
 def plain_tensors(given: dict, group: str, file_bytes: int) -> dict[str, Tensor]:
-    """The group with plain, dense, contiguous tensors that fit into the file; ValueError for anything else, e.g. stride 0."""
+    """Return the group, if its tensors are plain, contiguous and fit into the file.
+
+    Raise ValueError for anything else, such as stride 0.
+    """
     for name, tensor in given.items():
         if type(name) is not str or type(tensor) is not Tensor:
             raise ValueError(
                 f"{group} must map names to tensors, not {name!r:.60} to a {type(tensor).__name__}"
             )
-        if (
-            tensor.layout != torch.strided
-            or tensor.device.type != "cpu"
-            or not tensor.is_contiguous()
-            or tensor.is_neg()
-            or tensor.is_conj()
-        ):
+        is_dense = tensor.layout == torch.strided and tensor.is_contiguous()
+        is_view = is_dense and (tensor.is_neg() or tensor.is_conj())
+        if not is_dense or is_view or tensor.device.type != "cpu":
             raise ValueError(f"{group} tensor {name} is not a plain, contiguous tensor")
     if sum(tensor.nbytes for tensor in given.values()) > file_bytes:
         raise ValueError(f"{group} tensors claim more than the file holds")
@@ -222,12 +245,16 @@ def plain_tensors(given: dict, group: str, file_bytes: int) -> dict[str, Tensor]
 def expected_tensors(
     config: ModelConfig, dtype: torch.dtype, file_bytes: int | None = None
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Names, shapes and dtypes that a config implies where parameters are kept in `dtype`, from the module itself on the meta device; a
-    config beyond the file is refused first."""
+    """Return the names, shapes and dtypes that a config implies, with parameters in `dtype`.
+
+    They come from the module itself on the meta device. Raise ValueError first for a config that
+    is larger than the file.
+    """
     if file_bytes is not None and dtype.itemsize * total_parameters(config) > file_bytes:
         kind = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"cfg describes {total_parameters(config):,} {kind} parameters, more than the file's {file_bytes:,} bytes hold"
+            f"cfg describes {total_parameters(config):,} {kind} parameters, more than the file's "
+            f"{file_bytes:,} bytes hold"
         )
     model = meta_model(config)
     parameters = {name for name, _ in model.named_parameters()}
@@ -238,7 +265,11 @@ def expected_tensors(
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):
-    """Leaves out the initial weights of modules: on the meta device they are nothing, but to draw them PyTorch imports its compiler, which takes a second."""
+    """Leave out the initial weights of modules.
+
+    On the meta device they are nothing, but to draw them PyTorch imports its compiler, which takes
+    a second.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
@@ -247,6 +278,6 @@ class _WithoutRandomNumbers(TorchFunctionMode):
 
 
 def meta_model(config: ModelConfig) -> LLM:
-    """A model of shapes alone."""
+    """Return a model of shapes alone."""
     with torch.device("meta"), _WithoutRandomNumbers():
         return LLM(config)

@@ -10,6 +10,7 @@ import pickletools
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,41 +42,28 @@ from runtime.checkpoint.reference import (
 )
 
 PICKLE_LIMIT_BYTES = 1 << 28
-
-
-OUT_OF_ADDRESSES = "Cannot allocate memory"  # in PyTorch's words for a map that the system refuses
-
-
-# All that the pickle of a checkpoint may name. weights_only allows more, e.g. bytearray(10**12) and storages of any size.
+# In PyTorch's words for a map that the system refuses.
+OUT_OF_ADDRESSES = "Cannot allocate memory"
+# All that the pickle of a checkpoint may name. weights_only allows more, such as bytearray(10**12)
+# and storages of any size.
+STORAGES = ["Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]
 PICKLE_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
-    f"torch {kind}Storage"
-    for kind in (
-        "Float",
-        "Double",
-        "Half",
-        "BFloat16",
-        "Long",
-        "Int",
-        "Short",
-        "Char",
-        "Byte",
-        "Bool",
-    )
+    f"torch {kind}Storage" for kind in STORAGES
 }
-
-
 PICKLE_FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
 def read_checkpoint(
     path: str | Path, optimizer: bool = False, read_only: bool = False
 ) -> Checkpoint:
-    """Read and check a file of our format or the reference's. Raises CheckpointError (one line) for whatever is wrong with it.
+    """Read and check a file of our format or the original implementation's.
 
-    Checked: the zip, the pickle, every key and type, the config against the tensors, and digests and finiteness of what is
-    read: the model always, the optimizer if it is asked for. Tensors are mapped, not copied (stacked experts of the
-    reference's format are). The reference's optimizer state cannot be converted: asking for it is an error. read_only: the
-    caller promises to write to no tensor, and a file larger than memory and swap can then be read too (see _load_mapped).
+    Raise CheckpointError (one line) for whatever is wrong with it. Checked: the zip, the pickle,
+    every key and type, the config against the tensors, and digests and finiteness of what is read:
+    the model always, the optimizer if it is asked for. Tensors are mapped, not copied; experts of
+    the original implementation are stacked and so copied, and its optimizer state cannot be
+    converted: asking for it is an error. read_only: the caller promises to write to no tensor; a
+    file larger than memory and swap can then be read too (see _load_mapped).
     """
     path = Path(path)
     contents, records = unpack(path, read_only)
@@ -89,33 +77,37 @@ def read_checkpoint(
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The configuration in a file of either format. No weight is read, so it takes no longer for 44 GB. Raises CheckpointError."""
+    """Return the configuration in a file of either format. Raise CheckpointError.
+
+    No weight is read, so it takes no longer for 44 GB.
+    """
     path = Path(path)
     contents, _ = unpack(path)
     try:
-        return (
-            config_from(read_header(contents)["cfg"])
-            if "format" in contents
-            else reference_config(plain_values(dict_in(contents, "cfg")))
-        )
+        if "format" in contents:
+            return config_from(read_header(contents)["cfg"])
+        fields: Any = plain_values(dict_in(contents, "cfg"))
+        return reference_config(fields)
     except ValueError as error:
         raise CheckpointError(path, error) from error
 
 
 def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, int]]]:
-    """The dict in the file, and (bytes, CRC-32) of its records. Every reader's failure becomes a CheckpointError."""
+    """Return the dict in the file, and (bytes, CRC-32) of its records.
+
+    Every reader's failure becomes a CheckpointError.
+    """
+    if not path.exists():
+        raise CheckpointError(path, "no such file")
     if not path.is_file():
-        raise CheckpointError(
-            path,
-            "is a directory or device, not a checkpoint file" if path.exists() else "no such file",
-        )
+        raise CheckpointError(path, "is a directory or device, not a checkpoint file")
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
+        if not magic:
+            raise ValueError("the file is empty")
         if magic != b"PK\3\4":
-            raise ValueError(
-                "the file is empty" if not magic else "not a checkpoint (no torch.save zip)"
-            )
+            raise ValueError("not a checkpoint (no torch.save zip)")
         records = _scan_zip(path)
         contents = _load_mapped(path, read_only)
     except (zipfile.BadZipFile, UnicodeError) as error:
@@ -124,11 +116,12 @@ def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, in
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise CheckpointError(path, error) from error
-    except Exception as error:  # zipfile, pickle and torch raise nearly everything on damaged input; the cause is kept
+    # zipfile, pickle and torch raise nearly everything on damaged input; the cause is kept.
+    except Exception as error:
         if OUT_OF_ADDRESSES in str(error):
+            size = f"{path.stat().st_size / 1e9:.1f} GB"
             raise CheckpointError(
-                path,
-                f"has {path.stat().st_size / 1e9:.1f} GB, which this machine's memory and swap cannot hold",
+                path, f"has {size}, which this machine's memory and swap cannot hold"
             ) from error
         raise CheckpointError(
             path, f"damaged, or no checkpoint: {type(error).__name__}: {str(error)[:200]}"
@@ -141,74 +134,79 @@ def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, in
 
 
 def _load_mapped(path: Path, read_only: bool) -> object:
-    """The file's contents, tensors mapped: privately, so that training on one never reaches the file. Linux refuses that for a file larger
-    than memory and swap; with `read_only` it is then shared, and who wrote to a tensor all the same would write to the file."""
-    kinds = (
-        []
-        if sys.platform == "win32"
-        else [mmap.MAP_PRIVATE, *([mmap.MAP_SHARED] if read_only else [])]
-    )
-    for kind in kinds or [None]:
+    """Return the file's contents, tensors mapped: privately, so that training never writes to it.
+
+    Linux refuses a private map of a file larger than memory and swap. read_only: it then falls back
+    to a shared mapping; writing to a tensor would then change the file.
+    """
+    kinds: list[int | None] = [None]
+    if sys.platform != "win32":
+        kinds = [mmap.MAP_PRIVATE, mmap.MAP_SHARED] if read_only else [mmap.MAP_PRIVATE]
+    for kind in kinds:
+        options: Any = contextlib.nullcontext()
+        if kind is not None:
+            options = torch.serialization.set_default_mmap_options(kind)
         try:
-            with (
-                contextlib.nullcontext()
-                if kind is None
-                else torch.serialization.set_default_mmap_options(kind)
-            ):
+            with options:
                 return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         except RuntimeError as error:
-            if OUT_OF_ADDRESSES not in str(error) or kind in (None, kinds[-1]):
+            if OUT_OF_ADDRESSES not in str(error) or kind == kinds[-1]:
                 raise
+    raise AssertionError("the last kind of map returns or raises")
 
 
 def _scan_zip(path: Path) -> set[tuple[int, int]]:
-    """Refuse zips that torch.save did not write and pickles that name anything but tensors; (bytes, CRC-32) of the records."""
+    """Return (bytes, CRC-32) of the records of a zip that torch.save wrote.
+
+    Raise ValueError for other zips, and for pickles that name anything but tensors.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError(
                 "not a checkpoint: its zip is compressed, and torch.save does not compress"
             )
-        if sum(entry.file_size for entry in entries) > path.stat().st_size or len(
-            {entry.filename for entry in entries}
-        ) < len(entries):
+        claimed_bytes = sum(entry.file_size for entry in entries)
+        has_twins = len({entry.filename for entry in entries}) < len(entries)
+        if claimed_bytes > path.stat().st_size or has_twins:
             raise ValueError("damaged or forged: its zip claims more than the file holds")
         pickles = [entry for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1 or pickles[0].file_size > PICKLE_LIMIT_BYTES:
             raise ValueError("not a checkpoint: its zip has no data.pkl of a sensible size")
         if any(entry.filename.split("/")[1:] == ["constants.pkl"] for entry in entries):
             raise ValueError("refused: a TorchScript archive, which holds code")
-        for opcode, argument, _ in pickletools.genops(
-            archive.read(pickles[0])
-        ):  # reads the opcodes, executes nothing
-            if (
-                opcode.name in PICKLE_FORBIDDEN
-                or opcode.name == "GLOBAL"
-                and argument not in PICKLE_GLOBALS
-            ):
+        # genops reads the opcodes and executes nothing.
+        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            is_foreign = opcode.name == "GLOBAL" and argument not in PICKLE_GLOBALS
+            if opcode.name in PICKLE_FORBIDDEN or is_foreign:
                 raise ValueError(
-                    f"refused: a checkpoint holds tensors and plain values, and this file's pickle asks for {argument or opcode.name}"
+                    "refused: a checkpoint holds tensors and plain values, and this file's pickle "
+                    f"asks for {argument or opcode.name}"
                 )
         return {(entry.file_size, entry.CRC) for entry in entries}
 
 
 def read_header(contents: dict) -> dict:
-    """Everything in our format that is no tensor, checked against its digest."""
-    header = plain_values({key: value for key, value in contents.items() if key not in TENSOR_KEYS})
+    """Return everything in our format that is no tensor, checked against its digest."""
+    header: Any = plain_values(
+        {key: value for key, value in contents.items() if key not in TENSOR_KEYS}
+    )
     if header["format"] != FORMAT:
         raise ValueError(
             f"not a checkpoint: its format is {header['format']!r:.60}, not {FORMAT!r}"
         )
     if type(version := header.get("version")) is int and version > VERSION:
         raise ValueError(
-            f"written in format version {version}, and this program reads up to {VERSION}: update gptoss"
+            f"written in format version {version}, and this program reads up to {VERSION}: update "
+            "gptoss"
         )
     check_header(header)
     if header["version"] != VERSION:
         raise ValueError(f"version must be {VERSION}, not {header['version']}")
     if extra := header.keys() - HEADER.keys():
         raise ValueError(f"unknown key {min(extra)!r:.60}")
-    if plain_values(dict_in(contents, "digests")).get("header") != header_digest(header):
+    digests: Any = plain_values(dict_in(contents, "digests"))
+    if digests.get("header") != header_digest(header):
         raise ValueError("damaged: the header does not match its digest")
     return header
 
@@ -219,41 +217,42 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
     file_bytes = path.stat().st_size
     model = plain_tensors(dict_in(contents, "model"), "model", file_bytes)
     is_bfloat16 = "embed.weight" in model and model["embed.weight"].dtype == torch.bfloat16
-    check_tensors(
-        expected_tensors(config, torch.bfloat16 if is_bfloat16 else torch.float32, file_bytes),
-        model,
-        "model",
-    )
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    check_tensors(expected_tensors(config, dtype, file_bytes), model, "model")
     state = None
     if optimizer:
         state = plain_tensors(dict_in(contents, "optimizer"), "optimizer", file_bytes)
         if not state:
             raise ValueError(
-                "holds weights but no optimizer state, so training cannot be resumed from it: start a new run with --init_from"
+                "holds weights but no optimizer state, so training cannot be resumed from it: "
+                "start a new run with --init_from"
             )
     digests_of(model, "model", digests)
     digests_of(state or {}, "optimizer", digests)
     return Checkpoint(
-        path,
-        header["step"],
-        config,
-        model,
-        state,
-        header["val_loss"],
-        header["train_cfg"],
-        header["tokenizer"],
-        header["data_fingerprint"],
-        header["run"],
-        header["versions"],
-        False,
-        hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+        path=path,
+        step=header["step"],
+        model_config=config,
+        model=model,
+        optimizer=state,
+        val_loss=header["val_loss"],
+        train_config=header["train_cfg"],
+        tokenizer_state=header["tokenizer"],
+        data_fingerprint=header["data_fingerprint"],
+        run=header["run"],
+        versions=header["versions"],
+        is_reference_format=False,
+        digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
     )
 
 
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[LLM, Checkpoint]:
-    """A model in eval mode on `device`, its parameters in `dtype`, and the checkpoint that it came from. Raises CheckpointError."""
+    """Return a model in eval mode on `device`, and the checkpoint that it came from.
+
+    Its parameters are in `dtype`. Raise CheckpointError.
+    """
     checkpoint = read_checkpoint(path)
     return build_model(checkpoint, device, dtype), checkpoint
 
@@ -261,9 +260,12 @@ def load_model(
 def build_model(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> LLM:
-    """A model in eval mode with the checkpoint's weights, tensor by tensor from the map to `device` and `dtype`: there is no
-    second copy of it at any time. On the CPU in float32 the parameters stay mapped: pages are read when used and copied
-    when written, so training on them is safe and the file is not changed. Buffers keep float32."""
+    """Return a model in eval mode with the checkpoint's weights, its parameters in `dtype`.
+
+    Tensor by tensor from the map to `device`, so there is no second copy of it at any time. On the
+    CPU in float32 the parameters stay mapped: pages are read when used and copied when written, so
+    training on them is safe and the file is not changed. Buffers keep float32.
+    """
     model = meta_model(checkpoint.model_config)
     parameters = {name for name, _ in model.named_parameters()}
     model.load_state_dict(
@@ -280,7 +282,10 @@ def build_model(
 
 
 def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Copy weights and optimizer state into a model and its AdamW, wherever they are. All is checked before anything is changed."""
+    """Copy weights and optimizer state into a model and its optimizer, wherever they are.
+
+    All is checked before anything is changed. Raise CheckpointError.
+    """
     if checkpoint.optimizer is None:
         raise CheckpointError(checkpoint.path, "was read without its optimizer state")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,41 +37,39 @@ REFERENCE_FIELDS = (
     "aux_loss_coef",
     "capacity_factor",
 )
-
-
 REFERENCE_EXPERT_NAMES = {
     "w_in": "fc1.weight",
     "b_in": "fc1.bias",
     "w_out": "fc2.weight",
     "b_out": "fc2.bias",
 }
-
-
-REFERENCE_TABLES = (".gqa.cos_cached", ".gqa.sin_cached")  # RoPE tables: computed here, not stored
+# Tables of rotary positions: computed here, not stored.
+REFERENCE_TABLES = (".gqa.cos_cached", ".gqa.sin_cached")
 
 
 def expected_shapes(config: ModelConfig, file_bytes: int) -> dict[str, torch.Size]:
-    return {
-        name: shape
-        for name, (shape, _) in expected_tensors(config, torch.float32, file_bytes).items()
-    }
+    """Return the shape of each tensor of a config's model, under our names."""
+    expected = expected_tensors(config, torch.float32, file_bytes)
+    return {name: shape for name, (shape, _) in expected.items()}
 
 
 def read_reference(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
-    """A checkpoint of the reference, under our names. It has no digests, so the zip's CRC-32 of every weight is checked instead."""
-    fields = plain_values(dict_in(contents, "cfg"))
-    header = plain_values({key: contents.get(key) for key in ("step", "val_loss")})
-    if (
-        type(header["step"]) is not int
-        or header["step"] < 0
-        or not isinstance(header["val_loss"], (float, type(None)))
-    ):
+    """Return a checkpoint of the original implementation, under our names.
+
+    It has no digests, so the zip's CRC-32 of every weight is checked instead.
+    """
+    fields: Any = plain_values(dict_in(contents, "cfg"))
+    header: Any = plain_values({key: contents.get(key) for key in ("step", "val_loss")})
+    step, val_loss = header["step"], header["val_loss"]
+    if type(step) is not int or step < 0 or not isinstance(val_loss, (float, type(None))):
         raise ValueError(
-            f"step must be an integer of at least 0 and val_loss a number or None, not {header['step']!r:.40} and {header['val_loss']!r:.40}"
+            "step must be an integer of at least 0 and val_loss a number or None, not "
+            f"{step!r:.40} and {val_loss!r:.40}"
         )
     if optimizer:
         raise ValueError(
-            "is in the reference's format, whose optimizer state cannot be continued: start a new run from it with --init_from"
+            "is in the original implementation's format, whose optimizer state cannot be "
+            "continued: start a new run from it with --init_from"
         )
     config = reference_config(fields)
     given = plain_tensors(dict_in(contents, "model"), "model", path.stat().st_size)
@@ -90,7 +89,8 @@ def read_reference(path: Path, contents: dict, records: set, optimizer: bool) ->
     )
     digests_of(weights, "model")
     for name, tensor in weights.items():
-        if (tensor.nbytes, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())) not in records:
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        if (tensor.nbytes, zlib.crc32(data)) not in records:
             raise ValueError(f"damaged: model tensor {name} does not match the zip's checksum")
     model = {
         name: torch.stack([weights[source] for source in names])
@@ -99,19 +99,32 @@ def read_reference(path: Path, contents: dict, records: set, optimizer: bool) ->
         for name, names in sources.items()
     }
     return Checkpoint(
-        path, header["step"], config, model, None, header["val_loss"], {}, None, "", {}, {}, True
+        path=path,
+        step=step,
+        model_config=config,
+        model=model,
+        optimizer=None,
+        val_loss=val_loss,
+        train_config={},
+        tokenizer_state=None,
+        data_fingerprint="",
+        run={},
+        versions={},
+        is_reference_format=True,
     )
 
 
 def reference_config(fields: dict) -> ModelConfig:
-    """Our config of the reference's: the same function, loss included.
+    """Return our config of the original implementation's: the same function, loss included.
 
-    Its auxiliary loss counts a token once per chosen expert and so is top_k at balance where ours is 1: the coefficient
-    takes the factor. Its capacity rule forgets top_k and drops tokens of balanced batches: weights are used dropless.
+    Its auxiliary loss counts a token once per chosen expert, so it is top_k at balance where ours
+    is 1: the coefficient takes the factor. Its capacity rule forgets top_k and drops tokens of
+    balanced batches: weights are used dropless.
     """
     if set(fields) != set(REFERENCE_FIELDS):
         raise ValueError(
-            f"cfg has the fields {', '.join(sorted(fields))[:200]}, and the reference's has {', '.join(REFERENCE_FIELDS)}"
+            f"cfg has the fields {', '.join(sorted(fields))[:200]}, and the original "
+            f"implementation's has {', '.join(REFERENCE_FIELDS)}"
         )
     try:
         config = ModelConfig(
@@ -129,16 +142,16 @@ def reference_config(fields: dict) -> ModelConfig:
 
 
 def _reference_sources(name: str, num_experts: int) -> list[str]:
-    """The reference's names of what one tensor of ours is made of: one, or one per expert."""
+    """Return the names there of what a tensor of ours is made of: one, or one per expert."""
     stem, _, leaf = name.rpartition(".")
     if stem.endswith(".moe.experts"):
         return [f"{stem}.{expert}.{REFERENCE_EXPERT_NAMES[leaf]}" for expert in range(num_experts)]
-    return [
-        name.replace(".attention.", ".gqa.").replace(".moe.router.weight", ".moe.router.W_r.weight")
-    ]
+    name = name.replace(".attention.", ".gqa.")
+    return [name.replace(".moe.router.weight", ".moe.router.W_r.weight")]
 
 
 def _reference_shape(name: str, shape: torch.Size) -> torch.Size:
+    """Return the shape there of a tensor of ours."""
     if ".moe.experts." in name:
         return shape[1:]
     return torch.Size((1, *shape)) if name.endswith(".attention_bias") else shape

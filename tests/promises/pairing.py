@@ -145,7 +145,7 @@ class World:
         return self.at / name
 
     def _reference(self) -> str:
-        """A checkpoint in the reference's format, as the only one of a folder."""
+        """A checkpoint in the original implementation's format, as the only one of a folder."""
         fields = dict(
             d_model=16,
             dropout=0.1,
@@ -276,7 +276,7 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         ("empty", "holds no checkpoint"),
         ("a", "holds no checkpoint"),
         ("bpe", "no optimizer state.*--init_from"),
-        ("reference", "reference's format.*--init_from"),
+        ("reference", "original implementation's format.*--init_from"),
     ):
         add(
             train.main,

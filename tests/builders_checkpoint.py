@@ -73,14 +73,14 @@ def forge(source: Path, target: Path, change, redo_digests=True) -> Path:
     contents = contents if changed is None else changed
     if redo_digests and isinstance(contents, dict) and isinstance(contents.get("digests"), dict):
         with contextlib.suppress(
-            TypeError, RuntimeError, AttributeError, KeyError
+            TypeError, RuntimeError, KeyError
         ):  # some of what is put in has no digest
-            contents["digests"]["header"] = module._header_digest(
+            contents["digests"]["header"] = module.header_digest(
                 {key: value for key, value in contents.items() if key not in module.TENSOR_KEYS}
             )
             for group in ("model", "optimizer"):
                 contents["digests"] |= {
-                    f"{group}/{name}": module._digest(tensor)[0]
+                    f"{group}/{name}": module.digest_of(tensor)[0]
                     for name, tensor in contents[group].items()
                 }
     torch.save(contents, target)

@@ -1,15 +1,17 @@
 """Write a checkpoint as an ONNX model with a KV cache, for onnxruntime on any machine.
 
-One graph reads prompts and continues them. Its inputs are `input_ids` [batch, tokens] int64 and, for each block N,
-`past_key_values.N.key` and `.value` [batch, kv_heads, past, head_dim], what earlier calls gave (past = 0: nothing yet). Its
-outputs are `logits` [batch, tokens, vocabulary] float32 and `present.N.key` and `.value` [batch, kv_heads, past + tokens,
-head_dim], the next call's past. Batch, tokens and past may be anything in each call; all rows of a batch have the same length
-(there is no padding mask). The names are those that Optimum and onnxruntime-genai use. Where a block has a window, pass all
-keys on all the same: positions are counted from their number.
+One graph reads prompts and continues them. Its inputs are `input_ids` [batch, tokens] int64 and, for
+each block N, `past_key_values.N.key` and `.value` [batch, kv_heads, past, head_dim]: what earlier
+calls gave (past = 0: nothing yet). Its outputs are `logits` [batch, tokens, vocabulary] float32 and
+`present.N.key` and `.value` [batch, kv_heads, past + tokens, head_dim], the next call's past. Batch,
+tokens and past may be anything in each call; all rows of a batch have the same length (it takes no
+padding mask). The names are those that Optimum and onnxruntime-genai use. Where a block has a
+window, pass all keys on all the same: positions are counted from their number.
 
-Beside OUT.onnx: OUT.tokenizer.json, for the `tokenizers` package, and OUT.onnx.data with the weights where they are more
-than one ONNX file can hold (2 GB). The model's metadata hold our config, the tokenizer's name, the id that a text begins behind
-(or nothing), end-of-text's, and a JSON list of all ids that end an answer.
+Next to OUT.onnx: OUT.tokenizer.json, for the `tokenizers` package, and OUT.onnx.data with the
+weights where they are more than one ONNX file can hold (2 GB). The model's metadata hold our config,
+the tokenizer's name, the id that is prepended to a text (or nothing), end-of-text's id, and a JSON
+list of all ids that end a completion.
 """
 
 from __future__ import annotations
@@ -61,9 +63,12 @@ SINGLE_TOKENS = 4  # fed one by one in the check
 BESIDES_BYTES = 1 << 26  # room for the tokenizer and the graph
 
 
-# --------------------------------------------------------------------------------------------------------------- tracing
+# ------------------------------------------------------------------------------------------ tracing
 class GivenPast:
-    """A KV cache over tensors that were handed in, for tracing: nothing is written in place and `length` may be symbolic."""
+    """A KV cache over tensors that were handed in, for tracing.
+
+    Nothing is written in place, and `length` may be symbolic.
+    """
 
     per_row = False
 
@@ -92,10 +97,11 @@ class GivenPast:
 def dispatch(
     x_NC: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, experts: Experts
 ) -> Tensor:
-    """LocalDispatcher in operations that ONNX has, and one, GroupedLinear, that `unrolled` puts others in the place of.
+    """Do LocalDispatcher's work in operations that ONNX has, and GroupedLinear.
 
-    Every expert multiplies its own rows only, which is faster than all experts on all rows, for prompts (2.5 times at 8 experts) and
-    single tokens alike, and than gathering the chosen experts' matrices. Traced as one operation, because torch.export needs
+    `unrolled` replaces the latter. Every expert multiplies its own rows only, which is faster than
+    all experts on all rows, for prompts (2.5 times at 8 experts) and single tokens alike, and than
+    gathering the chosen experts' matrices. Traced as one operation, because torch.export needs
     minutes for some hundred pieces of unknown length.
     """
 
@@ -139,27 +145,26 @@ def past_names(config: ModelConfig, prefix: str) -> list[str]:
 
 
 def to_onnx(model: LLM):
-    """The graph of a model in eval mode, as an onnx_ir.Model that shares its weights. The model is left as it was."""
-    config, dtype, L, Dim = (
-        model.config,
-        model.embed.weight.dtype,
-        model.config.transformer_blocks,
-        torch.export.Dim,
-    )
-    # Any sizes but 0 and 1, which torch.export takes for constants; the graph is then right for these as well.
+    """Return the graph of a model in eval mode, as an onnx_ir.Model that shares its weights.
+
+    The model is left as it was.
+    """
+    config, dtype = model.config, model.embed.weight.dtype
+    L, Dim = config.transformer_blocks, torch.export.Dim
+    # Any sizes but 0 and 1, which torch.export takes for constants; the graph is then right for
+    # these as well.
     past = [
         torch.zeros(2, config.num_kv_heads, 4, config.attention_head_dim, dtype=dtype)
         for _ in range(2 * L)
     ]
     batch, tokens, length = Dim("batch"), Dim("tokens"), Dim("past")
     before = [block.moe.dispatcher for block in model.layers]
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it warns that torchvision is not there
+    # It warns that torchvision is not there.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        model.check_length = (
-            lambda tokens: None
-        )  # would end the tracing, as tokens are unknown; beyond the table ONNX's own shapes do not fit
+        # It would end the tracing, as tokens are unknown. Beyond a learned table ONNX's own shapes
+        # do not fit.
+        model.check_length = lambda tokens: None
         for block in model.layers:
             block.moe.dispatcher = dispatch
         with torch.no_grad(), warnings.catch_warnings():
@@ -186,13 +191,14 @@ def to_onnx(model: LLM):
 
 
 def unrolled(graph_model):
-    """The same with each GroupedLinear as a Split into the experts' rows, a Gemm for each expert, and a Concat."""
+    """Return the graph with each GroupedLinear as a Split, a Gemm for each expert, and a Concat."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = graph_model.graph
 
-    @functools.cache  # torch.onnx stores equal weights once: blocks whose biases are all 0 share them
+    # torch.onnx stores equal weights once: blocks whose biases are all 0 share them.
+    @functools.cache
     def parts(stacked: ir.Value) -> list[ir.Value]:
         """Initializers of each expert's own part: views, so that no memory is needed for them."""
         values = [
@@ -227,7 +233,10 @@ def unrolled(graph_model):
 
 
 def in_float16(graph_model) -> None:
-    """Store float32 matrices that float16 holds exactly as such, each with a Cast behind it, which onnxruntime does once, when it loads."""
+    """Store float32 matrices that float16 holds exactly in float16, each followed by a Cast.
+
+    onnxruntime does the Cast once, when it loads.
+    """
     import onnx_ir as ir
 
     graph = graph_model.graph
@@ -251,7 +260,7 @@ def in_float16(graph_model) -> None:
             del graph.initializers[value.name]
 
 
-# ---------------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 def metadata(source: Source) -> dict[str, str]:
     """What a user of the file may need to know, as strings."""
     tokenizer = source.tokenizer
@@ -273,8 +282,12 @@ def companions(out: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def staged_files(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A temporary folder for the files of `companions`, under their final names, for the model names its data. If the block ends well they
-    take their places; what an earlier export left there goes first, and the model comes last: none is ever beside another's weights."""
+    """Give a temporary folder for the files of `companions`, under their final names.
+
+    The model names its data, so the names must be final. If the block ends well the files are moved
+    into place: what an earlier export left goes first and the model comes last, so no model is ever
+    next to another's weights.
+    """
     with work_folder(out, needed_bytes) as folder:
         yield folder
         flush(folder)
@@ -293,7 +306,8 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
     config, tokenizer = source.model.config, source.tokenizer
     if tokenizer.name.endswith(COMPACT):
         print(
-            f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.data.tokenizer makes its ids"
+            f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.data.tokenizer "
+            "makes its ids"
         )
     else:
         with tempfile.TemporaryDirectory(
@@ -311,7 +325,7 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------------------- check
 def open_session(path: Path):
     """An onnxruntime session on the CPU."""
     import onnxruntime
@@ -338,12 +352,15 @@ def run(
 
 
 def checked_parts(ids_1T: Tensor) -> tuple[Tensor, int]:
-    """(ids [2, T]: the text, and it backwards; how many tokens of it, at the end, come one by one)."""
+    """Return (ids [2, T]: a text and its reverse; how many tokens at the end come one by one)."""
     return torch.cat((ids_1T, ids_1T.flip(1))), min(SINGLE_TOKENS, ids_1T.shape[1] - 1)
 
 
 def expected_logits(model: LLM, ids_1T: Tensor) -> tuple[Tensor, Tensor]:
-    """What `check` compares with: logits [1, T, V] of the text, and those [2, 1 + single tokens, V] at the end of the two texts."""
+    """Return what `check` compares with.
+
+    Logits [1, T, V] of the text, and [2, 1 + single tokens, V] at the end of the two texts.
+    """
     ids_2T, singles = checked_parts(ids_1T)
     return logits_of(model, ids_1T), logits_of(model, ids_2T)[:, -1 - singles :].clone()
 
@@ -351,7 +368,10 @@ def expected_logits(model: LLM, ids_1T: Tensor) -> tuple[Tensor, Tensor]:
 def check(
     path: Path, config: ModelConfig, ids_1T: Tensor, whole: Tensor, end: Tensor, dtype: str
 ) -> None:
-    """Compare what was written with `expected_logits`: in one call, and through the cache. ExportError if it is off."""
+    """Compare what was written with `expected_logits`: in one call, and through the cache.
+
+    Raise ExportError if it is off.
+    """
     session = open_session(path)
     check_logits(f"onnxruntime, {dtype}, one call", whole, run(session, config, ids_1T)[0], config)
     ids_2T, singles = checked_parts(ids_1T)
@@ -369,7 +389,10 @@ def check(
 
 
 def round_to_float16(model: LLM) -> None:
-    """Round the weights in place, all that `in_float16` stores so; they stay float32 tensors. ValueError for one that float16 cannot hold."""
+    """Round in place the weights that `in_float16` stores so; they stay float32 tensors.
+
+    Raise ValueError for one that float16 cannot hold.
+    """
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float16).float()
         if not p.isfinite().all():
@@ -379,14 +402,15 @@ def round_to_float16(model: LLM) -> None:
 def main(argv: list[str] | None = None) -> int:
     p = export_parser(
         __doc__.splitlines()[0],
-        "model to write, NAME.onnx; NAME.tokenizer.json is written beside it, and NAME.onnx.data with the weights "
-        "if they are more than one file can hold (2 GB)",
+        "model to write, NAME.onnx; NAME.tokenizer.json is written next to it, and NAME.onnx.data "
+        "with the weights if they are more than one file can hold (2 GB)",
     )
     p.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "float16"),
-        help="how the weights are stored (default: float32; float16: half the file; arithmetic and cache are float32 either way)",
+        help="how the weights are stored (default: float32; float16: half the file; computed with "
+        "a float32 cache either way)",
     )
     args = p.parse_args(argv)
     started = time.perf_counter()
@@ -413,16 +437,17 @@ def main(argv: list[str] | None = None) -> int:
             round_to_float16(model)
         expected = expected_logits(model, ids_1T)
         if args.dtype == "float16":
-            print(
-                f"check: rounding the weights to float16 moves the logits by up to {largest_difference(exact, expected[0]):.1e}"
-            )
+            moved = largest_difference(exact, expected[0])
+            print(f"check: rounding the weights to float16 moves the logits by up to {moved:.1e}")
         graph_model = to_onnx(model)
         if args.dtype == "float16":
             in_float16(graph_model)
         num_bytes = write_files(folder, out.name, graph_model, source)
         check(folder / out.name, config, ids_1T, *expected, args.dtype)
+    seconds = time.perf_counter() - started
     print(
-        f"{out}: {counts(config).total:,} parameters in {args.dtype}, {num_bytes / 1e6:,.1f} MB, {time.perf_counter() - started:.1f} s"
+        f"{out}: {counts(config).total:,} parameters in {args.dtype}, {num_bytes / 1e6:,.1f} MB, "
+        f"{seconds:.1f} s"
     )
     return 0
 

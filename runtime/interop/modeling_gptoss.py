@@ -1,4 +1,7 @@
-"""The model as a class of transformers: the end of the modeling file that custom_code.py writes. It is read there as text; nothing of gptoss imports it."""
+"""The model as a class of transformers: the end of the modeling file that custom_code.py writes.
+
+It is read there as text; nothing of gptoss imports it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from model import LLM
 
 
 class GptossConfig(PretrainedConfig):
-    """`gptoss` holds the fields of ModelConfig, which decide everything; the names that transformers' tools ask for follow from them."""
+    """`gptoss` holds the fields of ModelConfig, which decide everything.
+
+    The names that transformers' tools ask for follow from them.
+    """
 
     model_type = "gptoss"
 
@@ -41,32 +47,36 @@ class GptossConfig(PretrainedConfig):
 
 
 class GrowingCache:
-    """A cache of transformers with what KVCache offers to the model, for one forward pass. It keeps all keys, of windowed blocks too."""
+    """A cache of transformers with what KVCache offers to the model, for one forward pass.
+
+    It keeps all keys, of windowed blocks too.
+    """
 
     per_row = False
 
     def __init__(self, cache: Cache, config: ModelConfig):
         if cache.is_compileable:
             raise ValueError(
-                f"this model needs a cache that grows and forgets nothing, such as DynamicCache(), not {type(cache).__name__}: leave cache_implementation out"
+                "this model needs a cache that grows and forgets nothing, such as DynamicCache(), "
+                f"not {type(cache).__name__}: leave cache_implementation out"
             )
         self.cache, self.length = cache, int(cache.get_seq_length())
         self.windows = [config.window(block) for block in range(config.transformer_blocks)]
-        self.is_ring = [
-            window > 0 for window in self.windows
-        ]  # their keys do not begin at position 0
+        # Their keys do not begin at position 0.
+        self.is_ring = [window > 0 for window in self.windows]
 
     def check_fits(self, B: int, T: int) -> None:
         """It grows."""
 
     def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a block's new keys and values; return all that a query may need, [B, G, S, D], at positions `key_positions(block, T)`."""
+        """Store a block's new keys and values; return all that a query may need, [B, G, S, D]."""
         tokens = self.length + k_BGTD.shape[2]
         self.positions = torch.arange(tokens, device=k_BGTD.device)
         k_BGSD, v_BGSD = self.cache.update(k_BGTD, v_BGTD, block)
         if k_BGSD.shape[2] != tokens:
             raise ValueError(
-                f"this model needs a cache that grows and forgets nothing, such as DynamicCache(), not one that keeps {k_BGSD.shape[2]} of {tokens} tokens"
+                "this model needs a cache that grows and forgets nothing, such as DynamicCache(), "
+                f"not one that keeps {k_BGSD.shape[2]} of {tokens} tokens"
             )
         first = self._first(block, k_BGTD.shape[2])
         return k_BGSD[:, :, first:], v_BGSD[:, :, first:]
@@ -89,7 +99,10 @@ class GrowingCache:
 
 
 class GptossForCausalLM(PreTrainedModel, GenerationMixin):
-    """LLM under transformers' interface. The cache, the padding and the shifted labels are translated here; all else is LLM."""
+    """LLM under transformers' interface.
+
+    The cache, the padding and the shifted labels are translated here; all else is LLM.
+    """
 
     config_class = GptossConfig
     base_model_prefix = "model"
@@ -115,7 +128,8 @@ class GptossForCausalLM(PreTrainedModel, GenerationMixin):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
         ):
             raise ValueError(
-                f"{type(module).__name__}: weights are missing in the file, or have another shape than the config says"
+                f"{type(module).__name__}: weights are missing in the file, or have another shape "
+                "than the config says"
             )
 
     def get_input_embeddings(self):
@@ -124,12 +138,13 @@ class GptossForCausalLM(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         if new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(
-                f"this model has {self.config.vocab_size} token ids and cannot be given {new_num_tokens}"
+                f"this model has {self.config.vocab_size} token ids and cannot be given "
+                f"{new_num_tokens}"
             )
         return self.model.embed
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
-        """Without what transformers 4 says besides: nothings, and where the cache ends, which the cache itself knows."""
+        """Drop None values and transformers 4's cache_position: the cache knows where it ends."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         return {
             name: value
@@ -147,20 +162,20 @@ class GptossForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ):
-        """Logits [B, T, V] of ids [B, T], or of the last `logits_to_keep`; with `labels` [B, T], which are shifted here (-100: none), the loss too:
-        mean cross-entropy, the routers' losses added as in the training of this model.
+        """Return logits [B, T, V] of ids [B, T], or of the last `logits_to_keep`.
 
-        attention_mask [B, S]: 0 for padding, at the ends of a row only.
+        With `labels` [B, T], which are shifted here (-100: none), the loss too: mean cross-entropy,
+        the routers' losses added as in the training of this model. attention_mask [B, S]: 0 for padding, at the ends of a row only.
         """
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", True) and not self.training
         self.model.activation_checkpointing = self.gradient_checkpointing
-        if (
-            self.gradient_checkpointing and torch.is_grad_enabled()
-        ):  # each block runs twice and would fill the cache twice
+        # Each block runs twice and would fill the cache twice.
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             if past_key_values is not None:
                 raise ValueError(
-                    "a KV cache and gradient checkpointing do not go together: leave past_key_values out, or use torch.no_grad()"
+                    "a KV cache and gradient checkpointing do not go together: leave "
+                    "past_key_values out, or use torch.no_grad()"
                 )
             use_cache = False
         if past_key_values is None and use_cache:
@@ -192,22 +207,28 @@ class GptossForCausalLM(PreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def _starts(self, mask_BS: Tensor, start: int, T: int) -> Tensor | None:
-        """LLM's starts [B, T] for T tokens after `start` others; None where no row is padded on its left. Padding sees padding: its softmax needs something."""
+        """Return LLM's starts [B, T] for T tokens after `start` others.
+
+        None where no row is padded on its left. Padding sees padding: its softmax needs something.
+        """
         if mask_BS.dim() != 2 or mask_BS.shape[1] != start + T:
             raise ValueError(
-                f"attention_mask must be [rows, {start + T}], one number for each token so far, not {list(mask_BS.shape)}"
+                f"attention_mask must be [rows, {start + T}], one number for each token so far, "
+                f"not {list(mask_BS.shape)}"
             )
         mask_BS = mask_BS != 0
         first_B1 = mask_BS.int().argmax(dim=1, keepdim=True)
         if ((mask_BS[:, 1:] & ~mask_BS[:, :-1]).sum(dim=1) > 1 - mask_BS[:, 0].int()).any():
             raise ValueError(
-                "attention_mask may mask the beginning and the end of a row only: pad prompts on the left (padding_side='left') to generate from them"
+                "attention_mask may mask the beginning and the end of a row only: pad prompts on "
+                "the left (padding_side='left') to generate from them"
             )
         if not first_B1.any():
             return None
         if self.model.config.use_attention_bias:
             raise ValueError(
-                "rows padded on the left would be read wrongly, because this model has learned biases for absolute positions: pad on the right, or give one row at a time"
+                "rows padded on the left would be read wrongly, because this model has learned "
+                "biases for absolute positions: pad on the right, or give one row at a time"
             )
         positions_T = torch.arange(start, start + T, device=mask_BS.device)
         return torch.where(positions_T < first_B1, 0, first_B1)

@@ -1,17 +1,17 @@
 """Write a checkpoint as an ONNX model with a KV cache, for onnxruntime on any machine.
 
-One graph reads prompts and continues them. Its inputs are `input_ids` [batch, tokens] int64 and, for
-each block N, `past_key_values.N.key` and `.value` [batch, kv_heads, past, head_dim]: what earlier
-calls gave (past = 0: nothing yet). Its outputs are `logits` [batch, tokens, vocabulary] float32 and
-`present.N.key` and `.value` [batch, kv_heads, past + tokens, head_dim], the next call's past. Batch,
-tokens and past may be anything in each call; all rows of a batch have the same length (it takes no
-padding mask). The names are those that Optimum and onnxruntime-genai use. Where a block has a
-window, pass all keys on all the same: positions are counted from their number.
+One graph reads prompts and continues them. Its inputs are `input_ids` [batch, tokens] int64 and,
+for each block N, `past_key_values.N.key` and `.value` [batch, kv_heads, past, head_dim]: what
+earlier calls gave (past = 0: nothing yet). Its outputs are `logits` [batch, tokens, vocabulary]
+float32 and `present.N.key` and `.value` [batch, kv_heads, past + tokens, head_dim], the next call's
+past. Batch, tokens and past may be anything in each call; all rows of a batch have the same length
+(it takes no padding mask). The names are those that Optimum and onnxruntime-genai use. Where a
+block has a window, pass all keys on all the same: positions are counted from their number.
 
 Next to OUT.onnx: OUT.tokenizer.json, for the `tokenizers` package, and OUT.onnx.data with the
-weights where they are more than one ONNX file can hold (2 GB). The model's metadata hold our config,
-the tokenizer's name, the id that is prepended to a text (or nothing), end-of-text's id, and a JSON
-list of all ids that end a completion.
+weights where they are more than one ONNX file can hold (2 GB). The model's metadata hold our
+config, the tokenizer's name, the id that is prepended to a text (or nothing), end-of-text's id, and
+a JSON list of all ids that end a completion.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 runtime/kernels/cpu_experts.py and runtime/kernels/sink_attention.py compute again what
 model_parts.py says. Where that was changed (another activation, one more parameter of the experts),
-they would train and generate another function in silence. So each is compared with it on a few numbers; one that
-differs is taken out of the model, which then computes as model_parts.py does, and a line says so.
+they would train and generate another function in silence. So each is compared with it on a few
+numbers; one that differs is taken out of the model, which then computes as model_parts.py does, and
+a line says so.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 `Decoder` runs a finished plain LLM in one of three ways that give the same logits: by the C kernel
 of runtime/inference/cpu_decode.c (float32 on a CPU), by one captured CUDA graph a token, or by a
-few PyTorch operations (`decode_step`) anywhere else. A model that none of them knows is stepped through
-by its own forward pass. `generate` is model.generate for many sequences; it reuses what is in the
-caches and can guess tokens by prompt-lookup decoding.
+few PyTorch operations (`decode_step`) anywhere else. A model that none of them knows is stepped
+through by its own forward pass. `generate` is model.generate for many sequences; it reuses what is
+in the caches and can guess tokens by prompt-lookup decoding.
 """
 
 from __future__ import annotations

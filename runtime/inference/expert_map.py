@@ -1,7 +1,8 @@
-"""Which experts each token of a text went to: as lines for a terminal, and as one HTML page that needs nothing else.
+"""Show which experts each token of a text went to: as lines for a terminal, and as an HTML page.
 
-Both take what the routers chose, and never the model: `experts_LTK` (int64, from 0) and `gates_LTK`, the weights of the chosen
-experts, which sum to 1 per token and block. Blocks, experts and tokens are numbered from 0, as everywhere.
+The page needs nothing else. Both take what the routers chose, and never the model: `experts_LTK`
+(int64, from 0) and `gates_LTK`, the routing weights of the chosen experts, which sum to 1 per token
+and block. Blocks, experts and tokens are numbered from 0, as everywhere.
 
 # L blocks  T tokens  K chosen experts per token  E experts
 """
@@ -24,8 +25,9 @@ from runtime.base.text import page_style, visible
 
 PAGE = Path(__file__).with_name("expert_map.html")
 
-# The coloured entries of the 256-colour cube that have a contrast of 3:1 on black and on white alike, each one as far as can
-# be from those before it (in Oklab): the first dozen are easily told apart. Expert 64 has the colour of expert 0 again.
+# The coloured entries of the 256-colour cube that have a contrast of 3:1 on black and on white
+# alike, each one as far as can be from those before it (in Oklab): the first dozen are easily told
+# apart. Expert 64 has the colour of expert 0 again.
 TERMINAL_COLOURS = (
     33,
     196,
@@ -93,8 +95,12 @@ TERMINAL_COLOURS = (
     69,
 )
 LONGEST_TEXT = 24  # terminal columns of a token's text; what is longer ends in an ellipsis
-HEAT_LEVELS = 9  # of the heat map's scale, half an octave each: a quarter of the fair share or less ... 4 times it or more
-GATE_LEVELS = 4  # of a token's tint, from an even split of its gates to all for one expert; style and script know them too
+# Of the heat map's scale, half an octave each: from a quarter of the fair share or less to 4 times
+# it or more.
+HEAT_LEVELS = 9
+# Of a token's tint, from an even split of its weights to all for one expert. The page's style and
+# script know them too.
+GATE_LEVELS = 4
 MOST_NUMBERS = 16  # experts, up to which a heat map's cells have room for numbers
 MOST_LABELS = 24  # experts, up to which a heat map's columns have room for a label each
 
@@ -102,10 +108,14 @@ MOST_LABELS = 24  # experts, up to which a heat map's columns have room for a la
 def _strongest_first(
     pieces: list[str], experts_LTK: Tensor, gates_LTK: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """(experts, gates), checked, on the CPU (int64, float64), and the K of a token in falling order of their gates. Raises ValueError."""
+    """Return (experts, weights), checked, on the CPU (int64, float64). Raise ValueError.
+
+    The K experts of a token are in falling order of their weights.
+    """
     if experts_LTK.dim() != 3 or experts_LTK.shape != gates_LTK.shape:
         raise ValueError(
-            f"experts and gates must both be [blocks, tokens, chosen], not {list(experts_LTK.shape)} and {list(gates_LTK.shape)}"
+            "experts and gates must both be [blocks, tokens, chosen], not "
+            f"{list(experts_LTK.shape)} and {list(gates_LTK.shape)}"
         )
     L, T, K = experts_LTK.shape
     if len(pieces) != T:
@@ -146,7 +156,7 @@ def _counts(experts_LTK: Tensor, num_experts: int) -> list[list[int]]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------- terminal
+# ----------------------------------------------------------------------------------------- terminal
 def _columns(text: str) -> int:
     """Terminal columns that a text takes: 2 for wide characters, 0 for combining ones."""
     return sum(
@@ -160,7 +170,10 @@ def _columns(text: str) -> int:
 
 
 def _one_line(piece: str) -> str:
-    """A token's text on one line of at most LONGEST_TEXT columns; whatever is no mark on a terminal is spelled out."""
+    """Return a token's text on one line of at most LONGEST_TEXT columns.
+
+    Whatever is no mark on a terminal is escaped.
+    """
     text = visible(piece).replace("\n", "\\n").replace("\t", "\\t")
     text = "".join(
         c.encode("unicode_escape").decode()
@@ -183,10 +196,11 @@ def text_map(
     color: bool,
     width: int = 100,
 ) -> str:
-    """The tokens, one a line, with their experts in each block, strongest first (12·5); then how many experts each block used.
+    """Return the tokens, one a line, with their experts in each block, strongest first (12·5).
 
-    Blocks that do not fit in `width` columns follow in further tables. With `color` an expert has the same colour wherever it
-    is, dim where its gate is less than half of an even split; without it the text has no escape sequence.
+    Then how many experts each block used. Blocks that do not fit in `width` columns follow in
+    further tables. With `color` an expert has the same colour wherever it is, dim where its weight
+    is less than half of an even split; without it the text has no escape sequence.
     Raises ValueError if the shapes do not agree or an expert or a gate is out of range.
     """
     experts_LTK, gates_LTK = _strongest_first(pieces, experts_LTK, gates_LTK, num_experts)
@@ -206,7 +220,7 @@ def text_map(
         )
 
     def line(first: str, cells: list[tuple[str, int]]) -> str:
-        """Cells, each with the columns it takes, in columns of their own; nothing behind the last."""
+        """Return cells in columns of their own; each comes with the columns it takes."""
         padded = (
             [first + " " * (text_columns - _columns(first))]
             + [text + " " * (cell_columns - taken) for text, taken in cells[:-1]]
@@ -243,15 +257,19 @@ def text_map(
         most = max(range(num_experts), key=counts_E.__getitem__)
         used, share = sum(count > 0 for count in counts_E), counts_E[most] / (T * K)
         lines.append(
-            f"block {block:<{len(str(L - 1))}}  {used:>{len(str(num_experts))}} of {num_experts} experts used, "
-            f"most of all expert {number(most)}: {100 * share:.1f} %, {share * num_experts:.2f} x its fair share"
+            f"block {block:<{len(str(L - 1))}}  {used:>{len(str(num_experts))}} of {num_experts} "
+            f"experts used, most of all expert {number(most)}: {100 * share:.1f} %, "
+            f"{share * num_experts:.2f} x its fair share"
         )
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------- page
 def _hues(num_experts: int) -> list[int]:
-    """A hue in degrees per expert: evenly spaced, neighbours in number far apart (by about the golden ratio)."""
+    """Return a hue in degrees per expert: evenly spaced, neighbours in number far apart.
+
+    Apart by about the golden ratio.
+    """
     stride = next(
         (
             stride
@@ -267,7 +285,7 @@ def _hues(num_experts: int) -> list[int]:
 
 
 def _expert_styles(num_experts: int) -> str:
-    """A style class per expert; of many experts, three lightnesses help to tell hues apart that are close."""
+    """Return a style class per expert; three lightnesses help to tell close hues apart."""
     tiers = [0] if num_experts <= 12 else [0, 1, -1]
     return "\n".join(
         f".e{expert}{{--h:{hue};--tier:{tiers[expert % len(tiers)]}}}"
@@ -290,7 +308,10 @@ def _width_styles(num_experts: int, K: int) -> str:
 
 
 def _clean(text: str) -> str:
-    """Text for the inside of an element: no control characters but newline and tab, no lone surrogates, &, <, > and quotes escaped."""
+    """Return text for the inside of an element, &, <, > and quotes escaped.
+
+    Without lone surrogates, and without control characters but newline and tab.
+    """
     return html.escape(visible(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
@@ -301,7 +322,10 @@ def _json_in_html(value: object) -> str:
 
 
 def _token_span(t: int, piece: str, is_prompt: bool, expert: int, gate: float, K: int) -> str:
-    """One token of the text, tinted by its strongest expert. Its style classes are those that the script sets."""
+    """Return one token of the text, tinted by its strongest expert.
+
+    Its style classes are those that the script sets.
+    """
     level = (
         GATE_LEVELS - 1
         if K == 1
@@ -313,11 +337,17 @@ def _token_span(t: int, piece: str, is_prompt: bool, expert: int, gate: float, K
     label = _clean(
         f"token {t}{', prompt' * is_prompt}: " + piece.replace("\n", "\\n").replace("\t", "\\t")
     )
-    return f'<span class="t{kind} e{expert} g{level}" tabindex="0" role="option" aria-label="{label}">{_clean(piece)}</span>'
+    return (
+        f'<span class="t{kind} e{expert} g{level}" tabindex="0" role="option" '
+        f'aria-label="{label}">{_clean(piece)}</span>'
+    )
 
 
 def _heat_table(counts_LE: list[list[int]], assignments: int) -> str:
-    """Rows are blocks, columns experts, a cell an expert's share of the block's assignments over the fair share 1/E."""
+    """Return the heat map: rows are blocks, columns experts.
+
+    A cell is an expert's share of the block's assignments over the fair share 1/E.
+    """
     E = len(counts_LE[0])
     step = 1 if E <= MOST_LABELS else 4 if E <= 96 else 16
     head = "".join(
@@ -334,15 +364,23 @@ def _heat_table(counts_LE: list[list[int]], assignments: int) -> str:
                 if not count
                 else min(HEAT_LEVELS - 1, max(0, round(2 * math.log2(load)) + HEAT_LEVELS // 2))
             )
-            says = f"block {block}, expert {expert}: {count} of {assignments} assignments, {100 * count / assignments:.1f} %, {load:.2f} times the fair share"
+            says = (
+                f"block {block}, expert {expert}: {count} of {assignments} assignments, "
+                f"{100 * count / assignments:.1f} %, {load:.2f} times the fair share"
+            )
+            tab_index = -1 if block or expert else 0
+            shown = f"{load:.2f}" if E <= MOST_NUMBERS else ""
             cells.append(
-                f'<td class="q{level}" role="gridcell" tabindex="{-1 if block or expert else 0}" aria-label="{says}" title="{says}">'
-                f"{f'{load:.2f}' if E <= MOST_NUMBERS else ''}</td>"
+                f'<td class="q{level}" role="gridcell" tabindex="{tab_index}" '
+                f'aria-label="{says}" title="{says}">{shown}</td>'
             )
         rows.append(f'<tr><th scope="row">{block}</th>{"".join(cells)}</tr>')
+    style, body = "numbers" if E <= MOST_NUMBERS else "dense", "\n".join(rows)
     return (
-        f'<table id="use" role="grid" aria-label="Expert use: rows are blocks, columns experts" class="{"numbers" if E <= MOST_NUMBERS else "dense"}">'
-        f'<thead><tr><th scope="col" class="corner">block</th>{head}</tr></thead>\n<tbody>{chr(10).join(rows)}</tbody></table>'
+        '<table id="use" role="grid" aria-label="Expert use: rows are blocks, columns experts" '
+        f'class="{style}">'
+        f'<thead><tr><th scope="col" class="corner">block</th>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table>"
     )
 
 
@@ -368,12 +406,14 @@ def html_page(
     num_prompt_tokens: int,
     about: str = "",
 ) -> str:
-    """One HTML page, whole in itself: the text with a tint per expert, a token's experts and gates per block, and a heat map of expert use.
+    """Return one HTML page that needs nothing else.
 
-    The first `num_prompt_tokens` tokens are marked as the prompt; `about` is plain text for under the title. The page's content
-    security policy allows its own script and style, by their hashes, and nothing else: no request, no other script, whatever the
-    text says. Without scripts, and on paper, the text, its tint for block 0 and the heat map remain.
-    Write it as UTF-8. Raises ValueError as `text_map` does.
+    It shows the text with a tint per expert, a token's experts and their weights per block, and a
+    heat map of expert use. The first `num_prompt_tokens` tokens are marked as the prompt; `about`
+    is plain text for under the title. The page's content security policy allows its own script and
+    style, by their hashes, and nothing else: no request, no other script, whatever the text says.
+    Without scripts, and on paper, the text, its tint for block 0 and the heat map remain. Write it
+    as UTF-8. Raise ValueError as `text_map` does.
     """
     experts_LTK, gates_LTK = _strongest_first(pieces, experts_LTK, gates_LTK, num_experts)
     L, T, K = experts_LTK.shape

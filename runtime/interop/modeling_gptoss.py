@@ -165,7 +165,8 @@ class GptossForCausalLM(PreTrainedModel, GenerationMixin):
         """Return logits [B, T, V] of ids [B, T], or of the last `logits_to_keep`.
 
         With `labels` [B, T], which are shifted here (-100: none), the loss too: mean cross-entropy,
-        the routers' losses added as in the training of this model. attention_mask [B, S]: 0 for padding, at the ends of a row only.
+        the routers' losses added as in the training of this model. attention_mask [B, S]: 0 for
+        padding, at the ends of a row only.
         """
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", True) and not self.training

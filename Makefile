@@ -1,5 +1,6 @@
 # make demo   set up, then text -> model -> story in a few minutes, offline, in its own folder demo/
-# make test   set up, then all tests
+# make test   set up, then all tests, as CI runs them
+# make test-fast   the same without the tests marked slow
 # make test-cpus   the tests that compare numbers, as two other CPUs would run them: a few minutes
 # make lint   style; also: make test-nightly, make mutants, make figures (reliability, long)
 PYTHON ?= python3
@@ -7,8 +8,12 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Threads that wait for each other spin; on a shared machine that costs more than it saves.
 export GOMP_SPINCOUNT ?= 1000
+# Each worker is a process with one torch thread. Tests start in order, so that a module's fixtures
+# are made once; a worker that has none left takes some of the other's.
+WORKERS ?= 2
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
-.PHONY: demo test test-cpus test-nightly test-llamacpp mutants figures lint clean-demo
+.PHONY: demo test test-fast test-cpus test-nightly test-llamacpp mutants figures lint clean-demo
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -34,7 +39,13 @@ clean-demo:
 
 test: $(VENV)/installed-dev
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PYTEST)
+
+# Without `slow`: tests that start processes which import PyTorch, compile with Inductor, run whole
+# benchmarks or try something many times. For each step of a change; `make test` before a push.
+test-fast: $(VENV)/installed-dev
+	$(PY) -m ruff check .
+	$(PYTEST) -m "not nightly and not slow"
 
 # The tests that compare numbers, with the libraries told that this CPU has less than it has: they then add in other orders.
 test-cpus: $(VENV)/installed-dev

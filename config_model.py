@@ -349,7 +349,7 @@ class TrainConfig:
             )
 
 
-# --------------------------------------------------------------------------------------------------------------- presets
+# ------------------------------------------------------------------------------------------ presets
 @dataclass(frozen=True)
 class Preset:
     """Values that differ from the defaults, for the model and for its training."""
@@ -511,7 +511,7 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------------------------------- closed forms: what does it cost?
+# ----------------------------------------------------------------- closed forms: what does it cost?
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, in closed form; the values sum to the module's own count (tests hold the two together)."""
     c, L, D = config, config.transformer_blocks, config.attention_head_dim

@@ -16,11 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config_model import ModelConfig, loss_chunk_rows
 from model_parts import Block, KVCache, RouterStats, rope_tables
-from runtime.kernels.linear_cross_entropy import (
-    IGNORE,
-    linear_cross_entropy,
-    softmax_gradient_,
-)
+from runtime.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, softmax_gradient_
 
 # How parameters begin, by the ends of their names (LLM.initialise). Norms begin at 1.
 ZERO = ("bias", "b_in", "b_out", "attention_bias", "sinks")
@@ -219,7 +215,7 @@ class LLM(nn.Module):
                 bias += self.config.router_bias_rate * torch.sign(1.0 - load_E).to(bias)
 
 
-# ------------------------------------------------------------------------------------------------------------ generation
+# --------------------------------------------------------------------------------------- generation
 def check_sampling(
     temperature: float,
     top_k: int,

@@ -1,14 +1,15 @@
 """The model's pieces: rotary positions, KV cache, attention, router, experts, block.
 
-Shapes are written into names: B batch, T query tokens, S key tokens, C d_model, H query heads, G key/value heads, D head_dim,
-N = B*T tokens, E experts, K top_k, R = N*K rows (token-expert assignments), F d_ff, L blocks. A True in a mask keeps.
+Shapes are written into names: B batch, T query tokens, S key tokens, C d_model, H query heads,
+G key/value heads, D head_dim, N = B*T tokens, E experts, K top_k, R = N*K rows (token-expert
+assignments), F d_ff, L blocks. A True in a mask keeps.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +23,21 @@ from runtime.kernels.grouped_linear import (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 def _table_dtype(device) -> torch.dtype:
-    """float64, or float32 on Apple's GPUs, which have no float64."""
-    return (
-        torch.float32
-        if device is not None and torch.device(device).type == "mps"
-        else torch.float64
-    )
+    """Return float64, or float32 on Apple's GPUs, which have no float64."""
+    is_mps = device is not None and torch.device(device).type == "mps"
+    return torch.float32 if is_mps else torch.float64
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
-    """Angular frequency of each rotated pair, [D/2], in radians per position, and scaled as `rope_scaling` says.
+    """Return the angular frequency of each rotated pair, [D/2], in radians per position.
 
-    linear divides every frequency by the factor (Chen et al. 2023, "position interpolation"). yarn divides only the slow
-    ones, those that turn less than once over the trained context, and blends up to those that turn 32 times (Peng et al.
-    2023, section 3.2; the ramp is over the pair's index, its ends rounded outwards as in the authors' code, if `yarn_truncate`).
+    It is scaled as `rope_scaling` says. linear divides every frequency by the factor (Chen et al.
+    2023, "position interpolation"). yarn divides only the slow ones, those that turn less than once
+    over the trained context, and blends up to those that turn 32 times (Peng et al. 2023, section
+    3.2; the ramp is over the pair's index, its ends rounded outwards as in the authors' code, if
+    `yarn_truncate`).
     """
     D, factor = config.attention_head_dim, config.rope_scaling_factor
     dtype = _table_dtype(device)
@@ -49,11 +49,8 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
         trained_tokens = config.context_length / factor
 
         def pair_that_turns(times: float) -> float:
-            return (
-                D
-                * math.log(trained_tokens / (times * 2 * math.pi))
-                / (2 * math.log(config.rope_theta))
-            )
+            turns = math.log(trained_tokens / (times * 2 * math.pi))
+            return D * turns / (2 * math.log(config.rope_theta))
 
         fast, slow = pair_that_turns(32), pair_that_turns(1)
         if config.yarn_truncate:
@@ -68,30 +65,33 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
 def rope_tables(
     config: ModelConfig, start: int, T: int, dtype: torch.dtype, device
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin) for absolute positions start .. start+T-1, each [T, D] in `dtype`, which should be float32 or float64.
+    """Return (cos, sin), each [T, D], for absolute positions start .. start+T-1.
 
-    Made for each forward pass and never stored, so that casting a model cannot round its positions.
+    dtype: float32 or float64. Made for each forward pass and never stored, so that casting a model
+    cannot round its positions.
     """
-    return rope_tables_at(
-        config, torch.arange(start, start + T, dtype=_table_dtype(device), device=device), dtype
-    )
+    positions_T = torch.arange(start, start + T, dtype=_table_dtype(device), device=device)
+    return rope_tables_at(config, positions_T, dtype)
 
 
 def rope_tables_at(
     config: ModelConfig, positions_T: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`rope_tables` for any positions [T]."""
+    """Return `rope_tables` for any positions [T]."""
     device = positions_T.device
-    angles_TD = torch.outer(
-        positions_T.to(_table_dtype(device)), rope_frequencies(config, device)
-    ).repeat(1, 2)
-    # YaRN also sharpens attention by a temperature, folded into the tables (Peng et al. 2023, section 3.4).
+    frequencies = rope_frequencies(config, device)
+    angles_TD = torch.outer(positions_T.to(_table_dtype(device)), frequencies).repeat(1, 2)
+    # YaRN also sharpens attention by a temperature, folded into the tables (Peng et al. 2023,
+    # section 3.4).
     scale = 0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling == "yarn" else 1.0
     return (angles_TD.cos() * scale).to(dtype), (angles_TD.sin() * scale).to(dtype)
 
 
 def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of every head by their position's angle, in the tables' precision (Su et al. 2021)."""
+    """Rotate pairs (i, i + D/2) of every head by their position's angle (Su et al. 2021).
+
+    In the tables' precision.
+    """
     first, second = x_BHTD.chunk(2, dim=-1)
     return (x_BHTD * cos_TD + torch.cat((-second, first), dim=-1) * sin_TD).to(x_BHTD.dtype)
 
@@ -99,29 +99,64 @@ def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 def attention_mask(
     q_positions_T: Tensor, k_positions_S: Tensor, window: int, starts_BT: Tensor | None = None
 ) -> Tensor:
-    """The one mask rule, [T, S] bool: a query sees keys at its own and earlier positions, at most `window` of them (0 = all).
+    """Return the one mask rule, [T, S] bool: a query sees keys at its own and earlier positions.
 
-    starts_BT: the position where each query's document begins; it sees nothing before. The mask is then [B, 1, T, S].
+    window: it sees at most so many of them (0 = all). Positions [B, T] and [B, S], where the rows
+    are at positions of their own, give [B, 1, T, S]. So does starts_BT: the position where each
+    query's document begins; it sees nothing before.
     """
-    distance_TS = q_positions_T[:, None] - k_positions_S[None, :]
+    distance_TS = q_positions_T[..., :, None] - k_positions_S[..., None, :]
     visible_TS = distance_TS >= 0
     if window:
         visible_TS = visible_TS & (distance_TS < window)
-    return (
-        visible_TS
-        if starts_BT is None
-        else visible_TS & (k_positions_S >= starts_BT[:, None, :, None])
-    )
+    if q_positions_T.dim() == 2:
+        visible_TS = visible_TS[:, None]
+    if starts_BT is not None:
+        visible_TS = visible_TS & (k_positions_S >= starts_BT[:, None, :, None])
+    return visible_TS
 
 
-# -------------------------------------------------------------------------------------------------------------- KV cache
-class KVCache:
-    """Keys and values of the tokens seen so far. The caller makes it, passes it to `LLM.forward`, and owns it.
+# ----------------------------------------------------------------------------------------- KV cache
+class Cache(Protocol):
+    """What the model asks of a KV cache. `update` comes before `key_positions`, `advance` last.
 
-    Per block two tensors [B, G, capacity, D] in `dtype`. Where a block has a window smaller than `max_tokens`, its
-    capacity is the window and position p lives in slot p % window (a ring); elsewhere the capacity is `max_tokens`.
-    `length` counts the tokens of every row that are in; ValueError where a forward pass does not fit.
+    length: tokens of every row that are in. per_row: whether each row is at a position of its own;
+    then each call brings one token a row, and positions are [B, T] and [B, S].
     """
+
+    length: int
+    per_row: bool
+    is_ring: list[bool]  # for each block, whether its keys may not begin at position 0
+
+    def check_fits(self, B: int, T: int) -> None:
+        """Raise ValueError if T more tokens for B rows do not fit."""
+
+    def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a block's new keys and values; return all that a query may need, [B, G, S, D]."""
+
+    def query_positions(self, T: int, device) -> Tensor:
+        """Return the absolute positions [T] of the new tokens."""
+
+    def key_positions(self, block: int, T: int) -> Tensor:
+        """Return the absolute positions [S] of the keys that `update` returned."""
+
+    def advance(self, T: int) -> None:
+        """Count T tokens as seen; called once, when every block has them."""
+
+
+def positions_in_slots(newest, slots_S: Tensor, capacity: int) -> Tensor:
+    """Return what a ring buffer's slots hold: the largest position up to `newest` of each."""
+    return newest - (newest - slots_S) % capacity
+
+
+class KVCache:
+    """A cache of fixed size. The caller makes it, passes it to `LLM.forward`, and owns it.
+
+    Per block two tensors [B, G, capacity, D]. The capacity is `max_tokens`, or the block's window
+    if that is smaller: then a ring buffer, with position p in slot p % capacity.
+    """
+
+    per_row = False
 
     def __init__(
         self,
@@ -134,31 +169,31 @@ class KVCache:
         self.batch_size, self.max_tokens, self.length = batch_size, max_tokens, 0
         windows = [config.window(block) for block in range(config.transformer_blocks)]
         self.is_ring = [0 < window < max_tokens for window in windows]
-        shapes = [
-            (
-                batch_size,
-                config.num_kv_heads,
-                window if ring else max_tokens,
-                config.attention_head_dim,
-            )
+        B, G, D = batch_size, config.num_kv_heads, config.attention_head_dim
+        capacities = [
+            window if ring else max_tokens
             for window, ring in zip(windows, self.is_ring, strict=True)
         ]
-        with torch.inference_mode(
-            False
-        ):  # a tensor born in inference mode could not be written outside it
-            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-            self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        # A tensor that is made in inference mode cannot be written outside it.
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                [torch.zeros(B, G, S, D, dtype=dtype, device=device) for S in capacities]
+                for _ in range(2)
+            )
 
     def num_bytes(self) -> int:
-        """Bytes that the cache holds."""
+        """Return the bytes that the cache holds."""
         return sum(t.numel() * t.element_size() for t in self.keys + self.values)
 
     def reset(self) -> None:
-        """Forget everything; the memory stays."""
+        """Clear the cache; the memory stays."""
         self.length = 0
 
     def rewind(self, length: int) -> bool:
-        """Forget all but the first `length` tokens. False, and nothing happens, where a ring is full: it may have overwritten what the rest needs."""
+        """Keep the first `length` tokens alone.
+
+        Return False (and do nothing) if a ring buffer has wrapped: older keys are gone.
+        """
         if length < self.length and any(
             ring and self.length >= keys.shape[2]
             for ring, keys in zip(self.is_ring, self.keys, strict=True)
@@ -168,210 +203,255 @@ class KVCache:
         return True
 
     def rows(self) -> list[KVCache]:
-        """A cache for each row by itself, in this one's memory: they may then differ in length."""
-        rows = []
-        for b in range(self.batch_size):
-            row = copy.copy(self)
-            row.batch_size, row.keys, row.values = (
-                1,
-                [t[b : b + 1] for t in self.keys],
-                [t[b : b + 1] for t in self.values],
-            )
-            rows.append(row)
+        """Return a cache for each row, in this one's memory: they may then differ in length."""
+        rows = [copy.copy(self) for _ in range(self.batch_size)]
+        for b, row in enumerate(rows):
+            row.batch_size = 1
+            row.keys = [t[b : b + 1] for t in self.keys]
+            row.values = [t[b : b + 1] for t in self.values]
         return rows
 
     def check_fits(self, B: int, T: int) -> None:
-        """Raise ValueError if T more tokens for B rows do not fit."""
         if self.batch_size != B:
             raise ValueError(
-                f"this KV cache was made for {self.batch_size} rows and was given {B}: make one for that batch"
+                f"this KV cache was made for {self.batch_size} rows and was given {B}: make one "
+                "for that batch"
             )
         if self.length + T > self.max_tokens:
             raise ValueError(
-                f"the KV cache holds {self.max_tokens} tokens, {self.length} of them are used and {T} more do not fit"
+                f"the KV cache holds {self.max_tokens} tokens, {self.length} of them are used and "
+                f"{T} more do not fit"
             )
 
     def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new keys and values of one block at positions length .. length+T-1; return all that a query may need.
+        k_BGSD = self._store(self.keys[block], block, k_BGTD.to(self.keys[block].dtype))
+        v_BGSD = self._store(self.values[block], block, v_BGTD.to(self.values[block].dtype))
+        return k_BGSD.to(k_BGTD.dtype), v_BGSD.to(v_BGTD.dtype)
 
-        The result is [B, G, S, D] in the queries' dtype, its positions are `key_positions(block, T)`.
-        """
-        start, T, W = self.length, k_BGTD.shape[2], self.keys[block].shape[2]
-        results = []
-        for store, new in ((self.keys[block], k_BGTD), (self.values[block], v_BGTD)):
-            new = new.to(store.dtype)
-            if not self.is_ring[block]:
-                store[:, :, start : start + T] = new
-                everything = store[:, :, : start + T]
-            elif T == 1:
-                store[:, :, start % W] = new[:, :, 0]
-                everything = store[:, :, : start + 1]
-            else:  # the chunk's first queries need keys that its last ones overwrite: read, then write
-                before = torch.arange(max(0, start - W), start, device=store.device) % W
-                everything = torch.cat((store[:, :, before], new), dim=2)
-                kept = min(T, W)
-                store[:, :, torch.arange(start + T - kept, start + T, device=store.device) % W] = (
-                    new[:, :, T - kept :]
-                )
-            results.append(everything.to(k_BGTD.dtype))
-        return results[0], results[1]
+    def _store(self, store: Tensor, block: int, new_BGTD: Tensor) -> Tensor:
+        T, capacity = new_BGTD.shape[2], store.shape[2]
+        if T == 1 or not self.is_ring[block]:
+            first = self.length % capacity
+            store[:, :, first : first + T] = new_BGTD
+            return store[:, :, : self.length + T]
+        # The last new keys take slots of old ones that the first queries still see: read first.
+        positions_S = self.key_positions(block, T)
+        old_BGSD = store[:, :, positions_S[:-T] % capacity]
+        all_BGSD = torch.cat((old_BGSD, new_BGTD), dim=2)
+        store[:, :, positions_S[-capacity:] % capacity] = all_BGSD[:, :, -capacity:]
+        return all_BGSD
 
     def key_positions(self, block: int, T: int) -> Tensor:
-        """Absolute positions [S] of the keys that `update` returned for a chunk of T tokens (before `advance`)."""
-        start, W, device = self.length, self.keys[block].shape[2], self.keys[block].device
-        if not self.is_ring[block]:
-            return torch.arange(start + T, device=device)
-        if T == 1:
-            slots = torch.arange(min(start + 1, W), device=device)
-            return start - (start - slots) % W
-        return torch.arange(max(0, start - W), start + T, device=device)
+        capacity, device = self.keys[block].shape[2], self.keys[block].device
+        end = self.length + T
+        if T > 1 and self.is_ring[block]:
+            # As many old ones as the ring holds, then the new ones.
+            return torch.arange(max(0, self.length - capacity), end, device=device)
+        slots_S = torch.arange(min(end, capacity), device=device)
+        return positions_in_slots(end - 1, slots_S, capacity)
+
+    def query_positions(self, T: int, device) -> Tensor:
+        return torch.arange(self.length, self.length + T, device=device)
 
     def advance(self, T: int) -> None:
-        """Count T tokens as seen; called once, when every block has them."""
         self.length += T
 
 
-# ------------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, optional QK-norm, sinks and learned position table."""
+    """Grouped-query attention (Ainslie et al. 2023); optional QK-norm, sinks and learned biases."""
+
+    sinks: nn.Parameter | None
+    attention_bias: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, block: int):
         super().__init__()
         self.H, self.G, self.D = config.num_heads, config.num_kv_heads, config.attention_head_dim
         self.block, self.window, self.dropout = block, config.window(block), config.dropout
-        self.sink_kernel = None  # a fast attention_with_sinks without dropout, where the device has one (runtime.device.choose_kernels)
-        # Attention without sinks by the kernels of the device, where it has several:
-        # (q, k, v, mask, is_causal, dropout) -> [B, H, T, D] (runtime.device.choose_kernels).
+        # The device's own kernels, if it has any (runtime/kernels/choose.py). Without sinks:
+        # (q, k, v, mask, is_causal, dropout) -> [B, H, T, D].
         self.device_attention = None
+        # With sinks, without dropout: (q, k, v, sinks, mask, is_causal) -> [B, H, T, D].
+        self.sink_kernel = None
         self.W_q = nn.Linear(config.d_model, self.H * self.D, bias=config.qkv_bias)
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.out_proj = nn.Linear(self.H * self.D, config.d_model, bias=config.out_proj_bias)
         self.q_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.register_parameter(
-            "sinks", nn.Parameter(torch.empty(self.H)) if config.attention_sinks else None
-        )
-        table = (
-            torch.empty(self.H, config.context_length, config.context_length)
-            if config.use_attention_bias
-            else None
-        )
-        self.register_parameter("attention_bias", None if table is None else nn.Parameter(table))
+        sinks = nn.Parameter(torch.empty(self.H)) if config.attention_sinks else None
+        self.register_parameter("sinks", sinks)
+        bias = None
+        if config.use_attention_bias:
+            L = config.context_length
+            bias = nn.Parameter(torch.empty(self.H, L, L))
+        self.register_parameter("attention_bias", bias)
 
     def forward(
         self,
         x_BTC: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         starts_BT: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x_BTC.shape
         q_BHTD, k_BGSD, v_BGSD = self.project(x_BTC, rope)
-        start = 0
         if cache is not None:
-            start = cache.length
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
-        mask, is_causal = self._mask(start, T, q_BHTD, cache, starts_BT)
-        dropout = self.dropout if self.training else 0.0
-        if self.sinks is None and self.device_attention is not None:
-            y_BHTD = self.device_attention(q_BHTD, k_BGSD, v_BGSD, mask, is_causal, dropout)
-        elif self.sinks is None:
-            if q_BHTD.is_cuda and self.H != self.G and mask is not None:
-                # Not every kernel that takes a mask takes grouped heads, and the last resort of
-                # PyTorch holds all T x S scores. A copy of what this call reads avoids it.
-                groups = self.H // self.G
-                k_BGSD, v_BGSD = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
-            y_BHTD = F.scaled_dot_product_attention(
-                q_BHTD,
-                k_BGSD,
-                v_BGSD,
-                attn_mask=mask,
-                is_causal=is_causal,
-                dropout_p=dropout,
-                enable_gqa=k_BGSD.shape[1] != self.H,
-            )
-        elif self.sink_kernel is not None and not dropout and self.attention_bias is None:
-            y_BHTD = self.sink_kernel(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal)
+        mask, is_causal = self._mask(T, q_BHTD, cache, starts_BT)
+        if cache is not None and cache.per_row:
+            y_BHTD = self._attend_once(q_BHTD, k_BGSD, v_BGSD, mask)
         else:
-            y_BHTD = attention_with_sinks(
+            y_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD, mask, is_causal)
+        return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
+
+    def _attend(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Return softmax(q k / sqrt(D)) v, [B, H, T, D], by the fastest kernel that there is."""
+        dropout = self.dropout if self.training else 0.0
+        if self.sinks is not None:
+            if self.sink_kernel is not None and not dropout and self.attention_bias is None:
+                return self.sink_kernel(q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal)
+            return attention_with_sinks(
                 q_BHTD, k_BGSD, v_BGSD, self.sinks, mask, is_causal, dropout
             )
-        return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
+        if self.device_attention is not None:
+            return self.device_attention(q_BHTD, k_BGSD, v_BGSD, mask, is_causal, dropout)
+        if q_BHTD.is_cuda and self.H != self.G and mask is not None:
+            # Not every kernel that takes a mask takes grouped heads, and the last resort of
+            # PyTorch holds all T x S scores. A copy of what this call reads avoids it.
+            groups = self.H // self.G
+            k_BGSD, v_BGSD = (x.repeat_interleave(groups, dim=1) for x in (k_BGSD, v_BGSD))
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BGSD,
+            v_BGSD,
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout_p=dropout,
+            enable_gqa=k_BGSD.shape[1] != self.H,
+        )
+
+    def _attend_once(
+        self, q_BH1D: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHTS: Tensor | None
+    ) -> Tensor:
+        """`_attend` for one query a row: the J heads that share keys become J queries of one head.
+
+        So no key is copied, as grouped heads would have it. Few operations, which a CUDA graph can
+        hold and a compiler can fuse; nothing here depends on values.
+        """
+        B, S = len(q_BH1D), k_BGSD.shape[2]
+        q_BGJD = q_BH1D.view(B, self.G, -1, self.D)
+        # A learned bias has numbers of its own for each head.
+        if mask_BHTS is not None and mask_BHTS.shape[1] > 1:
+            mask_BHTS = mask_BHTS.view(B, self.G, -1, S)
+        y_BGJD = attention_with_sinks(q_BGJD, k_BGSD, v_BGSD, self.sinks, mask_BHTS, False)
+        return y_BGJD.reshape(B, self.H, 1, self.D)
 
     def project(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, T, D], keys and values [B, G, T, D] of some tokens, normalised and rotated. rope: tables that go with [B, heads, T, D]."""
+        """Return queries [B, H, T, D], keys and values [B, G, T, D], normed and rotated.
+
+        rope: tables that broadcast to [B, heads, T, D].
+        """
         B, T, _ = x_BTC.shape
         q_BHTD, k_BGTD, v_BGTD = (
             linear(x_BTC).view(B, T, -1, self.D).transpose(1, 2)
             for linear in (self.W_q, self.W_k, self.W_v)
         )
-        if self.q_norm is not None:
-            dtype = self.q_norm.weight.dtype  # the weights': float32 under autocast
-            q_BHTD, k_BGTD = (
-                self.q_norm(q_BHTD.to(dtype)).to(v_BGTD.dtype),
-                self.k_norm(k_BGTD.to(dtype)).to(v_BGTD.dtype),
-            )
+        if self.q_norm is not None and self.k_norm is not None:
+            # In the weights' dtype: float32 under autocast.
+            dtype = self.q_norm.weight.dtype
+            q_BHTD = self.q_norm(q_BHTD.to(dtype)).to(v_BGTD.dtype)
+            k_BGTD = self.k_norm(k_BGTD.to(dtype)).to(v_BGTD.dtype)
         if rope is not None:
             q_BHTD, k_BGTD = rotate(q_BHTD, *rope), rotate(k_BGTD, *rope)
         return q_BHTD, k_BGTD, v_BGTD
 
     def _mask(
-        self, start: int, T: int, q_BHTD: Tensor, cache: KVCache | None, starts_BT: Tensor | None
+        self, T: int, q_BHTD: Tensor, cache: Cache | None, starts_BT: Tensor | None
     ) -> tuple[Tensor | None, bool]:
-        """(attn_mask, is_causal) for the kernel: the one rule, spelled the fastest way that says the same."""
-        if self.attention_bias is None and starts_BT is None:
-            if T == 1:  # the cache hands one query nothing that it may not see
+        """Return (attn_mask, is_causal): the one rule, in the form that is fastest."""
+        start, per_row = (0, False) if cache is None else (cache.length, cache.per_row)
+        if self.attention_bias is None and starts_BT is None and not per_row:
+            # A cache gives a single query only keys that it sees.
+            if T == 1:
                 return None, False
             if start == 0 and (not self.window or self.window >= T):
                 return None, True
-        q_positions_T = torch.arange(start, start + T, device=q_BHTD.device)
-        k_positions_S = q_positions_T if cache is None else cache.key_positions(self.block, T)
+        if cache is None:
+            q_positions_T = k_positions_S = torch.arange(T, device=q_BHTD.device)
+        else:
+            q_positions_T = cache.query_positions(T, q_BHTD.device)
+            k_positions_S = cache.key_positions(self.block, T)
         mask = attention_mask(q_positions_T, k_positions_S, self.window, starts_BT)
         if self.attention_bias is None:
             return mask, False
-        bias_HTS = self.attention_bias[:, start : start + T]
-        ring = cache is not None and cache.is_ring[self.block]
-        bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
-        bias_BHTS = bias_HTS.to(q_BHTD.dtype)[None]
-        return torch.where(mask, bias_BHTS, -math.inf), False
+        if per_row:
+            bias = bias_of_rows(self.attention_bias, q_positions_T, k_positions_S)
+        else:
+            bias_HTS = self.attention_bias[:, start : start + T]
+            ring = cache is not None and cache.is_ring[self.block]
+            bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
+            bias = bias_HTS[None]
+        # Not torch.where, which would copy the number from the host: no CUDA graph can hold that.
+        return bias.to(q_BHTD.dtype).masked_fill(~mask, -math.inf), False
+
+
+def bias_of_rows(bias_HTS: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
+    """Return a learned bias [B, H, T, S] at positions that differ from row to row.
+
+    Rows that take no part in a step, and keys nobody sees, may lie outside of the table.
+    """
+    last = bias_HTS.shape[1] - 1
+    q_BT1 = q_positions_BT.clamp(max=last)[:, :, None]
+    k_B1S = k_positions_BS.clamp(0, last)[:, None, :]
+    return bias_HTS[:, q_BT1, k_B1S].transpose(0, 1)
 
 
 def attention_with_sinks(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSD: Tensor,
-    sinks_H: Tensor,
+    sinks_H: Tensor | None,
     mask: Tensor | None,
     is_causal: bool,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention whose softmax has one place more per head, the sink: [B, H, T, D]. In float32 or better, all scores at once.
+    """Return attention [B, H, T, D] whose softmax has one more term per head, the sink.
 
-    mask: [.., T, S], bool (True keeps) or added to the scores. Source: gpt-oss (arXiv 2508.10925, section 2); Xiao et al. 2023 on why it helps.
+    In float32 or better, with all scores at once. mask: [.., T, S], bool (True keeps) or added to
+    the scores. sinks: one per head, or per head and query ([H * T]), or none. Source: gpt-oss
+    (arXiv 2508.10925, section 2); Xiao et al. 2023 on why it helps.
     """
     (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
-    k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
+    k_BHSD, v_BHSD = k_BGSD, v_BGSD
+    if H != G:
+        k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSD))
     scores_BHTS = (q_BHTD @ k_BHSD.transpose(2, 3)).to(dtype) * D**-0.5
     if is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril()
     if mask is not None:
-        scores_BHTS = (
-            scores_BHTS.masked_fill(~mask, -math.inf)
-            if mask.dtype == torch.bool
-            else scores_BHTS + mask
-        )
-    sinks_BHT1 = sinks_H.to(dtype).view(1, H, 1, 1).expand(B, H, T, 1)
-    weights_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1).softmax(dim=-1)[..., :S]
+        if mask.dtype == torch.bool:
+            scores_BHTS = scores_BHTS.masked_fill(~mask, -math.inf)
+        else:
+            scores_BHTS = scores_BHTS + mask
+    if sinks_H is not None:
+        sinks_BHT1 = sinks_H.to(dtype).view(1, H, -1, 1).expand(B, H, T, 1)
+        scores_BHTS = torch.cat((scores_BHTS, sinks_BHT1), dim=-1)
+    weights_BHTS = scores_BHTS.softmax(dim=-1)[..., :S]
     return F.dropout(weights_BHTS, dropout).to(v_BHSD.dtype) @ v_BHSD
 
 
-# ---------------------------------------------------------------------------------------------------- mixture of experts
+# ------------------------------------------------------------------------------- mixture of experts
 class RouterStats(NamedTuple):
-    """What the routers did, one entry per block once `LLM` has stacked them. Losses carry gradients, the rest does not."""
+    """What the routers did, one entry per block once `LLM` has stacked them.
+
+    The losses carry gradients, the rest does not.
+    """
 
     aux_loss: Tensor  # [L] load-balance loss without its coefficient, 1.0 at perfect balance
     z_loss: Tensor  # [L] mean squared log-partition of the router, without its coefficient
@@ -389,50 +469,47 @@ class RouterStats(NamedTuple):
 
 
 class Router(nn.Module):
-    """Chooses top_k experts per token by softmax in float32, and weighs them so that the weights of a token sum to 1."""
+    """Choose top_k experts per token by softmax in float32; their weights sum to 1."""
+
+    bias: nn.Parameter | None
+    selection_bias: Tensor | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
-        )
-        # Added to the scores for the choice only, not for the weights; moved after each step by
-        # LLM.balance_experts (Wang et al. 2024, "auxiliary-loss-free load balancing"; DeepSeek-V3, section 2.1.2).
-        self.register_buffer(
-            "selection_bias", torch.zeros(config.num_experts) if config.router_bias_rate else None
-        )
+        bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
+        self.register_parameter("bias", bias)
+        # The expert bias: added to the scores for the choice only, not for the weights, and moved
+        # after each step by LLM.balance_experts (Wang et al. 2024, "auxiliary-loss-free load
+        # balancing"; DeepSeek-V3, section 2.1.2).
+        expert_bias = torch.zeros(config.num_experts) if config.router_bias_rate else None
+        self.register_buffer("selection_bias", expert_bias)
 
     def forward(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns (weights [N, K], experts [N, K] int64, probabilities [N, E], logits [N, E]), floats in float32 or better."""
+        """Return (weights [N, K], experts [N, K] int64, probabilities [N, E], logits [N, E]).
+
+        Floats are in float32 or better, under autocast too.
+        """
         dtype = torch.promote_types(x_NC.dtype, torch.float32)
         with torch.autocast(x_NC.device.type, enabled=False):
-            logits_NE = F.linear(
-                x_NC.to(dtype),
-                self.weight.to(dtype),
-                None if self.bias is None else self.bias.to(dtype),
-            )
+            bias = None if self.bias is None else self.bias.to(dtype)
+            logits_NE = F.linear(x_NC.to(dtype), self.weight.to(dtype), bias)
         probabilities_NE = logits_NE.softmax(dim=-1)
-        scores_NE = (
-            probabilities_NE
-            if self.selection_bias is None
-            else probabilities_NE + self.selection_bias
-        )
+        scores_NE = probabilities_NE
+        if self.selection_bias is not None:
+            scores_NE = probabilities_NE + self.selection_bias
         experts_NK = scores_NE.topk(self.top_k, dim=-1).indices
         weights_NK = probabilities_NE.gather(1, experts_NK)
-        return (
-            weights_NK / weights_NK.sum(dim=-1, keepdim=True),
-            experts_NK,
-            probabilities_NE,
-            logits_NE,
-        )
+        weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+        return weights_NK, experts_NK, probabilities_NE, logits_NE
 
 
 def balance_loss(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
-    """E * sum_e(f_e * P_e): f_e the share of assignments to expert e, P_e its mean probability; 1.0 at perfect balance.
+    """Return E * sum_e(f_e * P_e), 1.0 at perfect balance.
 
-    Switch Transformer (Fedus et al. 2021), equations 4-6, with f_e a share of the N*K assignments.
+    f_e is the share of the N*K assignments that go to expert e, P_e its mean probability. Switch
+    Transformer (Fedus et al. 2021), equations 4-6.
     """
     share_E = counts_E.to(probabilities_NE.dtype) / counts_E.sum()
     return probabilities_NE.shape[1] * (share_E * probabilities_NE.mean(dim=0)).sum()
@@ -441,22 +518,22 @@ def balance_loss(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
 def drop_over_capacity(
     weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, capacity_factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Zero the weights of assignments beyond ceil(capacity_factor * N * K / E) per expert; returns (weights, dropped share).
+    """Zero the weights of assignments over an expert's capacity; return (weights, dropped share).
 
-    The capacity is GShard's (Lepikhin et al. 2020) and Switch's. Which ones go does not depend on the place in the batch:
-    the lowest weights do (batch priority routing, Riquelme et al. 2021, section 4). What is left is not renormalised; a
-    token that lost all its experts passes through the residual. The rows are still computed: capacity is here to be
+    The capacity, ceil(capacity_factor * N * K / E), is GShard's (Lepikhin et al. 2020) and
+    Switch's. The lowest weights are dropped, wherever they stand in the batch (batch priority
+    routing, Riquelme et al. 2021, section 4). What is left is not renormalised; a token that lost
+    all its experts passes through the residual. The rows are still computed: capacity is here to be
     studied, the dropless path is the fast one.
     """
     (N, K), E = weights_NK.shape, counts_E.shape[0]
-    capacity = math.ceil(
-        capacity_factor * N * K / E - 1e-9
-    )  # 1.1 * 100 * 2 / 20 is 11, also in binary
-    by_weight = weights_NK.detach().flatten().argsort(descending=True, stable=True)
+    # 1.1 * 100 * 2 / 20 is 11, in binary too.
+    capacity = math.ceil(capacity_factor * N * K / E - 1e-9)
     experts_R = experts_NK.flatten()
-    order = by_weight[
-        experts_R[by_weight].argsort(stable=True)
-    ]  # by expert, then by falling weight
+    # By expert, then by falling weight: two stable sorts, the less important key first.
+    by_weight = weights_NK.detach().flatten().argsort(descending=True, stable=True)
+    order = by_weight[experts_R[by_weight].argsort(stable=True)]
+    # The rank of an assignment within its expert: its place minus its expert's first place.
     first_E = counts_E.cumsum(0) - counts_E
     rank_R = torch.arange(N * K, device=order.device) - first_E[experts_R[order]]
     kept_R = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, rank_R < capacity)
@@ -464,10 +541,11 @@ def drop_over_capacity(
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
-    """The hidden layer [..., F] from what an expert's first matrix gives, [..., F] or, gated, [..., 2F].
+    """Return the hidden layer [..., F] from an expert's first product: [..., F], gated [..., 2F].
 
-    gelu: Hendrycks & Gimpel 2016. swiglu: Shazeer 2020. swiglu_clamped: gpt-oss's code, which steepens the gate by 1.702 (as in GELU's
-    sigmoid form), adds 1 to the other half, and keeps both within SWIGLU_LIMIT.
+    gelu: Hendrycks & Gimpel 2016. swiglu: Shazeer 2020. swiglu_clamped: gpt-oss's code, which
+    steepens the gate by 1.702 (as in GELU's sigmoid form), adds 1 to the other half, and keeps both
+    within SWIGLU_LIMIT.
     """
     if activation == "gelu":
         return F.gelu(h)
@@ -479,7 +557,13 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E feed-forward networks with stacked weights: w_in [E, F, C] (gated: [E, 2F, C], gate rows before up rows), w_out [E, C, F]."""
+    """E feed-forward networks with stacked weights.
+
+    w_in [E, F, C] (gated: [E, 2F, C], gate rows before up rows), w_out [E, C, F].
+    """
+
+    b_in: nn.Parameter | None
+    b_out: nn.Parameter | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -487,24 +571,25 @@ class Experts(nn.Module):
         self.activation, self.dropout = config.expert_activation, config.dropout
         self.w_in = nn.Parameter(torch.empty(E, f_in, C))
         self.w_out = nn.Parameter(torch.empty(E, C, d_ff))
-        self.register_parameter(
-            "b_in", nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None
-        )
-        self.register_parameter(
-            "b_out", nn.Parameter(torch.empty(E, C)) if config.expert_bias else None
-        )
-        # Faster ways to the same result, where the device has them (runtime.device.choose_kernels):
-        self.grouped = (
-            False  # one kernel for the products of all experts instead of one after another
-        )
-        self.feed_forward = None  # one operation for all of it: (x, w_in, b_in, w_out, b_out, counts, activation) -> ([R, C], what its backward needs)
+        b_in = nn.Parameter(torch.empty(E, f_in)) if config.expert_bias else None
+        b_out = nn.Parameter(torch.empty(E, C)) if config.expert_bias else None
+        self.register_parameter("b_in", b_in)
+        self.register_parameter("b_out", b_out)
+        # Faster ways to the same result, where the device has them (runtime/kernels/choose.py).
+        # One kernel for the products of all experts:
+        self.grouped = False
+        # One operation for all of it, (x, w_in, b_in, w_out, b_out, counts, activation) ->
+        # ([R, C], what its backward needs):
+        self.feed_forward = None
 
     def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert through their experts: [R, C] -> [R, C].  experts_R: each row's expert; counts_E: rows of each."""
-        device = x_RC.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RC.dtype
-        )
+        """Pass rows that are sorted by expert through their experts: [R, C] -> [R, C].
+
+        experts_R: each row's expert; counts_E: rows of each expert.
+        """
+        device, dtype = x_RC.device.type, x_RC.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         if self.feed_forward is not None and not (self.dropout and self.training):
             w_in, b_in, w_out, b_out = (
                 None if p is None else p.to(dtype)
@@ -515,7 +600,8 @@ class Experts(nn.Module):
             )[0]
         h_RF = self._linear(x_RC.to(dtype), self.w_in, self.b_in, experts_R, counts_E)
         h_RF = activate(h_RF, self.activation)
-        # expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4; on attention weights: as in GPT-2's code
+        # Expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4. The one on attention
+        # weights is as in GPT-2's code.
         if self.dropout:
             h_RF = F.dropout(h_RF, self.dropout, self.training)
         return self._linear(h_RF, self.w_out, self.b_out, experts_R, counts_E)
@@ -523,7 +609,10 @@ class Experts(nn.Module):
     def _linear(
         self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor
     ) -> Tensor:
-        """grouped_linear in the rows' dtype (autocast knows neither path), by the device's own kernel where it is the fast one."""
+        """Return grouped_linear in the rows' dtype, by the device's own kernel if that is faster.
+
+        Autocast knows neither path.
+        """
         w_EOI, b_EO = w_EOI.to(x_RI.dtype), None if b_EO is None else b_EO.to(x_RI.dtype)
         if not self.grouped:
             return grouped_linear(x_RI, w_EOI, b_EO, counts_E)
@@ -532,9 +621,10 @@ class Experts(nn.Module):
 
 
 class LocalDispatcher:
-    """Brings tokens to experts that are all on this device: sort assignments by expert, compute, put back in order.
+    """Bring tokens to experts that are all on this device.
 
-    The seam for expert parallelism: anything with this `__call__` can take its place in `MoE.dispatcher`.
+    Sort assignments by expert, compute, put back in order. The seam for expert parallelism:
+    anything with this `__call__` can take its place in `MoE.dispatcher`.
     """
 
     def __call__(
@@ -545,7 +635,7 @@ class LocalDispatcher:
         counts_E: Tensor,
         experts: Experts,
     ) -> Tensor:
-        """[N, C] -> [N, C]: each token's experts' outputs, weighted and summed."""
+        """Return each token's experts' outputs, weighted and summed: [N, C] -> [N, C]."""
         N, K = experts_NK.shape
         experts_R = experts_NK.flatten()
         order_R = experts_R.argsort(stable=True)
@@ -563,19 +653,17 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.capacity_factor = config.capacity_factor
-        self.router, self.experts, self.dispatcher = (
-            Router(config),
-            Experts(config),
-            LocalDispatcher(),
-        )
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.dispatcher = LocalDispatcher()
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, RouterStats]:
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         weights_NK, experts_NK, probabilities_NE, logits_NE = self.router(x_NC)
         E, assignments = probabilities_NE.shape[1], experts_NK.numel()
-        counts_E = (experts_NK.flatten()[:, None] == torch.arange(E, device=x_NC.device)).sum(
-            dim=0
-        )  # no atomic additions
+        # Compared and summed: atomic additions would differ from run to run.
+        is_chosen_RE = experts_NK.flatten()[:, None] == torch.arange(E, device=x_NC.device)
+        counts_E = is_chosen_RE.sum(dim=0)
         aux_loss = balance_loss(probabilities_NE, counts_E)
         # ST-MoE (Zoph et al. 2022), equation 5
         z_loss = logits_NE.logsumexp(dim=-1).square().mean()
@@ -583,16 +671,14 @@ class MoE(nn.Module):
             entropy = -torch.special.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1).mean()
             load_E = counts_E.to(entropy.dtype) * (E / assignments)
         dropped_share = torch.zeros_like(entropy)
-        if (
-            self.capacity_factor and self.training
-        ):  # drops make a token depend on its batch; inference never does
+        # Drops make a token depend on its batch; inference never does.
+        if self.capacity_factor and self.training:
             weights_NK, dropped_share = drop_over_capacity(
                 weights_NK, experts_NK, counts_E, self.capacity_factor
             )
         y_NC = self.dispatcher(x_NC, weights_NK, experts_NK, counts_E, self.experts)
-        return y_NC.to(x_BTC.dtype).view_as(x_BTC), RouterStats(
-            aux_loss, z_loss, load_E, entropy, dropped_share
-        )
+        stats = RouterStats(aux_loss, z_loss, load_E, entropy, dropped_share)
+        return y_NC.to(x_BTC.dtype).view_as(x_BTC), stats
 
 
 class Block(nn.Module):
@@ -609,7 +695,7 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         starts_BT: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats]:
         x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)

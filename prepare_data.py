@@ -1,7 +1,8 @@
-"""Text -> token shards: read documents, decide each one's split, tokenise on all cores, write data/train and data/val.
+"""Write token shards from text: read documents, split them, tokenise on all cores.
 
-Documents flow through in batches and in order, so memory does not grow with the corpus and the same input gives the same
-bytes, whatever the number of cores. Nothing in --out_dir changes before the new set is whole (see runtime/data/shards.py).
+Documents pass through in batches and in order, so memory does not grow with the corpus. The same
+input gives the same bytes, on any number of cores. Nothing in --out_dir changes before the new set
+is complete (see runtime/data/shards.py).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -33,48 +34,64 @@ from runtime.data.sources import (
     FileSource,
     HubSource,
     Part,
+    Source,
     ToySource,
     file_format,
     own_validation,
 )
 from runtime.data.tokenizer import COMPACT, END_OF_TEXT, NAMED, Tokenizer
-from runtime.data.tokenizers import check_name, compacted, load_tokenizer, train_bpe
+from runtime.data.tokenizers import (
+    check_name,
+    compacted,
+    load_tokenizer,
+    named_tokenizer,
+    train_bpe,
+)
 
-BATCH_CHARACTERS = 1 << 17  # one unit of work for one core: about 15 ms
+# One unit of work for one core: about 15 ms.
+BATCH_CHARACTERS = 1 << 17
+# Above any corpus, and far enough below 2**63 that sums of counts fit an int64.
 LARGEST_COUNT = 1 << 47
 
 
-# ------------------------------------------------------------------------------------------------------- split, tokenise
+# ------------------------------------------------------------------------ split, tokenise
 def text_digest(text: str) -> bytes:
-    """16 bytes that stand for a text, without the white space around it."""
+    """Return 16 bytes that identify a text; white space around it does not count."""
     return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def split_by_hash(val_ratio: float) -> Callable[[bytes], str]:
-    """Sends a digest to val or train: the same text always to the same side, so none is on both, in constant memory."""
+    """Return a function from digest to split: equal texts go to one side, in constant memory."""
     threshold = round(val_ratio * 2**64)
     return lambda digest: "val" if int.from_bytes(digest[:8], "big") < threshold else "train"
 
 
 @dataclass
 class Batch:
-    """Some documents in a row: one unit of work."""
+    """Consecutive documents: one unit of work."""
 
     parts: dict[str, list[Part]] = field(
         default_factory=lambda: {split: [] for split in data.SPLITS}
     )
-    met: set[bytes] = field(default_factory=set)  # digests of those among them that were looked for
-    fraction: float | None = None  # of the source, at the end of the batch
+    # Digests of this batch's documents that were looked for.
+    met: set[bytes] = field(default_factory=set)
+    # Share of the source that was read at the end of the batch; None: unknown.
+    fraction: float | None = None
 
 
 def make_batches(
-    source, route: Callable[[bytes], str | None], look_for: Iterable[bytes] = frozenset()
+    source: Source,
+    route: Callable[[bytes], str | None],
+    look_for: Set[bytes] = frozenset(),
 ) -> Iterator[Batch]:
-    """Documents in order, each with the split that `route` gives its digest (None: left out); empty ones are left out.
+    """Yield non-empty documents in order, each in the split that `route` gives its digest.
 
-    A document of several parts is known by its first.
+    `route` returns None to leave a document out. The first part of a document identifies it.
     """
-    batch, size, split, begun = Batch(), 0, None, False
+    batch, size = Batch(), 0
+    split: str | None = None
+    # begun: the first part of this document is in a batch.
+    begun = False
     for text, ends in source.documents():
         if not begun:
             if ends and not text.strip():
@@ -97,14 +114,20 @@ def make_batches(
 
 @dataclass
 class Encoded:
-    """The ids of one batch's documents in one split, end-of-text after each, and of every part its tokens, UTF-8 bytes and end."""
+    """The ids of one batch's documents in one split, uint32 [tokens], end-of-text after each.
+
+    `parts` has (tokens, UTF-8 bytes, whether the document ends) for every part.
+    """
 
     ids: np.ndarray
     parts: list[tuple[int, int, bool]]
 
 
 def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
-    """Runs in a thread: tiktoken lets go of the interpreter while it works, and numpy arrays cost no list of numbers."""
+    """Return the ids of a batch by split.
+
+    Runs in a thread: tiktoken releases the interpreter lock, and its arrays need no Python list.
+    """
     end = np.array(tokenizer.between_documents, dtype=np.uint32)
     encoded = {}
     for split, parts in batch.parts.items():
@@ -121,9 +144,9 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch) -> dict[str, Encoded]:
 
 def encode_in_order(
     tokenizer: Tokenizer, batches: Iterable[Batch], num_proc: int
-) -> Iterator[tuple[Batch, dict[str, Encoded]]]:
-    """Batches and their ids, in order, with `num_proc` threads at work on the ones ahead and a bounded number of them in memory."""
-    waiting = deque()
+) -> Generator[tuple[Batch, dict[str, Encoded]], None, None]:
+    """Yield batches and their ids in order; `num_proc` threads encode a few batches ahead."""
+    waiting: deque[tuple[Batch, Future[dict[str, Encoded]]]] = deque()
     pool = ThreadPoolExecutor(num_proc)
     try:
         for batch in batches:
@@ -138,15 +161,12 @@ def encode_in_order(
 
 
 class SplitWriter:
-    """One split on its way to disk: its shards, its counts and which ids are `used`, bool [vocabulary], up to `limit` tokens."""
+    """Writes one split, up to `limit` tokens: shards, counts and `used` ids, bool [vocabulary]."""
 
     def __init__(self, folder: Path, shard_size: int, limit: int, tokenizer: Tokenizer):
-        self.writer, self.limit, self.tokenizer = (
-            data.ShardWriter(folder, shard_size),
-            limit,
-            tokenizer,
-        )
-        self.folder, self.num_documents, self.num_bytes = folder, 0, 0
+        self.writer = data.ShardWriter(folder, shard_size)
+        self.limit, self.tokenizer = limit, tokenizer
+        self.num_documents, self.num_bytes = 0, 0
         self.used = np.zeros(tokenizer.vocabulary_size, dtype=bool)
 
     @property
@@ -154,7 +174,7 @@ class SplitWriter:
         return self.writer.total_tokens >= self.limit
 
     def add(self, encoded: Encoded) -> None:
-        """Append ids; the document that reaches the limit is cut there."""
+        """Append ids; cut the document that reaches the limit."""
         room = self.limit - self.writer.total_tokens
         self.writer.append(encoded.ids[:room])
         self.used[encoded.ids[:room]] = True
@@ -163,13 +183,13 @@ class SplitWriter:
             if start >= room:
                 break
             if cut := start + num_tokens > room:
-                num_bytes = len(self.tokenizer.decode_bytes(encoded.ids[start:room]))
+                num_bytes = len(self.tokenizer.decode_bytes(encoded.ids[start:room].tolist()))
             self.num_bytes += num_bytes
             self.num_documents += ends or cut
             start += num_tokens
 
     def finish(self) -> dict:
-        """Close the shards; returns what the manifest says about them."""
+        """Close the shards and return the split's part of the manifest."""
         return {
             "total_documents": self.num_documents,
             "total_bytes": self.num_bytes,
@@ -184,7 +204,10 @@ def write_splits(
     until_full: str,
     num_proc: int,
 ) -> set[bytes]:
-    """Tokenise batches into the writers until they end or `until_full` is full; returns the digests met that were looked for."""
+    """Tokenise batches into the writers until the batches end or `until_full` is full.
+
+    Return the digests that were looked for and met.
+    """
     met: set[bytes] = set()
     label = " + ".join(writers)
     with (
@@ -198,31 +221,38 @@ def write_splits(
                 writers[split].add(ids)
             written = sum(writer.writer.total_tokens for writer in writers.values())
             if batch.fraction:
-                bar.total = round(
-                    min(written / batch.fraction, writers[until_full].limit * len(writers))
-                )
+                most = writers[until_full].limit * len(writers)
+                bar.total = round(min(written / batch.fraction, most))
             bar.update(written - before)
             if writers[until_full].full:
                 break
     return met
 
 
-# ------------------------------------------------------------------------------------------------------------- the verb
+# ------------------------------------------------------------------------------ the command
 @dataclass
-class Plan:
-    """What to read: training text, and either a validation source of its own or a share of the training text."""
+class DataPlan:
+    """What to read: training text, and a validation source or a share of the training text."""
 
-    train: object
-    val: object | None
-    val_ratio: float | None
+    train: Source
+    val: Source | None
+    # Share of the training text that goes to val; no effect if `val` is a source.
+    val_ratio: float
+    # What the manifests say about the text.
     description: dict
 
+    @property
+    def split_train(self) -> Callable[[bytes], str]:
+        """The function that gives a digest from the training source its split."""
+        return split_by_hash(self.val_ratio) if self.val is None else lambda digest: "train"
 
-def open_sources(options: argparse.Namespace) -> Plan:
-    """Open everything that will be read. ValueError if some of it is not there or has no such column or split."""
+
+def open_sources(options: argparse.Namespace) -> DataPlan:
+    """Open all sources. Raise ValueError for a missing file, dataset, column or split."""
     o = options
     column, separator = o.text_column or DEFAULT_COLUMN, o.document_separator or END_OF_TEXT
-    own = None
+    own: str | None = None
+    train: Source
     if o.files:
         train = FileSource(o.files, column, separator)
     elif o.dataset == "toy":
@@ -231,26 +261,22 @@ def open_sources(options: argparse.Namespace) -> Plan:
         print(f"opening dataset {o.dataset} ...", flush=True)
         own = own_validation(o.dataset, o.dataset_config, o.split)
         train = HubSource(o.dataset, o.dataset_config, o.split, column, o.streaming)
+    val: Source | None = None
     if o.val_files:
         val = FileSource(o.val_files, column, separator)
     elif own and o.val_ratio is None:
         val = HubSource(o.dataset, o.dataset_config, own, column, o.streaming)
-    else:
-        val = None
-    ratio = None if val else o.val_ratio or DEFAULT_VAL_RATIO
-    limits = {"max_tokens": o.max_tokens} if o.max_tokens else {}
-    return Plan(
-        train,
-        val,
-        ratio,
-        train.description
-        | limits
-        | {"validation": val.description if val else {"val_ratio": ratio}},
-    )
+
+    ratio = o.val_ratio or DEFAULT_VAL_RATIO
+    description = dict(train.description)
+    if o.max_tokens:
+        description["max_tokens"] = o.max_tokens
+    description["validation"] = val.description if val else {"val_ratio": ratio}
+    return DataPlan(train, val, ratio, description)
 
 
 def is_path(name: str) -> bool:
-    """Whether --tokenizer names a folder or checkpoint that has a tokenizer."""
+    """Return whether --tokenizer names a folder or checkpoint that has a tokenizer."""
     return (
         name not in (*NAMED, "byte")
         and not name.startswith("bpe:")
@@ -260,29 +286,28 @@ def is_path(name: str) -> bool:
 
 
 def ready_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer that text is cut with; None for one that is trained on the text."""
+    """Return the tokenizer to encode with; None if it must first be trained on the text."""
     if is_path(name):
-        from runtime.data.tokenizers import named_tokenizer
-
         return named_tokenizer(name)
-    return None if name.startswith("bpe:") else load_tokenizer(name.removesuffix(COMPACT))
+    if name.startswith("bpe:"):
+        return None
+    return load_tokenizer(name.removesuffix(COMPACT))
 
 
-def trained_tokenizer(name: str, plan: Plan) -> Tokenizer:
-    """bpe:SIZE, trained on the training text alone."""
+def trained_tokenizer(name: str, plan: DataPlan) -> Tokenizer:
+    """Return bpe:SIZE, trained on the training text only."""
     print(f"training {name} ...", flush=True)
-    route = split_by_hash(plan.val_ratio) if plan.val is None else lambda digest: "train"
-    return train_bpe(
-        (text for batch in make_batches(plan.train, route) for text, _ in batch.parts["train"]),
-        int(name[4:]),
-    )
+    batches = make_batches(plan.train, plan.split_train)
+    texts = (text for batch in batches for text, _ in batch.parts["train"])
+    return train_bpe(texts, int(name.removeprefix("bpe:")))
 
 
 def prepare(options: argparse.Namespace) -> dict[str, dict]:
-    """Write the set that `options` describe to options.out_dir; returns both manifests. On any error the earlier set stays."""
+    """Write the set to options.out_dir, return both manifests; an error keeps the earlier set."""
     o, out_dir = options, Path(options.out_dir)
     data.check_replaceable(out_dir)
-    tokenizer = ready_tokenizer(o.tokenizer)  # no download of text before this works
+    # Before any text is downloaded.
+    tokenizer = ready_tokenizer(o.tokenizer)
     plan = open_sources(o)
     created = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -291,9 +316,8 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
         data.finish_publishing(out_dir)
         data.remove_partial(out_dir)
         try:
-            manifests = write_partial(
-                out_dir / data.PARTIAL, tokenizer or trained_tokenizer(o.tokenizer, plan), plan, o
-            )
+            tokenizer = tokenizer or trained_tokenizer(o.tokenizer, plan)
+            manifests = write_partial(out_dir / data.PARTIAL, tokenizer, plan, o)
             data.publish(out_dir)
         except BaseException:
             data.remove_partial(out_dir)
@@ -305,61 +329,64 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def write_partial(
-    folder: Path, tokenizer: Tokenizer, plan: Plan, o: argparse.Namespace
+    folder: Path, tokenizer: Tokenizer, plan: DataPlan, o: argparse.Namespace
 ) -> dict[str, dict]:
-    """Write both splits with their manifests, which come last, into an empty folder.
+    """Write both splits into an empty folder, manifests last.
 
-    A compact vocabulary is known only when all text is tokenised: until then the shards hold the ids of its base, `tokenizer`.
+    The ids of a compact vocabulary are known only after all text is tokenised. Until then the
+    shards hold the ids of its base, `tokenizer`.
     """
     with contextlib.ExitStack() as stack:
+        limit = o.max_tokens or LARGEST_COUNT
         writers = {
-            split: SplitWriter(
-                folder / split, o.shard_size, o.max_tokens or LARGEST_COUNT, tokenizer
-            )
+            split: SplitWriter(folder / split, o.shard_size, limit, tokenizer)
             for split in data.SPLITS
         }
         for writer in writers.values():
             stack.callback(writer.writer.close)
-        work = functools.partial(write_splits, tokenizer, num_proc=o.num_proc)
-        if plan.val is None:
-            work(make_batches(plan.train, split_by_hash(plan.val_ratio)), writers, "train")
-        else:  # the validation side is small: remember its digests, find those that training has too, leave them out
-            wanted = {
-                digest
-                for batch in make_batches(plan.val, lambda digest: "val")
-                for digest in _digests(batch)
-            }
-            in_train = work(
-                make_batches(plan.train, lambda digest: "train", wanted),
-                {"train": writers["train"]},
-                "train",
-            )
-            work(
-                make_batches(plan.val, lambda digest: None if digest in in_train else "val"),
-                {"val": writers["val"]},
-                "val",
-            )
-        for split, writer in writers.items():
-            if not writer.writer.total_tokens:
-                raise ValueError(
-                    _why_empty(
-                        split, plan, sum(writer.num_documents for writer in writers.values())
-                    )
-                )
+        tokenise(tokenizer, plan, writers, o.num_proc)
         counts = {split: writer.finish() for split, writer in writers.items()}
 
     used = np.flatnonzero(writers["train"].used | writers["val"].used)
+    occur = f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur"
     if o.tokenizer in NAMED:
-        print(
-            f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur (--tokenizer {o.tokenizer}{COMPACT} makes a vocabulary of these)"
-        )
+        print(f"{occur} (--tokenizer {o.tokenizer}{COMPACT} keeps only these)")
     elif o.tokenizer.endswith(COMPACT):
-        print(f"{len(used):,} of {tokenizer.vocabulary_size:,} ids occur")
-        tokenizer = compacted(tokenizer, used)
+        print(occur)
+        compact = compacted(tokenizer, used)
         counts = {
-            split: data.renumber(folder / split, counts[split], tokenizer.new_ids)
+            split: data.renumber(folder / split, counts[split], compact.new_ids)
             for split in data.SPLITS
         }
+        tokenizer = compact
+    return write_manifests(folder, tokenizer, plan, counts)
+
+
+def tokenise(
+    tokenizer: Tokenizer, plan: DataPlan, writers: dict[str, SplitWriter], num_proc: int
+) -> None:
+    """Write all text of the plan into the writers. Raise ValueError if a split stays empty."""
+    work = functools.partial(write_splits, tokenizer, num_proc=num_proc)
+    if plan.val is None:
+        work(make_batches(plan.train, plan.split_train), writers, "train")
+    else:
+        # Validation is small: remember its digests, find those in train, leave them out of val.
+        val_batches = make_batches(plan.val, lambda digest: "val")
+        wanted = {digest for batch in val_batches for digest in _digests(batch)}
+        train_batches = make_batches(plan.train, plan.split_train, wanted)
+        in_train = work(train_batches, {"train": writers["train"]}, "train")
+        val_batches = make_batches(plan.val, lambda digest: None if digest in in_train else "val")
+        work(val_batches, {"val": writers["val"]}, "val")
+    num_documents = sum(writer.num_documents for writer in writers.values())
+    for split, writer in writers.items():
+        if not writer.writer.total_tokens:
+            raise ValueError(_why_empty(split, plan, num_documents))
+
+
+def write_manifests(
+    folder: Path, tokenizer: Tokenizer, plan: DataPlan, counts: dict[str, dict]
+) -> dict[str, dict]:
+    """Write and return both manifests; `counts` is what each split's writer returned."""
     pair = data.pair_id(tokenizer, [counts[split]["tokens_sha256"] for split in data.SPLITS])
     manifests = {}
     for split in data.SPLITS:
@@ -379,7 +406,7 @@ def write_partial(
 
 
 def _digests(batch: Batch) -> Iterator[bytes]:
-    """Digests of a batch's documents, by their first parts."""
+    """Yield the digests of a validation batch's documents, from their first parts."""
     begun = False
     for text, ends in batch.parts["val"]:
         if not begun:
@@ -387,24 +414,30 @@ def _digests(batch: Batch) -> Iterator[bytes]:
         begun = not ends
 
 
-def _why_empty(split: str, plan: Plan, num_documents: int) -> str:
+def _why_empty(split: str, plan: DataPlan, num_documents: int) -> str:
+    """Return the error line for a split without tokens."""
     if not num_documents:
         return "there is no text to prepare: all documents are empty"
     if plan.val is None:
+        if num_documents == 1 and split == "val":
+            return (
+                "only 1 document found, so no validation split is possible: use --val_files, "
+                r"or --document_separator '\n\n' to split it"
+            )
         other = "raise" if split == "val" else "lower"
         return (
-            f"all {num_documents} documents went to the other side of val_ratio {plan.val_ratio}, so {split} would be empty: {other} --val_ratio, "
-            f"give --val_files, or divide the text into more documents (--document_separator)"
+            f"all {num_documents} documents went to the other split at val_ratio "
+            f"{plan.val_ratio}, so {split} would be empty: {other} --val_ratio, use --val_files, "
+            "or split the text into more documents (--document_separator)"
         )
-    return f"{split} would be empty: " + (
-        "every validation document is also in train, or empty"
-        if split == "val"
-        else "all its documents are empty"
-    )
+    if split == "val":
+        return "val would be empty: every validation document is also in train, or empty"
+    return "train would be empty: all its documents are empty"
 
 
 def _count(text: str) -> int:
-    """A whole number from 1, also written as 1e8 or 100_000. (Decimal: 1e8 is exact, and 1e999999999 costs nothing.)"""
+    """Return a whole number from 1; 1e8 and 100_000 are allowed."""
+    # Decimal: 1e8 is exact, and 1e999999999 costs nothing.
     try:
         number = Decimal(text.replace("_", ""))
         if 1 <= number <= LARGEST_COUNT and number == number.to_integral_value():
@@ -412,7 +445,8 @@ def _count(text: str) -> int:
     except InvalidOperation:
         pass
     raise argparse.ArgumentTypeError(
-        f"must be a whole number from 1 to {LARGEST_COUNT:.0e}, such as 1e8 or 100000000, not {text!r}"
+        f"must be a whole number from 1 to {LARGEST_COUNT:.0e}, such as 1e8 or 100000000, "
+        f"not {text!r}"
     )
 
 
@@ -425,16 +459,21 @@ def _ratio(text: str) -> float:
     )
 
 
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options from the command line. ValueError for each that is wrong or that the others would leave without effect."""
+def add_flags() -> argparse.ArgumentParser:
+    """Return the command's parser. Long, because it is one table of flags."""
     p = parser(
-        "Turn text into token shards for train.py.",
+        "Write token shards for train.py from text.",
         epilog=(
-            "examples:\n  python prepare_data.py                                         TinyStories, o200k_base (downloads both)\n"
-            "  python prepare_data.py --tokenizer o200k_base:compact          the same tokens, numbered without the ids that TinyStories does not use\n"
-            "  python prepare_data.py --dataset toy --tokenizer bpe:2048      made-up stories, no network\n"
+            "examples:\n"
+            "  python prepare_data.py\n"
+            "      TinyStories, o200k_base (downloads both)\n"
+            "  python prepare_data.py --tokenizer o200k_base:compact\n"
+            "      the same tokens; only the ids that TinyStories uses are in the vocabulary\n"
+            "  python prepare_data.py --dataset toy --tokenizer bpe:2048\n"
+            "      generated stories, no network\n"
             "  python prepare_data.py --files a.jsonl b.txt.gz --val_ratio 0.02\n"
-            "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu --dataset_config sample-10BT --streaming --max_tokens 1e9"
+            "  python prepare_data.py --dataset HuggingFaceFW/fineweb-edu \\\n"
+            "      --dataset_config sample-10BT --streaming --max_tokens 1e9"
         ),
     )
 
@@ -442,7 +481,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dataset",
         metavar="NAME",
-        help=f"text set on the Hugging Face Hub, or a local folder that `datasets` can load, or toy: generated stories (default: {DEFAULT_DATASET})",
+        help="dataset on the Hugging Face Hub, or a local folder that `datasets` can load, "
+        f"or toy: generated stories (default: {DEFAULT_DATASET})",
     )
     add("--dataset_config", metavar="NAME", help="configuration of the dataset")
     add("--split", metavar="NAME", help="split of the dataset to train on (default: train)")
@@ -454,7 +494,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--streaming",
         action="store_true",
-        help="read the dataset from the network as it is used, without storing it first",
+        help="read the dataset from the network while it is used, without storing it first",
     )
     add(
         "--num_stories",
@@ -466,7 +506,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--files",
         nargs="+",
         metavar="FILE",
-        help="local text in place of a dataset: .txt, .jsonl, .csv (each also .gz), .parquet",
+        help="local text instead of a dataset: .txt, .jsonl, .csv (each also .gz), .parquet",
     )
     add(
         "--val_files",
@@ -478,48 +518,57 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         "--val_ratio",
         type=_ratio,
         metavar="SHARE",
-        help=f"share of the documents that go to validation, chosen by a hash of their text (default: the dataset's own validation split, else {DEFAULT_VAL_RATIO})",
+        help="share of the documents for validation, chosen by a hash of their text "
+        f"(default: the dataset's own validation split, else {DEFAULT_VAL_RATIO})",
     )
     add(
         "--document_separator",
         metavar="TEXT",
-        help=rf"what divides the documents of a .txt file; \n is a newline (default: {END_OF_TEXT})",
+        help=r"text between the documents of a .txt file; \n is a newline "
+        f"(default: {END_OF_TEXT})",
     )
     add(
         "--max_tokens",
         type=_count,
         metavar="TOKENS",
-        help="stop when train has this many tokens; val gets no more than that either (default: all)",
+        help="stop when train has this many tokens; val gets at most as many (default: all)",
     )
     add(
         "--out_dir",
         default="data",
         metavar="FOLDER",
-        help="where train/ and val/ go, in the place of an earlier set (default: data)",
+        help="where to write train/ and val/; an earlier set is replaced (default: data)",
     )
     add(
         "--tokenizer",
         default="o200k_base",
         metavar="NAME",
-        help=f"{', '.join(NAMED)} (downloaded once); one of these with {COMPACT} behind it: the same tokens, but only the ids that occur in the text, and the 256 "
-        "bytes, are in the vocabulary, numbered from 0; byte; bpe:SIZE: a byte-level BPE of SIZE ids trained on the training text; or a path: a checkpoint or folder (of a published model, or another --out_dir), "
-        "whose tokenizer it is then (default: o200k_base)",
+        help=f"{', '.join(NAMED)} (downloaded once); NAME{COMPACT}: the same tokens, but the "
+        "vocabulary has only the ids that occur in the text and the 256 bytes, numbered from 0; "
+        "byte; bpe:SIZE: a byte-level BPE of SIZE ids, trained on the training text; or the path "
+        "of a checkpoint, a published model's folder or another --out_dir, to use its tokenizer "
+        "(default: o200k_base)",
     )
     add(
         "--shard_size",
         type=_count,
         default=10**8,
         metavar="TOKENS",
-        help="tokens per shard, 4 bytes each (default: 1e8)",
+        help="tokens per shard of 4 bytes each (default: 1e8)",
     )
     add(
         "--num_proc",
         type=_count,
         default=usable_cores(),
         metavar="CORES",
-        help="cores that tokenise (default: all)",
+        help="threads that tokenise (default: all cores)",
     )
-    o = p.parse_args(argv)
+    return p
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options. Raise ValueError for a wrong one or one without effect."""
+    o = add_flags().parse_args(argv)
 
     def refuse(flags: Iterable[str], why: str) -> None:
         for flag in flags:
@@ -537,15 +586,13 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     if o.val_files:
         refuse(("val_ratio",), "with --val_files")
     for name in files:
+        if Path(name).is_dir():
+            raise ValueError(f"{name} is a folder: name the files in it")
         if not Path(name).is_file():
-            raise ValueError(
-                f"{name} is a folder: give the files in it"
-                if Path(name).is_dir()
-                else f"there is no file {name}"
-            )
+            raise ValueError(f"{name} does not exist")
     kinds = {file_format(Path(name)) for name in files}
     if len({Path(name).resolve() for name in files}) < len(files):
-        raise ValueError("a file is given twice in --files and --val_files")
+        raise ValueError("--files and --val_files name a file twice: name each file once")
     if ".txt" not in kinds:
         refuse(("document_separator",), "without .txt files")
     if kinds <= {".txt"} and (o.files or o.dataset == "toy"):
@@ -553,9 +600,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     if o.document_separator is not None:
         o.document_separator = o.document_separator.replace("\\n", "\n").replace("\\t", "\t")
         if not o.document_separator:
-            raise ValueError("--document_separator must not be empty")
+            raise ValueError("--document_separator is empty: give at least one character")
     if o.num_proc > 1024:
-        raise ValueError(f"--num_proc {o.num_proc} is more than 1024 threads")
+        raise ValueError(f"--num_proc {o.num_proc} is above the limit of 1024 threads: lower it")
     if not is_path(o.tokenizer):
         check_name(o.tokenizer)
     return o
@@ -567,13 +614,17 @@ def main(argv: list[str] | None = None) -> int:
     manifests = prepare(options)
     seconds = time.perf_counter() - started
     for split, m in manifests.items():
+        documents, shards = m["total_documents"], m["num_shards"]
+        tokens = m["total_tokens"]
         print(
-            f"{Path(options.out_dir) / split}: {m['total_documents']:,} documents, {m['total_tokens']:,} tokens ({m['total_bytes'] / m['total_tokens']:.2f} bytes each), "
-            f"{m['num_shards']:,} shard{'s' * (m['num_shards'] > 1)}"
+            f"{Path(options.out_dir) / split}: {documents:,} documents, {tokens:,} tokens "
+            f"({m['total_bytes'] / tokens:.2f} bytes each), {shards:,} shard{'s' * (shards > 1)}"
         )
+    train = manifests["train"]
     tokens = sum(m["total_tokens"] for m in manifests.values())
     print(
-        f"{manifests['train']['tokenizer']['name']}, vocabulary {manifests['train']['vocabulary_size']:,}; {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
+        f"{train['tokenizer']['name']}, vocabulary {train['vocabulary_size']:,}; "
+        f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
         f"Next: python train.py --data_dir {options.out_dir}, on a laptop with --preset nano"
     )
     return 0

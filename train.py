@@ -1,19 +1,20 @@
-"""Shards -> checkpoint.
+"""Train a model on shards written by prepare_data.py.
 
-    python train.py                                the 3.66 B default
-    python train.py --preset nano                  minutes on a laptop
-    python train.py --resume                       go on where the run in checkpoints/ stopped, bit for bit on a CPU
+    python train.py                    the 3.66 B default
+    python train.py --preset nano      minutes on a laptop
+    python train.py --resume           continue the run in checkpoints/, bit for bit on a CPU
 
-The step is in `fit`, which is given its model, data and loss; everything around it (settings, memory, metrics, checkpoints,
-signals) is below. What a step does is a function of (weights, optimizer state, seed, step), so a resumed run repeats nothing
-and skips nothing: data order comes from (seed, epoch), and the random numbers of dropout from (seed, step).
+`train_step` is one optimizer step, `fit` the loop around it, `run` a run with its files. A step is
+a function of (weights, optimizer state, seed, step), so a resumed run repeats and skips nothing.
+Data order comes from (seed, epoch), dropout's random numbers from (seed, step).
 """
 
 from __future__ import annotations
 
 from runtime.base import process
 
-process.before_torch()  # here, for PyTorch reads it when it loads
+# Before the next imports, because PyTorch reads its environment when it loads.
+process.before_torch()
 # ruff: noqa: E402
 
 import contextlib
@@ -23,18 +24,15 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from config_model import (
-    ModelConfig,
-    TrainConfig,
-)
+from config_model import ModelConfig, TrainConfig
 from model import LLM, Output
 from runtime.base import cli
 from runtime.base.device import (
@@ -74,39 +72,46 @@ from runtime.training.state import (
 )
 from runtime.training.task import Batch, Pretraining, Task
 
+# Skipped steps in a row that a run survives. The host reads the device at least this often, too.
 MOST_SKIPPED_IN_A_ROW = 25
-# float16's smallest normal number: a gradient that overflows even at this scale is not a matter of
-# scale.
+# float16's smallest normal number: no smaller scale mends a gradient that overflows at this one.
 SMALLEST_LOSS_SCALE = 2.0**-14
 
 
-# ------------------------------------------------------------------------------- schedule and losses
+# ------------------------------------------------------------------------------ schedule and losses
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of step number `step` (0 is the first): linear warm-up, then cosine (Loshchilov & Hutter 2016) to min_lr, wsd
-    (Hu et al. 2024, "MiniCPM": constant, then linear to min_lr over the last decay_fraction) or constant."""
+    """Return the learning rate of step number `step`; 0 is the first.
+
+    Linear warm-up, then one of: cosine to min_lr (Loshchilov & Hutter 2016); wsd, constant and then
+    linear to min_lr over the last decay_fraction (Hu et al. 2024, "MiniCPM"); constant.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    first = (
-        config.warmup_steps
-        if config.schedule == "cosine"
-        else max(config.warmup_steps, round(config.max_steps * (1 - config.decay_fraction)))
-    )
+    first = config.warmup_steps
+    if config.schedule == "wsd":
+        first = max(first, round(config.max_steps * (1 - config.decay_fraction)))
+    # The last step, max_steps - 1, has min_lr.
     done = min(max((step - first) / max(config.max_steps - 1 - first, 1), 0.0), 1.0)
-    falling = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    falling = 1 - done
+    if config.schedule == "cosine":
+        falling = 0.5 * (1 + math.cos(math.pi * done))
     return config.min_lr + (config.lr - config.min_lr) * falling
 
 
-def next_token_loss(model: LLM, batch: tuple[Tensor, Tensor]) -> Output:
-    """The loss of pre-training: each target is the token after its input."""
+def next_token_loss(model: LLM, batch: Batch) -> Output:
+    """Return the pass of pre-training: each target is the token after its input."""
     inputs_BT, targets_BT = batch
     return model(inputs_BT, targets_BT)
 
 
-def packed_documents_loss(model: LLM, batch: tuple[Tensor, Tensor], end_of_text_id: int) -> Output:
-    """next_token_loss where no token sees the documents before its own. An end-of-text token begins the document after it: it
-    is all that the next token may see, as at the start of an answer in predict.py."""
+def packed_documents_loss(model: LLM, batch: Batch, end_of_text_id: int) -> Output:
+    """Return next_token_loss where no token sees the documents before its own.
+
+    An end-of-text token begins the document after it. The document's first token then sees that one
+    token, as the first token that predict.py generates does.
+    """
     inputs_BT, targets_BT = batch
     positions_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
     starts_BT = torch.where(inputs_BT == end_of_text_id, positions_T, 0).cummax(dim=1).values
@@ -129,7 +134,10 @@ def evaluate(
     loss_fn: Callable = next_token_loss,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Mean cross-entropy (nats) over the valid targets of `batches`; auxiliary losses are not in it. Draws no random numbers."""
+    """Return the mean cross-entropy (nats) over the valid targets of `batches`.
+
+    Auxiliary losses are not in it. Draws no random numbers.
+    """
     device, was_training = model.embed.weight.device, model.training
     model.eval()
     sums = []
@@ -140,19 +148,25 @@ def evaluate(
             sums.append(
                 torch.stack((out.cross_entropy_sum, out.num_targets.to(out.cross_entropy_sum)))
             )
-        totals = torch.stack(sums).tolist()  # the one wait for the device
+        # The one host sync.
+        totals = torch.stack(sums).tolist()
     finally:
         model.train(was_training)
     return sum(total for total, _ in totals) / sum(count for _, count in totals)
 
 
-# ------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------- the step
 class StepResult(NamedTuple):
-    """What a step did. All of it is on the device, and nothing has been waited for."""
+    """What a step did: tensors on the device, without a host sync.
 
-    sums: dict[str, Tensor]  # numbers to log, by name; train_record divides them
-    grad_norm: Tensor  # 0-dim, before clipping
-    skipped: Tensor  # 0-dim bool
+    sums: numbers to log, by name; train_record divides them.
+    grad_norm: 0-dim, before clipping.
+    skipped: 0-dim bool.
+    """
+
+    sums: dict[str, Tensor]
+    grad_norm: Tensor
+    skipped: Tensor
 
 
 def forward_backward(
@@ -168,6 +182,7 @@ def forward_backward(
     device = model.embed.weight.device
     with autocast(device, dtype):
         out = task.loss(model, to_device(batch, device))
+        assert out.cross_entropy_sum is not None, "Task.loss gives the model targets"
         loss = out.cross_entropy_sum / divisor + (out.aux_loss + out.z_loss) / grad_accum
     (loss if scaler is None else scaler.scale(loss)).backward()
     return out
@@ -186,28 +201,32 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step on the micro-batches `batches`.
 
-    Minimise sum(cross-entropy) / divisor, which is the gradient of the one big batch, plus the mean
-    of the auxiliary losses. A step whose loss or gradient is not finite, or whose loss is a spike,
-    changes nothing.
+    Minimise sum(cross-entropy) / divisor + mean of the auxiliary losses. Gradients are those of one
+    big batch. A step changes nothing if its loss or gradient is not finite, or its loss a spike.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses: Tensor | float = 0.0
+    # Add up the gradients of the micro-batches, and what is logged.
+    losses: Any = 0.0
     router: dict[str, Tensor] = {}
     for batch in batches:
         out = forward_backward(model, task, batch, dtype, divisor, config.grad_accum, scaler)
+        assert out.cross_entropy_sum is not None
         losses = losses + torch.stack((out.cross_entropy_sum, out.aux_loss, out.z_loss)).detach()
         for name, value in out.router.logged().items():
             router[name] = router.get(name, 0.0) + value / config.grad_accum
     cross_entropy, aux_loss, z_loss = losses
+
+    # Update, or skip.
     mean_loss = cross_entropy / divisor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm, skipped = _update(
         optimizer, scaler, parameters, cross_entropy, config.grad_clip, recent.is_spike(mean_loss)
     )
     if config.spike_sigmas:
         recent.add(mean_loss, skipped)
-    # A row of ones moves nothing.
+    # A row of ones moves no expert bias.
     model.balance_experts(torch.where(skipped, 1.0, router["expert_load"]))
     optimizer.zero_grad(set_to_none=True)
+
     sums = {
         "cross_entropy": cross_entropy,
         "targets": torch.full_like(norm, divisor),
@@ -220,44 +239,47 @@ def train_step(
 
 
 def _update(
-    optimizer,
-    scaler,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
     parameters: list[Tensor],
     cross_entropy: Tensor,
     grad_clip: float,
     is_spike: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip and take the optimizer's step, unless loss or gradient are not finite, or the loss is a spike: then nothing changes.
+    """Clip and take the optimizer's step; change nothing if it is bad.
 
-    Returns (gradient norm before clipping, whether the step was skipped), both 0-dim and on the device: it decides by itself.
+    Bad is a loss or gradient that is not finite, or a loss that is a spike. Return (gradient norm
+    before clipping, whether the step was skipped), 0-dim: the device decides, without a host sync.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.isfinite(norm + cross_entropy)
     bad = bad if is_spike is None else bad | is_spike
     if scaler.is_enabled() or norm.device.type == "mps":
-        # The scaler tells the optimizer to change nothing where a gradient is not finite; MPS's kernel does not listen.
+        # The scaler tells the optimizer to change nothing where a gradient is not finite. MPS's
+        # kernel ignores that, so there the host reads `bad`.
         if norm.device.type != "mps" or not bad:
             if grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
             scaler.step(optimizer)
     else:
-        # What GradScaler tells a fused optimizer: divide by grad_scale on the way (clipping costs no pass of its own), and
-        # change nothing where found_inf is 1.
-        optimizer.grad_scale = (norm / grad_clip).clamp(min=1.0).float() if grad_clip else None
-        optimizer.found_inf = bad.float()
+        # What GradScaler tells a fused optimizer: divide gradients by grad_scale, so that clipping
+        # costs no pass of its own, and change nothing where found_inf is 1.
+        scale = (norm / grad_clip).clamp(min=1.0).float() if grad_clip else None
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]  # torch's own protocol
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.step()
     scaler.update()
     return norm, bad
 
 
-# ------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 @dataclass
 class Hooks:
     """What the loop calls; by default nothing.
 
     on_log(record): every log_interval steps ("train") and after each validation ("val").
-    on_save(state, val_loss, is_best): every save_interval steps (not amid skipped ones), at the
+    on_save(state, val_loss, is_best): every save_interval steps (not among skipped ones), at the
         end, and when stopped.
     on_step(): after each step.
     stop_requested(): whether to save and stop after this step.
@@ -305,31 +327,28 @@ def fit(
     """Train `model` in place until config.max_steps or a requested stop; return the state reached.
 
     The host waits for the device only where something is due (Hooks), and every
-    MOST_SKIPPED_IN_A_ROW steps (MPS: at each). The optimizer must be one that can be told to skip a
-    step, as torch's fused ones can; else ValueError. Raises TrainingDiverged.
+    MOST_SKIPPED_IN_A_ROW steps (MPS: at each). The optimizer must be able to skip a step, as
+    torch's fused ones are; else ValueError. Raises TrainingDiverged.
     """
     hooks = hooks or Hooks()
     state = state or RunState()
     optimizer = optimizer or build_optimizer(model, config)
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            f"fit cannot tell {type(optimizer).__name__} to skip a step whose gradient is not finite: make it with fused=True, or by build_optimizer"
-        )
+    _check_skips(optimizer)
     device = model.embed.weight.device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
         scaler.load_state_dict(state.scaler)
     validation = task.validation(model.config, config)
-    totals, recent = Totals(state, device), RecentLoss(state, config.spike_sigmas, device)
+    totals = Totals(state, device)
+    recent = RecentLoss(state, config.spike_sigmas, device)
     model.train()
     with contextlib.closing(_steps(model, task, config, state)) as stream:
         for step in range(state.step, config.max_steps):
+            # Take a step.
             started = time.perf_counter()
             batches, divisor = next(stream)
             waited = time.perf_counter() - started
-            lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = _set_learning_rate(optimizer, step, config)
             # Dropout is a function of (seed, step), so a resume needs no state of the generator.
             torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
             result = train_step(
@@ -337,21 +356,23 @@ def fit(
             )
             totals.add(result.sums, result.grad_norm, result.skipped)
 
+            # Count it; wait for the device only where its numbers are read.
             tokens = sum(batch[0].numel() for batch in batches)
             state.step = step + 1
             state.samples_seen += config.batch_size * config.grad_accum
             state.tokens_seen += tokens
             due = what_is_due(state.step, config, bool(validation), hooks.stop_requested())
-            reading = any(due) or state.step % MOST_SKIPPED_IN_A_ROW == 0
-            if reading:
+            reads = any(due) or state.step % MOST_SKIPPED_IN_A_ROW == 0
+            if reads:
                 totals.wait()
             seconds = time.perf_counter() - started
             state.train_seconds += seconds
             totals.add_on_host(tokens=tokens, seconds=seconds, waiting_seconds=waited)
             hooks.on_step()
-            if not reading:
+            if not reads:
                 continue
 
+            # Log, validate, save or stop.
             grad_norm = totals.store(state)
             state.scaler = scaler.state_dict() if scaler.is_enabled() else {}
             if config.spike_sigmas:
@@ -365,7 +386,7 @@ def fit(
             if due.validate:
                 val_loss = evaluate(model, validation, task.loss, dtype)
                 hooks.on_log(_val_record(state, val_loss, task.score(model)))
-            # Amid skipped steps there is nothing new to save, and no good place to go back to.
+            # Among skipped steps nothing new needs saving, and nobody should roll back to there.
             if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
                 is_best = _is_best(val_loss, state.best_val_loss)
                 if is_best:
@@ -376,29 +397,47 @@ def fit(
     return state
 
 
+def _check_skips(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer that cannot be told to skip a step."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"fit cannot tell {type(optimizer).__name__} to skip a step whose gradient is not "
+            "finite: make it with fused=True, or by build_optimizer"
+        )
+
+
 def _steps(
     model: LLM, task: Task, config: TrainConfig, state: RunState
-) -> Iterator[tuple[list[Batch], int]]:
+) -> Generator[tuple[list[Batch], int]]:
     """Return the micro-batches and the divisor of each step left, fetched ahead if they may be."""
     loader = task.loader(model.config, config)
     pinned = model.embed.weight.device.type == "cuda"
     samples = config.batch_size * config.grad_accum
-    # Computed now: the state moves on.
+    # Computed now, because the state changes while the steps are made.
     firsts = [state.samples_seen + i * samples for i in range(config.max_steps - state.step)]
     made = (micro_batches(loader, task.count, config, first, pinned) for first in firsts)
-    return prefetch(made) if task.fetch_ahead else made
+    # prefetch is annotated as an iterator and is a generator, which `fit` closes.
+    return prefetch(made) if task.fetch_ahead else made  # type: ignore[return-value]
+
+
+def _set_learning_rate(optimizer: Optimizer, step: int, config: TrainConfig) -> float:
+    """Give every group of the optimizer the learning rate of a step; return it."""
+    lr = learning_rate(step, config)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def _check_progress(state: RunState, config: TrainConfig, scaler: torch.amp.GradScaler) -> None:
     """Raise TrainingDiverged after too many skipped steps in a row."""
-    # A scaler that is still falling may yet find a scale at which gradients are finite.
+    # A scale that is still falling may yet reach one at which gradients are finite.
     settled = not scaler.is_enabled() or scaler.get_scale() < SMALLEST_LOSS_SCALE
     if state.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW and settled:
+        spikes = " or their losses were spikes" if config.spike_sigmas else ""
         raise TrainingDiverged(
-            f"{state.skipped_in_a_row} steps in a row were skipped (step {state.step}), for their gradients were not finite"
-            + (" or their losses spikes" if config.spike_sigmas else "")
-            + ": go back to the last checkpoint with a lower --lr or a longer --warmup_steps, or "
-            "try --dtype float32"
+            f"{state.skipped_in_a_row} steps in a row were skipped (step {state.step}), because "
+            f"their gradients were not finite{spikes}: go back to the last checkpoint with a lower "
+            "--lr or a longer --warmup_steps, or try --dtype float32"
         )
 
 
@@ -415,7 +454,7 @@ def _val_record(state: RunState, val_loss: float, score: dict[str, float]) -> di
 
 
 def _is_best(val_loss: float | None, best: float | None) -> bool:
-    """Return whether a validation loss is the lowest so far."""
+    """Return whether a validation loss is finite and the lowest so far."""
     if val_loss is None or not math.isfinite(val_loss):
         return False
     return best is None or val_loss < best
@@ -431,17 +470,21 @@ def run(plan: TrainPlan) -> int:
         print(line)
     sys.stdout.flush()
     if config.resume:
-        # A kill between a save and its names left those of an older one.
+        assert plan.source is not None
+        # A kill between saving a checkpoint and naming it left the names of an older one.
         restore_names(plan.source)
     state = initial_state(plan)
-    if state.step == config.max_steps:
+    left = config.max_steps - state.step
+    if not left:
         print(
-            f"done already: all {state.step:,} steps of the run in {config.ckpt_dir} are taken; raise --max_steps to train further"
+            f"training is already complete ({state.step:,}/{config.max_steps:,} steps in "
+            f"{config.ckpt_dir}); raise --max_steps to continue"
         )
         return 0
-    if config.profile and (left := config.max_steps - state.step) < sum(PROFILED_STEPS):
+    if config.profile and left < sum(PROFILED_STEPS):
         raise ValueError(
-            f"--profile needs {sum(PROFILED_STEPS)} steps, of which it records the last {PROFILED_STEPS[-1]}, and {left} are left: raise --max_steps"
+            f"--profile needs {sum(PROFILED_STEPS)} steps (it records the last "
+            f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
     check_disk_space(config.ckpt_dir, checkpoint_bytes(needed))
     while True:
@@ -458,24 +501,26 @@ def schedule_notes(plan: TrainPlan) -> list[str]:
     """Return a line about the learning rate where a resumed run has another max_steps."""
     if not plan.config.resume:
         return []
+    assert plan.source is not None
     config, before = plan.config, TrainConfig(**plan.source.train_config)
     if config.max_steps == before.max_steps:
         return []
     step = plan.source.step
     return [
-        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate goes on from {learning_rate(step, config):.3g} "
-        f"(before: {learning_rate(step - 1, before):.3g})"
+        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate continues at "
+        f"{learning_rate(step, config):.3g} (before: {learning_rate(step - 1, before):.3g})"
     ]
 
 
 def _rolled_back(
     plan: TrainPlan, diverged: RunState, error: TrainingDiverged
 ) -> tuple[TrainPlan, RunState]:
-    """The run from its last checkpoint without a skipped step behind it, and on behind the data that it met since. Raises the error where there is none, or
-    not another time."""
-    error.__traceback__ = (
-        None  # it holds the model and the optimizer, which are about to be made again
-    )
+    """Return the run at its newest checkpoint saved before any skipped step, after the data used.
+
+    Raise the error again if there is no such checkpoint, or max_rollbacks is reached.
+    """
+    # The traceback holds the model and the optimizer, which are about to be made again.
+    error.__traceback__ = None
     release_memory(plan.device)
     if diverged.rollbacks >= plan.config.max_rollbacks:
         raise error
@@ -483,20 +528,21 @@ def _rolled_back(
         try:
             source = read_checkpoint(path, optimizer=True)
             state = saved_state(source)
-        except ValueError:  # damaged: an older one will do
+        except ValueError:
+            # Damaged: an older one will do.
             continue
         if state.run_id == diverged.run_id and not state.skipped_in_a_row:
             break
     else:
         raise error
+    state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1
     print(
-        f"{error.args[0].partition(':')[0]}: back to step {state.step:,}, and on behind the data met since (rollback {diverged.rollbacks + 1} of at most {plan.config.max_rollbacks})",
+        f"{error.args[0].partition(':')[0]}: back to step {state.step:,}, continuing after the "
+        f"data already used (rollback {state.rollbacks} of at most {plan.config.max_rollbacks})",
         flush=True,
     )
-    state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1
-    return dataclasses.replace(
-        plan, source=source, config=dataclasses.replace(plan.config, resume=True, init_from="")
-    ), state
+    config = dataclasses.replace(plan.config, resume=True, init_from="")
+    return dataclasses.replace(plan, source=source, config=config), state
 
 
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
@@ -505,9 +551,10 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
     model, optimizer, seconds = set_up(plan, forward_backward)
     left = (config.max_steps - state.step) * config.grad_accum * seconds
     peak = peak_memory_bytes(plan.device)
+    memory = f"; peak memory of the process so far {human_bytes(peak)}" if peak else ""
     reporter.say(
-        f"ready    a micro-batch takes {seconds:.2f} s, the run about {human_seconds(left)}"
-        + (f"; peak memory of the process so far {human_bytes(peak)}" if peak else "")
+        f"ready    {seconds:.2f} s per micro-batch; rough total {human_seconds(left)} "
+        f"(measured on a cold micro-batch){memory}"
     )
 
     def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:
@@ -540,11 +587,14 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
         print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")
     if state.step < config.max_steps:
         print(
-            f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; go on with: python train.py --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
+            f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
+            f"python train.py --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
         )
         return 128 + stop.signal
     print(
-        f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in {human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in {config.graph_dir}"
+        f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "
+        f"{human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in "
+        f"{config.graph_dir}"
     )
     return 0
 

@@ -36,9 +36,9 @@ from runtime.checkpoint.read import load_model
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data.tokenizers import load_tokenizer, tokenizer_of
 from runtime.inference.predictor import Predictor
+from runtime.interop.gguf import run_llama_cpp
 from runtime.interop.huggingface import family_of
 from scripts import export_onnx
-from scripts.export_gguf import run_llama_cpp
 
 PROMPTS = ("Once upon a time", "The little dog was", "One day, Lily and Tom")
 ROUTES = {

@@ -49,8 +49,8 @@ from runtime.base.device import device_name
 from runtime.checkpoint.read import load_model
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference.quantize import quantize_
+from runtime.interop import gguf as interop
 from runtime.kernels.choose import choose_kernels
-from scripts import export_gguf
 
 PAIRS = {"float32": ("ours", "llama_f32"), "8 bits": ("ours_int8", "llama_q8_0")}
 F32 = 0  # GGML_TYPE_F32
@@ -62,14 +62,14 @@ class LlamaCpp:
     def __init__(self, model: LLM, quantize: str, folder: Path, max_tokens: int):
         import llama_cpp
 
-        gguf, path, config = export_gguf.import_gguf(), folder / f"{quantize}.gguf", model.config
+        gguf, path, config = interop.import_gguf(), folder / f"{quantize}.gguf", model.config
         family, tokenizer = (
-            export_gguf.family_of(config),
+            interop.family_of(config),
             load_tokenizer("byte"),
         )  # ids go in and out: which text they are does not matter
-        config, weights = export_gguf.with_head(config, family, model.state_dict())
-        entries = export_gguf.layout(config, family, weights, quantize)
-        export_gguf.write_gguf(
+        config, weights = interop.with_head(config, family, model.state_dict())
+        entries = interop.layout(config, family, weights, quantize)
+        interop.write_gguf(
             gguf,
             path,
             quantize,
@@ -79,7 +79,7 @@ class LlamaCpp:
             weights,
             quantize,
             tokenizer,
-            export_gguf.vocabulary_of(gguf, tokenizer, config.vocabulary_size),
+            interop.vocabulary_of(gguf, tokenizer, config.vocabulary_size),
         )
         threads = torch.get_num_threads()
         self.llama = llama_cpp.Llama(
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         choose_kernels(model, cpu, torch.float32)
     else:
         config = settings.build(ModelConfig)
-        export_gguf.family_of(config)
+        interop.family_of(config)
         model = make_model(
             Setting(
                 config, cpu, torch.float32, [], {}, [1], [], [], [], "random ids", torch.empty(0)

@@ -1,6 +1,9 @@
-"""Draw the architecture of a model, with its own numbers: python -m scripts.draw_architecture [--preset NAME] [model flags]
+"""Draw the architecture of a model, with its own numbers.
 
-Boxes, options and parameter counts all come from the ModelConfig; nothing in the picture is typed in.
+    python -m scripts.draw_architecture [--preset NAME] [model flags]
+
+Boxes, options and parameter counts all come from the ModelConfig. No number in the picture is
+written here.
 """
 
 from __future__ import annotations
@@ -39,11 +42,10 @@ from runtime.training.plots import (
     human,
 )
 
-WIDTH, HEIGHT, DPI = (
-    13.0,
-    9.7,
-    150,
-)  # inches, inches, pixels per inch; all coordinates below are inches from the lower left
+# Inches. All coordinates below are inches from the lower left.
+WIDTH, HEIGHT = 13.0, 9.7
+# Pixels per inch.
+DPI = 150
 PART_COLORS = {
     "embedding": TEAL,
     "attention": BLUE,
@@ -58,7 +60,9 @@ KNOWS = Known(
     "the drawing",
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
 )
-BOTTOM = 0.25  # where the sheet begins
+# Where the sheet begins.
+BOTTOM = 0.25
+# More experts are not drawn; a line under them says so.
 EXPERTS_DRAWN = 64
 EXPERT_NAMES = {"gelu": "GELU", "swiglu": "SwiGLU", "swiglu_clamped": "clamped SwiGLU"}
 
@@ -77,7 +81,10 @@ class Sheet:
         self.axes.set_axis_off()
 
     def text(self, x, y, words, size=12.0, color=TEXT, width=None, **options):
-        """Text centred on (x, y) unless `ha`, `va` say otherwise; shrunk until it is no wider than `width` inches."""
+        """Write text, shrunk until it is at most `width` inches wide.
+
+        It is centred on (x, y) unless `ha` or `va` say otherwise.
+        """
         made = self.axes.text(
             x,
             y,
@@ -107,7 +114,7 @@ class Sheet:
         )
 
     def box(self, x, y, w, h, color, title, *lines, size=12.5):
-        """A box tinted in `color`, with a title and smaller lines, all inside it."""
+        """Draw a box tinted in `color`, with a title and smaller lines inside."""
         self.rectangle(x, y, w, h, mix(color, PANEL, 0.16), color)
         pitch = 0.225
         top = y + h / 2 + (pitch / 2 - 0.01) * len(lines)
@@ -123,7 +130,7 @@ class Sheet:
             )
 
     def panel(self, x, y, w, h, title, note="", color=EDGE):
-        """A frame that explains one part: title at the upper left, a remark at the upper right."""
+        """Draw a frame that explains one part: title at the upper left, note at the upper right."""
         self.rectangle(
             x, y, w, h, PANEL, mix(color, BACKGROUND, 0.6), radius=0.14, zorder=1, linewidth=1.2
         )
@@ -133,7 +140,7 @@ class Sheet:
             self.text(x + w - 0.2, y + h - 0.26, note, 11, MUTED, width=w - used - 0.6, ha="right")
 
     def arrow(self, *points, color=MUTED):
-        """A line through `points` with a head at its end."""
+        """Draw a line through `points` with an arrow head at its end."""
         from matplotlib.patches import FancyArrowPatch
 
         for start, end in zip(points[:-2], points[1:-1], strict=True):
@@ -175,7 +182,7 @@ class Sheet:
         self.axes.plot(x, y, "+", markersize=11, color=TEXT, markeredgewidth=1.8, zorder=6)
 
     def zoom(self, left_x, bottom, top, right_x, right_bottom, right_top, color):
-        """A pale wedge from a box to the panel that shows its inside."""
+        """Draw a pale wedge from a box to the panel that shows its inside."""
         from matplotlib.patches import Polygon
 
         self.axes.add_patch(
@@ -190,7 +197,7 @@ class Sheet:
 
 
 def mix(color: str, other: str, share: float) -> tuple:
-    """`share` of `color` and the rest of `other`."""
+    """Return a color of `share` parts `color`, the rest `other`."""
     from matplotlib.colors import to_rgb
 
     return tuple(
@@ -198,9 +205,9 @@ def mix(color: str, other: str, share: float) -> tuple:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
+# ----------------------------------------------------------------------------------------- parts
 def draw_model(sheet: Sheet, c: ModelConfig) -> None:
-    """Left: the whole model, top to bottom."""
+    """Draw the whole model at the left, top to bottom."""
     x, w, middle = 0.3, 2.55, 0.3 + 2.55 / 2
     sheet.text(middle, 9.0, "token ids", 12, MUTED)
     sheet.arrow((middle, 8.84), (middle, 8.58))
@@ -209,7 +216,8 @@ def draw_model(sheet: Sheet, c: ModelConfig) -> None:
     )
     cards = min(c.transformer_blocks, 3)
     sheet.arrow((middle, 7.88), (middle, 7.24 + 0.09 * (cards - 1)))
-    for i in reversed(range(cards)):  # a pile of cards, the front one in full
+    # A pile of cards, the front one in full.
+    for i in reversed(range(cards)):
         sheet.rectangle(
             x + 0.09 * i,
             5.8 + 0.09 * i,
@@ -256,7 +264,10 @@ def draw_model(sheet: Sheet, c: ModelConfig) -> None:
 
 
 def draw_block(sheet: Sheet, c: ModelConfig) -> list[tuple[float, float]]:
-    """Middle: one block. Returns bottom and top of the attention box and of the experts box, for the wedges."""
+    """Draw one block in the middle.
+
+    Return bottom and top of the attention box and of the experts box, for the wedges.
+    """
     x, y, w, h = 3.45, 2.3, 2.75, 6.86
     sheet.zoom(0.3 + 2.55, 5.98, 7.22, x, y, y + h, TEXT)
     sheet.panel(x, y, w, h, "Block", f"width {c.d_model:,}", mix(TEXT, MUTED, 0.7))
@@ -269,9 +280,8 @@ def draw_block(sheet: Sheet, c: ModelConfig) -> list[tuple[float, float]]:
     ):
         norm, part, plus = split - 0.86, split - 1.96, split - 2.5
         sheet.dot(middle, split)
-        sheet.arrow(
-            (middle, split), (left, split), (left, plus), (middle - 0.16, plus)
-        )  # the residual stream goes round
+        # The residual stream goes round the part.
+        sheet.arrow((middle, split), (left, split), (left, plus), (middle - 0.16, plus))
         sheet.box(box_x, norm, box_w, 0.48, MUTED, "RMSNorm")
         sheet.arrow((middle, norm), (middle, part + 0.77))
         sheet.box(box_x, part, box_w, 0.76, color, title, line)
@@ -284,7 +294,7 @@ def draw_block(sheet: Sheet, c: ModelConfig) -> list[tuple[float, float]]:
 
 
 def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None:
-    """Upper right: what attention is made of, the cache at its side."""
+    """Draw attention at the upper right, with the KV cache next to it."""
     x, y, w, h, D = 6.85, 5.62, 5.85, 3.54, c.attention_head_dim
     sheet.zoom(6.2 - 0.25, *box, x, y, y + h, BLUE)
     group = c.num_heads // c.num_kv_heads
@@ -319,7 +329,7 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
             sheet.arrow((middle, y + 2.38), (middle, core + 0.57))
     if treatment:
         sheet.box(x + 0.2, y + 1.76, 2.5, 0.37, TEAL, treatment, size=11.5)
-    # the cache: new keys and values go in, all so far come out
+    # The cache: new keys and values go in, all so far come out.
     cache_x, keys_x, values_x = x + 4.3, x + 1.62 + 1.08 / 2, x + 2.82 + 1.08 / 2
     kept = (
         f"last {c.sliding_window:,} only"
@@ -353,14 +363,14 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
         (x + 0.2 + core_w + 0.02, core + 0.28),
         color=PURPLE,
     )
-    besides = " + table" * c.use_attention_bias + ", sink" * c.attention_sinks
+    added = " + bias" * c.use_attention_bias + ", sink" * c.attention_sinks
     reach = "every token sees itself and all before it"
     if c.sliding_window:
         reach = f"every token sees the last {c.sliding_window:,}" + (
             ", in blocks 0, 2, 4, …" if c.window_pattern == "alternating" else ""
         )
     sheet.box(
-        x + 0.2, core, core_w, 0.56, BLUE, f"softmax( q · k / √{D:,}{besides} ) · v", reach, size=12
+        x + 0.2, core, core_w, 0.56, BLUE, f"softmax( q · k / √{D:,}{added} ) · v", reach, size=12
     )
     left, width = x + 0.2, core_w
     if c.use_attention_bias:
@@ -370,7 +380,7 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
             1.78,
             0.52,
             PURPLE,
-            "Position table",
+            "Learned bias",
             f"{c.num_heads:,} × {c.context_length:,} × {c.context_length:,}",
             size=11,
         )
@@ -391,7 +401,10 @@ def draw_attention(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> No
 
 
 def draw_mask(sheet: Sheet, c: ModelConfig, x: float, y: float, side: float) -> None:
-    """The mask as a picture: rows are queries, columns keys, and what a query sees is bright (a window: the last four)."""
+    """Draw the mask: rows are queries, columns are keys, and what a query sees is bright.
+
+    A sliding window is drawn as the last four keys.
+    """
     cells, window = 9, 4 if c.sliding_window else 9
     step = side / cells
     for q in range(cells):
@@ -409,7 +422,7 @@ def draw_mask(sheet: Sheet, c: ModelConfig, x: float, y: float, side: float) -> 
 
 
 def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None:
-    """Lower right: router, experts, weighted sum."""
+    """Draw router, experts and weighted sum at the lower right."""
     x, y, w, h = 6.85, 2.3, 5.85, 3.12
     sheet.zoom(6.2 - 0.25, *box, x, y, y + h, ORANGE)
     capacity = (
@@ -420,7 +433,7 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
     sheet.panel(
         x, y, w, h, "Mixture of experts", f"{c.top_k:,} of {c.num_experts:,}, {capacity}", ORANGE
     )
-    # router and its choice
+    # The router and its choice.
     sheet.box(
         x + 0.2,
         y + 1.86,
@@ -444,7 +457,7 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
         balance(c),
         size=12,
     )
-    # the experts, the chosen ones bright
+    # The experts, the chosen ones bright.
     drawn = min(c.num_experts, EXPERTS_DRAWN)
     rows = 1 if drawn <= 32 else 2
     across = -(-drawn // rows)
@@ -455,14 +468,14 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
         (int(min(max((at - left) / cell, 0), across - 1)) + across * (rows - 1)) % drawn
         for at in (x + 1.7, x + 4.3)
     )
-    if (
-        c.top_k == 1
-    ):  # where both the arrow from the router and the one to the expert can go straight down
+    # Choose it so that the arrows from the router and to the expert can both go straight down.
+    if c.top_k == 1:
         first = second = (
             int(min(max((x + 3.2 - left) / cell, 0), across - 1)) + across * (rows - 1)
         ) % drawn
     chosen = {first, second}
-    for i in range(1, drawn * 4):  # the others spread out (multiples of the golden section)
+    # Spread the others out: multiples of the golden section.
+    for i in range(1, drawn * 4):
         if len(chosen) < min(c.top_k, drawn):
             chosen.add(int(i * 0.618 % 1 * drawn))
     chosen |= set(range(drawn)) if c.top_k >= drawn else set()
@@ -479,9 +492,10 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
         )
     first_x, second_x = (left + (i % across + 0.5) * cell for i in (first, second))
     sheet.arrow((second_x, y + 1.86), (second_x, bottom + 0.46), color=YELLOW)
-    # one of them, and the sum
+    # One of them, and the sum.
     gated = c.expert_activation != "gelu"
-    inside = f"{c.d_model:,} → {'2 × ' * gated}{c.d_ff:,} → {c.d_model:,}{', biases' if c.expert_bias else ', no biases'}"
+    biases = "biases" if c.expert_bias else "no biases"
+    inside = f"{c.d_model:,} → {'2 × ' * gated}{c.d_ff:,} → {c.d_model:,}, {biases}"
     sheet.arrow((first_x, bottom), (first_x, y + 0.81), color=ORANGE)
     sheet.box(
         x + 0.2,
@@ -519,7 +533,7 @@ def draw_experts(sheet: Sheet, c: ModelConfig, box: tuple[float, float]) -> None
 
 
 def balance(c: ModelConfig) -> str:
-    """What keeps the load even."""
+    """Return what keeps the load of the experts even."""
     terms = {"balance loss": c.aux_loss_coef, "z-loss": c.z_loss_coef, "bias": c.router_bias_rate}
     return (
         ", ".join(
@@ -531,8 +545,8 @@ def balance(c: ModelConfig) -> str:
     )
 
 
-def binary(count: int) -> str:
-    """Bytes in a unit of 1,024."""
+def binary(count: float) -> str:
+    """Return a number of bytes in a unit of 1,024."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
@@ -545,14 +559,14 @@ def plural(count: int, noun: str) -> str:
 
 
 def draw_parameters(sheet: Sheet, c: ModelConfig) -> None:
-    """Bottom: where the parameters are, to scale."""
+    """Draw at the bottom where the parameters are, to scale."""
     real = counts(c)
     parts = {
         part: count
         for part, count in (parameter_counts(c) | {"not drawn": real.uncounted}).items()
         if count > 0
     }
-    names = {"attention bias table": "position table"}
+    names = {"attention bias table": "learned bias"}
     total, x, w = real.total, 0.3, WIDTH - 0.6
     sheet.text(x, 1.86, "Where the parameters are", 14, ha="left", fontweight="bold")
     position = x
@@ -595,7 +609,7 @@ def draw_parameters(sheet: Sheet, c: ModelConfig) -> None:
 
 
 def draw(config: ModelConfig, name: str = ""):
-    """The figure of `config`; `name` goes into its title."""
+    """Return the figure of `config`. name: its title."""
     import matplotlib.style
 
     with matplotlib.style.context(["default", STYLE]):
@@ -605,9 +619,10 @@ def draw(config: ModelConfig, name: str = ""):
         table = parameter_counts(config)["attention bias table"]
         real = counts(config)
         sizes = f"{human(real.total)} parameters" + (
-            f", {human(table)} of them position table" if table else ""
+            f", {human(table)} of them learned bias" if table else ""
         )
-        summary = f"{sizes}   ·   {human(real.active)} active per token   ·   context {config.context_length:,}"
+        active, context = human(real.active), f"{config.context_length:,}"
+        summary = f"{sizes}   ·   {active} active per token   ·   context {context}"
         sheet.text(WIDTH - 0.3, 9.56, summary, 13.5, MUTED, width=WIDTH - used - 1.0, ha="right")
         draw_model(sheet, config)
         attention, experts = draw_block(sheet, config)
@@ -618,24 +633,21 @@ def draw(config: ModelConfig, name: str = ""):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser(__doc__.splitlines()[0])
-    args.add_argument(
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument(
         "--out",
         default="public/architecture.png",
         help="picture to write (default: public/architecture.png)",
     )
-    args.add_argument(
-        "--title", default="", help="title of the picture (default: the preset's name)"
-    )
-    add_config_flags(args, ModelConfig)
-    args = args.parse_args(argv)
+    p.add_argument("--title", default="", help="title of the picture (default: the preset's name)")
+    add_config_flags(p, ModelConfig)
+    args = p.parse_args(argv)
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"--out must be a .png file, not {args.out!r}")
     if Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a folder: name a file in it")
-    config = settings_from(args, ModelConfig, TrainConfig).build(
-        ModelConfig
-    )  # TrainConfig: a run's TOML file may be given
+    # TrainConfig: --config may be a run's TOML file.
+    config = settings_from(args, ModelConfig, TrainConfig).build(ModelConfig)
     try:
         figure = draw(config, args.title or args.preset or "gptoss")
     except ImportError as error:

@@ -65,9 +65,14 @@ BESIDES_BYTES = 1 << 26  # room for the tokenizer and the graph
 class GivenPast:
     """A KV cache over tensors that were handed in, for tracing: nothing is written in place and `length` may be symbolic."""
 
+    per_row = False
+
     def __init__(self, keys: list[Tensor], values: list[Tensor]):
         self.keys, self.values, self.length = list(keys), list(values), keys[0].shape[2]
         self.is_ring = [False] * len(keys)
+
+    def query_positions(self, T: int, device) -> Tensor:
+        return torch.arange(self.length, self.length + T, device=device)
 
     def check_fits(self, B: int, T: int) -> None:
         """They always do: the result is a new tensor."""

@@ -1,189 +1,20 @@
-"""Make a checkpoint of a published model: Mixtral, Qwen3-MoE or gpt-oss, from a Hugging Face folder or by its name there.
+"""Make a checkpoint of a published model: Mixtral, Qwen3-MoE or gpt-oss.
 
     python -m scripts.import_hf --model DIR --out model.pt
-    python -m scripts.import_hf --model openai/gpt-oss-20b --out model.pt       downloaded first; MXFP4 experts become bfloat16
+    python -m scripts.import_hf --model openai/gpt-oss-20b --out model.pt
 
-predict.py, train.py --init_from and all exports take it; its tokenizer travels along. The import is gone through on shapes alone
-first, so that nothing is written of a model that does not fit; then one tensor is in memory at a time, however large the model.
+The second command downloads the model first. MXFP4 experts become bfloat16. The checkpoint holds
+the tokenizer. predict.py, train.py --init_from and all exports read it.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 import time
-from collections.abc import Callable
-from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from config_model import ModelConfig, total_parameters
 from runtime.base.cli import parser, run_main
-from runtime.base.text import human_bytes
-from runtime.checkpoint.format import Checkpoint, meta_model
-from runtime.checkpoint.read import read_checkpoint
-from runtime.checkpoint.write import write_weights
-from runtime.data.hf_tokenizer import CHECK_TEXTS, TEMPLATE_FILE, TOKENIZER_FILE
-from runtime.data.tokenizers import read_tokenizer, tokenizer_of
-from runtime.interop import published
-from runtime.interop.export import (
-    DTYPES,
-    ExportError,
-    check_output,
-    check_published,
-    lazy_model,
-    logits_of,
-    staged,
-)
-from runtime.interop.huggingface import (
-    KNOWS,
-    export_tensors,
-    folder_tensors,
-    hf_config,
-    import_tensor,
-    model_config_from,
-)
-
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-COMPUTED = ".rotary_emb.inv_freq"  # a table that older versions saved; it follows from the config
-
-
-def model_folder(model: str) -> Path:
-    """The folder that --model names; a model of that name is downloaded, as safetensors, JSON and chat template alone. ValueError if there is neither."""
-    if os.path.isdir(model):
-        return Path(model)
-    if os.path.lexists(model) or not REPOSITORY.fullmatch(model):
-        raise ValueError(
-            f"--model {model} is no folder, and no name such as mistralai/Mixtral-8x7B-v0.1"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(
-            f"there is no folder {model}, and to download it as a published model needs huggingface_hub: "
-            "pip install huggingface_hub"
-        ) from None
-    try:  # some repositories hold the same weights once more, in folders of other programs
-        return Path(
-            snapshot_download(
-                model,
-                allow_patterns=["*.safetensors", "*.json", TEMPLATE_FILE],
-                ignore_patterns=["*/*"],
-            )
-        )
-    except Exception as error:  # each version has an HTTP client of its own, with errors of its own
-        raise ValueError(
-            f"there is no folder {model}, and as a published model it could not be downloaded: {type(error).__name__}: "
-            f"{str(error)[:300]}"
-        ) from error
-
-
-def read_config(folder: Path) -> tuple[str, ModelConfig]:
-    """(family, our config) from a folder's config.json. ValueError, also for a folder that is none of a published model."""
-    path = folder / "config.json"
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no config.json: it is no folder of a Hugging Face model"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(theirs, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(theirs).__name__}")
-    return model_config_from(theirs)
-
-
-def rehearse(
-    config: ModelConfig,
-    family: str,
-    has: Callable[[str], bool],
-    read: Callable[[str], Tensor],
-    names: list[str],
-) -> torch.dtype:
-    """Go through the import on shapes alone. ValueError for a tensor that is missing, misshapen, or that our model has no use for.
-
-    Returns the dtype that holds every weight exactly: bfloat16 if they are that (or MXFP4), else float32.
-    """
-    kinds, used = {name: ((tensor := read(name)).shape, tensor.dtype) for name in names}, set()
-
-    def read_shape(name: str) -> Tensor:
-        used.add(name)
-        shape, dtype = kinds[name]
-        return torch.empty(shape, dtype=dtype)
-
-    KNOWS.check(meta_model(config))
-    ours = list(meta_model(config).state_dict())
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for name in ours:
-            import_tensor(config, family, name, has, read_shape)
-    left = [name for name in names if name not in used and not name.endswith(COMPUTED)]
-    if (
-        config.tie_embeddings
-        and "lm_head.weight" in left
-        and torch.equal(read("lm_head.weight"), read("model.embed_tokens.weight"))
-    ):
-        left.remove("lm_head.weight")
-    if left:
-        raise ValueError(
-            f"the folder has tensors that a {family} model of this config.json has not: {', '.join(sorted(left)[:3])}"
-            + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        )
-    return (
-        torch.bfloat16
-        if {kinds[name][1] for name in used} <= {torch.bfloat16, torch.uint8}
-        else torch.float32
-    )
-
-
-def check(
-    checkpoint: Checkpoint, family: str, has: Callable[[str], bool], read: Callable[[str], Tensor]
-) -> None:
-    """Hold a checkpoint just read from the disk against the folder, and compute with it. ExportError if anything is off.
-
-    Compared is what an export would give back under the names in the folder, bit for bit: everything but stacked or MXFP4 experts,
-    whose digests alone say that the disk holds what was imported.
-    """
-    config, compared, not_there = checkpoint.model_config, 0, 0
-    for name, tensor in export_tensors(config, family, checkpoint.model):
-        if not has(name):
-            not_there += 1
-            continue
-        compared += 1
-        if not torch.equal(read(name).to(tensor.dtype), tensor):
-            raise ExportError(
-                f"{name} would be exported as other numbers than the folder has: nothing was written"
-            )
-    print(
-        f"check: read back from the disk, digests match; an export gives back {compared:,} tensors of the folder bit for bit"
-        + (f" ({not_there:,} are stored in another layout there)" if not_there else "")
-    )
-    if checkpoint.tokenizer_state:
-        tokenizer = tokenizer_of(checkpoint)
-        ids_BT = torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXTS[0])]])[
-            :, : config.context_length
-        ]
-    else:
-        ids_BT = torch.arange(min(config.context_length, 64))[None] % config.vocabulary_size
-    model = lazy_model(config, lambda name: checkpoint.model[name].float())
-    logits_BTV = logits_of(model, ids_BT)
-    if not logits_BTV.isfinite().all():
-        raise ExportError("its logits are not finite: nothing was written")
-    settings = hf_config(config, family, end_of_text_id=0, start_id=None, dtype="float32")
-    computed = published.of_weights(settings, checkpoint.model)
-    route = f"{family}, as the architecture computes it"
-    check_published(route, KNOWS, model, logits_BTV, computed, ids_BT)
-    if checkpoint.tokenizer_state and ids_BT.shape[1] > 1:
-        loss = F.cross_entropy(logits_BTV[0, :-1], ids_BT[0, 1:]).item()
-        print(
-            f"check: cross-entropy of simple English {loss:.2f} nats per token (guessing has {math.log(config.vocabulary_size):.2f}, "
-            "which a model of other texts need not beat)"
-        )
+from runtime.interop.export import check_output
+from runtime.interop.hf_import import import_folder, model_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,51 +22,24 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--model",
         required=True,
-        help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), or its name on the Hub",
+        help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer.json), "
+        "or its name on the Hub",
     )
     p.add_argument("--out", required=True, help="checkpoint file to write")
     p.add_argument(
         "--dtype",
         choices=["auto", "bfloat16", "float32"],
         default="auto",
-        help="numbers of the weights; auto = bfloat16 if all are that (or MXFP4) in the folder, else float32",
+        help="dtype of the weights; auto = bfloat16 if all are bfloat16 or MXFP4 in the folder, "
+        "else float32 (default: auto)",
     )
-    p.add_argument("--force", action="store_true", help="replace a file that is there")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
     args = p.parse_args(argv)
     started, out = time.perf_counter(), check_output(args.out, args.force, source=args.model)
     folder = model_folder(args.model)
-    family, config = read_config(folder)
-    has, read, names = folder_tensors(folder)
-    exact = rehearse(config, family, has, read, names)
-    dtype = DTYPES.get(args.dtype, exact)
-    tokenizer = read_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
-    if tokenizer and tokenizer.vocabulary_size > config.vocabulary_size:
-        raise ValueError(
-            f"{folder}: its tokenizer has {tokenizer.vocabulary_size:,} ids, and its model only {config.vocabulary_size:,}"
-        )
-    weights_bytes = total_parameters(config) * dtype.itemsize
-    with staged(
-        out, weights_bytes + (weights_bytes >> 8) + (1 << 27)
-    ) as temporary:  # the tokenizer is less than 2**26 characters
-        write_weights(
-            temporary,
-            config,
-            lambda name: import_tensor(config, family, name, has, read),
-            dtype,
-            tokenizer.to_state() if tokenizer else None,
-            {} if os.path.isdir(args.model) else {"imported_from": args.model},
-        )
-        check(read_checkpoint(temporary, read_only=True), family, has, read)
-    rounded = ", rounded" if dtype.itemsize < exact.itemsize else ""
-    about = (
-        f"tokenizer {tokenizer.name}"
-        if tokenizer
-        else f"no {TOKENIZER_FILE} in {folder}, so predict.py needs --tokenizer"
-    )
-    print(
-        f"{out}: {family}, {total_parameters(config):,} parameters as {str(dtype).removeprefix('torch.')}{rounded}, "
-        f"{human_bytes(out.stat().st_size)}, {about}; {time.perf_counter() - started:.1f} s"
-    )
+    run = {} if os.path.isdir(args.model) else {"imported_from": args.model}
+    written = import_folder(folder, out, args.dtype, run)
+    print(f"{out}: {written}; {time.perf_counter() - started:.1f} s")
     return 0
 
 

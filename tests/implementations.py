@@ -7,14 +7,14 @@ import dataclasses
 from config_model import ModelConfig
 from runtime.checks import known
 from runtime.inference import cpu_decode, decoder
-from runtime.interop import huggingface
-from scripts import draw_architecture, export_gguf
+from runtime.interop import gguf, huggingface
+from scripts import draw_architecture
 
 IMPLEMENTATIONS = {
     "C decoder": cpu_decode.KNOWS,
     "decode_step": decoder.KNOWS,
     "published classes": huggingface.KNOWS,
-    "GGUF": export_gguf.KNOWS,
+    "GGUF": gguf.KNOWS,
     "closed forms": known.CLOSED_FORMS,
     "drawing": draw_architecture.KNOWS,
 }

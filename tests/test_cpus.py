@@ -64,6 +64,7 @@ def as_it_is():
     )
 
 
+@pytest.mark.slow
 @is_x86
 @pytest.mark.parametrize(
     "name, capability, threads, onednn",

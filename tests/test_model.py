@@ -252,6 +252,7 @@ def test_elsewhere_the_product_is_rounded_as_ever(dtype):
         assert torch.equal(total, product.float() + product)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing, on_cores", [(False, False), (True, False), (False, True)])
 def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_cores):
     """Compiled in place, so a checkpoint does not know about it (the reference's keys got a prefix, T1); no graph break, and one
@@ -283,6 +284,7 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
         assert_close(p.grad, q.grad, gradients_bound(model.config, 16, rows=20 * 2), n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -319,6 +321,7 @@ def test_compiled_by_the_real_compiler_computes_the_same(changes):
         assert_close(p.grad, gradients[n], gradients_bound(model.config, 100, rows=3), n)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_take_another_length():
     """`is_causal=T > 1` became a symbol at the second length that a process met, and attention refused it."""
     torch.compiler.reset()

@@ -541,6 +541,7 @@ def test_dispatcher_is_a_seam():
     assert torch.allclose(doubled, 2 * plain) and calls == [((5, 32), (5, 2), (5, 2), 10, Experts)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

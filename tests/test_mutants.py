@@ -451,7 +451,7 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
     assert stopped.step == 8 and stopped.run["skipped_in_a_row"] == 3
     assert run("--resume", fresh=False) == 0
     assert (
-        "back to step 5, and on behind the data met since (rollback 1 of at most 2)"
+        "back to step 5, continuing after the data already used (rollback 1 of at most 2)"
         in capsys.readouterr().out
     )
     final = run.final()

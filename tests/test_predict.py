@@ -26,7 +26,8 @@ from config_model import PredictConfig
 from model import LLM
 from model import generate as plain_generate
 from runtime.data.tokenizers import load_tokenizer, train_bpe
-from runtime.inference import predictor, session
+from runtime.inference import console, session
+from runtime.inference import predictor as predictor_module
 from runtime.inference.console import read_prompts
 from runtime.inference.decoder import generate, router_choices
 from runtime.inference.predictor import Predictor
@@ -111,12 +112,21 @@ def greedy_ids(model: LLM, ids: list[int], count: int, **settings) -> list[int]:
 def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, tmp_path, name):
     seen = []
     monkeypatch.setattr(predict, "Predictor", lambda config: config)
-    for function in ("show_completion", "show_completions", "repl"):
-        monkeypatch.setattr(
-            predict,
-            function,
-            lambda predictor, *rest: seen.append((predictor, rest[-1] if rest else predictor)),
-        )
+    for function in (
+        "show_completion",
+        "show_completions",
+        "repl",
+        "write_experts_page",
+        "experts_map",
+    ):
+        users = [module for module in (predict, console) if hasattr(module, function)]
+        assert users, f"nobody calls {function}"
+        for module in users:
+            monkeypatch.setattr(
+                module,
+                function,
+                lambda predictor, *rest: seen.append((predictor, rest[-1] if rest else predictor)),
+            )
     (tmp_path / "prompts").write_text("p")
     needs = {"context_length": 4096} if name == "rope_scaling" else {}
     special = {
@@ -200,7 +210,7 @@ def test_every_dtype_works_on_a_cpu(endless, dtype):
 def test_the_device_is_asked_for_by_name(endless, monkeypatch):
     names = []
     monkeypatch.setattr(
-        predict, "choose_device", lambda name: names.append(name) or torch.device("cpu")
+        predictor_module, "choose_device", lambda name: names.append(name) or torch.device("cpu")
     )
     Predictor(PredictConfig(ckpt=endless, device="cuda:3"))
     assert names == ["cuda:3"]
@@ -283,7 +293,7 @@ def test_the_answer_streams(endless, monkeypatch, drawn):
             seen.append(stdout.flushed)
             yield [(0, i)]
 
-    monkeypatch.setattr(predictor, "generate", fake)
+    monkeypatch.setattr(predictor_module, "generate", fake)
     monkeypatch.setattr(sys, "stdout", stdout)
     predict.main(["--ckpt", endless, "--prompt", "P"])
     assert seen == ["P", "Pa", "Pab"] and stdout.flushed == "Pabc\n"
@@ -347,7 +357,7 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
     assert predictor.tokenizer.name == "o200k_base" and predictor.banned_ids == holes
     ids = []
     monkeypatch.setattr(
-        predict,
+        predictor_module,
         "generate",
         lambda *a, **k: (ids.append(step[0][1]) or step for step in generate(*a, **k)),
     )
@@ -621,7 +631,7 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
     smaller = save(tmp_path / "smaller", biased_model(vocabulary_size=97), None)
     with pytest.raises(
         ValueError,
-        match="tokenizer byte has 257 ids and the model in .* 97: give the one that it was trained with",
+        match="tokenizer byte has 257 ids, the model in .* only 97: use the tokenizer that it was trained with",
     ):
         predict.main(["--ckpt", smaller, "--prompt", "x", "--tokenizer", "byte"])
 
@@ -759,13 +769,13 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
             match="^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another --device or a smaller model$",
         ),
     ):
-        patch.setattr(predictor, "load_model", too_large)
+        patch.setattr(predictor_module, "load_model", too_large)
         predict.main(["--ckpt", endless, "--prompt", "x", "--device", "cpu"])
     with pytest.raises(
         ValueError,
         match="^out of memory on cpu .*: lower --context_length or use --dtype bfloat16$",
     ):
-        monkeypatch.setattr(predictor, "generate", too_large)
+        monkeypatch.setattr(predictor_module, "generate", too_large)
         predict.main(["--ckpt", endless, "--prompt", "shown", "--device", "cpu"])
     assert capsys.readouterr().out == "shown\n"
 
@@ -885,10 +895,8 @@ def test_settings_reach_the_next_answer(endless, repl, drawn):
 
 def test_help_names_every_command(endless, repl, drawn):
     out, _ = repl(endless, ":help\n")
-    assert (
-        all(f"  {command} " in out for command in (*COMMANDS, *OTHER_COMMANDS))
-        and ":experts" in OTHER_COMMANDS
-    )
+    assert all(f"  {command} " in out for command in (*COMMANDS, *OTHER_COMMANDS))
+    assert ":experts" in OTHER_COMMANDS
     assert {field for field, _ in COMMANDS.values()} == {
         "temperature",
         "top_k",
@@ -979,7 +987,7 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
     monkeypatch.setattr("builtins.input", fake_input)
     monkeypatch.setattr(session, "command_result", remember)
     monkeypatch.setattr(
-        predict, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
+        predictor_module, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
     )  # whatever :n says
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
@@ -1206,7 +1214,7 @@ def test_json_keeps_an_interrupted_answer(endless, monkeypatch, capsys):
         yield [(0, ord("a"))]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predictor, "generate", interrupted)
+    monkeypatch.setattr(predictor_module, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt", "p", "--json"])
     assert json.loads(capsys.readouterr().out) | {"seconds_to_first_token": 0} == {
@@ -1231,7 +1239,7 @@ def test_ctrl_c_keeps_the_answers_that_are_there(endless, tmp_path, monkeypatch,
         assert capsys.readouterr().out == "ax\n"  # shown when it is complete
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predictor, "generate", interrupted)
+    monkeypatch.setattr(predictor_module, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt_file", str(tmp_path / "p.txt")])
     assert capsys.readouterr().out == "\nby\n\ncz\n"
@@ -1445,7 +1453,7 @@ def test_an_answer_that_failed_can_be_asked_again(endless, repl, monkeypatch):
         raise RuntimeError("no memory")
         yield
 
-    monkeypatch.setattr(predictor, "generate", fails)
+    monkeypatch.setattr(predictor_module, "generate", fails)
     out, err = repl(endless, "ab\n+c\n:undo\n:undo\n")
     assert (
         err == "error: no memory\n" * 2
@@ -1570,6 +1578,7 @@ class Terminal:
         os.write(self.ours, keys)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
@@ -1603,6 +1612,7 @@ def test_a_session_on_a_terminal(tmp_path):
         assert terminal.process.wait(60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
@@ -1666,6 +1676,7 @@ cli.run_main(main)
 """
 
 
+@pytest.mark.slow
 def test_it_needs_no_network_and_no_optional_library_and_any_console_will_do(
     endless, bpe, tmp_path
 ):

@@ -436,9 +436,16 @@ def test_an_empty_side_is_refused(tmp_path):
     one = write_jsonl(tmp_path / "a.jsonl", ["only this"])
     with pytest.raises(
         ValueError,
-        match="all 1 documents went to the other side of val_ratio 0.01, so val would be empty: raise --val_ratio, give --val_files",
+        match="only 1 document found, so no validation split is possible: use --val_files",
     ):
         run(tmp_path, "--files", one)
+    two = write_jsonl(tmp_path / "e.jsonl", ["one", "two"])
+    with pytest.raises(
+        ValueError,
+        match="all 2 documents went to the other split at val_ratio 1e-09, "
+        "so val would be empty: raise --val_ratio, use --val_files",
+    ):
+        run(tmp_path, "--files", two, "--val_ratio", "1e-9")
     with pytest.raises(ValueError, match="every validation document is also in train"):
         run(
             tmp_path,
@@ -496,7 +503,7 @@ def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, ca
     )
     plain = run(tmp_path, *files, out="plain", tokenizer="o200k_base")
     assert (
-        "of 200,019 ids occur (--tokenizer o200k_base:compact makes a vocabulary of these)"
+        "of 200,019 ids occur (--tokenizer o200k_base:compact keeps only these)"
         in capsys.readouterr().out
     )
     compact = run(tmp_path, *files, tokenizer="o200k_base:compact")
@@ -925,7 +932,7 @@ import json, os, shutil, sys
 from pathlib import Path
 import tiktoken
 import prepare_data
-from runtime.data import open_data
+from runtime.data.shards import open_data
 from tests.builders_tokenizer import stand_in
 tiktoken.registry.ENCODINGS["gpt2"] = stand_in()
 old, new, work = (Path(a) for a in sys.argv[1:4])

@@ -1,4 +1,4 @@
-"""Command lines made from the config dataclasses: every field a flag, and one line for every mistake.
+"""Build command lines from the config dataclasses: a flag per field, one line per error.
 
 Precedence, highest first: a flag, `--config FILE.toml`, `--preset NAME`, the field's default.
 """
@@ -21,27 +21,29 @@ from runtime.base.text import visible
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for: `values` by field name, preset included; `explicit` are those from flags or the TOML file."""
+    """What the user asked for.
+
+    `values`: by field name, preset included. `explicit`: names given as flags or in the TOML file.
+    """
 
     values: dict
     explicit: frozenset
     preset: str | None = None
 
     def build(self, config_class):
-        """A config of `config_class` from the settings that are its fields. Raises ValueError."""
+        """Return a `config_class` from the values that are its fields. Raise ValueError."""
         names = {f.name for f in dataclasses.fields(config_class)}
         return config_class(**{k: v for k, v in self.values.items() if k in names})
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(
-            f"{message} (--help lists the flags)"
-        )  # argparse would print all 60 of them first
+        # argparse would first print all of the flags, about 60.
+        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """An ArgumentParser as every script here uses it: whole flag names only, plain help, and ValueError for a mistake."""
+    """Return the ArgumentParser of a command: no abbreviated flags, ValueError for a mistake."""
     module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")
     prog = f"python -m {module}" if module.startswith(("scripts.", "benchmarks.")) else None
     return _Parser(
@@ -54,7 +56,7 @@ def parser(description: str, epilog: str | None = None) -> argparse.ArgumentPars
 
 
 def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:
-    """Add `--preset`, `--config` and a flag for every field of the given dataclasses, with its help, choices and default."""
+    """Add `--preset`, `--config` and a flag per field of the dataclasses, with help and default."""
     presets = "; ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
     to.add_argument(
         "--preset",
@@ -64,15 +66,17 @@ def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:
     to.add_argument(
         "--config",
         metavar="FILE.toml",
-        help="settings from a TOML file, keys as the flags' names, in [model] and [train] tables or without",
+        help="TOML file of settings, named like the flags; tables [model] and [train] are optional",
     )
     for config_class in config_classes:
         add_fields(to.add_argument_group(config_class.__name__, config_class.__doc__), config_class)
 
 
 def add_fields(to, config_class, only: Iterable[str] | None = None) -> None:
-    """Add a flag for every field of a dataclass (or for those named in `only`). A flag that is not given leaves no trace in
-    the namespace, so what was given is known."""
+    """Add a flag for each field of a dataclass, or for those named in `only`.
+
+    A flag that is not given leaves nothing in the namespace, so we know what was given.
+    """
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         if only is not None and f.name not in only:
@@ -104,7 +108,7 @@ def add_fields(to, config_class, only: Iterable[str] | None = None) -> None:
 
 
 def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
-    """Merge preset, TOML file and flags. Raises ValueError for an unknown key or an unreadable file."""
+    """Merge preset, TOML file and flags. Raise ValueError for an unknown key or unreadable file."""
     known = {f.name for c in config_classes for f in dataclasses.fields(c)}
     preset = PRESETS[args.preset] if args.preset else PRESETS["gptoss"]
     file = _read_toml(args.config, known) if args.config is not None else {}
@@ -127,12 +131,14 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
         if isinstance(section, dict):
             if name not in owners:
                 raise ValueError(
-                    f"--config {path} has an unknown table [{name}]: only [model] and [train] are read"
+                    f"--config {path} has an unknown table [{name}]: only [model] and [train] "
+                    "are read"
                 )
             allowed = {f.name for f in dataclasses.fields(owners[name])}
             if unknown := sorted(set(section) - allowed):
                 raise ValueError(
-                    f"--config {path} has unknown keys in [{name}]: {', '.join(unknown)}; see --help for the known names"
+                    f"--config {path} has unknown keys in [{name}]: {', '.join(unknown)}; "
+                    "see --help for the known names"
                 )
             if twice := sorted(set(section) & set(flat)):
                 raise ValueError(
@@ -141,19 +147,26 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
             flat |= section
     if "preset" in flat:
         raise ValueError(
-            f"--config {path} names a preset: name it on the command line, --preset {flat['preset']} --config {path}"
+            f"--config {path} names a preset: give it on the command line, "
+            f"--preset {flat['preset']} --config {path}"
         )
     if unknown := sorted(set(flat) - set(known)):
         raise ValueError(
-            f"--config {path} has unknown keys: {', '.join(unknown)}; see --help for the known names"
+            f"--config {path} has unknown keys: {', '.join(unknown)}; "
+            "see --help for the known names"
         )
     return flat
 
 
 def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
-    """Run a script's `main(argv)` and exit: 0 or its return value; 2 with one line for a user's mistake; 130 for Ctrl-C."""
+    """Run `main(argv)` and exit: its return value or 0; 2 after a user's mistake; 130 for Ctrl-C.
+
+    A user's mistake (ValueError, OSError, ImportError) is printed as one line, without traceback,
+    unless GPTOSS_TRACEBACK is set.
+    """
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell closed it (`>&-`)
+        # The shell closed it (`>&-`).
+        if getattr(sys, name) is None:
             setattr(
                 sys,
                 name,
@@ -161,15 +174,16 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
             )
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a cp1252 or ascii console must not end the program
+            # A cp1252 or ascii console must not end the program.
+            stream.reconfigure(errors="replace")
     try:
         try:
             code = main(sys.argv[1:])
-        finally:  # --help leaves by SystemExit, and its reader may be gone as well
+        finally:
+            # --help leaves by SystemExit, and its reader may be gone as well.
             sys.stdout.flush()
-    except BrokenPipeError:  # `| head` closed our output: nothing is wrong
+    except BrokenPipeError:
+        # `| head` closed our output: nothing is wrong. 13 is SIGPIPE, which Windows lacks.
         code = 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -184,6 +198,7 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
         code = getattr(error, "exit_code", 2)
     try:
         sys.stdout.flush()
-    except OSError:  # what is left cannot be written: Python must not try again at exit
+    except OSError:
+        # The rest cannot be written: Python must not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -1,4 +1,7 @@
-"""What the machine can do: device, arithmetic, kernels, memory, peak speed. Nothing outside runtime/ asks torch.cuda."""
+"""What the machine can do: device, compute dtype, memory, peak speed.
+
+Nothing outside runtime/ asks torch.cuda.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from runtime.base.text import human_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# Dense bf16/fp16 peak in FLOP/s, without sparsity, from the vendors' data sheets; matched against the device's name.
+# Dense bf16/fp16 peak in FLOP/s, without sparsity, from the vendors' data sheets. The first key
+# that is a word of the device's name counts.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -34,15 +38,14 @@ PEAK_FLOPS = {
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name` (auto: CUDA, then MPS, then CPU). Raises ValueError if this machine does not have it."""
+    """Return a device; auto is CUDA, then MPS, then CPU. Raise ValueError if it is missing."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -55,7 +58,8 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"unknown device {name!r}: allowed are auto, cuda, cuda:N, mps and cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
+            f"device {name!r} is not here: this machine has {torch.cuda.device_count()} "
+            "CUDA devices; try --device cpu"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' is not here; try --device cpu")
@@ -63,10 +67,12 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic called `name` on `device`; auto is bfloat16 where the GPU has it in hardware, else float16 on CUDA, else
-    float32, but bfloat16 on a CPU whose matrix unit (Intel's AMX) makes it faster.
+    """Return the compute dtype called `name` on `device`.
 
-    Raises ValueError for what the device cannot do: a dtype that was asked for is honoured or refused, never replaced.
+    auto: bfloat16 if the GPU has it in hardware, else float16 on CUDA, else float32. On a CPU it is
+    bfloat16 if the matrix unit (Intel's AMX) makes that faster.
+
+    Raise ValueError for a dtype that the device lacks: the requested dtype is never replaced.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -90,7 +96,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bfloat16_is_faster() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices well faster than float32 ones. Asked of those with AMX only: without it bfloat16 is slower."""
+    """Return whether this CPU multiplies bfloat16 matrices much faster than float32 ones.
+
+    Only CPUs with AMX are timed: without it bfloat16 is slower.
+    """
     if not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         return False
     seconds = {}
@@ -106,24 +115,27 @@ def bfloat16_is_faster() -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Context in which matrix multiplications run in `dtype`; does nothing for float32."""
+    """Return a context in which matrix products run in `dtype`; it does nothing for float32."""
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
     return contextlib.nullcontext()
 
 
 def make_deterministic() -> None:
-    """Only kernels that give the same bits in every run; an operation that has none raises. To be called before any work on a GPU."""
+    """Allow only kernels that give the same bits in every run; an operation without one raises.
+
+    Call this before any work on a GPU.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # every element is written here before it is read
-    )
+    # Not needed: every element is written here before it is read.
+    # PyTorch's stubs lack this attribute.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
 def device_name(device: torch.device) -> str:
-    """A name to print and to record: the GPU's, or the CPU's with its thread count."""
+    """Return a name to print and record: the GPU's, or the device type with its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -131,17 +143,21 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Vendor's dense peak for half precision in FLOP/s, or None where it is not known (then no MFU is printed)."""
+    """Return the vendor's dense half-precision peak in FLOP/s; None: unknown, no MFU is shown."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    if "Laptop" in name:  # the same number on the box, another chip inside
+    # A laptop GPU has the same number in its name, but another chip.
+    if "Laptop" in name:
         return None
     return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int] | None:
-    """(free, total) memory of the device in bytes; for a CPU what a new process may take. None where it cannot be asked."""
+    """Return the device's (free, total) memory in bytes; None if it cannot be read.
+
+    Free memory of a CPU is what a new process may take.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     try:
@@ -156,24 +172,28 @@ def memory_bytes(device: torch.device) -> tuple[int, int] | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that this process has held on the device so far, in bytes: on a GPU its tensors,
-    else all that the process holds. None where it cannot be asked."""
+    """Return the most bytes that this process has held on the device; None if unknown.
+
+    On a GPU its tensors count, on a CPU all that the process holds.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as file:
-        # Not getrusage: there a child begins with what its parent held.
+        # Not getrusage: its value for a child starts at what the parent held.
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:
+        # Windows.
         return None
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
 
 
 def peak_memory_line(device: torch.device, announced: int) -> str:
-    """The measured peak next to the one that was announced before the run."""
+    """Return a line with the measured peak and the estimate from before the run."""
     measured = peak_memory_bytes(device)
     peak = human_bytes(measured) if measured else "unknown"
     what = "tensors on the GPU" if device.type == "cuda" else "the whole process"
@@ -181,7 +201,7 @@ def peak_memory_line(device: torch.device, announced: int) -> str:
 
 
 def has_room(device: torch.device, share: float = 0.04) -> bool:
-    """Whether a CUDA device has `share` of its memory left over beside what this process has ever held at once."""
+    """Return whether a CUDA device has `share` of its memory left above this process's peak."""
     return (
         torch.cuda.max_memory_reserved(device)
         < (1 - share) * torch.cuda.get_device_properties(device).total_memory
@@ -189,7 +209,7 @@ def has_room(device: torch.device, share: float = 0.04) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give the device's memory that nothing refers to back, and begin to measure the peak anew."""
+    """Free unused device memory and reset the peak counter."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -197,7 +217,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device's memory is used up, in any of PyTorch's spellings."""
+    """Return whether an exception reports that a device is out of memory, in any wording."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     # The CPU's allocator, MPS, the CUDA driver and cuBLAS raise a plain RuntimeError.
@@ -209,7 +229,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explained_out_of_memory(device: torch.device, advice: str):
-    """Turn out-of-memory into a ValueError of one line: the device, its memory, and `advice` on what to lower."""
+    """Turn out-of-memory into a one-line ValueError: device, memory, `advice` on what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -217,12 +237,13 @@ def explained_out_of_memory(device: torch.device, advice: str):
             raise
         memory = memory_bytes(device)
         raise ValueError(
-            f"out of memory on {device_name(device)}{f' ({human_bytes(memory[1])})' if memory else ''}: {advice}"
+            f"out of memory on {device_name(device)}"
+            f"{f' ({human_bytes(memory[1])})' if memory else ''}: {advice}"
         ) from error
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until everything given to the device is done, so that a clock read next is honest."""
+    """Wait until the device has finished all its work, so that the next clock reading is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -230,6 +251,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Tensors of a batch on `device`; a CUDA device takes pinned ones while the host goes on. (MPS would read memory that may have
-    been given back by then: PyTorch issue 139550.)"""
+    """Return a batch's tensors on `device`; pinned ones are copied to CUDA without blocking.
+
+    Only CUDA: MPS might read memory that has been freed by then (PyTorch issue 139550).
+    """
     return tuple(t.to(device, non_blocking=device.type == "cuda") for t in batch)

@@ -1,13 +1,15 @@
-"""File operations that a crash cannot tear. Everything that must survive one (checkpoints, manifests, metrics) is written here.
+"""Crash-safe file operations, for checkpoints, manifests and metrics.
 
-A file is written under a temporary name in the same folder, flushed to the disk, renamed over the final name, and the
-folder is flushed too: a reader sees the old file or the new one, never half of one, after a kill or a power loss.
+A file is written under a temporary name in the same folder, flushed to disk and renamed over the
+final name; then the folder is flushed. After a kill or a power loss a reader sees the old file or
+the new one, never a part.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,27 +20,30 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power loss. Systems that cannot flush folders skip it."""
+    """Flush a folder's entries, so that a rename in it survives a power loss.
+
+    Does nothing on systems that cannot flush a folder.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except (PermissionError, IsADirectoryError):  # Windows
+    except (PermissionError, IsADirectoryError):
+        # Windows.
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.EBADF,
-            errno.ENOTSUP,
-        ):  # some network and FUSE mounts
+        # Some network and FUSE mounts raise these three.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are not there. Their names are flushed too: a power loss could take a new folder with all
-    that was flushed in it."""
+    """Make a folder and its missing parents, and flush their names.
+
+    Without the flush a power loss could remove a new folder with everything flushed in it.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
@@ -46,7 +51,10 @@ def make_folder(folder: Path) -> None:
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a temporary file and rename it to `path`. On any error what was there before stays, and nothing else."""
+    """Call `write(file)` on a temporary file and rename it to `path`.
+
+    On any error the old file stays, and no temporary file does.
+    """
     path = Path(path)
     make_folder(path.parent)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -63,15 +71,15 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """`write_atomic` for UTF-8 text."""
+    """Write UTF-8 text with `write_atomic`."""
     write_atomic(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def link_atomic(target: Path, link: Path) -> None:
-    """Make `link` a second name of the file `target` in the same folder, replacing what was there.
+    """Make `link` a second name of the file `target` in the same folder; replace an old `link`.
 
-    A hard link where the file system has them (deleting one name then keeps the other), else a relative symbolic link, and a
-    copy where it has neither (exFAT, some network drives).
+    A hard link if the file system has them (deleting one name then keeps the other), else a
+    relative symbolic link, else a copy (exFAT, some network drives).
     """
     temporary = link.with_name(link.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
@@ -87,13 +95,25 @@ def link_atomic(target: Path, link: Path) -> None:
     try:
         os.replace(temporary, link)
     finally:
-        temporary.unlink(
-            missing_ok=True
-        )  # POSIX: renaming one hard link over another of the same file does nothing
+        # POSIX: renaming one hard link over another of the same file does nothing.
+        temporary.unlink(missing_ok=True)
     fsync_folder(link.parent)
 
 
 def sha256_of_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json_object(path: Path, missing: dict | None = None) -> dict:
+    """Return a file's JSON object; `missing` if there is no file. Raise a one-line ValueError."""
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data

@@ -1,8 +1,8 @@
-"""What a process should set for itself before and after PyTorch loads, so that a CPU trains at its full speed.
+"""Process settings from before and after PyTorch loads, so that a CPU trains at full speed.
 
-Measured by `python -m benchmarks.train --allocator_row`: PyTorch takes each large temporary from the system and gives it
-back, so the kernel clears the same pages again and again; and its threads spin while they wait, which on a machine with
-other work costs more than it saves.
+Measured by `python -m benchmarks.train --allocator_row`. PyTorch takes each large temporary from
+the system and gives it back, so the kernel clears the same pages again and again. Its threads spin
+while they wait; on a machine with other work that costs more than it saves.
 """
 
 from __future__ import annotations
@@ -14,26 +14,34 @@ import signal
 import sys
 import time
 
-SPIN_COUNT = "1000"  # turns of GNU OpenMP's waiting loop before a thread sleeps; its own choice is 100 times that or more
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+# Turns of GNU OpenMP's waiting loop before a thread sleeps; its default is at least 100 times that.
+SPIN_COUNT = "1000"
+# From glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+# The largest int that mallopt takes, and 256 MiB.
 KEEP_BYTES, TOP_PAD_BYTES = 2**31 - 1, 1 << 28
 
 
 def before_torch() -> None:
-    """Let idle threads sleep early (the OpenMP library reads this once, when PyTorch loads it). A setting that is there stays."""
+    """Let idle threads sleep early, unless the user has set this already.
+
+    The OpenMP library reads it once, when PyTorch loads it.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed for the next use instead of giving it back to the system; True if it could be told so.
+    """Make malloc keep freed memory for the next use; return whether that worked.
 
-    glibc only. A large allocation is then cut from the heap, not mapped afresh, so its pages are cleared once per run.
+    glibc only. A large allocation then comes from the heap, not from a new mapping, so its pages
+    are cleared once per run.
     """
     if sys.platform != "linux":
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError):
+        # Another C library.
         return False
     return bool(
         mallopt(M_MMAP_MAX, 0)
@@ -43,11 +51,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> bool:
-    """Have malloc give what is free back to the system, also between what is in use; True if it
-    could be told so.
+    """Make malloc return its free memory to the system; return whether that worked.
 
-    For after work that leaves many small pieces in a heap that keeps what is freed: large tensors
-    find no room between them, and the heap grew with every drawing of plots.
+    Call this after work that leaves many small pieces in a heap that keeps freed memory. Large
+    tensors find no room between them: the heap grew with every drawing of plots.
     """
     if sys.platform != "linux":
         return False
@@ -59,7 +66,10 @@ def give_back_memory() -> bool:
 
 
 def usable_cores(root: str = "/sys/fs/cgroup") -> int:
-    """Cores that this process may use: those it is bound to, and no more than the CPU quota of its container (cgroup v2, v1)."""
+    """Return how many cores this process may use: those it is bound to, within its cgroup's quota.
+
+    Reads the CPU quota of a container as cgroup v2 and v1 write it.
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -88,14 +98,19 @@ STOP_SIGNALS = [
 ]
 
 
-SAME_SIGNAL_SECONDS = 1.0  # wrappers pass Ctrl-C on to a child that the terminal has already told: one wish, two signals
+# Wrappers pass Ctrl-C on to a child that the terminal has already told: treat a repeat within a
+# second as the same Ctrl-C.
+SAME_SIGNAL_SECONDS = 1.0
 
 
 class StopRequest:
-    """The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP asks the run to finish its step, save and leave; a later one ends it at once.
-    What the run was told to ignore (SIGHUP under nohup) stays ignored."""
+    """Asks a run to finish its step, save and stop: at SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
 
-    def __init__(self):
+    A later signal ends the run at once. A signal that the run was told to ignore (SIGHUP under
+    nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self):
@@ -118,7 +133,8 @@ class StopRequest:
         self.signal, self._asked = number, time.monotonic()
         os.write(
             2,
-            f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to leave at once\n".encode(),
+            f"\n{signal.Signals(number).name}: finishing this step, then saving; "
+            "repeat to stop at once\n".encode(),
         )
 
     def requested(self) -> bool:

@@ -1,12 +1,13 @@
-"""Numbers as people read them, and text that a terminal may be shown."""
+"""Readable numbers, and text that is safe to show on a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 
 
 def human_count(number: float) -> str:
-    """A count with a decimal unit and three digits: 950, 12.3 k, 3.66 B."""
+    """Return a count with a decimal unit and three digits: 950, 12.3 k, 3.66 B."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= 0.9995 * size:
             return (
@@ -14,23 +15,21 @@ def human_count(number: float) -> str:
                 if number < 999.5 * size
                 else f"{number / size:.0f}{unit}"
             )
-    return (
-        str(int(number)) if number == int(number) else f"{round(number, 4):.3g}"
-    )  # rounded: from 0.00001 on, g writes 1e-05
+    # Rounded, because `g` writes 0.00001 as 1e-05.
+    return str(int(number)) if number == int(number) else f"{round(number, 4):.3g}"
 
 
 def human_bytes(number: float) -> str:
-    """Bytes in binary units: 512 B, 3.1 MiB, 58.6 GiB."""
+    """Return bytes in binary units: 512 B, 3.1 MiB, 58.6 GiB."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= (1023.95 if power > 1 else 1023.5) * 1024 ** (
-            power - 1
-        ):  # what would be printed as 1024 of the next smaller
+        # From here on the next smaller unit would print as 1024.
+        if number >= (1023.95 if power > 1 else 1023.5) * 1024 ** (power - 1):
             return f"{number / 1024**power:.1f} {unit}"
     return f"{number:.0f} B"
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration: 42 s, 3 min 05 s, 2 h 10 min, 4 d 3 h."""
+    """Return a duration: 42 s, 3 min 05 s, 2 h 10 min, 4 d 3 h."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -42,13 +41,16 @@ def human_seconds(seconds: float) -> str:
 
 
 class UntilText:
-    """Streamed text up to the first occurrence of one of some strings, which may come in pieces."""
+    """Cuts streamed text at the first of some stop strings, which may arrive in pieces."""
 
     def __init__(self, stops: tuple[str, ...]):
         self.stops, self.held = [stop for stop in stops if stop], ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(what can be shown now, whether a stop has come). What may be the beginning of a stop stays in `held`."""
+        """Return (what can be shown now, whether a stop was found).
+
+        Text that may be the start of a stop is kept in `held`.
+        """
         text = self.held + text
         if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
             self.held = ""
@@ -62,8 +64,11 @@ class UntilText:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters (all but newline and tab) and direction overrides spelled out: what a model or a file
-    says must not move the cursor, change colours or write the clipboard of the terminal it is shown on."""
+    """Return `text` with control characters and direction overrides escaped.
+
+    Newlines and tabs stay. What a model or a file says must not move the cursor, change colours or
+    write the clipboard of the terminal.
+    """
 
     def shown(c: str) -> str:
         hidden = (
@@ -74,3 +79,8 @@ def visible(text: str) -> str:
         return c.encode("unicode_escape").decode() if hidden else c
 
     return "".join(map(shown, text))
+
+
+def page_style() -> str:
+    """Return the style sheet that all pages share (page.css). A page's own rules come after it."""
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")

@@ -1,9 +1,10 @@
-"""Our tokenizers as Hugging Face's tokenizer.json, and any published tokenizer.json as one of ours. Needs the `tokenizers` library.
+"""Write our tokenizers as Hugging Face's tokenizer.json, and use any published tokenizer.json.
 
-The file gives the ids that ours gives, for every text without the word of a special token. Such a word is text to us; to
-`tokenizers` and to transformers it is that token, unless it is told otherwise (encode_special_tokens = True there,
-split_special_tokens=True here: then all texts agree). Nothing is put before or behind a text; the id that a text begins
-behind is the file's bos_token.
+Needs the `tokenizers` library. The file gives the same ids as our tokenizer for every text without
+a special token's word. Such a word is plain text to us. To `tokenizers` and transformers it is that
+token, unless `encode_special_tokens = True` is set there (`split_special_tokens=True` in
+transformers): then all texts agree. Nothing is added before or after a text; the id that a text
+starts with is the file's bos_token.
 """
 
 from __future__ import annotations
@@ -28,25 +29,32 @@ from runtime.data.tokenizer import (
     without_surrogates,
 )
 
-TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-TEMPLATE_FILE = (
-    "chat_template.jinja"  # where newer folders have what older ones have in tokenizer_config.json
-)
-OURS = "gptoss_tokenizer"  # key in tokenizer_config.json: state of the tokenizer that the file was written from
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what a SentencePiece vocabulary writes for a space
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIALS_FILE = "special_tokens_map.json"
+# Newer folders have here what older ones have in tokenizer_config.json.
+TEMPLATE_FILE = "chat_template.jinja"
+# Key in tokenizer_config.json: state of the tokenizer that the file was written from.
+OURS = "gptoss_tokenizer"
+# What a SentencePiece vocabulary writes for a space.
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Texts that must give our ids: prose, code, contractions, scripts, emoji, control characters,
+# white space, long runs of one character, and nothing.
 CHECK_TEXTS = (
-    "Once upon a time, there was a little girl named Lily. She didn't like the big, red ball; it wasn't hers!\n\n\"I'LL SHARE,\" said Tom's mom.\r\n",
-    "def f(x_1: int) -> dict:\r\n\treturn {'a': x_1 ** 2, \"b\": [0x1F, 1e-9]}  # 3 33 333 3333 33333.50\n\n\n    pass\n",
-    "DON'T don'T we'Ve they'RE I'm I'M he'd you'll 'S'T ''s ' 't naïve fiancée cafe\N{COMBINING ACUTE ACCENT} ǅ ŉ ß ſ 'ſ",
-    "für Gäste geschlossen, стоял туман, 灯台は静かだった。 안녕하세요 你好，世界 नमस्ते สวัสดี שלום مرحبا ٣٤٥٦ ⅻ½²",
-    "\N{FAMILY}\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{GIRL} \N{REGIONAL INDICATOR SYMBOL LETTER U}\N{REGIONAL INDICATOR SYMBOL LETTER N}"
+    "Once upon a time, there was a little girl named Lily. She didn't like the big, red ball; "
+    "it wasn't hers!\n\n\"I'LL SHARE,\" said Tom's mom.\r\n",
+    "def f(x_1: int) -> dict:\r\n"
+    "\treturn {'a': x_1 ** 2, \"b\": [0x1F, 1e-9]}  # 3 33 333 3333 33333.50\n\n\n    pass\n",
+    "DON'T don'T we'Ve they'RE I'm I'M he'd you'll 'S'T ''s ' 't naïve fiancée "
+    "cafe\N{COMBINING ACUTE ACCENT} ǅ ŉ ß ſ 'ſ",
+    "für Gäste geschlossen, стоял туман, 灯台は静かだった。 안녕하세요 你好，世界 "
+    "नमस्ते สวัสดี שלום مرحبا ٣٤٥٦ ⅻ½²",
+    "\N{FAMILY}\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{GIRL} "
+    "\N{REGIONAL INDICATOR SYMBOL LETTER U}\N{REGIONAL INDICATOR SYMBOL LETTER N}"
     "\N{WAVING HAND SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-5}",
-    "\0\1\x1b[0m\x7f\x85\xa0\N{ZERO WIDTH NO-BREAK SPACE}\N{LINE SEPARATOR}\N{IDEOGRAPHIC SPACE}\N{REPLACEMENT CHARACTER}\U0010ffff",
+    "\0\1\x1b[0m\x7f\x85\xa0\N{ZERO WIDTH NO-BREAK SPACE}\N{LINE SEPARATOR}\N{IDEOGRAPHIC SPACE}"
+    "\N{REPLACEMENT CHARACTER}\U0010ffff",
     "a" + " " * 300 + "b\t\t\t\n \n  \n   end  ",
     "=" * 131 + "-" * 67 + "a" * 90 + "0" * 40,
     "/" * 9 + "\n/\r\n//x.y?z=1&q=%20#!",
@@ -56,7 +64,7 @@ CHECK_TEXTS = (
 
 
 class TokenizerError(ValueError):
-    """A tokenizer.json that does not give the ids it should."""
+    """A tokenizer.json that does not give the ids it should give."""
 
     exit_code = 1
 
@@ -71,13 +79,14 @@ def _library():
     return tokenizers
 
 
-# ------------------------------------------------------------------------------------------------------------------ ours
+# ------------------------------------------------------------------------------ our tokenizers
 def byte_level_merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
-    """The pairs that a byte-level BPE merges, first those that come first. ValueError for a tokenizer that is none.
+    """Return the pairs that a byte-level BPE merges, in order. Raise ValueError for other kinds.
 
-    tiktoken has no list: it joins the two neighbours that make the lowest id, whatever the two are. So the list has every way
-    to cut a token into two others (446,189 for o200k_base), by the id of the token. Each of o200k_base's is then reached by
-    merging, which matters where whole words are not looked up first (llama.cpp).
+    tiktoken has no list: it joins the two neighbours that make the lowest id. So the list has every
+    way to cut a token into two others (446,189 for o200k_base), sorted by the token's id. Then
+    merging reaches each token of o200k_base. That matters to readers that do not look up whole
+    words first (llama.cpp).
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.merges()
@@ -95,8 +104,11 @@ def byte_level_merges(tokenizer: Tokenizer) -> list[tuple[bytes, bytes]]:
 
 
 def special_words(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids by word of a tokenizer of ours that no text has: the special tokens, and one for each id that stands for nothing. (Readers of
-    tokenizer.json number such tokens one after the other, so a hole in the ids would move end-of-text.)"""
+    """Return word -> id for tokens of ours that no text contains: special tokens and unused ids.
+
+    Readers of tokenizer.json number such tokens consecutively, so a gap in the ids would move
+    end-of-text.
+    """
     fillers = {f"<|reserved_{i}|>": i for i in tokenizer.undecodable_ids}
     return dict(
         sorted((tokenizer.encoding._special_tokens | fillers).items(), key=lambda item: item[1])
@@ -104,19 +116,22 @@ def special_words(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _refuse_compact(tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a compact vocabulary."""
     if tokenizer.name.endswith(COMPACT):
         base = tokenizer.name.removesuffix(COMPACT)
         raise ValueError(
-            f"tokenizer {tokenizer.name} has no form that others read: it spells {base}'s tokens that it left out with others, which no BPE does; "
-            f"prepare the text with --tokenizer {base} or bpe:SIZE, and train the model that you export with that"
+            f"tokenizer {tokenizer.name} cannot be exported: it spells the tokens of {base} that "
+            f"it lacks with others, which no BPE does; prepare the text with --tokenizer {base} "
+            "or bpe:SIZE, and train the model to export on that"
         )
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json of a tokenizer of ours, as JSON values."""
+    """Return the tokenizer.json of a tokenizer of ours, as JSON values."""
     merges, ranks = byte_level_merges(tokenizer), tokenizer.encoding._mergeable_ranks
     spelled = {token: spell(token) for token in sorted(ranks, key=ranks.__getitem__)}
-    # Oniguruma, which `tokenizers` uses, reads {1,3}+ as a repetition and $ as an end of line. Possessive or not changes no match here.
+    # Oniguruma, which `tokenizers` uses, reads {1,3}+ as a repetition and $ as an end of line.
+    # Possessive or not changes no match here.
     pattern = re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", tokenizer.encoding._pat_str).replace(
         "$", r"(?![\s\S])"
     )
@@ -158,7 +173,8 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is that token, as in tiktoken
+            # A word that is a token is that token, as in tiktoken.
+            "ignore_merges": True,
             "vocab": {spelled[token]: rank for token, rank in ranks.items()},
             "merges": [f"{spelled[left]} {spelled[right]}" for left, right in merges],
         },
@@ -166,19 +182,20 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and check what was written (see check_tokenizer).
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and check them.
 
-    A model may have more rows than there are ids. ValueError for a compact vocabulary.
+    The model may have more rows than there are ids. Raise ValueError for a compact vocabulary and
+    TokenizerError if the written files give other ids (see check_tokenizer).
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text, config = tokenizer.text, dict(tokenizer.config)
-        if (
-            config.get("tokenizer_class") == "TokenizersBackend"
-        ):  # transformers 5's word for the class, which 4 does not know
+        # transformers 5 calls the class so; version 4 does not know that name.
+        if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
         text = canonical_json(_tokenizer_json(tokenizer))
-        # The class: without one, or with a model's own, transformers 5 cuts words by that class's rule. No clean-up: version 4 would drop spaces.
+        # The class: without one, or with a model's own, transformers 5 cuts words by that class's
+        # rule. No clean-up: version 4 would drop spaces.
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
@@ -190,18 +207,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
         }
     write_text_atomic(folder / TOKENIZER_FILE, text)
     write_text_atomic(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
-    write_text_atomic(
-        folder / SPECIALS_FILE,
-        json.dumps(
-            {key: config[key] for key in SPECIALS if config.get(key)}, ensure_ascii=False, indent=2
-        )
-        + "\n",
-    )
+    specials = {key: config[key] for key in SPECIALS if config.get(key)}
+    specials_text = json.dumps(specials, ensure_ascii=False, indent=2) + "\n"
+    write_text_atomic(folder / SPECIALS_FILE, specials_text)
     check_tokenizer(folder, tokenizer)
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """TokenizerError unless the folder's tokenizer.json has the tokenizer's tokens and gives its ids and its text on CHECK_TEXTS and 300 random ones."""
+    """Raise TokenizerError unless the folder's tokenizer.json agrees with the tokenizer.
+
+    It must have the same tokens, and give the same ids on CHECK_TEXTS and 300 random texts.
+    """
     path = folder / TOKENIZER_FILE
     theirs = load_library_tokenizer(path.read_text(encoding="utf-8"), path)
     theirs.encode_special_tokens = True
@@ -217,43 +233,43 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         ours, found = tokenizer.encode(text), theirs.encode(text, add_special_tokens=False).ids
         if ours != found:
             raise TokenizerError(
-                f"{path} gives other ids than {tokenizer.name}: of {text[:40]!r} it makes {found[:12]}, and it should be {ours[:12]}"
+                f"{path} gives other ids than {tokenizer.name}: for {text[:40]!r} it gives "
+                f"{found[:12]} instead of {ours[:12]}"
             )
 
 
 def _random_texts(count: int) -> list[str]:
-    """Short texts from all of Unicode, the same each time: of one script, and mixed with ASCII and with spaces."""
-    rng, texts = random.Random(0), []
+    """Return short texts from all of Unicode, always the same: one script each, some with ASCII."""
+    rng = random.Random(0)
+    texts = []
     for _ in range(count):
-        first = rng.choice(
-            [0, 0x20, 0x300, 0x900, 0x2000, 0x3000, 0xAC00, 0x1F300, rng.randrange(0x110000)]
-        )
+        # Blocks of common scripts, of punctuation and emoji, and one anywhere.
+        blocks = [0, 0x20, 0x300, 0x900, 0x2000, 0x3000, 0xAC00, 0x1F300, rng.randrange(0x110000)]
+        first = rng.choice(blocks)
+        last = min(first + 0x200, 0x110000)
         drawn = [
-            rng.choice(
-                [
-                    rng.randrange(first, min(first + 0x200, 0x110000)),
-                    rng.randrange(128),
-                    0x20,
-                    0x0A,
-                    0x27,
-                ]
-            )
+            # From the block, from ASCII, a space, a newline or an apostrophe.
+            rng.choice([rng.randrange(first, last), rng.randrange(128), 0x20, 0x0A, 0x27])
             for _ in range(rng.randrange(40))
         ]
         texts.append("".join(chr(c) for c in drawn if not 0xD800 <= c < 0xE000))
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------- theirs
+# ------------------------------------------------------------------------ published tokenizers
 class HuggingFaceTokenizer(Tokenizer):
-    """A published tokenizer.json: byte-level (GPT-2, Qwen3, gpt-oss) or SentencePiece-like (Mixtral).
+    """A published tokenizer.json: byte-level (GPT-2, Qwen3, gpt-oss) or SentencePiece (Mixtral).
 
-    Special tokens are never found in a text. A SentencePiece-like one begins every text with a space, so decoding what was
-    encoded shows one more at the start. Its state carries the file's text, and its tokenizer_config.json for the way back.
+    Special tokens are never found in a text. One like SentencePiece puts a space before every
+    text, so decoding what was encoded shows one more at the start. The state carries the file's
+    text, and its tokenizer_config.json for the export.
     """
 
     def __init__(self, text: str, config: dict, stop_ids: Sequence[int], start_id: int | None):
-        """`text`: tokenizer.json as `canonical_json` writes it; stop_ids: all ids that end an answer. ValueError if it cannot be used here."""
+        """Read a tokenizer.json. Raise ValueError if it cannot be used here.
+
+        text: as `canonical_json` writes it; stop_ids: all ids that end a completion.
+        """
         self.text, self.config = text, config
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.name = f"hf:{self.fingerprint[:12]}"
@@ -262,38 +278,36 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab()
         self.vocabulary_size = max(vocabulary.values(), default=-1) + 1
         self._token = _token_bytes(json.loads(text), vocabulary, self.name)
-        if not stop_ids or not all(
-            type(i) is int and i in self._token
-            for i in (*stop_ids, *([] if start_id is None else [start_id]))
-        ):
+        named = [*stop_ids] if start_id is None else [*stop_ids, start_id]
+        if not stop_ids or not all(type(i) is int and i in self._token for i in named):
             raise ValueError(
-                f"{self.name} has no such ids as it should stop at and start with: {list(stop_ids)}, {start_id}"
+                f"{self.name} has no such ids to stop at and start with: "
+                f"{list(stop_ids)}, {start_id}"
             )
-        ends = [
-            i for i in stop_ids if self._token[i] == END_OF_TEXT.encode()
-        ]  # a chat model's first id ends a turn, not a text
-        self.end_of_text_id, self.stop_ids, self.start_id = (
-            (ends or stop_ids)[0],
-            tuple(stop_ids),
-            start_id,
-        )
+        # A chat model's first stop id ends a turn, not a text.
+        ends = [i for i in stop_ids if self._token[i] == END_OF_TEXT.encode()]
+        self.end_of_text_id = (ends or stop_ids)[0]
+        self.stop_ids, self.start_id = tuple(stop_ids), start_id
 
     @functools.cached_property
     def undecodable_ids(self) -> list[int]:
-        """Ids below vocabulary_size that stand for nothing."""
+        """Ids below vocabulary_size without a token."""
         return [i for i in range(self.vocabulary_size) if i not in self._token]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Ids of a text, uint32 [tokens]. The words of a special token are ordinary text; lone surrogates become U+FFFD."""
+        """Return a text's ids, uint32 [tokens].
+
+        Special tokens' words are plain text; lone surrogates become U+FFFD.
+        """
         return np.array(_ids(self._tokenizer, text), dtype=np.uint32)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on behind another: without the space that its file may put before every text."""
+        """Return the ids of a text that continues another: no space is put before it."""
         return _ids(self._inside, text)
 
     @functools.cached_property
     def _inside(self):
-        """The library's tokenizer for the inside of a text."""
+        """The library's tokenizer for text that continues another."""
         data = json.loads(self.text)
         if (inside := _without_prefix(data)) is data:
             return self._tokenizer
@@ -305,11 +319,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._token[token_id]
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """Its merges as bytes, in order. ValueError unless it is a byte-level BPE."""
+        """Return its merges as bytes, in order. Raise ValueError unless it is a byte-level BPE."""
         data = json.loads(self.text)
         if data["model"].get("type") != "BPE" or not _is_byte_level(data):
             raise ValueError(
-                f"tokenizer {self.name} is no byte-level BPE, so it has no merges of bytes"
+                f"tokenizer {self.name} is not a byte-level BPE, so it has no merges of bytes"
             )
         to_byte = byte_of_character()
         pairs = (
@@ -322,25 +336,26 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
 
     def summary(self) -> dict:
-        """What identifies this tokenizer, in plain JSON values."""
+        """Return what identifies this tokenizer, as plain JSON values."""
         return super().summary() | {"start_id": self.start_id, "stop_ids": list(self.stop_ids)}
 
     def to_state(self) -> dict:
-        """All that `from_state` needs, in plain JSON values."""
+        """Return all that `from_state` needs, as plain JSON values."""
         return self.summary() | {"tokenizer_json": self.text, "tokenizer_config": self.config}
 
-    def __reduce__(self):  # the library's own pickle forgets that special tokens are text
+    def __reduce__(self):
+        # The library's own pickle forgets that special tokens are text.
         return HuggingFaceTokenizer, (self.text, self.config, self.stop_ids, self.start_id)
 
 
 def from_state(state: dict) -> HuggingFaceTokenizer:
-    """The tokenizer that `to_state` described. ValueError if it is malformed."""
-    text, config, stop_ids = (
-        state.get(key) for key in ("tokenizer_json", "tokenizer_config", "stop_ids")
-    )
+    """Return the tokenizer that `to_state` described. Raise ValueError if it is malformed."""
+    text, config = state.get("tokenizer_json"), state.get("tokenizer_config")
+    stop_ids = state.get("stop_ids")
     if not isinstance(text, str) or not isinstance(config, dict) or not isinstance(stop_ids, list):
         raise ValueError(
-            f"the stored tokenizer {state['name']} is damaged: its tokenizer.json or stop_ids are missing"
+            f"the stored tokenizer {state['name']} is damaged: "
+            "its tokenizer.json or stop_ids are missing"
         )
     try:
         return HuggingFaceTokenizer(text, config, stop_ids, state.get("start_id"))
@@ -351,68 +366,55 @@ def from_state(state: dict) -> HuggingFaceTokenizer:
 
 
 def special_id(config: dict, key: str, library) -> int | None:
-    """Id of a special token that tokenizer_config.json names, by its word or as a description of it."""
+    """Return the id of a special token in tokenizer_config.json, given as word or description."""
     word = config.get(key)
     word = word.get("content") if isinstance(word, dict) else word
     if word is not None and not isinstance(word, str):
-        raise ValueError(f"{CONFIG_FILE}: {key} must be the word of a token, or null, not {word!r}")
+        raise ValueError(f"{CONFIG_FILE}: {key} must be a token's word or null, not {word!r}")
     return library.token_to_id(word) if word else None
 
 
-def read_json_object(path: Path, missing: dict | None = None) -> dict:
-    """A JSON object from a file; `missing` if there is none. ValueError in one line for anything else."""
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
-    return data
-
-
 def canonical_json(data: dict) -> str:
-    """JSON in one spelling only, so that its digest identifies a tokenizer."""
+    """Return JSON in one fixed spelling, so that its digest identifies a tokenizer."""
     return json.dumps(data, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def load_library_tokenizer(text: str, where: object):
-    """The library's tokenizer of a tokenizer.json. ValueError in one line if it refuses it."""
+    """Return the library's tokenizer of a tokenizer.json. Raise a one-line ValueError."""
     library = _library()
     try:
         return library.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:
+        # The library raises nothing narrower.
         raise ValueError(
             f"{where} cannot be used as a tokenizer: {' '.join(str(error).split())[:200]}"
         ) from None
 
 
 def _ids(library, text: str) -> list[int]:
-    """The library's ids of a text; lone surrogates become U+FFFD."""
+    """Return the library's ids of a text; lone surrogates become U+FFFD."""
     try:
         return library.encode(text, add_special_tokens=False).ids
-    except TypeError:  # what the library says of a surrogate
+    except TypeError:
+        # What the library raises for a surrogate.
         return library.encode(without_surrogates(text), add_special_tokens=False).ids
 
 
 def _without_prefix(data: dict) -> dict:
-    """A tokenizer.json that puts no space before a text. (Pre-tokenizers behind the first meet pieces of a text; what they put before those stays.)"""
+    """Return a tokenizer.json that puts no space before a text.
+
+    Only the first pre-tokenizer changes: later ones see pieces of a text, and their spaces stay.
+    """
     normalizers = [step for step in _steps(data, "normalizer") if step.get("type") != "Prepend"]
     splitters = _steps(data, "pre_tokenizer")
     if splitters and ("add_prefix_space" in splitters[0] or splitters[0]["type"] == "Metaspace"):
-        plain = {
-            key: value for key, value in splitters[0].items() if key != "add_prefix_space"
-        }  # which older files of Metaspace have
-        splitters = [
-            plain
-            | (
-                {"prepend_scheme": "never"}
-                if plain["type"] == "Metaspace"
-                else {"add_prefix_space": False}
-            ),
-            *splitters[1:],
-        ]
+        # Older files of Metaspace also have add_prefix_space.
+        plain = {key: value for key, value in splitters[0].items() if key != "add_prefix_space"}
+        if plain["type"] == "Metaspace":
+            first = plain | {"prepend_scheme": "never"}
+        else:
+            first = plain | {"add_prefix_space": False}
+        splitters = [first, *splitters[1:]]
     if (normalizers, splitters) == (_steps(data, "normalizer"), _steps(data, "pre_tokenizer")):
         return data
     return data | {
@@ -422,18 +424,13 @@ def _without_prefix(data: dict) -> dict:
 
 
 def _steps(data: dict, part: str) -> list[dict]:
-    """The steps of tokenizer.json's normalizer, pre_tokenizer or decoder."""
+    """Return the steps of tokenizer.json's normalizer, pre_tokenizer or decoder."""
     step = data.get(part)
-    return (
-        step.get(
-            {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[
-                part
-            ],
-            [step],
-        )
-        if step
-        else []
-    )
+    if not step:
+        return []
+    # A sequence has its steps under one of these names; anything else is itself the only step.
+    steps = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    return step.get(steps[part], [step])
 
 
 def _is_byte_level(data: dict) -> bool:
@@ -441,16 +438,15 @@ def _is_byte_level(data: dict) -> bool:
 
 
 def _token_bytes(data: dict, vocabulary: dict[str, int], name: str) -> dict[int, bytes]:
-    """Bytes by id. ValueError unless the vocabulary is byte-level or writes spaces as SentencePiece does."""
+    """Return bytes by id. Raise ValueError unless byte-level or with SentencePiece's spaces."""
     if _is_byte_level(data):
         to_byte = byte_of_character()
 
         def read(word: str) -> bytes:
-            return (
-                bytes(map(to_byte.__getitem__, word))
-                if to_byte.keys() >= set(word)
-                else word.encode()
-            )
+            if to_byte.keys() >= set(word):
+                return bytes(map(to_byte.__getitem__, word))
+            return word.encode()
+
     elif any(
         SPACE in (step.get("replacement"), (step.get("pattern") or {}).get("String"))
         for step in _steps(data, "decoder")
@@ -461,7 +457,8 @@ def _token_bytes(data: dict, vocabulary: dict[str, int], name: str) -> dict[int,
             return bytes([int(word[3:5], 16)]) if is_byte else word.replace(SPACE, " ").encode()
     else:
         raise ValueError(
-            f"{name} decodes in a way that is not supported here: its vocabulary must be byte-level or write {SPACE} for a space"
+            f"{name} decodes in a way that is not supported here: its vocabulary must be "
+            f"byte-level or write {SPACE} for a space"
         )
     added = {token["content"] for token in data.get("added_tokens") or []}
     return {i: word.encode() if word in added else read(word) for word, i in vocabulary.items()}

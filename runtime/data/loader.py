@@ -8,24 +8,26 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
-from config_model import (
-    TrainConfig,
-)
+from config_model import TrainConfig
 from runtime.data.shards import TokenShards
 
 
 def count_windows(shards: TokenShards, context_length: int) -> int:
-    """Windows of T tokens and a shifted target each that cover every token once as a target, the last moved back to the end."""
+    """Return how many windows of T tokens cover every token once as a target.
+
+    Targets are the inputs shifted by one. The last window is moved back to end at the last token.
+    """
     if shards.num_tokens < context_length + 1:
         raise ValueError(
-            f"{shards.folder} has {shards.num_tokens:,} tokens and a window needs {context_length + 1:,}: lower --context_length or prepare more text"
+            f"{shards.folder} has {shards.num_tokens:,} tokens and a sequence needs "
+            f"{context_length + 1:,}: lower --context_length or prepare more text"
         )
     return math.ceil((shards.num_tokens - 1) / context_length)
 
@@ -33,8 +35,12 @@ def count_windows(shards: TokenShards, context_length: int) -> int:
 def read_windows(
     shards: TokenShards, windows: Iterable[int], context_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, each int64 [B, T], of the given windows: window i is tokens i*T .. i*T + T, moved back at the end."""
-    import torch  # here, so that preparing text needs no torch
+    """Return inputs and targets, int64 [B, T] each, of the given windows.
+
+    Window i is tokens i*T .. i*T + T; the last is moved back to end at the last token.
+    """
+    # Here, so that preparing text needs no torch.
+    import torch
 
     last = shards.num_tokens - context_length - 1
     tokens = np.stack(
@@ -44,36 +50,33 @@ def read_windows(
 
 
 class WindowLoader:
-    """Training batches as a pure function of (seed, index): nothing to save, and the same for any number of workers.
+    """Training batches as a pure function of (seed, index).
 
-    Samples are numbered 0, 1, 2, ... without end. Epoch e is samples e*num_windows to (e+1)*num_windows - 1: every window
-    once, in the order of num_windows 64-bit numbers drawn from Philox with key (seed, e). (The generator's raw numbers are
-    used because numpy promises never to change them, as it does not for its own shuffling.)
+    There is no state to save, and any number of workers reads the same batches. Samples are
+    numbered 0, 1, 2, ... without end. Epoch e is samples e*num_windows to (e+1)*num_windows - 1:
+    every window once. Their order is that of num_windows 64-bit numbers from Philox with key
+    (seed, e). numpy promises never to change that generator's raw numbers, but may change its own
+    shuffling.
     """
 
     def __init__(self, shards: TokenShards, context_length: int, batch_size: int, seed: int):
-        self.shards, self.context_length, self.batch_size, self.seed = (
-            shards,
-            context_length,
-            batch_size,
-            seed,
-        )
+        self.shards, self.context_length = shards, context_length
+        self.batch_size, self.seed = batch_size, seed
         self.num_windows = count_windows(shards, context_length)
-        self._order = functools.lru_cache(maxsize=2)(
-            self._shuffle
-        )  # a batch meets at most two epochs at a border
+        # A batch has samples of at most two epochs.
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         philox = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
         return np.argsort(philox.random_raw(self.num_windows), kind="stable")
 
     def window(self, sample: int) -> int:
-        """Which window sample number `sample` is."""
-        epoch, place = divmod(sample, self.num_windows)
-        return int(self._order(epoch)[place])
+        """Return which window the sample with this number is."""
+        epoch, position = divmod(sample, self.num_windows)
+        return int(self._order(epoch)[position])
 
     def batch(self, first_sample: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, int64 [B, T], of samples first_sample .. first_sample + B - 1."""
+        """Return inputs and targets, int64 [B, T], of the B samples from `first_sample` on."""
         windows = [
             self.window(sample) for sample in range(first_sample, first_sample + self.batch_size)
         ]
@@ -81,14 +84,16 @@ class WindowLoader:
 
 
 class ValidationBatches:
-    """At most `max_batches` batches of (inputs, targets), int64 [B, T] each; see validation_batches."""
+    """At most `max_batches` batches of (inputs, targets), int64 [B, T]; see validation_batches."""
 
     def __init__(self, shards: TokenShards, context_length: int, batch_size: int, max_batches: int):
         total = count_windows(shards, context_length)
         num_windows = min(total, batch_size * max_batches)
         if num_windows > batch_size:
-            num_windows -= num_windows % batch_size  # whole batches: one shape to compile
-        self.shards, self.context_length, self.batch_size = shards, context_length, batch_size
+            # Whole batches: one shape to compile.
+            num_windows -= num_windows % batch_size
+        self.shards, self.context_length = shards, context_length
+        self.batch_size = batch_size
         self.windows = [i * total // num_windows for i in range(num_windows)]
 
     def __len__(self) -> int:
@@ -107,9 +112,9 @@ class ValidationBatches:
 def validation_batches(
     shards: TokenShards, context_length: int, batch_size: int, max_batches: int
 ) -> ValidationBatches:
-    """Fixed windows spread evenly over a split, the same at every call, read when they are asked for.
+    """Return fixed windows spread evenly over a split, always the same, read on access.
 
-    All batches have batch_size windows, except that a split with fewer windows than that gives one smaller batch.
+    All batches have batch_size windows; a split with fewer windows gives one smaller batch.
     """
     return ValidationBatches(shards, context_length, batch_size, max_batches)
 
@@ -118,8 +123,11 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """`items`, made up to `depth` ahead by a background thread. Its errors come out here; closing the iterator ends the thread."""
-    ready: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
+    """Yield `items`; a background thread makes up to `depth` of them ahead.
+
+    Its errors are raised here. Closing the iterator ends the thread.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
     def offer(kind: str, value: object) -> None:
@@ -135,7 +143,8 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
                 if closed.is_set():
                     return
             offer("end", None)
-        except BaseException as error:  # handed to the consumer, which raises it
+        except BaseException as error:
+            # The consumer raises it.
             offer("error", error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)

@@ -1,13 +1,15 @@
-"""Token shards: the format on disk, how a finished set replaces the one before, and how training reads it.
+"""Token shards: the format on disk, how a new set replaces the old one, how training reads it.
 
     data/train/meta.json  shard_0000.npy  shard_0001.npy ...    and the same in data/val
 
-A shard is a one-dimensional uint32 .npy array; the manifest (meta.json) lists the shards in order, each with its token
-count and SHA-256, and is itself sealed with a digest. Nothing that is not in the manifest is ever read.
+A shard is a one-dimensional uint32 .npy array. The manifest (meta.json) lists the shards in order,
+each with its token count and SHA-256, and carries a digest of itself. Files that are not in the
+manifest are never read.
 
-Replacing a set: the new one is written to data/.partial, then renamed to data/.ready. That rename is the commit: from
-then on data/.ready is the set, and readers look there first; before it, the old set is untouched. Then, split by split,
-the old folder is removed and the new one takes its place. A kill at any moment leaves one whole set, the old or the new.
+Replacing a set: the new set is written to data/.partial, then renamed to data/.ready. That rename
+is the commit. Before it the old set is untouched; after it data/.ready is the set, and readers look
+there first. Then, split by split, the old folder is removed and the new one renamed to its place. A
+kill at any moment leaves one whole set, the old or the new.
 """
 
 from __future__ import annotations
@@ -22,39 +24,38 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO
 
 import numpy as np
 
 from runtime.base.files import TEMPORARY_SUFFIX, fsync_folder, sha256_of_file, write_text_atomic
 from runtime.data.tokenizer import STATE_FILE, Tokenizer
 
-if TYPE_CHECKING:
-    pass
-
 FORMAT, VERSION = "gptoss-shards", 1
 SPLITS = ("train", "val")
 MANIFEST = "meta.json"
 PARTIAL, READY = ".partial", ".ready"
 DTYPE = np.dtype("<u4")
-HEADER_BYTES = 128  # of a one-dimensional .npy file, whatever its length
+# Of a one-dimensional .npy file, whatever its length.
+HEADER_BYTES = 128
+# A shard takes about 150 bytes in it, so no real set comes near this.
 LARGEST_MANIFEST_BYTES = 1 << 28
-OPEN_SHARDS = (
-    64  # memory maps held at a time: each keeps a file open, and systems allow 256 to 1,024
-)
-CHUNK_BYTES = 1 << 22  # shards are rewritten in pieces of this size
+# Memory maps held at a time: each keeps a file open, and systems allow 256 to 1,024.
+OPEN_SHARDS = 64
+# Shards are rewritten in pieces of this size.
+CHUNK_BYTES = 1 << 22
 SHARD_NAME = re.compile(r"shard_\d{4,9}\.npy")
 
 
-# ------------------------------------------------------------------------------------------------------------- manifest
+# ------------------------------------------------------------------------------ manifest
 def _seal(manifest: dict) -> str:
-    """Hex SHA-256 of a manifest without its own seal, so that no flipped bit in it goes unnoticed."""
+    """Return the hex SHA-256 of a manifest without its own digest, to detect any flipped bit."""
     rest = {key: value for key, value in manifest.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write meta.json, sealed, atomically."""
+    """Write meta.json with its digest, atomically."""
     sealed = manifest | {"seal": _seal(manifest)}
     write_text_atomic(
         folder / MANIFEST, json.dumps(sealed, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
@@ -62,7 +63,10 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """The manifest of a split, checked: format, seal, types, and that its sums agree. ValueError in one line otherwise."""
+    """Return a split's manifest. Raise a one-line ValueError if it is missing, damaged or wrong.
+
+    Checked: format, version, digest, types and sums.
+    """
     path = Path(folder) / MANIFEST
     again = "run prepare_data.py again"
     try:
@@ -72,24 +76,29 @@ def read_manifest(folder: str | Path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist: python prepare_data.py writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError(f"{path} is damaged, it is not JSON: {again}") from None
+        raise ValueError(f"{path} is damaged (it is not JSON): {again}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{path} was not written by this program (its format is not {FORMAT!r}): {again} with another --out_dir"
+            f"{path} was not written by this program (its format is not {FORMAT!r}): "
+            f"{again} with another --out_dir"
         )
     if manifest.get("version") != VERSION:
         raise ValueError(
-            f"{path} has version {manifest.get('version')!r}; this program reads version {VERSION}: {again}"
+            f"{path} has version {manifest.get('version')!r}; "
+            f"this program reads version {VERSION}: {again}"
         )
     if manifest.get("seal") != _seal(manifest):
-        raise ValueError(f"{path} is damaged, its digest does not match: {again}")
+        raise ValueError(f"{path} is damaged (its digest does not match): {again}")
     if fault := _manifest_fault(manifest):
-        raise ValueError(f"{path} is not usable, {fault}: {again}")
+        raise ValueError(f"{path} is not usable ({fault}): {again}")
     return manifest
 
 
 def _manifest_fault(m: dict) -> str | None:
-    """What is wrong with the values of a manifest, or None. (The seal keeps out accidents; this keeps out inventions.)"""
+    """Return what is wrong with a manifest's values, or None.
+
+    The digest detects corruption; this rejects hand-made manifests.
+    """
 
     def count(value) -> bool:
         return type(value) is int and 0 < value < 1 << 48
@@ -103,7 +112,7 @@ def _manifest_fault(m: dict) -> str | None:
         return "it lists no shards"
     for shard in shards:
         if not isinstance(shard.get("file"), str) or not SHARD_NAME.fullmatch(shard["file"]):
-            return f"{shard.get('file')!r} is no name of a shard"
+            return f"{shard.get('file')!r} is not a shard's name"
         if not count(shard.get("tokens")) or not isinstance(shard.get("sha256"), str):
             return f"{shard['file']} has no token count or digest"
     if len({shard["file"] for shard in shards}) < len(shards):
@@ -111,7 +120,7 @@ def _manifest_fault(m: dict) -> str | None:
     if m.get("num_shards") != len(shards) or m.get("total_tokens") != sum(
         shard["tokens"] for shard in shards
     ):
-        return "its totals do not agree with its shards"
+        return "its totals differ from the sums over its shards"
     if m.get("dtype") != DTYPE.name:
         return f"its dtype is {m.get('dtype')!r}, not {DTYPE.name!r}"
     if not all(count(m.get(key)) for key in ("total_documents", "total_bytes", "vocabulary_size")):
@@ -128,41 +137,39 @@ def _manifest_fault(m: dict) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------- write
+# ------------------------------------------------------------------------------ write
 class ShardWriter:
-    """Writes one split: append ids, then finish() for what the manifest says about them. Holds nothing in memory."""
+    """Writes one split: append ids, then finish() returns the manifest's part. Buffers nothing."""
 
     def __init__(self, folder: Path, shard_size: int):
         self.folder, self.shard_size = folder, shard_size
         self.shards: list[dict] = []
         self.total_tokens = 0
-        self._tokens = hashlib.sha256()  # of all ids, however they are cut into shards
-        self._file = None
+        # Of all ids, however they are cut into shards.
+        self._tokens = hashlib.sha256()
+        self._file: BinaryIO | None = None
         folder.mkdir(parents=True)
 
     def append(self, ids: np.ndarray) -> None:
-        """Add ids, uint32 [tokens]; a full shard is closed and the next one begun."""
+        """Append ids, uint32 [tokens]; close a full shard and start the next."""
         ids = ids.astype(DTYPE, copy=False)
         while len(ids):
-            if self._file is None:
-                self._open()
-            part, ids = (
-                ids[: self.shard_size - self._in_shard],
-                ids[self.shard_size - self._in_shard :],
-            )
-            data = memoryview(part).cast("B")
-            self._file.write(data)
+            file = self._file or self._open()
+            room = self.shard_size - self._in_shard
+            part, ids = ids[:room], ids[room:]
+            data = part.data.cast("B")
+            file.write(data)
             self._digest.update(data)
             self._tokens.update(data)
             self._in_shard += len(part)
             self.total_tokens += len(part)
             if self._in_shard == self.shard_size:
-                self._finish_shard()
+                self._finish_shard(file)
 
     def finish(self) -> dict:
-        """Close the last shard; returns the manifest's shards, num_shards, total_tokens, dtype and tokens_sha256."""
+        """Close the last shard; return the manifest's shards, counts, dtype and tokens_sha256."""
         if self._file is not None:
-            self._finish_shard()
+            self._finish_shard(self._file)
         fsync_folder(self.folder)
         return {
             "num_shards": len(self.shards),
@@ -173,37 +180,40 @@ class ShardWriter:
         }
 
     def close(self) -> None:
-        """Let go of the open file, if any: what is written so far is no set."""
+        """Close the open file, if any: what is written so far is not a set."""
         if self._file is not None:
             self._file.close()
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
+        """Start the next shard and return its file."""
         self._path = self.folder / f"shard_{len(self.shards):04d}.npy"
-        self._file = open(self._path, "wb")  # noqa: SIM115 (lives across calls)
-        self._digest, self._in_shard = hashlib.sha256(), 0
-        self._write_header(self.shard_size)  # right for every shard but the last
-        self._digest.update(self._header)
+        # Not in a `with`: the file lives across calls.
+        file = self._file = open(self._path, "wb")  # noqa: SIM115
+        # Right for every shard but the last.
+        header = npy_header(self.shard_size)
+        file.write(header)
+        self._digest, self._in_shard = hashlib.sha256(header), 0
+        return file
 
-    def _write_header(self, tokens: int) -> None:
-        self._header = npy_header(tokens)
-        self._file.seek(0)
-        self._file.write(self._header)
-
-    def _finish_shard(self) -> None:
+    def _finish_shard(self, file: BinaryIO) -> None:
+        """Flush and close a shard's file, and list it."""
         if short := self._in_shard < self.shard_size:
-            self._write_header(self._in_shard)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+            file.seek(0)
+            file.write(npy_header(self._in_shard))
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
         self._file = None
+        # A short shard has another header than the one that was digested.
         sha256 = sha256_of_file(self._path) if short else self._digest.hexdigest()
         self.shards.append({"file": self._path.name, "tokens": self._in_shard, "sha256": sha256})
 
 
 def renumber(folder: Path, counts: dict, new_ids: np.ndarray) -> dict:
-    """Replace every id i in a split's finished shards by new_ids[i], uint32 [old ids]; `counts` is what ShardWriter.finish returned, and so is the result.
+    """Replace every id i in a split's finished shards by new_ids[i], uint32 [old ids].
 
-    In place, a piece at a time: for a set that is not yet published, so that a half-done one is thrown away.
+    `counts` is what ShardWriter.finish returned; return it with the new digests. Works in place, a
+    piece at a time: only for a set that is not published, so that a half-done one is deleted.
     """
     tokens, shards = hashlib.sha256(), []
     for shard in counts["shards"]:
@@ -222,7 +232,10 @@ def renumber(folder: Path, counts: dict, new_ids: np.ndarray) -> dict:
 
 
 def npy_header(tokens: int) -> bytes:
-    """The .npy header (version 1.0) of a uint32 array [tokens]: 128 bytes, for numpy leaves room for the length to grow."""
+    """Return the .npy header (version 1.0) of a uint32 array [tokens].
+
+    It has 128 bytes for any length, because numpy leaves room for the length to grow.
+    """
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)}
@@ -232,7 +245,7 @@ def npy_header(tokens: int) -> bytes:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict:
-    """The manifest's entry for a tokenizer; one that was made from the text is also saved in the folder, beside the shards."""
+    """Return a tokenizer's manifest entry; save one made from the text next to the shards."""
     if not tokenizer.made_from_text:
         return tokenizer.to_state()
     text = json.dumps(tokenizer.to_state(), ensure_ascii=True) + "\n"
@@ -244,27 +257,34 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict:
 
 
 def pair_id(tokenizer: Tokenizer, tokens_sha256: Iterable[str]) -> str:
-    """What train and val of one run share and no other run has, unless it made the same tokens: a digest of both contents."""
-    return hashlib.sha256("\n".join([tokenizer.fingerprint, *tokens_sha256]).encode()).hexdigest()[
-        :32
-    ]
+    """Return the id that train and val of one run share: a digest of tokenizer and contents.
+
+    Another run has the same id only if it made the same tokens.
+    """
+    content = "\n".join([tokenizer.fingerprint, *tokens_sha256])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-# --------------------------------------------------------------------------------------------- replacing a set by another
+# ------------------------------------------------------------------------------ replace a set
 def _files_of_set(folder: Path) -> list[str]:
-    """Names of the files that prepare_data wrote into a split's folder, manifest last. ValueError if anything else is there."""
+    """Return the names of the files that prepare_data wrote into a split's folder, manifest last.
+
+    Raise ValueError if the folder holds anything else.
+    """
     present = {entry.name for entry in os.scandir(folder)}
     if not present:
         return []
     if MANIFEST not in present:
         raise ValueError(
-            f"{folder} holds files that prepare_data.py did not write ({min(present)}): move them away or give another --out_dir"
+            f"{folder} holds files that prepare_data.py did not write ({min(present)}): "
+            "move them away or give another --out_dir"
         )
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
         raise ValueError(
-            f"{folder} cannot be replaced, for what it holds is unknown: delete it or give another --out_dir ({error})"
+            f"{folder} cannot be replaced because its content is unknown: "
+            f"delete it or give another --out_dir ({error})"
         ) from None
     ours = (
         [shard["file"] for shard in manifest["shards"]]
@@ -273,29 +293,32 @@ def _files_of_set(folder: Path) -> list[str]:
     )
     if foreign := present - set(ours):
         raise ValueError(
-            f"{folder} holds a file that prepare_data.py did not write ({min(foreign)}): move it away or give another --out_dir"
+            f"{folder} holds a file that prepare_data.py did not write ({min(foreign)}): "
+            "move it away or give another --out_dir"
         )
     return ours
 
 
 def check_replaceable(out_dir: Path) -> None:
-    """ValueError, before any work, if a new set could not take the place of what is in `out_dir`."""
+    """Raise ValueError, before any work, if a new set cannot replace what is in `out_dir`."""
     for folder in (out_dir, *(out_dir / split for split in SPLITS)):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: give another --out_dir")
     for split in SPLITS:
         if (out_dir / split).is_symlink():
             raise ValueError(
-                f"{out_dir / split} is a symbolic link, which would be replaced: give its target's folder as --out_dir"
+                f"{out_dir / split} is a symbolic link, which would be replaced: "
+                "give its target's folder as --out_dir"
             )
         if (out_dir / split).exists():
             _files_of_set(out_dir / split)
 
 
 def remove_partial(out_dir: Path) -> None:
-    """Remove the half-written set that an interrupted run left, if there is one. ValueError if it holds anything else."""
+    """Remove the partial set of an interrupted run, if any. Raise ValueError for foreign files."""
     ours = re.compile(
-        f"(?:{SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(STATE_FILE)})(?:{re.escape(TEMPORARY_SUFFIX)})?"
+        f"(?:{SHARD_NAME.pattern}|{re.escape(MANIFEST)}|{re.escape(STATE_FILE)})"
+        f"(?:{re.escape(TEMPORARY_SUFFIX)})?"
     )
     partial = out_dir / PARTIAL
     if not partial.is_dir():
@@ -307,7 +330,8 @@ def remove_partial(out_dir: Path) -> None:
                 folder == partial and entry.name in SPLITS
             ):
                 raise ValueError(
-                    f"{entry.path} was not written by prepare_data.py: move it away or give another --out_dir"
+                    f"{entry.path} was not written by prepare_data.py: "
+                    "move it away or give another --out_dir"
                 )
     for folder in folders:
         for entry in list(os.scandir(folder)):
@@ -317,16 +341,18 @@ def remove_partial(out_dir: Path) -> None:
 
 
 def publish(out_dir: Path) -> None:
-    """Make the finished set in `.partial` the set of `out_dir`, in the place of the one before."""
-    check_replaceable(out_dir)  # once more: the old set must still be ours to remove
+    """Replace the set in `out_dir` by the finished one in `.partial`."""
+    # Once more: the old set must still be ours to remove.
+    check_replaceable(out_dir)
     fsync_folder(out_dir / PARTIAL)
-    os.rename(out_dir / PARTIAL, out_dir / READY)  # the commit
+    # The commit.
+    os.rename(out_dir / PARTIAL, out_dir / READY)
     fsync_folder(out_dir)
     finish_publishing(out_dir)
 
 
 def finish_publishing(out_dir: Path) -> None:
-    """Move a committed set into its place; also what a later run does for one that was killed after its commit."""
+    """Move a committed set into place; a later run calls this too, after a kill in between."""
     ready = out_dir / READY
     if not ready.is_dir():
         return
@@ -335,9 +361,8 @@ def finish_publishing(out_dir: Path) -> None:
             continue
         old = out_dir / split
         if old.is_dir():
-            for name in _files_of_set(
-                old
-            ):  # the manifest last: it says what is ours, should this be interrupted too
+            # The manifest last: it says what is ours, if this is interrupted too.
+            for name in _files_of_set(old):
                 (old / name).unlink(missing_ok=True)
             old.rmdir()
         os.rename(ready / split, old)
@@ -348,7 +373,10 @@ def finish_publishing(out_dir: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder against other runs of prepare_data. ValueError if one has it. (Windows has no such lock and goes without.)"""
+    """Lock a folder against other runs of prepare_data. Raise ValueError if it is locked.
+
+    Windows has no such lock: there this does nothing.
+    """
     try:
         import fcntl
     except ImportError:
@@ -360,19 +388,20 @@ def folder_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another prepare_data.py is writing to {folder}: wait for it or give another --out_dir"
+                f"another prepare_data.py is writing to {folder}: "
+                "wait for it or give another --out_dir"
             ) from None
         yield
     finally:
         os.close(descriptor)
 
 
-# ----------------------------------------------------------------------------------------------------------------- read
+# ------------------------------------------------------------------------------ read
 class TokenShards:
-    """One split's tokens, memory-mapped: a single long sequence, whatever the shards. ValueError if anything in it is not as written.
+    """One split's tokens, memory-mapped as one long sequence. Raise ValueError for any damage.
 
-    `verify` reads every byte once (about a second per GiB and core) and checks digests and ids; the shards' names, sizes,
-    dtype and shape are always checked.
+    `verify` reads every byte once (about a second per GiB and core) and checks digests and ids.
+    Names, sizes, dtype and shape of the shards are always checked.
     """
 
     def __init__(self, folder: str | Path, verify: bool = True):
@@ -392,18 +421,24 @@ class TokenShards:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, end-of-text included: nats per token / (ln 2 * this) = bits per byte."""
+        """UTF-8 bytes of text per token, end-of-text included.
+
+        Bits per byte = nats per token / (ln 2 * bytes_per_token).
+        """
         return self.manifest["total_bytes"] / self.num_tokens
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what is trained on: the ids in order and what they mean; how they are cut into shards does not count."""
+        """Hex SHA-256 of the training text: the ids in order and their meaning, not the shards."""
         content = self.manifest["tokenizer"]["fingerprint"] + self.manifest["tokens_sha256"]
         return hashlib.sha256(content.encode()).hexdigest()
 
     @functools.cached_property
     def tokenizer_state(self) -> dict:
-        """State of the tokenizer that made these shards, for tokenizer_from_state; one made from the text is read from beside them."""
+        """State of the tokenizer that made these shards, for tokenizer_from_state.
+
+        A tokenizer that was made from the text is read from its file next to the shards.
+        """
         entry = self.manifest["tokenizer"]
         if "file" not in entry:
             return entry
@@ -413,10 +448,11 @@ class TokenShards:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids start .. start + count - 1 of the whole sequence, int64 [count], across shard borders."""
+        """Return ids start .. start + count - 1, int64 [count], across shard borders."""
         if not 0 <= start <= start + count <= self.num_tokens:
             raise ValueError(
-                f"{self.folder} has tokens 0 to {self.num_tokens - 1}, not {start} to {start + count - 1}"
+                f"{self.folder} has tokens 0 to {self.num_tokens - 1}, "
+                f"not {start} to {start + count - 1}"
             )
         ids, filled = np.empty(count, dtype=np.int64), 0
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -429,7 +465,7 @@ class TokenShards:
         return ids
 
     def verify(self) -> None:
-        """Read everything: each shard's digest must be the manifest's and each id below vocabulary_size."""
+        """Read everything; each shard must have the manifest's digest and ids in the vocabulary."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(self._verify_shard, range(len(self._shards))):
                 pass
@@ -455,7 +491,10 @@ class TokenShards:
         return identity
 
     def _open(self, i: int) -> np.ndarray:
-        """Memory map of shard i, uint32 [tokens]. Opened late and few at a time, so the file must still be the one first seen."""
+        """Return a memory map of shard i, uint32 [tokens].
+
+        Shards are opened late and few at a time, so the file must still be the one first seen.
+        """
         if self._stat(i) != self._identity[i]:
             raise self._fault(i, "was changed while it was in use")
         with open(self._path(i), "rb") as file:
@@ -476,7 +515,7 @@ class TokenShards:
     def _verify_shard(self, i: int) -> None:
         ids = self._open(i)
         if sha256_of_file(self._path(i)) != self._shards[i]["sha256"]:
-            raise self._fault(i, "is damaged, its digest is not the manifest's")
+            raise self._fault(i, "is damaged (its digest is not the manifest's)")
         if (largest := int(ids.max())) >= self.vocabulary_size:
             raise self._fault(
                 i, f"holds id {largest}, beyond its vocabulary of {self.vocabulary_size:,}"
@@ -484,7 +523,10 @@ class TokenShards:
 
 
 def open_data(data_dir: str | Path, verify: bool = True) -> tuple[TokenShards, TokenShards]:
-    """The train and val shards that one run of prepare_data.py wrote. ValueError if they are missing, damaged or of two runs."""
+    """Return the train and val shards of one run of prepare_data.py.
+
+    Raise ValueError if they are missing, damaged or of two runs.
+    """
     data_dir = Path(data_dir)
     folders = [
         data_dir / READY / split if (data_dir / READY / split).is_dir() else data_dir / split
@@ -493,20 +535,24 @@ def open_data(data_dir: str | Path, verify: bool = True) -> tuple[TokenShards, T
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             raise ValueError(
-                f"{data_dir} has no prepared text ({folder / MANIFEST} is missing): run python prepare_data.py --out_dir {data_dir}"
+                f"{data_dir} has no prepared text ({folder / MANIFEST} is missing): "
+                f"run python prepare_data.py --out_dir {data_dir}"
             )
     train, val = (TokenShards(folder, verify) for folder in folders)
     for shards, split in zip((train, val), SPLITS, strict=True):
         if shards.manifest.get("split") != split:
             raise ValueError(
-                f"{shards.folder} holds the split {shards.manifest.get('split')!r}, not {split!r}: run prepare_data.py again"
+                f"{shards.folder} holds the split {shards.manifest.get('split')!r}, "
+                f"not {split!r}: run prepare_data.py again"
             )
     if train.manifest["pair"] != val.manifest["pair"]:
         raise ValueError(
-            f"{train.folder} and {val.folder} were not written by the same run of prepare_data.py: run it again"
+            f"{train.folder} and {val.folder} were not written by the same run of "
+            "prepare_data.py: run it again"
         )
     if train.manifest["tokenizer"] != val.manifest["tokenizer"]:
         raise ValueError(
-            f"{train.folder} and {val.folder} were made with different tokenizers: run prepare_data.py again"
+            f"{train.folder} and {val.folder} were made with different tokenizers: "
+            "run prepare_data.py again"
         )
     return train, val

@@ -1,4 +1,4 @@
-"""Sources of text: files, datasets of a hub, generated stories."""
+"""Sources of text: files, datasets of the Hugging Face Hub, generated stories."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
-
-
 DEFAULT_VAL_RATIO, DEFAULT_TOY_STORIES = 0.01, 30_000
 
+# Names that datasets give their own validation split.
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
-VALIDATION_NAMES = (
-    "validation",
-    "valid",
-    "val",
-    "dev",
-)  # what a dataset may call its own validation split
-
-
-TEXT_FORMATS = (".txt", ".jsonl", ".csv")  # these may also be .gz
-
-
+# These may also be .gz.
+TEXT_FORMATS = (".txt", ".jsonl", ".csv")
 FORMATS = (*TEXT_FORMATS, ".parquet")
 
+# A longer document in a .txt file is read and tokenised in parts of this size.
+PART_CHARACTERS = 1 << 20
 
-PART_CHARACTERS = (
-    1 << 20
-)  # a longer document in a .txt file is read and tokenised in parts of this size
-
-
-Part = tuple[
-    str, bool
-]  # text, and whether its document ends with it; all but huge documents have one part
+# Text, and whether its document ends with it. Only huge documents have more than one part.
+Part = tuple[str, bool]
 
 
-# A source has documents() -> Iterator[Part], which can be called again; fraction, the share read so far (None: unknown);
-# and description, what the manifest says about it.
+class Source(Protocol):
+    """What a source of text has."""
+
+    # What the manifest says about the source.
+    description: dict
+
+    @property
+    def fraction(self) -> float | None:
+        """Share of the source that has been read; None: unknown."""
+
+    def documents(self) -> Iterator[Part]:
+        """Yield all text in order; each call starts from the beginning."""
+        ...
+
+
 class ToySource:
     """Stories from the generator in runtime/data/toy_stories.py."""
 
@@ -52,9 +53,11 @@ class ToySource:
 
         if num_stories > toy_stories.NUM_DISTINCT:
             raise ValueError(
-                f"--num_stories {num_stories:,}: there are {toy_stories.NUM_DISTINCT:,} distinct stories"
+                f"--num_stories {num_stories:,} is too many: "
+                f"there are {toy_stories.NUM_DISTINCT:,} distinct stories"
             )
-        self._story, self.num_stories, self.fraction = toy_stories.story, num_stories, 0.0
+        self._story, self.num_stories = toy_stories.story, num_stories
+        self.fraction = 0.0
         self.description = {"dataset": "toy", "num_stories": num_stories}
 
     def documents(self) -> Iterator[Part]:
@@ -64,12 +67,13 @@ class ToySource:
 
 
 class HubSource:
-    """One split of a dataset that the `datasets` library can load, from the Hub or from a local folder."""
+    """One split of a dataset that the `datasets` library loads, from the Hub or a local folder."""
 
     def __init__(
         self, name: str, config: str | None, split: str, text_column: str, streaming: bool
     ):
-        self.name, self.column, self.fraction = name, text_column, None
+        self.name, self.column = name, text_column
+        self.fraction: float | None = None
         self.description = {
             "dataset": name,
             "config": config,
@@ -82,7 +86,8 @@ class HubSource:
             self._num_rows = None if streaming else len(rows)
         if text_column not in columns:
             raise ValueError(
-                f"dataset {name} has no column {text_column!r}: give --text_column as one of {', '.join(columns)}"
+                f"dataset {name} has no column {text_column!r}: "
+                f"give --text_column as one of {', '.join(columns)}"
             )
         self._rows = rows.select_columns([text_column])
 
@@ -97,25 +102,30 @@ class HubSource:
 
 
 class FileSource:
-    """Local files: .txt, whose documents a separator divides, .jsonl, .csv and .parquet, which have a text column; also .gz."""
+    """Local files: .txt with a document separator; .jsonl, .csv and .parquet with a text column.
+
+    All but .parquet may also be .gz.
+    """
 
     def __init__(self, paths: list[str], text_column: str, separator: str):
         self.paths = [Path(path) for path in paths]
         self.column, self.separator = text_column, separator
-        self._raw, self._bytes_done, self._bytes = (
-            None,
-            0,
-            sum(path.stat().st_size for path in self.paths),
-        )
-        self.description = {
+        # The file that is being read, which knows how far it is.
+        self._raw: io.BufferedReader | None = None
+        self._bytes_done = 0
+        self._bytes = sum(path.stat().st_size for path in self.paths)
+        self.description: dict = {
             "files": [
                 {"name": path.as_posix(), "bytes": path.stat().st_size} for path in self.paths
             ]
         }
         kinds = {file_format(path) for path in self.paths}
-        self.description |= {"text_column": text_column} if kinds - {".txt"} else {}
-        self.description |= {"document_separator": separator} if ".txt" in kinds else {}
-        for path in self.paths:  # what cannot be read is refused before the work starts
+        if kinds - {".txt"}:
+            self.description["text_column"] = text_column
+        if ".txt" in kinds:
+            self.description["document_separator"] = separator
+        # Find a file that cannot be read before the work starts.
+        for path in self.paths:
             with contextlib.closing(self._read(path)) as parts:
                 next(parts, None)
 
@@ -130,44 +140,46 @@ class FileSource:
             yield from self._read(path)
             self._bytes_done += path.stat().st_size
 
-    def _read(self, path: Path) -> Iterator[Part]:
-        """The parts of one file; every error names the file."""
+    def _read(self, path: Path) -> Generator[Part, None, None]:
+        """Yield the parts of one file; every error names the file."""
         kind = file_format(path)
         try:
-            with open(path, "rb") as self._raw:
+            with open(path, "rb") as raw:
+                self._raw = raw
                 if kind == ".parquet":
-                    yield from read_parquet(self._raw, path, self.column)
+                    yield from read_parquet(raw, path, self.column)
                     return
-                stream = gzip.GzipFile(fileobj=self._raw) if path.suffix == ".gz" else self._raw
-                text = io.TextIOWrapper(
-                    stream, encoding="utf-8-sig", newline="" if kind == ".csv" else None
-                )
+                stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+                # The csv module handles line ends itself: a field may contain them.
+                newline = "" if kind == ".csv" else None
+                text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
                 if kind == ".txt":
                     yield from read_txt(text, self.separator)
+                elif kind == ".jsonl":
+                    yield from read_jsonl(text, path, self.column)
                 else:
-                    yield from (read_jsonl if kind == ".jsonl" else read_csv)(
-                        text, path, self.column
-                    )
+                    yield from read_csv(text, path, self.column)
         except (OSError, ValueError, EOFError, RecursionError, zlib.error, csv.Error) as error:
-            raise ValueError(
-                str(error) if str(path) in str(error) else f"{path}: {error}"
-            ) from error
+            names_it = str(path) in str(error)
+            raise ValueError(str(error) if names_it else f"{path}: {error}") from error
 
 
 def file_format(path: Path) -> str:
-    """Which of FORMATS a file name says it is. ValueError if none."""
+    """Return which of FORMATS a file name has. Raise ValueError if none."""
     name = path.name.lower()
     for kind in FORMATS:
         if name.endswith(kind) or (kind in TEXT_FORMATS and name.endswith(kind + ".gz")):
             return kind
     raise ValueError(
-        f"{path} is of no known format: {', '.join(FORMATS)}, and .gz of the first three"
+        f"unsupported file type: {path} "
+        f"(supported: {', '.join(TEXT_FORMATS)}, each optionally .gz, and .parquet)"
     )
 
 
-def read_txt(file: Iterable[str], separator: str) -> Iterator[Part]:
-    """Documents between separators, stripped; only a piece of one is in memory at a time."""
-    text, begun = "", False  # begun: a part of this document is already out
+def read_txt(file: io.TextIOBase, separator: str) -> Iterator[Part]:
+    """Yield the documents between separators, stripped; only a part of one is in memory."""
+    # begun: a part of this document has been yielded.
+    text, begun = "", False
     while chunk := file.read(1 << 16):
         text += chunk
         *whole, text = text.split(separator)
@@ -183,13 +195,16 @@ def read_txt(file: Iterable[str], separator: str) -> Iterator[Part]:
     yield (text.rstrip() if begun else text.strip()), True
 
 
-# Before a single space between words, and after a newline before a word, every word pattern here cuts anyway: tokens are
-# the same as those of the whole text.
+# Before a single space between words, and after a newline before a word, every word pattern here
+# cuts anyway: the tokens are the same as those of the whole text.
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_])|(?<=\S\n)(?=[^\W_])")
 
 
 def safe_cut(text: str, end: int) -> int:
-    """The last place in the 4,096 characters before `end` where a cut changes no token; `end` if there is none."""
+    """Return the last position in the 4,096 characters before `end` where a cut changes no token.
+
+    Return `end` if there is no such position.
+    """
     return max(
         (match.start() for match in _BETWEEN_WORDS.finditer(text, max(1, end - 4096), end)),
         default=end,
@@ -197,7 +212,7 @@ def safe_cut(text: str, end: int) -> int:
 
 
 def read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
-    """One JSON object a line."""
+    """Yield the column of a JSON object per line."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -214,19 +229,20 @@ def read_jsonl(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
 
 
 def read_csv(file: Iterable[str], path: Path, column: str) -> Iterator[Part]:
-    """Comma-separated values under a line of column names."""
+    """Yield a column of comma-separated values; the first line names the columns."""
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(file)
     if column not in (rows.fieldnames or []):
         raise ValueError(
-            f"{path} has no column {column!r} (it has {', '.join(rows.fieldnames or ['none'])}): give --text_column"
+            f"{path} has no column {column!r} "
+            f"(it has {', '.join(rows.fieldnames or ['none'])}): give --text_column"
         )
     for row in rows:
         yield text_of(row[column], f"{path} line {rows.line_num}", column), True
 
 
 def read_parquet(file: io.BufferedReader, path: Path, column: str) -> Iterator[Part]:
-    """One column of a Parquet file, a thousand rows at a time."""
+    """Yield a column of a Parquet file; a thousand rows are in memory at a time."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -234,7 +250,8 @@ def read_parquet(file: io.BufferedReader, path: Path, column: str) -> Iterator[P
     table = pyarrow.parquet.ParquetFile(file)
     if column not in table.schema_arrow.names:
         raise ValueError(
-            f"{path} has no column {column!r} (it has {', '.join(table.schema_arrow.names)}): give --text_column"
+            f"{path} has no column {column!r} "
+            f"(it has {', '.join(table.schema_arrow.names)}): give --text_column"
         )
     for batch in table.iter_batches(batch_size=1000, columns=[column]):
         for text in batch.column(0).to_pylist():
@@ -242,55 +259,60 @@ def read_parquet(file: io.BufferedReader, path: Path, column: str) -> Iterator[P
 
 
 def text_of(value: object, where: str, column: str) -> str:
-    """A text column's value: nothing is an empty document, anything else that is no text a mistake."""
+    """Return a text column's value; null is an empty document, any other type a ValueError."""
     if value is None:
         return ""
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: column {column!r} holds {type(value).__name__}, not text: give another --text_column"
+            f"{where}: column {column!r} holds {type(value).__name__}, not text: "
+            "give another --text_column"
         )
     return value
 
 
 def datasets():
+    """Return the `datasets` library, without its warnings. Raise ValueError if it is missing."""
     try:
         import datasets
         import huggingface_hub
     except ImportError:
         raise ValueError(
-            "downloading a dataset needs the datasets library (pip install datasets); --files and --dataset toy do without"
+            "downloading a dataset needs the datasets library (pip install datasets); "
+            "--files and --dataset toy do not need it"
         ) from None
-    for library in (
-        datasets,
-        huggingface_hub,
-    ):  # their warnings about retries; an error comes out as one line of ours
+    # They warn about retries; an error becomes one line of ours.
+    for library in (datasets, huggingface_hub):
         library.logging.set_verbosity_error()
     return datasets
 
 
 @contextlib.contextmanager
 def library_errors(name: str) -> Iterator[None]:
-    """One line for whatever `datasets` and the dozen libraries below it raise; our own lines pass."""
+    """Turn whatever `datasets` and the libraries below it raise into one line; ours pass."""
     try:
         yield
     except ValueError as error:
         if name in str(error):
             raise
         raise ValueError(f"dataset {name}: {error}") from error
-    except Exception as error:  # their errors share no base class
+    except Exception as error:
+        # Their errors share no base class.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
-            f"dataset {name} could not be read ({reason}); without a network use --dataset toy or --files"
+            f"dataset {name} could not be read ({reason}); "
+            "without a network use --dataset toy or --files"
         ) from error
 
 
 def own_validation(name: str, config: str | None, split: str) -> str | None:
-    """The name of a dataset's own validation split, unless that is what `split` trains on. ValueError if `split` is not there."""
+    """Return the name of a dataset's validation split; None if it has none or `split` trains on it.
+
+    Raise ValueError if `split` does not exist.
+    """
     with library_errors(name):
         names = datasets().get_dataset_split_names(name, config)
-    wanted = {
-        part.split("[")[0].strip() for part in split.split("+")
-    }  # split may be train[:10%]+extra
+    # split may be train[:10%]+extra.
+    wanted = {part.split("[")[0].strip() for part in split.split("+")}
     if missing := sorted(wanted - set(names)):
         raise ValueError(
             f"dataset {name} has no split {missing[0]!r}: give --split as one of {', '.join(names)}"

@@ -1,4 +1,8 @@
-"""Find, train and restore tokenizers, by name, path or saved state."""
+"""The registry of tokenizers: find, train and restore them by name, path or saved state.
+
+A kind of tokenizer is one entry of KINDS. Above that table are the functions of each kind, below it
+what others call.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tiktoken
 
+from runtime.base.files import read_json_object
 from runtime.data import hf_tokenizer
 from runtime.data.hf_tokenizer import (
     CONFIG_FILE,
@@ -22,7 +28,6 @@ from runtime.data.hf_tokenizer import (
     canonical_json,
     check_tokenizer,
     load_library_tokenizer,
-    read_json_object,
     special_id,
 )
 from runtime.data.shards import MANIFEST, TokenShards
@@ -44,34 +49,311 @@ if TYPE_CHECKING:
     from runtime.checkpoint.format import Checkpoint
 
 
+# ------------------------------------------------------------------------ published, byte
+def _load_published(name: str) -> Tokenizer:
+    """Return a published vocabulary. Raise a one-line ValueError if it cannot be downloaded."""
+    try:
+        return Tokenizer(name, tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:
+        # requests' errors are OSErrors; a wrong hash is a ValueError.
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"the vocabulary {name} could not be downloaded ({type(error).__name__}: {reason}): "
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, or prepare the text with "
+            "--tokenizer byte or --tokenizer bpe:8192, which need no network"
+        ) from None
+
+
+def _load_byte(name: str) -> Tokenizer:
+    """Return the 256 bytes and end-of-text = 256."""
+    return Tokenizer(name, encoding_of(name, [bytes([b]) for b in range(256)], BYTE_PATTERN))
+
+
+# ------------------------------------------------------------------------ compact
+def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
+    """Return a published vocabulary with the ids `used`, the 256 bytes and end-of-text only.
+
+    Any text may need the bytes and end-of-text.
+    """
+    return CompactTokenizer(base, sorted(_always_kept(base).union(map(int, used))))
+
+
+def _always_kept(base: Tokenizer) -> set[int]:
+    ranks = base.encoding._mergeable_ranks
+    return {*(ranks[bytes([b])] for b in range(256)), base.end_of_text_id}
+
+
+def _check_compact(name: str) -> None:
+    """Raise ValueError unless `name` is a published vocabulary's compact form."""
+    if name.removesuffix(COMPACT) not in NAMED:
+        raise ValueError(
+            f"tokenizer {name!r}: only {', '.join(NAMED)} have a {COMPACT} form; "
+            "byte and bpe:SIZE have few ids that a text does not use"
+        )
+
+
+def _restore_compact(state: dict) -> CompactTokenizer:
+    """Return a compact tokenizer from its state.
+
+    Raise ValueError unless the base is the same and the ids are ones that `compacted` makes.
+    """
+    base = _load_published(state["name"].removesuffix(COMPACT))
+    if state.get("base_fingerprint") != base.fingerprint:
+        raise ValueError(
+            f"the stored tokenizer {state['name']} was made from another {base.name} "
+            "than the one found here"
+        )
+    ids = state.get("base_ids")
+    known = {*base.encoding._mergeable_ranks.values(), base.end_of_text_id}
+    if (
+        not isinstance(ids, list)
+        or not all(type(i) is int for i in ids)
+        or ids != sorted(set(ids))
+        or not _always_kept(base) <= set(ids) <= known
+    ):
+        raise ValueError(
+            f"the stored tokenizer {state['name']} is damaged: its base_ids must be ascending ids "
+            f"of tokens of {base.name}, with all 256 bytes and end-of-text"
+        )
+    return CompactTokenizer(base, ids)
+
+
+# ------------------------------------------------------------------------ bpe:SIZE
+# 256 bytes and end-of-text; far above any useful size.
+SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000
+# A BPE is trained on at most this much text, from the start of the corpus.
+BPE_SAMPLE_CHARACTERS = 1 << 28
+
+
+def bpe_size(name: str) -> int:
+    """Return SIZE of `bpe:SIZE`. Raise ValueError if it is not a number or out of range."""
+    digits = name.removeprefix("bpe:")
+    if not (
+        digits.isascii()
+        and digits.isdigit()
+        and len(digits) < 10
+        and SMALLEST_BPE <= int(digits) <= LARGEST_BPE
+    ):
+        raise ValueError(
+            f"tokenizer {name!r}: SIZE of bpe:SIZE must be a whole number "
+            f"from {SMALLEST_BPE} (256 bytes and end-of-text) to {LARGEST_BPE:,}"
+        )
+    return int(digits)
+
+
+def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """Return a byte-level BPE of `size` ids (256 bytes, merges, end-of-text), trained on `texts`.
+
+    The same texts give the same ids. The `tokenizers` library trains it, tiktoken runs it. At most
+    BPE_SAMPLE_CHARACTERS of text are read, from the start; memory grows only with the number of
+    distinct words in them. Raise ValueError if too few pairs occur twice in the text.
+    """
+    name = f"bpe:{size}"
+    bpe_size(name)
+    try:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Trainable
+    except ImportError:
+        raise ValueError(
+            f"training {name} needs the tokenizers library: pip install tokenizers"
+        ) from None
+    model = Trainable(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(_sample(texts), trainer)
+
+    to_byte = byte_of_character()
+    tokens = [bytes([b]) for b in range(256)]
+    for pair in json.loads(model.to_str())["model"]["merges"]:
+        tokens.append(bytes(to_byte[character] for character in "".join(pair)))
+    # Two merges can spell one token: it has one id.
+    tokens = list(dict.fromkeys(tokens))
+    if len(tokens) + 1 < size:
+        raise ValueError(
+            f"this text is too small for --tokenizer {name}: it gives at most {len(tokens) + 1:,} "
+            f"ids; use bpe:{len(tokens) + 1} or less, or more text"
+        )
+    return _bpe_tokenizer(name, tokens)
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the first BPE_SAMPLE_CHARACTERS of text; replace lone surrogates as encoding does."""
+    left = BPE_SAMPLE_CHARACTERS
+    for text in texts:
+        yield without_surrogates(text[:left])
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def _restore_bpe(state: dict) -> Tokenizer:
+    """Return a trained BPE from its state. Raise ValueError if its tokens are damaged."""
+    try:
+        tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
+    except (KeyError, TypeError, ValueError, binascii.Error):
+        raise ValueError(
+            f"the stored tokenizer {state['name']} is damaged: its tokens cannot be read"
+        ) from None
+    return _bpe_tokenizer(state["name"], tokens)
+
+
+def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
+    """Return a trained BPE from its tokens by id.
+
+    Raise ValueError unless they are the 256 bytes, then distinct, longer tokens.
+    """
+    if (
+        len(tokens) + 1 != bpe_size(name)
+        or tokens[:256] != [bytes([b]) for b in range(256)]
+        or len(set(tokens)) < len(tokens)
+        or b"" in tokens
+    ):
+        raise ValueError(
+            f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct "
+            f"tokens, {name.removeprefix('bpe:')} with end-of-text"
+        )
+    return Tokenizer(name, encoding_of(name, tokens, WORD_PATTERN))
+
+
+# ------------------------------------------------------------------------ the table
+@dataclass(frozen=True)
+class Kind:
+    """One kind of tokenizer, found by its name."""
+
+    # Return whether a name is of this kind.
+    owns: Callable[[str], bool]
+    # Return the tokenizer that a state describes; raise ValueError if it is damaged.
+    restore: Callable[[dict], Tokenizer]
+    # Raise ValueError for a name of this kind that cannot be made.
+    check: Callable[[str], object] = lambda name: None
+    # Return the tokenizer from its name alone; None: it must be read from a folder.
+    load: Callable[[str], Tokenizer] | None = None
+    # What an error line says of a tokenizer without its folder.
+    origin: str = "is made from a text: give the folder that prepare_data.py saved it in"
+
+
+# The first kind that owns a name counts: o200k_base:compact, bpe:SIZE, hf:DIGEST, byte, o200k_base.
+KINDS = (
+    Kind(lambda name: name.endswith(COMPACT), _restore_compact, check=_check_compact),
+    Kind(lambda name: name.startswith("bpe:"), _restore_bpe, check=bpe_size),
+    Kind(
+        lambda name: name.startswith(IMPORTED),
+        hf_tokenizer.from_state,
+        origin="comes with a model: give the folder or checkpoint that has it",
+    ),
+    Kind(lambda name: name == "byte", lambda state: _load_byte(state["name"]), load=_load_byte),
+    Kind(
+        lambda name: name in NAMED,
+        lambda state: _load_published(state["name"]),
+        load=_load_published,
+    ),
+)
+
+
+def _kind_of(name: str) -> Kind:
+    """Return the kind of a name that can be made here. Raise ValueError for any other name."""
+    for kind in KINDS:
+        if kind.owns(name):
+            kind.check(name)
+            return kind
+    raise ValueError(
+        f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE, "
+        f"or one of the first {len(NAMED)} followed by {COMPACT}"
+    )
+
+
+# ------------------------------------------------------------------------ by name, by state
+def check_name(name: str) -> None:
+    """Raise ValueError unless `name` is a tokenizer that can be made here. Reads nothing."""
+    _kind_of(name)
+
+
+def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
+    """Return a tokenizer by name. Raise ValueError.
+
+    o200k_base, gpt2 and cl100k_base come from tiktoken, which downloads the vocabulary once and
+    checks its hash. `byte` is 256 bytes and end-of-text = 256. `bpe:SIZE` and `NAME:compact` are
+    read from `folder`, next to the shards of the text that they were made from.
+    """
+    kind = _kind_of(name)
+    if kind.load is not None:
+        return kind.load(name)
+    if folder is None:
+        raise ValueError(f"tokenizer {name} {kind.origin}")
+    path = Path(folder) / STATE_FILE
+    try:
+        tokenizer = tokenizer_from_state(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: prepare_data.py --tokenizer {name} writes it"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is damaged: run prepare_data.py again") from None
+    if tokenizer.name != name:
+        raise ValueError(f"{path} holds {tokenizer.name}, not {name}")
+    return tokenizer
+
+
+def tokenizer_from_state(state: dict) -> Tokenizer:
+    """Return the tokenizer that `to_state` described.
+
+    Raise ValueError if the state is malformed or the vocabulary found here is another one.
+    """
+    if not isinstance(state, dict) or not isinstance(state.get("name"), str):
+        raise ValueError("the stored tokenizer is damaged: it has no name")
+    name = state["name"]
+    tokenizer = _kind_of(name).restore(state)
+    for key, value in tokenizer.summary().items():
+        if state.get(key) != value:
+            raise ValueError(
+                f"the stored tokenizer {name} is not the {name} found here: "
+                f"its {key} is {state.get(key)!r}, here it is {value!r}"
+            )
+    return tokenizer
+
+
+# ------------------------------------------------------------------------ by path, by checkpoint
 def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
-    """The checkpoint's tokenizer; `name` (see named_tokenizer) only where it carries none. ValueError if they do not go together."""
+    """Return the checkpoint's tokenizer; `name` (see named_tokenizer) is for one without it.
+
+    Raise ValueError if they do not fit.
+    """
     path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
     if checkpoint.tokenizer_state:
         tokenizer = tokenizer_from_state(checkpoint.tokenizer_state)
         if name and named_tokenizer(name).fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"{path} was trained with tokenizer {tokenizer.name}, not {name}: leave --tokenizer out"
+                f"{path} was trained with tokenizer {tokenizer.name}, not {name}: "
+                "leave --tokenizer out"
             )
-    elif (
-        name or vocabulary == 200_019
-    ):  # the reference's checkpoints name none and always are o200k_base
+    # The original implementation's checkpoints name no tokenizer: it is always o200k_base.
+    elif name or vocabulary == 200_019:
         tokenizer = named_tokenizer(name or "o200k_base")
     else:
         raise ValueError(
-            f"{path} does not say which tokenizer it was trained with (vocabulary {vocabulary:,}): name it with --tokenizer"
+            f"{path} does not say which tokenizer it was trained with "
+            f"(vocabulary {vocabulary:,}): name it with --tokenizer"
         )
     if tokenizer.vocabulary_size > vocabulary:
         raise ValueError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids and the model in {path} {vocabulary:,}: "
-            "give the one that it was trained with"
+            f"tokenizer {tokenizer.name} has {tokenizer.vocabulary_size:,} ids, the model in "
+            f"{path} only {vocabulary:,}: use the tokenizer that it was trained with"
         )
     return tokenizer
 
 
 def named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, or that of what is there under this path: a folder with shards (data, or data/train) or of a published
-    model, or a checkpoint, of which no weight is read. Raises ValueError."""
+    """Return the tokenizer called `name` or found at that path. Raise ValueError.
+
+    A path is a folder with shards (data or data/train), a published model's folder, or a
+    checkpoint, whose weights are not read.
+    """
     if name in (*NAMED, "byte") or not os.path.exists(name):
         return load_tokenizer(name)
     folder = Path(name)
@@ -98,18 +380,21 @@ def named_tokenizer(name: str) -> Tokenizer:
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a published model's folder; ours, if write_tokenizer made it from one of ours, nobody changed it since, and it can be
-    had here: the files are complete without o200k_base's, which tiktoken downloads.
+    """Return the tokenizer of a published model's folder. Raise ValueError if there is none.
 
-    The ids that end a text are eos_token_id of generation_config.json, else of config.json, else the eos_token of
-    tokenizer_config.json; the id before a text is what tokenizer.json puts there, or bos_token if add_bos_token says so.
+    It is one of ours if write_tokenizer made the files, nobody changed them since, and ours can be
+    loaded here: the files also work without o200k_base's own, which tiktoken downloads.
+
+    Stop ids are eos_token_id of generation_config.json, else of config.json, else the eos_token of
+    tokenizer_config.json. The start id is what tokenizer.json puts before a text, or bos_token if
+    add_bos_token says so.
     """
     folder = Path(folder)
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {TOKENIZER_FILE}: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one "
-            "from other formats"
+            f"{folder} has no {TOKENIZER_FILE}: in transformers, "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it from other formats"
         )
     data, config = read_json_object(path), read_json_object(folder / CONFIG_FILE, {})
     if OURS in config:
@@ -117,23 +402,27 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
             ours = tokenizer_from_state(config[OURS])
             check_tokenizer(folder, ours)
             return ours
-        except ValueError:  # tokens were added since, say: it is a tokenizer of its own, whose texts begin behind bos_token as ours do
+        except ValueError:
+            # Somebody added tokens, for example: it is a tokenizer of its own, whose texts start
+            # with bos_token as ours do.
             config = {key: value for key, value in config.items() if key != OURS} | {
                 "add_bos_token": True
             }
     if "model" not in data:
-        raise ValueError(f"{path} is no tokenizer.json of the tokenizers library: it has no model")
+        raise ValueError(
+            f"{path} is not a tokenizer.json of the tokenizers library: no model in it"
+        )
     try:
         if (folder / TEMPLATE_FILE).is_file():
             config = config | {
                 "chat_template": (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
             }
-        canonical_json(
-            config
-        ).encode()  # JSON can spell a lone surrogate, and no export could write it
+        # JSON can spell a lone surrogate, and no export could write it.
+        canonical_json(config).encode()
     except UnicodeError:
         raise ValueError(
-            f"{folder}: {CONFIG_FILE} or {TEMPLATE_FILE} holds what is no text in UTF-8 (a lone surrogate such as \\ud800, say)"
+            f"{folder}: {CONFIG_FILE} or {TEMPLATE_FILE} is not valid UTF-8 text "
+            "(a lone surrogate such as \\ud800?)"
         ) from None
     text = canonical_json(data | {"truncation": None, "padding": None})
     library = load_library_tokenizer(text, path)
@@ -148,220 +437,13 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _stop_ids(folder: Path, config: dict, library) -> list[int]:
+    """Return a published model's ids that end a text. Raise ValueError if it names none."""
     for name in ("generation_config.json", "config.json"):
         if (ids := read_json_object(folder / name, {}).get("eos_token_id")) is not None:
             return ids if isinstance(ids, list) else [ids]
     if (end := special_id(config, "eos_token", library)) is None:
         raise ValueError(
-            f"{folder} does not say which id ends a text: generation_config.json or config.json needs eos_token_id, or {CONFIG_FILE} "
-            "eos_token"
+            f"{folder} does not say which id ends a text: generation_config.json or config.json "
+            f"needs eos_token_id, or {CONFIG_FILE} eos_token"
         )
     return [end]
-
-
-SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000  # 256 bytes and end-of-text; far above any useful size
-
-
-BPE_SAMPLE_CHARACTERS = (
-    1 << 28
-)  # a BPE is trained on at most this much text, from the start of the corpus
-
-
-def bpe_size(name: str) -> int:
-    """SIZE of `bpe:SIZE`. ValueError if it is none or out of range."""
-    digits = name.removeprefix("bpe:")
-    if not (
-        digits.isascii()
-        and digits.isdigit()
-        and len(digits) < 10
-        and SMALLEST_BPE <= int(digits) <= LARGEST_BPE
-    ):
-        raise ValueError(
-            f"tokenizer {name!r}: SIZE of bpe:SIZE must be a whole number from {SMALLEST_BPE} (256 bytes and end-of-text) to {LARGEST_BPE:,}"
-        )
-    return int(digits)
-
-
-def check_name(name: str) -> None:
-    """ValueError unless `name` is a tokenizer that can be made here. Touches neither network nor disk."""
-    if name.endswith(COMPACT):
-        if name.removesuffix(COMPACT) not in NAMED:
-            raise ValueError(
-                f"tokenizer {name!r}: only {', '.join(NAMED)} have a {COMPACT} form; byte and bpe:SIZE have few ids that a text does not use"
-            )
-    elif name.startswith("bpe:"):
-        bpe_size(name)
-    elif not name.startswith(IMPORTED) and name not in (*NAMED, "byte"):
-        raise ValueError(
-            f"tokenizer {name!r} is not one of {', '.join(NAMED)}, byte, bpe:SIZE, or one of the first {len(NAMED)} with {COMPACT} behind it"
-        )
-
-
-def load_tokenizer(name: str, folder: str | Path | None = None) -> Tokenizer:
-    """A tokenizer by name.
-
-    o200k_base, gpt2 and cl100k_base come from tiktoken, which downloads the vocabulary once and checks its hash; `byte` is
-    256 bytes and end-of-text = 256; `bpe:SIZE` and `NAME:compact` are read from `folder`, beside the shards of the text that
-    they were made from.
-    """
-    check_name(name)
-    if name == "byte":
-        return Tokenizer(name, encoding_of(name, [bytes([b]) for b in range(256)], BYTE_PATTERN))
-    if name in NAMED:
-        return _load_named(name)
-    if folder is None:
-        where = (
-            "comes with a model: give the folder or checkpoint"
-            if name.startswith(IMPORTED)
-            else "is made from a text: give the folder"
-        )
-        raise ValueError(
-            f"tokenizer {name} {where} that {'has it' if name.startswith(IMPORTED) else 'prepare_data.py saved it in'}"
-        )
-    path = Path(folder) / STATE_FILE
-    try:
-        tokenizer = tokenizer_from_state(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist: prepare_data.py --tokenizer {name} writes it"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is damaged: run prepare_data.py again") from None
-    if tokenizer.name != name:
-        raise ValueError(f"{path} holds {tokenizer.name}, not {name}")
-    return tokenizer
-
-
-def _load_named(name: str) -> Tokenizer:
-    try:
-        return Tokenizer(name, tiktoken.get_encoding(name))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"the vocabulary {name} could not be downloaded ({type(error).__name__}: {reason}): set TIKTOKEN_CACHE_DIR to a folder "
-            f"that has it, or prepare the text with --tokenizer byte or --tokenizer bpe:8192, which need no network"
-        ) from None
-
-
-def tokenizer_from_state(state: dict) -> Tokenizer:
-    """The tokenizer that `to_state` described. ValueError if it is malformed or if this is not the vocabulary it was."""
-    if not isinstance(state, dict) or not isinstance(state.get("name"), str):
-        raise ValueError("the stored tokenizer is damaged: it has no name")
-    name = state["name"]
-    check_name(name)
-    if name.endswith(COMPACT):
-        tokenizer = _compact_from_state(state)
-    elif name.startswith(IMPORTED):
-        tokenizer = hf_tokenizer.from_state(state)
-    elif name.startswith("bpe:"):
-        try:
-            tokens = [base64.b64decode(token, validate=True) for token in state["tokens"]]
-        except (KeyError, TypeError, ValueError, binascii.Error):
-            raise ValueError(
-                f"the stored tokenizer {name} is damaged: its tokens cannot be read"
-            ) from None
-        tokenizer = _bpe_tokenizer(name, tokens)
-    else:
-        tokenizer = load_tokenizer(name)
-    for key, value in tokenizer.summary().items():
-        if state.get(key) != value:
-            raise ValueError(
-                f"the stored tokenizer {name} is not the {name} found here: its {key} is {state.get(key)!r}, here it is {value!r}"
-            )
-    return tokenizer
-
-
-def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
-    """A published vocabulary with the ids `used` alone, and those of the 256 bytes and end-of-text, which any text may need."""
-    return CompactTokenizer(base, sorted(_always_kept(base).union(map(int, used))))
-
-
-def _always_kept(base: Tokenizer) -> set[int]:
-    ranks = base.encoding._mergeable_ranks
-    return {*(ranks[bytes([b])] for b in range(256)), base.end_of_text_id}
-
-
-def _compact_from_state(state: dict) -> CompactTokenizer:
-    """A compact tokenizer from its state. ValueError unless the base is the one it was and the ids are what `compacted` makes."""
-    base, ids = load_tokenizer(state["name"].removesuffix(COMPACT)), state.get("base_ids")
-    if state.get("base_fingerprint") != base.fingerprint:
-        raise ValueError(
-            f"the stored tokenizer {state['name']} was made from another {base.name} than the one found here"
-        )
-    usable = isinstance(ids, list) and all(type(i) is int for i in ids) and ids == sorted(set(ids))
-    if not usable or not _always_kept(base) <= set(ids) <= {
-        *base.encoding._mergeable_ranks.values(),
-        base.end_of_text_id,
-    }:
-        raise ValueError(
-            f"the stored tokenizer {state['name']} is damaged: its base_ids must be ascending ids of tokens of {base.name}, "
-            "with all 256 bytes and end-of-text"
-        )
-    return CompactTokenizer(base, ids)
-
-
-def _bpe_tokenizer(name: str, tokens: list[bytes]) -> Tokenizer:
-    """A trained BPE from its tokens by id. ValueError unless they are 256 bytes and then distinct, longer ones."""
-    if (
-        len(tokens) + 1 != bpe_size(name)
-        or tokens[:256] != [bytes([b]) for b in range(256)]
-        or len(set(tokens)) < len(tokens)
-        or b"" in tokens
-    ):
-        raise ValueError(
-            f"the stored tokenizer {name} is damaged: it must be all 256 bytes, then distinct tokens, "
-            f"{name.removeprefix('bpe:')} with end-of-text"
-        )
-    return Tokenizer(name, encoding_of(name, tokens, WORD_PATTERN))
-
-
-def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
-    """A byte-level BPE of `size` ids in all (256 bytes, merges, end-of-text last), trained on `texts`; the same texts give the same ids.
-
-    Trained by the `tokenizers` library, used through tiktoken. At most BPE_SAMPLE_CHARACTERS of text are read, from the
-    start; memory grows with the number of distinct words in them only. ValueError if the text has too few pairs that occur twice.
-    """
-    name = f"bpe:{size}"
-    bpe_size(name)
-    try:
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-        from tokenizers import Tokenizer as Trainable
-    except ImportError:
-        raise ValueError(
-            f"training {name} needs the tokenizers library: pip install tokenizers"
-        ) from None
-    model = Trainable(models.BPE())
-    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(_sample(texts), trainer)
-
-    to_byte = byte_of_character()
-    tokens = [bytes([b]) for b in range(256)]
-    for pair in json.loads(model.to_str())["model"]["merges"]:
-        tokens.append(bytes(to_byte[character] for character in "".join(pair)))
-    tokens = list(dict.fromkeys(tokens))  # two merges can spell one token: it has one id
-    if len(tokens) + 1 < size:
-        raise ValueError(
-            f"this text is too small for --tokenizer {name}: it gives {len(tokens) + 1:,} ids at most; "
-            f"use bpe:{len(tokens) + 1} or less, or more text"
-        )
-    return _bpe_tokenizer(name, tokens)
-
-
-def _sample(texts: Iterable[str]) -> Iterator[str]:
-    """The first texts, up to BPE_SAMPLE_CHARACTERS of them; lone surrogates replaced as in encoding."""
-    left = BPE_SAMPLE_CHARACTERS
-    for text in texts:
-        yield without_surrogates(text[:left])
-        left -= len(text)
-        if left <= 0:
-            return

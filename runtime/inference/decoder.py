@@ -299,80 +299,80 @@ def router_choices(model: LLM, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------- one token for each text
+class RowCache:
+    """A KVCache whose rows are at positions of their own, for one more token of each.
+
+    positions [B] int64 on the device. The first `span` slots are read, more than every position.
+    Where a row's tokens end is never asked on the host, so that a CUDA graph can hold the step.
+    """
+
+    per_row = True
+    length = 0
+
+    def __init__(self, cache: KVCache, positions_B: Tensor, span: int):
+        self.cache, self.positions_B, self.span = cache, positions_B, span
+        self.row_B = torch.arange(len(positions_B), device=positions_B.device)
+
+    def update(self, block: int, k_BG1D: Tensor, v_BG1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Store each row's key and value at its position; return the slots that are read."""
+        results = []
+        for store, new in (
+            (self.cache.keys[block], k_BG1D),
+            (self.cache.values[block], v_BG1D),
+        ):
+            capacity = store.shape[2]
+            is_ring = self.cache.is_ring[block]
+            slot_B = self.positions_B % capacity if is_ring else self.positions_B
+            store[self.row_B, :, slot_B] = new[:, :, 0].to(store.dtype)
+            results.append(store[:, :, : min(self.span, capacity)].to(new.dtype))
+        return results[0], results[1]
+
+    def query_positions(self, T: int, device) -> Tensor:
+        return self.positions_B[:, None]
+
+    def key_positions(self, block: int, T: int) -> Tensor:
+        """Return the positions [B, S] of what the slots hold; of an empty one, one nobody sees."""
+        capacity = self.cache.keys[block].shape[2]
+        now_B1 = self.positions_B[:, None]
+        slot_S = torch.arange(min(self.span, capacity), device=now_B1.device)
+        if not self.cache.is_ring[block]:
+            return slot_S.expand(len(now_B1), -1)
+        positions_BS = now_B1 - (now_B1 - slot_S) % capacity
+        return torch.where(positions_BS < 0, now_B1 + 1, positions_BS)
+
+
 def decode_step(
     model: LLM, cache: KVCache, ids_B: Tensor, positions_B: Tensor, span: int
 ) -> Tensor:
-    """Logits [B, V] of one more token for each row of a cache, at positions of their own; keys and values are stored, `cache.length` is not touched.
+    """Return logits [B, V] of one more token for each row of a cache, at positions of their own.
 
-    ids, positions [B] int64 on the device; the first `span` places of the cache are read, more than every position. Shapes and memory are
-    the same at every call with the same span and the host waits for nothing, so that a CUDA graph can hold it.
+    Keys and values are stored, `cache.length` is not touched. ids, positions [B] int64 on the
+    device; the first `span` slots of the cache are read, more than every position. Shapes and
+    memory are the same at every call with the same span and the host waits for nothing, so that a
+    CUDA graph can hold it.
     """
-    c, B = model.config, len(ids_B)
-    H, G, D = c.num_heads, c.num_kv_heads, c.attention_head_dim
     x_BC = model.embed(ids_B)
+    rows = RowCache(cache, positions_B, span)
     rope = None
-    if c.use_rope:
-        rope = [
-            table_BD[:, None, None]
-            for table_BD in rope_tables_at(
-                c, positions_B, torch.promote_types(x_BC.dtype, torch.float32)
-            )
-        ]
-    row_B = torch.arange(B, device=ids_B.device)
-    for i, block in enumerate(model.layers):
-        a, keys_BGSD, values_BGSD = block.attention, cache.keys[i], cache.values[i]
-        q_BHD, k_BGD, v_BGD = (
-            heads[:, :, 0] for heads in a.project(block.norm1(x_BC)[:, None], rope)
-        )
-        W = keys_BGSD.shape[2]
-        place_B = positions_B % W if cache.is_ring[i] else positions_B
-        keys_BGSD[row_B, :, place_B], values_BGSD[row_B, :, place_B] = (
-            k_BGD.to(keys_BGSD.dtype),
-            v_BGD.to(keys_BGSD.dtype),
-        )
-        S = min(span, W)
-        place_S, now_B1 = torch.arange(S, device=ids_B.device), positions_B[:, None]
-        key_positions_BS = (
-            now_B1 - (now_B1 - place_S) % W if cache.is_ring[i] else place_S.expand(B, S)
-        )
-        distance_BS = (
-            now_B1 - key_positions_BS
-        )  # the mask rule of model_parts.attention_mask, each row at a position of its own
-        visible_BS = (
-            (distance_BS >= 0)
-            & (key_positions_BS >= 0)
-            & (distance_BS < (a.window or c.context_length + 1))
-        )
-        scores_BGJS = (
-            q_BHD.view(B, G, H // G, D) @ keys_BGSD[:, :, :S].transpose(2, 3).to(q_BHD.dtype)
-        ).float() * D**-0.5
-        if a.attention_bias is not None:
-            bias_HBS = a.attention_bias[
-                :,
-                now_B1.clamp(max=c.context_length - 1),
-                key_positions_BS.clamp(0, c.context_length - 1),
-            ]
-            scores_BGJS = scores_BGJS + bias_HBS.transpose(0, 1).reshape(B, G, H // G, S)
-        scores_BGJS = scores_BGJS.masked_fill(~visible_BS[:, None, None], -torch.inf)
-        if (
-            a.sinks is not None
-        ):  # one place more, which holds nothing (model_parts.attention_with_sinks)
-            scores_BGJS = torch.cat(
-                (scores_BGJS, a.sinks.float().view(1, G, H // G, 1).expand(B, -1, -1, -1)), dim=-1
-            )
-        weights_BGJS = scores_BGJS.softmax(dim=-1)[..., :S].to(q_BHD.dtype)
-        x_BC = x_BC + a.out_proj(
-            (weights_BGJS @ values_BGSD[:, :, :S].to(q_BHD.dtype)).reshape(B, H * D)
-        )
+    if model.config.use_rope:
+        dtype = torch.promote_types(x_BC.dtype, torch.float32)
+        cos_BD, sin_BD = rope_tables_at(model.config, positions_B, dtype)
+        rope = cos_BD[:, None, None], sin_BD[:, None, None]
+    for block in model.layers:
+        x_BC = x_BC + block.attention(block.norm1(x_BC)[:, None], rope, rows)[:, 0]
         x_BC = x_BC + _experts(block, block.norm2(x_BC))
-    x_BC = model.norm(x_BC)
+    return _head(model, model.norm(x_BC))
+
+
+def _head(model: LLM, x_BC: Tensor) -> Tensor:
+    """Return logits [B, V] by the output projection, in 8 bits or not."""
+    head = model.out_head
     if not is_packed(model):
-        return F.linear(x_BC, model.head_weight, model.out_head.bias)
-    packed_VC = model.out_head.weight_packed.to(x_BC.dtype)
+        return F.linear(x_BC, model.head_weight, head.bias)
+    packed_VC = head.weight_packed.to(x_BC.dtype)
     logits_BV = _products(packed_VC, x_BC) if torch.compiler.is_compiling() else x_BC @ packed_VC.T
-    return logits_BV.float() * model.out_head.weight_scale[:, 0] + (
-        0 if model.out_head.bias is None else model.out_head.bias
-    )
+    logits_BV = logits_BV.float() * head.weight_scale[:, 0]
+    return logits_BV if head.bias is None else logits_BV + head.bias
 
 
 def compiled_step(span: int, tunes: bool) -> Callable[..., Tensor]:

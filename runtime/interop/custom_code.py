@@ -1,7 +1,9 @@
-"""A model of any config as code of its own for transformers (`trust_remote_code`): modeling_gptoss.py and the config that names it.
+"""Export any config as custom modeling code for transformers (`trust_remote_code`).
 
-The modeling file is put together from this repo's own sources: of config_model.py, model_parts.py and model.py what LLM needs, word for
-word, and runtime/interop/modeling_gptoss.py, the class of transformers around it. There is no second copy of the mathematics.
+Make the text of modeling_gptoss.py, and the config.json that names it. The modeling file consists
+of this repo's own sources, word for word: what LLM needs of config_model.py, the kernels,
+model_parts.py and model.py, then runtime/interop/modeling_gptoss.py, the transformers class around
+them. There is no second copy of the mathematics.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from runtime.interop.export import Source
 
 REPO = Path(__file__).resolve().parents[2]
+# Each may import those before it.
 FILES = (
     "config_model.py",
     "runtime/kernels/grouped_linear.py",
@@ -25,12 +28,14 @@ FILES = (
     "model_parts.py",
     "model.py",
     "runtime/interop/modeling_gptoss.py",
-)  # each may import those before it
+)
 MODELING_FILE = "modeling_gptoss.py"
 
-HEADER = '''"""A Mixture-of-Experts language model for transformers: from_pretrained(folder, trust_remote_code=True).
+HEADER = '''"""A Mixture-of-Experts language model for transformers.
 
-Written by gptoss (scripts/export_hf.py): what the model needs of its {files}, word for word, under this licence.
+Load it with from_pretrained(folder, trust_remote_code=True).
+Written by gptoss (scripts/export_hf.py), under this licence. Word for word what the model needs of
+{files}.
 
 {licence}
 """
@@ -38,13 +43,21 @@ from __future__ import annotations
 
 {imports}
 
-# Operations are registered for the whole process, which may hold another copy of this file, and gptoss itself.
-OPERATIONS = next(f"gptoss_{{n}}" for n in itertools.count() if not hasattr(getattr(torch.ops, f"gptoss_{{n}}"), "grouped_linear"))
+# Operations are registered for the whole process. It may hold another copy of this file, and gptoss
+# itself: take the first free name.
+OPERATIONS = next(
+    f"gptoss_{{n}}"
+    for n in itertools.count()
+    if not hasattr(getattr(torch.ops, f"gptoss_{{n}}"), "grouped_linear")
+)
 '''
 
 
 def custom_config(source: Source, dtype: str) -> dict:
-    """config.json. Of the model it holds only ModelConfig's fields: GptossConfig makes transformers' names from them."""
+    """Return config.json: of the model only ModelConfig's fields.
+
+    GptossConfig makes transformers' names from them.
+    """
     module = MODELING_FILE.removesuffix(".py")
     return {
         "architectures": ["GptossForCausalLM"],
@@ -56,36 +69,39 @@ def custom_config(source: Source, dtype: str) -> dict:
         "gptoss": dataclasses.asdict(source.model.config),
         "bos_token_id": source.tokenizer.start_id,
         "eos_token_id": source.tokenizer.end_of_text_id,
+        # transformers 5's spelling and 4's
         "dtype": dtype,
         "torch_dtype": dtype,
-    }  # transformers 5's spelling and 4's
+    }
 
 
 def custom_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name in the safetensors file, tensor) of each of the model's tensors, one at a time."""
+    """Yield (name in the safetensors file, tensor) of the model's tensors, one at a time."""
     return ((f"model.{name}", tensor) for name, tensor in weights.items())
 
 
-# ------------------------------------------------------------------------------------------------------- the modeling file
+# ----------------------------------------------------------------------------- the modeling file
 @dataclass(frozen=True)
 class Statement:
     """A statement of a module's top level: its lines, with the comment above it."""
 
     text: str
     defines: frozenset[str]
-    uses: frozenset[str]  # every name in it
-    belongs_to: str  # where it defines nothing: the function that it registers something with
+    # every name in it
+    uses: frozenset[str]
+    # if it defines nothing: the function that it registers something with
+    belongs_to: str
 
 
 def modeling_source() -> str:
-    """The modeling file's text."""
+    """Return the modeling file's text."""
     statements = [statement for file in FILES for statement in _statements(REPO / file)]
     names = [name for statement in statements for name in statement.defines]
     assert len(set(names)) == len(names), "two of the files define one name"
-    needed, kept = (
-        _names(ast.parse((REPO / FILES[-1]).read_text(encoding="utf-8"))).union(FILES),
-        [],
-    )
+    last = (REPO / FILES[-1]).read_text(encoding="utf-8")
+    needed = _names(ast.parse(last)).union(FILES)
+    kept: list[Statement] = []
+    # A kept statement needs others: repeat until no new one is found.
     while (
         found := [s for s in statements if s.defines & needed or s.belongs_to in needed]
     ) != kept:
@@ -98,13 +114,16 @@ def modeling_source() -> str:
 
 
 def _names(node: ast.AST) -> frozenset[str]:
-    """Every name that is read or bound in `node`, annotations included."""
+    """Return every name that is read or bound in `node`, annotations included."""
     defined = {n.name for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     return frozenset(defined | {n.id for n in ast.walk(node) if isinstance(n, ast.Name)})
 
 
 def _statements(path: Path) -> Iterator[Statement]:
-    """A module's docstring as a comment, which counts as the definition of the file's name, and its statements but for the imports."""
+    """Yield a module's docstring as a comment, then its statements without the imports.
+
+    The docstring counts as the definition of the file's name.
+    """
     source, end = path.read_text(encoding="utf-8"), 0
     lines = source.splitlines(keepends=True)
     for node in ast.parse(source).body:
@@ -117,18 +136,18 @@ def _statements(path: Path) -> Iterator[Statement]:
                 defines = {path.relative_to(REPO).as_posix()}
                 text = (
                     "\n\n# "
-                    + "=" * 118
+                    + "=" * 98
                     + "\n"
                     + "".join(
                         f"# {line}".rstrip() + "\n"
                         for line in f"{path.relative_to(REPO)}: {docstring}".splitlines()
                     )
                 )
-            case ast.FunctionDef(name="_", decorator_list=[decorator]):  # @operation.register_fake
+            # @operation.register_fake
+            case ast.FunctionDef(name="_", decorator_list=[decorator]):
                 belongs_to = decorator.value.id
-            case ast.Expr(
-                value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))
-            ):  # operation.register_autograd(...)
+            # operation.register_autograd(...)
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
                 belongs_to = name
             case ast.FunctionDef() | ast.ClassDef():
                 defines = {node.name}
@@ -140,7 +159,7 @@ def _statements(path: Path) -> Iterator[Statement]:
 
 
 def _imports(needed: frozenset[str]) -> str:
-    """What the files import of `needed` names from elsewhere."""
+    """Return the imports of `needed` names that do not come from the files themselves."""
     ours = {file.removesuffix(".py").replace("/", ".") for file in FILES} | {"__future__"}
     modules, members = {"itertools"}, defaultdict(set)
     for file in FILES:

@@ -1,7 +1,7 @@
-"""What all exports share: their arguments, an output that is whole or not there, and the check at the end.
+"""What all exports share: their arguments, an output that is whole or absent, and the final check.
 
-An export writes under a temporary name, reads back what it wrote, compares its logits on real text with the model's, and only
-then renames it: what is off, or breaks off, is removed.
+An export writes under a temporary name, reads the file back and compares its logits on real text
+with the model's. Only then is the file renamed. A wrong or unfinished one is deleted.
 """
 
 from __future__ import annotations
@@ -36,23 +36,34 @@ from runtime.data.tokenizers import tokenizer_of
 from runtime.inference.decoder import router_choices
 from runtime.interop.published import Published, logits, unclaimed
 
-# What scripts.export_hf writes into a folder, and what a published model's tokenizer brings along: all that --force may replace.
+# What scripts.export_hf writes into a folder, with the files of a published model's tokenizer.
+# --force may replace these, and nothing else.
 FOLDER_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|chat_template\.jinja|modeling_gptoss\.py|README\.md|(loss|expert_load)\.png"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map)\.json|"
+    r"model\.safetensors\.index\.json|model(-\d{5}-of-\d{5})?\.safetensors|"
+    r"chat_template\.jinja|modeling_gptoss\.py|README\.md|(loss|expert_load)\.png"
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_CHECKED_TOKENS = 256
-# How much more than usual a model's float32 may lose to steep softmaxes before an export is refused.
+# How much more than usual a model's float32 may lose to steep softmaxes before an export fails.
 MOST_STEEPNESS = 16
-CHECK_TEXT = """Once upon a time there was a lighthouse keeper called Noor, who counted ships. On Monday she saw 3; on Tuesday, 14 more.
-"That's too many," she said, "for a harbour that holds only 12!" Her cat didn't answer. It was asleep on the charts again.
-
-By 1927 the old lamp had burned for 21,900 nights. Noor wrote it all down: wind from the south-west, waves of 2.5 m, one café open.
-für Gäste geschlossen, стоял туман, 灯台は静かだった. Then she closed the book, put out the light (it was morning), and slept... \N{SLEEPING FACE}
-The ships went on without her. They knew the way, or thought they did; and the sea, which never reads what is written about it,
-rose a little, fell a little, and left the stones where they had been. When Noor woke up, the cat had caught a fish.
-"""
+# Numbers, quotes, blank lines, four scripts and an emoji: what tokenizers split differently.
+CHECK_TEXT = (
+    "Once upon a time there was a lighthouse keeper called Noor, who counted ships. "
+    "On Monday she saw 3; on Tuesday, 14 more.\n"
+    '"That\'s too many," she said, "for a harbour that holds only 12!" Her cat didn\'t answer. '
+    "It was asleep on the charts again.\n"
+    "\n"
+    "By 1927 the old lamp had burned for 21,900 nights. Noor wrote it all down: "
+    "wind from the south-west, waves of 2.5 m, one café open.\n"
+    "für Gäste geschlossen, стоял туман, 灯台は静かだった. "
+    "Then she closed the book, put out the light (it was morning), and slept... "
+    "\N{SLEEPING FACE}\n"
+    "The ships went on without her. They knew the way, or thought they did; "
+    "and the sea, which never reads what is written about it,\n"
+    "rose a little, fell a little, and left the stones where they had been. "
+    "When Noor woke up, the cat had caught a fish.\n"
+)
 
 
 class ExportError(ValueError):
@@ -66,13 +77,14 @@ class Source:
     """What is exported."""
 
     path: Path
-    model: LLM  # eval mode, float32 on the CPU; mapped from the file, or, if it holds bfloat16, made for a block at a time
+    # eval mode, float32 on the CPU; mapped from the file, or made by the block if that is bfloat16
+    model: LLM
     checkpoint: Checkpoint
     tokenizer: Tokenizer
 
 
 def export_parser(description: str, out: str) -> argparse.ArgumentParser:
-    """A parser with the flags of all exports. `out`: what --out names, for its help."""
+    """Return a parser with the flags of all exports. out: what --out names, for its help."""
     p = parser(description)
     p.add_argument(
         "--ckpt",
@@ -83,16 +95,17 @@ def export_parser(description: str, out: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--tokenizer",
         default="",
-        help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of a data folder, a published model "
-        "or a checkpoint (default: the checkpoint's)",
+        help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of "
+        "a data folder, a published model or a checkpoint (default: the checkpoint's)",
     )
-    p.add_argument("--force", action="store_true", help="replace an output that is there")
+    p.add_argument("--force", action="store_true", help="replace an existing output")
     return p
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """The checkpoint and tokenizer that the arguments name, checked. Raises ValueError."""
-    checkpoint = read_checkpoint(args.ckpt, read_only=True)  # no export writes to a weight
+    """Return the checked checkpoint and tokenizer that the arguments name. Raise ValueError."""
+    # No export writes to a weight.
+    checkpoint = read_checkpoint(args.ckpt, read_only=True)
     is_wide = checkpoint.model["embed.weight"].dtype == torch.float32
     model = (
         build_model(checkpoint)
@@ -102,12 +115,16 @@ def open_source(args: argparse.Namespace) -> Source:
     return Source(Path(args.ckpt), model, checkpoint, tokenizer_of(checkpoint, args.tokenizer))
 
 
-# ------------------------------------------------------------------------------------------------------------------ output
+# ---------------------------------------------------------------------------------------- output
 def check_output(
     out: str | Path, force: bool, is_folder: bool = False, source: str | Path = ""
 ) -> Path:
-    """The path to write to, before any work. ValueError if something is there and may not be replaced: without `force` anything; with it
-    what is no plain file, a folder that holds anything but what an export writes, and `source` or what holds it or is part of it."""
+    """Return the path to write to, before any work.
+
+    Raise ValueError if something exists there that may not be replaced. Without `force` that is
+    anything. With `force` it is anything but a plain file, or for a folder: one that holds a file
+    which no export writes. `source`, a folder around it and a file inside it are never replaced.
+    """
     path = Path(out)
     if not path.name or path.resolve() == Path.cwd():
         raise ValueError(f"--out {out} is no name for {'a new folder' if is_folder else 'a file'}")
@@ -117,12 +134,14 @@ def check_output(
         raise ValueError(f"--out {out} exists: choose another name, or say --force to replace it")
     if not (path.is_dir() if is_folder else path.is_file()):
         raise ValueError(
-            f"--out {out} is no {'folder' if is_folder else 'plain file'}, and this writes one: choose another name"
+            f"--out {out} is no {'folder' if is_folder else 'plain file'}, and this writes one: "
+            "choose another name"
         )
     here, there = path.resolve(), Path(source).resolve()
     if source and (here == there or there in here.parents or here in there.parents):
         raise ValueError(
-            f"--out {out} would replace {source} or a part of it, which is read: choose another name"
+            f"--out {out} would replace {source} or a part of it, which is read: "
+            "choose another name"
         )
     if is_folder and (
         others := sorted(
@@ -130,28 +149,31 @@ def check_output(
         )
     ):
         raise ValueError(
-            f"--out {out} holds {others[0]}, which no export writes, so the folder is not replaced: choose another name"
+            f"--out {out} holds {others[0]}, which no export writes, so the folder is not "
+            "replaced: choose another name"
         )
     return path
 
 
 @contextlib.contextmanager
 def work_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A new, hidden folder beside `out` to write in, which is removed at the end, also when the process is told to end (SIGTERM, SIGHUP).
+    """Make a hidden folder next to `out` to write in, and remove it at the end.
 
-    ValueError if the disk has less than `needed_bytes` free.
+    It is also removed if SIGTERM or SIGHUP ends the process. Raise ValueError if the disk has less
+    than `needed_bytes` free.
     """
     make_folder(out.parent)
     prefix = f".{out.name}{TEMPORARY_SUFFIX}-"
     for left in sorted(out.parent.glob(f"{glob.escape(prefix)}*")):
         print(
-            f"note: {left} is of an export that was killed, or still runs: if it does not, remove it",
+            f"note: {left} is the leftover of an interrupted export; delete it if none is running",
             file=sys.stderr,
         )
     free = shutil.disk_usage(out.parent).free
     if needed_bytes > free:
         raise ValueError(
-            f"{out} needs {needed_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: free some space or choose another --out"
+            f"{out} needs {needed_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: "
+            "free some space or choose another --out"
         )
     with _signals_raise(), tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
         yield Path(folder)
@@ -159,7 +181,10 @@ def work_folder(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as an exception, so that it cleans up: the process then exits with 128 + the signal's number."""
+    """Make SIGTERM and SIGHUP end the block with an exception, so that it cleans up.
+
+    The process then exits with 128 + the signal's number.
+    """
 
     def leave(number, frame):
         raise SystemExit(128 + number)
@@ -183,9 +208,10 @@ def _signals_raise() -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(out: Path, needed_bytes: int, is_folder: bool = False) -> Iterator[Path]:
-    """A path in a `work_folder` (for a folder: an empty one), called as `out`, which becomes `out` if the block ends well and is removed if not.
+    """Give a path in a `work_folder` (for a folder: an empty one) that has the name of `out`.
 
-    Everything is flushed before it is renamed; a folder that is replaced is moved aside first, and back if the renaming fails.
+    It becomes `out` if the block ends well and is removed if not. Everything is flushed before it
+    is renamed. A folder to replace is moved aside first, and back if the renaming fails.
     """
     with work_folder(out, needed_bytes) as work:
         temporary = work / out.name
@@ -216,15 +242,18 @@ def flush(path: Path) -> None:
             fsync_folder(each)
 
 
-# ------------------------------------------------------------------------------------------------------------------- check
+# ----------------------------------------------------------------------------------------- check
 def check_ids(tokenizer: Tokenizer, config: ModelConfig) -> Tensor:
-    """Ids [1, T] of a real text that every export is checked on, as long as the context allows."""
+    """Return ids [1, T] of the text that checks every export, as long as the context allows."""
     ids = [tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)]
     return torch.tensor([ids[: min(config.context_length, MOST_CHECKED_TOKENS)]])
 
 
 def lazy_model(config: ModelConfig, read: Callable[[str], Tensor]) -> LLM:
-    """A model, in eval mode, whose tensors `read` gives by name when they are needed; a block's are forgotten when it is done."""
+    """Return a model, in eval mode, that loads its tensors by `read(name)` when it needs them.
+
+    A block's tensors are released when the block is done.
+    """
     model = meta_model(config).eval()
 
     def load(module: nn.Module, prefix: str) -> None:
@@ -245,12 +274,15 @@ def lazy_model(config: ModelConfig, read: Callable[[str], Tensor]) -> LLM:
 
 @torch.inference_mode()
 def logits_of(model: LLM, ids_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] float32, without a cache."""
+    """Return logits [B, T, V] float32, computed without a cache."""
     return model(ids_BT).logits.float()
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference of two tensors of one shape; NaN where either holds one."""
+    """Return the largest absolute difference of two tensors; NaN if either holds one.
+
+    Raise ExportError if their shapes differ.
+    """
     if ours.shape != theirs.shape:
         raise ExportError(
             f"the export gives logits of shape {list(theirs.shape)}, the model {list(ours.shape)}"
@@ -259,7 +291,7 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def allowed_difference(ours: Tensor, config: ModelConfig) -> float:
-    """The largest difference from logits [B, T, V] that float32's rounding explains."""
+    """Return the largest difference from logits [B, T, V] that float32's rounding explains."""
     # The last tokens alone may be given: they attend to the whole text.
     keys = min(config.context_length, MOST_CHECKED_TOKENS)
     return logits_bound(config, keys) * size_of(ours)
@@ -268,19 +300,22 @@ def allowed_difference(ours: Tensor, config: ModelConfig) -> float:
 def check_logits(
     route: str, ours: Tensor, theirs: Tensor, config: ModelConfig, allowed: float = 0.0
 ) -> float:
-    """Print and return the largest difference of logits [B, T, V]; ExportError if it is beyond what float32's rounding explains.
+    """Print and return the largest difference of logits [B, T, V].
 
-    That depends on the model's size (runtime/checks/rounding.py): 1.8e-4 of the logits' root mean square for nano, 1.6e-3 for gpt-oss-20b.
-    allowed: more than that, where a caller knows that this model loses more.
+    Raise ExportError if float32's rounding does not explain it. The bound depends on the model's
+    size (runtime/checks/rounding.py): 1.8e-4 of the logits' root mean square for nano, 1.6e-3 for
+    gpt-oss-20b. allowed: a larger bound, if a caller knows that this model loses more.
     """
     difference, largest = largest_difference(ours, theirs), ours.abs().max().item()
     print(
-        f"check: {route}: largest logit difference {difference:.1e} (logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)"
+        f"check: {route}: largest logit difference {difference:.1e} "
+        f"(logits up to {largest:.3g}, {ours[..., 0].numel()} tokens)"
     )
     allowed = max(allowed, allowed_difference(ours, config))
     if not difference <= allowed:
         raise ExportError(
-            f"{route}: logits differ by {difference:.1e}, more than the {allowed:.1e} that rounding explains: nothing was written"
+            f"{route}: logits differ by {difference:.1e}, more than the {allowed:.1e} "
+            "that rounding explains: nothing was written"
         )
     return difference
 
@@ -289,10 +324,10 @@ def check_logits(
 def check_published(
     route: str, known: Known, model: LLM, ours: Tensor, theirs: Published, ids_BT: Tensor
 ) -> float:
-    """check_logits of what a file's architecture computes by its own settings.
+    """Compare with `check_logits` what a file's architecture computes by its own settings.
 
-    ours: the logits that `model` gives for ids [1, T]. Where the two differ, rounding may have sent a
-    token to the other of two experts that are equally good: then the model's choice is taken.
+    ours: the logits that `model` gives for ids [1, T]. If the two differ, rounding may have sent a
+    token to the other of two equally good experts: then the model's choice is used.
     """
     if left := unclaimed(theirs):
         raise ExportError(f"{route}: {known.what} has no place for {left[0]}: nothing was written")

@@ -1,9 +1,10 @@
-"""Our model in Hugging Face's terms, both ways: which published architecture a config is, config.json, and the names and layouts of tensors.
+"""Translate our model to Hugging Face's terms and back: architecture, config.json, tensors.
 
-Three families hold models of ours exactly: Mixtral, Qwen3-MoE (per-head QK-norm) and OpenAI's gpt-oss (sinks, alternating windows,
-biases, clamped SwiGLU). Facts about them are from transformers 5.23 (models/{mixtral,qwen3_moe,gpt_oss}, conversion_mapping.py,
-integrations/mxfp4.py), which is not needed here. Files are written so that transformers 4 and 5 both read them: experts one by
-one (4 reads no stacked ones), and config.json with the spellings of both.
+Three families hold models of ours exactly: Mixtral, Qwen3-MoE (per-head QK-norm) and OpenAI's
+gpt-oss (sinks, alternating windows, biases, clamped SwiGLU). Facts about them are from transformers
+5.23 (models/{mixtral,qwen3_moe,gpt_oss}, conversion_mapping.py, integrations/mxfp4.py), which is
+not needed here. Files are written so that transformers 4 and 5 both read them: experts one by one
+(4 reads no stacked ones), and config.json with the spellings of both.
 
 Shape letters as in model_parts.py, and V vocabulary.
 """
@@ -27,7 +28,9 @@ from runtime.checkpoint.format import meta_model
 from runtime.checks.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-CHECKED_VERSION = "5.23.0"  # of transformers; without one, 4.57 takes any tokenizer for an old one of Mistral's and advises a "fix" that breaks it
+# The version of transformers that was read. A config.json without a version makes 4.57 take any
+# tokenizer for an old one of Mistral's, and advise a "fix" that breaks it.
+CHECKED_VERSION = "5.23.0"
 KNOWS = Known(
     "the exchange with published classes",
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
@@ -39,9 +42,11 @@ class Family(NamedTuple):
     """A published architecture: its names, and what our options must be for it."""
 
     architecture: str
-    moe: str  # module of a block's mixture of experts, on the disk
+    # module of a block's mixture of experts, on the disk
+    moe: str
     router: str
-    gate: str  # an expert's three matrices
+    # an expert's three matrices
+    gate: str
     up: str
     down: str
     options: dict
@@ -81,15 +86,17 @@ FAMILIES = {
         "down_proj",
         _PLAIN | dict(qk_norm=True),
     ),
-    # Its class in transformers could do without YaRN, with other windows or another epsilon; vLLM has them built in.
+    # transformers' class would allow no YaRN, other windows and another epsilon; vLLM has these
+    # built in.
     "gpt_oss": Family("GptOssForCausalLM", "mlp", "router", "", "", "", _GPT_OSS),
 }
 
 
 def family_of(config: ModelConfig) -> str:
-    """The family that holds this model exactly. ValueError names all options in the way of the nearest one.
+    """Return the family that holds this model exactly.
 
-    What acts only while training (dropout, capacity_factor, z_loss_coef) is never in the way.
+    Raise ValueError if none does, with all options in the way of the nearest. What acts only in
+    training (dropout, capacity_factor, z_loss_coef) is never in the way.
     """
     in_the_way = {
         family: [
@@ -105,22 +112,27 @@ def family_of(config: ModelConfig) -> str:
     ):
         for names in in_the_way.values():
             names.append(
-                f"rope_scaling_factor {config.rope_scaling_factor} (must divide context_length {config.context_length})"
+                f"rope_scaling_factor {config.rope_scaling_factor} "
+                f"(must divide context_length {config.context_length})"
             )
     family = min(FAMILIES, key=lambda name: len(in_the_way[name]))
     if in_the_way[family]:
         raise ValueError(
-            f"no published architecture holds this model; in the way of the nearest, {family}: {', '.join(in_the_way[family])}. "
+            f"no published architecture holds this model; in the way of the nearest, {family}: "
+            f"{', '.join(in_the_way[family])}. "
             "--custom_code of scripts.export_hf exports it with a modeling file of its own"
         )
     return family
 
 
-# ------------------------------------------------------------------------------------------------------------- config.json
+# ----------------------------------------------------------------------------------- config.json
 def hf_config(
     config: ModelConfig, family: str, *, end_of_text_id: int, start_id: int | None, dtype: str
 ) -> dict:
-    """config.json of a model of this family. There is no pad_token_id: transformers would never train that id's embedding."""
+    """Return config.json of a model of this family.
+
+    It has no pad_token_id: transformers would never train that id's embedding.
+    """
     c, factor = config, config.rope_scaling_factor
     rope = {
         "none": {"rope_type": "default"},
@@ -157,7 +169,8 @@ def hf_config(
         "initializer_range": c.init_std,
         "rope_theta": c.rope_theta,
         "rope_parameters": rope | {"rope_theta": c.rope_theta},
-        # Their loss counts all blocks as one and is top_k at balance, ours is 1.0 per block: the same at balance.
+        # At balance their loss is top_k for all blocks together, ours 1.0 per block: this factor
+        # makes them equal.
         "output_router_logits": False,
         "router_aux_loss_coef": _scaled(c.aux_loss_coef, c.transformer_blocks / c.top_k),
         "transformers_version": CHECKED_VERSION,
@@ -190,11 +203,15 @@ def hf_config(
 
 
 def model_config_from(hf: dict) -> tuple[str, ModelConfig]:
-    """(family, our config) of a config.json, in either spelling. ValueError for what our model cannot be."""
+    """Return (family, our config) of a config.json, in either spelling.
+
+    Raise ValueError for a model that ours cannot be.
+    """
     family = hf.get("model_type")
     if family == "gptoss":
         raise ValueError(
-            "config.json: model_type gptoss was written with --custom_code, which is not imported: use the checkpoint that it was made from"
+            "config.json: model_type gptoss was written with --custom_code, which is not imported: "
+            "use the checkpoint that it was made from"
         )
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
@@ -218,7 +235,8 @@ def model_config_from(hf: dict) -> tuple[str, ModelConfig]:
     )
     if quantised and (family, quantised) != ("gpt_oss", "mxfp4"):
         raise ValueError(
-            f"config.json: weights quantised by {quantised} cannot be read; take the model's unquantised release"
+            f"config.json: weights quantised by {quantised} cannot be read; "
+            "take the model's unquantised release"
         )
     blocks, top_k = (
         _number(hf, "num_hidden_layers"),
@@ -276,7 +294,10 @@ def _layer_types(blocks: int) -> list[str]:
 
 
 def _scaled(value: float, factor: float) -> float:
-    """value * factor in as few digits as tell the value, so that multiplying and dividing gives the number that was there before."""
+    """Return value * factor in the fewest digits that still identify the value.
+
+    So a number that is multiplied and divided again is what it was before.
+    """
     candidates = (float(f"{value * factor:.{digits}g}") for digits in range(1, 18))
     return next(
         (
@@ -289,7 +310,7 @@ def _scaled(value: float, factor: float) -> float:
 
 
 def _refuse(given: dict, where: str, allowed: dict) -> None:
-    """ValueError if a key says something other than the one thing that our model does; what is not there, or null, says nothing."""
+    """Raise ValueError if a key has a value we do not support. Missing and null keys are fine."""
     for key, value in allowed.items():
         if given.get(key) is not None and given[key] != value:
             raise ValueError(
@@ -298,13 +319,18 @@ def _refuse(given: dict, where: str, allowed: dict) -> None:
 
 
 def _number(hf: dict, *keys: str, default: int | float | None = None) -> int | float:
-    """The number under one of these keys. ValueError if there is none (and no default), one that is negative or not below 2**63, or two that differ."""
+    """Return the number under one of these keys, or the default.
+
+    Raise ValueError if there is neither, if the number is negative or at least 2**63, or if two
+    keys differ.
+    """
     values = [hf[key] for key in keys if hf.get(key) is not None] or (
         [] if default is None else [default]
     )
     if not values or type(values[0]) not in (int, float) or not 0 <= values[0] < 2**63:
         raise ValueError(
-            f"config.json: {' or '.join(keys)} must be a number, not {reprlib.repr(values[0] if values else None)}"
+            f"config.json: {' or '.join(keys)} must be a number, "
+            f"not {reprlib.repr(values[0] if values else None)}"
         )
     if any(value != values[0] for value in values):
         raise ValueError(f"config.json: {' and '.join(keys)} differ")
@@ -318,17 +344,19 @@ def _table(hf: dict, key: str) -> dict:
 
 
 def _rope_from(hf: dict) -> tuple[str, float, int, float, bool]:
-    """(rope_scaling, rope_scaling_factor, context_length, rope_theta, yarn_truncate)."""
-    rope = {}
+    """Return (rope_scaling, rope_scaling_factor, context_length, rope_theta, yarn_truncate)."""
+    rope: dict = {}
+    # transformers 5 has the first table, transformers 4 the others.
     for table in (
         _table(hf, "rope_parameters"),
         _table(hf, "rope_scaling"),
         {"rope_theta": hf.get("rope_theta")},
-    ):  # transformers 5's and 4's
+    ):
         table = {key: value for key, value in table.items() if value is not None}
         if differing := [key for key in table if key in rope and rope[key] != table[key]]:
             raise ValueError(
-                f"config.json: {differing[0]} is there twice, as {rope[differing[0]]!r} and as {table[differing[0]]!r}"
+                f"config.json: {differing[0]} is there twice, "
+                f"as {rope[differing[0]]!r} and as {table[differing[0]]!r}"
             )
         rope |= table
     theta = _number(rope, "rope_theta")
@@ -352,7 +380,8 @@ def _rope_from(hf: dict) -> tuple[str, float, int, float, bool]:
     for key, value in rope.items():
         if key not in known | {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
             raise ValueError(
-                f"config.json: {key} {value!r} of rope_type {kind} cannot be expressed: our model has none"
+                f"config.json: {key} {value!r} of rope_type {kind} cannot be expressed: "
+                "our model has none"
             )
     _refuse(
         rope, "config.json", {"partial_rotary_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -362,18 +391,18 @@ def _rope_from(hf: dict) -> tuple[str, float, int, float, bool]:
     factor = _number(rope, "factor")
     if kind == "linear":
         return "linear", factor, context, theta, True
-    trained = _number(rope, "original_max_position_embeddings", default=context)  # as transformers
-    if not math.isclose(
-        trained * factor, round(trained * factor), rel_tol=1e-12
-    ):  # 161 * (256 / 161) is a little less than 256
+    # The default is that of transformers.
+    trained = _number(rope, "original_max_position_embeddings", default=context)
+    # Not is_integer: 161 * (256 / 161) is a little less than 256.
+    if not math.isclose(trained * factor, round(trained * factor), rel_tol=1e-12):
         raise ValueError(
-            f"config.json: original_max_position_embeddings {trained} times factor {factor} must be a whole number: "
-            "it is our context_length"
+            f"config.json: original_max_position_embeddings {trained} times factor {factor} "
+            "must be a whole number: it is our context_length"
         )
     return "yarn", factor, round(trained * factor), theta, rope.get("truncate") is not False
 
 
-# ----------------------------------------------------------------------------------------------------------------- tensors
+# --------------------------------------------------------------------------------------- tensors
 _OUTSIDE = {"embed": "model.embed_tokens", "norm": "model.norm", "out_head": "lm_head"}
 _INSIDE = {
     "norm1": "input_layernorm",
@@ -389,21 +418,23 @@ _INSIDE = {
 
 
 def _their_name(family: str, name: str) -> str:
-    """Their name of one of our tensors that is no expert's: theirs is the same tensor."""
+    """Return their name of a tensor that is the same there: any but an expert's."""
     module, kind = name.rsplit(".", 1)
     if module in _OUTSIDE:
         return f"{_OUTSIDE[module]}.{kind}"
     _, block, inside = module.split(".", 2)
     f = FAMILIES[family]
-    return f"model.layers.{block}.{f'{f.moe}.{f.router}' if inside == 'moe.router' else _INSIDE[inside]}.{kind}"
+    theirs = f"{f.moe}.{f.router}" if inside == "moe.router" else _INSIDE[inside]
+    return f"model.layers.{block}.{theirs}.{kind}"
 
 
 def export_tensors(
     config: ModelConfig, family: str, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(their name, tensor) of every one of our weights, one at a time, in the weights' dtype; views of them where the layout is the same.
+    """Yield (their name, tensor) of all our weights, one at a time, in the weights' dtype.
 
-    A tied gpt-oss gets its head a second time: vLLM's class of it does not tie.
+    The tensors are views if the layout is the same. A tied gpt-oss also gets its head as a tensor,
+    because vLLM's class does not tie.
     """
     f, F = FAMILIES[family], config.d_ff
     for name, tensor in weights.items():
@@ -413,7 +444,8 @@ def export_tensors(
             continue
         prefix = f"model.layers.{module.split('.')[1]}.{f.moe}.experts"
         if family == "gpt_oss":
-            if kind in ("w_in", "b_in"):  # gate and up rows alternate
+            # Gate and up rows alternate there.
+            if kind in ("w_in", "b_in"):
                 tensor = torch.stack((tensor[:, :F], tensor[:, F:]), dim=2).flatten(1, 2)
             theirs = ("gate_up_proj" if kind.endswith("in") else "down_proj") + (
                 "_bias" if kind.startswith("b") else ""
@@ -436,7 +468,7 @@ def export_tensors(
 
 @functools.lru_cache(maxsize=4)
 def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Shape of each of our tensors."""
+    """Return the shape of each of our tensors."""
     return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
 
 
@@ -447,9 +479,10 @@ def import_tensor(
     has: Callable[[str], bool],
     read: Callable[[str], Tensor],
 ) -> Tensor:
-    """Our tensor `name` from theirs: experts one by one, stacked (transformers 5) or MXFP4; in its dtype there, MXFP4 as float32.
+    """Return our tensor `name` from theirs, in its dtype there; MXFP4 as float32.
 
-    `has` and `read`: of folder_tensors. ValueError if a tensor is missing or of another shape or kind.
+    Experts may be stored one by one, stacked (transformers 5) or as MXFP4. `has` and `read`: of
+    folder_tensors. Raise ValueError if a tensor is missing or has another shape or dtype.
     """
     shape, f = _shapes(config)[name], FAMILIES[family]
 
@@ -459,7 +492,8 @@ def import_tensor(
         tensor = read(theirs)
         if list(tensor.shape) != list(shape) or tensor.dtype not in dtypes:
             raise ValueError(
-                f"tensor {theirs} is {tensor.dtype} {list(tensor.shape)}, and must be {' or '.join(map(str, dtypes))} {list(shape)}"
+                f"tensor {theirs} is {tensor.dtype} {list(tensor.shape)}, "
+                f"and must be {' or '.join(map(str, dtypes))} {list(shape)}"
             )
         return tensor
 
@@ -469,10 +503,9 @@ def import_tensor(
         in_memory = theirs.replace(f".{f.moe}.", ".mlp.")
         return take(theirs if has(theirs) else in_memory, shape)
     E, F, block = config.num_experts, config.d_ff, module.split(".")[1]
-    prefix, stacked = (
-        f"model.layers.{block}.{f.moe}.experts",
-        f"model.layers.{block}.mlp.experts.{'gate_up_proj' if kind.endswith('in') else 'down_proj'}",
-    )
+    prefix = f"model.layers.{block}.{f.moe}.experts"
+    proj = "gate_up_proj" if kind.endswith("in") else "down_proj"
+    stacked = f"model.layers.{block}.mlp.experts.{proj}"
     if family == "gpt_oss":
         if kind.startswith("b"):
             tensor = take(f"{stacked}_bias", shape)
@@ -503,18 +536,22 @@ def import_tensor(
     return tensor
 
 
-# Open Compute Project, Microscaling Formats 1.0 (2023): sections 5.3.3 (e2m1: sign, exponent, mantissa), 5.4.1 (e8m0 scale, bias 127).
+# Open Compute Project, Microscaling Formats 1.0 (2023): sections 5.3.3 (e2m1: sign, exponent,
+# mantissa) and 5.4.1 (e8m0 scale, bias 127).
 _E2M1 = torch.tensor(
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 )
 
 
 def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """[E, rows, groups, 16] uint8, two numbers a byte and the low four bits first, and [E, rows, groups] uint8 -> [E, rows, 32 * groups] float32."""
+    """Return MXFP4 numbers as [E, rows, 32 * groups] float32.
+
+    blocks: [E, rows, groups, 16] uint8, two numbers a byte, the low four bits first. scales:
+    [E, rows, groups] uint8.
+    """
     out = torch.empty(*scales.shape, 32)
-    for matrix, packed, scale in zip(
-        out, blocks, scales, strict=True
-    ):  # an expert at a time: indices are int64
+    # One expert at a time: indices are int64.
+    for matrix, packed, scale in zip(out, blocks, scales, strict=True):
         matrix[..., 0::2], matrix[..., 1::2] = (
             _E2M1[(packed & 15).long()],
             _E2M1[(packed >> 4).long()],
@@ -523,19 +560,21 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return out.flatten(2)
 
 
-# ------------------------------------------------------------------------------------------------------------------ folder
+# ---------------------------------------------------------------------------------------- folder
 def folder_tensors(
     folder: str | Path,
 ) -> tuple[Callable[[str], bool], Callable[[str], Tensor], list[str]]:
-    """(has, read, names) of the tensors in a folder's safetensors, sharded or not. Tensors are mapped from the files. ValueError for damage,
-    and for a folder with two sets of weights, of which transformers takes one and other readers the other."""
+    """Return (has, read, names) of the tensors in a folder's safetensors, sharded or not.
+
+    Tensors are mapped from the files. Raise ValueError for damage, and for a folder with two sets
+    of weights: transformers reads one of them, other programs the other.
+    """
     folder = Path(folder)
     if (folder / INDEX).exists():
         try:
             file_of = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(
-                {Path(name).name for name in file_of.values()}
-            )  # its shards lie beside it, whatever paths it names
+            # Its shards lie next to it, whatever paths it names.
+            files = sorted({Path(name).name for name in file_of.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / INDEX} is no index of safetensors files") from error
     elif (folder / SINGLE).exists():
@@ -554,11 +593,13 @@ def folder_tensors(
             raise ValueError(f"{folder / name} is damaged: {error}") from error
     if (folder / SINGLE).exists() and files != [SINGLE]:
         raise ValueError(
-            f"{folder} has {SINGLE} and an index that names other files, so two sets of weights: remove the one that is not meant"
+            f"{folder} has {SINGLE} and an index that names other files, so two sets of weights: "
+            "remove the one that is not meant"
         )
     inside = {tensor: name for name, file in opened.items() for tensor in list(file.keys())}
     if lacking := [tensor for tensor in file_of if tensor not in inside]:
         raise ValueError(
-            f"{folder / file_of[lacking[0]]} lacks tensor {lacking[0]}, which the index says is there"
+            f"{folder / file_of[lacking[0]]} lacks tensor {lacking[0]}, "
+            "which the index says is there"
         )
     return inside.__contains__, lambda name: opened[inside[name]].get_tensor(name), list(inside)

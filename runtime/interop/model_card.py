@@ -1,7 +1,8 @@
-"""The model card of an export, README.md: what the run itself recorded, and what nobody recorded said to be unknown.
+"""Write the model card of an export, README.md: what the run recorded, and what is unknown.
 
-Sources: the checkpoint's header, and the metrics in the run's graph_dir if they are there and are that run's. A checkpoint may come
-from anywhere: nothing in it is taken for Markdown or YAML, and no path of the training machine is told, only names.
+Sources: the checkpoint's header, and the metrics in the run's graph_dir if they exist and are that
+run's. A checkpoint may come from anywhere: nothing in it is read as Markdown or YAML. The card has
+names of files, but no path of the training machine.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ PICTURES = {
     "loss": "Loss over the training steps",
     "expert_load": "How evenly the experts are used",
 }
-MOST_ROWS = 8  # of the table of losses
+# Rows in the table of losses.
+MOST_ROWS = 8
+# A backslash joins two lines: the card has them as one.
 CARD = """---
 {front}
 ---
 
 # {title}
 
-A Mixture-of-Experts language model of {total} parameters, {active} of them active for each token{origin}. It continues text.
+A Mixture-of-Experts language model of {total} parameters, \
+{active} of them active for each token{origin}. It continues text.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,33 +60,36 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0])
 
 ## Limits
 
-- A base model: it was not taught to follow instructions, to refuse, or to tell the truth, and it repeats what its text holds, mistakes and prejudices included.
+- A base model: it was not taught to follow instructions, to refuse, or to tell the truth. \
+It repeats what its text holds, mistakes and prejudices included.
 - {measured}
 - {context}
-- Unknown here: the licence of these weights and of the text, and what that text holds. Whoever publishes this folder should say so in this file.
+- Unknown here: the licence of these weights and of the text, and what that text holds. \
+Whoever publishes this folder should say so in this file.
 """
 
 START_NOTE = """
-In training every document began with the token that is put in front here; without it the model is asked to begin amid a text.
+In training every document began with the token that this code prepends. \
+Without it the model is asked to begin in the middle of a text.
 """
 
 CODE_NOTE = f"""
-No class of transformers has this architecture: `trust_remote_code` runs {MODELING_FILE} of this folder. Read it first if the folder is not yours.
+No class of transformers has this architecture: `trust_remote_code` runs {MODELING_FILE} \
+of this folder. Read it first if the folder is not yours.
 """
 
 
 def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> None:
-    """Write README.md, and beside it the pictures of the run if its metrics are found and matplotlib is installed. family None: custom code."""
-    checkpoint, config, is_ours = (
-        source.checkpoint,
-        source.model.config,
-        not source.tokenizer.name.startswith(IMPORTED),
-    )
+    """Write README.md, and next to it the plots of the run.
+
+    There are plots if the run's metrics are found and matplotlib is installed. family None: custom
+    code.
+    """
+    checkpoint, config = source.checkpoint, source.model.config
+    is_ours = not source.tokenizer.name.startswith(IMPORTED)
     records, info = _metrics(checkpoint)
-    has_record, validation = (
-        bool(checkpoint.train_config or checkpoint.is_reference_format),
-        _validation(checkpoint),
-    )
+    has_record = bool(checkpoint.train_config or checkpoint.is_reference_format)
+    validation = _validation(checkpoint)
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -108,11 +115,14 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
         model=_table(_model_rows(source, family, dtype)),
         training=_training(checkpoint, info, records, _draw(folder, records, checkpoint.step))
         if has_record
-        else f"This was made from weights without a record of their training{f', {base}' * bool(base)}: see the model that they come from.",
-        measured=f"The only measure of its quality here is the validation loss: {validation}. No benchmark was run."
+        else "This was made from weights without a record of their training"
+        f"{f', {base}' * bool(base)}: see the model that they come from.",
+        measured="The only measure of its quality here is the validation loss: "
+        f"{validation}. No benchmark was run."
         if validation
         else "Nothing about its quality was measured here.",
-        context=f"It cannot read more than {config.context_length:,} tokens: it has learned biases for those positions and none beyond."
+        context=f"It cannot read more than {config.context_length:,} tokens: "
+        "it has learned biases for those positions and none beyond."
         if config.use_attention_bias
         else f"What it does beyond {config.context_length:,} tokens was not tried.",
     )
@@ -122,7 +132,10 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
 
 
 def is_as_written(card: Path) -> bool:
-    """Whether a model card is still what `write_card` wrote, or is not there: what somebody edited is not to be replaced."""
+    """Return whether a model card is what `write_card` wrote, or is missing.
+
+    A card that someone edited must not be replaced.
+    """
     if not card.exists():
         return True
     text, _, end = card.read_text(encoding="utf-8", errors="replace").rpartition(
@@ -135,9 +148,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------- escaping
+# -------------------------------------------------------------------------------------- escaping
 def plain(value: object, most: int = 120) -> str:
-    """A value as text that is nothing but text in Markdown: one line, no markup, no link, at most `most` characters."""
+    """Return a value as plain text in Markdown: one line, no markup, no link.
+
+    The text has at most `most` characters.
+    """
     text = " ".join(visible(str(value)).split())
     return re.sub(
         r"[\\`*_\[\]|~#<>&!$]|(?<=www)\.|:(?=//)|(?<=\w)@",
@@ -147,12 +163,12 @@ def plain(value: object, most: int = 120) -> str:
 
 
 def number(value: object) -> float | None:
-    """A number that is one and is finite, else None."""
+    """Return the value if it is a finite number, else None."""
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def digits(value: object) -> str:
-    """A number in four digits, or nothing."""
+    """Return a number in four digits, or an empty text."""
     return "" if number(value) is None else f"{value:.4g}"
 
 
@@ -162,9 +178,12 @@ def _table(rows: list[tuple[str, str]]) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- records
+# --------------------------------------------------------------------------------------- records
 def _metrics(checkpoint: Checkpoint) -> tuple[list[dict], dict]:
-    """The run's records up to the checkpoint, and what metrics.json says about the run; empty where they are gone or another run's."""
+    """Return the run's records up to the checkpoint, and what metrics.json says about the run.
+
+    Either is empty if its file is missing or is another run's.
+    """
     run_id, folder = checkpoint.run.get("run_id"), checkpoint.train_config.get("graph_dir")
     if not (isinstance(run_id, str) and run_id and isinstance(folder, str)):
         return [], {}
@@ -173,11 +192,10 @@ def _metrics(checkpoint: Checkpoint) -> tuple[list[dict], dict]:
         info = info if isinstance(info, dict) and info.get("run_id") == run_id else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         info = {}
-    for path in [
-        Path(folder, "metrics.jsonl"),
-        *sorted(Path(folder).glob("metrics-*.jsonl")),
-    ]:  # a later run there moves an earlier one's aside
-        with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+    # A later run there renames an earlier one's file.
+    for path in [Path(folder, "metrics.jsonl"), *sorted(Path(folder).glob("metrics-*.jsonl"))]:
+        # OSError: missing. ValueError: damaged.
+        with contextlib.suppress(OSError, ValueError):
             if records := [
                 record
                 for record in read_records(path)
@@ -188,10 +206,14 @@ def _metrics(checkpoint: Checkpoint) -> tuple[list[dict], dict]:
 
 
 def _draw(folder: Path, records: list[dict], step: int) -> list[str]:
-    """Pictures of the records, drawn anew: those in graph_dir may go beyond this checkpoint, or be another run's. Returns their names."""
+    """Plot the records and return the plots' names, without .png.
+
+    The plots in graph_dir may include later steps, or be another run's.
+    """
     try:
         drawn = draw_plots(records, folder, step, tuple(PICTURES)) if records else []
-    except ImportError:  # matplotlib
+    # matplotlib is not installed.
+    except ImportError:
         return []
     for path in drawn:
         path.unlink() if path.name.startswith("step_") else path.rename(
@@ -201,7 +223,7 @@ def _draw(folder: Path, records: list[dict], step: int) -> list[str]:
 
 
 def _hub_names(source: object) -> list[str]:
-    """Names of data sets of the Hugging Face Hub that a run's source says it read."""
+    """Return the names of the Hub's datasets that a run's source says it read."""
     name = source.get("dataset") if isinstance(source, dict) else None
     is_name = (
         isinstance(name, str)
@@ -213,7 +235,7 @@ def _hub_names(source: object) -> list[str]:
 
 
 def _base_model(checkpoint: Checkpoint) -> str:
-    """The published model that imported weights are of, by its name on the Hub; nothing where it was a folder."""
+    """Return the Hub's name of the model that was imported; empty if that was a folder."""
     name = checkpoint.run.get("imported_from")
     return (
         name
@@ -223,7 +245,7 @@ def _base_model(checkpoint: Checkpoint) -> str:
 
 
 def _text_source(source: object) -> str:
-    """What was read, by name."""
+    """Return the names of what was read."""
     if not isinstance(source, dict):
         return "unknown"
     if isinstance(files := source.get("files"), list):
@@ -241,17 +263,20 @@ def _text_source(source: object) -> str:
         if _hub_names(source)
         else str(source.get("dataset")).replace("\\", "/").rpartition("/")[2]
     )
-    return f"{plain(name)}, {', '.join(plain(source[key], 40) for key in ('config', 'split') if source.get(key))}"
+    parts = ", ".join(plain(source[key], 40) for key in ("config", "split") if source.get(key))
+    return f"{plain(name)}, {parts}"
 
 
 def _validation(checkpoint: Checkpoint) -> str:
-    """Validation loss and perplexity in words, or nothing."""
+    """Return validation loss and perplexity as text, or an empty text."""
     if (loss := number(checkpoint.val_loss)) is None:
         return ""
-    return f"{loss:.3f} nats per token{' (an auxiliary loss included)' * checkpoint.is_reference_format}, perplexity {math.exp(min(loss, 700)):.4g}"
+    included = " (an auxiliary loss included)" * checkpoint.is_reference_format
+    # exp(710) overflows.
+    return f"{loss:.3f} nats per token{included}, perplexity {math.exp(min(loss, 700)):.4g}"
 
 
-# ------------------------------------------------------------------------------------------------------------------- parts
+# ----------------------------------------------------------------------------------------- parts
 def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[str, str]]:
     c = source.model.config
     window = (
@@ -272,11 +297,13 @@ def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[st
         ("blocks", f"{c.transformer_blocks:,}, {c.d_model:,} wide"),
         (
             "attention",
-            f"{c.num_heads:,} query heads, {c.num_kv_heads:,} key/value heads, {c.attention_head_dim:,} features each",
+            f"{c.num_heads:,} query heads, {c.num_kv_heads:,} key/value heads, "
+            f"{c.attention_head_dim:,} features each",
         ),
         (
             "experts",
-            f"{c.num_experts:,} in each block, {c.top_k:,} for each token, {c.d_ff:,} hidden features ({c.expert_activation.replace('_', ' ')})",
+            f"{c.num_experts:,} in each block, {c.top_k:,} for each token, "
+            f"{c.d_ff:,} hidden features ({c.expert_activation.replace('_', ' ')})",
         ),
         ("context", f"{c.context_length:,} tokens{window}"),
         ("tokenizer", f"{plain(source.tokenizer.name)}, {source.tokenizer.vocabulary_size:,} ids"),
@@ -286,11 +313,12 @@ def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[st
 def _origin(checkpoint: Checkpoint) -> str:
     start = checkpoint.train_config.get("init_from")
     how = f"from the weights in {plain(Path(str(start)).name, 60)}" if start else "from scratch"
-    return f", trained {how} with {'the reference that gptoss follows' if checkpoint.is_reference_format else 'gptoss'}"
+    original = "the original implementation that gptoss follows"
+    return f", trained {how} with {original if checkpoint.is_reference_format else 'gptoss'}"
 
 
 def _training(checkpoint: Checkpoint, info: dict, records: list[dict], pictures: list[str]) -> str:
-    """The run in a table, its losses in another, its pictures."""
+    """Return a table of the run, a table of its losses, and its plots."""
     run, train = checkpoint.run, checkpoint.train_config
     sizes, planned = (
         [number(train.get(key)) for key in ("batch_size", "grad_accum")],
@@ -314,7 +342,8 @@ def _training(checkpoint: Checkpoint, info: dict, records: list[dict], pictures:
         ("validation loss", _validation(checkpoint) or "not measured at this step"),
         (
             "optimizer",
-            f"{plain(train['optimizer'])}, learning rate {rates or 'unknown'}, schedule {plain(train.get('schedule'))}"
+            f"{plain(train['optimizer'])}, learning rate {rates or 'unknown'}, "
+            f"schedule {plain(train.get('schedule'))}"
             if "optimizer" in train
             else "unknown",
         ),
@@ -323,7 +352,7 @@ def _training(checkpoint: Checkpoint, info: dict, records: list[dict], pictures:
             ("unknown" if seconds is None else human_seconds(seconds))
             + (f" on {plain(info['device'])}" if "device" in info else ""),
         ),
-        ("arithmetic", plain(train.get("dtype", "unknown"))),
+        ("compute dtype", plain(train.get("dtype", "unknown"))),
         (
             "versions",
             ", ".join(
@@ -344,15 +373,15 @@ def _training(checkpoint: Checkpoint, info: dict, records: list[dict], pictures:
 
 
 def _loss_table(records: list[dict]) -> str:
-    """Validations, at most MOST_ROWS of them, the first and the last included, each with the last training loss before it."""
-    heads, rows, train_loss = (
-        ["step", "tokens", "training loss", "validation loss", "perplexity", "bits per byte"],
-        [],
-        None,
-    )
-    for record in sorted(
-        records, key=lambda record: record["step"]
-    ):  # stable: a step's training record comes before its validation
+    """Return a table of validations, each with the last training loss before it.
+
+    It has at most MOST_ROWS rows, the first and the last validation among them.
+    """
+    heads = ["step", "tokens", "training loss", "validation loss", "perplexity", "bits per byte"]
+    rows: list[list[str]] = []
+    train_loss = None
+    # The sort is stable: a step's training record stays before its validation.
+    for record in sorted(records, key=lambda record: record["step"]):
         if record["kind"] == "train":
             train_loss = record.get("loss")
             continue

@@ -43,6 +43,8 @@ class GptossConfig(PretrainedConfig):
 class GrowingCache:
     """A cache of transformers with what KVCache offers to the model, for one forward pass. It keeps all keys, of windowed blocks too."""
 
+    per_row = False
+
     def __init__(self, cache: Cache, config: ModelConfig):
         if cache.is_compileable:
             raise ValueError(
@@ -68,6 +70,10 @@ class GrowingCache:
             )
         first = self._first(block, k_BGTD.shape[2])
         return k_BGSD[:, :, first:], v_BGSD[:, :, first:]
+
+    def query_positions(self, T: int, device) -> Tensor:
+        """Positions [T] of the new tokens."""
+        return torch.arange(self.length, self.length + T, device=device)
 
     def key_positions(self, block: int, T: int) -> Tensor:
         """Positions [S] of the keys that `update` returned."""

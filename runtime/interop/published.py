@@ -1,10 +1,10 @@
-"""What a file in a published architecture computes, from its own settings and tensors alone: the
-check of an export.
+"""Compute what a file in a published architecture computes, to check an export.
 
-Written from the definitions of Mixtral, Qwen3-MoE and gpt-oss (transformers 5.23, models/;
-llama.cpp, src/llama-model.cpp), with none of this repo's model code, so that a model which an
-architecture cannot hold is found by its logits. A whole text at once, no cache, a block in memory
-at a time, float32. tests/interop/test_published.py holds it to transformers' own classes.
+Only the file's own settings and tensors are used. The code follows the definitions of Mixtral,
+Qwen3-MoE and gpt-oss (transformers 5.23, models/; llama.cpp, src/llama-model.cpp). It uses none of
+this repo's model code, so a model that an architecture cannot hold is found by its logits. It reads
+a whole text at once, without a cache, with one block in memory at a time, in float32.
+tests/interop/test_published.py compares it with transformers' own classes.
 
 Shape letters: T tokens, C width, H query heads, G key/value heads, D head size, E experts, K
 experts of a token, F hidden features.
@@ -25,10 +25,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Published:
-    """A model as a file describes it. read(name): a tensor or None, by the names that `logits`
-    uses, float32.
-    """
+    """A model as a file describes it."""
 
+    # a float32 tensor or None, by the names that `logits` uses
     read: Reader
     blocks: int
     heads: int
@@ -37,16 +36,21 @@ class Published:
     top_k: int
     eps: float
     theta: float
-    windows: tuple[int, ...]  # of each block, 0 for none
-    scaling: str = "none"  # none, linear or yarn
+    # of each block, 0 for none
+    windows: tuple[int, ...]
+    # none, linear or yarn
+    scaling: str = "none"
     factor: float = 1.0
-    trained_tokens: int = 0  # yarn
-    truncate: bool = True  # yarn: round the ends of its ramp
-    neighbours: bool = False  # rotate features (2i, 2i + 1), not (i, i + D/2)
-    is_gpt_oss: bool = False  # softmax over the chosen experts' logits, clamped SwiGLU
+    # yarn: the context before it was extended, and whether the ends of its ramp are rounded
+    trained_tokens: int = 0
+    truncate: bool = True
+    # rotate features (2i, 2i + 1), not (i, i + D/2)
+    neighbours: bool = False
+    # softmax over the chosen experts' logits, clamped SwiGLU
+    is_gpt_oss: bool = False
 
     def in_float64(self) -> Published:
-        """The same model, computed in float64."""
+        """Return the same model, computed in float64."""
 
         def read(name: str) -> Tensor | None:
             tensor = self.read(name)
@@ -58,10 +62,10 @@ class Published:
 def logits(
     model: Published, ids_T: Sequence[int], choices: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """Logits [T, V] of a text. choices: experts [T, K] of each block that are taken where they are
-    as good as the best ones.
+    """Return logits [T, V] of a text.
 
-    ValueError if a tensor is missing.
+    choices: experts [T, K] of each block, which are used if they are as good as the best ones.
+    Raise ValueError if a tensor is missing.
     """
     embedding = _tensor(model, "embed")
     x_TC = embedding[torch.tensor(list(ids_T))]
@@ -95,8 +99,9 @@ def _linear(model: Published, name: str, x: Tensor) -> Tensor:
 
 
 def _rotations(model: Published, T: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] of every position and pair. YaRN: Peng et al. 2023, section 3.2 and 3.4,
-    as both programs have it.
+    """Return cos and sin [T, D/2] of every position and pair.
+
+    YaRN: Peng et al. 2023, sections 3.2 and 3.4, as in transformers and llama.cpp.
     """
     D = model.head_size
     pair = torch.arange(D // 2, dtype=torch.float64)
@@ -158,8 +163,7 @@ def _experts(model: Published, n: int, x_TC: Tensor, choice_TK: Tensor | None) -
     scores_TE, K = _linear(model, f"{n}.router", x_TC), model.top_k
     own_TK = scores_TE.topk(K, dim=1).indices
     if choice_TK is not None:
-        # Rounding may put two experts the other way round; a choice that costs more than that is
-        # not taken.
+        # Rounding may swap two experts. A choice that costs more than that is not used.
         lost_T = scores_TE.gather(1, own_TK).sum(dim=1) - scores_TE.gather(1, choice_TK).sum(dim=1)
         own_TK = torch.where(
             (lost_T <= 1e-4 * scores_TE.abs().amax(dim=1))[:, None], choice_TK, own_TK
@@ -186,8 +190,9 @@ def _experts(model: Published, n: int, x_TC: Tensor, choice_TK: Tensor | None) -
 
 
 class Reader:
-    """Tensors of a file under the names of `logits`. theirs(name): (name in the file, what to take
-    of that tensor) or None.
+    """Reads tensors of a file by the names that `logits` uses.
+
+    theirs(name): (name in the file, function that cuts our tensor out of it) or None.
     """
 
     def __init__(
@@ -206,7 +211,7 @@ class Reader:
 
 
 def unclaimed(model: Published) -> list[str]:
-    """Tensors of the file that the architecture has no use for."""
+    """Return the tensors of the file that the architecture has no use for."""
     parts = [
         "norm1",
         "norm2",
@@ -236,10 +241,11 @@ def unclaimed(model: Published) -> list[str]:
     return sorted(model.read.names - claimed)
 
 
-# ------------------------------------------------------------------------------------- Hugging Face
+# ---------------------------------------------------------------------------------- Hugging Face
 def from_folder(config: Mapping, names: Sequence[str], read: Callable[[str], Tensor]) -> Published:
-    """A model of config.json and a folder's tensors as scripts.export_hf writes them (experts one
-    by one; gpt-oss's stacked).
+    """Return a model of config.json and a folder's tensors as scripts.export_hf writes them.
+
+    Experts are stored one by one, those of gpt-oss stacked.
     """
     family = config["model_type"]
     rope = config["rope_parameters"]
@@ -315,12 +321,13 @@ def _in_folder(family: str, name: str) -> tuple | None:
     return stacked, (lambda t: t[e, columns]) if is_bias else (lambda t: t[e, :, columns].T)
 
 
-# --------------------------------------------------------------------------------------------- GGUF
+# ------------------------------------------------------------------------------------------ GGUF
 def from_gguf(
     keys: Mapping[str, object], names: Sequence[str], read: Callable[[str], Tensor]
 ) -> Published:
-    """A model of a GGUF file's keys and tensors, as llama.cpp computes its llama (Mixtral),
-    qwen3moe and gpt-oss.
+    """Return a model of a GGUF file's keys and tensors.
+
+    It computes what llama.cpp's llama (Mixtral), qwen3moe and gpt-oss compute.
     """
     arch = keys["general.architecture"]
 
@@ -328,9 +335,10 @@ def from_gguf(
         return keys.get(f"{arch}.{name}", default)
 
     is_gpt_oss, blocks = arch == "gpt-oss", of("block_count")
-    # llama.cpp's two others see everything; gpt-oss's even blocks have the window.
-    # An expert at a time is taken of a block's six tensors, which a narrow file has to widen first.
+    # Experts are read one at a time, each from a block's six tensors. Those of a narrow file are
+    # widened first, so keep all six.
     stacked = functools.lru_cache(maxsize=6)(read)
+    # gpt-oss's even blocks have the window; llama.cpp's two others see the whole context.
     windows = tuple(
         of("attention.sliding_window") if is_gpt_oss and n % 2 == 0 else 0 for n in range(blocks)
     )
@@ -387,10 +395,9 @@ def _in_gguf(arch: str, name: str) -> tuple | None:
     return f"blk.{n}.{_GGUF_INSIDE[plain]}.{kind}", lambda t: t
 
 
-# ------------------------------------------------------------------------------------ our own
-# weights
+# ------------------------------------------------------------------------------- our own weights
 def of_weights(settings: Mapping, weights: Mapping[str, Tensor]) -> Published:
-    """A published architecture with the settings of a config.json and weights under our names."""
+    """Return a published architecture with a config.json's settings and weights by our names."""
     half = settings.get("moe_intermediate_size", settings["intermediate_size"])
     reader = Reader(list(weights), weights.__getitem__, functools.partial(_in_ours, half))
     return dataclasses.replace(from_folder(settings, [], weights.__getitem__), read=reader)

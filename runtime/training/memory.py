@@ -6,6 +6,9 @@ count of the tensors (benchmarks/fake_memory.py) and to what a process is seen t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from config_model import (
     ModelConfig,
     TrainConfig,
@@ -53,7 +56,8 @@ def training_memory_bytes(
     """
     c, b, parameters = config, compute_bytes, total_parameters(config)
     tokens = train.batch_size * c.context_length
-    moments = 2 * parameters - (hidden_matrices(c) if train.optimizer == "muon" else 0)
+    hidden_moments = OPTIMIZER_MEMORY[train.optimizer].hidden_moments
+    moments = 2 * parameters - (2 - hidden_moments) * hidden_matrices(c)
     always = {
         "program": 0 if on_gpu else PROGRAM_BYTES + _kernel_bytes(c, b),
         "weights": 4 * parameters,
@@ -104,7 +108,8 @@ def training_memory_bytes(
         "activations": 4 * c.d_model * tokens + block,
         "temporaries": within,
     }
-    update = gradients | {"temporaries": _update_temporaries(c, train, b, on_gpu)}
+    temporaries = OPTIMIZER_MEMORY[train.optimizer].temporaries(c, b, on_gpu)
+    update = gradients | {"temporaries": temporaries}
     moments_of_a_step = [
         always | parts for parts in (before | forward, before | backward, last | before, update)
     ]
@@ -190,10 +195,26 @@ def _expert_temporaries(c: ModelConfig, tokens: int, b: int, on_gpu: bool) -> in
     return 0 if on_gpu else tokens * c.top_k * b * (2 * c.d_ff + c.expert_inputs + c.d_model)
 
 
-def _update_temporaries(c: ModelConfig, train: TrainConfig, b: int, on_gpu: bool) -> int:
+def _muon_temporaries(c: ModelConfig, b: int, on_gpu: bool) -> int:
     """Bytes of Muon's temporaries: for a group of matrices four in float32, four in its dtype."""
-    if train.optimizer != "muon":
-        return 0
     matrix = c.d_model * max(c.num_heads * c.attention_head_dim, c.d_ff)
     at_once = max(2**24 if on_gpu else 2**17, matrix)
     return min(at_once, hidden_matrices(c)) * (16 + 4 * (b if on_gpu else 4))
+
+
+class OptimizerMemory(NamedTuple):
+    """What an optimizer needs apart from weights and gradients.
+
+    hidden_moments: tensors kept for each hidden matrix; of all other parameters it keeps two.
+    temporaries(config, compute_bytes, on_gpu): bytes during the update.
+    """
+
+    hidden_moments: int
+    temporaries: Callable[[ModelConfig, int, bool], int]
+
+
+# One entry for each of optimizer.OPTIMIZERS. It is here because this file needs no PyTorch.
+OPTIMIZER_MEMORY = {
+    "adamw": OptimizerMemory(2, lambda config, compute_bytes, on_gpu: 0),
+    "muon": OptimizerMemory(1, _muon_temporaries),
+}

@@ -28,7 +28,7 @@ HEALTHY_LOAD = (
 )  # of its fair share: an expert below learns little, one above is a bottleneck
 
 
-# -------------------------------------------------------------------------------------------------- records <-> lines
+# -------------------------------------------------------------------------------- records <-> lines
 def to_json(value):
     """`value` as plain JSON types and whether a number in it was not finite: such numbers become None.
 
@@ -116,7 +116,7 @@ def read_records(path: str | Path) -> Iterator[dict]:
     return (record for _, record in _good_lines(Path(path)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- log
+# ---------------------------------------------------------------------------------------------- log
 class MetricsLog:
     """Append-only measurements of one run in `folder`.
 
@@ -398,7 +398,7 @@ class MetricsLog:
             sink.finish()
 
 
-# -------------------------------------------------------------------------------------------------------------- mirrors
+# ------------------------------------------------------------------------------------------ mirrors
 def flatten(record: dict) -> dict[str, float]:
     """A record as named scalars: `train/loss`, ..., and per block `router/block_00/entropy`, `.../load_min`, `.../load_max`,
     `.../dropped_share`. Nulls are left out."""
@@ -407,6 +407,9 @@ def flatten(record: dict) -> dict[str, float]:
         for key, value in record.items()
         if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+    for name, value in (record.get("score") or {}).items():
+        if value is not None:
+            flat[f"{record['kind']}/{name}"] = value
     for block, loads in enumerate(record.get("expert_load") or []):
         loads = [load for load in loads if load is not None]
         if loads:

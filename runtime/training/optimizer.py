@@ -7,7 +7,8 @@ can be read by hand and a renamed, missing or reshaped parameter is an error tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from config_model import TrainConfig
 from runtime.base.device import DTYPES, choose_dtype
-from runtime.checkpoint.optimizer_state import (
-    initialise_state,
-)
+from runtime.checkpoint.optimizer_state import initialise_state
 
 STACKED_BIASES = (
     "b_in",
@@ -49,7 +48,7 @@ POLAR_EXPRESS = (
 POLAR_EXPRESS_MARGIN = 1.01
 
 
-# ----------------------------------------------------------------------------------------------- which tensors get what
+# --------------------------------------------------------------------------- which tensors get what
 def decays(name: str, parameter: Tensor) -> bool:
     """The rule: what has two or more dimensions decays, unless it is a stack of biases.
 
@@ -101,18 +100,36 @@ def parameter_groups(
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer that the config describes, over `model`. ValueError for moments that bfloat16 cannot hold."""
-    if config.optimizer == "adamw" and config.state_dtype == "float32":
-        return build_adamw(model, config)
-    muon = config.optimizer == "muon"
-    for name in ("beta1", "beta2", *(["muon_momentum"] if muon else [])):
+    """Return the optimizer that the config describes, over `model`.
+
+    Raise ValueError for moments that bfloat16 cannot hold.
+    """
+    kind = OPTIMIZERS[config.optimizer]
+    for name in kind.decay_rates:
         if config.state_dtype == "bfloat16" and getattr(config, name) >= BFLOAT16_DECAY_LIMIT:
             raise ValueError(
-                f"{name} {getattr(config, name)} with state_dtype bfloat16 makes a moment that rounding keeps from ever falling: "
-                f"lower it below {BFLOAT16_DECAY_LIMIT}, or use state_dtype float32"
+                f"{name} {getattr(config, name)} with state_dtype bfloat16 makes a moment that "
+                f"rounding keeps from ever falling: lower it below {BFLOAT16_DECAY_LIMIT}, or use "
+                "state_dtype float32"
             )
+    return kind.build(model, config)
+
+
+def build_adamw_in_any_dtype(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Return AdamW with moments in the config's state_dtype: torch's own keeps float32 alone."""
+    if config.state_dtype == "float32":
+        return build_adamw(model, config)
+    return _muon_adamw(model, config, None)
+
+
+def build_muon(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Return Muon for the matrices inside the blocks and AdamW for all else."""
+    return _muon_adamw(model, config, config.muon_momentum)
+
+
+def _muon_adamw(model: nn.Module, config: TrainConfig, muon_momentum: float | None) -> Optimizer:
     return MuonAdamW(
-        parameter_groups(model, config.weight_decay, config.muon_momentum if muon else None),
+        parameter_groups(model, config.weight_decay, muon_momentum),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
@@ -121,7 +138,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def build_adamw(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over `model` with the config's lr, betas, eps and weight decay, in torch's fused kernel, which CPU, CUDA and MPS have."""
+    """Return torch's fused AdamW over `model`, which CPU, CUDA and MPS have."""
     return AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,
@@ -131,7 +148,22 @@ def build_adamw(model: nn.Module, config: TrainConfig) -> AdamW:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- the step
+class OptimizerKind(NamedTuple):
+    """How an optimizer is built, and its settings that are decay rates of moments."""
+
+    build: Callable[[nn.Module, TrainConfig], Optimizer]
+    decay_rates: tuple[str, ...]
+
+
+# A new optimizer is an entry here, its memory in memory.OPTIMIZER_MEMORY, and a choice of
+# TrainConfig.optimizer; a test holds the three together.
+OPTIMIZERS = {
+    "adamw": OptimizerKind(build_adamw_in_any_dtype, ("beta1", "beta2")),
+    "muon": OptimizerKind(build_muon, ("beta1", "beta2", "muon_momentum")),
+}
+
+
+# ----------------------------------------------------------------------------------------- the step
 class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024) for the groups that have a momentum, AdamW for the others.
 

@@ -32,9 +32,7 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checks import known
 from runtime.training.memory import training_memory_bytes
-from runtime.training.state import (
-    RunState,
-)
+from runtime.training.state import RunState
 from runtime.training.task import Task
 
 # With --resume these may be given anew; every other setting is the run's and must stay what it is.
@@ -248,12 +246,14 @@ def _check_vocabulary(model_config: ModelConfig, task: Task, source: Checkpoint 
     """Raise ValueError unless model, data and starting weights agree on what the ids mean."""
     ours = task.tokenizer_state
     if model_config.vocabulary_size < task.vocabulary_size:
+        tokenizer = f" ({ours['name']})" if ours else ""
         raise ValueError(
-            f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's {task.vocabulary_size:,} ({ours['name']}): "
-            "leave --vocabulary_size out to take the data's, or prepare the text with the model's tokenizer"
+            f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's "
+            f"{task.vocabulary_size:,}{tokenizer}: leave --vocabulary_size out to take the data's, "
+            "or prepare the text with the model's tokenizer"
         )
-    theirs = source and source.tokenizer_state
-    if theirs and ours and theirs["fingerprint"] != ours["fingerprint"]:
+    theirs = source.tokenizer_state if source else None
+    if source and theirs and ours and theirs["fingerprint"] != ours["fingerprint"]:
         name = ours["name"] + (" of another text" if ours["name"] == theirs["name"] else "")
         raise ValueError(
             f"{source.path} was trained with tokenizer {theirs['name']} and {task.where} was made with {name}: prepare the text with the former"

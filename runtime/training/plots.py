@@ -96,7 +96,7 @@ def human(number: float, digits: int = 3) -> str:
     return (f"{number:.0f}" if "e" in text and abs(number) >= 1 else text) + suffix
 
 
-# ------------------------------------------------------------------------------------------------- what is to be shown
+# ------------------------------------------------------------------------------ what is to be shown
 def _number(value) -> float:
     """A record's number as float; what is missing, null or no number is NaN."""
     if isinstance(value, (int, float)) and math.isfinite(value):
@@ -229,7 +229,7 @@ def thin(x, y):
     return x[chosen], y[chosen]
 
 
-# -------------------------------------------------------------------------------------------------------- parts of plots
+# ----------------------------------------------------------------------------------- parts of plots
 class Page:
     """A figure with a title on the left, the state of the run on the right, and axes below that fill it."""
 
@@ -450,7 +450,7 @@ def _depth_key(page: Page, axes, count: int) -> None:
     bar.set_label("block")
 
 
-# ------------------------------------------------------------------------------------------------------------- the plots
+# ---------------------------------------------------------------------------------------- the plots
 def _curve(
     title: str, key: str, unit: str, history: History, status: str, log: bool
 ) -> Page | None:

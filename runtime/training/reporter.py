@@ -12,25 +12,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config_model import (
-    flops_per_token,
-)
+from config_model import flops_per_token
 from runtime.base import process
-from runtime.base.device import (
-    device_name,
-    peak_flops,
-)
+from runtime.base.device import device_name, peak_flops
 from runtime.base.files import write_text_atomic
 from runtime.base.text import human_count, human_seconds
 from runtime.checks import known
 from runtime.training.metrics import HEALTHY_LOAD, MetricsLog, make_sinks
-from runtime.training.plan import (
-    TrainPlan,
-)
+from runtime.training.plan import TrainPlan
 from runtime.training.plots import draw_plots
-from runtime.training.state import (
-    RunState,
-)
+from runtime.training.state import RunState
 
 PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, recorded
 

@@ -1,10 +1,11 @@
-"""Build what a plan names: model, optimizer and loader."""
+"""Build what a plan names, model and optimizer, and try one micro-batch."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch.optim import Optimizer
@@ -23,25 +24,21 @@ from runtime.checkpoint.read import build_model, load_training_state
 from runtime.checks.kernels import settle_kernels
 from runtime.kernels.choose import choose_kernels
 from runtime.training.optimizer import build_optimizer
-from runtime.training.plan import (
-    TrainPlan,
-    with_config,
-)
+from runtime.training.plan import TrainPlan, with_config
 
-# train.forward_backward(model, task, batch, dtype), handed in: gradients are made in train.py alone.
+# train.forward_backward(model, task, batch, dtype). It is handed in, because gradients are computed
+# in train.py alone.
 ForwardBackward = Callable[..., Output]
 
 
 def runs(plan: TrainPlan, forward_backward: ForwardBackward) -> bool:
     """Return whether a step of the plan runs on its device with memory to spare.
 
-    The trial is not compiled, and leaves nothing.
+    The trial is not compiled. Its memory is released.
     """
+    eager = dataclasses.replace(plan, config=dataclasses.replace(plan.config, compile=False))
     try:
-        set_up(
-            dataclasses.replace(plan, config=dataclasses.replace(plan.config, compile=False)),
-            forward_backward,
-        )
+        set_up(eager, forward_backward)
         return has_room(plan.device)
     except ValueError as error:
         if not is_out_of_memory(error.__cause__ or error):
@@ -54,11 +51,11 @@ def runs(plan: TrainPlan, forward_backward: ForwardBackward) -> bool:
 def dry_run(
     model: LLM, optimizer: Optimizer, plan: TrainPlan, forward_backward: ForwardBackward
 ) -> float:
-    """Run two micro-batches with the optimizer's state in place, so that out-of-memory comes now.
+    """Run two micro-batches, so that a lack of memory shows now; return the second's seconds.
 
-    Nothing is updated. The second meets the gradients of the first where a step has more than one
-    micro-batch; where it has not, that would ask for memory no step needs. Returns the seconds the
-    second took; the first warms up.
+    The optimizer's state is allocated before, and nothing is updated. The first micro-batch warms
+    up. If a step has several, the second runs with the gradients of the first in memory. If a step
+    has one, no step needs that memory.
     """
     initialise_state(optimizer)
     model.train()
@@ -74,12 +71,13 @@ def dry_run(
     return seconds
 
 
-def out_of_memory_advice(plan: TrainPlan):
-    """Context that turns a device's out-of-memory into one line that says what to lower."""
+def out_of_memory_advice(plan: TrainPlan) -> AbstractContextManager[None]:
+    """Return a context that turns an out-of-memory error into a line that says what to lower."""
     return explained_out_of_memory(
         plan.device,
-        f"lower --batch_size (now {plan.config.batch_size}; raise --grad_accum as much to keep the tokens per step), or "
-        "take --micro_batch auto or --activation_checkpointing; then lower --context_length or the model",
+        f"lower --batch_size (now {plan.config.batch_size}; raise --grad_accum as much to keep the "
+        "tokens per step), or take --micro_batch auto or --activation_checkpointing; then lower "
+        "--context_length or the model",
     )
 
 
@@ -93,6 +91,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
             tqdm.write(f"note     {line}")
         optimizer = build_optimizer(model, config)
         if config.resume:
+            assert plan.source is not None
             load_training_state(plan.source, model, optimizer)
         model.activation_checkpointing = config.activation_checkpointing
         model.loss_rows = plan.loss_rows
@@ -104,6 +103,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
 def build(plan: TrainPlan) -> LLM:
     """Return the plan's model on its device, with the weights of --init_from or random ones."""
     if plan.config.init_from:
+        assert plan.source is not None
         return build_model(with_config(plan.source, plan.model_config), plan.device)
     torch.manual_seed(plan.config.seed)
     with plan.device:

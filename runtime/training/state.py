@@ -1,9 +1,10 @@
-"""The state of a run, and sums that a step adds to without waiting for the device."""
+"""The state of a run, and sums that a step adds to without a host sync."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,41 +21,61 @@ class TrainingDiverged(ValueError):
 
 @dataclass
 class RunState:
-    """Everything besides weights and optimizer state that a run needs to go on. Plain numbers: it is saved as JSON."""
+    """What a run needs to continue, apart from weights and optimizer state.
 
-    step: int = 0  # optimizer steps done, skipped ones included
-    samples_seen: int = 0  # sequences taken from the loader
+    Plain numbers, because it is saved as JSON in each checkpoint. A field that is renamed ends the
+    resume of every older run (plan.saved_state).
+    """
+
+    # Optimizer steps done, skipped ones included.
+    step: int = 0
+    # Sequences taken from the loader.
+    samples_seen: int = 0
     tokens_seen: int = 0
-    skipped_steps: int = (
-        0  # steps without an update, because a gradient was not finite or the loss a spike
-    )
+    # Steps without an update, because a gradient was not finite or the loss was a spike.
+    skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    rollbacks: int = 0  # times that it went back to a checkpoint
+    # Times that the run was rolled back to a checkpoint.
+    rollbacks: int = 0
     best_val_loss: float | None = None
-    train_seconds: float = 0.0  # spent in steps; validation, saving and plotting excluded
+    # Spent in steps, without validation, saving and plotting.
+    train_seconds: float = 0.0
     run_id: str = ""
-    scaler: dict = field(default_factory=dict)  # float16's loss scaler
-    window: dict = field(default_factory=dict)  # sums since the last log line (Totals)
-    recent_loss: list = field(default_factory=lambda: [0.0, 0.0, 0.0])  # RecentLoss
+    # float16's loss scaler.
+    scaler: dict = field(default_factory=dict)
+    # Sums since the last log line (Totals).
+    window: dict = field(default_factory=dict)
+    # Steps, mean, variance (RecentLoss).
+    recent_loss: list = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype that sums over steps are kept in: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class RecentLoss:
-    """Running mean and variance of the steps' losses, kept on the device, to tell a spike from noise without waiting."""
+    """Running mean and variance of the steps' losses, to tell a spike from noise.
 
-    KEEP = 0.95  # of the statistics at each step: about 20 steps count, so that a fall at the start is soon forgotten
-    FEWEST_STEPS = 50  # before which nothing is a spike
-    LEAST_DEVIATION = 0.01  # of the mean: late in training the loss hardly moves, and a hair's breadth is no spike
+    They are kept on the device, so that nothing waits for it.
+    """
+
+    # Share of the statistics that a step keeps: about 20 steps count, so that the steep fall at the
+    # start is soon forgotten.
+    KEEP = 0.95
+    # No earlier step is a spike.
+    FEWEST_STEPS = 50
+    # Smallest standard deviation, as a share of the mean: late in training the loss hardly moves,
+    # and a tiny rise is no spike.
+    LEAST_DEVIATION = 0.01
 
     def __init__(self, state: RunState, sigmas: float, device: torch.device):
         self.sigmas = sigmas
-        self.numbers = torch.tensor(
-            state.recent_loss,
-            dtype=torch.float32 if device.type == "mps" else torch.float64,
-            device=device,
-        )  # steps, mean, variance
+        # Steps, mean, variance.
+        self.numbers = torch.tensor(state.recent_loss, dtype=sums_dtype(device), device=device)
 
     def is_spike(self, loss: Tensor) -> Tensor | None:
-        """Whether a step's mean cross-entropy is one, 0-dim bool on the device; None where nobody asks."""
+        """Return whether a step's mean cross-entropy is a spike, 0-dim bool; or None."""
         if not self.sigmas:
             return None
         steps, mean, variance = self.numbers
@@ -64,16 +85,12 @@ class RecentLoss:
     def add(self, loss: Tensor, bad: Tensor) -> None:
         """Count a step, unless it is `bad`."""
         steps, mean, variance = self.numbers
-        share = torch.maximum(
-            1 / (steps + 1), torch.full_like(steps, 1 - self.KEEP)
-        )  # a plain mean at first
+        # A plain mean at first, a running one later.
+        share = torch.maximum(1 / (steps + 1), torch.full_like(steps, 1 - self.KEEP))
         off = loss.to(mean) - mean
+        new_variance = (1 - share) * (variance + share * off * off)
         self.numbers = torch.where(
-            bad,
-            self.numbers,
-            torch.stack(
-                (steps + 1, mean + share * off, (1 - share) * (variance + share * off * off))
-            ),
+            bad, self.numbers, torch.stack((steps + 1, mean + share * off, new_variance))
         )
 
 
@@ -85,34 +102,38 @@ class Totals:
     """
 
     def __init__(self, state: RunState, device: torch.device):
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.device = device
-        saved = sums_of(state.window)
+        self.dtype = sums_dtype(device)
+        # All sums in one tensor, one after the other, in the order of `shapes`.
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.flat: Tensor | None = None  # all sums, one after the other
+        self.flat = torch.zeros(0, dtype=self.dtype, device=device)
+        saved = sums_of(state.window)
         if saved:
             tensors = {
                 name: torch.tensor(value, dtype=torch.float64) for name, value in saved.items()
             }
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            self.shapes = _shapes_of(tensors)
             self.flat = self._flatten(tensors)
+        self.host = {name: state.window.get(name, 0) for name in HOST_SUMS}
         self.skipped = torch.tensor(
             [state.skipped_steps, state.skipped_in_a_row], dtype=self.dtype, device=device
         )
-        self.host = {name: state.window.get(name, 0) for name in HOST_SUMS}
         self.grad_norm = torch.zeros((), dtype=self.dtype, device=device)
+        # What `wait` has fetched.
         self.numbers: list[float] = []
 
     def _flatten(self, sums: dict[str, Tensor]) -> Tensor:
-        return torch.cat([tensor.flatten() for tensor in sums.values()]).to(self.device, self.dtype)
+        values = [sums[name].flatten() for name in self.shapes]
+        return torch.cat(values).to(self.device, self.dtype)
 
     def add(self, sums: dict[str, Tensor], grad_norm: Tensor, bad: Tensor) -> None:
-        """Add a step. One that is `bad` (0-dim bool), and so was skipped, adds nothing to the sums."""
-        values = self._flatten(sums)
-        if self.flat is None:
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in sums.items()}
-            self.flat = torch.zeros_like(values)
-        self.flat += torch.where(bad, 0.0, values)
+        """Add a step. One that is `bad` (0-dim bool) was skipped and adds nothing to the sums."""
+        shapes = _shapes_of(sums)
+        if shapes != self.shapes:
+            # The first step, or the first after a resume whose checkpoint has other sums.
+            self.shapes = shapes
+            self.flat = torch.zeros_like(self._flatten(sums))
+        self.flat += torch.where(bad, 0.0, self._flatten(sums))
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad
         self.grad_norm = grad_norm.to(self.skipped)
@@ -132,19 +153,24 @@ class Totals:
         sums = {}
         for name, shape in self.shapes.items():
             count = math.prod(shape)
-            sums[name], numbers = _nested(numbers[:count], shape), numbers[count:]
+            sums[name] = _nested(numbers[:count], shape)
+            numbers = numbers[count:]
         state.window = self.host | {"sums": sums}
-        state.skipped_steps, state.skipped_in_a_row = int(skipped), int(in_a_row)
+        state.skipped_steps = int(skipped)
+        state.skipped_in_a_row = int(in_a_row)
         return grad_norm
 
     def clear(self) -> None:
         """Start the next interval."""
-        if self.flat is not None:
-            self.flat.zero_()
+        self.flat.zero_()
         self.host = dict.fromkeys(self.host, 0)
 
 
-def _nested(numbers: list[float], shape: tuple[int, ...]):
+def _shapes_of(sums: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in sums.items()}
+
+
+def _nested(numbers: list[float], shape: tuple[int, ...]) -> Any:
     """Return `numbers` as nested lists of a shape; as a number for shape ()."""
     if not shape:
         return numbers[0]
@@ -161,13 +187,8 @@ def sums_of(window: dict) -> dict:
     if "losses" not in window:
         return window.get("sums", {})
     router = window["router"]
-    return dict(
-        zip(
-            ("cross_entropy", "targets", "steps", "aux_loss", "z_loss"),
-            window["losses"],
-            strict=True,
-        )
-    ) | {
+    names = ("cross_entropy", "targets", "steps", "aux_loss", "z_loss")
+    return dict(zip(names, window["losses"], strict=True)) | {
         "expert_load": [row[:-2] for row in router],
         "router_entropy": [row[-2] for row in router],
         "dropped_share": [row[-1] for row in router],
@@ -175,7 +196,7 @@ def sums_of(window: dict) -> dict:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), inf where that is beyond a double."""
+    """Return exp(loss), or inf where a float64 cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -186,9 +207,8 @@ def train_record(state: RunState, lr: float, grad_norm: float) -> dict:
     """
     window = state.window
     sums = dict(window["sums"])
-    cross_entropy, targets, steps = (
-        sums.pop(name) for name in ("cross_entropy", "targets", "steps")
-    )
+    cross_entropy, targets = sums.pop("cross_entropy"), sums.pop("targets")
+    steps = sums.pop("steps")
     loss = cross_entropy / targets if steps else math.nan
     means = {name: _divided(value, steps) for name, value in sums.items()}
     seconds = max(window["seconds"], 1e-9)
@@ -210,8 +230,8 @@ def train_record(state: RunState, lr: float, grad_norm: float) -> dict:
     }
 
 
-def _divided(value, steps: float):
-    """Return a number, or each number of nested lists, over `steps`; nan where there are none."""
+def _divided(value: Any, steps: float) -> Any:
+    """Return a number, or each number in nested lists, over `steps`; nan if `steps` is 0."""
     if isinstance(value, list):
         return [_divided(part, steps) for part in value]
     return value / steps if steps else math.nan

@@ -211,7 +211,7 @@ def test_wrong_flags_are_one_line(argv, message):
         ("[train]\nd_model = 64", r"unknown keys in \[train\]: d_model"),
         ("[data]\npath = 'x'", r"unknown table \[data\]: only \[model\] and \[train\] are read"),
         ("[[model]]\nd_model = 1", "unknown keys: model"),
-        ("preset = 'nano'", "names a preset: name it on the command line"),
+        ("preset = 'nano'", "names a preset: give it on the command line"),
         ("config = 'x.toml'", "unknown keys: config"),
         (
             "d_model = 64\n[model]\nd_model = 128",
@@ -510,6 +510,7 @@ def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
         ), done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, usage",
     [("scripts.export_hf", "usage: python -m scripts.export_hf"), ("train", "usage: train.py")],

@@ -30,8 +30,9 @@ import builtins, os, sys
 original = builtins.__import__
 def watching(name, *args, **kwargs):
     if name == "torch" and "torch" not in sys.modules:
-        print("seen", os.environ.get("GOMP_SPINCOUNT"))
-        builtins.__import__ = original
+        print("seen", os.environ.get("GOMP_SPINCOUNT"), flush=True)
+        # What comes after is no part of this test, and takes seconds.
+        os._exit(0)
     return original(name, *args, **kwargs)
 builtins.__import__ = watching
 import train

@@ -241,6 +241,7 @@ def test_cpu_clock(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- training steps
+@pytest.mark.slow
 def test_train_benchmark(data, results_folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(
@@ -413,6 +414,7 @@ def test_baseline_out_of_memory_gets_smaller_micro_batches(monkeypatch):
         runner.run(1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_all_logits_is_seen():
     """Each in a process of its own, as the benchmark does it: in this one, what malloc kept from other tests came and went."""
@@ -690,6 +692,7 @@ def test_loss_benchmark_notices_a_wrong_gradient_of_the_head(monkeypatch):
         loss.main([*LOSS, "--variants", "ours_8,full", "--no-memory"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loss_memory_of_all_logits_is_seen():
     peaks = {}

@@ -380,6 +380,7 @@ def test_settings(data):
 
 
 # -------------------------------------------------------------------------------------------------------- the whole of it
+@pytest.mark.slow
 @needs_transformers
 def test_the_benchmark_of_generation(results_folder, capsys):
     """Every cell has every side, the sides draw the same tokens, and each figure is what its name says of the others."""
@@ -513,6 +514,7 @@ def test_random_weights_are_scaled_but_for_norms():
 
 
 # ------------------------------------------------------------------------------------------------------ with a checkpoint
+@pytest.mark.slow
 def test_perplexity_of_packed_weights(data, tmp_path, results_folder):
     run = Run(data, tmp_path / "run")
     assert run("--max_steps", "6") == 0

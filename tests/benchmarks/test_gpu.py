@@ -38,6 +38,7 @@ from config_model import TrainConfig
 from runtime.base import cli
 from runtime.inference import decoder as inference
 from runtime.training import setup
+from tests import children
 from tests.builders_inference import (
     COMPILED_CASES,
     COMPILED_SPAN,
@@ -252,24 +253,24 @@ def test_all_gpu_tests_are_asked_for():
         f"tests/{path.name}"
         for path in sorted((REPO / "tests").glob("test_*.py"))
         if re.search(
-            r"^(@pytest\.mark\.gpu|pytestmark = .*mark\.gpu)", path.read_text(), re.MULTILINE
+            r"^(@pytest\.mark\.gpu|pytestmark = \[?\s*pytest\.mark\.gpu)",
+            path.read_text(),
+            re.MULTILINE,
         )
     ]
     assert sorted(gpu_plan.TEST_FILES) == marked
 
 
+@pytest.mark.slow
 def test_gpu_tests_compile_few_models():
     """They compiled some 70 whole models, several minutes: now at most 4, of which none is in the
     first command.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
+    done = children.run(
+        ["-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"],
         env=os.environ | {"PYTEST_ADDOPTS": "-o addopts="},
     )
+    assert done.returncode == 0, done.stderr
     collected = re.findall(r"^tests/test_gpu\.py::(\w+)", done.stdout, re.MULTILINE)
     assert len(collected) > 50
     spans, span = 1, COMPILED_SPAN
@@ -281,6 +282,7 @@ def test_gpu_tests_compile_few_models():
     assert (REPO / "tests/test_gpu.py").read_text().count("compile=True") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED_CASES)
 def test_the_compiled_tests_read_both_spans(case, monkeypatch):
     """Run here in the place of a GPU, without the compiler: what is asked for and compared is the
@@ -498,6 +500,7 @@ def test_a_child_that_outlives_its_stage_is_killed(plan):
     assert len(pids) == 3 and all_end(pids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_command_may_be_killed_at_any_time(results, how):
     """What ended is stored by then, what the stage in between has measured too; and its program
@@ -514,7 +517,7 @@ stages = {{name: Stage(60, [python(program)]) for name, program in programs.item
 gpu_plan.first = lambda name, memory, tiny: stages
 gpu.main(["--name", "box", "--out", {str(results)!r}])
 """
-    process = subprocess.Popen(python(code), cwd=REPO, stdout=subprocess.PIPE, text=True)
+    process = children.start(["-c", code])
     path, log = results / "box.json", results / "box.log"
     assert wait_until(
         lambda: (
@@ -1025,17 +1028,16 @@ def test_error(broken): pass
 """
 
 
+@pytest.mark.slow
 def test_failed_tests_and_their_reasons_are_stored(results):
     """As each ends; and the second command takes those again that failed in the first."""
     folder = results / "suite"
     folder.mkdir()
     (folder / "test_it.py").write_text(TESTS)
-    command = [sys.executable, "-m", "benchmarks.gpu_tests", "--name"]
+    command = ["-m", "benchmarks.gpu_tests", "--name"]
     env = os.environ | {"GPTOSS_RESULTS": str(results)}
     where = ["-p", "no:cacheprovider", "--rootdir", str(folder), str(folder / "test_it.py")]
-    done = subprocess.run(
-        [*command, "x", "--", *where], cwd=REPO, env=env, capture_output=True, text=True
-    )
+    done = children.run([*command, "x", "--", *where], env=env)
     told = stored(results, "tests_x")
     assert done.returncode == 1
     assert {name: row["value"] for name, row in told["measures"].items()} == {
@@ -1091,6 +1093,7 @@ def test_only_what_failed_is_taken_again(results, monkeypatch):
         gpu_tests.main(["--name", "y", "--failed_in", str(results / "none.json")])
 
 
+@pytest.mark.slow
 def test_a_difference_between_two_runs_is_seen(tmp_path, data, results, monkeypatch):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert Run(data, tmp_path / name)("--max_steps", "4", "--seed", seed) == 0
@@ -1120,6 +1123,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+@pytest.mark.slow
 def test_both_commands_run_at_a_tiny_size(results, data):
     """Every program, with real shards, without the library datasets, the tests' fixtures and a
     network.

@@ -19,6 +19,8 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)
     monkeypatch.setattr(ablations, "PAGE", tmp_path / "page.md")
+    for name, value in dict(d_model=32, transformer_blocks=1, d_ff=32).items():
+        monkeypatch.setitem(ablations.BASE, name, value)
     monkeypatch.setitem(ablations.BASE, "val_steps", 1)
     monkeypatch.setitem(ablations.BASE, "warmup_steps", 1)
     monkeypatch.setitem(ablations.BASE, "log_interval", 1)

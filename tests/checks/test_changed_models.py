@@ -13,19 +13,19 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from runtime.inference import cpu_decode
+from tests import children
 from tests.builders import random_model, tiny_config
 from tests.builders_export import write_folder
 from tests.changed_models import CHANGES, FIELDS
 from tests.conftest import REPO
 
+pytestmark = pytest.mark.slow
 # What each of them names. The first has no name: it is found by its logits alone.
 NAMES = {
     "sigmoid in place": "",
@@ -66,13 +66,12 @@ def said(name: str, *rest: str) -> dict:
             for key, value in os.environ.items()
             if key not in ("PYTHONPATH", "GPTOSS_TRACEBACK")
         }
-        run = subprocess.run(
-            [sys.executable, "-m", "tests.changed_models", name, str(published), *rest],
+        run = children.run(
+            ["-m", "tests.changed_models", name, published, *rest],
             cwd=copy,
-            capture_output=True,
-            text=True,
             timeout=600,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=environment,
+            libraries=["transformers.modeling_utils", "onnxscript"],
         )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])

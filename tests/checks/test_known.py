@@ -138,7 +138,7 @@ class Sharper(nn.RMSNorm):
         (lambda m: delattr(m, "norm"), ["a model without norm"]),
         (lambda m: setattr(m, "values", nn.Linear(2, 2)), ["values (Linear)"]),
     ],
-    ids=str,
+    ids=["parameter", "buffer", "unsaved buffer", "norm", "norm of one", "no norm", "linear"],
 )
 def test_other_parts_are_named(change, said):
     """Also where one block alone has them: the last block's were once taken for all."""

@@ -24,7 +24,7 @@ from runtime.data.loader import WindowLoader, count_windows, prefetch, validatio
 from runtime.data.shards import ShardWriter, TokenShards, open_data, read_manifest, write_manifest
 from tests.builders_data import BYTE, write_pair, write_split
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +123,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert a == b != c
 
 
+@pytest.mark.slow
 def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
     """D7: by name, shard_10000 came before shard_9999. And 10,000 memory maps need 10,000 open files where 256 are usual."""
     resource = pytest.importorskip(
@@ -337,7 +338,7 @@ def test_an_epoch_uses_every_token_as_a_target(
         verify=False,
     )
     if num_tokens < context + 1:
-        with pytest.raises(ValueError, match="a window needs .* lower --context_length"):
+        with pytest.raises(ValueError, match="a sequence needs .* lower --context_length"):
             WindowLoader(shards, context, 1, seed)
         return
     loader = WindowLoader(shards, context, 1, seed)
@@ -433,7 +434,7 @@ def test_prefetch_ends_its_thread():
 
 def test_import_needs_no_torch_and_no_datasets():
     """prepare_data starts without torch; train and predict without datasets and tokenizers."""
-    code = "import sys, runtime.data; assert not {'torch', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules)"
+    code = "import sys, runtime.data.shards, runtime.data.loader; assert not {'torch', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 

@@ -207,7 +207,7 @@ def test_bpe_training_is_deterministic():
 def test_bpe_refuses_a_text_that_is_too_small():
     with pytest.raises(
         ValueError,
-        match=r"too small for --tokenizer bpe:4096: it gives \d+ ids at most; use bpe:\d+ or less",
+        match=r"too small for --tokenizer bpe:4096: it gives at most \d+ ids; use bpe:\d+ or less",
     ):
         train_bpe(TALE, 4096)
 

@@ -1,4 +1,4 @@
-"""The toy stories: the same everywhere, all different, and sound English as far as a machine can check it."""
+"""The toy stories: the same everywhere, all different, and as sound as a machine can check."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,7 +15,17 @@ import sys
 import pytest
 
 from runtime.data import toy_stories
-from runtime.data.toy_stories import NUM_DISTINCT, Phrase, _compile, _draft, _fewest, story
+from runtime.data.toy_stories import (
+    GRAMMAR,
+    NUM_DISTINCT,
+    Phrase,
+    _compile,
+    _draft,
+    _fewest,
+    grammar,
+    read_grammar,
+    story,
+)
 from tests.conftest import REPO
 
 SAMPLE = 10_000  # stories that are checked one by one
@@ -66,6 +77,14 @@ def failures(texts, pattern: str, allowed=()) -> list[tuple[int, str]]:
 # ---- which story an index gives
 
 
+def test_the_stories_are_those_of_earlier_versions():
+    """A dataset of toy stories is named by its size alone: the same size is the same text."""
+    digest = hashlib.sha256(b"".join(story(index).encode() + b"\0" for index in range(SAMPLE)))
+    wanted = "6ce4eb004c2c6f1aea51de5a4a7f01b3f2f9f28330f4e7ec7af99711b171a4d9"
+    assert digest.hexdigest() == wanted
+    assert NUM_DISTINCT == 49_609_950
+
+
 def test_a_story_depends_on_its_index_only():
     code = (
         "import hashlib; from runtime.data.toy_stories import story; "
@@ -92,6 +111,7 @@ def test_large_indices_are_stories_too_and_negative_ones_are_refused():
         story(-1)
 
 
+@pytest.mark.slow
 def test_100_000_stories_are_distinct_and_of_good_length():
     seen, words = set(), collections.Counter()
     for index in range(100_000):
@@ -156,42 +176,116 @@ def test_there_are_more_than_100_000_stories():
 # ---- the data
 
 
+def entries(kind: str) -> dict[str, list[str]]:
+    """{name: entries} of the grammar's rules or plots, as they are written."""
+    blocks = toy_stories._read_blocks(GRAMMAR)[kind]
+    return {block.name: [line.text for line in block.lines] for block in blocks}
+
+
 def test_every_rule_table_and_column_is_used():
-    blocks = toy_stories._read_blocks(toy_stories.RULES)
-    plots = {title for title in blocks if title.startswith("plot ")}
+    rules, plots = entries("rule"), entries("plot")
     assert len(plots) >= 10
-    named = set(re.findall(r"<([^>]+)>", toy_stories.RULES))
-    assert named == set(blocks) - plots
-    assert all(
-        len(set(lines)) >= 2 or "|" in lines[0]
-        for title, lines in blocks.items()
-        if title not in plots
-    )
-    fields = {field.split(".")[0] for field in FIELD.findall(toy_stories.RULES)}
-    assert (
-        set(toy_stories._ROWS) | {"A", "B", "O", "at", "place", "sight", "spot", "spot2", "spot3"}
-        == fields
-    )
+    lines = [line for block in (*rules.values(), *plots.values()) for line in block]
+    assert {name for line in lines for name in re.findall(r"<([^>]+)>", line)} == set(rules)
+    assert all(len(set(block)) >= 2 or "|" in block[0] for block in rules.values())
+    fields = {field.split(".")[0] for line in lines for field in FIELD.findall(line)}
+    made = {"A", "B", "O", "at", "place", "sight", "spot", "spot2", "spot3"}
+    assert set(grammar().things) | made == fields
 
 
 def test_every_alternative_gives_text():
-    """Each alternative of each rule with a cast: a misspelt field or an open bracket would stop a training run much later."""
+    """Write each alternative of each rule with a cast, by several choices."""
     cast = _draft(0)[1]
-    for alternatives in toy_stories._RULES.values():
+    choices = [*grammar().rules.values(), *(plot.alternatives for plot in grammar().plots)]
+    for alternatives in choices:
         for expansion in alternatives:
             for number in (0.0, 0.25, 0.5, 0.75, 0.999):
                 out: list[str] = []
                 toy_stories._write(([expansion],), lambda number=number: number, out)
                 assert "".join(out).format_map(cast)
-    source = FIELD.sub("", toy_stories.RULES)
-    assert "{" not in source and "}" not in source
-    for field in set(FIELD.findall(toy_stories.RULES)):
-        assert ("{" + field + "}").format_map(cast), field
+
+
+# Each breaks a sound grammar in one place: (what stands there, what comes there, the error).
+MALFORMED = {
+    "no kind": ("rule glad", "rules glad", r"line LINE: a block begins with"),
+    "no name": ("rule glad", "rule", r"line LINE: a block begins with"),
+    "two of a name": ("rule sad", "rule glad", r"line LINE: there is such a rule already: .*line"),
+    "an empty block": ("rule glad", "rule mad\nrule glad", r"line LINE: there is nothing in this"),
+    "three spaces": ("  (happy|", "   (happy|", r"line LINE: put two spaces before an entry"),
+    "a tab": ("  (happy|", "\t(happy|", r"line LINE: put two spaces before an entry"),
+    "nothing continues": ("  (happy|", "      (happy|", r"line LINE: put two spaces"),
+    "open": ("  (happy|happy", "  (happy|(happy", r'line LINE: there is a "\(" that nothing'),
+    "closed": ("  (happy|happy", "  (happy|happy)", r"line LINE: there is a '\|' outside"),
+    "closed twice": ("pleased|cheerful)", "pleased|cheerful))", r"line LINE: there is a '\)'"),
+    "no such rule": ("<brave> <toy> / <go.toy>", "<brav>", r"line LINE: there is no rule <brav>"),
+    "an open name": ("<brave> <toy> / <go.toy>", "<brave", r"line LINE: there is no rule <brave"),
+    "a lone >": ("  (happy|", "  (>happy|", r'line LINE: there is a ">" without'),
+    "no such field": ("  (happy|", "  ({C}|", r"line LINE: there is no field {C}"),
+    "no such form": ("  (happy|", "  ({A.old}|", r"line LINE: there is no field {A.old}"),
+    "an open field": ("  (happy|", "  ({A|", r"line LINE: a field is {NAME}"),
+    "a paragraph": ("  (happy|", "  a / (happy|", r"line LINE: only a plot has paragraphs"),
+    "a circle": ("  (happy|", "  (<sad> <glad>|", r"line \d+: this rule leads to itself: glad <- "),
+    "too few values": ("  mom; Mom", "  mom", r"line LINE: a row here is 'noun; call', not 'mom'"),
+    "too many": ("  mom; Mom", "  mom; Mom; Ma", r"line LINE: a row here is 'noun; call'"),
+    "no value": (
+        "  vase | teapot",
+        "  vase | | teapot",
+        r"line LINE: a row here is 'name', not ''",
+    ),
+    "no column": ("animal: name; den; look", "animal: name; den", r"line LINE: .* column look"),
+    "no table": ("table cozy", "table warm", r"there is no table cozy, which every story needs"),
+    "no such toys": ("tree [light]", "tree [heavy]", r"line LINE: .* toy and light, not in heavy"),
+    "two spots": ("slide,\n      beside the fountain, next", "slide next", r"line \d+: a place"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_grammar_is_refused_by_file_and_line(case, tmp_path):
+    before, after, error = MALFORMED[case]
+    text, path = GRAMMAR.read_text(encoding="utf-8"), tmp_path / "stories.txt"
+    start = text.index(f"\n{before}" if before[0] == " " else before, text.index("# ---- The cast"))
+    start += before[0] == " "
+    path.write_text(text[:start] + after + text[start + len(before) :], encoding="utf-8")
+    number = text.count("\n", 0, start) + 1
+    with pytest.raises(ValueError, match=error.replace("LINE", str(number))) as raised:
+        read_grammar(path)
+    assert str(raised.value).startswith(str(path)), "the file is named"
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("  (happy|sad)\n", "line 1: there is no table, rule or plot above"),
+        ("# nothing\n", "there is no table girl"),
+    ],
+)
+def test_a_grammar_without_blocks_is_refused(text, error, tmp_path):
+    (tmp_path / "stories.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=error):
+        read_grammar(tmp_path / "stories.txt")
+
+
+def test_line_ends_and_comments_change_nothing(tmp_path):
+    """An editor may write CR LF, and a comment may stand within an entry."""
+    lines = GRAMMAR.read_text(encoding="utf-8").split("\n")
+    commented = "\r\n".join(line + "\r\n  # why" for line in lines)
+    (tmp_path / "stories.txt").write_bytes(commented.encode())
+    assert read_grammar(tmp_path / "stories.txt") == grammar()
+
+
+def test_the_grammar_is_read_when_it_is_needed():
+    """prepare_data imports the module before it knows that its flags are sound."""
+    code = (
+        "from runtime.data import toy_stories; read = toy_stories.grammar.cache_info; "
+        "assert not read().misses; toy_stories.story(0); toy_stories.story(1); "
+        "assert read().misses == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
 def test_the_first_words_of_the_readme_prompts_occur(stories):
-    """A reader types "Once upon a time", or "ben was playing with the ball": both are ways in which stories begin."""
-    assert "Ben" in toy_stories._TABLES["boy"] and "ball" in toy_stories._TABLES["toy"]
+    """A reader types "Once upon a time" or "ben was playing with the ball": so do stories begin."""
+    assert "Ben" in grammar().tables["boy"] and "ball" in grammar().tables["toy"]
     starts = collections.Counter(" ".join(text.split()[:4]) for text in stories)
     assert starts["Once upon a time,"] > SAMPLE // 20
     assert (
@@ -259,7 +353,7 @@ def test_quotes_pair_up_and_speech_is_told(stories):
 
 
 def test_questions_have_question_marks_and_nothing_else_has(stories):
-    """ "I wish I had a friend?" and "Where is my ball!" were once among the stories: one mark after a choice of several sentences."""
+    """One mark after a choice of several sentences once gave "Where is my ball!"."""
     asking = (
         r"(Was|Whose|Why|Where|Did|Does|Do you|Is|Are|Can|Could|May (?!the)|Will|Would|Have you)\b"
     )
@@ -276,7 +370,7 @@ def test_questions_have_question_marks_and_nothing_else_has(stories):
 
 
 def narrated(draft: str) -> str:
-    """A draft in which names in speech are no longer names: the narrator's pronouns do not refer to them."""
+    """Return a draft without the names in speech: the narrator's pronouns do not refer to them."""
     return QUOTE.sub(lambda quote: re.sub(r"\{[AB]\}", "-", quote.group()), draft)
 
 
@@ -292,7 +386,7 @@ def test_pronouns_belong_to_the_character_named_last(drafts):
 
 
 def test_no_pronoun_of_the_other_gender(drafts, stories):
-    """Parents, helpers and animals in need are never "he" or "she", so two girls leave no "he" in a story."""
+    """Parents, helpers and animals are never "he" or "she": a story of two girls has no "he"."""
     words = {"she": ("she", "her"), "he": ("he", "him", "his")}
     for index, ((draft, cast), text) in enumerate(zip(drafts, stories, strict=True)):
         present = {cast[who].he for who in "AB" if f"{{{who}" in draft}
@@ -340,7 +434,7 @@ def test_the_toy_is_introduced_and_is_there_at_the_end(drafts, stories):
             assert cast["O"].noun in text.split("\n")[-1], (index, text)
             colors = {
                 f"{color} {cast['O'].noun}"
-                for color in toy_stories._TABLES["color"]
+                for color in grammar().tables["color"]
                 if f" {color} {cast['O'].noun}" in text
             }
             assert all(str(cast["O"]).endswith(color) for color in colors), (index, text)
@@ -361,10 +455,11 @@ def test_the_toy_is_introduced_and_is_there_at_the_end(drafts, stories):
 )
 def test_the_thing_a_plot_is_about_comes_back_at_the_end(plot, thing):
     cast = _draft(0)[1]
+    (found,) = [one for one in grammar().plots if one.name == plot]
     for seed in range(300):
-        rng = toy_stories.random.Random(seed).random
+        rng = random.Random(seed).random
         out: list[str] = []
-        toy_stories._write((toy_stories._RULES[f"plot {plot}"],), rng, out)
+        toy_stories._write((found.alternatives,), rng, out)
         draft = "".join(out)
         assert cast[thing].last in draft.split("\n")[-1].format_map(cast).replace(
             "across the water", ""

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import runtime.inference as inference
 from model_parts import KVCache
+from runtime.inference import decoder as inference
 from runtime.inference.decoder import (
     Decoder,
     Text,

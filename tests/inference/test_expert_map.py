@@ -35,7 +35,7 @@ HOSTILE = [
     "a\rb\x00c",
     "\ud800",
     "\u200b\ufeff",
-    "{policy}%s{0}",
+    "{policy}%s{0}$title%%{title}%%data",
     "漢字",
     "e\u0301",
     "�",
@@ -762,3 +762,14 @@ def test_the_page_holds_still_and_whole_in_any_fonts(L, E, K, fonts, skip, tmp_p
         where = f"in fonts {frame['name']}, {frame['width']} px"
         assert frame["moves"] == [], where
         assert frame["out"] == [], where
+
+
+def test_the_page_of_a_fixed_input_has_fixed_bytes():
+    """Whoever changes the page knows it: the hash of one page, of exact gates."""
+    gates_LTK = torch.tensor([0.75, 0.25]).expand(3, 6, 2)
+    experts_LTK = (torch.arange(36).view(3, 6, 2) * 5 + torch.tensor([0, 1])) % 8
+    pieces = ["Once", " upon", "\n", " a <b>", "", "\t$x %%{y}"]
+    title, about = "A <title> $title %%title {title}", "line one\nline two"
+    page = html_page(title, pieces, experts_LTK, gates_LTK, 8, 2, about=about)
+    digest = hashlib.sha256(page.encode()).hexdigest()
+    assert digest == "3c52430da8eddc9ba909eb7a873fa6adbf582f7a11bd30ee9432d2b061dd4100"

@@ -128,6 +128,7 @@ torch.save(results, work / "results.pt")
 """
 
 
+@pytest.mark.slow
 def test_a_folder_works_where_gptoss_is_not(tmp_path):
     """Logits and greedy text of many configs, through the Auto classes, in a process that cannot import this repo; saved and loaded again.
     Then the repo is imported into that process, beside a copy of its operations for each folder: under one name, the copy that was

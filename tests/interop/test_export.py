@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -26,8 +24,8 @@ from runtime.interop.export import (
     work_folder,
 )
 from runtime.interop.published import Published
+from tests import children
 from tests.builders import random_model, tiny_config
-from tests.conftest import REPO
 from tests.numeric import logits_bound, size_of
 
 
@@ -162,9 +160,7 @@ def test_a_signal_leaves_nothing(tmp_path, name):
         f"        path.write_text('half'); os.kill(os.getpid(), signal.{name}); signal.pause()\n"
         "run_main(main)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120
-    )
+    done = children.run(["-c", code])
     number = getattr(signal, name)
     assert (
         done.returncode == (-number if name == "SIGKILL" else 128 + number)
@@ -178,7 +174,7 @@ def test_what_a_kill_left_is_named(tmp_path, capsys):
     with staged(tmp_path / "out", 10) as path:
         path.touch()
     assert (
-        ".out.partial-abc is of an export that was killed" in capsys.readouterr().err
+        ".out.partial-abc is the leftover of an interrupted export" in capsys.readouterr().err
         and (tmp_path / ".out.partial-abc").exists()
     )
 

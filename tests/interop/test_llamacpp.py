@@ -18,8 +18,9 @@ from model import LLM, generate
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, train_bpe
+from runtime.interop import gguf as interop
 from runtime.interop.export import logits_of
-from scripts import export_gguf
+from scripts.export_gguf import main
 from tests.builders import random_model, tiny_config
 from tests.builders_export import FAMILIES, GPT_OSS, LLAMA3, QWEN2, imported
 from tests.numeric import logits_bound, share_of
@@ -75,17 +76,15 @@ def model_of(
         ckpt = save_checkpoint(
             folder, 1, model, None, train_config=TrainConfig(), tokenizer_state=tokenizer.to_state()
         )
-        assert (
-            export_gguf.main(["--ckpt", str(ckpt), "--out", str(path), "--quantize", quantize]) == 0
-        )
+        assert main(["--ckpt", str(ckpt), "--out", str(path), "--quantize", quantize]) == 0
     else:
-        family = export_gguf.family_of(model.config)
-        config, weights = export_gguf.with_head(model.config, family, model.state_dict())
+        family = interop.family_of(model.config)
+        config, weights = interop.with_head(model.config, family, model.state_dict())
         entries, vocabulary = (
-            export_gguf.layout(config, family, weights, quantize),
-            export_gguf.vocabulary_of(gguf, tokenizer, config.vocabulary_size),
+            interop.layout(config, family, weights, quantize),
+            interop.vocabulary_of(gguf, tokenizer, config.vocabulary_size),
         )
-        export_gguf.write_gguf(
+        interop.write_gguf(
             gguf, path, "test", config, family, entries, weights, quantize, tokenizer, vocabulary
         )
     return model.eval(), path
@@ -131,7 +130,7 @@ def test_the_same_logits_and_the_same_greedy_text(tmp_path, arch, tied):
         **FAMILIES[arch] | (dict(rope_scaling_factor=1.0) if arch == "gpt-oss" else {}),
     )
     llama = opened(path)
-    assert difference(model, llama, ids_of(export_gguf.export.CHECK_TEXT, 96)) <= 1
+    assert difference(model, llama, ids_of(interop.export.CHECK_TEXT, 96)) <= 1
     prompt = llama.tokenize(
         PROMPT.encode(), add_bos=True
     )  # a plain prompt begins as predict.py's does
@@ -153,7 +152,7 @@ def test_scaled_positions(tmp_path, arch, scaling):
         tmp_path,
         **FAMILIES[arch] | dict(rope_scaling=scaling, rope_scaling_factor=4.0, rope_theta=500.0),
     )
-    assert difference(model, opened(path), ids_of(export_gguf.export.CHECK_TEXT, 96)) <= 1
+    assert difference(model, opened(path), ids_of(interop.export.CHECK_TEXT, 96)) <= 1
 
 
 def test_llama_cpp_rounds_yarns_ramp(tmp_path):
@@ -162,9 +161,9 @@ def test_llama_cpp_rounds_yarns_ramp(tmp_path):
     model, path = model_of(
         tmp_path, **GPT_OSS | dict(rope_scaling_factor=4.0, context_length=96, head_dim=16)
     )
-    llama, ids = opened(path), ids_of(export_gguf.export.CHECK_TEXT, 96)
+    llama, ids = opened(path), ids_of(interop.export.CHECK_TEXT, 96)
     assert difference(model, llama, ids) > 10
-    rounded = LLM(export_gguf.dataclasses.replace(model.config, yarn_truncate=True)).eval()
+    rounded = LLM(interop.dataclasses.replace(model.config, yarn_truncate=True)).eval()
     rounded.load_state_dict(model.state_dict())
     assert difference(rounded, llama, ids) <= 1
 

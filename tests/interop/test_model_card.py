@@ -238,7 +238,7 @@ def test_weights_without_a_run(tmp_path):
         ),
     )
     assert (
-        "from scratch with the reference" in reference
+        "from scratch with the original implementation" in reference
         and "2.000 nats per token (an auxiliary loss included), perplexity 7.389" in reference
     )
     assert "| optimizer | unknown |" in reference and "| run |" not in reference

@@ -443,6 +443,7 @@ def traced(model, ids) -> tuple[set[str], set[str]]:
     return training, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, kernels",
     [

@@ -180,6 +180,7 @@ def test_an_error_in_a_thread_is_raised(threads, monkeypatch):
         outputs_and_gradients(experts, torch.randn(400, 12, dtype=torch.float64), counts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_makes_its_own_threads():
     """A pool's threads do not survive a fork: work given to it in the child was never done."""

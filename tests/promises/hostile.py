@@ -23,7 +23,8 @@ CHILD = r"""
 import contextlib, io, json, os, resource, sys, warnings
 sys.path.insert(0, {repo!r})
 import torch
-from runtime.checkpoint import CheckpointError, read_checkpoint, read_config
+from runtime.checkpoint.format import CheckpointError
+from runtime.checkpoint.read import read_checkpoint, read_config
 torch.set_num_threads(1)
 warnings.simplefilter("always")
 {prelude}

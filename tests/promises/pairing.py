@@ -412,10 +412,10 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         (["--files", w.at / "x.txt", "--text_column", "t"], "--text_column has no effect"),
         (["--files", x, x], "given twice"),
         (["--files", x, "--val_files", x], "given twice"),
-        (["--files", w.at / "x.json"], "is of no known format"),
+        (["--files", w.at / "x.json"], "unsupported file type"),
         (["--files", x, "--text_column", "story"], "has no 'story'"),
         (["--files", w.at], "is a folder"),
-        (["--files", w.a / "train" / "shard_0000.npy"], "is of no known format"),
+        (["--files", w.a / "train" / "shard_0000.npy"], "unsupported file type"),
     ):
         add(prepare_data.main, pattern, *argv, *out)
     for name, argv, pattern in (
@@ -455,7 +455,7 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         (["--vocabulary_size", 100], "vocabulary_size 100 is smaller than the data's 257"),
         (
             [*builders_runs.MODEL, "--context_length", 100_000, "--no-use_attention_bias"],
-            "tokens and a window needs 100,001",
+            "tokens and a sequence needs 100,001",
         ),
     ):
         add(train.main, pattern, "--data_dir", w.a, *new, *argv)

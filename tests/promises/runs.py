@@ -50,6 +50,7 @@ from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint
 from runtime.training import plan as plan_module
+from runtime.training import reporter
 from runtime.training.optimizer import build_optimizer
 from runtime.training.state import RunState
 from tests.builders_runs import MODEL, SPEED, comparable, write_text
@@ -354,7 +355,7 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401 - torch.optim does so when an optimizer is made, and it takes more than all else in a child
 
     torch.set_num_threads(1)
-    train.draw_plots = lambda *_: None
+    reporter.draw_plots = lambda *_: None
     for line in sys.stdin:
         print(json.dumps(_attempt(json.loads(line))), flush=True)
 

@@ -20,6 +20,7 @@ PROMISES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("promise", PROMISES)
 def test_it_holds(promise):
     """3 found that a new checkpoint folder's own name was never flushed: a power loss could take the folder with all checkpoints in

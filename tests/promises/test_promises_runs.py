@@ -170,7 +170,7 @@ def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(tmp_path):
 
 
 def test_a_kill_while_the_last_save_names_its_file():
-    """The last step file was written, latest.pt still named the one before, and every resume said "done already" and left it so:
+    """The last step file was written, latest.pt still named the one before, and every resume said "already complete" and left it so:
     predict.py then talked with an older model, without a word."""
     run = runs.Run()
     killed = run(

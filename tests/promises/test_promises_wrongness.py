@@ -57,11 +57,13 @@ def test_a_fallback_without_a_word_is_found():
         broken(damage.fallback(2), "step_0000006.pt")
 
 
+@pytest.mark.slow
 def test_a_pairing_that_is_accepted_is_found():
     with mock.patch.object(plan_module, "_check_vocabulary", lambda *_: None):
         broken(pairing.pairings(1000), "accepted: work began")
 
 
+@pytest.mark.slow
 def test_a_payload_that_runs_is_found():
     """With the unpickler that the reference uses in the place of ours."""
     prelude = "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', weights_only=False)"

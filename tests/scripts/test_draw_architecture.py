@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 
 import pytest
 
@@ -18,6 +16,7 @@ from config_model import PRESETS, ModelConfig, active_parameters, parameter_coun
 from runtime.training.plots import human
 from scripts import draw_architecture  # noqa: E402
 from scripts.draw_architecture import PART_COLORS, draw, main  # noqa: E402
+from tests import children  # noqa: E402
 
 MODERN = PRESETS["gptoss-modern"].model
 ODD = {
@@ -92,7 +91,7 @@ def test_all_parameters_are_the_closed_forms(name):
     shown = [t.get_text() for t in draw(config).axes[0].texts]
     legend = shown[shown.index("Where the parameters are") :]
     for part, count in parameter_counts(config).items():
-        label = {"attention bias table": "position table"}.get(part, part)
+        label = {"attention bias table": "learned bias"}.get(part, part)
         assert (
             (legend[legend.index(label) + 1] == human(count)) if count else (label not in legend)
         ), part
@@ -122,7 +121,7 @@ def test_the_bar_is_to_scale():
     "field, value, with_it, without_it",
     [
         ("use_attention_bias", True, "32 × 2,048 × 2,048", ""),
-        ("use_attention_bias", False, "", "table"),
+        ("use_attention_bias", False, "", "Learned bias"),
         ("qk_norm", True, "QK-norm", ""),
         ("qk_norm", False, "", "QK-norm"),
         ("use_rope", False, "", "RoPE"),
@@ -205,6 +204,7 @@ def test_the_mask_is_causal_and_the_window_a_band():
 
 def test_every_field_that_changes_the_parameters_changes_the_figure():
     base = ModelConfig(**ODD["no positions"])
+    drawn = [t.get_text() for t in draw(base).axes[0].texts]
     for f in dataclasses.fields(ModelConfig):
         value = getattr(base, f.name)
         if (
@@ -212,9 +212,8 @@ def test_every_field_that_changes_the_parameters_changes_the_figure():
         ):  # which changes no parameter, and needs yarn
             other = dataclasses.replace(base, **{f.name: not value})
             if parameter_counts(other) != parameter_counts(base):
-                assert [t.get_text() for t in draw(other).axes[0].texts] != [
-                    t.get_text() for t in draw(base).axes[0].texts
-                ], f.name
+                changed = [t.get_text() for t in draw(other).axes[0].texts]
+                assert changed != drawn, f.name
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -252,19 +251,8 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, arguments, message):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
     arguments = [a.format(tmp=tmp_path) for a in arguments]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "scripts.draw_architecture",
-            "--out",
-            str(tmp_path / "a.png"),
-            *arguments,
-        ],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+    out = tmp_path / "a.png"
+    done = children.run(["-m", "scripts.draw_architecture", "--out", out, *arguments])
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 

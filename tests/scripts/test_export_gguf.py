@@ -19,9 +19,9 @@ from config_model import ModelConfig, PredictConfig, TrainConfig
 from runtime.checkpoint.write import save_checkpoint, write_weights
 from runtime.data.tokenizer import Tokenizer, byte_of_character
 from runtime.data.tokenizers import compacted, load_tokenizer, train_bpe
+from runtime.interop import gguf as interop
 from runtime.interop.export import CHECK_TEXT, ExportError
 from runtime.interop.huggingface import FAMILIES as PUBLISHED
-from scripts import export_gguf
 from scripts.export_gguf import main
 from tests.builders import random_model, tiny_config
 from tests.builders_export import (
@@ -43,9 +43,9 @@ ROUNDED = "--accept_rounded_yarn"  # which GPT_OSS needs
 @pytest.fixture(autouse=True)
 def without_llama_cpp(monkeypatch):
     """As where llama-cpp-python is not installed: with it, each export would start a process."""
-    find_spec = export_gguf.importlib.util.find_spec
+    find_spec = interop.importlib.util.find_spec
     monkeypatch.setattr(
-        export_gguf.importlib.util,
+        interop.importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "llama_cpp" else find_spec(name, *rest),
     )
@@ -260,10 +260,10 @@ def test_a_tensor_is_written_before_the_next_is_read(tmp_path):
             return tensor
 
     weights = Weights(model.state_dict())
-    entries = export_gguf.layout(model.config, "qwen3_moe", weights, "f16")
+    entries = interop.layout(model.config, "qwen3_moe", weights, "f16")
     most.clear()
-    vocabulary = export_gguf.vocabulary_of(gguf, BYTE, 260)
-    export_gguf.write_gguf(
+    vocabulary = interop.vocabulary_of(gguf, BYTE, 260)
+    interop.write_gguf(
         gguf,
         tmp_path / "m.gguf",
         "m",
@@ -281,9 +281,9 @@ def test_a_tensor_is_written_before_the_next_is_read(tmp_path):
 def test_the_room_on_the_disk_is_asked_for_first(tmp_path, monkeypatch):
     path, _ = checkpoint(tmp_path)
     monkeypatch.setattr(
-        "runtime.export.shutil.disk_usage", lambda folder: type("", (), {"free": 1000})()
+        "runtime.interop.export.shutil.disk_usage", lambda folder: type("", (), {"free": 1000})()
     )
-    monkeypatch.setattr(export_gguf, "write_gguf", lambda *given: pytest.fail("it was written to"))
+    monkeypatch.setattr(interop, "write_gguf", lambda *given: pytest.fail("it was written to"))
     with pytest.raises(ValueError, match="its disk has 0.00 GB free"):
         main(["--ckpt", path, "--out", str(tmp_path / "model.gguf")])
 
@@ -293,11 +293,11 @@ def test_the_room_asked_for_is_enough_and_not_much_more(tmp_path, changes, quant
     path, model = checkpoint(tmp_path, **changes)
     main(["--ckpt", path, "--out", str(tmp_path / "model.gguf"), "--quantize", quantize, ROUNDED])
     family, vocabulary = (
-        export_gguf.family_of(model.config),
-        export_gguf.vocabulary_of(gguf, BYTE, 260),
+        interop.family_of(model.config),
+        interop.vocabulary_of(gguf, BYTE, 260),
     )
-    asked = export_gguf.needed_bytes(
-        gguf, export_gguf.layout(model.config, family, model.state_dict(), quantize), vocabulary
+    asked = interop.needed_bytes(
+        gguf, interop.layout(model.config, family, model.state_dict(), quantize), vocabulary
     )
     assert (
         os.path.getsize(tmp_path / "model.gguf")
@@ -309,7 +309,7 @@ def test_the_room_asked_for_is_enough_and_not_much_more(tmp_path, changes, quant
 # ---------------------------------------------------------------------------------------------------------------- tokenizer
 def test_tokens_of_single_bytes(tmp_path):
     """A file without merges is refused by llama.cpp: there is one, which nothing can use. Rows beyond the tokenizer's ids are padding."""
-    vocabulary = export_gguf.vocabulary_of(gguf, BYTE, 259)
+    vocabulary = interop.vocabulary_of(gguf, BYTE, 259)
     assert (
         len(set(vocabulary.tokens)) == 259
         and vocabulary.tokens[ord("a")] == "a"
@@ -325,7 +325,7 @@ def test_tokens_of_single_bytes(tmp_path):
 
 def test_tokens_and_merges_of_a_trained_bpe():
     tokenizer = train_bpe([CHECK_TEXT] * 2, 300)
-    vocabulary = export_gguf.vocabulary_of(gguf, tokenizer, 300)
+    vocabulary = interop.vocabulary_of(gguf, tokenizer, 300)
     to_byte = byte_of_character()
     assert [bytes(map(to_byte.__getitem__, token)) for token in vocabulary.tokens[:-1]] == [
         tokenizer.token_bytes(i) for i in range(299)
@@ -340,7 +340,7 @@ def test_tokens_and_merges_of_a_trained_bpe():
 def test_ids_that_stand_for_nothing_are_not_used():
     """o200k_base has 19 such ids, in the middle of its special tokens."""
     tokenizer = Tokenizer("gpt2", stand_in())
-    vocabulary = export_gguf.vocabulary_of(gguf, tokenizer, tokenizer.vocabulary_size + 1)
+    vocabulary = interop.vocabulary_of(gguf, tokenizer, tokenizer.vocabulary_size + 1)
     for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True)):
         if i in tokenizer.undecodable_ids:
             assert (token, kind) == (f"<|reserved_{i}|>", gguf.TokenType.UNUSED)
@@ -362,7 +362,7 @@ def test_ids_that_stand_for_nothing_are_not_used():
     ],
 )
 def test_imported_tokenizers_that_llama_cpp_knows(options, pre):
-    vocabulary = export_gguf.vocabulary_of(gguf, imported(**options), 264)
+    vocabulary = interop.vocabulary_of(gguf, imported(**options), 264)
     assert vocabulary.pre == pre and vocabulary.merges == ["t h"]
     assert vocabulary.tokens[256:] == [
         "th",
@@ -413,7 +413,7 @@ def test_imported_tokenizers_that_llama_cpp_does_not_know_are_refused(options):
         ValueError,
         match="is no byte-level BPE that cuts text as GPT-2, GPT-4o, Qwen2 or Llama 3 do.*convert_hf_to_gguf.py",
     ):
-        export_gguf.vocabulary_of(gguf, imported(**options), 264)
+        interop.vocabulary_of(gguf, imported(**options), 264)
 
 
 def test_start_and_stop_ids_of_an_imported_tokenizer(tmp_path):
@@ -489,7 +489,7 @@ def files(folder) -> list[str]:
 
 
 def test_a_file_that_is_off_is_removed(tmp_path, monkeypatch):
-    encoded = export_gguf.encoded
+    encoded = interop.encoded
     path, _ = checkpoint(tmp_path)
 
     def damaged(gguf, entry, tensor):
@@ -497,7 +497,7 @@ def test_a_file_that_is_off_is_removed(tmp_path, monkeypatch):
             gguf, entry, tensor * 1.01 if entry.part.name == "blk.1.attn_v.weight" else tensor
         )
 
-    monkeypatch.setattr(export_gguf, "encoded", damaged)
+    monkeypatch.setattr(interop, "encoded", damaged)
     with pytest.raises(ExportError, match="logits differ by"):
         main(["--ckpt", path, "--out", str(tmp_path / "model.gguf")])
     assert files(tmp_path) == []
@@ -594,9 +594,7 @@ def test_every_option_of_a_model_has_a_key_or_is_the_architectures():
     }  # the head is there or not ...
     for family in PUBLISHED.values():
         options = {field.name for field in dataclasses.fields(ModelConfig)}
-        assert options - of_no_key == options & (
-            export_gguf.said_by({}).keys() | family.options.keys()
-        )
+        assert options - of_no_key == options & (interop.said_by({}).keys() | family.options.keys())
 
 
 @pytest.mark.parametrize(
@@ -625,9 +623,9 @@ def test_llama_cpp_must_give_the_same_logits_and_ids(
         changed, found = change(logits, [256, *BYTE.encode(text)])
         return (logits + scale * (changed - logits)).numpy(), found
 
-    monkeypatch.setattr(export_gguf.importlib.util, "find_spec", lambda name, *rest: object())
-    monkeypatch.setattr(export_gguf, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(export_gguf, "run_llama_cpp", run)
+    monkeypatch.setattr(interop.importlib.util, "find_spec", lambda name, *rest: object())
+    monkeypatch.setattr(interop, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(interop, "run_llama_cpp", run)
     arguments = ["--ckpt", path, "--out", str(tmp_path / "model.gguf"), "--quantize", quantize]
     if error:
         with pytest.raises(ExportError, match=error):
@@ -641,11 +639,11 @@ def test_llama_cpp_must_give_the_same_logits_and_ids(
 def test_narrow_products_may_be_off_by_little(tmp_path, monkeypatch, quantize, most):
     """Logits 30 % off passed with any narrow type; a top_k one too small makes less."""
     ids_BT, expected_BTV = torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 260)
-    monkeypatch.setattr(export_gguf.importlib.util, "find_spec", lambda name, *rest: object())
-    monkeypatch.setattr(export_gguf, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(interop.importlib.util, "find_spec", lambda name, *rest: object())
+    monkeypatch.setattr(interop, "ProcessPoolExecutor", Inline)
     for off in (0.98 * most, 1.02 * most):
         monkeypatch.setattr(
-            export_gguf,
+            interop,
             "run_llama_cpp",
             lambda path, ids, text, n, off=off: (
                 (1 + off) * expected_BTV[0].numpy(),
@@ -657,7 +655,7 @@ def test_narrow_products_may_be_off_by_little(tmp_path, monkeypatch, quantize, m
             if off > most
             else contextlib.nullcontext()
         ):
-            export_gguf.check_llama_cpp(
+            interop.check_llama_cpp(
                 tmp_path / "model.gguf", BYTE, ids_BT, expected_BTV, quantize, tiny_config()
             )
 
@@ -670,8 +668,8 @@ def test_a_crash_in_llama_cpp_is_one_line(tmp_path, monkeypatch):
     """A build of llama.cpp by GCC 12 on a CPU with AMX met a general protection fault at the first q8_0 product (the compiler had dropped most of
     the tiles' configuration), and the export died with it, its half-checked file left behind."""
     path, _ = checkpoint(tmp_path)
-    monkeypatch.setattr(export_gguf.importlib.util, "find_spec", lambda name, *rest: object())
-    monkeypatch.setattr(export_gguf, "run_llama_cpp", crash)
+    monkeypatch.setattr(interop.importlib.util, "find_spec", lambda name, *rest: object())
+    monkeypatch.setattr(interop, "run_llama_cpp", crash)
     with pytest.raises(
         ExportError, match="llama.cpp does not run the file: .*pip uninstall llama-cpp-python"
     ):
@@ -702,7 +700,7 @@ def test_what_llama_cpp_rounds_must_be_accepted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         "YaRN" not in out
-        and "note: not run in llama.cpp itself, for llama-cpp-python is not installed" in out
+        and "note: not run in llama.cpp itself, because llama-cpp-python is not installed" in out
     )
 
 
@@ -793,9 +791,9 @@ def test_compact_vocabularies_are_refused(tmp_path):
     tokenizer = compacted(Tokenizer("gpt2", stand_in()), range(300))
     with pytest.raises(
         ValueError,
-        match="gpt2:compact has no form that others read.*prepare the text with --tokenizer gpt2 or bpe:SIZE",
+        match="gpt2:compact cannot be exported.*prepare the text with --tokenizer gpt2 or bpe:SIZE",
     ):
-        export_gguf.vocabulary_of(gguf, tokenizer, 400)
+        interop.vocabulary_of(gguf, tokenizer, 400)
 
 
 def test_two_tokens_of_one_text_are_refused():
@@ -809,7 +807,7 @@ def test_two_tokens_of_one_text_are_refused():
         "special": True,
     }
     with pytest.raises(ValueError, match="have the same text"):
-        export_gguf.vocabulary_of(
+        interop.vocabulary_of(
             gguf, imported(added_tokens=[word], stop_ids=(257,), start_id=None), 264
         )
 

@@ -17,15 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import scripts.export_hf as module
 from config_model import PRESETS, ModelConfig, TrainConfig
 from model import generate
 from runtime.base.files import TEMPORARY_SUFFIX
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint, write_weights
 from runtime.data.tokenizers import load_tokenizer, train_bpe
+from runtime.interop import hf_export as module
 from runtime.interop.export import CHECK_TEXT, ExportError
-from scripts.export_hf import main, shard_bytes
+from runtime.interop.hf_export import shard_bytes
+from scripts.export_hf import main
 from tests.builders import random_model, tiny_config
 from tests.numeric import assert_close, before_ties, is_close, logits_bound
 

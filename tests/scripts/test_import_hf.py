@@ -22,7 +22,9 @@ from runtime.checkpoint.read import load_model, read_checkpoint
 from runtime.data.hf_tokenizer import write_tokenizer
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference.predictor import Predictor
+from runtime.interop import hf_import
 from scripts import import_hf
+from tests import children
 from tests.builders_runs import SPEED
 from tests.conftest import REPO
 from tests.numeric import before_ties, logits_bound, share_of
@@ -534,7 +536,7 @@ def test_downloads_that_fail_are_one_line(tmp_path, monkeypatch):
     )
     (tmp_path / "file").touch()
     for name in ("no-such-folder", "../x/y/z", str(tmp_path / "file"), "a/-b/c", ""):
-        refused(name, tmp_path / "x.pt", "is no folder, and no name such as")
+        refused(name, tmp_path / "x.pt", "is neither a folder nor a Hub name such as")
 
 
 # --------------------------------------------------------------------------------------------------------- damage and malice
@@ -697,7 +699,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_before_anything_is_written
         ),
         vocab_size=256,
     )
-    monkeypatch.setattr(import_hf, "write_weights", None)
+    monkeypatch.setattr(hf_import, "write_weights", None)
     refused(folder, tmp_path / "x.pt", "its tokenizer has 257 ids, and its model only 256")
 
 
@@ -713,7 +715,8 @@ def test_an_output_that_is_there_needs_force(folders, tmp_path):
 
 def test_a_full_disk_is_seen_before_writing(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "runtime.export.shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1 << 20)
+        "runtime.interop.export.shutil.disk_usage",
+        lambda folder: types.SimpleNamespace(free=1 << 20),
     )
     refused(folders("mixtral")[1], tmp_path / "x.pt", "GB free: free some space")
 
@@ -730,7 +733,7 @@ def test_an_import_that_breaks_off_leaves_what_was_there(
     folders, tmp_path, monkeypatch, error, raised
 ):
     (tmp_path / "x.pt").write_text("precious")
-    import_tensor, asked = import_hf.import_tensor, []
+    import_tensor, asked = hf_import.import_tensor, []
 
     def breaks(config, family, name, has, read):
         asked.append(name)
@@ -738,7 +741,7 @@ def test_an_import_that_breaks_off_leaves_what_was_there(
             raise error
         return import_tensor(config, family, name, has, read)
 
-    monkeypatch.setattr(import_hf, "import_tensor", breaks)
+    monkeypatch.setattr(hf_import, "import_tensor", breaks)
     with pytest.raises(raised):
         import_hf.main(
             ["--model", str(folders("mixtral")[1]), "--out", str(tmp_path / "x.pt"), "--force"]
@@ -750,9 +753,9 @@ def test_an_import_that_breaks_off_leaves_what_was_there(
 
 def test_the_check_at_the_end_sees_a_wrong_import_and_a_wrong_disk(folders, tmp_path, monkeypatch):
     _, folder = folders("mixtral")
-    right, write = import_hf.import_tensor, import_hf.write_weights
+    right, write = hf_import.import_tensor, hf_import.write_weights
     monkeypatch.setattr(
-        import_hf,
+        hf_import,
         "import_tensor",
         lambda config, family, name, *folder: right(config, family, name, *folder).flip(
             [0] if name.endswith("w_in") else []
@@ -762,9 +765,9 @@ def test_the_check_at_the_end_sees_a_wrong_import_and_a_wrong_disk(folders, tmp_
         folder,
         tmp_path / "x.pt",
         "experts.0.w1.weight would be exported as other numbers than the folder has",
-        import_hf.ExportError,
+        hf_import.ExportError,
     )
-    monkeypatch.setattr(import_hf, "import_tensor", right)
+    monkeypatch.setattr(hf_import, "import_tensor", right)
 
     def flips(path, *args):
         write(path, *args)
@@ -772,7 +775,7 @@ def test_the_check_at_the_end_sees_a_wrong_import_and_a_wrong_disk(folders, tmp_
         written[len(written) // 2] ^= 1
         path.write_bytes(written)
 
-    monkeypatch.setattr(import_hf, "write_weights", flips)
+    monkeypatch.setattr(hf_import, "write_weights", flips)
     refused(folder, tmp_path / "x.pt", "does not match its digest", CheckpointError)
 
 
@@ -782,11 +785,12 @@ def test_logits_that_are_not_finite_are_refused(folders, tmp_path):
         tmp_path / "x",
         lambda t: t | {"lm_head.weight": torch.full_like(t["lm_head.weight"], 3e38)},
     )
-    refused(folder, tmp_path / "x.pt", "logits are not finite", import_hf.ExportError)
+    refused(folder, tmp_path / "x.pt", "logits are not finite", hf_import.ExportError)
 
 
 MEASURE = """
 import sys
+from runtime.interop import hf_import
 from scripts import import_hf
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -796,19 +800,20 @@ def measured(tensor):
     most[0] = max(most[0], anonymous())
     return digest(tensor)
 checkpoint.digest_of = measured
-lazy = import_hf.lazy_model
+lazy = hf_import.lazy_model
 def measuring(config, read):
     def measured_read(name):
         most[0] = max(most[0], anonymous())
         return read(name)
     return lazy(config, measured_read)
-import_hf.lazy_model = measuring
+hf_import.lazy_model = measuring
 before = anonymous()
 import_hf.main(sys.argv[1:])
 print("grew by", most[0] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Models of 4 and of 16 blocks (76 and 304 MB), each imported in a process of its own: what is not a map of a file grows as much.
@@ -869,20 +874,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "scripts.import_hf",
-            "--model",
-            str(tmp_path),
-            "--out",
-            str(tmp_path / "x.pt"),
-        ],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+    out = tmp_path / "x.pt"
+    done = children.run(["-m", "scripts.import_hf", "--model", tmp_path, "--out", out])
     assert (
         done.returncode == 2
         and done.stdout == ""

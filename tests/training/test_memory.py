@@ -13,6 +13,7 @@ from runtime.base.device import peak_memory_bytes
 from tests.conftest import REPO
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_announced_peak_is_the_measured_one(name):
@@ -22,6 +23,7 @@ def test_the_announced_peak_is_the_measured_one(name):
     assert 0.7 * found["peak"] < found["announced"] < 1.3 * found["peak"], found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_does_not_begin_with_its_parents_peak():
     """getrusage gives a child the peak of whoever started it: a small run in a large notebook was

@@ -153,6 +153,7 @@ def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
         assert width == 1500 and height >= 780
 
 
+@pytest.mark.slow
 def test_pictures_are_dark_and_hold_something(tmp_path):
     for path in draw_plots(synthetic(), tmp_path, 600):
         image = pixels(path)[..., :3]
@@ -480,6 +481,7 @@ def test_records_out_of_order_are_drawn_in_order():
 
 
 # --------------------------------------------------------------------------------------------------------- bounded cost
+@pytest.mark.slow
 def test_long_runs_cost_bounded_memory_and_time(tmp_path):
     """30,000 records with routers of 12 x 32 are over 100 MB as lists; of those read from an iterator a small part is kept."""
     base, count = [r for r in synthetic(200, blocks=12, experts=32) if r["kind"] == "train"], 30_000

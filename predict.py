@@ -69,6 +69,7 @@ def requested_prompts(prompt: str | None, config: PredictConfig) -> list[str] | 
     """Return the prompts of the flags; None: stdin. Raise ValueError if flags conflict."""
     if prompt is not None and config.prompt_file:
         raise ValueError("give either prompt or prompt_file, not both")
+    prompts: list[str] | None
     if config.prompt_file:
         prompts = read_prompts(config.prompt_file)
     else:

@@ -1,84 +1,87 @@
-"""Checkpoint -> text.
+"""Generate text from a checkpoint.
 
-    python predict.py --prompt "Once upon a time"       one answer, streamed as it is drawn
-    python predict.py                                   a prompt to type at (:help says what it understands)
-    echo "Once upon a time" | python predict.py         the prompt comes through a pipe
+    python predict.py --prompt "Once upon a time"       one completion, streamed
+    python predict.py                                   interactive mode (:help lists the commands)
+    echo "Once upon a time" | python predict.py         read the prompt from a pipe
     python predict.py --prompt_file prompts.jsonl --num_samples 4 --json
 
-A prompt begins a document: it is put behind an end-of-text token, as in training (an imported model: behind what its tokenizer puts there). When prompt and answer fill the context,
-generation goes on from the newer half of it (--when_full slide) or ends (--when_full stop); a prompt that is longer than
-the context is read from its last tokens on. What was printed stays printed. Text goes to stdout, what is about it to stderr.
+A prompt starts a document, as in training: an end-of-text token is prepended (imported models:
+their tokenizer's start token). When prompt and completion fill the context, generation continues
+from its newer half (--when_full slide) or ends (--when_full stop). Of a prompt longer than the
+context, the last tokens are read. Generated text goes to stdout, messages to stderr.
 """
 
 from __future__ import annotations
 
 from runtime.base import process
 
-process.before_torch()  # here, for PyTorch reads it when it loads
+# Here, because PyTorch reads the environment when it is imported.
+process.before_torch()
 # ruff: noqa: E402
 
 import gc
-import os
 import sys
-from pathlib import Path
 
 from config_model import PredictConfig
 from runtime.base import cli
 from runtime.inference.console import (
+    check_page_path,
+    read_piped_prompt,
     read_prompts,
-    show_answer,
-    show_answers,
+    show_completion,
+    show_completions,
 )
 from runtime.inference.predictor import Predictor
-from runtime.inference.session import (
-    repl,
-)
+from runtime.inference.session import repl
 
 
 def main(argv: list[str] | None = None) -> int:
-    gc.freeze()  # what is imported stays: to look for garbage in it takes a tenth of a second
+    # Imported modules stay until the end: to search them for garbage takes a tenth of a second.
+    gc.freeze()
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--prompt",
-        help="text to continue; without it, stdin if that is a pipe, else a prompt to type at",
+        help="text to continue; default: stdin if it is a pipe, else interactive mode",
     )
     cli.add_fields(parser, PredictConfig)
     args = vars(parser.parse_args(argv))
     prompt = args.pop("prompt")
     config = PredictConfig(**args)
-    if prompt is not None and config.prompt_file:
-        raise ValueError("give either prompt or prompt_file, not both")
-    prompts = read_prompts(config.prompt_file) if config.prompt_file else [prompt]
-    if config.interactive and prompts != [None]:
-        raise ValueError("interactive asks for prompts itself: leave prompt and prompt_file out")
-    if prompts == [None] and config.num_samples > 1 and (config.interactive or sys.stdin.isatty()):
-        raise ValueError(
-            "num_samples is for a prompt or a prompt_file, not for a prompt to type at"
-        )
-    if (
-        config.experts_html
-        and (
-            folder := next(
-                p for p in Path(os.path.abspath(config.experts_html)).parents if os.path.lexists(p)
-            )
-        )
-        and not (folder.is_dir() and os.access(folder, os.W_OK))
-    ):
-        raise ValueError(
-            f"{config.experts_html} cannot be written: {folder} is no folder that can be written to"
-        )
+    prompts = requested_prompts(prompt, config)
+    # Before the model is loaded, which may take minutes.
+    if config.experts_html:
+        check_page_path(config.experts_html)
+
     predictor = Predictor(config)
-    if prompts == [None] and not config.interactive and not sys.stdin.isatty():
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")
-        prompts = [sys.stdin.read().removesuffix("\n").removesuffix("\r")]
-    if prompts == [None]:
+    if prompts is None and not config.interactive and not sys.stdin.isatty():
+        prompts = [read_piped_prompt()]
+
+    if prompts is None:
         repl(predictor, config)
     elif len(prompts) > 1 or config.num_samples > 1 or config.prompt_file:
-        show_answers(predictor, prompts, config)
+        show_completions(predictor, prompts, config)
     else:
-        show_answer(predictor, prompts[0], config)
+        show_completion(predictor, prompts[0], config)
     return 0
+
+
+def requested_prompts(prompt: str | None, config: PredictConfig) -> list[str] | None:
+    """Return the prompts of the flags; None: stdin. Raise ValueError if flags conflict."""
+    if prompt is not None and config.prompt_file:
+        raise ValueError("give either prompt or prompt_file, not both")
+    prompts: list[str] | None
+    if config.prompt_file:
+        prompts = read_prompts(config.prompt_file)
+    else:
+        prompts = None if prompt is None else [prompt]
+    if prompts is not None and config.interactive:
+        raise ValueError("interactive asks for prompts itself: leave prompt and prompt_file out")
+    is_typed = config.interactive or sys.stdin.isatty()
+    if prompts is None and config.num_samples > 1 and is_typed:
+        raise ValueError(
+            "num_samples is for a prompt or a prompt_file: leave it out in interactive mode"
+        )
+    return prompts
 
 
 if __name__ == "__main__":

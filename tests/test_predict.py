@@ -31,7 +31,7 @@ from runtime.inference import predictor as predictor_module
 from runtime.inference.console import read_prompts
 from runtime.inference.decoder import generate, router_choices
 from runtime.inference.predictor import Predictor
-from runtime.inference.session import COMMANDS, VERBS, command_result
+from runtime.inference.session import COMMANDS, OTHER_COMMANDS, command_result
 from tests.builders import as_flags, other_value
 from tests.builders_inference import (
     BYTE,
@@ -112,7 +112,13 @@ def greedy_ids(model: LLM, ids: list[int], count: int, **settings) -> list[int]:
 def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, tmp_path, name):
     seen = []
     monkeypatch.setattr(predict, "Predictor", lambda config: config)
-    for function in ("show_answer", "show_answers", "repl", "write_experts_page", "experts_map"):
+    for function in (
+        "show_completion",
+        "show_completions",
+        "repl",
+        "write_experts_page",
+        "experts_map",
+    ):
         users = [module for module in (predict, console) if hasattr(module, function)]
         assert users, f"nobody calls {function}"
         for module in users:
@@ -889,7 +895,8 @@ def test_settings_reach_the_next_answer(endless, repl, drawn):
 
 def test_help_names_every_command(endless, repl, drawn):
     out, _ = repl(endless, ":help\n")
-    assert all(f"  {command} " in out for command in (*COMMANDS, *VERBS)) and ":experts" in VERBS
+    assert all(f"  {command} " in out for command in (*COMMANDS, *OTHER_COMMANDS))
+    assert ":experts" in OTHER_COMMANDS
     assert {field for field, _ in COMMANDS.values()} == {
         "temperature",
         "top_k",

@@ -1,10 +1,13 @@
-"""A fast way to decode is asked, not believed: a few tokens go through it and through the plain
-model, when a Decoder is made.
+"""Check a fast way to decode: when a Decoder is made, a few tokens go through it and through the
+plain model.
 
-What a way declares (runtime/checks/known.py) misses a change without a name, such as another function in
-the router. So two short texts of different lengths are read and continued, then one token follows
-at positions far into caches that hold random keys and values: beyond a window and before it is
-full, where blocks have one. A difference beyond rounding makes the way step aside, with a line.
+Reading order: `settle` decides, `ask` compares, below it are the probes and the kept outcomes.
+
+What a way declares (runtime/checks/known.py) misses a change without a name, such as another
+function in the router. So two short texts of different lengths are read and continued. Then one
+token follows at positions far into caches that hold random keys and values: beyond a window and
+before it is full, if blocks have one. After a difference beyond rounding the way is not used, and a
+line says so.
 
 For a large file the outcome is kept next to the compiled C code, under the digests of the weights,
 of our sources, and of all that chooses a way. Models made in memory are always asked.
@@ -83,7 +86,7 @@ def settle(decoder, decode_step: Callable, step_knows: Known, weights: str = "")
 
 @torch.inference_mode()
 def ask(decoder, decode_step: Callable, known: Known) -> str:
-    """Why the way that `decoder` takes now is not to be used, in a line; "" if it gives the plain
+    """Return in a line why the way that `decoder` takes now is wrong; "" if it gives the plain
     model's logits.
 
     What --compile makes of decode_step is not asked: it is decode_step, and a minute's work.
@@ -136,7 +139,8 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
 
 
 def difference(plain_NV: Tensor, fast_NV: Tensor) -> float:
-    """Largest over tokens of the root mean square of the difference, over that of all plain logits.
+    """Return the largest over tokens of the root mean square of the difference, divided by the root
+    mean square of all plain logits.
 
     Tokens whose logits are finite on neither side are left out; infinity where they are on one side
     only.
@@ -153,11 +157,11 @@ def difference(plain_NV: Tensor, fast_NV: Tensor) -> float:
 
 
 def explained(model: LLM) -> float:
-    """How far two orders of the same operations may put a token's logits apart, as a share of the
-    logits' size.
+    """Return how far two orders of the same operations may put a token's logits apart, as a share
+    of the logits' size.
 
-    That of float32 (runtime/checks/rounding.py). In a narrower dtype, what each block stores is off by
-    that dtype's eps too, and the errors of the blocks add up like a random walk.
+    That of float32 (runtime/checks/rounding.py). In a narrower dtype, what each block stores is
+    off by that dtype's eps too, and the errors of the blocks add up like a random walk.
     """
     c, dtype = model.config, model.embed.weight.dtype
     stored = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
@@ -165,7 +169,7 @@ def explained(model: LLM) -> float:
 
 
 def _without_dispatch(model: LLM) -> list[tuple]:
-    """Replace the CPU's operation for experts by `_feed_forward`; returns what was there, to be put
+    """Replace the CPU's operation for experts by `_feed_forward`; return what was there, to be put
     back.
 
     The first call of a custom operation imports PyTorch's compiler. That takes a second, and a C
@@ -180,7 +184,10 @@ def _without_dispatch(model: LLM) -> list[tuple]:
 def _feed_forward(
     x_RC: Tensor, w_in, b_in, w_out, b_out, counts_E: Tensor, activation: str
 ) -> tuple[Tensor]:
-    """Experts.feed_forward in plain operations: rows sorted by expert, [R, C] -> ([R, C],)."""
+    """Compute Experts.feed_forward in plain operations.
+
+    Rows are sorted by expert: [R, C] -> ([R, C],).
+    """
     y_RC, start = torch.empty_like(x_RC), 0
     for e, count in enumerate(counts_E.tolist()):
         rows = slice(start, start := start + count)
@@ -203,7 +210,7 @@ class _Probe(NamedTuple):
 
 
 def _short_texts(decoder, generator: torch.Generator) -> _Probe:
-    """Two texts, read together and continued token by token.
+    """Probe two texts, read together and continued token by token.
 
     Plain is one pass over both without a cache, the shorter row filled up on the right, where
     nothing is compared.
@@ -232,7 +239,7 @@ def _short_texts(decoder, generator: torch.Generator) -> _Probe:
 
 
 def _rows(decoder) -> list[int]:
-    """How many texts a step gets, so that it takes each of its branches."""
+    """Return how many texts a step gets, so that it takes each of its branches."""
     c = decoder.config
     if decoder.device.type == "cpu":
         return [2]
@@ -241,8 +248,8 @@ def _rows(decoder) -> list[int]:
 
 
 def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
-    """A token each at two positions of caches that hold random keys and values, also after the
-    shorter text's end.
+    """Probe a token each at two positions of caches that hold random keys and values, also after
+    the shorter text's end.
 
     This is all that there is to ask of decode_step, which reads no prompts. Rows after the second
     are the first two again.
@@ -270,7 +277,10 @@ def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
 
 
 def _far_position(decoder) -> int:
-    """FAR, or beyond the longest window; less where the context ends, or the cache's memory."""
+    """Return FAR, or a position beyond the longest window.
+
+    It is less if the context ends before that, or the memory for the cache.
+    """
     c = decoder.config
     window = max(c.window(block) for block in range(c.transformer_blocks))
     element_bytes = decoder.model.embed.weight.element_size()
@@ -282,7 +292,7 @@ def _far_position(decoder) -> int:
 
 
 def _copy(cache: KVCache) -> KVCache:
-    """A cache with memory of its own."""
+    """Return a copy of a cache with memory of its own."""
     own = copy.copy(cache)
     own.keys, own.values = [t.clone() for t in cache.keys], [t.clone() for t in cache.values]
     return own
@@ -323,7 +333,7 @@ class _Routers:
 
     @contextlib.contextmanager
     def choosing(self, rows) -> Iterator[None]:
-        """Within this, routers give what they gave for these rows of all tokens so far."""
+        """Within this context, let routers give what they gave for these rows of all tokens."""
         self._rows = torch.tensor(list(rows), device=self._routers[0].weight.device)
         try:
             yield
@@ -331,8 +341,8 @@ class _Routers:
             self._rows = None
 
     def near_ties(self) -> Tensor:
-        """[N] for each token so far: whether a block's router might have chosen other experts, had
-        it rounded otherwise.
+        """Return [N], for each token so far, whether another rounding might have sent it to other
+        experts.
         """
         near_N = torch.zeros((), dtype=torch.bool)
         for router, said in zip(self._routers, self._said, strict=True):
@@ -355,7 +365,7 @@ class _Routers:
 
 # ------------------------------------------------------------------------------------ kept outcomes
 def _kept(decoder, weights: str) -> Path | None:
-    """Where the outcome for a large file is kept; None for other models."""
+    """Return where the outcome for a large file is kept; None for other models."""
     model = decoder.model
     if not weights or _weight_bytes(model) < LARGE_BYTES:
         return None
@@ -374,10 +384,8 @@ def _kept(decoder, weights: str) -> Path | None:
         # Compilers and their flags make other libraries of one source.
         "" if decoder.native is None else cpu_decode.library_digest(),
     ]
-    return (
-        cache_folder()
-        / f"asked_{hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:32]}.json"
-    )
+    digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
+    return cache_folder() / f"asked_{digest[:32]}.json"
 
 
 def _weight_bytes(model: LLM) -> int:
@@ -395,7 +403,7 @@ def _sources() -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """What was found before; nothing where the file is not there or damaged."""
+    """Return what was found before; nothing if the file is missing or damaged."""
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

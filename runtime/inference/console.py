@@ -1,4 +1,9 @@
-"""Print answers, and maps of the experts at work."""
+"""Read prompts, and print completions and maps of the experts that generated them.
+
+Reading order: `show_completion` streams one completion, `show_completions` prints many. Below them
+are the prompts of a file or a pipe, and what the last text's experts were. Generated text goes to
+stdout, messages to stderr.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +21,19 @@ from runtime.base.files import write_text_atomic
 from runtime.base.text import visible
 from runtime.inference.decoder import router_choices
 from runtime.inference.expert_map import html_page, text_map
-from runtime.inference.predictor import Answer, Predictor
+from runtime.inference.predictor import Completion, Predictor
+
+# ANSI codes.
+BOLD, DIM = "1", "2"
 
 
-def show_answer(
+def show_completion(
     predictor: Predictor, prompt: str, config: PredictConfig, ids: list[int] | None = None
 ) -> None:
-    """Stream one answer to stdout, prompt first; what is about it, to stderr. ids: what the model is to continue, if that is more than the prompt."""
+    """Stream one completion to stdout, prompt first, and messages to stderr.
+
+    ids: what the model is to continue, if that is more than the prompt.
+    """
     terminal = sys.stdout.isatty()
 
     def show(text: str, style: str = "") -> None:
@@ -44,27 +55,20 @@ def show_answer(
                 if not config.json:
                     show(piece)
     except KeyboardInterrupt:
+        # What was generated until then is printed too.
         if config.json:
             print_json(predictor, prompt, predictor.last, config, config.seed)
         raise
     finally:
         if not config.json:
             print(flush=True)
+
     if config.json:
         print_json(predictor, prompt, predictor.last, config, config.seed)
-    elif (
-        not config.quiet
-        and sys.stderr.isatty()
-        and predictor.last
-        and (rate := predictor.last.tokens_per_sec)
-    ):
-        print(
-            styled(
-                f"[{len(predictor.last.ids)} tokens, {rate:.1f} tokens/s, first after {1000 * predictor.last.first_s:.0f} ms]",
-                DIM,
-                sys.stderr,
-            ),
-            file=sys.stderr,
+    elif predictor.last and (rate := predictor.last.tokens_per_sec):
+        num_tokens, first_ms = len(predictor.last.ids), 1000 * (predictor.last.first_s or 0)
+        show_speed(
+            f"[{num_tokens} tokens, {rate:.1f} tokens/s, first after {first_ms:.0f} ms]", config
         )
     if config.show_experts and not config.json:
         print(experts_map(predictor))
@@ -72,8 +76,11 @@ def show_answer(
         write_experts_page(predictor, config)
 
 
-def show_answers(predictor: Predictor, prompts: Sequence[str], config: PredictConfig) -> None:
-    """Answers to many prompts, batch_size at a time, in the prompts' order: JSON lines, or texts with an empty line between them."""
+def show_completions(predictor: Predictor, prompts: Sequence[str], config: PredictConfig) -> None:
+    """Print num_samples completions of each prompt, batch_size at a time, in the prompts' order.
+
+    They are JSON lines, or texts with an empty line between them.
+    """
     jobs = [
         (prompt, config.seed if config.seed < 0 else (config.seed + i) % 2**63)
         for prompt in prompts
@@ -81,69 +88,88 @@ def show_answers(predictor: Predictor, prompts: Sequence[str], config: PredictCo
     ]
     for first in range(0, len(jobs), config.batch_size):
         batch = jobs[first : first + config.batch_size]
-        answers = [Answer(predictor.prompt_ids(prompt)) for prompt, _ in batch]
-        started, shown = time.perf_counter(), 0
+        completions = [Completion(predictor.prompt_ids(prompt)) for prompt, _ in batch]
+        started = time.perf_counter()
+        shown = 0
 
-        def show(all_of_them: bool, batch=batch, answers=answers, first=first) -> None:
-            """Those that have ended, as far as all before them have too."""
+        def show(all_of_them: bool, batch=batch, completions=completions, first=first) -> None:
+            """Print those that ended, up to the first that did not."""
             nonlocal shown
-            while shown < len(answers) and (all_of_them or answers[shown].ended != "interrupted"):
-                (prompt, seed), a = batch[shown], answers[shown]
+            while shown < len(completions):
+                (prompt, seed), completion = batch[shown], completions[shown]
+                if completion.ended == "interrupted" and not all_of_them:
+                    return
                 if config.json:
-                    print_json(predictor, prompt, a, config, seed)
+                    print_json(predictor, prompt, completion, config, seed)
                 else:
-                    text = prompt + a.text
-                    print(
-                        ("\n" if first + shown else "")
-                        + (visible(text) if sys.stdout.isatty() else text),
-                        flush=True,
-                    )
+                    if first + shown:
+                        print()
+                    text = prompt + completion.text
+                    print((visible(text) if sys.stdout.isatty() else text), flush=True)
                 shown += 1
 
         try:
             with explained_out_of_memory(
                 predictor.device, "lower --batch_size or --context_length, or use --dtype bfloat16"
             ):
-                for _ in predictor.answer(answers, config, [seed for _, seed in batch]):
+                for _ in predictor.complete(completions, config, [seed for _, seed in batch]):
                     show(False)
         except KeyboardInterrupt:
             show(True)
             raise
         seconds = time.perf_counter() - started
         show(True)
-        if not config.quiet and sys.stderr.isatty():
-            print(
-                styled(
-                    f"[{len(batch)} answers, {sum(len(a.ids) for a in answers) / seconds:.1f} tokens/s together]",
-                    DIM,
-                    sys.stderr,
-                ),
-                file=sys.stderr,
-            )
+        rate = sum(len(completion.ids) for completion in completions) / seconds
+        show_speed(f"[{len(batch)} answers, {rate:.1f} tokens/s together]", config)
+
+
+def show_speed(line: str, config: PredictConfig) -> None:
+    """Print a line about the speed to stderr, on a terminal only."""
+    if not config.quiet and sys.stderr.isatty():
+        print(styled(line, DIM, sys.stderr), file=sys.stderr)
 
 
 def print_json(
-    predictor: Predictor, prompt: str, a: Answer, config: PredictConfig, seed: int
+    predictor: Predictor,
+    prompt: str,
+    completion: Completion | None,
+    config: PredictConfig,
+    seed: int,
 ) -> None:
-    """One line: the answer, and what is about it. Everything outside ASCII is escaped, so any console can take it."""
+    """Print one JSON line: the completion, its tokens and its speed.
+
+    Everything outside ASCII is escaped, so that any console can print it.
+    """
+    assert completion is not None
     record = {
         "prompt": prompt,
-        "text": a.text,
-        "ended": a.ended,
+        "text": completion.text,
+        "ended": completion.ended,
         "seed": seed,
-        "prompt_tokens": len(a.prompt_ids),
-        "new_tokens": len(a.ids),
-        "seconds_to_first_token": a.first_s,
-        "tokens_per_sec": a.tokens_per_sec,
+        "prompt_tokens": len(completion.prompt_ids),
+        "new_tokens": len(completion.ids),
+        "seconds_to_first_token": completion.first_s,
+        "tokens_per_sec": completion.tokens_per_sec,
     }
     if config.show_experts:
-        experts, gates = router_choices(predictor.model, last_text_ids(predictor))
-        record |= {"experts": experts.tolist(), "gates": gates.tolist()}
+        experts, weights = router_choices(predictor.model, last_text_ids(predictor))
+        record |= {"experts": experts.tolist(), "gates": weights.tolist()}
     print(json.dumps(record), flush=True)
 
 
+def read_piped_prompt() -> str:
+    """Return all of stdin without its last line break; what is not UTF-8 is replaced."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin.read().removesuffix("\n").removesuffix("\r")
+
+
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file; empty lines are none. ValueError, naming the line, for what is no text or no such JSON."""
+    """Return the prompts of a file, one a line; empty lines are skipped.
+
+    A .jsonl file has objects with a "prompt" or a "text". Raise ValueError, with the line's
+    number, for anything else, and for a file that is not UTF-8 text.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -171,14 +197,14 @@ def read_prompts(path: str) -> list[str]:
 
 
 def last_text_ids(predictor: Predictor) -> list[int]:
-    """Prompt and answer of the last text, as far as the context holds them."""
-    return (predictor.last.prompt_ids + predictor.last.ids)[
-        -predictor.model.config.context_length :
-    ]
+    """Return the ids of the last prompt and completion, as far as the context holds them."""
+    last = predictor.last
+    assert last is not None
+    return (last.prompt_ids + last.ids)[-predictor.model.config.context_length :]
 
 
 def experts_map(predictor: Predictor) -> str:
-    """The last text's tokens and their experts, for stdout."""
+    """Return the last text's tokens and their experts as lines for stdout."""
     ids = last_text_ids(predictor)
     return text_map(
         [predictor.tokenizer.decode([i]) for i in ids],
@@ -189,16 +215,25 @@ def experts_map(predictor: Predictor) -> str:
     )
 
 
+def check_page_path(path: str) -> None:
+    """Raise ValueError if the folder of `path`, or the nearest one that exists, is not writable."""
+    parents = Path(os.path.abspath(path)).parents
+    folder = next(parent for parent in parents if os.path.lexists(parent))
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"{path} cannot be written: {folder} is no folder that can be written to")
+
+
 def write_experts_page(predictor: Predictor, config: PredictConfig) -> None:
-    """Write config.experts_html."""
+    """Write the last text's experts to config.experts_html."""
     ids = last_text_ids(predictor)
-    answer = predictor.last
+    assert predictor.last is not None
+    num_prompt = max(0, len(ids) - len(predictor.last.ids))
     page = html_page(
         "Which experts a text went to",
         [predictor.tokenizer.decode([i]) for i in ids],
         *router_choices(predictor.model, ids),
         predictor.model.config.num_experts,
-        max(0, len(ids) - len(answer.ids)),
+        num_prompt,
         f"{os.path.basename(config.ckpt)}, temperature {config.temperature:g}",
     )
     try:
@@ -211,14 +246,11 @@ def write_experts_page(predictor: Predictor, config: PredictConfig) -> None:
         print(f"wrote {config.experts_html}", file=sys.stderr)
 
 
-BOLD, DIM = "1", "2"
-
-
 def has_colour(stream) -> bool:
-    """Whether a stream is a terminal that takes colours (https://no-color.org)."""
+    """Return whether a stream is a terminal that shows colours (https://no-color.org)."""
     return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def styled(text: str, style: str, stream) -> str:
-    """`text` in a style, on a terminal that has styles."""
+    """Return `text` in a style if the stream is a terminal that shows it."""
     return f"\x1b[{style}m{text}\x1b[0m" if style and has_colour(stream) else text

@@ -1,12 +1,13 @@
 /* A forward pass of a few tokens on a CPU, at the speed at which their weights can be read.
 
-   The same mathematics as model_parts.py and model.py in float32, over the plain model's own parameters and the plain KV
-   cache (runtime/inference/cpu_decode.py hands over the pointers). A token is a row: an id, a position, and the cache it belongs to. One
-   row, the next rows of many texts, or some following rows of one text are the same to this code. Threads share each
-   matrix by its output rows and meet at a barrier between steps.
+   The same mathematics as model_parts.py and model.py in float32, over the plain model's own
+   parameters and the plain KV cache (runtime/inference/cpu_decode.py passes the pointers). A token
+   is a row: an id, a position, and the cache it belongs to. One row, the next rows of many texts,
+   or some following rows of one text are the same to this code. Threads share each matrix by its
+   output rows and meet at a barrier between steps.
 
-   Letters as in model_parts.py: C d_model, L blocks, H query heads, G key/value heads, D head_dim, E experts, K top_k, F d_ff,
-   V vocabulary; n rows. Weights are [outputs, inputs], row by row. */
+   Letters as in model_parts.py: C d_model, L blocks, H query heads, G key/value heads, D head_dim,
+   E experts, K top_k, F d_ff, V vocabulary; n rows. Weights are [outputs, inputs], row by row. */
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -44,7 +45,9 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #endif
 #define MOST_THREADS 256
 #define TILE 4              /* weight rows taken together */
-#define AHEAD 1024          /* bytes by which weights are asked for before their use: the processor does not see across the end of a short row */
+/* Bytes by which weights are prefetched before their use: the processor itself does not prefetch
+   across the end of a short row. */
+#define AHEAD 1024
 
 enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 #define LIMIT 7.0f          /* of SWIGLU_CLAMPED, as in config_model.py */
@@ -56,14 +59,16 @@ typedef struct {            /* float, or with scale: int8 times the scale of its
     int32_t rows, cols;
 } Matrix;
 
-typedef struct {            /* pointers that may be NULL: q_norm, k_norm, router_bias, selection_bias, attention_bias, sinks */
+/* Pointers that may be NULL: q_norm, k_norm, router_bias, selection_bias, attention_bias, sinks. */
+typedef struct {
     const float *norm1, *norm2, *q_norm, *k_norm, *router, *router_bias, *selection_bias, *attention_bias, *sinks;
     Matrix q, k, v, out, w_in, w_out;   /* w_in, w_out: of all experts, stacked */
     int32_t window, capacity, is_ring, unused;
 } Block;
 
 typedef struct {
-    int32_t C, L, H, G, D, V, E, K, F, activation, table, threads;   /* activation: GELU ...; table: side of the tables of attention biases */
+    /* activation: GELU ...; table: side of the learned attention biases. */
+    int32_t C, L, H, G, D, V, E, K, F, activation, table, threads;
     float eps;
     int32_t unused;
     const float *norm;
@@ -82,7 +87,8 @@ typedef struct {
     const int32_t *logit_rows;  /* [num_logits] rows whose logits are wanted */
     float *logits;              /* [num_logits, V] */
     /* working memory */
-    float *x, *y, *q, *k, *v, *h, *up;   /* [n, C], [n, max(C, H * D)], [n, H * D], [n, G * D] twice, [n * K, F] twice */
+    /* [n, C], [n, max(C, H * D)], [n, H * D], [n, G * D] twice, [n * K, F] twice */
+    float *x, *y, *q, *k, *v, *h, *up;
     int32_t *chosen, *order, *starts;    /* [n * K], [n * K] assignments by expert, [E + 1] */
     float *gate, *private;               /* [n * K]; per thread: scores and unpacked weights */
     int64_t private_floats;
@@ -114,7 +120,8 @@ static void share(int count, int t, int threads, int *begin, int *end)
     *end = least(count, (int)((int64_t)tiles * (t + 1) / threads) * TILE);
 }
 
-/* The four quarters of a vector (halves on 8 lanes), added: the order of additions is ours, for a compiler may not choose it. */
+/* Add the four quarters of a vector (halves on 8 lanes). The order of additions is spelled out,
+   because a compiler may not choose it. */
 static four fold(vec a)
 {
     four q[LANES / 4];
@@ -148,11 +155,13 @@ static vec at_least(vec x, float bound)
     return (vec)(((ints)x & ~below) | ((ints)b & below));
 }
 
-/* e^x of each lane for x <= 88 (and e^-87 below -87), to 2 units in the last place: 2^n times a polynomial of the rest, |rest| <= ln 2 / 2. */
+/* e^x of each lane for x <= 88 (and e^-87 below -87), to 2 units in the last place: 2^n times a
+   polynomial of the rest, |rest| <= ln 2 / 2. */
 static vec exp_of(vec x)
 {
     x = at_least(x, -87.0f);
-    vec whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;   /* rounded: 1.5 * 2^23 leaves no bits behind the point */
+    /* Rounded: 1.5 * 2^23 leaves no bits after the point. */
+    vec whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
     vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     vec p = ((((r * 1.98756915e-4f + 1.39819995e-3f) * r + 8.33345191e-3f) * r + 4.16657959e-2f) * r + 1.66666655e-1f) * r + 0.5f;
     return (p * r * r + r + 1.0f) * (vec)((__builtin_convertvector(whole, ints) + 127) << 23);
@@ -177,7 +186,7 @@ static void rms_norm(const float *x, const float *weight, float eps, int count, 
         out[i] = x[i] * scale * weight[i];
 }
 
-/* ------------------------------------------------------------------------------------------------- matrix products */
+/* ------------------------------------------------------------------------------ matrix products */
 /* TILE weight rows times 4 inputs. */
 static void tile(const float *const w[TILE], const float *const x[4], int cols, float sums[TILE][4])
 {
@@ -209,7 +218,8 @@ static const float *row_of(const Matrix *a, int64_t row, float *room)
     return room;
 }
 
-/* Two weight rows far apart times NX inputs, UNROLL vectors at a time: two long streams come from memory twice as fast as four rows side by side. */
+/* Two weight rows far apart times NX inputs, UNROLL vectors at a time: two long streams come from
+   memory twice as fast as four adjacent rows. */
 #define PAIR_PRODUCT(NAME, TYPE, LOAD, NX, UNROLL)                                                              \
     static void NAME(const TYPE *const w[2], const float *const x[NX], int cols, float sums[2][4])              \
     {                                                                                                           \
@@ -237,7 +247,8 @@ PAIR_PRODUCT(floats_by_4, float, LOAD_FLOATS, 4, 1)
 PAIR_PRODUCT(bytes_by_1, int8_t, LOAD_BYTES, 1, 2)
 PAIR_PRODUCT(bytes_by_4, int8_t, LOAD_BYTES, 4, 1)
 
-/* out[j][r] = value, or += factor[j] * value, for a sum of weights of `row` times input j; r: the row's place in the output. */
+/* out[j][r] = value, or += factor[j] * value, for a sum of weights of `row` times input j;
+   r: the row's index in the output. */
 static void put(const Matrix *a, int64_t row, int r, const float *sums, int nx, float *const *out, const float *factor)
 {
     float scale = a->scale ? a->scale[row] : 1.0f, bias = a->bias ? a->bias[row] : 0.0f;
@@ -258,7 +269,8 @@ static void product(const Matrix *a, int64_t first, int begin, int end, const fl
         int r[TILE];
         for (int l = 0; l < rows; l++) {
             r[l] = begin + i + (few ? l * half : l);
-            int64_t row = first + least(r[l], end - 1);   /* beyond the end the last row is computed again, and not put */
+            /* Beyond the end the last row is computed again, and not put. */
+            int64_t row = first + least(r[l], end - 1);
             if (few)
                 packed[l] = (const int8_t *)a->weight + row * cols;
             if (!few || !a->scale)
@@ -284,12 +296,14 @@ static void product(const Matrix *a, int64_t first, int begin, int end, const fl
     }
 }
 
-/* All of a matrix times the rows x [n, x_stride] into out [n, rows], or added to it; this thread's share of the outputs. */
+/* This thread's share of a whole matrix times the rows x [n, x_stride]; put into out [n, rows], or
+   added to it. */
 static void linear(const Pass *p, const Matrix *a, const float *x, int x_stride, float *out, int add, int t, float *room)
 {
     int begin, end;
     share(a->rows, t, p->team, &begin, &end);
-    for (int first = 0; first < p->n; first += 64) {   /* as many inputs as stay in the cache with the weight rows */
+    /* 64: as many inputs as stay in the cache with the weight rows. */
+    for (int first = 0; first < p->n; first += 64) {
         const float *xs[64];
         float *outs[64], factors[64];
         int count = least(64, p->n - first);
@@ -302,7 +316,7 @@ static void linear(const Pass *p, const Matrix *a, const float *x, int x_stride,
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------ attention */
+/* ------------------------------------------------------------------------------------ attention */
 /* Normalise (if weight) and rotate one head in place. */
 static void turn(const Model *m, float *head, const float *weight, int position)
 {
@@ -335,7 +349,8 @@ static void store(const Pass *p, const Block *b, int l, int i)
     }
 }
 
-/* Head h of `rows` following rows of one text, from row i on (at most 4), over the keys of its cache up to their positions; into y.
+/* Head h of `rows` following rows of one text, from row i on (at most 4), over the keys of its
+   cache up to their positions; into y.
    scores: room for four times as many floats as keys. */
 static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h, float *scores, int width)
 {
@@ -371,14 +386,16 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
                 mine[at] += b->attention_bias[((int64_t)h * m->table + position) * m->table + at];
         for (int at = first; at <= position; at++)
             largest = mine[at] > largest ? mine[at] : largest;
-        for (int at = start; at < start + (last - start + LANES) / LANES * LANES; at++)   /* what a row does not see, and what fills the last vector */
+        /* What a row does not see, and what fills the last vector. */
+        for (int at = start; at < start + (last - start + LANES) / LANES * LANES; at++)
             mine[at] = at < first || at > position ? -INFINITY : mine[at] - largest;
         vec total = {0};
         for (int at = start; at <= last; at += LANES) {
             vec x = *(vec *)(mine + at);
             total += *(vec *)(mine + at) = (vec)((ints)exp_of(x) & ~(x < (vec){0} - 87.0f));
         }
-        totals[r] = sum_of(total) + (b->sinks ? expf(b->sinks[h] - largest) : 0.0f);   /* a sink takes its share and gives nothing */
+        /* A sink adds to the denominator only. */
+        totals[r] = sum_of(total) + (b->sinks ? expf(b->sinks[h] - largest) : 0.0f);
         out[r] = p->y + (int64_t)(i + r) * width + h * D;
         memset(out[r], 0, 4 * D);
     }
@@ -395,7 +412,8 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
             out[r][d] /= totals[r];
 }
 
-/* This thread's share of the attention of all rows: a head of up to 4 rows at a time, where they follow one another in one text. */
+/* This thread's share of the attention of all rows: a head of up to 4 rows at a time, if they
+   follow one another in one text. */
 static void attention(const Pass *p, const Block *b, int l, int t, float *scores, int width)
 {
     int unit = 0;
@@ -408,8 +426,9 @@ static void attention(const Pass *p, const Block *b, int l, int t, float *scores
     }
 }
 
-/* ---------------------------------------------------------------------------------------------- mixture of experts */
-/* The experts of a row from its router logits [E], which are used up: chosen [K], gate [K] with sum 1, strongest first. */
+/* --------------------------------------------------------------------------- mixture of experts */
+/* Choose the experts of a row from its router logits [E], which are overwritten: chosen [K] and
+   routing weights gate [K] with sum 1, strongest first. */
 static void choose(const Model *m, const float *bias, float *p_E, int32_t *chosen, float *gate)
 {
     float largest = p_E[0], total = 0;
@@ -457,7 +476,8 @@ static void sort_by_expert(const Pass *p)
 /* The smaller of x and the bound; what is not a number stays so. */
 static vec at_most(vec x, float bound) { return -at_least(-x, -bound); }
 
-/* An expert's activation (model_parts.activate) in place of h; the vector code does as the last line, but for GELU. */
+/* An expert's activation (model_parts.activate) in place of h. The vector code does the same as the
+   last line, except for GELU. */
 static void activate(float *h, const float *up, int count, int activation)
 {
     int f = 0;
@@ -516,14 +536,16 @@ static void experts(const Pass *p, const Block *b, int is_out, int t, float *roo
         }
 }
 
-/* ------------------------------------------------------------------------------------------------------- the pass */
+/* ------------------------------------------------------------------------------------- the pass */
 static void run(Pass *p, int t)
 {
     const Model *m = p->m;
     int n = p->n, C = m->C, K = m->K, T = p->team, width = C > m->H * m->D ? C : m->H * m->D;
-    float *room = p->private + t * p->private_floats, *scores = room;   /* never in use at the same time */
+    /* Never in use at the same time. */
+    float *room = p->private + t * p->private_floats, *scores = room;
     for (int i = t; i < n; i += T)
-        memcpy(p->x + (int64_t)i * C, row_of(&m->embed, p->ids[i], room), sizeof(float) * C);   /* never packed: runtime/inference/quantize.py */
+        /* The embedding is never packed: runtime/inference/quantize.py. */
+        memcpy(p->x + (int64_t)i * C, row_of(&m->embed, p->ids[i], room), sizeof(float) * C);
     for (int l = 0; l < m->L; l++) {
         const Block *b = &m->blocks[l];
         for (int i = t; i < n; i += T)

@@ -1,10 +1,13 @@
-"""Decoding on a CPU by runtime/inference/cpu_decode.c, which is compiled once by the machine's own C compiler and then kept.
+"""Decode on a CPU with runtime/inference/cpu_decode.c.
 
-It runs a finished plain LLM: the C code is handed pointers to the model's own parameters and to ordinary KV caches, so nothing is
-copied and a text can go from PyTorch's path to this one and back. Without a compiler, or for arithmetic other than
-float32, `native_model` says so and runtime/inference/decoder.py goes on in PyTorch.
+The machine's own C compiler compiles it once; the library is kept (`library`). It runs a finished
+plain LLM (`native_model`, `NativeModel`): the C code gets pointers to the model's own parameters
+and to ordinary KV caches. So nothing is copied, and a text can go from PyTorch's path to this one
+and back. Without a compiler, or for a dtype other than float32, `native_model` says why and
+runtime/inference/decoder.py continues in PyTorch.
 
-Environment variables: CC is the compiler, GPTOSS_CFLAGS are flags after ours, XDG_CACHE_HOME is where compiled code is kept.
+Environment variables: CC is the compiler, GPTOSS_CFLAGS are flags after ours, XDG_CACHE_HOME is
+where compiled code is kept.
 """
 
 from __future__ import annotations
@@ -52,19 +55,20 @@ FLAGS = [
     "-shared",
     "-fPIC",
 ]
-TILE = 4  # as in the C code
-ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")  # in the order of the C code's enum
+# As in the C code.
+TILE = 4
+# In the order of the C code's enum.
+ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")
 KNOWS = Known(
     "the C decoder",
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
     TENSORS | PACKED_TENSORS,
 )
-LEAST_BYTES_PER_THREAD = (
-    1 << 20
-)  # of weights, read once for each token: for less, another thread costs more than it does
+# Bytes of weights, read once for each token: for less, another thread costs more than it gains.
+LEAST_BYTES_PER_THREAD = 1 << 20
 
 
-# ------------------------------------------------------------------------------------------------------- the C library
+# ---------------------------------------------------------------------------------- the C library
 def _struct(name: str, **fields) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
@@ -105,7 +109,7 @@ Pass = _struct(
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """(the compiled code, ""), or (None, why there is none)."""
+    """Return (the compiled code, ""), or (None, why it is missing)."""
     if platform.system() not in ("Linux", "Darwin"):
         return None, f"there is no native decoding on {platform.system()}"
     compiler = os.environ.get("CC") or next(
@@ -114,24 +118,23 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang)"
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    # After -march=native, so that they can take back what it allows: GPTOSS_CFLAGS="-mno-avx512f -O1".
+    # After -march=native, so that they can take back what it allows:
+    # GPTOSS_CFLAGS="-mno-avx512f -O1".
     extra = os.environ.get("GPTOSS_CFLAGS", "").split()
     flags = [*compiler.split(), *FLAGS, native, *extra]
     command = [*flags, str(SOURCE), "-lm", "-lpthread"]
-    # By what the source says, not by where it lies: two copies of the code share one library.
+    # The key is what the source says, not where it lies: two copies of the code share a library.
     machine = [platform.machine(), *platform.libc_ver(), cpu_flags()]
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *flags, *machine]).encode()).hexdigest()[
-        :24
-    ]
+    content = "\0".join([SOURCE.read_text(), *flags, *machine])
+    key = hashlib.sha256(content.encode()).hexdigest()[:24]
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"cpu_decode_{key}.so"
         for attempt in range(2):
             if attempt or not path.exists():
-                with tempfile.TemporaryDirectory(
-                    dir=folder
-                ) as work:  # another process may be doing the same: whoever is last wins
+                # Another process may be doing the same: the last one wins.
+                with tempfile.TemporaryDirectory(dir=folder) as work:
                     subprocess.run(
                         [*command, "-o", f"{work}/new.so"],
                         check=True,
@@ -141,26 +144,24 @@ def library() -> tuple[ctypes.CDLL | None, str]:
                     )
                     os.replace(f"{work}/new.so", path)
             for own in (folder, path):
-                if (
-                    (status := own.lstat()).st_uid != os.geteuid()
-                    or status.st_mode & 0o022
-                    or own.is_symlink()
-                ):
-                    return (
-                        None,
-                        f"{own} is not this user's alone, and code is not taken from there: remove it, or set XDG_CACHE_HOME",
+                status = own.lstat()
+                is_others = status.st_uid != os.geteuid() or status.st_mode & 0o022
+                if is_others or own.is_symlink():
+                    why = (
+                        f"{own} is not this user's alone, and code is not taken from there: "
+                        "remove it, or set XDG_CACHE_HOME"
                     )
-            with contextlib.suppress(OSError):  # cut short, or made for another system: made anew
+                    return None, why
+            # A file that is cut short, or made for another system, is compiled again.
+            with contextlib.suppress(OSError):
                 code = ctypes.CDLL(str(path))
                 break
         else:
             return None, f"{path} was compiled, and cannot be loaded"
         sizes = [code.gptoss_sizes(i) for i in range(4)]
     except (OSError, subprocess.SubprocessError) as error:
-        return (
-            None,
-            f"cpu_decode.c could not be compiled: {' '.join((getattr(error, 'stderr', None) or str(error)).split())[:200]}",
-        )
+        said = getattr(error, "stderr", None) or str(error)
+        return None, f"cpu_decode.c could not be compiled: {' '.join(said.split())[:200]}"
     assert sizes == [ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)], (
         "cpu_decode.c and cpu_decode.py disagree about a structure"
     )
@@ -169,19 +170,19 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept, and what runtime/inference/asked.py found."""
+    """Return the folder of compiled code, and of what runtime/inference/asked.py found."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
 
 
 @functools.cache
 def library_digest() -> str:
-    """SHA-256 of the compiled code, "" where there is none."""
+    """Return the SHA-256 of the compiled code, "" without it."""
     code, _ = library()
     return "" if code is None else hashlib.sha256(Path(code._name).read_bytes()).hexdigest()
 
 
 def cpu_flags() -> str:
-    """What -march=native stands for on this machine, as far as Linux tells."""
+    """Return what -march=native stands for on this machine, as far as Linux tells."""
     try:
         return next(
             line
@@ -192,9 +193,9 @@ def cpu_flags() -> str:
         return platform.processor()
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# -------------------------------------------------------------------------------------- the model
 def native_model(model: LLM) -> tuple[NativeModel | None, str]:
-    """(the model for C, ""), or (None, why not)."""
+    """Return (the model for C, ""), or (None, why not)."""
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if kinds != {("cpu", torch.float32)}:
         return None, "native decoding is for float32 on a CPU"
@@ -210,8 +211,10 @@ class NativeModel:
     def __init__(self, model: LLM, code: ctypes.CDLL):
         c = model.config
         self.model, self.config, self._code = model, c, code
-        self._kept: list[Tensor] = []  # what only C points to
-        self._rope = None  # (cos, sin) of the positions so far needed
+        # Tensors that only C points to.
+        self._kept: list[Tensor] = []
+        # (cos, sin) of the positions needed so far.
+        self._rope: tuple[Tensor, Tensor] | None = None
         table = model.layers[0].attention.attention_bias
         self._blocks = (Block * c.transformer_blocks)(
             *(self._block(block) for block in model.layers)
@@ -239,7 +242,8 @@ class NativeModel:
             blocks=self._blocks,
         )
         self._widest = max(c.d_model, c.num_heads * c.attention_head_dim, c.d_ff)
-        self._room, self._rows, self._threads = None, 0, 0
+        self._room: dict[str, Tensor] | None = None
+        self._rows, self._threads = 0, 0
         self._lock = threading.Lock()
         self.least_bytes_per_thread = LEAST_BYTES_PER_THREAD
 
@@ -255,7 +259,7 @@ class NativeModel:
         return tensor.data_ptr()
 
     def _matrix(self, module, name: str, bias: Tensor | None = None) -> Matrix:
-        """The weights `name` of a module, plain or as runtime/inference/quantize.py left them."""
+        """Return the weights `name` of a module, plain or packed by quantize.py."""
         packed = getattr(module, f"{name}_packed", None)
         weight = getattr(module, name) if packed is None else packed
         scale = None if packed is None else getattr(module, f"{name}_scale")
@@ -291,9 +295,11 @@ class NativeModel:
     def forward(
         self, caches: Sequence[KVCache], ids: Sequence[Sequence[int]], all_logits: bool = False
     ) -> Tensor:
-        """One pass over some further ids of each cache's text: logits [caches, V] of each one's last, or [all ids, V]; the caches advance.
+        """Read further ids of each cache's text in one pass, and advance the caches.
 
-        The caches must be rows of one allocation, and no rings where an entry has several ids. ValueError for ids out of range or a cache without room.
+        Return the logits [caches, V] of each text's last id, or of all ids: [all ids, V]. The
+        caches must be rows of one allocation. One that gets several ids must have no ring buffer.
+        Raise ValueError for ids out of range or a cache without room.
         """
         c, lengths = self.config, [len(chunk) for chunk in ids]
         for cache, T in zip(caches, lengths, strict=True):
@@ -318,7 +324,8 @@ class NativeModel:
             np.arange(n, dtype=np.int32) if all_logits else np.cumsum(lengths, dtype=np.int32) - 1
         )
         logits = torch.empty(len(rows), c.vocabulary_size)
-        with self._lock:  # C runs without Python's, and there is one working memory
+        # C runs without Python's lock, and there is one working memory.
+        with self._lock:
             self._prepare(n, caches[0])
             p = self._pass
             p.n, p.num_logits = n, len(rows)
@@ -332,7 +339,9 @@ class NativeModel:
         return logits
 
     def _prepare(self, n: int, cache: KVCache) -> None:
-        """Working memory for n rows, rotations for the cache's positions, what the blocks need to know of it, the number of threads."""
+        """Set up the pass: working memory for n rows, rotations for the cache's positions, each
+        block's capacity, the number of threads.
+        """
         c = self.config
         if c.use_rope and (self._rope is None or len(self._rope[0]) < cache.max_tokens):
             self._rope = rope_tables(c, 0, cache.max_tokens, torch.float32, "cpu")
@@ -350,11 +359,10 @@ class NativeModel:
             or threads > self._threads
             or private > self._pass.private_floats
         ):
-            HD, GD, R = (
-                c.num_heads * c.attention_head_dim,
-                c.num_kv_heads * c.attention_head_dim,
-                n * c.top_k,
-            )
+            HD = c.num_heads * c.attention_head_dim
+            GD = c.num_kv_heads * c.attention_head_dim
+            # Assignments of a token to an expert.
+            R = n * c.top_k
             sizes = dict(
                 x=n * c.d_model,
                 y=n * max(c.d_model, HD),
@@ -369,11 +377,9 @@ class NativeModel:
                 starts=c.num_experts + 1,
                 private=threads * private,
             )
-            self._room, self._rows, self._threads = (
-                {name: torch.empty(size) for name, size in sizes.items()},
-                n,
-                threads,
-            )  # all of them 4 bytes wide
+            # float32 or int32: all of them are 4 bytes wide.
+            self._room = {name: torch.empty(size) for name, size in sizes.items()}
+            self._rows, self._threads = n, threads
             self._pass = Pass(
                 m=ctypes.pointer(self._m),
                 private_floats=private,
@@ -381,9 +387,13 @@ class NativeModel:
             )
         self._m.threads = threads
 
-    @functools.cache  # noqa: B019  (one model, for as long as it lives)
+    # Cached for good: there is one model, and this lives as long as it does.
+    @functools.cache  # noqa: B019
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one token reads: its experts, attention, router, norms and head, and one row of the embedding."""
+        """Return the bytes of weights that one token reads.
+
+        These are its experts, attention, router and head, and one row of the embedding.
+        """
 
         def size(matrix: Matrix, rows: int) -> int:
             return rows * (
@@ -392,18 +402,18 @@ class NativeModel:
                 + 4 * bool(matrix.bias)
             )
 
-        c, total = self.config, size(self._m.head, self._m.head.rows) + size(self._m.embed, 1)
+        c = self.config
+        total = size(self._m.head, self._m.head.rows) + size(self._m.embed, 1)
         for b in self._blocks:
-            total += (
-                sum(size(m, m.rows) for m in (b.q, b.k, b.v, b.out))
-                + c.top_k * sum(size(m, m.rows) for m in (b.w_in, b.w_out))
-                + 4 * c.num_experts * c.d_model
-            )
+            total += sum(size(m, m.rows) for m in (b.q, b.k, b.v, b.out))
+            total += c.top_k * sum(size(m, m.rows) for m in (b.w_in, b.w_out))
+            # The router.
+            total += 4 * c.num_experts * c.d_model
         return total
 
 
 def _addresses(cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
-    """Where a cache of one row keeps its keys and values, by block; [L] uint64 each."""
+    """Return where a cache of one row has its keys and values, by block: [L] uint64 each."""
     if not hasattr(cache, "_addresses"):
         assert all(
             t.shape[0] == 1 and t[0].is_contiguous() and t.dtype == torch.float32

@@ -1,4 +1,9 @@
-"""Answer prompts with a checkpoint's model."""
+"""Complete prompts with the model of a checkpoint.
+
+Read `Predictor` from the top: `__init__` loads model and tokenizer and makes the Decoder, `stream`
+completes one prompt, and `complete` generates several completions at the same time. A Completion
+holds what was generated, also while it grows. runtime/inference/console.py prints it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,9 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,42 +32,39 @@ from runtime.kernels.choose import choose_kernels
 
 
 @dataclass
-class Answer:
-    """An answer, while and after it is generated."""
+class Completion:
+    """A completion, while and after it is generated."""
 
     prompt_ids: list[int]
-    ids: list[int] = field(default_factory=list)  # drawn so far, end-of-text included
+    # Generated so far, end-of-text included.
+    ids: list[int] = field(default_factory=list)
     text: str = ""
-    ended: str = "interrupted"  # or: end of text, stop text, length, context
-    first_s: float | None = None  # seconds to the first token
-    last_s: float = 0.0  # seconds to the last token
+    # Or: end of text, stop text, length, context.
+    ended: str = "interrupted"
+    # Seconds to the first and to the last token.
+    first_s: float | None = None
+    last_s: float = 0.0
 
     @property
     def tokens_per_sec(self) -> float | None:
-        """After the first token; None where there are not two."""
-        return (
-            (len(self.ids) - 1) / max(self.last_s - self.first_s, 1e-9)
-            if len(self.ids) > 1
-            else None
-        )
+        """Return the rate after the first token; None if there are fewer than two tokens."""
+        if len(self.ids) < 2:
+            return None
+        assert self.first_s is not None
+        return (len(self.ids) - 1) / max(self.last_s - self.first_s, 1e-9)
 
 
 class Predictor:
-    """A model, its tokenizer, and how to draw from it."""
+    """A model, its tokenizer, and the decoder that generates from it."""
 
     def __init__(self, config: PredictConfig):
         if config.ckpt == PredictConfig.ckpt and not os.path.exists(config.ckpt):
             raise ValueError(
-                f"there is no {config.ckpt} yet: train a model first (python train.py, or make demo), or give --ckpt FILE"
+                f"there is no {config.ckpt} yet: train a model first (python train.py, or make "
+                "demo), or give --ckpt FILE"
             )
         self.device = device = choose_device(config.device)
-        dtype = choose_dtype(config.dtype, device)
-        if (
-            config.dtype == "auto"
-            and device.type == "cpu"
-            and (not config.c_kernel or config.quantize != "none" or cpu_decode.library()[0])
-        ):
-            dtype = torch.float32  # what runtime/inference/cpu_decode.c reads; bfloat16 products, where a CPU has them, are for training
+        dtype = _choose_dtype(config, device)
         if config.compile and device.type != "cuda":
             raise ValueError(f"compile is for CUDA graphs, and this runs on {device}: leave it out")
         torch.set_num_threads(
@@ -77,28 +80,32 @@ class Predictor:
         self.tokenizer = tokenizer_of(checkpoint, config.tokenizer)
         if config.context_length:
             _set_context(self.model, config)
-        if config.lookup and any(
-            self.model.config.window(block) for block in range(self.model.config.transformer_blocks)
-        ):
+
+        c = self.model.config
+        if config.lookup and any(c.window(block) for block in range(c.transformer_blocks)):
             raise ValueError(
-                "lookup takes back tokens, and this model's windowed blocks keep only their window: leave lookup out"
+                "lookup takes back tokens, and this model's windowed blocks keep only their "
+                "window: leave lookup out"
             )
         self.decoder = Decoder(self.model, config.c_kernel, config.compile, checkpoint.digest)
         if self.decoder.note and not config.quiet:
             print(f"note: {self.decoder.note}", file=sys.stderr)
         self.texts: list[Text] = []
-        self.last: Answer | None = None
-        vocabulary = self.model.config.vocabulary_size
+        self.last: Completion | None = None
+        # Ids that stand for no text: holes in the tokenizer's ids, and the embedding's padding.
+        vocabulary = c.vocabulary_size
         self.banned_ids = [i for i in self.tokenizer.undecodable_ids if i < vocabulary] + list(
             range(self.tokenizer.vocabulary_size, vocabulary)
         )
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """A prompt as the beginning of a document. (Something is always before the first token that is drawn.)"""
+        """Return a prompt's ids as the start of a document.
+
+        There is at least one id, because the first generated token needs one before it.
+        """
         start = self.tokenizer.start_id
-        return ([] if start is None else [start]) + self.tokenizer.encode(prompt) or [
-            self.tokenizer.end_of_text_id
-        ]
+        ids = ([] if start is None else [start]) + self.tokenizer.encode(prompt)
+        return ids or [self.tokenizer.end_of_text_id]
 
     def stream(
         self,
@@ -106,15 +113,19 @@ class Predictor:
         config: PredictConfig,
         note: Callable[[str], object] = lambda line: None,
     ) -> Iterator[str]:
-        """The answer to a prompt (or to ids, as they are) in pieces of whole characters. `note` is told, in a line, what the context's limit did."""
-        ids, context = (
-            self.prompt_ids(prompt) if isinstance(prompt, str) else prompt,
-            self.model.config.context_length,
-        )
+        """Return an iterator over the completion of a prompt, in pieces of whole characters.
+
+        prompt: a text, or ids that are read as they are. note: called with a line if prompt or
+        completion may exceed the context.
+        """
+        ids = self.prompt_ids(prompt) if isinstance(prompt, str) else prompt
+        context = self.model.config.context_length
         if len(ids) > context:
             note(
-                f"the prompt has {len(ids)} tokens and the context {context}: reading its last {context}"
+                f"the prompt has {len(ids)} tokens and the context {context}: "
+                f"reading its last {context}"
             )
+        # The last token that is generated is never read.
         if min(len(ids), context) + config.max_new_tokens - 1 > context:
             then = (
                 "older text is forgotten"
@@ -122,35 +133,38 @@ class Predictor:
                 else "the answer ends there"
             )
             note(f"prompt and answer may fill the context of {context} tokens: {then} if they do")
-        self.last = Answer(ids)
-        return (piece for _, piece in self.answer([self.last], config, [config.seed]))
+        self.last = Completion(ids)
+        return (piece for _, piece in self.complete([self.last], config, [config.seed]))
 
-    def answer(
-        self, answers: Sequence[Answer], config: PredictConfig, seeds: Sequence[int]
+    def complete(
+        self, completions: Sequence[Completion], config: PredictConfig, seeds: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
-        """Generate some answers at the same time: (which, piece of text) as they come. A token gives a piece, which may be empty, and an answer's end another."""
-        generators = [torch.Generator(self.device) for _ in answers]
+        """Generate several completions at the same time; yield (row, piece of text).
+
+        Each token yields a piece, which may be empty, and the end of a completion another one.
+        """
+        generators = [torch.Generator(self.device) for _ in completions]
         for generator, seed in zip(generators, seeds, strict=True):
             generator.seed() if seed < 0 else generator.manual_seed(seed)
-        texts = self._texts(
-            len(answers), max(len(a.prompt_ids) for a in answers) + config.max_new_tokens
-        )
-        streams, untils = (
-            [TokenStream(self.tokenizer) for _ in answers],
-            [UntilText(config.stop) for _ in answers],
-        )
-        ends, finished, started = self.tokenizer.stop_ids, set(), time.perf_counter()
+        longest = max(len(completion.prompt_ids) for completion in completions)
+        texts = self._texts(len(completions), longest + config.max_new_tokens)
+        streams = [TokenStream(self.tokenizer) for _ in completions]
+        untils = [UntilText(config.stop) for _ in completions]
+        stop_ids = self.tokenizer.stop_ids
+        # Rows that ended; `generate` adds to it, and so does a stop text here.
+        finished: set[int] = set()
+        started = time.perf_counter()
         for step in generate(
             self.decoder,
             texts,
-            [a.prompt_ids for a in answers],
+            [completion.prompt_ids for completion in completions],
             config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
-            stop_ids=list(ends),
+            stop_ids=list(stop_ids),
             banned_ids=self.banned_ids,
             generators=generators,
             slide=config.when_full == "slide",
@@ -159,67 +173,97 @@ class Predictor:
         ):
             now = time.perf_counter() - started
             for row, token in step:
-                a, until = answers[row], untils[row]
-                a.ids.append(token)
-                a.first_s, a.last_s = a.first_s or now, now
-                piece, stopped = (
-                    until.push(streams[row].push(token)) if token not in ends else ("", False)
-                )
-                a.text += piece
-                if token not in ends:
+                completion, until = completions[row], untils[row]
+                completion.ids.append(token)
+                completion.first_s = completion.first_s or now
+                completion.last_s = now
+                stopped = False
+                if token not in stop_ids:
+                    piece, stopped = until.push(streams[row].push(token))
+                    completion.text += piece
                     yield row, piece
                 if stopped:
-                    a.ended = "stop text"
+                    completion.ended = "stop text"
                     finished.add(row)
                 elif row in finished:
-                    a.ended = (
-                        "end of text"
-                        if token in ends
-                        else "length"
-                        if len(a.ids) == config.max_new_tokens
-                        else "context"
-                    )
+                    completion.ended = _why_ended(completion, stop_ids, config)
+                    # What waited for the rest of a character, or of a stop text, is text now.
                     piece, stopped = until.push(streams[row].flush())
                     piece += "" if stopped else until.held
-                    a.text += piece
+                    completion.text += piece
                     yield row, piece
 
     def _texts(self, count: int, tokens: int) -> list[Text]:
-        """Texts with room for so many tokens: those of the last answer, which may hold the beginning of this one, if they have it."""
+        """Return sequences with room for so many tokens each.
+
+        The last completion's sequences are reused if they are large enough, because they may
+        hold the start of this one.
+        """
         context = self.model.config.context_length
         tokens = context if self.decoder.compiles else min(tokens, context)
         if len(self.texts) != count or self.texts[0].cache.max_tokens < tokens:
-            self.texts = []  # first, so that both are never there at once
-            self.texts = self.decoder.texts(count, min(context, 1 << (tokens - 1).bit_length()))
+            # First, so that old and new caches are never in memory together.
+            self.texts = []
+            # The next power of two: a somewhat longer text finds room too.
+            room = 1 << (tokens - 1).bit_length()
+            self.texts = self.decoder.texts(count, min(context, room))
         return self.texts
 
 
+def _why_ended(completion: Completion, stop_ids: Collection[int], config: PredictConfig) -> str:
+    """Return why `generate` ended a completion."""
+    if completion.ids[-1] in stop_ids:
+        return "end of text"
+    if len(completion.ids) == config.max_new_tokens:
+        return "length"
+    return "context"
+
+
+def _choose_dtype(config: PredictConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype to load the weights in.
+
+    On a CPU, "auto" is float32, which runtime/inference/cpu_decode.c reads; bfloat16 products,
+    where a CPU has them, are for training.
+    """
+    dtype = choose_dtype(config.dtype, device)
+    if config.dtype != "auto" or device.type != "cpu":
+        return dtype
+    # The library is asked last, because it is compiled at its first use.
+    if not config.c_kernel or config.quantize != "none" or cpu_decode.library()[0]:
+        return torch.float32
+    return dtype
+
+
 def _set_context(model: LLM, config: PredictConfig) -> None:
-    """Let the model attend over config.context_length tokens. Raises ValueError where a learned table has no more positions."""
-    c = model.config
-    if config.context_length > c.context_length and c.use_attention_bias:
+    """Let the model attend over config.context_length tokens.
+
+    Raise ValueError if a learned attention bias has no more positions, or if the scaling of
+    positions does not fit the length.
+    """
+    c, length = model.config, config.context_length
+    if length > c.context_length and c.use_attention_bias:
         raise ValueError(
-            f"context_length {config.context_length} is beyond the trained {c.context_length}, and this model has a learned bias for each pair of positions "
-            "(use_attention_bias), none further out: only a model without that table can be stretched"
+            f"context_length {length} is beyond the trained {c.context_length}, and this model "
+            "has a learned bias for each pair of positions (use_attention_bias), none further "
+            "out: only a model without that table can be stretched"
         )
     trained = c.context_length / c.rope_scaling_factor
-    changes = {"context_length": config.context_length}
+    changes: dict[str, Any] = {"context_length": length}
     if config.rope_scaling != "none":
-        if config.context_length <= trained:
+        if length <= trained:
             raise ValueError(
-                f"rope_scaling {config.rope_scaling} stretches a context, and {config.context_length} is not more than the trained {trained:.0f} tokens"
+                f"rope_scaling {config.rope_scaling} stretches a context, and {length} is not "
+                f"more than the trained {trained:.0f} tokens"
             )
-        changes |= {
-            "rope_scaling": config.rope_scaling,
-            "rope_scaling_factor": config.context_length / trained,
-        }
-        changes |= (
-            {} if config.rope_scaling == "yarn" else {"yarn_truncate": True}
-        )  # of no meaning there
-    elif (
-        c.rope_scaling == "yarn" and config.context_length != c.context_length
-    ):  # its frequencies depend on the context's length
+        changes["rope_scaling"] = config.rope_scaling
+        changes["rope_scaling_factor"] = length / trained
+        if config.rope_scaling != "yarn":
+            # Back to its default: it has no meaning without YaRN.
+            changes["yarn_truncate"] = True
+    elif c.rope_scaling == "yarn" and length != c.context_length:
+        # YaRN's frequencies depend on the length of the context.
         raise ValueError(
-            f"this model's positions are yarn-scaled from {trained:.0f} to {c.context_length} tokens: with context_length, say --rope_scaling yarn or linear"
+            f"this model's positions are yarn-scaled from {trained:.0f} to {c.context_length} "
+            "tokens: with context_length, say --rope_scaling yarn or linear"
         )
     model.config = dataclasses.replace(c, **changes)

@@ -1,8 +1,9 @@
-"""Weights of experts, attention and head in 8 bits, applied from outside to a finished LLM.
+"""Quantize the weights of experts, attention and head to int8, from outside a finished LLM.
 
-int8 with one scale per output row, symmetric; embedding, norms, biases and router stay as they are. The model goes on being a plain
-LLM: a packed weight is a property that unpacks when it is read, so everything that works on a model still does; what is fast
-reads the packed form (runtime/inference/cpu_decode.c, runtime/inference/decoder.py).
+Symmetric int8 with one scale per output row; embedding, norms, biases and router keep their dtype.
+The model stays a plain LLM: a packed weight is a property that unpacks when it is read, so
+everything that works on a model still does. The fast paths read the packed form
+(runtime/inference/cpu_decode.c, runtime/inference/decoder.py).
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ from model import LLM
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., O, I] -> int8 [..., O, I] from -127 to 127 and float32 scales [..., O, 1]; their product is within half a scale of the weight."""
+    """Return a weight [..., O, I] as int8 of the same shape and float32 scales [..., O, 1].
+
+    The int8 values are from -127 to 127; times the scale they are within half a scale of the
+    weight.
+    """
     w = weight.detach().float()
     scale = w.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30) / 127
     return (w / scale).round_().to(torch.int8), scale
 
 
 def unpack(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that `pack` rounded, in `dtype`."""
+    """Return the weight that `pack` rounded, in `dtype`."""
     return (packed * scale).to(dtype)
 
 
 def is_packed(model: LLM) -> bool:
-    """Whether `quantize_` was here."""
+    """Return whether `quantize_` has packed the model."""
     return hasattr(model.out_head, "weight_packed")
 
 
 def quantized_weights(model: LLM) -> Iterator[tuple[nn.Module, str]]:
-    """The weights that are packed: (module, name)."""
+    """Yield the weights to pack: (module, name)."""
     for block in model.layers:
         a = block.attention
         yield from ((linear, "weight") for linear in (a.W_q, a.W_k, a.W_v, a.out_proj))
@@ -44,9 +49,10 @@ def quantized_weights(model: LLM) -> Iterator[tuple[nn.Module, str]]:
 
 @torch.no_grad()
 def quantize_(model: LLM) -> LLM:
-    """Pack the model's weights in place, one tensor at a time; returns the model. It cannot be trained any more.
+    """Pack the model's weights in place, one tensor at a time, and return the model.
 
-    Where head and embedding are one matrix, the head gets a packed copy and the embedding stays.
+    It can no longer be trained. If head and embedding share a matrix, the head gets a packed copy
+    and the embedding stays.
     """
     for module, name in quantized_weights(model):
         weight = model.head_weight if module is model.out_head else getattr(module, name)
@@ -61,7 +67,7 @@ def quantize_(model: LLM) -> LLM:
 
 @functools.cache
 def _reading_packed(kind: type[nn.Module], name: str, dtype: torch.dtype) -> type[nn.Module]:
-    """A subclass whose attribute `name` is unpacked from `name`_packed and `name`_scale."""
+    """Return a subclass whose attribute `name` is unpacked from `name`_packed and `name`_scale."""
     return type(
         kind.__name__,
         (kind,),

@@ -1,4 +1,8 @@
-"""The interactive session: read a line, carry out a command or answer a prompt."""
+"""Interactive mode: read a line, then execute a command or complete a prompt.
+
+Read `repl` at the end first: its loop hands each line to `Session.line`. COMMANDS set a field of
+the configuration, OTHER_COMMANDS act on the text so far.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,11 @@ from pathlib import Path
 from config_model import PredictConfig
 from runtime.base.files import write_text_atomic
 from runtime.base.text import human_bytes, visible
-from runtime.inference.console import (
-    experts_map,
-    show_answer,
-)
-from runtime.inference.predictor import Answer, Predictor
+from runtime.inference.console import experts_map, show_completion
+from runtime.inference.predictor import Completion, Predictor
 
-COMMANDS = {  # REPL command -> (field, what it does)
+# Command -> (field of PredictConfig, help).
+COMMANDS = {
     ":t": ("temperature", "temperature, 0 = greedy"),
     ":k": ("top_k", "draw from the k likeliest, 0 = all"),
     ":p": ("top_p", "draw from the likeliest that reach p"),
@@ -28,8 +30,8 @@ COMMANDS = {  # REPL command -> (field, what it does)
     ":seed": ("seed", "seed, -1 = another each time"),
 }
 
-
-VERBS = {
+# Other input -> help.
+OTHER_COMMANDS = {
     "+<text>": "go on with the text so far, after this (or nothing) more of it",
     ":undo": "take the last answer and its prompt back",
     ":reset": "forget the text so far",
@@ -41,46 +43,44 @@ VERBS = {
     "Ctrl-C": "stop the answer",
 }
 
-
 HELP = "\n".join(
     [
         *(f"  {name + ' <value>':16} {text}" for name, (_, text) in COMMANDS.items()),
-        *(f"  {name:16} {text}" for name, text in VERBS.items()),
-        "  anything else is a prompt that begins a new text; one that begins with a colon or a plus can be typed after a space,",
-        "  and a line that ends in a backslash goes on in the next",
+        *(f"  {name:16} {text}" for name, text in OTHER_COMMANDS.items()),
+        "  anything else is a prompt that begins a new text; type a space before a prompt that "
+        "begins with a colon or a plus,",
+        "  and a line that ends in a backslash continues in the next",
     ]
 )
 
 
 class Session:
-    """What is typed at the prompt, and what was said so far."""
+    """The text so far, the settings, and what a typed line does to them."""
 
     def __init__(self, predictor: Predictor, config: PredictConfig):
         self.predictor, self.config = predictor, config
-        self.turns: list[
-            tuple[list[int], str]
-        ] = []  # of the text so far, before each turn: its ids, and it as shown
+        # Before each turn of the text so far: its ids, and the text as shown.
+        self.turns: list[tuple[list[int], str]] = []
         self.ids: list[int] = []
         self.shown = ""
-        self.saved: list[str] = []  # earlier texts
+        # Earlier texts.
+        self.saved: list[str] = []
         self.tokens_read = self.tokens_drawn = 0
         self.seconds = 0.0
 
     def line(self, line: str) -> bool:
-        """Do what a line says; False to leave."""
+        """Do what a line says; return False to leave."""
         if line.startswith(":"):
             command, *arguments = line.split()
             if command == ":q" and not arguments:
                 return False
-            with (
-                contextlib.redirect_stdout(sys.stderr)
-                if self.config.json
-                else contextlib.nullcontext()
-            ):  # JSON lines stay by themselves
+            # With --json, stdout has nothing but JSON lines.
+            out = sys.stderr if self.config.json else sys.stdout
+            with contextlib.redirect_stdout(out):
                 if command == ":stop":
                     self.config = set_stop(self.config, line)
                 elif command in (":undo", ":reset", ":save", ":stats", ":experts"):
-                    self.verb(command, line.removeprefix(command).strip())
+                    self.command(command, line.removeprefix(command).strip())
                 else:
                     self.config = command_result(self.config, command, arguments)
         elif line.startswith("+"):
@@ -94,78 +94,73 @@ class Session:
         return True
 
     def begin(self) -> None:
-        """Put the text so far among the earlier ones."""
+        """Move the text so far to the earlier ones, and start a new one."""
         if self.shown:
             self.saved.append(self.shown)
         self.turns, self.ids, self.shown = [], [], ""
 
     def turn(self, prompt: str, before: list[int] | None) -> None:
-        """One answer, to a new text or after `before`."""
+        """Complete a prompt: of a new text, or after the ids `before`."""
         predictor = self.predictor
         ids = None
         if before is not None:
-            ids = (
-                before[:-1]
-                if before[-1] in predictor.tokenizer.stop_ids and len(before) > 1
-                else before
-            )  # go on where it ended
+            # Continue where it ended, which is before the end-of-text token.
+            has_end = before[-1] in predictor.tokenizer.stop_ids and len(before) > 1
+            ids = before[:-1] if has_end else before
             ids = ids + predictor.tokenizer.encode_continuation(prompt)
         self.turns.append((self.ids, self.shown))
         predictor.last = None
         try:
-            show_answer(predictor, prompt, self.config, ids)
+            show_completion(predictor, prompt, self.config, ids)
         finally:
-            if a := predictor.last:
-                # of what was drawn, only what is before the stop counts
-                drawn = (
-                    predictor.tokenizer.encode_continuation(a.text)
-                    if a.ended == "stop text"
-                    else a.ids
-                )
-                self.ids, self.shown = a.prompt_ids + drawn, self.shown + prompt + a.text
-                self.tokens_read, self.tokens_drawn, self.seconds = (
-                    self.tokens_read + len(a.prompt_ids),
-                    self.tokens_drawn + len(a.ids),
-                    self.seconds + a.last_s,
-                )
+            if last := predictor.last:
+                new_ids = last.ids
+                if last.ended == "stop text":
+                    # Only the text before the stop text counts.
+                    new_ids = predictor.tokenizer.encode_continuation(last.text)
+                self.ids = last.prompt_ids + new_ids
+                self.shown += prompt + last.text
+                self.tokens_read += len(last.prompt_ids)
+                self.tokens_drawn += len(last.ids)
+                self.seconds += last.last_s
             else:
                 self.turns.pop()
 
-    def verb(self, verb: str, argument: str) -> None:
-        """:undo, :reset, :save, :stats and :experts; each answers with a line."""
-        if argument and verb != ":save":
-            print(f"{verb} takes no value")
-        elif verb == ":save":
+    def command(self, command: str, argument: str) -> None:
+        """Execute :undo, :reset, :save, :stats or :experts; each prints a line."""
+        if argument and command != ":save":
+            print(f"{command} takes no value")
+        elif command == ":save":
             self.save(argument)
-        elif verb == ":reset":
+        elif command == ":reset":
             self.begin()
             print("the next text begins anew")
-        elif verb == ":stats":
+        elif command == ":stats":
             self.stats()
         elif not self.ids:
             print("there is no text yet")
-        elif verb == ":undo":
+        elif command == ":undo":
             self.ids, self.shown = self.turns.pop()
-            print(
-                f"taken back; the text so far: {visible(self.shown[-60:])!r}"
-                if self.ids
-                else "taken back; there is no text now"
-            )
+            if self.ids:
+                print(f"taken back; the text so far: {visible(self.shown[-60:])!r}")
+            else:
+                print("taken back; there is no text now")
         else:
-            self.predictor.last = Answer(self.ids)
+            self.predictor.last = Completion(self.ids)
             print(experts_map(self.predictor))
 
     def save(self, name: str) -> None:
-        """Write the session's texts to a file that is not there yet."""
-        texts, name = [text for text in (*self.saved, self.shown) if text], os.path.expanduser(name)
-        if not name or os.path.lexists(name) or not texts:
-            print(
-                "name a file: :save story.txt"
-                if not name
-                else "there is no text yet"
-                if not texts
-                else f"{visible(name)} is there already: name another file"
-            )
+        """Write the session's texts to a new file."""
+        texts = [text for text in (*self.saved, self.shown) if text]
+        name = os.path.expanduser(name)
+        if not name:
+            print("name a file: :save story.txt")
+            return
+        if not texts:
+            print("there is no text yet")
+            return
+        if os.path.lexists(name):
+            print(f"{visible(name)} is there already: name another file")
             return
         try:
             write_text_atomic(
@@ -176,7 +171,7 @@ class Session:
             print(f"{visible(name)} cannot be written: {getattr(error, 'strerror', None) or error}")
 
     def stats(self) -> None:
-        """Tokens, speed, memory."""
+        """Print tokens, speed and memory."""
         model, texts = self.predictor.model, self.predictor.texts
         weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         rate = (
@@ -186,24 +181,20 @@ class Session:
         )
         print(f"{self.tokens_drawn} tokens drawn for {self.tokens_read} read{rate}")
         decoder = self.predictor.decoder
+        seen = min(len(self.ids), model.config.context_length)
+        cache = sum(text.cache.num_bytes() for text in texts)
+        way = "C decoder" if decoder.native else decoder.note or "PyTorch decodes, as asked for"
         print(
-            f"{len(self.ids)} tokens of text, of which the model sees {min(len(self.ids), model.config.context_length)}; weights {human_bytes(weights)}, cache {human_bytes(sum(t.cache.num_bytes() for t in texts))}"
-            + (
-                "; C decoder"
-                if decoder.native
-                else f"; {decoder.note or 'PyTorch decodes, as asked for'}"
-            )
+            f"{len(self.ids)} tokens of text, of which the model sees {seen}; "
+            f"weights {human_bytes(weights)}, cache {human_bytes(cache)}; {way}"
         )
 
 
 def repl(predictor: Predictor, config: PredictConfig) -> None:
-    """Prompts and commands from stdin until :q or end-of-file. Nothing else ends it."""
+    """Read prompts and commands from stdin until :q or end-of-file. Nothing else ends it."""
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    history = (
-        Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
-        / "gptoss"
-        / "history"
-    )
+    state = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
+    history = state / "gptoss" / "history"
     if interactive:
         read_history(history)
         if not config.quiet:
@@ -227,10 +218,8 @@ def repl(predictor: Predictor, config: PredictConfig) -> None:
                     return
             except KeyboardInterrupt:
                 continue
-            except (
-                ValueError,
-                RuntimeError,
-            ) as error:  # out of memory, say: the model is loaded, the next answer may work
+            except (ValueError, RuntimeError) as error:
+                # Out of memory, for example: the model is loaded, and the next prompt may work.
                 print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
     finally:
         if interactive:
@@ -238,10 +227,9 @@ def repl(predictor: Predictor, config: PredictConfig) -> None:
 
 
 def read_history(path: Path) -> None:
-    """Line editing for input(), and what was typed in earlier sessions."""
-    with contextlib.suppress(
-        ImportError, OSError
-    ):  # Windows has its own; the first session has none
+    """Turn on line editing for input(), and read what was typed in earlier sessions."""
+    # Windows has its own line editing; the first session has no file.
+    with contextlib.suppress(ImportError, OSError):
         import readline
 
         readline.set_history_length(1000)
@@ -249,7 +237,7 @@ def read_history(path: Path) -> None:
 
 
 def write_history(path: Path) -> None:
-    """Keep what was typed, for this user's eyes; a folder that cannot be written is no reason to complain."""
+    """Write what was typed, readable by this user only; ignore a folder that is not writable."""
     with contextlib.suppress(ImportError, OSError):
         import readline
 
@@ -259,7 +247,7 @@ def write_history(path: Path) -> None:
 
 
 def set_stop(config: PredictConfig, line: str) -> PredictConfig:
-    """The settings after `:stop TEXT`, which answers with a line; without TEXT nothing changes."""
+    """Return the settings after `:stop TEXT`, and print them; without TEXT nothing changes."""
     text = line.removeprefix(":stop").removeprefix(" ")
     if text.strip():
         config = dataclasses.replace(
@@ -270,7 +258,7 @@ def set_stop(config: PredictConfig, line: str) -> PredictConfig:
 
 
 def command_result(config: PredictConfig, command: str, arguments: list[str]) -> PredictConfig:
-    """The settings after a REPL command, which answers with a line; a mistake changes nothing."""
+    """Return the settings after a command, and print a line; a mistake changes nothing."""
     if command == ":help":
         print(HELP)
     elif command not in COMMANDS:
@@ -285,9 +273,9 @@ def command_result(config: PredictConfig, command: str, arguments: list[str]) ->
                 try:
                     value = kind(arguments[0])
                 except ValueError:
-                    raise ValueError(
-                        f"{name} must be {'a whole number' if kind is int else 'a number'}, not {visible(arguments[0])!r}"
-                    ) from None
+                    number = "a whole number" if kind is int else "a number"
+                    given = visible(arguments[0])
+                    raise ValueError(f"{name} must be {number}, not {given!r}") from None
                 config = dataclasses.replace(config, **{name: value})
             print(f"{name} = {getattr(config, name)}")
         except (ValueError, OverflowError) as error:

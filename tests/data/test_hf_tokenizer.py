@@ -32,7 +32,7 @@ from runtime.data.tokenizers import (
     tokenizer_from_state,
     train_bpe,
 )
-from runtime.inference.predictor import Answer
+from runtime.inference.predictor import Completion
 from tests.builders_inference import (
     biased_model,
     draw_given_ids,
@@ -767,9 +767,9 @@ def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_pa
             assert prompts == [before + tokenizer.encode("once")] and settings["stop_ids"] == stops
             size = tokenizer.vocabulary_size
             assert settings["banned_ids"] == [*tokenizer.undecodable_ids, size, size + 1, size + 2]
-            answer = Answer(prompts[0])
-            list(predictor.answer([answer], PredictConfig(ckpt=ckpt), [0]))
-            assert answer.ended == "end of text" and answer.text == tokenizer.decode(
+            completion = Completion(prompts[0])
+            list(predictor.complete([completion], PredictConfig(ckpt=ckpt), [0]))
+            assert completion.ended == "end of text" and completion.text == tokenizer.decode(
                 tokenizer.encode("the cat")
             )
         assert predictor.prompt_ids("") == (

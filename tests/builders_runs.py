@@ -175,7 +175,9 @@ def callers() -> list[str]:
 
 
 def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[int]:
-    """Make the loss of some training calls (of micro-batches; the two of the dry run are not counted) something else; returns the calls that were."""
+    """Make the loss of some training calls (of micro-batches; the two of the dry run are not
+    counted) something else; returns the calls that were.
+    """
     real, calls, poisoned_calls = train.next_token_loss, [0], []
 
     def loss_fn(model, batch):

@@ -1,7 +1,8 @@
-"""Shared fixtures: where the real text and the real tokenizer file are, and what happens when they are not.
+"""Shared fixtures: where the real text and the real tokenizer file are, and what happens when they
+are not.
 
-Codes such as M1 or T8 in the tests' docstrings number the faults of the reference implementation (M model, T training, D data,
-P prediction, S security); what each was stands beside its code.
+Codes such as M1 or T8 in the tests' docstrings number the faults of the reference implementation (M
+model, T training, D data, P prediction, S security); what each was stands beside its code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ pytest.register_assert_rewrite(
     *(f"tests.{path.stem}" for path in Path(__file__).parent.glob("builders*.py")),
 )
 
-# The models here are tiny: two threads would mostly wait for each other, and for busy neighbours. `make test-cpus` asks for two once.
+# The models here are tiny: two threads would mostly wait for each other, and for busy neighbours.
+# `make test-cpus` asks for two once.
 torch.set_num_threads(int(os.environ.get("GPTOSS_TEST_THREADS", "1")))
 
 
@@ -63,7 +65,9 @@ def no_network():
 
 @pytest.fixture(autouse=True, scope="session")
 def no_amx():
-    """A CPU with AMX is asked by the clock whether bfloat16 is faster there: on a busy machine two runs of one test would differ."""
+    """A CPU with AMX is asked by the clock whether bfloat16 is faster there: on a busy machine two
+    runs of one test would differ.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
         yield
@@ -87,7 +91,9 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def o200k(tmp_path_factory):
-    """Make tiktoken find the real o200k_base file with no network; returns the cache folder (also in TIKTOKEN_CACHE_DIR)."""
+    """Make tiktoken find the real o200k_base file with no network; returns the cache folder (also
+    in TIKTOKEN_CACHE_DIR).
+    """
     source = need(SHARED / "o200k_base.tiktoken")
     folder = tmp_path_factory.mktemp("tiktoken")
     shutil.copy(source, folder / O200K_CACHE_NAME)

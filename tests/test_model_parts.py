@@ -1,4 +1,6 @@
-"""Positions, cache, attention, router, experts: each against a plain restatement of what it should compute."""
+"""Positions, cache, attention, router, experts: each against a plain restatement of what it should
+compute.
+"""
 
 import dataclasses
 import math
@@ -48,7 +50,7 @@ from tests.shared_checks import (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 def test_rope_is_a_rotation_by_position_times_frequency():
     config = tiny_config(head_dim=8)
     cos, sin = rope_tables(config, 5, 3, torch.float64, "cpu")
@@ -103,7 +105,9 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
 
 
 def test_casting_the_model_does_not_round_positions():
-    """The reference stored its RoPE tables as buffers, so .to(bfloat16) rounded them by 2e-3 (its fault M3b)."""
+    """The reference stored its RoPE tables as buffers, so .to(bfloat16) rounded them by 2e-3 (its
+    fault M3b).
+    """
     model = LLM(tiny_config()).to(torch.bfloat16)
     assert not [name for name, _ in model.named_buffers() if "cos" in name or "sin" in name]
     cache = KVCache(model.config, 1, 8, torch.bfloat16)
@@ -119,14 +123,15 @@ def test_mask_rule(window):
             assert mask[i, k] == (k <= q and (not window or q - k < window))
 
 
-# -------------------------------------------------------------------------------------------- causality, cached = uncached
+# --------------------------------------------------------------------- causality, cached = uncached
 
 
 @pytest.mark.parametrize("seed", range(150))
 def test_cached_logits_equal_uncached(seed):
     """Over random architectures, windows, chunkings and batches, in float32 and in float64.
 
-    The reference's cached prefill had no causal mask (its fault M1): position 0 moved by 0.037 when the last token changed.
+    The reference's cached prefill had no causal mask (its fault M1): position 0 moved by 0.037 when
+    the last token changed.
     """
     r = random.Random(seed)
     config = random_config(seed)
@@ -154,18 +159,25 @@ def test_cached_logits_equal_uncached(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_gradient_flows_from_later_tokens(seed):
-    """The logits at t depend on no token after t: the gradient is exactly 0, with and without a cache."""
+    """The logits at t depend on no token after t: the gradient is exactly 0, with and without a
+    cache.
+    """
     check_no_gradient_from_later_tokens(seed)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_of_a_batch_do_not_meet(seed):
-    """In train mode too (dropless): changing row 0 leaves row 1 as it was. The reference's capacity coupled them by 0.32."""
+    """In train mode too (dropless): changing row 0 leaves row 1 as it was.
+
+    The reference's capacity coupled them by 0.32.
+    """
     check_rows_do_not_meet(seed)
 
 
 def test_window_of_one_block_limits_what_is_seen():
-    """With one block a query sees exactly `window` tokens; alternating windows leave odd blocks open."""
+    """With one block a query sees exactly `window` tokens; alternating windows leave odd blocks
+    open.
+    """
     config = tiny_config(transformer_blocks=1, sliding_window=3, context_length=16)
     model = random_model(config, 0, torch.float64).eval()
     ids = torch.randint(0, 61, (1, 10))
@@ -193,9 +205,11 @@ def test_a_ring_holds_only_its_window():
     ]  # as many KV heads as the model has: no repeat
 
 
-# -------------------------------------------------------------------------------------------------------- cache as object
+# ---------------------------------------------------------------------------------- cache as object
 def test_cache_is_the_callers_and_its_limits_are_told():
-    """The reference kept one cache on the module: another batch size crashed, and a second call saw the first (M4, M4d)."""
+    """The reference kept one cache on the module: another batch size crashed, and a second call saw
+    the first (M4, M4d).
+    """
     model = random_model(tiny_config()).eval()
     ids = torch.randint(0, 61, (2, 5))
     with torch.no_grad():
@@ -234,7 +248,9 @@ def test_cache_keeps_the_dtype_asked_for():
 
 
 def test_longer_context_than_trained():
-    """Without the table positions go on; with it the error says why not (the reference promised it and crashed, M2c)."""
+    """Without the table positions go on; with it the error says why not (the reference promised it
+    and crashed, M2c).
+    """
     long = torch.randint(0, 61, (1, 50))
     assert LLM(tiny_config(context_length=32))(long).logits.shape == (1, 50, 61)
     with pytest.raises(ValueError, match="learned bias.*none beyond"):
@@ -268,7 +284,9 @@ def test_attention_table_is_added_to_the_scores():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
-    """By the plain operations and by the kernels, results and all gradients, against one more key whose value is 0 and whose score is the sink."""
+    """By the plain operations and by the kernels, results and all gradients, against one more key
+    whose value is 0 and whose score is the sink.
+    """
     q, k, v, sinks, mask, is_causal = sink_case(seed)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     visible = (
@@ -292,7 +310,8 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
     wanted = torch.autograd.grad(expected, (q, k, v, sinks), gradient)
     for function in (attention_with_sinks, sink_attention):
         y = function(q, k, v, sinks, mask, is_causal)
-        # Scores, softmax, values; backward the same again for each of two operands, and sums over the queries of a group.
+        # Scores, softmax, values; backward the same again for each of two operands, and sums over
+        # the queries of a group.
         lengths = D, S, S
         assert_close(y, expected, rounding(torch.float64, *lengths))
         for got, want in zip(
@@ -303,7 +322,9 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
 
 
 def test_the_kernel_keeps_no_scores():
-    """What is saved for the backward pass grows with the tokens, not with their square; the plain operations save the square, several times."""
+    """What is saved for the backward pass grows with the tokens, not with their square; the plain
+    operations save the square, several times.
+    """
     T, saved = 256, {}
     q, k, v, sinks = (
         torch.randn(shape, requires_grad=True)
@@ -323,7 +344,9 @@ def test_the_kernel_keeps_no_scores():
 
 
 def test_sinks_in_half_precision_are_rounded_once():
-    """A factor that is itself rounded to bfloat16 would shift a whole row; the kernel's result is scaled in float32."""
+    """A factor that is itself rounded to bfloat16 would shift a whole row; the kernel's result is
+    scaled in float32.
+    """
     q, k, v, sinks, mask, is_causal = sink_case(3, torch.float32)
     half = [x.detach().to(torch.bfloat16) for x in (q, k, v)]
     exact = attention_with_sinks(*(x.double() for x in half), sinks.double(), mask, is_causal)
@@ -335,7 +358,9 @@ def test_sinks_in_half_precision_are_rounded_once():
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"use_attention_bias": True}])
 def test_a_model_with_sinks_learns_them(changes):
-    """Every head's sink has a gradient, by the kernel and, where there is dropout or a position table, by the plain operations."""
+    """Every head's sink has a gradient, by the kernel and, where there is dropout or a position
+    table, by the plain operations.
+    """
     config = tiny_config(
         attention_sinks=True,
         router_bias=True,
@@ -360,12 +385,14 @@ def test_a_model_with_sinks_learns_them(changes):
     assert_close(losses[0], losses[1], logits_bound(config, 12))
 
 
-# ---------------------------------------------------------------------------------------------------- mixture of experts
+# ------------------------------------------------------------------------------- mixture of experts
 
 
 @pytest.mark.parametrize("seed", range(120))
 def test_moe_against_a_per_token_loop(seed):
-    """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer tokens than experts, ..."""
+    """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer
+    tokens than experts, ...
+    """
     check_moe_against_a_loop(seed)
 
 
@@ -393,7 +420,10 @@ def test_grouped_matmul_equals_one_expert_after_another(changes):
 
 
 def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
-    """A gather's backward rounded to bfloat16 after every row: 13 % off after 2,048 of them. The product with one-hot rows is not."""
+    """A gather's backward rounded to bfloat16 after every row: 13 % off after 2,048 of them.
+
+    The product with one-hot rows is not.
+    """
     bias = torch.randn(4, 16, requires_grad=True)
     experts = torch.arange(8192) % 4
     weights = torch.rand(8192, 16) + 0.5
@@ -416,7 +446,9 @@ def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
 
 
 def test_capacity_keeps_everything_at_balance_and_drops_by_weight():
-    """The reference's capacity forgot top_k and dropped 37.5 % of a perfectly balanced batch, late rows first (M5, M5b)."""
+    """The reference's capacity forgot top_k and dropped 37.5 % of a perfectly balanced batch, late
+    rows first (M5, M5b).
+    """
     E, K, N = 4, 2, 32
     experts = torch.stack((torch.arange(N) % E, (torch.arange(N) + 1) % E), 1)
     counts = torch.bincount(experts.flatten(), minlength=E)
@@ -450,7 +482,9 @@ def test_capacity_does_not_apply_at_inference():
 
 
 def test_router_is_float32_under_autocast():
-    """And a bf16 forward and backward pass run on the CPU at all (the reference's index_add_ did not: M3)."""
+    """And a bf16 forward and backward pass run on the CPU at all (the reference's index_add_ did
+    not: M3).
+    """
     model, ids = random_model(tiny_config()), torch.randint(0, 61, (2, 8))
     seen = {}
     model.layers[0].moe.router.register_forward_hook(
@@ -518,7 +552,9 @@ def test_expert_dropout_is_on_in_training_only():
 
 
 def test_dispatcher_is_a_seam():
-    """Whatever stands in MoE.dispatcher is given the assignments, in this form, and its result is used."""
+    """Whatever stands in MoE.dispatcher is given the assignments, in this form, and its result is
+    used.
+    """
     moe = random_model(tiny_config()).layers[0].moe
     x, calls = torch.randn(1, 5, 32), []
 
@@ -558,7 +594,9 @@ def test_dispatcher_is_a_seam():
     ],
 )
 def test_gradients_of_the_whole_model(changes):
-    """gradcheck in float64: every parameter against finite differences, hand-written backward passes included."""
+    """gradcheck in float64: every parameter against finite differences, hand-written backward
+    passes included.
+    """
     config = tiny_config(
         d_model=6,
         d_ff=4,

@@ -1,4 +1,6 @@
-"""predict.py: every setting arrives, no text is lost, and nothing that is typed, generated or stored ends a session."""
+"""predict.py: every setting arrives, no text is lost, and nothing that is typed, generated or
+stored ends a session.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,7 @@ def greedy_ids(model: LLM, ids: list[int], count: int, **settings) -> list[int]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- every setting arrives
+# ---------------------------------------------------------------------------- every setting arrives
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(PredictConfig)])
 def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, tmp_path, name):
     seen = []
@@ -186,7 +188,10 @@ def test_sampling_settings_reach_generate(endless, run, drawn):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_works_on_a_cpu(endless, dtype):
-    """P5: the reference said "bfloat16 not supported on cpu", which is false. A dtype that is asked for is what the weights are in."""
+    """P5: the reference said "bfloat16 not supported on cpu", which is false.
+
+    A dtype that is asked for is what the weights are in.
+    """
     predictor, config = predictor_of(endless, dtype=dtype, temperature=0.0, max_new_tokens=12)
     assert (
         all(p.dtype is getattr(torch, dtype) for p in predictor.model.parameters())
@@ -234,7 +239,7 @@ def test_settings_that_cannot_be_honoured_are_refused(endless, argv, message):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- one answer
+# --------------------------------------------------------------------------------------- one answer
 def test_temperature_0_is_what_generate_says(endless, bpe, run):
     for ckpt, tokenizer in ((endless, BYTE), (bpe[1], bpe[0])):
         predictor, _ = predictor_of(ckpt)
@@ -305,7 +310,9 @@ def test_end_of_text_ends_the_answer_and_is_not_shown(tmp_path, run):
 
 
 def test_no_half_character_is_ever_written(endless, monkeypatch, drawn):
-    """A character of several tokens is written when its last one has come; one that never ends becomes U+FFFD, once."""
+    """A character of several tokens is written when its last one has come; one that never ends
+    becomes U+FFFD, once.
+    """
     writes = []
 
     class Stdout(io.StringIO):
@@ -320,7 +327,9 @@ def test_no_half_character_is_ever_written(endless, monkeypatch, drawn):
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path, run):
-    """P1, and a vocabulary that is padded beyond its tokenizer: the model wants nothing but ids that mean nothing."""
+    """P1, and a vocabulary that is padded beyond its tokenizer: the model wants nothing but ids
+    that mean nothing.
+    """
     ckpt = save(tmp_path, biased_model(biases={257: 90.0, 258: 95.0, 259: 99.0, END: -1e4}))
     for settings in (
         ["--temperature", 0],
@@ -333,7 +342,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path, run):
 
 
 def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
-    """P1: 19 ids of o200k_base stand for nothing; a model that drew one ended the reference with "Invalid token for decoding"."""
+    """P1: 19 ids of o200k_base stand for nothing; a model that drew one ended the reference with
+    "Invalid token for decoding".
+    """
     holes = [199_998, *range(200_000, 200_018)]
     model = biased_model(
         vocabulary_size=200_019,
@@ -359,11 +370,13 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
     assert len(set(ids)) > 10 and not set(ids) & set(holes)
 
 
-# ---------------------------------------------------------------------------------------------------------- the context
+# -------------------------------------------------------------------------------------- the context
 @pytest.mark.parametrize("table", [False, True], ids=["rope", "table"])
 @pytest.mark.parametrize("when_full", ["slide", "stop"])
 def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, table):
-    """P4: a prompt beyond the context was a traceback, and an answer that reached it by one token lost all its text."""
+    """P4: a prompt beyond the context was a traceback, and an answer that reached it by one token
+    lost all its text.
+    """
     predictor, config = predictor_of(
         save(
             tmp_path,
@@ -431,7 +444,9 @@ def test_sliding_goes_on_from_the_newer_half(tmp_path):
 
 
 def test_a_full_context_with_stop_says_so_too(endless):
-    """A prompt longer than the context gets one token with --when_full stop; the note spoke of the prompt only, and the answer seemed broken."""
+    """A prompt longer than the context gets one token with --when_full stop; the note spoke of the
+    prompt only, and the answer seemed broken.
+    """
     predictor, config = predictor_of(endless, when_full="stop")
     notes = []
     assert len(list(predictor.stream("x" * 100, config, notes.append))) == 2
@@ -442,7 +457,9 @@ def test_a_full_context_with_stop_says_so_too(endless):
 
 
 def test_notes_come_before_the_text(tmp_path):
-    """They came with the first piece, after the prompt was shown: on a terminal "Once upon a timenote: prompt and answer may ..."."""
+    """They came with the first piece, after the prompt was shown: on a terminal "Once upon a
+    timenote: prompt and answer may ...".
+    """
     predictor, config = predictor_of(
         save(tmp_path, biased_model(biases={END: -1e4})), max_new_tokens=10 * CONTEXT
     )
@@ -487,7 +504,9 @@ def test_a_longer_context_is_attended_over(endless, scaling):
 
 
 def test_a_shorter_context_reads_the_table_right(tmp_path, monkeypatch):
-    """The C code took the context for the side of the position table, which stays what it was: wrong text, and no error."""
+    """The C code took the context for the side of the position table, which stays what it was:
+    wrong text, and no error.
+    """
     ckpt = save(tmp_path, biased_model(5, use_attention_bias=True, biases={END: -1e4}))
     with torch.no_grad():
         predictor, config = predictor_of(
@@ -513,7 +532,9 @@ def test_a_shorter_context_is_honoured(endless, tmp_path):
 
 
 def test_gpt_oss_can_be_stretched_either_way(tmp_path):
-    """Its YaRN is not rounded; with linear scaling that option had no effect and was refused, and predict.py has no flag to leave it out."""
+    """Its YaRN is not rounded; with linear scaling that option had no effect and was refused, and
+    predict.py has no flag to leave it out.
+    """
     path = save(
         tmp_path, biased_model(rope_scaling="yarn", rope_scaling_factor=2.0, yarn_truncate=False)
     )
@@ -557,8 +578,11 @@ def test_contexts_that_cannot_be_are_refused(tmp_path, changes, settings, messag
 
 
 def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
-    """YaRN's frequencies depend on context_length / factor, the trained context. --context_length alone changed the one and kept the
-    other, so that the model saw positions it was never trained on, and nothing said so."""
+    """YaRN's frequencies depend on context_length / factor, the trained context.
+
+    --context_length alone changed the one and kept the other, so that the model saw positions it
+    was never trained on, and nothing said so.
+    """
     ckpt = save(tmp_path, biased_model(rope_scaling="yarn", rope_scaling_factor=2.0))
     with pytest.raises(
         ValueError,
@@ -570,7 +594,7 @@ def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
     assert (c.context_length, c.rope_scaling_factor) == (64, 4.0)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints, tokenizers
+# -------------------------------------------------------------------------- checkpoints, tokenizers
 def test_a_missing_default_checkpoint_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
@@ -673,7 +697,9 @@ def test_the_tokenizer_of_a_data_folder_can_be_named(tmp_path, run, monkeypatch)
 
 
 def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypatch, capsys):
-    """It reads what its text never had, and is not mistaken for its base or for what another text made of that."""
+    """It reads what its text never had, and is not mistaken for its base or for what another text
+    made of that.
+    """
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     tokenizers = []
     for stories in ("60", "2"):
@@ -722,7 +748,9 @@ def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypat
 @pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_checkpoints_of_the_reference_run_as_they_are(shared_dir, tmp_path, run, name, compiled):
-    """M1: the reference's cached prefill had no causal mask, so its own answers were not its model's. These are."""
+    """M1: the reference's cached prefill had no causal mask, so its own answers were not its
+    model's. These are.
+    """
     path = shared_dir / "upstream" / f"{name}.pt"
     expected = np.load(path.with_name(f"{name}_expected.npz"))
     if compiled:
@@ -751,7 +779,9 @@ def test_checkpoints_of_the_reference_run_as_they_are(shared_dir, tmp_path, run,
 
 
 def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
-    """A model too large for the card, or a --context_length too large for what is left, ended in PyTorch's traceback."""
+    """A model too large for the card, or a --context_length too large for what is left, ended in
+    PyTorch's traceback.
+    """
 
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.5 GiB.")
@@ -774,7 +804,7 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
     assert capsys.readouterr().out == "shown\n"
 
 
-# ---------------------------------------------------------------------------------------------------------- the terminal
+# ------------------------------------------------------------------------------------- the terminal
 def test_control_characters_are_spelled_out_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
     """S1: an ESC that a model generates must not reach a terminal; a file gets the text as it is."""
     drawn.ids = list("\x1b[31mred\x07 \u202eb\u009bc\n".encode())
@@ -807,7 +837,7 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
     assert "tokens/s" not in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------- the REPL
+# ----------------------------------------------------------------------------------------- the REPL
 
 
 @pytest.mark.parametrize(
@@ -869,7 +899,9 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
 def test_every_command_answers_with_a_line_and_the_session_goes_on(
     endless, repl, drawn, script, said
 ):
-    """P10: in the reference `:t 0` and `:k 999999` ended the session, `:quantum` quit it, and `:t` was generated from as a prompt."""
+    """P10: in the reference `:t 0` and `:k 999999` ended the session, `:quantum` quit it, and `:t`
+    was generated from as a prompt.
+    """
     drawn.ids = list(b"...")
     assert repl(endless, script + "\nstill here\n:q\nnot reached\n") == (
         f"{said}\nstill here...\n",
@@ -993,8 +1025,10 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
 
 
 def test_1000_random_sampler_settings_draw_or_are_refused(small):
-    """P2, P3: temperature 0, nan, 1e-40 and a top_k above the vocabulary were tracebacks, -1 and -5 did something else in silence.
-    Here, temperature 1e308 made -inf / inf of the ids that are never drawn, and top_p 1e-320 kept no id at all: RuntimeErrors both."""
+    """P2, P3: temperature 0, nan, 1e-40 and a top_k above the vocabulary were tracebacks, -1 and -5
+    did something else in silence. Here, temperature 1e308 made -inf / inf of the ids that are never
+    drawn, and top_p 1e-320 kept no id at all: RuntimeErrors both.
+    """
     r, refused = random.Random(1), 0
     predictor, config = predictor_of(small, max_new_tokens=2)
     for _ in range(1000):
@@ -1031,7 +1065,9 @@ def test_1000_random_sampler_settings_draw_or_are_refused(small):
 
 
 def test_an_answer_ends_before_a_stop(endless, run, repl, drawn):
-    """From flags, of which there may be several, and at the prompt; the end of an answer that only looked like one is given."""
+    """From flags, of which there may be several, and at the prompt; the end of an answer that only
+    looked like one is given.
+    """
     drawn.ids = list(b"one. two. three.")
     flags = ("--ckpt", endless, "--prompt", "", "--max_new_tokens", 16)
     assert run(*flags, "--stop", "three", "--stop", "two") == "one. \n"
@@ -1050,7 +1086,9 @@ def test_an_answer_ends_before_a_stop(endless, run, repl, drawn):
     ids=lambda e: type(e).__name__,
 )
 def test_an_answer_that_fails_does_not_end_the_session(endless, repl, monkeypatch, error):
-    """The model took minutes to load; an answer that does not fit the memory is no reason to lose it."""
+    """The model took minutes to load; an answer that does not fit the memory is no reason to lose
+    it.
+    """
 
     def stream(self, prompt, config, note):
         yield "first"
@@ -1121,7 +1159,9 @@ def test_ctrl_c_in_one_shot_mode_keeps_the_text_and_is_told_to_the_shell(
 
 
 def test_prompts_are_not_written_into_a_redirected_answer(endless, monkeypatch, capsys, drawn):
-    """`python predict.py > story.txt`, typed at: Python writes input's prompt to stdout where that is no terminal, so the file began with "> "."""
+    """`python predict.py > story.txt`, typed at: Python writes input's prompt to stdout where that
+    is no terminal, so the file began with "> ".
+    """
     stdin = io.TextIOWrapper(io.BytesIO(b"a\n"))
     stdin.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -1130,9 +1170,11 @@ def test_prompts_are_not_written_into_a_redirected_answer(endless, monkeypatch, 
     assert capsys.readouterr().out == "ab\n"
 
 
-# --------------------------------------------------------------------------------------------------------- many answers
+# ------------------------------------------------------------------------------------- many answers
 def test_a_file_of_prompts_gives_what_each_prompt_gives(endless, tmp_path, run):
-    """Ragged prompts in batches, in the file's order; a seed means the same for each of them, in any batch."""
+    """Ragged prompts in batches, in the file's order; a seed means the same for each of them, in
+    any batch.
+    """
     prompts = ["Once", "a much longer prompt than that", "é", "x", "y y"]
     (tmp_path / "lines.txt").write_text(
         "\n".join(prompts[:2]) + "\n\n  \n" + "\r\n".join(prompts[2:])
@@ -1292,7 +1334,9 @@ def test_what_does_not_go_together_is_refused(endless, argv, message):
 
 
 def test_a_prompt_can_come_through_a_pipe(endless, monkeypatch, run):
-    """All of it is one prompt, commands and line ends included; a file's last line end is not meant."""
+    """All of it is one prompt, commands and line ends included; a file's last line end is not
+    meant.
+    """
     flags = ("--ckpt", endless, "--max_new_tokens", 4, "--seed", 1)
     for given, prompt in (
         (b"Once\n:q\nupon\n", "Once\n:q\nupon"),
@@ -1306,7 +1350,7 @@ def test_a_prompt_can_come_through_a_pipe(endless, monkeypatch, run):
         assert run(*flags) == run(*flags, "--prompt", prompt)
 
 
-# ------------------------------------------------------------------------------------------------------ how it runs
+# -------------------------------------------------------------------------------------- how it runs
 def test_quantized_weights_answer(endless, run):
     predictor, config = predictor_of(endless, quantize="int8", temperature=0.0, max_new_tokens=8)
     assert (
@@ -1372,9 +1416,11 @@ def test_quiet_is_the_text_alone(endless, monkeypatch, capsys, run):
     assert capsys.readouterr().err.count("note: ") == 2
 
 
-# ------------------------------------------------------------------------------------------------------------- the experts
+# -------------------------------------------------------------------------------------- the experts
 def test_experts_are_shown_for_the_text_that_was_generated(endless, tmp_path, run):
-    """A map on stdout, a page in a file, numbers in JSON: all from the routers, for prompt and answer."""
+    """A map on stdout, a page in a file, numbers in JSON: all from the routers, for prompt and
+    answer.
+    """
     flags = ("--ckpt", endless, "--prompt", "ab", "--max_new_tokens", 4, "--seed", 3)
     text = run(*flags).removesuffix("\n")
     shown = run(*flags, "--show_experts", "--experts_html", tmp_path / "page.html")
@@ -1395,9 +1441,11 @@ def test_experts_are_shown_for_the_text_that_was_generated(endless, tmp_path, ru
         run(*flags, "--experts_html", tmp_path / "page.html" / "x")
 
 
-# --------------------------------------------------------------------------------------------------------- the session
+# -------------------------------------------------------------------------------------- the session
 def test_a_text_can_be_gone_on_with_and_taken_back(endless, repl, drawn):
-    """`+` continues prompt and answer; :undo takes the last of both back; a prompt begins a new text, and so does what follows :reset."""
+    """`+` continues prompt and answer; :undo takes the last of both back; a prompt begins a new
+    text, and so does what follows :reset.
+    """
     drawn.ids = list(b"xyz")
     out, err = repl(
         endless, "+\nab\n+ cd\n+\n:undo\n:undo\n+e\n:undo\n:undo\n:undo\n+\nnew\n:reset\n+\n"
@@ -1505,7 +1553,7 @@ def test_a_line_can_go_on_in_the_next(endless, repl, drawn):
     ]  # what end-of-file cuts off is no prompt
 
 
-# ----------------------------------------------------------------------------------------------------- as real processes
+# -------------------------------------------------------------------------------- as real processes
 class Terminal:
     """predict.py on a terminal of its own (a pty): what is typed, Ctrl-C included, goes through it."""
 
@@ -1576,7 +1624,9 @@ class Terminal:
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
 def test_a_session_on_a_terminal(tmp_path):
-    """An endless answer, a real Ctrl-C, and the session goes on; no control character of the model's comes through."""
+    """An endless answer, a real Ctrl-C, and the session goes on; no control character of the
+    model's comes through.
+    """
     with Terminal(
         "--ckpt",
         save(tmp_path, biased_model(biases={END: -1e4} | dict.fromkeys(range(32), 3.0))),
@@ -1610,7 +1660,9 @@ def test_a_session_on_a_terminal(tmp_path):
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
 def test_what_was_typed_is_there_in_the_next_session(tmp_path, endless):
-    """The arrow up brings back the last line of the session before; the file is for this user's eyes."""
+    """The arrow up brings back the last line of the session before; the file is for this user's
+    eyes.
+    """
     for typed, seen in (
         (b"first prompt\n", b"first prompt\r\nfirst prompt"),
         (b"\x1b[A\x1b[A!\n", b"first prompt!"),
@@ -1673,7 +1725,9 @@ cli.run_main(main)
 def test_it_needs_no_network_and_no_optional_library_and_any_console_will_do(
     endless, bpe, tmp_path
 ):
-    """Sockets and optional libraries blocked, an ascii console, a prompt that is not UTF-8, and a REPL whose input is neither."""
+    """Sockets and optional libraries blocked, an ascii console, a prompt that is not UTF-8, and a
+    REPL whose input is neither.
+    """
     (tmp_path / "alone.py").write_text(ALONE)
     environment = os.environ | {
         "PYTHONPATH": str(REPO),

@@ -1,4 +1,6 @@
-"""prepare_data.py: every document once, on one side, exactly as the tokenizer says; and never half a set on disk."""
+"""prepare_data.py: every document once, on one side, exactly as the tokenizer says; and never half
+a set on disk.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,7 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------- what comes out
 def test_every_document_once_in_order_followed_by_end_of_text(tmp_path):
     texts = stories(500)
     train, val = run(
@@ -219,7 +221,10 @@ def test_equal_documents_go_to_one_side(tmp_path):
 
 
 def test_rerun_leaves_nothing_of_the_earlier_set(tmp_path):
-    """D9: stale shards of a run with smaller ones were trained on. D15: with another val_ratio, 420 of 514 val stories were in train."""
+    """D9: stale shards of a run with smaller ones were trained on.
+
+    D15: with another val_ratio, 420 of 514 val stories were in train.
+    """
     texts = stories(300)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     run(tmp_path, "--files", path, "--val_ratio", "0.5", "--shard_size", "100", tokenizer="bpe:280")
@@ -302,7 +307,7 @@ def test_batches_keep_every_part():
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 def test_all_formats_give_the_same_tokens(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -374,7 +379,9 @@ def test_text_column(tmp_path):
 
 
 def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypatch):
-    """One document of any size, in constant memory: the tokens are those of the whole text, with one end-of-text at its end."""
+    """One document of any size, in constant memory: the tokens are those of the whole text, with
+    one end-of-text at its end.
+    """
     texts = [
         json.loads(line)["text"]
         for line in (shared_dir / "tinystories" / "valid.jsonl")
@@ -419,7 +426,7 @@ def test_safe_cut():
     assert safe_cut("x" * 20, 10) == 10
 
 
-# ------------------------------------------------------------------------------------------------------------ validation
+# --------------------------------------------------------------------------------------- validation
 def test_validation_files_lose_what_train_has(tmp_path):
     texts, own = stories(100), stories(30, seed=1)
     train, val = run(
@@ -462,7 +469,7 @@ def test_an_empty_side_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 def test_bpe_is_trained_on_train_alone_and_saved_beside_the_shards(tmp_path):
     texts = [f"the cat number {i} sat on the mat" for i in range(100)]
     train, val = run(
@@ -486,7 +493,9 @@ def test_bpe_is_trained_on_train_alone_and_saved_beside_the_shards(tmp_path):
 
 
 def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, capsys):
-    """Real stories: the same tokens, bytes and documents, in ids from 0 up to as many as occur in train or val, the unused bytes and end-of-text."""
+    """Real stories: the same tokens, bytes and documents, in ids from 0 up to as many as occur in
+    train or val, the unused bytes and end-of-text.
+    """
     texts = [
         json.loads(line)["text"]
         for line in (shared_dir / "tinystories" / "valid.jsonl")
@@ -531,7 +540,9 @@ def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, ca
 
 
 def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
-    """Ids of validation text count, those beyond --max_tokens do not: they would be rows of the model that nothing trains."""
+    """Ids of validation text count, those beyond --max_tokens do not: they would be rows of the
+    model that nothing trains.
+    """
     base = Tokenizer("gpt2", stand_in([b"qzqzqz", b"xyxyxy"]))
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", base.encoding)
     texts = ["the dog ran to the big tree", "the cat", "xyxyxy"]
@@ -558,7 +569,9 @@ def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
 def test_text_is_prepared_with_a_published_tokenizer(tmp_path, name, request):
-    """For train.py --init_from an imported model: from the model's folder, from a checkpoint, or from text prepared with it; on any number of cores."""
+    """For train.py --init_from an imported model: from the model's folder, from a checkpoint, or
+    from text prepared with it; on any number of cores.
+    """
     folder = request.getfixturevalue(name)
     tokenizer = read_tokenizer(folder)
     model = random_model(tiny_config(vocabulary_size=tokenizer.vocabulary_size + 3))
@@ -633,10 +646,12 @@ def test_toy_stories(tmp_path):
         run(tmp_path, "--dataset", "toy", "--num_stories", toy_stories.NUM_DISTINCT + 1)
 
 
-# ------------------------------------------------------------------------------------------------------- datasets library
+# --------------------------------------------------------------------------------- datasets library
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A folder that `datasets` loads as it would one from the Hub: train, validation (5 of its 20 stories also in train), extra columns."""
+    """A folder that `datasets` loads as it would one from the Hub: train, validation (5 of its 20
+    stories also in train), extra columns.
+    """
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "hub"
@@ -700,12 +715,14 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("line", BAD)
 def test_mistakes_are_refused_before_anything_happens(tmp_path, monkeypatch, line):
-    """D10 (`--shard_size 0.5` wrote 35,846 empty files in 4 s and went on) and every flag that could not be honoured."""
+    """D10 (`--shard_size 0.5` wrote 35,846 empty files in 4 s and went on) and every flag that
+    could not be honoured.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         write_jsonl(tmp_path / name, stories(10))
@@ -798,7 +815,7 @@ def test_the_command_prints_one_line_and_exits_2(tmp_path):
         assert f"--{flag}" in help_text
 
 
-# ------------------------------------------------------------------------------------------- what is on disk, at any moment
+# ------------------------------------------------------------------- what is on disk, at any moment
 @pytest.fixture
 def old(tmp_path) -> tuple[Path, dict]:
     """A finished set, and its files."""
@@ -926,7 +943,8 @@ def test_a_text_that_fails_midway_leaves_the_earlier_set(tmp_path, old):
     assert tree(out) == before and sorted(p.name for p in out.iterdir()) == ["train", "val"]
 
 
-# Runs prepare_data in forked children and ends each, without any clean-up, before its k-th operation on the output folder.
+# Runs prepare_data in forked children and ends each, without any clean-up, before its k-th
+# operation on the output folder.
 KILLER = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -987,7 +1005,9 @@ print(json.dumps({"kills": kill_at - 1, "old": left[0], "new": left[1]}))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 @pytest.mark.parametrize("tokenizer", ["bpe:270", "gpt2:compact"])
 def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkeypatch, tokenizer):
-    """Reliability 20: at every operation on the output folder, a kill leaves the old set or the new, and a re-run the new, byte for byte."""
+    """Reliability 20: at every operation on the output folder, a kill leaves the old set or the
+    new, and a re-run the new, byte for byte.
+    """
     out, _ = old
     path = write_jsonl(tmp_path / "new.jsonl", stories(80))
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())

@@ -81,7 +81,9 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
 
 
 def test_the_default_is_the_published_model_and_its_table_is_named(report):
-    """M2: 44 % of the published 3.66 B parameters are the learned position table; the reference never says so."""
+    """M2: 44 % of the published 3.66 B parameters are the learned position table; the reference
+    never says so.
+    """
     lines = report()
     assert lines["total"] == ["3,664,132,435"]
     assert "2.05 B + 1.61 B position table; see --preset gptoss-modern" in lines
@@ -152,7 +154,7 @@ def test_a_toml_file_of_a_run_is_read(report, tmp_path):
     check(report("--config", path, "--batch_size", 6), config, 6)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_checkpoint(
@@ -205,7 +207,9 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
 
 
 def test_an_empty_name_is_not_ignored():
-    """`--ckpt "$LATEST"` with the variable unset reported on the 3.66 B default, and nothing said so."""
+    """`--ckpt "$LATEST"` with the variable unset reported on the 3.66 B default, and nothing said
+    so.
+    """
     with pytest.raises(ValueError, match="is a directory or device, not a checkpoint file"):
         script.main(["--ckpt", ""])
 
@@ -220,9 +224,11 @@ def test_models_that_cannot_be_are_one_line():
             script.main(argv)
 
 
-# ---------------------------------------------------------------------------------------------------------- what it costs
+# ------------------------------------------------------------------------------------ what it costs
 def test_no_parameter_is_ever_made(report):
-    """The report on 3.66 B parameters, and on 100 times as many, is made on the meta device: no real tensor is larger than a page."""
+    """The report on 3.66 B parameters, and on 100 times as many, is made on the meta device: no
+    real tensor is larger than a page.
+    """
     real = []
 
     class Watch(TorchDispatchMode):

@@ -1,4 +1,6 @@
-"""Command lines: every field of every config is a flag and a TOML key that arrives, and every mistake is one line."""
+"""Command lines: every field of every config is a flag and a TOML key that arrives, and every
+mistake is one line.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def test_no_name_is_a_field_of_two_configs():
     assert len({name for _, name in FIELDS}) == len(FIELDS)
 
 
-# ------------------------------------------------------------------------------------------------------- values arrive
+# ------------------------------------------------------------------------------------ values arrive
 def test_every_field_has_help_with_text():
     for owner in OWNERS.values():
         for f in dataclasses.fields(owner):
@@ -163,7 +165,7 @@ def test_the_config_checks_what_was_given():
         settings("--d_model", "0").build(ModelConfig)
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -244,7 +246,9 @@ def test_wrong_toml_files_are_one_line(toml, text, message):
 
 
 def test_a_key_given_twice_is_refused(toml):
-    """A key outside the tables and again in one: the table's won without a word, although the other was nearer the top."""
+    """A key outside the tables and again in one: the table's won without a word, although the other
+    was nearer the top.
+    """
     with pytest.raises(ValueError, match="lr, seed twice"):
         settings(*toml("seed = 1\nlr = 0.1\n[train]\nlr = 0.2\nseed = 2\n"))
 
@@ -267,7 +271,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, toml):
     assert settings(*toml("")).explicit == set()
 
 
-# ---------------------------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------------- help
 @pytest.mark.parametrize("module", ["train", "predict", "test", "prepare_data"])
 def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -293,7 +297,9 @@ def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, 
 
 
 def test_percent_signs_in_help_texts_are_printed(monkeypatch, capsys):
-    """argparse formats help with %: one "10 %" in a description of a preset would have ended --help in a traceback."""
+    """argparse formats help with %: one "10 %" in a description of a preset would have ended --help
+    in a traceback.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -337,7 +343,7 @@ def test_prepare_data_reports_a_wrong_flag_in_a_line():
         prepare_data.main(["--tokeniser", "byte"])
 
 
-# ------------------------------------------------------------------------------------------------------------ run_main
+# ----------------------------------------------------------------------------------------- run_main
 class Explained(ValueError):
     exit_code = 3
 
@@ -372,7 +378,9 @@ def test_run_main_makes_a_line_and_an_exit_code_of_an_exception(
 
 
 def test_error_lines_do_not_write_to_the_terminal(monkeypatch, capsys):
-    """A column name of a downloaded file is quoted in an error of prepare_data.py: with an ESC in it, it would have been carried out."""
+    """A column name of a downloaded file is quoted in an error of prepare_data.py: with an ESC in
+    it, it would have been carried out.
+    """
     monkeypatch.delenv("GPTOSS_TRACEBACK", raising=False)
 
     def main(argv):
@@ -408,7 +416,9 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 @pytest.fixture
 def script(tmp_path):
-    """Starts a program whose main has the given body; it imports nothing heavy, so a start takes a tenth of a second."""
+    """Starts a program whose main has the given body; it imports nothing heavy, so a start takes a
+    tenth of a second.
+    """
 
     def start(
         body: str, *argv: str, shell: str = "{}", env: dict | None = None, unread: bool = False
@@ -440,7 +450,9 @@ def script(tmp_path):
 
 
 def test_output_cut_short_by_head_is_no_error(script):
-    """`| head` closes our output: the run ends quietly, with the exit code of a program that SIGPIPE ended."""
+    """`| head` closes our output: the run ends quietly, with the exit code of a program that
+    SIGPIPE ended.
+    """
     done = script("for i in range(100_000): print('line', i)", shell="{} | head -1")
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, b"line 0\n", b"")
     done = script("print('one line, still in the buffer when main returns')", unread=True)
@@ -448,7 +460,9 @@ def test_output_cut_short_by_head_is_no_error(script):
 
 
 def test_help_cut_short_is_no_error_either(script):
-    """--help leaves main by SystemExit, so nothing was flushed while BrokenPipeError was being watched for: Python complained at exit."""
+    """--help leaves main by SystemExit, so nothing was flushed while BrokenPipeError was being
+    watched for: Python complained at exit.
+    """
     done = script("cli.parser('A short help.').parse_args(argv)", "--help", unread=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
     done = script(
@@ -463,7 +477,9 @@ def test_help_cut_short_is_no_error_either(script):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_any_console_can_show_any_text(script, encoding):
-    """T21: the reference's training died at its first checkpoint on a Windows console, at a tick mark."""
+    """T21: the reference's training died at its first checkpoint on a Windows console, at a tick
+    mark.
+    """
     done = script(
         r"print('\u2713 na\u00efve \U0001f600 \ud800'); raise ValueError('\u2713')",
         env={"PYTHONIOENCODING": encoding},
@@ -476,7 +492,9 @@ def test_any_console_can_show_any_text(script, encoding):
 
 
 def test_closed_streams_are_no_error(script):
-    """With `>&-` Python has no sys.stdout at all: flushing it was an AttributeError, after the work was done."""
+    """With `>&-` Python has no sys.stdout at all: flushing it was an AttributeError, after the work
+    was done.
+    """
     done = script(
         "print('gone', file=sys.stdout); sys.stdin.read(); print(sys.stdout.isatty())",
         shell="{} <&- >&-",

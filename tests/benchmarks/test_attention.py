@@ -1,4 +1,6 @@
-"""The attention benchmark at a tiny size: every way gives the same numbers, what does not run says why and loses no other."""
+"""The attention benchmark at a tiny size: every way gives the same numbers, what does not run says
+why and loses no other.
+"""
 
 import json
 import math
@@ -31,7 +33,9 @@ ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math")  # whatever 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """main(flags) -> what it stored; PyTorch's settings and the environment are put back afterwards."""
+    """main(flags) -> what it stored; PyTorch's settings and the environment are put back
+    afterwards.
+    """
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,7 +53,8 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-# Scores over 16 and sums over 40 keys, twice more backward, where a key meets 40 queries of 2 heads.
+# Scores over 16 and sums over 40 keys, twice more backward, where a key meets 40 queries of 2
+# heads.
 BOUND = rounding(torch.float32, *3 * [16, 40, 40], 40 * 2)
 
 
@@ -121,7 +126,9 @@ def test_benchmark_end_to_end(run, capsys):
 
 
 def test_sinks(run):
-    """The kernels with their results rescaled give what all scores give, and hold none of them; PyTorch's own function knows no sinks and says so."""
+    """The kernels with their results rescaled give what all scores give, and hold none of them;
+    PyTorch's own function knows no sinks and says so.
+    """
     variants = {
         name: modes["default"]
         for name, modes in run("--cases", "sinks", "--variants", "manual,sdpa_expanded,rescaled")[
@@ -172,7 +179,9 @@ def test_the_compiled_variant_is_compiled(monkeypatch):
 
 
 def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
-    """The columns error and bits are measured: a variant that sees everything and adds noise is told by both."""
+    """The columns error and bits are measured: a variant that sees everything and adds noise is
+    told by both.
+    """
 
     def wrong(p):
         return lambda: torch.nn.functional.scaled_dot_product_attention(
@@ -191,7 +200,9 @@ def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
 
 
 def test_what_fails_loses_no_other(run, monkeypatch):
-    """Out of memory at full size, an error only while it is timed, an operation that has no deterministic kernel."""
+    """Out of memory at full size, an error only while it is timed, an operation that has no
+    deterministic kernel.
+    """
     calls = []
 
     def out_of_memory(p):

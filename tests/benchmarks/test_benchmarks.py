@@ -1,5 +1,6 @@
-"""The benchmarks, run at a tiny size: both sides of a comparison are the same model, they measure what they say, and they
-store where it came from."""
+"""The benchmarks, run at a tiny size: both sides of a comparison are the same model, they measure
+what they say, and they store where it came from.
+"""
 
 import dataclasses
 import importlib.util
@@ -84,7 +85,7 @@ def sizes(config: ModelConfig) -> list[str]:
     return flags
 
 
-# ------------------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 def losses_and_gradients(config, baseline):
     """Both sides after a backward pass over the same tokens."""
     model = random_model(config, 1)
@@ -190,7 +191,7 @@ def test_dense_has_the_active_flops():
     )
 
 
-# --------------------------------------------------------------------------------------------------------- the load gate
+# ------------------------------------------------------------------------------------ the load gate
 def test_disturbed_samples_are_measured_again(monkeypatch):
     clock, foreign = [0.0, 0.0, 0.0], iter([0.0, 0.5, 0.1, 0.0, 0.0])
 
@@ -230,7 +231,9 @@ def test_least_disturbed_samples_are_taken_where_none_is_clean(monkeypatch):
 
 
 def test_cpu_clock(tmp_path, monkeypatch):
-    """The machine's work is all but idle and waiting for disks; guests' time is in user time already."""
+    """The machine's work is all but idle and waiting for disks; guests' time is in user time
+    already.
+    """
     (tmp_path / "stat").write_text(
         "cpu  100 20 3000 70000 8000 400 50 6 90 9\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
     )
@@ -240,7 +243,7 @@ def test_cpu_clock(tmp_path, monkeypatch):
     assert common.cpu_clock(str(tmp_path / "none"))[1:] == (0.0, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------- training steps
+# ----------------------------------------------------------------------------------- training steps
 @pytest.mark.slow
 def test_train_benchmark(data, results_folder, monkeypatch):
     compiled = []
@@ -357,7 +360,9 @@ def test_another_model_is_noticed(monkeypatch):
 
 
 def test_both_sides_take_the_same_steps(monkeypatch):
-    """Same tokens, gradient, clipping and AdamW on both sides: after a few steps the weights are still the same."""
+    """Same tokens, gradient, clipping and AdamW on both sides: after a few steps the weights are
+    still the same.
+    """
     monkeypatch.delenv("GPTOSS_DATA", raising=False)
     s = setting(
         *sizes(tiny_config()),
@@ -417,7 +422,9 @@ def test_baseline_out_of_memory_gets_smaller_micro_batches(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_all_logits_is_seen():
-    """Each in a process of its own, as the benchmark does it: in this one, what malloc kept from other tests came and went."""
+    """Each in a process of its own, as the benchmark does it: in this one, what malloc kept from
+    other tests came and went.
+    """
     rows, V = 512, 48_000
     peaks = {}
     for name in ("ours", "loop"):
@@ -509,7 +516,7 @@ def test_run_worker_gives_what_the_process_wrote(tmp_path, monkeypatch):
         common.run_worker("small_worker", ["--fail"])
 
 
-# ----------------------------------------------------------------------------------------------------------- time by part
+# ------------------------------------------------------------------------------------- time by part
 def event(
     name, start, end, children=(), number=-1, kernels=(), device=DeviceType.CPU, annotation=False
 ):
@@ -535,7 +542,9 @@ def flat(e) -> list:
 
 
 def test_parts_on_a_cpu():
-    """A backward operation belongs to the part whose forward operation had its number last; gaps and ranges are waiting."""
+    """A backward operation belongs to the part whose forward operation had its number last; gaps
+    and ranges are waiting.
+    """
     steps = event(
         "bench:steps",
         0,
@@ -589,7 +598,9 @@ def test_parts_on_a_cpu():
 
 
 def test_parts_on_a_gpu():
-    """Kernels count for the part that launched them, also from the backward pass's thread; the rest of the time is waiting."""
+    """Kernels count for the part that launched them, also from the backward pass's thread; the rest
+    of the time is waiting.
+    """
     forward = event(
         "part:attention",
         0,
@@ -624,7 +635,7 @@ def test_parts_on_a_gpu():
     assert seconds["other"] == pytest.approx(10e-6) and sum(seconds.values()) == pytest.approx(wall)
 
 
-# --------------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 LOSS = [
     "--name",
     "tiny",
@@ -715,7 +726,7 @@ def test_loss_memory_of_all_logits_is_seen():
     assert peaks["full"] > 2 * 512 * 24_000 * 4 and peaks["ours_64"] < 0.3 * 512 * 24_000 * 4
 
 
-# ------------------------------------------------------------------------------------------------------------ the experts
+# -------------------------------------------------------------------------------------- the experts
 def test_experts_benchmark(results_folder):
     flags = [
         "--name",
@@ -761,9 +772,11 @@ def test_experts_benchmark_notices_another_result():
         experts.check_equal({"a": same, "b": other}, 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- the whole programs
+# ------------------------------------------------------------------------------- the whole programs
 def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):
-    """Its blocks take each length as another graph, and the ninth is an error: on a GPU the figures of the whole run were lost."""
+    """Its blocks take each length as another graph, and the ninth is an error: on a GPU the figures
+    of the whole run were lost.
+    """
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     original = torch.nn.Module.compile
     monkeypatch.setattr(

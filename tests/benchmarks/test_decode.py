@@ -1,4 +1,6 @@
-"""The benchmark of generation at a tiny size: what it counts, what it compares, what it refuses, what it stores."""
+"""The benchmark of generation at a tiny size: what it counts, what it compares, what it refuses,
+what it stores.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,7 @@ def setting(*flags) -> decode.Setting:
     return decode.make_setting(decode.make_parser().parse_args([*TINY, *map(str, flags)]))
 
 
-# ------------------------------------------------------------------------------------------------------------- arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 @pytest.mark.parametrize(
     "changes",
     [
@@ -115,7 +117,9 @@ def setting(*flags) -> decode.Setting:
     ],
 )
 def test_a_token_reads_its_active_weights(changes):
-    """All parameters but other experts' and the position table, and of the embedding a row (besides, where it is the head as well)."""
+    """All parameters but other experts' and the position table, and of the embedding a row
+    (besides, where it is the head as well).
+    """
     config = tiny_config(**changes)
     embedding = parameter_counts(config)["embedding"]
     expected = (
@@ -197,7 +201,7 @@ def test_bandwidth_counts_both_directions_of_a_copy(monkeypatch):
     assert timers["copy"]() == 2.0 / 2048 and timers["read"]() == 3.0 / 1024
 
 
-# -------------------------------------------------------------------------------------------------------- the same tokens
+# ---------------------------------------------------------------------------------- the same tokens
 def test_the_same_tokens():
     assert decode.first_differences([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 0, 6]]) == [None, 1]
     model = random_model(tiny_config())
@@ -318,7 +322,7 @@ def test_what_hugging_face_cannot_be_is_told(results_folder):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -379,11 +383,13 @@ def test_settings(data):
     )
 
 
-# -------------------------------------------------------------------------------------------------------- the whole of it
+# ---------------------------------------------------------------------------------- the whole of it
 @pytest.mark.slow
 @needs_transformers
 def test_the_benchmark_of_generation(results_folder, capsys):
-    """Every cell has every side, the sides draw the same tokens, and each figure is what its name says of the others."""
+    """Every cell has every side, the sides draw the same tokens, and each figure is what its name
+    says of the others.
+    """
     names = ["ours", "ours_int8", "plain", "hf_eager"]
     assert decode.main([*TINY, "--variants", *names, "--hf_batches", "1", "3"]) == 0
     results = json.loads((results_folder / "decode_tiny.json").read_text())
@@ -513,7 +519,7 @@ def test_random_weights_are_scaled_but_for_norms():
     )
 
 
-# ------------------------------------------------------------------------------------------------------ with a checkpoint
+# -------------------------------------------------------------------------------- with a checkpoint
 @pytest.mark.slow
 def test_perplexity_of_packed_weights(data, tmp_path, results_folder):
     run = Run(data, tmp_path / "run")
@@ -605,7 +611,7 @@ def test_a_launched_process_has_pytorchs_own_threads(monkeypatch):
         )
 
 
-# --------------------------------------------------------------------------------------------------- the table, the stage
+# ----------------------------------------------------------------------------- the table, the stage
 def test_the_table_of_generation(monkeypatch):
     def side(speed, ratio=None, **more):
         return (

@@ -1,4 +1,6 @@
-"""benchmarks/exports.py and benchmarks/llama_cpp.py: that a reader who reads otherwise is seen, and what they refuse."""
+"""benchmarks/exports.py and benchmarks/llama_cpp.py: that a reader who reads otherwise is seen, and
+what they refuse.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""runtime/data/hf_tokenizer.py: tokenizer.json gives the same ids as ours in the `tokenizers` library and in transformers, and a published one is used as it is."""
+"""runtime/data/hf_tokenizer.py: tokenizer.json gives the same ids as ours in the `tokenizers`
+library and in transformers, and a published one is used as it is.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def auto_tokenizer(folder: Path, family: str):
 
 @pytest.fixture(scope="module")
 def odd() -> list[str]:
-    """Odd texts: those of the check, other random ones, every kind of run, contractions in any case before any letter."""
+    """Odd texts: those of the check, other random ones, every kind of run, contractions in any case
+    before any letter.
+    """
     rng = random.Random(7)
     runs = [
         unit * count
@@ -125,10 +129,12 @@ def bpe_folder(bpe, tmp_path) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------------ ours
+# --------------------------------------------------------------------------------------------- ours
 @pytest.mark.slow
 def test_o200k_in_the_library(o200k_folder, tales, odd):
-    """Thousands of texts, and every id: the hole at 199,998 made end-of-text 199,998 in other converters, so a model never stopped."""
+    """Thousands of texts, and every id: the hole at 199,998 made end-of-text 199,998 in other
+    converters, so a model never stopped.
+    """
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
     for text in [*tales, *odd]:
         assert ids_of(theirs, text) == ours.encode(text), text[:80]
@@ -145,7 +151,9 @@ def test_o200k_in_the_library(o200k_folder, tales, odd):
 
 @pytest.mark.slow
 def test_every_character_in_o200k(o200k_folder):
-    """Two engines with their own tables of Unicode cut words: no character of the lower planes may be another class in one than in the other."""
+    """Two engines with their own tables of Unicode cut words: no character of the lower planes may
+    be another class in one than in the other.
+    """
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
     characters = [
         chr(c) for c in (*range(0xD800), *range(0xE000, 0x11000), *range(0x11000, 0x110000, 31))
@@ -162,7 +170,9 @@ def test_every_character_in_o200k(o200k_folder):
 
 @pytest.mark.parametrize("name", ["byte", "bpe", "o200k"])
 def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_folder):
-    """In all three families: for qwen3_moe another tokenizer_class would have cut words by Qwen's rule, for mixtral by Llama's."""
+    """In all three families: for qwen3_moe another tokenizer_class would have cut words by Qwen's
+    rule, for mixtral by Llama's.
+    """
     ours = {"byte": BYTE, "bpe": bpe, "o200k": load_tokenizer("o200k_base")}[name]
     if name == "o200k":
         shutil.copytree(o200k_folder, tmp_path, dirs_exist_ok=True)
@@ -207,7 +217,9 @@ def test_special_words_in_the_library(bpe_folder, bpe):
 def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(
     name, monkeypatch, tales, odd, tmp_path
 ):
-    """Their real rules, with a stand-in's tokens. {1,3}+ is possessive to tiktoken and "threes, repeated" to the library; $ ends a text or a line."""
+    """Their real rules, with a stand-in's tokens. {1,3}+ is possessive to tiktoken and "threes,
+    repeated" to the library; $ ends a text or a line.
+    """
     monkeypatch.setattr(published, "load_tiktoken_bpe", lambda *a, **k: {})
     monkeypatch.setattr(published, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
     pattern = getattr(published, name)()["pat_str"]
@@ -246,7 +258,9 @@ def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(
 
 
 def merged(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """A word by merging alone, as llama.cpp does it: the first pair of the list, of equal ones the leftmost; no whole word is looked up."""
+    """A word by merging alone, as llama.cpp does it: the first pair of the list, of equal ones the
+    leftmost; no whole word is looked up.
+    """
     parts = [bytes([b]) for b in word]
     while pairs := [
         (ranks[pair], i)
@@ -259,7 +273,9 @@ def merged(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
 
 
 def test_merging_alone_makes_the_same_tokens(bpe, o200k, tales, odd):
-    """llama.cpp looks up no whole words under o200k_base's rule, so each token must come out of its merges."""
+    """llama.cpp looks up no whole words under o200k_base's rule, so each token must come out of its
+    merges.
+    """
     for tokenizer, texts in (
         (bpe, tales[:60] + odd[::9]),
         (load_tokenizer("o200k_base"), tales[:30] + odd[::9]),
@@ -359,7 +375,9 @@ def test_o200k_is_read_as_what_it_was(o200k_folder):
 
 @pytest.mark.parametrize("name", ["byte", "bpe"])
 def test_there_and_back_is_bitwise(name, bpe, tmp_path):
-    """What we wrote is read as what it was, not as a foreign vocabulary; a trained BPE with all its tokens in their order."""
+    """What we wrote is read as what it was, not as a foreign vocabulary; a trained BPE with all its
+    tokens in their order.
+    """
     ours = {"byte": BYTE, "bpe": bpe}[name]
     write_tokenizer(ours, tmp_path / "a", 64)
     again = read_tokenizer(tmp_path / "a")
@@ -373,7 +391,9 @@ def test_there_and_back_is_bitwise(name, bpe, tmp_path):
 
 
 def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
-    """Somebody fine-tunes elsewhere and saves; with tokens added it is another tokenizer, which keeps ours out of its config."""
+    """Somebody fine-tunes elsewhere and saves; with tokens added it is another tokenizer, which
+    keeps ours out of its config.
+    """
     theirs = auto_tokenizer(bpe_folder, "qwen3_moe")
     theirs.save_pretrained(tmp_path / "saved")
     assert read_tokenizer(tmp_path / "saved").to_state() == bpe.to_state()
@@ -390,7 +410,9 @@ def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
 
 
 def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, monkeypatch):
-    """An export with o200k_base, complete in itself, could not be imported where tiktoken's copy of the vocabulary could not be downloaded."""
+    """An export with o200k_base, complete in itself, could not be imported where tiktoken's copy of
+    the vocabulary could not be downloaded.
+    """
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     ours = load_tokenizer("gpt2")
     write_tokenizer(ours, tmp_path / "a", 64)
@@ -410,7 +432,7 @@ def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, m
         assert all(theirs.encode(text) == ours.encode(text) for text in module.CHECK_TEXTS)
 
 
-# ---------------------------------------------------------------------------------------------------------------- theirs
+# ------------------------------------------------------------------------------------------- theirs
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
@@ -489,7 +511,9 @@ def test_special_words_of_published_tokenizers_are_ordinary_text(mixtral, qwen):
 
 
 def metaspace(**settings):
-    """Changes for a tokenizer.json: spaces as a pre-tokenizer writes them, which newer files have, instead of the normalizer's way."""
+    """Changes for a tokenizer.json: spaces as a pre-tokenizer writes them, which newer files have,
+    instead of the normalizer's way.
+    """
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, **settings},
@@ -508,7 +532,9 @@ def metaspace(**settings):
     ids=str,
 )
 def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
-    """Typed after "Once upon a ti", "+me" was fed to an imported Mixtral as " me": its tokenizer puts a space before every text."""
+    """Typed after "Once upon a ti", "+me" was fed to an imported Mixtral as " me": its tokenizer
+    puts a space before every text.
+    """
     data = json.loads((mixtral / "tokenizer.json").read_text(encoding="utf-8"))
     ours = read_tokenizer(
         write_folder(tmp_path, data | change, generation_config={"eos_token_id": 2})
@@ -529,7 +555,9 @@ def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
 
 
 def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
-    """Where white space is taken away first and each word then put behind a space (T5), that space is the only one between two words."""
+    """Where white space is taken away first and each word then put behind a space (T5), that space
+    is the only one between two words.
+    """
     pre_tokenizer = {
         "type": "Sequence",
         "pretokenizers": [
@@ -546,7 +574,10 @@ def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
 
 
 def test_byte_level_texts_go_on_as_they_begin(qwen, bpe, tmp_path):
-    """Unless the file puts a space before them, as GPT-2's once did. Special words are ordinary text there too."""
+    """Unless the file puts a space before them, as GPT-2's once did.
+
+    Special words are ordinary text there too.
+    """
     for tokenizer in (read_tokenizer(qwen), bpe):
         assert all(
             tokenizer.encode_continuation(text) == tokenizer.encode(text)
@@ -726,7 +757,10 @@ def test_a_first_token_that_is_no_word_is_one_line(mixtral, tmp_path, word):
     ],
 )
 def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, file, content):
-    """JSON can spell half a character. It was imported, and the export of it ended in an error that named no file."""
+    """JSON can spell half a character.
+
+    It was imported, and the export of it ended in an error that named no file.
+    """
     shutil.copytree(mixtral, tmp_path / "m")
     (tmp_path / "m" / file).write_bytes(content)
     with pytest.raises(
@@ -737,9 +771,11 @@ def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, fil
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------ in a checkpoint
+# ---------------------------------------------------------------------------------- in a checkpoint
 def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
-    """`+me` went on with " me", and what was drawn before a stop text was read again with one more space before it."""
+    """`+me` went on with " me", and what was drawn before a stop text was read again with one more
+    space before it.
+    """
     tokenizer = read_tokenizer(mixtral)
     ckpt = save(tmp_path, biased_model(vocabulary_size=tokenizer.vocabulary_size), tokenizer)
     drawn.ids = tokenizer.encode_continuation("me, a cat!")
@@ -750,7 +786,9 @@ def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
 
 
 def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_path, run, drawn):
-    """An imported model's prompts are put behind its own first id, or behind nothing, and any of its end ids ends an answer."""
+    """An imported model's prompts are put behind its own first id, or behind nothing, and any of
+    its end ids ends an answer.
+    """
     for folder, before, stops in ((mixtral, [1], [2]), (qwen, [], [802, 800])):
         tokenizer = read_tokenizer(folder)
         ckpt = save(

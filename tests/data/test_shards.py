@@ -1,6 +1,8 @@
-"""runtime/data/shards.py: what is not exactly as it was written is refused, and every token is used.
+"""runtime/data/shards.py: what is not exactly as it was written is refused, and every token is
+used.
 
-D1 .. D16 are the reference's faults with data (damaged, stale or foreign shards that it trained on without a word).
+D1 .. D16 are the reference's faults with data (damaged, stale or foreign shards that it trained on
+without a word).
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def refused(folder: Path, match: str) -> None:
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 def test_shards_are_plain_npy_files_and_read_as_one(split):
     shards = TokenShards(split)
     assert (
@@ -115,7 +117,9 @@ def test_renumbered_shards_are_as_if_written_so(tmp_path, monkeypatch):
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
-    """A resumed run may meet the same tokens in shards of another size; other tokens it must not meet."""
+    """A resumed run may meet the same tokens in shards of another size; other tokens it must not
+    meet.
+    """
     a, b, c = (
         TokenShards(write_split(tmp_path / name, np.arange(100) % n, size)).fingerprint
         for name, n, size in (("a", 90, 7), ("b", 90, 50), ("c", 91, 7))
@@ -125,7 +129,10 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 @pytest.mark.slow
 def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
-    """D7: by name, shard_10000 came before shard_9999. And 10,000 memory maps need 10,000 open files where 256 are usual."""
+    """D7: by name, shard_10000 came before shard_9999.
+
+    And 10,000 memory maps need 10,000 open files where 256 are usual.
+    """
     resource = pytest.importorskip(
         "resource", reason="no limits on open files to set on this system"
     )
@@ -163,7 +170,9 @@ def test_a_manifest_that_is_none_is_refused(split, text):
 
 
 def test_no_flipped_bit_in_a_manifest_goes_unnoticed(split):
-    """Reliability 6: either it is refused, or it reads as before (a blank that became another blank)."""
+    """Reliability 6: either it is refused, or it reads as before (a blank that became another
+    blank).
+    """
     before, good, rng = read_manifest(split), (split / "meta.json").read_bytes(), random.Random(0)
     noticed = 0
     for _ in range(400):
@@ -231,7 +240,10 @@ def test_missing_and_empty_shards_are_refused(split):
     ids=lambda a: f"{a.dtype}{a.shape}",
 )
 def test_other_dtypes_and_shapes_are_refused(split, array):
-    """D3: float64 NaN became token -9223372036854775808, a 2-D shard silently had no windows. (500 x 8 bytes: the size is right.)"""
+    """D3: float64 NaN became token -9223372036854775808, a 2-D shard silently had no windows.
+
+    (500 x 8 bytes: the size is right.)
+    """
     replace_shard(split, array)
     refused(split, "is not a uint32 array of 1,000 tokens")
 
@@ -261,7 +273,9 @@ def test_no_flipped_bit_in_a_shard_goes_unnoticed(split):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(split):
-    """D8: found by the embedding at the first batch, as a raw IndexError (on a GPU: a device assert)."""
+    """D8: found by the embedding at the first batch, as a raw IndexError (on a GPU: a device
+    assert).
+    """
     replace_shard(split, np.full(1000, 257, dtype=np.uint32))
     refused(split, "shard_0000.npy holds id 257, beyond its vocabulary of 257")
 
@@ -275,7 +289,7 @@ def test_a_shard_replaced_while_in_use_is_noticed(split):
         shards.read(1500, 1000)
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 def test_open_data(tmp_path):
@@ -319,7 +333,7 @@ def test_a_committed_set_is_read_before_it_is_in_place(tmp_path):
     ] == [70, 60]
 
 
-# -------------------------------------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------------------------------------ windows
 @settings(deadline=None, max_examples=100)
 @given(
     num_tokens=st.integers(2, 300),
@@ -330,7 +344,9 @@ def test_a_committed_set_is_read_before_it_is_in_place(tmp_path):
 def test_an_epoch_uses_every_token_as_a_target(
     tmp_path_factory, num_tokens, shard_size, context, seed
 ):
-    """D6: a shard of 64 tokens gave 32 of its 63 targets, and no window crossed a shard (reliability 20)."""
+    """D6: a shard of 64 tokens gave 32 of its 63 targets, and no window crossed a shard
+    (reliability 20).
+    """
     shards = TokenShards(
         write_split(
             tmp_path_factory.mktemp("s") / "train", np.arange(num_tokens) % 257, shard_size
@@ -411,7 +427,7 @@ def test_validation_windows_are_fixed_whole_batches_spread_over_the_set(long):
         validation_batches(long, 2000, 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- prefetch
+# ----------------------------------------------------------------------------------------- prefetch
 def test_prefetch_keeps_order_and_raises():
     assert list(prefetch(range(100), depth=3)) == list(range(100))
 

@@ -1,4 +1,6 @@
-"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways, and no wrong one is ever accepted."""
+"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways, and no wrong one is
+ever accepted.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def test_o200k_is_what_it_says(o200k):
 
 
 def test_ids_that_stand_for_nothing_decode_to_a_replacement(o200k):
-    """P1: 19 of o200k_base's ids are inside its vocabulary but have no bytes; one in an answer was a KeyError."""
+    """P1: 19 of o200k_base's ids are inside its vocabulary but have no bytes; one in an answer was
+    a KeyError.
+    """
     tokenizer = load_tokenizer("o200k_base")
     for i in tokenizer.undecodable_ids:
         assert tokenizer.decode([i]) == "\N{REPLACEMENT CHARACTER}"
@@ -113,7 +117,9 @@ def test_special_words_in_a_text_are_ordinary(bpe, compact):
 
 
 def test_lone_surrogates_become_replacement_characters(bpe, compact):
-    """JSON can spell them, UTF-8 cannot: tiktoken's numpy path raised UnicodeEncodeError on "\\ud800"."""
+    """JSON can spell them, UTF-8 cannot: tiktoken's numpy path raised UnicodeEncodeError on
+    "\\ud800".
+    """
     for tokenizer in (BYTE, bpe, compact):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\N{REPLACEMENT CHARACTER}b"
         assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "\N{GRINNING FACE}"
@@ -121,7 +127,9 @@ def test_lone_surrogates_become_replacement_characters(bpe, compact):
 
 
 def test_a_run_of_a_million_spaces_is_encoded(bpe, compact):
-    """tiktoken gives up on such a text ("Max stack size exceeded for backtracking"); one document must not end a run."""
+    """tiktoken gives up on such a text ("Max stack size exceeded for backtracking"); one document
+    must not end a run.
+    """
     text = "a" + " " * 3_000_000 + "b"
     with pytest.raises(ValueError, match="Regex error"):
         bpe.encoding.encode_to_numpy(text, disallowed_special=())
@@ -145,7 +153,7 @@ def test_stream_flush_shows_a_character_cut_short():
     assert stream.push(0x41) == "A"
 
 
-# ------------------------------------------------------------------------------------------------------------ trained
+# ------------------------------------------------------------------------------------------ trained
 def test_bpe_size_counts_everything(bpe):
     assert (bpe.name, bpe.vocabulary_size, bpe.end_of_text_id, bpe.undecodable_ids) == (
         "bpe:300",
@@ -242,7 +250,7 @@ def test_unknown_names_are_refused(name):
         load_tokenizer(name)
 
 
-# ------------------------------------------------------------------------------------------------------------ compact
+# ------------------------------------------------------------------------------------------ compact
 def test_compact_ids_of_its_text_are_the_bases_renumbered(o200k, stories):
     """Nothing is lost: the same cut, the same order of ids, and back again exactly."""
     base = load_tokenizer("o200k_base")
@@ -274,7 +282,9 @@ def test_compact_ids_of_its_text_are_the_bases_renumbered(o200k, stories):
 
 
 def test_compact_encodes_what_its_text_never_had(o200k, stories):
-    """Every plane of Unicode and random mixtures of them: by the stream too, and without end-of-text in between."""
+    """Every plane of Unicode and random mixtures of them: by the stream too, and without
+    end-of-text in between.
+    """
     base = load_tokenizer("o200k_base")
     tokenizer, rng = (
         compacted(base, set().union(*map(base.encode, stories[:300]))),
@@ -424,7 +434,7 @@ def test_a_compact_state_wants_the_base_it_was_made_from(gpt2, monkeypatch):
             tokenizer_from_state(wrong)
 
 
-# -------------------------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 def test_state_travels_as_json(bpe, gpt2, o200k):
     for tokenizer in (
         BYTE,
@@ -504,7 +514,7 @@ def test_compact_is_loaded_from_its_folder(gpt2, tmp_path):
         load_tokenizer("o200k_base:compact", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------ network
+# ------------------------------------------------------------------------------------------ network
 def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
     def no_network(*args, **kwargs):
         raise requests.ConnectionError("no\nnetwork")

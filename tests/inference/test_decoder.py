@@ -1,4 +1,6 @@
-"""runtime/inference/decoder.py: many texts at once give what each gives alone, nothing in a cache is computed twice, and look-up changes nothing."""
+"""runtime/inference/decoder.py: many texts at once give what each gives alone, nothing in a cache
+is computed twice, and look-up changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,12 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-# ------------------------------------------------------------------------------------------------------- the same texts
+# ----------------------------------------------------------------------------------- the same texts
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
-    """Greedy and drawn, across the end of the context (several times) or up to it, rows ending at different times."""
+    """Greedy and drawn, across the end of the context (several times) or up to it, rows ending at
+    different times.
+    """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 3).eval()
     decoder = decoder_of(model)
     for count, slide in ((5, True), (80, True), (80, False)):
@@ -88,7 +92,9 @@ def test_the_caller_can_end_a_row(decoder_of):
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
-    """What a CUDA graph holds: static shapes, a position for each row, more of the cache read than is filled; also for rows that take no part."""
+    """What a CUDA graph holds: static shapes, a position for each row, more of the cache read than
+    is filled; also for rows that take no part.
+    """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
     if len(changes) % 2:  # some of them packed
         quantize_(model)
@@ -126,7 +132,9 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     ids=["swiglu", "gelu"],
 )
 def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes):
-    """The experts by choice or all of them, and the packed head, as in a CUDA graph: on this CPU, which is told to be a GPU; as it is, and traced by the compiler."""
+    """The experts by choice or all of them, and the packed head, as in a CUDA graph: on this CPU,
+    which is told to be a GPU; as it is, and traced by the compiler.
+    """
     torch.compiler.reset()  # eight models are the most that one compiled function may see
     model = random_model(tiny_config(**changes), 2)
     if quantized:
@@ -188,8 +196,9 @@ def test_every_span_of_the_cache_is_compiled(monkeypatch):
 @pytest.mark.parametrize("compiles, tunes", [(False, False), (True, False), (True, True)])
 def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
     """With CUDA's graphs and streams replaced by what runs at once: 256 places of the cache, then
-    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it. A small
-    model is not tuned: a minute for each span would be for nothing."""
+    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it. A
+    small model is not tuned: a minute for each span would be for nothing.
+    """
     graph = types.SimpleNamespace(pool=lambda: None, replay=lambda: None)
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name in ("Stream", "current_stream"):
@@ -222,7 +231,7 @@ def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
     assert kept == ([own for _, own in made] if compiles else [decode_step] * 4)
 
 
-# ------------------------------------------------------------------------------------------------------ what is reused
+# ----------------------------------------------------------------------------------- what is reused
 @pytest.fixture
 def reads(monkeypatch):
     """Counts the tokens that pass through a decoder."""
@@ -246,7 +255,9 @@ def reads(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8)], ids=["full", "window"])
 def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
-    """Continuing, going back, changing the end, starting anew; with a ring, what it has overwritten is read again, and only that makes it so."""
+    """Continuing, going back, changing the end, starting anew; with a ring, what it has overwritten
+    is read again, and only that makes it so.
+    """
     model = random_model(tiny_config(context_length=64, **changes), 1).eval()
     decoder = reads(decoder_of(model))
     text = decoder.texts(1, 64)[0]
@@ -275,7 +286,9 @@ def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
 
 
 def test_generation_goes_on_from_the_cache(decoder_of, reads):
-    """A second answer after the first: its prompt is what was read and drawn, and a few tokens more."""
+    """A second answer after the first: its prompt is what was read and drawn, and a few tokens
+    more.
+    """
     model = random_model(tiny_config(context_length=64)).eval()
     decoder = reads(decoder_of(model))
     texts = decoder.texts(1, 64)
@@ -290,7 +303,9 @@ def test_generation_goes_on_from_the_cache(decoder_of, reads):
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8)], ids=["full", "window"])
 def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes, monkeypatch):
-    """Ctrl-C in the middle of a pass: a ring may have lost what the next answer relies on, and nothing would show it."""
+    """Ctrl-C in the middle of a pass: a ring may have lost what the next answer relies on, and
+    nothing would show it.
+    """
     model = random_model(tiny_config(context_length=64, **changes), 4).eval()
     decoder = decoder_of(model)
     text = decoder.texts(1, 64)[0]
@@ -326,7 +341,11 @@ def test_rewinding_says_when_it_cannot():
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, changes):
-    """A graph has all texts of an allocation in it. Those that have ended write behind their end: a full ring lost its oldest key, which going back one token needs."""
+    """A graph has all texts of an allocation in it.
+
+    Those that have ended write behind their end: a full ring lost its oldest key, which going back
+    one token needs.
+    """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 2).eval()
     decoder = decoder_of(model)
     texts = decoder.texts(3, CONTEXT)
@@ -349,7 +368,7 @@ def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, chang
         assert_close(decoder.read(text, other), expected, logits_bound(model.config, CONTEXT))
 
 
-# ------------------------------------------------------------------------------------------------------- prompt look-up
+# ----------------------------------------------------------------------------------- prompt look-up
 def repetitive_model(seed: int = 0):
     """A model whose greedy text repeats itself."""
     model = random_model(tiny_config(context_length=64, vocabulary_size=16), seed).eval()
@@ -367,10 +386,12 @@ def repetitive_model(seed: int = 0):
     ids=str,
 )
 def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings):
-    """Greedy and drawn, across the end of the context, with the noise that each token would have had. A guess is only ever checked."""
+    """Greedy and drawn, across the end of the context, with the noise that each token would have
+    had. A guess is only ever checked.
+    """
     accepted = 0
-    # Models whose routers and logits are nowhere within rounding of a tie in these texts (seeds 2, 3 and 10 are): reading several tokens
-    # at once adds in another order than reading one.
+    # Models whose routers and logits are nowhere within rounding of a tie in these texts (seeds 2,
+    # 3 and 10 are): reading several tokens at once adds in another order than reading one.
     for seed in (4, 5, 7, 8, 11, 13):
         decoder = decoder_of(repetitive_model(seed))
         plain = generated(decoder, [[1, 2, 3, 1, 2]], 100, generators=seeded(7), **settings)
@@ -437,7 +458,7 @@ def test_look_up_is_refused_where_it_cannot_take_tokens_back(decoder_of):
         generated(decoder, [[1]], 3, lookup=2)
 
 
-# -------------------------------------------------------------------------------------------------------------- the rest
+# ----------------------------------------------------------------------------------------- the rest
 def test_router_choices_are_the_routers():
     model = random_model(tiny_config(), 1).eval()
     choose_kernels(model, torch.device("cpu"), torch.float32)
@@ -483,7 +504,9 @@ def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
 
 
 def test_a_bad_answer_does_not_spoil_the_next(decoder_of):
-    """A NaN behind the end of a text counts where more of the cache is read than is filled, though its weight is 0: every later answer failed too."""
+    """A NaN behind the end of a text counts where more of the cache is read than is filled, though
+    its weight is 0: every later answer failed too.
+    """
     model = random_model(tiny_config(context_length=CONTEXT)).eval()
     with torch.no_grad():
         model.embed.weight[7] = float("nan")

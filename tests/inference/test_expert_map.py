@@ -1,4 +1,6 @@
-"""The map of experts: its numbers against the tensors, what it does with hostile text, and the page in a real browser."""
+"""The map of experts: its numbers against the tensors, what it does with hostile text, and the page
+in a real browser.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ SGR = re.compile(r"\x1b\[(2;)?38;5;(\d+)m(\d+)\x1b\[0m")
 
 
 def routed(L: int, T: int, K: int, E: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(experts, gates) [L, T, K] of a router that likes some experts more, in no order within a token."""
+    """(experts, gates) [L, T, K] of a router that likes some experts more, in no order within a
+    token.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits_LTE = 2 * torch.randn(L, T, E, generator=generator) + torch.randn(
         L, 1, E, generator=generator
@@ -80,7 +84,7 @@ def columns(text: str) -> int:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- terminal
+# ----------------------------------------------------------------------------------------- terminal
 def tables(text: str) -> tuple[list[list[str]], list[str]]:
     """The lines of each table, and those of the summary."""
     *parts, summary = text.split("\n\n")
@@ -211,7 +215,7 @@ def test_the_summary_counts_experts_and_names_the_busiest():
     assert "2 of 16 experts used, most of all expert 2: 50.0 %, 8.00 x" in summary[3]
 
 
-# ------------------------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------- page
 class Page(HTMLParser):
     """What a parser sees: (tag, attributes, text) of every element with its text, in order."""
 
@@ -424,7 +428,7 @@ def test_a_prompt_longer_than_the_text_is_refused(prompt):
         html_page("", FIVE, E8, G8, 8, prompt)
 
 
-# ---------------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 HELPERS = """
 const result = {errors: [], violations: []}, $ = id => document.getElementById(id), tokens = [...document.querySelectorAll("#text .t")], cells = [...document.querySelectorAll("#use td")];
 addEventListener("error", event => result.errors.push(event.message));
@@ -496,7 +500,9 @@ def with_script(page: str, script: str, style: str = "") -> str:
 
 
 def browse(page: str, script: str, folder, *flags: str) -> dict:
-    """What `script` has left in `result` after it ran in a copy of the page, whose policy allows it besides the page's own."""
+    """What `script` has left in `result` after it ran in a copy of the page, whose policy allows it
+    besides the page's own.
+    """
     return dump(with_script(page, script), folder, *flags)
 
 
@@ -544,7 +550,9 @@ def dump(page: str, folder, *flags: str) -> dict:
 
 
 def test_the_page_in_a_browser(tmp_path):
-    """Keyboard, hover, slider and heat map show what the tensors say; nothing moves; hostile text does nothing."""
+    """Keyboard, hover, slider and heat map show what the tensors say; nothing moves; hostile text
+    does nothing.
+    """
     L, E, prompt = 3, 8, 4
     text, experts_LTK, gates_LTK = page_of(L=L, E=E, prompt=prompt, title="<b>Experts</b>")
     result = browse(

@@ -1,4 +1,6 @@
-"""runtime/interop/custom_code.py: any config of ours in transformers, by a modeling file that needs nothing of this repo."""
+"""runtime/interop/custom_code.py: any config of ours in transformers, by a modeling file that needs
+nothing of this repo.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,7 @@ def configs_with(count: int, wanted, **changes) -> list[ModelConfig]:
     return [config for config in found if wanted(config)][:count]
 
 
-# ------------------------------------------------------------------------------------------------------ where gptoss is not
+# ------------------------------------------------------------------------------ where gptoss is not
 ALONE = """
 import importlib.util, sys
 assert not any(importlib.util.find_spec(name) for name in ("model", "model_parts", "config_model", "runtime"))
@@ -130,9 +132,11 @@ torch.save(results, work / "results.pt")
 
 @pytest.mark.slow
 def test_a_folder_works_where_gptoss_is_not(tmp_path):
-    """Logits and greedy text of many configs, through the Auto classes, in a process that cannot import this repo; saved and loaded again.
-    Then the repo is imported into that process, beside a copy of its operations for each folder: under one name, the copy that was
-    imported last would take the operations away from the others."""
+    """Logits and greedy text of many configs, through the Auto classes, in a process that cannot
+    import this repo; saved and loaded again. Then the repo is imported into that process, beside a
+    copy of its operations for each folder: under one name, the copy that was imported last would
+    take the operations away from the others.
+    """
     seeds = {f"model{seed:02}": random_config(seed) for seed in range(10)}
     nano = ModelConfig(
         **PRESETS["gpt-oss-nano"].model
@@ -176,7 +180,9 @@ def test_a_folder_works_where_gptoss_is_not(tmp_path):
 
 
 def test_copies_imported_after_gptoss_leave_its_operations_alone(tmp_path, modeling):
-    """PyTorch lets a second registration of an operation's name replace the first: a model that is in use would then fail, or run the other's code."""
+    """PyTorch lets a second registration of an operation's name replace the first: a model that is
+    in use would then fail, or run the other's code.
+    """
     config = tiny_config()
     ours, ids = random_model(config), ids_for(config)
     ours(ids).logits.sum().backward()
@@ -199,7 +205,9 @@ def test_copies_imported_after_gptoss_leave_its_operations_alone(tmp_path, model
 
 
 def test_the_mathematics_is_the_repos_own():
-    """Every function and class of the model is in the modeling file word for word; what only training or the programs need is not."""
+    """Every function and class of the model is in the modeling file word for word; what only
+    training or the programs need is not.
+    """
     text = modeling_source().replace('f"{OPERATIONS}::', '"gptoss::')
     for part in (
         config_model.ModelConfig,
@@ -229,13 +237,15 @@ def test_the_mathematics_is_the_repos_own():
     assert (REPO / "LICENSE").read_text().strip() in text
 
 
-# --------------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 @pytest.mark.parametrize(
     "config",
     configs_with(6, lambda c: c.sliding_window and not c.use_attention_bias, context_length=24),
 )
 def test_the_cache_is_transformers_own(exported, config):
-    """A text in pieces gives the logits of the whole, through windows too; beam search, which reorders the cache, gives what it gives without one."""
+    """A text in pieces gives the logits of the whole, through windows too; beam search, which
+    reorders the cache, gives what it gives without one.
+    """
     ours, theirs = exported(config)
     ids = ids_for(config, 12)
     with torch.no_grad():
@@ -262,7 +272,9 @@ def test_the_cache_is_transformers_own(exported, config):
     "config", configs_with(4, lambda c: c.use_rope and not c.use_attention_bias, context_length=24)
 )
 def test_padding_on_the_left_changes_no_row(exported, config):
-    """A row with padding before it continues as it does alone, and has the same logits: it sees nothing before its start, and RoPE is relative."""
+    """A row with padding before it continues as it does alone, and has the same logits: it sees
+    nothing before its start, and RoPE is relative.
+    """
     _, theirs = exported(config)
     ids = ids_for(config, 10)
     mask = torch.ones_like(ids)
@@ -287,7 +299,10 @@ def test_padding_on_the_left_changes_no_row(exported, config):
 
 
 def test_padding_that_would_be_read_wrongly_is_refused(exported):
-    """Left of a learned table's positions, inside a row, or of another shape. Padding on the right changes nothing before it."""
+    """Left of a learned table's positions, inside a row, or of another shape.
+
+    Padding on the right changes nothing before it.
+    """
     _, theirs = exported(tiny_config(use_attention_bias=True))
     ids = ids_for(tiny_config())
     left, right, inside = (torch.ones_like(ids) for _ in range(3))
@@ -320,7 +335,9 @@ def test_what_the_model_cannot_do_is_refused(exported):
 
 
 def test_logits_to_keep_and_tuples(exported):
-    """The last logits only, by count or by index, as generate and speculative decoding ask for them; of one, no others are computed."""
+    """The last logits only, by count or by index, as generate and speculative decoding ask for
+    them; of one, no others are computed.
+    """
     _, theirs = exported(tiny_config())
     asked = []
     theirs.model.register_forward_pre_hook(
@@ -340,7 +357,7 @@ def test_logits_to_keep_and_tuples(exported):
     )  # first the routers' loss
 
 
-# ----------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize(
     "changes",
     [
@@ -350,7 +367,9 @@ def test_logits_to_keep_and_tuples(exported):
     ],
 )
 def test_loss_and_gradients_are_ours(exported, changes):
-    """`labels` are shifted by transformers' rule; the routers' losses are added with our coefficients; the gradients are those of train.py's loss."""
+    """`labels` are shifted by transformers' rule; the routers' losses are added with our
+    coefficients; the gradients are those of train.py's loss.
+    """
     ours, theirs = exported(tiny_config(**changes))
     ids = ids_for(ours.config)
     labels = ids.clone()
@@ -395,9 +414,11 @@ def test_loss_and_gradients_are_ours(exported, changes):
         theirs(ids[:, :1], past_key_values=cache)
 
 
-# ------------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 def test_bfloat16_and_the_selection_bias(tmp_path, modeling):
-    """Loaded in bfloat16 the model is ours in bfloat16, bit for bit; its selection bias stays float32, as in ours, from either kind of file."""
+    """Loaded in bfloat16 the model is ours in bfloat16, bit for bit; its selection bias stays
+    float32, as in ours, from either kind of file.
+    """
     config = tiny_config(router_bias_rate=1e-3)
     ours = random_model(config).eval()
     ids = ids_for(config)
@@ -439,7 +460,9 @@ def test_missing_and_misshapen_weights_are_refused(tmp_path, modeling):
 
 
 def test_a_new_model_has_llms_initial_weights(modeling):
-    """from_config goes through transformers' own initialisation, which would give all matrices one standard deviation; on the meta device nothing is drawn."""
+    """from_config goes through transformers' own initialisation, which would give all matrices one
+    standard deviation; on the meta device nothing is drawn.
+    """
     config = modeling.GptossConfig(
         gptoss=dataclasses.asdict(tiny_config(d_model=64, init_std=0.1, transformer_blocks=8))
     )

@@ -1,6 +1,8 @@
-"""Hugging Face's terms: the same numbers as transformers' own classes in both directions, names, refusals, MXFP4.
+"""Hugging Face's terms: the same numbers as transformers' own classes in both directions, names,
+refusals, MXFP4.
 
-transformers is the oracle; that vLLM takes the weights is checked against the names that its 0.33 accepts, and was not run.
+transformers is the oracle; that vLLM takes the weights is checked against the names that its 0.33
+accepts, and was not run.
 """
 
 from __future__ import annotations
@@ -62,10 +64,12 @@ def random_theirs(hf: dict):
     return theirs
 
 
-# --------------------------------------------------------------------------------------------------------------- the oracle
+# --------------------------------------------------------------------------------------- the oracle
 @ANY
 def test_transformers_computes_the_same_from_an_export(config, tmp_path):
-    """Logits, the gradient of every parameter, the same greedy text; no key is missing or left over."""
+    """Logits, the gradient of every parameter, the same greedy text; no key is missing or left
+    over.
+    """
     model = random_model(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -99,7 +103,9 @@ def test_transformers_computes_the_same_from_an_export(config, tmp_path):
 @ANY
 @pytest.mark.parametrize("layout", ["5", "5 in memory", "4"])
 def test_what_transformers_saved_computes_the_same_here(config, layout, tmp_path):
-    """As transformers 5 saves it, with the stacked experts and names that it has in memory, and with the spellings of transformers 4."""
+    """As transformers 5 saves it, with the stacked experts and names that it has in memory, and
+    with the spellings of transformers 4.
+    """
     family = family_of(config)
     theirs = random_theirs(hf_config(config, family, end_of_text_id=0, start_id=0, dtype="float32"))
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")
@@ -180,7 +186,9 @@ def test_reading_is_lazy():
 
 @ONE_EACH
 def test_balance_loss_is_the_same_at_balance(config):
-    """Theirs counts all blocks as one and sums to top_k, ours is 1.0 per block: an unscaled coefficient would weigh 3 blocks' loss by 4/3."""
+    """Theirs counts all blocks as one and sums to top_k, ours is 1.0 per block: an unscaled
+    coefficient would weigh 3 blocks' loss by 4/3.
+    """
     config = dataclasses.replace(config, aux_loss_coef=0.03)
     model, hf = (
         random_model(config),
@@ -201,7 +209,7 @@ def test_balance_loss_is_the_same_at_balance(config):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ configs
+# ------------------------------------------------------------------------------------------ configs
 MIXTRAL_8X7B = {  # mistralai/Mixtral-8x7B-v0.1
     "architectures": ["MixtralForCausalLM"],
     "attention_dropout": 0.0,
@@ -326,7 +334,9 @@ GPT_OSS_20B = {  # openai/gpt-oss-20b
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_published_configs_are_understood(hf, family, billions):
-    """The three models as published: the right family, size, context, and every one of our tensors has a name there."""
+    """The three models as published: the right family, size, context, and every one of our tensors
+    has a name there.
+    """
     found, config = model_config_from(hf)
     assert (
         found == family
@@ -361,7 +371,9 @@ def test_the_preset_is_the_published_gpt_oss():
 @ANY
 @pytest.mark.parametrize("coefficient", [0.0, 0.01, 0.003, 0.0123456789])
 def test_configs_come_back_the_same(config, coefficient):
-    """config.json -> ours is the inverse of ours -> config.json; the balance loss's coefficient is multiplied and divided by numbers such as 3/4."""
+    """config.json -> ours is the inverse of ours -> config.json; the balance loss's coefficient is
+    multiplied and divided by numbers such as 3/4.
+    """
     config = dataclasses.replace(config, aux_loss_coef=coefficient, init_std=0.03)
     hf = json.loads(
         json.dumps(
@@ -378,8 +390,9 @@ def test_configs_come_back_the_same(config, coefficient):
 
 @ANY
 def test_both_spellings_say_the_same(config):
-    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE: it took 128 experts, or wavelengths of another model,
-    and said nothing."""
+    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE: it took 128
+    experts, or wavelengths of another model, and said nothing.
+    """
     hf = hf_config(config, family_of(config), end_of_text_id=0, start_id=0, dtype="float32")
     old, new = (
         {key: value for key, value in hf.items() if key not in names}
@@ -392,7 +405,9 @@ def test_both_spellings_say_the_same(config):
 
 
 def test_no_pad_token_in_the_config():
-    """transformers makes the embedding of config.json's pad id untrainable; ours would be end-of-text, which every document begins with."""
+    """transformers makes the embedding of config.json's pad id untrainable; ours would be
+    end-of-text, which every document begins with.
+    """
     assert "pad_token_id" not in hf_config(
         CONFIGS["qwen3_moe"], "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32"
     )
@@ -463,7 +478,8 @@ REFUSED = [
     ),
     (GPT_OSS_20B, {"experts_per_token": 5}, "num_experts_per_tok and experts_per_token differ"),
 ]
-# Each of these was a traceback (TypeError, OverflowError, StopIteration), or is the like of one that was.
+# Each of these was a traceback (TypeError, OverflowError, StopIteration), or is the like of one
+# that was.
 HOSTILE = [
     (MIXTRAL_8X7B, {"model_type": []}, "model_type must be one of"),
     (
@@ -512,7 +528,9 @@ HOSTILE = [
     "hf, changes, message", REFUSED + HOSTILE, ids=[message for _, _, message in REFUSED + HOSTILE]
 )
 def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
-    """In one line, whatever the value is: a list as model_type, or a number of 400 digits, ended in a traceback."""
+    """In one line, whatever the value is: a list as model_type, or a number of 400 digits, ended in
+    a traceback.
+    """
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model_config_from(hf | changes)
     assert "\n" not in str(caught.value)
@@ -571,7 +589,7 @@ def test_a_window_that_is_switched_off_is_none():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ families
+# ----------------------------------------------------------------------------------------- families
 def test_families_of_the_presets():
     families = {}
     for name, preset in PRESETS.items():
@@ -653,7 +671,7 @@ def test_training_only_options_are_never_in_the_way():
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- MXFP4
+# -------------------------------------------------------------------------------------------- MXFP4
 def mxfp4(folder: Path, config: ModelConfig) -> dict:
     """A gpt-oss folder with MXFP4 experts, as published, of random bytes; returns its tensors."""
     tensors = write_folder(
@@ -703,7 +721,9 @@ def test_mxfp4_is_what_transformers_makes_of_it():
 
 
 def test_published_gpt_oss_files_are_read(tmp_path):
-    """MXFP4 experts become ours: the logits are those of transformers with the experts that it dequantises itself."""
+    """MXFP4 experts become ours: the logits are those of transformers with the experts that it
+    dequantises itself.
+    """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     config = ModelConfig(**GPT_OSS_SMALL | dict(d_model=64, d_ff=32))
@@ -731,7 +751,7 @@ def test_published_gpt_oss_files_are_read(tmp_path):
     )
 
 
-# -------------------------------------------------------------------------------------------------------- folders gone wrong
+# ------------------------------------------------------------------------------- folders gone wrong
 def test_a_tensor_that_is_missing_or_wrong_is_named(tmp_path):
     config = CONFIGS["mixtral"]
     tensors = write_folder(random_model(config), tmp_path)
@@ -768,7 +788,9 @@ def split(folder: Path) -> dict:
 
 
 def test_two_sets_of_weights_are_refused(tmp_path):
-    """Of a folder with shards and an older model.safetensors, transformers takes the latter and we took the former: another model, in silence."""
+    """Of a folder with shards and an older model.safetensors, transformers takes the latter and we
+    took the former: another model, in silence.
+    """
     model = random_model(CONFIGS["qwen3_moe"])
     write_folder(model, tmp_path)
     single = (tmp_path / "model.safetensors").read_bytes()
@@ -786,7 +808,9 @@ def test_two_sets_of_weights_are_refused(tmp_path):
 
 
 def test_folders_that_cannot_be_read(tmp_path):
-    """One line that says which file: nothing there, an index that is none or names what is not there, a damaged or missing shard."""
+    """One line that says which file: nothing there, an index that is none or names what is not
+    there, a damaged or missing shard.
+    """
     with pytest.raises(ValueError, match="only models stored as safetensors"):
         folder_tensors(tmp_path)
     model = random_model(CONFIGS["qwen3_moe"])
@@ -820,8 +844,9 @@ def test_folders_that_cannot_be_read(tmp_path):
         folder_tensors(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------------- vLLM
-# What vLLM 0.33's loaders turn into its parameters (model_executor/models/{mixtral,qwen3_moe,gpt_oss}.py and their WeightsMappers).
+# --------------------------------------------------------------------------------------------- vLLM
+# What vLLM 0.33's loaders turn into its parameters
+# (model_executor/models/{mixtral,qwen3_moe,gpt_oss}.py and their WeightsMappers).
 VLLM = {
     "mixtral": [
         "block_sparse_moe.gate.weight",
@@ -857,7 +882,10 @@ VLLM_ALL = [
 
 @ANY
 def test_names_are_those_that_vllm_accepts(config):
-    """Every exported name is one of vLLM's, and every one of vLLM's is exported. (vLLM itself was not run.)"""
+    """Every exported name is one of vLLM's, and every one of vLLM's is exported.
+
+    (vLLM itself was not run.)
+    """
     family = family_of(config)
     inside = [rf"model.layers.\d+.{name}" for name in VLLM[family] + VLLM_ALL]
     # Its Mixtral and Qwen3-MoE tie the head; its gpt-oss does not, and refuses a file without one.
@@ -876,7 +904,9 @@ def test_names_are_those_that_vllm_accepts(config):
 
 
 def test_what_vllm_reads_of_the_config():
-    """Its gpt-oss takes YaRN's numbers from rope_parameters without asking whether they are there, and has 1e-5 as the norms' epsilon built in."""
+    """Its gpt-oss takes YaRN's numbers from rope_parameters without asking whether they are there,
+    and has 1e-5 as the norms' epsilon built in.
+    """
     config = CONFIGS["gpt_oss"]
     hf = hf_config(config, "gpt_oss", end_of_text_id=0, start_id=0, dtype="float32")
     assert hf["rope_parameters"].keys() >= {

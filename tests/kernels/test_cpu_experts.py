@@ -1,4 +1,6 @@
-"""All experts as one operation on a CPU: equal to the plain path, whatever the loads, the threads and the mode."""
+"""All experts as one operation on a CPU: equal to the plain path, whatever the loads, the threads
+and the mode.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def outputs_and_gradients(
 )
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_threads):
-    """Random loads, experts without rows among them; both with a thread per expert and with the threads sharing each product."""
+    """Random loads, experts without rows among them; both with a thread per expert and with the
+    threads sharing each product.
+    """
     threads(num_threads)
     used = []
     monkeypatch.setattr(cpu_experts, "MOST_ROWS_INLINE", 1)
@@ -132,7 +136,9 @@ def test_the_compiler_knows_its_shapes():
 
 
 def test_shares_are_even_or_refused():
-    """Whole experts go to threads; where one has most of the rows, the others would wait for it, so all share each product."""
+    """Whole experts go to threads; where one has most of the rows, the others would wait for it, so
+    all share each product.
+    """
 
     def groups(*rows):
         return [(e, slice(sum(rows[:e]), sum(rows[: e + 1]))) for e in range(len(rows))]
@@ -146,8 +152,10 @@ def test_shares_are_even_or_refused():
 
 
 def test_threads_of_the_pool_do_not_cut_their_products(threads):
-    """A thread's first question about its number of threads sets it to the process's, so a number set before that was lost: every
-    expert's products were cut after all. And the number for the process was left at 1."""
+    """A thread's first question about its number of threads sets it to the process's, so a number
+    set before that was lost: every expert's products were cut after all. And the number for the
+    process was left at 1.
+    """
     threads(2)
     pool = cpu_experts._pool(2, os.getpid())
     assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8

@@ -1,4 +1,6 @@
-"""What the promises share: a temporary folder, a tally of checks, data, scripts that stop before their work."""
+"""What the promises share: a temporary folder, a tally of checks, data, scripts that stop before
+their work.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ FIRST_SEED = 10_000  # the tests of the modules have the small seeds
 
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
-    """A temporary folder; what is printed meanwhile goes nowhere, and nothing in it is flushed to the disk."""
+    """A temporary folder; what is printed meanwhile goes nowhere, and nothing in it is flushed to
+    the disk.
+    """
     with (
         tempfile.TemporaryDirectory() as path,
         contextlib.redirect_stdout(io.StringIO()),
@@ -53,7 +57,9 @@ def attempt(tally: Tally, what: str, function: Callable[[], object]) -> None:
 
 
 def one_line(error: Exception, *words: str) -> None:
-    """AssertionError unless an error is a line that a terminal can show, with the given words in it."""
+    """AssertionError unless an error is a line that a terminal can show, with the given words in
+    it.
+    """
     text = str(error)
     assert text and "\n" not in text and len(text) < 1000, f"not one line: {text[:200]!r}"
     assert all(word in text for word in words), f"says {text[:300]!r}, not {words}"
@@ -102,7 +108,9 @@ def _work_began(*_, **__):
 
 @contextlib.contextmanager
 def no_work() -> Iterator[None]:
-    """Scripts stop with WorkBegan where they would build a model, generate, read text, draw; they change nothing of this process."""
+    """Scripts stop with WorkBegan where they would build a model, generate, read text, draw; they
+    change nothing of this process.
+    """
     patches = [
         (train, "set_up"),
         (predictor, "generate"),

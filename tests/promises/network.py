@@ -46,8 +46,10 @@ step("test", run("test", "--ckpt", "checkpoints/latest.pt"))
 
 
 def alone(count: int, prelude: str = "") -> Tally:
-    """Every module is imported, text prepared, a model trained, resumed, trained further and asked in a process that fails at, and remembers,
-    each attempt to look up a name or to connect (Python's audit events). count: steps of that, counted from the last."""
+    """Every module is imported, text prepared, a model trained, resumed, trained further and asked
+    in a process that fails at, and remembers, each attempt to look up a name or to connect
+    (Python's audit events). count: steps of that, counted from the last.
+    """
     tally = Tally()
     with folder() as at:
         code = ALONE.format(

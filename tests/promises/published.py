@@ -1,4 +1,6 @@
-"""The promise about published architectures: what leaves this repo and what comes in is the same function."""
+"""The promise about published architectures: what leaves this repo and what comes in is the same
+function.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def random_family_config(seed: int) -> tuple[str, ModelConfig]:
 
 
 def same_function(count: int) -> Tally:
-    """A random model written as a folder: transformers gives its logits and gradients, and the folder gives its config and weights back to the bit."""
+    """A random model written as a folder: transformers gives its logits and gradients, and the
+    folder gives its config and weights back to the bit.
+    """
     from transformers import AutoModelForCausalLM
 
     tally, worst = Tally(), {"logits": 0.0, "gradients": 0.0}
@@ -90,7 +94,8 @@ def same_function(count: int) -> Tally:
                 and back[1] == config
                 and all(torch.equal(weights[name], again[name]) for name in weights)
             )
-        # Where a router meets a near tie, either expert is right: those are other tokens than these.
+        # Where a router meets a near tie, either expert is right: those are other tokens than
+        # these.
         drawn = (
             torch.randint(
                 0, config.vocabulary_size, (2, 20), generator=torch.Generator().manual_seed(at)
@@ -108,7 +113,8 @@ def same_function(count: int) -> Tally:
         difference = (
             (logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1)
         ).item()
-        # The embedding's gradient has gone back through all of the model; those of single tensors are compared in tests/interop/test_huggingface.py.
+        # The embedding's gradient has gone back through all of the model; those of single tensors
+        # are compared in tests/interop/test_huggingface.py.
         ours, other = gradients[0]["embed.weight"], gradients[1]["model.embed_tokens.weight"]
         gradient = ((ours - other).abs().max() / ours.abs().max()).item()
         worst = {

@@ -1,13 +1,15 @@
 """What becomes of a run that is killed, stopped, or out of disk: promises 1 to 5 and 18.
 
-Whole runs are carried out by children of a fork server (`serve`): a process that has imported torch and train, so that a
-restart costs a fraction of a second. A child tells through a pipe what it begins to do, one character an event:
+Whole runs are carried out by children of a fork server (`serve`): a process that has imported torch
+and train, so that a restart costs a fraction of a second. A child tells through a pipe what it
+begins to do, one character an event:
 
-    w  a file operation inside save_checkpoint      (  save_checkpoint begins      s  a step is done
-    o  any other file operation                     )  and has returned
+w a file operation inside save_checkpoint ( save_checkpoint begins s a step is done o any other file
+operation ) and has returned
 
-Crash points are not run but enumerated: `Recorder` notes what the real save code asks of the file system, `Disk` says what
-may be left of it after every prefix of that, and the real find_latest has to cope.
+Crash points are not run but enumerated: `Recorder` notes what the real save code asks of the file
+system, `Disk` says what may be left of it after every prefix of that, and the real find_latest has
+to cope.
 """
 
 from __future__ import annotations
@@ -82,11 +84,13 @@ SIGNALS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------- the file operations
+# ------------------------------------------------------------------------------ the file operations
 class Operations:
-    """While it is entered, every change to files below `roots` comes by here: `before` it happens, and `after` it has.
+    """While it is entered, every change to files below `roots` comes by here: `before` it happens,
+    and `after` it has.
 
-    Kinds: mkdir, open, write, truncate, fsync, fsync folder, replace, link, symlink, unlink. Reading is nobody's business.
+    Kinds: mkdir, open, write, truncate, fsync, fsync folder, replace, link, symlink, unlink.
+    Reading is nobody's business.
     """
 
     def __init__(self, *roots: Path):
@@ -94,10 +98,15 @@ class Operations:
         self.opened: dict[int, str] = {}  # path by descriptor, of files and folders
 
     def before(self, kind: str, path: str, half=lambda: None) -> int | None:
-        """An operation begins; half() carries out half of a write. May raise. A number: only so many bytes are written."""
+        """An operation begins; half() carries out half of a write.
+
+        May raise. A number: only so many bytes are written.
+        """
 
     def after(self, kind: str, path: str, more=None) -> None:
-        """It is done. more: the bytes written, the new length, the second name of replace and link, the text of a symlink."""
+        """It is done. more: the bytes written, the new length, the second name of replace and link,
+        the text of a symlink.
+        """
 
     def ours(self, path) -> bool:
         if not isinstance(path, (str, os.PathLike)):
@@ -205,9 +214,11 @@ class _File(io.FileIO):
 
 
 class Faults(Operations):
-    """Operation number `index` (the first is 1) fails with `code`, and all later ones too if it is `lasting`.
+    """Operation number `index` (the first is 1) fails with `code`, and all later ones too if it is
+    `lasting`.
 
-    A full disk lets files be deleted and folders be flushed. `short`: the write that does not fit writes its half first.
+    A full disk lets files be deleted and folders be flushed. `short`: the write that does not fit
+    writes its half first.
     """
 
     NEED_ROOM = {"mkdir", "open", "write", "fsync", "replace", "link", "symlink"}
@@ -233,7 +244,7 @@ class Faults(Operations):
         raise OSError(self.code, os.strerror(self.code), path)
 
 
-# -------------------------------------------------------------------------------------------------------- the fork server
+# ---------------------------------------------------------------------------------- the fork server
 class _Watched(Operations):
     """In a child: tells what begins, and stops for good where the job says so."""
 
@@ -262,7 +273,9 @@ class _Watched(Operations):
 
 
 def _mutate(mutant: str) -> None:
-    """Break train, for the tests of these tests: "forgets NAME", a resume without that part of RunState, or "dies of signals"."""
+    """Break train, for the tests of these tests: "forgets NAME", a resume without that part of
+    RunState, or "dies of signals".
+    """
     if mutant == "dies of signals":
         process.STOP_SIGNALS = []
     elif mutant:
@@ -351,7 +364,9 @@ def _attempt(job: dict) -> dict:
 
 
 def serve() -> None:
-    """Answer a job a line, until stdin ends. torch must not have computed anything here: its threads would not be in the child."""
+    """Answer a job a line, until stdin ends. torch must not have computed anything here: its
+    threads would not be in the child.
+    """
     import torch._dynamo  # noqa: F401 - torch.optim does so when an optimizer is made, and it takes more than all else in a child
 
     torch.set_num_threads(1)
@@ -419,7 +434,9 @@ class Attempt:
 
 
 class Run:
-    """A run in a folder of its own, as a user's script starts it: with --resume once there is something to resume."""
+    """A run in a folder of its own, as a user's script starts it: with --resume once there is
+    something to resume.
+    """
 
     numbers = itertools.count()
 
@@ -476,7 +493,9 @@ def straight() -> tuple[Run, Attempt]:
 
 
 def difference(run: Run) -> str:
-    """Where the final checkpoint of a run is not, bit for bit, that of the run that was not interrupted; "" where it is."""
+    """Where the final checkpoint of a run is not, bit for bit, that of the run that was not
+    interrupted; "" where it is.
+    """
     try:
         mine, theirs = (
             read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True)
@@ -505,7 +524,9 @@ def difference(run: Run) -> str:
 
 
 def metrics_difference(run: Run) -> str:
-    """The same for its metrics, but for what a clock put in: strict JSON, steps that increase, tokens that add up, no record twice."""
+    """The same for its metrics, but for what a clock put in: strict JSON, steps that increase,
+    tokens that add up, no record twice.
+    """
     try:
         records = run.records()
         saved = json.loads((run.graph_dir / "metrics.json").read_text(), parse_constant=_not_json)
@@ -538,9 +559,11 @@ def metrics_difference(run: Run) -> str:
     return ""
 
 
-# -------------------------------------------------------------------------------------------------------- 1, 18: kill -9
+# ----------------------------------------------------------------------------------- 1, 18: kill -9
 def _moment(r: random.Random, in_a_save: bool) -> dict:
-    """When to kill an attempt: at an operation of one of its next saves (as it begins; a write is half done), or somewhere else."""
+    """When to kill an attempt: at an operation of one of its next saves (as it begins; a write is
+    half done), or somewhere else.
+    """
     events = straight()[1].events
     operations = events[: events.index(")")].count("w")
     if in_a_save:
@@ -556,8 +579,10 @@ def _moment(r: random.Random, in_a_save: bool) -> dict:
 
 @functools.cache
 def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
-    """Kill runs `count` times in all and restart each until it is done. How many of the kills left no trace in what the run
-    became, and in its metrics."""
+    """Kill runs `count` times in all and restart each until it is done.
+
+    How many of the kills left no trace in what the run became, and in its metrics.
+    """
     states, metrics, kills, inside = Tally(), Tally(), 0, 0
     for seed in itertools.count():
         if kills >= count:
@@ -601,7 +626,7 @@ def same_metrics_after_kills(count: int) -> Tally:
     return killed_runs(count)[1]
 
 
-# ------------------------------------------------------------------------------------------------------------- 2: resume
+# ---------------------------------------------------------------------------------------- 2: resume
 def same_after_resume(count: int, mutant: str = "") -> Tally:
     """2. Stop after step k, for `count` of the k there are, and go on."""
     tally = Tally()
@@ -622,7 +647,7 @@ def same_after_resume(count: int, mutant: str = "") -> Tally:
     return tally
 
 
-# --------------------------------------------------------------------------------------------------------- 3: crash points
+# ---------------------------------------------------------------------------------- 3: crash points
 GONE, FOLDER = object(), "folder"
 
 
@@ -634,7 +659,9 @@ class Link:
 
 
 class Disk:
-    """A file system that keeps what POSIX says and not a byte more: content after fsync, names after fsync of their folder."""
+    """A file system that keeps what POSIX says and not a byte more: content after fsync, names
+    after fsync of their folder.
+    """
 
     def __init__(self, root: str):
         self.root = root  # a folder that is surely on the disk
@@ -697,15 +724,19 @@ class Disk:
             del names[path]
 
     def after_kill(self, half_written: tuple[str, bytes] | None = None) -> State:
-        """What a killed process leaves: everything that it did, and half of the write that it was at."""
+        """What a killed process leaves: everything that it did, and half of the write that it was
+        at.
+        """
         contents = [now for now, _ in self.contents]
         if half_written:
             contents[self.opened[half_written[0]]] += half_written[1][: len(half_written[1]) // 2]
         return self._state(self.names, contents)
 
     def after_power_loss(self) -> Iterator[State]:
-        """Every state that may be left: any of the changes of names that were not flushed are made and the others not (beyond 7 of
-        them: the first so many); of what was not flushed of a file there is nothing, half, half and then zeros, zeros, or all."""
+        """Every state that may be left: any of the changes of names that were not flushed are made
+        and the others not (beyond 7 of them: the first so many); of what was not flushed of a file
+        there is nothing, half, half and then zeros, zeros, or all.
+        """
         number = len(self.pending)
         kept = (
             itertools.product((True, False), repeat=number)
@@ -757,8 +788,10 @@ class Disk:
 
 @dataclass(frozen=True)
 class State:
-    """A folder that a crash left: (path, file number and content, Link or FOLDER), sorted. Files under temporary names are never
-    opened again, so what is in them makes no other state."""
+    """A folder that a crash left: (path, file number and content, Link or FOLDER), sorted.
+
+    Files under temporary names are never opened again, so what is in them makes no other state.
+    """
 
     entries: tuple
 
@@ -794,7 +827,9 @@ class Recorder(Operations):
 
 @dataclass
 class Verdict:
-    """What the reader makes of a state: step of the newest checkpoint, 0 without one; what is wrong with it; whether it can be saved into."""
+    """What the reader makes of a state: step of the newest checkpoint, 0 without one; what is wrong
+    with it; whether it can be saved into.
+    """
 
     step: int
     unloadable: str
@@ -857,7 +892,9 @@ def _save(folder: Path, step: int, keep_last: int = 2) -> None:
 
 
 def _judge(folder: Path, good: set[bytes]) -> Verdict:
-    """Read a folder as a resume does, and every final name in it (unless its content was found good before); then save into it."""
+    """Read a folder as a resume does, and every final name in it (unless its content was found good
+    before); then save into it.
+    """
     unloadable, step = [], 0
     for path in sorted(folder.glob("*.pt")) if folder.is_dir() else []:
         try:
@@ -907,8 +944,9 @@ def enumerate_crashes(
 ) -> Crashes:
     """Record `saves` consecutive saves and judge what every crash in them may leave.
 
-    refused: operations that the file system does not have. For tests of this test: forget, kinds of operations that the disk does
-    not obey (an fsync that flushes nothing), and patches, other functions in runtime.checkpoint.
+    refused: operations that the file system does not have. For tests of this test: forget, kinds of
+    operations that the disk does not obey (an fsync that flushes nothing), and patches, other
+    functions in runtime.checkpoint.
     """
     crashes, verdicts, good = Crashes(), {}, set()
 
@@ -968,7 +1006,11 @@ def enumerate_crashes(
 
 
 def no_crash_loses_a_checkpoint(count: int) -> Tally:
-    """3. Exhaustive over `count` consecutive saves, on file systems with hard links, with symbolic links only, and with neither."""
+    """3.
+
+    Exhaustive over `count` consecutive saves, on file systems with hard links, with symbolic links
+    only, and with neither.
+    """
     tally, kinds = Tally(), ("kill", "power loss")
     totals = dict.fromkeys(
         (
@@ -996,9 +1038,13 @@ def no_crash_loses_a_checkpoint(count: int) -> Tally:
     return tally
 
 
-# ------------------------------------------------------------------------------------------------------------- 4: signals
+# --------------------------------------------------------------------------------------- 4: signals
 def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
-    """4. `count` signals, in turn SIGTERM, SIGINT and SIGUSR1, at random events between the first step and the last save."""
+    """4.
+
+    `count` signals, in turn SIGTERM, SIGINT and SIGUSR1, at random events between the first step
+    and the last save.
+    """
     events = straight()[1].events
     first, last = (
         events.index("s") + 1,
@@ -1036,7 +1082,7 @@ def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
     return tally
 
 
-# ----------------------------------------------------------------------------------------------------------- 5: full disks
+# ------------------------------------------------------------------------------------ 5: full disks
 def _faults(operations: int) -> list[dict]:
     """Every way in which operations 1 .. n fail here."""
     return [
@@ -1111,8 +1157,12 @@ def _failing_run(run: Run, fault: dict) -> str:
 
 
 def full_disks_cost_nothing(count: int) -> Tally:
-    """5. A quarter of `count` are whole runs in which one operation on checkpoints or metrics fails, or all from there on; the others
-    are saves of a tiny model, of which there are fewer than 400 ways to fail."""
+    """5.
+
+    A quarter of `count` are whole runs in which one operation on checkpoints or metrics fails, or
+    all from there on; the others are saves of a tiny model, of which there are fewer than 400 ways
+    to fail.
+    """
     tally, r = Tally(), random.Random(0)
     with tempfile.TemporaryDirectory(prefix="full-") as place:
         template = Path(place, "template")

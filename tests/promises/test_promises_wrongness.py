@@ -23,7 +23,7 @@ from tests import builders_inference, builders_runs
 from tests.promises import common, damage, flags, hostile, model, network, pairing, prompt, training
 
 
-# ------------------------------------------------------------------------------------------------- they notice what they are for
+# -------------------------------------------------------------------- they notice what they are for
 def broken(tally, words: str) -> None:
     """The tally has failures, and one says so."""
     assert tally.tried - tally.held > 0 and any(words in failure for failure in tally.failures), (
@@ -141,7 +141,7 @@ def test_a_connection_is_found():
     )
 
 
-# ------------------------------------------------------------------------------------------------------- what they have found
+# ----------------------------------------------------------------------------- what they have found
 def _filled(folder, steps=(10, 20, 30, 40)) -> list[dict]:
     log = MetricsLog(folder, run_info={"run_id": "a"})
     for step in steps:
@@ -151,8 +151,10 @@ def _filled(folder, steps=(10, 20, 30, 40)) -> list[dict]:
 
 
 def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
-    """4.95 became 4.99 by one bit, which is as good JSON: a resumed run took it for measured, and drew it. metrics.json has every record once
-    more, so the two are compared; where they differ no one knows which is right, and neither is kept."""
+    """4.95 became 4.99 by one bit, which is as good JSON: a resumed run took it for measured, and
+    drew it. metrics.json has every record once more, so the two are compared; where they differ no
+    one knows which is right, and neither is kept.
+    """
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes().replace(b"4.95", b"4.99"))
@@ -169,7 +171,9 @@ def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
 
 
 def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
-    """A line that is damaged, one whose step became another, and the last one cut short: metrics.json still has all three."""
+    """A line that is damaged, one whose step became another, and the last one cut short:
+    metrics.json still has all three.
+    """
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -189,7 +193,9 @@ def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
 
 
 def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
-    """Resumed at 20, killed at 35, resumed at 20 and then at 40: what metrics.json had of the first run's steps beyond 20 is forgotten in time."""
+    """Resumed at 20, killed at 35, resumed at 20 and then at 40: what metrics.json had of the first
+    run's steps beyond 20 is forgotten in time.
+    """
     _filled(tmp_path)
     for resume, steps in ((20, (25, 35)), (20, (30, 40)), (40, (50,))):
         log = MetricsLog(tmp_path, resume_step=resume, run_info={"run_id": "a"})
@@ -206,8 +212,10 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
 
 
 def test_what_the_weights_are_may_be_said_again(tmp_path):
-    """--init_from with the weights' own --d_model was refused, for it was checked with the default's 32 heads; and --num_heads 8 --head_dim 4 on
-    weights of 4 heads of 8 was taken without a word (it is in the table of pairings): the shapes are the same, the function is not."""
+    """--init_from with the weights' own --d_model was refused, for it was checked with the
+    default's 32 heads; and --num_heads 8 --head_dim 4 on weights of 4 heads of 8 was taken without
+    a word (it is in the table of pairings): the shapes are the same, the function is not.
+    """
     model = builders_inference.biased_model(vocabulary_size=257)
     with common.folder() as at:
         path, data_dir = builders_inference.save(at / "ckpt", model), common.byte_data(at)

@@ -216,7 +216,7 @@ def test_every_field_that_changes_the_parameters_changes_the_figure():
                 assert changed != drawn, f.name
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 def test_the_command_writes_the_figure(tmp_path, capsys):
     out = tmp_path / "figures" / "model.png"
     assert main(["--preset", "nano", "--out", str(out)]) == 0
@@ -257,7 +257,9 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, arguments, message):
 
 
 def test_the_committed_figure_is_the_default_model(tmp_path):
-    """public/architecture.png is what the script draws today: change the drawing or the default, and it must be drawn again."""
+    """public/architecture.png is what the script draws today: change the drawing or the default,
+    and it must be drawn again.
+    """
     from matplotlib.image import imread
 
     main(["--out", str(tmp_path / "now.png")])

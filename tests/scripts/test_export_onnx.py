@@ -1,4 +1,6 @@
-"""scripts/export_onnx.py: what onnxruntime computes from the file is what the model computes, at sizes that were not traced."""
+"""scripts/export_onnx.py: what onnxruntime computes from the file is what the model computes, at
+sizes that were not traced.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def exported(tmp_path_factory):
 
 
 def compare(model, session, B, T, first):
-    """One call, and calls of `first`, 1, 1, ... tokens: the largest difference over what rounding explains."""
+    """One call, and calls of `first`, 1, 1, ... tokens: the largest difference over what rounding
+    explains.
+    """
     config = model.config
     ids_BT = torch.randint(
         0, config.vocabulary_size, (B, T), generator=torch.Generator().manual_seed(0)
@@ -102,7 +106,9 @@ CONFIGS = {
     ids=[*CONFIGS, "random 1", "random 25"],
 )
 def test_every_option_is_exported(config, tmp_path):
-    """One graph gives the model's logits for a batch and a length that it was not traced with, at once and in pieces, the first of them empty of past."""
+    """One graph gives the model's logits for a batch and a length that it was not traced with, at
+    once and in pieces, the first of them empty of past.
+    """
     import onnx_ir
 
     model = random_model(config).eval()
@@ -112,8 +118,11 @@ def test_every_option_is_exported(config, tmp_path):
 
 @pytest.mark.slow
 def test_blocks_may_have_equal_weights(tmp_path):
-    """torch.onnx stores equal weights once. Those of two blocks (biases that are all 0, as in an imported gpt-oss that nobody trained) were given to
-    the experts twice, and the second time onnx_ir knew their names already: a traceback."""
+    """torch.onnx stores equal weights once.
+
+    Those of two blocks (biases that are all 0, as in an imported gpt-oss that nobody trained) were
+    given to the experts twice, and the second time onnx_ir knew their names already: a traceback.
+    """
     import onnx_ir
 
     model = random_model(tiny_config(expert_bias=True)).eval()
@@ -128,7 +137,9 @@ def test_blocks_may_have_equal_weights(tmp_path):
 
 
 def test_greedy_text_is_the_models(exported):
-    """40 greedy tokens through the cache in onnxruntime, one row and two, are those of model.generate."""
+    """40 greedy tokens through the cache in onnxruntime, one row and two, are those of
+    model.generate.
+    """
     model, _ = load_model(exported[0])
     session = open_session(exported[1])
     for B in (1, 2):
@@ -144,9 +155,11 @@ def test_greedy_text_is_the_models(exported):
 
 @pytest.mark.slow
 def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
-    """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth, as a graph made with such tables shows.
+    """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth, as
+    a graph made with such tables shows.
 
-    New keys tell best, as none of the 200,000 others is in them. Attention's sums over all of these move the logits' last bits.
+    New keys tell best, as none of the 200,000 others is in them. Attention's sums over all of these
+    move the logits' last bits.
     """
     import onnx_ir
 
@@ -173,7 +186,9 @@ def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
 
 
 def test_what_a_user_needs_is_in_and_beside_the_file(exported):
-    """Names and sizes of the graph, the metadata, a tokenizer.json that gives our ids, and nothing else."""
+    """Names and sizes of the graph, the metadata, a tokenizer.json that gives our ids, and nothing
+    else.
+    """
     from tokenizers import Tokenizer
 
     path, out = exported
@@ -236,8 +251,10 @@ def test_the_documented_example_says_what_the_model_says(exported, tmp_path, mon
 
 @pytest.mark.slow
 def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
-    """An imported model may have no start, several ids that end an answer, and a tokenizer that frames texts by itself: the example met int(""), knew only
-    end-of-text, and began with what the tokenizer put there."""
+    """An imported model may have no start, several ids that end an answer, and a tokenizer that
+    frames texts by itself: the example met int(""), knew only end-of-text, and began with what the
+    tokenizer put there.
+    """
     frame = {
         "type": "TemplateProcessing",
         "single": [
@@ -275,8 +292,9 @@ def test_help_is_one_line_and_the_arguments(capsys):
 def test_float16_with_external_data_replaces_only_when_forced(
     exported, tmp_path, monkeypatch, capsys
 ):
-    """Above what one file holds the weights go beside it, under the name that the model says; a second export is refused without --force,
-    and one that needs no such file removes it."""
+    """Above what one file holds the weights go beside it, under the name that the model says; a
+    second export is refused without --force, and one that needs no such file removes it.
+    """
     path, out = exported[0], tmp_path / "m.onnx"
     monkeypatch.setattr(export_onnx, "MOST_BYTES_IN_ONE_FILE", 1000)
     assert main(["--ckpt", str(path), "--out", str(out), "--dtype", "float16"]) == 0

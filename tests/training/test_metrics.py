@@ -1,4 +1,6 @@
-"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes, other runs' files and damage."""
+"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes, other runs' files and
+damage.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def steps(log):
     return [r["step"] for r in log.records()]
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def test_a_record_is_in_the_file_when_append_returns(tmp_path):
     log = MetricsLog(tmp_path)
     for step in (10, 20):
@@ -132,7 +134,9 @@ def test_bad_records_are_refused_and_leave_no_trace(tmp_path, bad, words):
 
 
 def test_a_step_is_recorded_once_per_kind(tmp_path):
-    """The reference validated step 20 two or three times on different windows and kept every result (fault T17)."""
+    """The reference validated step 20 two or three times on different windows and kept every result
+    (fault T17).
+    """
     log = filled(tmp_path, steps=(10, 20))
     log.append(record(20, "val"))
     for kind in ("train", "val"):
@@ -145,7 +149,9 @@ def test_a_step_is_recorded_once_per_kind(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
-    """A line cut off by a full disk must not be glued to the record that follows once there is space again."""
+    """A line cut off by a full disk must not be glued to the record that follows once there is
+    space again.
+    """
     log = filled(tmp_path, steps=(1, 2))
 
     class FullDisk:
@@ -209,9 +215,11 @@ def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.json").read_text() == before
 
 
-# -------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 def test_resume_drops_what_will_be_made_again(tmp_path):
-    """Kill at step 40 with the checkpoint at 20: steps 30 and 40 come again and must not be there twice (fault T15)."""
+    """Kill at step 40 with the checkpoint at 20: steps 30 and 40 come again and must not be there
+    twice (fault T15).
+    """
     log = filled(tmp_path)
     log.append(record(40, "val"))
     log = MetricsLog(tmp_path, resume_step=20)
@@ -271,7 +279,9 @@ def test_resume_keeps_a_last_line_that_lacks_only_its_end(tmp_path):
     ],
 )
 def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
-    """A truncated metrics.json ended the reference's resume in a JSONDecodeError, with a good checkpoint at hand (fault T16)."""
+    """A truncated metrics.json ended the reference's resume in a JSONDecodeError, with a good
+    checkpoint at hand (fault T16).
+    """
     filled(tmp_path).finish()
     path = tmp_path / "metrics.jsonl"
     damaged = b"\n".join(damage(path.read_bytes().splitlines())) + b"\n"
@@ -313,9 +323,11 @@ def test_reading_a_damaged_file_names_file_and_line(tmp_path):
     assert [r["step"] for r in read_records(path)] == [1]
 
 
-# ---------------------------------------------------------------------------------------------------------- other runs
+# --------------------------------------------------------------------------------------- other runs
 def test_a_fresh_run_never_appends_to_another_runs_metrics(tmp_path):
-    """A fresh --ckpt_dir with the same graph_dir gave the reference steps [4, 8, 4, 8] and the old run's tokens (fault T15)."""
+    """A fresh --ckpt_dir with the same graph_dir gave the reference steps [4, 8, 4, 8] and the old
+    run's tokens (fault T15).
+    """
     for run in (1, 2, 3):
         log = filled(tmp_path, steps=(run, 10 * run), run_info={"run": run})
         assert steps(log) == [run, 10 * run]
@@ -337,7 +349,9 @@ def test_a_fresh_run_that_measured_nothing_leaves_nothing_aside(tmp_path):
 
 
 def test_resuming_one_run_over_anothers_metrics_keeps_both_apart(tmp_path):
-    """Train A, train B into the same graph_dir, resume A: B's records after A's step must not be cut off, nor pass for A's."""
+    """Train A, train B into the same graph_dir, resume A: B's records after A's step must not be
+    cut off, nor pass for A's.
+    """
     filled(tmp_path, run_info={"run_id": "aaaa"}).finish()
     filled(tmp_path, run_info={"run_id": "bbbb"}).finish()
     log = MetricsLog(tmp_path, resume_step=20, run_info={"run_id": "aaaa"})
@@ -372,7 +386,7 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, resume_step):
             MetricsLog(folder, resume_step=resume_step)
 
 
-# ------------------------------------------------------------------------------------- interference while a run goes on
+# ----------------------------------------------------------------- interference while a run goes on
 def test_deleting_the_folder_does_not_stop_the_run(tmp_path):
     folder = tmp_path / "graphs"
     log = filled(folder, steps=(10, 20))
@@ -402,7 +416,7 @@ def test_damage_from_outside_does_not_stop_the_run(tmp_path):
     assert "line 1" in log.messages[0] and (tmp_path / "metrics-damaged-1.jsonl").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- sinks
+# -------------------------------------------------------------------------------------------- sinks
 RICH = record(
     20,
     expert_load=[[0.5, 1.5], [1.0, None]],
@@ -546,7 +560,9 @@ def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
 
 
 def test_a_resumed_run_finds_its_metrics_again(tmp_path):
-    """Two runs in one graph_dir: the second moved the first one's metrics aside, and the first, resumed, began a new curve at its step."""
+    """Two runs in one graph_dir: the second moved the first one's metrics aside, and the first,
+    resumed, began a new curve at its step.
+    """
     first = MetricsLog(tmp_path, run_info={"run_id": "a"})
     for step in (10, 20):
         first.append(record(step))

@@ -1,4 +1,6 @@
-"""AdamW and Muon: who gets which, one step against plain references, skipped steps, moments in bfloat16, state by name."""
+"""AdamW and Muon: who gets which, one step against plain references, skipped steps, moments in
+bfloat16, state by name.
+"""
 
 from __future__ import annotations
 
@@ -261,7 +263,7 @@ def test_an_optimizer_of_another_model_is_refused():
         state_by_name(Small(), adamw(Small(), "fused"))
 
 
-# ---------------------------------------------------------------------------------------------- Muon: which, and how it turns
+# -------------------------------------------------------------------- Muon: which, and how it turns
 @pytest.mark.parametrize("config", CONFIGS)
 def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_all_else(config):
     with torch.device("meta"):
@@ -364,14 +366,18 @@ def tiny_optimizer(model, kind=("muon", "float32"), **values):
 
 
 def set_gradients(model, seed, scale=1e-2):
-    """The same random gradients for the same seed, of very different sizes from one parameter to the next."""
+    """The same random gradients for the same seed, of very different sizes from one parameter to
+    the next.
+    """
     generator = torch.Generator().manual_seed(seed)
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale * 3.0 ** (i % 5)
 
 
 def test_muon_does_not_ask_a_clock_what_to_compute_in(monkeypatch):
-    """On a CPU with a matrix unit its dtype was measured anew for every batch of every step: slow, and not the same bits in every run."""
+    """On a CPU with a matrix unit its dtype was measured anew for every batch of every step: slow,
+    and not the same bits in every run.
+    """
     monkeypatch.setattr(
         "runtime.base.device.bfloat16_is_faster", lambda: pytest.fail("a measurement")
     )
@@ -381,7 +387,9 @@ def test_muon_does_not_ask_a_clock_what_to_compute_in(monkeypatch):
 
 
 def reference_muon(weights, gradients, lr, weight_decay, beta):
-    """Muon on one matrix in float64: the polynomials act on the singular values of an SVD; there is no matrix iteration."""
+    """Muon on one matrix in float64: the polynomials act on the singular values of an SVD; there is
+    no matrix iteration.
+    """
     weights, momentum = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
     for gradient in gradients:
         gradient = gradient.double()
@@ -399,7 +407,9 @@ def reference_muon(weights, gradients, lr, weight_decay, beta):
 
 
 def matrices_of(name, tensor):
-    """The single matrices in a parameter of the tiny model, written out: experts apart, gate apart from up."""
+    """The single matrices in a parameter of the tiny model, written out: experts apart, gate apart
+    from up.
+    """
     if name.endswith("w_in"):
         return [half for expert in tensor for half in (expert[:12], expert[12:])]
     return list(tensor) if name.endswith("w_out") else [tensor]
@@ -461,7 +471,7 @@ def test_an_expert_without_tokens_decays_but_is_not_moved():
     assert optimizer.state[w_out]["momentum"][1].any()  # still there for when tokens come again
 
 
-# ------------------------------------------------------------------------------------------ steps that the device leaves out
+# ----------------------------------------------------------------- steps that the device leaves out
 def bits(model, optimizer):
     tensors = {**dict(model.named_parameters()), **state_by_name(model, optimizer)}
     return {
@@ -578,7 +588,7 @@ def test_grad_scaler_skips_and_unscales_through_the_optimizer(kind):
     assert not same_bits(bits(model, optimizer), before)
 
 
-# ----------------------------------------------------------------------------------------------------- moments in bfloat16
+# ------------------------------------------------------------------------------ moments in bfloat16
 def state_bytes(model, optimizer):
     return sum(
         tensor.nbytes
@@ -621,7 +631,9 @@ def test_bfloat16_moments_take_half_the_bytes_and_stay_close(name):
 def test_arithmetic_on_bfloat16_moments_is_that_on_float32_whatever_the_slices(
     monkeypatch, name, elements_at_once
 ):
-    """One step from moments that bfloat16 holds exactly: the weights are those of float32 moments, the moments theirs rounded."""
+    """One step from moments that bfloat16 holds exactly: the weights are those of float32 moments,
+    the moments theirs rounded.
+    """
     monkeypatch.setattr(module, "_elements_at_once", lambda parameter: elements_at_once)
     wide, narrow = tiny(), tiny()
     optimizer, other = (
@@ -696,7 +708,7 @@ def test_what_bfloat16_would_never_let_fall_is_refused():
     tiny_optimizer(model, ("adamw", "bfloat16"), beta2=0.99)
 
 
-# ----------------------------------------------------------------------------------------------------- learning and resuming
+# ---------------------------------------------------------------------------- learning and resuming
 def learn(model, optimizer, steps, seed=1):
     """Steps on one repeated pattern; the mean loss (nats) of each."""
     generator, losses = torch.Generator().manual_seed(seed), []

@@ -1,4 +1,6 @@
-"""runtime/training/plots.py: pictures that show the data, whole and legible, for runs of any length and with anything missing."""
+"""runtime/training/plots.py: pictures that show the data, whole and legible, for runs of any length
+and with anything missing.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,7 @@ def pixels(path):
     return imread(path)
 
 
-# ----------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
     paths = draw_plots(synthetic(), tmp_path, 600)
     assert {p.name for p in paths} == {
@@ -192,7 +194,9 @@ def test_other_data_gives_another_picture_and_the_same_data_the_same(tmp_path, c
 
 
 def test_latest_is_replaced_whole(tmp_path, coarse, monkeypatch):
-    """A reader, or a kill, never meets half a picture: the new one is complete before it takes the name."""
+    """A reader, or a kill, never meets half a picture: the new one is complete before it takes the
+    name.
+    """
     draw_plots(synthetic(20), tmp_path, 200, ["loss"])
     before = (tmp_path / "latest_loss.png").read_bytes()
 
@@ -207,7 +211,7 @@ def test_latest_is_replaced_whole(tmp_path, coarse, monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ what they show
+# ----------------------------------------------------------------------------------- what they show
 def data_of(figure, color):
     return [
         line
@@ -274,7 +278,9 @@ def test_perplexity_and_gradient_norm_are_logarithmic():
     "low, high", [(9.0, 9.0), (9, 9.05), (9, 11), (0.4, 3.1), (3, 40), (2, 9e4), (1e-3, 1e12)]
 )
 def test_a_log_axis_always_has_labels(low, high):
-    """matplotlib labels decades only: a perplexity between 11 and 90 would have had an axis without one number."""
+    """matplotlib labels decades only: a perplexity between 11 and 90 would have had an axis without
+    one number.
+    """
     records = [
         {"step": i, "kind": "train", "perplexity": p}
         for i, p in enumerate(np.geomspace(low, high, 10).tolist())
@@ -378,7 +384,7 @@ def test_human(number, text):
     assert human(number) == text
 
 
-# ------------------------------------------------------------------------------------------------------------ legible?
+# ----------------------------------------------------------------------------------------- legible?
 @pytest.mark.parametrize(
     "records",
     [
@@ -399,7 +405,7 @@ def test_no_text_is_clipped_or_overlaps(records):
         assert_legible(page(name, records, records[-1]["step"]))
 
 
-# ---------------------------------------------------------------------------------------------- anything can be missing
+# -------------------------------------------------------------------------- anything can be missing
 def test_one_record_is_enough_and_shows(tmp_path, coarse):
     """A line through one point is invisible: it must become a dot."""
     paths = draw_plots(synthetic(1, blocks=1, experts=1), tmp_path, 10)
@@ -480,10 +486,12 @@ def test_records_out_of_order_are_drawn_in_order():
     ]
 
 
-# --------------------------------------------------------------------------------------------------------- bounded cost
+# ------------------------------------------------------------------------------------- bounded cost
 @pytest.mark.slow
 def test_long_runs_cost_bounded_memory_and_time(tmp_path):
-    """30,000 records with routers of 12 x 32 are over 100 MB as lists; of those read from an iterator a small part is kept."""
+    """30,000 records with routers of 12 x 32 are over 100 MB as lists; of those read from an
+    iterator a small part is kept.
+    """
     base, count = [r for r in synthetic(200, blocks=12, experts=32) if r["kind"] == "train"], 30_000
 
     def stream():
@@ -545,7 +553,7 @@ def test_smoothing_is_the_mean_around_each_point():
     assert smooth(np.array([])).shape == (0,) and list(smooth(np.array([2.0]))) == [2.0]
 
 
-# -------------------------------------------------------------------------------------------------- a guest in the house
+# ----------------------------------------------------------------------------- a guest in the house
 def test_matplotlibs_global_state_is_not_touched(tmp_path):
     """Neither pyplot (a window system, a list of figures that grows) nor the user's style."""
     code = (

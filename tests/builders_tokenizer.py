@@ -12,7 +12,8 @@ from runtime.data.tokenizer import WORD_PATTERN
 from runtime.data.tokenizers import train_bpe
 
 TALE = [
-    "Once upon a time there was a cat named Tom. Tom's cat-friend said: \"I'LL come at 10:45, won't I?\"\n\n",
+    "Once upon a time there was a cat named Tom. Tom's cat-friend said: \"I'LL come at "
+    "10:45, won't I?\"\n\n",
     "The dog ran to the big tree. " * 3,
 ]
 
@@ -129,7 +130,10 @@ def qwen_folder(tales: list[str], folder: Path) -> Path:
     from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
 
-    rule = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rule = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     made = Library(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(

@@ -413,7 +413,10 @@ def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, 
             num_prompt,
             num_new,
         )
-        cut = f"the prompt has {num_prompt} tokens and the context {CONTEXT}: reading its last {CONTEXT}"
+        cut = (
+            f"the prompt has {num_prompt} tokens and the context {CONTEXT}: reading its last "
+            f"{CONTEXT}"
+        )
         assert notes == [cut] * (num_prompt > CONTEXT) + [fills] * (num_new > room), (
             num_prompt,
             num_new,
@@ -553,7 +556,8 @@ def test_gpt_oss_can_be_stretched_either_way(tmp_path):
         (
             dict(use_attention_bias=True),
             dict(context_length=33),
-            "context_length 33 is beyond the trained 32, and this model has a learned bias for each pair",
+            "context_length 33 is beyond the trained 32, and this model has a learned bias "
+            "for each pair",
         ),
         (
             {},
@@ -586,7 +590,10 @@ def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
     ckpt = save(tmp_path, biased_model(rope_scaling="yarn", rope_scaling_factor=2.0))
     with pytest.raises(
         ValueError,
-        match="positions are yarn-scaled from 16 to 32 tokens: with context_length, say --rope_scaling yarn or linear",
+        match=(
+            "positions are yarn-scaled from 16 to 32 tokens: with context_length, say "
+            "--rope_scaling yarn or linear"
+        ),
     ):
         predictor_of(ckpt, context_length=64)
     assert predictor_of(ckpt, context_length=32)[0].model.config.rope_scaling_factor == 2.0
@@ -599,7 +606,10 @@ def test_a_missing_default_checkpoint_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or make demo\), or give --ckpt FILE",
+        match=(
+            r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
+            r"make demo\), or give --ckpt FILE"
+        ),
     ):
         predict.main(["--prompt", "x"])
     with pytest.raises(ValueError, match="other.pt: no such file"):
@@ -633,7 +643,10 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
     ckpt = save(tmp_path, biased_model(), None)
     with pytest.raises(
         ValueError,
-        match=r"does not say which tokenizer it was trained with \(vocabulary 260\): name it with --tokenizer",
+        match=(
+            r"does not say which tokenizer it was trained with \(vocabulary 260\): name it with "
+            r"--tokenizer"
+        ),
     ):
         predict.main(["--ckpt", ckpt, "--prompt", "x"])
     assert run(
@@ -649,7 +662,10 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
     smaller = save(tmp_path / "smaller", biased_model(vocabulary_size=97), None)
     with pytest.raises(
         ValueError,
-        match="tokenizer byte has 257 ids, the model in .* only 97: use the tokenizer that it was trained with",
+        match=(
+            "tokenizer byte has 257 ids, the model in .* only 97: use the tokenizer that it was "
+            "trained with"
+        ),
     ):
         predict.main(["--ckpt", smaller, "--prompt", "x", "--tokenizer", "byte"])
 
@@ -790,7 +806,10 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
         monkeypatch.context() as patch,
         pytest.raises(
             ValueError,
-            match="^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another --device or a smaller model$",
+            match=(
+                "^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another "
+                "--device or a smaller model$"
+            ),
         ),
     ):
         patch.setattr(predictor_module, "load_model", too_large)
@@ -1453,8 +1472,10 @@ def test_a_text_can_be_gone_on_with_and_taken_back(endless, repl, drawn):
     prompts = [BYTE.decode(call[0][0][1:]) for call in drawn.calls]
     assert prompts == ["ab", "abxyz cd", "abxyz cdxyz", "abxyze", "new"] and err == ""
     assert out == (
-        "there is no text to go on with: type a prompt\nabxyz\n cdxyz\nxyz\ntaken back; the text so far: 'abxyz cdxyz'\ntaken back; the text so far: 'abxyz'\nexyz\n"
-        "taken back; the text so far: 'abxyz'\ntaken back; there is no text now\nthere is no text yet\nthere is no text to go on with: type a prompt\nnewxyz\n"
+        "there is no text to go on with: type a prompt\nabxyz\n cdxyz\nxyz\ntaken back; the "
+        "text so far: 'abxyz cdxyz'\ntaken back; the text so far: 'abxyz'\nexyz\n"
+        "taken back; the text so far: 'abxyz'\ntaken back; there is no text now\nthere is no "
+        "text yet\nthere is no text to go on with: type a prompt\nnewxyz\n"
         "the next text begins anew\nthere is no text to go on with: type a prompt\n"
     )
 
@@ -1507,7 +1528,8 @@ def test_a_session_can_be_saved(endless, repl, drawn, tmp_path, monkeypatch):
     drawn.ids = list("é!".encode())
     out, _ = repl(
         endless,
-        ":save a.txt\none\n+ two\nthree\n:save\n:save a.txt\n:save a.txt\n:save a.txt/b\n:save nul\0\n:reset\n:save b c.txt\n",
+        ":save a.txt\none\n+ two\nthree\n:save\n:save a.txt\n:save a.txt\n:save a.txt/b\n"
+        ":save nul\0\n:reset\n:save b c.txt\n",
     )
     assert out.splitlines() == [
         "there is no text yet",

@@ -709,7 +709,10 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
     with pytest.raises(
         ValueError,
-        match="roneneldan/TinyStories could not be read .*Couldn't reach the Hub.*use --dataset toy or --files",
+        match=(
+            "roneneldan/TinyStories could not be read .*Couldn't reach the Hub.*use --dataset "
+            "toy or --files"
+        ),
     ):
         run(tmp_path)
     assert not (tmp_path / "out").exists()

@@ -55,8 +55,8 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
     assert lines["active per token"][0] == f"{active_parameters(config):,}"
     forward = flops_per_token(config)
     assert (
-        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training"
-        in lines
+        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, "
+        f"{human_count(3 * forward)} training" in lines
     )
     assert lines["weights"] == [human_bytes(4 * total), human_bytes(2 * total)]
     for where, on_gpu in (("GPU", True), ("CPU", False)):
@@ -147,7 +147,8 @@ def test_every_model_flag_reaches_the_report(monkeypatch, name):
 def test_a_toml_file_of_a_run_is_read(report, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
-        "[model]\nd_model = 64\nnum_heads = 4\nnum_kv_heads = 2\nuse_attention_bias = false\n[train]\nbatch_size = 5\nlr = 0.1\n"
+        "[model]\nd_model = 64\nnum_heads = 4\nnum_kv_heads = 2\nuse_attention_bias = false\n"
+        "[train]\nbatch_size = 5\nlr = 0.1\n"
     )
     config = ModelConfig(d_model=64, num_heads=4, num_kv_heads=2, use_attention_bias=False)
     check(report("--config", path), config, 5)

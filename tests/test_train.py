@@ -229,7 +229,9 @@ def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
     assert run("--max_steps", "60", "--save_interval", "5") == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"\d\d steps in a row were skipped \(step \d\d\), for their gradients were not finite: back to step 10, and on behind the data met since \(rollback 1 of at most 2\)",
+        r"\d\d steps in a row were skipped \(step \d\d\), for their gradients were not "
+        r"finite: back to step 10, and on behind the data met since \(rollback 1 of at most "
+        r"2\)",
         out,
     )
     final = run.final()
@@ -1001,8 +1003,8 @@ def test_what_is_printed_before_step_1(data, capsys):
     )
     lines = "\n".join(describe(plan, training_memory_bytes(plan.model_config, plan.config)))
     assert (
-        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)"
-        in lines
+        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see "
+        "--preset gptoss-modern)" in lines
     )
     assert (
         "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines

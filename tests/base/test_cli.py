@@ -182,11 +182,13 @@ def test_the_config_checks_what_was_given():
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (
             ["--schedule", "linear"],
-            "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', 'constant'",
+            "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', "
+            "'constant'",
         ),
         (
             ["--preset", "huge"],
-            "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', 'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'",
+            "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', "
+            "'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'",
         ),
         (["--use_rope=no"], "argument --use_rope/--no-use_rope: ignored explicit argument 'no'"),
         (["--lr", "nan"], "lr must be a finite number"),
@@ -425,7 +427,10 @@ def script(tmp_path):
     ) -> subprocess.CompletedProcess:
         path = tmp_path / "script.py"
         path.write_text(
-            f"import sys\nfrom config_model import ModelConfig, TrainConfig\nfrom runtime.base import cli\n\n\ndef main(argv):\n    {body}\n\n\ncli.run_main(main)\n"
+            "import sys\nfrom config_model import ModelConfig, TrainConfig\n"
+            "from runtime.base import cli\n\n\n"
+            f"def main(argv):\n    {body}\n\n\n"
+            "cli.run_main(main)\n"
         )
         words = " ".join([f"'{sys.executable}'", f"'{path}'", *argv])
         stdout = subprocess.PIPE
@@ -466,7 +471,8 @@ def test_help_cut_short_is_no_error_either(script):
     done = script("cli.parser('A short help.').parse_args(argv)", "--help", unread=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
     done = script(
-        "p = cli.parser('A long one.'); cli.add_config_flags(p, ModelConfig, TrainConfig); p.parse_args(argv)",
+        "p = cli.parser('A long one.'); cli.add_config_flags(p, ModelConfig, TrainConfig); "
+        "p.parse_args(argv)",
         "--help",
         unread=True,
     )
@@ -518,7 +524,10 @@ def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
         ["--config", "nowhere.toml"],
         ["--preset", "x"],
     ):
-        body = "p = cli.parser('x'); cli.add_config_flags(p, ModelConfig, TrainConfig); cli.settings_from(p.parse_args(argv), ModelConfig, TrainConfig).build(ModelConfig)"
+        body = (
+            "p = cli.parser('x'); cli.add_config_flags(p, ModelConfig, TrainConfig); "
+            "cli.settings_from(p.parse_args(argv), ModelConfig, TrainConfig).build(ModelConfig)"
+        )
         done = script(body, *argv)
         assert (
             done.returncode == 2

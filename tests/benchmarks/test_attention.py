@@ -262,7 +262,8 @@ def test_the_reason_is_the_librarys():
         "CuDNN attention has been runtime disabled. (Triggered internally at x.cpp:8.)",
     ]
     assert attention.reason(RuntimeError("No available kernel. Aborting."), warned) == (
-        "not supported here: RuntimeError: No available kernel. Aborting. Flash does not take a mask."
+        "not supported here: RuntimeError: No available kernel. Aborting. Flash does not "
+        "take a mask."
     )
     assert attention.reason(ValueError("a\n b"), warned) == "not supported here: ValueError: a b"
     for said in (

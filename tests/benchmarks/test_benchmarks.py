@@ -172,7 +172,10 @@ def test_hugging_face_is_our_model(experts, changes):
 def test_baselines_refuse_what_they_cannot_be(monkeypatch):
     with pytest.raises(
         ValueError,
-        match=r"loop baseline cannot have capacity_factor 1.5: leave it out, or set capacity_factor 0.0",
+        match=(
+            r"loop baseline cannot have capacity_factor 1.5: leave it out, or set "
+            r"capacity_factor 0.0"
+        ),
     ):
         baselines.LoopMoE(tiny_config(capacity_factor=1.5))
     with pytest.raises(ValueError, match="cannot have expert_activation gelu, expert_bias True"):
@@ -500,8 +503,10 @@ def test_allocator_row_alternates_processes(monkeypatch):
 def test_run_worker_gives_what_the_process_wrote(tmp_path, monkeypatch):
     (tmp_path / "small_worker.py").write_text(
         "import json, os, sys\n"
-        "if '--fail' in sys.argv: sys.exit('torch.SomeError: no such luck' + chr(10) + 'Set VERBOSE for more')\n"
-        "json.dump([sys.argv[1], os.environ.get('LEFT'), os.environ.get('TAKEN')], open(sys.argv[-1], 'w'))\n"
+        "if '--fail' in sys.argv: sys.exit('torch.SomeError: no such luck' + chr(10) + 'Set "
+        "VERBOSE for more')\n"
+        "json.dump([sys.argv[1], os.environ.get('LEFT'), os.environ.get('TAKEN')], "
+        "open(sys.argv[-1], 'w'))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("TAKEN", "1")

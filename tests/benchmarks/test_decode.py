@@ -600,7 +600,8 @@ def test_a_launched_process_has_pytorchs_own_threads(monkeypatch):
             [
                 sys.executable,
                 "-c",
-                "import os; exit('OMP_NUM_THREADS' in os.environ or 'GOMP_SPINCOUNT' in os.environ)",
+                "import os; exit('OMP_NUM_THREADS' in os.environ or 'GOMP_SPINCOUNT' in "
+                "os.environ)",
             ]
         )
         > 0

@@ -313,7 +313,10 @@ def test_a_compact_vocabulary_is_refused_in_a_line(tmp_path):
     ):
         with pytest.raises(
             ValueError,
-            match="^tokenizer gpt2:compact cannot be exported: .*prepare the text with --tokenizer gpt2 or bpe:SIZE.*$",
+            match=(
+                "^tokenizer gpt2:compact cannot be exported: .*prepare the text with --tokenizer "
+                "gpt2 or bpe:SIZE.*$"
+            ),
         ):
             refused()
     assert not list(tmp_path.iterdir())

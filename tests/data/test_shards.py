@@ -450,7 +450,10 @@ def test_prefetch_ends_its_thread():
 
 def test_import_needs_no_torch_and_no_datasets():
     """prepare_data starts without torch; train and predict without datasets and tokenizers."""
-    code = "import sys, runtime.data.shards, runtime.data.loader; assert not {'torch', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules)"
+    code = (
+        "import sys, runtime.data.shards, runtime.data.loader; assert not {'torch', 'datasets', "
+        "'tokenizers', 'pyarrow'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 

@@ -197,7 +197,10 @@ def test_bpe_is_what_the_tokenizers_library_says(stories):
 
 def test_bpe_training_is_deterministic():
     """In other processes with other hash seeds too: a re-run must write the same bytes."""
-    code = "import sys; from runtime.data.tokenizers import train_bpe; print(train_bpe(sys.argv[1:] * 20, 300).fingerprint)"
+    code = (
+        "import sys; from runtime.data.tokenizers import train_bpe; print(train_bpe(sys.argv[1:] "
+        "* 20, 300).fingerprint)"
+    )
     seen = {
         subprocess.run(
             [sys.executable, "-c", code, *TALE],
@@ -364,7 +367,9 @@ def test_what_cannot_be_compact_is_refused(name):
     for refused in (lambda: load_tokenizer(name), lambda: tokenizer_from_state({"name": name})):
         with pytest.raises(
             ValueError,
-            match=f"^tokenizer '{name}': only o200k_base, gpt2, cl100k_base have a :compact form; .*$",
+            match=(
+                f"^tokenizer '{name}': only o200k_base, gpt2, cl100k_base have a :compact form; .*$"
+            ),
         ):
             refused()
 
@@ -398,7 +403,10 @@ def test_damaged_compact_states_are_refused(gpt2, change):
     )
     with pytest.raises(
         ValueError,
-        match="^the stored tokenizer gpt2:compact is damaged: its base_ids must be ascending ids of tokens of gpt2, with all .*$",
+        match=(
+            "^the stored tokenizer gpt2:compact is damaged: its base_ids must be ascending ids "
+            "of tokens of gpt2, with all .*$"
+        ),
     ):
         tokenizer_from_state(state | {"base_ids": change(state["base_ids"])})
 
@@ -418,7 +426,10 @@ def test_compact_states_must_be_what_they_say(gpt2, change):
         change = {"base_ids": compacted(gpt2, change["base_ids"]).base_ids}
     with pytest.raises(
         ValueError,
-        match=r"^the stored tokenizer gpt2:compact is not the gpt2:compact found here: its \w+ is .*$",
+        match=(
+            r"^the stored tokenizer gpt2:compact is not the gpt2:compact found here: its \w+ is "
+            r".*$"
+        ),
     ):
         tokenizer_from_state(compacted(gpt2, [300, 310]).to_state() | change)
 
@@ -429,7 +440,10 @@ def test_a_compact_state_wants_the_base_it_was_made_from(gpt2, monkeypatch):
     for wrong in (state, state | {"base_fingerprint": 5}, {"name": "gpt2:compact"}):
         with pytest.raises(
             ValueError,
-            match="^the stored tokenizer gpt2:compact was made from another gpt2 than the one found here$",
+            match=(
+                "^the stored tokenizer gpt2:compact was made from another gpt2 than the one "
+                "found here$"
+            ),
         ):
             tokenizer_from_state(wrong)
 
@@ -523,7 +537,10 @@ def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr(requests, "get", no_network)
     with pytest.raises(
         ValueError,
-        match="gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR.*--tokenizer byte.*bpe:8192",
+        match=(
+            "gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR.*--tokenizer "
+            "byte.*bpe:8192"
+        ),
     ) as caught:
         load_tokenizer("gpt2")
     assert "\n" not in str(caught.value)

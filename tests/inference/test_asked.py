@@ -129,7 +129,8 @@ def test_asking_does_not_wait_for_pytorchs_compiler():
     later, for a check.
     """
     code = (
-        "import sys, torch; from tests.builders import *; from runtime.inference.decoder import Decoder\n"
+        "import sys, torch; from tests.builders import *; from runtime.inference.decoder "
+        "import Decoder\n"
         "from runtime.kernels.choose import choose_kernels\n"
         "from runtime.checkpoint.format import meta_model\n"
         "model = meta_model(tiny_config()).to_empty(device='cpu')\n"

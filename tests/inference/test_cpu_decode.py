@@ -214,7 +214,8 @@ def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
         code is None
         and why.startswith(str(fresh))
         and why.endswith(
-            "is not this user's alone, and code is not taken from there: remove it, or set XDG_CACHE_HOME"
+            "is not this user's alone, and code is not taken from there: remove it, or set "
+            "XDG_CACHE_HOME"
         )
     )
 

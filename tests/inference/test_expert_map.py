@@ -202,7 +202,8 @@ def test_the_summary_counts_experts_and_names_the_busiest():
     for l, line in enumerate(summary):
         counts = Counter(experts_LTK[l].flatten().tolist())
         block, used, of, expert, percent, times = re.fullmatch(
-            r"block (\d+) +(\d+) of (\d+) experts used, most of all expert (\d+): ([\d.]+) %, ([\d.]+) x its fair share",
+            r"block (\d+) +(\d+) of (\d+) experts used, most of all expert (\d+): ([\d.]+) "
+            r"%, ([\d.]+) x its fair share",
             line,
         ).groups()
         most = max(counts.values())
@@ -304,9 +305,9 @@ def test_the_page_is_whole_in_itself_and_says_so():
         base64.b64encode(hashlib.sha256(element[2].encode()).digest()).decode()
         for element in (script, page.all("style")[0])
     ]
-    assert (
-        policy["content"]
-        == f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
+    assert policy["content"] == (
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src "
+        f"'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
     )
 
 
@@ -375,7 +376,10 @@ def test_the_heat_map_is_shares_over_the_fair_share(E):
         assert (
             attributes["title"]
             == attributes["aria-label"]
-            == f"block {block}, expert {expert}: {count} of {len(pieces) * K} assignments, {100 * share:.1f} %, {share / fair:.2f} times the fair share"
+            == (
+                f"block {block}, expert {expert}: {count} of {len(pieces) * K} assignments, "
+                f"{100 * share:.1f} %, {share / fair:.2f} times the fair share"
+            )
         )
         assert shown == (f"{share / fair:.2f}" if E == 8 else "")
         level = int(re.fullmatch(r"q(\d)", attributes["class"]).group(1))

@@ -159,7 +159,8 @@ def test_a_disk_that_is_too_small_is_known_before(tmp_path, monkeypatch):
 def test_a_signal_leaves_nothing(tmp_path, name):
     """SIGTERM and SIGHUP left a file as large as the model; only Ctrl-C cleaned up."""
     code = (
-        "import os, signal, sys; from pathlib import Path; from runtime.base.cli import run_main; from runtime.interop.export import staged\n"
+        "import os, signal, sys; from pathlib import Path; from runtime.base.cli import "
+        "run_main; from runtime.interop.export import staged\n"
         "def main(argv):\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    with staged(Path({str(tmp_path / 'out')!r}), 10) as path:\n"

@@ -643,7 +643,10 @@ def test_all_options_in_the_way_are_named():
 def test_one_option_in_the_way(changes, qk_norm):
     with pytest.raises(
         ValueError,
-        match=f"in the way of the nearest, {'qwen3_moe' if qk_norm else 'mixtral'}: {next(iter(changes))} [^,]*$",
+        match=(
+            f"in the way of the nearest, {'qwen3_moe' if qk_norm else 'mixtral'}: "
+            f"{next(iter(changes))} [^,]*$"
+        ),
     ):
         family_of(tiny_config(qk_norm=qk_norm, **changes))
 

@@ -126,7 +126,10 @@ def test_what_the_run_recorded(tmp_path):
     }
     assert (
         "# my model\n" in text
-        and f"{total_parameters(CONFIG):,}, {active_parameters(CONFIG):,} active for each token; stored as bfloat16"
+        and (
+            f"{total_parameters(CONFIG):,}, {active_parameters(CONFIG):,} active for each token; "
+            "stored as bfloat16"
+        )
         in text
     )
     for line in (
@@ -269,8 +272,9 @@ def test_weights_without_a_run(tmp_path):
 
 
 HOSTILE = (
-    "x | y\n---\nlicense: mit\n# <script>`*_[click](https://evil.example)![i](www.evil.example/a.png) ~~ \x1b[31m \N{RIGHT-TO-LEFT OVERRIDE}"
-    + "z" * 500
+    "x | y\n---\nlicense: mit\n# "
+    "<script>`*_[click](https://evil.example)![i](www.evil.example/a.png) ~~ \x1b[31m "
+    "\N{RIGHT-TO-LEFT OVERRIDE}" + "z" * 500
 )
 
 

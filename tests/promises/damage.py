@@ -105,7 +105,8 @@ def corruption(count: int) -> Tally:
             except Exception as error:
                 tally.add(
                     False,
-                    f"case {i}, {kind} {where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                    f"case {i}, {kind} {where}: {type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:300]}",
                 )
             path.write_bytes(good[kind])
     tally.detail = {
@@ -254,7 +255,8 @@ def _copied(checkpoint):
 PROMISES: list[Promise] = [
     Promise(
         6,
-        "Damaged checkpoints, shards, manifests and metrics files are noticed: a line with file and reason, never silence",
+        "Damaged checkpoints, shards, manifests and metrics files are noticed: a line with "
+        "file and reason, never silence",
         corruption,
         140,
         700,

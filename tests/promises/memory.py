@@ -24,7 +24,8 @@ def memory_does_not_grow(count: int) -> Tally:
 PROMISES = [
     Promise(
         34,
-        "Memory after 40 steps is at most 1.1 times that after 3, for each activation, optimizer, dtype",
+        "Memory after 40 steps is at most 1.1 times that after 3, for each activation, "
+        "optimizer, dtype",
         memory_does_not_grow,
         2,
         len(GROWTH),

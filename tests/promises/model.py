@@ -114,7 +114,8 @@ def causality(count: int) -> Tally:
                 for t in range(1, T):
                     worst.append(_relative(others[t, :t], base[0, :t]))
                     assert worst[-1] <= 1e-12, (
-                        f"logits before token {t} of {T} move by {worst[-1]:.2g}, {'in pieces' if in_pieces else 'read whole'}"
+                        f"logits before token {t} of {T} move by {worst[-1]:.2g}, "
+                        f"{'in pieces' if in_pieces else 'read whole'}"
                     )
                 assert all((others[t, t] != base[0, t]).any() for t in range(T)), (
                     "a token that changes nothing proves nothing"
@@ -158,7 +159,8 @@ def experts(count: int) -> Tally:
 PROMISES: list[Promise] = [
     Promise(
         12,
-        "Logits from the cache, however the text is cut, are those without it (fp64 to 1e-12, fp32 to 1e-5)",
+        "Logits from the cache, however the text is cut, are those without it (fp64 to "
+        "1e-12, fp32 to 1e-5)",
         cached,
         40,
         1000,
@@ -176,7 +178,8 @@ PROMISES: list[Promise] = [
     ),
     Promise(
         13,
-        "No token sees a later one (gradients exactly 0, logits to 1e-12), and rows of a batch do not meet",
+        "No token sees a later one (gradients exactly 0, logits to 1e-12), and rows of a "
+        "batch do not meet",
         causality,
         20,
         200,

@@ -82,7 +82,8 @@ def alone(count: int, prelude: str = "") -> Tally:
 PROMISES: list[Promise] = [
     Promise(
         33,
-        "Nothing reaches for the network: imports, preparing, training, resuming and predicting with local data",
+        "Nothing reaches for the network: imports, preparing, training, resuming and "
+        "predicting with local data",
         alone,
         17,
         17,

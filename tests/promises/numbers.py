@@ -96,7 +96,8 @@ def not_finite(count: int) -> Tally:
         learned = abs(records[-1]["loss"] - clean[-1]["loss"]) < 0.1 * clean[0]["loss"]
         tally.add(
             finite and counted and learned and len(saved) == STEPS - 1,
-            f"try {i}: {where} at call {call}: finite {finite}, counted {counted}, last loss {records[-1]['loss']:.3f} and {clean[-1]['loss']:.3f}",
+            f"try {i}: {where} at call {call}: finite {finite}, counted {counted}, last loss "
+            f"{records[-1]['loss']:.3f} and {clean[-1]['loss']:.3f}",
         )
     return tally
 
@@ -126,7 +127,8 @@ def spikes(count: int) -> Tally:
 PROMISES = [
     Promise(
         9,
-        "A NaN or Inf in loss, gradient or router: the step changes nothing and is counted, nothing not finite is saved",
+        "A NaN or Inf in loss, gradient or router: the step changes nothing and is counted, "
+        "nothing not finite is saved",
         not_finite,
         10,
         1000,
@@ -135,7 +137,8 @@ PROMISES = [
     ),
     Promise(
         10,
-        "`--spike_sigmas 6`: a jump of the loss is skipped at its own step, and no step is skipped without one",
+        "`--spike_sigmas 6`: a jump of the loss is skipped at its own step, and no step is "
+        "skipped without one",
         spikes,
         20,
         200,

@@ -208,7 +208,8 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
             value = builders.other_value(owner, f.name, [own[f.name]]) if value is None else value
             add(
                 train.main,
-                rf"^--{f.name} .* differs from the run in .*latest|^--{f.name} .* differs from the run in .*step_",
+                rf"^--{f.name} .* differs from the run in .*latest|^--{f.name} .* differs "
+                r"from the run in .*step_",
                 *resume,
                 *builders.as_flags({f.name: value}),
                 name=f"resume with {f.name} {value}",
@@ -508,7 +509,8 @@ REAL = {"set_up": set_up, "write_partial": prepare_data.write_partial}
 PROMISES: list[Promise] = [
     Promise(
         7,
-        "Wrong pairings of data, tokenizer, model, checkpoint and flags are named and refused before any work",
+        "Wrong pairings of data, tokenizer, model, checkpoint and flags are named and "
+        "refused before any work",
         pairings,
         200,
         200,

@@ -239,7 +239,11 @@ def context_policy(count: int) -> Tally:
                 cut = (
                     f"the prompt has {num_prompt} tokens and the context {C}: reading its last {C}"
                 )
-                fills = f"prompt and answer may fill the context of {C} tokens: {'the answer ends there' if policy == 'stop' else 'older text is forgotten'} if they do"
+                fills = (
+                    f"prompt and answer may fill the context of {C} tokens: "
+                    f"{'the answer ends there' if policy == 'stop' else 'older text is forgotten'} "
+                    "if they do"
+                )
                 assert notes == [cut] * (num_prompt > C) + [fills] * (policy != "truncate"), notes
                 window = ([builders_inference.END] + list(prompt.encode()))[-C:]
                 for token in drawn:

@@ -123,7 +123,8 @@ def same_function(count: int) -> Tally:
         }
         tally.add(
             not any(info.values()) and bitwise and difference <= 1e-5 and gradient <= 1e-5,
-            f"seed {seed}, {family}: logits differ by {difference:.1e}, gradients by {gradient:.1e}, bitwise {bitwise}, keys {info}",
+            f"seed {seed}, {family}: logits differ by {difference:.1e}, gradients by "
+            f"{gradient:.1e}, bitwise {bitwise}, keys {info}",
         )
     tally.detail = {
         f"largest relative difference, {name}": f"{value:.0e}" for name, value in worst.items()
@@ -134,7 +135,8 @@ def same_function(count: int) -> Tally:
 PROMISES = [
     Promise(
         15,
-        "Exported, it is the same function in transformers (fp32 to 1e-5), and it comes back the same to the bit",
+        "Exported, it is the same function in transformers (fp32 to 1e-5), and it comes back "
+        "the same to the bit",
         same_function,
         9,
         60,

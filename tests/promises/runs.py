@@ -519,7 +519,10 @@ def difference(run: Run) -> str:
         if name not in ("run_id", "train_seconds", "window") and mine.run.get(name) != value:
             return f"{name} is {mine.run.get(name)}, not {value}"
     if (mine.step, mine.val_loss, best) != (theirs.step, theirs.val_loss, their_best):
-        return f"latest.pt is of step {mine.step} and best.pt of step {best}, not {theirs.step} and {their_best}"
+        return (
+            f"latest.pt is of step {mine.step} and best.pt of step {best}, not {theirs.step} and "
+            f"{their_best}"
+        )
     return ""
 
 
@@ -1195,7 +1198,8 @@ def full_disks_cost_nothing(count: int) -> Tally:
 PROMISES = [
     Promise(
         1,
-        "Killed (-9) at any moment, also inside a save, and restarted: the same weights and optimizer state, bit for bit",
+        "Killed (-9) at any moment, also inside a save, and restarted: the same weights and "
+        "optimizer state, bit for bit",
         same_after_kills,
         6,
         200,
@@ -1213,7 +1217,8 @@ PROMISES = [
     ),
     Promise(
         3,
-        "No crash of the program or the power, at any operation of a save, costs a finished checkpoint or leaves a broken one",
+        "No crash of the program or the power, at any operation of a save, costs a finished "
+        "checkpoint or leaves a broken one",
         no_crash_loses_a_checkpoint,
         3,
         6,
@@ -1222,7 +1227,8 @@ PROMISES = [
     ),
     Promise(
         4,
-        "SIGTERM, SIGINT, SIGUSR1: finishes the step, saves, leaves with 128 + N; resumed, the same run bit for bit",
+        "SIGTERM, SIGINT, SIGUSR1: finishes the step, saves, leaves with 128 + N; resumed, "
+        "the same run bit for bit",
         signals_save_and_leave,
         6,
         90,
@@ -1231,7 +1237,8 @@ PROMISES = [
     ),
     Promise(
         5,
-        "A full or failing disk, at any write, costs one line: earlier checkpoints load, and the run can go on",
+        "A full or failing disk, at any write, costs one line: earlier checkpoints load, and "
+        "the run can go on",
         full_disks_cost_nothing,
         16,
         600,
@@ -1240,7 +1247,8 @@ PROMISES = [
     ),
     Promise(
         18,
-        "Metrics of a killed run are those of the run that was not: no step twice, none missing, strict JSON",
+        "Metrics of a killed run are those of the run that was not: no step twice, none "
+        "missing, strict JSON",
         same_metrics_after_kills,
         6,
         200,

@@ -66,7 +66,11 @@ def test_a_pairing_that_is_accepted_is_found():
 @pytest.mark.slow
 def test_a_payload_that_runs_is_found():
     """With the unpickler that the reference uses in the place of ours."""
-    prelude = "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', weights_only=False)"
+    prelude = (
+        "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda "
+        "path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', "
+        "weights_only=False)"
+    )
     tally = hostile.hostile(4, prelude)
     assert tally.held == 0 and "something was executed" in tally.failures[0]
 
@@ -135,7 +139,8 @@ def test_a_connection_is_found():
     broken(
         network.alone(
             17,
-            "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', 80))\nsys.exit()",
+            "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', "
+            "80))\nsys.exit()",
         ),
         "a look-up: socket.getaddrinfo",
     )

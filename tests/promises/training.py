@@ -72,7 +72,8 @@ def loss(count: int) -> Tally:
                 )
             worst.append(abs(out.cross_entropy_sum.item() - total) / max(abs(total), 1e-9))
             assert worst[-1] <= 1e-5 and out.num_targets == valid, (
-                f"loss {out.cross_entropy_sum.item()} of {out.num_targets} targets, not {total} of {valid}"
+                f"loss {out.cross_entropy_sum.item()} of {out.num_targets} targets, not "
+                f"{total} of {valid}"
             )
             assert math.isclose(
                 out.aux_loss.item(),
@@ -139,7 +140,8 @@ def same_seed(count: int) -> Tally:
                 [
                     sys.executable,
                     "-c",
-                    "import sys, train\ntrain.draw_plots = lambda *_: None\nsys.exit(train.main(sys.argv[1:]))",
+                    "import sys, train\ntrain.draw_plots = lambda *_: None\n"
+                    "sys.exit(train.main(sys.argv[1:]))",
                     *run.folders,
                     *builders_runs.MODEL,
                     *builders_runs.SPEED,
@@ -266,7 +268,8 @@ def _write_shards(split: Path, sizes: list[int]) -> None:
 PROMISES: list[Promise] = [
     Promise(
         17,
-        "The reported loss is the loss (float64 recomputation, 1e-5); validating is repeatable to the bit and changes nothing",
+        "The reported loss is the loss (float64 recomputation, 1e-5); validating is "
+        "repeatable to the bit and changes nothing",
         loss,
         6,
         20,
@@ -284,7 +287,8 @@ PROMISES: list[Promise] = [
     ),
     Promise(
         20,
-        "Every token is used once an epoch, whatever the shards (the last window overlaps by less than a context)",
+        "Every token is used once an epoch, whatever the shards (the last window overlaps by "
+        "less than a context)",
         every_token_once,
         60,
         500,

@@ -423,7 +423,10 @@ def test_imported_tokenizers_that_llama_cpp_knows(options, pre):
 def test_imported_tokenizers_that_llama_cpp_does_not_know_are_refused(options):
     with pytest.raises(
         ValueError,
-        match="is no byte-level BPE that cuts text as GPT-2, GPT-4o, Qwen2 or Llama 3 do.*convert_hf_to_gguf.py",
+        match=(
+            "is no byte-level BPE that cuts text as GPT-2, GPT-4o, Qwen2 or Llama 3 "
+            "do.*convert_hf_to_gguf.py"
+        ),
     ):
         export_gguf.vocabulary_of(gguf, imported(**options), 264)
 
@@ -458,8 +461,10 @@ def test_ollama_draws_as_predict_does(tmp_path):
     exported(tmp_path)
     d = PredictConfig()
     assert (tmp_path / "model.Modelfile").read_text() == (
-        f'FROM ./model.gguf\nTEMPLATE "{{{{ .Prompt }}}}"\nPARAMETER num_ctx 32\nPARAMETER num_predict {d.max_new_tokens}\n'
-        f"PARAMETER temperature {d.temperature}\nPARAMETER top_k {d.top_k}\nPARAMETER top_p {d.top_p}\nPARAMETER min_p {d.min_p}\n"
+        f'FROM ./model.gguf\nTEMPLATE "{{{{ .Prompt }}}}"\nPARAMETER num_ctx 32\nPARAMETER '
+        f"num_predict {d.max_new_tokens}\n"
+        f"PARAMETER temperature {d.temperature}\nPARAMETER top_k {d.top_k}\nPARAMETER top_p "
+        f"{d.top_p}\nPARAMETER min_p {d.min_p}\n"
         f'PARAMETER repeat_penalty {d.repetition_penalty}\nPARAMETER stop "<|endoftext|>"\n'
     )
 
@@ -594,7 +599,10 @@ def test_a_missing_key_and_another_architecture_are_found(tmp_path, monkeypatch)
     monkeypatch.setattr(writer, "add_rope_freq_base", lambda self, value: None)
     with pytest.raises(
         ExportError,
-        match="model.gguf says architecture llama instead of qwen3moe, rope_theta None instead of 10000.0: nothing was written",
+        match=(
+            "model.gguf says architecture llama instead of qwen3moe, rope_theta None instead of "
+            "10000.0: nothing was written"
+        ),
     ):
         main(["--ckpt", path, "--out", str(tmp_path / "model.gguf")])
 
@@ -715,15 +723,18 @@ def test_what_llama_cpp_rounds_must_be_accepted(tmp_path, capsys):
     arguments = ["--ckpt", path, "--out", str(tmp_path / "model.gguf")]
     with pytest.raises(
         ExportError,
-        match="rounds the ends of YaRN's ramp.*nothing was written. --accept_rounded_yarn writes the file all the same",
+        match=(
+            "rounds the ends of YaRN's ramp.*nothing was written. --accept_rounded_yarn writes "
+            "the file all the same"
+        ),
     ):
         main(arguments)
     assert files(tmp_path) == []
     capsys.readouterr()
     assert main([*arguments, ROUNDED]) == 0
     assert (
-        "note: llama.cpp rounds the ends of YaRN's ramp, this model does not: there its logits differ by up to"
-        in capsys.readouterr().out
+        "note: llama.cpp rounds the ends of YaRN's ramp, this model does not: there its "
+        "logits differ by up to" in capsys.readouterr().out
     )
     exported(tmp_path, "--force", **QWEN3_MOE)
     out = capsys.readouterr().out
@@ -785,7 +796,8 @@ def test_nothing_is_replaced_without_force(tmp_path):
         (
             dict(),
             ["--out", "a\nADAPTER b.gguf"],
-            r"^--out 'a\\nADAPTER b.gguf': the Modelfile names the file and can hold no quotes or control characters; .*$",
+            r"^--out 'a\\nADAPTER b.gguf': the Modelfile names the file and can hold no "
+            r"quotes or control characters; .*$",
         ),
         (dict(), ["--out", 'a"b.gguf'], "can hold no quotes"),
         (dict(), ["--out", "a'b.gguf"], "can hold no quotes"),

@@ -342,7 +342,10 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="layers.1.mlp.experts.3.gate_proj.weight has values beyond float16's 65504: say --dtype bfloat16",
+        match=(
+            "layers.1.mlp.experts.3.gate_proj.weight has values beyond float16's 65504: say "
+            "--dtype bfloat16"
+        ),
     ):
         run(path, tmp_path / "out", "--dtype", "float16")
     assert not (tmp_path / "out").exists()
@@ -462,7 +465,10 @@ def test_what_transformers_default_cannot_run_is_said(family, tmp_path, capsys):
             load_tokenizer("byte"),
         )
         run(path, tmp_path / "out", "--dtype", dtype, "--force")
-        note = f'note: d_ff {d_ff} in {dtype}: rows of experts are no multiple of 16 bytes, .* experts_implementation="eager"\n'
+        note = (
+            f"note: d_ff {d_ff} in {dtype}: rows of experts are no multiple of 16 bytes, .* "
+            'experts_implementation="eager"\n'
+        )
         assert bool(re.search(note, capsys.readouterr().out)) == is_odd
         with torch.no_grad():
             if is_odd:

@@ -171,8 +171,8 @@ def test_logits_are_those_of_transformers_and_the_printed_check_says_what_was_co
     assert largest_difference(tmp_path / "x.pt", model) <= 1
     assert total_parameters(checkpoint.model_config) == sum(p.numel() for p in model.parameters())
     assert (
-        f"an export gives back {len(load_file(folder / 'model.safetensors'))} tensors of the folder bit for bit\n"
-        in out
+        f"an export gives back {len(load_file(folder / 'model.safetensors'))} tensors of the "
+        "folder bit for bit\n" in out
     )
     assert (
         f"{family}, {total_parameters(checkpoint.model_config):,} parameters as float32, " in out
@@ -530,7 +530,8 @@ def test_downloads_that_fail_are_one_line(tmp_path, monkeypatch):
     refused(
         "someone/no-network",
         tmp_path / "x.pt",
-        "there is no folder someone/no-network, and as a published model it could not be downloaded: ",
+        "there is no folder someone/no-network, and as a published model it could not be "
+        "downloaded: ",
     )
 
     def fails(*args, **kwargs):
@@ -566,7 +567,8 @@ WITHOUT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
         (lambda t: t | {WITHOUT: t[WITHOUT].to(torch.int8)}, f"tensor {WITHOUT} is torch.int8"),
         (
             lambda t: t | {f"extra.{i}": torch.zeros(1) for i in range(5)},
-            r"tensors that a mixtral model of this config.json has not: extra\.0, extra\.1, extra\.2 and 2 more",
+            r"tensors that a mixtral model of this config.json has not: extra\.0, extra\.1, "
+            r"extra\.2 and 2 more",
         ),
         (
             lambda t: t | {"model.norm.weight": t["model.norm.weight"] * float("nan")},

@@ -61,7 +61,8 @@ def test_a_record_is_in_the_file_when_append_returns(tmp_path):
 
 def test_a_killed_process_loses_no_record(tmp_path):
     code = (
-        "import os, signal, sys; from runtime.training.metrics import MetricsLog; log = MetricsLog(sys.argv[1])\n"
+        "import os, signal, sys; from runtime.training.metrics import MetricsLog; log = "
+        "MetricsLog(sys.argv[1])\n"
         "for step in range(1, 4): log.append({'step': step, 'kind': 'train', 'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -548,9 +549,11 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, name, mod
 
 def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
     code = (
-        "import sys; from runtime.training.metrics import MetricsLog, make_sinks; log = MetricsLog(sys.argv[1], sinks=make_sinks(sys.argv[1]))\n"
+        "import sys; from runtime.training.metrics import MetricsLog, make_sinks; log = "
+        "MetricsLog(sys.argv[1], sinks=make_sinks(sys.argv[1]))\n"
         "log.append({'step': 1, 'kind': 'train'}); log.finish()\n"
-        "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & set(sys.modules); assert not bad, bad"
+        "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & "
+        "set(sys.modules); assert not bad, bad"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

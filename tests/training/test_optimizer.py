@@ -701,7 +701,10 @@ def test_what_bfloat16_would_never_let_fall_is_refused():
     ):
         with pytest.raises(
             ValueError,
-            match=rf"{name} 0\.99\d with state_dtype bfloat16 .* below 0\.996, or use state_dtype float32",
+            match=(
+                rf"{name} 0\.99\d with state_dtype bfloat16 .* below 0\.996, or use state_dtype "
+                r"float32"
+            ),
         ):
             tiny_optimizer(model, ("muon", "bfloat16"), **values)
         tiny_optimizer(model, ("muon", "float32"), **values)

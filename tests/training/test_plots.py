@@ -557,10 +557,13 @@ def test_smoothing_is_the_mean_around_each_point():
 def test_matplotlibs_global_state_is_not_touched(tmp_path):
     """Neither pyplot (a window system, a list of figures that grows) nor the user's style."""
     code = (
-        "import sys, matplotlib; matplotlib.rcParams['lines.linewidth'] = 7.5; state = lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}; before = state()\n"
+        "import sys, matplotlib; matplotlib.rcParams['lines.linewidth'] = 7.5; state = "
+        "lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}; "
+        "before = state()\n"
         "from runtime.training.plots import draw_plots\n"
         "assert draw_plots([{'step': 1, 'kind': 'train', 'loss': 2.0}], sys.argv[1], 1)\n"
-        "assert state() == before and 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+        "assert state() == before and 'matplotlib.pyplot' not in sys.modules and 'torch' not "
+        "in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], cwd=REPO, check=True)
 
@@ -579,7 +582,8 @@ def test_a_users_style_does_not_change_the_pictures(tmp_path, coarse):
 
 def test_without_matplotlib_the_module_imports_and_drawing_raises_import_error(tmp_path):
     code = (
-        "import sys; sys.modules['matplotlib'] = None\nfrom runtime.training.plots import draw_plots\n"
+        "import sys; sys.modules['matplotlib'] = None\nfrom runtime.training.plots import "
+        "draw_plots\n"
         "try: draw_plots([], sys.argv[1], 1)\nexcept ImportError: sys.exit(7)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPO).returncode == 7

@@ -23,8 +23,10 @@ CHILD = """
 import hashlib, torch
 from runtime.inference import cpu_decode
 from tests import conftest
-x = (torch.arange(37 * 37) % 101 / 101).view(37, 37)   # the same bits everywhere, as random numbers are not
-print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), hashlib.sha256((x @ x).numpy().tobytes()).hexdigest())
+# The same bits everywhere, as random numbers are not.
+x = (torch.arange(37 * 37) % 101 / 101).view(37, 37)
+digest = hashlib.sha256((x @ x).numpy().tobytes()).hexdigest()
+print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), digest)
 print(getattr(cpu_decode.library()[0], "_name", ""))
 torch.nn.functional.gelu(x.to_mkldnn())
 """

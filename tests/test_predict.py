@@ -1670,9 +1670,8 @@ def test_a_session_on_a_terminal(tmp_path):
         answer += terminal.wait_for(b"\r\n> ")
         assert not set(answer) & set(range(32)) - set(b"\t\r\n"), answer
         terminal.type(b":t 0\n")
-        terminal.wait_for(
-            b"temperature = 0.0\r\n> "
-        )  # (Ctrl-C here is tested above: Python's readline can miss one that comes with the prompt)
+        # (Ctrl-C here is tested above: Python's readline can miss one that comes with the prompt.)
+        terminal.wait_for(b"temperature = 0.0\r\n> ")
         terminal.type(b":q\n")
         assert terminal.process.wait(60) == 0
 
@@ -1715,16 +1714,22 @@ ALONE = """
 import socket, sys
 from importlib.machinery import PathFinder
 
+OPTIONAL = {
+    "datasets", "tokenizers", "matplotlib", "transformers", "wandb", "tensorboard", "pyarrow",
+    "pandas",
+}
+
 class Without:
     def find_spec(self, name, path=None, target=None):
-        missing = name.split(".")[0] in {"datasets", "tokenizers", "matplotlib", "transformers", "wandb", "tensorboard", "pyarrow", "pandas"}
+        missing = name.split(".")[0] in OPTIONAL
         return None if missing else PathFinder.find_spec(name, path, target)
 
 def no_network(*_):
     raise AssertionError("a connection was tried")
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without()
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = no_network
+socket.socket.connect = socket.socket.connect_ex = no_network
+socket.getaddrinfo = socket.create_connection = no_network
 
 from runtime.base import cli
 import predict
@@ -1733,7 +1738,8 @@ import test
 def main(argv):
     byte, bpe, prompt = argv
     for ckpt in (byte, bpe):
-        predict.main(["--ckpt", ckpt, "--prompt", prompt, "--max_new_tokens", "5", "--seed", "1", "--device", "cpu"])
+        more = "--max_new_tokens", "5", "--seed", "1", "--device", "cpu"
+        predict.main(["--ckpt", ckpt, "--prompt", prompt, *more])
     print("REPL")
     predict.main(["--ckpt", bpe, "--max_new_tokens", "2", "--device", "cpu", "--interactive"])
     test.main([])

@@ -974,7 +974,9 @@ def prepare(kill_at=None):
     seen = 0
     def hook(event, args):
         nonlocal seen
-        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or event == "open" and isinstance(args[1], str) and set(args[1]) & set("wa+")
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if event == "open" and isinstance(args[1], str):
+            changes = set(args[1]) & set("wa+")
         if changes and str(args[0]).startswith(str(work)):
             seen += 1
             if seen == kill_at:
@@ -985,7 +987,8 @@ def prepare(kill_at=None):
     prepare_data.main(arguments + ["--out_dir", str(work)])
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
 pairs = [open_data(folder)[0].manifest["pair"] for folder in (old, new)]
 assert pairs[0] != pairs[1]

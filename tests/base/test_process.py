@@ -59,7 +59,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 import ctypes
 libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 def use():
     block = libc.malloc(64 << 20)
     ctypes.memset(block, 1, 64 << 20)

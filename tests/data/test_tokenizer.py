@@ -248,7 +248,9 @@ def test_bpe_reads_a_bounded_sample(monkeypatch):
 def test_unknown_names_are_refused(name):
     with pytest.raises(
         ValueError,
-        match="SIZE of bpe:SIZE must be|is not one of o200k_base, gpt2, cl100k_base, byte, bpe:SIZE",
+        match=(
+            "SIZE of bpe:SIZE must be|is not one of o200k_base, gpt2, cl100k_base, byte, bpe:SIZE"
+        ),
     ):
         load_tokenizer(name)
 
@@ -551,7 +553,10 @@ def test_import_reaches_for_nothing():
     code = """
 import sys
 events = []
-sys.addaudithook(lambda event, args: events.append((event, args)) if event.startswith("socket.") else None)
+def hook(event, args):
+    if event.startswith("socket."):
+        events.append((event, args))
+sys.addaudithook(hook)
 import runtime.data.tokenizers, tiktoken.registry
 assert not events, events
 assert not tiktoken.registry.ENCODINGS

@@ -281,7 +281,10 @@ real = c.subprocess.run
 def run(command, **more):
     return real([a for a in command if a != "-march=native"] + {flags!r}, **more)
 c.subprocess.run = run
-from tests.inference.test_cpu_decode import test_it_gives_the_plain_models_logits as check, test_a_text_can_go_from_pytorch_to_c_and_back as shared
+from tests.inference.test_cpu_decode import test_it_gives_the_plain_models_logits as check
+from tests.inference.test_cpu_decode import (
+    test_a_text_can_go_from_pytorch_to_c_and_back as shared,
+)
 for seed in range(100, 112):
     check(seed)
 shared()

@@ -434,62 +434,121 @@ def test_a_prompt_longer_than_the_text_is_refused(prompt):
 
 # ------------------------------------------------------------------------------------------ browser
 HELPERS = """
-const result = {errors: [], violations: []}, $ = id => document.getElementById(id), tokens = [...document.querySelectorAll("#text .t")], cells = [...document.querySelectorAll("#use td")];
+const result = {errors: [], violations: []}, $ = id => document.getElementById(id);
+const tokens = [...document.querySelectorAll("#text .t")];
+const cells = [...document.querySelectorAll("#use td")];
 addEventListener("error", event => result.errors.push(event.message));
-addEventListener("securitypolicyviolation", event => result.violations.push(event.effectiveDirective));
+addEventListener("securitypolicyviolation", event => {
+  result.violations.push(event.effectiveDirective);
+});
 const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
 function luminance(...layers) {
   for (const layer of layers) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
-  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const shares = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255);
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const [r, g, b] = shares.map(linear);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
-function contrast(element, ...below) {  // of an element's text on its background, over what lies below
-  const style = getComputedStyle(element), a = luminance(style.color), b = luminance(...below, style.backgroundColor);
+// Of an element's text on its background, over what lies below.
+function contrast(element, ...below) {
+  const style = getComputedStyle(element);
+  const a = luminance(style.color), b = luminance(...below, style.backgroundColor);
   return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
 }
 function lowestContrast(E) {
   const card = getComputedStyle(document.querySelector(".card")).backgroundColor, found = [];
   for (let e = 0; e < E; e++) for (let g = 0; g < 4; g++) {
-    const probe = Object.assign(document.createElement("span"), {className: `t e${e} g${g}`});  // new: its colours are in no transition
+    // A new element: its colours are in no transition.
+    const probe = Object.assign(document.createElement("span"), {className: `t e${e} g${g}`});
     $("text").append(probe); found.push(contrast(probe, card)); probe.remove();
   }
-  for (let q = 0; q < 9; q++) { const probe = Object.assign(document.createElement("td"), {className: `q${q}`}); cells[0].parentNode.append(probe); found.push(contrast(probe, card)); probe.remove(); }
-  for (const element of document.querySelectorAll(".note, .scale, .pick, .which, .detail th, .use th")) found.push(contrast(element, card));
-  for (const element of document.querySelectorAll("h1, .about, .facts")) found.push(contrast(element, getComputedStyle(document.body).backgroundColor));
+  for (let q = 0; q < 9; q++) {
+    const probe = Object.assign(document.createElement("td"), {className: `q${q}`});
+    cells[0].parentNode.append(probe); found.push(contrast(probe, card)); probe.remove();
+  }
+  const onCards = ".note, .scale, .pick, .which, .detail th, .use th";
+  for (const element of document.querySelectorAll(onCards)) found.push(contrast(element, card));
+  const page = getComputedStyle(document.body).backgroundColor;
+  for (const element of document.querySelectorAll("h1, .about, .facts"))
+    found.push(contrast(element, page));
   return Math.min(...found);
 }
 """
 
 DRIVE = """
-const event = (target, type, more) => target.dispatchEvent(new (type.startsWith("key") ? KeyboardEvent : type === "input" ? Event : MouseEvent)(type, {bubbles: type !== "mouseleave", cancelable: true, ...more}));
-const shown = () => [...document.querySelectorAll("#detail tbody tr")].map(row => [...row.querySelectorAll(".chosen span:not(span span)")].map(part => [+part.querySelector("b").textContent, parseFloat(part.lastChild.textContent)]));
-const at = () => tokens.indexOf(document.activeElement), boxes = () => ["detail", "text", "use", "read"].map(id => { const b = $(id).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; });
-const lit = () => tokens.flatMap((token, t) => token.classList.contains("off") ? [] : [t]), selected = () => tokens.findIndex(token => token.hasAttribute("aria-selected"));
+const event = (target, type, more) => {
+  const kind = type.startsWith("key") ? KeyboardEvent : type === "input" ? Event : MouseEvent;
+  const options = {bubbles: type !== "mouseleave", cancelable: true, ...more};
+  return target.dispatchEvent(new kind(type, options));
+};
+const choice = part =>
+  [+part.querySelector("b").textContent, parseFloat(part.lastChild.textContent)];
+const shown = () => [...document.querySelectorAll("#detail tbody tr")].map(row =>
+  [...row.querySelectorAll(".chosen span:not(span span)")].map(choice));
+const at = () => tokens.indexOf(document.activeElement);
+const boxes = () => ["detail", "text", "use", "read"].map(id => {
+  const b = $(id).getBoundingClientRect();
+  return [b.x, b.y, b.width, b.height];
+});
+const lit = () => tokens.flatMap((token, t) => token.classList.contains("off") ? [] : [t]);
+const selected = () => tokens.findIndex(token => token.hasAttribute("aria-selected"));
 const tints = () => tokens.map(token => +token.className.match(/ e(\\d+)/)[1]);
-const focus = HTMLElement.prototype.focus;  // a headless window may not have the focus yet; then elements get it without an event
-HTMLElement.prototype.focus = function () { focus.call(this); if (!document.hasFocus()) this.dispatchEvent(new FocusEvent("focusin", {bubbles: true})); };
+// A headless window may not have the focus yet; then elements get it without an event.
+const focus = HTMLElement.prototype.focus;
+HTMLElement.prototype.focus = function () {
+  focus.call(this);
+  if (!document.hasFocus()) this.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
+};
 result.first = [selected(), shown()];
-result.tabs = tokens.every(token => token.tabIndex === 0) && cells.filter(cell => cell.tabIndex === 0).length === 1;
+result.tabs = tokens.every(token => token.tabIndex === 0)
+  && cells.filter(cell => cell.tabIndex === 0).length === 1;
 const before = JSON.stringify(boxes());
-result.moved = tokens.some(token => { event(token, "mouseover"); return JSON.stringify(boxes()) !== before; });
-tokens[3].focus(); result.focused = [selected(), shown(), document.querySelector("#detail .piece").textContent, document.querySelector("#detail [aria-live]").textContent];
-result.keys = ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home", "ArrowLeft"].map(key => { event(document.activeElement, "keydown", {key}); return at(); });
+result.moved = tokens.some(token => {
+  event(token, "mouseover");
+  return JSON.stringify(boxes()) !== before;
+});
+const textOf = selector => document.querySelector(selector).textContent;
+tokens[3].focus();
+result.focused = [selected(), shown(), textOf("#detail .piece"), textOf("#detail [aria-live]")];
+const pressed = ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home", "ArrowLeft"];
+result.keys = pressed.map(key => {
+  event(document.activeElement, "keydown", {key});
+  return at();
+});
 event(tokens[7], "mouseover"); result.hovered = [selected(), shown()];
 event($("text"), "mouseleave"); result.left = selected();
 result.tints = [tints()];
-$("block").value = 2; event($("block"), "input"); result.tints.push(tints()); result.block = [$("block-shown").textContent, document.querySelector("#detail tr.now th").textContent];
-const cell = cells[13]; event(cell, "mouseover"); result.pointed = [lit(), $("read").textContent, JSON.stringify(boxes()) === before];
+$("block").value = 2; event($("block"), "input"); result.tints.push(tints());
+result.block = [$("block-shown").textContent, textOf("#detail tr.now th")];
+const cell = cells[13]; event(cell, "mouseover");
+result.pointed = [lit(), $("read").textContent, JSON.stringify(boxes()) === before];
 event($("use"), "mouseleave"); result.unpointed = lit().length;
-event(cell, "click"); event($("use"), "mouseleave"); result.kept = [lit(), tokens.filter(token => token.classList.contains("e5")).length, cell.getAttribute("aria-selected")];
-event(document, "keydown", {key: "Escape"}); result.escaped = [lit().length, cell.getAttribute("aria-selected")];
-cells[0].focus(); event(cells[0], "keydown", {key: "ArrowRight"}); event(document.activeElement, "keydown", {key: "ArrowDown"}); event(document.activeElement, "keydown", {key: "Enter"});
-result.walked = [cells.indexOf(document.activeElement), lit()]; document.activeElement.blur(); event(document, "keydown", {key: "Escape"});
-result.texts = tokens.map(token => token.textContent); result.lines = new Set(tokens.map(token => Math.round(token.getBoundingClientRect().top))).size;
-const foreign = document.createElement("script"); foreign.textContent = "window.pwned = 'a script of no known hash'"; document.body.append(foreign); foreign.remove();
-const holder = document.createElement("div"); holder.innerHTML = "<img src='data:image/gif;base64,AA' onerror=\\"window.pwned='handler'\\">"; document.body.append(holder);
-result.scripts = document.scripts.length; result.bold = document.querySelectorAll("#text *:not(.t)").length; result.contrast = lowestContrast(8); result.title = document.title;
+event(cell, "click"); event($("use"), "mouseleave");
+const ofFive = tokens.filter(token => token.classList.contains("e5"));
+result.kept = [lit(), ofFive.length, cell.getAttribute("aria-selected")];
+event(document, "keydown", {key: "Escape"});
+result.escaped = [lit().length, cell.getAttribute("aria-selected")];
+cells[0].focus(); event(cells[0], "keydown", {key: "ArrowRight"});
+event(document.activeElement, "keydown", {key: "ArrowDown"});
+event(document.activeElement, "keydown", {key: "Enter"});
+result.walked = [cells.indexOf(document.activeElement), lit()];
+document.activeElement.blur(); event(document, "keydown", {key: "Escape"});
+result.texts = tokens.map(token => token.textContent);
+const tops = tokens.map(token => Math.round(token.getBoundingClientRect().top));
+result.lines = new Set(tops).size;
+const foreign = document.createElement("script");
+foreign.textContent = "window.pwned = 'a script of no known hash'";
+document.body.append(foreign); foreign.remove();
+const holder = document.createElement("div");
+holder.innerHTML = "<img src='data:image/gif;base64,AA' onerror=\\"window.pwned='handler'\\">";
+document.body.append(holder);
+result.scripts = document.scripts.length;
+result.bold = document.querySelectorAll("#text *:not(.t)").length;
+result.contrast = lowestContrast(8); result.title = document.title;
 setTimeout(() => {
-  holder.remove(); result.pwned = window.pwned || ""; result.requests = performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"));
+  holder.remove(); result.pwned = window.pwned || "";
+  const names = performance.getEntriesByType("resource").map(entry => entry.name);
+  result.requests = names.filter(name => !name.startsWith("data:"));
   document.documentElement.setAttribute("data-result", JSON.stringify(result));
 }, 300);
 """
@@ -635,8 +694,11 @@ def test_the_dark_page_on_a_narrow_screen(tmp_path):
     script = (
         HELPERS
         + """
-    result.contrast = lowestContrast(64); result.wide = [document.documentElement.scrollWidth, innerWidth]; result.dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const panel = $("detail").getBoundingClientRect(); result.panel = [panel.top, panel.bottom, innerHeight];
+    result.contrast = lowestContrast(64);
+    result.wide = [document.documentElement.scrollWidth, innerWidth];
+    result.dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const panel = $("detail").getBoundingClientRect();
+    result.panel = [panel.top, panel.bottom, innerHeight];
     document.documentElement.setAttribute("data-result", JSON.stringify(result));"""
     )
     result = browse(
@@ -699,7 +761,8 @@ function cut(by) {
     for (const element of card.querySelectorAll("*:not(.sr, .scroll *, .piece *)")) {
       const {left, right, width} = element.getBoundingClientRect();
       if (width && (left < edge.left - 0.5 || right > edge.right + 0.5))
-        out.add(`${by}: ${name(element)}, ${left} to ${right}, in a card, ${edge.left} to ${edge.right}`);
+        out.add(`${by}: ${name(element)}, ${left} to ${right}, `
+          + `in a card, ${edge.left} to ${edge.right}`);
     }
   }
   for (const element of texts) {

@@ -94,7 +94,8 @@ def configs_with(count: int, wanted, **changes) -> list[ModelConfig]:
 # ------------------------------------------------------------------------------ where gptoss is not
 ALONE = """
 import importlib.util, sys
-assert not any(importlib.util.find_spec(name) for name in ("model", "model_parts", "config_model", "runtime"))
+ours = "model", "model_parts", "config_model", "runtime"
+assert not any(importlib.util.find_spec(name) for name in ours)
 import torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -109,7 +110,13 @@ for folder, model in zip(folders, models):
     ids = torch.load(folder / "ids.pt")
     with torch.no_grad():
         logits = model(ids).logits
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    tokens = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+    )
     results[folder.name] = logits, tokens[:, ids.shape[1]:]
 
 models[0].save_pretrained(work / "again")
@@ -123,7 +130,9 @@ sys.path.insert(0, repo)
 from config_model import ModelConfig
 from model import LLM
 for model in (LLM(ModelConfig(**models[0].config.gptoss)), *models):
-    result = model(ids.clamp(max=model.config.vocabulary_size - 1)) if isinstance(model, LLM) else model(ids.clamp(max=model.config.vocab_size - 1))
+    ours = isinstance(model, LLM)
+    size = model.config.vocabulary_size if ours else model.config.vocab_size
+    result = model(ids.clamp(max=size - 1))
     result.logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 torch.save(results, work / "results.pt")

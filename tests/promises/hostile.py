@@ -33,7 +33,8 @@ used = int(open("/proc/self/statm").read().split()[0]) * page
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), used + (2 << 30)))
 for line in sys.stdin:
     (path, is_slow), result = json.loads(line), []
-    for read in (lambda path: read_checkpoint(path, optimizer=True), read_checkpoint, read_config)[:1 if is_slow else 3]:
+    with_optimizer = lambda path: read_checkpoint(path, optimizer=True)
+    for read in (with_optimizer, read_checkpoint, read_config)[:1 if is_slow else 3]:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:
                 read(path)

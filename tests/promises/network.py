@@ -14,9 +14,14 @@ from tests.promises.common import REPO, folder
 ALONE = r"""
 import contextlib, importlib, io, json, os, sys
 sys.path.insert(0, {repo!r})
+NETWORK = (
+    "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr",
+    "socket.sendto", "socket.sendmsg",
+    "urllib.Request", "ftplib.connect", "http.client.connect", "smtplib.connect",
+)
 reached = []
 def hook(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto", "socket.sendmsg", "urllib.Request", "ftplib.connect", "http.client.connect", "smtplib.connect"):
+    if event in NETWORK:
         reached.append(event + " " + repr(args)[:200])
         raise OSError("no network here")
 sys.addaudithook(hook)
@@ -33,13 +38,20 @@ def run(module, *argv):
     return lambda: importlib.import_module(module).main(list(argv))
 {prelude}
 MODEL, SPEED = {model!r}, {speed!r}
-for module in ("config_model", "runtime.data.shards", "runtime.data.tokenizers", "runtime.checkpoint.read", "runtime.inference.decoder", "prepare_data", "train", "predict", "test", "scripts.draw_architecture"):
+for module in (
+    "config_model", "runtime.data.shards", "runtime.data.tokenizers", "runtime.checkpoint.read",
+    "runtime.inference.decoder", "prepare_data", "train", "predict", "test",
+    "scripts.draw_architecture",
+):
     step("import " + module, lambda: importlib.import_module(module) and None)
-step("prepare_data, bytes", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "byte", "--val_ratio", "0.2", "--out_dir", "data"))
-step("prepare_data, BPE", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "bpe:300", "--val_ratio", "0.2", "--out_dir", "bpe"))
-step("train", run("train", *MODEL, *SPEED, "--data_dir", "bpe", "--max_steps", "4", "--num_threads", "1"))
+TOY = "--dataset", "toy", "--num_stories", "60", "--val_ratio", "0.2"
+step("prepare_data, bytes", run("prepare_data", *TOY, "--tokenizer", "byte", "--out_dir", "data"))
+step("prepare_data, BPE", run("prepare_data", *TOY, "--tokenizer", "bpe:300", "--out_dir", "bpe"))
+FOUR = *SPEED, "--data_dir", "bpe", "--max_steps", "4"
+step("train", run("train", *MODEL, *FOUR, "--num_threads", "1"))
 step("train --resume", run("train", "--resume", "--data_dir", "bpe", "--max_steps", "6"))
-step("train --init_from", run("train", *SPEED, "--data_dir", "bpe", "--init_from", "checkpoints/latest.pt", "--ckpt_dir", "new", "--graph_dir", "new_graphs", "--max_steps", "4"))
+NEW = "--ckpt_dir", "new", "--graph_dir", "new_graphs"
+step("train --init_from", run("train", *FOUR, "--init_from", "checkpoints/latest.pt", *NEW))
 step("predict", run("predict", "--prompt", "Once", "--max_new_tokens", "8", "--device", "cpu"))
 step("test", run("test", "--ckpt", "checkpoints/latest.pt"))
 """

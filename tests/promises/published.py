@@ -67,9 +67,9 @@ def same_function(count: int) -> Tally:
         model = random_model(config, seed).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(
-                    0.7
-                )  # at 1.0 float32's own error in the gradients is above 1e-5 (ours and theirs, against float64)
+                # At 1.0 float32's own error in the gradients is above 1e-5 (ours and theirs, against
+                # float64).
+                parameter.mul_(0.7)
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(

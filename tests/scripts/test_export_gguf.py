@@ -867,7 +867,9 @@ def test_weights_beyond_float16_are_refused(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="token_embd.weight holds 7e.04, and float16 ends at 65504: say --quantize bf16 or f32",
+        match=(
+            "token_embd.weight holds 7e.04, and float16 ends at 65504: say --quantize bf16 or f32"
+        ),
     ):
         main(["--ckpt", str(path), "--out", str(tmp_path / "model.gguf"), "--quantize", "f16"])
     assert files(tmp_path) == []

@@ -807,7 +807,8 @@ MEASURE = """
 import sys
 from scripts import import_hf
 def anonymous():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    status = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 import runtime.checkpoint.format as checkpoint
 most, digest = [0], checkpoint.digest_of
 def measured(tensor):

@@ -39,8 +39,9 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def random_config(seed: int) -> ModelConfig:
-    """A small model with every option drawn at random, also those that act only while training.
-    tests/checks/test_known.py holds that none is left out.
+    """Return a small model with every option drawn at random, also those that act only in training.
+
+    tests/checks/test_known.py checks that none is left out.
     """
     r = random.Random(seed)
     G, groups, window = r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([0, 0, 1, 3, 7])
@@ -92,15 +93,16 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def without_chance(config: ModelConfig) -> ModelConfig:
-    """A config whose model computes the same in train mode: no dropout, and the capacity that is
-    the default, none.
+    """Return a config whose model computes the same in train mode: no dropout, no capacity
+    (default).
     """
     return dataclasses.replace(config, dropout=0.0, capacity_factor=ModelConfig.capacity_factor)
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LLM:
-    """A model whose every parameter is random and large enough to matter (the initial biases and
-    tables are 0).
+    """Return a model whose parameters are all random and large enough to matter.
+
+    The initial biases and tables are 0.
     """
     torch.manual_seed(seed)
     model = LLM(config).to(dtype)
@@ -234,8 +236,9 @@ def chunks_of(total: int, r: random.Random) -> list[int]:
 
 
 def sink_case(seed: int, dtype=torch.float64):
-    """(queries, keys, values, sinks, mask or None, is_causal) of some size: causal, windowed,
-    packed documents, one token, a chunk behind a cache.
+    """Yield (queries, keys, values, sinks, mask or None, is_causal) of various sizes.
+
+    Causal, windowed, packed documents, one token, a chunk after a cache.
     """
     r = random.Random(seed)
     torch.manual_seed(seed)

@@ -175,8 +175,9 @@ def callers() -> list[str]:
 
 
 def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[int]:
-    """Make the loss of some training calls (of micro-batches; the two of the dry run are not
-    counted) something else; returns the calls that were.
+    """Replace the loss of some training calls, and return the calls that were made.
+
+    Calls are micro-batches; the two of the dry run are not counted.
     """
     real, calls, poisoned_calls = train.next_token_loss, [0], []
 

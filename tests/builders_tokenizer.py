@@ -19,8 +19,9 @@ TALE = [
 
 
 def stand_in(extra_tokens=()) -> tiktoken.Encoding:
-    """A small vocabulary under gpt2's name, built as published ones are: the bytes in an order of
-    their own, ids for nothing, specials last.
+    """A small vocabulary under gpt2's name, built as published ones are.
+
+    The bytes have an order of their own, some ids mean nothing, specials come last.
     """
     merges = sorted(
         train_bpe(TALE * 20, 320).encoding._mergeable_ranks.items(), key=lambda item: item[1]

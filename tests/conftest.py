@@ -65,8 +65,9 @@ def no_network():
 
 @pytest.fixture(autouse=True, scope="session")
 def no_amx():
-    """A CPU with AMX is asked by the clock whether bfloat16 is faster there: on a busy machine two
-    runs of one test would differ.
+    """A CPU with AMX is timed to see whether bfloat16 is faster there.
+
+    On a busy machine two runs of one test would differ.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
@@ -91,8 +92,9 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def o200k(tmp_path_factory):
-    """Make tiktoken find the real o200k_base file with no network; returns the cache folder (also
-    in TIKTOKEN_CACHE_DIR).
+    """Make tiktoken find the real o200k_base file without network, and return the cache folder.
+
+    The folder is also in TIKTOKEN_CACHE_DIR.
     """
     source = need(SHARED / "o200k_base.tiktoken")
     folder = tmp_path_factory.mktemp("tiktoken")

@@ -118,8 +118,9 @@ def check_rows_do_not_meet(seed: int) -> None:
 
 
 def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
-    """The layer once more, a token and an expert at a time; returns (output, assignments per
-    expert, dropped).
+    """Compute the layer one token and one expert at a time.
+
+    Return (output, assignments per expert, dropped).
     """
     E, K = moe.router.num_experts, moe.router.top_k
     logits = x_NC @ moe.router.weight.T + (0 if moe.router.bias is None else moe.router.bias)

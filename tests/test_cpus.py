@@ -34,8 +34,9 @@ is_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86
 
 
 def seen_by(environment: dict[str, str]) -> SimpleNamespace:
-    """What a process under these variables runs with: ATen's and oneDNN's instructions, threads, a
-    product's bits, the C code's file.
+    """Return what a process under these variables runs with.
+
+    ATen's and oneDNN's instructions, threads, a product's bits, the C kernel's file.
     """
     done = subprocess.run(
         [sys.executable, "-c", CHILD],

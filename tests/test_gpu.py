@@ -1,5 +1,6 @@
-"""What only a CUDA GPU runs: its kernels against the plain paths on a CPU, skipped steps, compiled
-training, resuming.
+"""What only a CUDA GPU runs: its kernels against the plain paths on a CPU.
+
+Also skipped steps, compiled training, resuming.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def losses_and_gradients(
 )
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
-    """Grouped experts, flash or memory-efficient attention, the loss in chunks: loss and every
+    """Grouped experts, flash or memory-efficient attention, chunked loss: loss and every
     gradient.
     """
     model = random_model(tiny_config(**changes))
@@ -203,8 +204,9 @@ def test_a_compiled_step_gives_the_cpus_texts(changes, packed, monkeypatch):
 
 
 def test_a_step_waits_for_nothing():
-    """Neither drawing nor the next step may stop the host; the copy of the drawn ids, which it then
-    waits for, is its own.
+    """Neither drawing nor the next step may stop the host.
+
+    It only waits for the copy of the drawn ids.
     """
     model = random_model(tiny_config(context_length=64)).to(CUDA).eval()
     choose_kernels(model, CUDA, torch.float32)

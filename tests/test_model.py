@@ -69,11 +69,11 @@ def test_tied_head_is_the_embedding():
 
 # --------------------------------------------------------------------------------------------- loss
 def test_what_pads_the_rows_of_logits_is_no_garbage():
-    """Rows of logits begin at multiples of 64 numbers, and what fills them up was never written.
+    """Rows of logits begin at multiples of 64 numbers, and the padding was never written.
 
     A CPU with AMX multiplies bfloat16 in pairs of columns, so with an odd vocabulary the gradient
-    met one of the padding's numbers, times 0: whatever the memory held before, NaN included, and
-    then every step of a run was skipped.
+    met one of the padding's numbers, times 0: whatever the memory held before, NaN included. Then
+    every step of a run was skipped.
     """
     seen = []
 
@@ -103,8 +103,8 @@ def test_odd_vocabularies_have_finite_gradients_in_bfloat16(vocabulary, monkeypa
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 def test_chunked_loss_equals_the_plain_one(bias, rows):
-    """Value and all three gradients, for chunks that divide the rows and for ones that do not, with
-    ignored targets.
+    """Value and all three gradients, for chunks that divide the rows or do not, with ignored
+    targets.
     """
     torch.manual_seed(1)
     h, w, b = (
@@ -144,8 +144,8 @@ def test_loss_never_holds_all_logits():
 
 
 def test_reported_loss_is_the_loss():
-    """Recomputed in float64 from the logits with numpy; auxiliary losses are apart and scale with
-    their coefficients.
+    """Recomputed in float64 from the logits with numpy; auxiliary losses scale with their
+    coefficients.
     """
     model = random_model(tiny_config(aux_loss_coef=0.5, z_loss_coef=0.25))
     ids = torch.randint(0, 61, (3, 12))
@@ -180,16 +180,15 @@ def test_loss_without_gradients_computes_none():
     ],
 )
 def test_bad_ids_are_told(ids, message):
-    """The reference gave a raw IndexError, and logits of shape (1, 0, V) for nothing (its fault
-    M9).
-    """
+    """M9: the original implementation gave a raw IndexError, and empty logits (1, 0, V)."""
     with pytest.raises(ValueError, match=message):
         LLM(tiny_config())(ids)
 
 
 def test_loss_can_be_walked_back_twice():
-    """Its gradients are scaled in place to save a copy of the head's, but not when the graph is
-    kept: the second walk must not scale again.
+    """Its gradients are scaled in place to save a copy of the head's.
+
+    Not when the graph is kept: the second pass must not scale again.
     """
     h, w = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     loss = 0.5 * linear_cross_entropy(h, w, None, torch.randint(0, 50, (9,)), 4)
@@ -202,7 +201,7 @@ def test_loss_can_be_walked_back_twice():
 
 @pytest.mark.parametrize("V", [61, 64])
 def test_half_precision_loss_is_near_the_plain_one(V):
-    """bfloat16 products, float32 softmax and sums; the buffer's rows are padded, the gradient's are
+    """bfloat16 products, float32 softmax and sums; the buffer's rows are padded, the gradient's
     not.
     """
     h, w, b = (
@@ -268,9 +267,9 @@ def test_elsewhere_the_product_is_rounded_as_ever(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing, on_cores", [(False, False), (True, False), (False, True)])
 def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_cores):
-    """Compiled in place, so a checkpoint does not know about it (the reference's keys got a prefix,
-    T1); no graph break, and one graph for all blocks and for 20 steps whose experts' loads all
-    differ.
+    """T1: compiled in place, so a checkpoint's keys get no prefix (the original's did).
+
+    No graph break, and one graph for all blocks and for 20 steps whose experts' loads all differ.
     """
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -338,9 +337,7 @@ def test_compiled_by_the_real_compiler_computes_the_same(changes):
 
 @pytest.mark.slow
 def test_compiled_blocks_take_another_length():
-    """`is_causal=T > 1` became a symbol at the second length that a process met, and attention
-    refused it.
-    """
+    """`is_causal=T > 1` became a symbol at a process's second length, and attention rejected it."""
     torch.compiler.reset()
     model = random_model(tiny_config(transformer_blocks=1))
     for block in model.layers:
@@ -353,8 +350,9 @@ def test_compiled_blocks_take_another_length():
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}])
 def test_activation_checkpointing_changes_memory_and_nothing_else(changes):
-    """The same loss and gradients to the last bit (with dropout too: its random numbers are drawn
-    again), fewer saved numbers.
+    """The same loss and gradients to the last bit, with fewer saved numbers.
+
+    Also with dropout: its random numbers are drawn again.
     """
     ids, results, saved = torch.randint(0, 61, (2, 32)), [], []
     for checkpointing in (False, True):
@@ -378,8 +376,9 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(changes):
 
 @pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True}, {"sliding_window": 5}])
 def test_packed_documents_do_not_see_each_other(changes):
-    """With `starts`, two documents in one row give what each gives alone at the same positions:
-    same logits, and no gradient across.
+    """With `starts`, two documents in one row give what each gives alone at the same positions.
+
+    The same logits, and no gradient across.
     """
     model = random_model(tiny_config(**changes), dtype=torch.float64)
     first, second = torch.randint(0, 61, (1, 9)), torch.randint(0, 61, (1, 7))
@@ -453,8 +452,9 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p, min_p):
 
 
 def test_greedy_banned_and_extreme_settings():
-    """Temperature 0 and 1e-40, top_k above the vocabulary and ties in bf16 broke the reference (P2,
-    P3, P14).
+    """P2, P3, P14: temperature 0 and 1e-40, top_k above the vocabulary and ties in bf16.
+
+    They broke the original implementation.
     """
     logits = torch.tensor([[1.0, 5.0, 3.0], [2.0, 0.0, -1.0]])
     assert sample(logits, 0).tolist() == [1, 0]
@@ -477,8 +477,9 @@ def test_greedy_banned_and_extreme_settings():
 
 
 def test_extreme_settings_with_banned_ids():
-    """temperature above 3e38 became inf, and -inf / inf NaN; top_p below 1e-45 is 0 in float32 and
-    masked every id.
+    """temperature above 3e38 became inf, and -inf / inf NaN.
+
+    top_p below 1e-45 is 0 in float32 and masked every id.
     """
     banned = torch.tensor([1])
     assert sample(torch.tensor([[1.0, 9.0, 3.0]]), 1e300, top_k=0, banned_ids=banned).item() in (
@@ -491,8 +492,8 @@ def test_extreme_settings_with_banned_ids():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_told(temperature, bad):
-    """Greedy decoding drew from NaN in silence, sampling ended in PyTorch's words about a
-    probability tensor.
+    """Greedy decoding drew from NaN silently; sampling raised PyTorch's probability tensor
+    error.
     """
     assert sample(torch.tensor([[1.0, bad, 0.0], [0.0, 9e9, 0.0]]), temperature).tolist() == [
         -1,
@@ -554,7 +555,7 @@ def test_settings_without_a_meaning_are_refused(settings):
 
 
 def test_repetition_penalty_makes_what_is_there_less_likely_whatever_its_sign():
-    """Dividing a negative logit would make it likelier.
+    """Dividing a negative logit would make it more likely.
 
     Ids that end a text are exempt: penalised, it would not end (an end-of-text token begins every
     prompt here).
@@ -680,8 +681,9 @@ def test_same_seed_same_text():
 @pytest.mark.parametrize("prompt_tokens", [1, 31, 32, 33, 320])
 @pytest.mark.parametrize("table", [True, False])
 def test_a_full_context_slides_or_stops(prompt_tokens, table):
-    """No prompt and no answer is too long (the reference crashed and lost the text, P4); each id
-    equals a fresh forward pass.
+    """No prompt and no answer is too long; each id equals a fresh forward pass.
+
+    P4: the original implementation crashed and lost the text.
     """
     model = random_model(tiny_config(use_attention_bias=table), 1, torch.float64).eval()
     prompt = torch.randint(0, 61, (1, prompt_tokens))
@@ -712,7 +714,7 @@ def test_undecodable_ids_are_never_drawn():
 
 
 def test_rows_of_logits_at_a_time_change_neither_loss_nor_gradients():
-    """A GPU with room takes more of them (config_model.loss_chunk_rows): only the sums' order
+    """A GPU with room takes more rows (config_model.loss_chunk_rows): only the sums' order
     differs.
     """
     model = random_model(tiny_config(head_bias=True), dtype=torch.float64)

@@ -1,6 +1,4 @@
-"""Positions, cache, attention, router, experts: each against a plain restatement of what it should
-compute.
-"""
+"""Positions, cache, attention, router, experts: each against a plain version of its function."""
 
 import dataclasses
 import math
@@ -105,8 +103,9 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
 
 
 def test_casting_the_model_does_not_round_positions():
-    """The reference stored its RoPE tables as buffers, so .to(bfloat16) rounded them by 2e-3 (its
-    fault M3b).
+    """M3b: the original implementation stored its RoPE tables as buffers.
+
+    .to(bfloat16) rounded them by 2e-3.
     """
     model = LLM(tiny_config()).to(torch.bfloat16)
     assert not [name for name, _ in model.named_buffers() if "cos" in name or "sin" in name]
@@ -130,8 +129,8 @@ def test_mask_rule(window):
 def test_cached_logits_equal_uncached(seed):
     """Over random architectures, windows, chunkings and batches, in float32 and in float64.
 
-    The reference's cached prefill had no causal mask (its fault M1): position 0 moved by 0.037 when
-    the last token changed.
+    M1: the original implementation's cached prefill had no causal mask: position 0 moved by 0.037
+    when the last token changed.
     """
     r = random.Random(seed)
     config = random_config(seed)
@@ -159,7 +158,7 @@ def test_cached_logits_equal_uncached(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_gradient_flows_from_later_tokens(seed):
-    """The logits at t depend on no token after t: the gradient is exactly 0, with and without a
+    """The logits at t depend on no later token: the gradient is exactly 0, with and without a
     cache.
     """
     check_no_gradient_from_later_tokens(seed)
@@ -169,7 +168,7 @@ def test_no_gradient_flows_from_later_tokens(seed):
 def test_rows_of_a_batch_do_not_meet(seed):
     """In train mode too (dropless): changing row 0 leaves row 1 as it was.
 
-    The reference's capacity coupled them by 0.32.
+    The original implementation's capacity coupled them by 0.32.
     """
     check_rows_do_not_meet(seed)
 
@@ -207,8 +206,9 @@ def test_a_ring_holds_only_its_window():
 
 # ---------------------------------------------------------------------------------- cache as object
 def test_cache_is_the_callers_and_its_limits_are_told():
-    """The reference kept one cache on the module: another batch size crashed, and a second call saw
-    the first (M4, M4d).
+    """M4, M4d: the original implementation kept one cache on the module.
+
+    Another batch size crashed, and a second call saw the first.
     """
     model = random_model(tiny_config()).eval()
     ids = torch.randint(0, 61, (2, 5))
@@ -248,8 +248,9 @@ def test_cache_keeps_the_dtype_asked_for():
 
 
 def test_longer_context_than_trained():
-    """Without the table positions go on; with it the error says why not (the reference promised it
-    and crashed, M2c).
+    """Without the table positions continue; with it the error says why not.
+
+    M2c: the original implementation promised it and crashed.
     """
     long = torch.randint(0, 61, (1, 50))
     assert LLM(tiny_config(context_length=32))(long).logits.shape == (1, 50, 61)
@@ -284,8 +285,9 @@ def test_attention_table_is_added_to_the_scores():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
-    """By the plain operations and by the kernels, results and all gradients, against one more key
-    whose value is 0 and whose score is the sink.
+    """By the plain operations and by the kernels, results and all gradients.
+
+    Compared with one more key whose value is 0 and whose score is the sink.
     """
     q, k, v, sinks, mask, is_causal = sink_case(seed)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
@@ -322,8 +324,9 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
 
 
 def test_the_kernel_keeps_no_scores():
-    """What is saved for the backward pass grows with the tokens, not with their square; the plain
-    operations save the square, several times.
+    """What is saved for the backward pass grows with the tokens, not with their square.
+
+    The plain operations save the square, several times.
     """
     T, saved = 256, {}
     q, k, v, sinks = (
@@ -344,8 +347,8 @@ def test_the_kernel_keeps_no_scores():
 
 
 def test_sinks_in_half_precision_are_rounded_once():
-    """A factor that is itself rounded to bfloat16 would shift a whole row; the kernel's result is
-    scaled in float32.
+    """A factor rounded to bfloat16 would shift a whole row; the kernel's result is scaled in
+    float32.
     """
     q, k, v, sinks, mask, is_causal = sink_case(3, torch.float32)
     half = [x.detach().to(torch.bfloat16) for x in (q, k, v)]
@@ -358,8 +361,9 @@ def test_sinks_in_half_precision_are_rounded_once():
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"use_attention_bias": True}])
 def test_a_model_with_sinks_learns_them(changes):
-    """Every head's sink has a gradient, by the kernel and, where there is dropout or a position
-    table, by the plain operations.
+    """Every head's sink has a gradient, by the kernel and by the plain operations.
+
+    Those run with dropout or a learned attention bias.
     """
     config = tiny_config(
         attention_sinks=True,
@@ -390,9 +394,7 @@ def test_a_model_with_sinks_learns_them(changes):
 
 @pytest.mark.parametrize("seed", range(120))
 def test_moe_against_a_per_token_loop(seed):
-    """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer
-    tokens than experts, ...
-    """
+    """Outputs, counts and drops over random sizes: one expert, all chosen, few tokens, ..."""
     check_moe_against_a_loop(seed)
 
 
@@ -422,7 +424,7 @@ def test_grouped_matmul_equals_one_expert_after_another(changes):
 def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
     """A gather's backward rounded to bfloat16 after every row: 13 % off after 2,048 of them.
 
-    The product with one-hot rows is not.
+    The product with one-hot rows is exact enough.
     """
     bias = torch.randn(4, 16, requires_grad=True)
     experts = torch.arange(8192) % 4
@@ -446,8 +448,9 @@ def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
 
 
 def test_capacity_keeps_everything_at_balance_and_drops_by_weight():
-    """The reference's capacity forgot top_k and dropped 37.5 % of a perfectly balanced batch, late
-    rows first (M5, M5b).
+    """M5, M5b: the original implementation's capacity ignored top_k.
+
+    It dropped 37.5 % of a perfectly balanced batch, late rows first.
     """
     E, K, N = 4, 2, 32
     experts = torch.stack((torch.arange(N) % E, (torch.arange(N) + 1) % E), 1)
@@ -482,8 +485,9 @@ def test_capacity_does_not_apply_at_inference():
 
 
 def test_router_is_float32_under_autocast():
-    """And a bf16 forward and backward pass run on the CPU at all (the reference's index_add_ did
-    not: M3).
+    """M3: a bf16 forward and backward pass also runs on the CPU.
+
+    The original implementation's index_add_ did not.
     """
     model, ids = random_model(tiny_config()), torch.randint(0, 61, (2, 8))
     seen = {}
@@ -552,9 +556,7 @@ def test_expert_dropout_is_on_in_training_only():
 
 
 def test_dispatcher_is_a_seam():
-    """Whatever stands in MoE.dispatcher is given the assignments, in this form, and its result is
-    used.
-    """
+    """MoE.dispatcher gets the assignments, in this form, and its result is used."""
     moe = random_model(tiny_config()).layers[0].moe
     x, calls = torch.randn(1, 5, 32), []
 
@@ -594,8 +596,8 @@ def test_dispatcher_is_a_seam():
     ],
 )
 def test_gradients_of_the_whole_model(changes):
-    """gradcheck in float64: every parameter against finite differences, hand-written backward
-    passes included.
+    """gradcheck in float64: every parameter against finite differences, also manual backward
+    passes.
     """
     config = tiny_config(
         d_model=6,

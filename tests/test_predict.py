@@ -1,6 +1,4 @@
-"""predict.py: every setting arrives, no text is lost, and nothing that is typed, generated or
-stored ends a session.
-"""
+"""predict.py: every setting arrives, no text is lost, and no input or file ends a session."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory) -> str:
-    """A checkpoint that never says end-of-text, of a model with three ids more than its tokenizer."""
+    """Return a checkpoint that never says end-of-text, with three ids more than its tokenizer."""
     return save(tmp_path_factory.mktemp("endless"), biased_model(biases={END: -1e4}))
 
 
@@ -188,9 +186,9 @@ def test_sampling_settings_reach_generate(endless, run, drawn):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_works_on_a_cpu(endless, dtype):
-    """P5: the reference said "bfloat16 not supported on cpu", which is false.
+    """P5: the original implementation said "bfloat16 not supported on cpu", which is false.
 
-    A dtype that is asked for is what the weights are in.
+    The weights have the dtype that was asked for.
     """
     predictor, config = predictor_of(endless, dtype=dtype, temperature=0.0, max_new_tokens=12)
     assert (
@@ -310,8 +308,9 @@ def test_end_of_text_ends_the_answer_and_is_not_shown(tmp_path, run):
 
 
 def test_no_half_character_is_ever_written(endless, monkeypatch, drawn):
-    """A character of several tokens is written when its last one has come; one that never ends
-    becomes U+FFFD, once.
+    """A character of several tokens is written when its last one has come.
+
+    One that never ends becomes U+FFFD, once.
     """
     writes = []
 
@@ -327,9 +326,7 @@ def test_no_half_character_is_ever_written(endless, monkeypatch, drawn):
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path, run):
-    """P1, and a vocabulary that is padded beyond its tokenizer: the model wants nothing but ids
-    that mean nothing.
-    """
+    """P1, and a vocabulary padded beyond its tokenizer: the model prefers ids that mean nothing."""
     ckpt = save(tmp_path, biased_model(biases={257: 90.0, 258: 95.0, 259: 99.0, END: -1e4}))
     for settings in (
         ["--temperature", 0],
@@ -342,8 +339,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path, run):
 
 
 def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
-    """P1: 19 ids of o200k_base stand for nothing; a model that drew one ended the reference with
-    "Invalid token for decoding".
+    """P1: 19 ids of o200k_base have no bytes.
+
+    A model that drew one ended the original implementation with "Invalid token for decoding".
     """
     holes = [199_998, *range(200_000, 200_018)]
     model = biased_model(
@@ -374,8 +372,9 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
 @pytest.mark.parametrize("table", [False, True], ids=["rope", "table"])
 @pytest.mark.parametrize("when_full", ["slide", "stop"])
 def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, table):
-    """P4: a prompt beyond the context was a traceback, and an answer that reached it by one token
-    lost all its text.
+    """P4: a prompt beyond the context was a traceback.
+
+    An answer that reached it by one token lost all its text.
     """
     predictor, config = predictor_of(
         save(
@@ -447,8 +446,9 @@ def test_sliding_goes_on_from_the_newer_half(tmp_path):
 
 
 def test_a_full_context_with_stop_says_so_too(endless):
-    """A prompt longer than the context gets one token with --when_full stop; the note spoke of the
-    prompt only, and the answer seemed broken.
+    """A prompt longer than the context gets one token with --when_full stop.
+
+    The note mentioned only the prompt, and the answer seemed broken.
     """
     predictor, config = predictor_of(endless, when_full="stop")
     notes = []
@@ -460,8 +460,9 @@ def test_a_full_context_with_stop_says_so_too(endless):
 
 
 def test_notes_come_before_the_text(tmp_path):
-    """They came with the first piece, after the prompt was shown: on a terminal "Once upon a
-    timenote: prompt and answer may ...".
+    """The notes came with the first piece, after the prompt was shown.
+
+    A terminal showed "Once upon a timenote: prompt and answer may ...".
     """
     predictor, config = predictor_of(
         save(tmp_path, biased_model(biases={END: -1e4})), max_new_tokens=10 * CONTEXT
@@ -507,8 +508,10 @@ def test_a_longer_context_is_attended_over(endless, scaling):
 
 
 def test_a_shorter_context_reads_the_table_right(tmp_path, monkeypatch):
-    """The C code took the context for the side of the position table, which stays what it was:
-    wrong text, and no error.
+    """The C kernel took the context for the side of the learned attention bias, which stays as it
+    was.
+
+    Wrong text, and no error.
     """
     ckpt = save(tmp_path, biased_model(5, use_attention_bias=True, biases={END: -1e4}))
     with torch.no_grad():
@@ -535,7 +538,8 @@ def test_a_shorter_context_is_honoured(endless, tmp_path):
 
 
 def test_gpt_oss_can_be_stretched_either_way(tmp_path):
-    """Its YaRN is not rounded; with linear scaling that option had no effect and was refused, and
+    """Its YaRN is not rounded; with linear scaling that option had no effect and was rejected.
+
     predict.py has no flag to leave it out.
     """
     path = save(
@@ -584,8 +588,8 @@ def test_contexts_that_cannot_be_are_refused(tmp_path, changes, settings, messag
 def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
     """YaRN's frequencies depend on context_length / factor, the trained context.
 
-    --context_length alone changed the one and kept the other, so that the model saw positions it
-    was never trained on, and nothing said so.
+    --context_length alone changed one and kept the other. The model saw positions that it was never
+    trained on, silently.
     """
     ckpt = save(tmp_path, biased_model(rope_scaling="yarn", rope_scaling_factor=2.0))
     with pytest.raises(
@@ -713,8 +717,8 @@ def test_the_tokenizer_of_a_data_folder_can_be_named(tmp_path, run, monkeypatch)
 
 
 def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypatch, capsys):
-    """It reads what its text never had, and is not mistaken for its base or for what another text
-    made of that.
+    """It reads tokens its text never had, and is not mistaken for its base or another
+    continuation.
     """
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     tokenizers = []
@@ -764,8 +768,9 @@ def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypat
 @pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_checkpoints_of_the_reference_run_as_they_are(shared_dir, tmp_path, run, name, compiled):
-    """M1: the reference's cached prefill had no causal mask, so its own answers were not its
-    model's. These are.
+    """M1: the original implementation's cached prefill had no causal mask.
+
+    Its answers were not its model's. These are.
     """
     path = shared_dir / "upstream" / f"{name}.pt"
     expected = np.load(path.with_name(f"{name}_expected.npz"))
@@ -795,8 +800,8 @@ def test_checkpoints_of_the_reference_run_as_they_are(shared_dir, tmp_path, run,
 
 
 def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
-    """A model too large for the card, or a --context_length too large for what is left, ended in
-    PyTorch's traceback.
+    """A model too large for the card, or a too large --context_length, ended in PyTorch's
+    traceback.
     """
 
     def too_large(*_, **__):
@@ -825,7 +830,7 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------- the terminal
 def test_control_characters_are_spelled_out_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
-    """S1: an ESC that a model generates must not reach a terminal; a file gets the text as it is."""
+    """S1: an ESC that a model generates must not reach a terminal; a file gets the plain text."""
     drawn.ids = list("\x1b[31mred\x07 \u202eb\u009bc\n".encode())
     predict.main(["--ckpt", endless, "--prompt", "\x1b]0;p\x07"])
     assert capsys.readouterr().out == "\x1b]0;p\x07\x1b[31mred\x07 \u202eb\u009bc\n\n"
@@ -918,8 +923,9 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
 def test_every_command_answers_with_a_line_and_the_session_goes_on(
     endless, repl, drawn, script, said
 ):
-    """P10: in the reference `:t 0` and `:k 999999` ended the session, `:quantum` quit it, and `:t`
-    was generated from as a prompt.
+    """P10: in the original implementation `:t 0` and `:k 999999` ended the session.
+
+    `:quantum` quit it, and `:t` was used as a prompt.
     """
     drawn.ids = list(b"...")
     assert repl(endless, script + "\nstill here\n:q\nnot reached\n") == (
@@ -1044,9 +1050,10 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
 
 
 def test_1000_random_sampler_settings_draw_or_are_refused(small):
-    """P2, P3: temperature 0, nan, 1e-40 and a top_k above the vocabulary were tracebacks, -1 and -5
-    did something else in silence. Here, temperature 1e308 made -inf / inf of the ids that are never
-    drawn, and top_p 1e-320 kept no id at all: RuntimeErrors both.
+    """P2, P3: temperature 0, nan, 1e-40 and a top_k above the vocabulary were tracebacks.
+
+    -1 and -5 silently did something else. Here, temperature 1e308 made -inf / inf of the ids that
+    are never drawn, and top_p 1e-320 kept no id at all: RuntimeErrors both.
     """
     r, refused = random.Random(1), 0
     predictor, config = predictor_of(small, max_new_tokens=2)
@@ -1084,8 +1091,9 @@ def test_1000_random_sampler_settings_draw_or_are_refused(small):
 
 
 def test_an_answer_ends_before_a_stop(endless, run, repl, drawn):
-    """From flags, of which there may be several, and at the prompt; the end of an answer that only
-    looked like one is given.
+    """Stop texts from flags, several of them, and at the prompt.
+
+    If an answer's end only looks like one, it is shown.
     """
     drawn.ids = list(b"one. two. three.")
     flags = ("--ckpt", endless, "--prompt", "", "--max_new_tokens", 16)
@@ -1105,9 +1113,7 @@ def test_an_answer_ends_before_a_stop(endless, run, repl, drawn):
     ids=lambda e: type(e).__name__,
 )
 def test_an_answer_that_fails_does_not_end_the_session(endless, repl, monkeypatch, error):
-    """The model took minutes to load; an answer that does not fit the memory is no reason to lose
-    it.
-    """
+    """The model took minutes to load; an answer that does not fit into memory must not lose it."""
 
     def stream(self, prompt, config, note):
         yield "first"
@@ -1178,8 +1184,9 @@ def test_ctrl_c_in_one_shot_mode_keeps_the_text_and_is_told_to_the_shell(
 
 
 def test_prompts_are_not_written_into_a_redirected_answer(endless, monkeypatch, capsys, drawn):
-    """`python predict.py > story.txt`, typed at: Python writes input's prompt to stdout where that
-    is no terminal, so the file began with "> ".
+    """`python predict.py > story.txt` with typed prompts: the file began with "> ".
+
+    Python writes input's prompt to stdout where that is no terminal.
     """
     stdin = io.TextIOWrapper(io.BytesIO(b"a\n"))
     stdin.isatty = lambda: True
@@ -1191,8 +1198,9 @@ def test_prompts_are_not_written_into_a_redirected_answer(endless, monkeypatch, 
 
 # ------------------------------------------------------------------------------------- many answers
 def test_a_file_of_prompts_gives_what_each_prompt_gives(endless, tmp_path, run):
-    """Ragged prompts in batches, in the file's order; a seed means the same for each of them, in
-    any batch.
+    """Prompts of different lengths in batches, in the file's order.
+
+    A seed means the same for each of them, in any batch.
     """
     prompts = ["Once", "a much longer prompt than that", "é", "x", "y y"]
     (tmp_path / "lines.txt").write_text(
@@ -1353,9 +1361,7 @@ def test_what_does_not_go_together_is_refused(endless, argv, message):
 
 
 def test_a_prompt_can_come_through_a_pipe(endless, monkeypatch, run):
-    """All of it is one prompt, commands and line ends included; a file's last line end is not
-    meant.
-    """
+    """All of it is one prompt, commands and newlines included, except for a file's last newline."""
     flags = ("--ckpt", endless, "--max_new_tokens", 4, "--seed", 1)
     for given, prompt in (
         (b"Once\n:q\nupon\n", "Once\n:q\nupon"),
@@ -1462,8 +1468,9 @@ def test_experts_are_shown_for_the_text_that_was_generated(endless, tmp_path, ru
 
 # -------------------------------------------------------------------------------------- the session
 def test_a_text_can_be_gone_on_with_and_taken_back(endless, repl, drawn):
-    """`+` continues prompt and answer; :undo takes the last of both back; a prompt begins a new
-    text, and so does what follows :reset.
+    """`+` continues prompt and answer; :undo takes back the last of both.
+
+    A prompt begins a new text, and so does what follows :reset.
     """
     drawn.ids = list(b"xyz")
     out, err = repl(
@@ -1494,7 +1501,7 @@ def test_going_on_after_the_end_takes_the_end_away(endless, repl, drawn):
 
 
 def test_going_on_after_a_stop_goes_on_from_what_is_shown(endless, repl, drawn):
-    """The stop text was hidden from the reader and not from the model, which went on from "ab!x"."""
+    """The stop text was hidden from the reader but not from the model, which read "ab!x"."""
     drawn.ids = list(b"xy!z")
     repl(endless, ":n 9\n:stop !\nab\n+c\n")
     assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == ["ab", "abxyc"]
@@ -1577,7 +1584,7 @@ def test_a_line_can_go_on_in_the_next(endless, repl, drawn):
 
 # -------------------------------------------------------------------------------- as real processes
 class Terminal:
-    """predict.py on a terminal of its own (a pty): what is typed, Ctrl-C included, goes through it."""
+    """predict.py on its own terminal (a pty), which passes all that is typed, Ctrl-C included."""
 
     def __init__(self, *argv: str, **variables: str):
         import fcntl
@@ -1646,8 +1653,9 @@ class Terminal:
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
 def test_a_session_on_a_terminal(tmp_path):
-    """An endless answer, a real Ctrl-C, and the session goes on; no control character of the
-    model's comes through.
+    """An endless answer, a real Ctrl-C, and the session continues.
+
+    No control character of the model's reaches the terminal.
     """
     with Terminal(
         "--ckpt",
@@ -1681,9 +1689,7 @@ def test_a_session_on_a_terminal(tmp_path):
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
 def test_what_was_typed_is_there_in_the_next_session(tmp_path, endless):
-    """The arrow up brings back the last line of the session before; the file is for this user's
-    eyes.
-    """
+    """The up arrow returns the last session's last line; only this user can read the file."""
     for typed, seen in (
         (b"first prompt\n", b"first prompt\r\nfirst prompt"),
         (b"\x1b[A\x1b[A!\n", b"first prompt!"),
@@ -1753,8 +1759,9 @@ cli.run_main(main)
 def test_it_needs_no_network_and_no_optional_library_and_any_console_will_do(
     endless, bpe, tmp_path
 ):
-    """Sockets and optional libraries blocked, an ascii console, a prompt that is not UTF-8, and a
-    REPL whose input is neither.
+    """Sockets and optional libraries blocked, an ascii console, a prompt that is not UTF-8.
+
+    Also a REPL whose input is neither.
     """
     (tmp_path / "alone.py").write_text(ALONE)
     environment = os.environ | {

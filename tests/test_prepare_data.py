@@ -1,5 +1,6 @@
-"""prepare_data.py: every document once, on one side, exactly as the tokenizer says; and never half
-a set on disk.
+"""prepare_data.py: every document once, on one side, exactly as the tokenizer says.
+
+And never half a dataset on disk.
 """
 
 from __future__ import annotations
@@ -379,8 +380,9 @@ def test_text_column(tmp_path):
 
 
 def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypatch):
-    """One document of any size, in constant memory: the tokens are those of the whole text, with
-    one end-of-text at its end.
+    """One document of any size, in constant memory.
+
+    The tokens are those of the whole text, with one end-of-text at its end.
     """
     texts = [
         json.loads(line)["text"]
@@ -493,8 +495,9 @@ def test_bpe_is_trained_on_train_alone_and_saved_beside_the_shards(tmp_path):
 
 
 def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, capsys):
-    """Real stories: the same tokens, bytes and documents, in ids from 0 up to as many as occur in
-    train or val, the unused bytes and end-of-text.
+    """Real stories: the same tokens, bytes and documents.
+
+    Ids run from 0 up to as many as occur in train or val, plus the unused bytes and end-of-text.
     """
     texts = [
         json.loads(line)["text"]
@@ -540,8 +543,9 @@ def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, ca
 
 
 def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
-    """Ids of validation text count, those beyond --max_tokens do not: they would be rows of the
-    model that nothing trains.
+    """Ids of validation text count, those beyond --max_tokens do not.
+
+    They would be rows of the model that nothing trains.
     """
     base = Tokenizer("gpt2", stand_in([b"qzqzqz", b"xyxyxy"]))
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", base.encoding)
@@ -569,8 +573,10 @@ def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
 def test_text_is_prepared_with_a_published_tokenizer(tmp_path, name, request):
-    """For train.py --init_from an imported model: from the model's folder, from a checkpoint, or
-    from text prepared with it; on any number of cores.
+    """For train.py --init_from an imported model: from its folder, a checkpoint, or text prepared
+    with it.
+
+    On any number of cores.
     """
     folder = request.getfixturevalue(name)
     tokenizer = read_tokenizer(folder)
@@ -649,8 +655,9 @@ def test_toy_stories(tmp_path):
 # --------------------------------------------------------------------------------- datasets library
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A folder that `datasets` loads as it would one from the Hub: train, validation (5 of its 20
-    stories also in train), extra columns.
+    """A folder that `datasets` loads as it would load one from the Hub.
+
+    Train, validation (5 of its 20 stories also in train), extra columns.
     """
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -723,8 +730,9 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line", BAD)
 def test_mistakes_are_refused_before_anything_happens(tmp_path, monkeypatch, line):
-    """D10 (`--shard_size 0.5` wrote 35,846 empty files in 4 s and went on) and every flag that
-    could not be honoured.
+    """D10 (`--shard_size 0.5` wrote 35,846 empty files in 4 s and continued).
+
+    And every flag that could not be honoured.
     """
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
@@ -1011,8 +1019,9 @@ print(json.dumps({"kills": kill_at - 1, "old": left[0], "new": left[1]}))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 @pytest.mark.parametrize("tokenizer", ["bpe:270", "gpt2:compact"])
 def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkeypatch, tokenizer):
-    """Reliability 20: at every operation on the output folder, a kill leaves the old set or the
-    new, and a re-run the new, byte for byte.
+    """Reliability 20: a kill at every operation on the output folder leaves the old set or the new.
+
+    A re-run gives the new one, byte for byte.
     """
     out, _ = old
     path = write_jsonl(tmp_path / "new.jsonl", stories(80))

@@ -81,8 +81,9 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
 
 
 def test_the_default_is_the_published_model_and_its_table_is_named(report):
-    """M2: 44 % of the published 3.66 B parameters are the learned position table; the reference
-    never says so.
+    """M2: 44 % of the published 3.66 B parameters are the learned attention bias.
+
+    The original implementation never says so.
     """
     lines = report()
     assert lines["total"] == ["3,664,132,435"]
@@ -208,9 +209,7 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
 
 
 def test_an_empty_name_is_not_ignored():
-    """`--ckpt "$LATEST"` with the variable unset reported on the 3.66 B default, and nothing said
-    so.
-    """
+    """`--ckpt "$LATEST"` with the variable unset silently reported on the 3.66 B default."""
     with pytest.raises(ValueError, match="is a directory or device, not a checkpoint file"):
         script.main(["--ckpt", ""])
 
@@ -227,8 +226,9 @@ def test_models_that_cannot_be_are_one_line():
 
 # ------------------------------------------------------------------------------------ what it costs
 def test_no_parameter_is_ever_made(report):
-    """The report on 3.66 B parameters, and on 100 times as many, is made on the meta device: no
-    real tensor is larger than a page.
+    """The report on 3.66 B parameters, and on 100 times as many, is made on the meta device.
+
+    No real tensor is larger than a page.
     """
     real = []
 

@@ -110,8 +110,8 @@ def test_learning_rates():
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_gradient_accumulation_equals_the_big_batch(accumulation):
-    """Also with targets that do not count, unevenly spread: the mean is over all valid targets of
-    the step.
+    """Also with ignored targets, unevenly spread: the mean is over all valid targets of the
+    step.
     """
     torch.manual_seed(0)
     inputs, targets = torch.randint(0, 61, (8, 12)), torch.randint(0, 61, (8, 12))
@@ -135,8 +135,8 @@ def test_gradient_accumulation_equals_the_big_batch(accumulation):
 
 
 def test_loss_function_is_a_seam():
-    """fit minimises whatever it is given, through the same interface: here only the second half of
-    each window counts.
+    """fit minimises any loss, through the same interface: here only each sequence's second half
+    counts.
     """
 
     def second_half(model, batch):
@@ -174,8 +174,9 @@ def test_loss_function_is_a_seam():
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(where):
-    """One NaN micro-batch made 54 of 58 tensors NaN in the reference, and it went on to the end
-    (its fault T8).
+    """T8: one NaN micro-batch made 54 of 58 tensors NaN in the original implementation.
+
+    It then continued to the end.
     """
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(
@@ -220,10 +221,9 @@ def test_a_run_that_never_recovers_ends():
 def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
     run, data, tmp_path, monkeypatch, capsys
 ):
-    """It used to end at once, and --resume met the same data again.
+    """It used to end at once, and --resume read the same data again.
 
-    Now it is as if the steps since the checkpoint had not been, but for the data, which is not met
-    again.
+    Now the steps since the checkpoint are undone, except that their data is not read again.
     """
     poison(monkeypatch, range(20, 80))  # steps 11 to 40 of 2 micro-batches
     assert run("--max_steps", "60", "--save_interval", "5") == 0
@@ -263,9 +263,7 @@ def test_going_back_has_a_limit_and_an_exit_code(run, monkeypatch, capsys, allow
 
 @pytest.mark.slow
 def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypatch, capsys):
-    """The newest good checkpoint is the one before it; without any of this run's there is nothing
-    to go back to.
-    """
+    """The newest good checkpoint is the one before it; without any of this run's it must end."""
     poison(monkeypatch, range(40, 100))
     real = train._rolled_back
 
@@ -294,8 +292,9 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [75, 95])
 def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
-    """The step that met it changes nothing, and only it: the run goes on as one that never took
-    that step.
+    """The step with the spike changes nothing, and only it.
+
+    The run continues as one that never took that step.
     """
     flags = ["--max_steps", "100", "--log_interval", "1", "--spike_sigmas", "6"]
     clean = Run(data, tmp_path / "clean")
@@ -312,8 +311,9 @@ def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
 
 
 def test_spikes_are_told_from_noise():
-    """0 false alarms in 10,000 steps of a loss that falls, plateaus and is noisy; each of 20 spikes
-    is seen at its own step, and leaves no trace.
+    """0 false alarms in 10,000 steps of a loss that falls, plateaus and is noisy.
+
+    Each of 20 spikes is seen at its own step, and leaves no trace.
     """
     r = np.random.default_rng(0)
     t = np.arange(10_000)
@@ -351,8 +351,9 @@ def test_recent_losses_survive_a_resume(run, data, tmp_path):
 
 
 def test_validation_is_the_loss_and_draws_nothing(data):
-    """Asked twice it is the same to the last bit, in whatever order; it is the mean over targets,
-    recomputed here in float64.
+    """Validation repeats to the last bit, in any order.
+
+    It is the mean over targets, recomputed here in float64.
     """
     _, val = open_data(data)
     model = random_model(tiny_config(vocabulary_size=257, dropout=0.5), 2).train()
@@ -388,9 +389,10 @@ def test_selection_bias_is_moved_by_training():
 
 
 def test_the_host_waits_once_per_log_line(monkeypatch):
-    """The reference read the loss back after every micro-batch, which idles a GPU each time (its
-    fault T7). What the plain expert path reads of its counts is a CPU's affair and not counted
-    here.
+    """T7: the original implementation read the loss back after every micro-batch.
+
+    That idles a GPU each time. The plain expert path also reads counts, but only on a CPU, so that
+    is not counted here.
     """
     reads, training = [], str(REPO / "runtime" / "training")
 
@@ -430,8 +432,9 @@ def test_the_host_waits_once_per_log_line(monkeypatch):
 
 
 def test_a_window_s_numbers_are_means_over_its_steps():
-    """The same run logged at every step and at every fourth: losses by valid targets, loads by
-    steps; also where a step was skipped.
+    """The same run logged at every step and at every fourth, also where a step was skipped.
+
+    Losses are averaged by valid targets, loads by steps.
     """
     inputs, targets = torch.randint(0, 61, (4, 12)), torch.randint(0, 61, (4, 12))
     targets[:2, :7] = IGNORE
@@ -473,7 +476,9 @@ def test_a_window_s_numbers_are_means_over_its_steps():
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
-    """It happens inside the optimizer's kernel; the update must be that of PyTorch's own clipping."""
+    """Clipping happens inside the optimizer's kernel; the update must equal PyTorch's own
+    clipping.
+    """
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(
         batch_size=4,
@@ -514,8 +519,9 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
 
 
 def test_packed_documents_loss_is_that_of_each_document_behind_its_end_of_text():
-    """Three documents in a row of 16: each token's loss is what it is when the row holds only its
-    own document, as predict.py gives it.
+    """Three documents in a row of 16 tokens.
+
+    Each token's loss is what it is when the row holds only its own document, as in predict.py.
     """
     model, eot = random_model(tiny_config()), 60
     row = torch.tensor([[5, 6, 7, eot, 8, 9, 10, 11, eot, 12, 13, 14, 15, 16, 17, eot]])
@@ -538,7 +544,7 @@ STEPS = 11
 
 @pytest.fixture(scope="session")
 def straight(data, tmp_path_factory) -> Run:
-    """A run of STEPS steps that nothing interrupted, with dropout, so that random numbers matter."""
+    """A run of STEPS uninterrupted steps, with dropout, so that random numbers matter."""
     run = Run(data, tmp_path_factory.mktemp("straight"))
     assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3") == 0
     return run
@@ -548,8 +554,8 @@ def straight(data, tmp_path_factory) -> Run:
 def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkeypatch, stop_after):
     """Weights, optimizer, data position and metrics, bit for bit.
 
-    The reference's resumed run re-read its first 80 windows (T2), halved its first logged loss
-    (T13) and lost count of its tokens (T14).
+    The original implementation's resumed run re-read its first 80 sequences (T2), halved its first
+    logged loss (T13) and lost count of its tokens (T14).
     """
     monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
 
@@ -573,7 +579,8 @@ def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkey
 
 
 def test_metrics_of_a_run(straight):
-    """Steps strictly increase, tokens are steps x tokens per step, the file is strict JSON,
+    """Steps strictly increase, tokens are steps x tokens per step, the file is strict JSON.
+
     metrics.json says the same.
     """
     records = straight.records()
@@ -805,8 +812,9 @@ def test_a_used_folder_needs_a_word(run):
     ],
 )
 def test_resuming_with_other_settings_is_refused(run, flags, message):
-    """The reference took another top_k, coefficient or dropout without a word (T7), and below its
-    step rewrote history (T10).
+    """T7, T10: a resume with another top_k, coefficient or dropout is rejected.
+
+    The original implementation silently accepted it, and rewrote history below its step.
     """
     assert run("--max_steps", 4) == 0
     with pytest.raises(ValueError, match=message):
@@ -854,7 +862,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_told_at_the_start(run, monkey
 
 
 def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
-    """NaN first: nothing is less than NaN, and best.pt stayed what it was for the rest of the run."""
+    """NaN first: nothing is less than NaN, so best.pt stayed unchanged for the rest of the run."""
     losses, best = iter([math.nan, 3.0, 2.0, 2.5]), []
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
     inputs = torch.randint(0, 61, (4, 12))
@@ -1129,9 +1137,7 @@ def test_the_reference_s_runs_cannot_be_resumed(shared_dir, data, tmp_path):
 # ---------------------------------------------------------------------------------------- real text
 @pytest.mark.slow
 def test_it_learns_real_text(shared_dir, tmp_path):
-    """250 steps on TinyStories: far below guessing, and below what the frequency of single tokens
-    gives.
-    """
+    """250 steps on TinyStories: far below guessing, and below the frequency of single tokens."""
     stories = [
         json.loads(line)["text"]
         for line in (shared_dir / "tinystories" / "train.jsonl").read_text().splitlines()[:1500]
@@ -1206,8 +1212,9 @@ def test_document_mask_reaches_training_and_validation(data, tmp_path):
 def test_largest_micro_batch_keeps_the_sequences_per_step(
     run, data, monkeypatch, capsys, room_for, expected
 ):
-    """On a CPU by the estimate: what fits is chosen, the effective batch stays, and the checkpoint
-    knows the numbers, not the wish.
+    """On a CPU the estimate chooses what fits, and the effective batch stays.
+
+    The checkpoint stores the numbers, not "auto".
     """
     plan = make_plan(
         settings_of(
@@ -1279,8 +1286,10 @@ def _on_a_gpu(monkeypatch, set_up, free: int) -> None:
     "preset, sequences, found", [("gptoss-modern", 64, 16), ("gptoss", 16, 16)]
 )
 def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, sequences, found):
-    """Each try of a compiled model took a minute, and what the estimate said not to fit was tried,
-    up to 1.25 times of what was free: 32 sequences of the modern preset need 94 GiB.
+    """Each try of a compiled model took a minute.
+
+    What the estimate called too large was tried, up to 1.25 times of what was free: 32 sequences of
+    the modern preset need 94 GiB.
     """
     flags = [
         "--batch_size",
@@ -1310,9 +1319,10 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
 
 @pytest.mark.parametrize("free_gib, expected", [(60, 2048), (79, 4096), (139, 8192)])
 def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, expected):
-    """Each chunk of 2,048 rows is a pass over the head's gradient: 26 ms a step of 32,768 tokens,
-    where 8,192 rows take 16. The estimate that is announced counts them; a run that must repeat its
-    bits does not ask what is free.
+    """Each chunk of 2,048 rows is a pass over the head's gradient.
+
+    26 ms a step of 32,768 tokens, where 8,192 rows take 16. The announced estimate counts them; a
+    run that must repeat its bits does not ask what is free.
     """
     plan = make_plan(
         settings_of(
@@ -1358,8 +1368,8 @@ def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
 
 
 def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
-    """Trials that run out of memory (at 8 and 4 sequences here) are passed over; any other fault
-    comes out.
+    """Trials that run out of memory (at 8 and 4 sequences here) are skipped; other faults are
+    raised.
     """
     plan = make_plan(
         settings_of(
@@ -1423,8 +1433,9 @@ def test_profile_writes_a_trace_of_three_steps(run, data, tmp_path, capsys):
 
 
 def test_profile_is_not_a_wish_for_the_rest_of_the_run(run, capsys):
-    """It was stored with the run, so a run with --profile could not be resumed for its last steps,
-    and other resumes wrote the trace again.
+    """--profile was stored with the run, so such a run could not be resumed for its last steps.
+
+    Other resumes wrote the trace again.
     """
     assert run("--max_steps", "10", "--profile") == 0
     assert run("--resume", "--max_steps", "12", fresh=False) == 0
@@ -1432,9 +1443,7 @@ def test_profile_is_not_a_wish_for_the_rest_of_the_run(run, capsys):
 
 
 def test_sums_of_a_log_window_survive_a_resume_to_the_last_bit():
-    """They came back as float32: the losses logged after a resume inside a window were not those of
-    the straight run.
-    """
+    """They came back as float32: losses logged after a resume inside an interval differed."""
     state, cpu = RunState(), torch.device("cpu")
     totals = Totals(state, cpu)
     names = ("cross_entropy", "targets", "steps", "aux_loss", "z_loss", "entropy")
@@ -1474,8 +1483,8 @@ def test_sums_that_an_older_version_saved_by_position_are_read():
 
 @pytest.mark.parametrize("device, expected", [("cuda", True), ("mps", False), ("cpu", False)])
 def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
-    """MPS read a batch's memory after it had been given back (PyTorch issue 139550): wrong ids, and
-    no error.
+    """MPS read a batch's memory after it was freed (PyTorch issue 139550): wrong ids, and no
+    error.
     """
     asked = []
 
@@ -1488,9 +1497,7 @@ def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
 
 
 def test_mps_skips_a_bad_step_under_loss_scaling_too():
-    """Its fused kernel does not listen to found_inf: the first overflow of float16 made all weights
-    NaN.
-    """
+    """Its fused kernel ignores found_inf: the first float16 overflow made all weights NaN."""
 
     class OnMPS(torch.Tensor):
         device = property(lambda self: torch.device("mps"))
@@ -1531,8 +1538,9 @@ def test_fit_refuses_an_optimizer_that_cannot_skip(data):
     "changes", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "state_dtype": "bfloat16"}]
 )
 def test_size_of_a_checkpoint_is_that_of_its_tensors(changes):
-    """12 bytes a parameter were asked of the disk, whatever the optimizer keeps: Muon with bfloat16
-    moments was refused room that it has no use for.
+    """The disk check asked for 12 bytes a parameter, whatever the optimizer keeps.
+
+    Muon with bfloat16 moments was refused room that it does not need.
     """
     config, train_config = tiny_config(), TrainConfig(**changes)
     model = LLM(config)
@@ -1587,9 +1595,7 @@ def test_deterministic_asks_pytorch_for_it(run):
     ],
 )
 def test_every_optimizer_resumes_bit_for_bit(run, data, tmp_path, flags):
-    """Its state is in the checkpoint, in its own dtypes, and a step after a resume is the step that
-    would have been.
-    """
+    """Its state is in the checkpoint, in its own dtypes; a step after a resume is the step due."""
     assert run("--max_steps", "6", *flags) == 0
     other = Run(data, tmp_path / "other")
     assert other("--max_steps", "6", *flags, "--save_interval", "3", "--keep_last", "0") == 0
@@ -1605,8 +1611,9 @@ def test_every_optimizer_resumes_bit_for_bit(run, data, tmp_path, flags):
 
 
 def test_starved_and_crowded_experts_are_told_once_each_way(capsys):
-    """After the warm-up no expert should get under 25 or over 400 % of its fair share; until now
-    only the plot knew.
+    """After the warm-up no expert should get under 25 or over 400 % of its fair share.
+
+    Until now only the plot showed it.
     """
     reporter = Reporter.__new__(Reporter)
     reporter.healthy, reporter.say = True, print

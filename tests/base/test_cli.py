@@ -1,6 +1,4 @@
-"""Command lines: every field of every config is a flag and a TOML key that arrives, and every
-mistake is one line.
-"""
+"""Command lines: every config field arrives as a flag and a TOML key; every mistake is one line."""
 
 from __future__ import annotations
 
@@ -248,8 +246,9 @@ def test_wrong_toml_files_are_one_line(toml, text, message):
 
 
 def test_a_key_given_twice_is_refused(toml):
-    """A key outside the tables and again in one: the table's won without a word, although the other
-    was nearer the top.
+    """Refuse a key that stands outside the tables and again in one.
+
+    The table's value won silently, although the other was nearer the top.
     """
     with pytest.raises(ValueError, match="lr, seed twice"):
         settings(*toml("seed = 1\nlr = 0.1\n[train]\nlr = 0.2\nseed = 2\n"))
@@ -299,8 +298,9 @@ def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, 
 
 
 def test_percent_signs_in_help_texts_are_printed(monkeypatch, capsys):
-    """argparse formats help with %: one "10 %" in a description of a preset would have ended --help
-    in a traceback.
+    """Escape % in help texts: argparse formats help with %.
+
+    One "10 %" in a preset's description would have ended --help in a traceback.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -380,8 +380,10 @@ def test_run_main_makes_a_line_and_an_exit_code_of_an_exception(
 
 
 def test_error_lines_do_not_write_to_the_terminal(monkeypatch, capsys):
-    """A column name of a downloaded file is quoted in an error of prepare_data.py: with an ESC in
-    it, it would have been carried out.
+    """Escape control characters in errors.
+
+    prepare_data.py quotes column names of downloaded files; an ESC in one would have been carried
+    out.
     """
     monkeypatch.delenv("GPTOSS_TRACEBACK", raising=False)
 
@@ -418,8 +420,9 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 @pytest.fixture
 def script(tmp_path):
-    """Starts a program whose main has the given body; it imports nothing heavy, so a start takes a
-    tenth of a second.
+    """Start a program whose main has the given body.
+
+    It imports nothing heavy, so a start takes a tenth of a second.
     """
 
     def start(
@@ -455,9 +458,7 @@ def script(tmp_path):
 
 
 def test_output_cut_short_by_head_is_no_error(script):
-    """`| head` closes our output: the run ends quietly, with the exit code of a program that
-    SIGPIPE ended.
-    """
+    """`| head` closes our output: the run ends quietly, with the exit code of SIGPIPE."""
     done = script("for i in range(100_000): print('line', i)", shell="{} | head -1")
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, b"line 0\n", b"")
     done = script("print('one line, still in the buffer when main returns')", unread=True)
@@ -465,8 +466,10 @@ def test_output_cut_short_by_head_is_no_error(script):
 
 
 def test_help_cut_short_is_no_error_either(script):
-    """--help leaves main by SystemExit, so nothing was flushed while BrokenPipeError was being
-    watched for: Python complained at exit.
+    """--help leaves main by SystemExit, so its text was not flushed while BrokenPipeError was
+    caught.
+
+    Python then complained at exit.
     """
     done = script("cli.parser('A short help.').parse_args(argv)", "--help", unread=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
@@ -483,8 +486,9 @@ def test_help_cut_short_is_no_error_either(script):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_any_console_can_show_any_text(script, encoding):
-    """T21: the reference's training died at its first checkpoint on a Windows console, at a tick
-    mark.
+    """T21: a tick mark on a Windows console ended the original implementation's training.
+
+    It died at its first checkpoint.
     """
     done = script(
         r"print('\u2713 na\u00efve \U0001f600 \ud800'); raise ValueError('\u2713')",
@@ -498,8 +502,8 @@ def test_any_console_can_show_any_text(script, encoding):
 
 
 def test_closed_streams_are_no_error(script):
-    """With `>&-` Python has no sys.stdout at all: flushing it was an AttributeError, after the work
-    was done.
+    """With `>&-` Python has no sys.stdout: flushing it was an AttributeError, after the work was
+    done.
     """
     done = script(
         "print('gone', file=sys.stdout); sys.stdin.read(); print(sys.stdout.isatty())",

@@ -111,8 +111,9 @@ def test_a_folder_under_that_name_is_an_error_and_stays(tmp_path):
 
 @posix_only
 def test_content_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
-    """The order is what a power loss needs: a rename that is on the disk before the bytes are gives
-    an empty file.
+    """The order is what a power loss needs: bytes are flushed before the rename.
+
+    The other way round leaves an empty file.
     """
     events = []
     fsync, replace = os.fsync, os.replace
@@ -142,8 +143,9 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, 
 @posix_only
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
 def test_a_mount_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch, code):
-    """CIFS and some FUSE mounts answer EINVAL to fsync on a folder: every checkpoint there ended in
-    an error, after it was written.
+    """CIFS and some FUSE mounts answer EINVAL to fsync on a folder.
+
+    Every checkpoint there ended in an error, after it was written.
     """
     fsync = os.fsync
 
@@ -200,8 +202,9 @@ def test_a_hard_link_is_the_same_file_and_outlives_the_other_name(two):
 
 
 def test_linking_again_to_the_same_file_leaves_nothing_over(two):
-    """POSIX: renaming one hard link over another of the same file does nothing, and the temporary
-    name would stay.
+    """POSIX: renaming one hard link over another of the same file does nothing.
+
+    The temporary name would stay.
     """
     for _ in range(2):
         link_atomic(two / "step_1.pt", two / "latest.pt")
@@ -230,8 +233,9 @@ def test_without_hard_links_it_is_a_relative_symbolic_link(two, monkeypatch):
 
 
 def test_without_any_links_it_is_a_copy(two, monkeypatch):
-    """exFAT disks and some network drives have neither kind of link: there every save raised, so
-    training died at its first checkpoint.
+    """exFAT disks and some network drives support neither kind of link.
+
+    Every save raised there, so training died at its first checkpoint.
     """
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(os, "symlink", refuse)
@@ -242,7 +246,7 @@ def test_without_any_links_it_is_a_copy(two, monkeypatch):
 
 
 def test_a_link_that_cannot_be_renamed_leaves_the_old_one_and_nothing_over(two, monkeypatch):
-    """The temporary name stayed behind, a second name of a file of 44 GB that `rm` would not free."""
+    """The temporary name stayed: a second name of a 44 GB file, which `rm` would not free."""
     link_atomic(two / "step_1.pt", two / "latest.pt")
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="not supported"):

@@ -23,9 +23,10 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_train_sets_the_spin_count_before_torch_is_loaded():
-    """Two threads beside one busy neighbour fell to a twentieth of their speed, because threads
-    that wait spin; the library reads its setting once, when it loads, so a line after `import
-    torch` would do nothing.
+    """Set OpenMP's wait policy before torch is imported; the library reads it once, when it loads.
+
+    Threads that wait spin: two threads next to one busy neighbour fell to a twentieth of their
+    speed.
     """
     code = """
 import builtins, os, sys
@@ -48,8 +49,10 @@ import train
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again_without_page_faults():
-    """Counted, not timed: PyTorch's large temporaries were mapped and cleared anew each time,
-    16,384 page faults for 64 MB.
+    """Count page faults instead of timing.
+
+    PyTorch's large temporaries were mapped and cleared again each time: 16,384 page faults for 64
+    MB.
     """
     code = """
 import resource, sys

@@ -1,6 +1,4 @@
-"""The attention benchmark at a tiny size: every way gives the same numbers, what does not run says
-why and loses no other.
-"""
+"""The attention benchmark at a tiny size: all variants agree, and a failing one says why."""
 
 import json
 import math
@@ -33,9 +31,7 @@ ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math")  # whatever 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """main(flags) -> what it stored; PyTorch's settings and the environment are put back
-    afterwards.
-    """
+    """Run main(flags) and return what it stored; restore PyTorch's settings and the environment."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -126,8 +122,9 @@ def test_benchmark_end_to_end(run, capsys):
 
 
 def test_sinks(run):
-    """The kernels with their results rescaled give what all scores give, and hold none of them;
-    PyTorch's own function knows no sinks and says so.
+    """The kernels with rescaled results equal the full score matrix, without holding it.
+
+    PyTorch's own function has no sinks and says so.
     """
     variants = {
         name: modes["default"]
@@ -179,8 +176,8 @@ def test_the_compiled_variant_is_compiled(monkeypatch):
 
 
 def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
-    """The columns error and bits are measured: a variant that sees everything and adds noise is
-    told by both.
+    """The columns error and bits are measured: both show a variant that sees everything and adds
+    noise.
     """
 
     def wrong(p):
@@ -200,8 +197,8 @@ def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
 
 
 def test_what_fails_loses_no_other(run, monkeypatch):
-    """Out of memory at full size, an error only while it is timed, an operation that has no
-    deterministic kernel.
+    """Out of memory at full size, an error during timing only, an operation without deterministic
+    kernel.
     """
     calls = []
 

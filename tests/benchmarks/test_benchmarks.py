@@ -1,5 +1,6 @@
-"""The benchmarks, run at a tiny size: both sides of a comparison are the same model, they measure
-what they say, and they store where it came from.
+"""The benchmarks at a tiny size: both sides are the same model, and they measure what they say.
+
+They also store their provenance.
 """
 
 import dataclasses
@@ -234,9 +235,7 @@ def test_least_disturbed_samples_are_taken_where_none_is_clean(monkeypatch):
 
 
 def test_cpu_clock(tmp_path, monkeypatch):
-    """The machine's work is all but idle and waiting for disks; guests' time is in user time
-    already.
-    """
+    """Idle time and disk waits do not count as work; guests' time is already part of user time."""
     (tmp_path / "stat").write_text(
         "cpu  100 20 3000 70000 8000 400 50 6 90 9\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
     )
@@ -363,8 +362,8 @@ def test_another_model_is_noticed(monkeypatch):
 
 
 def test_both_sides_take_the_same_steps(monkeypatch):
-    """Same tokens, gradient, clipping and AdamW on both sides: after a few steps the weights are
-    still the same.
+    """Both sides share tokens, gradients, clipping and AdamW: after a few steps the weights are
+    equal.
     """
     monkeypatch.delenv("GPTOSS_DATA", raising=False)
     s = setting(
@@ -425,8 +424,9 @@ def test_baseline_out_of_memory_gets_smaller_micro_batches(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_all_logits_is_seen():
-    """Each in a process of its own, as the benchmark does it: in this one, what malloc kept from
-    other tests came and went.
+    """Measure each in its own process, as the benchmark does.
+
+    In this process, memory that malloc kept from other tests came and went.
     """
     rows, V = 512, 48_000
     peaks = {}
@@ -547,8 +547,9 @@ def flat(e) -> list:
 
 
 def test_parts_on_a_cpu():
-    """A backward operation belongs to the part whose forward operation had its number last; gaps
-    and ranges are waiting.
+    """A backward operation belongs to the part whose forward operation had its number last.
+
+    Gaps and ranges count as waiting.
     """
     steps = event(
         "bench:steps",
@@ -603,8 +604,9 @@ def test_parts_on_a_cpu():
 
 
 def test_parts_on_a_gpu():
-    """Kernels count for the part that launched them, also from the backward pass's thread; the rest
-    of the time is waiting.
+    """Kernels count for the part that launched them, also from the backward pass's thread.
+
+    The rest of the time is waiting.
     """
     forward = event(
         "part:attention",
@@ -779,8 +781,9 @@ def test_experts_benchmark_notices_another_result():
 
 # ------------------------------------------------------------------------------- the whole programs
 def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):
-    """Its blocks take each length as another graph, and the ninth is an error: on a GPU the figures
-    of the whole run were lost.
+    """Its blocks compile a graph per length, and the ninth raises.
+
+    On a GPU the figures of the whole run were lost.
     """
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     original = torch.nn.Module.compile

@@ -1,6 +1,4 @@
-"""The benchmark of generation at a tiny size: what it counts, what it compares, what it refuses,
-what it stores.
-"""
+"""The benchmark of generation at a tiny size: what it counts, compares, rejects and stores."""
 
 from __future__ import annotations
 
@@ -117,8 +115,9 @@ def setting(*flags) -> decode.Setting:
     ],
 )
 def test_a_token_reads_its_active_weights(changes):
-    """All parameters but other experts' and the position table, and of the embedding a row
-    (besides, where it is the head as well).
+    """Count all parameters except other experts' and the learned attention bias.
+
+    The embedding counts as one row, or also as a whole where it is the head.
     """
     config = tiny_config(**changes)
     embedding = parameter_counts(config)["embedding"]
@@ -387,8 +386,8 @@ def test_settings(data):
 @pytest.mark.slow
 @needs_transformers
 def test_the_benchmark_of_generation(results_folder, capsys):
-    """Every cell has every side, the sides draw the same tokens, and each figure is what its name
-    says of the others.
+    """Every cell has every side, the sides draw the same tokens, and each ratio is what its name
+    says.
     """
     names = ["ours", "ours_int8", "plain", "hf_eager"]
     assert decode.main([*TINY, "--variants", *names, "--hf_batches", "1", "3"]) == 0

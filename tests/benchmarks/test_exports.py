@@ -1,5 +1,5 @@
-"""benchmarks/exports.py and benchmarks/llama_cpp.py: that a reader who reads otherwise is seen, and
-what they refuse.
+"""benchmarks/exports.py and benchmarks/llama_cpp.py: they notice a differing reader; what they
+reject.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Checkpoints: exact round trips, damage and malice refused in one line, links and pruning, the
-reference's files.
+"""Checkpoints: exact round trips, damage and malice rejected in one line, links and pruning.
+
+Also the original implementation's files.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A trained model, its optimizer, and their checkpoint of step 2.
+    """Return a trained model, its optimizer, and their checkpoint of step 2.
 
     Tests copy the file before they change it.
     """
@@ -143,8 +144,9 @@ def test_every_variant_of_the_model_round_trips(tmp_path):
 
 
 def test_compiled_blocks_leave_no_prefix(tmp_path):
-    """T1: torch.compile's `_orig_mod.` went into the reference's files, and neither kind loaded in
-    the other's place.
+    """T1: torch.compile's `_orig_mod.` went into the original implementation's files.
+
+    Neither kind loaded in the other's place.
     """
     model, optimizer = new_run()
     for block in model.layers:
@@ -161,8 +163,9 @@ def test_reading_leaves_the_random_state_alone(saved):
 
 
 def test_numbers_of_other_types_are_saved_as_plain_ones(tmp_path):
-    """A numpy or subclassed number in the pickle would name its class, and no careful reader would
-    load the file again.
+    """A numpy or subclassed number in the pickle would name its class.
+
+    No careful reader would load the file again.
     """
     run = {
         "loss": np.float64(2.5),
@@ -230,9 +233,10 @@ def test_load_model_maps_the_file_and_training_on_it_never_reaches_the_file(save
 def test_a_file_that_cannot_be_mapped_privately_is_shared_with_those_who_only_read(
     saved, monkeypatch
 ):
-    """Linux refuses a private map of a file larger than memory and swap: what import_hf had
-    written, no export could read. Sharing every map instead would need the right to write to the
-    file, and let a slip of an export change it.
+    """Linux refuses a private map of a file larger than memory and swap.
+
+    No export could read what import_hf had written. Sharing every map instead would need write
+    access to the file, and a mistake in an export could change it.
     """
     real, asked = torch.load, []
 
@@ -462,8 +466,9 @@ def put_model(name, value):
     ids=range(44),
 )
 def test_malformed_checkpoints(saved, tmp_path, change, match):
-    """T6, P8, S2: wrong containers, types, shapes, steps and NaN weights were raw tracebacks, or
-    were loaded.
+    """T6, P8, S2: wrong containers, types, shapes, steps and NaN weights are rejected in one line.
+
+    They were raw tracebacks, or were loaded.
     """
     refused(forge(saved.path, tmp_path / "x.pt", change), match, optimizer=True)
 
@@ -498,8 +503,9 @@ def test_changes_that_keep_the_old_digests(saved, tmp_path, change, match):
     ],
 )
 def test_hostile_pickles_do_nothing(saved, tmp_path, build):
-    """T5: with an unguarded load the payload ran. bytearray and storages pass weights_only, and 16
-    TB then end the process.
+    """T5: with an unguarded load the payload ran.
+
+    bytearray and storages pass weights_only, and 16 TB then end the process.
     """
     marker = tmp_path / "marker"
     path = tmp_path / "x.pt"
@@ -584,8 +590,9 @@ def test_config_bombs_are_refused_before_the_module_is_built(saved, tmp_path, mo
 
 
 def test_every_torch_load_in_the_repo_is_weights_only():
-    """And no other unpickler: no pickle.load, no torch.jit.load, no numpy with allow_pickle, no
-    name that hides one.
+    """There is also no other unpickler.
+
+    No pickle.load, no torch.jit.load, no numpy with allow_pickle, no name that hides one.
     """
     skipped = {".venv", ".git", "build", "dist"}
     files = [path for path in REPO.rglob("*.py") if not skipped & set(path.relative_to(REPO).parts)]
@@ -632,8 +639,9 @@ def test_every_torch_load_in_the_repo_is_weights_only():
 
 # ----------------------------------------------------------------------- the folder and the writing
 def test_leftovers_of_a_kill_are_removed(tmp_path):
-    """A kill during a save left step_X.pt.partial, as large as a checkpoint, for good: only a save
-    of the same step replaced it.
+    """A kill during a save left step_X.pt.partial, as large as a checkpoint, for good.
+
+    Only a save of the same step replaced it.
     """
     save(tmp_path, 1)
     for name in (
@@ -648,8 +656,9 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
 
 
 def test_a_kill_before_latest_was_renamed_loses_nothing(tmp_path):
-    """latest.pt was tried first, so a good, newer step file beside it was not found and its steps
-    were taken again.
+    """latest.pt was tried first, so a newer good step file next to it was not found.
+
+    Its steps were trained again.
     """
     save(tmp_path, 5)
     latest = (tmp_path / "latest.pt").read_bytes()
@@ -756,8 +765,9 @@ class Failing:
 def test_an_interrupted_write_keeps_the_old_and_leaves_nothing_half_written(
     tmp_path, monkeypatch, error, raised, match, left
 ):
-    """T3, T20: latest.pt was torn by a kill; a full disk left `[enforce fail at
-    inline_container.cc]` and a torn step file.
+    """T3, T20: a kill tore latest.pt.
+
+    A full disk left `[enforce fail at inline_container.cc]` and a torn step file.
     """
     save(tmp_path, 1, is_best=True), save(tmp_path, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -892,8 +902,10 @@ REFERENCE = ("bias_gqa", "nobias_qkvbias")
     ids=lambda p: p[0] + p[1],
 )
 def reference(request, shared_dir, tmp_path_factory):
-    """(path, expected arrays, gradient norms) of a checkpoint that the reference wrote, as it is
-    and as if compiled.
+    """Return (path, expected arrays, gradient norms) of a checkpoint of the original
+    implementation.
+
+    As it is, and as if compiled.
     """
     name, prefix = request.param
     path = source = shared_dir / "upstream" / f"{name}.pt"
@@ -1017,8 +1029,8 @@ def test_malformed_reference_checkpoints(shared_dir, tmp_path, change, match):
 
 
 def test_flips_in_a_reference_checkpoint_are_caught_by_the_zips_own_checksums(shared_dir, tmp_path):
-    """Its format has no digests, and a mapped load checks nothing: 138 of 150 flips went through
-    unseen.
+    """Its format has no digests, and a mapped load checks nothing: 138 of 150 flips went
+    unnoticed.
     """
     data = (shared_dir / "upstream" / "bias_gqa.pt").read_bytes()
     contents = torch.load(shared_dir / "upstream" / "bias_gqa.pt", weights_only=True)["model"]

@@ -1,5 +1,6 @@
-"""runtime/checks/rounding.py: its bounds hold for other orders of addition, are no wider than they
-need be, and see a small fault.
+"""runtime/checks/rounding.py: its bounds hold for other orders of addition and see a small fault.
+
+They are no wider than necessary.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""runtime/data/hf_tokenizer.py: tokenizer.json gives the same ids as ours in the `tokenizers`
-library and in transformers, and a published one is used as it is.
+"""runtime/data/hf_tokenizer.py: tokenizer.json gives our ids in `tokenizers` and transformers.
+
+A published one is used as it is.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def auto_tokenizer(folder: Path, family: str):
 
 @pytest.fixture(scope="module")
 def odd() -> list[str]:
-    """Odd texts: those of the check, other random ones, every kind of run, contractions in any case
-    before any letter.
+    """Return odd texts: the check's, other random ones, every kind of run.
+
+    Also contractions in any case before any letter.
     """
     rng = random.Random(7)
     runs = [
@@ -132,8 +134,9 @@ def bpe_folder(bpe, tmp_path) -> Path:
 # --------------------------------------------------------------------------------------------- ours
 @pytest.mark.slow
 def test_o200k_in_the_library(o200k_folder, tales, odd):
-    """Thousands of texts, and every id: the hole at 199,998 made end-of-text 199,998 in other
-    converters, so a model never stopped.
+    """Thousands of texts, and every id.
+
+    The hole at 199,998 made end-of-text 199,998 in other converters, so a model never stopped.
     """
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
     for text in [*tales, *odd]:
@@ -151,8 +154,9 @@ def test_o200k_in_the_library(o200k_folder, tales, odd):
 
 @pytest.mark.slow
 def test_every_character_in_o200k(o200k_folder):
-    """Two engines with their own tables of Unicode cut words: no character of the lower planes may
-    be another class in one than in the other.
+    """Two engines with their own Unicode tables cut words.
+
+    No character of the lower planes may have different classes in them.
     """
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
     characters = [
@@ -170,8 +174,8 @@ def test_every_character_in_o200k(o200k_folder):
 
 @pytest.mark.parametrize("name", ["byte", "bpe", "o200k"])
 def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_folder):
-    """In all three families: for qwen3_moe another tokenizer_class would have cut words by Qwen's
-    rule, for mixtral by Llama's.
+    """Another tokenizer_class would have cut words by Qwen's rule (qwen3_moe) or Llama's
+    (mixtral).
     """
     ours = {"byte": BYTE, "bpe": bpe, "o200k": load_tokenizer("o200k_base")}[name]
     if name == "o200k":
@@ -217,8 +221,9 @@ def test_special_words_in_the_library(bpe_folder, bpe):
 def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(
     name, monkeypatch, tales, odd, tmp_path
 ):
-    """Their real rules, with a stand-in's tokens. {1,3}+ is possessive to tiktoken and "threes,
-    repeated" to the library; $ ends a text or a line.
+    """Their real rules, with a stand-in's tokens.
+
+    {1,3}+ is possessive to tiktoken and "threes, repeated" to the library; $ ends a text or a line.
     """
     monkeypatch.setattr(published, "load_tiktoken_bpe", lambda *a, **k: {})
     monkeypatch.setattr(published, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
@@ -258,8 +263,9 @@ def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(
 
 
 def merged(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """A word by merging alone, as llama.cpp does it: the first pair of the list, of equal ones the
-    leftmost; no whole word is looked up.
+    """Tokenize a word by merging alone, as llama.cpp does.
+
+    The first pair of the list wins, of equal ones the leftmost; no whole word is looked up.
     """
     parts = [bytes([b]) for b in word]
     while pairs := [
@@ -273,7 +279,7 @@ def merged(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
 
 
 def test_merging_alone_makes_the_same_tokens(bpe, o200k, tales, odd):
-    """llama.cpp looks up no whole words under o200k_base's rule, so each token must come out of its
+    """llama.cpp looks up no whole words under o200k_base's rule: each token must come from its
     merges.
     """
     for tokenizer, texts in (
@@ -378,8 +384,9 @@ def test_o200k_is_read_as_what_it_was(o200k_folder):
 
 @pytest.mark.parametrize("name", ["byte", "bpe"])
 def test_there_and_back_is_bitwise(name, bpe, tmp_path):
-    """What we wrote is read as what it was, not as a foreign vocabulary; a trained BPE with all its
-    tokens in their order.
+    """A file of ours is read as what it was, not as a foreign vocabulary.
+
+    A trained BPE keeps all its tokens in their order.
     """
     ours = {"byte": BYTE, "bpe": bpe}[name]
     write_tokenizer(ours, tmp_path / "a", 64)
@@ -394,8 +401,9 @@ def test_there_and_back_is_bitwise(name, bpe, tmp_path):
 
 
 def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
-    """Somebody fine-tunes elsewhere and saves; with tokens added it is another tokenizer, which
-    keeps ours out of its config.
+    """A user fine-tunes elsewhere and saves.
+
+    With added tokens it is another tokenizer, which keeps ours out of its config.
     """
     theirs = auto_tokenizer(bpe_folder, "qwen3_moe")
     theirs.save_pretrained(tmp_path / "saved")
@@ -413,8 +421,9 @@ def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
 
 
 def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, monkeypatch):
-    """An export with o200k_base, complete in itself, could not be imported where tiktoken's copy of
-    the vocabulary could not be downloaded.
+    """An export with o200k_base is complete, yet could not be imported without a download.
+
+    tiktoken's copy of the vocabulary was needed.
     """
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     ours = load_tokenizer("gpt2")
@@ -514,8 +523,9 @@ def test_special_words_of_published_tokenizers_are_ordinary_text(mixtral, qwen):
 
 
 def metaspace(**settings):
-    """Changes for a tokenizer.json: spaces as a pre-tokenizer writes them, which newer files have,
-    instead of the normalizer's way.
+    """Return changes for a tokenizer.json: spaces written by a pre-tokenizer, as newer files do.
+
+    Older ones use the normalizer.
     """
     return {
         "normalizer": None,
@@ -535,8 +545,9 @@ def metaspace(**settings):
     ids=str,
 )
 def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
-    """Typed after "Once upon a ti", "+me" was fed to an imported Mixtral as " me": its tokenizer
-    puts a space before every text.
+    """Typed after "Once upon a ti", "+me" was fed to an imported Mixtral as " me".
+
+    Its tokenizer puts a space before every text.
     """
     data = json.loads((mixtral / "tokenizer.json").read_text(encoding="utf-8"))
     ours = read_tokenizer(
@@ -558,8 +569,9 @@ def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
 
 
 def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
-    """Where white space is taken away first and each word then put behind a space (T5), that space
-    is the only one between two words.
+    """T5 strips white space first and then puts a space before each word.
+
+    That space is the only one between two words.
     """
     pre_tokenizer = {
         "type": "Sequence",
@@ -577,9 +589,8 @@ def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
 
 
 def test_byte_level_texts_go_on_as_they_begin(qwen, bpe, tmp_path):
-    """Unless the file puts a space before them, as GPT-2's once did.
-
-    Special words are ordinary text there too.
+    """Keep special words as ordinary text, unless the file puts a space before them, as GPT-2's
+    once did.
     """
     for tokenizer in (read_tokenizer(qwen), bpe):
         assert all(
@@ -762,7 +773,7 @@ def test_a_first_token_that_is_no_word_is_one_line(mixtral, tmp_path, word):
 def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, file, content):
     """JSON can spell half a character.
 
-    It was imported, and the export of it ended in an error that named no file.
+    It was imported, and its export ended in an error that named no file.
     """
     shutil.copytree(mixtral, tmp_path / "m")
     (tmp_path / "m" / file).write_bytes(content)
@@ -776,8 +787,9 @@ def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, fil
 
 # ---------------------------------------------------------------------------------- in a checkpoint
 def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
-    """`+me` went on with " me", and what was drawn before a stop text was read again with one more
-    space before it.
+    """`+me` continued with " me".
+
+    What was drawn before a stop text was read again with one more space before it.
     """
     tokenizer = read_tokenizer(mixtral)
     ckpt = save(tmp_path, biased_model(vocabulary_size=tokenizer.vocabulary_size), tokenizer)
@@ -789,8 +801,8 @@ def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
 
 
 def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_path, run, drawn):
-    """An imported model's prompts are put behind its own first id, or behind nothing, and any of
-    its end ids ends an answer.
+    """An imported model's prompts start with its own first id, or none; any of its end ids ends an
+    answer.
     """
     for folder, before, stops in ((mixtral, [1], [2]), (qwen, [], [802, 800])):
         tokenizer = read_tokenizer(folder)

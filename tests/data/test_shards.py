@@ -1,8 +1,7 @@
-"""runtime/data/shards.py: what is not exactly as it was written is refused, and every token is
-used.
+"""runtime/data/shards.py: what is not exactly as written is rejected, and every token is used.
 
-D1 .. D16 are the reference's faults with data (damaged, stale or foreign shards that it trained on
-without a word).
+D1 .. D16 are the original implementation's faults with data (damaged, stale or foreign shards that
+it trained on silently).
 """
 
 from __future__ import annotations
@@ -117,9 +116,7 @@ def test_renumbered_shards_are_as_if_written_so(tmp_path, monkeypatch):
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
-    """A resumed run may meet the same tokens in shards of another size; other tokens it must not
-    meet.
-    """
+    """A resumed run may see the same tokens in shards of another size, but no other tokens."""
     a, b, c = (
         TokenShards(write_split(tmp_path / name, np.arange(100) % n, size)).fingerprint
         for name, n, size in (("a", 90, 7), ("b", 90, 50), ("c", 91, 7))
@@ -131,7 +128,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
 def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
     """D7: by name, shard_10000 came before shard_9999.
 
-    And 10,000 memory maps need 10,000 open files where 256 are usual.
+    And 10,000 memory maps need 10,000 open files, where 256 are usual.
     """
     resource = pytest.importorskip(
         "resource", reason="no limits on open files to set on this system"
@@ -170,7 +167,7 @@ def test_a_manifest_that_is_none_is_refused(split, text):
 
 
 def test_no_flipped_bit_in_a_manifest_goes_unnoticed(split):
-    """Reliability 6: either it is refused, or it reads as before (a blank that became another
+    """Reliability 6: it is either rejected or reads as before (a blank that became another
     blank).
     """
     before, good, rng = read_manifest(split), (split / "meta.json").read_bytes(), random.Random(0)
@@ -240,7 +237,7 @@ def test_missing_and_empty_shards_are_refused(split):
     ids=lambda a: f"{a.dtype}{a.shape}",
 )
 def test_other_dtypes_and_shapes_are_refused(split, array):
-    """D3: float64 NaN became token -9223372036854775808, a 2-D shard silently had no windows.
+    """D3: float64 NaN became token -9223372036854775808; a 2-D shard silently had no sequences.
 
     (500 x 8 bytes: the size is right.)
     """
@@ -273,7 +270,7 @@ def test_no_flipped_bit_in_a_shard_goes_unnoticed(split):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(split):
-    """D8: found by the embedding at the first batch, as a raw IndexError (on a GPU: a device
+    """D8: the embedding found it at the first batch, as a raw IndexError (on a GPU: a device
     assert).
     """
     replace_shard(split, np.full(1000, 257, dtype=np.uint32))
@@ -344,8 +341,9 @@ def test_a_committed_set_is_read_before_it_is_in_place(tmp_path):
 def test_an_epoch_uses_every_token_as_a_target(
     tmp_path_factory, num_tokens, shard_size, context, seed
 ):
-    """D6: a shard of 64 tokens gave 32 of its 63 targets, and no window crossed a shard
-    (reliability 20).
+    """D6: a shard of 64 tokens gave 32 of its 63 targets.
+
+    No sequence crossed a shard (reliability 20).
     """
     shards = TokenShards(
         write_split(

@@ -1,5 +1,5 @@
-"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways, and no wrong one is
-ever accepted.
+"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways; no wrong one is
+accepted.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def test_o200k_is_what_it_says(o200k):
 
 
 def test_ids_that_stand_for_nothing_decode_to_a_replacement(o200k):
-    """P1: 19 of o200k_base's ids are inside its vocabulary but have no bytes; one in an answer was
-    a KeyError.
+    """P1: 19 of o200k_base's ids are inside its vocabulary but have no bytes.
+
+    One in an answer was a KeyError.
     """
     tokenizer = load_tokenizer("o200k_base")
     for i in tokenizer.undecodable_ids:
@@ -127,8 +128,9 @@ def test_lone_surrogates_become_replacement_characters(bpe, compact):
 
 
 def test_a_run_of_a_million_spaces_is_encoded(bpe, compact):
-    """tiktoken gives up on such a text ("Max stack size exceeded for backtracking"); one document
-    must not end a run.
+    """tiktoken gives up on such a text ("Max stack size exceeded for backtracking").
+
+    One document must not end a run.
     """
     text = "a" + " " * 3_000_000 + "b"
     with pytest.raises(ValueError, match="Regex error"):
@@ -287,8 +289,8 @@ def test_compact_ids_of_its_text_are_the_bases_renumbered(o200k, stories):
 
 
 def test_compact_encodes_what_its_text_never_had(o200k, stories):
-    """Every plane of Unicode and random mixtures of them: by the stream too, and without
-    end-of-text in between.
+    """Every Unicode plane and random mixtures: also by the stream, and without end-of-text in
+    between.
     """
     base = load_tokenizer("o200k_base")
     tokenizer, rng = (

@@ -1,5 +1,6 @@
-"""runtime/cpu_decode: the C code gives the plain model's logits, whatever the architecture, and is
-built and kept with care.
+"""runtime/cpu_decode: the C kernel gives the plain model's logits, whatever the architecture.
+
+It is built and kept with care.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ if os.environ.get("CI") and sys.platform == "linux":
 @needs_code
 @pytest.mark.parametrize("seed", range(60))
 def test_it_gives_the_plain_models_logits(seed):
-    """Random architectures, read in chunks of many tokens or one by one, many texts of different
-    lengths at once, in 1 to 3 threads, packed or not.
+    """Random architectures, many texts of different lengths at once, in 1 to 3 threads, packed or
+    not.
+
+    They are read in chunks of many tokens or one by one.
     """
     check_native_logits(seed)
 
 
 @needs_code
 def test_a_text_can_go_from_pytorch_to_c_and_back():
-    """They share the cache, and rows with room for many tokens are tiled, few rows are not: all
-    sizes of chunk agree.
-    """
+    """Texts share the cache; many rows are tiled, few are not: all chunk sizes agree."""
     model = random_model(
         tiny_config(d_model=32, d_ff=48, num_experts=4, context_length=300, vocabulary_size=50), 1
     )
@@ -66,8 +67,9 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("chunk", [1, 12])
 def test_what_is_not_a_number_is_not_hidden(bad, chunk):
-    """A bound on the exponent of softmax made NaN scores count for nothing: a damaged weight gave
-    text, and no error.
+    """A bound on the softmax's exponent made NaN scores count as 0.
+
+    A damaged weight gave text, and no error.
     """
     model = random_model(tiny_config(context_length=64))
     with torch.no_grad():
@@ -81,8 +83,9 @@ def test_what_is_not_a_number_is_not_hidden(bad, chunk):
 
 @needs_code
 def test_scores_of_any_size_are_weighed_as_pytorch_does():
-    """Far below the largest, far above, negative ones: softmax by our own exponential function,
-    over contexts that fill no vector.
+    """Softmax by our own exponential function, far below the largest, far above, and negative.
+
+    Also over contexts that do not fill a vector.
     """
     model = random_model(tiny_config(context_length=128, use_attention_bias=True), 3)
     with torch.no_grad():
@@ -174,8 +177,9 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
 
 @needs_code
 def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
-    """GPTOSS_CFLAGS can take back what -march=native allows only if it comes after it; code
-    compiled with other flags is never taken for it.
+    """GPTOSS_CFLAGS can undo -march=native only if it comes after it.
+
+    Code compiled with other flags is never taken instead.
     """
     commands, real = [], subprocess.run
     monkeypatch.setattr(
@@ -198,8 +202,9 @@ def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
 @needs_code
 @pytest.mark.parametrize("what", ["folder", "file", "link"])
 def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
-    """The name of the compiled code can be guessed: in a folder that others can write to, it was
-    whatever they put there.
+    """The name of the compiled code can be guessed.
+
+    In a folder that others can write to, their code was loaded.
     """
     assert cpu_decode.library()[0] is not None
     (path,) = fresh.iterdir()
@@ -230,8 +235,9 @@ def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
     ],
 )
 def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why, tmp_path):
-    """A machine without a compiler, with a broken one, or with a home that cannot be written: the
-    same text, and `:stats` says why it is slower.
+    """Without a compiler, with a broken one, or with a read-only home the text is the same.
+
+    `:stats` says why it is slower.
     """
     monkeypatch.delenv("CC", raising=False)
     if how == "none":
@@ -251,9 +257,11 @@ def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why
 @pytest.mark.slow
 @needs_code
 def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path):
-    """Compiled for the oldest x86-64, without the vectors of this machine; and for this one with
-    the compiler's checks of memory and arithmetic on: each buffer is an allocation of its own, so
-    running out of one is seen.
+    """Compile for the oldest x86-64, without this machine's vectors; and with the compiler's checks
+    on.
+
+    Those check memory and arithmetic. Each buffer is an allocation of its own, so running out of
+    one is seen.
     """
     if not sys.platform.startswith("linux"):
         pytest.skip("a Linux compiler's flags")

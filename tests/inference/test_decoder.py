@@ -1,5 +1,6 @@
-"""runtime/inference/decoder.py: many texts at once give what each gives alone, nothing in a cache
-is computed twice, and look-up changes nothing.
+"""runtime/inference/decoder.py: a batch of texts gives what each gives alone.
+
+Nothing in a cache is computed twice, and prompt-lookup decoding changes nothing.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def seeded(*seeds):
 # ----------------------------------------------------------------------------------- the same texts
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
-    """Greedy and drawn, across the end of the context (several times) or up to it, rows ending at
-    different times.
+    """Greedy and drawn, past the end of the context (several times) or up to it.
+
+    Rows end at different times.
     """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 3).eval()
     decoder = decoder_of(model)
@@ -92,8 +94,10 @@ def test_the_caller_can_end_a_row(decoder_of):
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
-    """What a CUDA graph holds: static shapes, a position for each row, more of the cache read than
-    is filled; also for rows that take no part.
+    """What a CUDA graph needs: static shapes, a position per row, more of the cache read than is
+    filled.
+
+    Also for rows that take no part.
     """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
     if len(changes) % 2:  # some of them packed
@@ -132,8 +136,9 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     ids=["swiglu", "gelu"],
 )
 def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes):
-    """The experts by choice or all of them, and the packed head, as in a CUDA graph: on this CPU,
-    which is told to be a GPU; as it is, and traced by the compiler.
+    """Selected experts or all of them, and the packed head, as in a CUDA graph.
+
+    This CPU is told to be a GPU. Eager, and traced by the compiler.
     """
     torch.compiler.reset()  # eight models are the most that one compiled function may see
     model = random_model(tiny_config(**changes), 2)
@@ -195,9 +200,10 @@ def test_every_span_of_the_cache_is_compiled(monkeypatch):
 
 @pytest.mark.parametrize("compiles, tunes", [(False, False), (True, False), (True, True)])
 def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
-    """With CUDA's graphs and streams replaced by what runs at once: 256 places of the cache, then
-    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it. A
-    small model is not tuned: a minute for each span would be for nothing.
+    """Replace CUDA's graphs and streams by functions that run at once.
+
+    256 positions of the cache, then 512, 1,024, ... up to all; what was compiled lives as long as
+    the graph that runs it. A small model is not tuned: that would waste a minute for each span.
     """
     graph = types.SimpleNamespace(pool=lambda: None, replay=lambda: None)
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
@@ -255,8 +261,9 @@ def reads(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8)], ids=["full", "window"])
 def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
-    """Continuing, going back, changing the end, starting anew; with a ring, what it has overwritten
-    is read again, and only that makes it so.
+    """Continue, go back, change the end, start again.
+
+    With a ring buffer, overwritten positions are read again, and only that makes them right.
     """
     model = random_model(tiny_config(context_length=64, **changes), 1).eval()
     decoder = reads(decoder_of(model))
@@ -286,9 +293,7 @@ def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
 
 
 def test_generation_goes_on_from_the_cache(decoder_of, reads):
-    """A second answer after the first: its prompt is what was read and drawn, and a few tokens
-    more.
-    """
+    """A second answer after the first: its prompt is what was read and drawn, plus a few tokens."""
     model = random_model(tiny_config(context_length=64)).eval()
     decoder = reads(decoder_of(model))
     texts = decoder.texts(1, 64)
@@ -303,8 +308,9 @@ def test_generation_goes_on_from_the_cache(decoder_of, reads):
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8)], ids=["full", "window"])
 def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes, monkeypatch):
-    """Ctrl-C in the middle of a pass: a ring may have lost what the next answer relies on, and
-    nothing would show it.
+    """Ctrl-C during a forward pass: a ring buffer may have lost keys that the next answer needs.
+
+    Nothing would show it.
     """
     model = random_model(tiny_config(context_length=64, **changes), 4).eval()
     decoder = decoder_of(model)
@@ -341,10 +347,9 @@ def test_rewinding_says_when_it_cannot():
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, changes):
-    """A graph has all texts of an allocation in it.
+    """A graph runs all texts of an allocation, and those that have ended write past their end.
 
-    Those that have ended write behind their end: a full ring lost its oldest key, which going back
-    one token needs.
+    A full ring buffer lost its oldest key, which going back one token needs.
     """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 2).eval()
     decoder = decoder_of(model)
@@ -387,7 +392,9 @@ def repetitive_model(seed: int = 0):
 )
 def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings):
     """Greedy and drawn, across the end of the context, with the noise that each token would have
-    had. A guess is only ever checked.
+    had.
+
+    A guess is only ever checked.
     """
     accepted = 0
     # Models whose routers and logits are nowhere within rounding of a tie in these texts (seeds 2,
@@ -504,8 +511,9 @@ def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
 
 
 def test_a_bad_answer_does_not_spoil_the_next(decoder_of):
-    """A NaN behind the end of a text counts where more of the cache is read than is filled, though
-    its weight is 0: every later answer failed too.
+    """A NaN past the end of a text counts where more of the cache is read than is filled.
+
+    Its weight is 0, yet every later answer failed too.
     """
     model = random_model(tiny_config(context_length=CONTEXT)).eval()
     with torch.no_grad():

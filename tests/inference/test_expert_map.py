@@ -1,5 +1,5 @@
-"""The map of experts: its numbers against the tensors, what it does with hostile text, and the page
-in a real browser.
+"""The map of experts: its numbers against the tensors, hostile text, and the page in a real
+browser.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ SGR = re.compile(r"\x1b\[(2;)?38;5;(\d+)m(\d+)\x1b\[0m")
 
 
 def routed(L: int, T: int, K: int, E: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(experts, gates) [L, T, K] of a router that likes some experts more, in no order within a
-    token.
+    """Return (experts, routing weights) [L, T, K] of a router that prefers some experts.
+
+    They have no order within a token.
     """
     generator = torch.Generator().manual_seed(seed)
     logits_LTE = 2 * torch.randn(L, T, E, generator=generator) + torch.randn(
@@ -563,8 +564,9 @@ def with_script(page: str, script: str, style: str = "") -> str:
 
 
 def browse(page: str, script: str, folder, *flags: str) -> dict:
-    """What `script` has left in `result` after it ran in a copy of the page, whose policy allows it
-    besides the page's own.
+    """Return `result` after `script` ran in a copy of the page.
+
+    The copy's policy allows it next to the page's own script.
     """
     return dump(with_script(page, script), folder, *flags)
 
@@ -613,8 +615,9 @@ def dump(page: str, folder, *flags: str) -> dict:
 
 
 def test_the_page_in_a_browser(tmp_path):
-    """Keyboard, hover, slider and heat map show what the tensors say; nothing moves; hostile text
-    does nothing.
+    """Keyboard, hover, slider and heat map show the tensors' values; nothing moves.
+
+    Hostile text does nothing.
     """
     L, E, prompt = 3, 8, 4
     text, experts_LTK, gates_LTK = page_of(L=L, E=E, prompt=prompt, title="<b>Experts</b>")
@@ -689,7 +692,7 @@ def test_the_page_in_a_browser(tmp_path):
 
 
 def test_the_dark_page_on_a_narrow_screen(tmp_path):
-    """All text has WCAG AA's contrast for 64 experts too, and the page is no wider than the screen."""
+    """Text has WCAG AA contrast for 64 experts too, and the page is no wider than the screen."""
     text, _, _ = page_of(L=12, E=64, K=4)
     script = (
         HELPERS

@@ -1,6 +1,4 @@
-"""runtime/inference/quantize.py: how far 8 bits are from the weights, and that a packed model is
-still a model.
-"""
+"""runtime/inference/quantize.py: the error of 8 bits, and a packed model is still a model."""
 
 from __future__ import annotations
 
@@ -47,8 +45,9 @@ def test_a_row_of_zeros_stays_zeros():
     ],
 )
 def test_a_packed_model_computes_with_the_rounded_weights(changes):
-    """Exactly what a plain model with those weights computes; embedding, norms and router are not
-    touched, and a tied embedding stays exact.
+    """A packed model computes exactly what a plain model with those weights does.
+
+    Embedding, norms and router are not touched, and a tied embedding stays exact.
     """
     model = random_model(tiny_config(**changes))
     rounded = copy.deepcopy(model)

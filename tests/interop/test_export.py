@@ -1,5 +1,5 @@
-"""runtime/interop/export.py: what may be replaced, an output that is whole or not there, and the
-check of logits.
+"""runtime/interop/export.py: what may be replaced, whole outputs or none, and the check of
+logits.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from tests.numeric import logits_bound, size_of
     ],
 )
 def test_what_is_there_is_not_lost(tmp_path, force, is_folder, made, message):
-    """With --force a folder was replaced if it held a config.json, whatever lay beside it: notes, a
-    git clone, the checkpoint that was being exported.
+    """With --force a folder was replaced if it held a config.json, whatever else it held.
+
+    Notes, a git clone, the checkpoint that was being exported.
     """
     out, source = tmp_path / "out", tmp_path / "out" / "latest.pt"
     if made in ("folder", "notes", "checkpoint"):
@@ -81,7 +82,7 @@ def test_an_earlier_export_and_an_empty_folder_may_be_replaced(tmp_path):
 
 
 def test_a_source_is_no_output(tmp_path):
-    """import_hf --model hf --out hf/model.safetensors --force replaced the weights that it was
+    """import_hf --model hf --out hf/model.safetensors --force replaced the weights it was
     reading.
     """
     (tmp_path / "hf").mkdir()
@@ -204,8 +205,9 @@ def test_logits_that_are_off_are_an_error(capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path, dtype):
-    """It may be larger than memory, so its map may be shared (tests/checkpoint/test_checkpoint.py);
-    where it is not, what somebody writes to a weight stays in memory.
+    """A file larger than memory may be mapped as shared (tests/checkpoint/test_checkpoint.py).
+
+    Elsewhere a write to a weight stays in memory.
     """
     model, tokenizer = random_model(tiny_config(vocabulary_size=257)).eval(), load_tokenizer("byte")
     if dtype == torch.float32:

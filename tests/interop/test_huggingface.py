@@ -1,8 +1,8 @@
-"""Hugging Face's terms: the same numbers as transformers' own classes in both directions, names,
-refusals, MXFP4.
+"""Hugging Face formats: transformers' own classes compute the same, both ways; names, errors,
+MXFP4.
 
-transformers is the oracle; that vLLM takes the weights is checked against the names that its 0.33
-accepts, and was not run.
+transformers is the oracle. vLLM was not run: the weights are checked against the names that its
+0.33 accepts.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def random_theirs(hf: dict):
 # --------------------------------------------------------------------------------------- the oracle
 @ANY
 def test_transformers_computes_the_same_from_an_export(config, tmp_path):
-    """Logits, the gradient of every parameter, the same greedy text; no key is missing or left
-    over.
-    """
+    """Logits, every parameter's gradient, the same greedy text; no key is missing or left over."""
     model = random_model(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -103,8 +101,9 @@ def test_transformers_computes_the_same_from_an_export(config, tmp_path):
 @ANY
 @pytest.mark.parametrize("layout", ["5", "5 in memory", "4"])
 def test_what_transformers_saved_computes_the_same_here(config, layout, tmp_path):
-    """As transformers 5 saves it, with the stacked experts and names that it has in memory, and
-    with the spellings of transformers 4.
+    """Folders as transformers 5 saves them, and with the spellings of transformers 4.
+
+    Also with the stacked experts and names that transformers 5 has in memory.
     """
     family = family_of(config)
     theirs = random_theirs(hf_config(config, family, end_of_text_id=0, start_id=0, dtype="float32"))
@@ -186,8 +185,9 @@ def test_reading_is_lazy():
 
 @ONE_EACH
 def test_balance_loss_is_the_same_at_balance(config):
-    """Theirs counts all blocks as one and sums to top_k, ours is 1.0 per block: an unscaled
-    coefficient would weigh 3 blocks' loss by 4/3.
+    """Theirs counts all blocks as one and sums to top_k, ours is 1.0 per block.
+
+    An unscaled coefficient would weigh 3 blocks' loss by 4/3.
     """
     config = dataclasses.replace(config, aux_loss_coef=0.03)
     model, hf = (
@@ -334,8 +334,9 @@ GPT_OSS_20B = {  # openai/gpt-oss-20b
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_published_configs_are_understood(hf, family, billions):
-    """The three models as published: the right family, size, context, and every one of our tensors
-    has a name there.
+    """The three published models have the right family, size and context.
+
+    Every tensor of ours has a name there.
     """
     found, config = model_config_from(hf)
     assert (
@@ -371,8 +372,9 @@ def test_the_preset_is_the_published_gpt_oss():
 @ANY
 @pytest.mark.parametrize("coefficient", [0.0, 0.01, 0.003, 0.0123456789])
 def test_configs_come_back_the_same(config, coefficient):
-    """config.json -> ours is the inverse of ours -> config.json; the balance loss's coefficient is
-    multiplied and divided by numbers such as 3/4.
+    """config.json -> ours is the inverse of ours -> config.json.
+
+    The balance loss's coefficient is multiplied and divided by numbers such as 3/4.
     """
     config = dataclasses.replace(config, aux_loss_coef=coefficient, init_std=0.03)
     hf = json.loads(
@@ -390,8 +392,9 @@ def test_configs_come_back_the_same(config, coefficient):
 
 @ANY
 def test_both_spellings_say_the_same(config):
-    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE: it took 128
-    experts, or wavelengths of another model, and said nothing.
+    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE.
+
+    It silently took 128 experts, or another model's wavelengths.
     """
     hf = hf_config(config, family_of(config), end_of_text_id=0, start_id=0, dtype="float32")
     old, new = (
@@ -405,8 +408,9 @@ def test_both_spellings_say_the_same(config):
 
 
 def test_no_pad_token_in_the_config():
-    """transformers makes the embedding of config.json's pad id untrainable; ours would be
-    end-of-text, which every document begins with.
+    """transformers makes the embedding of config.json's pad id untrainable.
+
+    Ours would be end-of-text, which every document begins with.
     """
     assert "pad_token_id" not in hf_config(
         CONFIGS["qwen3_moe"], "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32"
@@ -528,8 +532,8 @@ HOSTILE = [
     "hf, changes, message", REFUSED + HOSTILE, ids=[message for _, _, message in REFUSED + HOSTILE]
 )
 def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
-    """In one line, whatever the value is: a list as model_type, or a number of 400 digits, ended in
-    a traceback.
+    """One line, whatever the value: a list as model_type, or a 400-digit number, gave a
+    traceback.
     """
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model_config_from(hf | changes)
@@ -724,8 +728,8 @@ def test_mxfp4_is_what_transformers_makes_of_it():
 
 
 def test_published_gpt_oss_files_are_read(tmp_path):
-    """MXFP4 experts become ours: the logits are those of transformers with the experts that it
-    dequantises itself.
+    """MXFP4 experts become ours: the logits equal transformers' with its own dequantised
+    experts.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -791,8 +795,9 @@ def split(folder: Path) -> dict:
 
 
 def test_two_sets_of_weights_are_refused(tmp_path):
-    """Of a folder with shards and an older model.safetensors, transformers takes the latter and we
-    took the former: another model, in silence.
+    """A folder has shards and an older model.safetensors: transformers takes the latter.
+
+    We took the former: another model, silently.
     """
     model = random_model(CONFIGS["qwen3_moe"])
     write_folder(model, tmp_path)
@@ -811,9 +816,7 @@ def test_two_sets_of_weights_are_refused(tmp_path):
 
 
 def test_folders_that_cannot_be_read(tmp_path):
-    """One line that says which file: nothing there, an index that is none or names what is not
-    there, a damaged or missing shard.
-    """
+    """One line that names the file: nothing there, a bad index, a damaged or missing shard."""
     with pytest.raises(ValueError, match="only models stored as safetensors"):
         folder_tensors(tmp_path)
     model = random_model(CONFIGS["qwen3_moe"])
@@ -885,9 +888,8 @@ VLLM_ALL = [
 
 @ANY
 def test_names_are_those_that_vllm_accepts(config):
-    """Every exported name is one of vLLM's, and every one of vLLM's is exported.
-
-    (vLLM itself was not run.)
+    """Every exported name is one of vLLM's, and every one of vLLM's is exported. (vLLM was not
+    run.)
     """
     family = family_of(config)
     inside = [rf"model.layers.\d+.{name}" for name in VLLM[family] + VLLM_ALL]
@@ -907,8 +909,9 @@ def test_names_are_those_that_vllm_accepts(config):
 
 
 def test_what_vllm_reads_of_the_config():
-    """Its gpt-oss takes YaRN's numbers from rope_parameters without asking whether they are there,
-    and has 1e-5 as the norms' epsilon built in.
+    """Its gpt-oss reads YaRN's numbers from rope_parameters without checking that they exist.
+
+    1e-5 is built in as the norms' epsilon.
     """
     config = CONFIGS["gpt_oss"]
     hf = hf_config(config, "gpt_oss", end_of_text_id=0, start_id=0, dtype="float32")

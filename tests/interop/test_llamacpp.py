@@ -1,5 +1,6 @@
-"""scripts/export_gguf.py's files in llama.cpp itself: the same logits, the same greedy text, the
-same token ids. Skipped where llama-cpp-python is not installed.
+"""scripts/export_gguf.py's files in llama.cpp itself: the same logits, greedy text and token ids.
+
+Skipped where llama-cpp-python is not installed.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ def greedy(model: LLM, prompt: list[int], length: int) -> list[int]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_the_same_logits_and_the_same_greedy_text(tmp_path, arch, tied):
-    """gpt-oss with a factor of 1, for which llama.cpp's rounding of YaRN's ramp does not matter;
-    windows of 8 in 96 tokens.
+    """gpt-oss with factor 1, where llama.cpp's rounding of YaRN's ramp has no effect.
+
+    Windows of 8 in 96 tokens.
     """
     model, path = model_of(
         tmp_path,
@@ -160,9 +162,10 @@ def test_scaled_positions(tmp_path, arch, scaling):
 
 
 def test_llama_cpp_rounds_yarns_ramp(tmp_path):
-    """The ends of gpt-oss's ramp are not rounded (`truncate: false`), llama.cpp always rounds them,
-    and no key of the file says otherwise: what it computes is our model with yarn_truncate, which
-    is another function. OpenAI's own GGUF files meet the same.
+    """gpt-oss does not round the ends of its ramp (`truncate: false`); llama.cpp always does.
+
+    No key of the file can change that: it computes our model with yarn_truncate, another function.
+    OpenAI's own GGUF files have the same problem.
     """
     model, path = model_of(
         tmp_path, **GPT_OSS | dict(rope_scaling_factor=4.0, context_length=96, head_dim=16)
@@ -176,8 +179,8 @@ def test_llama_cpp_rounds_yarns_ramp(tmp_path):
 
 @pytest.mark.parametrize("quantize", ["f32", "f16", "bf16", "q8_0"])
 def test_the_script_runs_its_file_in_llama_cpp(tmp_path, capsys, quantize):
-    """(Not in the smallest shapes: with fewer than 64 rows or columns llama.cpp's own products with
-    q8_0 give NaN on CPUs with AMX.)
+    """(Not in the smallest shapes: below 64 rows or columns llama.cpp's q8_0 gives NaN with
+    AMX.)
     """
     _, path = model_of(tmp_path, quantize, checked=True, d_model=64, num_heads=8, d_ff=64)
     out = capsys.readouterr().out
@@ -221,8 +224,9 @@ def differing(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> list[str]
 
 
 def test_the_same_ids_with_o200k_base(tmp_path, shared_dir, o200k):
-    """llama.cpp's rule counts combining marks as no part of a word (Unicode's M, which its regular
-    expressions do not know): Hindi differs, as it would in any GGUF file.
+    """llama.cpp's rule does not count combining marks as part of a word.
+
+    (Unicode's M, which its regular expressions do not have.) Hindi differs, as in any GGUF file.
     """
     hindi = "नमस्ते दुनिया"
     assert differing(

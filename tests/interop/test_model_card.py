@@ -1,5 +1,6 @@
-"""runtime/interop/model_card.py: the card says what the run recorded, that what it did not is
-unknown, and nothing that a file makes it say.
+"""runtime/interop/model_card.py: the card says what the run recorded, and "unknown" for the rest.
+
+No file can make it say anything else.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def front_matter(text: str) -> dict:
 
 
 def test_what_the_run_recorded(tmp_path):
-    """Counts, losses up to the checkpoint's step and no further, what was read by name without the
-    machine's paths, pictures drawn from those records.
+    """Counts, losses up to the checkpoint's step, file names without paths, pictures from those
+    records.
     """
     write_metrics(tmp_path)
     text = card(tmp_path, source_of(tmp_path))
@@ -167,9 +168,9 @@ def test_what_the_run_recorded(tmp_path):
 
 @pytest.mark.parametrize("spoil", ["another run's", "damaged", "gone", "no run", "no matplotlib"])
 def test_metrics_that_are_not_this_runs_are_not_shown(tmp_path, monkeypatch, spoil):
-    """artifacts/graphs is every run's default folder: what lies there may be a later run's.
+    """artifacts/graphs is every run's default folder: files there may be a later run's.
 
-    It then is as if nothing was there.
+    The card is then written as if the folder were empty.
     """
     if spoil != "gone":
         write_metrics(tmp_path, "def456" if spoil == "another run's" else "abc123")
@@ -225,8 +226,9 @@ def test_a_data_set_of_the_hub_is_named_and_a_folder_is_not(tmp_path, monkeypatc
 
 
 def test_weights_without_a_run(tmp_path):
-    """Imported models get a short card that says so; the reference's checkpoints have a loss that
-    is not ours; custom code is named and warned of.
+    """Imported models get a short card that says so; custom code is named with a warning.
+
+    The original implementation's checkpoints have a loss that is not comparable to ours.
     """
     imported = card(tmp_path, source_of(tmp_path, train_config={}, run={}, val_loss=None, step=0))
     assert (
@@ -279,8 +281,9 @@ HOSTILE = (
 
 
 def test_a_checkpoints_words_are_text_and_nothing_else(tmp_path):
-    """A header may come from anyone: no value of it adds a line, a cell, a heading, a link or a key
-    of the front matter, or breaks the export.
+    """A header may come from anyone: no value adds a line, a cell, a heading, a link or a key.
+
+    Nor does it break the front matter or the export.
     """
     train = dict.fromkeys(dataclasses.asdict(TrainConfig()), HOSTILE) | {
         "graph_dir": str(tmp_path / "graphs")
@@ -358,8 +361,9 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_record_that_a_later_run_moved_aside_is_found(tmp_path, capsys):
-    """A new run with the same graph folder moves metrics.jsonl to metrics-1.jsonl; the next export
-    of the first run's model silently had no curves.
+    """A new run with the same graph folder moves metrics.jsonl to metrics-1.jsonl.
+
+    The next export of the first run's model silently had no curves.
     """
     write_metrics(tmp_path)
     source = source_of(tmp_path)
@@ -391,7 +395,8 @@ def test_a_card_names_the_published_model_that_it_comes_from(tmp_path, name, exp
 
 
 def test_the_cards_example_fits_the_context(tmp_path):
-    """100 tokens behind a prompt were asked of a model whose position table ends at 32: its own
-    card crashed.
+    """The card asked a model for 100 tokens after a prompt.
+
+    Its learned attention bias ends at 32 positions: its own card crashed.
     """
     assert "max_new_tokens=16)" in card(tmp_path, source_of(tmp_path))

@@ -86,7 +86,7 @@ def test_cudnn_knows_sixteenths_of_dropout(dropout, expected):
 
 
 def test_sinks_give_cudnn_no_mask():
-    """runtime/kernels/sink_attention.py calls cuDNN without one: windows would not be seen at all."""
+    """runtime/kernels/sink_attention.py calls cuDNN without a mask: it would ignore windows."""
     assert choose_attention(HOPPER, BF16, "none", 1024, 64, True, sinks=True) == CUDNN
     assert choose_attention(HOPPER, BF16, "fixed", 1024, 64, True, sinks=True).kernel == "efficient"
 

@@ -1,6 +1,4 @@
-"""All experts as one operation on a CPU: equal to the plain path, whatever the loads, the threads
-and the mode.
-"""
+"""All experts as one operation on a CPU equal the plain path, for any loads, threads and mode."""
 
 from __future__ import annotations
 
@@ -69,8 +67,8 @@ def outputs_and_gradients(
 )
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_threads):
-    """Random loads, experts without rows among them; both with a thread per expert and with the
-    threads sharing each product.
+    """Random loads, some experts without rows; a thread per expert, or threads that share each
+    product.
     """
     threads(num_threads)
     used = []
@@ -136,8 +134,9 @@ def test_the_compiler_knows_its_shapes():
 
 
 def test_shares_are_even_or_refused():
-    """Whole experts go to threads; where one has most of the rows, the others would wait for it, so
-    all share each product.
+    """Whole experts go to threads, unless one has most of the rows.
+
+    The others would then wait for it, so all share each product.
     """
 
     def groups(*rows):
@@ -152,9 +151,10 @@ def test_shares_are_even_or_refused():
 
 
 def test_threads_of_the_pool_do_not_cut_their_products(threads):
-    """A thread's first question about its number of threads sets it to the process's, so a number
-    set before that was lost: every expert's products were cut after all. And the number for the
-    process was left at 1.
+    """A thread's first question about its thread count sets it to the process's.
+
+    A number set before that was lost: every expert's products were still split. And the process's
+    number was left at 1.
     """
     threads(2)
     pool = cpu_experts._pool(2, os.getpid())

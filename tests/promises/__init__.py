@@ -1,9 +1,9 @@
-"""Promises of reliability that are counted: each is a function that tries something many times and
-says how often it held.
+"""Guarantees of reliability, each counted: a function tries it many times and counts how often it
+held.
 
 pytest runs them with small counts at every push and larger ones nightly (`make test-nightly`);
 `python -m benchmarks.reliability` (`make figures`) runs them with the counts that README.md quotes.
-The numbers are those of the promises' list in the README.
+The numbers are those of the README's list.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """How often something held.
-
-    A failure is a line that says with which seed or case it can be seen again.
-    """
+    """How often something held. A failure is a line with the seed or case that reproduces it."""
 
     held: int = 0
     tried: int = 0

@@ -56,12 +56,12 @@ KINDS = (
 
 
 def corruption(count: int) -> Tally:
-    """Of 14 files, 8 are checkpoints (every fourth cut short, the others with a flipped bit
-    anywhere), 4 shards, a manifest and a metrics.jsonl.
+    """Damage 14 files: 8 checkpoints, 4 shards, a manifest and a metrics.jsonl.
 
-    Held: refused in a line that names the file; or everything that was read is proven to be what
-    was written (padding, blanks). For metrics, whose damage may not stop a run: a line that says
-    so, and no record that was not measured.
+    Every fourth checkpoint is cut short, the others have a flipped bit anywhere. Held: rejected in
+    a line that names the file, or everything read is proven to be what was written (padding,
+    blanks). For metrics, whose damage may not stop a run: a line that says so, and no record that
+    was not measured.
     """
     tally, seen = Tally(), dict.fromkeys(("checkpoint", "shard", "manifest", "metrics"), 0)
     counts = dict.fromkeys(("refused", "proven identical", "metrics repaired"), 0)
@@ -163,8 +163,8 @@ def _write_metrics(at: Path) -> None:
 
 
 def _metrics_noticed(at: Path) -> str:
-    """What a resumed run makes of the metrics in a folder that was _write_metrics's, which it is
-    again afterwards.
+    """Return the metrics that a resumed run reads in a folder of _write_metrics, then restore
+    it.
     """
     original = [json.loads(line) for line in _metrics_bytes()[0].splitlines()]
     (at / "metrics.json").write_bytes(_metrics_bytes()[1])
@@ -195,8 +195,9 @@ def _metrics_bytes() -> tuple[bytes, bytes]:
 
 
 def fallback(count: int) -> Tally:
-    """The newest of three checkpoints, or the newest two, damaged: `train.py --resume` goes on from
-    the one before and says so.
+    """Damage the newest, or the newest two, of three checkpoints.
+
+    `train.py --resume` continues from the one before and says so.
     """
     tally = Tally()
     with folder() as at:

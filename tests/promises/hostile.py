@@ -79,8 +79,10 @@ def _number(n: int) -> bytes:
 
 
 def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
-    """Files that try to run something (it would make `canary`), to take memory, or to be what they
-    are not: (what it is, file).
+    """Yield (description, file) of hostile files.
+
+    They try to run something (it would make `canary`), to take memory, or to pass for something
+    else.
     """
     Payload, forge, put, bomb = (
         builders_checkpoint.Payload,
@@ -294,10 +296,10 @@ def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
 
 
 def hostile(count: int, prelude: str = "") -> Tally:
-    """Every file is read, in all three ways, by a process that may take 2 GB more than it has after
-    its imports; nothing may be executed. All of it must be refused; to predict, or to see the
-    config, is to read less, and may succeed where what is wrong is in the rest. prelude: code for
-    that process, for tests of this test.
+    """Read every file, in all three ways, in a process limited to 2 GB above its imports.
+
+    Nothing may be executed, and all must be rejected. Reading for prediction, or only the config,
+    may succeed if the fault is in the rest. prelude: code for that process, for tests of this test.
     """
     tally = Tally()
     with folder() as at:

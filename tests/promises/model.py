@@ -19,8 +19,9 @@ from tests.promises.common import FIRST_SEED, attempt
 
 
 def cached(count: int) -> Tally:
-    """A text read whole, and in random pieces through a KV cache: the same logits, over random
-    architectures, batches and chunkings.
+    """A text read whole, and in random pieces through a KV cache: the same logits.
+
+    Over random architectures, batches and chunkings.
     """
     tally, worst = Tally(), {"float64": 0.0, "float32": 0.0}
     for seed in range(FIRST_SEED, FIRST_SEED + count):
@@ -57,16 +58,18 @@ def cached(count: int) -> Tally:
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference of two tensors, relative to the second's largest value (to 1 if that is
-    smaller); AssertionError if one is not finite.
+    """Return the largest difference of two tensors, relative to the second's largest value (or 1).
+
+    Raise AssertionError if one is not finite.
     """
     assert torch.isfinite(a).all() and torch.isfinite(b).all(), "not finite"
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
 def native(count: int) -> Tally:
-    """The C code that decodes on a CPU against the plain model, over random architectures, weights
-    in 8 bits among them.
+    """The C kernel that decodes on a CPU against the plain model.
+
+    Over random architectures, 8-bit weights among them.
     """
     tally, worst = Tally(), [0.0]
 
@@ -86,12 +89,12 @@ def native(count: int) -> Tally:
 
 
 def causality(count: int) -> Tally:
-    """Over random architectures in float64: every token t changed changes no logits before t by
-    more than rounding, read whole, in pieces, in eval and in train mode; the gradient of the logits
-    at t with respect to later tokens is exactly 0; rows of a batch do not meet.
+    """Each token t changed moves no logits before t by more than rounding, in float64.
 
-    Tokens are grouped by expert, so a matrix product may round otherwise when another token goes
-    elsewhere: hence 1e-12 for values.
+    Over random architectures, read whole, in pieces, in eval and in train mode. The gradient of the
+    logits at t with respect to later tokens is exactly 0; rows of a batch do not meet. Tokens are
+    grouped by expert, so a matrix product may round otherwise when another token goes elsewhere:
+    hence 1e-12 for values.
     """
     tally, worst = Tally(), [0.0]
     for seed in range(FIRST_SEED, FIRST_SEED + count):
@@ -143,8 +146,8 @@ def _read(model, ids: torch.Tensor, r: random.Random | None) -> torch.Tensor:
 
 
 def experts(count: int) -> Tally:
-    """The mixture of experts against a loop over tokens and experts: output, load, and what a
-    capacity drops.
+    """The mixture of experts against a loop over tokens and experts: output, load, capacity
+    drops.
     """
     tally = Tally()
     for seed in range(FIRST_SEED, FIRST_SEED + count):

@@ -58,9 +58,10 @@ step("test", run("test", "--ckpt", "checkpoints/latest.pt"))
 
 
 def alone(count: int, prelude: str = "") -> Tally:
-    """Every module is imported, text prepared, a model trained, resumed, trained further and asked
-    in a process that fails at, and remembers, each attempt to look up a name or to connect
-    (Python's audit events). count: steps of that, counted from the last.
+    """Run everything in a process that fails at, and records, each network access.
+
+    Import every module, prepare text, train, resume, train further and predict. Python's audit
+    events report look-ups of names and connections. count: the last steps to check.
     """
     tally = Tally()
     with folder() as at:

@@ -31,8 +31,9 @@ class _Batches:
 def _fit(
     poison: dict[int, str],
 ) -> tuple[RunState, list[dict], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """A short run in which some calls of the loss (two a step) are spoilt in some place: its state,
-    records, weights, and what it saved.
+    """Run a short training where some loss calls (two per step) are damaged in some place.
+
+    Return its state, records, weights, and what it saved.
     """
     model, records, saved, call = random_model(tiny_config(), 1), [], [], iter(range(10**6))
 
@@ -77,8 +78,9 @@ def _fit(
 
 
 def not_finite(count: int) -> Tally:
-    """Something that is not finite at a random call: that step changes nothing and is counted,
-    nothing not finite is saved, and the loss ends where it would have.
+    """Make something non-finite at a random call: that step changes nothing and is counted.
+
+    Nothing non-finite is saved, and the loss ends where it would have.
     """
     tally, r = Tally(), random.Random(9)
     _, clean, _, _ = _fit({})
@@ -103,8 +105,9 @@ def not_finite(count: int) -> Tally:
 
 
 def spikes(count: int) -> Tally:
-    """Losses that fall, level off and are noisy, with a jump in some places: told at its own step,
-    and nowhere else in 10,000 steps.
+    """Losses that fall, level off and are noisy, with a few jumps.
+
+    Each is noticed at its own step, and nothing else in 10,000 steps.
     """
     tally, r = Tally(), np.random.default_rng(10)
     t, alarms, places = np.arange(10_000), 0, set()

@@ -466,9 +466,10 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
 
 
 def pairings(count: int) -> Tally:
-    """Data, tokenizers, models, checkpoints and flags that do not belong together, through the
-    scripts' own mains: a line that names the mismatch, before anything is built or written. Fewer
-    than all: evenly spread over the table.
+    """Mismatched data, tokenizers, models, checkpoints and flags, through the scripts' own mains.
+
+    A line names the mismatch, before anything is built or written. Fewer than all: evenly spread
+    over the table.
     """
     tally = Tally()
     with folder() as at, no_work():

@@ -49,8 +49,8 @@ def _small_predictor(**settings) -> Iterator[tuple[Predictor, PredictConfig, Pat
 
 
 def repl_lines(count: int) -> Tally:
-    """Lines at the prompt, in sessions of 500: each is answered, leaves settings that are valid,
-    and the session goes on.
+    """Lines at the prompt, in sessions of 500: each is answered, leaves valid settings, and
+    continues.
     """
     tally, typed, answers = Tally(), [], [0]
     with _small_predictor(max_new_tokens=2) as (predictor, config, _):
@@ -191,9 +191,11 @@ def sampler_settings(count: int) -> Tally:
 
 
 def context_policy(count: int) -> Tally:
-    """Prompts of context - 1, context, context + 1 and 10 contexts, each with one token to draw,
-    many with stop, many with slide; a model with a position table comes after one without. Held: as
-    many tokens, told in as many words, and the answer begins as the model without a cache says.
+    """Prompts of context - 1, context, context + 1 and 10 contexts, each with one token to draw.
+
+    Many with stop, many with slide; a model with a learned attention bias comes after one without.
+    Held: as many tokens, told in as many words, and the answer begins as the model without a cache
+    says.
     """
     tally, C = Tally(), builders_inference.CONTEXT
     cases = [

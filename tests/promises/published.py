@@ -1,6 +1,4 @@
-"""The promise about published architectures: what leaves this repo and what comes in is the same
-function.
-"""
+"""The guarantee on published architectures: export and import preserve the function."""
 
 from __future__ import annotations
 
@@ -56,8 +54,9 @@ def random_family_config(seed: int) -> tuple[str, ModelConfig]:
 
 
 def same_function(count: int) -> Tally:
-    """A random model written as a folder: transformers gives its logits and gradients, and the
-    folder gives its config and weights back to the bit.
+    """Write a random model as a folder: transformers gives its logits and gradients.
+
+    The folder gives its config and weights back to the bit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +66,7 @@ def same_function(count: int) -> Tally:
         model = random_model(config, seed).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                # At 1.0 float32's own error in the gradients is above 1e-5 (ours and theirs, against
+                # At 1.0 float32's own error in the gradients is above 1e-5 (both sides, against
                 # float64).
                 parameter.mul_(0.7)
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}

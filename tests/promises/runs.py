@@ -86,11 +86,10 @@ SIGNALS = [
 
 # ------------------------------------------------------------------------------ the file operations
 class Operations:
-    """While it is entered, every change to files below `roots` comes by here: `before` it happens,
-    and `after` it has.
+    """Report every change to files below `roots`: `before` it happens, and `after`.
 
-    Kinds: mkdir, open, write, truncate, fsync, fsync folder, replace, link, symlink, unlink.
-    Reading is nobody's business.
+    Kinds: mkdir, open, write, truncate, fsync, fsync folder, replace, link, symlink, unlink. Reads
+    are not reported.
     """
 
     def __init__(self, *roots: Path):
@@ -98,14 +97,16 @@ class Operations:
         self.opened: dict[int, str] = {}  # path by descriptor, of files and folders
 
     def before(self, kind: str, path: str, half=lambda: None) -> int | None:
-        """An operation begins; half() carries out half of a write.
+        """An operation begins; half() carries out half of a write. May raise.
 
-        May raise. A number: only so many bytes are written.
+        A number: only so many bytes are written.
         """
 
     def after(self, kind: str, path: str, more=None) -> None:
-        """It is done. more: the bytes written, the new length, the second name of replace and link,
-        the text of a symlink.
+        """The operation is done.
+
+        more: the bytes written, the new length, the second name of replace and link, the text of a
+        symlink.
         """
 
     def ours(self, path) -> bool:
@@ -214,8 +215,7 @@ class _File(io.FileIO):
 
 
 class Faults(Operations):
-    """Operation number `index` (the first is 1) fails with `code`, and all later ones too if it is
-    `lasting`.
+    """Fail operation number `index` (the first is 1) with `code`, and all later ones if `lasting`.
 
     A full disk lets files be deleted and folders be flushed. `short`: the write that does not fit
     writes its half first.
@@ -273,8 +273,9 @@ class _Watched(Operations):
 
 
 def _mutate(mutant: str) -> None:
-    """Break train, for the tests of these tests: "forgets NAME", a resume without that part of
-    RunState, or "dies of signals".
+    """Break train, for the tests of these tests.
+
+    "forgets NAME": a resume without that part of RunState. Or "dies of signals".
     """
     if mutant == "dies of signals":
         process.STOP_SIGNALS = []
@@ -364,8 +365,9 @@ def _attempt(job: dict) -> dict:
 
 
 def serve() -> None:
-    """Answer a job a line, until stdin ends. torch must not have computed anything here: its
-    threads would not be in the child.
+    """Answer a job per line, until stdin ends.
+
+    torch must not have computed anything here: its threads would not exist in the child.
     """
     import torch._dynamo  # noqa: F401 - torch.optim does so when an optimizer is made, and it takes more than all else in a child
 
@@ -434,9 +436,7 @@ class Attempt:
 
 
 class Run:
-    """A run in a folder of its own, as a user's script starts it: with --resume once there is
-    something to resume.
-    """
+    """Run in a folder of its own, as a user's script would: with --resume once it can resume."""
 
     numbers = itertools.count()
 
@@ -493,8 +493,8 @@ def straight() -> tuple[Run, Attempt]:
 
 
 def difference(run: Run) -> str:
-    """Where the final checkpoint of a run is not, bit for bit, that of the run that was not
-    interrupted; "" where it is.
+    """Return where a run's final checkpoint differs, bit for bit, from the uninterrupted run's, or
+    "".
     """
     try:
         mine, theirs = (
@@ -527,8 +527,9 @@ def difference(run: Run) -> str:
 
 
 def metrics_difference(run: Run) -> str:
-    """The same for its metrics, but for what a clock put in: strict JSON, steps that increase,
-    tokens that add up, no record twice.
+    """Return the same for its metrics, except for clock values.
+
+    Strict JSON, steps that increase, tokens that add up, no record twice.
     """
     try:
         records = run.records()
@@ -564,8 +565,9 @@ def metrics_difference(run: Run) -> str:
 
 # ----------------------------------------------------------------------------------- 1, 18: kill -9
 def _moment(r: random.Random, in_a_save: bool) -> dict:
-    """When to kill an attempt: at an operation of one of its next saves (as it begins; a write is
-    half done), or somewhere else.
+    """Choose when to kill an attempt: at an operation of one of its next saves, or elsewhere.
+
+    As the operation begins, or with half of a write done.
     """
     events = straight()[1].events
     operations = events[: events.index(")")].count("w")
@@ -584,7 +586,7 @@ def _moment(r: random.Random, in_a_save: bool) -> dict:
 def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
     """Kill runs `count` times in all and restart each until it is done.
 
-    How many of the kills left no trace in what the run became, and in its metrics.
+    Count the kills that left no trace in the run's result and metrics.
     """
     states, metrics, kills, inside = Tally(), Tally(), 0, 0
     for seed in itertools.count():
@@ -662,8 +664,9 @@ class Link:
 
 
 class Disk:
-    """A file system that keeps what POSIX says and not a byte more: content after fsync, names
-    after fsync of their folder.
+    """A file system that keeps exactly what POSIX guarantees.
+
+    Content after fsync, names after fsync of their folder.
     """
 
     def __init__(self, root: str):
@@ -727,18 +730,17 @@ class Disk:
             del names[path]
 
     def after_kill(self, half_written: tuple[str, bytes] | None = None) -> State:
-        """What a killed process leaves: everything that it did, and half of the write that it was
-        at.
-        """
+        """What a killed process leaves: everything it did, and half of its current write."""
         contents = [now for now, _ in self.contents]
         if half_written:
             contents[self.opened[half_written[0]]] += half_written[1][: len(half_written[1]) // 2]
         return self._state(self.names, contents)
 
     def after_power_loss(self) -> Iterator[State]:
-        """Every state that may be left: any of the changes of names that were not flushed are made
-        and the others not (beyond 7 of them: the first so many); of what was not flushed of a file
-        there is nothing, half, half and then zeros, zeros, or all.
+        """Yield every state that may be left after a power loss.
+
+        Of the name changes that were not flushed, any subset is made (beyond 7: the first so many).
+        Of unflushed file content there is nothing, half, half and then zeros, zeros, or all.
         """
         number = len(self.pending)
         kept = (
@@ -791,9 +793,9 @@ class Disk:
 
 @dataclass(frozen=True)
 class State:
-    """A folder that a crash left: (path, file number and content, Link or FOLDER), sorted.
+    """Return a folder that a crash left, sorted: (path, file number and content, Link or FOLDER).
 
-    Files under temporary names are never opened again, so what is in them makes no other state.
+    Files under temporary names are never opened again, so their content makes no other state.
     """
 
     entries: tuple
@@ -830,8 +832,8 @@ class Recorder(Operations):
 
 @dataclass
 class Verdict:
-    """What the reader makes of a state: step of the newest checkpoint, 0 without one; what is wrong
-    with it; whether it can be saved into.
+    """The reader's view of a state: step of the newest checkpoint (0: none), faults, if it can be
+    saved to.
     """
 
     step: int
@@ -895,8 +897,9 @@ def _save(folder: Path, step: int, keep_last: int = 2) -> None:
 
 
 def _judge(folder: Path, good: set[bytes]) -> Verdict:
-    """Read a folder as a resume does, and every final name in it (unless its content was found good
-    before); then save into it.
+    """Read a folder as a resume does, and every final name in it, then save into it.
+
+    Skip names whose content was found good before.
     """
     unloadable, step = [], 0
     for path in sorted(folder.glob("*.pt")) if folder.is_dir() else []:
@@ -947,8 +950,8 @@ def enumerate_crashes(
 ) -> Crashes:
     """Record `saves` consecutive saves and judge what every crash in them may leave.
 
-    refused: operations that the file system does not have. For tests of this test: forget, kinds of
-    operations that the disk does not obey (an fsync that flushes nothing), and patches, other
+    refused: operations that the file system does not support. For tests of this test: forget, kinds
+    of operations that the disk ignores (an fsync that flushes nothing), and patches, other
     functions in runtime.checkpoint.
     """
     crashes, verdicts, good = Crashes(), {}, set()
@@ -1009,10 +1012,8 @@ def enumerate_crashes(
 
 
 def no_crash_loses_a_checkpoint(count: int) -> Tally:
-    """3.
-
-    Exhaustive over `count` consecutive saves, on file systems with hard links, with symbolic links
-    only, and with neither.
+    """3. Exhaustive over `count` saves, on file systems with hard links, symbolic links only, or
+    neither.
     """
     tally, kinds = Tally(), ("kill", "power loss")
     totals = dict.fromkeys(
@@ -1043,10 +1044,9 @@ def no_crash_loses_a_checkpoint(count: int) -> Tally:
 
 # --------------------------------------------------------------------------------------- 4: signals
 def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
-    """4.
+    """4. `count` signals, in turn SIGTERM, SIGINT and SIGUSR1, at random events.
 
-    `count` signals, in turn SIGTERM, SIGINT and SIGUSR1, at random events between the first step
-    and the last save.
+    They fall between the first step and the last save.
     """
     events = straight()[1].events
     first, last = (
@@ -1160,11 +1160,10 @@ def _failing_run(run: Run, fault: dict) -> str:
 
 
 def full_disks_cost_nothing(count: int) -> Tally:
-    """5.
+    """5. In a quarter of `count` runs one operation on checkpoints or metrics fails, or all after
+    it.
 
-    A quarter of `count` are whole runs in which one operation on checkpoints or metrics fails, or
-    all from there on; the others are saves of a tiny model, of which there are fewer than 400 ways
-    to fail.
+    The others are saves of a tiny model, which have fewer than 400 ways to fail.
     """
     tally, r = Tally(), random.Random(0)
     with tempfile.TemporaryDirectory(prefix="full-") as place:

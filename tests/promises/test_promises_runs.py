@@ -140,9 +140,7 @@ def test_a_save_that_a_full_disk_tears_is_noticed(tmp_path):
 
 
 def test_a_short_write_and_then_a_full_disk(tmp_path):
-    """What the kernel does: it writes what fits and says how much, and the next write is the one
-    that fails.
-    """
+    """The kernel writes what fits and returns how much; the next write is the one that fails."""
     with (
         Faults(tmp_path, index=2, code=errno.ENOSPC, lasting=True, short=True),
         open(tmp_path / "file", "wb", buffering=0) as file,
@@ -172,8 +170,9 @@ def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(tmp_path):
 
 
 def test_a_kill_while_the_last_save_names_its_file():
-    """The last step file was written, latest.pt still named the one before, and every resume said
-    "done already" and left it so: predict.py then talked with an older model, without a word.
+    """The last step file was written, but latest.pt still named the one before.
+
+    Every resume said "done already" and left it so; predict.py then silently used an older model.
     """
     run = runs.Run()
     killed = run(

@@ -156,9 +156,10 @@ def _filled(folder, steps=(10, 20, 30, 40)) -> list[dict]:
 
 
 def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
-    """4.95 became 4.99 by one bit, which is as good JSON: a resumed run took it for measured, and
-    drew it. metrics.json has every record once more, so the two are compared; where they differ no
-    one knows which is right, and neither is kept.
+    """4.95 became 4.99 by one bit, which is valid JSON: a resumed run accepted and plotted it.
+
+    metrics.json has every record once more, so the two are compared. Where they differ we cannot
+    tell which is right, and neither is kept.
     """
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
@@ -176,8 +177,8 @@ def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
 
 
 def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
-    """A line that is damaged, one whose step became another, and the last one cut short:
-    metrics.json still has all three.
+    """A damaged line, one with a changed step, and a cut-off last one: metrics.json has all
+    three.
     """
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
@@ -198,8 +199,9 @@ def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
 
 
 def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
-    """Resumed at 20, killed at 35, resumed at 20 and then at 40: what metrics.json had of the first
-    run's steps beyond 20 is forgotten in time.
+    """Resumed at 20, killed at 35, resumed at 20 and then at 40.
+
+    Steps of the first run beyond 20 are dropped from metrics.json in time.
     """
     _filled(tmp_path)
     for resume, steps in ((20, (25, 35)), (20, (30, 40)), (40, (50,))):
@@ -217,9 +219,11 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
 
 
 def test_what_the_weights_are_may_be_said_again(tmp_path):
-    """--init_from with the weights' own --d_model was refused, for it was checked with the
-    default's 32 heads; and --num_heads 8 --head_dim 4 on weights of 4 heads of 8 was taken without
-    a word (it is in the table of pairings): the shapes are the same, the function is not.
+    """--init_from with the weights' own --d_model was rejected: it was checked with 32 default
+    heads.
+
+    And --num_heads 8 --head_dim 4 on weights of 4 heads of 8 was accepted silently (it is in the
+    table of pairings): the shapes are the same, the function is not.
     """
     model = builders_inference.biased_model(vocabulary_size=257)
     with common.folder() as at:

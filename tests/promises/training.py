@@ -40,9 +40,10 @@ def cross_entropy_64(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float
 
 
 def loss(count: int) -> Tally:
-    """The reported loss is the one that float64 gives from the logits; a validation is that too,
-    the same to the last bit whenever it is asked for, leaves the random numbers and the mode alone,
-    and a run that validates at every step trains the very weights of one that never does.
+    """The reported loss is the one that float64 gives from the logits; so is a validation's.
+
+    A validation repeats to the last bit, and leaves the random numbers and the mode alone. A run
+    that validates at every step trains the weights of one that never does.
     """
     tally, worst = Tally(), [0.0]
     for seed in range(FIRST_SEED, FIRST_SEED + count):
@@ -128,8 +129,9 @@ def loss(count: int) -> Tally:
 
 
 def same_seed(count: int) -> Tally:
-    """`count` runs of train.py, each in a process of its own with other hash seeds: weights,
-    optimizer state and metrics have one hash.
+    """`count` runs of train.py, each in its own process with other hash seeds, agree.
+
+    Weights, optimizer state and metrics have one hash.
     """
     tally, hashes = Tally(), []
     with folder() as at:
@@ -191,8 +193,9 @@ def run_hash(run: builders_runs.Run) -> str:
 
 
 def every_token_once(count: int) -> Tally:
-    """Shards of random sizes: an epoch has every token but the first as a target, once; the last
-    window may overlap by less than a context.
+    """Shards of random sizes: an epoch has every token but the first as a target, once.
+
+    The last sequence may overlap by less than a context.
     """
     tally, unused, twice = Tally(), [0], [0]
     with folder() as at:

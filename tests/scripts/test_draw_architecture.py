@@ -257,8 +257,9 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, arguments, message):
 
 
 def test_the_committed_figure_is_the_default_model(tmp_path):
-    """public/architecture.png is what the script draws today: change the drawing or the default,
-    and it must be drawn again.
+    """public/architecture.png is what the script draws today.
+
+    If the drawing or the default changes, it must be drawn again.
     """
     from matplotlib.image import imread
 

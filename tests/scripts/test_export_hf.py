@@ -1,5 +1,6 @@
-"""scripts/export_hf: folders that transformers loads with the same numbers and tokens, shards,
-dtypes, refusals, and a check that can fail.
+"""scripts/export_hf: transformers loads the folders with the same numbers and tokens.
+
+Shards, dtypes, errors, and a check that can fail.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ CONFIGS = {
 
 
 def write_checkpoint(folder: Path, config: ModelConfig, tokenizer, rows: int = 0) -> Path:
-    """A checkpoint of a random model; `rows`: of the embedding, where they are more than the
-    tokenizer's ids.
+    """Return a checkpoint of a random model.
+
+    `rows`: of the embedding, where they are more than the tokenizer's ids.
     """
     model = random_model(
         dataclasses.replace(config, vocabulary_size=rows or tokenizer.vocabulary_size)
@@ -90,7 +92,7 @@ def run(ckpt: Path, out: Path, *flags: str) -> int:
 
 # -------------------------------------------------------------------------------------- it is right
 def test_transformers_loads_model_and_tokenizer(made):
-    """The same ids, logits and greedy text, from the folder alone; no key is missing or left over."""
+    """The same ids, logits and greedy text, from the folder alone; all keys match."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs, info = AutoModelForCausalLM.from_pretrained(made.out, output_loading_info=True)
@@ -155,8 +157,9 @@ def test_generation_settings_are_those_of_predict(made):
 
 
 def test_ids_that_mean_nothing_are_not_drawn(bpe, tmp_path):
-    """A model with more rows than its tokenizer has ids never says the rest of them, in
-    transformers neither: here they are the likeliest.
+    """A model never generates rows beyond its tokenizer's ids, also in transformers.
+
+    Here they are the most likely.
     """
     from transformers import AutoModelForCausalLM
 
@@ -199,7 +202,7 @@ def test_transformers_is_not_needed(ckpt, tmp_path, monkeypatch):
 
 
 def test_a_card_that_somebody_edited_is_not_replaced(ckpt, tmp_path):
-    """The card asks whoever publishes the folder to complete it, and --force then threw that away."""
+    """The card asks the publisher to complete it, and --force then threw that away."""
     out = tmp_path / "out"
     assert run(ckpt, out) == 0 and run(ckpt, out, "--force") == 0
     (out / "README.md").write_text(
@@ -214,8 +217,9 @@ def test_a_card_that_somebody_edited_is_not_replaced(ckpt, tmp_path):
 
 # ----------------------------------------------------------------------------------- shards, dtypes
 def test_shards(made, tmp_path):
-    """The same tensors in files of at most so many bytes, one to itself if it is larger, and an
-    index that transformers reads.
+    """The same tensors in files of limited size, and an index that transformers reads.
+
+    A larger tensor gets a file of its own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -256,8 +260,9 @@ def test_shards(made, tmp_path):
 
 
 def test_one_tensor_is_in_memory_at_a_time(made, tmp_path, monkeypatch):
-    """A shard of 5 GB held until it is written, and once more as safetensors wrote it, was 10 GB
-    for a model whose weights stay on the disk.
+    """A shard of 5 GB was held until written, and once more as safetensors wrote it.
+
+    That was 10 GB for a model whose weights stay on the disk.
     """
     alive, most, rounded = weakref.WeakSet(), 0, module.rounded
 
@@ -276,8 +281,9 @@ def test_one_tensor_is_in_memory_at_a_time(made, tmp_path, monkeypatch):
 
 
 def test_files_are_readable_as_others_are(ckpt, tmp_path):
-    """safetensors' own writer makes files that only their owner may read: a served or shared folder
-    would not open.
+    """safetensors' own writer makes files that only their owner may read.
+
+    A served or shared folder would not open.
     """
     run(ckpt, tmp_path / "out")
     assert len({stat.S_IMODE(os.stat(path).st_mode) for path in (tmp_path / "out").iterdir()}) == 1
@@ -326,8 +332,9 @@ def test_the_default_loses_nothing(ckpt, tmp_path, capsys):
 
 
 def test_a_weight_beyond_float16_is_refused(tmp_path):
-    """As infinity in an expert that the check's text does not reach, it would have been found by
-    the first user whose text does.
+    """Infinity in an expert that the check's text does not reach.
+
+    The first user whose text reaches it would have found it.
     """
     model = random_model(dataclasses.replace(CONFIGS["qwen3_moe"], vocabulary_size=257))
     with torch.no_grad():
@@ -353,9 +360,7 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
 
 # --------------------------------------------------------------------------------------- it refuses
 def swapped(config, family, weights):
-    """export_tensors with the first and the second half of the experts' inputs swapped: gate and
-    up.
-    """
+    """export_tensors with the two halves of the experts' inputs swapped: gate and up."""
     from runtime.interop.huggingface import export_tensors
 
     return export_tensors(
@@ -369,8 +374,9 @@ def swapped(config, family, weights):
 
 
 def test_an_export_that_is_off_is_removed(made, tmp_path, monkeypatch):
-    """Gate and up swapped: the check sees it, the exit code is 1, nothing is left; an earlier
-    export stays.
+    """Gate and up swapped: the check fails, the exit code is 1, and nothing is left over.
+
+    An earlier export stays.
     """
     monkeypatch.setattr(module, "export_tensors", swapped)
     with pytest.raises(
@@ -388,8 +394,8 @@ def test_an_export_that_is_off_is_removed(made, tmp_path, monkeypatch):
 
 
 def test_logits_that_are_off_are_refused(ckpt, tmp_path, monkeypatch):
-    """The second half of the check by itself: the tensors are right, and the architecture computes
-    something else with them.
+    """The second half of the check alone: the tensors are right, the architecture computes
+    differently.
     """
     from_folder = module.published.from_folder
     monkeypatch.setattr(
@@ -419,8 +425,9 @@ def test_logits_that_are_off_are_refused(ckpt, tmp_path, monkeypatch):
     ids=str,
 )
 def test_the_check_reads_config_json(ckpt, tmp_path, monkeypatch, changes, message):
-    """Both halves of the check computed with the config in memory: a config.json with another
-    theta, epsilon or top_k passed it.
+    """Both halves of the check used the config in memory.
+
+    A config.json with another theta, epsilon or top_k passed it.
     """
     right = module.hf_config
     monkeypatch.setattr(
@@ -448,8 +455,9 @@ def test_the_check_reads_custom_codes_config_json(ckpt, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_what_transformers_default_cannot_run_is_said(family, tmp_path, capsys):
-    """Its grouped product wants rows of experts in multiples of 16 bytes: a folder with d_ff 33
-    loaded, and failed at the first token.
+    """Its grouped product needs rows of experts in multiples of 16 bytes.
+
+    A folder with d_ff 33 loaded, and failed at the first token.
     """
     from transformers import AutoModelForCausalLM
 
@@ -525,9 +533,7 @@ def test_bad_arguments(ckpt, tmp_path, flags, message):
 
 
 def test_sizes():
-    """A size of hundreds of nines is infinite as a float, and ended in an OverflowError's
-    traceback.
-    """
+    """A size of hundreds of nines is infinite as a float: it gave an OverflowError's traceback."""
     assert [shard_bytes(text) for text in ("5GB", "1.5MB", "200KB")] == [
         5 * 10**9,
         1_500_000,
@@ -577,8 +583,9 @@ def test_checkpoints_of_the_reference_are_no_published_architecture(
 
 
 def test_any_config_as_custom_code(tmp_path):
-    """A model that no published class holds, under its own names; the selection bias keeps float32,
-    in which it is trained.
+    """A model that no published class can hold, under its own names.
+
+    The expert bias keeps float32, in which it is trained.
     """
     config = tiny_config(
         use_attention_bias=True,

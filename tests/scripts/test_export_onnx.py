@@ -1,6 +1,4 @@
-"""scripts/export_onnx.py: what onnxruntime computes from the file is what the model computes, at
-sizes that were not traced.
-"""
+"""scripts/export_onnx.py: onnxruntime computes what the model does, at sizes not traced."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ def exported(tmp_path_factory):
 
 
 def compare(model, session, B, T, first):
-    """One call, and calls of `first`, 1, 1, ... tokens: the largest difference over what rounding
-    explains.
-    """
+    """One call, and calls of `first`, 1, 1, ... tokens: the largest difference beyond rounding."""
     config = model.config
     ids_BT = torch.randint(
         0, config.vocabulary_size, (B, T), generator=torch.Generator().manual_seed(0)
@@ -106,8 +102,9 @@ CONFIGS = {
     ids=[*CONFIGS, "random 1", "random 25"],
 )
 def test_every_option_is_exported(config, tmp_path):
-    """One graph gives the model's logits for a batch and a length that it was not traced with, at
-    once and in pieces, the first of them empty of past.
+    """One graph gives the logits for batches and lengths that were not traced.
+
+    At once and in pieces, the first without a past.
     """
     import onnx_ir
 
@@ -120,8 +117,8 @@ def test_every_option_is_exported(config, tmp_path):
 def test_blocks_may_have_equal_weights(tmp_path):
     """torch.onnx stores equal weights once.
 
-    Those of two blocks (biases that are all 0, as in an imported gpt-oss that nobody trained) were
-    given to the experts twice, and the second time onnx_ir knew their names already: a traceback.
+    Those of two blocks (biases that are all 0, as in an untrained imported gpt-oss) were given to
+    the experts twice. The second time onnx_ir had their names already: a traceback.
     """
     import onnx_ir
 
@@ -137,9 +134,7 @@ def test_blocks_may_have_equal_weights(tmp_path):
 
 
 def test_greedy_text_is_the_models(exported):
-    """40 greedy tokens through the cache in onnxruntime, one row and two, are those of
-    model.generate.
-    """
+    """40 greedy tokens through onnxruntime's cache, one row and two, equal model.generate's."""
     model, _ = load_model(exported[0])
     session = open_session(exported[1])
     for B in (1, 2):
@@ -155,11 +150,10 @@ def test_greedy_text_is_the_models(exported):
 
 @pytest.mark.slow
 def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
-    """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth, as
-    a graph made with such tables shows.
+    """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth.
 
-    New keys tell best, as none of the 200,000 others is in them. Attention's sums over all of these
-    move the logits' last bits.
+    A graph made with such tables shows it. New keys tell best, as none of the 200,000 others is in
+    them. Attention's sums over all of these move the logits' last bits.
     """
     import onnx_ir
 
@@ -186,7 +180,7 @@ def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
 
 
 def test_what_a_user_needs_is_in_and_beside_the_file(exported):
-    """Names and sizes of the graph, the metadata, a tokenizer.json that gives our ids, and nothing
+    """The graph's names and sizes, the metadata, a tokenizer.json with our ids, and nothing
     else.
     """
     from tokenizers import Tokenizer
@@ -251,9 +245,11 @@ def test_the_documented_example_says_what_the_model_says(exported, tmp_path, mon
 
 @pytest.mark.slow
 def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
-    """An imported model may have no start, several ids that end an answer, and a tokenizer that
-    frames texts by itself: the example met int(""), knew only end-of-text, and began with what the
-    tokenizer put there.
+    """An imported model may have no start, several end ids, and a tokenizer that frames texts
+    itself.
+
+    The example raised on int(""), stopped only at end-of-text, and began with the tokenizer's
+    frame.
     """
     frame = {
         "type": "TemplateProcessing",
@@ -292,8 +288,9 @@ def test_help_is_one_line_and_the_arguments(capsys):
 def test_float16_with_external_data_replaces_only_when_forced(
     exported, tmp_path, monkeypatch, capsys
 ):
-    """Above what one file holds the weights go beside it, under the name that the model says; a
-    second export is refused without --force, and one that needs no such file removes it.
+    """Above one file's limit the weights go next to it, under the name that the model gives.
+
+    A second export is rejected without --force, and one that needs no such file removes it.
     """
     path, out = exported[0], tmp_path / "m.onnx"
     monkeypatch.setattr(export_onnx, "MOST_BYTES_IN_ONE_FILE", 1000)

@@ -1,5 +1,6 @@
-"""Published models become checkpoints: what transformers saves, older and stacked layouts, MXFP4;
-damage and malice end in one line.
+"""Published models become checkpoints: transformers' folders, older and stacked layouts, MXFP4.
+
+Damage and malice end in one line.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def their_model(family: str, **changes):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(their model, the folder that it saved, with the byte tokenizer) by family.
+    """Return (their model, its saved folder with the byte tokenizer) by family.
 
     Tests copy a folder before they change it.
     """
@@ -128,8 +129,9 @@ def refused(folder: Path, out: Path, match: str, error=ValueError) -> None:
 
 
 def copy(folder: Path, to: Path, tensors=None, **config) -> Path:
-    """A copy of a folder with its tensors replaced by those that `tensors` makes of them, and keys
-    of its config.json (None: taken out).
+    """Copy a folder, with tensors replaced by those of `tensors`, and keys of its config.json.
+
+    None takes a key out.
     """
     shutil.copytree(folder, to)
     theirs = json.loads((to / "config.json").read_text()) | config
@@ -233,8 +235,9 @@ def test_a_folder_without_tokenizer_says_so(folders, tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------- MXFP4
 def reference_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The numbers of [..., groups, 16] bytes and [..., groups] scales, from the definition of a
-    4-bit float (sign, 2 exponent bits, 1 mantissa bit).
+    """Return the numbers of [..., groups, 16] bytes and [..., groups] scales.
+
+    By the definition of a 4-bit float (sign, 2 exponent bits, 1 mantissa bit).
     """
 
     def number(code: int) -> float:
@@ -252,8 +255,9 @@ def reference_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def mxfp4(folders, tmp_path):
-    """A gpt-oss folder as OpenAI publishes it: bfloat16 with experts in MXFP4; and the expert
-    tensors by name, as float64.
+    """Write a gpt-oss folder as OpenAI publishes it: bfloat16 with experts in MXFP4.
+
+    Return also the expert tensors by name, as float64.
     """
     g = np.random.default_rng(3)
     numbers = {}
@@ -483,8 +487,9 @@ def test_export_import_export_gives_the_same_bytes(family, dtype, folders, tmp_p
 
 # ------------------------------------------------------------------------------------- the download
 def test_a_name_is_downloaded_as_safetensors_and_json_alone(folders, tmp_path, monkeypatch):
-    """gpt-oss-20b's repository holds its weights twice more, in original/ and metal/: another 27
-    GB. Its chat template, a file of its own, was left behind.
+    """gpt-oss-20b's repository has its weights twice more, in original/ and metal/: another 27 GB.
+
+    Its chat template, a file of its own, was left out.
     """
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
@@ -614,8 +619,10 @@ def test_configs_that_do_not_fit_are_refused(folders, tmp_path, change, match):
 
 
 def test_a_tied_head_that_is_stored_all_the_same(folders, tmp_path):
-    """Some savers write the head of a tied model: harmless if it is the embedding, another model if
-    it is not. The rotary table of old files is not needed.
+    """Some writers save the head of a tied model.
+
+    It is harmless if it is the embedding, another model if not. Old files' rotary table is not
+    needed.
     """
     stored = copy(
         folders("mixtral")[1],
@@ -831,12 +838,11 @@ print("grew by", most[0] - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Models of 4 and of 16 blocks (76 and 304 MB), each imported in a process of its own: what is
-    not a map of a file grows as much.
+    """Import models of 4 and of 16 blocks (76 and 304 MB), each in its own process.
 
-    Modules and libraries' working memory are in both figures. They come to 93 to 133 MB from one
-    run to the next, which a bound on a single model's figure, 40 % of the file, did not always have
-    room for. Holding the weights once would add 228 MB.
+    What is not a map of a file grows as much. Modules and libraries' working memory are in both
+    figures. They come to 93 to 133 MB from one run to the next; a bound on a single model's figure,
+    40 % of the file, was sometimes too tight for that. Holding the weights once would add 228 MB.
     """
     from runtime.checkpoint.format import meta_model
     from runtime.interop.huggingface import export_tensors, hf_config

@@ -1,4 +1,4 @@
-"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes, other runs' files and
+"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes, other runs and
 damage.
 """
 
@@ -135,8 +135,9 @@ def test_bad_records_are_refused_and_leave_no_trace(tmp_path, bad, words):
 
 
 def test_a_step_is_recorded_once_per_kind(tmp_path):
-    """The reference validated step 20 two or three times on different windows and kept every result
-    (fault T17).
+    """T17: the original implementation validated step 20 two or three times on different sequences.
+
+    It kept every result.
     """
     log = filled(tmp_path, steps=(10, 20))
     log.append(record(20, "val"))
@@ -150,9 +151,7 @@ def test_a_step_is_recorded_once_per_kind(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
-    """A line cut off by a full disk must not be glued to the record that follows once there is
-    space again.
-    """
+    """A line cut off by a full disk must not be glued to the record after it."""
     log = filled(tmp_path, steps=(1, 2))
 
     class FullDisk:
@@ -218,8 +217,9 @@ def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- resume
 def test_resume_drops_what_will_be_made_again(tmp_path):
-    """Kill at step 40 with the checkpoint at 20: steps 30 and 40 come again and must not be there
-    twice (fault T15).
+    """T15: kill at step 40 with the checkpoint at 20: steps 30 and 40 come again.
+
+    They must not be there twice.
     """
     log = filled(tmp_path)
     log.append(record(40, "val"))
@@ -280,8 +280,10 @@ def test_resume_keeps_a_last_line_that_lacks_only_its_end(tmp_path):
     ],
 )
 def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
-    """A truncated metrics.json ended the reference's resume in a JSONDecodeError, with a good
-    checkpoint at hand (fault T16).
+    """T16: a truncated metrics.json ended the original implementation's resume in a
+    JSONDecodeError.
+
+    A good checkpoint was there.
     """
     filled(tmp_path).finish()
     path = tmp_path / "metrics.jsonl"
@@ -326,8 +328,10 @@ def test_reading_a_damaged_file_names_file_and_line(tmp_path):
 
 # --------------------------------------------------------------------------------------- other runs
 def test_a_fresh_run_never_appends_to_another_runs_metrics(tmp_path):
-    """A fresh --ckpt_dir with the same graph_dir gave the reference steps [4, 8, 4, 8] and the old
-    run's tokens (fault T15).
+    """T15: a fresh --ckpt_dir with the same graph_dir gave the original implementation wrong
+    records.
+
+    Steps [4, 8, 4, 8] and the old run's tokens.
     """
     for run in (1, 2, 3):
         log = filled(tmp_path, steps=(run, 10 * run), run_info={"run": run})
@@ -350,8 +354,9 @@ def test_a_fresh_run_that_measured_nothing_leaves_nothing_aside(tmp_path):
 
 
 def test_resuming_one_run_over_anothers_metrics_keeps_both_apart(tmp_path):
-    """Train A, train B into the same graph_dir, resume A: B's records after A's step must not be
-    cut off, nor pass for A's.
+    """Train A, train B into the same graph_dir, resume A.
+
+    B's records after A's step must not be cut off, nor pass for A's.
     """
     filled(tmp_path, run_info={"run_id": "aaaa"}).finish()
     filled(tmp_path, run_info={"run_id": "bbbb"}).finish()
@@ -563,8 +568,9 @@ def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
 
 
 def test_a_resumed_run_finds_its_metrics_again(tmp_path):
-    """Two runs in one graph_dir: the second moved the first one's metrics aside, and the first,
-    resumed, began a new curve at its step.
+    """Two runs in one graph_dir: the second moved the first one's metrics aside.
+
+    The first, resumed, began a new curve at its step.
     """
     first = MetricsLog(tmp_path, run_info={"run_id": "a"})
     for step in (10, 20):

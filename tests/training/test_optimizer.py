@@ -1,5 +1,6 @@
-"""AdamW and Muon: who gets which, one step against plain references, skipped steps, moments in
-bfloat16, state by name.
+"""AdamW and Muon: which parameters get which, one step against plain versions, skipped steps.
+
+Also moments in bfloat16, and state by name.
 """
 
 from __future__ import annotations
@@ -366,17 +367,16 @@ def tiny_optimizer(model, kind=("muon", "float32"), **values):
 
 
 def set_gradients(model, seed, scale=1e-2):
-    """The same random gradients for the same seed, of very different sizes from one parameter to
-    the next.
-    """
+    """Return the same random gradients for the same seed, of very different sizes per parameter."""
     generator = torch.Generator().manual_seed(seed)
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale * 3.0 ** (i % 5)
 
 
 def test_muon_does_not_ask_a_clock_what_to_compute_in(monkeypatch):
-    """On a CPU with a matrix unit its dtype was measured anew for every batch of every step: slow,
-    and not the same bits in every run.
+    """On a CPU with a matrix unit its dtype was timed again for every batch of every step.
+
+    That is slow, and not the same bits in every run.
     """
     monkeypatch.setattr(
         "runtime.base.device.bfloat16_is_faster", lambda: pytest.fail("a measurement")
@@ -387,8 +387,9 @@ def test_muon_does_not_ask_a_clock_what_to_compute_in(monkeypatch):
 
 
 def reference_muon(weights, gradients, lr, weight_decay, beta):
-    """Muon on one matrix in float64: the polynomials act on the singular values of an SVD; there is
-    no matrix iteration.
+    """Muon on one matrix in float64: the polynomials act on the singular values of an SVD.
+
+    There is no matrix iteration.
     """
     weights, momentum = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
     for gradient in gradients:
@@ -407,8 +408,8 @@ def reference_muon(weights, gradients, lr, weight_decay, beta):
 
 
 def matrices_of(name, tensor):
-    """The single matrices in a parameter of the tiny model, written out: experts apart, gate apart
-    from up.
+    """The tiny model's single matrices per parameter, written out: experts apart, gate and up
+    apart.
     """
     if name.endswith("w_in"):
         return [half for expert in tensor for half in (expert[:12], expert[12:])]
@@ -631,8 +632,9 @@ def test_bfloat16_moments_take_half_the_bytes_and_stay_close(name):
 def test_arithmetic_on_bfloat16_moments_is_that_on_float32_whatever_the_slices(
     monkeypatch, name, elements_at_once
 ):
-    """One step from moments that bfloat16 holds exactly: the weights are those of float32 moments,
-    the moments theirs rounded.
+    """One step from moments that bfloat16 holds exactly.
+
+    The weights are those of float32 moments, the moments are theirs rounded.
     """
     monkeypatch.setattr(module, "_elements_at_once", lambda parameter: elements_at_once)
     wide, narrow = tiny(), tiny()

@@ -1,5 +1,6 @@
-"""runtime/training/plots.py: pictures that show the data, whole and legible, for runs of any length
-and with anything missing.
+"""runtime/training/plots.py: pictures that show the data, whole and legible.
+
+For runs of any length and with anything missing.
 """
 
 from __future__ import annotations
@@ -194,9 +195,7 @@ def test_other_data_gives_another_picture_and_the_same_data_the_same(tmp_path, c
 
 
 def test_latest_is_replaced_whole(tmp_path, coarse, monkeypatch):
-    """A reader, or a kill, never meets half a picture: the new one is complete before it takes the
-    name.
-    """
+    """A reader, or a kill, never sees half a picture: it is complete before it takes the name."""
     draw_plots(synthetic(20), tmp_path, 200, ["loss"])
     before = (tmp_path / "latest_loss.png").read_bytes()
 
@@ -278,9 +277,7 @@ def test_perplexity_and_gradient_norm_are_logarithmic():
     "low, high", [(9.0, 9.0), (9, 9.05), (9, 11), (0.4, 3.1), (3, 40), (2, 9e4), (1e-3, 1e12)]
 )
 def test_a_log_axis_always_has_labels(low, high):
-    """matplotlib labels decades only: a perplexity between 11 and 90 would have had an axis without
-    one number.
-    """
+    """matplotlib labels decades only: a perplexity of 11 to 90 had an axis without a number."""
     records = [
         {"step": i, "kind": "train", "perplexity": p}
         for i, p in enumerate(np.geomspace(low, high, 10).tolist())
@@ -489,8 +486,9 @@ def test_records_out_of_order_are_drawn_in_order():
 # ------------------------------------------------------------------------------------- bounded cost
 @pytest.mark.slow
 def test_long_runs_cost_bounded_memory_and_time(tmp_path):
-    """30,000 records with routers of 12 x 32 are over 100 MB as lists; of those read from an
-    iterator a small part is kept.
+    """30,000 records with routers of 12 x 32 are over 100 MB as lists.
+
+    Of those read from an iterator a small part is kept.
     """
     base, count = [r for r in synthetic(200, blocks=12, experts=32) if r["kind"] == "train"], 30_000
 

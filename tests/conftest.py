@@ -1,8 +1,8 @@
 """Shared fixtures: where the real text and the real tokenizer file are, and what happens when they
 are not.
 
-Codes such as M1 or T8 in the tests' docstrings number the faults of the reference implementation (M
-model, T training, D data, P prediction, S security); what each was stands beside its code.
+Codes such as M1 or T8 in the tests' docstrings number the faults of the original implementation (M
+model, T training, D data, P prediction, S security); what each was stands next to its code.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def need(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Folder with the real TinyStories text and the reference's checkpoints."""
+    """Folder with the real TinyStories text and the original implementation's checkpoints."""
     return need(SHARED)
 
 

@@ -39,7 +39,7 @@ def check_native_logits(seed: int) -> None:
     r = random.Random(seed)
     config = random_architecture(r)
     model = random_model(config, seed)
-    with torch.no_grad():  # a selection bias that matters
+    with torch.no_grad():  # an expert bias that matters
         for block in model.layers:
             if block.moe.router.selection_bias is not None:
                 block.moe.router.selection_bias.normal_(

@@ -124,7 +124,7 @@ def test_closed_form_equals_the_module(seed):
     ],
 )
 def test_bad_model_numbers_are_refused(changes, names):
-    """The reference accepted top_k 0 and capacity_factor -1 without a word (its fault M8)."""
+    """The original implementation accepted top_k 0 and capacity_factor -1 silently (fault M8)."""
     with pytest.raises(ValueError, match=names) as error:
         ModelConfig(**changes)
     assert "\n" not in str(error.value)

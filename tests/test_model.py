@@ -123,7 +123,9 @@ def test_chunked_loss_equals_the_plain_one(bias, rows):
 
 
 def test_loss_never_holds_all_logits():
-    """Not one tensor of N x V elements, forward or backward (the reference held four, in fp32)."""
+    """Not one tensor of N x V elements, forward or backward (the original implementation held four,
+    in fp32).
+    """
     N, V = 600, 1000
     h, w = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
     sizes = []
@@ -619,7 +621,7 @@ def test_greedy_generation_equals_full_forward_passes(changes):
 
 
 def test_generation_leaves_the_model_as_it_was_and_wastes_no_forward_pass():
-    """The reference ended in eval mode (M4c) and ran one forward pass too many (P16)."""
+    """M4c, P16: the original ended in eval mode and ran one forward pass too many."""
     model = random_model(tiny_config()).train()
     calls = []
     model.layers[0].register_forward_hook(lambda m, a, out: calls.append(a[0].shape[1]))
@@ -641,7 +643,7 @@ def test_prefill_computes_logits_of_the_last_token_only():
 
 
 def test_stop_ids_end_rows_and_then_the_call():
-    """Rows past their end kept sampling in the reference (P15)."""
+    """Rows past their end kept sampling in the original implementation (P15)."""
     model = random_model(tiny_config())
     drawn = torch.stack(
         list(
@@ -701,7 +703,9 @@ def test_a_full_context_slides_or_stops(prompt_tokens, table):
 
 
 def test_undecodable_ids_are_never_drawn():
-    """19 ids of o200k_base have no bytes; drawing one ended the reference's session (P1)."""
+    """19 ids of o200k_base have no bytes; drawing one ended the original implementation's session
+    (P1).
+    """
     model = random_model(tiny_config())
     banned = [i for i in range(61) if i % 7]
     drawn = [

@@ -222,7 +222,7 @@ def test_cache_is_the_callers_and_its_limits_are_told():
         model(ids[:1], cache=cache)
         with pytest.raises(ValueError, match="holds 6 tokens, 5 of them are used and 2 more"):
             model(ids[:1, :2], cache=cache)
-        assert cache.length == 5  # a refused call leaves it usable
+        assert cache.length == 5  # a rejected call leaves it usable
         model(ids[:1, :1], cache=cache)
 
 
@@ -436,7 +436,7 @@ def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
 
 
 def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
-    """The reference's was top_k at balance (its fault M6)."""
+    """The original implementation's was top_k at balance (fault M6)."""
     for E, K in ((4, 1), (8, 2), (6, 3)):
         uniform = torch.full((24, E), 1 / E)
         assert balance_loss(uniform, torch.full((E,), 24 * K // E)).item() == pytest.approx(1.0)
@@ -539,7 +539,7 @@ def test_router_entropy_and_z_loss():
 
 
 def test_expert_dropout_is_on_in_training_only():
-    """The reference parsed --dropout and ignored it (T11)."""
+    """The original implementation parsed --dropout and ignored it (T11)."""
     for field in ("experts", "attention"):
         model = random_model(tiny_config(dropout=0.5))
         module = model.layers[0].moe if field == "experts" else model.layers[0].attention

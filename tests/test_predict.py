@@ -268,7 +268,7 @@ def test_temperature_0_is_what_generate_says(endless, bpe, run):
 
 
 def test_a_seed_repeats_an_answer_and_no_seed_does_not(endless, run):
-    """P12: two identical calls of the reference differ, and it has no --seed."""
+    """P12: two identical calls of the original implementation differ, and it has no --seed."""
     argv = ["--ckpt", endless, "--prompt", "x", "--max_new_tokens", 30, "--temperature", 1]
     assert run(*argv, "--seed", 5) == run(*argv, "--seed", 5) != run(*argv, "--seed", 6)
     assert len({run(*argv) for _ in range(4)}) == 4
@@ -356,7 +356,7 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
     )
     predictor, config = predictor_of(
         save(tmp_path, model, None), max_new_tokens=20, temperature=2.0, top_k=0
-    )  # no tokenizer, 200,019 ids: the reference's
+    )  # no tokenizer, 200,019 ids: the original implementation's
     assert predictor.tokenizer.name == "o200k_base" and predictor.banned_ids == holes
     ids = []
     monkeypatch.setattr(
@@ -1693,7 +1693,7 @@ def test_what_was_typed_is_there_in_the_next_session(tmp_path, endless):
     for typed, seen in (
         (b"first prompt\n", b"first prompt\r\nfirst prompt"),
         (b"\x1b[A\x1b[A!\n", b"first prompt!"),
-    ):  # behind it in the history is :q
+    ):  # after it in the history is :q
         with Terminal(
             "--ckpt",
             endless,

@@ -84,7 +84,7 @@ def test_each_rule_sees_its_fault(code, fault):
 
 
 def test_the_suite_reaches_no_network():
-    """The reference downloaded a tokenizer at `import config_model`."""
+    """The original implementation downloaded a tokenizer at `import config_model`."""
     for reach in (
         lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
         lambda: socket.getaddrinfo("example.org", 80),

@@ -759,7 +759,7 @@ def test_a_damaged_latest_checkpoint_falls_back_and_says_so(run, capsys):
 
 
 def test_float16_keeps_its_scaler_over_a_resume(run, data, tmp_path):
-    """And is float16 indeed: the reference's was float32 on a CPU, and said float16 (T12)."""
+    """T12: and is float16 indeed; the original implementation's was float32 on a CPU."""
     flags = ["--dtype", "float16", "--max_steps", "6", "--save_interval", "3"]
     assert run(*flags) == 0
     whole = run.final()
@@ -781,7 +781,7 @@ def test_bfloat16_is_honoured_and_remembered(run):
 
 @pytest.mark.slow
 def test_compiled_and_plain_runs_resume_each_other(run):
-    """The reference's compiled checkpoints did not load uncompiled (T1)."""
+    """The original implementation's compiled checkpoints did not load uncompiled (T1)."""
     assert run("--max_steps", "4", "--compile") == 0
     assert run("--resume", "--no-compile", "--max_steps", "5", fresh=False) == 0
     assert run.final().step == 5
@@ -1540,7 +1540,7 @@ def test_fit_refuses_an_optimizer_that_cannot_skip(data):
 def test_size_of_a_checkpoint_is_that_of_its_tensors(changes):
     """The disk check asked for 12 bytes a parameter, whatever the optimizer keeps.
 
-    Muon with bfloat16 moments was refused room that it does not need.
+    Muon with bfloat16 moments was denied room that it does not need.
     """
     config, train_config = tiny_config(), TrainConfig(**changes)
     model = LLM(config)

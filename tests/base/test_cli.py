@@ -246,7 +246,7 @@ def test_wrong_toml_files_are_one_line(toml, text, message):
 
 
 def test_a_key_given_twice_is_refused(toml):
-    """Refuse a key that stands outside the tables and again in one.
+    """Reject a key that stands outside the tables and again in one.
 
     The table's value won silently, although the other was nearer the top.
     """

@@ -89,7 +89,7 @@ def test_the_old_file_is_whole_under_its_name_until_the_new_one_is(tmp_path):
             file.flush()
             assert path.read_bytes() == b"old"
 
-    with open(path, "rb") as reader:  # and who has it open goes on reading the old one
+    with open(path, "rb") as reader:  # and whoever has it open keeps reading the old one
         write_atomic(path, write)
         assert reader.read() == b"old"
     assert path.read_bytes() == b"x" * 300_000

@@ -321,7 +321,7 @@ def test_what_hugging_face_cannot_be_is_told(results_folder):
     }
 
 
-# ------------------------------------------------------------------------------------------ refused
+# ----------------------------------------------------------------------------------------- rejected
 @pytest.mark.parametrize(
     "flags, message",
     [

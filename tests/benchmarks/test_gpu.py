@@ -155,7 +155,7 @@ def test_sizes_fit_the_memory(stage, card):
 
 
 def test_hugging_faces_side_fits():
-    """Ours beside it keeps weights, gradients and moments in float32, theirs in bfloat16: ours is
+    """Ours next to it keeps weights, gradients and moments in float32, theirs in bfloat16: ours is
     the larger one.
     """
     config, _ = gpu_plan.models()["modern"]
@@ -321,7 +321,7 @@ def test_what_is_predicted_is_what_was_worked_out():
     assert 12 * values["probe", "attention 32 cudnn grouped", ""][0] == pytest.approx(29, rel=0.02)
     assert 12 * values["probe", "attention 64 cudnn grouped", ""][0] == pytest.approx(16, rel=0.05)
     assert 12 * values["probe", "attention 32 table", ""][1] == pytest.approx(251, rel=0.02)
-    # Passes of the loss: 26 ms of 2,048 rows on an H100, 16 of 8,192, besides 65 of products.
+    # Passes of the loss: 26 ms of 2,048 rows on an H100, 16 of 8,192, next to 65 of products.
     assert values["loss", "ours_2048_compiled time", ""][0] == pytest.approx(65 + 26, abs=1)
     assert values["loss", "ours_8192_compiled time", ""][0] == pytest.approx(65 + 16, abs=1)
     assert all(p.how for p in gpu_plan.PREDICTIONS)

@@ -70,7 +70,7 @@ def saved(tmp_path_factory):
 
 
 def refused(path, match=None, **how) -> str:
-    """The one line with which `path` is refused; it names the file and prints on any terminal."""
+    """The one line with which `path` is rejected; it names the file and prints on any terminal."""
     with pytest.raises(CheckpointError, match=match) as caught:
         read_checkpoint(path, **how)
     line = str(caught.value)
@@ -818,7 +818,7 @@ def test_weights_of_another_dtype_are_refused(tmp_path):
 
 
 def test_find_latest_falls_back_and_says_what_it_skipped(tmp_path):
-    """T3: a torn latest.pt ended the program, with two good step files beside it."""
+    """T3: a torn latest.pt ended the program, with two good step files next to it."""
     for step in (1, 2, 3):
         save(tmp_path, step, is_best=step == 1)
     checkpoint, skipped = find_latest(tmp_path)
@@ -892,7 +892,7 @@ def test_gpu_tensors_are_saved_and_read(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------- the reference's files
+# -------------------------------------------------------------- the original implementation's files
 REFERENCE = ("bias_gqa", "nobias_qkvbias")
 
 

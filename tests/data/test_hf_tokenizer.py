@@ -417,7 +417,7 @@ def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
         and OURS not in more.config
     )
     assert more.encode("<think>x") == theirs("<think>x").input_ids == [2000, *bpe.encode("x")]
-    assert more.start_id == bpe.start_id  # its texts began behind nothing
+    assert more.start_id == bpe.start_id  # its texts began after nothing
 
 
 def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def split(tmp_path) -> Path:
 
 
 def refused(folder: Path, match: str) -> None:
-    """TokenShards must refuse the folder in one line that names a file in it."""
+    """TokenShards must reject the folder in one line that names a file in it."""
     with pytest.raises(ValueError, match=match) as caught:
         TokenShards(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
@@ -143,7 +143,9 @@ def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
 
 
 def test_files_that_the_manifest_does_not_list_are_not_read(split):
-    """D9: the reference trained on every shard in the folder, those of an earlier run included."""
+    """D9: the original implementation trained on every shard in the folder, those of an earlier run
+    included.
+    """
     np.save(split / "shard_0003.npy", np.zeros(1000, dtype=np.uint32))
     assert TokenShards(split).num_tokens == 2500
 
@@ -399,7 +401,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(long):
 
 
 def test_the_order_never_changes(long):
-    """A run resumed years later, with another numpy, must go on where it stopped."""
+    """A run resumed years later, with another numpy, must continue where it stopped."""
     loader = WindowLoader(long, 10, 1, seed=42)
     assert [loader.window(i) for i in range(8)] == GOLDEN_ORDER
 

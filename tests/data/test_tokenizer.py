@@ -111,7 +111,7 @@ def test_text_survives_the_round_trip(bpe, compact, text):
 
 
 def test_special_words_in_a_text_are_ordinary(bpe, compact):
-    """A story that spells <|endoftext|> must neither end there nor be refused."""
+    """A story that spells <|endoftext|> must neither end there nor be rejected."""
     for tokenizer in (BYTE, bpe, compact):
         ids = tokenizer.encode("a<|endoftext|>b")
         assert tokenizer.end_of_text_id not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
@@ -551,7 +551,9 @@ def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
 
 
 def test_import_reaches_for_nothing():
-    """Reliability 33: the reference downloaded its tokenizer while its config was imported."""
+    """Reliability 33: the original implementation downloaded its tokenizer while its config was
+    imported.
+    """
     code = """
 import sys
 events = []

@@ -348,7 +348,7 @@ def test_quotes_pair_up_and_speech_is_told(stories):
                     assert SPEECH & {*tag, *re.findall(r"\w+", before)[-1:]}, (index, paragraph)
                 elif re.match(
                     r" [a-z]", after
-                ):  # after "...!" only someone's speaking goes on in lower case
+                ):  # after "...!" only someone's speaking continues in lower case
                     assert SPEECH & set(tag[:3]), (index, paragraph)
 
 

@@ -119,7 +119,7 @@ def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
     native, _ = native_model(random_model(tiny_config(context_length=8, use_attention_bias=True)))
     with pytest.raises(
         ValueError, match="9 tokens do not fit the context of 8: this model adds a learned bias"
-    ):  # it read behind the table
+    ):  # it read past the table
         native.forward([KVCache(native.config, 1, 16)], [[1] * 9])
 
 

@@ -175,7 +175,7 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
 
 
 def test_every_span_of_the_cache_is_compiled(monkeypatch):
-    """The compiler refuses the ninth version of one function: with --compile a text ended with an
+    """The compiler rejects the ninth version of one function: with --compile a text ended with an
     error when more than 32,768 tokens of the cache were in use. Each span has a function of its
     own, and the model's blocks keep what was compiled for them."""
     torch.compiler.reset()
@@ -373,7 +373,7 @@ def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, chang
         assert_close(decoder.read(text, other), expected, logits_bound(model.config, CONTEXT))
 
 
-# ----------------------------------------------------------------------------------- prompt look-up
+# --------------------------------------------------------------------------- prompt-lookup decoding
 def repetitive_model(seed: int = 0):
     """A model whose greedy text repeats itself."""
     model = random_model(tiny_config(context_length=64, vocabulary_size=16), seed).eval()

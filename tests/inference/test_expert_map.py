@@ -69,7 +69,7 @@ def routed(L: int, T: int, K: int, E: int, seed: int = 0) -> tuple[torch.Tensor,
 
 
 def by_strength(experts_LTK, gates_LTK, l: int, t: int) -> list[int]:
-    """A token's experts in falling order of their gates, the plain way."""
+    """A token's experts in falling order of their routing weights, the plain way."""
     return [
         expert
         for _, expert in sorted(
@@ -630,7 +630,7 @@ def test_the_page_in_a_browser(tmp_path):
     )
 
     def table(t: int) -> list:
-        """A token's experts and gates (percent) per block, as its panel should show them."""
+        """Return a token's experts and routing weights (percent) per block, as shown."""
         pairs = [
             sorted(
                 zip(gates_LTK[l, t].tolist(), experts_LTK[l, t].tolist(), strict=True), reverse=True
@@ -843,7 +843,7 @@ def test_the_page_holds_still_and_whole_in_any_fonts(L, E, K, fonts, skip, tmp_p
 
 
 def test_the_page_of_a_fixed_input_has_fixed_bytes():
-    """Whoever changes the page knows it: the hash of one page, of exact gates."""
+    """Whoever changes the page knows it: the hash of one page, of exact routing weights."""
     gates_LTK = torch.tensor([0.75, 0.25]).expand(3, 6, 2)
     experts_LTK = (torch.arange(36).view(3, 6, 2) * 5 + torch.tensor([0, 1])) % 8
     pieces = ["Once", " upon", "\n", " a <b>", "", "\t$x %%{y}"]

@@ -246,7 +246,7 @@ def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path
 
 
 def test_what_float32_loses_to_steep_softmaxes_is_allowed(monkeypatch, capsys):
-    """Healthy models with attention scores of 60 were refused: their float32 is off by more than
+    """Healthy models with attention scores of 60 were rejected: their float32 is off by more than
     that of others. As far as float64 shows it, and no further."""
     model, ids_BT = random_model(tiny_config()).eval(), torch.arange(1, 9)[None]
     ours = export.logits_of(model, ids_BT)

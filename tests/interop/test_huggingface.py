@@ -178,9 +178,7 @@ def test_reading_is_lazy():
     exported = export_tensors(
         config, "mixtral", {"embed.weight": torch.ones(2), "norm.weight": None}
     )
-    assert (
-        next(exported)[0] == "model.embed_tokens.weight"
-    )  # and the None behind it was not touched
+    assert next(exported)[0] == "model.embed_tokens.weight"  # and the None after it was not touched
 
 
 @ONE_EACH
@@ -893,7 +891,7 @@ def test_names_are_those_that_vllm_accepts(config):
     """
     family = family_of(config)
     inside = [rf"model.layers.\d+.{name}" for name in VLLM[family] + VLLM_ALL]
-    # Its Mixtral and Qwen3-MoE tie the head; its gpt-oss does not, and refuses a file without one.
+    # Its Mixtral and Qwen3-MoE tie the head; its gpt-oss does not, and rejects a file without one.
     outside = [
         "model.embed_tokens.weight",
         "model.norm.weight",

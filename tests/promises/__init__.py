@@ -48,5 +48,5 @@ class Promise:
     nightly: int  # in make test-nightly,
     published: int  # and for the README
     reference: str = (
-        ""  # what the same test finds in the reference implementation, where that was measured
+        ""  # what the same test finds in the original implementation, where that was measured
     )

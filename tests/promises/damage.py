@@ -170,7 +170,7 @@ def _metrics_noticed(at: Path) -> str:
     (at / "metrics.json").write_bytes(_metrics_bytes()[1])
     log = MetricsLog(at, resume_step=200, run_info={"run_id": "abcd"})
     messages, records = log.take_messages(), log.records()
-    log.append({"step": 210, "kind": "train", "loss": 1.0})  # and the run goes on
+    log.append({"step": 210, "kind": "train", "loss": 1.0})  # and the run continues
     assert list(read_records(at / "metrics.jsonl")) == [
         *records,
         {"step": 210, "kind": "train", "loss": 1.0, "run_id": "abcd"},

@@ -61,7 +61,7 @@ def alone(count: int, prelude: str = "") -> Tally:
     """Run everything in a process that fails at, and records, each network access.
 
     Import every module, prepare text, train, resume, train further and predict. Python's audit
-    events report look-ups of names and connections. count: the last steps to check.
+    events report name resolution and connections. count: the last steps to check.
     """
     tally = Tally()
     with folder() as at:

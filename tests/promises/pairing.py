@@ -145,7 +145,7 @@ class World:
         return self.at / name
 
     def _reference(self) -> str:
-        """A checkpoint in the reference's format, as the only one of a folder."""
+        """A checkpoint in the original implementation's format, as the only one of a folder."""
         fields = dict(
             d_model=16,
             dropout=0.1,

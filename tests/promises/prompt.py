@@ -118,7 +118,7 @@ def repl_lines(count: int) -> Tally:
 
 
 def sampler_settings(count: int) -> Tally:
-    """Random settings of how tokens are drawn: refused in a line, or two tokens are drawn."""
+    """Random settings of how tokens are drawn: rejected in a line, or two tokens are drawn."""
     tally, refused = Tally(), [0]
     with _small_predictor(max_new_tokens=2) as (predictor, config, _):
         for i in range(count):
@@ -227,7 +227,7 @@ def context_policy(count: int) -> Tally:
                 prompt, notes = (
                     ("abcdefghij" * 40)[: num_prompt - 1],
                     [],
-                )  # behind an end-of-text token
+                )  # after an end-of-text token
                 text = "".join(predictor.stream(prompt, config, notes.append))
                 room = C - min(num_prompt, C) + 1
                 drawn = predictor.last.ids

@@ -633,7 +633,7 @@ def same_metrics_after_kills(count: int) -> Tally:
 
 # ---------------------------------------------------------------------------------------- 2: resume
 def same_after_resume(count: int, mutant: str = "") -> Tally:
-    """2. Stop after step k, for `count` of the k there are, and go on."""
+    """2. Stop after step k, for `count` of the k there are, and continue."""
     tally = Tally()
     for stop_after in sorted(random.Random(0).sample(range(1, STEPS), min(count, STEPS - 1))):
         run = Run(mutant)
@@ -819,7 +819,7 @@ class State:
 
 
 class Recorder(Operations):
-    """Notes operations, and what is told it between them."""
+    """Notes operations, and what it is given between them."""
 
     def __init__(self, *roots: Path, forget: frozenset[str] = frozenset()):
         super().__init__(*roots)

@@ -103,13 +103,13 @@ def test_what_a_disk_may_hold_after_a_power_loss():
 
 
 def test_a_resume_that_forgets_its_place_in_the_data_is_noticed():
-    """The reference's reads its first windows again (T2)."""
+    """The original implementation's run reads its first sequences again (T2)."""
     states, _ = killed_runs(3, "forgets samples_seen")
     assert states.held < states.tried and "differs" in states.failures[0]
 
 
 def test_a_resume_that_forgets_its_log_window_is_noticed_in_the_metrics_only():
-    """The reference's first logged loss after a resume is half of what it was (T13)."""
+    """T13: its first logged loss after a resume is half of what it was."""
     states, metrics = killed_runs(3, "forgets window")
     assert (
         states.held == states.tried

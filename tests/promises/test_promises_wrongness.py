@@ -65,7 +65,7 @@ def test_a_pairing_that_is_accepted_is_found():
 
 @pytest.mark.slow
 def test_a_payload_that_runs_is_found():
-    """With the unpickler that the reference uses in the place of ours."""
+    """With the unpickler that the original implementation uses in the place of ours."""
     prelude = (
         "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda "
         "path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', "
@@ -109,7 +109,7 @@ def test_a_validation_that_draws_random_numbers_is_found():
 
 
 def test_tokens_that_are_never_used_are_found():
-    """The reference's windows: whole ones only, and none that crosses the end."""
+    """The original implementation's sequences: whole ones only, and none that crosses the end."""
     with mock.patch.object(
         loader_module,
         "count_windows",

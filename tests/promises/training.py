@@ -175,7 +175,7 @@ def same_seed(count: int) -> Tally:
 
 
 def run_hash(run: builders_runs.Run) -> str:
-    """SHA-256 over all that a run leaves behind, but for what a clock or its name put there."""
+    """SHA-256 over all files of a run, except for what a clock or its name put there."""
     checkpoint, digest = run.final(), hashlib.sha256()
     for group in (checkpoint.model, checkpoint.optimizer):
         for name, tensor in sorted(group.items()):

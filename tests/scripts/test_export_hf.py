@@ -358,7 +358,7 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------- it refuses
+# --------------------------------------------------------------------------------------- it rejects
 def swapped(config, family, weights):
     """export_tensors with the two halves of the experts' inputs swapped: gate and up."""
     from runtime.interop.huggingface import export_tensors

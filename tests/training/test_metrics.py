@@ -31,7 +31,7 @@ def record(step, kind="train", **more):
 
 
 def strict(text):
-    """json.loads that refuses NaN and Infinity, as other languages' parsers do."""
+    """json.loads that rejects NaN and Infinity, as other languages' parsers do."""
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -72,7 +72,7 @@ def test_a_killed_process_loses_no_record(tmp_path):
 
 
 def test_non_finite_numbers_become_null_and_are_marked(tmp_path):
-    """The reference wrote NaN into metrics.json, which is not JSON (fault T8)."""
+    """The original implementation wrote NaN into metrics.json, which is not JSON (fault T8)."""
     log = MetricsLog(tmp_path, run_info={"best": math.inf})
     log.append(record(1, loss=math.nan, grad_norm=math.inf, expert_load=[[1.0, -math.inf]]))
     log.append(record(2))
@@ -392,7 +392,7 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, resume_step):
             MetricsLog(folder, resume_step=resume_step)
 
 
-# ----------------------------------------------------------------- interference while a run goes on
+# ----------------------------------------------------------------- interference during a run
 def test_deleting_the_folder_does_not_stop_the_run(tmp_path):
     folder = tmp_path / "graphs"
     log = filled(folder, steps=(10, 20))

@@ -185,7 +185,7 @@ def test_early_state_is_what_the_first_step_makes_and_training_is_bitwise_the_sa
             ) and torch.equal(one, other)
     assert addresses == [
         early_adamw.state[p]["exp_avg"].data_ptr() for p in early.parameters()
-    ]  # nothing was allocated anew
+    ]  # nothing was allocated again
     train(lazy, lazy_adamw, 5, seed=2), train(early, early_adamw, 5, seed=2)
     assert all(
         torch.equal(a, b) for a, b in zip(lazy.parameters(), early.parameters(), strict=True)

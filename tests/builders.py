@@ -115,13 +115,14 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
     return model
 
 
+# No effect without.
 NEEDS = {
     "window_pattern": {"sliding_window": 4},
     "rope_scaling_factor": {"rope_scaling": "linear"},
     "rope_scaling": {"context_length": 4096},
     "yarn_truncate": {"rope_scaling": "yarn"},
     "muon_momentum": {"optimizer": "muon"},
-}  # no effect without
+}
 
 
 def other_value(config_class, name: str, besides=()):

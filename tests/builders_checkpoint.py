@@ -74,9 +74,8 @@ def forge(source: Path, target: Path, change, redo_digests=True) -> Path:
     changed = change(contents)
     contents = contents if changed is None else changed
     if redo_digests and isinstance(contents, dict) and isinstance(contents.get("digests"), dict):
-        with contextlib.suppress(
-            TypeError, RuntimeError, AttributeError, KeyError
-        ):  # some of what is put in has no digest
+        # Some of what is put in has no digest.
+        with contextlib.suppress(TypeError, RuntimeError, AttributeError, KeyError):
             contents["digests"]["header"] = module._header_digest(
                 {key: value for key, value in contents.items() if key not in module.TENSOR_KEYS}
             )

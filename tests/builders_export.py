@@ -163,7 +163,8 @@ def load_theirs(folder: Path):
     theirs, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
-    assert not any(info.values()), info  # missing, unexpected, mismatched, errors
+    # Missing, unexpected, mismatched, errors.
+    assert not any(info.values()), info
     return theirs
 
 

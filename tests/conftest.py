@@ -18,7 +18,8 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))
 O200K_CACHE_NAME = (
-    "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
+    # The name under which tiktoken caches o200k_base.
+    "fb374d419588a4632f3f557e76b4b70aebbca790"
 )
 
 # Their assertions say what was compared, as those of test modules do.
@@ -37,11 +38,12 @@ def no_network():
     """Connections leave this process only to itself; looking a name up fails at once."""
 
     def local(address) -> bool:
+        # A str: a Unix socket.
         return (
             isinstance(address, (str, bytes))
             or str(address[0]) in ("localhost", "::1")
             or str(address[0]).startswith("127.")
-        )  # a str: a Unix socket
+        )
 
     def refuse(what):
         raise OSError(f"tests reach no network: {what}")

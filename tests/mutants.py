@@ -109,8 +109,10 @@ class Outcome:
     name: str
     mutant: Mutant
     caught: bool
-    said: str  # the test that failed, or why it survives
-    why: str  # what that test said (it may name folders of this machine)
+    # The test that failed, or why it survives.
+    said: str
+    # What that test said (it may name folders of this machine).
+    why: str
     seconds: float
 
 

@@ -39,7 +39,8 @@ def check_native_logits(seed: int) -> None:
     r = random.Random(seed)
     config = random_architecture(r)
     model = random_model(config, seed)
-    with torch.no_grad():  # an expert bias that matters
+    # An expert bias that matters.
+    with torch.no_grad():
         for block in model.layers:
             if block.moe.router.selection_bias is not None:
                 block.moe.router.selection_bias.normal_(
@@ -50,7 +51,8 @@ def check_native_logits(seed: int) -> None:
     native, why = native_model(model)
     assert native and not why
     cpu_decode_threads = r.choice([1, 2, 3])
-    native.least_bytes_per_thread = 1  # however small it is
+    # However small it is.
+    native.least_bytes_per_thread = 1
     texts = [
         [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))]
         for _ in range(r.choice([1, 2, 5, 9]))

@@ -176,11 +176,12 @@ def test_flops_match_a_count_of_the_real_matrix_products():
     config = tiny_config(transformer_blocks=3, context_length=32)
     ids = torch.randint(0, config.vocabulary_size, (2, 32))
     model = LLM(config)
+    # An operation of our own.
     experts = {
         torch.ops.gptoss.grouped_linear: lambda x, w, b, counts, out_shape=None, **_: (
             2 * x[0] * w[1] * w[2]
         )
-    }  # an operation of our own
+    }
     with FlopCounterMode(display=False, custom_mapping=experts) as counter, torch.no_grad():
         model(ids)
     q = config.num_heads * config.attention_head_dim

@@ -81,7 +81,8 @@ def test_the_settings_take_effect(name, capability, threads, onednn, as_it_is):
     """
     seen = seen_by(cpus.environment(name))
     assert (seen.capability, seen.threads) == (capability, threads)
-    if seen.onednn is not None:  # a PyTorch with oneDNN
+    # A PyTorch with oneDNN.
+    if seen.onednn is not None:
         assert seen.onednn.endswith(onednn)
     if torch.backends.mkl.is_available() and name == "plain":
         assert seen.bits != as_it_is.bits
@@ -106,10 +107,11 @@ def test_every_test_that_compares_numbers_is_run():
         for path in (REPO / "tests").glob("test_*.py")
         if re.search(r"^from tests\.numeric import", path.read_text(), re.MULTILINE)
     }
+    # A made-up difference; needs llama-cpp-python.
     not_here = {
         "test_export.py",
         "test_llamacpp.py",
-    }  # a made-up difference; needs llama-cpp-python
+    }
     assert uses - not_here - listed == set()
     for entry in cpus.FILES + cpus.TESTS:
         file, _, test = entry.partition("::")

@@ -82,7 +82,8 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
     model = random_model(tiny_config(**changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(0.3)  # bfloat16 follows small weights; large ones make other experts win
+            # bfloat16 follows small weights; large ones make other experts win.
+            parameter.mul_(0.3)
     loss, gradients = losses_and_gradients(model, torch.device("cpu"), torch.float32)
     on_gpu, gradients_on_gpu = losses_and_gradients(model, CUDA, dtype)
     assert on_gpu == pytest.approx(loss, rel=tolerance / 5)
@@ -212,7 +213,8 @@ def test_a_step_waits_for_nothing():
     choose_kernels(model, CUDA, torch.float32)
     decoder = Decoder(model)
     texts = decoder.texts(3, 64)
-    assert all(len(row) == 5 for row in generated(decoder, PROMPTS[:3], 5, texts))  # captured now
+    # Captured now.
+    assert all(len(row) == 5 for row in generated(decoder, PROMPTS[:3], 5, texts))
     drawn = torch.tensor([1, 2, 3], device=CUDA)
     generators = [torch.Generator(CUDA).manual_seed(i) for i in range(3)]
     torch.cuda.set_sync_debug_mode("error")

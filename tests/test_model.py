@@ -83,7 +83,8 @@ def test_what_pads_the_rows_of_logits_is_no_garbage():
         return softmax_gradient_(logits_NV, bias_V, targets_N, needs_gradient)
 
     h, w = torch.randn(7, 32, requires_grad=True), torch.randn(61, 32, requires_grad=True)
-    garbage = torch.full((4, 64), math.nan)  # what the allocator gives out next
+    # What the allocator gives out next.
+    garbage = torch.full((4, 64), math.nan)
     del garbage
     linear_cross_entropy(h, w, None, torch.randint(0, 61, (7,)), 4, look).backward()
     assert len(seen) == 2 and h.grad.isfinite().all()
@@ -142,7 +143,8 @@ def test_loss_never_holds_all_logits():
 
     with Watch():
         linear_cross_entropy(h, w, None, torch.randint(0, V, (N,)), 256).backward()
-    assert max(sizes) == 256 * 1024 < N * V  # rows begin at multiples of 64 numbers
+    # Rows begin at multiples of 64 numbers.
+    assert max(sizes) == 256 * 1024 < N * V
 
 
 def test_reported_loss_is_the_loss():
@@ -284,7 +286,8 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
         choose_kernels(model, torch.device("cpu"), torch.float32)
     names = list(model.state_dict())
     for block in model.layers:
-        block.compile(fullgraph=True, backend=counter)  # fullgraph: a break is an error
+        # Fullgraph: a break is an error.
+        block.compile(fullgraph=True, backend=counter)
     loads = set()
     for _ in range(20):
         ids = torch.randint(0, 61, (2, 16))
@@ -497,10 +500,11 @@ def test_logits_that_are_not_finite_are_told(temperature, bad):
     """Greedy decoding drew from NaN silently; sampling raised PyTorch's probability tensor
     error.
     """
+    # Marked, not raised: on a GPU that would be a wait.
     assert sample(torch.tensor([[1.0, bad, 0.0], [0.0, 9e9, 0.0]]), temperature).tolist() == [
         -1,
         1,
-    ]  # marked, not raised: on a GPU that would be a wait
+    ]
     model = random_model(tiny_config())
     with torch.no_grad():
         model.embed.weight[5] = bad
@@ -587,7 +591,8 @@ def test_repetition_penalty_counts_the_prompt_and_the_answer():
             generate(model, torch.tensor([[token, token]]), 1, temperature=0, **settings)
         ).item()
 
-    token = next(t for t in range(61) if first(t) == t)  # one that the model repeats
+    # One that the model repeats.
+    token = next(t for t in range(61) if first(t) == t)
     assert (
         first(token, repetition_penalty=1e9)
         != token

@@ -83,16 +83,16 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
         use_attention_bias=False,
     )
     plain, scaled = rope_frequencies(ModelConfig(head_dim=64)), rope_frequencies(config)
-    turns = 2048 * plain / (2 * math.pi)  # over the trained context
+    # Over the trained context.
+    turns = 2048 * plain / (2 * math.pi)
     assert torch.equal(scaled[turns > 33], plain[turns > 33])
     assert torch.allclose(scaled[turns < 0.9], plain[turns < 0.9] / 4)
     between = (turns < 25) & (turns > 1.5)
     assert ((scaled < plain) & (scaled > plain / 4))[between].all() and between.any()
     cos, _ = rope_tables(config, 0, 1, torch.float64, "cpu")
     assert cos[0, 0] == pytest.approx(0.1 * math.log(4) + 1)
-    exact = rope_frequencies(
-        dataclasses.replace(config, yarn_truncate=False)
-    )  # as in gpt-oss: the ramp begins and ends between two pairs
+    # As in gpt-oss: the ramp begins and ends between two pairs.
+    exact = rope_frequencies(dataclasses.replace(config, yarn_truncate=False))
     first, last = (
         64 * math.log(2048 / (turns * 2 * math.pi)) / (2 * math.log(10_000)) for turns in (32, 1)
     )
@@ -198,10 +198,11 @@ def test_window_of_one_block_limits_what_is_seen():
 def test_a_ring_holds_only_its_window():
     config = tiny_config(sliding_window=4, window_pattern="alternating")
     cache = KVCache(config, 2, 20)
+    # As many KV heads as the model has: no repeat.
     assert [k.shape for k in cache.keys] == [
         (2, 2, 4, 8),
         (2, 2, 20, 8),
-    ]  # as many KV heads as the model has: no repeat
+    ]
 
 
 # ---------------------------------------------------------------------------------- cache as object
@@ -222,7 +223,8 @@ def test_cache_is_the_callers_and_its_limits_are_told():
         model(ids[:1], cache=cache)
         with pytest.raises(ValueError, match="holds 6 tokens, 5 of them are used and 2 more"):
             model(ids[:1, :2], cache=cache)
-        assert cache.length == 5  # a rejected call leaves it usable
+        # A rejected call leaves it usable.
+        assert cache.length == 5
         model(ids[:1, :1], cache=cache)
 
 

@@ -469,7 +469,8 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
     """
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
     monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
-    poison(monkeypatch, range(10, 26))  # steps 6 to 13 of 2 micro-batches
+    # Steps 6 to 13 of 2 micro-batches.
+    poison(monkeypatch, range(10, 26))
     run, steps = Run(data, tmp_path), []
 
     def requested(self):

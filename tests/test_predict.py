@@ -354,9 +354,10 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
         context_length=8,
         biases=dict.fromkeys(holes, 100.0),
     )
+    # No tokenizer, 200,019 ids: the original implementation's.
     predictor, config = predictor_of(
         save(tmp_path, model, None), max_new_tokens=20, temperature=2.0, top_k=0
-    )  # no tokenizer, 200,019 ids: the original implementation's
+    )
     assert predictor.tokenizer.name == "o200k_base" and predictor.banned_ids == holes
     ids = []
     monkeypatch.setattr(
@@ -395,9 +396,8 @@ def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, 
         [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT],
         [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT],
     ):
-        if (
-            num_new > 2 * CONTEXT and 1 < num_prompt <= CONTEXT
-        ):  # long answers to the shortest and the longest prompts will do
+        # Long answers to the shortest and the longest prompts will do.
+        if num_new > 2 * CONTEXT and 1 < num_prompt <= CONTEXT:
             continue
         prompt, notes = "abcdefghij" * 40, []
         pieces = list(
@@ -407,7 +407,8 @@ def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, 
                 notes.append,
             )
         )
-        room = CONTEXT - min(num_prompt, CONTEXT) + 1  # the last token is drawn from a full context
+        # The last token is drawn from a full context.
+        room = CONTEXT - min(num_prompt, CONTEXT) + 1
         assert len(pieces) - 1 == (num_new if when_full == "slide" else min(num_new, room)), (
             num_prompt,
             num_new,
@@ -468,7 +469,8 @@ def test_notes_come_before_the_text(tmp_path):
         save(tmp_path, biased_model(biases={END: -1e4})), max_new_tokens=10 * CONTEXT
     )
     notes = []
-    predictor.stream("x", config, notes.append)  # not one piece is asked for
+    # Not one piece is asked for.
+    predictor.stream("x", config, notes.append)
     assert len(notes) == 1
 
 
@@ -712,7 +714,8 @@ def test_the_tokenizer_of_a_data_folder_can_be_named(tmp_path, run, monkeypatch)
             )
     with pytest.raises(ValueError, match="meta.json does not exist"):
         predictor_of(ckpt, tokenizer=str(tmp_path))
-    monkeypatch.chdir(tmp_path)  # here a folder is called byte: the name means what it always means
+    # Here a folder is called byte: the name means what it always means.
+    monkeypatch.chdir(tmp_path)
     assert predictor_of(ckpt, tokenizer="byte")[0].tokenizer.fingerprint == BYTE.fingerprint
 
 
@@ -856,7 +859,8 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     predict.main(["--ckpt", endless, "--prompt", "p"])
     assert "[4 tokens, " in capsys.readouterr().err
-    drawn.ids = list(b"1")  # one token has no rate: it was given as 0.0 tokens/s
+    # One token has no rate: it was given as 0.0 tokens/s.
+    drawn.ids = list(b"1")
     predict.main(["--ckpt", endless, "--prompt", "p"])
     assert "tokens/s" not in capsys.readouterr().err
 
@@ -1018,7 +1022,8 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
     small, monkeypatch, capsys, tmp_path
 ):
     """Every line is answered and leaves settings that a PredictConfig accepts."""
-    monkeypatch.chdir(tmp_path)  # :save writes files
+    # :save writes files.
+    monkeypatch.chdir(tmp_path)
     r, left, states = random.Random(0), iter(range(1000)), []
 
     def fake_input(prompt=""):
@@ -1030,18 +1035,21 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
 
     def remember(config, command, arguments, real=command_result):
         config = real(config, command, arguments)
-        states.append(dataclasses.replace(config))  # checks every field again
+        # Checks every field again.
+        states.append(dataclasses.replace(config))
         return config
 
     predictor, config = predictor_of(small, max_new_tokens=2)
     monkeypatch.setattr("builtins.input", fake_input)
     monkeypatch.setattr(session, "command_result", remember)
+    # Whatever :n says.
     monkeypatch.setattr(
         predictor_module, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
-    )  # whatever :n says
+    )
+    # As run_main sets it up.
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
-    )  # as run_main sets it up
+    )
     session.repl(predictor, config)
     assert next(left, None) is None and len(states) > 300 and len(set(states)) > 20
     assert [
@@ -1178,7 +1186,8 @@ def test_ctrl_c_in_one_shot_mode_keeps_the_text_and_is_told_to_the_shell(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Predictor, "stream", stream)
-    with pytest.raises(KeyboardInterrupt):  # run_main makes exit code 130 of it
+    # run_main makes exit code 130 of it.
+    with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt", "p"])
     assert capsys.readouterr().out == "ptext\n"
 
@@ -1234,6 +1243,7 @@ def test_samples_differ_and_each_has_a_seed_of_its_own(endless, run):
     assert [r["text"] for r in records] == [
         json.loads(run(*flags, "--seed", seed, "--json"))["text"] for seed in (7, 8, 9, 10)
     ]
+    # No seed: another each time.
     assert (
         len(
             {
@@ -1242,7 +1252,7 @@ def test_samples_differ_and_each_has_a_seed_of_its_own(endless, run):
             }
         )
         == 3
-    )  # no seed: another each time
+    )
 
 
 def test_json_says_how_an_answer_ended(endless, tmp_path, run):
@@ -1298,7 +1308,8 @@ def test_ctrl_c_keeps_the_answers_that_are_there(endless, tmp_path, monkeypatch,
     def interrupted(decoder, texts, prompts, max_new_tokens, finished, **settings):
         finished.add(0)
         yield [(0, ord("x")), (1, ord("y")), (2, ord("z"))]
-        assert capsys.readouterr().out == "ax\n"  # shown when it is complete
+        # Shown when it is complete.
+        assert capsys.readouterr().out == "ax\n"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predictor_module, "generate", interrupted)
@@ -1577,9 +1588,8 @@ def test_stats_and_experts_answer(endless, repl):
 
 def test_a_line_can_go_on_in_the_next(endless, repl, drawn):
     repl(endless, "one\\\ntwo\\\n\\\nthree\n:t \\\n0.5\nend\\")
-    assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == [
-        "one\ntwo\n\nthree"
-    ]  # what end-of-file cuts off is no prompt
+    # What end-of-file cuts off is no prompt.
+    assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == ["one\ntwo\n\nthree"]
 
 
 # -------------------------------------------------------------------------------- as real processes
@@ -1637,7 +1647,8 @@ class Terminal:
             )
             try:
                 self.seen += os.read(self.ours, 65536)
-            except OSError:  # Linux: the other end is closed
+            except OSError:
+                # Linux: the other end is closed.
                 raise AssertionError(
                     f"the program ended before {text!r}, after {self.seen[-500:]!r}"
                 ) from None
@@ -1672,8 +1683,10 @@ def test_a_session_on_a_terminal(tmp_path):
         terminal.wait_for(b":help for commands.")
         terminal.wait_for(b"> ")
         terminal.type(b"hello\n")
-        terminal.wait_for(b"hello\r\nhello")  # its echo, then the answer
-        answer = terminal.wait_for(b"\\x1b")  # an escape character, spelled out
+        # Its echo, then the answer.
+        terminal.wait_for(b"hello\r\nhello")
+        # An escape character, spelled out.
+        answer = terminal.wait_for(b"\\x1b")
         terminal.type(b"\x03")
         answer += terminal.wait_for(b"\r\n> ")
         assert not set(answer) & set(range(32)) - set(b"\t\r\n"), answer
@@ -1690,10 +1703,11 @@ def test_a_session_on_a_terminal(tmp_path):
 )
 def test_what_was_typed_is_there_in_the_next_session(tmp_path, endless):
     """The up arrow returns the last session's last line; only this user can read the file."""
+    # After it in the history is :q.
     for typed, seen in (
         (b"first prompt\n", b"first prompt\r\nfirst prompt"),
         (b"\x1b[A\x1b[A!\n", b"first prompt!"),
-    ):  # after it in the history is :q
+    ):
         with Terminal(
             "--ckpt",
             endless,

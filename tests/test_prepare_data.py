@@ -213,7 +213,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch, tokenizer, n
 def test_equal_documents_go_to_one_side(tmp_path):
     """D13: 3 % exact duplicates put 9 of 103 validation stories into train."""
     texts = stories(300)
-    copies = [f"\n {text}  " for text in texts]  # white space around it makes no other story
+    # White space around it makes no other story.
+    copies = [f"\n {text}  " for text in texts]
     train, val = run(
         tmp_path, "--files", write_jsonl(tmp_path / "a.jsonl", texts + copies), "--val_ratio", "0.2"
     )
@@ -607,9 +608,8 @@ def test_text_is_prepared_with_a_published_tokenizer(tmp_path, name, request):
         digests.add(train.fingerprint + val.fingerprint)
     assert len(digests) == 1 and train.end_of_text_id == tokenizer.end_of_text_id
     texts = [text for text in texts if split_by_hash(0.1)(text_digest(text)) == "train"]
-    expected = [
-        i for text in texts for i in tokenizer.encode(text) + tokenizer.between_documents
-    ]  # Mixtral's: </s> <s>
+    # Mixtral's: </s> <s>
+    expected = [i for text in texts for i in tokenizer.encode(text) + tokenizer.between_documents]
     assert train.read(0, train.num_tokens).tolist() == expected and train.manifest[
         "total_bytes"
     ] == sum(len(text.encode()) for text in texts)
@@ -676,9 +676,8 @@ def test_datasets_own_validation_minus_train(tmp_path, hub, streaming):
 
 
 def test_datasets_options(tmp_path, hub):
-    train, val = run(
-        tmp_path, "--dataset", hub, "--val_ratio", "0.2"
-    )  # asked for: its own validation is not used
+    # Asked for: its own validation is not used.
+    train, val = run(tmp_path, "--dataset", hub, "--val_ratio", "0.2")
     assert sorted(documents(train) + documents(val)) == sorted(stories(100))
     train, val = run(tmp_path, "--dataset", hub, "--split", "train[:10%]")
     assert documents(train) == stories(100)[:10] and set(stories(15, seed=1)) <= set(documents(val))
@@ -1055,7 +1054,8 @@ def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkey
 def test_ctrl_c_is_one_line_and_leaves_the_earlier_set(tmp_path, old):
     out, before = old
     process = (
-        subprocess.Popen(  # a shell's background jobs ignore SIGINT, and children inherit that
+        # A shell's background jobs ignore SIGINT, and children inherit that.
+        subprocess.Popen(
             [
                 sys.executable,
                 "prepare_data.py",

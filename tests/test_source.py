@@ -14,6 +14,7 @@ TREES = {
     for pattern in ("*.py", "runtime/*.py", "scripts/*.py", "benchmarks/*.py", "tests/*.py")
     for path in REPO.glob(pattern)
 }
+# Modules whose loading runs what a file says.
 UNPICKLES = {
     "pickle",
     "cPickle",
@@ -21,7 +22,7 @@ UNPICKLES = {
     "joblib",
     "shelve",
     "marshal",
-}  # modules whose loading runs what a file says
+}
 
 
 def faults(tree: ast.AST, is_test: bool) -> list[str]:

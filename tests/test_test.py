@@ -71,7 +71,8 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
             for b in (4, 2)
         ]
         assert lines[f"training, {where}, {batch_size} x {config.context_length}"] == needed
-    for column, dtype in enumerate((torch.float32, torch.bfloat16)):  # what a cache really holds
+    # What a cache really holds.
+    for column, dtype in enumerate((torch.float32, torch.bfloat16)):
         one, full = (
             KVCache(config, 1, tokens, dtype, "meta").num_bytes()
             for tokens in (1, config.context_length)
@@ -89,10 +90,11 @@ def test_the_default_is_the_published_model_and_its_table_is_named(report):
     assert lines["total"] == ["3,664,132,435"]
     assert "2.05 B + 1.61 B position table; see --preset gptoss-modern" in lines
     assert lines["attention bias table"] == ["1,610,612,736", "44.0%"]
+    # 2 x 12 blocks x 8 heads x 32 features x 4 bytes.
     assert lines["KV cache per token"] == [
         "24.0 KiB",
         "12.0 KiB",
-    ]  # 2 x 12 blocks x 8 heads x 32 features x 4 bytes
+    ]
     check(lines, ModelConfig(), TrainConfig().batch_size)
     assert report("--preset", "gptoss") == lines
 

@@ -225,7 +225,8 @@ def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
 
     Now the steps since the checkpoint are undone, except that their data is not read again.
     """
-    poison(monkeypatch, range(20, 80))  # steps 11 to 40 of 2 micro-batches
+    # Steps 11 to 40 of 2 micro-batches.
+    poison(monkeypatch, range(20, 80))
     assert run("--max_steps", "60", "--save_interval", "5") == 0
     out = capsys.readouterr().out
     assert re.search(
@@ -243,7 +244,8 @@ def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
     steps = [r["step"] for r in run.records() if r["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 60
     assert all(torch.isfinite(t).all() for t in final.model.values())
-    for path in run.ckpt_dir.glob("*.pt"):  # a later resume knows of it
+    # A later resume knows of it.
+    for path in run.ckpt_dir.glob("*.pt"):
         if path.name not in ("step_0000050.pt", "step_0000055.pt"):
             path.unlink()
     assert run("--resume", fresh=False) == 0
@@ -513,7 +515,8 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
     T = inputs.shape[1]
     bound = gradients_bound(tiny_config(), T, rows=len(inputs))
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        gradient = 0.3 / math.sqrt(p.numel())  # clipped: at most this large
+        # Clipped: at most this large.
+        gradient = 0.3 / math.sqrt(p.numel())
         allowed = 3 * config.lr * bound * gradient / config.adam_eps
         assert_close(p, q, 1.0, name, size=allowed + rounding(torch.float32, 3) * size_of(q))
 
@@ -826,7 +829,8 @@ def test_fewer_steps_than_taken_are_refused_and_as_many_are_done(run, capsys):
     with pytest.raises(ValueError, match="at step 8, beyond --max_steps 5"):
         run("--resume", "--max_steps", "5", fresh=False)
     before = (run.ckpt_dir / "latest.pt").read_bytes()
-    assert run("--resume", fresh=False) == 0  # scripts that resume until a run is done get their 0
+    # Scripts that resume until a run is done get their 0.
+    assert run("--resume", fresh=False) == 0
     assert (
         "done already" in capsys.readouterr().out
         and (run.ckpt_dir / "latest.pt").read_bytes() == before
@@ -1060,9 +1064,8 @@ def test_a_new_run_from_old_weights(run, data, tmp_path):
         )
         == 0
     )
-    assert (
-        "layers.0.moe.router.selection_bias" in biased.final().model
-    )  # a raw RuntimeError once, in both directions
+    # A raw RuntimeError once, in both directions.
+    assert "layers.0.moe.router.selection_bias" in biased.final().model
     plain = Run(data, tmp_path / "plain")
     assert (
         plain(
@@ -1200,9 +1203,8 @@ def test_document_mask_reaches_training_and_validation(data, tmp_path):
     records = []
     for i, flags in enumerate(([], ["--document_mask"])):
         one = Run(data, tmp_path / str(i))
-        assert (
-            one("--max_steps", "4", "--context_length", "128", *flags) == 0
-        )  # documents have about 70 bytes
+        # Documents have about 70 bytes.
+        assert one("--max_steps", "4", "--context_length", "128", *flags) == 0
         records.append(comparable(one.records()))
     assert {r["kind"] for r in records[0]} == {"train", "val"}
     assert all(a["loss"] != b["loss"] for a, b in zip(*records, strict=True))

@@ -70,9 +70,10 @@ def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, table, name)
     others = (
         {f.name: f.default for f in dataclasses.fields(owner)} | NEEDS.get(name, {}) | {name: value}
     )
+    # And nothing else changed.
     assert dataclasses.asdict(seen[0].build(owner)) == {
         k: v for k, v in others.items() if hasattr(owner, k)
-    }  # and nothing else changed
+    }
 
 
 @pytest.mark.parametrize(("table", "name"), FIELDS)
@@ -124,9 +125,8 @@ def test_a_flag_beats_the_file_beats_the_preset_beats_the_default(toml, monkeypa
     assert built(*chosen) == in_preset != default
     assert built(*chosen, *file) == in_file != in_preset
     assert built(*chosen, *file, *as_flags({name: on_flag})) == on_flag != in_file
-    assert (
-        built(*as_flags({name: on_flag}), *file, *chosen) == on_flag
-    )  # the order on the line does not count
+    # The order on the line does not count.
+    assert built(*as_flags({name: on_flag}), *file, *chosen) == on_flag
 
 
 def test_presets_reach_both_configs_and_are_not_explicit():
@@ -170,7 +170,8 @@ def test_the_config_checks_what_was_given():
         (
             ["--d_mode", "64"],
             "unrecognized arguments: --d_mode 64",
-        ),  # a short form of d_model: would change its meaning with the next new field
+            # A short form of d_model: would change its meaning with the next new field.
+        ),
         (["--res"], "unrecognized arguments: --res"),
         (["--pre", "nano"], "unrecognized arguments: --pre nano"),
         (["extra"], "unrecognized arguments: extra"),
@@ -265,9 +266,8 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, toml):
         settings("--config", str(tmp_path))
     with pytest.raises(ValueError, match="cannot read --config .*: Not a directory"):
         settings("--config", toml("")[1] + "/x.toml")
-    with pytest.raises(
-        ValueError, match="cannot read --config : No such file"
-    ):  # an unset shell variable was no file at all, silently
+    # An unset shell variable was no file at all, silently.
+    with pytest.raises(ValueError, match="cannot read --config : No such file"):
         settings("--config", "")
     assert settings(*toml("")).explicit == set()
 
@@ -437,7 +437,8 @@ def script(tmp_path):
         )
         words = " ".join([f"'{sys.executable}'", f"'{path}'", *argv])
         stdout = subprocess.PIPE
-        if unread:  # a pipe whose reader has left before the program starts
+        # A pipe whose reader has left before the program starts.
+        if unread:
             reader, stdout = os.pipe()
             os.close(reader)
         try:
@@ -479,9 +480,8 @@ def test_help_cut_short_is_no_error_either(script):
         "--help",
         unread=True,
     )
-    assert (
-        done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""
-    )  # argparse drops the error when it writes more than a buffer
+    # Argparse drops the error when it writes more than a buffer.
+    assert done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])

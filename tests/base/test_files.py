@@ -89,7 +89,8 @@ def test_the_old_file_is_whole_under_its_name_until_the_new_one_is(tmp_path):
             file.flush()
             assert path.read_bytes() == b"old"
 
-    with open(path, "rb") as reader:  # and whoever has it open keeps reading the old one
+    # And whoever has it open keeps reading the old one.
+    with open(path, "rb") as reader:
         write_atomic(path, write)
         assert reader.read() == b"old"
     assert path.read_bytes() == b"x" * 300_000
@@ -168,7 +169,8 @@ def test_a_disk_error_while_flushing_a_folder_is_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         fsync_folder(tmp_path)
-    assert len(os.listdir("/dev/fd")) == before  # the folder was closed again
+    # The folder was closed again.
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_a_system_that_cannot_open_folders_skips_it(tmp_path, monkeypatch):

@@ -41,10 +41,11 @@ builtins.__import__ = watching
 import train
 """
     assert python(code).split() == ["seen", process.SPIN_COUNT]
+    # A setting that is there stays.
     assert python(code, GOMP_SPINCOUNT="7").split() == [
         "seen",
         "7",
-    ]  # a setting that is there stays
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")

@@ -26,7 +26,8 @@ TINY = [
     "--min_sample_seconds",
     "1e-6",
 ]
-ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math")  # whatever the processor
+# Whatever the processor.
+ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math")
 
 
 @pytest.fixture
@@ -66,14 +67,14 @@ def problem(case: str, *flags: str) -> attention.Problem:
 def check_row(row: dict, case: str, flops: int) -> None:
     leaves = {"q", "k", "v"} | {name for name in ("table", "sinks") if name in case}
     assert row["errors"].keys() == row["same_bits"].keys() == leaves | {"output"}
-    assert 0 < max(row["errors"].values()) < BOUND  # float32 against float64
+    # float32 against float64.
+    assert 0 < max(row["errors"].values()) < BOUND
     assert (
         row["flops_per_sec"] == pytest.approx(flops / row["seconds"]["median"])
         and row["calls_per_sample"] == 1
     )
-    assert (
-        row["peak_above_inputs_bytes"] > 4 * 2 * (2 * 4 + 2 * 2) * 40 * 16
-    )  # at least the output and the gradients
+    # At least the output and the gradients.
+    assert row["peak_above_inputs_bytes"] > 4 * 2 * (2 * 4 + 2 * 2) * 40 * 16
 
 
 def test_benchmark_end_to_end(run, capsys):
@@ -109,9 +110,8 @@ def test_benchmark_end_to_end(run, capsys):
             and variants["manual"]["kernel"] is None
             and "viable" in variants["sdpa_cudnn"]["why"]
         )
-        assert (
-            variants["manual"]["peak_above_inputs_bytes"] > 3 * 4 * 2 * 4 * 40 * 40
-        )  # scores, masked, weights
+        # Scores, masked, weights.
+        assert variants["manual"]["peak_above_inputs_bytes"] > 3 * 4 * 2 * 4 * 40 * 40
     assert results["cases"]["causal"]["variants"]["sdpa_flash"]["default"]["kernel"] == "flash"
     assert results["cases"]["causal"]["visible_share"] == 41 / 80
     assert (

@@ -147,9 +147,8 @@ def test_loop_is_our_model(changes):
     ],
 )
 def test_hugging_face_is_our_model(experts, changes):
-    config = tiny_config(
-        transformer_blocks=1, **changes
-    )  # with one block their load-balance loss, too, is ours
+    # With one block their load-balance loss, too, is ours.
+    config = tiny_config(transformer_blocks=1, **changes)
     hf = baselines.build_hf(config, experts)
     model, ours, our_auxiliary, theirs, auxiliary = losses_and_gradients(config, hf)
     bound = logits_bound(config, 19)
@@ -203,9 +202,11 @@ def test_disturbed_samples_are_measured_again(monkeypatch):
         return tuple(clock)
 
     def function(value):
-        clock[0] += 1.0  # a second, all of it this process's work on one core,
+        # A second, all of it this process's work on one core,
+        clock[0] += 1.0
         clock[2] += 1.0
-        clock[1] += 1.0 + next(foreign)  # and what others did meanwhile
+        # And what others did meanwhile.
+        clock[1] += 1.0 + next(foreign)
         return value
 
     monkeypatch.setattr(common, "cpu_clock", cpu_clock)
@@ -249,9 +250,10 @@ def test_cpu_clock(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_train_benchmark(data, results_folder, monkeypatch):
     compiled = []
+    # What it does is tested elsewhere.
     monkeypatch.setattr(
         torch, "compile", lambda function, **kwargs: compiled.append(function) or function
-    )  # what it does is tested elsewhere
+    )
     monkeypatch.setattr(bench, "GEMM_SIZE", 64)
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     hf = ["hf_eager", "hf_grouped"] if importlib.util.find_spec("transformers") else []
@@ -260,7 +262,8 @@ def test_train_benchmark(data, results_folder, monkeypatch):
     results = json.loads((results_folder / "train_tiny.json").read_text())
     assert {"command", "commit", "hardware", "versions"} <= results["environment"].keys()
     assert list(results["variants"]) == names and results["failed"] == results["left_out"] == {}
-    assert compiled.count(softmax_gradient_) == 2  # ours_compiled and dense_compiled
+    # ours_compiled and dense_compiled.
+    assert compiled.count(softmax_gradient_) == 2
     assert (
         results["order"] == "in turns"
         and "(byte)" in results["tokens"]
@@ -450,8 +453,10 @@ def test_memory_of_all_logits_is_seen():
             "peak_above_states_bytes"
         ]
     logits = rows * V * 4
-    assert peaks["loop"] > 2 * logits  # logits and their gradient, at least
-    assert peaks["ours"] < 0.75 * logits  # half of the rows at a time, in one buffer
+    # Logits and their gradient, at least.
+    assert peaks["loop"] > 2 * logits
+    # Half of the rows at a time, in one buffer.
+    assert peaks["ours"] < 0.75 * logits
 
 
 def test_worker_measures_speed(tmp_path, monkeypatch):
@@ -515,9 +520,10 @@ def test_run_worker_gives_what_the_process_wrote(tmp_path, monkeypatch):
         "2",
         None,
     ]
+    # Not the hint below it.
     with pytest.raises(
         ValueError, match="small_worker --fail failed: torch.SomeError: no such luck"
-    ):  # not the hint below it
+    ):
         common.run_worker("small_worker", ["--fail"])
 
 
@@ -833,9 +839,8 @@ def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):
         lambda *a, **k: masked.append(1) or loss_of(*a, **k),
     )
     assert end_to_end.main(flags) == 0
-    assert (
-        len(masked) == 2 + 6 + 2
-    )  # --document_mask reaches the dry run, the steps and the validations; only the first did
+    # --document_mask reaches the dry run, the steps and the validations; only the first did.
+    assert len(masked) == 2 + 6 + 2
 
 
 def test_end_to_end_figures(data, results_folder, monkeypatch):

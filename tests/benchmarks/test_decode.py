@@ -85,11 +85,12 @@ def results_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)
     monkeypatch.setattr(decode, "BANDWIDTH_BYTES", {"cpu": 1 << 16})
+    # Samples here are shorter than the clock's ticks.
     monkeypatch.setattr(
         decode,
         "alternate_undisturbed",
         lambda functions, repeats: common.alternate_undisturbed(functions, repeats, 99.0),
-    )  # samples here are shorter than the clock's ticks
+    )
     return tmp_path
 
 
@@ -135,13 +136,15 @@ def test_a_token_reads_packed_weights(tied):
     model = quantize_(random_model(c))
     q, kv, C, F = c.num_heads * 8, c.num_kv_heads * 8, c.d_model, c.d_ff
     matrices = [(q, C), (kv, C), (kv, C), (C, q), *c.top_k * [(2 * F, C), (C, F)]]
+    # Router, norms, those of q and k.
     per_block = sum(rows * cols + 4 * rows for rows, cols in matrices) + 4 * (
         c.num_experts * C + 2 * C + 2 * 8
-    )  # router, norms, those of q and k
+    )
+    # Head, last norm, a row of the embedding.
     assert (
         decode.weight_bytes_per_token(model)
         == 2 * per_block + c.vocabulary_size * (C + 4) + 4 * C + 4 * C
-    )  # head, last norm, a row of the embedding
+    )
 
 
 def test_a_token_reads_its_context():
@@ -213,16 +216,17 @@ def test_the_same_tokens():
     logits = model(torch.tensor([prompts[1].tolist() + reference[1][:3]])).logits[0, -1]
     other[1][3] = int(logits.topk(2).indices[1])
     found = decode.compare_tokens(model, prompts, reference, other)
-    assert found["same_tokens"] == "8 of 10"  # what follows a difference continues another text
+    # What follows a difference continues another text.
+    assert found["same_tokens"] == "8 of 10"
+    # A gap is as exact as the logits are.
     bound, size = (
         logits_bound(model.config, 12),
         size_of(logits),
-    )  # a gap is as exact as the logits are
+    )
     best, second = logits.topk(2).values
     assert_close(found["first_difference_gap"], best - second, bound, size=size)
-    other[1][3] = int(
-        logits.argmin()
-    )  # a token that no rounding puts first is told from one that ties with the second
+    # A token that no rounding puts first is told from one that ties with the second.
+    other[1][3] = int(logits.argmin())
     for sides in ((reference, other), (other, reference)):
         found = decode.compare_tokens(model, prompts, *sides)
         assert_close(found["first_difference_gap"], logits.max() - logits.min(), bound, size=size)
@@ -444,10 +448,11 @@ def test_the_benchmark_of_generation(results_folder, capsys):
                 )
     short, long, *_ = results["decode"]
     for name in names:
+        # Blocks, keys and values, heads, features.
         assert (
             long["sides"][name]["bytes_per_token"] - short["sides"][name]["bytes_per_token"]
             == (42 - 8) * 2 * 2 * 2 * 8 * 4
-        )  # blocks, keys and values, heads, features
+        )
         assert (
             short["sides"]["ours_int8"]["bytes_per_token"] < short["sides"][name]["bytes_per_token"]
             or name == "ours_int8"
@@ -580,9 +585,8 @@ def test_launch_is_beside_the_import_of_torch(results_folder, monkeypatch):
         "1",
         "--quiet",
     ]
-    assert (
-        calls == [predict, [sys.executable, "-c", "import torch"]] * 3
-    )  # the first two fill the page cache
+    # The first two fill the page cache.
+    assert calls == [predict, [sys.executable, "-c", "import torch"]] * 3
     launch = json.loads((results_folder / "decode_tiny.json").read_text())["launch"]
     assert (
         launch["predict_s"] == {"median": 4.0, "min": 3.0, "max": 5.0}

@@ -218,12 +218,12 @@ def test_load_model_maps_the_file_and_training_on_it_never_reaches_the_file(save
         if os.name == "nt"
         else torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
     )
-    with shared:  # even then
+    # Even then.
+    with shared:
         model, checkpoint = load_model(path)
     assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
-    assert (
-        model.embed.weight.data_ptr() == checkpoint.model["embed.weight"].data_ptr()
-    )  # no copy was made
+    # No copy was made.
+    assert model.embed.weight.data_ptr() == checkpoint.model["embed.weight"].data_ptr()
     train(model, build_adamw(model, TRAIN), 2, seed=3)
     assert not torch.equal(model.embed.weight, saved.model.embed.weight)
     assert path.read_bytes() == saved.path.read_bytes()
@@ -344,9 +344,8 @@ def test_150_bit_flips_and_50_truncations(saved, tmp_path):
             assert dataclasses.replace(
                 read, path=None, model={}, optimizer=None
             ) == dataclasses.replace(whole, path=None, model={}, optimizer=None)
-    assert (
-        harmless < 60
-    )  # the padding of a small file is a good part of it; that of a large one is nothing
+    # The padding of a small file is a good part of it; that of a large one is nothing.
+    assert harmless < 60
     for length in [0, 1, 3, 4, 22, len(data) - 1, *generator.integers(len(data), size=44)]:
         path.write_bytes(data[:length])
         refused(path, optimizer=True)
@@ -384,7 +383,8 @@ def test_paths_that_are_no_file(tmp_path):
     refused(tmp_path, "directory")
     refused(tmp_path / "none.pt", "no such file")
     os.mkfifo(tmp_path / "pipe") if hasattr(os, "mkfifo") else (tmp_path / "pipe").mkdir()
-    refused(tmp_path / "pipe", "device")  # and does not wait for someone to write into it
+    # And does not wait for someone to write into it.
+    refused(tmp_path / "pipe", "device")
 
 
 def drop(key):
@@ -672,7 +672,8 @@ def test_latest_and_best_are_names_of_the_step_file(tmp_path):
     first = save(tmp_path, 1, is_best=True)
     second = save(tmp_path, 2)
     assert (tmp_path / "best.pt").samefile(first) and (tmp_path / "latest.pt").samefile(second)
-    assert second.stat().st_nlink == 2  # no second copy of the bytes
+    # No second copy of the bytes.
+    assert second.stat().st_nlink == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best.pt",
         "latest.pt",
@@ -701,7 +702,8 @@ def test_keep_last_prunes_and_never_what_latest_or_best_name(tmp_path, monkeypat
     for step in range(1, 6):
         save(tmp_path, step, keep_last=2, is_best=step == 2)
     kept = [step for step, _ in step_files(tmp_path)]
-    assert kept == ([4, 5] if hard_links else [2, 4, 5])  # a symbolic best.pt needs its file
+    # A symbolic best.pt needs its file.
+    assert kept == ([4, 5] if hard_links else [2, 4, 5])
     assert (tmp_path / "latest.pt").is_symlink() != hard_links
     assert (
         read_checkpoint(tmp_path / "best.pt").step == 2
@@ -824,7 +826,8 @@ def test_find_latest_falls_back_and_says_what_it_skipped(tmp_path):
     checkpoint, skipped = find_latest(tmp_path)
     assert (checkpoint.step, checkpoint.path.name, skipped) == (3, "step_0000003.pt", [])
     data = (tmp_path / "latest.pt").read_bytes()
-    (tmp_path / "latest.pt").write_bytes(data[:-100])  # the same file as step 3: one line, not two
+    # The same file as step 3: one line, not two.
+    (tmp_path / "latest.pt").write_bytes(data[:-100])
     checkpoint, skipped = find_latest(tmp_path)
     assert checkpoint.step == 2 and len(skipped) == 1 and "step_0000003.pt: damaged" in skipped[0]
     (tmp_path / "latest.pt").unlink()

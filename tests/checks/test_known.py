@@ -203,7 +203,8 @@ def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is
     assert "down.weight" not in known.initial_note(config)
     torch.manual_seed(0)
     scaled = LLM(config).layers[0].shared.down.weight.std().item()
-    assert scaled == pytest.approx(ordinary / 2, rel=1e-5)  # sqrt(2L) = 2
+    # sqrt(2L) = 2.
+    assert scaled == pytest.approx(ordinary / 2, rel=1e-5)
     known.counts.cache_clear()
 
 

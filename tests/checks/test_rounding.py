@@ -66,9 +66,8 @@ def test_float32_is_within_the_bound_of_float64_and_a_small_fault_is_not(seed):
     model = random_model(config, seed).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(
-                0.7
-            )  # larger weights make gradients, and the errors in them, grow from block to block
+            # Larger weights make gradients, and the errors in them, grow from block to block.
+            parameter.mul_(0.7)
     exact, off = copy.deepcopy(model).double(), copy.deepcopy(model)
     with torch.no_grad():
         off.layers[-1].moe.experts.w_out.mul_(1.001)
@@ -85,9 +84,8 @@ def test_float32_is_within_the_bound_of_float64_and_a_small_fault_is_not(seed):
         out = one(ids, ids)
         (out.cross_entropy_sum / out.num_targets).backward()
     for (name, parameter), other in zip(model.named_parameters(), exact.parameters(), strict=True):
-        if (
-            size_of(other.grad) > 1e-6
-        ):  # where nothing but rounding is left, there is nothing to compare with
+        # Where nothing but rounding is left, there is nothing to compare with.
+        if size_of(other.grad) > 1e-6:
             assert_close(
                 parameter.grad,
                 other.grad,

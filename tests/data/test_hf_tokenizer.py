@@ -163,9 +163,8 @@ def test_every_character_in_o200k(o200k_folder):
         chr(c) for c in (*range(0xD800), *range(0xE000, 0x11000), *range(0x11000, 0x110000, 31))
     ]
     for context in ("a{}b's {} 1{}", "{0}{0} A{0}a\n"):
-        for start in range(
-            0, len(characters), 16
-        ):  # some at a time: the call costs more than the text
+        # Some at a time: the call costs more than the text.
+        for start in range(0, len(characters), 16):
             text = "".join(context.format(*[c] * 3) for c in characters[start : start + 16])
             assert ids_of(theirs, text) == ours.encode(text), [
                 hex(ord(c)) for c in characters[start : start + 16]
@@ -196,12 +195,10 @@ def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_
             theirs.model_max_length == (1024 if name == "o200k" else 64)
             and theirs.pad_token_id is None
         )
-    assert (
-        theirs(SPECIAL_TEXT).input_ids.count(ours.end_of_text_id) == 1
-    )  # to transformers it is the token,
-    assert theirs(SPECIAL_TEXT, split_special_tokens=True).input_ids == ours.encode(
-        SPECIAL_TEXT
-    )  # unless it is told what we always say
+    # To transformers it is the token,
+    assert theirs(SPECIAL_TEXT).input_ids.count(ours.end_of_text_id) == 1
+    # Unless it is told what we always say.
+    assert theirs(SPECIAL_TEXT, split_special_tokens=True).input_ids == ours.encode(SPECIAL_TEXT)
     assert theirs.decode([ours.end_of_text_id], skip_special_tokens=True) == ""
 
 
@@ -369,7 +366,8 @@ def test_the_check_sees_what_is_off(bpe_folder, bpe, damage, message):
     with pytest.raises(TokenizerError, match=message) as caught:
         check_tokenizer(bpe_folder, bpe)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
-    assert isinstance(read_tokenizer(bpe_folder), HuggingFaceTokenizer)  # somebody's own by now
+    # somebody's own by now.
+    assert isinstance(read_tokenizer(bpe_folder), HuggingFaceTokenizer)
 
 
 def test_writing_ends_with_the_check(bpe, tmp_path, monkeypatch):
@@ -417,7 +415,8 @@ def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
         and OURS not in more.config
     )
     assert more.encode("<think>x") == theirs("<think>x").input_ids == [2000, *bpe.encode("x")]
-    assert more.start_id == bpe.start_id  # its texts began after nothing
+    # Its texts began after nothing.
+    assert more.start_id == bpe.start_id
 
 
 def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, monkeypatch):
@@ -477,12 +476,13 @@ def test_what_begins_and_ends_a_text(mixtral, qwen):
         sentencepiece.stop_ids,
         sentencepiece.between_documents,
     ) == (1, 2, (2,), [2, 1])
+    # A text ends otherwise than a turn.
     assert (chat.start_id, chat.end_of_text_id, chat.stop_ids, chat.between_documents) == (
         None,
         800,
         (802, 800),
         [800],
-    )  # a text ends otherwise than a turn
+    )
     assert (BYTE.start_id, BYTE.stop_ids, BYTE.between_documents) == (256, (256,), [256])
 
 
@@ -514,10 +514,11 @@ def test_special_words_of_published_tokenizers_are_ordinary_text(mixtral, qwen):
         ours = read_tokenizer(folder)
         ids = ours.encode(f"a{word}b")
         assert not set(ids) & {*ours.stop_ids} and ours.decode(ids).strip() == f"a{word}b"
+        # The library's flag is in none of its files.
         for again in (
             copy.deepcopy(ours),
             tokenizer_from_state(json.loads(json.dumps(ours.to_state()))),
-        ):  # the library's flag is in none of its files
+        ):
             assert again.encode(f"a{word}b") == ids and again.to_state() == ours.to_state()
     assert ours.encode("a\ud800") == ours.encode("a\N{REPLACEMENT CHARACTER}")
 
@@ -560,9 +561,8 @@ def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
             rest = ours.encode_continuation(text[at:])
             assert ours.decode(rest) == text[at:]
             assert ours.decode(ours.encode(text[:at]) + rest) == ours.decode(whole)
-        assert (
-            ours.encode(text[:at]) + rest == whole
-        )  # cut between words, the ids are those of the whole
+        # Cut between words, the ids are those of the whole.
+        assert ours.encode(text[:at]) + rest == whole
     assert ours.encode_continuation("") == [] and ours.encode_continuation(
         "a\ud800"
     ) == ours.encode_continuation("a\N{REPLACEMENT CHARACTER}")
@@ -701,9 +701,8 @@ def test_merges_of_a_published_tokenizer(qwen, mixtral, bpe, bpe_folder):
     ]
     config = json.loads((bpe_folder / module.CONFIG_FILE).read_text())
     del config[OURS]
-    (bpe_folder / module.CONFIG_FILE).write_text(
-        json.dumps(config)
-    )  # merges in the older spelling, "a b"
+    # Merges in the older spelling, "a b".
+    (bpe_folder / module.CONFIG_FILE).write_text(json.dumps(config))
     foreign = read_tokenizer(bpe_folder)
     assert isinstance(foreign, HuggingFaceTokenizer) and byte_level_merges(
         foreign
@@ -734,7 +733,8 @@ def test_folders_that_have_none(tmp_path, mixtral, monkeypatch):
     refused("decodes in a way that is not supported here")
     write_folder(tmp_path / "m", {"model": {"type": "BPE"}})
     refused("cannot be used as a tokenizer")
-    write_folder(tmp_path / "m", BYTE.to_state())  # what prepare_data.py calls tokenizer.json
+    # What prepare_data.py calls tokenizer.json.
+    write_folder(tmp_path / "m", BYTE.to_state())
     refused("is not a tokenizer.json of the tokenizers library")
     for text in ("{", "[]", "\xff"):
         (tmp_path / "m" / "tokenizer.json").write_bytes(text.encode("latin-1"))
@@ -825,6 +825,5 @@ def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_pa
             assert answer.ended == "end of text" and answer.text == tokenizer.decode(
                 tokenizer.encode("the cat")
             )
-        assert predictor.prompt_ids("") == (
-            before + tokenizer.encode("") or [800]
-        )  # a model always has something to read
+        # A model always has something to read.
+        assert predictor.prompt_ids("") == (before + tokenizer.encode("") or [800])

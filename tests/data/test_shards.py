@@ -385,7 +385,8 @@ def test_batches_are_a_pure_function_of_seed_and_index(long):
     ahead = [a.batch(i) for i in range(0, 400, 3)]
     for i in reversed(range(0, 400, 3)):
         assert all(torch.equal(x, y) for x, y in zip(b.batch(i), ahead[i // 3], strict=True))
-    singles = WindowLoader(long, 10, 1, seed=1)  # another batch size: the same stream
+    # Another batch size: the same stream.
+    singles = WindowLoader(long, 10, 1, seed=1)
     assert torch.equal(torch.cat([singles.batch(i)[0] for i in range(99, 102)]), a.batch(99)[0])
 
 

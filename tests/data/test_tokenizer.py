@@ -67,9 +67,8 @@ def test_o200k_is_what_it_says(o200k):
     tokenizer = load_tokenizer("o200k_base")
     assert (tokenizer.vocabulary_size, tokenizer.end_of_text_id) == (200_019, 199_999)
     assert tokenizer.undecodable_ids == [199_998, *range(200_000, 200_018)]
-    assert (
-        tokenizer.encoding._pat_str == WORD_PATTERN
-    )  # trained BPEs split words exactly as it does
+    # Trained BPEs split words exactly as it does.
+    assert tokenizer.encoding._pat_str == WORD_PATTERN
     assert tokenizer.encode("Once upon a time") == tokenizer.encoding.encode_ordinary(
         "Once upon a time"
     )
@@ -326,8 +325,10 @@ def test_compact_encodes_what_its_text_never_had(o200k, stories):
     [
         (["abcde", "ab"], ["abcde"]),
         (["abc", "cd", "de", "ab"], ["abc", "de"]),
-        (["ab", "abc", "bcde"], ["a", "bcde"]),  # the longest first token would leave three pieces
-        (["abcd", "bcde"], ["a", "bcde"]),  # of equally few: the longest last
+        # The longest first token would leave three pieces.
+        (["ab", "abc", "bcde"], ["a", "bcde"]),
+        # Of equally few: the longest last.
+        (["abcd", "bcde"], ["a", "bcde"]),
         (["bc"], ["a", "bc", "d", "e"]),
         ([], ["a", "b", "c", "d", "e"]),
     ],
@@ -381,16 +382,21 @@ def test_what_cannot_be_compact_is_refused(name):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda ids: ids[1:],  # a byte is missing
-        lambda ids: ids[:-1],  # end-of-text is missing
+        # A byte is missing.
+        lambda ids: ids[1:],
+        # end-of-text is missing.
+        lambda ids: ids[:-1],
         lambda ids: [ids[1], ids[0], *ids[2:]],
         lambda ids: [*ids[:5], ids[5], *ids[5:]],
         lambda ids: [-1, *ids],
-        lambda ids: [*ids, ids[-1] + 1],  # an id that stands for nothing
-        lambda ids: [*ids, ids[-1] + 2],  # another special token
+        # An id that stands for nothing.
+        lambda ids: [*ids, ids[-1] + 1],
+        # Another special token.
+        lambda ids: [*ids, ids[-1] + 2],
         lambda ids: [*ids, 2**70],
         lambda ids: [*map(float, ids)],
-        lambda ids: [False, True, *ids[2:]],  # equal to 0 and 1, but no ids
+        # Equal to 0 and 1, but no ids.
+        lambda ids: [False, True, *ids[2:]],
         lambda ids: [*map(str, ids)],
         lambda ids: [ids],
         lambda ids: {str(i): i for i in ids},
@@ -463,9 +469,8 @@ def test_state_travels_as_json(bpe, gpt2, o200k):
         again = tokenizer_from_state(json.loads(json.dumps(tokenizer.to_state())))
         assert again.summary() == tokenizer.summary()
         assert again.encode(TALE[0]) == tokenizer.encode(TALE[0])
-    assert (
-        len(json.dumps(load_tokenizer("o200k_base").to_state())) < 300
-    )  # by name, not by its 200,000 tokens
+    # By name, not by its 200,000 tokens.
+    assert len(json.dumps(load_tokenizer("o200k_base").to_state())) < 300
 
 
 def test_fingerprints_tell_vocabularies_apart(bpe):

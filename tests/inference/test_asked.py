@@ -267,7 +267,8 @@ def test_a_way_that_fails_steps_aside_with_a_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(inference, "decode_step", full)
-    with pytest.raises(torch.OutOfMemoryError):  # it is no fault of the way
+    # It is no fault of the way.
+    with pytest.raises(torch.OutOfMemoryError):
         Decoder(everything(), native=False)
 
 
@@ -311,7 +312,8 @@ def test_two_experts_that_are_equally_good_are_no_difference(is_tie, monkeypatch
     expert 2 are compared in both cases.
     """
     model = random_model(tiny_config(num_experts=3, top_k=1), 3)
-    for block in model.layers[1:]:  # one block with a choice is enough
+    # One block with a choice is enough.
+    for block in model.layers[1:]:
         with torch.no_grad():
             block.moe.experts.w_in[:] = block.moe.experts.w_in[0]
             block.moe.experts.w_out[:] = block.moe.experts.w_out[0]

@@ -49,7 +49,8 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
     ids = torch.randint(0, 50, (1, 250), generator=torch.Generator().manual_seed(0))
     cache, expected, at = KVCache(model.config, 1, 300), model(ids).logits[0], 0
     is_sure = before_ties(model, ids)[0]
-    assert is_sure[:130].all()  # chunks of all sizes
+    # Chunks of all sizes.
+    assert is_sure[:130].all()
     for i, T in enumerate([3, 1, 9, 70, 8, 1, 129, 1, 4, 24]):
         chunk = ids[:, at : at + T]
         logits = (
@@ -117,9 +118,10 @@ def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
         native.forward([cache], [[1] * 5])
     assert cache.length == 0
     native, _ = native_model(random_model(tiny_config(context_length=8, use_attention_bias=True)))
+    # It read past the table.
     with pytest.raises(
         ValueError, match="9 tokens do not fit the context of 8: this model adds a learned bias"
-    ):  # it read past the table
+    ):
         native.forward([KVCache(native.config, 1, 16)], [[1] * 9])
 
 
@@ -167,7 +169,8 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", no_compiler)
         assert cpu_decode.library()[0] is not None
-    path.unlink()  # not written over: this process has it mapped
+    # Not written over: this process has it mapped.
+    path.unlink()
     path.write_bytes(b"cut short")
     path.chmod(0o755)
     script = "import runtime.inference.cpu_decode as c; print(c.library()[0] is not None)"

@@ -100,7 +100,8 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     Also for rows that take no part.
     """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
-    if len(changes) % 2:  # some of them packed
+    # Some of them packed.
+    if len(changes) % 2:
         quantize_(model)
     cache, ids = (
         KVCache(model.config, 3, CONTEXT + 1),
@@ -113,11 +114,12 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
             model(ids[b : b + 1, : 4 + 5 * b], cache=row)
         for t in range(5):
             positions = torch.tensor([4 + t, 9 + t, 14 + t])
+            # What --compile compiles is one graph.
             step = (
                 torch.compile(decode_step, backend="eager", fullgraph=True, dynamic=False)
                 if t == 4
                 else decode_step
-            )  # what --compile compiles is one graph
+            )
             logits = step(
                 model, cache, ids[range(3), positions], positions, CONTEXT if t % 2 else 19
             )
@@ -140,7 +142,8 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
 
     This CPU is told to be a GPU. Eager, and traced by the compiler.
     """
-    torch.compiler.reset()  # eight models are the most that one compiled function may see
+    # Eight models are the most that one compiled function may see.
+    torch.compiler.reset()
     model = random_model(tiny_config(**changes), 2)
     if quantized:
         quantize_(model)
@@ -282,9 +285,11 @@ def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
         assert_close(logits, expected, logits_bound(model.config, 64))
 
     read(ids[:5], 5)
-    read(ids[:5], 1)  # the last token must be asked again, for its logits
+    # The last token must be asked again, for its logits.
+    read(ids[:5], 1)
     read(ids[:7], 2)
-    read(ids[:4] + [0, 1, 2], 3)  # within the window nothing is lost
+    # Within the window nothing is lost.
+    read(ids[:4] + [0, 1, 2], 3)
     read(ids[:20], 16)
     read(ids[:19] + [1, 2], 21 if is_ring else 2)
     read(ids[:10] + [3], 11 if is_ring else 1)
@@ -300,9 +305,8 @@ def test_generation_goes_on_from_the_cache(decoder_of, reads):
     first = generated(decoder, [[1, 2, 3]], 10, texts, temperature=0)[0]
     reads.tokens.clear()
     second = generated(decoder, [[1, 2, 3, *first, 4, 5]], 5, texts, temperature=0)[0]
-    assert (
-        sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3
-    )  # the last drawn, two new; steps of PyTorch do not pass through forward
+    # The last drawn, two new; steps of PyTorch do not pass through forward.
+    assert sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3
     assert second == alone(model, [1, 2, 3, *first, 4, 5], 5, temperature=0)
 
 
@@ -320,7 +324,8 @@ def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes
     last = model.layers[-1]
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(last, "forward", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        if decoder.native:  # after C has written, before it is counted
+        # After C has written, before it is counted.
+        if decoder.native:
             patch.setattr(KVCache, "advance", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             decoder.step([text], torch.tensor([ids[20]]))
         decoder.read(text, ids[:29])
@@ -441,8 +446,10 @@ def test_look_up_with_many_rows_begins_with_the_last_one(decoder_of):
     [
         ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]),
         ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]),
-        ([5, 1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),  # the last occurrence
-        ([4, 1, 2, 7, 3, 1, 2, 8, 4, 1, 2], 1, [7]),  # the longest one
+        # The last occurrence.
+        ([5, 1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),
+        # The longest one.
+        ([4, 1, 2, 7, 3, 1, 2, 8, 4, 1, 2], 1, [7]),
         ([1, 2, 3], 5, []),
         ([1], 5, []),
         ([], 5, []),

@@ -364,7 +364,8 @@ def test_the_pages_data_is_the_tensors(L, E, K):
 def test_the_heat_map_is_shares_over_the_fair_share(E):
     L, K, pieces = 4, 2, HOSTILE * 8
     experts_LTK, gates_LTK = routed(L, len(pieces), K, E)
-    experts_LTK[2, :, 0], experts_LTK[2, :, 1] = 5, 6  # two experts get all
+    # Two experts get all.
+    experts_LTK[2, :, 0], experts_LTK[2, :, 1] = 5, 6
     page = Page(html_page("", pieces, experts_LTK, gates_LTK, E, 0))
     cells = page.all("td")
     assert len(cells) == L * E and [

@@ -27,7 +27,8 @@ def test_a_packed_weight_is_within_half_a_step(shape):
         and scale.shape == (*shape[:-1], 1)
     )
     assert ((unpack(packed, scale, torch.float32) - weight).abs() <= 0.5001 * scale).all()
-    assert (packed.abs().amax(dim=-1) == 127).all()  # each row uses all of its range
+    # Each row uses all of its range.
+    assert (packed.abs().amax(dim=-1) == 127).all()
     assert unpack(packed, scale, torch.bfloat16).dtype == torch.bfloat16
 
 

@@ -304,10 +304,11 @@ def test_padding_on_the_left_changes_no_row(exported, config):
         with torch.no_grad():
             padded = theirs(ids, attention_mask=mask).logits[row, start:]
             assert_close(padded, theirs(alone).logits[0], logits_bound(config, 10))
+    # No row of the softmax is empty: some kernels then give NaN.
     assert theirs._starts(mask, 0, 10).tolist() == [
         [0] * 4 + [4] * 6,
         [0] * 10,
-    ]  # no row of the softmax is empty: some kernels then give NaN
+    ]
 
 
 def test_padding_that_would_be_read_wrongly_is_refused(exported):
@@ -366,9 +367,8 @@ def test_logits_to_keep_and_tuples(exported):
             assert_close(kept, expected, logits_bound(tiny_config(), ids.shape[1]))
         as_tuple = theirs(ids, return_dict=False)
     assert asked == [False, True, False, False, False]
-    assert isinstance(as_tuple, tuple) and torch.equal(
-        as_tuple[1], whole
-    )  # first the routers' loss
+    # First the routers' loss.
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], whole)
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -420,9 +420,8 @@ def test_loss_and_gradients_are_ours(exported, changes):
         )
         .past_key_values
     )
-    assert (
-        theirs(ids).past_key_values is None
-    )  # with gradients: a block that runs twice would fill a cache twice
+    # With gradients: a block that runs twice would fill a cache twice.
+    assert theirs(ids).past_key_values is None
     with pytest.raises(
         ValueError, match="a KV cache and gradient checkpointing do not go together"
     ):

@@ -189,9 +189,8 @@ def test_what_a_kill_left_is_named(tmp_path, capsys):
 
 def test_logits_that_are_off_are_an_error(capsys):
     ours, config = torch.linspace(-20, 20, 60).view(1, 5, 12), tiny_config()
-    assert (
-        2e-4 < logits_bound(config, 32) * size_of(ours) < 3e-3
-    )  # between the two differences below
+    # Between the two differences below.
+    assert 2e-4 < logits_bound(config, 32) * size_of(ours) < 3e-3
     assert check_logits("copy", ours, ours + 2e-4, config) == pytest.approx(2e-4, rel=1e-2)
     assert (
         "copy: largest logit difference 2.0e-04 (logits up to 20, 5 tokens)"

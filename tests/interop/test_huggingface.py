@@ -71,9 +71,8 @@ def test_transformers_computes_the_same_from_an_export(config, tmp_path):
     model = random_model(config)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(
-                0.7
-            )  # larger weights make gradients, and the errors in them, grow from block to block
+            # Larger weights make gradients, and the errors in them, grow from block to block.
+            p.mul_(0.7)
     write_folder(model, tmp_path)
     theirs, ids_BT = load_theirs(tmp_path), some_ids(config)
     family, targets_BT = family_of(config), ids_BT.roll(-1, 1)
@@ -178,7 +177,8 @@ def test_reading_is_lazy():
     exported = export_tensors(
         config, "mixtral", {"embed.weight": torch.ones(2), "norm.weight": None}
     )
-    assert next(exported)[0] == "model.embed_tokens.weight"  # and the None after it was not touched
+    # And the None after it was not touched.
+    assert next(exported)[0] == "model.embed_tokens.weight"
 
 
 @ONE_EACH
@@ -196,7 +196,8 @@ def test_balance_loss_is_the_same_at_balance(config):
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *theirs.named_parameters()]:
             if re.search(r"mlp\.(gate|router)\.|moe\.router\.", name):
-                p.zero_()  # every expert equally likely
+                # Every expert equally likely.
+                p.zero_()
     out = theirs(some_ids(config), output_router_logits=True)
     ids_BT = some_ids(config)
     expected = theirs.router_aux_loss_coef * out.aux_loss
@@ -208,7 +209,8 @@ def test_balance_loss_is_the_same_at_balance(config):
 
 
 # ------------------------------------------------------------------------------------------ configs
-MIXTRAL_8X7B = {  # mistralai/Mixtral-8x7B-v0.1
+# mistralai/Mixtral-8x7B-v0.1
+MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],
     "attention_dropout": 0.0,
     "bos_token_id": 1,
@@ -235,7 +237,8 @@ MIXTRAL_8X7B = {  # mistralai/Mixtral-8x7B-v0.1
     "use_cache": True,
     "vocab_size": 32000,
 }
-QWEN3_30B = {  # Qwen/Qwen3-30B-A3B
+# Qwen/Qwen3-30B-A3B
+QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -271,7 +274,8 @@ QWEN3_30B = {  # Qwen/Qwen3-30B-A3B
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-GPT_OSS_20B = {  # openai/gpt-oss-20b
+# openai/gpt-oss-20b
+GPT_OSS_20B = {
     "architectures": ["GptOssForCausalLM"],
     "attention_bias": True,
     "attention_dropout": 0.0,
@@ -452,7 +456,8 @@ REFUSED = [
         QWEN3_30B,
         {"norm_topk_prob": None},
         "norm_topk_prob must be true",
-    ),  # absent is false in their class
+        # Absent is false in their class.
+    ),
     (QWEN3_30B, {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
     (QWEN3_30B, {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
     (QWEN3_30B, {"attention_bias": True}, "attention_bias True"),
@@ -549,7 +554,8 @@ def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             dict(rope_scaling="yarn", rope_scaling_factor=4.0, context_length=131072),
-        ),  # extends the trained one
+            # Extends the trained one.
+        ),
         (
             {
                 "rope_scaling": {
@@ -559,11 +565,13 @@ def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
                 }
             },
             dict(context_length=256),
-        ),  # 161 * (256 / 161) < 256
+            # 161 * (256 / 161) < 256.
+        ),
         (
             {"router_aux_loss_coef": 5e-324},
             dict(aux_loss_coef=0.0),
-        ),  # no digits tell it: a StopIteration
+            # No digits tell it: a StopIteration.
+        ),
         (
             {"head_dim": None, "initializer_range": None, "router_aux_loss_coef": None},
             dict(head_dim=0, init_std=0.02, aux_loss_coef=6.25e-5),
@@ -807,9 +815,10 @@ def test_two_sets_of_weights_are_refused(tmp_path):
     ):
         folder_tensors(tmp_path)
     names = list(load_file(tmp_path / "model.safetensors"))
+    # This one means the same set.
     (tmp_path / INDEX).write_text(
         json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")})
-    )  # this one means the same set
+    )
     assert sorted(folder_tensors(tmp_path)[2]) == sorted(names)
 
 

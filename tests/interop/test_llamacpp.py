@@ -71,7 +71,8 @@ def model_of(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.mul_(0.6)  # (at 1.0 rounding grows from block to block)
+                # (at 1.0 rounding grows from block to block).
+                parameter.mul_(0.6)
     path = folder / "model.gguf"
     if checked:
         ckpt = save_checkpoint(
@@ -137,9 +138,8 @@ def test_the_same_logits_and_the_same_greedy_text(tmp_path, arch, tied):
     )
     llama = opened(path)
     assert difference(model, llama, ids_of(export_gguf.export.CHECK_TEXT, 96)) <= 1
-    prompt = llama.tokenize(
-        PROMPT.encode(), add_bos=True
-    )  # a plain prompt begins as predict.py's does
+    # A plain prompt begins as predict.py's does.
+    prompt = llama.tokenize(PROMPT.encode(), add_bos=True)
     assert prompt == ids_of(PROMPT, 96)
     theirs = []
     for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
@@ -217,7 +217,8 @@ def differing(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> list[str]
         for text in texts
         if llama.tokenize(text.encode(), add_bos=True) != start + tokenizer.encode(text)
     ]
-    for text in texts:  # and back
+    # And back.
+    for text in texts:
         assert b"".join(piece(llama, i) for i in tokenizer.encode(text)) == text.encode()
     llama.close()
     return found

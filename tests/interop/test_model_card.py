@@ -307,9 +307,8 @@ def test_a_checkpoints_words_are_text_and_nothing_else(tmp_path):
         line for line in calm.splitlines() if line.startswith("#")
     ]
     assert "not measured at this step" in text and "| tokens seen | unknown |" in text
-    rest = re.sub(
-        r"\\[\\`*_\[\]|~#<>&!$.:@]", "", text.split("```\n", 1)[1]
-    )  # what is left when escaped characters are taken out
+    # What is left when escaped characters are taken out.
+    rest = re.sub(r"\\[\\`*_\[\]|~#<>&!$.:@]", "", text.split("```\n", 1)[1])
     assert re.fullmatch(r"<!-- written by gptoss, [0-9a-f]{16} -->", text.splitlines()[-1])
     for line in rest.splitlines()[:-1]:
         assert not re.search(r"<|`|https?://|www\.|~~|\x1b|\u202e", line) and len(line) < 500, line

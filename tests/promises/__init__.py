@@ -19,9 +19,8 @@ class Tally:
     held: int = 0
     tried: int = 0
     failures: list[str] = field(default_factory=list)
-    detail: dict[str, int | float | str] = field(
-        default_factory=dict
-    )  # what else was counted, e.g. {"kills": 57, "kills inside a save": 19}
+    # What else was counted, e.g. {"kills": 57, "kills inside a save": 19}
+    detail: dict[str, int | float | str] = field(default_factory=dict)
 
     def add(self, ok: bool, what: str) -> None:
         """Count one try."""
@@ -41,12 +40,19 @@ class Tally:
 class Promise:
     """One row of the README's table."""
 
-    number: int  # of the list; rows are in this order
-    text: str  # what is promised, as a reader wants it said
-    run: Callable[[int], Tally]  # tries it about so many times
-    at_push: int  # counts: in make test,
-    nightly: int  # in make test-nightly,
-    published: int  # and for the README
+    # Of the list; rows are in this order.
+    number: int
+    # What is promised, as a reader wants it said.
+    text: str
+    # Tries it about so many times.
+    run: Callable[[int], Tally]
+    # Counts: in make test,
+    at_push: int
+    # In make test-nightly,
+    nightly: int
+    # And for the README.
+    published: int
     reference: str = (
-        ""  # what the same test finds in the original implementation, where that was measured
+        # What the same test finds in the original implementation, where that was measured.
+        ""
     )

@@ -28,7 +28,8 @@ from tests.promises import Tally
 REPO = Path(__file__).resolve().parent.parent.parent
 
 
-FIRST_SEED = 10_000  # the tests of the modules have the small seeds
+# The tests of the modules have the small seeds.
+FIRST_SEED = 10_000
 
 
 @contextlib.contextmanager

@@ -85,9 +85,10 @@ def corruption(count: int) -> Tally:
             "manifest": lambda: _tokens(at / "data"),
         }
         whole = {kind: read() for kind, read in readers.items()}
+        # A map would change with the file.
         whole["checkpoint"] = _contents(
             _copied(read_checkpoint(files["checkpoint"], optimizer=True))
-        )  # a map would change with the file
+        )
         good = {kind: path.read_bytes() for kind, path in files.items()}
         for i in range(count):
             kind = KINDS[i % len(KINDS)]
@@ -118,7 +119,8 @@ def corruption(count: int) -> Tally:
 def _noticed(read: Callable[[], object], whole: object, path: Path) -> str:
     try:
         found = read()
-    except ValueError as error:  # CheckpointError is one
+    except ValueError as error:
+        # CheckpointError is one.
         one_line(error, str(path))
         return "refused"
     assert equal(found, whole), "silently wrong"
@@ -170,7 +172,8 @@ def _metrics_noticed(at: Path) -> str:
     (at / "metrics.json").write_bytes(_metrics_bytes()[1])
     log = MetricsLog(at, resume_step=200, run_info={"run_id": "abcd"})
     messages, records = log.take_messages(), log.records()
-    log.append({"step": 210, "kind": "train", "loss": 1.0})  # and the run continues
+    # And the run continues.
+    log.append({"step": 210, "kind": "train", "loss": 1.0})
     assert list(read_records(at / "metrics.jsonl")) == [
         *records,
         {"step": 210, "kind": "train", "loss": 1.0, "run_id": "abcd"},
@@ -209,9 +212,11 @@ def fallback(count: int) -> Tally:
         for i in range(count):
             r, number, places = random.Random(FIRST_SEED + i), 1 if i % 4 else 2, []
             for path, content in list(zip(files, good, strict=True))[-number:]:
-                while True:  # a flip in the padding is none that has to be noticed
+                # A flip in the padding is none that has to be noticed.
+                while True:
                     bad, where = damaged(content, r, truncate=r.random() < 0.3)
-                    path.write_bytes(bad)  # latest.pt and best.pt are names of the same files
+                    # latest.pt and best.pt are names of the same files.
+                    path.write_bytes(bad)
                     with contextlib.suppress(CheckpointError):
                         read_checkpoint(path, optimizer=True)
                         continue

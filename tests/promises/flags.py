@@ -264,7 +264,8 @@ def fuzz_argv(r: random.Random, script: str) -> list[str]:
                 [[f"--{name}", value], [f"--{name}={value}"], [f"--{name}"], [f"--no-{name}"]]
                 + [[f"--{name}", value]] * 5
             )
-        elif kind < 0.85:  # a value that is surely right, so that what follows is looked at
+        elif kind < 0.85:
+            # A value that is surely right, so that what follows is looked at.
             argv += (
                 r.choice([["--max_tokens", "5"], ["--dataset", "toy"]])
                 if script == "prepare_data"

@@ -53,9 +53,8 @@ class BySetState:
     """An object that is built by a class and a state."""
 
 
-SLOW = {
-    "lists that contain one another"
-}  # seconds, to see that there are too many: read in one way
+# Seconds, to see that there are too many: read in one way.
+SLOW = {"lists that contain one another"}
 
 
 def _pickle_zip(path: Path, pickle: bytes, records: dict[str, bytes] | None = None) -> None:
@@ -169,7 +168,8 @@ def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
         _pickle_zip(new(f"{name} in a zip"), pickle)
     new("a bare pickle").write_bytes(b"cposix\nsystem\n(" + _short(command) + b"tR.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated; files of it are about
+        # It is deprecated; files of it are about.
+        warnings.simplefilter("ignore")
         torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(new("TorchScript")))
     path = new("a checkpoint that is TorchScript too")
     shutil.copy(good, path)
@@ -280,7 +280,8 @@ def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
         ("a pickle deeper down", ["x/y/data.pkl"]),
     ):
         with warnings.catch_warnings(), zipfile.ZipFile(new(name), "w") as archive:
-            warnings.simplefilter("ignore")  # about the double name
+            # About the double name.
+            warnings.simplefilter("ignore")
             for entry in entries:
                 archive.writestr(entry, b"\x80\x02cposix\nsystem\n" + call + b".")
     # ---- files that are none

@@ -41,9 +41,8 @@ def cached(count: int) -> Tally:
                         parts.append(
                             model(ids[:, cache.length : cache.length + size], cache=cache).logits
                         )
-                sure = before_ties(
-                    model, ids
-                )  # in float32 either expert is right where a router meets a near tie
+                # In float32 either expert is right where a router meets a near tie.
+                sure = before_ties(model, ids)
                 difference = (
                     _relative(torch.cat(parts, 1)[sure], whole[sure]) if sure.any() else 0.0
                 )
@@ -104,7 +103,8 @@ def causality(count: int) -> Tally:
             model = random_model(config, seed, torch.float64).train(r.random() < 0.5)
             T = r.randint(2, 12)
             ids = torch.randint(0, config.vocabulary_size, (1, T))
-            changed = ids.repeat(T, 1)  # row t: token t is another
+            # Row t: token t is another.
+            changed = ids.repeat(T, 1)
             changed[torch.arange(T), torch.arange(T)] += torch.randint(
                 1, config.vocabulary_size, (T,)
             )

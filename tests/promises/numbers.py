@@ -45,7 +45,8 @@ def _fit(
         elif where in (
             "nan gradient",
             "inf gradient",
-        ):  # the loss stays what it is, one weight's gradient does not
+        ):
+            # The loss stays what it is, one weight's gradient does not.
             weight = model.layers[0].moe.experts.w_in[0, 0, 0]
             gradient = torch.tensor(math.nan if where == "nan gradient" else math.inf)
             weight.register_hook(lambda g: gradient)

@@ -60,12 +60,12 @@ class World:
         )
         self.plain = self._save("plain", build(qk_norm=False), self.byte)
         self.window = self._save("window", build(sliding_window=8), self.byte)
-        self.mistold = self._save(
-            "mistold", build(vocabulary_size=270), bpe
-        )  # a tokenizer with more ids than the model
+        # A tokenizer with more ids than the model.
+        self.mistold = self._save("mistold", build(vocabulary_size=270), bpe)
+        # Not the byte tokenizer that is here.
         self.misnamed = self._save(
             "misnamed", build(), None, self.byte.to_state() | {"fingerprint": "0" * 64}
-        )  # not the byte tokenizer that is here
+        )
         self.reference = self._reference()
         self.halves = self._mix("halves", self.a / "train", self.b / "val")
         self.swapped = self._mix("swapped", self.a / "val", self.a / "train")
@@ -474,10 +474,11 @@ def pairings(count: int) -> Tally:
     tally = Tally()
     with folder() as at, no_work():
         with contextlib.ExitStack() as stack:
+            # The world itself is made by the real ones.
             for owner, name in (
                 (train, "set_up"),
                 (prepare_data, "write_partial"),
-            ):  # the world itself is made by the real ones
+            ):
                 stack.enter_context(mock.patch.object(owner, name, REAL[name]))
             world = World(at)
         cases, written = pairing_cases(world), [tree(at)]

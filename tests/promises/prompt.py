@@ -64,9 +64,11 @@ def repl_lines(count: int) -> Tally:
                 except (
                     ValueError,
                     RuntimeError,
-                ) as error:  # it would be told in a line, but there is no need for one
+                ) as error:
+                    # It would be told in a line, but there is no need for one.
                     raise AssertionError(f"{type(error).__name__}: {error}") from error
-                dataclasses.replace(self.config)  # checks every field again
+                # Checks every field again.
+                dataclasses.replace(self.config)
                 assert goes_on, "the session ended"
                 answers[0] += bool(line.strip()) and not line.startswith(":")
                 return True
@@ -81,6 +83,7 @@ def repl_lines(count: int) -> Tally:
                 pass
             return line
 
+        # As run_main sets them up.
         patches = [
             mock.patch("builtins.input", fake_input),
             mock.patch.object(session, "Session", Session),
@@ -91,7 +94,7 @@ def repl_lines(count: int) -> Tally:
                 sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
             ),
             mock.patch.object(sys, "stderr", io.StringIO()),
-        ]  # as run_main sets them up
+        ]
         with contextlib.ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(patch)
@@ -103,7 +106,8 @@ def repl_lines(count: int) -> Tally:
                         tally.tried + len(typed) - first,
                         tally.held + len(typed) - first,
                     )
-                except Exception as error:  # it ends the session; the lines before it were answered
+                except Exception as error:
+                    # It ends the session; the lines before it were answered.
                     tally.tried, tally.held = (
                         tally.tried + len(typed) - first,
                         tally.held + len(typed) - first - 1,
@@ -179,11 +183,12 @@ def sampler_settings(count: int) -> Tally:
                 except ValueError as error:
                     refused[0] += 1
                     return one_line(error)
+                # end-of-text may come first.
                 assert len(list(predictor.stream("a", changed))) in (
                     1,
                     2,
                     3,
-                )  # end-of-text may come first
+                )
 
             attempt(tally, f"case {i}, {settings}", check)
     tally.detail = {"refused": refused[0]}
@@ -224,10 +229,11 @@ def context_policy(count: int) -> Tally:
                     max_new_tokens=1 if policy == "truncate" else 3 * C,
                     when_full="stop" if policy == "stop" else "slide",
                 )
+                # After an end-of-text token.
                 prompt, notes = (
                     ("abcdefghij" * 40)[: num_prompt - 1],
                     [],
-                )  # after an end-of-text token
+                )
                 text = "".join(predictor.stream(prompt, config, notes.append))
                 room = C - min(num_prompt, C) + 1
                 drawn = predictor.last.ids
@@ -253,9 +259,8 @@ def context_policy(count: int) -> Tally:
                     with torch.no_grad():
                         logits = predictor.model(torch.tensor([window])).logits[0, -1].clone()
                     logits[predictor.banned_ids] = -math.inf
-                    gap = (
-                        logits.max() - logits[token]
-                    )  # of two that tie, rounding may put either first
+                    # Of two that tie, rounding may put either first.
+                    gap = logits.max() - logits[token]
                     tie = logits_bound(predictor.model.config, C) * size_of(
                         logits[logits.isfinite()]
                     )

@@ -77,7 +77,8 @@ FLAGS = [
     "--num_threads",
     "1",
 ]
-HANG_SECONDS = 60  # an attempt takes about one
+# An attempt takes about one.
+HANG_SECONDS = 60
 MOST_KILLS_A_RUN = 6
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
@@ -94,7 +95,8 @@ class Operations:
 
     def __init__(self, *roots: Path):
         self.roots = [os.path.abspath(root) for root in roots]
-        self.opened: dict[int, str] = {}  # path by descriptor, of files and folders
+        # Path by descriptor, of files and folders.
+        self.opened: dict[int, str] = {}
 
     def before(self, kind: str, path: str, half=lambda: None) -> int | None:
         """An operation begins; half() carries out half of a write. May raise.
@@ -157,9 +159,8 @@ class Operations:
             if path is None:
                 return real["fsync"](descriptor)
             kind = "fsync folder" if os.path.isdir(path) else "fsync"
-            self.before(
-                kind, path
-            )  # the model's flush is the one that counts here: the disk's is left out, it is slow
+            # The model's flush is the one that counts here: the disk's is left out, it is slow.
+            self.before(kind, path)
             self.after(kind, path)
 
         real_open = builtins.open
@@ -236,10 +237,11 @@ class Faults(Operations):
         if self.code == errno.ENOSPC and kind not in self.NEED_ROOM:
             return
         if kind == "write" and self.short:
+            # This one comes back short, the next one fails.
             self.short, self.index = (
                 False,
                 self.number + 1,
-            )  # this one comes back short, the next one fails
+            )
             return 1
         raise OSError(self.code, os.strerror(self.code), path)
 
@@ -265,7 +267,8 @@ class _Watched(Operations):
             half()
         os.write(self.pipe, event.encode())
         if here:
-            signal.pause()  # until the kill
+            # Until the kill.
+            signal.pause()
 
     def before(self, kind, path, half=lambda: None):
         self.tell("w" if self.saving else "o", half)
@@ -295,9 +298,8 @@ def _child(job: dict, pipe: int) -> None:
             os.dup2(log, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number in (*process.STOP_SIGNALS, signal.SIGPIPE):
-            signal.signal(
-                number, signal.SIG_DFL
-            )  # whoever started us in the background had it ignored
+            # Whoever started us in the background had it ignored.
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         watched = _Watched(job, pipe, *map(Path, job["roots"]))
         requested, save = StopRequest.requested, train.save_checkpoint
@@ -574,11 +576,12 @@ def _moment(r: random.Random, in_a_save: bool) -> dict:
     if in_a_save:
         return {"events": "w", "index": r.randint(1, 2 * operations), "exact": r.random() < 0.75}
     if r.random() < 0.4:
+        # Metrics: as they are opened, appended to, rewritten.
         return {
             "events": "o",
             "index": r.randint(1, 20),
             "exact": True,
-        }  # metrics: as they are opened, appended to, rewritten
+        }
     return {"events": "s", "index": r.randint(1, 12), "exact": False}
 
 
@@ -670,14 +673,18 @@ class Disk:
     """
 
     def __init__(self, root: str):
-        self.root = root  # a folder that is surely on the disk
-        self.contents: list[
-            list[bytes]
-        ] = []  # of each file: as read now, and as surely on the disk
-        self.opened: dict[str, int] = {}  # number of the file that was last opened under a path
-        self.names: dict[str, object] = {}  # path -> number of a file, Link or FOLDER: as seen now,
-        self.flushed: dict[str, object] = {}  # and as surely on the disk
-        self.pending: list[dict[str, object]] = []  # changes of names between the two, in order
+        # A folder that is surely on the disk.
+        self.root = root
+        # Of each file: as read now, and as surely on the disk.
+        self.contents: list[list[bytes]] = []
+        # Number of the file that was last opened under a path.
+        self.opened: dict[str, int] = {}
+        # Path -> number of a file, Link or FOLDER: as seen now,
+        self.names: dict[str, object] = {}
+        # And as surely on the disk.
+        self.flushed: dict[str, object] = {}
+        # Changes of names between the two, in order.
+        self.pending: list[dict[str, object]] = []
 
     def do(self, kind: str, path: str, more=None) -> None:
         """An operation, as `Operations.after` is told of it."""
@@ -710,9 +717,8 @@ class Disk:
         elif kind == "symlink":
             self._change({more: Link(path)})
         elif kind == "replace":
-            if self.names[path] != self.names.get(
-                more
-            ):  # POSIX: over another name of the same file it does nothing
+            # POSIX: over another name of the same file it does nothing.
+            if self.names[path] != self.names.get(more):
                 self._change({path: GONE, more: self.names[path]})
         elif kind == "unlink":
             self._change({path: GONE})
@@ -935,11 +941,12 @@ def _judge(folder: Path, good: set[bytes]) -> Verdict:
     return Verdict(step, "", recovers)
 
 
+# File systems, by what they refuse.
 LINKS = {
     "hard links": (),
     "symbolic links": ("link",),
     "no links": ("link", "symlink"),
-}  # file systems, by what they refuse
+}
 
 
 def enumerate_crashes(
@@ -977,7 +984,8 @@ def enumerate_crashes(
                 folder = Path(place, f"state-{len(verdicts)}")
                 folder.mkdir()
                 state.make(root, folder)
-                with Operations(folder):  # whose flushes cost nothing
+                # Whose flushes cost nothing.
+                with Operations(folder):
                     verdicts[state] = _judge(folder / "runs" / "ckpt", good)
                 shutil.rmtree(folder)
             verdict = verdicts[state]
@@ -1067,9 +1075,8 @@ def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
             fault = f"exit code {stopped.code}: {stopped.output[-300:]}"
         elif f"stopped after step {step}," not in stopped.output:
             fault = f"step {step} was the last, and it says {stopped.output[-200:]}"
-        elif (
-            stopped.events[index:].count("s") > 8
-        ):  # it may do a few while the signal is on its way, with two processes for one core
+        elif stopped.events[index:].count("s") > 8:
+            # It may do a few while the signal is on its way, with two processes for one core.
             fault = f"{stopped.events[index:].count('s')} steps after the signal"
         elif (latest := read_checkpoint(run.ckpt_dir / "latest.pt", optimizer=True)).step != step:
             fault = f"the checkpoint is of step {latest.step}, not {step}"

@@ -16,7 +16,8 @@ def test_an_export_that_is_another_function_is_noticed(monkeypatch):
     }
     monkeypatch.setattr(runtime.interop.huggingface, "FAMILIES", other)
     tally = published.same_function(6)
-    assert tally.held == 2 and tally.tried == 6  # gpt-oss's experts are stacked
+    # gpt-oss's experts are stacked.
+    assert tally.held == 2 and tally.tried == 6
 
 
 def test_a_bit_that_gets_lost_is_noticed(monkeypatch):

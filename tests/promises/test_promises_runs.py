@@ -200,7 +200,8 @@ def test_names_are_restored(tmp_path, monkeypatch, refused):
         monkeypatch.setattr(os, name, refuse)
     runs._save(tmp_path, 1)
     runs._save(tmp_path, 2)
-    with mock.patch.object(checkpoint, "link_atomic", lambda *_: None):  # a kill before it
+    # A kill before it.
+    with mock.patch.object(checkpoint, "link_atomic", lambda *_: None):
         runs._save(tmp_path, 4)
     found, _ = find_latest(tmp_path)
     assert (found.step, read_checkpoint(tmp_path / "latest.pt").step) == (4, 2)

@@ -211,7 +211,8 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
         if resume == 40:
             assert not log.messages
         elif steps[-1] == 40:
-            log.write_json()  # as a checkpoint at 40 does
+            # As a checkpoint at 40 does.
+            log.write_json()
     assert [r["step"] for r in log.records()] == [10, 20, 30, 40, 50] and metrics.KINDS == (
         "train",
         "val",

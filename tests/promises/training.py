@@ -65,7 +65,8 @@ def loss(count: int) -> Tally:
             )
             inputs, targets = (torch.randint(0, V, (rows, T)) for _ in range(2))
             targets[torch.rand(rows, T) < 0.2] = IGNORE
-            targets[:, 0] = 0  # each row has a target that counts
+            # Each row has a target that counts.
+            targets[:, 0] = 0
             with torch.no_grad():
                 out, (total, valid) = (
                     model(inputs, targets),
@@ -227,9 +228,8 @@ def every_token_once(count: int) -> Tally:
                 inputs, targets = (
                     torch.cat(parts)[:epoch].numpy() for parts in zip(*drawn, strict=True)
                 )
-                assert (targets == inputs + 1).all(), (
-                    "a target is not the token after its input"
-                )  # ids are positions
+                # Ids are positions.
+                assert (targets == inputs + 1).all(), "a target is not the token after its input"
                 np.add.at(used, targets.ravel(), 1)
                 unused.append(int((used[1:] == 0).sum()))
                 overlap = used.sum() - (total - 1)

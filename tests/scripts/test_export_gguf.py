@@ -40,7 +40,8 @@ from tests.builders_export import (
 from tests.builders_tokenizer import stand_in
 
 BYTE = load_tokenizer("byte")
-ROUNDED = "--accept_rounded_yarn"  # which GPT_OSS needs
+# Which GPT_OSS needs.
+ROUNDED = "--accept_rounded_yarn"
 
 
 @pytest.fixture(autouse=True)
@@ -190,12 +191,11 @@ def test_tensors_have_llama_cpps_names_and_shapes_and_our_values(tmp_path, arch,
         assert np.array_equal(theirs[name], ours[source]), name
     for name, (source, rows) in halves.items():
         assert np.array_equal(theirs[name], ours[source][:, rows]), name
+    # Row 2i + j of a head is our row i + j * D / 2: llama.cpp rotates neighbours there.
     for (
         name,
         source,
-    ) in (
-        permuted.items()
-    ):  # row 2i + j of a head is our row i + j * D / 2: llama.cpp rotates neighbours there
+    ) in permuted.items():
         for head in range(len(ours[source]) // 8):
             for i in range(4):
                 for j in range(2):
@@ -347,9 +347,8 @@ def test_tokens_and_merges_of_a_trained_bpe():
     ]
     assert vocabulary.pre == "gpt-4o" and vocabulary.kinds[-1] == gguf.TokenType.CONTROL
     made = ["".join(merge.split(" ")) for merge in vocabulary.merges]
-    assert (
-        list(dict.fromkeys(made)) == vocabulary.tokens[256:299]
-    )  # every token, in the order of their ids
+    # Every token, in the order of their ids.
+    assert list(dict.fromkeys(made)) == vocabulary.tokens[256:299]
 
 
 def test_ids_that_stand_for_nothing_are_not_used():
@@ -492,9 +491,10 @@ def test_a_stop_word_is_no_instruction(tmp_path, capsys):
         }
         for i, word in enumerate(words)
     ]
+    # Then: newline, space, half of a character.
     tokenizer = imported(
         added_tokens=added, stop_ids=(257, 258, 259, 260, 10, 32, 0xC3), start_id=None
-    )  # then: newline, space, half of a character
+    )
     exported(tmp_path, tokenizer=tokenizer, vocabulary_size=261)
     text = (tmp_path / "model.Modelfile").read_text()
     assert (
@@ -536,7 +536,8 @@ class Inline(concurrent.futures.ThreadPoolExecutor):
         super().__init__(workers)
 
 
-SETTINGS = {  # twice the value, by the writer's method, and what is said of it
+# Twice the value, by the writer's method, and what is said of it.
+SETTINGS = {
     "add_vocab_size": "vocabulary_size 520 instead of 260",
     "add_context_length": "context_length 64 instead of 32",
     "add_embedding_length": "d_model 64 instead of 32",
@@ -618,6 +619,7 @@ def test_every_option_of_a_model_has_a_key_or_is_the_architectures():
 
     A new one needs a key, a family that fixes it, or an entry in this list.
     """
+    # The head is there or not ...
     of_no_key = {
         "tie_embeddings",
         "yarn_truncate",
@@ -626,7 +628,7 @@ def test_every_option_of_a_model_has_a_key_or_is_the_architectures():
         "aux_loss_coef",
         "z_loss_coef",
         "init_std",
-    }  # the head is there or not ...
+    }
     for family in PUBLISHED.values():
         options = {field.name for field in dataclasses.fields(ModelConfig)}
         assert options - of_no_key == options & (

@@ -144,12 +144,13 @@ def test_generation_settings_are_those_of_predict(made):
     from transformers import GenerationConfig
 
     settings, end = GenerationConfig.from_pretrained(made.out), made.tokenizer.end_of_text_id
+    # Half of the context of 64.
     assert (settings.do_sample, settings.temperature, settings.top_k, settings.max_new_tokens) == (
         True,
         0.9,
         50,
         32,
-    )  # half of the context of 64
+    )
     assert (
         settings.eos_token_id == settings.bos_token_id == settings.pad_token_id == end
         and settings.suppress_tokens is None
@@ -197,7 +198,8 @@ def test_holes_among_the_ids_are_not_drawn(ckpt):
 
 
 def test_transformers_is_not_needed(ckpt, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
+    # Importing it fails.
+    monkeypatch.setitem(sys.modules, "transformers", None)
     assert run(ckpt, tmp_path / "out") == 0 and run(ckpt, tmp_path / "custom", "--custom_code") == 0
 
 
@@ -238,19 +240,19 @@ def test_shards(made, tmp_path):
         tensors = load_file(file)
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
         assert all(index["weight_map"][name] == file.name for name in tensors)
-        assert (
-            int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
-        )  # tensors begin at whole words, as readers that map the file want
+        # Tensors begin at whole words, as readers that map the file want.
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
         found |= tensors
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
     for size, file in zip(sizes, files[1:], strict=False):
+        # One more did not fit.
         assert (
             size
             + whole[
                 next(name for name, where in index["weight_map"].items() if where == file.name)
             ].nbytes
             > 20_000
-        )  # one more did not fit
+        )
     assert found.keys() == whole.keys() == index["weight_map"].keys() and all(
         torch.equal(found[name], whole[name]) for name in whole
     )
@@ -277,7 +279,8 @@ def test_one_tensor_is_in_memory_at_a_time(made, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "rounded", counted)
     monkeypatch.setattr(module, "check", lambda *args: None)
     run(made.ckpt, tmp_path / "out", "--dtype", "bfloat16")
-    assert 1 <= most <= 2  # the one that is written may still be there when the next is made
+    # The one that is written may still be there when the next is made.
+    assert 1 <= most <= 2
 
 
 def test_files_are_readable_as_others_are(ckpt, tmp_path):

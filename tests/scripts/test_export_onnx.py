@@ -262,7 +262,8 @@ def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeyp
     }
     config = tiny_config(vocabulary_size=261, context_length=128, transformer_blocks=1)
     answer = greedy(random_model(config), imported().encode("Once upon a time"), 100)
-    stop_ids = (258, answer[4])  # so that it ends early, and not with end-of-text
+    # So that it ends early, and not with end-of-text.
+    stop_ids = (258, answer[4])
     path = checkpoint(
         tmp_path, config, imported(post_processor=frame, stop_ids=stop_ids, start_id=None)
     )
@@ -297,9 +298,8 @@ def test_float16_with_external_data_replaces_only_when_forced(
     assert main(["--ckpt", str(path), "--out", str(out), "--dtype", "float16"]) == 0
     data = tmp_path / "m.onnx.data"
     matrices = sum(p.numel() for p in load_model(path)[0].parameters() if p.ndim > 1)
-    assert (
-        1.9 * matrices < data.stat().st_size < 2.5 * matrices
-    )  # tensors of up to 256 bytes stay in the model
+    # Tensors of up to 256 bytes stay in the model.
+    assert 1.9 * matrices < data.stat().st_size < 2.5 * matrices
     assert "rounding the weights to float16 moves the logits" in capsys.readouterr().out
     open_session(out)
     with pytest.raises(ValueError, match="--force"):
@@ -315,9 +315,8 @@ def test_what_is_off_is_not_written(exported, tmp_path, monkeypatch):
     (tmp_path / "m.onnx").write_bytes(b"before")
 
     def other(model):
-        model.norm.weight.data = (
-            model.norm.weight.data * 1.01
-        )  # (in place it would be written to the checkpoint)
+        # (in place it would be written to the checkpoint).
+        model.norm.weight.data = model.norm.weight.data * 1.01
         return to_onnx(model)
 
     monkeypatch.setattr(export_onnx, "to_onnx", other)

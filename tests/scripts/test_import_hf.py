@@ -673,7 +673,8 @@ def test_truncated_and_flipped_shards_are_one_line(folders, tmp_path):
     for length in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:length])
         refused(folder, tmp_path / "x.pt", "model.safetensors is damaged")
-    for at in range(0, 60, 7):  # in the header
+    # In the header.
+    for at in range(0, 60, 7):
         (folder / "model.safetensors").write_bytes(
             whole[:at] + bytes([whole[at] ^ 0x20]) + whole[at + 1 :]
         )
@@ -759,7 +760,8 @@ def test_an_import_that_breaks_off_leaves_what_was_there(
 
     def breaks(config, family, name, has, read):
         asked.append(name)
-        if asked.count(name) == 2 and name == "norm.weight":  # the first time is the rehearsal
+        # The first time is the rehearsal.
+        if asked.count(name) == 2 and name == "norm.weight":
             raise error
         return import_tensor(config, family, name, has, read)
 

@@ -105,9 +105,8 @@ def test_arrays_and_tensors_become_numbers_and_lists(tmp_path):
         and r["router_entropy"] == [1.0, None]
         and r["non_finite"] is True
     )
-    assert (
-        r["expert_load"] == [[0.333333] * 3] * 2
-    )  # short: there are blocks x experts of them in each record
+    # Short: there are blocks x experts of them in each record.
+    assert r["expert_load"] == [[0.333333] * 3] * 2
 
 
 def test_scalars_keep_all_their_digits(tmp_path):
@@ -192,11 +191,12 @@ def test_metrics_json_splits_train_and_val_and_carries_the_run(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
     log.finish()
     log.finish()
+    # Still readable afterwards.
     assert log.records() == [
         record(10),
         record(10, "val", bits_per_byte=1.0),
         record(20),
-    ]  # still readable afterwards
+    ]
 
 
 def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
@@ -292,7 +292,8 @@ def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
     (tmp_path / "metrics.json").write_text('{"train": [{"st')
     log = MetricsLog(tmp_path, resume_step=40)
     assert steps(log) == kept
-    assert (tmp_path / "metrics-damaged-1.jsonl").read_bytes() == damaged  # nothing is lost
+    # Nothing is lost.
+    assert (tmp_path / "metrics-damaged-1.jsonl").read_bytes() == damaged
     assert "metrics-damaged-1.jsonl" in log.messages[0] and f"{len(kept)} record" in log.messages[0]
     log.append(record(50))
     log.finish()
@@ -537,10 +538,11 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
     )
     assert calls[-2:] == ["flush", "close"]
     make_sinks(tmp_path, tensorboard=True)
+    # Another run's events in the folder are hidden.
     assert calls[-1] == (
         str(tmp_path / "tensorboard" / "run"),
         0,
-    )  # another run's events in the folder are hidden
+    )
 
 
 @pytest.mark.parametrize(

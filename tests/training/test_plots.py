@@ -260,7 +260,8 @@ def test_steps_whose_loss_was_not_finite_are_marked():
             "grad_norm": None,
             "non_finite": True,
         }
-    records[40] |= {"grad_norm": None}  # not measured, which is another thing
+    # Not measured, which is another thing.
+    records[40] |= {"grad_norm": None}
     lost = [r["step"] for r in records if r["loss"] is None]
     for name in ("loss", "grad_norm"):
         figure = page(name, records)
@@ -460,9 +461,8 @@ def test_a_plot_with_nothing_to_show_is_left_out(tmp_path, coarse):
     assert {p.name for p in only_loss} == {
         f"{w}_{n}.png" for w in ("latest", "step_0000001") for n in ("loss", "perplexity")
     }
-    assert (
-        len(draw_plots([{"step": 0, "kind": "val", "loss": 12.2}], tmp_path, 0)) == 4
-    )  # a first validation before any step
+    # A first validation before any step.
+    assert len(draw_plots([{"step": 0, "kind": "val", "loss": 12.2}], tmp_path, 0)) == 4
 
 
 def test_nulls_inside_the_loads_and_dead_experts(tmp_path, coarse):
@@ -472,7 +472,8 @@ def test_nulls_inside_the_loads_and_dead_experts(tmp_path, coarse):
     assert draw_plots(records, tmp_path, 100, ["expert_load"])
     figure = page("expert_load", records)
     assert "from 0 % to 400 %" in words(figure) and "≤ 1.6 %" in words(figure)
-    records[9]["expert_load"] = [[None] * 4] * 2  # nothing known: the newest known one is shown
+    # Nothing known: the newest known one is shown.
+    records[9]["expert_load"] = [[None] * 4] * 2
     assert "load at step 90" in words(page("expert_load", records))
 
 
@@ -505,7 +506,8 @@ def test_long_runs_cost_bounded_memory_and_time(tmp_path):
     tracemalloc.stop()
     assert peak < 25e6
     assert plots.ROUTER_RECORDS <= len(history.router["entropy"][0]) <= 2 * plots.ROUTER_RECORDS + 1
-    assert history.router["entropy"][0][-1] == count - 1  # the newest is always there
+    # The newest is always there.
+    assert history.router["entropy"][0][-1] == count - 1
     start = time.process_time()
     for name in PLOTS:
         with matplotlib.style.context(["default", STYLE]):
@@ -546,7 +548,8 @@ def test_smoothing_is_the_mean_around_each_point():
         smoothed[2_000] == pytest.approx(y[1_900:2_101].mean())
         and np.isnan(smoothed[100:150]).all()
     )
-    assert smoothed[0] == y[0]  # a steep beginning is not blurred
+    # A steep beginning is not blurred.
+    assert smoothed[0] == y[0]
     assert np.nanstd(smoothed[500:]) < 0.15 and not np.isnan(smoothed[-1])
     assert smooth(np.array([])).shape == (0,) and list(smooth(np.array([2.0]))) == [2.0]
 

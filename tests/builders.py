@@ -93,8 +93,9 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def without_chance(config: ModelConfig) -> ModelConfig:
-    """Return a config whose model computes the same in train mode: no dropout, no capacity
-    (default).
+    """Return a config whose model computes the same in train mode.
+
+    No dropout, no capacity (default).
     """
     return dataclasses.replace(config, dropout=0.0, capacity_factor=ModelConfig.capacity_factor)
 

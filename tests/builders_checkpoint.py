@@ -67,8 +67,9 @@ def save(folder, step=2, model=None, optimizer=None, **values):
 
 
 def forge(source: Path, target: Path, change, redo_digests=True) -> Path:
-    """Write `source` to `target` with its dict changed and matching digests, as an attacker
-    would.
+    """Write `source` to `target` with its dict changed and matching digests.
+
+    As an attacker would.
     """
     contents = torch.load(source, weights_only=True)
     changed = change(contents)

@@ -71,8 +71,10 @@ def write_folder(folder: Path, data: dict, **files: dict) -> Path:
 
 
 def mixtral_folder(tales: list[str], folder: Path) -> Path:
-    """Write a tokenizer as Mixtral's: spaces as ▁, one before every text, bytes as <0xAB>, texts
-    between <s> and </s>, <unk> = 0. One id, 700, stands for nothing.
+    """Write a tokenizer as Mixtral's.
+
+    Spaces as ▁, one before every text, bytes as <0xAB>, texts between <s> and </s>, <unk> = 0. One
+    id, 700, stands for nothing.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, trainers
@@ -125,8 +127,9 @@ def mixtral_folder(tales: list[str], folder: Path) -> Path:
 
 
 def qwen_folder(tales: list[str], folder: Path) -> Path:
-    """Write a tokenizer as Qwen3's: byte-level, digits one by one, NFC, nothing before a text, a
-    chat model that stops at two ids, with an added token that is no special one.
+    """Write a tokenizer as Qwen3's: byte-level, digits one by one, NFC, nothing before a text.
+
+    A chat model's, which stops at two ids, with an added token that is not special.
     """
     from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library

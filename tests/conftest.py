@@ -1,8 +1,7 @@
-"""Shared fixtures: where the real text and the real tokenizer file are, and what happens when they
-are not.
+"""Shared fixtures: where the real text and tokenizer file are, and what happens without them.
 
 Codes such as M1 or T8 in the tests' docstrings number the faults of the original implementation (M
-model, T training, D data, P prediction, S security); what each was stands next to its code.
+model, T training, D data, P prediction, S security). Each test's docstring says what the fault was.
 """
 
 from __future__ import annotations

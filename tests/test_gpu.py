@@ -76,8 +76,9 @@ def losses_and_gradients(
 )
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
-    """Grouped experts, flash or memory-efficient attention, chunked loss: loss and every
-    gradient.
+    """Grouped experts, flash or memory-efficient attention, chunked loss.
+
+    Loss and every gradient.
     """
     model = random_model(tiny_config(**changes))
     with torch.no_grad():
@@ -96,8 +97,10 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(12))
 def test_attention_with_sinks_by_a_gpus_kernels(seed, dtype):
-    """cuDNN (Hopper) or flash where nothing is masked beyond causality, the memory-efficient kernel
-    else; results and all gradients, in tiny heads of 8."""
+    """cuDNN (Hopper) or flash without a mask beyond causality, else the memory-efficient kernel.
+
+    Results and all gradients, in tiny heads of 8.
+    """
     q, k, v, sinks, mask, is_causal = (
         x.to(CUDA) if isinstance(x, torch.Tensor) else x for x in sink_case(seed, torch.float64)
     )

@@ -104,8 +104,9 @@ def test_odd_vocabularies_have_finite_gradients_in_bfloat16(vocabulary, monkeypa
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 def test_chunked_loss_equals_the_plain_one(bias, rows):
-    """Value and all three gradients, for chunks that divide the rows or do not, with ignored
-    targets.
+    """Value and all three gradients, with ignored targets.
+
+    For chunks that divide the rows and for ones that do not.
     """
     torch.manual_seed(1)
     h, w, b = (
@@ -124,8 +125,9 @@ def test_chunked_loss_equals_the_plain_one(bias, rows):
 
 
 def test_loss_never_holds_all_logits():
-    """Not one tensor of N x V elements, forward or backward (the original implementation held four,
-    in fp32).
+    """Not one tensor of N x V elements, forward or backward.
+
+    The original implementation held four, in fp32.
     """
     N, V = 600, 1000
     h, w = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
@@ -148,8 +150,9 @@ def test_loss_never_holds_all_logits():
 
 
 def test_reported_loss_is_the_loss():
-    """Recomputed in float64 from the logits with numpy; auxiliary losses scale with their
-    coefficients.
+    """Recomputed in float64 from the logits with numpy.
+
+    Auxiliary losses scale with their coefficients.
     """
     model = random_model(tiny_config(aux_loss_coef=0.5, z_loss_coef=0.25))
     ids = torch.randint(0, 61, (3, 12))
@@ -205,8 +208,9 @@ def test_loss_can_be_walked_back_twice():
 
 @pytest.mark.parametrize("V", [61, 64])
 def test_half_precision_loss_is_near_the_plain_one(V):
-    """bfloat16 products, float32 softmax and sums; the buffer's rows are padded, the gradient's
-    not.
+    """bfloat16 products, float32 softmax and sums.
+
+    The buffer's rows are padded, the gradient's not.
     """
     h, w, b = (
         torch.randn(40, 16, requires_grad=True),
@@ -228,8 +232,11 @@ class OnGpu(torch.Tensor):
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_gpu_adds_to_the_heads_gradient_inside_the_product(monkeypatch, is_first):
-    """In float32, with no [V, C] product that is rounded to bfloat16 first; the total's old values
-    are ignored the first time. A CPU has no such product, so one is put in its place."""
+    """In float32, with no [V, C] product that is rounded to bfloat16 first.
+
+    The total's old values are ignored the first time. A CPU has no such product, so one is put in
+    its place.
+    """
     seen = []
 
     def addmm(total, left, right, *, beta, out_dtype, out):
@@ -320,9 +327,11 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
     ids=["modern", "gpt-oss"],
 )
 def test_compiled_by_the_real_compiler_computes_the_same(changes):
-    """Inductor's code for the blocks and for the loss, forward and backward; and the loss's second
-    chunk, which is shorter. Compiled by torch 2.11, attention with sinks in float32 once had
-    gradients of 0: its result came from a `to` that changed nothing."""
+    """Inductor's code for the blocks and for the loss, forward and backward.
+
+    And the loss's second chunk, which is shorter. Compiled by torch 2.11, attention with sinks in
+    float32 once had gradients of 0: its result came from a `to` that changed nothing.
+    """
     torch.compiler.reset()
     model = random_model(tiny_config(transformer_blocks=1, vocabulary_size=300, **changes))
     ids = torch.randint(0, 300, (3, 100))
@@ -497,8 +506,9 @@ def test_extreme_settings_with_banned_ids():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_told(temperature, bad):
-    """Greedy decoding drew from NaN silently; sampling raised PyTorch's probability tensor
-    error.
+    """Greedy decoding drew from NaN silently.
+
+    Sampling raised PyTorch's probability tensor error.
     """
     # Marked, not raised: on a GPU that would be a wait.
     assert sample(torch.tensor([[1.0, bad, 0.0], [0.0, 9e9, 0.0]]), temperature).tolist() == [
@@ -708,8 +718,9 @@ def test_a_full_context_slides_or_stops(prompt_tokens, table):
 
 
 def test_undecodable_ids_are_never_drawn():
-    """19 ids of o200k_base have no bytes; drawing one ended the original implementation's session
-    (P1).
+    """19 ids of o200k_base have no bytes.
+
+    Drawing one ended the original implementation's session (P1).
     """
     model = random_model(tiny_config())
     banned = [i for i in range(61) if i % 7]
@@ -723,8 +734,9 @@ def test_undecodable_ids_are_never_drawn():
 
 
 def test_rows_of_logits_at_a_time_change_neither_loss_nor_gradients():
-    """A GPU with room takes more rows (config_model.loss_chunk_rows): only the sums' order
-    differs.
+    """A GPU with room takes more rows (config_model.loss_chunk_rows).
+
+    Only the sums' order differs.
     """
     model = random_model(tiny_config(head_bias=True), dtype=torch.float64)
     ids = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))

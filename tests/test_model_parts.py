@@ -158,8 +158,9 @@ def test_cached_logits_equal_uncached(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_gradient_flows_from_later_tokens(seed):
-    """The logits at t depend on no later token: the gradient is exactly 0, with and without a
-    cache.
+    """The logits at t depend on no later token.
+
+    The gradient is exactly 0, with and without a cache.
     """
     check_no_gradient_from_later_tokens(seed)
 
@@ -174,8 +175,9 @@ def test_rows_of_a_batch_do_not_meet(seed):
 
 
 def test_window_of_one_block_limits_what_is_seen():
-    """With one block a query sees exactly `window` tokens; alternating windows leave odd blocks
-    open.
+    """With one block a query sees exactly `window` tokens.
+
+    Alternating windows leave odd blocks open.
     """
     config = tiny_config(transformer_blocks=1, sliding_window=3, context_length=16)
     model = random_model(config, 0, torch.float64).eval()
@@ -349,8 +351,9 @@ def test_the_kernel_keeps_no_scores():
 
 
 def test_sinks_in_half_precision_are_rounded_once():
-    """A factor rounded to bfloat16 would shift a whole row; the kernel's result is scaled in
-    float32.
+    """A factor rounded to bfloat16 would shift a whole row.
+
+    The kernel's result is scaled in float32.
     """
     q, k, v, sinks, mask, is_causal = sink_case(3, torch.float32)
     half = [x.detach().to(torch.bfloat16) for x in (q, k, v)]
@@ -598,8 +601,9 @@ def test_dispatcher_is_a_seam():
     ],
 )
 def test_gradients_of_the_whole_model(changes):
-    """gradcheck in float64: every parameter against finite differences, also manual backward
-    passes.
+    """gradcheck in float64: every parameter against finite differences.
+
+    Hand-written backward passes included.
     """
     config = tiny_config(
         d_model=6,

@@ -510,10 +510,9 @@ def test_a_longer_context_is_attended_over(endless, scaling):
 
 
 def test_a_shorter_context_reads_the_table_right(tmp_path, monkeypatch):
-    """The C kernel took the context for the side of the learned attention bias, which stays as it
-    was.
+    """The C kernel took the context for the size of the learned attention bias.
 
-    Wrong text, and no error.
+    That size stays what it was: wrong text, and no error.
     """
     ckpt = save(tmp_path, biased_model(5, use_attention_bias=True, biases={END: -1e4}))
     with torch.no_grad():
@@ -720,8 +719,9 @@ def test_the_tokenizer_of_a_data_folder_can_be_named(tmp_path, run, monkeypatch)
 
 
 def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypatch, capsys):
-    """It reads tokens its text never had, and is not mistaken for its base or another
-    continuation.
+    """It reads tokens that its text never had.
+
+    It is not mistaken for its base, or for what another text made of that.
     """
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     tokenizers = []
@@ -803,8 +803,9 @@ def test_checkpoints_of_the_reference_run_as_they_are(shared_dir, tmp_path, run,
 
 
 def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
-    """A model too large for the card, or a too large --context_length, ended in PyTorch's
-    traceback.
+    """A model too large for the card ended in PyTorch's traceback.
+
+    So did a --context_length too large for what is left.
     """
 
     def too_large(*_, **__):
@@ -1454,8 +1455,9 @@ def test_quiet_is_the_text_alone(endless, monkeypatch, capsys, run):
 
 # -------------------------------------------------------------------------------------- the experts
 def test_experts_are_shown_for_the_text_that_was_generated(endless, tmp_path, run):
-    """A map on stdout, a page in a file, numbers in JSON: all from the routers, for prompt and
-    answer.
+    """A map on stdout, a page in a file, numbers in JSON.
+
+    All from the routers, for prompt and answer.
     """
     flags = ("--ckpt", endless, "--prompt", "ab", "--max_new_tokens", 4, "--seed", 3)
     text = run(*flags).removesuffix("\n")

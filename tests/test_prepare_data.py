@@ -574,10 +574,9 @@ def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
 def test_text_is_prepared_with_a_published_tokenizer(tmp_path, name, request):
-    """For train.py --init_from an imported model: from its folder, a checkpoint, or text prepared
-    with it.
+    """For train.py --init_from an imported model.
 
-    On any number of cores.
+    From its folder, a checkpoint, or text prepared with it. On any number of cores.
     """
     folder = request.getfixturevalue(name)
     tokenizer = read_tokenizer(folder)

@@ -110,8 +110,9 @@ def test_learning_rates():
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_gradient_accumulation_equals_the_big_batch(accumulation):
-    """Also with ignored targets, unevenly spread: the mean is over all valid targets of the
-    step.
+    """Also with ignored targets, unevenly spread.
+
+    The mean is over all valid targets of the step.
     """
     torch.manual_seed(0)
     inputs, targets = torch.randint(0, 61, (8, 12)), torch.randint(0, 61, (8, 12))
@@ -135,8 +136,9 @@ def test_gradient_accumulation_equals_the_big_batch(accumulation):
 
 
 def test_loss_function_is_a_seam():
-    """fit minimises any loss, through the same interface: here only each sequence's second half
-    counts.
+    """fit minimises any loss, through the same interface.
+
+    Here only each sequence's second half counts.
     """
 
     def second_half(model, batch):
@@ -478,8 +480,9 @@ def test_a_window_s_numbers_are_means_over_its_steps():
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
-    """Clipping happens inside the optimizer's kernel; the update must equal PyTorch's own
-    clipping.
+    """Clipping happens inside the optimizer's kernel.
+
+    The update must equal PyTorch's own clipping.
     """
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(
@@ -978,8 +981,11 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(run, monkeypatch, whe
 
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_the_dry_run_changes_nothing(data, grad_accum):
-    """It always met gradients with its second micro-batch: on a GPU that asked for 13 GiB more than
-    any step of 16 x 1 sequences, and the run ended before step 1 on a card that it fits."""
+    """It always met gradients with its second micro-batch.
+
+    On a GPU that asked for 13 GiB more than any step of 16 x 1 sequences, and the run ended before
+    step 1 on a card that it fits.
+    """
     _train, _ = open_data(data)
     model = random_model(tiny_config(vocabulary_size=257, context_length=16))
     before = {n: p.clone() for n, p in model.state_dict().items()}
@@ -1370,8 +1376,9 @@ def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
 
 
 def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
-    """Trials that run out of memory (at 8 and 4 sequences here) are skipped; other faults are
-    raised.
+    """Trials that run out of memory (at 8 and 4 sequences here) are skipped.
+
+    Other faults are raised.
     """
     plan = make_plan(
         settings_of(
@@ -1485,8 +1492,9 @@ def test_sums_that_an_older_version_saved_by_position_are_read():
 
 @pytest.mark.parametrize("device, expected", [("cuda", True), ("mps", False), ("cpu", False)])
 def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
-    """MPS read a batch's memory after it was freed (PyTorch issue 139550): wrong ids, and no
-    error.
+    """MPS read a batch's memory after it was freed (PyTorch issue 139550).
+
+    Wrong ids, and no error.
     """
     asked = []
 

@@ -467,8 +467,7 @@ def test_output_cut_short_by_head_is_no_error(script):
 
 
 def test_help_cut_short_is_no_error_either(script):
-    """--help leaves main by SystemExit, so its text was not flushed while BrokenPipeError was
-    caught.
+    """--help leaves main by SystemExit: its text was not flushed while we caught BrokenPipeError.
 
     Python then complained at exit.
     """
@@ -502,8 +501,9 @@ def test_any_console_can_show_any_text(script, encoding):
 
 
 def test_closed_streams_are_no_error(script):
-    """With `>&-` Python has no sys.stdout: flushing it was an AttributeError, after the work was
-    done.
+    """With `>&-` Python has no sys.stdout.
+
+    Flushing it was an AttributeError, after the work was done.
     """
     done = script(
         "print('gone', file=sys.stdout); sys.stdin.read(); print(sys.stdout.isatty())",

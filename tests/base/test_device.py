@@ -95,8 +95,9 @@ def test_unknown_devices_are_refused_in_a_line(name):
 
 @pytest.mark.parametrize("name", ["cpu:0", "cpu:5", "mps:3"])
 def test_only_cuda_devices_have_numbers(name):
-    """Reject cpu:5: it was accepted, although the error line says otherwise and it does not
-    exist.
+    """Reject cpu:5, which does not exist.
+
+    It was accepted, although the error line says otherwise.
     """
     with pytest.raises(ValueError, match="unknown device"):
         choose_device(name)

@@ -128,9 +128,11 @@ print(anonymous(), process.give_back_memory(), anonymous())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_what_small_pieces_hold_apart_is_given_back():
-    """Each drawing of plots left pieces all over a heap that keeps what is freed: a run of nano
-    held 490 MiB after its first save and 630 after the sixth, 760 at its peak, where 541 had been
-    announced."""
+    """Each drawing of plots left pieces all over a heap that keeps what is freed.
+
+    A run of nano held 490 MiB after its first save and 630 after the sixth, 760 at its peak, where
+    541 had been announced.
+    """
     before, told, after = python(CHILD).split()
     # 100 MB in pieces of 5 pages, of which three in four were freed.
     assert told == "True" and int(before) - int(after) > 40e6

@@ -176,8 +176,9 @@ def test_the_compiled_variant_is_compiled(monkeypatch):
 
 
 def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
-    """The columns error and bits are measured: both show a variant that sees everything and adds
-    noise.
+    """The columns error and bits are measured.
+
+    Both show a variant that sees everything and adds noise.
     """
 
     def wrong(p):
@@ -197,8 +198,9 @@ def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
 
 
 def test_what_fails_loses_no_other(run, monkeypatch):
-    """Out of memory at full size, an error during timing only, an operation without deterministic
-    kernel.
+    """Out of memory at full size, an error only during timing.
+
+    Also an operation without a deterministic kernel.
     """
     calls = []
 

@@ -202,10 +202,10 @@ def test_disturbed_samples_are_measured_again(monkeypatch):
         return tuple(clock)
 
     def function(value):
-        # A second, all of it this process's work on one core,
+        # A second, all of it this process's work on one core.
         clock[0] += 1.0
         clock[2] += 1.0
-        # And what others did meanwhile.
+        # What others did in that second.
         clock[1] += 1.0 + next(foreign)
         return value
 
@@ -365,8 +365,9 @@ def test_another_model_is_noticed(monkeypatch):
 
 
 def test_both_sides_take_the_same_steps(monkeypatch):
-    """Both sides share tokens, gradients, clipping and AdamW: after a few steps the weights are
-    equal.
+    """Both sides share tokens, gradients, clipping and AdamW.
+
+    After a few steps the weights are equal.
     """
     monkeypatch.delenv("GPTOSS_DATA", raising=False)
     s = setting(

@@ -390,8 +390,9 @@ def test_settings(data):
 @pytest.mark.slow
 @needs_transformers
 def test_the_benchmark_of_generation(results_folder, capsys):
-    """Every cell has every side, the sides draw the same tokens, and each ratio is what its name
-    says.
+    """Every cell has every side, and the sides draw the same tokens.
+
+    Each ratio is what its name says.
     """
     names = ["ours", "ours_int8", "plain", "hf_eager"]
     assert decode.main([*TINY, "--variants", *names, "--hf_batches", "1", "3"]) == 0

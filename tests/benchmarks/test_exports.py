@@ -1,5 +1,6 @@
-"""benchmarks/exports.py and benchmarks/llama_cpp.py: they notice a differing reader; what they
-reject.
+"""benchmarks/exports.py and benchmarks/llama_cpp.py: they notice a reader that differs.
+
+Also what they reject.
 """
 
 from __future__ import annotations

@@ -533,9 +533,7 @@ def test_zip_bombs_are_refused_before_anything_is_unpacked(tmp_path):
 
 
 def test_zips_whose_entries_share_bytes_are_refused(saved, tmp_path):
-    """Many directory entries that point at the same record claim any amount of data in a small
-    file.
-    """
+    """Directory entries that share a record claim any amount of data in a small file."""
     data = saved.path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -905,10 +903,9 @@ REFERENCE = ("bias_gqa", "nobias_qkvbias")
     ids=lambda p: p[0] + p[1],
 )
 def reference(request, shared_dir, tmp_path_factory):
-    """Return (path, expected arrays, gradient norms) of a checkpoint of the original
-    implementation.
+    """Return (path, expected arrays, gradient norms) of a checkpoint.
 
-    As it is, and as if compiled.
+    The original implementation wrote it. As it is, and as if compiled.
     """
     name, prefix = request.param
     path = source = shared_dir / "upstream" / f"{name}.pt"
@@ -1032,8 +1029,9 @@ def test_malformed_reference_checkpoints(shared_dir, tmp_path, change, match):
 
 
 def test_flips_in_a_reference_checkpoint_are_caught_by_the_zips_own_checksums(shared_dir, tmp_path):
-    """Its format has no digests, and a mapped load checks nothing: 138 of 150 flips went
-    unnoticed.
+    """Its format has no digests, and a mapped load checks nothing.
+
+    138 of 150 flips went unnoticed.
     """
     data = (shared_dir / "upstream" / "bias_gqa.pt").read_bytes()
     contents = torch.load(shared_dir / "upstream" / "bias_gqa.pt", weights_only=True)["model"]

@@ -27,8 +27,9 @@ def in_order(terms_NK: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("length", [2, 30, 1000, 20_000])
 @pytest.mark.parametrize("positive", [False, True])
 def test_sums_in_two_orders_are_within_the_bound_and_not_far_from_it(dtype, length, positive):
-    """Forward against backward, which differ more than what libraries do. Positive numbers, as
-    softmax adds them, and numbers of both signs.
+    """Forward against backward, which differ more than what libraries do.
+
+    Positive numbers, as softmax adds them, and numbers of both signs.
     """
     draw = torch.rand if positive else torch.randn
     terms = draw(300, length, dtype=dtype, generator=torch.Generator().manual_seed(length))

@@ -173,8 +173,9 @@ def test_every_character_in_o200k(o200k_folder):
 
 @pytest.mark.parametrize("name", ["byte", "bpe", "o200k"])
 def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_folder):
-    """Another tokenizer_class would have cut words by Qwen's rule (qwen3_moe) or Llama's
-    (mixtral).
+    """Another tokenizer_class would have cut words by Qwen's rule or Llama's.
+
+    (qwen3_moe and mixtral.)
     """
     ours = {"byte": BYTE, "bpe": bpe, "o200k": load_tokenizer("o200k_base")}[name]
     if name == "o200k":
@@ -195,9 +196,8 @@ def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_
             theirs.model_max_length == (1024 if name == "o200k" else 64)
             and theirs.pad_token_id is None
         )
-    # To transformers it is the token,
+    # To transformers it is the token, unless it gets the flag that we always give.
     assert theirs(SPECIAL_TEXT).input_ids.count(ours.end_of_text_id) == 1
-    # Unless it is told what we always say.
     assert theirs(SPECIAL_TEXT, split_special_tokens=True).input_ids == ours.encode(SPECIAL_TEXT)
     assert theirs.decode([ours.end_of_text_id], skip_special_tokens=True) == ""
 
@@ -276,8 +276,9 @@ def merged(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
 
 
 def test_merging_alone_makes_the_same_tokens(bpe, o200k, tales, odd):
-    """llama.cpp looks up no whole words under o200k_base's rule: each token must come from its
-    merges.
+    """llama.cpp looks up no whole words under o200k_base's rule.
+
+    Each token must come from its merges.
     """
     for tokenizer, texts in (
         (bpe, tales[:60] + odd[::9]),
@@ -366,7 +367,7 @@ def test_the_check_sees_what_is_off(bpe_folder, bpe, damage, message):
     with pytest.raises(TokenizerError, match=message) as caught:
         check_tokenizer(bpe_folder, bpe)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
-    # somebody's own by now.
+    # Now a user's own tokenizer.
     assert isinstance(read_tokenizer(bpe_folder), HuggingFaceTokenizer)
 
 
@@ -589,8 +590,9 @@ def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
 
 
 def test_byte_level_texts_go_on_as_they_begin(qwen, bpe, tmp_path):
-    """Keep special words as ordinary text, unless the file puts a space before them, as GPT-2's
-    once did.
+    """Special words are ordinary text.
+
+    Unless the file puts a space before them, as GPT-2's once did.
     """
     for tokenizer in (read_tokenizer(qwen), bpe):
         assert all(
@@ -801,8 +803,9 @@ def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
 
 
 def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_path, run, drawn):
-    """An imported model's prompts start with its own first id, or none; any of its end ids ends an
-    answer.
+    """An imported model's prompts start with its own first id, or none.
+
+    Any of its end ids ends an answer.
     """
     for folder, before, stops in ((mixtral, [1], [2]), (qwen, [], [802, 800])):
         tokenizer = read_tokenizer(folder)

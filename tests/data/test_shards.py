@@ -143,8 +143,9 @@ def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
 
 
 def test_files_that_the_manifest_does_not_list_are_not_read(split):
-    """D9: the original implementation trained on every shard in the folder, those of an earlier run
-    included.
+    """D9: the original implementation trained on every shard in the folder.
+
+    Those of an earlier run included.
     """
     np.save(split / "shard_0003.npy", np.zeros(1000, dtype=np.uint32))
     assert TokenShards(split).num_tokens == 2500
@@ -169,8 +170,9 @@ def test_a_manifest_that_is_none_is_refused(split, text):
 
 
 def test_no_flipped_bit_in_a_manifest_goes_unnoticed(split):
-    """Reliability 6: it is either rejected or reads as before (a blank that became another
-    blank).
+    """Reliability 6: it is either rejected or reads as before.
+
+    (A blank that became another blank.)
     """
     before, good, rng = read_manifest(split), (split / "meta.json").read_bytes(), random.Random(0)
     noticed = 0
@@ -272,8 +274,9 @@ def test_no_flipped_bit_in_a_shard_goes_unnoticed(split):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(split):
-    """D8: the embedding found it at the first batch, as a raw IndexError (on a GPU: a device
-    assert).
+    """D8: the embedding found it at the first batch, as a raw IndexError.
+
+    (On a GPU: a device assert.)
     """
     replace_shard(split, np.full(1000, 257, dtype=np.uint32))
     refused(split, "shard_0000.npy holds id 257, beyond its vocabulary of 257")

@@ -1,5 +1,6 @@
-"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways; no wrong one is
-accepted.
+"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways.
+
+No wrong one is accepted.
 """
 
 from __future__ import annotations
@@ -117,8 +118,9 @@ def test_special_words_in_a_text_are_ordinary(bpe, compact):
 
 
 def test_lone_surrogates_become_replacement_characters(bpe, compact):
-    """JSON can spell them, UTF-8 cannot: tiktoken's numpy path raised UnicodeEncodeError on
-    "\\ud800".
+    """JSON can spell them, UTF-8 cannot.
+
+    tiktoken's numpy path raised UnicodeEncodeError on "\\ud800".
     """
     for tokenizer in (BYTE, bpe, compact):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\N{REPLACEMENT CHARACTER}b"
@@ -288,8 +290,9 @@ def test_compact_ids_of_its_text_are_the_bases_renumbered(o200k, stories):
 
 
 def test_compact_encodes_what_its_text_never_had(o200k, stories):
-    """Every Unicode plane and random mixtures: also by the stream, and without end-of-text in
-    between.
+    """Every Unicode plane and random mixtures.
+
+    Also by the stream, and without end-of-text in between.
     """
     base = load_tokenizer("o200k_base")
     tokenizer, rng = (
@@ -556,8 +559,9 @@ def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
 
 
 def test_import_reaches_for_nothing():
-    """Reliability 33: the original implementation downloaded its tokenizer while its config was
-    imported.
+    """Reliability 33: importing downloads nothing.
+
+    The original implementation downloaded its tokenizer while its config was imported.
     """
     code = """
 import sys

@@ -31,10 +31,9 @@ if os.environ.get("CI") and sys.platform == "linux":
 @needs_code
 @pytest.mark.parametrize("seed", range(60))
 def test_it_gives_the_plain_models_logits(seed):
-    """Random architectures, many texts of different lengths at once, in 1 to 3 threads, packed or
-    not.
+    """Random architectures, many texts of different lengths at once, in 1 to 3 threads.
 
-    They are read in chunks of many tokens or one by one.
+    Packed or not. They are read in chunks of many tokens or one by one.
     """
     check_native_logits(seed)
 
@@ -260,11 +259,10 @@ def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why
 @pytest.mark.slow
 @needs_code
 def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path):
-    """Compile for the oldest x86-64, without this machine's vectors; and with the compiler's checks
-    on.
+    """Compile for the oldest x86-64, without this machine's vectors.
 
-    Those check memory and arithmetic. Each buffer is an allocation of its own, so running out of
-    one is seen.
+    And with the compiler's checks on. Those check memory and arithmetic. Each buffer is an
+    allocation of its own, so running out of one is seen.
     """
     if not sys.platform.startswith("linux"):
         pytest.skip("a Linux compiler's flags")

@@ -94,10 +94,9 @@ def test_the_caller_can_end_a_row(decoder_of):
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
-    """What a CUDA graph needs: static shapes, a position per row, more of the cache read than is
-    filled.
+    """What a CUDA graph needs: static shapes, and a position per row.
 
-    Also for rows that take no part.
+    More of the cache is read than is filled. Also for rows that take no part.
     """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
     # Some of them packed.
@@ -178,9 +177,11 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
 
 
 def test_every_span_of_the_cache_is_compiled(monkeypatch):
-    """The compiler rejects the ninth version of one function: with --compile a text ended with an
-    error when more than 32,768 tokens of the cache were in use. Each span has a function of its
-    own, and the model's blocks keep what was compiled for them."""
+    """The compiler rejects the ninth version of one function.
+
+    With --compile a text ended with an error when more than 32,768 tokens of the cache were in use.
+    Each span has a function of its own, and the model's blocks keep what was compiled for them.
+    """
     torch.compiler.reset()
     real, options = torch.compile, []
 
@@ -396,8 +397,7 @@ def repetitive_model(seed: int = 0):
     ids=str,
 )
 def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings):
-    """Greedy and drawn, across the end of the context, with the noise that each token would have
-    had.
+    """Greedy and drawn, across the end of the context, with each token's usual noise.
 
     A guess is only ever checked.
     """

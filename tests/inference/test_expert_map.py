@@ -1,5 +1,6 @@
-"""The map of experts: its numbers against the tensors, hostile text, and the page in a real
-browser.
+"""The map of experts: its numbers against the tensors.
+
+Also hostile text, and the page in a real browser.
 """
 
 from __future__ import annotations

@@ -348,8 +348,7 @@ def test_what_the_model_cannot_do_is_refused(exported):
 
 
 def test_logits_to_keep_and_tuples(exported):
-    """Only the last logits, by count or by index, as generate and speculative decoding request
-    them.
+    """Only the last logits, by count or index, as generate and speculative decoding request.
 
     For one row, no others are computed.
     """

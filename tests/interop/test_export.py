@@ -1,5 +1,6 @@
-"""runtime/interop/export.py: what may be replaced, whole outputs or none, and the check of
-logits.
+"""runtime/interop/export.py: what may be replaced, and outputs that are whole or absent.
+
+Also the check of logits.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ def test_an_earlier_export_and_an_empty_folder_may_be_replaced(tmp_path):
 
 
 def test_a_source_is_no_output(tmp_path):
-    """import_hf --model hf --out hf/model.safetensors --force replaced the weights it was
-    reading.
+    """import_hf --out hf/model.safetensors --force with --model hf is rejected.
+
+    It replaced the weights that it was reading.
     """
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").touch()
@@ -245,8 +247,10 @@ def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path
 
 
 def test_what_float32_loses_to_steep_softmaxes_is_allowed(monkeypatch, capsys):
-    """Healthy models with attention scores of 60 were rejected: their float32 is off by more than
-    that of others. As far as float64 shows it, and no further."""
+    """Healthy models with attention scores of 60 were rejected.
+
+    Their float32 is off by more than that of others. As far as float64 shows it, and no further.
+    """
     model, ids_BT = random_model(tiny_config()).eval(), torch.arange(1, 9)[None]
     ours = export.logits_of(model, ids_BT)
     bound = export.allowed_difference(ours, model.config)

@@ -1,8 +1,7 @@
-"""Hugging Face formats: transformers' own classes compute the same, both ways; names, errors,
-MXFP4.
+"""Hugging Face formats: transformers' own classes compute the same, both ways.
 
-transformers is the oracle. vLLM was not run: the weights are checked against the names that its
-0.33 accepts.
+Names, errors, MXFP4. transformers is the oracle. vLLM was not run: the weights are checked against
+the names that its 0.33 accepts.
 """
 
 from __future__ import annotations
@@ -535,8 +534,9 @@ HOSTILE = [
     "hf, changes, message", REFUSED + HOSTILE, ids=[message for _, _, message in REFUSED + HOSTILE]
 )
 def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
-    """One line, whatever the value: a list as model_type, or a 400-digit number, gave a
-    traceback.
+    """An error is one line, whatever the value.
+
+    A list as model_type, or a number of 400 digits, ended in a traceback.
     """
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model_config_from(hf | changes)
@@ -734,8 +734,9 @@ def test_mxfp4_is_what_transformers_makes_of_it():
 
 
 def test_published_gpt_oss_files_are_read(tmp_path):
-    """MXFP4 experts become ours: the logits equal transformers' with its own dequantised
-    experts.
+    """MXFP4 experts become ours.
+
+    The logits equal transformers' with experts that it dequantises itself.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -895,8 +896,9 @@ VLLM_ALL = [
 
 @ANY
 def test_names_are_those_that_vllm_accepts(config):
-    """Every exported name is one of vLLM's, and every one of vLLM's is exported. (vLLM was not
-    run.)
+    """Every exported name is one of vLLM's, and every one of vLLM's is exported.
+
+    (vLLM was not run.)
     """
     family = family_of(config)
     inside = [rf"model.layers.\d+.{name}" for name in VLLM[family] + VLLM_ALL]

@@ -179,8 +179,9 @@ def test_llama_cpp_rounds_yarns_ramp(tmp_path):
 
 @pytest.mark.parametrize("quantize", ["f32", "f16", "bf16", "q8_0"])
 def test_the_script_runs_its_file_in_llama_cpp(tmp_path, capsys, quantize):
-    """(Not in the smallest shapes: below 64 rows or columns llama.cpp's q8_0 gives NaN with
-    AMX.)
+    """(Not in the smallest shapes.)
+
+    With fewer than 64 rows or columns llama.cpp's own products with q8_0 give NaN on CPUs with AMX.
     """
     _, path = model_of(tmp_path, quantize, checked=True, d_model=64, num_heads=8, d_ff=64)
     out = capsys.readouterr().out

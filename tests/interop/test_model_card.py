@@ -115,8 +115,9 @@ def front_matter(text: str) -> dict:
 
 
 def test_what_the_run_recorded(tmp_path):
-    """Counts, losses up to the checkpoint's step, file names without paths, pictures from those
-    records.
+    """Counts, losses up to the checkpoint's step and no further, pictures from those records.
+
+    What was read is named without the machine's paths.
     """
     write_metrics(tmp_path)
     text = card(tmp_path, source_of(tmp_path))

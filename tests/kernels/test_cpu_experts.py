@@ -67,8 +67,9 @@ def outputs_and_gradients(
 )
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_threads):
-    """Random loads, some experts without rows; a thread per expert, or threads that share each
-    product.
+    """Random loads, some experts without rows.
+
+    A thread per expert, or threads that share each product.
     """
     threads(num_threads)
     used = []
@@ -283,8 +284,11 @@ def _implementation(name: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
 def test_onednn_meets_few_row_counts(dtype, activation):
-    """Memory grew with every step: each new row count of an expert made oneDNN build, and keep, a
-    kernel for GELU (0.9 MB) and, in half precision, one for each of an expert's six products."""
+    """Memory grew with every step.
+
+    Each new row count of an expert made oneDNN build, and keep, a kernel for GELU (0.9 MB) and, in
+    half precision, one for each of an expert's six products.
+    """
     C, F, I = 12, 8, 8 if activation == "gelu" else 16
     made = [torch.randn(shape).to(dtype) for shape in ((2, I, C), (2, I), (2, C, F), (2, C))]
     with _Shapes() as seen:
@@ -323,8 +327,10 @@ def test_padded_rows_are_few_and_near():
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_padding_changes_nothing(threads, monkeypatch, activation, num_threads):
-    """bfloat16 with and without it, on both paths; an expert without rows gets zeros, not what was
-    in its memory."""
+    """bfloat16 with and without it, on both paths.
+
+    An expert without rows gets zeros, not what was in its memory.
+    """
     threads(num_threads)
     torch.manual_seed(0)
     counts = torch.tensor([130, 0, 97, 1, 140])

@@ -1,9 +1,9 @@
-"""Guarantees of reliability, each counted: a function tries it many times and counts how often it
-held.
+"""Guarantees of reliability, each counted.
 
-pytest runs them with small counts at every push and larger ones nightly (`make test-nightly`);
-`python -m benchmarks.reliability` (`make figures`) runs them with the counts that README.md quotes.
-The numbers are those of the README's list.
+A function tries it many times and counts how often it held. pytest runs them with small counts at
+every push and larger ones nightly (`make test-nightly`); `python -m benchmarks.reliability` (`make
+figures`) runs them with the counts that README.md quotes. The numbers are those of the README's
+list.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Promise:
     text: str
     # Tries it about so many times.
     run: Callable[[int], Tally]
-    # Counts: in make test,
+    # Count in make test.
     at_push: int
-    # In make test-nightly,
+    # Count in make test-nightly.
     nightly: int
-    # And for the README.
+    # Count for the README.
     published: int
     reference: str = (
         # What the same test finds in the original implementation, where that was measured.

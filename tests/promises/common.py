@@ -1,5 +1,6 @@
-"""What the guarantees share: a temporary folder, a tally, data, scripts that stop before their
-work.
+"""What the guarantees share: a temporary folder, a tally of checks, data.
+
+Also scripts that stop before their work.
 """
 
 from __future__ import annotations

@@ -165,9 +165,7 @@ def _write_metrics(at: Path) -> None:
 
 
 def _metrics_noticed(at: Path) -> str:
-    """Return the metrics that a resumed run reads in a folder of _write_metrics, then restore
-    it.
-    """
+    """Return the metrics that a resumed run reads, then restore the folder of _write_metrics."""
     original = [json.loads(line) for line in _metrics_bytes()[0].splitlines()]
     (at / "metrics.json").write_bytes(_metrics_bytes()[1])
     log = MetricsLog(at, resume_step=200, run_info={"run_id": "abcd"})

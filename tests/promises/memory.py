@@ -9,8 +9,10 @@ MOST_GROWTH = 1.1
 
 
 def memory_does_not_grow(count: int) -> Tally:
-    """34. Runs of every expert activation, optimizer and dtype, each in a process of its own:
-    anonymous memory after 40 steps against that after 3."""
+    """34. Runs of every expert activation, optimizer and dtype, each in a process of its own.
+
+    Anonymous memory after 40 steps against that after 3.
+    """
     tally, largest = Tally(), 0.0
     for setting in GROWTH[:count]:
         anonymous = measured(setting)["anonymous"]

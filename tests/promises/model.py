@@ -146,8 +146,9 @@ def _read(model, ids: torch.Tensor, r: random.Random | None) -> torch.Tensor:
 
 
 def experts(count: int) -> Tally:
-    """The mixture of experts against a loop over tokens and experts: output, load, capacity
-    drops.
+    """The mixture of experts against a loop over tokens and experts.
+
+    Output, load, capacity drops.
     """
     tally = Tally()
     for seed in range(FIRST_SEED, FIRST_SEED + count):

@@ -49,8 +49,9 @@ def _small_predictor(**settings) -> Iterator[tuple[Predictor, PredictConfig, Pat
 
 
 def repl_lines(count: int) -> Tally:
-    """Lines at the prompt, in sessions of 500: each is answered, leaves valid settings, and
-    continues.
+    """Lines at the prompt, in sessions of 500.
+
+    Each is answered, leaves valid settings, and the session continues.
     """
     tally, typed, answers = Tally(), [], [0]
     with _small_predictor(max_new_tokens=2) as (predictor, config, _):

@@ -495,8 +495,9 @@ def straight() -> tuple[Run, Attempt]:
 
 
 def difference(run: Run) -> str:
-    """Return where a run's final checkpoint differs, bit for bit, from the uninterrupted run's, or
-    "".
+    """Return where a run's final checkpoint differs from the uninterrupted run's, or "".
+
+    They are compared bit for bit.
     """
     try:
         mine, theirs = (
@@ -679,9 +680,9 @@ class Disk:
         self.contents: list[list[bytes]] = []
         # Number of the file that was last opened under a path.
         self.opened: dict[str, int] = {}
-        # Path -> number of a file, Link or FOLDER: as seen now,
+        # Path -> number of a file, Link or FOLDER, as seen now.
         self.names: dict[str, object] = {}
-        # And as surely on the disk.
+        # The same, as surely on the disk.
         self.flushed: dict[str, object] = {}
         # Changes of names between the two, in order.
         self.pending: list[dict[str, object]] = []
@@ -838,8 +839,9 @@ class Recorder(Operations):
 
 @dataclass
 class Verdict:
-    """The reader's view of a state: step of the newest checkpoint (0: none), faults, if it can be
-    saved to.
+    """The reader's view of a state: step of the newest checkpoint (0: none).
+
+    Also its faults, and whether it can be saved into.
     """
 
     step: int
@@ -1020,8 +1022,9 @@ def enumerate_crashes(
 
 
 def no_crash_loses_a_checkpoint(count: int) -> Tally:
-    """3. Exhaustive over `count` saves, on file systems with hard links, symbolic links only, or
-    neither.
+    """3. Exhaustive over `count` consecutive saves.
+
+    On file systems with hard links, with symbolic links only, and with neither.
     """
     tally, kinds = Tally(), ("kill", "power loss")
     totals = dict.fromkeys(
@@ -1167,10 +1170,10 @@ def _failing_run(run: Run, fault: dict) -> str:
 
 
 def full_disks_cost_nothing(count: int) -> Tally:
-    """5. In a quarter of `count` runs one operation on checkpoints or metrics fails, or all after
-    it.
+    """5. In a quarter of `count` runs one operation on checkpoints or metrics fails.
 
-    The others are saves of a tiny model, which have fewer than 400 ways to fail.
+    Or all from there on. The others are saves of a tiny model, which have fewer than 400 ways to
+    fail.
     """
     tally, r = Tally(), random.Random(0)
     with tempfile.TemporaryDirectory(prefix="full-") as place:

@@ -7,8 +7,9 @@ from tests.promises import published
 
 
 def test_an_export_that_is_another_function_is_noticed(monkeypatch):
-    """Gate and up are swapped on the way out and on the way in: a round trip alone would not see
-    it.
+    """Gate and up are swapped on the way out and on the way in.
+
+    A round trip alone would not see it.
     """
     other = {
         name: family._replace(gate=family.up, up=family.gate)
@@ -29,8 +30,9 @@ def test_a_bit_that_gets_lost_is_noticed(monkeypatch):
 
 
 def test_shares_of_the_balance_loss_come_back():
-    """Twelve digits were kept both ways: 0.01 for 2 blocks, 7 experts came back as
-    0.00999999999999.
+    """Twelve digits were kept both ways.
+
+    0.01 for 2 blocks, 7 experts came back as 0.00999999999999.
     """
     for coefficient in (0.01, 0.02, 0.001, 0.9, 0.0, 1e-4, 0.0123):
         for blocks in range(1, 50):

@@ -177,8 +177,9 @@ def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
 
 
 def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
-    """A damaged line, one with a changed step, and a cut-off last one: metrics.json has all
-    three.
+    """A damaged line, one with a changed step, and a cut-off last one.
+
+    metrics.json has all three.
     """
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
@@ -220,11 +221,11 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
 
 
 def test_what_the_weights_are_may_be_said_again(tmp_path):
-    """--init_from with the weights' own --d_model was rejected: it was checked with 32 default
-    heads.
+    """--init_from with the weights' own --d_model was rejected.
 
-    And --num_heads 8 --head_dim 4 on weights of 4 heads of 8 was accepted silently (it is in the
-    table of pairings): the shapes are the same, the function is not.
+    It was checked with 32 default heads. And --num_heads 8 --head_dim 4 on weights of 4 heads of 8
+    was accepted silently (it is in the table of pairings): the shapes are the same, the function is
+    not.
     """
     model = builders_inference.biased_model(vocabulary_size=257)
     with common.folder() as at:

@@ -397,8 +397,9 @@ def test_an_export_that_is_off_is_removed(made, tmp_path, monkeypatch):
 
 
 def test_logits_that_are_off_are_refused(ckpt, tmp_path, monkeypatch):
-    """The second half of the check alone: the tensors are right, the architecture computes
-    differently.
+    """The second half of the check alone.
+
+    The tensors are right, the architecture computes differently.
     """
     from_folder = module.published.from_folder
     monkeypatch.setattr(

@@ -180,9 +180,7 @@ def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
 
 
 def test_what_a_user_needs_is_in_and_beside_the_file(exported):
-    """The graph's names and sizes, the metadata, a tokenizer.json with our ids, and nothing
-    else.
-    """
+    """The graph's names and sizes, the metadata, our tokenizer.json, and nothing else."""
     from tokenizers import Tokenizer
 
     path, out = exported
@@ -245,11 +243,10 @@ def test_the_documented_example_says_what_the_model_says(exported, tmp_path, mon
 
 @pytest.mark.slow
 def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
-    """An imported model may have no start, several end ids, and a tokenizer that frames texts
-    itself.
+    """An imported model may have no start, or several end ids.
 
-    The example raised on int(""), stopped only at end-of-text, and began with the tokenizer's
-    frame.
+    Its tokenizer may frame texts itself. The example raised on int(""), stopped only at
+    end-of-text, and began with the tokenizer's frame.
     """
     frame = {
         "type": "TemplateProcessing",

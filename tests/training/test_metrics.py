@@ -1,5 +1,6 @@
-"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes, other runs and
-damage.
+"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes and damage.
+
+Also other runs' files.
 """
 
 from __future__ import annotations
@@ -280,10 +281,9 @@ def test_resume_keeps_a_last_line_that_lacks_only_its_end(tmp_path):
     ],
 )
 def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
-    """T16: a truncated metrics.json ended the original implementation's resume in a
-    JSONDecodeError.
+    """T16: a truncated metrics.json ended the original implementation's resume.
 
-    A good checkpoint was there.
+    It was a JSONDecodeError, with a good checkpoint at hand.
     """
     filled(tmp_path).finish()
     path = tmp_path / "metrics.jsonl"
@@ -329,10 +329,9 @@ def test_reading_a_damaged_file_names_file_and_line(tmp_path):
 
 # --------------------------------------------------------------------------------------- other runs
 def test_a_fresh_run_never_appends_to_another_runs_metrics(tmp_path):
-    """T15: a fresh --ckpt_dir with the same graph_dir gave the original implementation wrong
-    records.
+    """T15: a fresh --ckpt_dir with the same graph_dir gave wrong records.
 
-    Steps [4, 8, 4, 8] and the old run's tokens.
+    The original implementation wrote steps [4, 8, 4, 8] and the old run's tokens.
     """
     for run in (1, 2, 3):
         log = filled(tmp_path, steps=(run, 10 * run), run_info={"run": run})

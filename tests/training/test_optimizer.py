@@ -402,8 +402,9 @@ def reference_muon(weights, gradients, lr, weight_decay, beta):
 
 
 def matrices_of(name, tensor):
-    """The tiny model's single matrices per parameter, written out: experts apart, gate and up
-    apart.
+    """The tiny model's single matrices per parameter, written out.
+
+    Experts apart, gate and up apart.
     """
     if name.endswith("w_in"):
         return [half for expert in tensor for half in (expert[:12], expert[12:])]

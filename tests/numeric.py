@@ -64,10 +64,9 @@ def assert_close(
 
 @torch.no_grad()
 def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
-    """Bool [B, T]: no router has met a near tie at this token or at one before it, so that every
-    implementation chooses the same experts.
+    """Return a bool [B, T]: no router has met a near tie at this token or before it.
 
-    A near tie: the score of the last expert that is chosen is above that of the first that is not
+    Every implementation then chooses the same experts. A near tie: the score of the last expert that is chosen is above that of the first that is not
     by no more than rounding may make.
     """
     B, T = ids_BT.shape

@@ -103,7 +103,7 @@ def names(mutants: Sequence[Mutant] | None = None) -> list[str]:
     return result
 
 
-# ------------------------------------------------------------------------------------ the runner
+# --------------------------------------------------------------------------------------- the runner
 @dataclass
 class Outcome:
     name: str

@@ -66,8 +66,8 @@ def assert_close(
 def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
     """Return a bool [B, T]: no router has met a near tie at this token or before it.
 
-    Every implementation then chooses the same experts. A near tie: the score of the last expert that is chosen is above that of the first that is not
-    by no more than rounding may make.
+    Every implementation then chooses the same experts. A near tie: the score of the last expert
+    that is chosen is above that of the first that is not by no more than rounding may make.
     """
     B, T = ids_BT.shape
     gaps = [torch.full((B * T,), float("inf"), dtype=torch.float64)]

@@ -1,4 +1,4 @@
-"""Checks that tests and promises share: AssertionError says what is wrong."""
+"""Checks that tests and guarantees share: AssertionError says what is wrong."""
 
 from __future__ import annotations
 

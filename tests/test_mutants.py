@@ -132,7 +132,7 @@ def f(x):
         ),
         # Nothing in its place.
         ("y += h[x:1.5]", "", ("        \n    return",)),
-        # What is no whole token: the inside of a string, or a comment.
+        # Not a whole token: the inside of a string, or a comment.
         ("t's", "t is", ('"it is"',)),
         ("why", "Why", ("# Why",)),
     ],

@@ -1590,7 +1590,7 @@ def test_stats_and_experts_answer(endless, repl):
 
 def test_a_line_can_go_on_in_the_next(endless, repl, drawn):
     repl(endless, "one\\\ntwo\\\n\\\nthree\n:t \\\n0.5\nend\\")
-    # What end-of-file cuts off is no prompt.
+    # What end-of-file cuts off is not a prompt.
     assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == ["one\ntwo\n\nthree"]
 
 

@@ -292,7 +292,7 @@ def test_gpu_tests_compile_few_models():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED_CASES)
 def test_the_compiled_tests_read_both_spans(case, monkeypatch):
-    """Run here in the place of a GPU, without the compiler.
+    """Run here in place of a GPU, without the compiler.
 
     What is asked for and compared is the same, and no step reads more of the cache than the spans
     that were counted.
@@ -455,7 +455,7 @@ def all_end(pids: dict[str, int]) -> bool:
 
 @pytest.fixture
 def plan(results, monkeypatch):
-    """Stages of the test's own in the place of the first command's."""
+    """Stages of the test's own in place of the first command's."""
 
     def use(**stages: Stage):
         monkeypatch.setattr(gpu_plan, "first", lambda name, memory, tiny: stages)

@@ -177,7 +177,7 @@ class Shared(nn.Module):
 def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is_residual(
     monkeypatch,
 ):
-    """A shared expert's output matrix began without the factor 1 / sqrt(2L), in silence."""
+    """A shared expert's output matrix began without the factor 1 / sqrt(2L), silently."""
     import model as model_module
     from runtime.checkpoint.format import meta_model as real
 

@@ -42,7 +42,7 @@ def reseal(folder: Path, change) -> None:
 
 
 def replace_shard(folder: Path, array: np.ndarray, allow_pickle: bool = False) -> None:
-    """Put another array in the place of the first shard, with its right digest in the manifest."""
+    """Put another array in place of the first shard, with its right digest in the manifest."""
     np.save(folder / "shard_0000.npy", array, allow_pickle=allow_pickle)
     reseal(
         folder,
@@ -218,7 +218,7 @@ def test_an_invented_manifest_is_refused(split, change):
 
 
 def test_missing_and_empty_shards_are_refused(split):
-    """D2: an empty file was a raw EOFError, a shard without tokens was skipped in silence."""
+    """D2: an empty file was a raw EOFError, a shard without tokens was silently skipped."""
     (split / "shard_0001.npy").write_bytes(b"")
     refused(split, "shard_0001.npy has 0 bytes, not 4,128")
     np.save(split / "shard_0001.npy", np.zeros(0, dtype=np.uint32))
@@ -335,7 +335,7 @@ def test_a_committed_set_is_read_before_it_is_in_place(tmp_path):
     ] == [70, 60]
 
 
-# ------------------------------------------------------------------------------------------ windows
+# ---------------------------------------------------------------------------------------- sequences
 @settings(deadline=None, max_examples=100)
 @given(
     num_tokens=st.integers(2, 300),

@@ -27,7 +27,7 @@ FLASH_BY_NAME, EFFICIENT_BY_NAME = Choice("flash", True, False), Choice("efficie
 CUDNN, WHATEVER = Choice("cudnn", False, False), Choice("torch", False, True)
 
 
-# ------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 @pytest.mark.parametrize(
     "card, dtype, mask, S, D, trains, expected",
     [
@@ -99,7 +99,7 @@ def test_the_card_is_asked(monkeypatch):
     assert attention_choice.card_of(torch.device("cuda")).cudnn_version == 0
 
 
-# ------------------------------------------------------------------------------------ fake tensors
+# ------------------------------------------------------------------------------------- fake tensors
 @pytest.mark.parametrize(
     "card, mask_shape",
     [
@@ -140,7 +140,7 @@ def test_heads_that_no_kernel_takes_are_refused():
         )
 
 
-# -------------------------------------------------------------------------------- emulated kernels
+# --------------------------------------------------------------------------------- emulated kernels
 class Emulated:
     """CUDA's attention operations on a CPU, in any float dtype: what they return and demand.
 

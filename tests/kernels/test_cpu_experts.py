@@ -260,7 +260,7 @@ def test_autocast_reaches_it():
         )
 
 
-# ---------------------------------------------------------------- memory that does not grow
+# ------------------------------------------------------------------------ memory that does not grow
 class _Shapes(TorchDispatchMode):
     """The row counts that each operation of oneDNN's is given."""
 

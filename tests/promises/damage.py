@@ -1,4 +1,4 @@
-"""Promises about damaged files: checkpoints, shards, manifests and metrics."""
+"""Guarantees about damaged files: checkpoints, shards, manifests and metrics."""
 
 from __future__ import annotations
 

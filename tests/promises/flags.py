@@ -1,4 +1,4 @@
-"""Promises about flags that cannot be honoured, and arguments that are noise."""
+"""Guarantees about flags that cannot be honoured, and arguments that are noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promises about files that someone made to harm."""
+"""Guarantees about files that someone made to harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a run takes: promise 34."""
+"""How much memory a run takes: guarantee 34."""
 
 from __future__ import annotations
 

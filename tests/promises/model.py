@@ -1,4 +1,4 @@
-"""Promises about the model's calculations: the cache, causality, the mixture of experts."""
+"""Guarantees about the model's calculations: the cache, causality, the mixture of experts."""
 
 from __future__ import annotations
 

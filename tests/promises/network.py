@@ -1,4 +1,4 @@
-"""Promises about the network: nothing reaches for it."""
+"""Guarantees about the network: nothing reaches for it."""
 
 from __future__ import annotations
 

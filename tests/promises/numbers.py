@@ -1,4 +1,4 @@
-"""Promises about numbers that are not finite, and about losses that jump."""
+"""Guarantees about numbers that are not finite, and about losses that jump."""
 
 from __future__ import annotations
 

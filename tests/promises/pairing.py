@@ -1,4 +1,4 @@
-"""Promises about data, tokenizers, models, checkpoints and flags that do not belong together."""
+"""Guarantees about data, tokenizers, models, checkpoints and flags that do not belong together."""
 
 from __future__ import annotations
 

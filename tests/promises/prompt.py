@@ -1,4 +1,4 @@
-"""Promises about what is typed at the prompt, the sampler's settings and the context's limit."""
+"""Guarantees about what is typed at the prompt, the sampler's settings and the context's limit."""
 
 from __future__ import annotations
 

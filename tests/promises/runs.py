@@ -1,4 +1,4 @@
-"""What becomes of a run that is killed, stopped, or out of disk: promises 1 to 5 and 18.
+"""What becomes of a run that is killed, stopped, or out of disk: guarantees 1 to 5 and 18.
 
 Whole runs are carried out by children of a fork server (`serve`): a process that has imported torch
 and train, so that a restart costs a fraction of a second. A child tells through a pipe what it
@@ -298,7 +298,7 @@ def _child(job: dict, pipe: int) -> None:
             os.dup2(log, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number in (*process.STOP_SIGNALS, signal.SIGPIPE):
-            # Whoever started us in the background had it ignored.
+            # A shell that started us in the background ignored it.
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         watched = _Watched(job, pipe, *map(Path, job["roots"]))
@@ -808,7 +808,7 @@ class State:
     entries: tuple
 
     def make(self, root: str, folder: Path) -> None:
-        """Make it below `folder`, in the place of `root`."""
+        """Make it below `folder`, in place of `root`."""
         made = {}
         for path, what in self.entries:
             path = folder / os.path.relpath(path, root)

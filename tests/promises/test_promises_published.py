@@ -1,4 +1,4 @@
-"""That the promise of tests/promises/published.py can be broken."""
+"""Check that the guarantees of tests/promises/published.py can be broken."""
 
 import torch
 

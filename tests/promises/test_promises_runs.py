@@ -1,4 +1,4 @@
-"""That the promises of tests/promises/runs.py can be broken, and bugs that they found."""
+"""Check that the guarantees of tests/promises/runs.py can be broken, and bugs that they found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""That the promises about silent wrongness can be broken."""
+"""Check that the guarantees about silent wrongness can be broken."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_pairing_that_is_accepted_is_found():
 
 @pytest.mark.slow
 def test_a_payload_that_runs_is_found():
-    """With the unpickler that the original implementation uses in the place of ours."""
+    """With the unpickler that the original implementation uses in place of ours."""
     prelude = (
         "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda "
         "path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', "

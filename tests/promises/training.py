@@ -1,4 +1,4 @@
-"""Promises about training: the reported loss, the same run again, every token once."""
+"""Guarantees about training: the reported loss, the same run again, every token once."""
 
 from __future__ import annotations
 

@@ -392,7 +392,7 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, resume_step):
             MetricsLog(folder, resume_step=resume_step)
 
 
-# ----------------------------------------------------------------- interference during a run
+# ------------------------------------------------------------------------ interference during a run
 def test_deleting_the_folder_does_not_stop_the_run(tmp_path):
     folder = tmp_path / "graphs"
     log = filled(folder, steps=(10, 20))

@@ -39,7 +39,10 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def random_config(seed: int) -> ModelConfig:
-    """A small model with every option drawn at random, also those that act only while training. tests/checks/test_known.py holds that none is left out."""
+    """Return a small model with every option drawn at random, also those that act only in training.
+
+    tests/checks/test_known.py checks that none is left out.
+    """
     r = random.Random(seed)
     G, groups, window = r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([0, 0, 1, 3, 7])
     use_rope = r.random() < 0.8
@@ -90,13 +93,18 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def without_chance(config: ModelConfig) -> ModelConfig:
-    """A config whose model computes the same in train mode: no dropout, and the capacity that is the
-    default, none."""
+    """Return a config whose model computes the same in train mode.
+
+    No dropout, no capacity (default).
+    """
     return dataclasses.replace(config, dropout=0.0, capacity_factor=ModelConfig.capacity_factor)
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LLM:
-    """A model whose every parameter is random and large enough to matter (the initial biases and tables are 0)."""
+    """Return a model whose parameters are all random and large enough to matter.
+
+    The initial biases and tables are 0.
+    """
     torch.manual_seed(seed)
     model = LLM(config).to(dtype)
     with torch.no_grad():
@@ -108,13 +116,14 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
     return model
 
 
+# No effect without.
 NEEDS = {
     "window_pattern": {"sliding_window": 4},
     "rope_scaling_factor": {"rope_scaling": "linear"},
     "rope_scaling": {"context_length": 4096},
     "yarn_truncate": {"rope_scaling": "yarn"},
     "muon_momentum": {"optimizer": "muon"},
-}  # no effect without
+}
 
 
 def other_value(config_class, name: str, besides=()):
@@ -216,7 +225,8 @@ def random_architecture(r: random.Random) -> ModelConfig:
             ]
         ),
     )
-    # The norm of a single number is its sign, which rounding turns where the number is almost 0: unless eps is as large as it.
+    # The norm of a single number is its sign, which rounding turns where the number is almost 0:
+    # unless eps is as large as it.
     return dataclasses.replace(config, rms_norm_eps=1.0) if config.d_model == 1 else config
 
 
@@ -228,7 +238,10 @@ def chunks_of(total: int, r: random.Random) -> list[int]:
 
 
 def sink_case(seed: int, dtype=torch.float64):
-    """(queries, keys, values, sinks, mask or None, is_causal) of some size: causal, windowed, packed documents, one token, a chunk behind a cache."""
+    """Yield (queries, keys, values, sinks, mask or None, is_causal) of various sizes.
+
+    Causal, windowed, packed documents, one token, a chunk after a cache.
+    """
     r = random.Random(seed)
     torch.manual_seed(seed)
     G, S = r.choice([1, 2, 3]), r.choice([5, 17, 40])

@@ -67,16 +67,18 @@ def save(folder, step=2, model=None, optimizer=None, **values):
 
 
 def forge(source: Path, target: Path, change, redo_digests=True) -> Path:
-    """Write `source` to `target` with its dict changed and the digests made to fit, as someone who means harm would."""
+    """Write `source` to `target` with its dict changed and matching digests.
+
+    As an attacker would.
+    """
     # Looked up here: a name that is gone must not pass for something without a digest.
     header_digest, digest_of = module.header_digest, module.digest_of
     contents = torch.load(source, weights_only=True)
     changed = change(contents)
     contents = contents if changed is None else changed
     if redo_digests and isinstance(contents, dict) and isinstance(contents.get("digests"), dict):
-        with contextlib.suppress(
-            TypeError, RuntimeError, AttributeError, KeyError
-        ):  # some of what is put in has no digest
+        # Some of what is put in has no digest.
+        with contextlib.suppress(TypeError, RuntimeError, AttributeError, KeyError):
             contents["digests"]["header"] = header_digest(
                 {key: value for key, value in contents.items() if key not in module.TENSOR_KEYS}
             )

@@ -1,4 +1,4 @@
-"""Shards for tests, and command lines that prepare_data.py refuses."""
+"""Shards for tests, and command lines that prepare_data.py rejects."""
 
 from __future__ import annotations
 

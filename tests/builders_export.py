@@ -45,7 +45,10 @@ BYTE_LEVEL = {
     "trim_offsets": True,
     "use_regex": False,
 }
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
 
 
@@ -160,7 +163,8 @@ def load_theirs(folder: Path):
     theirs, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
-    assert not any(info.values()), info  # missing, unexpected, mismatched, errors
+    # Missing, unexpected, mismatched, errors.
+    assert not any(info.values()), info
     return theirs
 
 

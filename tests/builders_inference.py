@@ -264,8 +264,8 @@ def alone(model, prompt, count: int, **settings) -> list[int]:
     return [i.item() for i in plain_generate(model, torch.tensor([prompt]), count, **settings)]
 
 
-# What differs most from the plain model, and what is read most differently; spans of 16 and 32 of the
-# cache's places.
+# What differs most from the plain model, and what is read most differently; spans of 16 and 32 of
+# the cache's positions.
 COMPILED_CASES = {"gpt-oss": (MODELS["gpt-oss"], False), "table-packed": (MODELS["table"], True)}
 COMPILED_SPAN = 16
 

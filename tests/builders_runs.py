@@ -116,10 +116,11 @@ class Run:
 
     def final(self):
         checkpoint = read_checkpoint(self.ckpt_dir / "latest.pt", optimizer=True)
+        # The file may change below a map.
         copies = [
             {n: t.clone() for n, t in group.items()}
             for group in (checkpoint.model, checkpoint.optimizer)
-        ]  # the file may change below a map
+        ]
         return dataclasses.replace(checkpoint, model=copies[0], optimizer=copies[1])
 
     def records(self) -> list[dict]:
@@ -159,7 +160,8 @@ def poisoned(steps: set[int], where: str):
             return out
         bad = out.cross_entropy_sum * (math.nan if where == "loss" else 1.0)
         if where == "gradient":
-            bad = bad + (model.embed.weight.sum() * 0).sqrt()  # value 0, gradient infinite times 0
+            # Value 0, gradient infinite times 0.
+            bad = bad + (model.embed.weight.sum() * 0).sqrt()
         return out._replace(cross_entropy_sum=bad)
 
     return loss_fn
@@ -175,7 +177,10 @@ def callers() -> list[str]:
 
 
 def poison(monkeypatch, bad: range, how=lambda loss: loss * math.nan) -> list[int]:
-    """Make the loss of some training calls (of micro-batches; the two of the dry run are not counted) something else; returns the calls that were."""
+    """Replace the loss of some training calls, and return the calls that were made.
+
+    Calls are micro-batches; the two of the dry run are not counted.
+    """
     real, calls, poisoned_calls = train.next_token_loss, [0], []
 
     def loss_fn(model, batch):

@@ -12,13 +12,17 @@ from runtime.data.tokenizer import WORD_PATTERN
 from runtime.data.tokenizers import train_bpe
 
 TALE = [
-    "Once upon a time there was a cat named Tom. Tom's cat-friend said: \"I'LL come at 10:45, won't I?\"\n\n",
+    "Once upon a time there was a cat named Tom. Tom's cat-friend said: \"I'LL come at "
+    "10:45, won't I?\"\n\n",
     "The dog ran to the big tree. " * 3,
 ]
 
 
 def stand_in(extra_tokens=()) -> tiktoken.Encoding:
-    """A small vocabulary under gpt2's name, built as published ones are: the bytes in an order of their own, ids for nothing, specials last."""
+    """A small vocabulary under gpt2's name, built as published ones are.
+
+    The bytes have an order of their own, some ids mean nothing, specials come last.
+    """
     merges = sorted(
         train_bpe(TALE * 20, 320).encoding._mergeable_ranks.items(), key=lambda item: item[1]
     )[256:]
@@ -67,8 +71,10 @@ def write_folder(folder: Path, data: dict, **files: dict) -> Path:
 
 
 def mixtral_folder(tales: list[str], folder: Path) -> Path:
-    """Write a tokenizer as Mixtral's: spaces as ▁, one before every text, bytes as <0xAB>, texts
-    between <s> and </s>, <unk> = 0. One id, 700, stands for nothing.
+    """Write a tokenizer as Mixtral's.
+
+    Spaces as ▁, one before every text, bytes as <0xAB>, texts between <s> and </s>, <unk> = 0. One
+    id, 700, stands for nothing.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, trainers
@@ -121,13 +127,17 @@ def mixtral_folder(tales: list[str], folder: Path) -> Path:
 
 
 def qwen_folder(tales: list[str], folder: Path) -> Path:
-    """Write a tokenizer as Qwen3's: byte-level, digits one by one, NFC, nothing before a text, a
-    chat model that stops at two ids, with an added token that is no special one.
+    """Write a tokenizer as Qwen3's: byte-level, digits one by one, NFC, nothing before a text.
+
+    A chat model's, which stops at two ids, with an added token that is not special.
     """
     from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
 
-    rule = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rule = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     made = Library(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,8 +1,8 @@
 """Four changes of the model as a researcher would make them, and what every fast path and export
 says of each.
 
-    python -m tests.changed_models NAME FOLDER         what is said, as JSON, in a copy with the change
-    python -m tests.changed_models NAME FOLDER onnx    the export to ONNX alone: it takes longest
+python -m tests.changed_models NAME FOLDER what is said, as JSON, in a copy with the change python
+-m tests.changed_models NAME FOLDER onnx the export to ONNX alone: it takes longest
 
 FOLDER holds a published model.
 

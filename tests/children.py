@@ -152,7 +152,7 @@ def _server() -> subprocess.Popen:
     return server
 
 
-# ------------------------------------------------------------------------------ in the server
+# ------------------------------------------------------------------------------------ in the server
 # torch.optim imports torch._dynamo with its first optimizer, and it takes as long as torch itself.
 LIBRARIES = ["torch", "torch._dynamo", "numpy", "tiktoken", "matplotlib.backends.backend_agg"]
 SIGNALS = {signal.SIGINT, signal.SIGTERM}

@@ -1,7 +1,7 @@
-"""Shared fixtures: where the real text and the real tokenizer file are, and what happens when they are not.
+"""Shared fixtures: where the real text and tokenizer file are, and what happens without them.
 
-Codes such as M1 or T8 in the tests' docstrings number the faults of the reference implementation (M model, T training, D data,
-P prediction, S security); what each was stands beside its code.
+Codes such as M1 or T8 in the tests' docstrings number the faults of the original implementation (M
+model, T training, D data, P prediction, S security). Each test's docstring says what the fault was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GPTOSS_SHARED", REPO.parent / "shared"))
 O200K_CACHE_NAME = (
-    "fb374d419588a4632f3f557e76b4b70aebbca790"  # the name under which tiktoken caches o200k_base
+    # The name under which tiktoken caches o200k_base.
+    "fb374d419588a4632f3f557e76b4b70aebbca790"
 )
 
 # Their assertions say what was compared, as those of test modules do.
@@ -26,7 +27,8 @@ pytest.register_assert_rewrite(
     *(f"tests.{path.stem}" for path in Path(__file__).parent.glob("builders*.py")),
 )
 
-# The models here are tiny: two threads would mostly wait for each other, and for busy neighbours. `make test-cpus` asks for two once.
+# The models here are tiny: two threads would mostly wait for each other, and for busy neighbours.
+# `make test-cpus` asks for two once.
 torch.set_num_threads(int(os.environ.get("GPTOSS_TEST_THREADS", "1")))
 
 
@@ -35,11 +37,12 @@ def no_network():
     """Connections leave this process only to itself; looking a name up fails at once."""
 
     def local(address) -> bool:
+        # A str: a Unix socket.
         return (
             isinstance(address, (str, bytes))
             or str(address[0]) in ("localhost", "::1")
             or str(address[0]).startswith("127.")
-        )  # a str: a Unix socket
+        )
 
     def refuse(what):
         raise OSError(f"tests reach no network: {what}")
@@ -63,7 +66,10 @@ def no_network():
 
 @pytest.fixture(autouse=True, scope="session")
 def no_amx():
-    """A CPU with AMX is asked by the clock whether bfloat16 is faster there: on a busy machine two runs of one test would differ."""
+    """A CPU with AMX is timed to see whether bfloat16 is faster there.
+
+    On a busy machine two runs of one test would differ.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
         yield
@@ -81,13 +87,16 @@ def need(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Folder with the real TinyStories text and the reference's checkpoints."""
+    """Folder with the real TinyStories text and the original implementation's checkpoints."""
     return need(SHARED)
 
 
 @pytest.fixture(scope="session")
 def o200k(tmp_path_factory):
-    """Make tiktoken find the real o200k_base file with no network; returns the cache folder (also in TIKTOKEN_CACHE_DIR)."""
+    """Make tiktoken find the real o200k_base file without network, and return the cache folder.
+
+    The folder is also in TIKTOKEN_CACHE_DIR.
+    """
     source = need(SHARED / "o200k_base.tiktoken")
     folder = tmp_path_factory.mktemp("tiktoken")
     shutil.copy(source, folder / O200K_CACHE_NAME)

@@ -1,10 +1,10 @@
 """The tests that compare numbers, run as other CPUs would run them: `make test-cpus`, or
 
-    python -m tests.cpus                      both settings below, a few minutes each
-    python -m tests.cpus --only plain -x      one of them, with further flags for pytest
+python -m tests.cpus both settings below, a few minutes each python -m tests.cpus --only plain -x
+one of them, with further flags for pytest
 
-Libraries choose their code by what the processor has. Told to do with less, they add in other orders, as they do elsewhere.
-Exit code 1 if a test fails under a setting.
+Libraries choose their code by what the processor has. Told to do with less, they add in other
+orders, as they do elsewhere. Exit code 1 if a test fails under a setting.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m tests.mutants                  all: ten minutes of one core, fewer of two;
                                              writes benchmarks/results/mutants.json
-    python -m tests.mutants --only T2 M6.2   those of some faults (of the reference implementation,
+    python -m tests.mutants --only T2 M6.2   those of some faults (of the original implementation,
                                              as the tests' docstrings number them), or single ones
     python -m tests.mutants -j 1             one at a time; else one per core, up to 4
 
@@ -43,7 +43,7 @@ MOST_JOBS = 4
 # pytest's exit codes: tests failed; a module could not be collected, or a Ctrl-C came through.
 CAUGHT = (1, 2)
 
-# The faults of the reference implementation that running it confirmed. Each must be mutated here,
+# The faults of the original implementation that running it confirmed. Each must be mutated here,
 # or be said not to apply.
 # fmt: off
 CONFIRMED = [
@@ -56,7 +56,7 @@ CONFIRMED = [
 # fmt: on
 # Those confirmed in part.
 IN_PART = ["T5", "T15", "D2", "D4"]
-# The fault of a mutant of code that the reference has nothing like.
+# The fault of a mutant of code that the original implementation has nothing like.
 OWN = "own"
 # fault -> why nothing here can have it
 NOT_APPLICABLE: dict[str, str] = {}
@@ -103,14 +103,16 @@ def names(mutants: Sequence[Mutant] | None = None) -> list[str]:
     return result
 
 
-# ------------------------------------------------------------------------------------ the runner
+# --------------------------------------------------------------------------------------- the runner
 @dataclass
 class Outcome:
     name: str
     mutant: Mutant
     caught: bool
-    said: str  # the test that failed, or why it survives
-    why: str  # what that test said (it may name folders of this machine)
+    # The test that failed, or why it survives.
+    said: str
+    # What that test said (it may name folders of this machine).
+    why: str
     seconds: float
 
 

@@ -1,9 +1,9 @@
-"""Comparisons of numbers whose last bits depend on the machine: the bounds are those of
-runtime/checks/rounding.py, whose text derives them.
+"""Comparisons of numbers whose last bits depend on the machine.
 
-A router that meets two nearly equal scores may send a token to either expert, on another CPU to the
-other: the logits from there on differ by far more than rounding. Tests over many random models
-compare what comes before such a tie (before_ties).
+The bounds are those of runtime/checks/rounding.py, whose text derives them. A router that meets two
+nearly equal scores may send a token to either expert, on another CPU to the other: the logits from
+there on differ by far more than rounding. Tests over many random models compare what comes before
+such a tie (before_ties).
 
 Not for what must be equal to the bit (torch.equal), nor for Python floats with a closed form
 (pytest.approx).
@@ -30,10 +30,10 @@ __all__ = [
 
 
 def share_of(actual, expected, bound: float, size: float | None = None) -> float:
-    """The largest difference over what `bound` allows; above 1 is too much. NaN if one of them
-    holds NaN or infinities.
+    """The largest difference over what `bound` allows; above 1 is too much.
 
-    size: what the bound is relative to (default: the root mean square of `expected`).
+    NaN if one of them holds NaN or infinities. size: what the bound is relative to (default: the
+    root mean square of `expected`).
     """
     actual, expected = (torch.as_tensor(x).detach().cpu().double() for x in (actual, expected))
     assert actual.shape == expected.shape, f"shapes {list(actual.shape)} and {list(expected.shape)}"
@@ -51,8 +51,9 @@ def is_close(actual, expected, bound: float, size: float | None = None) -> bool:
 def assert_close(
     actual: Tensor, expected: Tensor, bound: float, what: str = "", size: float | None = None
 ) -> None:
-    """AssertionError unless the largest difference is within `bound` of the size of `expected` (see
-    share_of).
+    """Raise AssertionError unless the largest difference is within `bound` of `expected`'s size.
+
+    See share_of.
     """
     share = share_of(actual, expected, bound, size)
     assert share <= 1, (
@@ -63,11 +64,10 @@ def assert_close(
 
 @torch.no_grad()
 def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
-    """Bool [B, T]: no router has met a near tie at this token or at one before it, so that every
-    implementation chooses the same experts.
+    """Return a bool [B, T]: no router has met a near tie at this token or before it.
 
-    A near tie: the score of the last expert that is chosen is above that of the first that is not
-    by no more than rounding may make.
+    Every implementation then chooses the same experts. A near tie: the score of the last expert
+    that is chosen is above that of the first that is not by no more than rounding may make.
     """
     B, T = ids_BT.shape
     gaps = [torch.full((B * T,), float("inf"), dtype=torch.float64)]

@@ -1,4 +1,4 @@
-"""Checks that tests and promises share: AssertionError says what is wrong."""
+"""Checks that tests and guarantees share: AssertionError says what is wrong."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def check_native_logits(seed: int) -> None:
     r = random.Random(seed)
     config = random_architecture(r)
     model = random_model(config, seed)
-    with torch.no_grad():  # a selection bias that matters
+    # An expert bias that matters.
+    with torch.no_grad():
         for block in model.layers:
             if block.moe.router.selection_bias is not None:
                 block.moe.router.selection_bias.normal_(
@@ -50,7 +51,8 @@ def check_native_logits(seed: int) -> None:
     native, why = native_model(model)
     assert native and not why
     cpu_decode_threads = r.choice([1, 2, 3])
-    native.least_bytes_per_thread = 1  # however small it is
+    # However small it is.
+    native.least_bytes_per_thread = 1
     texts = [
         [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))]
         for _ in range(r.choice([1, 2, 5, 9]))
@@ -118,7 +120,10 @@ def check_rows_do_not_meet(seed: int) -> None:
 
 
 def moe_by_token(moe: MoE, x_NC, capacity_factor=0.0):
-    """The layer once more, a token and an expert at a time; returns (output, assignments per expert, dropped)."""
+    """Compute the layer one token and one expert at a time.
+
+    Return (output, assignments per expert, dropped).
+    """
     E, K = moe.router.num_experts, moe.router.top_k
     logits = x_NC @ moe.router.weight.T + (0 if moe.router.bias is None else moe.router.bias)
     probabilities = torch.softmax(logits, -1)

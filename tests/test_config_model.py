@@ -65,7 +65,10 @@ def test_modern_keeps_the_default_sizes_and_exports_as_qwen3_moe():
 
 
 def test_gpt_oss_20b_has_the_published_numbers():
-    """20.91 B parameters, of which 3.61 B work on a token; the embedding is not counted among those (model card, arXiv 2508.10925, table 1)."""
+    """20.91 B parameters, 3.61 B of them active per token, the embedding not counted.
+
+    (Model card, arXiv 2508.10925, table 1.)
+    """
     config = ModelConfig(**PRESETS["gpt-oss-20b"].model)
     assert round(total_parameters(config) / 1e9, 2) == 20.91
     assert (
@@ -121,7 +124,7 @@ def test_closed_form_equals_the_module(seed):
     ],
 )
 def test_bad_model_numbers_are_refused(changes, names):
-    """The reference accepted top_k 0 and capacity_factor -1 without a word (its fault M8)."""
+    """The original implementation accepted top_k 0 and capacity_factor -1 silently (fault M8)."""
     with pytest.raises(ValueError, match=names) as error:
         ModelConfig(**changes)
     assert "\n" not in str(error.value)
@@ -149,7 +152,10 @@ def test_bad_model_numbers_are_refused(changes, names):
     ],
 )
 def test_bad_training_numbers_are_refused(changes):
-    """grad_accum 0 trained nothing and grad_clip -1 was gradient ascent in the reference (its fault T19)."""
+    """T19: grad_accum 0 trained nothing and grad_clip -1 was gradient ascent.
+
+    Both in the original implementation.
+    """
     with pytest.raises(ValueError):
         TrainConfig(**changes)
 
@@ -163,15 +169,19 @@ def test_configs_are_frozen_and_every_field_explains_itself():
 
 
 def test_flops_match_a_count_of_the_real_matrix_products():
-    """All but attention scores, whose kernel counts the full square, are compared with PyTorch's own FLOP counter."""
+    """All but attention scores are compared with PyTorch's FLOP counter.
+
+    The attention kernel counts the full square.
+    """
     config = tiny_config(transformer_blocks=3, context_length=32)
     ids = torch.randint(0, config.vocabulary_size, (2, 32))
     model = LLM(config)
+    # An operation of our own.
     experts = {
         torch.ops.gptoss.grouped_linear: lambda x, w, b, counts, out_shape=None, **_: (
             2 * x[0] * w[1] * w[2]
         )
-    }  # an operation of our own
+    }
     with FlopCounterMode(display=False, custom_mapping=experts) as counter, torch.no_grad():
         model(ids)
     q = config.num_heads * config.attention_head_dim
@@ -214,7 +224,10 @@ def test_kv_cache_bytes_equal_the_cache():
     ],
 )
 def test_activation_estimate_is_what_autograd_saves(changes):
-    """Within 30 %: the estimate decides whether a run is started, so it is held against the tensors that are really kept."""
+    """Within 30 %: the estimate decides whether a run is started.
+
+    So it is compared with the tensors that are really kept.
+    """
     masked = bool(changes.pop("document_mask", False)) if (changes := dict(changes)) else False
     # with a mask: a context at which the masks are most of it
     config = tiny_config(

@@ -23,8 +23,10 @@ CHILD = """
 import hashlib, torch
 from runtime.inference import cpu_decode
 from tests import conftest
-x = (torch.arange(37 * 37) % 101 / 101).view(37, 37)   # the same bits everywhere, as random numbers are not
-print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), hashlib.sha256((x @ x).numpy().tobytes()).hexdigest())
+# The same bits everywhere, as random numbers are not.
+x = (torch.arange(37 * 37) % 101 / 101).view(37, 37)
+digest = hashlib.sha256((x @ x).numpy().tobytes()).hexdigest()
+print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), digest)
 print(getattr(cpu_decode.library()[0], "_name", ""))
 torch.nn.functional.gelu(x.to_mkldnn())
 """
@@ -32,7 +34,10 @@ is_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86
 
 
 def seen_by(environment: dict[str, str]) -> SimpleNamespace:
-    """What a process under these variables runs with: ATen's and oneDNN's instructions, threads, a product's bits, the C code's file."""
+    """Return what a process under these variables runs with.
+
+    ATen's and oneDNN's instructions, threads, a product's bits, the C kernel's file.
+    """
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         cwd=REPO,
@@ -76,7 +81,8 @@ def test_the_settings_take_effect(name, capability, threads, onednn, as_it_is):
     """
     seen = seen_by(cpus.environment(name))
     assert (seen.capability, seen.threads) == (capability, threads)
-    if seen.onednn is not None:  # a PyTorch with oneDNN
+    # A PyTorch with oneDNN.
+    if seen.onednn is not None:
         assert seen.onednn.endswith(onednn)
     if torch.backends.mkl.is_available() and name == "plain":
         assert seen.bits != as_it_is.bits
@@ -101,10 +107,11 @@ def test_every_test_that_compares_numbers_is_run():
         for path in (REPO / "tests").glob("test_*.py")
         if re.search(r"^from tests\.numeric import", path.read_text(), re.MULTILINE)
     }
+    # A made-up difference; needs llama-cpp-python.
     not_here = {
         "test_export.py",
         "test_llamacpp.py",
-    }  # a made-up difference; needs llama-cpp-python
+    }
     assert uses - not_here - listed == set()
     for entry in cpus.FILES + cpus.TESTS:
         file, _, test = entry.partition("::")

@@ -1,4 +1,7 @@
-"""What only a CUDA GPU runs: its kernels against the plain paths on a CPU, skipped steps, compiled training, resuming."""
+"""What only a CUDA GPU runs: its kernels against the plain paths on a CPU.
+
+Also skipped steps, compiled training, resuming.
+"""
 
 from __future__ import annotations
 
@@ -73,11 +76,15 @@ def losses_and_gradients(
 )
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
-    """Grouped experts, flash or memory-efficient attention, the loss in chunks: loss and every gradient."""
+    """Grouped experts, flash or memory-efficient attention, chunked loss.
+
+    Loss and every gradient.
+    """
     model = random_model(tiny_config(**changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(0.3)  # bfloat16 follows small weights; large ones make other experts win
+            # bfloat16 follows small weights; large ones make other experts win.
+            parameter.mul_(0.3)
     loss, gradients = losses_and_gradients(model, torch.device("cpu"), torch.float32)
     on_gpu, gradients_on_gpu = losses_and_gradients(model, CUDA, dtype)
     assert on_gpu == pytest.approx(loss, rel=tolerance / 5)
@@ -90,8 +97,10 @@ def test_a_gpu_computes_what_a_cpu_does(changes, dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(12))
 def test_attention_with_sinks_by_a_gpus_kernels(seed, dtype):
-    """cuDNN (Hopper) or flash where nothing is masked beyond causality, the memory-efficient kernel
-    else; results and all gradients, in tiny heads of 8."""
+    """cuDNN (Hopper) or flash without a mask beyond causality, else the memory-efficient kernel.
+
+    Results and all gradients, in tiny heads of 8.
+    """
     q, k, v, sinks, mask, is_causal = (
         x.to(CUDA) if isinstance(x, torch.Tensor) else x for x in sink_case(seed, torch.float64)
     )
@@ -199,12 +208,16 @@ def test_a_compiled_step_gives_the_cpus_texts(changes, packed, monkeypatch):
 
 
 def test_a_step_waits_for_nothing():
-    """Neither drawing nor the next step may stop the host; the copy of the drawn ids, which it then waits for, is its own."""
+    """Neither drawing nor the next step may stop the host.
+
+    It only waits for the copy of the drawn ids.
+    """
     model = random_model(tiny_config(context_length=64)).to(CUDA).eval()
     choose_kernels(model, CUDA, torch.float32)
     decoder = Decoder(model)
     texts = decoder.texts(3, 64)
-    assert all(len(row) == 5 for row in generated(decoder, PROMPTS[:3], 5, texts))  # captured now
+    # Captured now.
+    assert all(len(row) == 5 for row in generated(decoder, PROMPTS[:3], 5, texts))
     drawn = torch.tensor([1, 2, 3], device=CUDA)
     generators = [torch.Generator(CUDA).manual_seed(i) for i in range(3)]
     torch.cuda.set_sync_debug_mode("error")

@@ -23,7 +23,7 @@ from tests.builders import random_model, tiny_config
 from tests.numeric import assert_close, gradients_bound, is_close, logits_bound, rounding
 
 
-# -------------------------------------------------------------------------------------------------------- initialisation
+# ----------------------------------------------------------------------------------- initialisation
 def test_initial_weights():
     config = tiny_config(
         d_model=128,
@@ -67,11 +67,14 @@ def test_tied_head_is_the_embedding():
     assert untied.head_weight is untied.out_head.weight
 
 
-# ------------------------------------------------------------------------------------------------------------------ loss
+# --------------------------------------------------------------------------------------------- loss
 def test_what_pads_the_rows_of_logits_is_no_garbage():
-    """Rows of logits begin at multiples of 64 numbers, and what fills them up was never written. A CPU with AMX multiplies bfloat16 in pairs of columns,
-    so with an odd vocabulary the gradient met one of the padding's numbers, times 0: whatever the memory held before, NaN included, and then every step
-    of a run was skipped."""
+    """Rows of logits begin at multiples of 64 numbers, and the padding was never written.
+
+    A CPU with AMX multiplies bfloat16 in pairs of columns, so with an odd vocabulary the gradient
+    met one of the padding's numbers, times 0: whatever the memory held before, NaN included. Then
+    every step of a run was skipped.
+    """
     seen = []
 
     def look(logits_NV, bias_V, targets_N, needs_gradient):
@@ -80,7 +83,8 @@ def test_what_pads_the_rows_of_logits_is_no_garbage():
         return softmax_gradient_(logits_NV, bias_V, targets_N, needs_gradient)
 
     h, w = torch.randn(7, 32, requires_grad=True), torch.randn(61, 32, requires_grad=True)
-    garbage = torch.full((4, 64), math.nan)  # what the allocator gives out next
+    # What the allocator gives out next.
+    garbage = torch.full((4, 64), math.nan)
     del garbage
     linear_cross_entropy(h, w, None, torch.randint(0, 61, (7,)), 4, look).backward()
     assert len(seen) == 2 and h.grad.isfinite().all()
@@ -100,7 +104,10 @@ def test_odd_vocabularies_have_finite_gradients_in_bfloat16(vocabulary, monkeypa
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 def test_chunked_loss_equals_the_plain_one(bias, rows):
-    """Value and all three gradients, for chunks that divide the rows and for ones that do not, with ignored targets."""
+    """Value and all three gradients, with ignored targets.
+
+    For chunks that divide the rows and for ones that do not.
+    """
     torch.manual_seed(1)
     h, w, b = (
         torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (11, 5), (11,))
@@ -118,7 +125,10 @@ def test_chunked_loss_equals_the_plain_one(bias, rows):
 
 
 def test_loss_never_holds_all_logits():
-    """Not one tensor of N x V elements, forward or backward (the reference held four, in fp32)."""
+    """Not one tensor of N x V elements, forward or backward.
+
+    The original implementation held four, in fp32.
+    """
     N, V = 600, 1000
     h, w = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
     sizes = []
@@ -135,11 +145,15 @@ def test_loss_never_holds_all_logits():
 
     with Watch():
         linear_cross_entropy(h, w, None, torch.randint(0, V, (N,)), 256).backward()
-    assert max(sizes) == 256 * 1024 < N * V  # rows begin at multiples of 64 numbers
+    # Rows begin at multiples of 64 numbers.
+    assert max(sizes) == 256 * 1024 < N * V
 
 
 def test_reported_loss_is_the_loss():
-    """Recomputed in float64 from the logits with numpy; auxiliary losses are apart and scale with their coefficients."""
+    """Recomputed in float64 from the logits with numpy.
+
+    Auxiliary losses scale with their coefficients.
+    """
     model = random_model(tiny_config(aux_loss_coef=0.5, z_loss_coef=0.25))
     ids = torch.randint(0, 61, (3, 12))
     targets = torch.randint(0, 61, (3, 12))
@@ -173,13 +187,16 @@ def test_loss_without_gradients_computes_none():
     ],
 )
 def test_bad_ids_are_told(ids, message):
-    """The reference gave a raw IndexError, and logits of shape (1, 0, V) for nothing (its fault M9)."""
+    """M9: the original implementation gave a raw IndexError, and empty logits (1, 0, V)."""
     with pytest.raises(ValueError, match=message):
         LLM(tiny_config())(ids)
 
 
 def test_loss_can_be_walked_back_twice():
-    """Its gradients are scaled in place to save a copy of the head's, but not when the graph is kept: the second walk must not scale again."""
+    """Its gradients are scaled in place to save a copy of the head's.
+
+    Not when the graph is kept: the second pass must not scale again.
+    """
     h, w = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     loss = 0.5 * linear_cross_entropy(h, w, None, torch.randint(0, 50, (9,)), 4)
     once = torch.autograd.grad(loss, (h, w), retain_graph=True)
@@ -191,7 +208,10 @@ def test_loss_can_be_walked_back_twice():
 
 @pytest.mark.parametrize("V", [61, 64])
 def test_half_precision_loss_is_near_the_plain_one(V):
-    """bfloat16 products, float32 softmax and sums; the buffer's rows are padded, the gradient's are not."""
+    """bfloat16 products, float32 softmax and sums.
+
+    The buffer's rows are padded, the gradient's not.
+    """
     h, w, b = (
         torch.randn(40, 16, requires_grad=True),
         torch.randn(V, 16, requires_grad=True),
@@ -212,8 +232,11 @@ class OnGpu(torch.Tensor):
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_gpu_adds_to_the_heads_gradient_inside_the_product(monkeypatch, is_first):
-    """In float32, with no [V, C] product that is rounded to bfloat16 first; the total's old values
-    are ignored the first time. A CPU has no such product, so one is put in its place."""
+    """In float32, with no [V, C] product that is rounded to bfloat16 first.
+
+    The total's old values are ignored the first time. A CPU has no such product, so one is put in
+    its place.
+    """
     seen = []
 
     def addmm(total, left, right, *, beta, out_dtype, out):
@@ -255,8 +278,10 @@ def test_elsewhere_the_product_is_rounded_as_ever(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing, on_cores", [(False, False), (True, False), (False, True)])
 def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_cores):
-    """Compiled in place, so a checkpoint does not know about it (the reference's keys got a prefix, T1); no graph break, and one
-    graph for all blocks and for 20 steps whose experts' loads all differ."""
+    """T1: compiled in place, so a checkpoint's keys get no prefix (the original's did).
+
+    No graph break, and one graph for all blocks and for 20 steps whose experts' loads all differ.
+    """
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
@@ -268,7 +293,8 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
         choose_kernels(model, torch.device("cpu"), torch.float32)
     names = list(model.state_dict())
     for block in model.layers:
-        block.compile(fullgraph=True, backend=counter)  # fullgraph: a break is an error
+        # Fullgraph: a break is an error.
+        block.compile(fullgraph=True, backend=counter)
     loads = set()
     for _ in range(20):
         ids = torch.randint(0, 61, (2, 16))
@@ -301,9 +327,11 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
     ids=["modern", "gpt-oss"],
 )
 def test_compiled_by_the_real_compiler_computes_the_same(changes):
-    """Inductor's code for the blocks and for the loss, forward and backward; and the loss's second
-    chunk, which is shorter. Compiled by torch 2.11, attention with sinks in float32 once had
-    gradients of 0: its result came from a `to` that changed nothing."""
+    """Inductor's code for the blocks and for the loss, forward and backward.
+
+    And the loss's second chunk, which is shorter. Compiled by torch 2.11, attention with sinks in
+    float32 once had gradients of 0: its result came from a `to` that changed nothing.
+    """
     torch.compiler.reset()
     model = random_model(tiny_config(transformer_blocks=1, vocabulary_size=300, **changes))
     ids = torch.randint(0, 300, (3, 100))
@@ -323,7 +351,7 @@ def test_compiled_by_the_real_compiler_computes_the_same(changes):
 
 @pytest.mark.slow
 def test_compiled_blocks_take_another_length():
-    """`is_causal=T > 1` became a symbol at the second length that a process met, and attention refused it."""
+    """`is_causal=T > 1` became a symbol at a process's second length, and attention rejected it."""
     torch.compiler.reset()
     model = random_model(tiny_config(transformer_blocks=1))
     for block in model.layers:
@@ -336,7 +364,10 @@ def test_compiled_blocks_take_another_length():
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}])
 def test_activation_checkpointing_changes_memory_and_nothing_else(changes):
-    """The same loss and gradients to the last bit (with dropout too: its random numbers are drawn again), fewer saved numbers."""
+    """The same loss and gradients to the last bit, with fewer saved numbers.
+
+    Also with dropout: its random numbers are drawn again.
+    """
     ids, results, saved = torch.randint(0, 61, (2, 32)), [], []
     for checkpointing in (False, True):
         model = random_model(tiny_config(**changes))
@@ -359,7 +390,10 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(changes):
 
 @pytest.mark.parametrize("changes", [{}, {"use_attention_bias": True}, {"sliding_window": 5}])
 def test_packed_documents_do_not_see_each_other(changes):
-    """With `starts`, two documents in one row give what each gives alone at the same positions: same logits, and no gradient across."""
+    """With `starts`, two documents in one row give what each gives alone at the same positions.
+
+    The same logits, and no gradient across.
+    """
     model = random_model(tiny_config(**changes), dtype=torch.float64)
     first, second = torch.randint(0, 61, (1, 9)), torch.randint(0, 61, (1, 7))
     ids = torch.cat((first, second), dim=1)
@@ -379,7 +413,7 @@ def test_packed_documents_do_not_see_each_other(changes):
     assert gradient[:, :9].abs().max() == 0 and gradient[:, 9:].abs().max() > 0
 
 
-# -------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 def chi_square_p(counts, probabilities) -> float:
     """P value of Pearson's test (Wilson-Hilferty approximation of the tail)."""
     expected = probabilities * counts.sum()
@@ -432,7 +466,10 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p, min_p):
 
 
 def test_greedy_banned_and_extreme_settings():
-    """Temperature 0 and 1e-40, top_k above the vocabulary and ties in bf16 broke the reference (P2, P3, P14)."""
+    """P2, P3, P14: temperature 0 and 1e-40, top_k above the vocabulary and ties in bf16.
+
+    They broke the original implementation.
+    """
     logits = torch.tensor([[1.0, 5.0, 3.0], [2.0, 0.0, -1.0]])
     assert sample(logits, 0).tolist() == [1, 0]
     assert sample(logits, 1e-40).tolist() == [1, 0] and sample(logits * 1e30, 1e-3).tolist() == [
@@ -454,7 +491,10 @@ def test_greedy_banned_and_extreme_settings():
 
 
 def test_extreme_settings_with_banned_ids():
-    """temperature above 3e38 became inf, and -inf / inf NaN; top_p below 1e-45 is 0 in float32 and masked every id."""
+    """temperature above 3e38 became inf, and -inf / inf NaN.
+
+    top_p below 1e-45 is 0 in float32 and masked every id.
+    """
     banned = torch.tensor([1])
     assert sample(torch.tensor([[1.0, 9.0, 3.0]]), 1e300, top_k=0, banned_ids=banned).item() in (
         0,
@@ -466,11 +506,15 @@ def test_extreme_settings_with_banned_ids():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_told(temperature, bad):
-    """Greedy decoding drew from NaN in silence, sampling ended in PyTorch's words about a probability tensor."""
+    """Greedy decoding drew from NaN silently.
+
+    Sampling raised PyTorch's probability tensor error.
+    """
+    # Marked, not raised: on a GPU that would be a wait.
     assert sample(torch.tensor([[1.0, bad, 0.0], [0.0, 9e9, 0.0]]), temperature).tolist() == [
         -1,
         1,
-    ]  # marked, not raised: on a GPU that would be a wait
+    ]
     model = random_model(tiny_config())
     with torch.no_grad():
         model.embed.weight[5] = bad
@@ -527,8 +571,11 @@ def test_settings_without_a_meaning_are_refused(settings):
 
 
 def test_repetition_penalty_makes_what_is_there_less_likely_whatever_its_sign():
-    """Dividing a negative logit would make it likelier. Ids that end a text are exempt: penalised, it would not end (an end-of-text
-    token begins every prompt here)."""
+    """Dividing a negative logit would make it more likely.
+
+    Ids that end a text are exempt: penalised, it would not end (an end-of-text token begins every
+    prompt here).
+    """
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0], [2.0, -2.0, 1.0, -1.0]])
     history, exempt = torch.tensor([[0, 1, 1], [2, 3, 2]]), torch.tensor([2])
     assert penalise_repetition(logits, history, 2.0, exempt).tolist() == [
@@ -554,7 +601,8 @@ def test_repetition_penalty_counts_the_prompt_and_the_answer():
             generate(model, torch.tensor([[token, token]]), 1, temperature=0, **settings)
         ).item()
 
-    token = next(t for t in range(61) if first(t) == t)  # one that the model repeats
+    # One that the model repeats.
+    token = next(t for t in range(61) if first(t) == t)
     assert (
         first(token, repetition_penalty=1e9)
         != token
@@ -562,7 +610,7 @@ def test_repetition_penalty_counts_the_prompt_and_the_answer():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ generation
+# --------------------------------------------------------------------------------------- generation
 def greedy_by_full_forward(model, ids, count):
     for _ in range(count):
         ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
@@ -588,7 +636,7 @@ def test_greedy_generation_equals_full_forward_passes(changes):
 
 
 def test_generation_leaves_the_model_as_it_was_and_wastes_no_forward_pass():
-    """The reference ended in eval mode (M4c) and ran one forward pass too many (P16)."""
+    """M4c, P16: the original ended in eval mode and ran one forward pass too many."""
     model = random_model(tiny_config()).train()
     calls = []
     model.layers[0].register_forward_hook(lambda m, a, out: calls.append(a[0].shape[1]))
@@ -610,7 +658,7 @@ def test_prefill_computes_logits_of_the_last_token_only():
 
 
 def test_stop_ids_end_rows_and_then_the_call():
-    """Rows past their end kept sampling in the reference (P15)."""
+    """Rows past their end kept sampling in the original implementation (P15)."""
     model = random_model(tiny_config())
     drawn = torch.stack(
         list(
@@ -650,7 +698,10 @@ def test_same_seed_same_text():
 @pytest.mark.parametrize("prompt_tokens", [1, 31, 32, 33, 320])
 @pytest.mark.parametrize("table", [True, False])
 def test_a_full_context_slides_or_stops(prompt_tokens, table):
-    """No prompt and no answer is too long (the reference crashed and lost the text, P4); each id equals a fresh forward pass."""
+    """No prompt and no answer is too long; each id equals a fresh forward pass.
+
+    P4: the original implementation crashed and lost the text.
+    """
     model = random_model(tiny_config(use_attention_bias=table), 1, torch.float64).eval()
     prompt = torch.randint(0, 61, (1, prompt_tokens))
     drawn = [t.item() for t in generate(model, prompt, 60, temperature=0)]
@@ -667,7 +718,10 @@ def test_a_full_context_slides_or_stops(prompt_tokens, table):
 
 
 def test_undecodable_ids_are_never_drawn():
-    """19 ids of o200k_base have no bytes; drawing one ended the reference's session (P1)."""
+    """19 ids of o200k_base have no bytes.
+
+    Drawing one ended the original implementation's session (P1).
+    """
     model = random_model(tiny_config())
     banned = [i for i in range(61) if i % 7]
     drawn = [
@@ -680,7 +734,10 @@ def test_undecodable_ids_are_never_drawn():
 
 
 def test_rows_of_logits_at_a_time_change_neither_loss_nor_gradients():
-    """A GPU with room takes more of them (config_model.loss_chunk_rows): only the sums' order differs."""
+    """A GPU with room takes more rows (config_model.loss_chunk_rows).
+
+    Only the sums' order differs.
+    """
     model = random_model(tiny_config(head_bias=True), dtype=torch.float64)
     ids = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
     results = []

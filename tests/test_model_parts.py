@@ -1,4 +1,4 @@
-"""Positions, cache, attention, router, experts: each against a plain restatement of what it should compute."""
+"""Positions, cache, attention, router, experts: each against a plain version of its function."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ from tests.shared_checks import (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 def test_rope_is_a_rotation_by_position_times_frequency():
     config = tiny_config(head_dim=8)
     cos, sin = rope_tables(config, 5, 3, torch.float64, "cpu")
@@ -83,16 +83,16 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
         use_attention_bias=False,
     )
     plain, scaled = rope_frequencies(ModelConfig(head_dim=64)), rope_frequencies(config)
-    turns = 2048 * plain / (2 * math.pi)  # over the trained context
+    # Over the trained context.
+    turns = 2048 * plain / (2 * math.pi)
     assert torch.equal(scaled[turns > 33], plain[turns > 33])
     assert torch.allclose(scaled[turns < 0.9], plain[turns < 0.9] / 4)
     between = (turns < 25) & (turns > 1.5)
     assert ((scaled < plain) & (scaled > plain / 4))[between].all() and between.any()
     cos, _ = rope_tables(config, 0, 1, torch.float64, "cpu")
     assert cos[0, 0] == pytest.approx(0.1 * math.log(4) + 1)
-    exact = rope_frequencies(
-        dataclasses.replace(config, yarn_truncate=False)
-    )  # as in gpt-oss: the ramp begins and ends between two pairs
+    # As in gpt-oss: the ramp begins and ends between two pairs.
+    exact = rope_frequencies(dataclasses.replace(config, yarn_truncate=False))
     first, last = (
         64 * math.log(2048 / (turns * 2 * math.pi)) / (2 * math.log(10_000)) for turns in (32, 1)
     )
@@ -103,7 +103,10 @@ def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
 
 
 def test_casting_the_model_does_not_round_positions():
-    """The reference stored its RoPE tables as buffers, so .to(bfloat16) rounded them by 2e-3 (its fault M3b)."""
+    """M3b: the original implementation stored its RoPE tables as buffers.
+
+    .to(bfloat16) rounded them by 2e-3.
+    """
     model = LLM(tiny_config()).to(torch.bfloat16)
     assert not [name for name, _ in model.named_buffers() if "cos" in name or "sin" in name]
     cache = KVCache(model.config, 1, 8, torch.bfloat16)
@@ -119,14 +122,15 @@ def test_mask_rule(window):
             assert mask[i, k] == (k <= q and (not window or q - k < window))
 
 
-# -------------------------------------------------------------------------------------------- causality, cached = uncached
+# --------------------------------------------------------------------- causality, cached = uncached
 
 
 @pytest.mark.parametrize("seed", range(150))
 def test_cached_logits_equal_uncached(seed):
     """Over random architectures, windows, chunkings and batches, in float32 and in float64.
 
-    The reference's cached prefill had no causal mask (its fault M1): position 0 moved by 0.037 when the last token changed.
+    M1: the original implementation's cached prefill had no causal mask: position 0 moved by 0.037
+    when the last token changed.
     """
     r = random.Random(seed)
     config = random_config(seed)
@@ -154,18 +158,27 @@ def test_cached_logits_equal_uncached(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_gradient_flows_from_later_tokens(seed):
-    """The logits at t depend on no token after t: the gradient is exactly 0, with and without a cache."""
+    """The logits at t depend on no later token.
+
+    The gradient is exactly 0, with and without a cache.
+    """
     check_no_gradient_from_later_tokens(seed)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_of_a_batch_do_not_meet(seed):
-    """In train mode too (dropless): changing row 0 leaves row 1 as it was. The reference's capacity coupled them by 0.32."""
+    """In train mode too (dropless): changing row 0 leaves row 1 as it was.
+
+    The original implementation's capacity coupled them by 0.32.
+    """
     check_rows_do_not_meet(seed)
 
 
 def test_window_of_one_block_limits_what_is_seen():
-    """With one block a query sees exactly `window` tokens; alternating windows leave odd blocks open."""
+    """With one block a query sees exactly `window` tokens.
+
+    Alternating windows leave odd blocks open.
+    """
     config = tiny_config(transformer_blocks=1, sliding_window=3, context_length=16)
     model = random_model(config, 0, torch.float64).eval()
     ids = torch.randint(0, 61, (1, 10))
@@ -187,15 +200,19 @@ def test_window_of_one_block_limits_what_is_seen():
 def test_a_ring_holds_only_its_window():
     config = tiny_config(sliding_window=4, window_pattern="alternating")
     cache = KVCache(config, 2, 20)
+    # As many KV heads as the model has: no repeat.
     assert [k.shape for k in cache.keys] == [
         (2, 2, 4, 8),
         (2, 2, 20, 8),
-    ]  # as many KV heads as the model has: no repeat
+    ]
 
 
-# -------------------------------------------------------------------------------------------------------- cache as object
+# ---------------------------------------------------------------------------------- cache as object
 def test_cache_is_the_callers_and_its_limits_are_told():
-    """The reference kept one cache on the module: another batch size crashed, and a second call saw the first (M4, M4d)."""
+    """M4, M4d: the original implementation kept one cache on the module.
+
+    Another batch size crashed, and a second call saw the first.
+    """
     model = random_model(tiny_config()).eval()
     ids = torch.randint(0, 61, (2, 5))
     with torch.no_grad():
@@ -208,7 +225,8 @@ def test_cache_is_the_callers_and_its_limits_are_told():
         model(ids[:1], cache=cache)
         with pytest.raises(ValueError, match="holds 6 tokens, 5 of them are used and 2 more"):
             model(ids[:1, :2], cache=cache)
-        assert cache.length == 5  # a refused call leaves it usable
+        # A rejected call leaves it usable.
+        assert cache.length == 5
         model(ids[:1, :1], cache=cache)
 
 
@@ -234,7 +252,10 @@ def test_cache_keeps_the_dtype_asked_for():
 
 
 def test_longer_context_than_trained():
-    """Without the table positions go on; with it the error says why not (the reference promised it and crashed, M2c)."""
+    """Without the table positions continue; with it the error says why not.
+
+    M2c: the original implementation promised it and crashed.
+    """
     long = torch.randint(0, 61, (1, 50))
     assert LLM(tiny_config(context_length=32))(long).logits.shape == (1, 50, 61)
     with pytest.raises(ValueError, match="learned bias.*none beyond"):
@@ -268,7 +289,10 @@ def test_attention_table_is_added_to_the_scores():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
-    """By the plain operations and by the kernels, results and all gradients, against one more key whose value is 0 and whose score is the sink."""
+    """By the plain operations and by the kernels, results and all gradients.
+
+    Compared with one more key whose value is 0 and whose score is the sink.
+    """
     q, k, v, sinks, mask, is_causal = sink_case(seed)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     visible = (
@@ -292,7 +316,8 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
     wanted = torch.autograd.grad(expected, (q, k, v, sinks), gradient)
     for function in (attention_with_sinks, sink_attention):
         y = function(q, k, v, sinks, mask, is_causal)
-        # Scores, softmax, values; backward the same again for each of two operands, and sums over the queries of a group.
+        # Scores, softmax, values; backward the same again for each of two operands, and sums over
+        # the queries of a group.
         lengths = D, S, S
         assert_close(y, expected, rounding(torch.float64, *lengths))
         for got, want in zip(
@@ -303,7 +328,10 @@ def test_a_sink_takes_its_share_of_the_softmax_and_gives_nothing(seed):
 
 
 def test_the_kernel_keeps_no_scores():
-    """What is saved for the backward pass grows with the tokens, not with their square; the plain operations save the square, several times."""
+    """What is saved for the backward pass grows with the tokens, not with their square.
+
+    The plain operations save the square, several times.
+    """
     T, saved = 256, {}
     q, k, v, sinks = (
         torch.randn(shape, requires_grad=True)
@@ -323,7 +351,10 @@ def test_the_kernel_keeps_no_scores():
 
 
 def test_sinks_in_half_precision_are_rounded_once():
-    """A factor that is itself rounded to bfloat16 would shift a whole row; the kernel's result is scaled in float32."""
+    """A factor rounded to bfloat16 would shift a whole row.
+
+    The kernel's result is scaled in float32.
+    """
     q, k, v, sinks, mask, is_causal = sink_case(3, torch.float32)
     half = [x.detach().to(torch.bfloat16) for x in (q, k, v)]
     exact = attention_with_sinks(*(x.double() for x in half), sinks.double(), mask, is_causal)
@@ -335,7 +366,10 @@ def test_sinks_in_half_precision_are_rounded_once():
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"use_attention_bias": True}])
 def test_a_model_with_sinks_learns_them(changes):
-    """Every head's sink has a gradient, by the kernel and, where there is dropout or a position table, by the plain operations."""
+    """Every head's sink has a gradient, by the kernel and by the plain operations.
+
+    Those run with dropout or a learned attention bias.
+    """
     config = tiny_config(
         attention_sinks=True,
         router_bias=True,
@@ -360,12 +394,12 @@ def test_a_model_with_sinks_learns_them(changes):
     assert_close(losses[0], losses[1], logits_bound(config, 12))
 
 
-# ---------------------------------------------------------------------------------------------------- mixture of experts
+# ------------------------------------------------------------------------------- mixture of experts
 
 
 @pytest.mark.parametrize("seed", range(120))
 def test_moe_against_a_per_token_loop(seed):
-    """Outputs, book-keeping and drops over random sizes: one expert, all experts chosen, fewer tokens than experts, ..."""
+    """Outputs, counts and drops over random sizes: one expert, all chosen, few tokens, ..."""
     check_moe_against_a_loop(seed)
 
 
@@ -393,7 +427,10 @@ def test_grouped_matmul_equals_one_expert_after_another(changes):
 
 
 def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
-    """A gather's backward rounded to bfloat16 after every row: 13 % off after 2,048 of them. The product with one-hot rows is not."""
+    """A gather's backward rounded to bfloat16 after every row: 13 % off after 2,048 of them.
+
+    The product with one-hot rows is exact enough.
+    """
     bias = torch.randn(4, 16, requires_grad=True)
     experts = torch.arange(8192) % 4
     weights = torch.rand(8192, 16) + 0.5
@@ -404,7 +441,7 @@ def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
 
 
 def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
-    """The reference's was top_k at balance (its fault M6)."""
+    """The original implementation's was top_k at balance (fault M6)."""
     for E, K in ((4, 1), (8, 2), (6, 3)):
         uniform = torch.full((24, E), 1 / E)
         assert balance_loss(uniform, torch.full((E,), 24 * K // E)).item() == pytest.approx(1.0)
@@ -416,7 +453,10 @@ def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
 
 
 def test_capacity_keeps_everything_at_balance_and_drops_by_weight():
-    """The reference's capacity forgot top_k and dropped 37.5 % of a perfectly balanced batch, late rows first (M5, M5b)."""
+    """M5, M5b: the original implementation's capacity ignored top_k.
+
+    It dropped 37.5 % of a perfectly balanced batch, late rows first.
+    """
     E, K, N = 4, 2, 32
     experts = torch.stack((torch.arange(N) % E, (torch.arange(N) + 1) % E), 1)
     counts = torch.bincount(experts.flatten(), minlength=E)
@@ -450,7 +490,10 @@ def test_capacity_does_not_apply_at_inference():
 
 
 def test_router_is_float32_under_autocast():
-    """And a bf16 forward and backward pass run on the CPU at all (the reference's index_add_ did not: M3)."""
+    """M3: a bf16 forward and backward pass also runs on the CPU.
+
+    The original implementation's index_add_ did not.
+    """
     model, ids = random_model(tiny_config()), torch.randint(0, 61, (2, 8))
     seen = {}
     model.layers[0].moe.router.register_forward_hook(
@@ -501,7 +544,7 @@ def test_router_entropy_and_z_loss():
 
 
 def test_expert_dropout_is_on_in_training_only():
-    """The reference parsed --dropout and ignored it (T11)."""
+    """The original implementation parsed --dropout and ignored it (T11)."""
     for field in ("experts", "attention"):
         model = random_model(tiny_config(dropout=0.5))
         module = model.layers[0].moe if field == "experts" else model.layers[0].attention
@@ -518,7 +561,7 @@ def test_expert_dropout_is_on_in_training_only():
 
 
 def test_dispatcher_is_a_seam():
-    """Whatever stands in MoE.dispatcher is given the assignments, in this form, and its result is used."""
+    """MoE.dispatcher gets the assignments, in this form, and its result is used."""
     moe = random_model(tiny_config()).layers[0].moe
     x, calls = torch.randn(1, 5, 32), []
 
@@ -558,7 +601,10 @@ def test_dispatcher_is_a_seam():
     ],
 )
 def test_gradients_of_the_whole_model(changes):
-    """gradcheck in float64: every parameter against finite differences, hand-written backward passes included."""
+    """gradcheck in float64: every parameter against finite differences.
+
+    Hand-written backward passes included.
+    """
     config = tiny_config(
         d_model=6,
         d_ff=4,

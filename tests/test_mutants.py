@@ -1,4 +1,4 @@
-"""The mutants fit the code, the runner tells one that is caught from one that is not, and what no other test noticed."""
+"""The mutants fit the code, the runner tells caught from missed, and what no other test noticed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ needs_git = pytest.mark.skipif(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ the mutants
+# -------------------------------------------------------------------------------------- the mutants
 def misfit(one: Mutant) -> str:
     """Return why a mutant does not fit the code, or nothing."""
     source = (REPO / one.file).read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def f(x):
         ),
         # Nothing in its place.
         ("y += h[x:1.5]", "", ("        \n    return",)),
-        # What is no whole token: the inside of a string, or a comment.
+        # Not a whole token: the inside of a string, or a comment.
         ("t's", "t is", ('"it is"',)),
         ("why", "Why", ("# Why",)),
     ],
@@ -236,9 +236,12 @@ def test_all_mutants_are_caught():
     assert survivors == []
 
 
-# -------------------------------------------------------------------------------------- what no other test noticed: the model
+# ------------------------------------------------------------ what no other test noticed: the model
 def test_positions_stay_exact_in_a_bfloat16_model(monkeypatch):
-    """M3b: tables in the model's own dtype would round positions by 2e-3, and every number would still be finite."""
+    """M3b: tables in the model's own dtype would round positions by 2e-3.
+
+    Every number would still be finite.
+    """
     made, real = [], model_module.rope_tables
     monkeypatch.setattr(
         model_module, "rope_tables", lambda *arguments: made.append(real(*arguments)) or made[-1]
@@ -249,7 +252,10 @@ def test_positions_stay_exact_in_a_bfloat16_model(monkeypatch):
 
 
 def test_compiling_in_place_renames_nothing():
-    """T1: the other tests compile the blocks by themselves, and a prefix from compile_in_place would show in a run with --compile alone."""
+    """T1: the other tests compile the blocks by themselves.
+
+    A prefix from compile_in_place would show only in a run with --compile.
+    """
     model = random_model(tiny_config())
     before = list(model.state_dict())
     model.compile_in_place()
@@ -268,7 +274,10 @@ def test_half_precision_logits_are_drawn_from_in_float32():
 
 
 def test_temperatures_beyond_float32_draw_as_they_should():
-    """P2: 1e-300 is 0 there and 1e300 infinite, and 0 / 0 and -inf / inf are NaN, of which argmax takes the first: id 0, which one draw can well be."""
+    """P2: 1e-300 is 0 there and 1e300 infinite; 0 / 0 and -inf / inf are NaN.
+
+    argmax takes the first NaN: id 0, which one draw may well be.
+    """
     logits, banned = torch.tensor([[1.0, 9.0, 3.0]]).expand(1000, 3), torch.tensor([1])
     for temperature in (1e-40, 1e-46, 1e-300, 5e-324):
         assert set(sample(logits, temperature).tolist()) == {1} and set(
@@ -286,14 +295,20 @@ def test_temperatures_beyond_float32_draw_as_they_should():
 
 
 def test_a_prompt_s_logits_are_those_of_its_last_token():
-    """P16: the others would be T x V numbers for nothing, 1.6 GB at the default's size; the text is the same."""
+    """P16: the other logits would be T x V numbers for nothing, 1.6 GB at the default's size.
+
+    The text is the same.
+    """
     model, seen = random_model(tiny_config()), []
     model.norm.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
     assert len(list(generate(model, torch.tensor([[1, 2, 3, 4, 5]]), 3))) == 3 and seen == [1, 1, 1]
 
 
 def test_what_a_bad_answer_left_behind_a_shorter_text_counts_for_nothing():
-    """The steps of PyTorch read as much of each row's cache as the longest row needs; the test in test_inference.py writes over the NaN before it could count."""
+    """PyTorch's steps read as much of each row's cache as the longest row needs.
+
+    The test in test_inference.py overwrites the NaN before it could count.
+    """
     model = random_model(tiny_config()).eval()
     with torch.no_grad():
         model.embed.weight[7] = float("nan")
@@ -311,7 +326,10 @@ def test_what_a_bad_answer_left_behind_a_shorter_text_counts_for_nothing():
 
 @pytest.mark.parametrize("chunk", [1, 12])
 def test_keys_that_are_not_numbers_are_not_hidden(chunk):
-    """Where only keys are NaN, not values too, a bound on the softmax's exponent would make all scores equal: text from a damaged weight, and no error."""
+    """Where only keys are NaN, a bound on the softmax's exponent would make all scores equal.
+
+    Text from a damaged weight, and no error.
+    """
     model = random_model(tiny_config())
     with torch.no_grad():
         model.layers[-1].attention.W_k.weight.fill_(float("nan"))
@@ -324,7 +342,7 @@ def test_keys_that_are_not_numbers_are_not_hidden(chunk):
     assert not torch.isfinite(logits).any()
 
 
-# ------------------------------------------------------------------------------------------------------------ ... the training
+# --------------------------------------------------------------------------------- ... the training
 def fit(model, steps: int, loss_fn=train.next_token_loss, **more):
     """Steps of training on random tokens; (state, records)."""
     records, inputs = [], torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -350,7 +368,10 @@ def fit(model, steps: int, loss_fn=train.next_token_loss, **more):
 
 
 def test_the_logged_loss_is_the_cross_entropy_alone():
-    """M6: with the balance loss in it the reference's perplexity was 27 % too high. Here at step 1, whose weights are known, with a coefficient that would show."""
+    """M6: with the balance loss in it the original implementation's perplexity was 27 % too high.
+
+    Here at step 1, whose weights are given, with a coefficient that would show.
+    """
     model = random_model(tiny_config(aux_loss_coef=1.0, z_loss_coef=1.0))
     inputs = torch.randint(0, 61, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -362,7 +383,10 @@ def test_the_logged_loss_is_the_cross_entropy_alone():
 
 
 def test_a_skipped_step_moves_no_selection_bias():
-    """T8: it changes nothing, so not the balance of experts either, whose loads are finite even where the loss is not."""
+    """T8: a skipped step changes nothing, so not the experts' balance either.
+
+    Their loads are finite even where the loss is not.
+    """
     model = random_model(tiny_config(router_bias_rate=0.5))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     state, _ = fit(model, 3, poisoned(set(range(6)), "loss"))
@@ -374,7 +398,10 @@ def test_a_skipped_step_moves_no_selection_bias():
 
 
 def test_speed_excludes_validation_and_saving(monkeypatch):
-    """T18: 234 tokens/s were reported where 2,468 were trained. By a clock of our own: a micro-batch takes a second, everything else hours."""
+    """T18: 234 tokens/s were reported where 2,468 were trained.
+
+    With our own clock: a micro-batch takes a second, everything else hours.
+    """
     now, model = [0.0], random_model(tiny_config())
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -424,7 +451,11 @@ def test_every_polite_signal_is_a_wish_to_stop(monkeypatch, number):
 
 
 def test_a_loss_that_stands_still_has_no_spikes():
-    """Late in training the variance is next to nothing, and a loss 0.1 % above the mean many standard deviations away; one 10 % above is a spike."""
+    """Late in training the variance is almost 0: a loss 0.1 % above the mean is many deviations
+    away.
+
+    One 10 % above is a spike.
+    """
     recent = RecentLoss(RunState(), 6.0, torch.device("cpu"))
     for _ in range(200):
         recent.add(torch.tensor(2.0), torch.tensor(False))
@@ -432,10 +463,14 @@ def test_a_loss_that_stands_still_has_no_spikes():
 
 
 def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monkeypatch, capsys):
-    """The checkpoint that a signal asked for is one of the bad stretch: a resume begins there, a rollback must not."""
+    """The checkpoint that a signal asked for lies in the bad stretch.
+
+    A resume begins there, a rollback must not.
+    """
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
     monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
-    poison(monkeypatch, range(10, 26))  # steps 6 to 13 of 2 micro-batches
+    # Steps 6 to 13 of 2 micro-batches.
+    poison(monkeypatch, range(10, 26))
     run, steps = Run(data, tmp_path), []
 
     def requested(self):
@@ -462,9 +497,9 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
     )
 
 
-# ----------------------------------------------------------------------------------------------------- ... data and prediction
+# -------------------------------------------------------------------------- ... data and prediction
 def test_training_reads_no_damaged_shard(tmp_path):
-    """D5: digests are of use only if the one who trains asks for them; open_data is what it calls."""
+    """D5: digests help only if the trainer asks for them; open_data is what it calls."""
     for split in ("train", "val"):
         folder = write_pair(tmp_path / split)
         path = folder / split / "shard_0000.npy"
@@ -476,7 +511,10 @@ def test_training_reads_no_damaged_shard(tmp_path):
 
 
 def test_holes_of_a_vocabulary_are_banned(tmp_path, monkeypatch):
-    """P1: o200k_base has 19; here, where that file may not be, they are made up. The model wants nothing else."""
+    """P1: o200k_base has 19 such ids; they are made up here, as that file may be missing.
+
+    The model wants nothing else.
+    """
     monkeypatch.setattr(Tokenizer, "undecodable_ids", [65, 66])
     predictor, config = predictor_of(
         save(tmp_path, biased_model(biases={65: 90.0, 66: 95.0})),
@@ -489,7 +527,10 @@ def test_holes_of_a_vocabulary_are_banned(tmp_path, monkeypatch):
 
 
 def test_many_answers_move_no_terminal_either(tmp_path, monkeypatch, capsys):
-    """S1: one answer's control characters are tested elsewhere; those of many are shown by another function."""
+    """S1: one answer's control characters are tested elsewhere.
+
+    Another function shows those of many answers.
+    """
 
     def fake(decoder, texts, prompts, max_new_tokens, finished, **settings):
         yield from ([(row, token) for row in range(len(prompts))] for token in b"\x1b[31m")

@@ -1,4 +1,4 @@
-"""predict.py: every setting arrives, no text is lost, and nothing that is typed, generated or stored ends a session."""
+"""predict.py: every setting arrives, no text is lost, and no input or file ends a session."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory) -> str:
-    """A checkpoint that never says end-of-text, of a model with three ids more than its tokenizer."""
+    """Return a checkpoint that never says end-of-text, with three ids more than its tokenizer."""
     return save(tmp_path_factory.mktemp("endless"), biased_model(biases={END: -1e4}))
 
 
@@ -107,7 +107,7 @@ def greedy_ids(model: LLM, ids: list[int], count: int, **settings) -> list[int]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- every setting arrives
+# ---------------------------------------------------------------------------- every setting arrives
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(PredictConfig)])
 def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, tmp_path, name):
     seen = []
@@ -192,7 +192,10 @@ def test_sampling_settings_reach_generate(endless, run, drawn):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_works_on_a_cpu(endless, dtype):
-    """P5: the reference said "bfloat16 not supported on cpu", which is false. A dtype that is asked for is what the weights are in."""
+    """P5: the original implementation said "bfloat16 not supported on cpu", which is false.
+
+    The weights have the dtype that was asked for.
+    """
     predictor, config = predictor_of(endless, dtype=dtype, temperature=0.0, max_new_tokens=12)
     assert (
         all(p.dtype is getattr(torch, dtype) for p in predictor.model.parameters())
@@ -240,7 +243,7 @@ def test_settings_that_cannot_be_honoured_are_refused(endless, argv, message):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- one answer
+# --------------------------------------------------------------------------------------- one answer
 def test_temperature_0_is_what_generate_says(endless, bpe, run):
     for ckpt, tokenizer in ((endless, BYTE), (bpe[1], bpe[0])):
         predictor, _ = predictor_of(ckpt)
@@ -271,7 +274,7 @@ def test_temperature_0_is_what_generate_says(endless, bpe, run):
 
 
 def test_a_seed_repeats_an_answer_and_no_seed_does_not(endless, run):
-    """P12: two identical calls of the reference differ, and it has no --seed."""
+    """P12: two identical calls of the original implementation differ, and it has no --seed."""
     argv = ["--ckpt", endless, "--prompt", "x", "--max_new_tokens", 30, "--temperature", 1]
     assert run(*argv, "--seed", 5) == run(*argv, "--seed", 5) != run(*argv, "--seed", 6)
     assert len({run(*argv) for _ in range(4)}) == 4
@@ -311,7 +314,10 @@ def test_end_of_text_ends_the_answer_and_is_not_shown(tmp_path, run):
 
 
 def test_no_half_character_is_ever_written(endless, monkeypatch, drawn):
-    """A character of several tokens is written when its last one has come; one that never ends becomes U+FFFD, once."""
+    """A character of several tokens is written when its last one has come.
+
+    One that never ends becomes U+FFFD, once.
+    """
     writes = []
 
     class Stdout(io.StringIO):
@@ -326,7 +332,7 @@ def test_no_half_character_is_ever_written(endless, monkeypatch, drawn):
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path, run):
-    """P1, and a vocabulary that is padded beyond its tokenizer: the model wants nothing but ids that mean nothing."""
+    """P1, and a vocabulary padded beyond its tokenizer: the model prefers ids that mean nothing."""
     ckpt = save(tmp_path, biased_model(biases={257: 90.0, 258: 95.0, 259: 99.0, END: -1e4}))
     for settings in (
         ["--temperature", 0],
@@ -339,7 +345,10 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tmp_path, run):
 
 
 def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
-    """P1: 19 ids of o200k_base stand for nothing; a model that drew one ended the reference with "Invalid token for decoding"."""
+    """P1: 19 ids of o200k_base have no bytes.
+
+    A model that drew one ended the original implementation with "Invalid token for decoding".
+    """
     holes = [199_998, *range(200_000, 200_018)]
     model = biased_model(
         vocabulary_size=200_019,
@@ -351,9 +360,10 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
         context_length=8,
         biases=dict.fromkeys(holes, 100.0),
     )
+    # No tokenizer, 200,019 ids: the original implementation's.
     predictor, config = predictor_of(
         save(tmp_path, model, None), max_new_tokens=20, temperature=2.0, top_k=0
-    )  # no tokenizer, 200,019 ids: the reference's
+    )
     assert predictor.tokenizer.name == "o200k_base" and predictor.banned_ids == holes
     ids = []
     monkeypatch.setattr(
@@ -365,11 +375,14 @@ def test_undecodable_ids_of_o200k_are_never_drawn(o200k, tmp_path, monkeypatch):
     assert len(set(ids)) > 10 and not set(ids) & set(holes)
 
 
-# ---------------------------------------------------------------------------------------------------------- the context
+# -------------------------------------------------------------------------------------- the context
 @pytest.mark.parametrize("table", [False, True], ids=["rope", "table"])
 @pytest.mark.parametrize("when_full", ["slide", "stop"])
 def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, table):
-    """P4: a prompt beyond the context was a traceback, and an answer that reached it by one token lost all its text."""
+    """P4: a prompt beyond the context was a traceback.
+
+    An answer that reached it by one token lost all its text.
+    """
     predictor, config = predictor_of(
         save(
             tmp_path,
@@ -389,9 +402,8 @@ def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, 
         [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT],
         [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, 10 * CONTEXT],
     ):
-        if (
-            num_new > 2 * CONTEXT and 1 < num_prompt <= CONTEXT
-        ):  # long answers to the shortest and the longest prompts will do
+        # Long answers to the shortest and the longest prompts will do.
+        if num_new > 2 * CONTEXT and 1 < num_prompt <= CONTEXT:
             continue
         prompt, notes = "abcdefghij" * 40, []
         pieces = list(
@@ -401,12 +413,16 @@ def test_the_context_limit_is_a_policy_and_no_text_is_lost(tmp_path, when_full, 
                 notes.append,
             )
         )
-        room = CONTEXT - min(num_prompt, CONTEXT) + 1  # the last token is drawn from a full context
+        # The last token is drawn from a full context.
+        room = CONTEXT - min(num_prompt, CONTEXT) + 1
         assert len(pieces) - 1 == (num_new if when_full == "slide" else min(num_new, room)), (
             num_prompt,
             num_new,
         )
-        cut = f"the prompt has {num_prompt} tokens and the context {CONTEXT}: reading its last {CONTEXT}"
+        cut = (
+            f"the prompt has {num_prompt} tokens and the context {CONTEXT}: reading its last "
+            f"{CONTEXT}"
+        )
         assert notes == [cut] * (num_prompt > CONTEXT) + [fills] * (num_new > room), (
             num_prompt,
             num_new,
@@ -437,7 +453,10 @@ def test_sliding_goes_on_from_the_newer_half(tmp_path):
 
 
 def test_a_full_context_with_stop_says_so_too(endless):
-    """A prompt longer than the context gets one token with --when_full stop; the note spoke of the prompt only, and the answer seemed broken."""
+    """A prompt longer than the context gets one token with --when_full stop.
+
+    The note mentioned only the prompt, and the answer seemed broken.
+    """
     predictor, config = predictor_of(endless, when_full="stop")
     notes = []
     assert len(list(predictor.stream("x" * 100, config, notes.append))) == 2
@@ -448,12 +467,16 @@ def test_a_full_context_with_stop_says_so_too(endless):
 
 
 def test_notes_come_before_the_text(tmp_path):
-    """They came with the first piece, after the prompt was shown: on a terminal "Once upon a timenote: prompt and answer may ..."."""
+    """The notes came with the first piece, after the prompt was shown.
+
+    A terminal showed "Once upon a timenote: prompt and answer may ...".
+    """
     predictor, config = predictor_of(
         save(tmp_path, biased_model(biases={END: -1e4})), max_new_tokens=10 * CONTEXT
     )
     notes = []
-    predictor.stream("x", config, notes.append)  # not one piece is asked for
+    # Not one piece is asked for.
+    predictor.stream("x", config, notes.append)
     assert len(notes) == 1
 
 
@@ -493,7 +516,10 @@ def test_a_longer_context_is_attended_over(endless, scaling):
 
 
 def test_a_shorter_context_reads_the_table_right(tmp_path, monkeypatch):
-    """The C code took the context for the side of the position table, which stays what it was: wrong text, and no error."""
+    """The C kernel took the context for the size of the learned attention bias.
+
+    That size stays what it was: wrong text, and no error.
+    """
     ckpt = save(tmp_path, biased_model(5, use_attention_bias=True, biases={END: -1e4}))
     with torch.no_grad():
         predictor, config = predictor_of(
@@ -519,7 +545,10 @@ def test_a_shorter_context_is_honoured(endless, tmp_path):
 
 
 def test_gpt_oss_can_be_stretched_either_way(tmp_path):
-    """Its YaRN is not rounded; with linear scaling that option had no effect and was refused, and predict.py has no flag to leave it out."""
+    """Its YaRN is not rounded; with linear scaling that option had no effect and was rejected.
+
+    predict.py has no flag to leave it out.
+    """
     path = save(
         tmp_path, biased_model(rope_scaling="yarn", rope_scaling_factor=2.0, yarn_truncate=False)
     )
@@ -538,7 +567,8 @@ def test_gpt_oss_can_be_stretched_either_way(tmp_path):
         (
             dict(use_attention_bias=True),
             dict(context_length=33),
-            "context_length 33 is beyond the trained 32, and this model has a learned bias for each pair",
+            "context_length 33 is beyond the trained 32, and this model has a learned bias "
+            "for each pair",
         ),
         (
             {},
@@ -563,12 +593,18 @@ def test_contexts_that_cannot_be_are_refused(tmp_path, changes, settings, messag
 
 
 def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
-    """YaRN's frequencies depend on context_length / factor, the trained context. --context_length alone changed the one and kept the
-    other, so that the model saw positions it was never trained on, and nothing said so."""
+    """YaRN's frequencies depend on context_length / factor, the trained context.
+
+    --context_length alone changed one and kept the other. The model saw positions that it was never
+    trained on, silently.
+    """
     ckpt = save(tmp_path, biased_model(rope_scaling="yarn", rope_scaling_factor=2.0))
     with pytest.raises(
         ValueError,
-        match="positions are yarn-scaled from 16 to 32 tokens: with context_length, say --rope_scaling yarn or linear",
+        match=(
+            "positions are yarn-scaled from 16 to 32 tokens: with context_length, say "
+            "--rope_scaling yarn or linear"
+        ),
     ):
         predictor_of(ckpt, context_length=64)
     assert predictor_of(ckpt, context_length=32)[0].model.config.rope_scaling_factor == 2.0
@@ -576,12 +612,15 @@ def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
     assert (c.context_length, c.rope_scaling_factor) == (64, 4.0)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints, tokenizers
+# -------------------------------------------------------------------------- checkpoints, tokenizers
 def test_a_missing_default_checkpoint_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or make demo\), or give --ckpt FILE",
+        match=(
+            r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
+            r"make demo\), or give --ckpt FILE"
+        ),
     ):
         predict.main(["--prompt", "x"])
     with pytest.raises(ValueError, match="other.pt: no such file"):
@@ -615,7 +654,10 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
     ckpt = save(tmp_path, biased_model(), None)
     with pytest.raises(
         ValueError,
-        match=r"does not say which tokenizer it was trained with \(vocabulary 260\): name it with --tokenizer",
+        match=(
+            r"does not say which tokenizer it was trained with \(vocabulary 260\): name it with "
+            r"--tokenizer"
+        ),
     ):
         predict.main(["--ckpt", ckpt, "--prompt", "x"])
     assert run(
@@ -631,7 +673,10 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
     smaller = save(tmp_path / "smaller", biased_model(vocabulary_size=97), None)
     with pytest.raises(
         ValueError,
-        match="tokenizer byte has 257 ids, the model in .* only 97: use the tokenizer that it was trained with",
+        match=(
+            "tokenizer byte has 257 ids, the model in .* only 97: use the tokenizer that it was "
+            "trained with"
+        ),
     ):
         predict.main(["--ckpt", smaller, "--prompt", "x", "--tokenizer", "byte"])
 
@@ -674,12 +719,16 @@ def test_the_tokenizer_of_a_data_folder_can_be_named(tmp_path, run, monkeypatch)
             )
     with pytest.raises(ValueError, match="meta.json does not exist"):
         predictor_of(ckpt, tokenizer=str(tmp_path))
-    monkeypatch.chdir(tmp_path)  # here a folder is called byte: the name means what it always means
+    # Here a folder is called byte: the name means what it always means.
+    monkeypatch.chdir(tmp_path)
     assert predictor_of(ckpt, tokenizer="byte")[0].tokenizer.fingerprint == BYTE.fingerprint
 
 
 def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypatch, capsys):
-    """It reads what its text never had, and is not mistaken for its base or for what another text made of that."""
+    """It reads tokens that its text never had.
+
+    It is not mistaken for its base, or for what another text made of that.
+    """
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     tokenizers = []
     for stories in ("60", "2"):
@@ -728,7 +777,10 @@ def test_a_compact_vocabulary_travels_in_the_checkpoint(tmp_path, run, monkeypat
 @pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_checkpoints_of_the_reference_run_as_they_are(shared_dir, tmp_path, run, name, compiled):
-    """M1: the reference's cached prefill had no causal mask, so its own answers were not its model's. These are."""
+    """M1: the original implementation's cached prefill had no causal mask.
+
+    Its answers were not its model's. These are.
+    """
     path = shared_dir / "upstream" / f"{name}.pt"
     expected = np.load(path.with_name(f"{name}_expected.npz"))
     if compiled:
@@ -757,7 +809,10 @@ def test_checkpoints_of_the_reference_run_as_they_are(shared_dir, tmp_path, run,
 
 
 def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
-    """A model too large for the card, or a --context_length too large for what is left, ended in PyTorch's traceback."""
+    """A model too large for the card ended in PyTorch's traceback.
+
+    So did a --context_length too large for what is left.
+    """
 
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.5 GiB.")
@@ -766,7 +821,10 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
         monkeypatch.context() as patch,
         pytest.raises(
             ValueError,
-            match="^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another --device or a smaller model$",
+            match=(
+                "^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another "
+                "--device or a smaller model$"
+            ),
         ),
     ):
         patch.setattr(predictor_module, "load_model", too_large)
@@ -780,9 +838,9 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
     assert capsys.readouterr().out == "shown\n"
 
 
-# ---------------------------------------------------------------------------------------------------------- the terminal
+# ------------------------------------------------------------------------------------- the terminal
 def test_control_characters_are_spelled_out_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
-    """S1: an ESC that a model generates must not reach a terminal; a file gets the text as it is."""
+    """S1: an ESC that a model generates must not reach a terminal; a file gets the plain text."""
     drawn.ids = list("\x1b[31mred\x07 \u202eb\u009bc\n".encode())
     predict.main(["--ckpt", endless, "--prompt", "\x1b]0;p\x07"])
     assert capsys.readouterr().out == "\x1b]0;p\x07\x1b[31mred\x07 \u202eb\u009bc\n\n"
@@ -808,12 +866,13 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     predict.main(["--ckpt", endless, "--prompt", "p"])
     assert "[4 tokens, " in capsys.readouterr().err
-    drawn.ids = list(b"1")  # one token has no rate: it was given as 0.0 tokens/s
+    # One token has no rate: it was given as 0.0 tokens/s.
+    drawn.ids = list(b"1")
     predict.main(["--ckpt", endless, "--prompt", "p"])
     assert "tokens/s" not in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------- the REPL
+# ----------------------------------------------------------------------------------------- the REPL
 
 
 @pytest.mark.parametrize(
@@ -875,7 +934,10 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
 def test_every_command_answers_with_a_line_and_the_session_goes_on(
     endless, repl, drawn, script, said
 ):
-    """P10: in the reference `:t 0` and `:k 999999` ended the session, `:quantum` quit it, and `:t` was generated from as a prompt."""
+    """P10: in the original implementation `:t 0` and `:k 999999` ended the session.
+
+    `:quantum` quit it, and `:t` was used as a prompt.
+    """
     drawn.ids = list(b"...")
     assert repl(endless, script + "\nstill here\n:q\nnot reached\n") == (
         f"{said}\nstill here...\n",
@@ -968,7 +1030,8 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
     small, monkeypatch, capsys, tmp_path
 ):
     """Every line is answered and leaves settings that a PredictConfig accepts."""
-    monkeypatch.chdir(tmp_path)  # :save writes files
+    # :save writes files.
+    monkeypatch.chdir(tmp_path)
     r, left, states = random.Random(0), iter(range(1000)), []
 
     def fake_input(prompt=""):
@@ -980,18 +1043,21 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
 
     def remember(config, command, arguments, real=command_result):
         config = real(config, command, arguments)
-        states.append(dataclasses.replace(config))  # checks every field again
+        # Checks every field again.
+        states.append(dataclasses.replace(config))
         return config
 
     predictor, config = predictor_of(small, max_new_tokens=2)
     monkeypatch.setattr("builtins.input", fake_input)
     monkeypatch.setattr(session, "command_result", remember)
+    # Whatever :n says.
     monkeypatch.setattr(
         predictor_module, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
-    )  # whatever :n says
+    )
+    # As run_main sets it up.
     monkeypatch.setattr(
         sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
-    )  # as run_main sets it up
+    )
     session.repl(predictor, config)
     assert next(left, None) is None and len(states) > 300 and len(set(states)) > 20
     assert [
@@ -1000,8 +1066,11 @@ def test_1000_fuzzed_lines_end_nothing_and_leave_valid_settings(
 
 
 def test_1000_random_sampler_settings_draw_or_are_refused(small):
-    """P2, P3: temperature 0, nan, 1e-40 and a top_k above the vocabulary were tracebacks, -1 and -5 did something else in silence.
-    Here, temperature 1e308 made -inf / inf of the ids that are never drawn, and top_p 1e-320 kept no id at all: RuntimeErrors both."""
+    """P2, P3: temperature 0, nan, 1e-40 and a top_k above the vocabulary were tracebacks.
+
+    -1 and -5 silently did something else. Here, temperature 1e308 made -inf / inf of the ids that
+    are never drawn, and top_p 1e-320 kept no id at all: RuntimeErrors both.
+    """
     r, refused = random.Random(1), 0
     predictor, config = predictor_of(small, max_new_tokens=2)
     for _ in range(1000):
@@ -1038,7 +1107,10 @@ def test_1000_random_sampler_settings_draw_or_are_refused(small):
 
 
 def test_an_answer_ends_before_a_stop(endless, run, repl, drawn):
-    """From flags, of which there may be several, and at the prompt; the end of an answer that only looked like one is given."""
+    """Stop texts from flags, several of them, and at the prompt.
+
+    If an answer's end only looks like one, it is shown.
+    """
     drawn.ids = list(b"one. two. three.")
     flags = ("--ckpt", endless, "--prompt", "", "--max_new_tokens", 16)
     assert run(*flags, "--stop", "three", "--stop", "two") == "one. \n"
@@ -1057,7 +1129,7 @@ def test_an_answer_ends_before_a_stop(endless, run, repl, drawn):
     ids=lambda e: type(e).__name__,
 )
 def test_an_answer_that_fails_does_not_end_the_session(endless, repl, monkeypatch, error):
-    """The model took minutes to load; an answer that does not fit the memory is no reason to lose it."""
+    """The model took minutes to load; an answer that does not fit into memory must not lose it."""
 
     def stream(self, prompt, config, note):
         yield "first"
@@ -1122,13 +1194,17 @@ def test_ctrl_c_in_one_shot_mode_keeps_the_text_and_is_told_to_the_shell(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Predictor, "stream", stream)
-    with pytest.raises(KeyboardInterrupt):  # run_main makes exit code 130 of it
+    # run_main makes exit code 130 of it.
+    with pytest.raises(KeyboardInterrupt):
         predict.main(["--ckpt", endless, "--prompt", "p"])
     assert capsys.readouterr().out == "ptext\n"
 
 
 def test_prompts_are_not_written_into_a_redirected_answer(endless, monkeypatch, capsys, drawn):
-    """`python predict.py > story.txt`, typed at: Python writes input's prompt to stdout where that is no terminal, so the file began with "> "."""
+    """`python predict.py > story.txt` with typed prompts: the file began with "> ".
+
+    Python writes input's prompt to stdout where that is no terminal.
+    """
     stdin = io.TextIOWrapper(io.BytesIO(b"a\n"))
     stdin.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -1137,9 +1213,12 @@ def test_prompts_are_not_written_into_a_redirected_answer(endless, monkeypatch, 
     assert capsys.readouterr().out == "ab\n"
 
 
-# --------------------------------------------------------------------------------------------------------- many answers
+# ------------------------------------------------------------------------------------- many answers
 def test_a_file_of_prompts_gives_what_each_prompt_gives(endless, tmp_path, run):
-    """Ragged prompts in batches, in the file's order; a seed means the same for each of them, in any batch."""
+    """Prompts of different lengths in batches, in the file's order.
+
+    A seed means the same for each of them, in any batch.
+    """
     prompts = ["Once", "a much longer prompt than that", "é", "x", "y y"]
     (tmp_path / "lines.txt").write_text(
         "\n".join(prompts[:2]) + "\n\n  \n" + "\r\n".join(prompts[2:])
@@ -1172,6 +1251,7 @@ def test_samples_differ_and_each_has_a_seed_of_its_own(endless, run):
     assert [r["text"] for r in records] == [
         json.loads(run(*flags, "--seed", seed, "--json"))["text"] for seed in (7, 8, 9, 10)
     ]
+    # No seed: another each time.
     assert (
         len(
             {
@@ -1180,7 +1260,7 @@ def test_samples_differ_and_each_has_a_seed_of_its_own(endless, run):
             }
         )
         == 3
-    )  # no seed: another each time
+    )
 
 
 def test_json_says_how_an_answer_ended(endless, tmp_path, run):
@@ -1236,7 +1316,8 @@ def test_ctrl_c_keeps_the_answers_that_are_there(endless, tmp_path, monkeypatch,
     def interrupted(decoder, texts, prompts, max_new_tokens, finished, **settings):
         finished.add(0)
         yield [(0, ord("x")), (1, ord("y")), (2, ord("z"))]
-        assert capsys.readouterr().out == "ax\n"  # shown when it is complete
+        # Shown when it is complete.
+        assert capsys.readouterr().out == "ax\n"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predictor_module, "generate", interrupted)
@@ -1299,7 +1380,7 @@ def test_what_does_not_go_together_is_refused(endless, argv, message):
 
 
 def test_a_prompt_can_come_through_a_pipe(endless, monkeypatch, run):
-    """All of it is one prompt, commands and line ends included; a file's last line end is not meant."""
+    """All of it is one prompt, commands and newlines included, except for a file's last newline."""
     flags = ("--ckpt", endless, "--max_new_tokens", 4, "--seed", 1)
     for given, prompt in (
         (b"Once\n:q\nupon\n", "Once\n:q\nupon"),
@@ -1313,7 +1394,7 @@ def test_a_prompt_can_come_through_a_pipe(endless, monkeypatch, run):
         assert run(*flags) == run(*flags, "--prompt", prompt)
 
 
-# ------------------------------------------------------------------------------------------------------ how it runs
+# -------------------------------------------------------------------------------------- how it runs
 def test_quantized_weights_answer(endless, run):
     predictor, config = predictor_of(endless, quantize="int8", temperature=0.0, max_new_tokens=8)
     assert (
@@ -1379,9 +1460,12 @@ def test_quiet_is_the_text_alone(endless, monkeypatch, capsys, run):
     assert capsys.readouterr().err.count("note: ") == 2
 
 
-# ------------------------------------------------------------------------------------------------------------- the experts
+# -------------------------------------------------------------------------------------- the experts
 def test_experts_are_shown_for_the_text_that_was_generated(endless, tmp_path, run):
-    """A map on stdout, a page in a file, numbers in JSON: all from the routers, for prompt and answer."""
+    """A map on stdout, a page in a file, numbers in JSON.
+
+    All from the routers, for prompt and answer.
+    """
     flags = ("--ckpt", endless, "--prompt", "ab", "--max_new_tokens", 4, "--seed", 3)
     text = run(*flags).removesuffix("\n")
     shown = run(*flags, "--show_experts", "--experts_html", tmp_path / "page.html")
@@ -1402,9 +1486,12 @@ def test_experts_are_shown_for_the_text_that_was_generated(endless, tmp_path, ru
         run(*flags, "--experts_html", tmp_path / "page.html" / "x")
 
 
-# --------------------------------------------------------------------------------------------------------- the session
+# -------------------------------------------------------------------------------------- the session
 def test_a_text_can_be_gone_on_with_and_taken_back(endless, repl, drawn):
-    """`+` continues prompt and answer; :undo takes the last of both back; a prompt begins a new text, and so does what follows :reset."""
+    """`+` continues prompt and answer; :undo takes back the last of both.
+
+    A prompt begins a new text, and so does what follows :reset.
+    """
     drawn.ids = list(b"xyz")
     out, err = repl(
         endless, "+\nab\n+ cd\n+\n:undo\n:undo\n+e\n:undo\n:undo\n:undo\n+\nnew\n:reset\n+\n"
@@ -1412,8 +1499,10 @@ def test_a_text_can_be_gone_on_with_and_taken_back(endless, repl, drawn):
     prompts = [BYTE.decode(call[0][0][1:]) for call in drawn.calls]
     assert prompts == ["ab", "abxyz cd", "abxyz cdxyz", "abxyze", "new"] and err == ""
     assert out == (
-        "there is no text to go on with: type a prompt\nabxyz\n cdxyz\nxyz\ntaken back; the text so far: 'abxyz cdxyz'\ntaken back; the text so far: 'abxyz'\nexyz\n"
-        "taken back; the text so far: 'abxyz'\ntaken back; there is no text now\nthere is no text yet\nthere is no text to go on with: type a prompt\nnewxyz\n"
+        "there is no text to go on with: type a prompt\nabxyz\n cdxyz\nxyz\ntaken back; the "
+        "text so far: 'abxyz cdxyz'\ntaken back; the text so far: 'abxyz'\nexyz\n"
+        "taken back; the text so far: 'abxyz'\ntaken back; there is no text now\nthere is no "
+        "text yet\nthere is no text to go on with: type a prompt\nnewxyz\n"
         "the next text begins anew\nthere is no text to go on with: type a prompt\n"
     )
 
@@ -1432,7 +1521,7 @@ def test_going_on_after_the_end_takes_the_end_away(endless, repl, drawn):
 
 
 def test_going_on_after_a_stop_goes_on_from_what_is_shown(endless, repl, drawn):
-    """The stop text was hidden from the reader and not from the model, which went on from "ab!x"."""
+    """The stop text was hidden from the reader but not from the model, which read "ab!x"."""
     drawn.ids = list(b"xy!z")
     repl(endless, ":n 9\n:stop !\nab\n+c\n")
     assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == ["ab", "abxyc"]
@@ -1466,7 +1555,8 @@ def test_a_session_can_be_saved(endless, repl, drawn, tmp_path, monkeypatch):
     drawn.ids = list("é!".encode())
     out, _ = repl(
         endless,
-        ":save a.txt\none\n+ two\nthree\n:save\n:save a.txt\n:save a.txt\n:save a.txt/b\n:save nul\0\n:reset\n:save b c.txt\n",
+        ":save a.txt\none\n+ two\nthree\n:save\n:save a.txt\n:save a.txt\n:save a.txt/b\n"
+        ":save nul\0\n:reset\n:save b c.txt\n",
     )
     assert out.splitlines() == [
         "there is no text yet",
@@ -1507,14 +1597,13 @@ def test_stats_and_experts_answer(endless, repl):
 
 def test_a_line_can_go_on_in_the_next(endless, repl, drawn):
     repl(endless, "one\\\ntwo\\\n\\\nthree\n:t \\\n0.5\nend\\")
-    assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == [
-        "one\ntwo\n\nthree"
-    ]  # what end-of-file cuts off is no prompt
+    # What end-of-file cuts off is not a prompt.
+    assert [BYTE.decode(call[0][0][1:]) for call in drawn.calls] == ["one\ntwo\n\nthree"]
 
 
-# ----------------------------------------------------------------------------------------------------- as real processes
+# -------------------------------------------------------------------------------- as real processes
 class Terminal:
-    """predict.py on a terminal of its own (a pty): what is typed, Ctrl-C included, goes through it."""
+    """predict.py on its own terminal (a pty), which passes all that is typed, Ctrl-C included."""
 
     def __init__(self, *argv: str, **variables: str):
         import fcntl
@@ -1567,7 +1656,8 @@ class Terminal:
             )
             try:
                 self.seen += os.read(self.ours, 65536)
-            except OSError:  # Linux: the other end is closed
+            except OSError:
+                # Linux: the other end is closed.
                 raise AssertionError(
                     f"the program ended before {text!r}, after {self.seen[-500:]!r}"
                 ) from None
@@ -1583,7 +1673,10 @@ class Terminal:
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
 def test_a_session_on_a_terminal(tmp_path):
-    """An endless answer, a real Ctrl-C, and the session goes on; no control character of the model's comes through."""
+    """An endless answer, a real Ctrl-C, and the session continues.
+
+    No control character of the model's reaches the terminal.
+    """
     with Terminal(
         "--ckpt",
         save(tmp_path, biased_model(biases={END: -1e4} | dict.fromkeys(range(32), 3.0))),
@@ -1599,15 +1692,16 @@ def test_a_session_on_a_terminal(tmp_path):
         terminal.wait_for(b":help for commands.")
         terminal.wait_for(b"> ")
         terminal.type(b"hello\n")
-        terminal.wait_for(b"hello\r\nhello")  # its echo, then the answer
-        answer = terminal.wait_for(b"\\x1b")  # an escape character, spelled out
+        # Its echo, then the answer.
+        terminal.wait_for(b"hello\r\nhello")
+        # An escape character, spelled out.
+        answer = terminal.wait_for(b"\\x1b")
         terminal.type(b"\x03")
         answer += terminal.wait_for(b"\r\n> ")
         assert not set(answer) & set(range(32)) - set(b"\t\r\n"), answer
         terminal.type(b":t 0\n")
-        terminal.wait_for(
-            b"temperature = 0.0\r\n> "
-        )  # (Ctrl-C here is tested above: Python's readline can miss one that comes with the prompt)
+        # (Ctrl-C here is tested above: Python's readline can miss one that comes with the prompt.)
+        terminal.wait_for(b"temperature = 0.0\r\n> ")
         terminal.type(b":q\n")
         assert terminal.process.wait(60) == 0
 
@@ -1617,11 +1711,12 @@ def test_a_session_on_a_terminal(tmp_path):
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"
 )
 def test_what_was_typed_is_there_in_the_next_session(tmp_path, endless):
-    """The arrow up brings back the last line of the session before; the file is for this user's eyes."""
+    """The up arrow returns the last session's last line; only this user can read the file."""
+    # After it in the history is :q.
     for typed, seen in (
         (b"first prompt\n", b"first prompt\r\nfirst prompt"),
         (b"\x1b[A\x1b[A!\n", b"first prompt!"),
-    ):  # behind it in the history is :q
+    ):
         with Terminal(
             "--ckpt",
             endless,
@@ -1648,16 +1743,22 @@ ALONE = """
 import socket, sys
 from importlib.machinery import PathFinder
 
+OPTIONAL = {
+    "datasets", "tokenizers", "matplotlib", "transformers", "wandb", "tensorboard", "pyarrow",
+    "pandas",
+}
+
 class Without:
     def find_spec(self, name, path=None, target=None):
-        missing = name.split(".")[0] in {"datasets", "tokenizers", "matplotlib", "transformers", "wandb", "tensorboard", "pyarrow", "pandas"}
+        missing = name.split(".")[0] in OPTIONAL
         return None if missing else PathFinder.find_spec(name, path, target)
 
 def no_network(*_):
     raise AssertionError("a connection was tried")
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without()
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = no_network
+socket.socket.connect = socket.socket.connect_ex = no_network
+socket.getaddrinfo = socket.create_connection = no_network
 
 from runtime.base import cli
 import predict
@@ -1666,7 +1767,8 @@ import test
 def main(argv):
     byte, bpe, prompt = argv
     for ckpt in (byte, bpe):
-        predict.main(["--ckpt", ckpt, "--prompt", prompt, "--max_new_tokens", "5", "--seed", "1", "--device", "cpu"])
+        more = "--max_new_tokens", "5", "--seed", "1", "--device", "cpu"
+        predict.main(["--ckpt", ckpt, "--prompt", prompt, *more])
     print("REPL")
     predict.main(["--ckpt", bpe, "--max_new_tokens", "2", "--device", "cpu", "--interactive"])
     test.main([])
@@ -1680,7 +1782,10 @@ cli.run_main(main)
 def test_it_needs_no_network_and_no_optional_library_and_any_console_will_do(
     endless, bpe, tmp_path
 ):
-    """Sockets and optional libraries blocked, an ascii console, a prompt that is not UTF-8, and a REPL whose input is neither."""
+    """Sockets and optional libraries blocked, an ascii console, a prompt that is not UTF-8.
+
+    Also a REPL whose input is neither.
+    """
     (tmp_path / "alone.py").write_text(ALONE)
     environment = os.environ | {
         "PYTHONPATH": str(REPO),

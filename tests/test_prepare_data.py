@@ -1,4 +1,7 @@
-"""prepare_data.py: every document once, on one side, exactly as the tokenizer says; and never half a set on disk."""
+"""prepare_data.py: every document once, on one side, exactly as the tokenizer says.
+
+And never half a dataset on disk.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------- what comes out
 def test_every_document_once_in_order_followed_by_end_of_text(tmp_path):
     texts = stories(500)
     train, val = run(
@@ -210,7 +213,8 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch, tokenizer, n
 def test_equal_documents_go_to_one_side(tmp_path):
     """D13: 3 % exact duplicates put 9 of 103 validation stories into train."""
     texts = stories(300)
-    copies = [f"\n {text}  " for text in texts]  # white space around it makes no other story
+    # White space around it makes no other story.
+    copies = [f"\n {text}  " for text in texts]
     train, val = run(
         tmp_path, "--files", write_jsonl(tmp_path / "a.jsonl", texts + copies), "--val_ratio", "0.2"
     )
@@ -219,7 +223,10 @@ def test_equal_documents_go_to_one_side(tmp_path):
 
 
 def test_rerun_leaves_nothing_of_the_earlier_set(tmp_path):
-    """D9: stale shards of a run with smaller ones were trained on. D15: with another val_ratio, 420 of 514 val stories were in train."""
+    """D9: stale shards of a run with smaller ones were trained on.
+
+    D15: with another val_ratio, 420 of 514 val stories were in train.
+    """
     texts = stories(300)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     run(tmp_path, "--files", path, "--val_ratio", "0.5", "--shard_size", "100", tokenizer="bpe:280")
@@ -302,7 +309,7 @@ def test_batches_keep_every_part():
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 def test_all_formats_give_the_same_tokens(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -374,7 +381,10 @@ def test_text_column(tmp_path):
 
 
 def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypatch):
-    """One document of any size, in constant memory: the tokens are those of the whole text, with one end-of-text at its end."""
+    """One document of any size, in constant memory.
+
+    The tokens are those of the whole text, with one end-of-text at its end.
+    """
     texts = [
         json.loads(line)["text"]
         for line in (shared_dir / "tinystories" / "valid.jsonl")
@@ -419,7 +429,7 @@ def test_safe_cut():
     assert safe_cut("x" * 20, 10) == 10
 
 
-# ------------------------------------------------------------------------------------------------------------ validation
+# --------------------------------------------------------------------------------------- validation
 def test_validation_files_lose_what_train_has(tmp_path):
     texts, own = stories(100), stories(30, seed=1)
     train, val = run(
@@ -462,7 +472,7 @@ def test_an_empty_side_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 def test_bpe_is_trained_on_train_alone_and_saved_beside_the_shards(tmp_path):
     texts = [f"the cat number {i} sat on the mat" for i in range(100)]
     train, val = run(
@@ -486,7 +496,10 @@ def test_bpe_is_trained_on_train_alone_and_saved_beside_the_shards(tmp_path):
 
 
 def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, capsys):
-    """Real stories: the same tokens, bytes and documents, in ids from 0 up to as many as occur in train or val, the unused bytes and end-of-text."""
+    """Real stories: the same tokens, bytes and documents.
+
+    Ids run from 0 up to as many as occur in train or val, plus the unused bytes and end-of-text.
+    """
     texts = [
         json.loads(line)["text"]
         for line in (shared_dir / "tinystories" / "valid.jsonl")
@@ -531,7 +544,10 @@ def test_compact_shards_are_the_bases_renumbered(tmp_path, shared_dir, o200k, ca
 
 
 def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
-    """Ids of validation text count, those beyond --max_tokens do not: they would be rows of the model that nothing trains."""
+    """Ids of validation text count, those beyond --max_tokens do not.
+
+    They would be rows of the model that nothing trains.
+    """
     base = Tokenizer("gpt2", stand_in([b"qzqzqz", b"xyxyxy"]))
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", base.encoding)
     texts = ["the dog ran to the big tree", "the cat", "xyxyxy"]
@@ -558,7 +574,10 @@ def test_compact_knows_val_and_nothing_that_was_cut_off(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
 def test_text_is_prepared_with_a_published_tokenizer(tmp_path, name, request):
-    """For train.py --init_from an imported model: from the model's folder, from a checkpoint, or from text prepared with it; on any number of cores."""
+    """For train.py --init_from an imported model.
+
+    From its folder, a checkpoint, or text prepared with it. On any number of cores.
+    """
     folder = request.getfixturevalue(name)
     tokenizer = read_tokenizer(folder)
     model = random_model(tiny_config(vocabulary_size=tokenizer.vocabulary_size + 3))
@@ -588,9 +607,8 @@ def test_text_is_prepared_with_a_published_tokenizer(tmp_path, name, request):
         digests.add(train.fingerprint + val.fingerprint)
     assert len(digests) == 1 and train.end_of_text_id == tokenizer.end_of_text_id
     texts = [text for text in texts if split_by_hash(0.1)(text_digest(text)) == "train"]
-    expected = [
-        i for text in texts for i in tokenizer.encode(text) + tokenizer.between_documents
-    ]  # Mixtral's: </s> <s>
+    # Mixtral's: </s> <s>
+    expected = [i for text in texts for i in tokenizer.encode(text) + tokenizer.between_documents]
     assert train.read(0, train.num_tokens).tolist() == expected and train.manifest[
         "total_bytes"
     ] == sum(len(text.encode()) for text in texts)
@@ -633,10 +651,13 @@ def test_toy_stories(tmp_path):
         run(tmp_path, "--dataset", "toy", "--num_stories", toy_stories.NUM_DISTINCT + 1)
 
 
-# ------------------------------------------------------------------------------------------------------- datasets library
+# --------------------------------------------------------------------------------- datasets library
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A folder that `datasets` loads as it would one from the Hub: train, validation (5 of its 20 stories also in train), extra columns."""
+    """A folder that `datasets` loads as it would load one from the Hub.
+
+    Train, validation (5 of its 20 stories also in train), extra columns.
+    """
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "hub"
@@ -654,9 +675,8 @@ def test_datasets_own_validation_minus_train(tmp_path, hub, streaming):
 
 
 def test_datasets_options(tmp_path, hub):
-    train, val = run(
-        tmp_path, "--dataset", hub, "--val_ratio", "0.2"
-    )  # asked for: its own validation is not used
+    # Asked for: its own validation is not used.
+    train, val = run(tmp_path, "--dataset", hub, "--val_ratio", "0.2")
     assert sorted(documents(train) + documents(val)) == sorted(stories(100))
     train, val = run(tmp_path, "--dataset", hub, "--split", "train[:10%]")
     assert documents(train) == stories(100)[:10] and set(stories(15, seed=1)) <= set(documents(val))
@@ -694,18 +714,24 @@ def test_no_network_is_one_line_with_a_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
     with pytest.raises(
         ValueError,
-        match="roneneldan/TinyStories could not be read .*Couldn't reach the Hub.*use --dataset toy or --files",
+        match=(
+            "roneneldan/TinyStories could not be read .*Couldn't reach the Hub.*use --dataset "
+            "toy or --files"
+        ),
     ):
         run(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("line", BAD)
 def test_mistakes_are_refused_before_anything_happens(tmp_path, monkeypatch, line):
-    """D10 (`--shard_size 0.5` wrote 35,846 empty files in 4 s and went on) and every flag that could not be honoured."""
+    """D10 (`--shard_size 0.5` wrote 35,846 empty files in 4 s and continued).
+
+    And every flag that could not be honoured.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         write_jsonl(tmp_path / name, stories(10))
@@ -798,7 +824,7 @@ def test_the_command_prints_one_line_and_exits_2(tmp_path):
         assert f"--{flag}" in help_text
 
 
-# ------------------------------------------------------------------------------------------- what is on disk, at any moment
+# ------------------------------------------------------------------- what is on disk, at any moment
 @pytest.fixture
 def old(tmp_path) -> tuple[Path, dict]:
     """A finished set, and its files."""
@@ -926,7 +952,8 @@ def test_a_text_that_fails_midway_leaves_the_earlier_set(tmp_path, old):
     assert tree(out) == before and sorted(p.name for p in out.iterdir()) == ["train", "val"]
 
 
-# Runs prepare_data in forked children and ends each, without any clean-up, before its k-th operation on the output folder.
+# Runs prepare_data in forked children and ends each, without any clean-up, before its k-th
+# operation on the output folder.
 KILLER = """
 import json, os, shutil, sys
 from pathlib import Path
@@ -953,7 +980,9 @@ def prepare(kill_at=None):
     seen = 0
     def hook(event, args):
         nonlocal seen
-        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or event == "open" and isinstance(args[1], str) and set(args[1]) & set("wa+")
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if event == "open" and isinstance(args[1], str):
+            changes = set(args[1]) & set("wa+")
         if changes and str(args[0]).startswith(str(work)):
             seen += 1
             if seen == kill_at:
@@ -964,7 +993,8 @@ def prepare(kill_at=None):
     prepare_data.main(arguments + ["--out_dir", str(work)])
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
 pairs = [open_data(folder)[0].manifest["pair"] for folder in (old, new)]
 assert pairs[0] != pairs[1]
@@ -987,7 +1017,10 @@ print(json.dumps({"kills": kill_at - 1, "old": left[0], "new": left[1]}))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 @pytest.mark.parametrize("tokenizer", ["bpe:270", "gpt2:compact"])
 def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkeypatch, tokenizer):
-    """Reliability 20: at every operation on the output folder, a kill leaves the old set or the new, and a re-run the new, byte for byte."""
+    """Reliability 20: a kill at every operation on the output folder leaves the old set or the new.
+
+    A re-run gives the new one, byte for byte.
+    """
     out, _ = old
     path = write_jsonl(tmp_path / "new.jsonl", stories(80))
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
@@ -1020,7 +1053,8 @@ def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkey
 def test_ctrl_c_is_one_line_and_leaves_the_earlier_set(tmp_path, old):
     out, before = old
     process = (
-        subprocess.Popen(  # a shell's background jobs ignore SIGINT, and children inherit that
+        # A shell's background jobs ignore SIGINT, and children inherit that.
+        subprocess.Popen(
             [
                 sys.executable,
                 "prepare_data.py",

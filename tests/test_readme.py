@@ -153,8 +153,10 @@ def test_every_path_of_contributing_is_there():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch, capsys):
-    """Flags and values are parsed by the script's own parser (nothing is run); the text files that
-    it names are made."""
+    """Flags and values are parsed by the script's own parser (nothing is run).
+
+    The text files that it names are made.
+    """
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r"\S+\.(?:jsonl|txt\.gz|txt)\b", command):
         (tmp_path / name).touch()

@@ -14,6 +14,7 @@ TREES = {
     for pattern in ("*.py", "runtime/*.py", "scripts/*.py", "benchmarks/*.py", "tests/*.py")
     for path in REPO.glob(pattern)
 }
+# Modules whose loading runs what a file says.
 UNPICKLES = {
     "pickle",
     "cPickle",
@@ -21,7 +22,7 @@ UNPICKLES = {
     "joblib",
     "shelve",
     "marshal",
-}  # modules whose loading runs what a file says
+}
 
 
 def faults(tree: ast.AST, is_test: bool) -> list[str]:
@@ -84,7 +85,7 @@ def test_each_rule_sees_its_fault(code, fault):
 
 
 def test_the_suite_reaches_no_network():
-    """The reference downloaded a tokenizer at `import config_model`."""
+    """The original implementation downloaded a tokenizer at `import config_model`."""
     for reach in (
         lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
         lambda: socket.getaddrinfo("example.org", 80),

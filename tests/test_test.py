@@ -55,8 +55,8 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
     assert lines["active per token"][0] == f"{active_parameters(config):,}"
     forward = flops_per_token(config)
     assert (
-        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training"
-        in lines
+        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, "
+        f"{human_count(3 * forward)} training" in lines
     )
     assert lines["weights"] == [human_bytes(4 * total), human_bytes(2 * total)]
     for where, on_gpu in (("GPU", True), ("CPU", False)):
@@ -71,7 +71,8 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
             for b in (4, 2)
         ]
         assert lines[f"training, {where}, {batch_size} x {config.context_length}"] == needed
-    for column, dtype in enumerate((torch.float32, torch.bfloat16)):  # what a cache really holds
+    # What a cache really holds.
+    for column, dtype in enumerate((torch.float32, torch.bfloat16)):
         one, full = (
             KVCache(config, 1, tokens, dtype, "meta").num_bytes()
             for tokens in (1, config.context_length)
@@ -81,15 +82,19 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
 
 
 def test_the_default_is_the_published_model_and_its_table_is_named(report):
-    """M2: 44 % of the published 3.66 B parameters are the learned position table; the reference never says so."""
+    """M2: 44 % of the published 3.66 B parameters are the learned attention bias.
+
+    The original implementation never says so.
+    """
     lines = report()
     assert lines["total"] == ["3,664,132,435"]
     assert "2.05 B + 1.61 B position table; see --preset gptoss-modern" in lines
     assert lines["attention bias table"] == ["1,610,612,736", "44.0%"]
+    # 2 x 12 blocks x 8 heads x 32 features x 4 bytes.
     assert lines["KV cache per token"] == [
         "24.0 KiB",
         "12.0 KiB",
-    ]  # 2 x 12 blocks x 8 heads x 32 features x 4 bytes
+    ]
     check(lines, ModelConfig(), TrainConfig().batch_size)
     assert report("--preset", "gptoss") == lines
 
@@ -145,14 +150,15 @@ def test_every_model_flag_reaches_the_report(monkeypatch, name):
 def test_a_toml_file_of_a_run_is_read(report, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
-        "[model]\nd_model = 64\nnum_heads = 4\nnum_kv_heads = 2\nuse_attention_bias = false\n[train]\nbatch_size = 5\nlr = 0.1\n"
+        "[model]\nd_model = 64\nnum_heads = 4\nnum_kv_heads = 2\nuse_attention_bias = false\n"
+        "[train]\nbatch_size = 5\nlr = 0.1\n"
     )
     config = ModelConfig(d_model=64, num_heads=4, num_kv_heads=2, use_attention_bias=False)
     check(report("--config", path), config, 5)
     check(report("--config", path, "--batch_size", 6), config, 6)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_checkpoint(
@@ -205,7 +211,7 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
 
 
 def test_an_empty_name_is_not_ignored():
-    """`--ckpt "$LATEST"` with the variable unset reported on the 3.66 B default, and nothing said so."""
+    """`--ckpt "$LATEST"` with the variable unset silently reported on the 3.66 B default."""
     with pytest.raises(ValueError, match="is a directory or device, not a checkpoint file"):
         script.main(["--ckpt", ""])
 
@@ -220,9 +226,12 @@ def test_models_that_cannot_be_are_one_line():
             script.main(argv)
 
 
-# ---------------------------------------------------------------------------------------------------------- what it costs
+# ------------------------------------------------------------------------------------ what it costs
 def test_no_parameter_is_ever_made(report):
-    """The report on 3.66 B parameters, and on 100 times as many, is made on the meta device: no real tensor is larger than a page."""
+    """The report on 3.66 B parameters, and on 100 times as many, is made on the meta device.
+
+    No real tensor is larger than a page.
+    """
     real = []
 
     class Watch(TorchDispatchMode):

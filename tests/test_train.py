@@ -82,7 +82,7 @@ def run(data, tmp_path) -> Run:
     return Run(data, tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------- the schedule
+# ------------------------------------------------------------------------------------- the schedule
 def test_learning_rates():
     cosine = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
     assert [train.learning_rate(s, cosine) for s in (0, 4, 9, 10)] == pytest.approx(
@@ -105,12 +105,15 @@ def test_learning_rates():
     assert math.isfinite(train.learning_rate(1, TrainConfig(max_steps=2, warmup_steps=1)))
 
 
-# --------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_gradient_accumulation_equals_the_big_batch(accumulation):
-    """Also with targets that do not count, unevenly spread: the mean is over all valid targets of the step."""
+    """Also with ignored targets, unevenly spread.
+
+    The mean is over all valid targets of the step.
+    """
     torch.manual_seed(0)
     inputs, targets = torch.randint(0, 61, (8, 12)), torch.randint(0, 61, (8, 12))
     targets[0, :11] = IGNORE
@@ -133,7 +136,10 @@ def test_gradient_accumulation_equals_the_big_batch(accumulation):
 
 
 def test_loss_function_is_a_seam():
-    """fit minimises whatever it is given, through the same interface: here only the second half of each window counts."""
+    """fit minimises any loss, through the same interface.
+
+    Here only each sequence's second half counts.
+    """
 
     def second_half(model, batch):
         inputs, targets = batch
@@ -170,7 +176,10 @@ def test_loss_function_is_a_seam():
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(where):
-    """One NaN micro-batch made 54 of 58 tensors NaN in the reference, and it went on to the end (its fault T8)."""
+    """T8: one NaN micro-batch made 54 of 58 tensors NaN in the original implementation.
+
+    It then continued to the end.
+    """
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(
         batch_size=4,
@@ -214,8 +223,12 @@ def test_a_run_that_never_recovers_ends():
 def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
     run, data, tmp_path, monkeypatch, capsys
 ):
-    """It used to end at once, and --resume met the same data again. Now it is as if the steps since the checkpoint had not been, but for the data, which is not met again."""
-    poison(monkeypatch, range(20, 80))  # steps 11 to 40 of 2 micro-batches
+    """It used to end at once, and --resume read the same data again.
+
+    Now the steps since the checkpoint are undone, except that their data is not read again.
+    """
+    # Steps 11 to 40 of 2 micro-batches.
+    poison(monkeypatch, range(20, 80))
     assert run("--max_steps", "60", "--save_interval", "5") == 0
     out = capsys.readouterr().out
     assert re.search(
@@ -232,7 +245,8 @@ def test_after_many_bad_steps_the_run_goes_back_and_on_behind_the_data(
     steps = [r["step"] for r in run.records() if r["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 60
     assert all(torch.isfinite(t).all() for t in final.model.values())
-    for path in run.ckpt_dir.glob("*.pt"):  # a later resume knows of it
+    # A later resume knows of it.
+    for path in run.ckpt_dir.glob("*.pt"):
         if path.name not in ("step_0000050.pt", "step_0000055.pt"):
             path.unlink()
     assert run("--resume", fresh=False) == 0
@@ -252,7 +266,7 @@ def test_going_back_has_a_limit_and_an_exit_code(run, monkeypatch, capsys, allow
 
 @pytest.mark.slow
 def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypatch, capsys):
-    """The newest good checkpoint is the one before it; without any of this run's there is nothing to go back to."""
+    """The newest good checkpoint is the one before it; without any of this run's it must end."""
     poison(monkeypatch, range(40, 100))
     real = train._rolled_back
 
@@ -281,7 +295,10 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [75, 95])
 def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
-    """The step that met it changes nothing, and only it: the run goes on as one that never took that step."""
+    """The step with the spike changes nothing, and only it.
+
+    The run continues as one that never took that step.
+    """
     flags = ["--max_steps", "100", "--log_interval", "1", "--spike_sigmas", "6"]
     clean = Run(data, tmp_path / "clean")
     assert clean(*flags) == 0 and clean.final().run["skipped_steps"] == 0
@@ -297,7 +314,10 @@ def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
 
 
 def test_spikes_are_told_from_noise():
-    """0 false alarms in 10,000 steps of a loss that falls, plateaus and is noisy; each of 20 spikes is seen at its own step, and leaves no trace."""
+    """0 false alarms in 10,000 steps of a loss that falls, plateaus and is noisy.
+
+    Each of 20 spikes is seen at its own step, and leaves no trace.
+    """
     r = np.random.default_rng(0)
     t = np.arange(10_000)
     losses = 2 + 6 * np.exp(-t / 800) + (0.05 + 0.2 * np.exp(-t / 500)) * r.standard_normal(10_000)
@@ -334,7 +354,10 @@ def test_recent_losses_survive_a_resume(run, data, tmp_path):
 
 
 def test_validation_is_the_loss_and_draws_nothing(data):
-    """Asked twice it is the same to the last bit, in whatever order; it is the mean over targets, recomputed here in float64."""
+    """Validation repeats to the last bit, in any order.
+
+    It is the mean over targets, recomputed here in float64.
+    """
     _, val = open_data(data)
     model = random_model(tiny_config(vocabulary_size=257, dropout=0.5), 2).train()
     batches = validation_batches(val, 16, 4, 3)
@@ -369,8 +392,11 @@ def test_selection_bias_is_moved_by_training():
 
 
 def test_the_host_waits_once_per_log_line(monkeypatch):
-    """The reference read the loss back after every micro-batch, which idles a GPU each time (its fault T7). What the plain expert
-    path reads of its counts is a CPU's affair and not counted here."""
+    """T7: the original implementation read the loss back after every micro-batch.
+
+    That idles a GPU each time. The plain expert path also reads counts, but only on a CPU, so that
+    is not counted here.
+    """
     reads, training = [], str(REPO / "runtime" / "training")
 
     def counting(name, original):
@@ -409,7 +435,10 @@ def test_the_host_waits_once_per_log_line(monkeypatch):
 
 
 def test_a_window_s_numbers_are_means_over_its_steps():
-    """The same run logged at every step and at every fourth: losses by valid targets, loads by steps; also where a step was skipped."""
+    """The same run logged at every step and at every fourth, also where a step was skipped.
+
+    Losses are averaged by valid targets, loads by steps.
+    """
     inputs, targets = torch.randint(0, 61, (4, 12)), torch.randint(0, 61, (4, 12))
     targets[:2, :7] = IGNORE
     records = {}
@@ -450,7 +479,10 @@ def test_a_window_s_numbers_are_means_over_its_steps():
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
-    """It happens inside the optimizer's kernel; the update must be that of PyTorch's own clipping."""
+    """Clipping happens inside the optimizer's kernel.
+
+    The update must equal PyTorch's own clipping.
+    """
     inputs = torch.randint(0, 61, (4, 12))
     config = TrainConfig(
         batch_size=4,
@@ -480,17 +512,22 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(monkeypatch):
         )
         optimizer.step()
         optimizer.zero_grad()
-    # AdamW moves by lr g / (sqrt(g^2) + eps): where gradients are small, by lr / eps times an error of theirs, and never by more than lr.
+    # AdamW moves by lr g / (sqrt(g^2) + eps): where gradients are small, by lr / eps times an error
+    # of theirs, and never by more than lr.
     T = inputs.shape[1]
     bound = gradients_bound(tiny_config(), T, rows=len(inputs))
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        gradient = 0.3 / math.sqrt(p.numel())  # clipped: at most this large
+        # Clipped: at most this large.
+        gradient = 0.3 / math.sqrt(p.numel())
         allowed = 3 * config.lr * bound * gradient / config.adam_eps
         assert_close(p, q, 1.0, name, size=allowed + rounding(torch.float32, 3) * size_of(q))
 
 
 def test_packed_documents_loss_is_that_of_each_document_behind_its_end_of_text():
-    """Three documents in a row of 16: each token's loss is what it is when the row holds only its own document, as predict.py gives it."""
+    """Three documents in a row of 16 tokens.
+
+    Each token's loss is what it is when the row holds only its own document, as in predict.py.
+    """
     model, eot = random_model(tiny_config()), 60
     row = torch.tensor([[5, 6, 7, eot, 8, 9, 10, 11, eot, 12, 13, 14, 15, 16, 17, eot]])
     targets = torch.cat((row[:, 1:], torch.tensor([[20]])), dim=1)
@@ -506,13 +543,13 @@ def test_packed_documents_loss_is_that_of_each_document_behind_its_end_of_text()
         )
 
 
-# ------------------------------------------------------------------------------------------------------ resuming, stopping
+# ------------------------------------------------------------------------------- resuming, stopping
 STEPS = 11
 
 
 @pytest.fixture(scope="session")
 def straight(data, tmp_path_factory) -> Run:
-    """A run of STEPS steps that nothing interrupted, with dropout, so that random numbers matter."""
+    """A run of STEPS uninterrupted steps, with dropout, so that random numbers matter."""
     run = Run(data, tmp_path_factory.mktemp("straight"))
     assert run("--max_steps", STEPS, "--dropout", "0.1", "--router_bias_rate", "1e-3") == 0
     return run
@@ -520,8 +557,11 @@ def straight(data, tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize("stop_after", range(1, STEPS))
 def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkeypatch, stop_after):
-    """Weights, optimizer, data position and metrics, bit for bit. The reference's resumed run re-read its first 80 windows
-    (T2), halved its first logged loss (T13) and lost count of its tokens (T14)."""
+    """Weights, optimizer, data position and metrics, bit for bit.
+
+    The original implementation's resumed run re-read its first 80 sequences (T2), halved its first
+    logged loss (T13) and lost count of its tokens (T14).
+    """
     monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
 
     def requested(self):
@@ -544,7 +584,10 @@ def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkey
 
 
 def test_metrics_of_a_run(straight):
-    """Steps strictly increase, tokens are steps x tokens per step, the file is strict JSON, metrics.json says the same."""
+    """Steps strictly increase, tokens are steps x tokens per step, the file is strict JSON.
+
+    metrics.json says the same.
+    """
     records = straight.records()
     rows = [r for r in records if r["kind"] == "train"]
     assert [r["step"] for r in rows] == [2, 4, 6, 8, 10, 11] and [
@@ -721,7 +764,7 @@ def test_a_damaged_latest_checkpoint_falls_back_and_says_so(run, capsys):
 
 
 def test_float16_keeps_its_scaler_over_a_resume(run, data, tmp_path):
-    """And is float16 indeed: the reference's was float32 on a CPU, and said float16 (T12)."""
+    """T12: and is float16 indeed; the original implementation's was float32 on a CPU."""
     flags = ["--dtype", "float16", "--max_steps", "6", "--save_interval", "3"]
     assert run(*flags) == 0
     whole = run.final()
@@ -743,13 +786,13 @@ def test_bfloat16_is_honoured_and_remembered(run):
 
 @pytest.mark.slow
 def test_compiled_and_plain_runs_resume_each_other(run):
-    """The reference's compiled checkpoints did not load uncompiled (T1)."""
+    """The original implementation's compiled checkpoints did not load uncompiled (T1)."""
     assert run("--max_steps", "4", "--compile") == 0
     assert run("--resume", "--no-compile", "--max_steps", "5", fresh=False) == 0
     assert run.final().step == 5
 
 
-# ----------------------------------------------------------------------------------------------------------------- refusing
+# ----------------------------------------------------------------------------------------- refusing
 def test_a_used_folder_needs_a_word(run):
     assert run("--max_steps", 4) == 0
     before = (run.ckpt_dir / "latest.pt").read_bytes()
@@ -774,7 +817,10 @@ def test_a_used_folder_needs_a_word(run):
     ],
 )
 def test_resuming_with_other_settings_is_refused(run, flags, message):
-    """The reference took another top_k, coefficient or dropout without a word (T7), and below its step rewrote history (T10)."""
+    """T7, T10: a resume with another top_k, coefficient or dropout is rejected.
+
+    The original implementation silently accepted it, and rewrote history below its step.
+    """
     assert run("--max_steps", 4) == 0
     with pytest.raises(ValueError, match=message):
         run("--resume", *flags, fresh=False)
@@ -785,7 +831,8 @@ def test_fewer_steps_than_taken_are_refused_and_as_many_are_done(run, capsys):
     with pytest.raises(ValueError, match="at step 8, beyond --max_steps 5"):
         run("--resume", "--max_steps", "5", fresh=False)
     before = (run.ckpt_dir / "latest.pt").read_bytes()
-    assert run("--resume", fresh=False) == 0  # scripts that resume until a run is done get their 0
+    # Scripts that resume until a run is done get their 0.
+    assert run("--resume", fresh=False) == 0
     assert (
         "training is already complete" in capsys.readouterr().out
         and (run.ckpt_dir / "latest.pt").read_bytes() == before
@@ -821,7 +868,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_told_at_the_start(run, monkey
 
 
 def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
-    """NaN first: nothing is less than NaN, and best.pt stayed what it was for the rest of the run."""
+    """NaN first: nothing is less than NaN, so best.pt stayed unchanged for the rest of the run."""
     losses, best = iter([math.nan, 3.0, 2.0, 2.5]), []
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
     inputs = torch.randint(0, 61, (4, 12))
@@ -839,7 +886,10 @@ def test_a_validation_that_is_not_finite_is_not_the_best(monkeypatch):
 
 
 def test_one_wish_may_come_as_two_signals(monkeypatch):
-    """A wrapper forwards the Ctrl-C that the terminal sent to both: the run ended at once, unsaved. A later one means it."""
+    """A wrapper forwards the Ctrl-C that the terminal sent to both: the run ended at once, unsaved.
+
+    A later one means it.
+    """
     now, left = [100.0], []
     monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(process.os, "_exit", left.append)
@@ -930,8 +980,11 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(run, monkeypatch, whe
 
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_the_dry_run_changes_nothing(data, grad_accum):
-    """It always met gradients with its second micro-batch: on a GPU that asked for 13 GiB more than
-    any step of 16 x 1 sequences, and the run ended before step 1 on a card that it fits."""
+    """It always met gradients with its second micro-batch.
+
+    On a GPU that asked for 13 GiB more than any step of 16 x 1 sequences, and the run ended before
+    step 1 on a card that it fits.
+    """
     _train, _ = open_data(data)
     model = random_model(tiny_config(vocabulary_size=257, context_length=16))
     before = {n: p.clone() for n, p in model.state_dict().items()}
@@ -944,7 +997,8 @@ def test_the_dry_run_changes_nothing(data, grad_accum):
         lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None))
     )
     assert dry_run(model.eval(), optimizer, plan, train.forward_backward) > 0
-    # As in a step: training mode, and the second meets the first one's gradients where a step has two.
+    # As in a step: training mode, and the second meets the first one's gradients where a step has
+    # two.
     assert modes == [(True, False), (True, grad_accum > 1)]
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(
         p.grad is None for p in model.parameters()
@@ -966,8 +1020,8 @@ def test_what_is_printed_before_step_1(data, capsys):
     )
     lines = "\n".join(describe(plan, training_memory_bytes(plan.model_config, plan.config)))
     assert (
-        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)"
-        in lines
+        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see "
+        "--preset gptoss-modern)" in lines
     )
     assert (
         "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines
@@ -975,7 +1029,7 @@ def test_what_is_printed_before_step_1(data, capsys):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- init_from
+# ---------------------------------------------------------------------------------------- init_from
 def test_a_new_run_from_old_weights(run, data, tmp_path):
     assert run("--max_steps", 4) == 0
     new = Run(data, tmp_path / "new")
@@ -1015,9 +1069,8 @@ def test_a_new_run_from_old_weights(run, data, tmp_path):
         )
         == 0
     )
-    assert (
-        "layers.0.moe.router.selection_bias" in biased.final().model
-    )  # a raw RuntimeError once, in both directions
+    # A raw RuntimeError once, in both directions.
+    assert "layers.0.moe.router.selection_bias" in biased.final().model
     plain = Run(data, tmp_path / "plain")
     assert (
         plain(
@@ -1089,10 +1142,10 @@ def test_the_reference_s_runs_cannot_be_resumed(shared_dir, data, tmp_path):
         train.main(["--resume", "--ckpt_dir", str(tmp_path), "--data_dir", str(data)])
 
 
-# ---------------------------------------------------------------------------------------------------------------- real text
+# ---------------------------------------------------------------------------------------- real text
 @pytest.mark.slow
 def test_it_learns_real_text(shared_dir, tmp_path):
-    """250 steps on TinyStories: far below guessing, and below what the frequency of single tokens gives."""
+    """250 steps on TinyStories: far below guessing, and below the frequency of single tokens."""
     stories = [
         json.loads(line)["text"]
         for line in (shared_dir / "tinystories" / "train.jsonl").read_text().splitlines()[:1500]
@@ -1155,9 +1208,8 @@ def test_document_mask_reaches_training_and_validation(data, tmp_path):
     records = []
     for i, flags in enumerate(([], ["--document_mask"])):
         one = Run(data, tmp_path / str(i))
-        assert (
-            one("--max_steps", "4", "--context_length", "128", *flags) == 0
-        )  # documents have about 70 bytes
+        # Documents have about 70 bytes.
+        assert one("--max_steps", "4", "--context_length", "128", *flags) == 0
         records.append(comparable(one.records()))
     assert {r["kind"] for r in records[0]} == {"train", "val"}
     assert all(a["loss"] != b["loss"] for a, b in zip(*records, strict=True))
@@ -1167,7 +1219,10 @@ def test_document_mask_reaches_training_and_validation(data, tmp_path):
 def test_largest_micro_batch_keeps_the_sequences_per_step(
     run, data, monkeypatch, capsys, room_for, expected
 ):
-    """On a CPU by the estimate: what fits is chosen, the effective batch stays, and the checkpoint knows the numbers, not the wish."""
+    """On a CPU the estimate chooses what fits, and the effective batch stays.
+
+    The checkpoint stores the numbers, not "auto".
+    """
     plan = make_plan(
         settings_of(
             *MODEL,
@@ -1238,8 +1293,11 @@ def _on_a_gpu(monkeypatch, set_up, free: int) -> None:
     "preset, sequences, found", [("gptoss-modern", 64, 16), ("gptoss", 16, 16)]
 )
 def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, sequences, found):
-    """Each try of a compiled model took a minute, and what the estimate said not to fit was tried, up
-    to 1.25 times of what was free: 32 sequences of the modern preset need 94 GiB."""
+    """Each try of a compiled model took a minute.
+
+    What the estimate called too large was tried, up to 1.25 times of what was free: 32 sequences of
+    the modern preset need 94 GiB.
+    """
     flags = [
         "--batch_size",
         str(sequences),
@@ -1268,9 +1326,11 @@ def test_a_gpu_of_80_gb_is_tried_once_and_uncompiled(data, monkeypatch, preset, 
 
 @pytest.mark.parametrize("free_gib, expected", [(60, 2048), (79, 4096), (139, 8192)])
 def test_a_gpu_with_room_holds_more_rows_of_logits(data, monkeypatch, free_gib, expected):
-    """Each chunk of 2,048 rows is a pass over the head's gradient: 26 ms a step of 32,768 tokens, where
-    8,192 rows take 16. The estimate that is announced counts them; a run that must repeat its bits does
-    not ask what is free."""
+    """Each chunk of 2,048 rows is a pass over the head's gradient.
+
+    26 ms a step of 32,768 tokens, where 8,192 rows take 16. The announced estimate counts them; a
+    run that must repeat its bits does not ask what is free.
+    """
     plan = make_plan(
         settings_of(
             "--preset",
@@ -1315,7 +1375,10 @@ def test_announced_and_measured_peak_stand_in_one_line(run, capsys):
 
 
 def test_on_a_gpu_the_largest_micro_batch_is_found_by_trying(data, monkeypatch):
-    """Trials that run out of memory (at 8 and 4 sequences here) are passed over; any other fault comes out."""
+    """Trials that run out of memory (at 8 and 4 sequences here) are skipped.
+
+    Other faults are raised.
+    """
     plan = make_plan(
         settings_of(
             *MODEL,
@@ -1378,14 +1441,17 @@ def test_profile_writes_a_trace_of_three_steps(run, data, tmp_path, capsys):
 
 
 def test_profile_is_not_a_wish_for_the_rest_of_the_run(run, capsys):
-    """It was stored with the run, so a run with --profile could not be resumed for its last steps, and other resumes wrote the trace again."""
+    """--profile was stored with the run, so such a run could not be resumed for its last steps.
+
+    Other resumes wrote the trace again.
+    """
     assert run("--max_steps", "10", "--profile") == 0
     assert run("--resume", "--max_steps", "12", fresh=False) == 0
     assert run.final().step == 12 and capsys.readouterr().out.count("profile  of steps") == 1
 
 
 def test_sums_of_a_log_window_survive_a_resume_to_the_last_bit():
-    """They came back as float32: the losses logged after a resume inside a window were not those of the straight run."""
+    """They came back as float32: losses logged after a resume inside an interval differed."""
     state, cpu = RunState(), torch.device("cpu")
     totals = Totals(state, cpu)
     names = ("cross_entropy", "targets", "steps", "aux_loss", "z_loss", "entropy")
@@ -1425,7 +1491,10 @@ def test_sums_that_an_older_version_saved_by_position_are_read():
 
 @pytest.mark.parametrize("device, expected", [("cuda", True), ("mps", False), ("cpu", False)])
 def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
-    """MPS read a batch's memory after it had been given back (PyTorch issue 139550): wrong ids, and no error."""
+    """MPS read a batch's memory after it was freed (PyTorch issue 139550).
+
+    Wrong ids, and no error.
+    """
     asked = []
 
     class Ids:
@@ -1437,7 +1506,7 @@ def test_only_cuda_reads_a_batch_while_the_host_goes_on(device, expected):
 
 
 def test_mps_skips_a_bad_step_under_loss_scaling_too():
-    """Its fused kernel does not listen to found_inf: the first overflow of float16 made all weights NaN."""
+    """Its fused kernel ignores found_inf: the first float16 overflow made all weights NaN."""
 
     class OnMPS(torch.Tensor):
         device = property(lambda self: torch.device("mps"))
@@ -1478,7 +1547,10 @@ def test_fit_refuses_an_optimizer_that_cannot_skip(data):
     "changes", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "state_dtype": "bfloat16"}]
 )
 def test_size_of_a_checkpoint_is_that_of_its_tensors(changes):
-    """12 bytes a parameter were asked of the disk, whatever the optimizer keeps: Muon with bfloat16 moments was refused room that it has no use for."""
+    """The disk check asked for 12 bytes a parameter, whatever the optimizer keeps.
+
+    Muon with bfloat16 moments was denied room that it does not need.
+    """
     config, train_config = tiny_config(), TrainConfig(**changes)
     model = LLM(config)
     optimizer = build_optimizer(model, train_config)
@@ -1532,7 +1604,7 @@ def test_deterministic_asks_pytorch_for_it(run):
     ],
 )
 def test_every_optimizer_resumes_bit_for_bit(run, data, tmp_path, flags):
-    """Its state is in the checkpoint, in its own dtypes, and a step after a resume is the step that would have been."""
+    """Its state is in the checkpoint, in its own dtypes; a step after a resume is the step due."""
     assert run("--max_steps", "6", *flags) == 0
     other = Run(data, tmp_path / "other")
     assert other("--max_steps", "6", *flags, "--save_interval", "3", "--keep_last", "0") == 0
@@ -1548,7 +1620,10 @@ def test_every_optimizer_resumes_bit_for_bit(run, data, tmp_path, flags):
 
 
 def test_starved_and_crowded_experts_are_told_once_each_way(capsys):
-    """After the warm-up no expert should get under 25 or over 400 % of its fair share; until now only the plot knew."""
+    """After the warm-up no expert should get under 25 or over 400 % of its fair share.
+
+    Until now only the plot showed it.
+    """
     reporter = Reporter.__new__(Reporter)
     reporter.healthy, reporter.say = True, print
     for step, loads in (

@@ -1,4 +1,4 @@
-"""Command lines: every field of every config is a flag and a TOML key that arrives, and every mistake is one line."""
+"""Command lines: every config field arrives as a flag and a TOML key; every mistake is one line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_no_name_is_a_field_of_two_configs():
     assert len({name for _, name in FIELDS}) == len(FIELDS)
 
 
-# ------------------------------------------------------------------------------------------------------- values arrive
+# ------------------------------------------------------------------------------------ values arrive
 def test_every_field_has_help_with_text():
     for owner in OWNERS.values():
         for f in dataclasses.fields(owner):
@@ -70,9 +70,10 @@ def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, table, name)
     others = (
         {f.name: f.default for f in dataclasses.fields(owner)} | NEEDS.get(name, {}) | {name: value}
     )
+    # And nothing else changed.
     assert dataclasses.asdict(seen[0].build(owner)) == {
         k: v for k, v in others.items() if hasattr(owner, k)
-    }  # and nothing else changed
+    }
 
 
 @pytest.mark.parametrize(("table", "name"), FIELDS)
@@ -124,9 +125,8 @@ def test_a_flag_beats_the_file_beats_the_preset_beats_the_default(toml, monkeypa
     assert built(*chosen) == in_preset != default
     assert built(*chosen, *file) == in_file != in_preset
     assert built(*chosen, *file, *as_flags({name: on_flag})) == on_flag != in_file
-    assert (
-        built(*as_flags({name: on_flag}), *file, *chosen) == on_flag
-    )  # the order on the line does not count
+    # The order on the line does not count.
+    assert built(*as_flags({name: on_flag}), *file, *chosen) == on_flag
 
 
 def test_presets_reach_both_configs_and_are_not_explicit():
@@ -163,14 +163,15 @@ def test_the_config_checks_what_was_given():
         settings("--d_model", "0").build(ModelConfig)
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (
             ["--d_mode", "64"],
             "unrecognized arguments: --d_mode 64",
-        ),  # a short form of d_model: would change its meaning with the next new field
+            # A short form of d_model: would change its meaning with the next new field.
+        ),
         (["--res"], "unrecognized arguments: --res"),
         (["--pre", "nano"], "unrecognized arguments: --pre nano"),
         (["extra"], "unrecognized arguments: extra"),
@@ -180,11 +181,13 @@ def test_the_config_checks_what_was_given():
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (
             ["--schedule", "linear"],
-            "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', 'constant'",
+            "argument --schedule: invalid choice: 'linear' .choose from 'cosine', 'wsd', "
+            "'constant'",
         ),
         (
             ["--preset", "huge"],
-            "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', 'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'",
+            "argument --preset: invalid choice: 'huge' .choose from 'gpt-oss-20b', "
+            "'gpt-oss-nano', 'gptoss', 'gptoss-modern', 'modern-24gb', 'modern-8gb', 'nano'",
         ),
         (["--use_rope=no"], "argument --use_rope/--no-use_rope: ignored explicit argument 'no'"),
         (["--lr", "nan"], "lr must be a finite number"),
@@ -244,7 +247,10 @@ def test_wrong_toml_files_are_one_line(toml, text, message):
 
 
 def test_a_key_given_twice_is_refused(toml):
-    """A key outside the tables and again in one: the table's won without a word, although the other was nearer the top."""
+    """Reject a key that stands outside the tables and again in one.
+
+    The table's value won silently, although the other was nearer the top.
+    """
     with pytest.raises(ValueError, match="lr, seed twice"):
         settings(*toml("seed = 1\nlr = 0.1\n[train]\nlr = 0.2\nseed = 2\n"))
 
@@ -260,14 +266,13 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, toml):
         settings("--config", str(tmp_path))
     with pytest.raises(ValueError, match="cannot read --config .*: Not a directory"):
         settings("--config", toml("")[1] + "/x.toml")
-    with pytest.raises(
-        ValueError, match="cannot read --config : No such file"
-    ):  # an unset shell variable was no file at all, silently
+    # An unset shell variable was no file at all, silently.
+    with pytest.raises(ValueError, match="cannot read --config : No such file"):
         settings("--config", "")
     assert settings(*toml("")).explicit == set()
 
 
-# ---------------------------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------------- help
 @pytest.mark.parametrize("module", ["train", "predict", "test", "prepare_data"])
 def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
@@ -293,7 +298,10 @@ def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, 
 
 
 def test_percent_signs_in_help_texts_are_printed(monkeypatch, capsys):
-    """argparse formats help with %: one "10 %" in a description of a preset would have ended --help in a traceback."""
+    """Escape % in help texts: argparse formats help with %.
+
+    One "10 %" in a preset's description would have ended --help in a traceback.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -337,7 +345,7 @@ def test_prepare_data_reports_a_wrong_flag_in_a_line():
         prepare_data.main(["--tokeniser", "byte"])
 
 
-# ------------------------------------------------------------------------------------------------------------ run_main
+# ----------------------------------------------------------------------------------------- run_main
 class Explained(ValueError):
     exit_code = 3
 
@@ -372,7 +380,11 @@ def test_run_main_makes_a_line_and_an_exit_code_of_an_exception(
 
 
 def test_error_lines_do_not_write_to_the_terminal(monkeypatch, capsys):
-    """A column name of a downloaded file is quoted in an error of prepare_data.py: with an ESC in it, it would have been carried out."""
+    """Escape control characters in errors.
+
+    prepare_data.py quotes column names of downloaded files; an ESC in one would have been carried
+    out.
+    """
     monkeypatch.delenv("GPTOSS_TRACEBACK", raising=False)
 
     def main(argv):
@@ -408,18 +420,25 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 @pytest.fixture
 def script(tmp_path):
-    """Starts a program whose main has the given body; it imports nothing heavy, so a start takes a tenth of a second."""
+    """Start a program whose main has the given body.
+
+    It imports nothing heavy, so a start takes a tenth of a second.
+    """
 
     def start(
         body: str, *argv: str, shell: str = "{}", env: dict | None = None, unread: bool = False
     ) -> subprocess.CompletedProcess:
         path = tmp_path / "script.py"
         path.write_text(
-            f"import sys\nfrom config_model import ModelConfig, TrainConfig\nfrom runtime.base import cli\n\n\ndef main(argv):\n    {body}\n\n\ncli.run_main(main)\n"
+            "import sys\nfrom config_model import ModelConfig, TrainConfig\n"
+            "from runtime.base import cli\n\n\n"
+            f"def main(argv):\n    {body}\n\n\n"
+            "cli.run_main(main)\n"
         )
         words = " ".join([f"'{sys.executable}'", f"'{path}'", *argv])
         stdout = subprocess.PIPE
-        if unread:  # a pipe whose reader has left before the program starts
+        # A pipe whose reader has left before the program starts.
+        if unread:
             reader, stdout = os.pipe()
             os.close(reader)
         try:
@@ -440,7 +459,7 @@ def script(tmp_path):
 
 
 def test_output_cut_short_by_head_is_no_error(script):
-    """`| head` closes our output: the run ends quietly, with the exit code of a program that SIGPIPE ended."""
+    """`| head` closes our output: the run ends quietly, with the exit code of SIGPIPE."""
     done = script("for i in range(100_000): print('line', i)", shell="{} | head -1")
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, b"line 0\n", b"")
     done = script("print('one line, still in the buffer when main returns')", unread=True)
@@ -448,22 +467,28 @@ def test_output_cut_short_by_head_is_no_error(script):
 
 
 def test_help_cut_short_is_no_error_either(script):
-    """--help leaves main by SystemExit, so nothing was flushed while BrokenPipeError was being watched for: Python complained at exit."""
+    """--help leaves main by SystemExit: its text was not flushed while we caught BrokenPipeError.
+
+    Python then complained at exit.
+    """
     done = script("cli.parser('A short help.').parse_args(argv)", "--help", unread=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
     done = script(
-        "p = cli.parser('A long one.'); cli.add_config_flags(p, ModelConfig, TrainConfig); p.parse_args(argv)",
+        "p = cli.parser('A long one.'); cli.add_config_flags(p, ModelConfig, TrainConfig); "
+        "p.parse_args(argv)",
         "--help",
         unread=True,
     )
-    assert (
-        done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""
-    )  # argparse drops the error when it writes more than a buffer
+    # Argparse drops the error when it writes more than a buffer.
+    assert done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_any_console_can_show_any_text(script, encoding):
-    """T21: the reference's training died at its first checkpoint on a Windows console, at a tick mark."""
+    """T21: a tick mark on a Windows console ended the original implementation's training.
+
+    It died at its first checkpoint.
+    """
     done = script(
         r"print('\u2713 na\u00efve \U0001f600 \ud800'); raise ValueError('\u2713')",
         env={"PYTHONIOENCODING": encoding},
@@ -476,7 +501,10 @@ def test_any_console_can_show_any_text(script, encoding):
 
 
 def test_closed_streams_are_no_error(script):
-    """With `>&-` Python has no sys.stdout at all: flushing it was an AttributeError, after the work was done."""
+    """With `>&-` Python has no sys.stdout.
+
+    Flushing it was an AttributeError, after the work was done.
+    """
     done = script(
         "print('gone', file=sys.stdout); sys.stdin.read(); print(sys.stdout.isatty())",
         shell="{} <&- >&-",
@@ -500,7 +528,10 @@ def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
         ["--config", "nowhere.toml"],
         ["--preset", "x"],
     ):
-        body = "p = cli.parser('x'); cli.add_config_flags(p, ModelConfig, TrainConfig); cli.settings_from(p.parse_args(argv), ModelConfig, TrainConfig).build(ModelConfig)"
+        body = (
+            "p = cli.parser('x'); cli.add_config_flags(p, ModelConfig, TrainConfig); "
+            "cli.settings_from(p.parse_args(argv), ModelConfig, TrainConfig).build(ModelConfig)"
+        )
         done = script(body, *argv)
         assert (
             done.returncode == 2

@@ -1,4 +1,4 @@
-"""What the machine can do, asked on a machine that may have no GPU: CUDA's answers are put in its mouth."""
+"""What the machine can do, tested without a GPU: CUDA's answers are patched in."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def no_accelerator(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
-# --------------------------------------------------------------------------------------------------------------- device
+# ------------------------------------------------------------------------------------------- device
 def test_auto_takes_cuda_then_mps_then_the_cpu(no_accelerator, monkeypatch):
     assert choose_device("auto") == choose_device() == CPU
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -95,7 +95,10 @@ def test_unknown_devices_are_refused_in_a_line(name):
 
 @pytest.mark.parametrize("name", ["cpu:0", "cpu:5", "mps:3"])
 def test_only_cuda_devices_have_numbers(name):
-    """cpu:5 was taken, although the line about what is allowed says otherwise and there is no sixth CPU to run on."""
+    """Reject cpu:5, which does not exist.
+
+    It was accepted, although the error line says otherwise.
+    """
     with pytest.raises(ValueError, match="unknown device"):
         choose_device(name)
 
@@ -116,7 +119,7 @@ def test_a_cuda_device_that_is_here_is_taken(cuda):
         choose_device("cuda:2")
 
 
-# ---------------------------------------------------------------------------------------------------------------- dtype
+# -------------------------------------------------------------------------------------------- dtype
 def test_auto_dtype_is_the_best_that_is_in_hardware(cuda):
     assert choose_dtype("auto", CPU) is torch.float32
     assert choose_dtype("auto", torch.device("mps")) is torch.float32
@@ -145,7 +148,11 @@ def test_a_dtype_is_honoured_or_refused(cuda):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_autocast_changes_what_a_product_is_computed_in(dtype):
-    """T12: on a CPU the reference's float16 and bfloat16 runs were bit for bit its float32 run. float32 must be no autocast at all."""
+    """T12: float32 must mean no autocast at all.
+
+    On a CPU the original implementation's float16 and bfloat16 runs were bit for bit its float32
+    run.
+    """
     a = torch.randn(8, 8)
     with autocast(CPU, dtype):
         assert torch.is_autocast_enabled("cpu") == (dtype != torch.float32)
@@ -155,7 +162,7 @@ def test_autocast_changes_what_a_product_is_computed_in(dtype):
     assert (product.float() - a @ a).abs().max() < 0.2
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 def test_memory_of_this_machine_is_plausible(cuda):
     if os.path.exists("/proc/meminfo"):
         free, total = memory_bytes(CPU)
@@ -183,8 +190,11 @@ def test_peak_memory_is_at_least_what_is_held_now_and_is_in_bytes():
 
 
 def test_out_of_memory_is_recognised_in_every_spelling():
-    """MPS ("MPS backend out of memory"), the CUDA driver ("CUDA error: out of memory") and cuBLAS raise a plain RuntimeError,
-    which was taken for a bug and shown as a traceback."""
+    """Recognise every out-of-memory error.
+
+    MPS ("MPS backend out of memory"), the CUDA driver ("CUDA error: out of memory") and cuBLAS
+    raise a plain RuntimeError, which was taken for a bug and shown as a traceback.
+    """
     with pytest.raises(RuntimeError) as real:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(real.value)
@@ -229,7 +239,7 @@ def test_out_of_memory_is_explained_and_nothing_else_is():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-# ---------------------------------------------------------------------------------------------------------------- speed
+# -------------------------------------------------------------------------------------------- speed
 def test_names_and_peaks(cuda, monkeypatch):
     assert device_name(torch.device("cuda")) == "NVIDIA H100 80GB HBM3"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -278,7 +288,11 @@ def test_synchronize_waits_for_gpus_only(monkeypatch):
     ],
 )
 def test_peak_speed_is_of_that_card_and_no_other(monkeypatch, name, peak):
-    """An L40 was taken for an L4, a T400 for a T4, a laptop's 4090 for a desktop's: their MFU was wrong."""
+    """Match whole names of GPUs.
+
+    An L40 was taken for an L4, a T400 for a T4, a laptop's 4090 for a desktop's: their MFU was
+    wrong.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
@@ -337,7 +351,10 @@ def test_sinks_that_no_kernel_takes_are_plain(monkeypatch, device, head_dim, dty
     ],
 )
 def test_bfloat16_on_a_cpu_only_where_it_is_faster(monkeypatch, amx, seconds, expected):
-    """Without a matrix unit its products take twice as long as float32's; with one it is asked, by a clock that is put in its place here."""
+    """Measure bfloat16 on a CPU with a matrix unit; without one its products take twice as long.
+
+    The clock is replaced here.
+    """
     now, clock = [0.0], []
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     monkeypatch.setattr(

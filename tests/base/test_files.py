@@ -34,7 +34,7 @@ def fail_half_way(error):
     return write
 
 
-# --------------------------------------------------------------------------------------------------------- write_atomic
+# ------------------------------------------------------------------------------------- write_atomic
 def test_a_new_file_and_its_folders_are_made(tmp_path):
     write_atomic(tmp_path / "a/b/file.bin", lambda file: file.write(b"new"))
     assert (tmp_path / "a/b/file.bin").read_bytes() == b"new" and names(tmp_path / "a/b") == [
@@ -89,7 +89,8 @@ def test_the_old_file_is_whole_under_its_name_until_the_new_one_is(tmp_path):
             file.flush()
             assert path.read_bytes() == b"old"
 
-    with open(path, "rb") as reader:  # and who has it open goes on reading the old one
+    # And whoever has it open keeps reading the old one.
+    with open(path, "rb") as reader:
         write_atomic(path, write)
         assert reader.read() == b"old"
     assert path.read_bytes() == b"x" * 300_000
@@ -111,7 +112,10 @@ def test_a_folder_under_that_name_is_an_error_and_stays(tmp_path):
 
 @posix_only
 def test_content_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
-    """The order is what a power loss needs: a rename that is on the disk before the bytes are gives an empty file."""
+    """The order is what a power loss needs: bytes are flushed before the rename.
+
+    The other way round leaves an empty file.
+    """
     events = []
     fsync, replace = os.fsync, os.replace
 
@@ -136,11 +140,14 @@ def test_content_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, 
     assert events == ["replace", "fsync folder"]
 
 
-# --------------------------------------------------------------------------------------------------------- fsync_folder
+# ------------------------------------------------------------------------------------- fsync_folder
 @posix_only
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
 def test_a_mount_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch, code):
-    """CIFS and some FUSE mounts answer EINVAL to fsync on a folder: every checkpoint there ended in an error, after it was written."""
+    """CIFS and some FUSE mounts answer EINVAL to fsync on a folder.
+
+    Every checkpoint there ended in an error, after it was written.
+    """
     fsync = os.fsync
 
     def refuse_folders(descriptor):
@@ -162,7 +169,8 @@ def test_a_disk_error_while_flushing_a_folder_is_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         fsync_folder(tmp_path)
-    assert len(os.listdir("/dev/fd")) == before  # the folder was closed again
+    # The folder was closed again.
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_a_system_that_cannot_open_folders_skips_it(tmp_path, monkeypatch):
@@ -173,7 +181,7 @@ def test_a_system_that_cannot_open_folders_skips_it(tmp_path, monkeypatch):
     fsync_folder(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- link_atomic
+# -------------------------------------------------------------------------------------- link_atomic
 @pytest.fixture
 def two(tmp_path):
     (tmp_path / "step_1.pt").write_bytes(b"one")
@@ -196,7 +204,10 @@ def test_a_hard_link_is_the_same_file_and_outlives_the_other_name(two):
 
 
 def test_linking_again_to_the_same_file_leaves_nothing_over(two):
-    """POSIX: renaming one hard link over another of the same file does nothing, and the temporary name would stay."""
+    """POSIX: renaming one hard link over another of the same file does nothing.
+
+    The temporary name would stay.
+    """
     for _ in range(2):
         link_atomic(two / "step_1.pt", two / "latest.pt")
     assert names(two) == ["latest.pt", "step_1.pt", "step_2.pt"] and (two / "latest.pt").samefile(
@@ -224,7 +235,10 @@ def test_without_hard_links_it_is_a_relative_symbolic_link(two, monkeypatch):
 
 
 def test_without_any_links_it_is_a_copy(two, monkeypatch):
-    """exFAT disks and some network drives have neither kind of link: there every save raised, so training died at its first checkpoint."""
+    """exFAT disks and some network drives support neither kind of link.
+
+    Every save raised there, so training died at its first checkpoint.
+    """
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(os, "symlink", refuse)
     for step, content in ((1, b"one"), (2, b"two")):
@@ -234,7 +248,7 @@ def test_without_any_links_it_is_a_copy(two, monkeypatch):
 
 
 def test_a_link_that_cannot_be_renamed_leaves_the_old_one_and_nothing_over(two, monkeypatch):
-    """The temporary name stayed behind, a second name of a file of 44 GB that `rm` would not free."""
+    """The temporary name stayed: a second name of a 44 GB file, which `rm` would not free."""
     link_atomic(two / "step_1.pt", two / "latest.pt")
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="not supported"):

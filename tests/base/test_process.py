@@ -23,8 +23,11 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_train_sets_the_spin_count_before_torch_is_loaded():
-    """Two threads beside one busy neighbour fell to a twentieth of their speed, because threads that wait spin; the library reads
-    its setting once, when it loads, so a line after `import torch` would do nothing."""
+    """Set OpenMP's wait policy before torch is imported; the library reads it once, when it loads.
+
+    Threads that wait spin: two threads next to one busy neighbour fell to a twentieth of their
+    speed.
+    """
     code = """
 import builtins, os, sys
 original = builtins.__import__
@@ -38,15 +41,20 @@ builtins.__import__ = watching
 import train
 """
     assert python(code).split() == ["seen", process.SPIN_COUNT]
+    # A setting that is there stays.
     assert python(code, GOMP_SPINCOUNT="7").split() == [
         "seen",
         "7",
-    ]  # a setting that is there stays
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again_without_page_faults():
-    """Counted, not timed: PyTorch's large temporaries were mapped and cleared anew each time, 16,384 page faults for 64 MB."""
+    """Count page faults instead of timing.
+
+    PyTorch's large temporaries were mapped and cleared again each time: 16,384 page faults for 64
+    MB.
+    """
     code = """
 import resource, sys
 from runtime.base import process
@@ -55,7 +63,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 import ctypes
 libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 def use():
     block = libc.malloc(64 << 20)
     ctypes.memset(block, 1, 64 << 20)
@@ -119,9 +128,11 @@ print(anonymous(), process.give_back_memory(), anonymous())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_what_small_pieces_hold_apart_is_given_back():
-    """Each drawing of plots left pieces all over a heap that keeps what is freed: a run of nano
-    held 490 MiB after its first save and 630 after the sixth, 760 at its peak, where 541 had been
-    announced."""
+    """Each drawing of plots left pieces all over a heap that keeps what is freed.
+
+    A run of nano held 490 MiB after its first save and 630 after the sixth, 760 at its peak, where
+    541 had been announced.
+    """
     before, told, after = python(CHILD).split()
     # 100 MB in pieces of 5 pages, of which three in four were freed.
     assert told == "True" and int(before) - int(after) > 40e6

@@ -47,7 +47,7 @@ def test_human_count(number, shown):
     ("number", "shown"), [(1e-4, "0.0001"), (6e-5, "0.0001"), (1e-5, "0"), (1e-300, "0")]
 )
 def test_human_count_of_next_to_nothing_has_no_exponent(number, shown):
-    """Below 0.0001 the format `g` switched to 1e-05, which no one reads as a number of tokens per second."""
+    """Below 0.0001 the format `g` switched to 1e-05, which is hard to read as tokens per second."""
     assert human_count(number) == shown
 
 
@@ -121,7 +121,10 @@ def test_human_seconds(seconds, shown):
 
 
 def test_visible_spells_out_whatever_moves_a_terminal():
-    """S1: the reference printed a model's ESC bytes raw; with them a text can change the title, the colours, the clipboard."""
+    """S1: the original implementation printed a model's ESC bytes raw.
+
+    With them a text can change the title, the colours and the clipboard.
+    """
     assert visible("plain é 漢字 😀\n\ttab") == "plain é 漢字 😀\n\ttab"
     assert visible("\x1b]52;c;aGk=\x07") == "\\x1b]52;c;aGk=\\x07"
     assert visible("a\rb\x00\x7f\x9b31m") == "a\\rb\\x00\\x7f\\x9b31m"

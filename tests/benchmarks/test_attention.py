@@ -1,4 +1,4 @@
-"""The attention benchmark at a tiny size: every way gives the same numbers, what does not run says why and loses no other."""
+"""The attention benchmark at a tiny size: all variants agree, and a failing one says why."""
 
 import json
 import math
@@ -26,12 +26,13 @@ TINY = [
     "--min_sample_seconds",
     "1e-6",
 ]
-ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math")  # whatever the processor
+# Whatever the processor.
+ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math")
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """main(flags) -> what it stored; PyTorch's settings and the environment are put back afterwards."""
+    """Run main(flags) and return what it stored; restore PyTorch's settings and the environment."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,7 +50,8 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-# Scores over 16 and sums over 40 keys, twice more backward, where a key meets 40 queries of 2 heads.
+# Scores over 16 and sums over 40 keys, twice more backward, where a key meets 40 queries of 2
+# heads.
 BOUND = rounding(torch.float32, *3 * [16, 40, 40], 40 * 2)
 
 
@@ -65,14 +67,14 @@ def problem(case: str, *flags: str) -> attention.Problem:
 def check_row(row: dict, case: str, flops: int) -> None:
     leaves = {"q", "k", "v"} | {name for name in ("table", "sinks") if name in case}
     assert row["errors"].keys() == row["same_bits"].keys() == leaves | {"output"}
-    assert 0 < max(row["errors"].values()) < BOUND  # float32 against float64
+    # float32 against float64.
+    assert 0 < max(row["errors"].values()) < BOUND
     assert (
         row["flops_per_sec"] == pytest.approx(flops / row["seconds"]["median"])
         and row["calls_per_sample"] == 1
     )
-    assert (
-        row["peak_above_inputs_bytes"] > 4 * 2 * (2 * 4 + 2 * 2) * 40 * 16
-    )  # at least the output and the gradients
+    # At least the output and the gradients.
+    assert row["peak_above_inputs_bytes"] > 4 * 2 * (2 * 4 + 2 * 2) * 40 * 16
 
 
 def test_benchmark_end_to_end(run, capsys):
@@ -108,9 +110,8 @@ def test_benchmark_end_to_end(run, capsys):
             and variants["manual"]["kernel"] is None
             and "viable" in variants["sdpa_cudnn"]["why"]
         )
-        assert (
-            variants["manual"]["peak_above_inputs_bytes"] > 3 * 4 * 2 * 4 * 40 * 40
-        )  # scores, masked, weights
+        # Scores, masked, weights.
+        assert variants["manual"]["peak_above_inputs_bytes"] > 3 * 4 * 2 * 4 * 40 * 40
     assert results["cases"]["causal"]["variants"]["sdpa_flash"]["default"]["kernel"] == "flash"
     assert results["cases"]["causal"]["visible_share"] == 41 / 80
     assert (
@@ -121,7 +122,10 @@ def test_benchmark_end_to_end(run, capsys):
 
 
 def test_sinks(run):
-    """The kernels with their results rescaled give what all scores give, and hold none of them; PyTorch's own function knows no sinks and says so."""
+    """The kernels with rescaled results equal the full score matrix, without holding it.
+
+    PyTorch's own function has no sinks and says so.
+    """
     variants = {
         name: modes["default"]
         for name, modes in run("--cases", "sinks", "--variants", "manual,sdpa_expanded,rescaled")[
@@ -172,7 +176,10 @@ def test_the_compiled_variant_is_compiled(monkeypatch):
 
 
 def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
-    """The columns error and bits are measured: a variant that sees everything and adds noise is told by both."""
+    """The columns error and bits are measured.
+
+    Both show a variant that sees everything and adds noise.
+    """
 
     def wrong(p):
         return lambda: torch.nn.functional.scaled_dot_product_attention(
@@ -191,7 +198,10 @@ def test_a_wrong_mask_and_changed_bits_are_seen(run, monkeypatch, capsys):
 
 
 def test_what_fails_loses_no_other(run, monkeypatch):
-    """Out of memory at full size, an error only while it is timed, an operation that has no deterministic kernel."""
+    """Out of memory at full size, an error only during timing.
+
+    Also an operation without a deterministic kernel.
+    """
     calls = []
 
     def out_of_memory(p):
@@ -251,7 +261,8 @@ def test_the_reason_is_the_librarys():
         "CuDNN attention has been runtime disabled. (Triggered internally at x.cpp:8.)",
     ]
     assert attention.reason(RuntimeError("No available kernel. Aborting."), warned) == (
-        "not supported here: RuntimeError: No available kernel. Aborting. Flash does not take a mask."
+        "not supported here: RuntimeError: No available kernel. Aborting. Flash does not "
+        "take a mask."
     )
     assert attention.reason(ValueError("a\n b"), warned) == "not supported here: ValueError: a b"
     for said in (

@@ -1,5 +1,7 @@
-"""The benchmarks, run at a tiny size: both sides of a comparison are the same model, they measure what they say, and they
-store where it came from."""
+"""The benchmarks at a tiny size: both sides are the same model, and they measure what they say.
+
+They also store their provenance.
+"""
 
 import dataclasses
 import importlib.util
@@ -84,7 +86,7 @@ def sizes(config: ModelConfig) -> list[str]:
     return flags
 
 
-# ------------------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 def losses_and_gradients(config, baseline):
     """Both sides after a backward pass over the same tokens."""
     model = random_model(config, 1)
@@ -145,9 +147,8 @@ def test_loop_is_our_model(changes):
     ],
 )
 def test_hugging_face_is_our_model(experts, changes):
-    config = tiny_config(
-        transformer_blocks=1, **changes
-    )  # with one block their load-balance loss, too, is ours
+    # With one block their load-balance loss, too, is ours.
+    config = tiny_config(transformer_blocks=1, **changes)
     hf = baselines.build_hf(config, experts)
     model, ours, our_auxiliary, theirs, auxiliary = losses_and_gradients(config, hf)
     bound = logits_bound(config, 19)
@@ -171,7 +172,10 @@ def test_hugging_face_is_our_model(experts, changes):
 def test_baselines_refuse_what_they_cannot_be(monkeypatch):
     with pytest.raises(
         ValueError,
-        match=r"loop baseline cannot have capacity_factor 1.5: leave it out, or set capacity_factor 0.0",
+        match=(
+            r"loop baseline cannot have capacity_factor 1.5: leave it out, or set "
+            r"capacity_factor 0.0"
+        ),
     ):
         baselines.LoopMoE(tiny_config(capacity_factor=1.5))
     with pytest.raises(ValueError, match="cannot have expert_activation gelu, expert_bias True"):
@@ -190,7 +194,7 @@ def test_dense_has_the_active_flops():
     )
 
 
-# --------------------------------------------------------------------------------------------------------- the load gate
+# ------------------------------------------------------------------------------------ the load gate
 def test_disturbed_samples_are_measured_again(monkeypatch):
     clock, foreign = [0.0, 0.0, 0.0], iter([0.0, 0.5, 0.1, 0.0, 0.0])
 
@@ -198,9 +202,11 @@ def test_disturbed_samples_are_measured_again(monkeypatch):
         return tuple(clock)
 
     def function(value):
-        clock[0] += 1.0  # a second, all of it this process's work on one core,
+        # A second, all of it this process's work on one core.
+        clock[0] += 1.0
         clock[2] += 1.0
-        clock[1] += 1.0 + next(foreign)  # and what others did meanwhile
+        # What others did in that second.
+        clock[1] += 1.0 + next(foreign)
         return value
 
     monkeypatch.setattr(common, "cpu_clock", cpu_clock)
@@ -230,7 +236,7 @@ def test_least_disturbed_samples_are_taken_where_none_is_clean(monkeypatch):
 
 
 def test_cpu_clock(tmp_path, monkeypatch):
-    """The machine's work is all but idle and waiting for disks; guests' time is in user time already."""
+    """Idle time and disk waits do not count as work; guests' time is already part of user time."""
     (tmp_path / "stat").write_text(
         "cpu  100 20 3000 70000 8000 400 50 6 90 9\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
     )
@@ -240,13 +246,14 @@ def test_cpu_clock(tmp_path, monkeypatch):
     assert common.cpu_clock(str(tmp_path / "none"))[1:] == (0.0, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------- training steps
+# ----------------------------------------------------------------------------------- training steps
 @pytest.mark.slow
 def test_train_benchmark(data, results_folder, monkeypatch):
     compiled = []
+    # What it does is tested elsewhere.
     monkeypatch.setattr(
         torch, "compile", lambda function, **kwargs: compiled.append(function) or function
-    )  # what it does is tested elsewhere
+    )
     monkeypatch.setattr(bench, "GEMM_SIZE", 64)
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     hf = ["hf_eager", "hf_grouped"] if importlib.util.find_spec("transformers") else []
@@ -255,7 +262,8 @@ def test_train_benchmark(data, results_folder, monkeypatch):
     results = json.loads((results_folder / "train_tiny.json").read_text())
     assert {"command", "commit", "hardware", "versions"} <= results["environment"].keys()
     assert list(results["variants"]) == names and results["failed"] == results["left_out"] == {}
-    assert compiled.count(softmax_gradient_) == 2  # ours_compiled and dense_compiled
+    # ours_compiled and dense_compiled.
+    assert compiled.count(softmax_gradient_) == 2
     assert (
         results["order"] == "in turns"
         and "(byte)" in results["tokens"]
@@ -357,7 +365,10 @@ def test_another_model_is_noticed(monkeypatch):
 
 
 def test_both_sides_take_the_same_steps(monkeypatch):
-    """Same tokens, gradient, clipping and AdamW on both sides: after a few steps the weights are still the same."""
+    """Both sides share tokens, gradients, clipping and AdamW.
+
+    After a few steps the weights are equal.
+    """
     monkeypatch.delenv("GPTOSS_DATA", raising=False)
     s = setting(
         *sizes(tiny_config()),
@@ -417,7 +428,10 @@ def test_baseline_out_of_memory_gets_smaller_micro_batches(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_all_logits_is_seen():
-    """Each in a process of its own, as the benchmark does it: in this one, what malloc kept from other tests came and went."""
+    """Measure each in its own process, as the benchmark does.
+
+    In this process, memory that malloc kept from other tests came and went.
+    """
     rows, V = 512, 48_000
     peaks = {}
     for name in ("ours", "loop"):
@@ -440,8 +454,10 @@ def test_memory_of_all_logits_is_seen():
             "peak_above_states_bytes"
         ]
     logits = rows * V * 4
-    assert peaks["loop"] > 2 * logits  # logits and their gradient, at least
-    assert peaks["ours"] < 0.75 * logits  # half of the rows at a time, in one buffer
+    # Logits and their gradient, at least.
+    assert peaks["loop"] > 2 * logits
+    # Half of the rows at a time, in one buffer.
+    assert peaks["ours"] < 0.75 * logits
 
 
 def test_worker_measures_speed(tmp_path, monkeypatch):
@@ -493,8 +509,10 @@ def test_allocator_row_alternates_processes(monkeypatch):
 def test_run_worker_gives_what_the_process_wrote(tmp_path, monkeypatch):
     (tmp_path / "small_worker.py").write_text(
         "import json, os, sys\n"
-        "if '--fail' in sys.argv: sys.exit('torch.SomeError: no such luck' + chr(10) + 'Set VERBOSE for more')\n"
-        "json.dump([sys.argv[1], os.environ.get('LEFT'), os.environ.get('TAKEN')], open(sys.argv[-1], 'w'))\n"
+        "if '--fail' in sys.argv: sys.exit('torch.SomeError: no such luck' + chr(10) + 'Set "
+        "VERBOSE for more')\n"
+        "json.dump([sys.argv[1], os.environ.get('LEFT'), os.environ.get('TAKEN')], "
+        "open(sys.argv[-1], 'w'))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("TAKEN", "1")
@@ -503,13 +521,14 @@ def test_run_worker_gives_what_the_process_wrote(tmp_path, monkeypatch):
         "2",
         None,
     ]
+    # Not the hint below it.
     with pytest.raises(
         ValueError, match="small_worker --fail failed: torch.SomeError: no such luck"
-    ):  # not the hint below it
+    ):
         common.run_worker("small_worker", ["--fail"])
 
 
-# ----------------------------------------------------------------------------------------------------------- time by part
+# ------------------------------------------------------------------------------------- time by part
 def event(
     name, start, end, children=(), number=-1, kernels=(), device=DeviceType.CPU, annotation=False
 ):
@@ -535,7 +554,10 @@ def flat(e) -> list:
 
 
 def test_parts_on_a_cpu():
-    """A backward operation belongs to the part whose forward operation had its number last; gaps and ranges are waiting."""
+    """A backward operation belongs to the part whose forward operation had its number last.
+
+    Gaps and ranges count as waiting.
+    """
     steps = event(
         "bench:steps",
         0,
@@ -589,7 +611,10 @@ def test_parts_on_a_cpu():
 
 
 def test_parts_on_a_gpu():
-    """Kernels count for the part that launched them, also from the backward pass's thread; the rest of the time is waiting."""
+    """Kernels count for the part that launched them, also from the backward pass's thread.
+
+    The rest of the time is waiting.
+    """
     forward = event(
         "part:attention",
         0,
@@ -624,7 +649,7 @@ def test_parts_on_a_gpu():
     assert seconds["other"] == pytest.approx(10e-6) and sum(seconds.values()) == pytest.approx(wall)
 
 
-# --------------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 LOSS = [
     "--name",
     "tiny",
@@ -715,7 +740,7 @@ def test_loss_memory_of_all_logits_is_seen():
     assert peaks["full"] > 2 * 512 * 24_000 * 4 and peaks["ours_64"] < 0.3 * 512 * 24_000 * 4
 
 
-# ------------------------------------------------------------------------------------------------------------ the experts
+# -------------------------------------------------------------------------------------- the experts
 def test_experts_benchmark(results_folder):
     flags = [
         "--name",
@@ -761,9 +786,12 @@ def test_experts_benchmark_notices_another_result():
         experts.check_equal({"a": same, "b": other}, 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- the whole programs
+# ------------------------------------------------------------------------------- the whole programs
 def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):
-    """Its blocks take each length as another graph, and the ninth is an error: on a GPU the figures of the whole run were lost."""
+    """Its blocks compile a graph per length, and the ninth raises.
+
+    On a GPU the figures of the whole run were lost.
+    """
     monkeypatch.setenv("GPTOSS_DATA", str(data))
     original = torch.nn.Module.compile
     monkeypatch.setattr(
@@ -812,9 +840,8 @@ def test_a_compiled_model_is_decoded_plain(data, results_folder, monkeypatch):
         lambda *a, **k: masked.append(1) or loss_of(*a, **k),
     )
     assert end_to_end.main(flags) == 0
-    assert (
-        len(masked) == 2 + 6 + 2
-    )  # --document_mask reaches the dry run, the steps and the validations; only the first did
+    # --document_mask reaches the dry run, the steps and the validations; only the first did.
+    assert len(masked) == 2 + 6 + 2
 
 
 def test_end_to_end_figures(data, results_folder, monkeypatch):

@@ -1,4 +1,4 @@
-"""The benchmark of generation at a tiny size: what it counts, what it compares, what it refuses, what it stores."""
+"""The benchmark of generation at a tiny size: what it counts, compares, rejects and stores."""
 
 from __future__ import annotations
 
@@ -85,11 +85,12 @@ def results_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)
     monkeypatch.setattr(decode, "BANDWIDTH_BYTES", {"cpu": 1 << 16})
+    # Samples here are shorter than the clock's ticks.
     monkeypatch.setattr(
         decode,
         "alternate_undisturbed",
         lambda functions, repeats: common.alternate_undisturbed(functions, repeats, 99.0),
-    )  # samples here are shorter than the clock's ticks
+    )
     return tmp_path
 
 
@@ -97,7 +98,7 @@ def setting(*flags) -> decode.Setting:
     return decode.make_setting(decode.make_parser().parse_args([*TINY, *map(str, flags)]))
 
 
-# ------------------------------------------------------------------------------------------------------------- arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 @pytest.mark.parametrize(
     "changes",
     [
@@ -115,7 +116,10 @@ def setting(*flags) -> decode.Setting:
     ],
 )
 def test_a_token_reads_its_active_weights(changes):
-    """All parameters but other experts' and the position table, and of the embedding a row (besides, where it is the head as well)."""
+    """Count all parameters except other experts' and the learned attention bias.
+
+    The embedding counts as one row, or also as a whole where it is the head.
+    """
     config = tiny_config(**changes)
     embedding = parameter_counts(config)["embedding"]
     expected = (
@@ -132,13 +136,15 @@ def test_a_token_reads_packed_weights(tied):
     model = quantize_(random_model(c))
     q, kv, C, F = c.num_heads * 8, c.num_kv_heads * 8, c.d_model, c.d_ff
     matrices = [(q, C), (kv, C), (kv, C), (C, q), *c.top_k * [(2 * F, C), (C, F)]]
+    # Router, norms, those of q and k.
     per_block = sum(rows * cols + 4 * rows for rows, cols in matrices) + 4 * (
         c.num_experts * C + 2 * C + 2 * 8
-    )  # router, norms, those of q and k
+    )
+    # Head, last norm, a row of the embedding.
     assert (
         decode.weight_bytes_per_token(model)
         == 2 * per_block + c.vocabulary_size * (C + 4) + 4 * C + 4 * C
-    )  # head, last norm, a row of the embedding
+    )
 
 
 def test_a_token_reads_its_context():
@@ -197,7 +203,7 @@ def test_bandwidth_counts_both_directions_of_a_copy(monkeypatch):
     assert timers["copy"]() == 2.0 / 2048 and timers["read"]() == 3.0 / 1024
 
 
-# -------------------------------------------------------------------------------------------------------- the same tokens
+# ---------------------------------------------------------------------------------- the same tokens
 def test_the_same_tokens():
     assert decode.first_differences([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 0, 6]]) == [None, 1]
     model = random_model(tiny_config())
@@ -210,16 +216,17 @@ def test_the_same_tokens():
     logits = model(torch.tensor([prompts[1].tolist() + reference[1][:3]])).logits[0, -1]
     other[1][3] = int(logits.topk(2).indices[1])
     found = decode.compare_tokens(model, prompts, reference, other)
-    assert found["same_tokens"] == "8 of 10"  # what follows a difference continues another text
+    # What follows a difference continues another text.
+    assert found["same_tokens"] == "8 of 10"
+    # A gap is as exact as the logits are.
     bound, size = (
         logits_bound(model.config, 12),
         size_of(logits),
-    )  # a gap is as exact as the logits are
+    )
     best, second = logits.topk(2).values
     assert_close(found["first_difference_gap"], best - second, bound, size=size)
-    other[1][3] = int(
-        logits.argmin()
-    )  # a token that no rounding puts first is told from one that ties with the second
+    # A token that no rounding puts first is told from one that ties with the second.
+    other[1][3] = int(logits.argmin())
     for sides in ((reference, other), (other, reference)):
         found = decode.compare_tokens(model, prompts, *sides)
         assert_close(found["first_difference_gap"], logits.max() - logits.min(), bound, size=size)
@@ -318,7 +325,7 @@ def test_what_hugging_face_cannot_be_is_told(results_folder):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- refused
+# ----------------------------------------------------------------------------------------- rejected
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -379,11 +386,14 @@ def test_settings(data):
     )
 
 
-# -------------------------------------------------------------------------------------------------------- the whole of it
+# ---------------------------------------------------------------------------------- the whole of it
 @pytest.mark.slow
 @needs_transformers
 def test_the_benchmark_of_generation(results_folder, capsys):
-    """Every cell has every side, the sides draw the same tokens, and each figure is what its name says of the others."""
+    """Every cell has every side, and the sides draw the same tokens.
+
+    Each ratio is what its name says.
+    """
     names = ["ours", "ours_int8", "plain", "hf_eager"]
     assert decode.main([*TINY, "--variants", *names, "--hf_batches", "1", "3"]) == 0
     results = json.loads((results_folder / "decode_tiny.json").read_text())
@@ -439,10 +449,11 @@ def test_the_benchmark_of_generation(results_folder, capsys):
                 )
     short, long, *_ = results["decode"]
     for name in names:
+        # Blocks, keys and values, heads, features.
         assert (
             long["sides"][name]["bytes_per_token"] - short["sides"][name]["bytes_per_token"]
             == (42 - 8) * 2 * 2 * 2 * 8 * 4
-        )  # blocks, keys and values, heads, features
+        )
         assert (
             short["sides"]["ours_int8"]["bytes_per_token"] < short["sides"][name]["bytes_per_token"]
             or name == "ours_int8"
@@ -513,7 +524,7 @@ def test_random_weights_are_scaled_but_for_norms():
     )
 
 
-# ------------------------------------------------------------------------------------------------------ with a checkpoint
+# -------------------------------------------------------------------------------- with a checkpoint
 @pytest.mark.slow
 def test_perplexity_of_packed_weights(data, tmp_path, results_folder):
     run = Run(data, tmp_path / "run")
@@ -575,9 +586,8 @@ def test_launch_is_beside_the_import_of_torch(results_folder, monkeypatch):
         "1",
         "--quiet",
     ]
-    assert (
-        calls == [predict, [sys.executable, "-c", "import torch"]] * 3
-    )  # the first two fill the page cache
+    # The first two fill the page cache.
+    assert calls == [predict, [sys.executable, "-c", "import torch"]] * 3
     launch = json.loads((results_folder / "decode_tiny.json").read_text())["launch"]
     assert (
         launch["predict_s"] == {"median": 4.0, "min": 3.0, "max": 5.0}
@@ -594,7 +604,8 @@ def test_a_launched_process_has_pytorchs_own_threads(monkeypatch):
             [
                 sys.executable,
                 "-c",
-                "import os; exit('OMP_NUM_THREADS' in os.environ or 'GOMP_SPINCOUNT' in os.environ)",
+                "import os; exit('OMP_NUM_THREADS' in os.environ or 'GOMP_SPINCOUNT' in "
+                "os.environ)",
             ]
         )
         > 0
@@ -605,7 +616,7 @@ def test_a_launched_process_has_pytorchs_own_threads(monkeypatch):
         )
 
 
-# --------------------------------------------------------------------------------------------------- the table, the stage
+# ----------------------------------------------------------------------------- the table, the stage
 def test_the_table_of_generation(monkeypatch):
     def side(speed, ratio=None, **more):
         return (

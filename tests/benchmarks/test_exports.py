@@ -1,4 +1,7 @@
-"""benchmarks/exports.py and benchmarks/llama_cpp.py: that a reader who reads otherwise is seen, and what they refuse."""
+"""benchmarks/exports.py and benchmarks/llama_cpp.py: they notice a reader that differs.
+
+Also what they reject.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_a_gpu_holds_no_scores_and_a_cpu_does():
     assert on_cpu - on_gpu > 0.5 * scores
 
 
-# ------------------------------------------------------------------------------- the estimate
+# ------------------------------------------------------------------------------------- the estimate
 NO_TABLE, ADAMW = dict(use_attention_bias=False), dict(optimizer="adamw")
 SMALL = dict(
     d_model=256,

@@ -1,5 +1,6 @@
-"""The commands for a quarter of an hour on a GPU: seconds, sizes, predictions, what survives what;
-and all of it at a tiny size.
+"""The commands for a quarter of an hour on a GPU: seconds, sizes, predictions, what survives what.
+
+And all of it at a tiny size.
 """
 
 from __future__ import annotations
@@ -123,8 +124,10 @@ def test_a_stage_has_its_own_seconds_and_those_that_others_left():
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("stage", gpu_plan.SIZES)
 def test_sizes_fit_the_memory(stage, card):
-    """The command asked an H100 for 91 GiB, and an H200 for 160. The peak is the estimate's
-    (tests hold it to a count over fake tensors), and what was counted where it was.
+    """The command asked an H100 for 91 GiB, and an H200 for 160.
+
+    The peak is the estimate's (tests hold it to a count over fake tensors), and what was counted
+    where it was.
     """
     config, changes = gpu_plan.models()[stage]
     sizes = gpu_plan.sizes_for(stage, CARD_MEMORY[card])
@@ -155,8 +158,9 @@ def test_sizes_fit_the_memory(stage, card):
 
 
 def test_hugging_faces_side_fits():
-    """Ours beside it keeps weights, gradients and moments in float32, theirs in bfloat16: ours is
-    the larger one.
+    """Ours keeps weights, gradients and moments in float32, theirs in bfloat16.
+
+    Ours is the larger one.
     """
     config, _ = gpu_plan.models()["modern"]
     assert (
@@ -167,8 +171,9 @@ def test_hugging_faces_side_fits():
 
 @pytest.mark.parametrize("card", CARDS)
 def test_every_program_understands_its_flags(card, results, monkeypatch):
-    """At full size, up to where the work would begin; the models are those that the sizes were
-    computed for.
+    """At full size, up to where the work would begin.
+
+    The models are those that the sizes were computed for.
     """
     seen = {}
     monkeypatch.setattr(probe, "measure", lambda out, args, device, dtype: seen.update(probe=args))
@@ -246,8 +251,9 @@ def test_every_program_understands_its_flags(card, results, monkeypatch):
 
 
 def test_all_gpu_tests_are_asked_for():
-    """By the files that hold them: the rest of tests/ wants libraries that a rented machine may not
-    have.
+    """Selected by the files that hold them.
+
+    The rest of tests/ needs libraries that a rented machine may not have.
     """
     marked = [
         f"tests/{path.name}"
@@ -263,8 +269,9 @@ def test_all_gpu_tests_are_asked_for():
 
 @pytest.mark.slow
 def test_gpu_tests_compile_few_models():
-    """They compiled some 70 whole models, several minutes: now at most 4, of which none is in the
-    first command.
+    """They compiled some 70 whole models, several minutes.
+
+    Now at most 4, of which none is in the first command.
     """
     done = children.run(
         ["-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"],
@@ -285,8 +292,10 @@ def test_gpu_tests_compile_few_models():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED_CASES)
 def test_the_compiled_tests_read_both_spans(case, monkeypatch):
-    """Run here in the place of a GPU, without the compiler: what is asked for and compared is the
-    same, and no step reads more of the cache than the spans that were counted.
+    """Run here in place of a GPU, without the compiler.
+
+    What is asked for and compared is the same, and no step reads more of the cache than the spans
+    that were counted.
     """
     spans, decode_step = set(), inference.decode_step
 
@@ -303,8 +312,9 @@ def test_the_compiled_tests_read_both_spans(case, monkeypatch):
 
 # -------------------------------------------------------------------------------------- predictions
 def test_what_is_predicted_is_what_was_worked_out():
-    """Shares of the peak follow from the speeds; rates give the milliseconds that whole models were
-    summed up from.
+    """Shares of the peak follow from the speeds.
+
+    Rates give the milliseconds that whole models were summed up from.
     """
     values = {
         (p.stage, p.measure, p.size): [round(p.of(CARDS[card]), 2) for card in ("H100", "H200")]
@@ -321,7 +331,7 @@ def test_what_is_predicted_is_what_was_worked_out():
     assert 12 * values["probe", "attention 32 cudnn grouped", ""][0] == pytest.approx(29, rel=0.02)
     assert 12 * values["probe", "attention 64 cudnn grouped", ""][0] == pytest.approx(16, rel=0.05)
     assert 12 * values["probe", "attention 32 table", ""][1] == pytest.approx(251, rel=0.02)
-    # Passes of the loss: 26 ms of 2,048 rows on an H100, 16 of 8,192, besides 65 of products.
+    # Passes of the loss: 26 ms of 2,048 rows on an H100, 16 of 8,192, next to 65 of products.
     assert values["loss", "ours_2048_compiled time", ""][0] == pytest.approx(65 + 26, abs=1)
     assert values["loss", "ours_8192_compiled time", ""][0] == pytest.approx(65 + 16, abs=1)
     assert all(p.how for p in gpu_plan.PREDICTIONS)
@@ -340,8 +350,9 @@ def test_a_card_is_known_by_its_name():
 
 
 def test_a_prediction_stands_next_to_its_result(capsys):
-    """With a mark where they are more than 1.4 times apart, either way; without one for another
-    card, another size, or no result.
+    """With a mark where they are more than 1.4 times apart, either way.
+
+    Without one for another card, another size, or no result.
     """
 
     def figure(value):
@@ -444,7 +455,7 @@ def all_end(pids: dict[str, int]) -> bool:
 
 @pytest.fixture
 def plan(results, monkeypatch):
-    """Stages of the test's own in the place of the first command's."""
+    """Stages of the test's own in place of the first command's."""
 
     def use(**stages: Stage):
         monkeypatch.setattr(gpu_plan, "first", lambda name, memory, tiny: stages)
@@ -503,8 +514,9 @@ def test_a_child_that_outlives_its_stage_is_killed(plan):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_command_may_be_killed_at_any_time(results, how):
-    """What ended is stored by then, what the stage in between has measured too; and its program
-    does not hold the GPU after it.
+    """What ended is stored by then, what the stage in between has measured too.
+
+    And its program does not hold the GPU after it.
     """
     code = f"""
 from pathlib import Path
@@ -589,8 +601,9 @@ pathlib.Path(os.environ["GPTOSS_RESULTS"], "probe.json").write_text({report!r})
 
 
 def test_the_command_itself_needs_no_torch():
-    """It would hold half a GiB of the GPU, while its stages measure what is free, and seconds that
-    they could have.
+    """It would hold half a GiB of the GPU, while its stages measure what is free.
+
+    It would also cost seconds that they could have.
     """
     code = "import sys, benchmarks.gpu; print({'torch', 'pytest'} & set(sys.modules))"
     done = subprocess.run(python(code), cwd=REPO, capture_output=True, text=True, check=True)
@@ -679,8 +692,9 @@ def test_sizes_are_read_or_refused(text):
 
 
 def test_steps_are_measured_and_nothing_is_saved(results, monkeypatch):
-    """train.py writes 24 GB at the end of a run of the modern model, and there is no room for them,
-    nor time.
+    """train.py writes 24 GB at the end of a run of the modern model.
+
+    There is neither room nor time for them.
     """
 
     def refuse(*given, **more):
@@ -1125,8 +1139,9 @@ sys.meta_path.insert(0, Refuse())
 
 @pytest.mark.slow
 def test_both_commands_run_at_a_tiny_size(results, data):
-    """Every program, with real shards, without the library datasets, the tests' fixtures and a
-    network.
+    """Every program, with real shards.
+
+    Without the library datasets, the tests' fixtures and a network.
     """
     (results / "sitecustomize.py").write_text(NO_DATASETS)
     out = results / "out"

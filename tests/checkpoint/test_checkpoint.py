@@ -1,4 +1,7 @@
-"""Checkpoints: exact round trips, damage and malice refused in one line, links and pruning, the reference's files."""
+"""Checkpoints: exact round trips, damage and malice rejected in one line, links and pruning.
+
+Also the original implementation's files.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ REPO = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A trained model, its optimizer, and their checkpoint of step 2. Tests copy the file before they change it."""
+    """Return a trained model, its optimizer, and their checkpoint of step 2.
+
+    Tests copy the file before they change it.
+    """
     model, optimizer = new_run()
     train(model, optimizer, 2, seed=1)
     model.layers[0].moe.router.selection_bias += 0.125
@@ -64,7 +70,7 @@ def saved(tmp_path_factory):
 
 
 def refused(path, match=None, **how) -> str:
-    """The one line with which `path` is refused; it names the file and prints on any terminal."""
+    """The one line with which `path` is rejected; it names the file and prints on any terminal."""
     with pytest.raises(CheckpointError, match=match) as caught:
         read_checkpoint(path, **how)
     line = str(caught.value)
@@ -78,7 +84,7 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- round trip
+# --------------------------------------------------------------------------------------- round trip
 def test_round_trip_is_bitwise(saved):
     checkpoint = read_checkpoint(saved.path, optimizer=True)
     assert saved.path.name == "step_0000002.pt"
@@ -138,7 +144,10 @@ def test_every_variant_of_the_model_round_trips(tmp_path):
 
 
 def test_compiled_blocks_leave_no_prefix(tmp_path):
-    """T1: torch.compile's `_orig_mod.` went into the reference's files, and neither kind loaded in the other's place."""
+    """T1: torch.compile's `_orig_mod.` went into the original implementation's files.
+
+    Neither kind loaded in the other's place.
+    """
     model, optimizer = new_run()
     for block in model.layers:
         block.compile()
@@ -154,7 +163,10 @@ def test_reading_leaves_the_random_state_alone(saved):
 
 
 def test_numbers_of_other_types_are_saved_as_plain_ones(tmp_path):
-    """A numpy or subclassed number in the pickle would name its class, and no careful reader would load the file again."""
+    """A numpy or subclassed number in the pickle would name its class.
+
+    No careful reader would load the file again.
+    """
     run = {
         "loss": np.float64(2.5),
         "count": np.int64(3),
@@ -197,7 +209,7 @@ def test_views_of_larger_storages_are_written_alone(tmp_path):
     assert path.stat().st_size < 500_000 and same(read_checkpoint(path).model, model.state_dict())
 
 
-# ----------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 def test_load_model_maps_the_file_and_training_on_it_never_reaches_the_file(saved, tmp_path):
     path = tmp_path / "copy.pt"
     path.write_bytes(saved.path.read_bytes())
@@ -206,12 +218,12 @@ def test_load_model_maps_the_file_and_training_on_it_never_reaches_the_file(save
         if os.name == "nt"
         else torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
     )
-    with shared:  # even then
+    # Even then.
+    with shared:
         model, checkpoint = load_model(path)
     assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
-    assert (
-        model.embed.weight.data_ptr() == checkpoint.model["embed.weight"].data_ptr()
-    )  # no copy was made
+    # No copy was made.
+    assert model.embed.weight.data_ptr() == checkpoint.model["embed.weight"].data_ptr()
     train(model, build_adamw(model, TRAIN), 2, seed=3)
     assert not torch.equal(model.embed.weight, saved.model.embed.weight)
     assert path.read_bytes() == saved.path.read_bytes()
@@ -221,8 +233,11 @@ def test_load_model_maps_the_file_and_training_on_it_never_reaches_the_file(save
 def test_a_file_that_cannot_be_mapped_privately_is_shared_with_those_who_only_read(
     saved, monkeypatch
 ):
-    """Linux refuses a private map of a file larger than memory and swap: what import_hf had written, no export could read. Sharing every map instead
-    would need the right to write to the file, and let a slip of an export change it."""
+    """Linux refuses a private map of a file larger than memory and swap.
+
+    No export could read what import_hf had written. Sharing every map instead would need write
+    access to the file, and a mistake in an export could change it.
+    """
     real, asked = torch.load, []
 
     def load(path, **how):
@@ -304,10 +319,12 @@ def test_weights_alone_can_be_saved_and_predicted_from_but_not_resumed(tmp_path)
     refused(path, "no optimizer state", optimizer=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 def test_150_bit_flips_and_50_truncations(saved, tmp_path):
-    """T4: 138 of 150 flips loaded silently with changed weights, and truncations were tracebacks. Here: one line, or (a flip in
-    the zip's padding) exactly what was saved."""
+    """T4: 138 of 150 flips loaded silently with changed weights, and truncations were tracebacks.
+
+    Here: one line, or (a flip in the zip's padding) exactly what was saved.
+    """
     whole = read_checkpoint(saved.path, optimizer=True)
     data, generator, harmless = saved.path.read_bytes(), np.random.default_rng(0), 0
     path = tmp_path / "flipped.pt"
@@ -327,9 +344,8 @@ def test_150_bit_flips_and_50_truncations(saved, tmp_path):
             assert dataclasses.replace(
                 read, path=None, model={}, optimizer=None
             ) == dataclasses.replace(whole, path=None, model={}, optimizer=None)
-    assert (
-        harmless < 60
-    )  # the padding of a small file is a good part of it; that of a large one is nothing
+    # The padding of a small file is a good part of it; that of a large one is nothing.
+    assert harmless < 60
     for length in [0, 1, 3, 4, 22, len(data) - 1, *generator.integers(len(data), size=44)]:
         path.write_bytes(data[:length])
         refused(path, optimizer=True)
@@ -367,7 +383,8 @@ def test_paths_that_are_no_file(tmp_path):
     refused(tmp_path, "directory")
     refused(tmp_path / "none.pt", "no such file")
     os.mkfifo(tmp_path / "pipe") if hasattr(os, "mkfifo") else (tmp_path / "pipe").mkdir()
-    refused(tmp_path / "pipe", "device")  # and does not wait for someone to write into it
+    # And does not wait for someone to write into it.
+    refused(tmp_path / "pipe", "device")
 
 
 def drop(key):
@@ -449,7 +466,10 @@ def put_model(name, value):
     ids=range(44),
 )
 def test_malformed_checkpoints(saved, tmp_path, change, match):
-    """T6, P8, S2: wrong containers, types, shapes, steps and NaN weights were raw tracebacks, or were loaded."""
+    """T6, P8, S2: wrong containers, types, shapes, steps and NaN weights are rejected in one line.
+
+    They were raw tracebacks, or were loaded.
+    """
     refused(forge(saved.path, tmp_path / "x.pt", change), match, optimizer=True)
 
 
@@ -470,7 +490,7 @@ def test_changes_that_keep_the_old_digests(saved, tmp_path, change, match):
     refused(forge(saved.path, tmp_path / "x.pt", change, redo_digests=False), match)
 
 
-# ----------------------------------------------------------------------------------------------------------------- malice
+# ------------------------------------------------------------------------------------------- malice
 
 
 @pytest.mark.parametrize(
@@ -483,7 +503,10 @@ def test_changes_that_keep_the_old_digests(saved, tmp_path, change, match):
     ],
 )
 def test_hostile_pickles_do_nothing(saved, tmp_path, build):
-    """T5: with an unguarded load the payload ran. bytearray and storages pass weights_only, and 16 TB then end the process."""
+    """T5: with an unguarded load the payload ran.
+
+    bytearray and storages pass weights_only, and 16 TB then end the process.
+    """
     marker = tmp_path / "marker"
     path = tmp_path / "x.pt"
     contents = torch.load(saved.path, weights_only=True)
@@ -510,7 +533,7 @@ def test_zip_bombs_are_refused_before_anything_is_unpacked(tmp_path):
 
 
 def test_zips_whose_entries_share_bytes_are_refused(saved, tmp_path):
-    """Many directory entries that point at the same record claim any amount of data in a small file."""
+    """Directory entries that share a record claim any amount of data in a small file."""
     data = saved.path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -565,7 +588,10 @@ def test_config_bombs_are_refused_before_the_module_is_built(saved, tmp_path, mo
 
 
 def test_every_torch_load_in_the_repo_is_weights_only():
-    """And no other unpickler: no pickle.load, no torch.jit.load, no numpy with allow_pickle, no name that hides one."""
+    """There is also no other unpickler.
+
+    No pickle.load, no torch.jit.load, no numpy with allow_pickle, no name that hides one.
+    """
     skipped = {".venv", ".git", "build", "dist"}
     files = [path for path in REPO.rglob("*.py") if not skipped & set(path.relative_to(REPO).parts)]
     loads = 0
@@ -609,9 +635,12 @@ def test_every_torch_load_in_the_repo_is_weights_only():
     assert loads > 1 and len(files) > 5
 
 
-# ---------------------------------------------------------------------------------------------- the folder and the writing
+# ----------------------------------------------------------------------- the folder and the writing
 def test_leftovers_of_a_kill_are_removed(tmp_path):
-    """A kill during a save left step_X.pt.partial, as large as a checkpoint, for good: only a save of the same step replaced it."""
+    """A kill during a save left step_X.pt.partial, as large as a checkpoint, for good.
+
+    Only a save of the same step replaced it.
+    """
     save(tmp_path, 1)
     for name in (
         "step_0000007.pt.partial",
@@ -625,7 +654,10 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
 
 
 def test_a_kill_before_latest_was_renamed_loses_nothing(tmp_path):
-    """latest.pt was tried first, so a good, newer step file beside it was not found and its steps were taken again."""
+    """latest.pt was tried first, so a newer good step file next to it was not found.
+
+    Its steps were trained again.
+    """
     save(tmp_path, 5)
     latest = (tmp_path / "latest.pt").read_bytes()
     save(tmp_path, 10)
@@ -638,7 +670,8 @@ def test_latest_and_best_are_names_of_the_step_file(tmp_path):
     first = save(tmp_path, 1, is_best=True)
     second = save(tmp_path, 2)
     assert (tmp_path / "best.pt").samefile(first) and (tmp_path / "latest.pt").samefile(second)
-    assert second.stat().st_nlink == 2  # no second copy of the bytes
+    # No second copy of the bytes.
+    assert second.stat().st_nlink == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best.pt",
         "latest.pt",
@@ -667,7 +700,8 @@ def test_keep_last_prunes_and_never_what_latest_or_best_name(tmp_path, monkeypat
     for step in range(1, 6):
         save(tmp_path, step, keep_last=2, is_best=step == 2)
     kept = [step for step, _ in step_files(tmp_path)]
-    assert kept == ([4, 5] if hard_links else [2, 4, 5])  # a symbolic best.pt needs its file
+    # A symbolic best.pt needs its file.
+    assert kept == ([4, 5] if hard_links else [2, 4, 5])
     assert (tmp_path / "latest.pt").is_symlink() != hard_links
     assert (
         read_checkpoint(tmp_path / "best.pt").step == 2
@@ -731,7 +765,10 @@ class Failing:
 def test_an_interrupted_write_keeps_the_old_and_leaves_nothing_half_written(
     tmp_path, monkeypatch, error, raised, match, left
 ):
-    """T3, T20: latest.pt was torn by a kill; a full disk left `[enforce fail at inline_container.cc]` and a torn step file."""
+    """T3, T20: a kill tore latest.pt.
+
+    A full disk left `[enforce fail at inline_container.cc]` and a torn step file.
+    """
     save(tmp_path, 1, is_best=True), save(tmp_path, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write_atomic = write_module.write_atomic
@@ -781,13 +818,14 @@ def test_weights_of_another_dtype_are_refused(tmp_path):
 
 
 def test_find_latest_falls_back_and_says_what_it_skipped(tmp_path):
-    """T3: a torn latest.pt ended the program, with two good step files beside it."""
+    """T3: a torn latest.pt ended the program, with two good step files next to it."""
     for step in (1, 2, 3):
         save(tmp_path, step, is_best=step == 1)
     checkpoint, skipped = find_latest(tmp_path)
     assert (checkpoint.step, checkpoint.path.name, skipped) == (3, "step_0000003.pt", [])
     data = (tmp_path / "latest.pt").read_bytes()
-    (tmp_path / "latest.pt").write_bytes(data[:-100])  # the same file as step 3: one line, not two
+    # The same file as step 3: one line, not two.
+    (tmp_path / "latest.pt").write_bytes(data[:-100])
     checkpoint, skipped = find_latest(tmp_path)
     assert checkpoint.step == 2 and len(skipped) == 1 and "step_0000003.pt: damaged" in skipped[0]
     (tmp_path / "latest.pt").unlink()
@@ -855,7 +893,7 @@ def test_gpu_tensors_are_saved_and_read(tmp_path):
     )
 
 
-# --------------------------------------------------------------------------------------------------- the reference's files
+# -------------------------------------------------------------- the original implementation's files
 REFERENCE = ("bias_gqa", "nobias_qkvbias")
 
 
@@ -865,7 +903,10 @@ REFERENCE = ("bias_gqa", "nobias_qkvbias")
     ids=lambda p: p[0] + p[1],
 )
 def reference(request, shared_dir, tmp_path_factory):
-    """(path, expected arrays, gradient norms) of a checkpoint that the reference wrote, as it is and as if compiled."""
+    """Return (path, expected arrays, gradient norms) of a checkpoint.
+
+    The original implementation wrote it. As it is, and as if compiled.
+    """
     name, prefix = request.param
     path = source = shared_dir / "upstream" / f"{name}.pt"
     if prefix:
@@ -988,7 +1029,10 @@ def test_malformed_reference_checkpoints(shared_dir, tmp_path, change, match):
 
 
 def test_flips_in_a_reference_checkpoint_are_caught_by_the_zips_own_checksums(shared_dir, tmp_path):
-    """Its format has no digests, and a mapped load checks nothing: 138 of 150 flips went through unseen."""
+    """Its format has no digests, and a mapped load checks nothing.
+
+    138 of 150 flips went unnoticed.
+    """
     data = (shared_dir / "upstream" / "bias_gqa.pt").read_bytes()
     contents = torch.load(shared_dir / "upstream" / "bias_gqa.pt", weights_only=True)["model"]
     path = tmp_path / "x.pt"
@@ -1023,7 +1067,7 @@ def test_a_reference_checkpoint_goes_on_as_ours(shared_dir, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------- weights, one at a time
+# --------------------------------------------------------------------------- weights, one at a time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_written_one_at_a_time_are_read_with_all_checks(tmp_path, dtype):
     model, path, asked = new_run()[0], tmp_path / "x.pt", []

@@ -1,4 +1,4 @@
-"""A model changed as a researcher would change it: no fast path and no export is wrong in silence,
+"""A model changed as a researcher would change it: no fast path and no export is silently wrong,
 each says what it does not know.
 
 A sigmoid router was 3 lines and a shared expert 19. Training was right, and predict.py decoded with
@@ -98,8 +98,9 @@ def test_the_c_decoder_steps_aside_with_a_line(name):
 
 @EACH
 def test_decode_step_steps_aside_or_is_right(name):
-    """It asks the model's own router, so a change inside that is no other to it. The text is the
-    plain model's in any case.
+    """It asks the model's own router, so a change inside that makes no difference to it.
+
+    The text is the plain model's in any case.
     """
     found = said(name)["step"]
     assert found["same_text"]

@@ -33,7 +33,7 @@ def squared_relu(h, activation):
 
 @pytest.fixture
 def other_activation(monkeypatch):
-    """model_parts.activate as somebody changed it."""
+    """model_parts.activate as a contributor changed it."""
     for module in (model_parts, check_kernels):
         monkeypatch.setattr(module, "activate", squared_relu)
 
@@ -57,8 +57,10 @@ def test_any_architecture_keeps_its_kernels(seed):
 
 
 def test_a_changed_activation_is_what_trains(other_activation):
-    """Somebody put another activation into model_parts.activate: training on a CPU went on with the
-    old one, which runtime/kernels/cpu_experts.py has too, and nothing said so."""
+    """A contributor put another activation into model_parts.activate.
+
+    Training on a CPU silently kept the old one, which runtime/kernels/cpu_experts.py has too.
+    """
     model = ready(expert_activation="gelu")
     ids_BT = torch.arange(12)[None] % 61
     plain = copy.deepcopy(model)

@@ -1,5 +1,6 @@
-"""runtime/known: what each second implementation declares, and what it says of a model with more,
-less or other parts.
+"""runtime/known: what each second implementation declares.
+
+And what it says of a model with more, less or other parts.
 """
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ from tests.shared_checks import fields_not_varied
 
 
 def test_the_random_configurations_vary_every_field():
-    """Two new fields passed every test unseen: what holds for random configurations held for models
-    without them.
+    """Two new fields passed every test unseen.
+
+    What holds for random configurations held for models without them.
     """
     assert fields_not_varied() == []
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_field_is_known_or_said_not_to_be(name):
-    """Whoever adds a field to ModelConfig decides here, for each implementation, whether it knows
-    the field.
+    """A new field of ModelConfig needs a decision here.
+
+    For each implementation: whether it knows the field.
     """
     assert {f.name for f in dataclasses.fields(ModelConfig)} - IMPLEMENTATIONS[
         name
@@ -47,8 +50,10 @@ def test_every_field_is_known_or_said_not_to_be(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_module_and_tensor_of_the_random_models_is_known(name):
-    """Or fast paths would step aside from models that they have always computed. And no name is
-    there for nothing. Fields that an implementation does not know are at their default for it.
+    """Or fast paths would step aside from models that they have always computed.
+
+    And no name is there for nothing. Fields that an implementation does not know are at their
+    default for it.
     """
     modules, tensors = set(), set()
     for seed in range(60):
@@ -172,7 +177,7 @@ class Shared(nn.Module):
 def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is_residual(
     monkeypatch,
 ):
-    """A shared expert's output matrix began without the factor 1 / sqrt(2L), in silence."""
+    """A shared expert's output matrix began without the factor 1 / sqrt(2L), silently."""
     import model as model_module
     from runtime.checkpoint.format import meta_model as real
 
@@ -203,7 +208,8 @@ def test_a_parameter_of_another_kind_is_counted_and_named_and_can_say_that_it_is
     assert "down.weight" not in known.initial_note(config)
     torch.manual_seed(0)
     scaled = LLM(config).layers[0].shared.down.weight.std().item()
-    assert scaled == pytest.approx(ordinary / 2, rel=1e-5)  # sqrt(2L) = 2
+    # sqrt(2L) = 2.
+    assert scaled == pytest.approx(ordinary / 2, rel=1e-5)
     known.counts.cache_clear()
 
 

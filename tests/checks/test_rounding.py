@@ -1,5 +1,6 @@
-"""runtime/checks/rounding.py: its bounds hold for other orders of addition, are no wider than they need
-be, and see a small fault.
+"""runtime/checks/rounding.py: its bounds hold for other orders of addition and see a small fault.
+
+They are no wider than necessary.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def in_order(terms_NK: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("length", [2, 30, 1000, 20_000])
 @pytest.mark.parametrize("positive", [False, True])
 def test_sums_in_two_orders_are_within_the_bound_and_not_far_from_it(dtype, length, positive):
-    """Forward against backward, which differ more than what libraries do. Positive numbers, as
-    softmax adds them, and numbers of both signs.
+    """Forward against backward, which differ more than what libraries do.
+
+    Positive numbers, as softmax adds them, and numbers of both signs.
     """
     draw = torch.rand if positive else torch.randn
     terms = draw(300, length, dtype=dtype, generator=torch.Generator().manual_seed(length))
@@ -65,9 +67,8 @@ def test_float32_is_within_the_bound_of_float64_and_a_small_fault_is_not(seed):
     model = random_model(config, seed).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(
-                0.7
-            )  # larger weights make gradients, and the errors in them, grow from block to block
+            # Larger weights make gradients, and the errors in them, grow from block to block.
+            parameter.mul_(0.7)
     exact, off = copy.deepcopy(model).double(), copy.deepcopy(model)
     with torch.no_grad():
         off.layers[-1].moe.experts.w_out.mul_(1.001)
@@ -84,9 +85,8 @@ def test_float32_is_within_the_bound_of_float64_and_a_small_fault_is_not(seed):
         out = one(ids, ids)
         (out.cross_entropy_sum / out.num_targets).backward()
     for (name, parameter), other in zip(model.named_parameters(), exact.parameters(), strict=True):
-        if (
-            size_of(other.grad) > 1e-6
-        ):  # where nothing but rounding is left, there is nothing to compare with
+        # Where nothing but rounding is left, there is nothing to compare with.
+        if size_of(other.grad) > 1e-6:
             assert_close(
                 parameter.grad,
                 other.grad,

@@ -1,4 +1,7 @@
-"""runtime/data/hf_tokenizer.py: tokenizer.json gives the same ids as ours in the `tokenizers` library and in transformers, and a published one is used as it is."""
+"""runtime/data/hf_tokenizer.py: tokenizer.json gives our ids in `tokenizers` and transformers.
+
+A published one is used as it is.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,10 @@ def auto_tokenizer(folder: Path, family: str):
 
 @pytest.fixture(scope="module")
 def odd() -> list[str]:
-    """Odd texts: those of the check, other random ones, every kind of run, contractions in any case before any letter."""
+    """Return odd texts: the check's, other random ones, every kind of run.
+
+    Also contractions in any case before any letter.
+    """
     rng = random.Random(7)
     runs = [
         unit * count
@@ -125,10 +131,13 @@ def bpe_folder(bpe, tmp_path) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------------ ours
+# --------------------------------------------------------------------------------------------- ours
 @pytest.mark.slow
 def test_o200k_in_the_library(o200k_folder, tales, odd):
-    """Thousands of texts, and every id: the hole at 199,998 made end-of-text 199,998 in other converters, so a model never stopped."""
+    """Thousands of texts, and every id.
+
+    The hole at 199,998 made end-of-text 199,998 in other converters, so a model never stopped.
+    """
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
     for text in [*tales, *odd]:
         assert ids_of(theirs, text) == ours.encode(text), text[:80]
@@ -145,15 +154,17 @@ def test_o200k_in_the_library(o200k_folder, tales, odd):
 
 @pytest.mark.slow
 def test_every_character_in_o200k(o200k_folder):
-    """Two engines with their own tables of Unicode cut words: no character of the lower planes may be another class in one than in the other."""
+    """Two engines with their own Unicode tables cut words.
+
+    No character of the lower planes may have different classes in them.
+    """
     ours, theirs = load_tokenizer("o200k_base"), library(o200k_folder)
     characters = [
         chr(c) for c in (*range(0xD800), *range(0xE000, 0x11000), *range(0x11000, 0x110000, 31))
     ]
     for context in ("a{}b's {} 1{}", "{0}{0} A{0}a\n"):
-        for start in range(
-            0, len(characters), 16
-        ):  # some at a time: the call costs more than the text
+        # Some at a time: the call costs more than the text.
+        for start in range(0, len(characters), 16):
             text = "".join(context.format(*[c] * 3) for c in characters[start : start + 16])
             assert ids_of(theirs, text) == ours.encode(text), [
                 hex(ord(c)) for c in characters[start : start + 16]
@@ -162,7 +173,10 @@ def test_every_character_in_o200k(o200k_folder):
 
 @pytest.mark.parametrize("name", ["byte", "bpe", "o200k"])
 def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_folder):
-    """In all three families: for qwen3_moe another tokenizer_class would have cut words by Qwen's rule, for mixtral by Llama's."""
+    """Another tokenizer_class would have cut words by Qwen's rule or Llama's.
+
+    (qwen3_moe and mixtral.)
+    """
     ours = {"byte": BYTE, "bpe": bpe, "o200k": load_tokenizer("o200k_base")}[name]
     if name == "o200k":
         shutil.copytree(o200k_folder, tmp_path, dirs_exist_ok=True)
@@ -182,12 +196,9 @@ def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_
             theirs.model_max_length == (1024 if name == "o200k" else 64)
             and theirs.pad_token_id is None
         )
-    assert (
-        theirs(SPECIAL_TEXT).input_ids.count(ours.end_of_text_id) == 1
-    )  # to transformers it is the token,
-    assert theirs(SPECIAL_TEXT, split_special_tokens=True).input_ids == ours.encode(
-        SPECIAL_TEXT
-    )  # unless it is told what we always say
+    # To transformers it is the token, unless it gets the flag that we always give.
+    assert theirs(SPECIAL_TEXT).input_ids.count(ours.end_of_text_id) == 1
+    assert theirs(SPECIAL_TEXT, split_special_tokens=True).input_ids == ours.encode(SPECIAL_TEXT)
     assert theirs.decode([ours.end_of_text_id], skip_special_tokens=True) == ""
 
 
@@ -207,7 +218,10 @@ def test_special_words_in_the_library(bpe_folder, bpe):
 def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(
     name, monkeypatch, tales, odd, tmp_path
 ):
-    """Their real rules, with a stand-in's tokens. {1,3}+ is possessive to tiktoken and "threes, repeated" to the library; $ ends a text or a line."""
+    """Their real rules, with a stand-in's tokens.
+
+    {1,3}+ is possessive to tiktoken and "threes, repeated" to the library; $ ends a text or a line.
+    """
     monkeypatch.setattr(published, "load_tiktoken_bpe", lambda *a, **k: {})
     monkeypatch.setattr(published, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
     pattern = getattr(published, name)()["pat_str"]
@@ -246,7 +260,10 @@ def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(
 
 
 def merged(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """A word by merging alone, as llama.cpp does it: the first pair of the list, of equal ones the leftmost; no whole word is looked up."""
+    """Tokenize a word by merging alone, as llama.cpp does.
+
+    The first pair of the list wins, of equal ones the leftmost; no whole word is looked up.
+    """
     parts = [bytes([b]) for b in word]
     while pairs := [
         (ranks[pair], i)
@@ -259,7 +276,10 @@ def merged(word: bytes, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
 
 
 def test_merging_alone_makes_the_same_tokens(bpe, o200k, tales, odd):
-    """llama.cpp looks up no whole words under o200k_base's rule, so each token must come out of its merges."""
+    """llama.cpp looks up no whole words under o200k_base's rule.
+
+    Each token must come from its merges.
+    """
     for tokenizer, texts in (
         (bpe, tales[:60] + odd[::9]),
         (load_tokenizer("o200k_base"), tales[:30] + odd[::9]),
@@ -297,7 +317,10 @@ def test_a_compact_vocabulary_is_refused_in_a_line(tmp_path):
     ):
         with pytest.raises(
             ValueError,
-            match="^tokenizer gpt2:compact cannot be exported: .*prepare the text with --tokenizer gpt2 or bpe:SIZE.*$",
+            match=(
+                "^tokenizer gpt2:compact cannot be exported: .*prepare the text with --tokenizer "
+                "gpt2 or bpe:SIZE.*$"
+            ),
         ):
             refused()
     assert not list(tmp_path.iterdir())
@@ -344,7 +367,8 @@ def test_the_check_sees_what_is_off(bpe_folder, bpe, damage, message):
     with pytest.raises(TokenizerError, match=message) as caught:
         check_tokenizer(bpe_folder, bpe)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 1
-    assert isinstance(read_tokenizer(bpe_folder), HuggingFaceTokenizer)  # somebody's own by now
+    # Now a user's own tokenizer.
+    assert isinstance(read_tokenizer(bpe_folder), HuggingFaceTokenizer)
 
 
 def test_writing_ends_with_the_check(bpe, tmp_path, monkeypatch):
@@ -359,7 +383,10 @@ def test_o200k_is_read_as_what_it_was(o200k_folder):
 
 @pytest.mark.parametrize("name", ["byte", "bpe"])
 def test_there_and_back_is_bitwise(name, bpe, tmp_path):
-    """What we wrote is read as what it was, not as a foreign vocabulary; a trained BPE with all its tokens in their order."""
+    """A file of ours is read as what it was, not as a foreign vocabulary.
+
+    A trained BPE keeps all its tokens in their order.
+    """
     ours = {"byte": BYTE, "bpe": bpe}[name]
     write_tokenizer(ours, tmp_path / "a", 64)
     again = read_tokenizer(tmp_path / "a")
@@ -373,7 +400,10 @@ def test_there_and_back_is_bitwise(name, bpe, tmp_path):
 
 
 def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
-    """Somebody fine-tunes elsewhere and saves; with tokens added it is another tokenizer, which keeps ours out of its config."""
+    """A user fine-tunes elsewhere and saves.
+
+    With added tokens it is another tokenizer, which keeps ours out of its config.
+    """
     theirs = auto_tokenizer(bpe_folder, "qwen3_moe")
     theirs.save_pretrained(tmp_path / "saved")
     assert read_tokenizer(tmp_path / "saved").to_state() == bpe.to_state()
@@ -386,11 +416,15 @@ def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
         and OURS not in more.config
     )
     assert more.encode("<think>x") == theirs("<think>x").input_ids == [2000, *bpe.encode("x")]
-    assert more.start_id == bpe.start_id  # its texts began behind nothing
+    # Its texts began after nothing.
+    assert more.start_id == bpe.start_id
 
 
 def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, monkeypatch):
-    """An export with o200k_base, complete in itself, could not be imported where tiktoken's copy of the vocabulary could not be downloaded."""
+    """An export with o200k_base is complete, yet could not be imported without a download.
+
+    tiktoken's copy of the vocabulary was needed.
+    """
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in())
     ours = load_tokenizer("gpt2")
     write_tokenizer(ours, tmp_path / "a", 64)
@@ -410,7 +444,7 @@ def test_ours_without_tiktokens_file_is_what_its_tokenizer_json_says(tmp_path, m
         assert all(theirs.encode(text) == ours.encode(text) for text in module.CHECK_TEXTS)
 
 
-# ---------------------------------------------------------------------------------------------------------------- theirs
+# ------------------------------------------------------------------------------------------- theirs
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen"])
@@ -443,12 +477,13 @@ def test_what_begins_and_ends_a_text(mixtral, qwen):
         sentencepiece.stop_ids,
         sentencepiece.between_documents,
     ) == (1, 2, (2,), [2, 1])
+    # A text ends otherwise than a turn.
     assert (chat.start_id, chat.end_of_text_id, chat.stop_ids, chat.between_documents) == (
         None,
         800,
         (802, 800),
         [800],
-    )  # a text ends otherwise than a turn
+    )
     assert (BYTE.start_id, BYTE.stop_ids, BYTE.between_documents) == (256, (256,), [256])
 
 
@@ -480,16 +515,20 @@ def test_special_words_of_published_tokenizers_are_ordinary_text(mixtral, qwen):
         ours = read_tokenizer(folder)
         ids = ours.encode(f"a{word}b")
         assert not set(ids) & {*ours.stop_ids} and ours.decode(ids).strip() == f"a{word}b"
+        # The library's flag is in none of its files.
         for again in (
             copy.deepcopy(ours),
             tokenizer_from_state(json.loads(json.dumps(ours.to_state()))),
-        ):  # the library's flag is in none of its files
+        ):
             assert again.encode(f"a{word}b") == ids and again.to_state() == ours.to_state()
     assert ours.encode("a\ud800") == ours.encode("a\N{REPLACEMENT CHARACTER}")
 
 
 def metaspace(**settings):
-    """Changes for a tokenizer.json: spaces as a pre-tokenizer writes them, which newer files have, instead of the normalizer's way."""
+    """Return changes for a tokenizer.json: spaces written by a pre-tokenizer, as newer files do.
+
+    Older ones use the normalizer.
+    """
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, **settings},
@@ -508,7 +547,10 @@ def metaspace(**settings):
     ids=str,
 )
 def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
-    """Typed after "Once upon a ti", "+me" was fed to an imported Mixtral as " me": its tokenizer puts a space before every text."""
+    """Typed after "Once upon a ti", "+me" was fed to an imported Mixtral as " me".
+
+    Its tokenizer puts a space before every text.
+    """
     data = json.loads((mixtral / "tokenizer.json").read_text(encoding="utf-8"))
     ours = read_tokenizer(
         write_folder(tmp_path, data | change, generation_config={"eos_token_id": 2})
@@ -520,16 +562,18 @@ def test_what_goes_on_begins_with_no_space(change, mixtral, tmp_path, tales):
             rest = ours.encode_continuation(text[at:])
             assert ours.decode(rest) == text[at:]
             assert ours.decode(ours.encode(text[:at]) + rest) == ours.decode(whole)
-        assert (
-            ours.encode(text[:at]) + rest == whole
-        )  # cut between words, the ids are those of the whole
+        # Cut between words, the ids are those of the whole.
+        assert ours.encode(text[:at]) + rest == whole
     assert ours.encode_continuation("") == [] and ours.encode_continuation(
         "a\ud800"
     ) == ours.encode_continuation("a\N{REPLACEMENT CHARACTER}")
 
 
 def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
-    """Where white space is taken away first and each word then put behind a space (T5), that space is the only one between two words."""
+    """T5 strips white space first and then puts a space before each word.
+
+    That space is the only one between two words.
+    """
     pre_tokenizer = {
         "type": "Sequence",
         "pretokenizers": [
@@ -546,7 +590,10 @@ def test_words_that_each_get_a_space_keep_it(mixtral, tmp_path):
 
 
 def test_byte_level_texts_go_on_as_they_begin(qwen, bpe, tmp_path):
-    """Unless the file puts a space before them, as GPT-2's once did. Special words are ordinary text there too."""
+    """Special words are ordinary text.
+
+    Unless the file puts a space before them, as GPT-2's once did.
+    """
     for tokenizer in (read_tokenizer(qwen), bpe):
         assert all(
             tokenizer.encode_continuation(text) == tokenizer.encode(text)
@@ -656,9 +703,8 @@ def test_merges_of_a_published_tokenizer(qwen, mixtral, bpe, bpe_folder):
     ]
     config = json.loads((bpe_folder / module.CONFIG_FILE).read_text())
     del config[OURS]
-    (bpe_folder / module.CONFIG_FILE).write_text(
-        json.dumps(config)
-    )  # merges in the older spelling, "a b"
+    # Merges in the older spelling, "a b".
+    (bpe_folder / module.CONFIG_FILE).write_text(json.dumps(config))
     foreign = read_tokenizer(bpe_folder)
     assert isinstance(foreign, HuggingFaceTokenizer) and byte_level_merges(
         foreign
@@ -689,7 +735,8 @@ def test_folders_that_have_none(tmp_path, mixtral, monkeypatch):
     refused("decodes in a way that is not supported here")
     write_folder(tmp_path / "m", {"model": {"type": "BPE"}})
     refused("cannot be used as a tokenizer")
-    write_folder(tmp_path / "m", BYTE.to_state())  # what prepare_data.py calls tokenizer.json
+    # What prepare_data.py calls tokenizer.json.
+    write_folder(tmp_path / "m", BYTE.to_state())
     refused("is not a tokenizer.json of the tokenizers library")
     for text in ("{", "[]", "\xff"):
         (tmp_path / "m" / "tokenizer.json").write_bytes(text.encode("latin-1"))
@@ -726,7 +773,10 @@ def test_a_first_token_that_is_no_word_is_one_line(mixtral, tmp_path, word):
     ],
 )
 def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, file, content):
-    """JSON can spell half a character. It was imported, and the export of it ended in an error that named no file."""
+    """JSON can spell half a character.
+
+    It was imported, and its export ended in an error that named no file.
+    """
     shutil.copytree(mixtral, tmp_path / "m")
     (tmp_path / "m" / file).write_bytes(content)
     with pytest.raises(
@@ -737,9 +787,12 @@ def test_what_could_not_be_exported_again_is_not_imported(mixtral, tmp_path, fil
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------ in a checkpoint
+# ---------------------------------------------------------------------------------- in a checkpoint
 def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
-    """`+me` went on with " me", and what was drawn before a stop text was read again with one more space before it."""
+    """`+me` continued with " me".
+
+    What was drawn before a stop text was read again with one more space before it.
+    """
     tokenizer = read_tokenizer(mixtral)
     ckpt = save(tmp_path, biased_model(vocabulary_size=tokenizer.vocabulary_size), tokenizer)
     drawn.ids = tokenizer.encode_continuation("me, a cat!")
@@ -750,7 +803,10 @@ def test_predict_goes_on_behind_what_is_there(mixtral, tmp_path, repl, drawn):
 
 
 def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_path, run, drawn):
-    """An imported model's prompts are put behind its own first id, or behind nothing, and any of its end ids ends an answer."""
+    """An imported model's prompts start with its own first id, or none.
+
+    Any of its end ids ends an answer.
+    """
     for folder, before, stops in ((mixtral, [1], [2]), (qwen, [], [802, 800])):
         tokenizer = read_tokenizer(folder)
         ckpt = save(
@@ -772,6 +828,5 @@ def test_predict_begins_and_stops_as_the_model_was_trained(mixtral, qwen, tmp_pa
             assert completion.ended == "end of text" and completion.text == tokenizer.decode(
                 tokenizer.encode("the cat")
             )
-        assert predictor.prompt_ids("") == (
-            before + tokenizer.encode("") or [800]
-        )  # a model always has something to read
+        # A model always has something to read.
+        assert predictor.prompt_ids("") == (before + tokenizer.encode("") or [800])

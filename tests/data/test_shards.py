@@ -1,6 +1,7 @@
-"""runtime/data/shards.py: what is not exactly as it was written is refused, and every token is used.
+"""runtime/data/shards.py: what is not exactly as written is rejected, and every token is used.
 
-D1 .. D16 are the reference's faults with data (damaged, stale or foreign shards that it trained on without a word).
+D1 .. D16 are the original implementation's faults with data (damaged, stale or foreign shards that
+it trained on silently).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def reseal(folder: Path, change) -> None:
 
 
 def replace_shard(folder: Path, array: np.ndarray, allow_pickle: bool = False) -> None:
-    """Put another array in the place of the first shard, with its right digest in the manifest."""
+    """Put another array in place of the first shard, with its right digest in the manifest."""
     np.save(folder / "shard_0000.npy", array, allow_pickle=allow_pickle)
     reseal(
         folder,
@@ -56,13 +57,13 @@ def split(tmp_path) -> Path:
 
 
 def refused(folder: Path, match: str) -> None:
-    """TokenShards must refuse the folder in one line that names a file in it."""
+    """TokenShards must reject the folder in one line that names a file in it."""
     with pytest.raises(ValueError, match=match) as caught:
         TokenShards(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 def test_shards_are_plain_npy_files_and_read_as_one(split):
     shards = TokenShards(split)
     assert (
@@ -115,7 +116,7 @@ def test_renumbered_shards_are_as_if_written_so(tmp_path, monkeypatch):
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
-    """A resumed run may meet the same tokens in shards of another size; other tokens it must not meet."""
+    """A resumed run may see the same tokens in shards of another size, but no other tokens."""
     a, b, c = (
         TokenShards(write_split(tmp_path / name, np.arange(100) % n, size)).fingerprint
         for name, n, size in (("a", 90, 7), ("b", 90, 50), ("c", 91, 7))
@@ -125,7 +126,10 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 @pytest.mark.slow
 def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
-    """D7: by name, shard_10000 came before shard_9999. And 10,000 memory maps need 10,000 open files where 256 are usual."""
+    """D7: by name, shard_10000 came before shard_9999.
+
+    And 10,000 memory maps need 10,000 open files, where 256 are usual.
+    """
     resource = pytest.importorskip(
         "resource", reason="no limits on open files to set on this system"
     )
@@ -139,7 +143,10 @@ def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
 
 
 def test_files_that_the_manifest_does_not_list_are_not_read(split):
-    """D9: the reference trained on every shard in the folder, those of an earlier run included."""
+    """D9: the original implementation trained on every shard in the folder.
+
+    Those of an earlier run included.
+    """
     np.save(split / "shard_0003.npy", np.zeros(1000, dtype=np.uint32))
     assert TokenShards(split).num_tokens == 2500
 
@@ -163,7 +170,10 @@ def test_a_manifest_that_is_none_is_refused(split, text):
 
 
 def test_no_flipped_bit_in_a_manifest_goes_unnoticed(split):
-    """Reliability 6: either it is refused, or it reads as before (a blank that became another blank)."""
+    """Reliability 6: it is either rejected or reads as before.
+
+    (A blank that became another blank.)
+    """
     before, good, rng = read_manifest(split), (split / "meta.json").read_bytes(), random.Random(0)
     noticed = 0
     for _ in range(400):
@@ -208,7 +218,7 @@ def test_an_invented_manifest_is_refused(split, change):
 
 
 def test_missing_and_empty_shards_are_refused(split):
-    """D2: an empty file was a raw EOFError, a shard without tokens was skipped in silence."""
+    """D2: an empty file was a raw EOFError, a shard without tokens was silently skipped."""
     (split / "shard_0001.npy").write_bytes(b"")
     refused(split, "shard_0001.npy has 0 bytes, not 4,128")
     np.save(split / "shard_0001.npy", np.zeros(0, dtype=np.uint32))
@@ -231,7 +241,10 @@ def test_missing_and_empty_shards_are_refused(split):
     ids=lambda a: f"{a.dtype}{a.shape}",
 )
 def test_other_dtypes_and_shapes_are_refused(split, array):
-    """D3: float64 NaN became token -9223372036854775808, a 2-D shard silently had no windows. (500 x 8 bytes: the size is right.)"""
+    """D3: float64 NaN became token -9223372036854775808; a 2-D shard silently had no sequences.
+
+    (500 x 8 bytes: the size is right.)
+    """
     replace_shard(split, array)
     refused(split, "is not a uint32 array of 1,000 tokens")
 
@@ -261,7 +274,10 @@ def test_no_flipped_bit_in_a_shard_goes_unnoticed(split):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(split):
-    """D8: found by the embedding at the first batch, as a raw IndexError (on a GPU: a device assert)."""
+    """D8: the embedding found it at the first batch, as a raw IndexError.
+
+    (On a GPU: a device assert.)
+    """
     replace_shard(split, np.full(1000, 257, dtype=np.uint32))
     refused(split, "shard_0000.npy holds id 257, beyond its vocabulary of 257")
 
@@ -275,7 +291,7 @@ def test_a_shard_replaced_while_in_use_is_noticed(split):
         shards.read(1500, 1000)
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 def test_open_data(tmp_path):
@@ -319,7 +335,7 @@ def test_a_committed_set_is_read_before_it_is_in_place(tmp_path):
     ] == [70, 60]
 
 
-# -------------------------------------------------------------------------------------------------------------- windows
+# ---------------------------------------------------------------------------------------- sequences
 @settings(deadline=None, max_examples=100)
 @given(
     num_tokens=st.integers(2, 300),
@@ -330,7 +346,10 @@ def test_a_committed_set_is_read_before_it_is_in_place(tmp_path):
 def test_an_epoch_uses_every_token_as_a_target(
     tmp_path_factory, num_tokens, shard_size, context, seed
 ):
-    """D6: a shard of 64 tokens gave 32 of its 63 targets, and no window crossed a shard (reliability 20)."""
+    """D6: a shard of 64 tokens gave 32 of its 63 targets.
+
+    No sequence crossed a shard (reliability 20).
+    """
     shards = TokenShards(
         write_split(
             tmp_path_factory.mktemp("s") / "train", np.arange(num_tokens) % 257, shard_size
@@ -369,7 +388,8 @@ def test_batches_are_a_pure_function_of_seed_and_index(long):
     ahead = [a.batch(i) for i in range(0, 400, 3)]
     for i in reversed(range(0, 400, 3)):
         assert all(torch.equal(x, y) for x, y in zip(b.batch(i), ahead[i // 3], strict=True))
-    singles = WindowLoader(long, 10, 1, seed=1)  # another batch size: the same stream
+    # Another batch size: the same stream.
+    singles = WindowLoader(long, 10, 1, seed=1)
     assert torch.equal(torch.cat([singles.batch(i)[0] for i in range(99, 102)]), a.batch(99)[0])
 
 
@@ -385,7 +405,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(long):
 
 
 def test_the_order_never_changes(long):
-    """A run resumed years later, with another numpy, must go on where it stopped."""
+    """A run resumed years later, with another numpy, must continue where it stopped."""
     loader = WindowLoader(long, 10, 1, seed=42)
     assert [loader.window(i) for i in range(8)] == GOLDEN_ORDER
 
@@ -411,7 +431,7 @@ def test_validation_windows_are_fixed_whole_batches_spread_over_the_set(long):
         validation_batches(long, 2000, 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- prefetch
+# ----------------------------------------------------------------------------------------- prefetch
 def test_prefetch_keeps_order_and_raises():
     assert list(prefetch(range(100), depth=3)) == list(range(100))
 
@@ -434,7 +454,10 @@ def test_prefetch_ends_its_thread():
 
 def test_import_needs_no_torch_and_no_datasets():
     """prepare_data starts without torch; train and predict without datasets and tokenizers."""
-    code = "import sys, runtime.data.shards, runtime.data.loader; assert not {'torch', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules)"
+    code = (
+        "import sys, runtime.data.shards, runtime.data.loader; assert not {'torch', 'datasets', "
+        "'tokenizers', 'pyarrow'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 

@@ -1,4 +1,7 @@
-"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways, and no wrong one is ever accepted."""
+"""runtime/data/tokenizer.py: every vocabulary is one class, exact both ways.
+
+No wrong one is accepted.
+"""
 
 from __future__ import annotations
 
@@ -65,16 +68,18 @@ def test_o200k_is_what_it_says(o200k):
     tokenizer = load_tokenizer("o200k_base")
     assert (tokenizer.vocabulary_size, tokenizer.end_of_text_id) == (200_019, 199_999)
     assert tokenizer.undecodable_ids == [199_998, *range(200_000, 200_018)]
-    assert (
-        tokenizer.encoding._pat_str == WORD_PATTERN
-    )  # trained BPEs split words exactly as it does
+    # Trained BPEs split words exactly as it does.
+    assert tokenizer.encoding._pat_str == WORD_PATTERN
     assert tokenizer.encode("Once upon a time") == tokenizer.encoding.encode_ordinary(
         "Once upon a time"
     )
 
 
 def test_ids_that_stand_for_nothing_decode_to_a_replacement(o200k):
-    """P1: 19 of o200k_base's ids are inside its vocabulary but have no bytes; one in an answer was a KeyError."""
+    """P1: 19 of o200k_base's ids are inside its vocabulary but have no bytes.
+
+    One in an answer was a KeyError.
+    """
     tokenizer = load_tokenizer("o200k_base")
     for i in tokenizer.undecodable_ids:
         assert tokenizer.decode([i]) == "\N{REPLACEMENT CHARACTER}"
@@ -106,14 +111,17 @@ def test_text_survives_the_round_trip(bpe, compact, text):
 
 
 def test_special_words_in_a_text_are_ordinary(bpe, compact):
-    """A story that spells <|endoftext|> must neither end there nor be refused."""
+    """A story that spells <|endoftext|> must neither end there nor be rejected."""
     for tokenizer in (BYTE, bpe, compact):
         ids = tokenizer.encode("a<|endoftext|>b")
         assert tokenizer.end_of_text_id not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
 def test_lone_surrogates_become_replacement_characters(bpe, compact):
-    """JSON can spell them, UTF-8 cannot: tiktoken's numpy path raised UnicodeEncodeError on "\\ud800"."""
+    """JSON can spell them, UTF-8 cannot.
+
+    tiktoken's numpy path raised UnicodeEncodeError on "\\ud800".
+    """
     for tokenizer in (BYTE, bpe, compact):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\N{REPLACEMENT CHARACTER}b"
         assert tokenizer.decode(tokenizer.encode("\ud83d\ude00")) == "\N{GRINNING FACE}"
@@ -121,7 +129,10 @@ def test_lone_surrogates_become_replacement_characters(bpe, compact):
 
 
 def test_a_run_of_a_million_spaces_is_encoded(bpe, compact):
-    """tiktoken gives up on such a text ("Max stack size exceeded for backtracking"); one document must not end a run."""
+    """tiktoken gives up on such a text ("Max stack size exceeded for backtracking").
+
+    One document must not end a run.
+    """
     text = "a" + " " * 3_000_000 + "b"
     with pytest.raises(ValueError, match="Regex error"):
         bpe.encoding.encode_to_numpy(text, disallowed_special=())
@@ -145,7 +156,7 @@ def test_stream_flush_shows_a_character_cut_short():
     assert stream.push(0x41) == "A"
 
 
-# ------------------------------------------------------------------------------------------------------------ trained
+# ------------------------------------------------------------------------------------------ trained
 def test_bpe_size_counts_everything(bpe):
     assert (bpe.name, bpe.vocabulary_size, bpe.end_of_text_id, bpe.undecodable_ids) == (
         "bpe:300",
@@ -189,7 +200,10 @@ def test_bpe_is_what_the_tokenizers_library_says(stories):
 
 def test_bpe_training_is_deterministic():
     """In other processes with other hash seeds too: a re-run must write the same bytes."""
-    code = "import sys; from runtime.data.tokenizers import train_bpe; print(train_bpe(sys.argv[1:] * 20, 300).fingerprint)"
+    code = (
+        "import sys; from runtime.data.tokenizers import train_bpe; print(train_bpe(sys.argv[1:] "
+        "* 20, 300).fingerprint)"
+    )
     seen = {
         subprocess.run(
             [sys.executable, "-c", code, *TALE],
@@ -237,12 +251,14 @@ def test_bpe_reads_a_bounded_sample(monkeypatch):
 def test_unknown_names_are_refused(name):
     with pytest.raises(
         ValueError,
-        match="SIZE of bpe:SIZE must be|is not one of o200k_base, gpt2, cl100k_base, byte, bpe:SIZE",
+        match=(
+            "SIZE of bpe:SIZE must be|is not one of o200k_base, gpt2, cl100k_base, byte, bpe:SIZE"
+        ),
     ):
         load_tokenizer(name)
 
 
-# ------------------------------------------------------------------------------------------------------------ compact
+# ------------------------------------------------------------------------------------------ compact
 def test_compact_ids_of_its_text_are_the_bases_renumbered(o200k, stories):
     """Nothing is lost: the same cut, the same order of ids, and back again exactly."""
     base = load_tokenizer("o200k_base")
@@ -274,7 +290,10 @@ def test_compact_ids_of_its_text_are_the_bases_renumbered(o200k, stories):
 
 
 def test_compact_encodes_what_its_text_never_had(o200k, stories):
-    """Every plane of Unicode and random mixtures of them: by the stream too, and without end-of-text in between."""
+    """Every Unicode plane and random mixtures.
+
+    Also by the stream, and without end-of-text in between.
+    """
     base = load_tokenizer("o200k_base")
     tokenizer, rng = (
         compacted(base, set().union(*map(base.encode, stories[:300]))),
@@ -309,8 +328,10 @@ def test_compact_encodes_what_its_text_never_had(o200k, stories):
     [
         (["abcde", "ab"], ["abcde"]),
         (["abc", "cd", "de", "ab"], ["abc", "de"]),
-        (["ab", "abc", "bcde"], ["a", "bcde"]),  # the longest first token would leave three pieces
-        (["abcd", "bcde"], ["a", "bcde"]),  # of equally few: the longest last
+        # The longest first token would leave three pieces.
+        (["ab", "abc", "bcde"], ["a", "bcde"]),
+        # Of equally few: the longest last.
+        (["abcd", "bcde"], ["a", "bcde"]),
         (["bc"], ["a", "bc", "d", "e"]),
         ([], ["a", "b", "c", "d", "e"]),
     ],
@@ -354,7 +375,9 @@ def test_what_cannot_be_compact_is_refused(name):
     for refused in (lambda: load_tokenizer(name), lambda: tokenizer_from_state({"name": name})):
         with pytest.raises(
             ValueError,
-            match=f"^tokenizer '{name}': only o200k_base, gpt2, cl100k_base have a :compact form; .*$",
+            match=(
+                f"^tokenizer '{name}': only o200k_base, gpt2, cl100k_base have a :compact form; .*$"
+            ),
         ):
             refused()
 
@@ -362,16 +385,21 @@ def test_what_cannot_be_compact_is_refused(name):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda ids: ids[1:],  # a byte is missing
-        lambda ids: ids[:-1],  # end-of-text is missing
+        # A byte is missing.
+        lambda ids: ids[1:],
+        # end-of-text is missing.
+        lambda ids: ids[:-1],
         lambda ids: [ids[1], ids[0], *ids[2:]],
         lambda ids: [*ids[:5], ids[5], *ids[5:]],
         lambda ids: [-1, *ids],
-        lambda ids: [*ids, ids[-1] + 1],  # an id that stands for nothing
-        lambda ids: [*ids, ids[-1] + 2],  # another special token
+        # An id that stands for nothing.
+        lambda ids: [*ids, ids[-1] + 1],
+        # Another special token.
+        lambda ids: [*ids, ids[-1] + 2],
         lambda ids: [*ids, 2**70],
         lambda ids: [*map(float, ids)],
-        lambda ids: [False, True, *ids[2:]],  # equal to 0 and 1, but no ids
+        # Equal to 0 and 1, but no ids.
+        lambda ids: [False, True, *ids[2:]],
         lambda ids: [*map(str, ids)],
         lambda ids: [ids],
         lambda ids: {str(i): i for i in ids},
@@ -388,7 +416,10 @@ def test_damaged_compact_states_are_refused(gpt2, change):
     )
     with pytest.raises(
         ValueError,
-        match="^the stored tokenizer gpt2:compact is damaged: its base_ids must be ascending ids of tokens of gpt2, with all .*$",
+        match=(
+            "^the stored tokenizer gpt2:compact is damaged: its base_ids must be ascending ids "
+            "of tokens of gpt2, with all .*$"
+        ),
     ):
         tokenizer_from_state(state | {"base_ids": change(state["base_ids"])})
 
@@ -408,7 +439,10 @@ def test_compact_states_must_be_what_they_say(gpt2, change):
         change = {"base_ids": compacted(gpt2, change["base_ids"]).base_ids}
     with pytest.raises(
         ValueError,
-        match=r"^the stored tokenizer gpt2:compact is not the gpt2:compact found here: its \w+ is .*$",
+        match=(
+            r"^the stored tokenizer gpt2:compact is not the gpt2:compact found here: its \w+ is "
+            r".*$"
+        ),
     ):
         tokenizer_from_state(compacted(gpt2, [300, 310]).to_state() | change)
 
@@ -419,12 +453,15 @@ def test_a_compact_state_wants_the_base_it_was_made_from(gpt2, monkeypatch):
     for wrong in (state, state | {"base_fingerprint": 5}, {"name": "gpt2:compact"}):
         with pytest.raises(
             ValueError,
-            match="^the stored tokenizer gpt2:compact was made from another gpt2 than the one found here$",
+            match=(
+                "^the stored tokenizer gpt2:compact was made from another gpt2 than the one "
+                "found here$"
+            ),
         ):
             tokenizer_from_state(wrong)
 
 
-# -------------------------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 def test_state_travels_as_json(bpe, gpt2, o200k):
     for tokenizer in (
         BYTE,
@@ -435,9 +472,8 @@ def test_state_travels_as_json(bpe, gpt2, o200k):
         again = tokenizer_from_state(json.loads(json.dumps(tokenizer.to_state())))
         assert again.summary() == tokenizer.summary()
         assert again.encode(TALE[0]) == tokenizer.encode(TALE[0])
-    assert (
-        len(json.dumps(load_tokenizer("o200k_base").to_state())) < 300
-    )  # by name, not by its 200,000 tokens
+    # By name, not by its 200,000 tokens.
+    assert len(json.dumps(load_tokenizer("o200k_base").to_state())) < 300
 
 
 def test_fingerprints_tell_vocabularies_apart(bpe):
@@ -504,7 +540,7 @@ def test_compact_is_loaded_from_its_folder(gpt2, tmp_path):
         load_tokenizer("o200k_base:compact", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------ network
+# ------------------------------------------------------------------------------------------ network
 def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
     def no_network(*args, **kwargs):
         raise requests.ConnectionError("no\nnetwork")
@@ -513,18 +549,27 @@ def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr(requests, "get", no_network)
     with pytest.raises(
         ValueError,
-        match="gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR.*--tokenizer byte.*bpe:8192",
+        match=(
+            "gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR.*--tokenizer "
+            "byte.*bpe:8192"
+        ),
     ) as caught:
         load_tokenizer("gpt2")
     assert "\n" not in str(caught.value)
 
 
 def test_import_reaches_for_nothing():
-    """Reliability 33: the reference downloaded its tokenizer while its config was imported."""
+    """Reliability 33: importing downloads nothing.
+
+    The original implementation downloaded its tokenizer while its config was imported.
+    """
     code = """
 import sys
 events = []
-sys.addaudithook(lambda event, args: events.append((event, args)) if event.startswith("socket.") else None)
+def hook(event, args):
+    if event.startswith("socket."):
+        events.append((event, args))
+sys.addaudithook(hook)
 import runtime.data.tokenizers, tiktoken.registry
 assert not events, events
 assert not tiktoken.registry.ENCODINGS

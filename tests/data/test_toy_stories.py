@@ -28,7 +28,8 @@ from runtime.data.toy_stories import (
 )
 from tests.conftest import REPO
 
-SAMPLE = 10_000  # stories that are checked one by one
+# Stories that are checked one by one.
+SAMPLE = 10_000
 FIELD = re.compile(r"\{([\w.]+)\}")
 QUOTE = re.compile(r'"[^"]*"')
 SPEECH = {
@@ -325,9 +326,8 @@ def test_sentences_begin_with_capitals_and_end(stories):
             assert re.search(r'[.!?]"?$', paragraph), (index, paragraph)
     assert not failures(stories, r'[.!?] "?[a-z]\w*')
     assert not failures(stories, r'\."? "?[a-z]\w*')
-    assert not failures(
-        stories, r'"[a-z]\w*'
-    )  # an opening quote; after a closing one there is a space
+    # An opening quote; after a closing one there is a space.
+    assert not failures(stories, r'"[a-z]\w*')
     assert not failures(stories, r"[a-z,] (The|Then|They|He|She|His|Her|It|But|So) ")
 
 
@@ -346,9 +346,8 @@ def test_quotes_pair_up_and_speech_is_told(stories):
                 tag = re.findall(r"\w+", after.split('"')[0])[:4]
                 if said[-1] == ",":
                     assert SPEECH & {*tag, *re.findall(r"\w+", before)[-1:]}, (index, paragraph)
-                elif re.match(
-                    r" [a-z]", after
-                ):  # after "...!" only someone's speaking goes on in lower case
+                elif re.match(r" [a-z]", after):
+                    # After "...!" only someone's speaking continues in lower case.
                     assert SPEECH & set(tag[:3]), (index, paragraph)
 
 
@@ -359,7 +358,8 @@ def test_questions_have_question_marks_and_nothing_else_has(stories):
     )
     for index, text in enumerate(stories):
         for sentence in re.findall(r'[^.!?"\n]+[.!?]', text):
-            sentence = re.sub(r"^ ?(And |\w+, (?=[a-z]))?", "", sentence)  # "Ben, did you ..."
+            # "Ben, did you ...".
+            sentence = re.sub(r"^ ?(And |\w+, (?=[a-z]))?", "", sentence)
             if sentence.endswith("?"):
                 assert re.match(rf"(?i){asking}|(Who|What|How)\b", sentence), (index, sentence)
             else:
@@ -397,12 +397,12 @@ def test_no_pronoun_of_the_other_gender(drafts, stories):
 def test_characters_differ_and_are_introduced(drafts, stories):
     for index, ((draft, cast), text) in enumerate(zip(drafts, stories, strict=True)):
         assert cast["A"] != cast["B"]
-        itself = re.search(
-            r"\{([AB])\}((?! and | that | but | so )[^{}.,!?\"])*\{\1\}", draft
-        )  # "{A} ran after {A}"
+        # "{A} ran after {A}".
+        itself = re.search(r"\{([AB])\}((?! and | that | but | so )[^{}.,!?\"])*\{\1\}", draft)
         assert not itself, (index, itself[0])
         names = [name for name in re.findall(r"[A-Z]\w+", text) if name in (cast["A"], cast["B"])]
-        assert names[0] == cast["A"], (index, text)  # the hero comes first
+        # The hero comes first.
+        assert names[0] == cast["A"], (index, text)
         first = re.search(r"\{B\.?(\w*)\}", draft)
         assert first is None or first[1] in ("full", "intro", "Intro"), (index, text)
 

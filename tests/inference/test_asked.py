@@ -1,5 +1,6 @@
-"""runtime/asked: a fast way that gives other logits than the plain model is not used, one that
-gives the same always is.
+"""runtime/asked: a fast way that gives other logits than the plain model is not used.
+
+One that gives the same always is.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def test_what_is_right_is_used(seed):
 
 
 def test_many_rows_and_one_are_asked_of_a_gpus_step(monkeypatch):
-    """A GPU's step reads the chosen experts' matrices for few rows and all of them for many: both
-    are asked.
+    """A GPU's step reads the chosen experts' matrices for few rows and all of them for many.
+
+    Both are asked.
     """
     model, rows = everything(num_experts=8, top_k=2), []
     step = inference.decode_step
@@ -125,11 +127,13 @@ def test_a_context_of_one_token_is_asked_too():
 @pytest.mark.slow
 @needs_code
 def test_asking_does_not_wait_for_pytorchs_compiler():
-    """The first call of a custom operation imports it: predict.py would have started a second
-    later, for a check.
+    """The first call of a custom operation imports it.
+
+    predict.py would have started a second later, for a check.
     """
     code = (
-        "import sys, torch; from tests.builders import *; from runtime.inference.decoder import Decoder\n"
+        "import sys, torch; from tests.builders import *; from runtime.inference.decoder "
+        "import Decoder\n"
         "from runtime.kernels.choose import choose_kernels\n"
         "from runtime.checkpoint.format import meta_model\n"
         "model = meta_model(tiny_config()).to_empty(device='cpu')\n"
@@ -219,8 +223,9 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_wrong_step_gives_way_to_the_plain_model(name, monkeypatch):
-    """Several texts of different lengths are then stepped through one by one, some of them or all,
-    and generated text is the plain one.
+    """Several texts of different lengths are then stepped one by one, some of them or all.
+
+    Generated text is the plain model's.
     """
     model = everything(sliding_window=0, window_pattern="all")
     monkeypatch.setattr(inference, "decode_step", wrong_step(STEPS[name]))
@@ -266,14 +271,16 @@ def test_a_way_that_fails_steps_aside_with_a_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(inference, "decode_step", full)
-    with pytest.raises(torch.OutOfMemoryError):  # it is no fault of the way
+    # It is no fault of the way.
+    with pytest.raises(torch.OutOfMemoryError):
         Decoder(everything(), native=False)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_a_narrow_step_is_asked_with_the_same_experts(narrow, monkeypatch):
-    """In bfloat16 rounding alone sends tokens to other experts, and what is wrong by a tenth has to
-    be seen all the same.
+    """In bfloat16 rounding alone sends tokens to other experts.
+
+    An error of a tenth has to be seen all the same.
     """
     model = everything(num_experts=8, top_k=2).to(narrow)
     assert Decoder(model, native=False).why_not_step == ""
@@ -305,12 +312,14 @@ def test_a_step_is_asked_with_the_experts_that_the_plain_model_chose(monkeypatch
 @needs_code
 @pytest.mark.parametrize("is_tie", [True, False])
 def test_two_experts_that_are_equally_good_are_no_difference(is_tie, monkeypatch):
-    """The router gives experts 0 and 1 the same score, so either may be chosen. Here C has the two
-    exchanged: that is no fault where they tie, and one where they do not. Tokens that went to
-    expert 2 are compared in both cases.
+    """The router gives experts 0 and 1 the same score, so either may be chosen.
+
+    Here C has the two exchanged: that is no fault where they tie, and one where they do not. Tokens
+    that went to expert 2 are compared in both cases.
     """
     model = random_model(tiny_config(num_experts=3, top_k=1), 3)
-    for block in model.layers[1:]:  # one block with a choice is enough
+    # One block with a choice is enough.
+    for block in model.layers[1:]:
         with torch.no_grad():
             block.moe.experts.w_in[:] = block.moe.experts.w_in[0]
             block.moe.experts.w_out[:] = block.moe.experts.w_out[0]
@@ -351,8 +360,9 @@ def test_logits_that_are_not_numbers_count_where_one_side_has_them():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_damaged_weights_are_still_an_error_of_their_own(native):
-    """Neither way has finite logits: no way steps aside, and drawing says that the weights are
-    damaged.
+    """Neither way has finite logits: no way steps aside.
+
+    Drawing says that the weights are damaged.
     """
     model = everything()
     with torch.no_grad():
@@ -536,8 +546,11 @@ def test_the_benchmark_says_what_asking_costs(monkeypatch, capsys):
 
 @needs_code
 def test_a_change_that_begins_far_into_a_text_is_found(monkeypatch):
-    """Attention in chunks of 128 tokens was the same up to token 127. A decoder was asked at token
-    77 at most, and wrote another text than the model's from token 128 on."""
+    """Attention in chunks of 128 tokens was the same up to token 127.
+
+    A decoder was asked at token 77 at most, and wrote another text than the model's from token 128
+    on.
+    """
 
     def in_chunks(self, T, q_BHTD, cache, starts_BT):
         now_T = torch.arange(T) if cache is None else cache.query_positions(T, "cpu")
@@ -554,8 +567,10 @@ def test_a_change_that_begins_far_into_a_text_is_found(monkeypatch):
 
 
 def test_a_filled_cache_takes_no_more_memory_than_it_may(monkeypatch):
-    """On a GPU with many experts its 32 rows were budgeted as two: a model that fitted its card ran
-    out of memory."""
+    """On a GPU with many experts its 32 rows were budgeted as two.
+
+    A model that fitted its card ran out of memory.
+    """
     decoder = Decoder(everything(context_length=512), native=False)
     monkeypatch.setattr(asked, "_rows", lambda decoder: [1, 32])
     token_bytes = 32 * kv_cache_bytes_per_token(decoder.config, 4)

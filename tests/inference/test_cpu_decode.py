@@ -1,4 +1,7 @@
-"""runtime/cpu_decode: the C code gives the plain model's logits, whatever the architecture, and is built and kept with care."""
+"""runtime/cpu_decode: the C kernel gives the plain model's logits, whatever the architecture.
+
+It is built and kept with care.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,16 @@ if os.environ.get("CI") and sys.platform == "linux":
 @needs_code
 @pytest.mark.parametrize("seed", range(60))
 def test_it_gives_the_plain_models_logits(seed):
-    """Random architectures, read in chunks of many tokens or one by one, many texts of different lengths at once, in 1 to 3 threads, packed or not."""
+    """Random architectures, many texts of different lengths at once, in 1 to 3 threads.
+
+    Packed or not. They are read in chunks of many tokens or one by one.
+    """
     check_native_logits(seed)
 
 
 @needs_code
 def test_a_text_can_go_from_pytorch_to_c_and_back():
-    """They share the cache, and rows with room for many tokens are tiled, few rows are not: all sizes of chunk agree."""
+    """Texts share the cache; many rows are tiled, few are not: all chunk sizes agree."""
     model = random_model(
         tiny_config(d_model=32, d_ff=48, num_experts=4, context_length=300, vocabulary_size=50), 1
     )
@@ -42,7 +48,8 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
     ids = torch.randint(0, 50, (1, 250), generator=torch.Generator().manual_seed(0))
     cache, expected, at = KVCache(model.config, 1, 300), model(ids).logits[0], 0
     is_sure = before_ties(model, ids)[0]
-    assert is_sure[:130].all()  # chunks of all sizes
+    # Chunks of all sizes.
+    assert is_sure[:130].all()
     for i, T in enumerate([3, 1, 9, 70, 8, 1, 129, 1, 4, 24]):
         chunk = ids[:, at : at + T]
         logits = (
@@ -60,7 +67,10 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("chunk", [1, 12])
 def test_what_is_not_a_number_is_not_hidden(bad, chunk):
-    """A bound on the exponent of softmax made NaN scores count for nothing: a damaged weight gave text, and no error."""
+    """A bound on the softmax's exponent made NaN scores count as 0.
+
+    A damaged weight gave text, and no error.
+    """
     model = random_model(tiny_config(context_length=64))
     with torch.no_grad():
         model.embed.weight[7] = bad
@@ -73,7 +83,10 @@ def test_what_is_not_a_number_is_not_hidden(bad, chunk):
 
 @needs_code
 def test_scores_of_any_size_are_weighed_as_pytorch_does():
-    """Far below the largest, far above, negative ones: softmax by our own exponential function, over contexts that fill no vector."""
+    """Softmax by our own exponential function, far below the largest, far above, and negative.
+
+    Also over contexts that do not fill a vector.
+    """
     model = random_model(tiny_config(context_length=128, use_attention_bias=True), 3)
     with torch.no_grad():
         for block, size in zip(model.layers, (30.0, 300.0), strict=False):
@@ -104,9 +117,10 @@ def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
         native.forward([cache], [[1] * 5])
     assert cache.length == 0
     native, _ = native_model(random_model(tiny_config(context_length=8, use_attention_bias=True)))
+    # It read past the table.
     with pytest.raises(
         ValueError, match="9 tokens do not fit the context of 8: this model adds a learned bias"
-    ):  # it read behind the table
+    ):
         native.forward([KVCache(native.config, 1, 16)], [[1] * 9])
 
 
@@ -130,7 +144,7 @@ def test_bytes_per_token_are_those_of_the_weights_that_a_token_reads():
     assert 0.25 * expected < quantized.bytes_per_token() < 0.5 * expected
 
 
-# ------------------------------------------------------------------------------------------------------- the compiler
+# ------------------------------------------------------------------------------------- the compiler
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """library() as in a new process, with a cache folder of its own."""
@@ -154,7 +168,8 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", no_compiler)
         assert cpu_decode.library()[0] is not None
-    path.unlink()  # not written over: this process has it mapped
+    # Not written over: this process has it mapped.
+    path.unlink()
     path.write_bytes(b"cut short")
     path.chmod(0o755)
     script = "import runtime.inference.cpu_decode as c; print(c.library()[0] is not None)"
@@ -164,7 +179,10 @@ def test_it_is_compiled_once_and_kept(fresh, monkeypatch):
 
 @needs_code
 def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
-    """GPTOSS_CFLAGS can take back what -march=native allows only if it comes after it; code compiled with other flags is never taken for it."""
+    """GPTOSS_CFLAGS can undo -march=native only if it comes after it.
+
+    Code compiled with other flags is never taken instead.
+    """
     commands, real = [], subprocess.run
     monkeypatch.setattr(
         subprocess, "run", lambda command, **more: commands.append(command) or real(command, **more)
@@ -186,7 +204,10 @@ def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
 @needs_code
 @pytest.mark.parametrize("what", ["folder", "file", "link"])
 def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
-    """The name of the compiled code can be guessed: in a folder that others can write to, it was whatever they put there."""
+    """The name of the compiled code can be guessed.
+
+    In a folder that others can write to, their code was loaded.
+    """
     assert cpu_decode.library()[0] is not None
     (path,) = fresh.iterdir()
     if what == "link":
@@ -200,7 +221,8 @@ def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
         code is None
         and why.startswith(str(fresh))
         and why.endswith(
-            "is not this user's alone, and code is not taken from there: remove it, or set XDG_CACHE_HOME"
+            "is not this user's alone, and code is not taken from there: remove it, or set "
+            "XDG_CACHE_HOME"
         )
     )
 
@@ -215,7 +237,10 @@ def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
     ],
 )
 def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why, tmp_path):
-    """A machine without a compiler, with a broken one, or with a home that cannot be written: the same text, and `:stats` says why it is slower."""
+    """Without a compiler, with a broken one, or with a read-only home the text is the same.
+
+    `:stats` says why it is slower.
+    """
     monkeypatch.delenv("CC", raising=False)
     if how == "none":
         monkeypatch.setattr(cpu_decode.shutil, "which", lambda name: None)
@@ -234,8 +259,11 @@ def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why
 @pytest.mark.slow
 @needs_code
 def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path):
-    """Compiled for the oldest x86-64, without the vectors of this machine; and for this one with the compiler's checks of memory and arithmetic on:
-    each buffer is an allocation of its own, so running out of one is seen."""
+    """Compile for the oldest x86-64, without this machine's vectors.
+
+    And with the compiler's checks on. Those check memory and arithmetic. Each buffer is an
+    allocation of its own, so running out of one is seen.
+    """
     if not sys.platform.startswith("linux"):
         pytest.skip("a Linux compiler's flags")
     checker = subprocess.run(
@@ -262,7 +290,10 @@ real = c.subprocess.run
 def run(command, **more):
     return real([a for a in command if a != "-march=native"] + {flags!r}, **more)
 c.subprocess.run = run
-from tests.inference.test_cpu_decode import test_it_gives_the_plain_models_logits as check, test_a_text_can_go_from_pytorch_to_c_and_back as shared
+from tests.inference.test_cpu_decode import test_it_gives_the_plain_models_logits as check
+from tests.inference.test_cpu_decode import (
+    test_a_text_can_go_from_pytorch_to_c_and_back as shared,
+)
 for seed in range(100, 112):
     check(seed)
 shared()

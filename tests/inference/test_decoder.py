@@ -1,4 +1,7 @@
-"""runtime/inference/decoder.py: many texts at once give what each gives alone, nothing in a cache is computed twice, and look-up changes nothing."""
+"""runtime/inference/decoder.py: a batch of texts gives what each gives alone.
+
+Nothing in a cache is computed twice, and prompt-lookup decoding changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,13 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-# ------------------------------------------------------------------------------------------------------- the same texts
+# ----------------------------------------------------------------------------------- the same texts
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
-    """Greedy and drawn, across the end of the context (several times) or up to it, rows ending at different times."""
+    """Greedy and drawn, past the end of the context (several times) or up to it.
+
+    Rows end at different times.
+    """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 3).eval()
     decoder = decoder_of(model)
     for count, slide in ((5, True), (80, True), (80, False)):
@@ -88,9 +94,13 @@ def test_the_caller_can_end_a_row(decoder_of):
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
-    """What a CUDA graph holds: static shapes, a position for each row, more of the cache read than is filled; also for rows that take no part."""
+    """What a CUDA graph needs: static shapes, and a position per row.
+
+    More of the cache is read than is filled. Also for rows that take no part.
+    """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
-    if len(changes) % 2:  # some of them packed
+    # Some of them packed.
+    if len(changes) % 2:
         quantize_(model)
     cache, ids = (
         KVCache(model.config, 3, CONTEXT + 1),
@@ -103,11 +113,12 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
             model(ids[b : b + 1, : 4 + 5 * b], cache=row)
         for t in range(5):
             positions = torch.tensor([4 + t, 9 + t, 14 + t])
+            # What --compile compiles is one graph.
             step = (
                 torch.compile(decode_step, backend="eager", fullgraph=True, dynamic=False)
                 if t == 4
                 else decode_step
-            )  # what --compile compiles is one graph
+            )
             logits = step(
                 model, cache, ids[range(3), positions], positions, CONTEXT if t % 2 else 19
             )
@@ -126,8 +137,12 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     ids=["swiglu", "gelu"],
 )
 def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes):
-    """The experts by choice or all of them, and the packed head, as in a CUDA graph: on this CPU, which is told to be a GPU; as it is, and traced by the compiler."""
-    torch.compiler.reset()  # eight models are the most that one compiled function may see
+    """Selected experts or all of them, and the packed head, as in a CUDA graph.
+
+    This CPU is told to be a GPU. Eager, and traced by the compiler.
+    """
+    # Eight models are the most that one compiled function may see.
+    torch.compiler.reset()
     model = random_model(tiny_config(**changes), 2)
     if quantized:
         quantize_(model)
@@ -162,9 +177,11 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
 
 
 def test_every_span_of_the_cache_is_compiled(monkeypatch):
-    """The compiler refuses the ninth version of one function: with --compile a text ended with an
-    error when more than 32,768 tokens of the cache were in use. Each span has a function of its
-    own, and the model's blocks keep what was compiled for them."""
+    """The compiler rejects the ninth version of one function.
+
+    With --compile a text ended with an error when more than 32,768 tokens of the cache were in use.
+    Each span has a function of its own, and the model's blocks keep what was compiled for them.
+    """
     torch.compiler.reset()
     real, options = torch.compile, []
 
@@ -187,9 +204,11 @@ def test_every_span_of_the_cache_is_compiled(monkeypatch):
 
 @pytest.mark.parametrize("compiles, tunes", [(False, False), (True, False), (True, True)])
 def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
-    """With CUDA's graphs and streams replaced by what runs at once: 256 places of the cache, then
-    512, 1,024, ... up to all, and what was compiled lives as long as the graph that runs it. A small
-    model is not tuned: a minute for each span would be for nothing."""
+    """Replace CUDA's graphs and streams by functions that run at once.
+
+    256 positions of the cache, then 512, 1,024, ... up to all; what was compiled lives as long as
+    the graph that runs it. A small model is not tuned: that would waste a minute for each span.
+    """
     graph = types.SimpleNamespace(pool=lambda: None, replay=lambda: None)
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name in ("Stream", "current_stream"):
@@ -222,7 +241,7 @@ def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
     assert kept == ([own for _, own in made] if compiles else [decode_step] * 4)
 
 
-# ------------------------------------------------------------------------------------------------------ what is reused
+# ----------------------------------------------------------------------------------- what is reused
 @pytest.fixture
 def reads(monkeypatch):
     """Counts the tokens that pass through a decoder."""
@@ -246,7 +265,10 @@ def reads(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8)], ids=["full", "window"])
 def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
-    """Continuing, going back, changing the end, starting anew; with a ring, what it has overwritten is read again, and only that makes it so."""
+    """Continue, go back, change the end, start again.
+
+    With a ring buffer, overwritten positions are read again, and only that makes them right.
+    """
     model = random_model(tiny_config(context_length=64, **changes), 1).eval()
     decoder = reads(decoder_of(model))
     text = decoder.texts(1, 64)[0]
@@ -264,9 +286,11 @@ def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
         assert_close(logits, expected, logits_bound(model.config, 64))
 
     read(ids[:5], 5)
-    read(ids[:5], 1)  # the last token must be asked again, for its logits
+    # The last token must be asked again, for its logits.
+    read(ids[:5], 1)
     read(ids[:7], 2)
-    read(ids[:4] + [0, 1, 2], 3)  # within the window nothing is lost
+    # Within the window nothing is lost.
+    read(ids[:4] + [0, 1, 2], 3)
     read(ids[:20], 16)
     read(ids[:19] + [1, 2], 21 if is_ring else 2)
     read(ids[:10] + [3], 11 if is_ring else 1)
@@ -275,22 +299,24 @@ def test_what_the_cache_holds_is_not_read_again(decoder_of, reads, changes):
 
 
 def test_generation_goes_on_from_the_cache(decoder_of, reads):
-    """A second answer after the first: its prompt is what was read and drawn, and a few tokens more."""
+    """A second answer after the first: its prompt is what was read and drawn, plus a few tokens."""
     model = random_model(tiny_config(context_length=64)).eval()
     decoder = reads(decoder_of(model))
     texts = decoder.texts(1, 64)
     first = generated(decoder, [[1, 2, 3]], 10, texts, temperature=0)[0]
     reads.tokens.clear()
     second = generated(decoder, [[1, 2, 3, *first, 4, 5]], 5, texts, temperature=0)[0]
-    assert (
-        sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3
-    )  # the last drawn, two new; steps of PyTorch do not pass through forward
+    # The last drawn, two new; steps of PyTorch do not pass through forward.
+    assert sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3
     assert second == alone(model, [1, 2, 3, *first, 4, 5], 5, temperature=0)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8)], ids=["full", "window"])
 def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes, monkeypatch):
-    """Ctrl-C in the middle of a pass: a ring may have lost what the next answer relies on, and nothing would show it."""
+    """Ctrl-C during a forward pass: a ring buffer may have lost keys that the next answer needs.
+
+    Nothing would show it.
+    """
     model = random_model(tiny_config(context_length=64, **changes), 4).eval()
     decoder = decoder_of(model)
     text = decoder.texts(1, 64)[0]
@@ -299,7 +325,8 @@ def test_a_pass_that_breaks_off_leaves_a_cache_that_is_right(decoder_of, changes
     last = model.layers[-1]
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(last, "forward", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        if decoder.native:  # after C has written, before it is counted
+        # After C has written, before it is counted.
+        if decoder.native:
             patch.setattr(KVCache, "advance", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             decoder.step([text], torch.tensor([ids[20]]))
         decoder.read(text, ids[:29])
@@ -326,7 +353,10 @@ def test_rewinding_says_when_it_cannot():
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, changes):
-    """A graph has all texts of an allocation in it. Those that have ended write behind their end: a full ring lost its oldest key, which going back one token needs."""
+    """A graph runs all texts of an allocation, and those that have ended write past their end.
+
+    A full ring buffer lost its oldest key, which going back one token needs.
+    """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 2).eval()
     decoder = decoder_of(model)
     texts = decoder.texts(3, CONTEXT)
@@ -349,7 +379,7 @@ def test_texts_that_take_no_part_in_a_step_keep_what_they_hold(decoder_of, chang
         assert_close(decoder.read(text, other), expected, logits_bound(model.config, CONTEXT))
 
 
-# ------------------------------------------------------------------------------------------------------- prompt look-up
+# --------------------------------------------------------------------------- prompt-lookup decoding
 def repetitive_model(seed: int = 0):
     """A model whose greedy text repeats itself."""
     model = random_model(tiny_config(context_length=64, vocabulary_size=16), seed).eval()
@@ -367,10 +397,13 @@ def repetitive_model(seed: int = 0):
     ids=str,
 )
 def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings):
-    """Greedy and drawn, across the end of the context, with the noise that each token would have had. A guess is only ever checked."""
+    """Greedy and drawn, across the end of the context, with each token's usual noise.
+
+    A guess is only ever checked.
+    """
     accepted = 0
-    # Models whose routers and logits are nowhere within rounding of a tie in these texts (seeds 2, 3 and 10 are): reading several tokens
-    # at once adds in another order than reading one.
+    # Models whose routers and logits are nowhere within rounding of a tie in these texts (seeds 2,
+    # 3 and 10 are): reading several tokens at once adds in another order than reading one.
     for seed in (4, 5, 7, 8, 11, 13):
         decoder = decoder_of(repetitive_model(seed))
         plain = generated(decoder, [[1, 2, 3, 1, 2]], 100, generators=seeded(7), **settings)
@@ -413,8 +446,10 @@ def test_look_up_with_many_rows_begins_with_the_last_one(decoder_of):
     [
         ([1, 2, 3, 9, 1, 2, 3], 2, [9, 1]),
         ([1, 2, 3, 9, 1, 2, 3], 9, [9, 1, 2, 3]),
-        ([5, 1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),  # the last occurrence
-        ([4, 1, 2, 7, 3, 1, 2, 8, 4, 1, 2], 1, [7]),  # the longest one
+        # The last occurrence.
+        ([5, 1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),
+        # The longest one.
+        ([4, 1, 2, 7, 3, 1, 2, 8, 4, 1, 2], 1, [7]),
         ([1, 2, 3], 5, []),
         ([1], 5, []),
         ([], 5, []),
@@ -437,7 +472,7 @@ def test_look_up_is_refused_where_it_cannot_take_tokens_back(decoder_of):
         generated(decoder, [[1]], 3, lookup=2)
 
 
-# -------------------------------------------------------------------------------------------------------------- the rest
+# ----------------------------------------------------------------------------------------- the rest
 def test_router_choices_are_the_routers():
     model = random_model(tiny_config(), 1).eval()
     choose_kernels(model, torch.device("cpu"), torch.float32)
@@ -483,7 +518,10 @@ def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
 
 
 def test_a_bad_answer_does_not_spoil_the_next(decoder_of):
-    """A NaN behind the end of a text counts where more of the cache is read than is filled, though its weight is 0: every later answer failed too."""
+    """A NaN past the end of a text counts where more of the cache is read than is filled.
+
+    Its weight is 0, yet every later answer failed too.
+    """
     model = random_model(tiny_config(context_length=CONTEXT)).eval()
     with torch.no_grad():
         model.embed.weight[7] = float("nan")

@@ -1,4 +1,7 @@
-"""The map of experts: its numbers against the tensors, what it does with hostile text, and the page in a real browser."""
+"""The map of experts: its numbers against the tensors.
+
+Also hostile text, and the page in a real browser.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ SGR = re.compile(r"\x1b\[(2;)?38;5;(\d+)m(\d+)\x1b\[0m")
 
 
 def routed(L: int, T: int, K: int, E: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(experts, gates) [L, T, K] of a router that likes some experts more, in no order within a token."""
+    """Return (experts, routing weights) [L, T, K] of a router that prefers some experts.
+
+    They have no order within a token.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits_LTE = 2 * torch.randn(L, T, E, generator=generator) + torch.randn(
         L, 1, E, generator=generator
@@ -64,7 +70,7 @@ def routed(L: int, T: int, K: int, E: int, seed: int = 0) -> tuple[torch.Tensor,
 
 
 def by_strength(experts_LTK, gates_LTK, l: int, t: int) -> list[int]:
-    """A token's experts in falling order of their gates, the plain way."""
+    """A token's experts in falling order of their routing weights, the plain way."""
     return [
         expert
         for _, expert in sorted(
@@ -80,7 +86,7 @@ def columns(text: str) -> int:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- terminal
+# ----------------------------------------------------------------------------------------- terminal
 def tables(text: str) -> tuple[list[list[str]], list[str]]:
     """The lines of each table, and those of the summary."""
     *parts, summary = text.split("\n\n")
@@ -198,7 +204,8 @@ def test_the_summary_counts_experts_and_names_the_busiest():
     for l, line in enumerate(summary):
         counts = Counter(experts_LTK[l].flatten().tolist())
         block, used, of, expert, percent, times = re.fullmatch(
-            r"block (\d+) +(\d+) of (\d+) experts used, most of all expert (\d+): ([\d.]+) %, ([\d.]+) x its fair share",
+            r"block (\d+) +(\d+) of (\d+) experts used, most of all expert (\d+): ([\d.]+) "
+            r"%, ([\d.]+) x its fair share",
             line,
         ).groups()
         most = max(counts.values())
@@ -211,7 +218,7 @@ def test_the_summary_counts_experts_and_names_the_busiest():
     assert "2 of 16 experts used, most of all expert 2: 50.0 %, 8.00 x" in summary[3]
 
 
-# ------------------------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------- page
 class Page(HTMLParser):
     """What a parser sees: (tag, attributes, text) of every element with its text, in order."""
 
@@ -300,9 +307,9 @@ def test_the_page_is_whole_in_itself_and_says_so():
         base64.b64encode(hashlib.sha256(element[2].encode()).digest()).decode()
         for element in (script, page.all("style")[0])
     ]
-    assert (
-        policy["content"]
-        == f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
+    assert policy["content"] == (
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src "
+        f"'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
     )
 
 
@@ -358,7 +365,8 @@ def test_the_pages_data_is_the_tensors(L, E, K):
 def test_the_heat_map_is_shares_over_the_fair_share(E):
     L, K, pieces = 4, 2, HOSTILE * 8
     experts_LTK, gates_LTK = routed(L, len(pieces), K, E)
-    experts_LTK[2, :, 0], experts_LTK[2, :, 1] = 5, 6  # two experts get all
+    # Two experts get all.
+    experts_LTK[2, :, 0], experts_LTK[2, :, 1] = 5, 6
     page = Page(html_page("", pieces, experts_LTK, gates_LTK, E, 0))
     cells = page.all("td")
     assert len(cells) == L * E and [
@@ -371,7 +379,10 @@ def test_the_heat_map_is_shares_over_the_fair_share(E):
         assert (
             attributes["title"]
             == attributes["aria-label"]
-            == f"block {block}, expert {expert}: {count} of {len(pieces) * K} assignments, {100 * share:.1f} %, {share / fair:.2f} times the fair share"
+            == (
+                f"block {block}, expert {expert}: {count} of {len(pieces) * K} assignments, "
+                f"{100 * share:.1f} %, {share / fair:.2f} times the fair share"
+            )
         )
         assert shown == (f"{share / fair:.2f}" if E == 8 else "")
         level = int(re.fullmatch(r"q(\d)", attributes["class"]).group(1))
@@ -424,64 +435,123 @@ def test_a_prompt_longer_than_the_text_is_refused(prompt):
         html_page("", FIVE, E8, G8, 8, prompt)
 
 
-# ---------------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 HELPERS = """
-const result = {errors: [], violations: []}, $ = id => document.getElementById(id), tokens = [...document.querySelectorAll("#text .t")], cells = [...document.querySelectorAll("#use td")];
+const result = {errors: [], violations: []}, $ = id => document.getElementById(id);
+const tokens = [...document.querySelectorAll("#text .t")];
+const cells = [...document.querySelectorAll("#use td")];
 addEventListener("error", event => result.errors.push(event.message));
-addEventListener("securitypolicyviolation", event => result.violations.push(event.effectiveDirective));
+addEventListener("securitypolicyviolation", event => {
+  result.violations.push(event.effectiveDirective);
+});
 const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
 function luminance(...layers) {
   for (const layer of layers) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
-  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const shares = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255);
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const [r, g, b] = shares.map(linear);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
-function contrast(element, ...below) {  // of an element's text on its background, over what lies below
-  const style = getComputedStyle(element), a = luminance(style.color), b = luminance(...below, style.backgroundColor);
+// Of an element's text on its background, over what lies below.
+function contrast(element, ...below) {
+  const style = getComputedStyle(element);
+  const a = luminance(style.color), b = luminance(...below, style.backgroundColor);
   return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
 }
 function lowestContrast(E) {
   const card = getComputedStyle(document.querySelector(".card")).backgroundColor, found = [];
   for (let e = 0; e < E; e++) for (let g = 0; g < 4; g++) {
-    const probe = Object.assign(document.createElement("span"), {className: `t e${e} g${g}`});  // new: its colours are in no transition
+    // A new element: its colours are in no transition.
+    const probe = Object.assign(document.createElement("span"), {className: `t e${e} g${g}`});
     $("text").append(probe); found.push(contrast(probe, card)); probe.remove();
   }
-  for (let q = 0; q < 9; q++) { const probe = Object.assign(document.createElement("td"), {className: `q${q}`}); cells[0].parentNode.append(probe); found.push(contrast(probe, card)); probe.remove(); }
-  for (const element of document.querySelectorAll(".note, .scale, .pick, .which, .detail th, .use th")) found.push(contrast(element, card));
-  for (const element of document.querySelectorAll("h1, .about, .facts")) found.push(contrast(element, getComputedStyle(document.body).backgroundColor));
+  for (let q = 0; q < 9; q++) {
+    const probe = Object.assign(document.createElement("td"), {className: `q${q}`});
+    cells[0].parentNode.append(probe); found.push(contrast(probe, card)); probe.remove();
+  }
+  const onCards = ".note, .scale, .pick, .which, .detail th, .use th";
+  for (const element of document.querySelectorAll(onCards)) found.push(contrast(element, card));
+  const page = getComputedStyle(document.body).backgroundColor;
+  for (const element of document.querySelectorAll("h1, .about, .facts"))
+    found.push(contrast(element, page));
   return Math.min(...found);
 }
 """
 
 DRIVE = """
-const event = (target, type, more) => target.dispatchEvent(new (type.startsWith("key") ? KeyboardEvent : type === "input" ? Event : MouseEvent)(type, {bubbles: type !== "mouseleave", cancelable: true, ...more}));
-const shown = () => [...document.querySelectorAll("#detail tbody tr")].map(row => [...row.querySelectorAll(".chosen span:not(span span)")].map(part => [+part.querySelector("b").textContent, parseFloat(part.lastChild.textContent)]));
-const at = () => tokens.indexOf(document.activeElement), boxes = () => ["detail", "text", "use", "read"].map(id => { const b = $(id).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; });
-const lit = () => tokens.flatMap((token, t) => token.classList.contains("off") ? [] : [t]), selected = () => tokens.findIndex(token => token.hasAttribute("aria-selected"));
+const event = (target, type, more) => {
+  const kind = type.startsWith("key") ? KeyboardEvent : type === "input" ? Event : MouseEvent;
+  const options = {bubbles: type !== "mouseleave", cancelable: true, ...more};
+  return target.dispatchEvent(new kind(type, options));
+};
+const choice = part =>
+  [+part.querySelector("b").textContent, parseFloat(part.lastChild.textContent)];
+const shown = () => [...document.querySelectorAll("#detail tbody tr")].map(row =>
+  [...row.querySelectorAll(".chosen span:not(span span)")].map(choice));
+const at = () => tokens.indexOf(document.activeElement);
+const boxes = () => ["detail", "text", "use", "read"].map(id => {
+  const b = $(id).getBoundingClientRect();
+  return [b.x, b.y, b.width, b.height];
+});
+const lit = () => tokens.flatMap((token, t) => token.classList.contains("off") ? [] : [t]);
+const selected = () => tokens.findIndex(token => token.hasAttribute("aria-selected"));
 const tints = () => tokens.map(token => +token.className.match(/ e(\\d+)/)[1]);
-const focus = HTMLElement.prototype.focus;  // a headless window may not have the focus yet; then elements get it without an event
-HTMLElement.prototype.focus = function () { focus.call(this); if (!document.hasFocus()) this.dispatchEvent(new FocusEvent("focusin", {bubbles: true})); };
+// A headless window may not have the focus yet; then elements get it without an event.
+const focus = HTMLElement.prototype.focus;
+HTMLElement.prototype.focus = function () {
+  focus.call(this);
+  if (!document.hasFocus()) this.dispatchEvent(new FocusEvent("focusin", {bubbles: true}));
+};
 result.first = [selected(), shown()];
-result.tabs = tokens.every(token => token.tabIndex === 0) && cells.filter(cell => cell.tabIndex === 0).length === 1;
+result.tabs = tokens.every(token => token.tabIndex === 0)
+  && cells.filter(cell => cell.tabIndex === 0).length === 1;
 const before = JSON.stringify(boxes());
-result.moved = tokens.some(token => { event(token, "mouseover"); return JSON.stringify(boxes()) !== before; });
-tokens[3].focus(); result.focused = [selected(), shown(), document.querySelector("#detail .piece").textContent, document.querySelector("#detail [aria-live]").textContent];
-result.keys = ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home", "ArrowLeft"].map(key => { event(document.activeElement, "keydown", {key}); return at(); });
+result.moved = tokens.some(token => {
+  event(token, "mouseover");
+  return JSON.stringify(boxes()) !== before;
+});
+const textOf = selector => document.querySelector(selector).textContent;
+tokens[3].focus();
+result.focused = [selected(), shown(), textOf("#detail .piece"), textOf("#detail [aria-live]")];
+const pressed = ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home", "ArrowLeft"];
+result.keys = pressed.map(key => {
+  event(document.activeElement, "keydown", {key});
+  return at();
+});
 event(tokens[7], "mouseover"); result.hovered = [selected(), shown()];
 event($("text"), "mouseleave"); result.left = selected();
 result.tints = [tints()];
-$("block").value = 2; event($("block"), "input"); result.tints.push(tints()); result.block = [$("block-shown").textContent, document.querySelector("#detail tr.now th").textContent];
-const cell = cells[13]; event(cell, "mouseover"); result.pointed = [lit(), $("read").textContent, JSON.stringify(boxes()) === before];
+$("block").value = 2; event($("block"), "input"); result.tints.push(tints());
+result.block = [$("block-shown").textContent, textOf("#detail tr.now th")];
+const cell = cells[13]; event(cell, "mouseover");
+result.pointed = [lit(), $("read").textContent, JSON.stringify(boxes()) === before];
 event($("use"), "mouseleave"); result.unpointed = lit().length;
-event(cell, "click"); event($("use"), "mouseleave"); result.kept = [lit(), tokens.filter(token => token.classList.contains("e5")).length, cell.getAttribute("aria-selected")];
-event(document, "keydown", {key: "Escape"}); result.escaped = [lit().length, cell.getAttribute("aria-selected")];
-cells[0].focus(); event(cells[0], "keydown", {key: "ArrowRight"}); event(document.activeElement, "keydown", {key: "ArrowDown"}); event(document.activeElement, "keydown", {key: "Enter"});
-result.walked = [cells.indexOf(document.activeElement), lit()]; document.activeElement.blur(); event(document, "keydown", {key: "Escape"});
-result.texts = tokens.map(token => token.textContent); result.lines = new Set(tokens.map(token => Math.round(token.getBoundingClientRect().top))).size;
-const foreign = document.createElement("script"); foreign.textContent = "window.pwned = 'a script of no known hash'"; document.body.append(foreign); foreign.remove();
-const holder = document.createElement("div"); holder.innerHTML = "<img src='data:image/gif;base64,AA' onerror=\\"window.pwned='handler'\\">"; document.body.append(holder);
-result.scripts = document.scripts.length; result.bold = document.querySelectorAll("#text *:not(.t)").length; result.contrast = lowestContrast(8); result.title = document.title;
+event(cell, "click"); event($("use"), "mouseleave");
+const ofFive = tokens.filter(token => token.classList.contains("e5"));
+result.kept = [lit(), ofFive.length, cell.getAttribute("aria-selected")];
+event(document, "keydown", {key: "Escape"});
+result.escaped = [lit().length, cell.getAttribute("aria-selected")];
+cells[0].focus(); event(cells[0], "keydown", {key: "ArrowRight"});
+event(document.activeElement, "keydown", {key: "ArrowDown"});
+event(document.activeElement, "keydown", {key: "Enter"});
+result.walked = [cells.indexOf(document.activeElement), lit()];
+document.activeElement.blur(); event(document, "keydown", {key: "Escape"});
+result.texts = tokens.map(token => token.textContent);
+const tops = tokens.map(token => Math.round(token.getBoundingClientRect().top));
+result.lines = new Set(tops).size;
+const foreign = document.createElement("script");
+foreign.textContent = "window.pwned = 'a script of no known hash'";
+document.body.append(foreign); foreign.remove();
+const holder = document.createElement("div");
+holder.innerHTML = "<img src='data:image/gif;base64,AA' onerror=\\"window.pwned='handler'\\">";
+document.body.append(holder);
+result.scripts = document.scripts.length;
+result.bold = document.querySelectorAll("#text *:not(.t)").length;
+result.contrast = lowestContrast(8); result.title = document.title;
 setTimeout(() => {
-  holder.remove(); result.pwned = window.pwned || ""; result.requests = performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"));
+  holder.remove(); result.pwned = window.pwned || "";
+  const names = performance.getEntriesByType("resource").map(entry => entry.name);
+  result.requests = names.filter(name => !name.startsWith("data:"));
   document.documentElement.setAttribute("data-result", JSON.stringify(result));
 }, 300);
 """
@@ -496,7 +566,10 @@ def with_script(page: str, script: str, style: str = "") -> str:
 
 
 def browse(page: str, script: str, folder, *flags: str) -> dict:
-    """What `script` has left in `result` after it ran in a copy of the page, whose policy allows it besides the page's own."""
+    """Return `result` after `script` ran in a copy of the page.
+
+    The copy's policy allows it next to the page's own script.
+    """
     return dump(with_script(page, script), folder, *flags)
 
 
@@ -544,7 +617,10 @@ def dump(page: str, folder, *flags: str) -> dict:
 
 
 def test_the_page_in_a_browser(tmp_path):
-    """Keyboard, hover, slider and heat map show what the tensors say; nothing moves; hostile text does nothing."""
+    """Keyboard, hover, slider and heat map show the tensors' values; nothing moves.
+
+    Hostile text does nothing.
+    """
     L, E, prompt = 3, 8, 4
     text, experts_LTK, gates_LTK = page_of(L=L, E=E, prompt=prompt, title="<b>Experts</b>")
     result = browse(
@@ -556,7 +632,7 @@ def test_the_page_in_a_browser(tmp_path):
     )
 
     def table(t: int) -> list:
-        """A token's experts and gates (percent) per block, as its panel should show them."""
+        """Return a token's experts and routing weights (percent) per block, as shown."""
         pairs = [
             sorted(
                 zip(gates_LTK[l, t].tolist(), experts_LTK[l, t].tolist(), strict=True), reverse=True
@@ -618,13 +694,16 @@ def test_the_page_in_a_browser(tmp_path):
 
 
 def test_the_dark_page_on_a_narrow_screen(tmp_path):
-    """All text has WCAG AA's contrast for 64 experts too, and the page is no wider than the screen."""
+    """Text has WCAG AA contrast for 64 experts too, and the page is no wider than the screen."""
     text, _, _ = page_of(L=12, E=64, K=4)
     script = (
         HELPERS
         + """
-    result.contrast = lowestContrast(64); result.wide = [document.documentElement.scrollWidth, innerWidth]; result.dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const panel = $("detail").getBoundingClientRect(); result.panel = [panel.top, panel.bottom, innerHeight];
+    result.contrast = lowestContrast(64);
+    result.wide = [document.documentElement.scrollWidth, innerWidth];
+    result.dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const panel = $("detail").getBoundingClientRect();
+    result.panel = [panel.top, panel.bottom, innerHeight];
     document.documentElement.setAttribute("data-result", JSON.stringify(result));"""
     )
     result = browse(
@@ -687,7 +766,8 @@ function cut(by) {
     for (const element of card.querySelectorAll("*:not(.sr, .scroll *, .piece *)")) {
       const {left, right, width} = element.getBoundingClientRect();
       if (width && (left < edge.left - 0.5 || right > edge.right + 0.5))
-        out.add(`${by}: ${name(element)}, ${left} to ${right}, in a card, ${edge.left} to ${edge.right}`);
+        out.add(`${by}: ${name(element)}, ${left} to ${right}, `
+          + `in a card, ${edge.left} to ${edge.right}`);
     }
   }
   for (const element of texts) {
@@ -765,7 +845,7 @@ def test_the_page_holds_still_and_whole_in_any_fonts(L, E, K, fonts, skip, tmp_p
 
 
 def test_the_page_of_a_fixed_input_has_fixed_bytes():
-    """Whoever changes the page knows it: the hash of one page, of exact gates."""
+    """Whoever changes the page knows it: the hash of one page, of exact routing weights."""
     gates_LTK = torch.tensor([0.75, 0.25]).expand(3, 6, 2)
     experts_LTK = (torch.arange(36).view(3, 6, 2) * 5 + torch.tensor([0, 1])) % 8
     pieces = ["Once", " upon", "\n", " a <b>", "", "\t$x %%{y}"]

@@ -1,4 +1,4 @@
-"""runtime/inference/quantize.py: how far 8 bits are from the weights, and that a packed model is still a model."""
+"""runtime/inference/quantize.py: the error of 8 bits, and a packed model is still a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_a_packed_weight_is_within_half_a_step(shape):
         and scale.shape == (*shape[:-1], 1)
     )
     assert ((unpack(packed, scale, torch.float32) - weight).abs() <= 0.5001 * scale).all()
-    assert (packed.abs().amax(dim=-1) == 127).all()  # each row uses all of its range
+    # Each row uses all of its range.
+    assert (packed.abs().amax(dim=-1) == 127).all()
     assert unpack(packed, scale, torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -45,7 +46,10 @@ def test_a_row_of_zeros_stays_zeros():
     ],
 )
 def test_a_packed_model_computes_with_the_rounded_weights(changes):
-    """Exactly what a plain model with those weights computes; embedding, norms and router are not touched, and a tied embedding stays exact."""
+    """A packed model computes exactly what a plain model with those weights does.
+
+    Embedding, norms and router are not touched, and a tied embedding stays exact.
+    """
     model = random_model(tiny_config(**changes))
     rounded = copy.deepcopy(model)
     with torch.no_grad():

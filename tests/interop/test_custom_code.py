@@ -1,4 +1,4 @@
-"""runtime/interop/custom_code.py: any config of ours in transformers, by a modeling file that needs nothing of this repo."""
+"""runtime/interop/custom_code.py: any config of ours in transformers, by a self-contained file."""
 
 from __future__ import annotations
 
@@ -89,10 +89,11 @@ def configs_with(count: int, wanted, **changes) -> list[ModelConfig]:
     return [config for config in found if wanted(config)][:count]
 
 
-# ------------------------------------------------------------------------------------------------------ where gptoss is not
+# ------------------------------------------------------------------------------ where gptoss is not
 ALONE = """
 import importlib.util, sys
-assert not any(importlib.util.find_spec(name) for name in ("model", "model_parts", "config_model", "runtime"))
+ours = "model", "model_parts", "config_model", "runtime"
+assert not any(importlib.util.find_spec(name) for name in ours)
 import torch
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,7 +108,13 @@ for folder, model in zip(folders, models):
     ids = torch.load(folder / "ids.pt")
     with torch.no_grad():
         logits = model(ids).logits
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    tokens = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+    )
     results[folder.name] = logits, tokens[:, ids.shape[1]:]
 
 models[0].save_pretrained(work / "again")
@@ -121,7 +128,9 @@ sys.path.insert(0, repo)
 from config_model import ModelConfig
 from model import LLM
 for model in (LLM(ModelConfig(**models[0].config.gptoss)), *models):
-    result = model(ids.clamp(max=model.config.vocabulary_size - 1)) if isinstance(model, LLM) else model(ids.clamp(max=model.config.vocab_size - 1))
+    ours = isinstance(model, LLM)
+    size = model.config.vocabulary_size if ours else model.config.vocab_size
+    result = model(ids.clamp(max=size - 1))
     result.logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 torch.save(results, work / "results.pt")
@@ -130,9 +139,12 @@ torch.save(results, work / "results.pt")
 
 @pytest.mark.slow
 def test_a_folder_works_where_gptoss_is_not(tmp_path):
-    """Logits and greedy text of many configs, through the Auto classes, in a process that cannot import this repo; saved and loaded again.
-    Then the repo is imported into that process, beside a copy of its operations for each folder: under one name, the copy that was
-    imported last would take the operations away from the others."""
+    """Compare logits and greedy text of many configs, through the Auto classes, without this repo.
+
+    The process cannot import the repo; models are saved and loaded again. Then the repo is imported
+    there, next to a copy of its operations for each folder. Under one name, the last imported copy
+    would replace the others' operations.
+    """
     seeds = {f"model{seed:02}": random_config(seed) for seed in range(10)}
     nano = ModelConfig(
         **PRESETS["gpt-oss-nano"].model
@@ -176,7 +188,10 @@ def test_a_folder_works_where_gptoss_is_not(tmp_path):
 
 
 def test_copies_imported_after_gptoss_leave_its_operations_alone(tmp_path, modeling):
-    """PyTorch lets a second registration of an operation's name replace the first: a model that is in use would then fail, or run the other's code."""
+    """PyTorch lets a second registration of an operation's name replace the first.
+
+    A model in use would then fail, or run the other's code.
+    """
     config = tiny_config()
     ours, ids = random_model(config), ids_for(config)
     ours(ids).logits.sum().backward()
@@ -199,7 +214,10 @@ def test_copies_imported_after_gptoss_leave_its_operations_alone(tmp_path, model
 
 
 def test_the_mathematics_is_the_repos_own():
-    """Every function and class of the model is in the modeling file word for word; what only training or the programs need is not."""
+    """Every function and class of the model is in the modeling file word for word.
+
+    What only training or the programs need is not.
+    """
     text = modeling_source().replace('f"{OPERATIONS}::', '"gptoss::')
     for part in (
         config_model.ModelConfig,
@@ -229,13 +247,16 @@ def test_the_mathematics_is_the_repos_own():
     assert (REPO / "LICENSE").read_text().strip() in text
 
 
-# --------------------------------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 @pytest.mark.parametrize(
     "config",
     configs_with(6, lambda c: c.sliding_window and not c.use_attention_bias, context_length=24),
 )
 def test_the_cache_is_transformers_own(exported, config):
-    """A text in pieces gives the logits of the whole, through windows too; beam search, which reorders the cache, gives what it gives without one."""
+    """A text in pieces gives the logits of the whole, through attention windows too.
+
+    Beam search, which reorders the cache, gives what it gives without one.
+    """
     ours, theirs = exported(config)
     ids = ids_for(config, 12)
     with torch.no_grad():
@@ -262,7 +283,10 @@ def test_the_cache_is_transformers_own(exported, config):
     "config", configs_with(4, lambda c: c.use_rope and not c.use_attention_bias, context_length=24)
 )
 def test_padding_on_the_left_changes_no_row(exported, config):
-    """A row with padding before it continues as it does alone, and has the same logits: it sees nothing before its start, and RoPE is relative."""
+    """A left-padded row continues as it does alone, with the same logits.
+
+    It sees nothing before its start, and RoPE is relative.
+    """
     _, theirs = exported(config)
     ids = ids_for(config, 10)
     mask = torch.ones_like(ids)
@@ -280,14 +304,18 @@ def test_padding_on_the_left_changes_no_row(exported, config):
         with torch.no_grad():
             padded = theirs(ids, attention_mask=mask).logits[row, start:]
             assert_close(padded, theirs(alone).logits[0], logits_bound(config, 10))
+    # No row of the softmax is empty: some kernels then give NaN.
     assert theirs._starts(mask, 0, 10).tolist() == [
         [0] * 4 + [4] * 6,
         [0] * 10,
-    ]  # no row of the softmax is empty: some kernels then give NaN
+    ]
 
 
 def test_padding_that_would_be_read_wrongly_is_refused(exported):
-    """Left of a learned table's positions, inside a row, or of another shape. Padding on the right changes nothing before it."""
+    """Padding left of a learned table's positions, inside a row, or of another shape.
+
+    Padding on the right changes nothing before it.
+    """
     _, theirs = exported(tiny_config(use_attention_bias=True))
     ids = ids_for(tiny_config())
     left, right, inside = (torch.ones_like(ids) for _ in range(3))
@@ -320,7 +348,10 @@ def test_what_the_model_cannot_do_is_refused(exported):
 
 
 def test_logits_to_keep_and_tuples(exported):
-    """The last logits only, by count or by index, as generate and speculative decoding ask for them; of one, no others are computed."""
+    """Only the last logits, by count or index, as generate and speculative decoding request.
+
+    For one row, no others are computed.
+    """
     _, theirs = exported(tiny_config())
     asked = []
     theirs.model.register_forward_pre_hook(
@@ -335,12 +366,11 @@ def test_logits_to_keep_and_tuples(exported):
             assert_close(kept, expected, logits_bound(tiny_config(), ids.shape[1]))
         as_tuple = theirs(ids, return_dict=False)
     assert asked == [False, True, False, False, False]
-    assert isinstance(as_tuple, tuple) and torch.equal(
-        as_tuple[1], whole
-    )  # first the routers' loss
+    # First the routers' loss.
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], whole)
 
 
-# ----------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize(
     "changes",
     [
@@ -350,7 +380,10 @@ def test_logits_to_keep_and_tuples(exported):
     ],
 )
 def test_loss_and_gradients_are_ours(exported, changes):
-    """`labels` are shifted by transformers' rule; the routers' losses are added with our coefficients; the gradients are those of train.py's loss."""
+    """`labels` are shifted by transformers' rule; router losses are added with our coefficients.
+
+    The gradients are those of train.py's loss.
+    """
     ours, theirs = exported(tiny_config(**changes))
     ids = ids_for(ours.config)
     labels = ids.clone()
@@ -386,18 +419,20 @@ def test_loss_and_gradients_are_ours(exported, changes):
         )
         .past_key_values
     )
-    assert (
-        theirs(ids).past_key_values is None
-    )  # with gradients: a block that runs twice would fill a cache twice
+    # With gradients: a block that runs twice would fill a cache twice.
+    assert theirs(ids).past_key_values is None
     with pytest.raises(
         ValueError, match="a KV cache and gradient checkpointing do not go together"
     ):
         theirs(ids[:, :1], past_key_values=cache)
 
 
-# ------------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 def test_bfloat16_and_the_selection_bias(tmp_path, modeling):
-    """Loaded in bfloat16 the model is ours in bfloat16, bit for bit; its selection bias stays float32, as in ours, from either kind of file."""
+    """Loaded in bfloat16 the model equals ours in bfloat16, bit for bit.
+
+    Its expert bias stays float32, as in ours, from either kind of file.
+    """
     config = tiny_config(router_bias_rate=1e-3)
     ours = random_model(config).eval()
     ids = ids_for(config)
@@ -439,7 +474,10 @@ def test_missing_and_misshapen_weights_are_refused(tmp_path, modeling):
 
 
 def test_a_new_model_has_llms_initial_weights(modeling):
-    """from_config goes through transformers' own initialisation, which would give all matrices one standard deviation; on the meta device nothing is drawn."""
+    """from_config uses transformers' initialisation, with one standard deviation for all matrices.
+
+    On the meta device nothing is drawn.
+    """
     config = modeling.GptossConfig(
         gptoss=dataclasses.asdict(tiny_config(d_model=64, init_std=0.1, transformer_blocks=8))
     )

@@ -1,4 +1,7 @@
-"""runtime/interop/export.py: what may be replaced, an output that is whole or not there, and the check of logits."""
+"""runtime/interop/export.py: what may be replaced, and outputs that are whole or absent.
+
+Also the check of logits.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ from tests.numeric import logits_bound, size_of
     ],
 )
 def test_what_is_there_is_not_lost(tmp_path, force, is_folder, made, message):
-    """With --force a folder was replaced if it held a config.json, whatever lay beside it: notes, a git clone, the checkpoint that was being exported."""
+    """With --force a folder was replaced if it held a config.json, whatever else it held.
+
+    Notes, a git clone, the checkpoint that was being exported.
+    """
     out, source = tmp_path / "out", tmp_path / "out" / "latest.pt"
     if made in ("folder", "notes", "checkpoint"):
         out.mkdir()
@@ -77,7 +83,10 @@ def test_an_earlier_export_and_an_empty_folder_may_be_replaced(tmp_path):
 
 
 def test_a_source_is_no_output(tmp_path):
-    """import_hf --model hf --out hf/model.safetensors --force replaced the weights that it was reading."""
+    """import_hf --out hf/model.safetensors --force with --model hf is rejected.
+
+    It replaced the weights that it was reading.
+    """
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").touch()
     with pytest.raises(ValueError, match="would replace .*hf or a part of it"):
@@ -153,7 +162,8 @@ def test_a_disk_that_is_too_small_is_known_before(tmp_path, monkeypatch):
 def test_a_signal_leaves_nothing(tmp_path, name):
     """SIGTERM and SIGHUP left a file as large as the model; only Ctrl-C cleaned up."""
     code = (
-        "import os, signal, sys; from pathlib import Path; from runtime.base.cli import run_main; from runtime.interop.export import staged\n"
+        "import os, signal, sys; from pathlib import Path; from runtime.base.cli import "
+        "run_main; from runtime.interop.export import staged\n"
         "def main(argv):\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    with staged(Path({str(tmp_path / 'out')!r}), 10) as path:\n"
@@ -181,9 +191,8 @@ def test_what_a_kill_left_is_named(tmp_path, capsys):
 
 def test_logits_that_are_off_are_an_error(capsys):
     ours, config = torch.linspace(-20, 20, 60).view(1, 5, 12), tiny_config()
-    assert (
-        2e-4 < logits_bound(config, 32) * size_of(ours) < 3e-3
-    )  # between the two differences below
+    # Between the two differences below.
+    assert 2e-4 < logits_bound(config, 32) * size_of(ours) < 3e-3
     assert check_logits("copy", ours, ours + 2e-4, config) == pytest.approx(2e-4, rel=1e-2)
     assert (
         "copy: largest logit difference 2.0e-04 (logits up to 20, 5 tokens)"
@@ -197,7 +206,10 @@ def test_logits_that_are_off_are_an_error(capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path, dtype):
-    """It may be larger than memory, so its map may be shared (tests/checkpoint/test_checkpoint.py); where it is not, what somebody writes to a weight stays in memory."""
+    """A file larger than memory may be mapped as shared (tests/checkpoint/test_checkpoint.py).
+
+    Elsewhere a write to a weight stays in memory.
+    """
     model, tokenizer = random_model(tiny_config(vocabulary_size=257)).eval(), load_tokenizer("byte")
     if dtype == torch.float32:
         path = save_checkpoint(
@@ -235,8 +247,10 @@ def test_a_source_computes_what_its_checkpoint_does_and_is_never_copied(tmp_path
 
 
 def test_what_float32_loses_to_steep_softmaxes_is_allowed(monkeypatch, capsys):
-    """Healthy models with attention scores of 60 were refused: their float32 is off by more than
-    that of others. As far as float64 shows it, and no further."""
+    """Healthy models with attention scores of 60 were rejected.
+
+    Their float32 is off by more than that of others. As far as float64 shows it, and no further.
+    """
     model, ids_BT = random_model(tiny_config()).eval(), torch.arange(1, 9)[None]
     ours = export.logits_of(model, ids_BT)
     bound = export.allowed_difference(ours, model.config)

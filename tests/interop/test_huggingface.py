@@ -1,6 +1,7 @@
-"""Hugging Face's terms: the same numbers as transformers' own classes in both directions, names, refusals, MXFP4.
+"""Hugging Face formats: transformers' own classes compute the same, both ways.
 
-transformers is the oracle; that vLLM takes the weights is checked against the names that its 0.33 accepts, and was not run.
+Names, errors, MXFP4. transformers is the oracle. vLLM was not run: the weights are checked against
+the names that its 0.33 accepts.
 """
 
 from __future__ import annotations
@@ -62,16 +63,15 @@ def random_theirs(hf: dict):
     return theirs
 
 
-# --------------------------------------------------------------------------------------------------------------- the oracle
+# --------------------------------------------------------------------------------------- the oracle
 @ANY
 def test_transformers_computes_the_same_from_an_export(config, tmp_path):
-    """Logits, the gradient of every parameter, the same greedy text; no key is missing or left over."""
+    """Logits, every parameter's gradient, the same greedy text; no key is missing or left over."""
     model = random_model(config)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(
-                0.7
-            )  # larger weights make gradients, and the errors in them, grow from block to block
+            # Larger weights make gradients, and the errors in them, grow from block to block.
+            p.mul_(0.7)
     write_folder(model, tmp_path)
     theirs, ids_BT = load_theirs(tmp_path), some_ids(config)
     family, targets_BT = family_of(config), ids_BT.roll(-1, 1)
@@ -99,7 +99,10 @@ def test_transformers_computes_the_same_from_an_export(config, tmp_path):
 @ANY
 @pytest.mark.parametrize("layout", ["5", "5 in memory", "4"])
 def test_what_transformers_saved_computes_the_same_here(config, layout, tmp_path):
-    """As transformers 5 saves it, with the stacked experts and names that it has in memory, and with the spellings of transformers 4."""
+    """Folders as transformers 5 saves them, and with the spellings of transformers 4.
+
+    Also with the stacked experts and names that transformers 5 has in memory.
+    """
     family = family_of(config)
     theirs = random_theirs(hf_config(config, family, end_of_text_id=0, start_id=0, dtype="float32"))
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")
@@ -173,14 +176,16 @@ def test_reading_is_lazy():
     exported = export_tensors(
         config, "mixtral", {"embed.weight": torch.ones(2), "norm.weight": None}
     )
-    assert (
-        next(exported)[0] == "model.embed_tokens.weight"
-    )  # and the None behind it was not touched
+    # And the None after it was not touched.
+    assert next(exported)[0] == "model.embed_tokens.weight"
 
 
 @ONE_EACH
 def test_balance_loss_is_the_same_at_balance(config):
-    """Theirs counts all blocks as one and sums to top_k, ours is 1.0 per block: an unscaled coefficient would weigh 3 blocks' loss by 4/3."""
+    """Theirs counts all blocks as one and sums to top_k, ours is 1.0 per block.
+
+    An unscaled coefficient would weigh 3 blocks' loss by 4/3.
+    """
     config = dataclasses.replace(config, aux_loss_coef=0.03)
     model, hf = (
         random_model(config),
@@ -190,7 +195,8 @@ def test_balance_loss_is_the_same_at_balance(config):
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *theirs.named_parameters()]:
             if re.search(r"mlp\.(gate|router)\.|moe\.router\.", name):
-                p.zero_()  # every expert equally likely
+                # Every expert equally likely.
+                p.zero_()
     out = theirs(some_ids(config), output_router_logits=True)
     ids_BT = some_ids(config)
     expected = theirs.router_aux_loss_coef * out.aux_loss
@@ -201,8 +207,9 @@ def test_balance_loss_is_the_same_at_balance(config):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ configs
-MIXTRAL_8X7B = {  # mistralai/Mixtral-8x7B-v0.1
+# ------------------------------------------------------------------------------------------ configs
+# mistralai/Mixtral-8x7B-v0.1
+MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],
     "attention_dropout": 0.0,
     "bos_token_id": 1,
@@ -229,7 +236,8 @@ MIXTRAL_8X7B = {  # mistralai/Mixtral-8x7B-v0.1
     "use_cache": True,
     "vocab_size": 32000,
 }
-QWEN3_30B = {  # Qwen/Qwen3-30B-A3B
+# Qwen/Qwen3-30B-A3B
+QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -265,7 +273,8 @@ QWEN3_30B = {  # Qwen/Qwen3-30B-A3B
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-GPT_OSS_20B = {  # openai/gpt-oss-20b
+# openai/gpt-oss-20b
+GPT_OSS_20B = {
     "architectures": ["GptOssForCausalLM"],
     "attention_bias": True,
     "attention_dropout": 0.0,
@@ -326,7 +335,10 @@ GPT_OSS_20B = {  # openai/gpt-oss-20b
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_published_configs_are_understood(hf, family, billions):
-    """The three models as published: the right family, size, context, and every one of our tensors has a name there."""
+    """The three published models have the right family, size and context.
+
+    Every tensor of ours has a name there.
+    """
     found, config = model_config_from(hf)
     assert (
         found == family
@@ -361,7 +373,10 @@ def test_the_preset_is_the_published_gpt_oss():
 @ANY
 @pytest.mark.parametrize("coefficient", [0.0, 0.01, 0.003, 0.0123456789])
 def test_configs_come_back_the_same(config, coefficient):
-    """config.json -> ours is the inverse of ours -> config.json; the balance loss's coefficient is multiplied and divided by numbers such as 3/4."""
+    """config.json -> ours is the inverse of ours -> config.json.
+
+    The balance loss's coefficient is multiplied and divided by numbers such as 3/4.
+    """
     config = dataclasses.replace(config, aux_loss_coef=coefficient, init_std=0.03)
     hf = json.loads(
         json.dumps(
@@ -378,8 +393,10 @@ def test_configs_come_back_the_same(config, coefficient):
 
 @ANY
 def test_both_spellings_say_the_same(config):
-    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE: it took 128 experts, or wavelengths of another model,
-    and said nothing."""
+    """transformers 4 reads neither rope_parameters nor num_local_experts of Qwen3-MoE.
+
+    It silently took 128 experts, or another model's wavelengths.
+    """
     hf = hf_config(config, family_of(config), end_of_text_id=0, start_id=0, dtype="float32")
     old, new = (
         {key: value for key, value in hf.items() if key not in names}
@@ -392,7 +409,10 @@ def test_both_spellings_say_the_same(config):
 
 
 def test_no_pad_token_in_the_config():
-    """transformers makes the embedding of config.json's pad id untrainable; ours would be end-of-text, which every document begins with."""
+    """transformers makes the embedding of config.json's pad id untrainable.
+
+    Ours would be end-of-text, which every document begins with.
+    """
     assert "pad_token_id" not in hf_config(
         CONFIGS["qwen3_moe"], "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32"
     )
@@ -435,7 +455,8 @@ REFUSED = [
         QWEN3_30B,
         {"norm_topk_prob": None},
         "norm_topk_prob must be true",
-    ),  # absent is false in their class
+        # Absent is false in their class.
+    ),
     (QWEN3_30B, {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
     (QWEN3_30B, {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
     (QWEN3_30B, {"attention_bias": True}, "attention_bias True"),
@@ -463,7 +484,8 @@ REFUSED = [
     ),
     (GPT_OSS_20B, {"experts_per_token": 5}, "num_experts_per_tok and experts_per_token differ"),
 ]
-# Each of these was a traceback (TypeError, OverflowError, StopIteration), or is the like of one that was.
+# Each of these was a traceback (TypeError, OverflowError, StopIteration), or is the like of one
+# that was.
 HOSTILE = [
     (MIXTRAL_8X7B, {"model_type": []}, "model_type must be one of"),
     (
@@ -512,7 +534,10 @@ HOSTILE = [
     "hf, changes, message", REFUSED + HOSTILE, ids=[message for _, _, message in REFUSED + HOSTILE]
 )
 def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
-    """In one line, whatever the value is: a list as model_type, or a number of 400 digits, ended in a traceback."""
+    """An error is one line, whatever the value.
+
+    A list as model_type, or a number of 400 digits, ended in a traceback.
+    """
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model_config_from(hf | changes)
     assert "\n" not in str(caught.value)
@@ -529,7 +554,8 @@ def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             dict(rope_scaling="yarn", rope_scaling_factor=4.0, context_length=131072),
-        ),  # extends the trained one
+            # Extends the trained one.
+        ),
         (
             {
                 "rope_scaling": {
@@ -539,11 +565,13 @@ def test_what_our_model_cannot_be_is_refused_by_name(hf, changes, message):
                 }
             },
             dict(context_length=256),
-        ),  # 161 * (256 / 161) < 256
+            # 161 * (256 / 161) < 256.
+        ),
         (
             {"router_aux_loss_coef": 5e-324},
             dict(aux_loss_coef=0.0),
-        ),  # no digits tell it: a StopIteration
+            # No digits tell it: a StopIteration.
+        ),
         (
             {"head_dim": None, "initializer_range": None, "router_aux_loss_coef": None},
             dict(head_dim=0, init_std=0.02, aux_loss_coef=6.25e-5),
@@ -571,7 +599,7 @@ def test_a_window_that_is_switched_off_is_none():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ families
+# ----------------------------------------------------------------------------------------- families
 def test_families_of_the_presets():
     families = {}
     for name, preset in PRESETS.items():
@@ -625,7 +653,10 @@ def test_all_options_in_the_way_are_named():
 def test_one_option_in_the_way(changes, qk_norm):
     with pytest.raises(
         ValueError,
-        match=f"in the way of the nearest, {'qwen3_moe' if qk_norm else 'mixtral'}: {next(iter(changes))} [^,]*$",
+        match=(
+            f"in the way of the nearest, {'qwen3_moe' if qk_norm else 'mixtral'}: "
+            f"{next(iter(changes))} [^,]*$"
+        ),
     ):
         family_of(tiny_config(qk_norm=qk_norm, **changes))
 
@@ -653,7 +684,7 @@ def test_training_only_options_are_never_in_the_way():
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- MXFP4
+# -------------------------------------------------------------------------------------------- MXFP4
 def mxfp4(folder: Path, config: ModelConfig) -> dict:
     """A gpt-oss folder with MXFP4 experts, as published, of random bytes; returns its tensors."""
     tensors = write_folder(
@@ -703,7 +734,10 @@ def test_mxfp4_is_what_transformers_makes_of_it():
 
 
 def test_published_gpt_oss_files_are_read(tmp_path):
-    """MXFP4 experts become ours: the logits are those of transformers with the experts that it dequantises itself."""
+    """MXFP4 experts become ours.
+
+    The logits equal transformers' with experts that it dequantises itself.
+    """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     config = ModelConfig(**GPT_OSS_SMALL | dict(d_model=64, d_ff=32))
@@ -731,7 +765,7 @@ def test_published_gpt_oss_files_are_read(tmp_path):
     )
 
 
-# -------------------------------------------------------------------------------------------------------- folders gone wrong
+# ------------------------------------------------------------------------------- folders gone wrong
 def test_a_tensor_that_is_missing_or_wrong_is_named(tmp_path):
     config = CONFIGS["mixtral"]
     tensors = write_folder(random_model(config), tmp_path)
@@ -768,7 +802,10 @@ def split(folder: Path) -> dict:
 
 
 def test_two_sets_of_weights_are_refused(tmp_path):
-    """Of a folder with shards and an older model.safetensors, transformers takes the latter and we took the former: another model, in silence."""
+    """A folder has shards and an older model.safetensors: transformers takes the latter.
+
+    We took the former: another model, silently.
+    """
     model = random_model(CONFIGS["qwen3_moe"])
     write_folder(model, tmp_path)
     single = (tmp_path / "model.safetensors").read_bytes()
@@ -779,14 +816,15 @@ def test_two_sets_of_weights_are_refused(tmp_path):
     ):
         folder_tensors(tmp_path)
     names = list(load_file(tmp_path / "model.safetensors"))
+    # This one means the same set.
     (tmp_path / INDEX).write_text(
         json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")})
-    )  # this one means the same set
+    )
     assert sorted(folder_tensors(tmp_path)[2]) == sorted(names)
 
 
 def test_folders_that_cannot_be_read(tmp_path):
-    """One line that says which file: nothing there, an index that is none or names what is not there, a damaged or missing shard."""
+    """One line that names the file: nothing there, a bad index, a damaged or missing shard."""
     with pytest.raises(ValueError, match="only models stored as safetensors"):
         folder_tensors(tmp_path)
     model = random_model(CONFIGS["qwen3_moe"])
@@ -820,8 +858,9 @@ def test_folders_that_cannot_be_read(tmp_path):
         folder_tensors(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------------- vLLM
-# What vLLM 0.33's loaders turn into its parameters (model_executor/models/{mixtral,qwen3_moe,gpt_oss}.py and their WeightsMappers).
+# --------------------------------------------------------------------------------------------- vLLM
+# What vLLM 0.33's loaders turn into its parameters
+# (model_executor/models/{mixtral,qwen3_moe,gpt_oss}.py and their WeightsMappers).
 VLLM = {
     "mixtral": [
         "block_sparse_moe.gate.weight",
@@ -857,10 +896,13 @@ VLLM_ALL = [
 
 @ANY
 def test_names_are_those_that_vllm_accepts(config):
-    """Every exported name is one of vLLM's, and every one of vLLM's is exported. (vLLM itself was not run.)"""
+    """Every exported name is one of vLLM's, and every one of vLLM's is exported.
+
+    (vLLM was not run.)
+    """
     family = family_of(config)
     inside = [rf"model.layers.\d+.{name}" for name in VLLM[family] + VLLM_ALL]
-    # Its Mixtral and Qwen3-MoE tie the head; its gpt-oss does not, and refuses a file without one.
+    # Its Mixtral and Qwen3-MoE tie the head; its gpt-oss does not, and rejects a file without one.
     outside = [
         "model.embed_tokens.weight",
         "model.norm.weight",
@@ -876,7 +918,10 @@ def test_names_are_those_that_vllm_accepts(config):
 
 
 def test_what_vllm_reads_of_the_config():
-    """Its gpt-oss takes YaRN's numbers from rope_parameters without asking whether they are there, and has 1e-5 as the norms' epsilon built in."""
+    """Its gpt-oss reads YaRN's numbers from rope_parameters without checking that they exist.
+
+    1e-5 is built in as the norms' epsilon.
+    """
     config = CONFIGS["gpt_oss"]
     hf = hf_config(config, "gpt_oss", end_of_text_id=0, start_id=0, dtype="float32")
     assert hf["rope_parameters"].keys() >= {

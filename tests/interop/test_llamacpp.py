@@ -1,5 +1,7 @@
-"""scripts/export_gguf.py's files in llama.cpp itself: the same logits, the same greedy text, the same token ids. Skipped where llama-cpp-python is
-not installed."""
+"""scripts/export_gguf.py's files in llama.cpp itself: the same logits, greedy text and token ids.
+
+Skipped where llama-cpp-python is not installed.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,8 @@ def model_of(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.mul_(0.6)  # (at 1.0 rounding grows from block to block)
+                # (at 1.0 rounding grows from block to block).
+                parameter.mul_(0.6)
     path = folder / "model.gguf"
     if checked:
         ckpt = save_checkpoint(
@@ -123,7 +126,10 @@ def greedy(model: LLM, prompt: list[int], length: int) -> list[int]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_the_same_logits_and_the_same_greedy_text(tmp_path, arch, tied):
-    """gpt-oss with a factor of 1, for which llama.cpp's rounding of YaRN's ramp does not matter; windows of 8 in 96 tokens."""
+    """gpt-oss with factor 1, where llama.cpp's rounding of YaRN's ramp has no effect.
+
+    Windows of 8 in 96 tokens.
+    """
     model, path = model_of(
         tmp_path,
         tie_embeddings=tied,
@@ -131,9 +137,8 @@ def test_the_same_logits_and_the_same_greedy_text(tmp_path, arch, tied):
     )
     llama = opened(path)
     assert difference(model, llama, ids_of(interop.export.CHECK_TEXT, 96)) <= 1
-    prompt = llama.tokenize(
-        PROMPT.encode(), add_bos=True
-    )  # a plain prompt begins as predict.py's does
+    # A plain prompt begins as predict.py's does.
+    prompt = llama.tokenize(PROMPT.encode(), add_bos=True)
     assert prompt == ids_of(PROMPT, 96)
     theirs = []
     for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
@@ -156,8 +161,11 @@ def test_scaled_positions(tmp_path, arch, scaling):
 
 
 def test_llama_cpp_rounds_yarns_ramp(tmp_path):
-    """The ends of gpt-oss's ramp are not rounded (`truncate: false`), llama.cpp always rounds them, and no key of the file says otherwise: what it computes
-    is our model with yarn_truncate, which is another function. OpenAI's own GGUF files meet the same."""
+    """gpt-oss does not round the ends of its ramp (`truncate: false`); llama.cpp always does.
+
+    No key of the file can change that: it computes our model with yarn_truncate, another function.
+    OpenAI's own GGUF files have the same problem.
+    """
     model, path = model_of(
         tmp_path, **GPT_OSS | dict(rope_scaling_factor=4.0, context_length=96, head_dim=16)
     )
@@ -170,7 +178,10 @@ def test_llama_cpp_rounds_yarns_ramp(tmp_path):
 
 @pytest.mark.parametrize("quantize", ["f32", "f16", "bf16", "q8_0"])
 def test_the_script_runs_its_file_in_llama_cpp(tmp_path, capsys, quantize):
-    """(Not in the smallest shapes: with fewer than 64 rows or columns llama.cpp's own products with q8_0 give NaN on CPUs with AMX.)"""
+    """(Not in the smallest shapes.)
+
+    With fewer than 64 rows or columns llama.cpp's own products with q8_0 give NaN on CPUs with AMX.
+    """
     _, path = model_of(tmp_path, quantize, checked=True, d_model=64, num_heads=8, d_ff=64)
     out = capsys.readouterr().out
     assert "check: llama.cpp: the same 778 token ids" in out and "check: llama.cpp: l" in out
@@ -179,7 +190,7 @@ def test_the_script_runs_its_file_in_llama_cpp(tmp_path, capsys, quantize):
     llama.close()
 
 
-# --------------------------------------------------------------------------------------------------------------- token ids
+# ---------------------------------------------------------------------------------------- token ids
 def texts_of(shared: Path, count: int) -> list[str]:
     lines = (
         sorted((shared / "tinystories").glob("*.jsonl"))[0]
@@ -206,15 +217,18 @@ def differing(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> list[str]
         for text in texts
         if llama.tokenize(text.encode(), add_bos=True) != start + tokenizer.encode(text)
     ]
-    for text in texts:  # and back
+    # And back.
+    for text in texts:
         assert b"".join(piece(llama, i) for i in tokenizer.encode(text)) == text.encode()
     llama.close()
     return found
 
 
 def test_the_same_ids_with_o200k_base(tmp_path, shared_dir, o200k):
-    """llama.cpp's rule counts combining marks as no part of a word (Unicode's M, which its regular expressions do not know): Hindi differs, as it would in
-    any GGUF file."""
+    """llama.cpp's rule does not count combining marks as part of a word.
+
+    (Unicode's M, which its regular expressions do not have.) Hindi differs, as in any GGUF file.
+    """
     hindi = "नमस्ते दुनिया"
     assert differing(
         tmp_path, load_tokenizer("o200k_base"), [*texts_of(shared_dir, 300), *ODD_TEXTS, hindi]
@@ -247,7 +261,7 @@ def test_the_same_ids_with_an_imported_tokenizer(tmp_path, options):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- benchmark
+# ---------------------------------------------------------------------------------------- benchmark
 def test_the_benchmark_of_speeds(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "REPO", tmp_path)

@@ -1,4 +1,7 @@
-"""runtime/interop/model_card.py: the card says what the run recorded, that what it did not is unknown, and nothing that a file makes it say."""
+"""runtime/interop/model_card.py: the card says what the run recorded, and "unknown" for the rest.
+
+No file can make it say anything else.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,10 @@ def front_matter(text: str) -> dict:
 
 
 def test_what_the_run_recorded(tmp_path):
-    """Counts, losses up to the checkpoint's step and no further, what was read by name without the machine's paths, pictures drawn from those records."""
+    """Counts, losses up to the checkpoint's step and no further, pictures from those records.
+
+    What was read is named without the machine's paths.
+    """
     write_metrics(tmp_path)
     text = card(tmp_path, source_of(tmp_path))
     assert front_matter(text) == {
@@ -122,7 +128,10 @@ def test_what_the_run_recorded(tmp_path):
     }
     assert (
         "# my model\n" in text
-        and f"{total_parameters(CONFIG):,}, {active_parameters(CONFIG):,} active for each token; stored as bfloat16"
+        and (
+            f"{total_parameters(CONFIG):,}, {active_parameters(CONFIG):,} active for each token; "
+            "stored as bfloat16"
+        )
         in text
     )
     for line in (
@@ -160,7 +169,10 @@ def test_what_the_run_recorded(tmp_path):
 
 @pytest.mark.parametrize("spoil", ["another run's", "damaged", "gone", "no run", "no matplotlib"])
 def test_metrics_that_are_not_this_runs_are_not_shown(tmp_path, monkeypatch, spoil):
-    """artifacts/graphs is every run's default folder: what lies there may be a later run's. It then is as if nothing was there."""
+    """artifacts/graphs is every run's default folder: files there may be a later run's.
+
+    The card is then written as if the folder were empty.
+    """
     if spoil != "gone":
         write_metrics(tmp_path, "def456" if spoil == "another run's" else "abc123")
     if spoil == "damaged":
@@ -215,7 +227,10 @@ def test_a_data_set_of_the_hub_is_named_and_a_folder_is_not(tmp_path, monkeypatc
 
 
 def test_weights_without_a_run(tmp_path):
-    """Imported models get a short card that says so; the reference's checkpoints have a loss that is not ours; custom code is named and warned of."""
+    """Imported models get a short card that says so; custom code is named with a warning.
+
+    The original implementation's checkpoints have a loss that is not comparable to ours.
+    """
     imported = card(tmp_path, source_of(tmp_path, train_config={}, run={}, val_loss=None, step=0))
     assert (
         "without a record of their training" in imported
@@ -260,13 +275,17 @@ def test_weights_without_a_run(tmp_path):
 
 
 HOSTILE = (
-    "x | y\n---\nlicense: mit\n# <script>`*_[click](https://evil.example)![i](www.evil.example/a.png) ~~ \x1b[31m \N{RIGHT-TO-LEFT OVERRIDE}"
-    + "z" * 500
+    "x | y\n---\nlicense: mit\n# "
+    "<script>`*_[click](https://evil.example)![i](www.evil.example/a.png) ~~ \x1b[31m "
+    "\N{RIGHT-TO-LEFT OVERRIDE}" + "z" * 500
 )
 
 
 def test_a_checkpoints_words_are_text_and_nothing_else(tmp_path):
-    """A header may come from anyone: no value of it adds a line, a cell, a heading, a link or a key of the front matter, or breaks the export."""
+    """A header may come from anyone: no value adds a line, a cell, a heading, a link or a key.
+
+    Nor does it break the front matter or the export.
+    """
     train = dict.fromkeys(dataclasses.asdict(TrainConfig()), HOSTILE) | {
         "graph_dir": str(tmp_path / "graphs")
     }
@@ -289,9 +308,8 @@ def test_a_checkpoints_words_are_text_and_nothing_else(tmp_path):
         line for line in calm.splitlines() if line.startswith("#")
     ]
     assert "not measured at this step" in text and "| tokens seen | unknown |" in text
-    rest = re.sub(
-        r"\\[\\`*_\[\]|~#<>&!$.:@]", "", text.split("```\n", 1)[1]
-    )  # what is left when escaped characters are taken out
+    # What is left when escaped characters are taken out.
+    rest = re.sub(r"\\[\\`*_\[\]|~#<>&!$.:@]", "", text.split("```\n", 1)[1])
     assert re.fullmatch(r"<!-- written by gptoss, [0-9a-f]{16} -->", text.splitlines()[-1])
     for line in rest.splitlines()[:-1]:
         assert not re.search(r"<|`|https?://|www\.|~~|\x1b|\u202e", line) and len(line) < 500, line
@@ -343,7 +361,10 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_record_that_a_later_run_moved_aside_is_found(tmp_path, capsys):
-    """A new run with the same graph folder moves metrics.jsonl to metrics-1.jsonl; the next export of the first run's model silently had no curves."""
+    """A new run with the same graph folder moves metrics.jsonl to metrics-1.jsonl.
+
+    The next export of the first run's model silently had no curves.
+    """
     write_metrics(tmp_path)
     source = source_of(tmp_path)
     folder = Path(source.checkpoint.train_config["graph_dir"])
@@ -374,5 +395,8 @@ def test_a_card_names_the_published_model_that_it_comes_from(tmp_path, name, exp
 
 
 def test_the_cards_example_fits_the_context(tmp_path):
-    """100 tokens behind a prompt were asked of a model whose position table ends at 32: its own card crashed."""
+    """The card asked a model for 100 tokens after a prompt.
+
+    Its learned attention bias ends at 32 positions: its own card crashed.
+    """
     assert "max_new_tokens=16)" in card(tmp_path, source_of(tmp_path))

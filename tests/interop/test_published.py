@@ -1,5 +1,6 @@
-"""runtime/published: what a file's architecture computes, against transformers' own classes, and
-for GGUF through the same core.
+"""runtime/published: what a file's architecture computes, against transformers' classes.
+
+And for GGUF through the same core.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def bound(config, expected: torch.Tensor) -> float:
-    """Of a difference between two orders of float32 sums: eps * sqrt(terms) for each of the blocks'
-    sums, of the logits' size.
+    """Of a difference between two orders of float32 sums.
 
-    16: the softmax of scores of about that size makes so much more of an error in them.
+    eps * sqrt(terms) for each of the blocks' sums, of the logits' size. 16: the softmax of scores
+    of about that size makes so much more of an error in them.
     """
     longest = max(config.d_model, config.d_ff, config.num_heads * config.attention_head_dim)
     return (
@@ -54,8 +55,9 @@ def of_folder(folder) -> published.Published:
 
 @ANY
 def test_it_computes_what_transformers_computes(config, tmp_path):
-    """All families, tied or not, with windows, linear positions and both YaRNs: its own weights and
-    settings, to rounding.
+    """All families, tied or not, with windows, linear positions and both YaRNs.
+
+    Its own weights and settings, to rounding.
     """
     write_folder(random_model(config), tmp_path)
     theirs = load_theirs(tmp_path)
@@ -92,8 +94,9 @@ def test_each_setting_shows_in_the_logits(changes, tmp_path):
 
 
 def test_a_choice_of_experts_is_taken_only_where_it_costs_nothing(tmp_path):
-    """Two experts that are equally good may be chosen either way. A choice that another router made
-    is not followed.
+    """Two experts that are equally good may be chosen either way.
+
+    A choice that another router made is not followed.
     """
     config = CONFIGS["qwen3_moe"]
     model = random_model(config)
@@ -129,9 +132,7 @@ def test_a_choice_of_experts_is_taken_only_where_it_costs_nothing(tmp_path):
 
 
 def test_a_tensor_without_a_place_is_named(tmp_path):
-    """A shared expert's matrices in a file of Qwen3-MoE would be left out by every program that
-    reads it.
-    """
+    """Every reader of Qwen3-MoE files would leave out a shared expert's matrices."""
     from safetensors.torch import load_file, save_file
 
     model = random_model(CONFIGS["qwen3_moe"])

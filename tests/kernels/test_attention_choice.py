@@ -27,7 +27,7 @@ FLASH_BY_NAME, EFFICIENT_BY_NAME = Choice("flash", True, False), Choice("efficie
 CUDNN, WHATEVER = Choice("cudnn", False, False), Choice("torch", False, True)
 
 
-# ------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 @pytest.mark.parametrize(
     "card, dtype, mask, S, D, trains, expected",
     [
@@ -86,7 +86,7 @@ def test_cudnn_knows_sixteenths_of_dropout(dropout, expected):
 
 
 def test_sinks_give_cudnn_no_mask():
-    """runtime/kernels/sink_attention.py calls cuDNN without one: windows would not be seen at all."""
+    """runtime/kernels/sink_attention.py calls cuDNN without a mask: it would ignore windows."""
     assert choose_attention(HOPPER, BF16, "none", 1024, 64, True, sinks=True) == CUDNN
     assert choose_attention(HOPPER, BF16, "fixed", 1024, 64, True, sinks=True).kernel == "efficient"
 
@@ -99,7 +99,7 @@ def test_the_card_is_asked(monkeypatch):
     assert attention_choice.card_of(torch.device("cuda")).cudnn_version == 0
 
 
-# ------------------------------------------------------------------------------------ fake tensors
+# ------------------------------------------------------------------------------------- fake tensors
 @pytest.mark.parametrize(
     "card, mask_shape",
     [
@@ -109,9 +109,11 @@ def test_the_card_is_asked(monkeypatch):
     ],
 )
 def test_sinks_train_in_half_precision_on_a_gpu(card, mask_shape):
-    """CUDA's flash kernel returns None for the lengths that a dense call has not, and None
-    was also the mark for a saved tensor. The backward pass took the random state for a length and
-    ended with StopIteration: no gpt-oss preset could train on a GPU."""
+    """CUDA's flash kernel returns None for the lengths that a dense call lacks.
+
+    None was also the mark for a saved tensor. The backward pass took the random state for a length
+    and ended with StopIteration: no gpt-oss preset could train on a GPU.
+    """
     with FakeTensorMode():
         q = torch.empty(2, 40, 4, 16, dtype=BF16).transpose(1, 2).requires_grad_()
         k, v = (torch.empty(2, 2, 40, 16, dtype=BF16, requires_grad=True) for _ in range(2))
@@ -138,7 +140,7 @@ def test_heads_that_no_kernel_takes_are_refused():
         )
 
 
-# -------------------------------------------------------------------------------- emulated kernels
+# --------------------------------------------------------------------------------- emulated kernels
 class Emulated:
     """CUDA's attention operations on a CPU, in any float dtype: what they return and demand.
 
@@ -336,8 +338,10 @@ def test_sinks_take_the_kernel_of_the_table(emulated, card, dtype, mask, with_gr
     ],
 )
 def test_what_hopper_is_kept_from(emulated, mask, T, with_gradient, called):
-    """Generating never reaches PyTorch's own choice, which would be cuDNN; nor does training where
-    cuDNN's gradient can be NaN."""
+    """Generating never reaches PyTorch's own choice, which would be cuDNN.
+
+    Nor does training where cuDNN's gradient can be NaN.
+    """
     q, k, v, _, mask = problem(BF16, T, mask)
     with torch.set_grad_enabled(with_gradient):
         y = gpu_attention(q, k, v, mask, mask is None, 0.0, HOPPER)
@@ -377,8 +381,10 @@ def test_a_mask_of_numbers_keeps_them(emulated):
     ids=str,
 )
 def test_no_prompt_waits_for_a_plan_of_cudnn(emulated, monkeypatch, changes):
-    """cuDNN built a plan for each new length of a prompt, or of a tail that was not in the cache:
-    0.4 s before the first token."""
+    """cuDNN built a plan for each new length of a prompt, or of a tail that was not in the cache.
+
+    0.4 s before the first token.
+    """
     model = random_model(tiny_config(**changes)).to(BF16)
     for block in model.layers:
         block.attention.device_attention = functools.partial(gpu_attention, card=HOPPER)
@@ -472,8 +478,10 @@ def test_a_compiled_block_holds_the_kernel_forward_and_backward(changes, kernels
 
 
 def test_without_a_choice_grouped_heads_are_copied_under_a_mask(monkeypatch):
-    """A model that nobody called choose_kernels for, such as the published class: on a GPU a mask
-    must not lead to all T x S scores."""
+    """A model that nobody called choose_kernels for, such as the published class.
+
+    On a GPU a mask must not lead to all T x S scores.
+    """
     model, seen = random_model(tiny_config(sliding_window=5)), []
 
     class Claims(torch.Tensor):

@@ -1,4 +1,4 @@
-"""All experts as one operation on a CPU: equal to the plain path, whatever the loads, the threads and the mode."""
+"""All experts as one operation on a CPU equal the plain path, for any loads, threads and mode."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def outputs_and_gradients(
 )
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_it_equals_the_plain_path(threads, monkeypatch, activation, bias, num_threads):
-    """Random loads, experts without rows among them; both with a thread per expert and with the threads sharing each product."""
+    """Random loads, some experts without rows.
+
+    A thread per expert, or threads that share each product.
+    """
     threads(num_threads)
     used = []
     monkeypatch.setattr(cpu_experts, "MOST_ROWS_INLINE", 1)
@@ -132,7 +135,10 @@ def test_the_compiler_knows_its_shapes():
 
 
 def test_shares_are_even_or_refused():
-    """Whole experts go to threads; where one has most of the rows, the others would wait for it, so all share each product."""
+    """Whole experts go to threads, unless one has most of the rows.
+
+    The others would then wait for it, so all share each product.
+    """
 
     def groups(*rows):
         return [(e, slice(sum(rows[:e]), sum(rows[: e + 1]))) for e in range(len(rows))]
@@ -146,8 +152,11 @@ def test_shares_are_even_or_refused():
 
 
 def test_threads_of_the_pool_do_not_cut_their_products(threads):
-    """A thread's first question about its number of threads sets it to the process's, so a number set before that was lost: every
-    expert's products were cut after all. And the number for the process was left at 1."""
+    """A thread's first question about its thread count sets it to the process's.
+
+    A number set before that was lost: every expert's products were still split. And the process's
+    number was left at 1.
+    """
     threads(2)
     pool = cpu_experts._pool(2, os.getpid())
     assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8
@@ -251,7 +260,7 @@ def test_autocast_reaches_it():
         )
 
 
-# ---------------------------------------------------------------- memory that does not grow
+# ------------------------------------------------------------------------ memory that does not grow
 class _Shapes(TorchDispatchMode):
     """The row counts that each operation of oneDNN's is given."""
 
@@ -275,8 +284,11 @@ def _implementation(name: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
 def test_onednn_meets_few_row_counts(dtype, activation):
-    """Memory grew with every step: each new row count of an expert made oneDNN build, and keep, a
-    kernel for GELU (0.9 MB) and, in half precision, one for each of an expert's six products."""
+    """Memory grew with every step.
+
+    Each new row count of an expert made oneDNN build, and keep, a kernel for GELU (0.9 MB) and, in
+    half precision, one for each of an expert's six products.
+    """
     C, F, I = 12, 8, 8 if activation == "gelu" else 16
     made = [torch.randn(shape).to(dtype) for shape in ((2, I, C), (2, I), (2, C, F), (2, C))]
     with _Shapes() as seen:
@@ -315,8 +327,10 @@ def test_padded_rows_are_few_and_near():
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_padding_changes_nothing(threads, monkeypatch, activation, num_threads):
-    """bfloat16 with and without it, on both paths; an expert without rows gets zeros, not what was
-    in its memory."""
+    """bfloat16 with and without it, on both paths.
+
+    An expert without rows gets zeros, not what was in its memory.
+    """
     threads(num_threads)
     torch.manual_seed(0)
     counts = torch.tensor([130, 0, 97, 1, 140])

@@ -1,7 +1,9 @@
-"""Promises of reliability that are counted: each is a function that tries something many times and says how often it held.
+"""Guarantees of reliability, each counted.
 
-pytest runs them with small counts at every push and larger ones nightly (`make test-nightly`); `python -m benchmarks.reliability`
-(`make figures`) runs them with the counts that README.md quotes. The numbers are those of the promises' list in the README.
+A function tries it many times and counts how often it held. pytest runs them with small counts at
+every push and larger ones nightly (`make test-nightly`); `python -m benchmarks.reliability` (`make
+figures`) runs them with the counts that README.md quotes. The numbers are those of the README's
+list.
 """
 
 from __future__ import annotations
@@ -12,14 +14,13 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """How often something held. A failure is a line that says with which seed or case it can be seen again."""
+    """How often something held. A failure is a line with the seed or case that reproduces it."""
 
     held: int = 0
     tried: int = 0
     failures: list[str] = field(default_factory=list)
-    detail: dict[str, int | float | str] = field(
-        default_factory=dict
-    )  # what else was counted, e.g. {"kills": 57, "kills inside a save": 19}
+    # What else was counted, e.g. {"kills": 57, "kills inside a save": 19}
+    detail: dict[str, int | float | str] = field(default_factory=dict)
 
     def add(self, ok: bool, what: str) -> None:
         """Count one try."""
@@ -39,12 +40,19 @@ class Tally:
 class Promise:
     """One row of the README's table."""
 
-    number: int  # of the list; rows are in this order
-    text: str  # what is promised, as a reader wants it said
-    run: Callable[[int], Tally]  # tries it about so many times
-    at_push: int  # counts: in make test,
-    nightly: int  # in make test-nightly,
-    published: int  # and for the README
+    # Of the list; rows are in this order.
+    number: int
+    # What is promised, as a reader wants it said.
+    text: str
+    # Tries it about so many times.
+    run: Callable[[int], Tally]
+    # Count in make test.
+    at_push: int
+    # Count in make test-nightly.
+    nightly: int
+    # Count for the README.
+    published: int
     reference: str = (
-        ""  # what the same test finds in the reference implementation, where that was measured
+        # What the same test finds in the original implementation, where that was measured.
+        ""
     )

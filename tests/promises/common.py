@@ -1,4 +1,7 @@
-"""What the promises share: a temporary folder, a tally of checks, data, scripts that stop before their work."""
+"""What the guarantees share: a temporary folder, a tally of checks, data.
+
+Also scripts that stop before their work.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ from tests.promises import Tally
 REPO = Path(__file__).resolve().parent.parent.parent
 
 
-FIRST_SEED = 10_000  # the tests of the modules have the small seeds
+# The tests of the modules have the small seeds.
+FIRST_SEED = 10_000
 
 
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
-    """A temporary folder; what is printed meanwhile goes nowhere, and nothing in it is flushed to the disk."""
+    """Enter a temporary folder; discard what is printed, and flush nothing in it to the disk."""
     with (
         tempfile.TemporaryDirectory() as path,
         contextlib.redirect_stdout(io.StringIO()),
@@ -53,7 +57,7 @@ def attempt(tally: Tally, what: str, function: Callable[[], object]) -> None:
 
 
 def one_line(error: Exception, *words: str) -> None:
-    """AssertionError unless an error is a line that a terminal can show, with the given words in it."""
+    """Raise AssertionError unless an error is a line for a terminal, with the given words in it."""
     text = str(error)
     assert text and "\n" not in text and len(text) < 1000, f"not one line: {text[:200]!r}"
     assert all(word in text for word in words), f"says {text[:300]!r}, not {words}"
@@ -102,7 +106,10 @@ def _work_began(*_, **__):
 
 @contextlib.contextmanager
 def no_work() -> Iterator[None]:
-    """Scripts stop with WorkBegan where they would build a model, generate, read text, draw; they change nothing of this process."""
+    """Make scripts stop with WorkBegan where they would build a model, generate, read text or draw.
+
+    They change nothing in this process.
+    """
     patches = [
         (train, "set_up"),
         (predictor, "generate"),

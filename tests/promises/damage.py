@@ -1,4 +1,4 @@
-"""Promises about damaged files: checkpoints, shards, manifests and metrics."""
+"""Guarantees about damaged files: checkpoints, shards, manifests and metrics."""
 
 from __future__ import annotations
 
@@ -56,10 +56,12 @@ KINDS = (
 
 
 def corruption(count: int) -> Tally:
-    """Of 14 files, 8 are checkpoints (every fourth cut short, the others with a flipped bit anywhere), 4 shards, a manifest and a metrics.jsonl.
+    """Damage 14 files: 8 checkpoints, 4 shards, a manifest and a metrics.jsonl.
 
-    Held: refused in a line that names the file; or everything that was read is proven to be what was written (padding, blanks). For
-    metrics, whose damage may not stop a run: a line that says so, and no record that was not measured.
+    Every fourth checkpoint is cut short, the others have a flipped bit anywhere. Held: rejected in
+    a line that names the file, or everything read is proven to be what was written (padding,
+    blanks). For metrics, whose damage may not stop a run: a line that says so, and no record that
+    was not measured.
     """
     tally, seen = Tally(), dict.fromkeys(("checkpoint", "shard", "manifest", "metrics"), 0)
     counts = dict.fromkeys(("refused", "proven identical", "metrics repaired"), 0)
@@ -83,9 +85,10 @@ def corruption(count: int) -> Tally:
             "manifest": lambda: _tokens(at / "data"),
         }
         whole = {kind: read() for kind, read in readers.items()}
+        # A map would change with the file.
         whole["checkpoint"] = _contents(
             _copied(read_checkpoint(files["checkpoint"], optimizer=True))
-        )  # a map would change with the file
+        )
         good = {kind: path.read_bytes() for kind, path in files.items()}
         for i in range(count):
             kind = KINDS[i % len(KINDS)]
@@ -103,7 +106,8 @@ def corruption(count: int) -> Tally:
             except Exception as error:
                 tally.add(
                     False,
-                    f"case {i}, {kind} {where}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                    f"case {i}, {kind} {where}: {type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:300]}",
                 )
             path.write_bytes(good[kind])
     tally.detail = {
@@ -115,7 +119,8 @@ def corruption(count: int) -> Tally:
 def _noticed(read: Callable[[], object], whole: object, path: Path) -> str:
     try:
         found = read()
-    except ValueError as error:  # CheckpointError is one
+    except ValueError as error:
+        # CheckpointError is one.
         one_line(error, str(path))
         return "refused"
     assert equal(found, whole), "silently wrong"
@@ -160,12 +165,13 @@ def _write_metrics(at: Path) -> None:
 
 
 def _metrics_noticed(at: Path) -> str:
-    """What a resumed run makes of the metrics in a folder that was _write_metrics's, which it is again afterwards."""
+    """Return the metrics that a resumed run reads, then restore the folder of _write_metrics."""
     original = [json.loads(line) for line in _metrics_bytes()[0].splitlines()]
     (at / "metrics.json").write_bytes(_metrics_bytes()[1])
     log = MetricsLog(at, resume_step=200, run_info={"run_id": "abcd"})
     messages, records = log.take_messages(), log.records()
-    log.append({"step": 210, "kind": "train", "loss": 1.0})  # and the run goes on
+    # And the run continues.
+    log.append({"step": 210, "kind": "train", "loss": 1.0})
     assert list(read_records(at / "metrics.jsonl")) == [
         *records,
         {"step": 210, "kind": "train", "loss": 1.0, "run_id": "abcd"},
@@ -190,7 +196,10 @@ def _metrics_bytes() -> tuple[bytes, bytes]:
 
 
 def fallback(count: int) -> Tally:
-    """The newest of three checkpoints, or the newest two, damaged: `train.py --resume` goes on from the one before and says so."""
+    """Damage the newest, or the newest two, of three checkpoints.
+
+    `train.py --resume` continues from the one before and says so.
+    """
     tally = Tally()
     with folder() as at:
         run = builders_runs.Run(byte_data(at), at)
@@ -201,9 +210,11 @@ def fallback(count: int) -> Tally:
         for i in range(count):
             r, number, places = random.Random(FIRST_SEED + i), 1 if i % 4 else 2, []
             for path, content in list(zip(files, good, strict=True))[-number:]:
-                while True:  # a flip in the padding is none that has to be noticed
+                # A flip in the padding is none that has to be noticed.
+                while True:
                     bad, where = damaged(content, r, truncate=r.random() < 0.3)
-                    path.write_bytes(bad)  # latest.pt and best.pt are names of the same files
+                    # latest.pt and best.pt are names of the same files.
+                    path.write_bytes(bad)
                     with contextlib.suppress(CheckpointError):
                         read_checkpoint(path, optimizer=True)
                         continue
@@ -248,7 +259,8 @@ def _copied(checkpoint):
 PROMISES: list[Promise] = [
     Promise(
         6,
-        "Damaged checkpoints, shards, manifests and metrics files are noticed: a line with file and reason, never silence",
+        "Damaged checkpoints, shards, manifests and metrics files are noticed: a line with "
+        "file and reason, never silence",
         corruption,
         140,
         700,

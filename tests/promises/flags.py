@@ -1,4 +1,4 @@
-"""Promises about flags that cannot be honoured, and arguments that are noise."""
+"""Guarantees about flags that cannot be honoured, and arguments that are noise."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ PREPARE_FLAGS = (
 
 
 def command(main: Callable, argv: list[str]) -> tuple[int | None, str, str]:
-    """(exit code, stdout, stderr) of a script's main under cli.run_main; None where its work began. Whatever else it raises comes out: a traceback."""
+    """Return (exit code, stdout, stderr) of a script's main under cli.run_main; None if work began.
+
+    Whatever else it raises comes out: a traceback.
+    """
     out, err = (
         io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace", write_through=True)
         for _ in range(2)
@@ -73,7 +76,10 @@ def command(main: Callable, argv: list[str]) -> tuple[int | None, str, str]:
 
 
 def bad_values() -> list[tuple[str, list[str]]]:
-    """(script, arguments) that are wrong, from what each field says of itself: a wrong type, a value outside its range, one that is no choice."""
+    """Return wrong (script, arguments), from each field's own metadata.
+
+    A wrong type, a value outside its range, an invalid choice.
+    """
     cases = []
     for script, (_, owners) in SCRIPTS.items():
         for owner in owners:
@@ -121,7 +127,10 @@ def bad_values() -> list[tuple[str, list[str]]]:
 
 
 def flags(count: int) -> Tally:
-    """Bad values for flags of every script, drawn from all there are: exit 2 and one line that names the flag, before any work."""
+    """Bad values for every script's flags, drawn from all there are.
+
+    Exit 2 and one line that names the flag, before any work.
+    """
     tally, cases = Tally(), bad_values()
     chosen = cases if count >= len(cases) else random.Random(count).sample(cases, count)
     with nowhere() as at:
@@ -236,7 +245,7 @@ def fuzz_value(r: random.Random) -> str:
 
 
 def fuzz_argv(r: random.Random, script: str) -> list[str]:
-    """Random arguments for a script: its own flags with any values, some bare words, some flags of others."""
+    """Draw arguments for a script: its own flags with any values, bare words, flags of others."""
     owners = SCRIPTS[script][1]
     names = [f.name for owner in owners for f in dataclasses.fields(owner)] or list(PREPARE_FLAGS)
     names += {
@@ -255,7 +264,8 @@ def fuzz_argv(r: random.Random, script: str) -> list[str]:
                 [[f"--{name}", value], [f"--{name}={value}"], [f"--{name}"], [f"--no-{name}"]]
                 + [[f"--{name}", value]] * 5
             )
-        elif kind < 0.85:  # a value that is surely right, so that what follows is looked at
+        elif kind < 0.85:
+            # A value that is surely right, so that what follows is looked at.
             argv += (
                 r.choice([["--max_tokens", "5"], ["--dataset", "toy"]])
                 if script == "prepare_data"
@@ -273,7 +283,10 @@ def fuzz_argv(r: random.Random, script: str) -> list[str]:
 
 
 def fuzzed_argv(count: int) -> Tally:
-    """Random arguments for every script: help, exit 2 with one line, or the work begins; nothing else, and nothing is written."""
+    """Random arguments for every script: help, exit 2 with one line, or the work begins.
+
+    Nothing else, and nothing is written.
+    """
     tally, ends = Tally(), {"help": 0, "refused": 0, "accepted": 0}
     scripts = list(SCRIPTS)
     with nowhere() as at:

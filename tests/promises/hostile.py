@@ -1,4 +1,4 @@
-"""Promises about files that someone made to harm."""
+"""Guarantees about files that someone made to harm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ used = int(open("/proc/self/statm").read().split()[0]) * page
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), used + (2 << 30)))
 for line in sys.stdin:
     (path, is_slow), result = json.loads(line), []
-    for read in (lambda path: read_checkpoint(path, optimizer=True), read_checkpoint, read_config)[:1 if is_slow else 3]:
+    with_optimizer = lambda path: read_checkpoint(path, optimizer=True)
+    for read in (with_optimizer, read_checkpoint, read_config)[:1 if is_slow else 3]:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:
                 read(path)
@@ -52,9 +53,8 @@ class BySetState:
     """An object that is built by a class and a state."""
 
 
-SLOW = {
-    "lists that contain one another"
-}  # seconds, to see that there are too many: read in one way
+# Seconds, to see that there are too many: read in one way.
+SLOW = {"lists that contain one another"}
 
 
 def _pickle_zip(path: Path, pickle: bytes, records: dict[str, bytes] | None = None) -> None:
@@ -78,7 +78,11 @@ def _number(n: int) -> bytes:
 
 
 def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
-    """Files that try to run something (it would make `canary`), to take memory, or to be what they are not: (what it is, file)."""
+    """Yield (description, file) of hostile files.
+
+    They try to run something (it would make `canary`), to take memory, or to pass for something
+    else.
+    """
     Payload, forge, put, bomb = (
         builders_checkpoint.Payload,
         builders_checkpoint.forge,
@@ -164,7 +168,8 @@ def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
         _pickle_zip(new(f"{name} in a zip"), pickle)
     new("a bare pickle").write_bytes(b"cposix\nsystem\n(" + _short(command) + b"tR.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated; files of it are about
+        # It is deprecated; files of it are about.
+        warnings.simplefilter("ignore")
         torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(new("TorchScript")))
     path = new("a checkpoint that is TorchScript too")
     shutil.copy(good, path)
@@ -275,7 +280,8 @@ def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
         ("a pickle deeper down", ["x/y/data.pkl"]),
     ):
         with warnings.catch_warnings(), zipfile.ZipFile(new(name), "w") as archive:
-            warnings.simplefilter("ignore")  # about the double name
+            # About the double name.
+            warnings.simplefilter("ignore")
             for entry in entries:
                 archive.writestr(entry, b"\x80\x02cposix\nsystem\n" + call + b".")
     # ---- files that are none
@@ -291,9 +297,11 @@ def hostile_files(at: Path, canary: Path) -> list[tuple[str, Path]]:
 
 
 def hostile(count: int, prelude: str = "") -> Tally:
-    """Every file is read, in all three ways, by a process that may take 2 GB more than it has after its imports; nothing may be executed. All of it
-    must be refused; to predict, or to see the config, is to read less, and may succeed where what is wrong is in the rest.
-    prelude: code for that process, for tests of this test."""
+    """Read every file, in all three ways, in a process limited to 2 GB above its imports.
+
+    Nothing may be executed, and all must be rejected. Reading for prediction, or only the config,
+    may succeed if the fault is in the rest. prelude: code for that process, for tests of this test.
+    """
     tally = Tally()
     with folder() as at:
         canary = at / "canary"

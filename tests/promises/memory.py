@@ -1,4 +1,4 @@
-"""How much memory a run takes: promise 34."""
+"""How much memory a run takes: guarantee 34."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ MOST_GROWTH = 1.1
 
 
 def memory_does_not_grow(count: int) -> Tally:
-    """34. Runs of every expert activation, optimizer and dtype, each in a process of its own:
-    anonymous memory after 40 steps against that after 3."""
+    """34. Runs of every expert activation, optimizer and dtype, each in a process of its own.
+
+    Anonymous memory after 40 steps against that after 3.
+    """
     tally, largest = Tally(), 0.0
     for setting in GROWTH[:count]:
         anonymous = measured(setting)["anonymous"]
@@ -24,7 +26,8 @@ def memory_does_not_grow(count: int) -> Tally:
 PROMISES = [
     Promise(
         34,
-        "Memory after 40 steps is at most 1.1 times that after 3, for each activation, optimizer, dtype",
+        "Memory after 40 steps is at most 1.1 times that after 3, for each activation, "
+        "optimizer, dtype",
         memory_does_not_grow,
         2,
         len(GROWTH),

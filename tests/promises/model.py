@@ -1,4 +1,4 @@
-"""Promises about the model's calculations: the cache, causality, the mixture of experts."""
+"""Guarantees about the model's calculations: the cache, causality, the mixture of experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from tests.promises.common import FIRST_SEED, attempt
 
 
 def cached(count: int) -> Tally:
-    """A text read whole, and in random pieces through a KV cache: the same logits, over random architectures, batches and chunkings."""
+    """A text read whole, and in random pieces through a KV cache: the same logits.
+
+    Over random architectures, batches and chunkings.
+    """
     tally, worst = Tally(), {"float64": 0.0, "float32": 0.0}
     for seed in range(FIRST_SEED, FIRST_SEED + count):
 
@@ -38,9 +41,8 @@ def cached(count: int) -> Tally:
                         parts.append(
                             model(ids[:, cache.length : cache.length + size], cache=cache).logits
                         )
-                sure = before_ties(
-                    model, ids
-                )  # in float32 either expert is right where a router meets a near tie
+                # In float32 either expert is right where a router meets a near tie.
+                sure = before_ties(model, ids)
                 difference = (
                     _relative(torch.cat(parts, 1)[sure], whole[sure]) if sure.any() else 0.0
                 )
@@ -55,13 +57,19 @@ def cached(count: int) -> Tally:
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference of two tensors, relative to the second's largest value (to 1 if that is smaller); AssertionError if one is not finite."""
+    """Return the largest difference of two tensors, relative to the second's largest value (or 1).
+
+    Raise AssertionError if one is not finite.
+    """
     assert torch.isfinite(a).all() and torch.isfinite(b).all(), "not finite"
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
 def native(count: int) -> Tally:
-    """The C code that decodes on a CPU against the plain model, over random architectures, weights in 8 bits among them."""
+    """The C kernel that decodes on a CPU against the plain model.
+
+    Over random architectures, 8-bit weights among them.
+    """
     tally, worst = Tally(), [0.0]
 
     def close(a: torch.Tensor, b: torch.Tensor, _) -> bool:
@@ -80,10 +88,12 @@ def native(count: int) -> Tally:
 
 
 def causality(count: int) -> Tally:
-    """Over random architectures in float64: every token t changed changes no logits before t by more than rounding, read whole, in pieces, in eval
-    and in train mode; the gradient of the logits at t with respect to later tokens is exactly 0; rows of a batch do not meet.
+    """Each token t changed moves no logits before t by more than rounding, in float64.
 
-    Tokens are grouped by expert, so a matrix product may round otherwise when another token goes elsewhere: hence 1e-12 for values.
+    Over random architectures, read whole, in pieces, in eval and in train mode. The gradient of the
+    logits at t with respect to later tokens is exactly 0; rows of a batch do not meet. Tokens are
+    grouped by expert, so a matrix product may round otherwise when another token goes elsewhere:
+    hence 1e-12 for values.
     """
     tally, worst = Tally(), [0.0]
     for seed in range(FIRST_SEED, FIRST_SEED + count):
@@ -93,7 +103,8 @@ def causality(count: int) -> Tally:
             model = random_model(config, seed, torch.float64).train(r.random() < 0.5)
             T = r.randint(2, 12)
             ids = torch.randint(0, config.vocabulary_size, (1, T))
-            changed = ids.repeat(T, 1)  # row t: token t is another
+            # Row t: token t is another.
+            changed = ids.repeat(T, 1)
             changed[torch.arange(T), torch.arange(T)] += torch.randint(
                 1, config.vocabulary_size, (T,)
             )
@@ -106,7 +117,8 @@ def causality(count: int) -> Tally:
                 for t in range(1, T):
                     worst.append(_relative(others[t, :t], base[0, :t]))
                     assert worst[-1] <= 1e-12, (
-                        f"logits before token {t} of {T} move by {worst[-1]:.2g}, {'in pieces' if in_pieces else 'read whole'}"
+                        f"logits before token {t} of {T} move by {worst[-1]:.2g}, "
+                        f"{'in pieces' if in_pieces else 'read whole'}"
                     )
                 assert all((others[t, t] != base[0, t]).any() for t in range(T)), (
                     "a token that changes nothing proves nothing"
@@ -134,7 +146,10 @@ def _read(model, ids: torch.Tensor, r: random.Random | None) -> torch.Tensor:
 
 
 def experts(count: int) -> Tally:
-    """The mixture of experts against a loop over tokens and experts: output, load, and what a capacity drops."""
+    """The mixture of experts against a loop over tokens and experts.
+
+    Output, load, capacity drops.
+    """
     tally = Tally()
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         attempt(
@@ -148,7 +163,8 @@ def experts(count: int) -> Tally:
 PROMISES: list[Promise] = [
     Promise(
         12,
-        "Logits from the cache, however the text is cut, are those without it (fp64 to 1e-12, fp32 to 1e-5)",
+        "Logits from the cache, however the text is cut, are those without it (fp64 to "
+        "1e-12, fp32 to 1e-5)",
         cached,
         40,
         1000,
@@ -166,7 +182,8 @@ PROMISES: list[Promise] = [
     ),
     Promise(
         13,
-        "No token sees a later one (gradients exactly 0, logits to 1e-12), and rows of a batch do not meet",
+        "No token sees a later one (gradients exactly 0, logits to 1e-12), and rows of a "
+        "batch do not meet",
         causality,
         20,
         200,

@@ -1,4 +1,4 @@
-"""Promises about the network: nothing reaches for it."""
+"""Guarantees about the network: nothing reaches for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from tests.promises.common import REPO, folder
 ALONE = r"""
 import contextlib, importlib, io, json, os, sys
 sys.path.insert(0, {repo!r})
+NETWORK = (
+    "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr",
+    "socket.sendto", "socket.sendmsg",
+    "urllib.Request", "ftplib.connect", "http.client.connect", "smtplib.connect",
+)
 reached = []
 def hook(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.sendto", "socket.sendmsg", "urllib.Request", "ftplib.connect", "http.client.connect", "smtplib.connect"):
+    if event in NETWORK:
         reached.append(event + " " + repr(args)[:200])
         raise OSError("no network here")
 sys.addaudithook(hook)
@@ -33,21 +38,31 @@ def run(module, *argv):
     return lambda: importlib.import_module(module).main(list(argv))
 {prelude}
 MODEL, SPEED = {model!r}, {speed!r}
-for module in ("config_model", "runtime.data.shards", "runtime.data.tokenizers", "runtime.checkpoint.read", "runtime.inference.decoder", "prepare_data", "train", "predict", "test", "scripts.draw_architecture"):
+for module in (
+    "config_model", "runtime.data.shards", "runtime.data.tokenizers", "runtime.checkpoint.read",
+    "runtime.inference.decoder", "prepare_data", "train", "predict", "test",
+    "scripts.draw_architecture",
+):
     step("import " + module, lambda: importlib.import_module(module) and None)
-step("prepare_data, bytes", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "byte", "--val_ratio", "0.2", "--out_dir", "data"))
-step("prepare_data, BPE", run("prepare_data", "--dataset", "toy", "--num_stories", "60", "--tokenizer", "bpe:300", "--val_ratio", "0.2", "--out_dir", "bpe"))
-step("train", run("train", *MODEL, *SPEED, "--data_dir", "bpe", "--max_steps", "4", "--num_threads", "1"))
+TOY = "--dataset", "toy", "--num_stories", "60", "--val_ratio", "0.2"
+step("prepare_data, bytes", run("prepare_data", *TOY, "--tokenizer", "byte", "--out_dir", "data"))
+step("prepare_data, BPE", run("prepare_data", *TOY, "--tokenizer", "bpe:300", "--out_dir", "bpe"))
+FOUR = *SPEED, "--data_dir", "bpe", "--max_steps", "4"
+step("train", run("train", *MODEL, *FOUR, "--num_threads", "1"))
 step("train --resume", run("train", "--resume", "--data_dir", "bpe", "--max_steps", "6"))
-step("train --init_from", run("train", *SPEED, "--data_dir", "bpe", "--init_from", "checkpoints/latest.pt", "--ckpt_dir", "new", "--graph_dir", "new_graphs", "--max_steps", "4"))
+NEW = "--ckpt_dir", "new", "--graph_dir", "new_graphs"
+step("train --init_from", run("train", *FOUR, "--init_from", "checkpoints/latest.pt", *NEW))
 step("predict", run("predict", "--prompt", "Once", "--max_new_tokens", "8", "--device", "cpu"))
 step("test", run("test", "--ckpt", "checkpoints/latest.pt"))
 """
 
 
 def alone(count: int, prelude: str = "") -> Tally:
-    """Every module is imported, text prepared, a model trained, resumed, trained further and asked in a process that fails at, and remembers,
-    each attempt to look up a name or to connect (Python's audit events). count: steps of that, counted from the last."""
+    """Run everything in a process that fails at, and records, each network access.
+
+    Import every module, prepare text, train, resume, train further and predict. Python's audit
+    events report name resolution and connections. count: the last steps to check.
+    """
     tally = Tally()
     with folder() as at:
         code = ALONE.format(
@@ -80,7 +95,8 @@ def alone(count: int, prelude: str = "") -> Tally:
 PROMISES: list[Promise] = [
     Promise(
         33,
-        "Nothing reaches for the network: imports, preparing, training, resuming and predicting with local data",
+        "Nothing reaches for the network: imports, preparing, training, resuming and "
+        "predicting with local data",
         alone,
         17,
         17,

@@ -1,4 +1,4 @@
-"""Promises about numbers that are not finite, and about losses that jump."""
+"""Guarantees about numbers that are not finite, and about losses that jump."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class _Batches:
 def _fit(
     poison: dict[int, str],
 ) -> tuple[RunState, list[dict], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """A short run in which some calls of the loss (two a step) are spoilt in some place: its state, records, weights, and what it saved."""
+    """Run a short training where some loss calls (two per step) are damaged in some place.
+
+    Return its state, records, weights, and what it saved.
+    """
     model, records, saved, call = random_model(tiny_config(), 1), [], [], iter(range(10**6))
 
     def loss_fn(model, batch):
@@ -42,7 +45,8 @@ def _fit(
         elif where in (
             "nan gradient",
             "inf gradient",
-        ):  # the loss stays what it is, one weight's gradient does not
+        ):
+            # The loss stays what it is, one weight's gradient does not.
             weight = model.layers[0].moe.experts.w_in[0, 0, 0]
             gradient = torch.tensor(math.nan if where == "nan gradient" else math.inf)
             weight.register_hook(lambda g: gradient)
@@ -75,7 +79,10 @@ def _fit(
 
 
 def not_finite(count: int) -> Tally:
-    """Something that is not finite at a random call: that step changes nothing and is counted, nothing not finite is saved, and the loss ends where it would have."""
+    """Make something non-finite at a random call: that step changes nothing and is counted.
+
+    Nothing non-finite is saved, and the loss ends where it would have.
+    """
     tally, r = Tally(), random.Random(9)
     _, clean, _, _ = _fit({})
     for i in range(count):
@@ -92,13 +99,17 @@ def not_finite(count: int) -> Tally:
         learned = abs(records[-1]["loss"] - clean[-1]["loss"]) < 0.1 * clean[0]["loss"]
         tally.add(
             finite and counted and learned and len(saved) == STEPS - 1,
-            f"try {i}: {where} at call {call}: finite {finite}, counted {counted}, last loss {records[-1]['loss']:.3f} and {clean[-1]['loss']:.3f}",
+            f"try {i}: {where} at call {call}: finite {finite}, counted {counted}, last loss "
+            f"{records[-1]['loss']:.3f} and {clean[-1]['loss']:.3f}",
         )
     return tally
 
 
 def spikes(count: int) -> Tally:
-    """Losses that fall, level off and are noisy, with a jump in some places: told at its own step, and nowhere else in 10,000 steps."""
+    """Losses that fall, level off and are noisy, with a few jumps.
+
+    Each is noticed at its own step, and nothing else in 10,000 steps.
+    """
     tally, r = Tally(), np.random.default_rng(10)
     t, alarms, places = np.arange(10_000), 0, set()
     losses = 2 + 6 * np.exp(-t / 800) + (0.05 + 0.2 * np.exp(-t / 500)) * r.standard_normal(10_000)
@@ -120,7 +131,8 @@ def spikes(count: int) -> Tally:
 PROMISES = [
     Promise(
         9,
-        "A NaN or Inf in loss, gradient or router: the step changes nothing and is counted, nothing not finite is saved",
+        "A NaN or Inf in loss, gradient or router: the step changes nothing and is counted, "
+        "nothing not finite is saved",
         not_finite,
         10,
         1000,
@@ -129,7 +141,8 @@ PROMISES = [
     ),
     Promise(
         10,
-        "`--spike_sigmas 6`: a jump of the loss is skipped at its own step, and no step is skipped without one",
+        "`--spike_sigmas 6`: a jump of the loss is skipped at its own step, and no step is "
+        "skipped without one",
         spikes,
         20,
         200,

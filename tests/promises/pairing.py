@@ -1,4 +1,4 @@
-"""Promises about data, tokenizers, models, checkpoints and flags that do not belong together."""
+"""Guarantees about data, tokenizers, models, checkpoints and flags that do not belong together."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class World:
         )
         self.plain = self._save("plain", build(qk_norm=False), self.byte)
         self.window = self._save("window", build(sliding_window=8), self.byte)
-        self.mistold = self._save(
-            "mistold", build(vocabulary_size=270), bpe
-        )  # a tokenizer with more ids than the model
+        # A tokenizer with more ids than the model.
+        self.mistold = self._save("mistold", build(vocabulary_size=270), bpe)
+        # Not the byte tokenizer that is here.
         self.misnamed = self._save(
             "misnamed", build(), None, self.byte.to_state() | {"fingerprint": "0" * 64}
-        )  # not the byte tokenizer that is here
+        )
         self.reference = self._reference()
         self.halves = self._mix("halves", self.a / "train", self.b / "val")
         self.swapped = self._mix("swapped", self.a / "val", self.a / "train")
@@ -208,7 +208,8 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
             value = builders.other_value(owner, f.name, [own[f.name]]) if value is None else value
             add(
                 train.main,
-                rf"^--{f.name} .* differs from the run in .*latest|^--{f.name} .* differs from the run in .*step_",
+                rf"^--{f.name} .* differs from the run in .*latest|^--{f.name} .* differs "
+                r"from the run in .*step_",
                 *resume,
                 *builders.as_flags({f.name: value}),
                 name=f"resume with {f.name} {value}",
@@ -465,15 +466,19 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
 
 
 def pairings(count: int) -> Tally:
-    """Data, tokenizers, models, checkpoints and flags that do not belong together, through the scripts' own mains: a line that names the
-    mismatch, before anything is built or written. Fewer than all: evenly spread over the table."""
+    """Mismatched data, tokenizers, models, checkpoints and flags, through the scripts' own mains.
+
+    A line names the mismatch, before anything is built or written. Fewer than all: evenly spread
+    over the table.
+    """
     tally = Tally()
     with folder() as at, no_work():
         with contextlib.ExitStack() as stack:
+            # The world itself is made by the real ones.
             for owner, name in (
                 (train, "set_up"),
                 (prepare_data, "write_partial"),
-            ):  # the world itself is made by the real ones
+            ):
                 stack.enter_context(mock.patch.object(owner, name, REAL[name]))
             world = World(at)
         cases, written = pairing_cases(world), [tree(at)]
@@ -506,7 +511,8 @@ REAL = {"set_up": set_up, "write_partial": prepare_data.write_partial}
 PROMISES: list[Promise] = [
     Promise(
         7,
-        "Wrong pairings of data, tokenizer, model, checkpoint and flags are named and refused before any work",
+        "Wrong pairings of data, tokenizer, model, checkpoint and flags are named and "
+        "refused before any work",
         pairings,
         200,
         200,

@@ -1,4 +1,4 @@
-"""Promises about what is typed at the prompt, the sampler's settings and the context's limit."""
+"""Guarantees about what is typed at the prompt, the sampler's settings and the context's limit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def _small_predictor(**settings) -> Iterator[tuple[Predictor, PredictConfig, Pat
 
 
 def repl_lines(count: int) -> Tally:
-    """Lines at the prompt, in sessions of 500: each is answered, leaves settings that are valid, and the session goes on."""
+    """Lines at the prompt, in sessions of 500.
+
+    Each is answered, leaves valid settings, and the session continues.
+    """
     tally, typed, answers = Tally(), [], [0]
     with _small_predictor(max_new_tokens=2) as (predictor, config, _):
         r = random.Random(FIRST_SEED + count)
@@ -62,9 +65,11 @@ def repl_lines(count: int) -> Tally:
                 except (
                     ValueError,
                     RuntimeError,
-                ) as error:  # it would be told in a line, but there is no need for one
+                ) as error:
+                    # It would be told in a line, but there is no need for one.
                     raise AssertionError(f"{type(error).__name__}: {error}") from error
-                dataclasses.replace(self.config)  # checks every field again
+                # Checks every field again.
+                dataclasses.replace(self.config)
                 assert goes_on, "the session ended"
                 answers[0] += bool(line.strip()) and not line.startswith(":")
                 return True
@@ -79,6 +84,7 @@ def repl_lines(count: int) -> Tally:
                 pass
             return line
 
+        # As run_main sets them up.
         patches = [
             mock.patch("builtins.input", fake_input),
             mock.patch.object(session, "Session", Session),
@@ -89,7 +95,7 @@ def repl_lines(count: int) -> Tally:
                 sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
             ),
             mock.patch.object(sys, "stderr", io.StringIO()),
-        ]  # as run_main sets them up
+        ]
         with contextlib.ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(patch)
@@ -101,7 +107,8 @@ def repl_lines(count: int) -> Tally:
                         tally.tried + len(typed) - first,
                         tally.held + len(typed) - first,
                     )
-                except Exception as error:  # it ends the session; the lines before it were answered
+                except Exception as error:
+                    # It ends the session; the lines before it were answered.
                     tally.tried, tally.held = (
                         tally.tried + len(typed) - first,
                         tally.held + len(typed) - first - 1,
@@ -116,7 +123,7 @@ def repl_lines(count: int) -> Tally:
 
 
 def sampler_settings(count: int) -> Tally:
-    """Random settings of how tokens are drawn: refused in a line, or two tokens are drawn."""
+    """Random settings of how tokens are drawn: rejected in a line, or two tokens are drawn."""
     tally, refused = Tally(), [0]
     with _small_predictor(max_new_tokens=2) as (predictor, config, _):
         for i in range(count):
@@ -177,11 +184,12 @@ def sampler_settings(count: int) -> Tally:
                 except ValueError as error:
                     refused[0] += 1
                     return one_line(error)
+                # end-of-text may come first.
                 assert len(list(predictor.stream("a", changed))) in (
                     1,
                     2,
                     3,
-                )  # end-of-text may come first
+                )
 
             attempt(tally, f"case {i}, {settings}", check)
     tally.detail = {"refused": refused[0]}
@@ -189,8 +197,12 @@ def sampler_settings(count: int) -> Tally:
 
 
 def context_policy(count: int) -> Tally:
-    """Prompts of context - 1, context, context + 1 and 10 contexts, each with one token to draw, many with stop, many with slide; a model with a
-    position table comes after one without. Held: as many tokens, told in as many words, and the answer begins as the model without a cache says."""
+    """Prompts of context - 1, context, context + 1 and 10 contexts, each with one token to draw.
+
+    Many with stop, many with slide; a model with a learned attention bias comes after one without.
+    Held: as many tokens, told in as many words, and the answer begins as the model without a cache
+    says.
+    """
     tally, C = Tally(), builders_inference.CONTEXT
     cases = [
         (table, num_prompt, policy)
@@ -218,10 +230,11 @@ def context_policy(count: int) -> Tally:
                     max_new_tokens=1 if policy == "truncate" else 3 * C,
                     when_full="stop" if policy == "stop" else "slide",
                 )
+                # After an end-of-text token.
                 prompt, notes = (
                     ("abcdefghij" * 40)[: num_prompt - 1],
                     [],
-                )  # behind an end-of-text token
+                )
                 text = "".join(predictor.stream(prompt, config, notes.append))
                 room = C - min(num_prompt, C) + 1
                 drawn = predictor.last.ids
@@ -235,7 +248,11 @@ def context_policy(count: int) -> Tally:
                 cut = (
                     f"the prompt has {num_prompt} tokens and the context {C}: reading its last {C}"
                 )
-                fills = f"prompt and answer may fill the context of {C} tokens: {'the answer ends there' if policy == 'stop' else 'older text is forgotten'} if they do"
+                fills = (
+                    f"prompt and answer may fill the context of {C} tokens: "
+                    f"{'the answer ends there' if policy == 'stop' else 'older text is forgotten'} "
+                    "if they do"
+                )
                 assert notes == [cut] * (num_prompt > C) + [fills] * (policy != "truncate"), notes
                 window = ([builders_inference.END] + list(prompt.encode()))[-C:]
                 for token in drawn:
@@ -243,9 +260,8 @@ def context_policy(count: int) -> Tally:
                     with torch.no_grad():
                         logits = predictor.model(torch.tensor([window])).logits[0, -1].clone()
                     logits[predictor.banned_ids] = -math.inf
-                    gap = (
-                        logits.max() - logits[token]
-                    )  # of two that tie, rounding may put either first
+                    # Of two that tie, rounding may put either first.
+                    gap = logits.max() - logits[token]
                     tie = logits_bound(predictor.model.config, C) * size_of(
                         logits[logits.isfinite()]
                     )

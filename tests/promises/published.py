@@ -1,4 +1,4 @@
-"""The promise about published architectures: what leaves this repo and what comes in is the same function."""
+"""The guarantee on published architectures: export and import preserve the function."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def random_family_config(seed: int) -> tuple[str, ModelConfig]:
 
 
 def same_function(count: int) -> Tally:
-    """A random model written as a folder: transformers gives its logits and gradients, and the folder gives its config and weights back to the bit."""
+    """Write a random model as a folder: transformers gives its logits and gradients.
+
+    The folder gives its config and weights back to the bit.
+    """
     from transformers import AutoModelForCausalLM
 
     tally, worst = Tally(), {"logits": 0.0, "gradients": 0.0}
@@ -63,9 +66,9 @@ def same_function(count: int) -> Tally:
         model = random_model(config, seed).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(
-                    0.7
-                )  # at 1.0 float32's own error in the gradients is above 1e-5 (ours and theirs, against float64)
+                # At 1.0 float32's own error in the gradients is above 1e-5 (both sides, against
+                # float64).
+                parameter.mul_(0.7)
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(
@@ -90,7 +93,8 @@ def same_function(count: int) -> Tally:
                 and back[1] == config
                 and all(torch.equal(weights[name], again[name]) for name in weights)
             )
-        # Where a router meets a near tie, either expert is right: those are other tokens than these.
+        # Where a router meets a near tie, either expert is right: those are other tokens than
+        # these.
         drawn = (
             torch.randint(
                 0, config.vocabulary_size, (2, 20), generator=torch.Generator().manual_seed(at)
@@ -108,7 +112,8 @@ def same_function(count: int) -> Tally:
         difference = (
             (logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1)
         ).item()
-        # The embedding's gradient has gone back through all of the model; those of single tensors are compared in tests/interop/test_huggingface.py.
+        # The embedding's gradient has gone back through all of the model; those of single tensors
+        # are compared in tests/interop/test_huggingface.py.
         ours, other = gradients[0]["embed.weight"], gradients[1]["model.embed_tokens.weight"]
         gradient = ((ours - other).abs().max() / ours.abs().max()).item()
         worst = {
@@ -117,7 +122,8 @@ def same_function(count: int) -> Tally:
         }
         tally.add(
             not any(info.values()) and bitwise and difference <= 1e-5 and gradient <= 1e-5,
-            f"seed {seed}, {family}: logits differ by {difference:.1e}, gradients by {gradient:.1e}, bitwise {bitwise}, keys {info}",
+            f"seed {seed}, {family}: logits differ by {difference:.1e}, gradients by "
+            f"{gradient:.1e}, bitwise {bitwise}, keys {info}",
         )
     tally.detail = {
         f"largest relative difference, {name}": f"{value:.0e}" for name, value in worst.items()
@@ -128,7 +134,8 @@ def same_function(count: int) -> Tally:
 PROMISES = [
     Promise(
         15,
-        "Exported, it is the same function in transformers (fp32 to 1e-5), and it comes back the same to the bit",
+        "Exported, it is the same function in transformers (fp32 to 1e-5), and it comes back "
+        "the same to the bit",
         same_function,
         9,
         60,

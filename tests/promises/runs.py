@@ -1,13 +1,15 @@
-"""What becomes of a run that is killed, stopped, or out of disk: promises 1 to 5 and 18.
+"""What becomes of a run that is killed, stopped, or out of disk: guarantees 1 to 5 and 18.
 
-Whole runs are carried out by children of a fork server (`serve`): a process that has imported torch and train, so that a
-restart costs a fraction of a second. A child tells through a pipe what it begins to do, one character an event:
+Whole runs are carried out by children of a fork server (`serve`): a process that has imported torch
+and train, so that a restart costs a fraction of a second. A child tells through a pipe what it
+begins to do, one character an event:
 
-    w  a file operation inside save_checkpoint      (  save_checkpoint begins      s  a step is done
-    o  any other file operation                     )  and has returned
+w a file operation inside save_checkpoint ( save_checkpoint begins s a step is done o any other file
+operation ) and has returned
 
-Crash points are not run but enumerated: `Recorder` notes what the real save code asks of the file system, `Disk` says what
-may be left of it after every prefix of that, and the real find_latest has to cope.
+Crash points are not run but enumerated: `Recorder` notes what the real save code asks of the file
+system, `Disk` says what may be left of it after every prefix of that, and the real find_latest has
+to cope.
 """
 
 from __future__ import annotations
@@ -75,29 +77,39 @@ FLAGS = [
     "--num_threads",
     "1",
 ]
-HANG_SECONDS = 60  # an attempt takes about one
+# An attempt takes about one.
+HANG_SECONDS = 60
 MOST_KILLS_A_RUN = 6
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 ]
 
 
-# ---------------------------------------------------------------------------------------------------- the file operations
+# ------------------------------------------------------------------------------ the file operations
 class Operations:
-    """While it is entered, every change to files below `roots` comes by here: `before` it happens, and `after` it has.
+    """Report every change to files below `roots`: `before` it happens, and `after`.
 
-    Kinds: mkdir, open, write, truncate, fsync, fsync folder, replace, link, symlink, unlink. Reading is nobody's business.
+    Kinds: mkdir, open, write, truncate, fsync, fsync folder, replace, link, symlink, unlink. Reads
+    are not reported.
     """
 
     def __init__(self, *roots: Path):
         self.roots = [os.path.abspath(root) for root in roots]
-        self.opened: dict[int, str] = {}  # path by descriptor, of files and folders
+        # Path by descriptor, of files and folders.
+        self.opened: dict[int, str] = {}
 
     def before(self, kind: str, path: str, half=lambda: None) -> int | None:
-        """An operation begins; half() carries out half of a write. May raise. A number: only so many bytes are written."""
+        """An operation begins; half() carries out half of a write. May raise.
+
+        A number: only so many bytes are written.
+        """
 
     def after(self, kind: str, path: str, more=None) -> None:
-        """It is done. more: the bytes written, the new length, the second name of replace and link, the text of a symlink."""
+        """The operation is done.
+
+        more: the bytes written, the new length, the second name of replace and link, the text of a
+        symlink.
+        """
 
     def ours(self, path) -> bool:
         if not isinstance(path, (str, os.PathLike)):
@@ -147,9 +159,8 @@ class Operations:
             if path is None:
                 return real["fsync"](descriptor)
             kind = "fsync folder" if os.path.isdir(path) else "fsync"
-            self.before(
-                kind, path
-            )  # the model's flush is the one that counts here: the disk's is left out, it is slow
+            # The model's flush is the one that counts here: the disk's is left out, it is slow.
+            self.before(kind, path)
             self.after(kind, path)
 
         real_open = builtins.open
@@ -205,9 +216,10 @@ class _File(io.FileIO):
 
 
 class Faults(Operations):
-    """Operation number `index` (the first is 1) fails with `code`, and all later ones too if it is `lasting`.
+    """Fail operation number `index` (the first is 1) with `code`, and all later ones if `lasting`.
 
-    A full disk lets files be deleted and folders be flushed. `short`: the write that does not fit writes its half first.
+    A full disk lets files be deleted and folders be flushed. `short`: the write that does not fit
+    writes its half first.
     """
 
     NEED_ROOM = {"mkdir", "open", "write", "fsync", "replace", "link", "symlink"}
@@ -225,15 +237,16 @@ class Faults(Operations):
         if self.code == errno.ENOSPC and kind not in self.NEED_ROOM:
             return
         if kind == "write" and self.short:
+            # This one comes back short, the next one fails.
             self.short, self.index = (
                 False,
                 self.number + 1,
-            )  # this one comes back short, the next one fails
+            )
             return 1
         raise OSError(self.code, os.strerror(self.code), path)
 
 
-# -------------------------------------------------------------------------------------------------------- the fork server
+# ---------------------------------------------------------------------------------- the fork server
 class _Watched(Operations):
     """In a child: tells what begins, and stops for good where the job says so."""
 
@@ -254,7 +267,8 @@ class _Watched(Operations):
             half()
         os.write(self.pipe, event.encode())
         if here:
-            signal.pause()  # until the kill
+            # Until the kill.
+            signal.pause()
 
     def before(self, kind, path, half=lambda: None):
         self.tell("w" if self.saving else "o", half)
@@ -262,7 +276,10 @@ class _Watched(Operations):
 
 
 def _mutate(mutant: str) -> None:
-    """Break train, for the tests of these tests: "forgets NAME", a resume without that part of RunState, or "dies of signals"."""
+    """Break train, for the tests of these tests.
+
+    "forgets NAME": a resume without that part of RunState. Or "dies of signals".
+    """
     if mutant == "dies of signals":
         process.STOP_SIGNALS = []
     elif mutant:
@@ -281,9 +298,8 @@ def _child(job: dict, pipe: int) -> None:
             os.dup2(log, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number in (*process.STOP_SIGNALS, signal.SIGPIPE):
-            signal.signal(
-                number, signal.SIG_DFL
-            )  # whoever started us in the background had it ignored
+            # A shell that started us in the background ignored it.
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         watched = _Watched(job, pipe, *map(Path, job["roots"]))
         requested, save = StopRequest.requested, train.save_checkpoint
@@ -351,7 +367,10 @@ def _attempt(job: dict) -> dict:
 
 
 def serve() -> None:
-    """Answer a job a line, until stdin ends. torch must not have computed anything here: its threads would not be in the child."""
+    """Answer a job per line, until stdin ends.
+
+    torch must not have computed anything here: its threads would not exist in the child.
+    """
     import torch._dynamo  # noqa: F401 - torch.optim does so when an optimizer is made, and it takes more than all else in a child
 
     torch.set_num_threads(1)
@@ -419,7 +438,7 @@ class Attempt:
 
 
 class Run:
-    """A run in a folder of its own, as a user's script starts it: with --resume once there is something to resume."""
+    """Run in a folder of its own, as a user's script would: with --resume once it can resume."""
 
     numbers = itertools.count()
 
@@ -476,7 +495,10 @@ def straight() -> tuple[Run, Attempt]:
 
 
 def difference(run: Run) -> str:
-    """Where the final checkpoint of a run is not, bit for bit, that of the run that was not interrupted; "" where it is."""
+    """Return where a run's final checkpoint differs from the uninterrupted run's, or "".
+
+    They are compared bit for bit.
+    """
     try:
         mine, theirs = (
             read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True)
@@ -500,12 +522,18 @@ def difference(run: Run) -> str:
         if name not in ("run_id", "train_seconds", "window") and mine.run.get(name) != value:
             return f"{name} is {mine.run.get(name)}, not {value}"
     if (mine.step, mine.val_loss, best) != (theirs.step, theirs.val_loss, their_best):
-        return f"latest.pt is of step {mine.step} and best.pt of step {best}, not {theirs.step} and {their_best}"
+        return (
+            f"latest.pt is of step {mine.step} and best.pt of step {best}, not {theirs.step} and "
+            f"{their_best}"
+        )
     return ""
 
 
 def metrics_difference(run: Run) -> str:
-    """The same for its metrics, but for what a clock put in: strict JSON, steps that increase, tokens that add up, no record twice."""
+    """Return the same for its metrics, except for clock values.
+
+    Strict JSON, steps that increase, tokens that add up, no record twice.
+    """
     try:
         records = run.records()
         saved = json.loads((run.graph_dir / "metrics.json").read_text(), parse_constant=_not_json)
@@ -538,26 +566,32 @@ def metrics_difference(run: Run) -> str:
     return ""
 
 
-# -------------------------------------------------------------------------------------------------------- 1, 18: kill -9
+# ----------------------------------------------------------------------------------- 1, 18: kill -9
 def _moment(r: random.Random, in_a_save: bool) -> dict:
-    """When to kill an attempt: at an operation of one of its next saves (as it begins; a write is half done), or somewhere else."""
+    """Choose when to kill an attempt: at an operation of one of its next saves, or elsewhere.
+
+    As the operation begins, or with half of a write done.
+    """
     events = straight()[1].events
     operations = events[: events.index(")")].count("w")
     if in_a_save:
         return {"events": "w", "index": r.randint(1, 2 * operations), "exact": r.random() < 0.75}
     if r.random() < 0.4:
+        # Metrics: as they are opened, appended to, rewritten.
         return {
             "events": "o",
             "index": r.randint(1, 20),
             "exact": True,
-        }  # metrics: as they are opened, appended to, rewritten
+        }
     return {"events": "s", "index": r.randint(1, 12), "exact": False}
 
 
 @functools.cache
 def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
-    """Kill runs `count` times in all and restart each until it is done. How many of the kills left no trace in what the run
-    became, and in its metrics."""
+    """Kill runs `count` times in all and restart each until it is done.
+
+    Count the kills that left no trace in the run's result and metrics.
+    """
     states, metrics, kills, inside = Tally(), Tally(), 0, 0
     for seed in itertools.count():
         if kills >= count:
@@ -601,9 +635,9 @@ def same_metrics_after_kills(count: int) -> Tally:
     return killed_runs(count)[1]
 
 
-# ------------------------------------------------------------------------------------------------------------- 2: resume
+# ---------------------------------------------------------------------------------------- 2: resume
 def same_after_resume(count: int, mutant: str = "") -> Tally:
-    """2. Stop after step k, for `count` of the k there are, and go on."""
+    """2. Stop after step k, for `count` of the k there are, and continue."""
     tally = Tally()
     for stop_after in sorted(random.Random(0).sample(range(1, STEPS), min(count, STEPS - 1))):
         run = Run(mutant)
@@ -622,7 +656,7 @@ def same_after_resume(count: int, mutant: str = "") -> Tally:
     return tally
 
 
-# --------------------------------------------------------------------------------------------------------- 3: crash points
+# ---------------------------------------------------------------------------------- 3: crash points
 GONE, FOLDER = object(), "folder"
 
 
@@ -634,17 +668,24 @@ class Link:
 
 
 class Disk:
-    """A file system that keeps what POSIX says and not a byte more: content after fsync, names after fsync of their folder."""
+    """A file system that keeps exactly what POSIX guarantees.
+
+    Content after fsync, names after fsync of their folder.
+    """
 
     def __init__(self, root: str):
-        self.root = root  # a folder that is surely on the disk
-        self.contents: list[
-            list[bytes]
-        ] = []  # of each file: as read now, and as surely on the disk
-        self.opened: dict[str, int] = {}  # number of the file that was last opened under a path
-        self.names: dict[str, object] = {}  # path -> number of a file, Link or FOLDER: as seen now,
-        self.flushed: dict[str, object] = {}  # and as surely on the disk
-        self.pending: list[dict[str, object]] = []  # changes of names between the two, in order
+        # A folder that is surely on the disk.
+        self.root = root
+        # Of each file: as read now, and as surely on the disk.
+        self.contents: list[list[bytes]] = []
+        # Number of the file that was last opened under a path.
+        self.opened: dict[str, int] = {}
+        # Path -> number of a file, Link or FOLDER, as seen now.
+        self.names: dict[str, object] = {}
+        # The same, as surely on the disk.
+        self.flushed: dict[str, object] = {}
+        # Changes of names between the two, in order.
+        self.pending: list[dict[str, object]] = []
 
     def do(self, kind: str, path: str, more=None) -> None:
         """An operation, as `Operations.after` is told of it."""
@@ -677,9 +718,8 @@ class Disk:
         elif kind == "symlink":
             self._change({more: Link(path)})
         elif kind == "replace":
-            if self.names[path] != self.names.get(
-                more
-            ):  # POSIX: over another name of the same file it does nothing
+            # POSIX: over another name of the same file it does nothing.
+            if self.names[path] != self.names.get(more):
                 self._change({path: GONE, more: self.names[path]})
         elif kind == "unlink":
             self._change({path: GONE})
@@ -697,15 +737,18 @@ class Disk:
             del names[path]
 
     def after_kill(self, half_written: tuple[str, bytes] | None = None) -> State:
-        """What a killed process leaves: everything that it did, and half of the write that it was at."""
+        """What a killed process leaves: everything it did, and half of its current write."""
         contents = [now for now, _ in self.contents]
         if half_written:
             contents[self.opened[half_written[0]]] += half_written[1][: len(half_written[1]) // 2]
         return self._state(self.names, contents)
 
     def after_power_loss(self) -> Iterator[State]:
-        """Every state that may be left: any of the changes of names that were not flushed are made and the others not (beyond 7 of
-        them: the first so many); of what was not flushed of a file there is nothing, half, half and then zeros, zeros, or all."""
+        """Yield every state that may be left after a power loss.
+
+        Of the name changes that were not flushed, any subset is made (beyond 7: the first so many).
+        Of unflushed file content there is nothing, half, half and then zeros, zeros, or all.
+        """
         number = len(self.pending)
         kept = (
             itertools.product((True, False), repeat=number)
@@ -757,13 +800,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class State:
-    """A folder that a crash left: (path, file number and content, Link or FOLDER), sorted. Files under temporary names are never
-    opened again, so what is in them makes no other state."""
+    """Return a folder that a crash left, sorted: (path, file number and content, Link or FOLDER).
+
+    Files under temporary names are never opened again, so their content makes no other state.
+    """
 
     entries: tuple
 
     def make(self, root: str, folder: Path) -> None:
-        """Make it below `folder`, in the place of `root`."""
+        """Make it below `folder`, in place of `root`."""
         made = {}
         for path, what in self.entries:
             path = folder / os.path.relpath(path, root)
@@ -781,7 +826,7 @@ class State:
 
 
 class Recorder(Operations):
-    """Notes operations, and what is told it between them."""
+    """Notes operations, and what it is given between them."""
 
     def __init__(self, *roots: Path, forget: frozenset[str] = frozenset()):
         super().__init__(*roots)
@@ -794,7 +839,10 @@ class Recorder(Operations):
 
 @dataclass
 class Verdict:
-    """What the reader makes of a state: step of the newest checkpoint, 0 without one; what is wrong with it; whether it can be saved into."""
+    """The reader's view of a state: step of the newest checkpoint (0: none).
+
+    Also its faults, and whether it can be saved into.
+    """
 
     step: int
     unloadable: str
@@ -857,7 +905,10 @@ def _save(folder: Path, step: int, keep_last: int = 2) -> None:
 
 
 def _judge(folder: Path, good: set[bytes]) -> Verdict:
-    """Read a folder as a resume does, and every final name in it (unless its content was found good before); then save into it."""
+    """Read a folder as a resume does, and every final name in it, then save into it.
+
+    Skip names whose content was found good before.
+    """
     unloadable, step = [], 0
     for path in sorted(folder.glob("*.pt")) if folder.is_dir() else []:
         try:
@@ -892,11 +943,12 @@ def _judge(folder: Path, good: set[bytes]) -> Verdict:
     return Verdict(step, "", recovers)
 
 
+# File systems, by what they refuse.
 LINKS = {
     "hard links": (),
     "symbolic links": ("link",),
     "no links": ("link", "symlink"),
-}  # file systems, by what they refuse
+}
 
 
 def enumerate_crashes(
@@ -907,8 +959,9 @@ def enumerate_crashes(
 ) -> Crashes:
     """Record `saves` consecutive saves and judge what every crash in them may leave.
 
-    refused: operations that the file system does not have. For tests of this test: forget, kinds of operations that the disk does
-    not obey (an fsync that flushes nothing), and patches, other functions in runtime.checkpoint.
+    refused: operations that the file system does not support. For tests of this test: forget, kinds
+    of operations that the disk ignores (an fsync that flushes nothing), and patches, other
+    functions in runtime.checkpoint.
     """
     crashes, verdicts, good = Crashes(), {}, set()
 
@@ -933,7 +986,8 @@ def enumerate_crashes(
                 folder = Path(place, f"state-{len(verdicts)}")
                 folder.mkdir()
                 state.make(root, folder)
-                with Operations(folder):  # whose flushes cost nothing
+                # Whose flushes cost nothing.
+                with Operations(folder):
                     verdicts[state] = _judge(folder / "runs" / "ckpt", good)
                 shutil.rmtree(folder)
             verdict = verdicts[state]
@@ -968,7 +1022,10 @@ def enumerate_crashes(
 
 
 def no_crash_loses_a_checkpoint(count: int) -> Tally:
-    """3. Exhaustive over `count` consecutive saves, on file systems with hard links, with symbolic links only, and with neither."""
+    """3. Exhaustive over `count` consecutive saves.
+
+    On file systems with hard links, with symbolic links only, and with neither.
+    """
     tally, kinds = Tally(), ("kill", "power loss")
     totals = dict.fromkeys(
         (
@@ -996,9 +1053,12 @@ def no_crash_loses_a_checkpoint(count: int) -> Tally:
     return tally
 
 
-# ------------------------------------------------------------------------------------------------------------- 4: signals
+# --------------------------------------------------------------------------------------- 4: signals
 def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
-    """4. `count` signals, in turn SIGTERM, SIGINT and SIGUSR1, at random events between the first step and the last save."""
+    """4. `count` signals, in turn SIGTERM, SIGINT and SIGUSR1, at random events.
+
+    They fall between the first step and the last save.
+    """
     events = straight()[1].events
     first, last = (
         events.index("s") + 1,
@@ -1018,9 +1078,8 @@ def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
             fault = f"exit code {stopped.code}: {stopped.output[-300:]}"
         elif f"stopped after step {step}," not in stopped.output:
             fault = f"step {step} was the last, and it says {stopped.output[-200:]}"
-        elif (
-            stopped.events[index:].count("s") > 8
-        ):  # it may do a few while the signal is on its way, with two processes for one core
+        elif stopped.events[index:].count("s") > 8:
+            # It may do a few while the signal is on its way, with two processes for one core.
             fault = f"{stopped.events[index:].count('s')} steps after the signal"
         elif (latest := read_checkpoint(run.ckpt_dir / "latest.pt", optimizer=True)).step != step:
             fault = f"the checkpoint is of step {latest.step}, not {step}"
@@ -1036,7 +1095,7 @@ def signals_save_and_leave(count: int, mutant: str = "") -> Tally:
     return tally
 
 
-# ----------------------------------------------------------------------------------------------------------- 5: full disks
+# ------------------------------------------------------------------------------------ 5: full disks
 def _faults(operations: int) -> list[dict]:
     """Every way in which operations 1 .. n fail here."""
     return [
@@ -1111,8 +1170,11 @@ def _failing_run(run: Run, fault: dict) -> str:
 
 
 def full_disks_cost_nothing(count: int) -> Tally:
-    """5. A quarter of `count` are whole runs in which one operation on checkpoints or metrics fails, or all from there on; the others
-    are saves of a tiny model, of which there are fewer than 400 ways to fail."""
+    """5. In a quarter of `count` runs one operation on checkpoints or metrics fails.
+
+    Or all from there on. The others are saves of a tiny model, which have fewer than 400 ways to
+    fail.
+    """
     tally, r = Tally(), random.Random(0)
     with tempfile.TemporaryDirectory(prefix="full-") as place:
         template = Path(place, "template")
@@ -1145,7 +1207,8 @@ def full_disks_cost_nothing(count: int) -> Tally:
 PROMISES = [
     Promise(
         1,
-        "Killed (-9) at any moment, also inside a save, and restarted: the same weights and optimizer state, bit for bit",
+        "Killed (-9) at any moment, also inside a save, and restarted: the same weights and "
+        "optimizer state, bit for bit",
         same_after_kills,
         6,
         200,
@@ -1163,7 +1226,8 @@ PROMISES = [
     ),
     Promise(
         3,
-        "No crash of the program or the power, at any operation of a save, costs a finished checkpoint or leaves a broken one",
+        "No crash of the program or the power, at any operation of a save, costs a finished "
+        "checkpoint or leaves a broken one",
         no_crash_loses_a_checkpoint,
         3,
         6,
@@ -1172,7 +1236,8 @@ PROMISES = [
     ),
     Promise(
         4,
-        "SIGTERM, SIGINT, SIGUSR1: finishes the step, saves, leaves with 128 + N; resumed, the same run bit for bit",
+        "SIGTERM, SIGINT, SIGUSR1: finishes the step, saves, leaves with 128 + N; resumed, "
+        "the same run bit for bit",
         signals_save_and_leave,
         6,
         90,
@@ -1181,7 +1246,8 @@ PROMISES = [
     ),
     Promise(
         5,
-        "A full or failing disk, at any write, costs one line: earlier checkpoints load, and the run can go on",
+        "A full or failing disk, at any write, costs one line: earlier checkpoints load, and "
+        "the run can go on",
         full_disks_cost_nothing,
         16,
         600,
@@ -1190,7 +1256,8 @@ PROMISES = [
     ),
     Promise(
         18,
-        "Metrics of a killed run are those of the run that was not: no step twice, none missing, strict JSON",
+        "Metrics of a killed run are those of the run that was not: no step twice, none "
+        "missing, strict JSON",
         same_metrics_after_kills,
         6,
         200,

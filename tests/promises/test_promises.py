@@ -1,4 +1,7 @@
-"""Every promise of tests/promises, with its counts for every push and for the night. That each can be broken is in test_promises_*.py."""
+"""Every guarantee of tests/promises, with its counts for every push and for the night.
+
+test_promises_*.py check that each can be broken.
+"""
 
 import os
 
@@ -23,8 +26,11 @@ PROMISES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("promise", PROMISES)
 def test_it_holds(promise):
-    """3 found that a new checkpoint folder's own name was never flushed: a power loss could take the folder with all checkpoints in
-    it (82 of 366 states after two saves). 5 found that an old checkpoint that cannot be deleted ended the run."""
+    """3 found that a new checkpoint folder's own name was never flushed.
+
+    A power loss could take the folder with all checkpoints in it (82 of 366 states after two
+    saves). 5 found that an old checkpoint that cannot be deleted ended the run.
+    """
     promise.run(promise.at_push).check()
 
 

@@ -1,4 +1,4 @@
-"""That the promises of tests/promises/numbers.py can be broken."""
+"""Check that the guarantees of tests/promises/numbers.py can be broken."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""That the promises of tests/promises/runs.py can be broken, and bugs that they found."""
+"""Check that the guarantees of tests/promises/runs.py can be broken, and bugs that they found."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# ------------------------------------------------------------------------------------------------- they notice what they are for
+# -------------------------------------------------------------------- they notice what they are for
 def in_place(path, write):
     with open(path, "wb") as file:
         write(file)
@@ -103,13 +103,13 @@ def test_what_a_disk_may_hold_after_a_power_loss():
 
 
 def test_a_resume_that_forgets_its_place_in_the_data_is_noticed():
-    """The reference's reads its first windows again (T2)."""
+    """The original implementation's run reads its first sequences again (T2)."""
     states, _ = killed_runs(3, "forgets samples_seen")
     assert states.held < states.tried and "differs" in states.failures[0]
 
 
 def test_a_resume_that_forgets_its_log_window_is_noticed_in_the_metrics_only():
-    """The reference's first logged loss after a resume is half of what it was (T13)."""
+    """T13: its first logged loss after a resume is half of what it was."""
     states, metrics = killed_runs(3, "forgets window")
     assert (
         states.held == states.tried
@@ -140,7 +140,7 @@ def test_a_save_that_a_full_disk_tears_is_noticed(tmp_path):
 
 
 def test_a_short_write_and_then_a_full_disk(tmp_path):
-    """What the kernel does: it writes what fits and says how much, and the next write is the one that fails."""
+    """The kernel writes what fits and returns how much; the next write is the one that fails."""
     with (
         Faults(tmp_path, index=2, code=errno.ENOSPC, lasting=True, short=True),
         open(tmp_path / "file", "wb", buffering=0) as file,
@@ -170,8 +170,10 @@ def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(tmp_path):
 
 
 def test_a_kill_while_the_last_save_names_its_file():
-    """The last step file was written, latest.pt still named the one before, and every resume said "already complete" and left it so:
-    predict.py then talked with an older model, without a word."""
+    """The last step file was written, but latest.pt still named the one before.
+
+    Every resume said "already complete" and left it so; predict.py then silently used an older model.
+    """
     run = runs.Run()
     killed = run(
         events="w",
@@ -198,7 +200,8 @@ def test_names_are_restored(tmp_path, monkeypatch, refused):
         monkeypatch.setattr(os, name, refuse)
     runs._save(tmp_path, 1)
     runs._save(tmp_path, 2)
-    with mock.patch.object(checkpoint, "link_atomic", lambda *_: None):  # a kill before it
+    # A kill before it.
+    with mock.patch.object(checkpoint, "link_atomic", lambda *_: None):
         runs._save(tmp_path, 4)
     found, _ = find_latest(tmp_path)
     assert (found.step, read_checkpoint(tmp_path / "latest.pt").step) == (4, 2)

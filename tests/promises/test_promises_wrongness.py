@@ -1,4 +1,4 @@
-"""That the promises about silent wrongness can be broken."""
+"""Check that the guarantees about silent wrongness can be broken."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests import builders_inference, builders_runs
 from tests.promises import common, damage, flags, hostile, model, network, pairing, prompt, training
 
 
-# ------------------------------------------------------------------------------------------------- they notice what they are for
+# -------------------------------------------------------------------- they notice what they are for
 def broken(tally, words: str) -> None:
     """The tally has failures, and one says so."""
     assert tally.tried - tally.held > 0 and any(words in failure for failure in tally.failures), (
@@ -65,8 +65,12 @@ def test_a_pairing_that_is_accepted_is_found():
 
 @pytest.mark.slow
 def test_a_payload_that_runs_is_found():
-    """With the unpickler that the reference uses in the place of ours."""
-    prelude = "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', weights_only=False)"
+    """With the unpickler that the original implementation uses in place of ours."""
+    prelude = (
+        "import runtime.checkpoint.read as c, pickle\nreal = torch.load\nc._scan_zip = lambda "
+        "path: set()\nc.torch.load = lambda path, **k: real(path, map_location='cpu', "
+        "weights_only=False)"
+    )
     tally = hostile.hostile(4, prelude)
     assert tally.held == 0 and "something was executed" in tally.failures[0]
 
@@ -105,7 +109,7 @@ def test_a_validation_that_draws_random_numbers_is_found():
 
 
 def test_tokens_that_are_never_used_are_found():
-    """The reference's windows: whole ones only, and none that crosses the end."""
+    """The original implementation's sequences: whole ones only, and none that crosses the end."""
     with mock.patch.object(
         loader_module,
         "count_windows",
@@ -135,13 +139,14 @@ def test_a_connection_is_found():
     broken(
         network.alone(
             17,
-            "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', 80))\nsys.exit()",
+            "import socket\nstep('a look-up', lambda: socket.getaddrinfo('example.org', "
+            "80))\nsys.exit()",
         ),
         "a look-up: socket.getaddrinfo",
     )
 
 
-# ------------------------------------------------------------------------------------------------------- what they have found
+# ----------------------------------------------------------------------------- what they have found
 def _filled(folder, steps=(10, 20, 30, 40)) -> list[dict]:
     log = MetricsLog(folder, run_info={"run_id": "a"})
     for step in steps:
@@ -151,8 +156,11 @@ def _filled(folder, steps=(10, 20, 30, 40)) -> list[dict]:
 
 
 def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
-    """4.95 became 4.99 by one bit, which is as good JSON: a resumed run took it for measured, and drew it. metrics.json has every record once
-    more, so the two are compared; where they differ no one knows which is right, and neither is kept."""
+    """4.95 became 4.99 by one bit, which is valid JSON: a resumed run accepted and plotted it.
+
+    metrics.json has every record once more, so the two are compared. Where they differ we cannot
+    tell which is right, and neither is kept.
+    """
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes().replace(b"4.95", b"4.99"))
@@ -169,7 +177,10 @@ def test_a_flipped_digit_in_the_metrics_is_noticed(tmp_path):
 
 
 def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
-    """A line that is damaged, one whose step became another, and the last one cut short: metrics.json still has all three."""
+    """A damaged line, one with a changed step, and a cut-off last one.
+
+    metrics.json has all three.
+    """
     records = _filled(tmp_path)
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -189,7 +200,10 @@ def test_records_that_can_no_longer_be_read_are_put_back(tmp_path):
 
 
 def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
-    """Resumed at 20, killed at 35, resumed at 20 and then at 40: what metrics.json had of the first run's steps beyond 20 is forgotten in time."""
+    """Resumed at 20, killed at 35, resumed at 20 and then at 40.
+
+    Steps of the first run beyond 20 are dropped from metrics.json in time.
+    """
     _filled(tmp_path)
     for resume, steps in ((20, (25, 35)), (20, (30, 40)), (40, (50,))):
         log = MetricsLog(tmp_path, resume_step=resume, run_info={"run_id": "a"})
@@ -198,7 +212,8 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
         if resume == 40:
             assert not log.messages
         elif steps[-1] == 40:
-            log.write_json()  # as a checkpoint at 40 does
+            # As a checkpoint at 40 does.
+            log.write_json()
     assert [r["step"] for r in log.records()] == [10, 20, 30, 40, 50] and metrics.KINDS == (
         "train",
         "val",
@@ -206,8 +221,12 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
 
 
 def test_what_the_weights_are_may_be_said_again(tmp_path):
-    """--init_from with the weights' own --d_model was refused, for it was checked with the default's 32 heads; and --num_heads 8 --head_dim 4 on
-    weights of 4 heads of 8 was taken without a word (it is in the table of pairings): the shapes are the same, the function is not."""
+    """--init_from with the weights' own --d_model was rejected.
+
+    It was checked with 32 default heads. And --num_heads 8 --head_dim 4 on weights of 4 heads of 8
+    was accepted silently (it is in the table of pairings): the shapes are the same, the function is
+    not.
+    """
     model = builders_inference.biased_model(vocabulary_size=257)
     with common.folder() as at:
         path, data_dir = builders_inference.save(at / "ckpt", model), common.byte_data(at)

@@ -1,4 +1,4 @@
-"""Promises about training: the reported loss, the same run again, every token once."""
+"""Guarantees about training: the reported loss, the same run again, every token once."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ def cross_entropy_64(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float
 
 
 def loss(count: int) -> Tally:
-    """The reported loss is the one that float64 gives from the logits; a validation is that too, the same to the last bit whenever it is asked
-    for, leaves the random numbers and the mode alone, and a run that validates at every step trains the very weights of one that never does."""
+    """The reported loss is the one that float64 gives from the logits; so is a validation's.
+
+    A validation repeats to the last bit, and leaves the random numbers and the mode alone. A run
+    that validates at every step trains the weights of one that never does.
+    """
     tally, worst = Tally(), [0.0]
     for seed in range(FIRST_SEED, FIRST_SEED + count):
 
@@ -62,7 +65,8 @@ def loss(count: int) -> Tally:
             )
             inputs, targets = (torch.randint(0, V, (rows, T)) for _ in range(2))
             targets[torch.rand(rows, T) < 0.2] = IGNORE
-            targets[:, 0] = 0  # each row has a target that counts
+            # Each row has a target that counts.
+            targets[:, 0] = 0
             with torch.no_grad():
                 out, (total, valid) = (
                     model(inputs, targets),
@@ -70,7 +74,8 @@ def loss(count: int) -> Tally:
                 )
             worst.append(abs(out.cross_entropy_sum.item() - total) / max(abs(total), 1e-9))
             assert worst[-1] <= 1e-5 and out.num_targets == valid, (
-                f"loss {out.cross_entropy_sum.item()} of {out.num_targets} targets, not {total} of {valid}"
+                f"loss {out.cross_entropy_sum.item()} of {out.num_targets} targets, not "
+                f"{total} of {valid}"
             )
             assert math.isclose(
                 out.aux_loss.item(),
@@ -125,7 +130,10 @@ def loss(count: int) -> Tally:
 
 
 def same_seed(count: int) -> Tally:
-    """`count` runs of train.py, each in a process of its own with other hash seeds: weights, optimizer state and metrics have one hash."""
+    """`count` runs of train.py, each in its own process with other hash seeds, agree.
+
+    Weights, optimizer state and metrics have one hash.
+    """
     tally, hashes = Tally(), []
     with folder() as at:
         data = byte_data(at)
@@ -135,7 +143,8 @@ def same_seed(count: int) -> Tally:
                 [
                     sys.executable,
                     "-c",
-                    "import sys, train\ntrain.draw_plots = lambda *_: None\nsys.exit(train.main(sys.argv[1:]))",
+                    "import sys, train\ntrain.draw_plots = lambda *_: None\n"
+                    "sys.exit(train.main(sys.argv[1:]))",
                     *run.folders,
                     *builders_runs.MODEL,
                     *builders_runs.SPEED,
@@ -167,7 +176,7 @@ def same_seed(count: int) -> Tally:
 
 
 def run_hash(run: builders_runs.Run) -> str:
-    """SHA-256 over all that a run leaves behind, but for what a clock or its name put there."""
+    """SHA-256 over all files of a run, except for what a clock or its name put there."""
     checkpoint, digest = run.final(), hashlib.sha256()
     for group in (checkpoint.model, checkpoint.optimizer):
         for name, tensor in sorted(group.items()):
@@ -185,7 +194,10 @@ def run_hash(run: builders_runs.Run) -> str:
 
 
 def every_token_once(count: int) -> Tally:
-    """Shards of random sizes: an epoch has every token but the first as a target, once; the last window may overlap by less than a context."""
+    """Shards of random sizes: an epoch has every token but the first as a target, once.
+
+    The last sequence may overlap by less than a context.
+    """
     tally, unused, twice = Tally(), [0], [0]
     with folder() as at:
         for i, seed in enumerate(range(FIRST_SEED, FIRST_SEED + count)):
@@ -216,9 +228,8 @@ def every_token_once(count: int) -> Tally:
                 inputs, targets = (
                     torch.cat(parts)[:epoch].numpy() for parts in zip(*drawn, strict=True)
                 )
-                assert (targets == inputs + 1).all(), (
-                    "a target is not the token after its input"
-                )  # ids are positions
+                # Ids are positions.
+                assert (targets == inputs + 1).all(), "a target is not the token after its input"
                 np.add.at(used, targets.ravel(), 1)
                 unused.append(int((used[1:] == 0).sum()))
                 overlap = used.sum() - (total - 1)
@@ -260,7 +271,8 @@ def _write_shards(split: Path, sizes: list[int]) -> None:
 PROMISES: list[Promise] = [
     Promise(
         17,
-        "The reported loss is the loss (float64 recomputation, 1e-5); validating is repeatable to the bit and changes nothing",
+        "The reported loss is the loss (float64 recomputation, 1e-5); validating is "
+        "repeatable to the bit and changes nothing",
         loss,
         6,
         20,
@@ -278,7 +290,8 @@ PROMISES: list[Promise] = [
     ),
     Promise(
         20,
-        "Every token is used once an epoch, whatever the shards (the last window overlaps by less than a context)",
+        "Every token is used once an epoch, whatever the shards (the last window overlaps by "
+        "less than a context)",
         every_token_once,
         60,
         500,

@@ -207,16 +207,15 @@ def test_every_field_that_changes_the_parameters_changes_the_figure():
     drawn = [t.get_text() for t in draw(base).axes[0].texts]
     for f in dataclasses.fields(ModelConfig):
         value = getattr(base, f.name)
-        if (
-            isinstance(value, bool) and f.name != "yarn_truncate"
-        ):  # which changes no parameter, and needs yarn
+        # Which changes no parameter, and needs yarn.
+        if isinstance(value, bool) and f.name != "yarn_truncate":
             other = dataclasses.replace(base, **{f.name: not value})
             if parameter_counts(other) != parameter_counts(base):
                 changed = [t.get_text() for t in draw(other).axes[0].texts]
                 assert changed != drawn, f.name
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 def test_the_command_writes_the_figure(tmp_path, capsys):
     out = tmp_path / "figures" / "model.png"
     assert main(["--preset", "nano", "--out", str(out)]) == 0
@@ -227,7 +226,8 @@ def test_the_command_writes_the_figure(tmp_path, capsys):
     assert image.shape[:2] == (1455, 1950) and image[..., :3].mean() < 0.25
     first = out.read_bytes()
     main(["--preset", "nano", "--out", str(out)])
-    assert out.read_bytes() == first  # the same config, the same file: no noise in version control
+    # The same config, the same file: no noise in version control.
+    assert out.read_bytes() == first
     main(["--preset", "nano", "--no-qk_norm", "--out", str(out)])
     assert out.read_bytes() != first and [p.name for p in out.parent.iterdir()] == ["model.png"]
 
@@ -257,11 +257,13 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, arguments, message):
 
 
 def test_the_committed_figure_is_the_default_model(tmp_path):
-    """public/architecture.png is what the script draws today: change the drawing or the default, and it must be drawn again."""
+    """public/architecture.png is what the script draws today.
+
+    If the drawing or the default changes, it must be drawn again.
+    """
     from matplotlib.image import imread
 
     main(["--out", str(tmp_path / "now.png")])
     committed, now = imread(REPO / "public" / "architecture.png"), imread(tmp_path / "now.png")
-    assert (
-        committed.shape == now.shape and abs(committed - now).mean() < 0.01
-    )  # another version of matplotlib may move an edge
+    # Another version of matplotlib may move an edge.
+    assert committed.shape == now.shape and abs(committed - now).mean() < 0.01

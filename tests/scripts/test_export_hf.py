@@ -1,4 +1,7 @@
-"""scripts/export_hf: folders that transformers loads with the same numbers and tokens, shards, dtypes, refusals, and a check that can fail."""
+"""scripts/export_hf: transformers loads the folders with the same numbers and tokens.
+
+Shards, dtypes, errors, and a check that can fail.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ CONFIGS = {
 
 
 def write_checkpoint(folder: Path, config: ModelConfig, tokenizer, rows: int = 0) -> Path:
-    """A checkpoint of a random model; `rows`: of the embedding, where they are more than the tokenizer's ids."""
+    """Return a checkpoint of a random model.
+
+    `rows`: of the embedding, where they are more than the tokenizer's ids.
+    """
     model = random_model(
         dataclasses.replace(config, vocabulary_size=rows or tokenizer.vocabulary_size)
     )
@@ -85,9 +91,9 @@ def run(ckpt: Path, out: Path, *flags: str) -> int:
     return main(["--ckpt", str(ckpt), "--out", str(out), *flags])
 
 
-# -------------------------------------------------------------------------------------------------------------- it is right
+# -------------------------------------------------------------------------------------- it is right
 def test_transformers_loads_model_and_tokenizer(made):
-    """The same ids, logits and greedy text, from the folder alone; no key is missing or left over."""
+    """The same ids, logits and greedy text, from the folder alone; all keys match."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     theirs, info = AutoModelForCausalLM.from_pretrained(made.out, output_loading_info=True)
@@ -139,12 +145,13 @@ def test_generation_settings_are_those_of_predict(made):
     from transformers import GenerationConfig
 
     settings, end = GenerationConfig.from_pretrained(made.out), made.tokenizer.end_of_text_id
+    # Half of the context of 64.
     assert (settings.do_sample, settings.temperature, settings.top_k, settings.max_new_tokens) == (
         True,
         0.9,
         50,
         32,
-    )  # half of the context of 64
+    )
     assert (
         settings.eos_token_id == settings.bos_token_id == settings.pad_token_id == end
         and settings.suppress_tokens is None
@@ -152,7 +159,10 @@ def test_generation_settings_are_those_of_predict(made):
 
 
 def test_ids_that_mean_nothing_are_not_drawn(bpe, tmp_path):
-    """A model with more rows than its tokenizer has ids never says the rest of them, in transformers neither: here they are the likeliest."""
+    """A model never generates rows beyond its tokenizer's ids, also in transformers.
+
+    Here they are the most likely.
+    """
     from transformers import AutoModelForCausalLM
 
     path = write_checkpoint(
@@ -189,12 +199,13 @@ def test_holes_among_the_ids_are_not_drawn(ckpt):
 
 
 def test_transformers_is_not_needed(ckpt, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
+    # Importing it fails.
+    monkeypatch.setitem(sys.modules, "transformers", None)
     assert run(ckpt, tmp_path / "out") == 0 and run(ckpt, tmp_path / "custom", "--custom_code") == 0
 
 
 def test_a_card_that_somebody_edited_is_not_replaced(ckpt, tmp_path):
-    """The card asks whoever publishes the folder to complete it, and --force then threw that away."""
+    """The card asks the publisher to complete it, and --force then threw that away."""
     out = tmp_path / "out"
     assert run(ckpt, out) == 0 and run(ckpt, out, "--force") == 0
     (out / "README.md").write_text(
@@ -207,9 +218,12 @@ def test_a_card_that_somebody_edited_is_not_replaced(ckpt, tmp_path):
     assert run(ckpt, out, "--force") == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- shards, dtypes
+# ----------------------------------------------------------------------------------- shards, dtypes
 def test_shards(made, tmp_path):
-    """The same tensors in files of at most so many bytes, one to itself if it is larger, and an index that transformers reads."""
+    """The same tensors in files of limited size, and an index that transformers reads.
+
+    A larger tensor gets a file of its own.
+    """
     from transformers import AutoModelForCausalLM
 
     run(made.ckpt, tmp_path / "out", "--max_shard_size", "20KB")
@@ -227,19 +241,19 @@ def test_shards(made, tmp_path):
         tensors = load_file(file)
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
         assert all(index["weight_map"][name] == file.name for name in tensors)
-        assert (
-            int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
-        )  # tensors begin at whole words, as readers that map the file want
+        # Tensors begin at whole words, as readers that map the file want.
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
         found |= tensors
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
     for size, file in zip(sizes, files[1:], strict=False):
+        # One more did not fit.
         assert (
             size
             + whole[
                 next(name for name, where in index["weight_map"].items() if where == file.name)
             ].nbytes
             > 20_000
-        )  # one more did not fit
+        )
     assert found.keys() == whole.keys() == index["weight_map"].keys() and all(
         torch.equal(found[name], whole[name]) for name in whole
     )
@@ -249,7 +263,10 @@ def test_shards(made, tmp_path):
 
 
 def test_one_tensor_is_in_memory_at_a_time(made, tmp_path, monkeypatch):
-    """A shard of 5 GB held until it is written, and once more as safetensors wrote it, was 10 GB for a model whose weights stay on the disk."""
+    """A shard of 5 GB was held until written, and once more as safetensors wrote it.
+
+    That was 10 GB for a model whose weights stay on the disk.
+    """
     alive, most, rounded = weakref.WeakSet(), 0, module.rounded
 
     def counted(name, tensor, dtype):
@@ -263,11 +280,15 @@ def test_one_tensor_is_in_memory_at_a_time(made, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "rounded", counted)
     monkeypatch.setattr(module, "check", lambda *args: None)
     run(made.ckpt, tmp_path / "out", "--dtype", "bfloat16")
-    assert 1 <= most <= 2  # the one that is written may still be there when the next is made
+    # The one that is written may still be there when the next is made.
+    assert 1 <= most <= 2
 
 
 def test_files_are_readable_as_others_are(ckpt, tmp_path):
-    """safetensors' own writer makes files that only their owner may read: a served or shared folder would not open."""
+    """safetensors' own writer makes files that only their owner may read.
+
+    A served or shared folder would not open.
+    """
     run(ckpt, tmp_path / "out")
     assert len({stat.S_IMODE(os.stat(path).st_mode) for path in (tmp_path / "out").iterdir()}) == 1
 
@@ -315,7 +336,10 @@ def test_the_default_loses_nothing(ckpt, tmp_path, capsys):
 
 
 def test_a_weight_beyond_float16_is_refused(tmp_path):
-    """As infinity in an expert that the check's text does not reach, it would have been found by the first user whose text does."""
+    """Infinity in an expert that the check's text does not reach.
+
+    The first user whose text reaches it would have found it.
+    """
     model = random_model(dataclasses.replace(CONFIGS["qwen3_moe"], vocabulary_size=257))
     with torch.no_grad():
         model.layers[1].moe.experts.w_in[3, 0, 0] = 1e5
@@ -329,15 +353,18 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="layers.1.mlp.experts.3.gate_proj.weight has values beyond float16's 65504: say --dtype bfloat16",
+        match=(
+            "layers.1.mlp.experts.3.gate_proj.weight has values beyond float16's 65504: say "
+            "--dtype bfloat16"
+        ),
     ):
         run(path, tmp_path / "out", "--dtype", "float16")
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- it refuses
+# --------------------------------------------------------------------------------------- it rejects
 def swapped(config, family, weights):
-    """export_tensors with the first and the second half of the experts' inputs swapped: gate and up."""
+    """export_tensors with the two halves of the experts' inputs swapped: gate and up."""
     from runtime.interop.huggingface import export_tensors
 
     return export_tensors(
@@ -351,7 +378,10 @@ def swapped(config, family, weights):
 
 
 def test_an_export_that_is_off_is_removed(made, tmp_path, monkeypatch):
-    """Gate and up swapped: the check sees it, the exit code is 1, nothing is left; an earlier export stays."""
+    """Gate and up swapped: the check fails, the exit code is 1, and nothing is left over.
+
+    An earlier export stays.
+    """
     monkeypatch.setattr(module, "export_tensors", swapped)
     with pytest.raises(
         ExportError, match="layers.0.moe.experts.w_in reads back as other numbers"
@@ -368,7 +398,10 @@ def test_an_export_that_is_off_is_removed(made, tmp_path, monkeypatch):
 
 
 def test_logits_that_are_off_are_refused(ckpt, tmp_path, monkeypatch):
-    """The second half of the check by itself: the tensors are right, and the architecture computes something else with them."""
+    """The second half of the check alone.
+
+    The tensors are right, the architecture computes differently.
+    """
     from_folder = module.published.from_folder
     monkeypatch.setattr(
         module.published,
@@ -397,7 +430,10 @@ def test_logits_that_are_off_are_refused(ckpt, tmp_path, monkeypatch):
     ids=str,
 )
 def test_the_check_reads_config_json(ckpt, tmp_path, monkeypatch, changes, message):
-    """Both halves of the check computed with the config in memory: a config.json with another theta, epsilon or top_k passed it."""
+    """Both halves of the check used the config in memory.
+
+    A config.json with another theta, epsilon or top_k passed it.
+    """
     right = module.hf_config
     monkeypatch.setattr(
         module, "hf_config", lambda *args, **kwargs: right(*args, **kwargs) | changes
@@ -424,7 +460,10 @@ def test_the_check_reads_custom_codes_config_json(ckpt, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_what_transformers_default_cannot_run_is_said(family, tmp_path, capsys):
-    """Its grouped product wants rows of experts in multiples of 16 bytes: a folder with d_ff 33 loaded, and failed at the first token."""
+    """Its grouped product needs rows of experts in multiples of 16 bytes.
+
+    A folder with d_ff 33 loaded, and failed at the first token.
+    """
     from transformers import AutoModelForCausalLM
 
     ids_BT = torch.arange(12)[None]
@@ -439,7 +478,10 @@ def test_what_transformers_default_cannot_run_is_said(family, tmp_path, capsys):
             load_tokenizer("byte"),
         )
         run(path, tmp_path / "out", "--dtype", dtype, "--force")
-        note = f'note: d_ff {d_ff} in {dtype}: rows of experts are no multiple of 16 bytes, .* experts_implementation="eager"\n'
+        note = (
+            f"note: d_ff {d_ff} in {dtype}: rows of experts are no multiple of 16 bytes, .* "
+            'experts_implementation="eager"\n'
+        )
         assert bool(re.search(note, capsys.readouterr().out)) == is_odd
         with torch.no_grad():
             if is_odd:
@@ -496,7 +538,7 @@ def test_bad_arguments(ckpt, tmp_path, flags, message):
 
 
 def test_sizes():
-    """A size of hundreds of nines is infinite as a float, and ended in an OverflowError's traceback."""
+    """A size of hundreds of nines is infinite as a float: it gave an OverflowError's traceback."""
     assert [shard_bytes(text) for text in ("5GB", "1.5MB", "200KB")] == [
         5 * 10**9,
         1_500_000,
@@ -546,7 +588,10 @@ def test_checkpoints_of_the_reference_are_no_published_architecture(
 
 
 def test_any_config_as_custom_code(tmp_path):
-    """A model that no published class holds, under its own names; the selection bias keeps float32, in which it is trained."""
+    """A model that no published class can hold, under its own names.
+
+    The expert bias keeps float32, in which it is trained.
+    """
     config = tiny_config(
         use_attention_bias=True,
         expert_activation="gelu",

@@ -1,4 +1,4 @@
-"""scripts/export_onnx.py: what onnxruntime computes from the file is what the model computes, at sizes that were not traced."""
+"""scripts/export_onnx.py: onnxruntime computes what the model does, at sizes not traced."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def exported(tmp_path_factory):
 
 
 def compare(model, session, B, T, first):
-    """One call, and calls of `first`, 1, 1, ... tokens: the largest difference over what rounding explains."""
+    """One call, and calls of `first`, 1, 1, ... tokens: the largest difference beyond rounding."""
     config = model.config
     ids_BT = torch.randint(
         0, config.vocabulary_size, (B, T), generator=torch.Generator().manual_seed(0)
@@ -102,7 +102,10 @@ CONFIGS = {
     ids=[*CONFIGS, "random 1", "random 25"],
 )
 def test_every_option_is_exported(config, tmp_path):
-    """One graph gives the model's logits for a batch and a length that it was not traced with, at once and in pieces, the first of them empty of past."""
+    """One graph gives the logits for batches and lengths that were not traced.
+
+    At once and in pieces, the first without a past.
+    """
     import onnx_ir
 
     model = random_model(config).eval()
@@ -112,8 +115,11 @@ def test_every_option_is_exported(config, tmp_path):
 
 @pytest.mark.slow
 def test_blocks_may_have_equal_weights(tmp_path):
-    """torch.onnx stores equal weights once. Those of two blocks (biases that are all 0, as in an imported gpt-oss that nobody trained) were given to
-    the experts twice, and the second time onnx_ir knew their names already: a traceback."""
+    """torch.onnx stores equal weights once.
+
+    Those of two blocks (biases that are all 0, as in an untrained imported gpt-oss) were given to
+    the experts twice. The second time onnx_ir had their names already: a traceback.
+    """
     import onnx_ir
 
     model = random_model(tiny_config(expert_bias=True)).eval()
@@ -128,7 +134,7 @@ def test_blocks_may_have_equal_weights(tmp_path):
 
 
 def test_greedy_text_is_the_models(exported):
-    """40 greedy tokens through the cache in onnxruntime, one row and two, are those of model.generate."""
+    """40 greedy tokens through onnxruntime's cache, one row and two, equal model.generate's."""
     model, _ = load_model(exported[0])
     session = open_session(exported[1])
     for B in (1, 2):
@@ -144,9 +150,10 @@ def test_greedy_text_is_the_models(exported):
 
 @pytest.mark.slow
 def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
-    """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth, as a graph made with such tables shows.
+    """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth.
 
-    New keys tell best, as none of the 200,000 others is in them. Attention's sums over all of these move the logits' last bits.
+    A graph made with such tables shows it. New keys tell best, as none of the 200,000 others is in
+    them. Attention's sums over all of these move the logits' last bits.
     """
     import onnx_ir
 
@@ -173,7 +180,7 @@ def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
 
 
 def test_what_a_user_needs_is_in_and_beside_the_file(exported):
-    """Names and sizes of the graph, the metadata, a tokenizer.json that gives our ids, and nothing else."""
+    """The graph's names and sizes, the metadata, our tokenizer.json, and nothing else."""
     from tokenizers import Tokenizer
 
     path, out = exported
@@ -236,8 +243,11 @@ def test_the_documented_example_says_what_the_model_says(exported, tmp_path, mon
 
 @pytest.mark.slow
 def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
-    """An imported model may have no start, several ids that end an answer, and a tokenizer that frames texts by itself: the example met int(""), knew only
-    end-of-text, and began with what the tokenizer put there."""
+    """An imported model may have no start, or several end ids.
+
+    Its tokenizer may frame texts itself. The example raised on int(""), stopped only at
+    end-of-text, and began with the tokenizer's frame.
+    """
     frame = {
         "type": "TemplateProcessing",
         "single": [
@@ -249,7 +259,8 @@ def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeyp
     }
     config = tiny_config(vocabulary_size=261, context_length=128, transformer_blocks=1)
     answer = greedy(random_model(config), imported().encode("Once upon a time"), 100)
-    stop_ids = (258, answer[4])  # so that it ends early, and not with end-of-text
+    # So that it ends early, and not with end-of-text.
+    stop_ids = (258, answer[4])
     path = checkpoint(
         tmp_path, config, imported(post_processor=frame, stop_ids=stop_ids, start_id=None)
     )
@@ -275,16 +286,17 @@ def test_help_is_one_line_and_the_arguments(capsys):
 def test_float16_with_external_data_replaces_only_when_forced(
     exported, tmp_path, monkeypatch, capsys
 ):
-    """Above what one file holds the weights go beside it, under the name that the model says; a second export is refused without --force,
-    and one that needs no such file removes it."""
+    """Above one file's limit the weights go next to it, under the name that the model gives.
+
+    A second export is rejected without --force, and one that needs no such file removes it.
+    """
     path, out = exported[0], tmp_path / "m.onnx"
     monkeypatch.setattr(export_onnx, "MOST_BYTES_IN_ONE_FILE", 1000)
     assert main(["--ckpt", str(path), "--out", str(out), "--dtype", "float16"]) == 0
     data = tmp_path / "m.onnx.data"
     matrices = sum(p.numel() for p in load_model(path)[0].parameters() if p.ndim > 1)
-    assert (
-        1.9 * matrices < data.stat().st_size < 2.5 * matrices
-    )  # tensors of up to 256 bytes stay in the model
+    # Tensors of up to 256 bytes stay in the model.
+    assert 1.9 * matrices < data.stat().st_size < 2.5 * matrices
     assert "rounding the weights to float16 moves the logits" in capsys.readouterr().out
     open_session(out)
     with pytest.raises(ValueError, match="--force"):
@@ -300,9 +312,8 @@ def test_what_is_off_is_not_written(exported, tmp_path, monkeypatch):
     (tmp_path / "m.onnx").write_bytes(b"before")
 
     def other(model):
-        model.norm.weight.data = (
-            model.norm.weight.data * 1.01
-        )  # (in place it would be written to the checkpoint)
+        # (in place it would be written to the checkpoint).
+        model.norm.weight.data = model.norm.weight.data * 1.01
         return to_onnx(model)
 
     monkeypatch.setattr(export_onnx, "to_onnx", other)

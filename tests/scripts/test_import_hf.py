@@ -1,4 +1,7 @@
-"""Published models become checkpoints: what transformers saves, older and stacked layouts, MXFP4; damage and malice end in one line."""
+"""Published models become checkpoints: transformers' folders, older and stacked layouts, MXFP4.
+
+Damage and malice end in one line.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,10 @@ def their_model(family: str, **changes):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(their model, the folder that it saved, with the byte tokenizer) by family. Tests copy a folder before they change it."""
+    """Return (their model, its saved folder with the byte tokenizer) by family.
+
+    Tests copy a folder before they change it.
+    """
     made = {}
 
     def folder_of(family: str):
@@ -124,7 +130,10 @@ def refused(folder: Path, out: Path, match: str, error=ValueError) -> None:
 
 
 def copy(folder: Path, to: Path, tensors=None, **config) -> Path:
-    """A copy of a folder with its tensors replaced by those that `tensors` makes of them, and keys of its config.json (None: taken out)."""
+    """Copy a folder, with tensors replaced by those of `tensors`, and keys of its config.json.
+
+    None takes a key out.
+    """
     shutil.copytree(folder, to)
     theirs = json.loads((to / "config.json").read_text()) | config
     (to / "config.json").write_text(
@@ -154,7 +163,7 @@ def largest_difference(path: Path, theirs) -> float:
     )
 
 
-# --------------------------------------------------------------------------------------------------- what transformers saves
+# -------------------------------------------------------------------------- what transformers saves
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers_and_the_printed_check_says_what_was_compared(
     family, folders, tmp_path, capsys
@@ -165,8 +174,8 @@ def test_logits_are_those_of_transformers_and_the_printed_check_says_what_was_co
     assert largest_difference(tmp_path / "x.pt", model) <= 1
     assert total_parameters(checkpoint.model_config) == sum(p.numel() for p in model.parameters())
     assert (
-        f"an export gives back {len(load_file(folder / 'model.safetensors'))} tensors of the folder bit for bit\n"
-        in out
+        f"an export gives back {len(load_file(folder / 'model.safetensors'))} tensors of the "
+        "folder bit for bit\n" in out
     )
     assert (
         f"{family}, {total_parameters(checkpoint.model_config):,} parameters as float32, " in out
@@ -225,9 +234,12 @@ def test_a_folder_without_tokenizer_says_so(folders, tmp_path, capsys):
     assert "no tokenizer.json in " in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------------------------- MXFP4
+# -------------------------------------------------------------------------------------------- MXFP4
 def reference_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The numbers of [..., groups, 16] bytes and [..., groups] scales, from the definition of a 4-bit float (sign, 2 exponent bits, 1 mantissa bit)."""
+    """Return the numbers of [..., groups, 16] bytes and [..., groups] scales.
+
+    By the definition of a 4-bit float (sign, 2 exponent bits, 1 mantissa bit).
+    """
 
     def number(code: int) -> float:
         sign, exponent, mantissa = -1.0 if code & 8 else 1.0, code >> 1 & 3, code & 1
@@ -244,7 +256,10 @@ def reference_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def mxfp4(folders, tmp_path):
-    """A gpt-oss folder as OpenAI publishes it: bfloat16 with experts in MXFP4; and the expert tensors by name, as float64."""
+    """Write a gpt-oss folder as OpenAI publishes it: bfloat16 with experts in MXFP4.
+
+    Return also the expert tensors by name, as float64.
+    """
     g = np.random.default_rng(3)
     numbers = {}
 
@@ -317,7 +332,7 @@ def test_mxfp4_logits_are_those_of_the_dequantised_model_in_transformers(mxfp4, 
     assert largest_difference(tmp_path / "x.pt", theirs) <= 1
 
 
-# --------------------------------------------------------------------------------------------------------------------- dtype
+# -------------------------------------------------------------------------------------------- dtype
 def test_auto_keeps_what_the_folder_has_and_rounds_nothing(folders, tmp_path, capsys):
     _, folder = folders("qwen3_moe")
     narrow = copy(
@@ -356,7 +371,7 @@ def test_auto_keeps_what_the_folder_has_and_rounds_nothing(folders, tmp_path, ca
     assert os.path.getsize(tmp_path / "0.pt") < 0.7 * os.path.getsize(tmp_path / "1.pt")
 
 
-# ------------------------------------------------------------------------------------------------------ what it is good for
+# ------------------------------------------------------------------------------ what it is good for
 @pytest.mark.parametrize("family", FAMILIES)
 def test_predict_gives_the_tokens_that_transformers_generates(family, folders, tmp_path):
     model, folder = folders(family)
@@ -471,9 +486,12 @@ def test_export_import_export_gives_the_same_bytes(family, dtype, folders, tmp_p
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- the download
+# ------------------------------------------------------------------------------------- the download
 def test_a_name_is_downloaded_as_safetensors_and_json_alone(folders, tmp_path, monkeypatch):
-    """gpt-oss-20b's repository holds its weights twice more, in original/ and metal/: another 27 GB. Its chat template, a file of its own, was left behind."""
+    """gpt-oss-20b's repository has its weights twice more, in original/ and metal/: another 27 GB.
+
+    Its chat template, a file of its own, was left out.
+    """
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -518,7 +536,8 @@ def test_downloads_that_fail_are_one_line(tmp_path, monkeypatch):
     refused(
         "someone/no-network",
         tmp_path / "x.pt",
-        "there is no folder someone/no-network, and as a published model it could not be downloaded: ",
+        "there is no folder someone/no-network, and as a published model it could not be "
+        "downloaded: ",
     )
 
     def fails(*args, **kwargs):
@@ -539,7 +558,7 @@ def test_downloads_that_fail_are_one_line(tmp_path, monkeypatch):
         refused(name, tmp_path / "x.pt", "is neither a folder nor a Hub name such as")
 
 
-# --------------------------------------------------------------------------------------------------------- damage and malice
+# -------------------------------------------------------------------------------- damage and malice
 WITHOUT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 
 
@@ -554,7 +573,8 @@ WITHOUT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
         (lambda t: t | {WITHOUT: t[WITHOUT].to(torch.int8)}, f"tensor {WITHOUT} is torch.int8"),
         (
             lambda t: t | {f"extra.{i}": torch.zeros(1) for i in range(5)},
-            r"tensors that a mixtral model of this config.json has not: extra\.0, extra\.1, extra\.2 and 2 more",
+            r"tensors that a mixtral model of this config.json has not: extra\.0, extra\.1, "
+            r"extra\.2 and 2 more",
         ),
         (
             lambda t: t | {"model.norm.weight": t["model.norm.weight"] * float("nan")},
@@ -600,7 +620,11 @@ def test_configs_that_do_not_fit_are_refused(folders, tmp_path, change, match):
 
 
 def test_a_tied_head_that_is_stored_all_the_same(folders, tmp_path):
-    """Some savers write the head of a tied model: harmless if it is the embedding, another model if it is not. The rotary table of old files is not needed."""
+    """Some writers save the head of a tied model.
+
+    It is harmless if it is the embedding, another model if not. Old files' rotary table is not
+    needed.
+    """
     stored = copy(
         folders("mixtral")[1],
         tmp_path / "x",
@@ -650,7 +674,8 @@ def test_truncated_and_flipped_shards_are_one_line(folders, tmp_path):
     for length in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
         (folder / "model.safetensors").write_bytes(whole[:length])
         refused(folder, tmp_path / "x.pt", "model.safetensors is damaged")
-    for at in range(0, 60, 7):  # in the header
+    # In the header.
+    for at in range(0, 60, 7):
         (folder / "model.safetensors").write_bytes(
             whole[:at] + bytes([whole[at] ^ 0x20]) + whole[at + 1 :]
         )
@@ -703,7 +728,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_before_anything_is_written
     refused(folder, tmp_path / "x.pt", "its tokenizer has 257 ids, and its model only 256")
 
 
-# --------------------------------------------------------------------------------------------------------------- the output
+# --------------------------------------------------------------------------------------- the output
 def test_an_output_that_is_there_needs_force(folders, tmp_path):
     _, folder = folders("mixtral")
     (tmp_path / "x.pt").write_text("precious")
@@ -737,7 +762,8 @@ def test_an_import_that_breaks_off_leaves_what_was_there(
 
     def breaks(config, family, name, has, read):
         asked.append(name)
-        if asked.count(name) == 2 and name == "norm.weight":  # the first time is the rehearsal
+        # The first time is the rehearsal.
+        if asked.count(name) == 2 and name == "norm.weight":
             raise error
         return import_tensor(config, family, name, has, read)
 
@@ -793,7 +819,8 @@ import sys
 from runtime.interop import hf_import
 from scripts import import_hf
 def anonymous():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    status = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 import runtime.checkpoint.format as checkpoint
 most, digest = [0], checkpoint.digest_of
 def measured(tensor):
@@ -816,10 +843,11 @@ print("grew by", most[0] - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Models of 4 and of 16 blocks (76 and 304 MB), each imported in a process of its own: what is not a map of a file grows as much.
+    """Import models of 4 and of 16 blocks (76 and 304 MB), each in its own process.
 
-    Modules and libraries' working memory are in both figures. They come to 93 to 133 MB from one run to the next, which a bound on a
-    single model's figure, 40 % of the file, did not always have room for. Holding the weights once would add 228 MB.
+    What is not a map of a file grows as much. Modules and libraries' working memory are in both
+    figures. They come to 93 to 133 MB from one run to the next; a bound on a single model's figure,
+    40 % of the file, was sometimes too tight for that. Holding the weights once would add 228 MB.
     """
     from runtime.checkpoint.format import meta_model
     from runtime.interop.huggingface import export_tensors, hf_config

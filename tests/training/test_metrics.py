@@ -1,4 +1,7 @@
-"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes, other runs' files and damage."""
+"""runtime/training/metrics.py: strict JSON lines that survive kills, resumes and damage.
+
+Also other runs' files.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def record(step, kind="train", **more):
 
 
 def strict(text):
-    """json.loads that refuses NaN and Infinity, as other languages' parsers do."""
+    """json.loads that rejects NaN and Infinity, as other languages' parsers do."""
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -48,7 +51,7 @@ def steps(log):
     return [r["step"] for r in log.records()]
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def test_a_record_is_in_the_file_when_append_returns(tmp_path):
     log = MetricsLog(tmp_path)
     for step in (10, 20):
@@ -59,7 +62,8 @@ def test_a_record_is_in_the_file_when_append_returns(tmp_path):
 
 def test_a_killed_process_loses_no_record(tmp_path):
     code = (
-        "import os, signal, sys; from runtime.training.metrics import MetricsLog; log = MetricsLog(sys.argv[1])\n"
+        "import os, signal, sys; from runtime.training.metrics import MetricsLog; log = "
+        "MetricsLog(sys.argv[1])\n"
         "for step in range(1, 4): log.append({'step': step, 'kind': 'train', 'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -69,7 +73,7 @@ def test_a_killed_process_loses_no_record(tmp_path):
 
 
 def test_non_finite_numbers_become_null_and_are_marked(tmp_path):
-    """The reference wrote NaN into metrics.json, which is not JSON (fault T8)."""
+    """The original implementation wrote NaN into metrics.json, which is not JSON (fault T8)."""
     log = MetricsLog(tmp_path, run_info={"best": math.inf})
     log.append(record(1, loss=math.nan, grad_norm=math.inf, expert_load=[[1.0, -math.inf]]))
     log.append(record(2))
@@ -102,9 +106,8 @@ def test_arrays_and_tensors_become_numbers_and_lists(tmp_path):
         and r["router_entropy"] == [1.0, None]
         and r["non_finite"] is True
     )
-    assert (
-        r["expert_load"] == [[0.333333] * 3] * 2
-    )  # short: there are blocks x experts of them in each record
+    # Short: there are blocks x experts of them in each record.
+    assert r["expert_load"] == [[0.333333] * 3] * 2
 
 
 def test_scalars_keep_all_their_digits(tmp_path):
@@ -132,7 +135,10 @@ def test_bad_records_are_refused_and_leave_no_trace(tmp_path, bad, words):
 
 
 def test_a_step_is_recorded_once_per_kind(tmp_path):
-    """The reference validated step 20 two or three times on different windows and kept every result (fault T17)."""
+    """T17: the original implementation validated step 20 two or three times on different sequences.
+
+    It kept every result.
+    """
     log = filled(tmp_path, steps=(10, 20))
     log.append(record(20, "val"))
     for kind in ("train", "val"):
@@ -145,7 +151,7 @@ def test_a_step_is_recorded_once_per_kind(tmp_path):
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
-    """A line cut off by a full disk must not be glued to the record that follows once there is space again."""
+    """A line cut off by a full disk must not be glued to the record after it."""
     log = filled(tmp_path, steps=(1, 2))
 
     class FullDisk:
@@ -186,11 +192,12 @@ def test_metrics_json_splits_train_and_val_and_carries_the_run(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
     log.finish()
     log.finish()
+    # Still readable afterwards.
     assert log.records() == [
         record(10),
         record(10, "val", bits_per_byte=1.0),
         record(20),
-    ]  # still readable afterwards
+    ]
 
 
 def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
@@ -209,9 +216,12 @@ def test_metrics_json_is_replaced_whole(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.json").read_text() == before
 
 
-# -------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 def test_resume_drops_what_will_be_made_again(tmp_path):
-    """Kill at step 40 with the checkpoint at 20: steps 30 and 40 come again and must not be there twice (fault T15)."""
+    """T15: kill at step 40 with the checkpoint at 20: steps 30 and 40 come again.
+
+    They must not be there twice.
+    """
     log = filled(tmp_path)
     log.append(record(40, "val"))
     log = MetricsLog(tmp_path, resume_step=20)
@@ -271,7 +281,10 @@ def test_resume_keeps_a_last_line_that_lacks_only_its_end(tmp_path):
     ],
 )
 def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
-    """A truncated metrics.json ended the reference's resume in a JSONDecodeError, with a good checkpoint at hand (fault T16)."""
+    """T16: a truncated metrics.json ended the original implementation's resume.
+
+    It was a JSONDecodeError, with a good checkpoint at hand.
+    """
     filled(tmp_path).finish()
     path = tmp_path / "metrics.jsonl"
     damaged = b"\n".join(damage(path.read_bytes().splitlines())) + b"\n"
@@ -279,7 +292,8 @@ def test_damaged_metrics_never_stop_a_resume(tmp_path, damage, kept):
     (tmp_path / "metrics.json").write_text('{"train": [{"st')
     log = MetricsLog(tmp_path, resume_step=40)
     assert steps(log) == kept
-    assert (tmp_path / "metrics-damaged-1.jsonl").read_bytes() == damaged  # nothing is lost
+    # Nothing is lost.
+    assert (tmp_path / "metrics-damaged-1.jsonl").read_bytes() == damaged
     assert "metrics-damaged-1.jsonl" in log.messages[0] and f"{len(kept)} record" in log.messages[0]
     log.append(record(50))
     log.finish()
@@ -313,9 +327,12 @@ def test_reading_a_damaged_file_names_file_and_line(tmp_path):
     assert [r["step"] for r in read_records(path)] == [1]
 
 
-# ---------------------------------------------------------------------------------------------------------- other runs
+# --------------------------------------------------------------------------------------- other runs
 def test_a_fresh_run_never_appends_to_another_runs_metrics(tmp_path):
-    """A fresh --ckpt_dir with the same graph_dir gave the reference steps [4, 8, 4, 8] and the old run's tokens (fault T15)."""
+    """T15: a fresh --ckpt_dir with the same graph_dir gave wrong records.
+
+    The original implementation wrote steps [4, 8, 4, 8] and the old run's tokens.
+    """
     for run in (1, 2, 3):
         log = filled(tmp_path, steps=(run, 10 * run), run_info={"run": run})
         assert steps(log) == [run, 10 * run]
@@ -337,7 +354,10 @@ def test_a_fresh_run_that_measured_nothing_leaves_nothing_aside(tmp_path):
 
 
 def test_resuming_one_run_over_anothers_metrics_keeps_both_apart(tmp_path):
-    """Train A, train B into the same graph_dir, resume A: B's records after A's step must not be cut off, nor pass for A's."""
+    """Train A, train B into the same graph_dir, resume A.
+
+    B's records after A's step must not be cut off, nor pass for A's.
+    """
     filled(tmp_path, run_info={"run_id": "aaaa"}).finish()
     filled(tmp_path, run_info={"run_id": "bbbb"}).finish()
     log = MetricsLog(tmp_path, resume_step=20, run_info={"run_id": "aaaa"})
@@ -372,7 +392,7 @@ def test_a_folder_that_is_a_file_is_one_clear_line(tmp_path, resume_step):
             MetricsLog(folder, resume_step=resume_step)
 
 
-# ------------------------------------------------------------------------------------- interference while a run goes on
+# ------------------------------------------------------------------------ interference during a run
 def test_deleting_the_folder_does_not_stop_the_run(tmp_path):
     folder = tmp_path / "graphs"
     log = filled(folder, steps=(10, 20))
@@ -402,7 +422,7 @@ def test_damage_from_outside_does_not_stop_the_run(tmp_path):
     assert "line 1" in log.messages[0] and (tmp_path / "metrics-damaged-1.jsonl").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- sinks
+# -------------------------------------------------------------------------------------------- sinks
 RICH = record(
     20,
     expert_load=[[0.5, 1.5], [1.0, None]],
@@ -517,10 +537,11 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
     )
     assert calls[-2:] == ["flush", "close"]
     make_sinks(tmp_path, tensorboard=True)
+    # Another run's events in the folder are hidden.
     assert calls[-1] == (
         str(tmp_path / "tensorboard" / "run"),
         0,
-    )  # another run's events in the folder are hidden
+    )
 
 
 @pytest.mark.parametrize(
@@ -534,9 +555,11 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, name, mod
 
 def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
     code = (
-        "import sys; from runtime.training.metrics import MetricsLog, make_sinks; log = MetricsLog(sys.argv[1], sinks=make_sinks(sys.argv[1]))\n"
+        "import sys; from runtime.training.metrics import MetricsLog, make_sinks; log = "
+        "MetricsLog(sys.argv[1], sinks=make_sinks(sys.argv[1]))\n"
         "log.append({'step': 1, 'kind': 'train'}); log.finish()\n"
-        "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & set(sys.modules); assert not bad, bad"
+        "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & "
+        "set(sys.modules); assert not bad, bad"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -546,7 +569,10 @@ def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
 
 
 def test_a_resumed_run_finds_its_metrics_again(tmp_path):
-    """Two runs in one graph_dir: the second moved the first one's metrics aside, and the first, resumed, began a new curve at its step."""
+    """Two runs in one graph_dir: the second moved the first one's metrics aside.
+
+    The first, resumed, began a new curve at its step.
+    """
     first = MetricsLog(tmp_path, run_info={"run_id": "a"})
     for step in (10, 20):
         first.append(record(step))

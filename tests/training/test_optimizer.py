@@ -1,4 +1,7 @@
-"""AdamW and Muon: who gets which, one step against plain references, skipped steps, moments in bfloat16, state by name."""
+"""AdamW and Muon: which parameters get which, one step against plain versions, skipped steps.
+
+Also moments in bfloat16, and state by name.
+"""
 
 from __future__ import annotations
 
@@ -127,12 +130,10 @@ def test_every_parameter_of_every_preset_is_in_the_group_written_down_for_it(con
 
 
 def test_one_dimension_never_decays_and_stacked_biases_neither():
-    assert decays(
-        "layers.0.attention.attention_bias", torch.empty(2, 3, 3)
-    )  # ends in "bias", is a table
-    assert not decays(
-        "layers.0.moe.experts.b_in", torch.empty(2, 3)
-    )  # has two dimensions, is a bias
+    # Ends in "bias", is a table.
+    assert decays("layers.0.attention.attention_bias", torch.empty(2, 3, 3))
+    # Has two dimensions, is a bias.
+    assert not decays("layers.0.moe.experts.b_in", torch.empty(2, 3))
     assert not decays("norm.weight", torch.empty(3))
 
 
@@ -180,9 +181,8 @@ def test_early_state_is_what_the_first_step_makes_and_training_is_bitwise_the_sa
                 other.device,
                 other.stride(),
             ) and torch.equal(one, other)
-    assert addresses == [
-        early_adamw.state[p]["exp_avg"].data_ptr() for p in early.parameters()
-    ]  # nothing was allocated anew
+    # Nothing was allocated again.
+    assert addresses == [early_adamw.state[p]["exp_avg"].data_ptr() for p in early.parameters()]
     train(lazy, lazy_adamw, 5, seed=2), train(early, early_adamw, 5, seed=2)
     assert all(
         torch.equal(a, b) for a, b in zip(lazy.parameters(), early.parameters(), strict=True)
@@ -261,7 +261,7 @@ def test_an_optimizer_of_another_model_is_refused():
         state_by_name(Small(), adamw(Small(), "fused"))
 
 
-# ---------------------------------------------------------------------------------------------- Muon: which, and how it turns
+# -------------------------------------------------------------------- Muon: which, and how it turns
 @pytest.mark.parametrize("config", CONFIGS)
 def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_all_else(config):
     with torch.device("meta"):
@@ -305,22 +305,18 @@ def test_small_singular_values_are_lifted_within_the_stated_band_and_directions_
     )
     before = torch.logspace(0, -4.5, 40, dtype=torch.float64)
     after = u.T @ orthogonalise((u * before @ v.T)[None].float(), torch.float32)[0].double() @ v
-    assert (
-        after - after.diagonal().diag()
-    ).abs().max() < 1e-3  # singular vectors are those of the input
-    before = torch.logspace(
-        0, -4.5, 300, dtype=torch.float64
-    )  # now many, as the diagonal of one matrix
+    # Singular vectors are those of the input.
+    assert (after - after.diagonal().diag()).abs().max() < 1e-3
+    # Now many, as the diagonal of one matrix.
+    before = torch.logspace(0, -4.5, 300, dtype=torch.float64)
     after, share = (
         orthogonalise(before.diag()[None], torch.float64)[0].diagonal(),
         before / before.norm(),
     )
-    assert (
-        after[share >= 0.002].min() > 0.870 and after.max() < 1.124
-    )  # what these published numbers give; the docstring rounds
-    assert (after[share < 1e-5] < 0.011).all() and (
-        after > 0
-    ).all()  # a thousandfold at most: noise stays noise
+    # What these published numbers give; the docstring rounds.
+    assert after[share >= 0.002].min() > 0.870 and after.max() < 1.124
+    # A thousandfold at most: noise stays noise.
+    assert (after[share < 1e-5] < 0.011).all() and (after > 0).all()
 
 
 def test_a_batch_is_its_matrices_one_by_one_whatever_their_sizes():
@@ -329,7 +325,8 @@ def test_a_batch_is_its_matrices_one_by_one_whatever_their_sizes():
         * torch.tensor([1.0, 1e-6, 1e6, 0.0])[:, None, None]
     )
     together = orthogonalise(matrices, torch.float32)
-    assert not together[3].any()  # a zero matrix has no direction, and makes no NaN
+    # A zero matrix has no direction, and makes no NaN.
+    assert not together[3].any()
     # Five steps of three products; what they round is lifted as the smallest singular value is.
     values = singular_values(matrices[:3])
     lifted = (values.norm(dim=1) / values[:, -1]).max().item()
@@ -364,14 +361,17 @@ def tiny_optimizer(model, kind=("muon", "float32"), **values):
 
 
 def set_gradients(model, seed, scale=1e-2):
-    """The same random gradients for the same seed, of very different sizes from one parameter to the next."""
+    """Return the same random gradients for the same seed, of very different sizes per parameter."""
     generator = torch.Generator().manual_seed(seed)
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale * 3.0 ** (i % 5)
 
 
 def test_muon_does_not_ask_a_clock_what_to_compute_in(monkeypatch):
-    """On a CPU with a matrix unit its dtype was measured anew for every batch of every step: slow, and not the same bits in every run."""
+    """On a CPU with a matrix unit its dtype was timed again for every batch of every step.
+
+    That is slow, and not the same bits in every run.
+    """
     monkeypatch.setattr(
         "runtime.base.device.bfloat16_is_faster", lambda: pytest.fail("a measurement")
     )
@@ -381,7 +381,10 @@ def test_muon_does_not_ask_a_clock_what_to_compute_in(monkeypatch):
 
 
 def reference_muon(weights, gradients, lr, weight_decay, beta):
-    """Muon on one matrix in float64: the polynomials act on the singular values of an SVD; there is no matrix iteration."""
+    """Muon on one matrix in float64: the polynomials act on the singular values of an SVD.
+
+    There is no matrix iteration.
+    """
     weights, momentum = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
     for gradient in gradients:
         gradient = gradient.double()
@@ -399,7 +402,10 @@ def reference_muon(weights, gradients, lr, weight_decay, beta):
 
 
 def matrices_of(name, tensor):
-    """The single matrices in a parameter of the tiny model, written out: experts apart, gate apart from up."""
+    """The tiny model's single matrices per parameter, written out.
+
+    Experts apart, gate and up apart.
+    """
     if name.endswith("w_in"):
         return [half for expert in tensor for half in (expert[:12], expert[12:])]
     return list(tensor) if name.endswith("w_out") else [tensor]
@@ -433,7 +439,8 @@ def test_muon_is_its_reference_and_the_rest_is_torchs_adamw_bit_for_bit(
             for i, weights in enumerate(matrices_of(name, before[name]))
         ]
         for mine, want in zip(matrices_of(name, parameter.detach().double()), wanted, strict=True):
-            torch.testing.assert_close(mine, want, rtol=0, atol=2e-5)  # updates are 2e-3 an element
+            # Updates are 2e-3 an element.
+            torch.testing.assert_close(mine, want, rtol=0, atol=2e-5)
 
 
 def test_muons_update_has_the_size_of_adamws():
@@ -458,10 +465,11 @@ def test_an_expert_without_tokens_decays_but_is_not_moved():
     optimizer.step()
     torch.testing.assert_close(w_out[1], before[1] * (1 - 1e-2 * 0.5))
     assert (w_out[0] - before[0] * (1 - 1e-2 * 0.5)).abs().max() > 1e-4
-    assert optimizer.state[w_out]["momentum"][1].any()  # still there for when tokens come again
+    # Still there for when tokens come again.
+    assert optimizer.state[w_out]["momentum"][1].any()
 
 
-# ------------------------------------------------------------------------------------------ steps that the device leaves out
+# ----------------------------------------------------------------- steps that the device leaves out
 def bits(model, optimizer):
     tensors = {**dict(model.named_parameters()), **state_by_name(model, optimizer)}
     return {
@@ -494,17 +502,18 @@ def test_a_step_with_found_inf_changes_not_one_bit_and_leaves_no_trace(kind):
         set_gradients(model, 7)
         for i, parameter in enumerate(model.parameters()):
             parameter.grad.view(-1)[::3] = (math.nan, math.inf, -math.inf)[i % 3]
-        for scale in (None, torch.tensor(math.nan)):  # a norm of such gradients makes such a scale
+        # A norm of such gradients makes such a scale.
+        for scale in (None, torch.tensor(math.nan)):
             optimizer.found_inf, optimizer.grad_scale = torch.ones(()), scale
             optimizer.step()
             assert same_bits(bits(model, optimizer), before)
-            set_gradients(model, 8)  # finite, and still to be left out
+            # Finite, and still to be left out.
+            set_gradients(model, 8)
         optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), None
         set_gradients(model, 3), set_gradients(clean, 3)
         optimizer.step(), plain.step()
-        assert same_bits(
-            bits(model, optimizer), bits(clean, plain)
-        )  # and 0.0 is as if the attribute were not there
+        # And 0.0 is as if the attribute were not there.
+        assert same_bits(bits(model, optimizer), bits(clean, plain))
     steps = [
         tensor
         for name, tensor in state_by_name(model, optimizer).items()
@@ -554,7 +563,8 @@ def test_the_host_reads_nothing_from_the_device(kind):
     optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.tensor(2.0)
     with NoReading():
         optimizer.step()
-        with pytest.raises(AssertionError, match="_local_scalar_dense"):  # the check itself works
+        # The check itself works.
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
             optimizer.found_inf.item()
 
 
@@ -570,7 +580,8 @@ def test_grad_scaler_skips_and_unscales_through_the_optimizer(kind):
     scaler.step(optimizer), scaler.update()
     assert same_bits(bits(model, optimizer), before) and scaler.get_scale() == 2.0
     set_gradients(model, 1, 2e-2), set_gradients(plain, 1, 1e-2)
-    with NoReading():  # so it is the optimizer that divides and would skip
+    # So it is the optimizer that divides and would skip.
+    with NoReading():
         scaler.step(optimizer)
     scaler.update(), other.step()
     for one, two in zip(model.parameters(), plain.parameters(), strict=True):
@@ -578,7 +589,7 @@ def test_grad_scaler_skips_and_unscales_through_the_optimizer(kind):
     assert not same_bits(bits(model, optimizer), before)
 
 
-# ----------------------------------------------------------------------------------------------------- moments in bfloat16
+# ------------------------------------------------------------------------------ moments in bfloat16
 def state_bytes(model, optimizer):
     return sum(
         tensor.nbytes
@@ -621,7 +632,10 @@ def test_bfloat16_moments_take_half_the_bytes_and_stay_close(name):
 def test_arithmetic_on_bfloat16_moments_is_that_on_float32_whatever_the_slices(
     monkeypatch, name, elements_at_once
 ):
-    """One step from moments that bfloat16 holds exactly: the weights are those of float32 moments, the moments theirs rounded."""
+    """One step from moments that bfloat16 holds exactly.
+
+    The weights are those of float32 moments, the moments are theirs rounded.
+    """
     monkeypatch.setattr(module, "_elements_at_once", lambda parameter: elements_at_once)
     wide, narrow = tiny(), tiny()
     optimizer, other = (
@@ -671,13 +685,15 @@ def test_temporaries_are_bounded(monkeypatch, kind):
     with Temporaries() as made:
         optimizer.step()
     if kind == ("adamw", "float32"):
-        assert made.largest <= 1  # one kernel, in place
+        # One kernel, in place.
+        assert made.largest <= 1
     else:
         assert 500 < made.largest <= 600
 
 
 def test_what_bfloat16_would_never_let_fall_is_refused():
-    values = torch.arange(128, 256).float()  # every mantissa that a bfloat16 can have
+    # Every mantissa that a bfloat16 can have.
+    values = torch.arange(128, 256).float()
     assert ((values * 0.9955).bfloat16() < values).all() and not (
         (values * 0.9962).bfloat16() < values
     ).all()
@@ -689,20 +705,24 @@ def test_what_bfloat16_would_never_let_fall_is_refused():
     ):
         with pytest.raises(
             ValueError,
-            match=rf"{name} 0\.99\d with state_dtype bfloat16 .* below 0\.996, or use state_dtype float32",
+            match=(
+                rf"{name} 0\.99\d with state_dtype bfloat16 .* below 0\.996, or use state_dtype "
+                r"float32"
+            ),
         ):
             tiny_optimizer(model, ("muon", "bfloat16"), **values)
         tiny_optimizer(model, ("muon", "float32"), **values)
     tiny_optimizer(model, ("adamw", "bfloat16"), beta2=0.99)
 
 
-# ----------------------------------------------------------------------------------------------------- learning and resuming
+# ---------------------------------------------------------------------------- learning and resuming
 def learn(model, optimizer, steps, seed=1):
     """Steps on one repeated pattern; the mean loss (nats) of each."""
     generator, losses = torch.Generator().manual_seed(seed), []
     for _ in range(steps):
         first = torch.randint(40, (4, 1), generator=generator)
-        ids = (first + 7 * torch.arange(17)) % 40  # each id is the one before plus 7
+        # Each id is the one before plus 7.
+        ids = (first + 7 * torch.arange(17)) % 40
         out = model(ids[:, :-1], ids[:, 1:])
         loss = out.cross_entropy_sum / out.num_targets
         (loss + out.aux_loss).backward()

@@ -1,4 +1,7 @@
-"""runtime/training/plots.py: pictures that show the data, whole and legible, for runs of any length and with anything missing."""
+"""runtime/training/plots.py: pictures that show the data, whole and legible.
+
+For runs of any length and with anything missing.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +131,7 @@ def pixels(path):
     return imread(path)
 
 
-# ----------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
     paths = draw_plots(synthetic(), tmp_path, 600)
     assert {p.name for p in paths} == {
@@ -192,7 +195,7 @@ def test_other_data_gives_another_picture_and_the_same_data_the_same(tmp_path, c
 
 
 def test_latest_is_replaced_whole(tmp_path, coarse, monkeypatch):
-    """A reader, or a kill, never meets half a picture: the new one is complete before it takes the name."""
+    """A reader, or a kill, never sees half a picture: it is complete before it takes the name."""
     draw_plots(synthetic(20), tmp_path, 200, ["loss"])
     before = (tmp_path / "latest_loss.png").read_bytes()
 
@@ -207,7 +210,7 @@ def test_latest_is_replaced_whole(tmp_path, coarse, monkeypatch):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ what they show
+# ----------------------------------------------------------------------------------- what they show
 def data_of(figure, color):
     return [
         line
@@ -257,7 +260,8 @@ def test_steps_whose_loss_was_not_finite_are_marked():
             "grad_norm": None,
             "non_finite": True,
         }
-    records[40] |= {"grad_norm": None}  # not measured, which is another thing
+    # Not measured, which is another thing.
+    records[40] |= {"grad_norm": None}
     lost = [r["step"] for r in records if r["loss"] is None]
     for name in ("loss", "grad_norm"):
         figure = page(name, records)
@@ -274,7 +278,7 @@ def test_perplexity_and_gradient_norm_are_logarithmic():
     "low, high", [(9.0, 9.0), (9, 9.05), (9, 11), (0.4, 3.1), (3, 40), (2, 9e4), (1e-3, 1e12)]
 )
 def test_a_log_axis_always_has_labels(low, high):
-    """matplotlib labels decades only: a perplexity between 11 and 90 would have had an axis without one number."""
+    """matplotlib labels decades only: a perplexity of 11 to 90 had an axis without a number."""
     records = [
         {"step": i, "kind": "train", "perplexity": p}
         for i, p in enumerate(np.geomspace(low, high, 10).tolist())
@@ -378,7 +382,7 @@ def test_human(number, text):
     assert human(number) == text
 
 
-# ------------------------------------------------------------------------------------------------------------ legible?
+# ----------------------------------------------------------------------------------------- legible?
 @pytest.mark.parametrize(
     "records",
     [
@@ -399,7 +403,7 @@ def test_no_text_is_clipped_or_overlaps(records):
         assert_legible(page(name, records, records[-1]["step"]))
 
 
-# ---------------------------------------------------------------------------------------------- anything can be missing
+# -------------------------------------------------------------------------- anything can be missing
 def test_one_record_is_enough_and_shows(tmp_path, coarse):
     """A line through one point is invisible: it must become a dot."""
     paths = draw_plots(synthetic(1, blocks=1, experts=1), tmp_path, 10)
@@ -457,9 +461,8 @@ def test_a_plot_with_nothing_to_show_is_left_out(tmp_path, coarse):
     assert {p.name for p in only_loss} == {
         f"{w}_{n}.png" for w in ("latest", "step_0000001") for n in ("loss", "perplexity")
     }
-    assert (
-        len(draw_plots([{"step": 0, "kind": "val", "loss": 12.2}], tmp_path, 0)) == 4
-    )  # a first validation before any step
+    # A first validation before any step.
+    assert len(draw_plots([{"step": 0, "kind": "val", "loss": 12.2}], tmp_path, 0)) == 4
 
 
 def test_nulls_inside_the_loads_and_dead_experts(tmp_path, coarse):
@@ -469,7 +472,8 @@ def test_nulls_inside_the_loads_and_dead_experts(tmp_path, coarse):
     assert draw_plots(records, tmp_path, 100, ["expert_load"])
     figure = page("expert_load", records)
     assert "from 0 % to 400 %" in words(figure) and "≤ 1.6 %" in words(figure)
-    records[9]["expert_load"] = [[None] * 4] * 2  # nothing known: the newest known one is shown
+    # Nothing known: the newest known one is shown.
+    records[9]["expert_load"] = [[None] * 4] * 2
     assert "load at step 90" in words(page("expert_load", records))
 
 
@@ -480,10 +484,13 @@ def test_records_out_of_order_are_drawn_in_order():
     ]
 
 
-# --------------------------------------------------------------------------------------------------------- bounded cost
+# ------------------------------------------------------------------------------------- bounded cost
 @pytest.mark.slow
 def test_long_runs_cost_bounded_memory_and_time(tmp_path):
-    """30,000 records with routers of 12 x 32 are over 100 MB as lists; of those read from an iterator a small part is kept."""
+    """30,000 records with routers of 12 x 32 are over 100 MB as lists.
+
+    Of those read from an iterator a small part is kept.
+    """
     base, count = [r for r in synthetic(200, blocks=12, experts=32) if r["kind"] == "train"], 30_000
 
     def stream():
@@ -499,7 +506,8 @@ def test_long_runs_cost_bounded_memory_and_time(tmp_path):
     tracemalloc.stop()
     assert peak < 25e6
     assert plots.ROUTER_RECORDS <= len(history.router["entropy"][0]) <= 2 * plots.ROUTER_RECORDS + 1
-    assert history.router["entropy"][0][-1] == count - 1  # the newest is always there
+    # The newest is always there.
+    assert history.router["entropy"][0][-1] == count - 1
     start = time.process_time()
     for name in PLOTS:
         with matplotlib.style.context(["default", STYLE]):
@@ -540,19 +548,23 @@ def test_smoothing_is_the_mean_around_each_point():
         smoothed[2_000] == pytest.approx(y[1_900:2_101].mean())
         and np.isnan(smoothed[100:150]).all()
     )
-    assert smoothed[0] == y[0]  # a steep beginning is not blurred
+    # A steep beginning is not blurred.
+    assert smoothed[0] == y[0]
     assert np.nanstd(smoothed[500:]) < 0.15 and not np.isnan(smoothed[-1])
     assert smooth(np.array([])).shape == (0,) and list(smooth(np.array([2.0]))) == [2.0]
 
 
-# -------------------------------------------------------------------------------------------------- a guest in the house
+# ----------------------------------------------------------------------------- a guest in the house
 def test_matplotlibs_global_state_is_not_touched(tmp_path):
     """Neither pyplot (a window system, a list of figures that grows) nor the user's style."""
     code = (
-        "import sys, matplotlib; matplotlib.rcParams['lines.linewidth'] = 7.5; state = lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}; before = state()\n"
+        "import sys, matplotlib; matplotlib.rcParams['lines.linewidth'] = 7.5; state = "
+        "lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}; "
+        "before = state()\n"
         "from runtime.training.plots import draw_plots\n"
         "assert draw_plots([{'step': 1, 'kind': 'train', 'loss': 2.0}], sys.argv[1], 1)\n"
-        "assert state() == before and 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+        "assert state() == before and 'matplotlib.pyplot' not in sys.modules and 'torch' not "
+        "in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], cwd=REPO, check=True)
 
@@ -571,7 +583,8 @@ def test_a_users_style_does_not_change_the_pictures(tmp_path, coarse):
 
 def test_without_matplotlib_the_module_imports_and_drawing_raises_import_error(tmp_path):
     code = (
-        "import sys; sys.modules['matplotlib'] = None\nfrom runtime.training.plots import draw_plots\n"
+        "import sys; sys.modules['matplotlib'] = None\nfrom runtime.training.plots import "
+        "draw_plots\n"
         "try: draw_plots([], sys.argv[1], 1)\nexcept ImportError: sys.exit(7)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPO).returncode == 7

@@ -1367,9 +1367,9 @@ def test_a_file_that_holds_no_prompts_is_one_line(endless, tmp_path, content, me
         (["--prompt", "a", "--compile"], "compile is for CUDA graphs, and this runs on cpu"),
         (
             ["--prompt", "a", "--num_samples", "2", "--show_experts"],
-            "show_experts and experts_html are for one answer",
+            "show_experts and experts_html are for one completion",
         ),
-        (["--prompt_file", "a", "--experts_html", "x"], "are for one answer"),
+        (["--prompt_file", "a", "--experts_html", "x"], "are for one completion"),
         (["--interactive", "--num_samples", "2"], "num_samples is for a prompt"),
         (["--prompt", "a", "--quantize", "int4"], "invalid choice: 'int4'"),
     ],

@@ -387,7 +387,7 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         (w.bpe, ["--context_length", 32, "--rope_scaling", "yarn"], "not more than the trained 32"),
         (w.window, ["--lookup", 2], "leave lookup out"),
         (w.bpe, ["--compile"], "compile is for CUDA graphs"),
-        (w.bpe, ["--num_samples", 2, "--show_experts"], "for one answer"),
+        (w.bpe, ["--num_samples", 2, "--show_experts"], "for one completion"),
         (w.bpe, ["--prompt_file", w.at / "prompts.jsonl"], "either prompt or prompt_file"),
         (w.bpe, ["--rope_scaling", "linear"], "needs a context_length"),
         (w.bpe, ["--device", "cuda:99"], "device 'cuda:99' is not here"),

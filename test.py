@@ -1,12 +1,12 @@
-"""How big is it? Parameters, FLOPs and memory of a model, in a second and without making it (PyTorch's meta device).
+"""Print a model's parameters, FLOPs and memory, without creating it (PyTorch's meta device).
 
     python test.py                                the 3.66 B default
     python test.py --preset modern-24gb
     python test.py --d_model 2048 --num_experts 64
     python test.py --ckpt checkpoints/latest.pt
-    python test.py --presets                      what each preset costs
+    python test.py --presets                      the cost of each preset
 
-The project's own tests are run by `make test`.
+`make test` runs the project's own tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from runtime.checkpoint.read import read_config
 from runtime.checks import known
 from runtime.training.memory import training_memory_bytes
 
+# Bytes per element.
 DTYPES = {"float32": 4, "bfloat16": 2}
+# Settings of training that change its memory.
 MEMORY_SETTINGS = [
     "batch_size",
     "grad_accum",
@@ -33,14 +35,28 @@ MEMORY_SETTINGS = [
     "optimizer",
     "state_dtype",
     "activation_checkpointing",
-]  # of training, on which its memory depends
+]
+
+
+def _row(label: str, cells: list[str]) -> str:
+    return f"{label:24}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _cached_tokens(config: ModelConfig) -> tuple[int, int]:
+    """Return the tokens that all blocks' caches hold in a full context, and the blocks."""
+    context, blocks = config.context_length, config.transformer_blocks
+    return sum(min(config.window(i) or context, context) for i in range(blocks)), blocks
 
 
 def report(config: ModelConfig, train: TrainConfig) -> list[str]:
-    """The lines of the report. The total is the module's own; what the closed forms do not know of it is named."""
+    """Return the report's lines. The total is the module's own count.
+
+    Parameters that the closed forms do not know are named.
+    """
     real = known.counts(config)
     total, active = real.total, real.active
-    counts, table = parameter_counts(config), parameter_counts(config)["attention bias table"]
+    counts = parameter_counts(config)
+    table = counts["attention bias table"]
     lines = [f"{'part':24}{'parameters':>16}{'share':>9}"]
     counts |= {"not in the closed forms": real.uncounted}
     lines += [
@@ -55,43 +71,38 @@ def report(config: ModelConfig, train: TrainConfig) -> list[str]:
     lines += [f"note: {real.note}"] * bool(real.note)
     if table > 0.1 * total:
         lines.append(
-            f"{human_count(total - table)} + {human_count(table)} position table; see --preset gptoss-modern"
+            f"{human_count(total - table)} + {human_count(table)} learned attention bias; "
+            "see --preset gptoss-modern"
         )
     forward = flops_per_token(config)
     lines += [
         "",
-        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, {human_count(3 * forward)} training",
+        f"FLOPs per token at {config.context_length} tokens: {human_count(forward)} forward, "
+        f"{human_count(3 * forward)} training",
         "",
     ]
-    lines.append(f"{'memory':24}{'float32':>16}{'bfloat16':>16}")
-    lines.append(
-        f"{'weights':24}" + "".join(f"{human_bytes(total * b):>16}" for b in DTYPES.values())
-    )
+    lines.append(_row("memory", list(DTYPES)))
+    lines.append(_row("weights", [human_bytes(total * b) for b in DTYPES.values()]))
     for where, on_gpu in (("GPU", True), ("CPU", False)):
         needed = [
             sum(training_memory_bytes(config, train, b, on_gpu).values()) for b in DTYPES.values()
         ]
-        lines.append(
-            f"{f'training, {where}, {train.batch_size} x {config.context_length}':24}"
-            + "".join(f"{human_bytes(n):>16}" for n in needed)
-        )
+        label = f"training, {where}, {train.batch_size} x {config.context_length}"
+        lines.append(_row(label, [human_bytes(n) for n in needed]))
     cache = [kv_cache_bytes_per_token(config, b) for b in DTYPES.values()]
-    lines.append(f"{'KV cache per token':24}" + "".join(f"{human_bytes(n):>16}" for n in cache))
-    full = [
-        sum(
-            min(config.window(i) or config.context_length, config.context_length)
-            for i in range(config.transformer_blocks)
-        )
-        * n
-        // config.transformer_blocks
-        for n in cache
-    ]
-    lines.append(f"{'KV cache, full context':24}" + "".join(f"{human_bytes(n):>16}" for n in full))
+    lines.append(_row("KV cache per token", [human_bytes(n) for n in cache]))
+    # A windowed block's cache stops growing at its window.
+    tokens, blocks = _cached_tokens(config)
+    full = [tokens * n // blocks for n in cache]
+    lines.append(_row("KV cache, full context", [human_bytes(n) for n in full]))
     return lines
 
 
 def preset_table() -> list[str]:
-    """All presets, as a Markdown table: parameters, training memory at the preset's own batch (bfloat16 on a GPU, float32 on a CPU)."""
+    """Return all presets as a Markdown table.
+
+    Training memory is at the preset's own batch: bfloat16 on a GPU, float32 on a CPU.
+    """
     lines = [
         "| preset | for | parameters | active | context | tokens per step | training memory |",
         "|---|---|---|---|---|---|---|",
@@ -100,9 +111,12 @@ def preset_table() -> list[str]:
         config, train = ModelConfig(**preset.model), TrainConfig(**preset.train)
         on_gpu = not name.endswith("nano")
         needed = sum(training_memory_bytes(config, train, 2 if on_gpu else 4, on_gpu).values())
+        real = known.counts(config)
+        tokens = train.batch_size * train.grad_accum * config.context_length
         lines.append(
-            f"| `{name}` | {preset.description} | {human_count(known.counts(config).total)} | {human_count(known.counts(config).active)} | {config.context_length:,} | "
-            f"{train.batch_size * train.grad_accum * config.context_length:,} | {human_bytes(needed)} |"
+            f"| `{name}` | {preset.description} | {human_count(real.total)} "
+            f"| {human_count(real.active)} | {config.context_length:,} | {tokens:,} "
+            f"| {human_bytes(needed)} |"
         )
     return lines
 
@@ -113,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_fields(parser, TrainConfig, only=MEMORY_SETTINGS)
     parser.add_argument(
         "--ckpt",
-        help="take the configuration from this checkpoint (ours or the reference's format)",
+        help="checkpoint whose config to use (our format or the original implementation's)",
     )
     parser.add_argument(
         "--presets", action="store_true", help="list all presets and what they cost"

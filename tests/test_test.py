@@ -82,13 +82,10 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
 
 
 def test_the_default_is_the_published_model_and_its_table_is_named(report):
-    """M2: 44 % of the published 3.66 B parameters are the learned attention bias.
-
-    The original implementation never says so.
-    """
+    """M2: 44 % of the published 3.66 B parameters are the learned attention bias; the original implementation never says so."""
     lines = report()
     assert lines["total"] == ["3,664,132,435"]
-    assert "2.05 B + 1.61 B position table; see --preset gptoss-modern" in lines
+    assert "2.05 B + 1.61 B learned attention bias; see --preset gptoss-modern" in lines
     assert lines["attention bias table"] == ["1,610,612,736", "44.0%"]
     # 2 x 12 blocks x 8 heads x 32 features x 4 bytes.
     assert lines["KV cache per token"] == [
@@ -104,7 +101,7 @@ def test_every_preset(report, name):
     config, train = ModelConfig(**PRESETS[name].model), TrainConfig(**PRESETS[name].train)
     lines = report("--preset", name)
     check(lines, config, train.batch_size, optimizer=train.optimizer, grad_accum=train.grad_accum)
-    assert any("position table" in line for line in lines) == config.use_attention_bias
+    assert any("learned attention bias" in line for line in lines) == config.use_attention_bias
 
 
 @pytest.mark.parametrize(

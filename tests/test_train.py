@@ -966,7 +966,7 @@ def test_what_is_printed_before_step_1(data, capsys):
     )
     lines = "\n".join(describe(plan, training_memory_bytes(plan.model_config, plan.config)))
     assert (
-        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see --preset gptoss-modern)"
+        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B learned attention bias; see --preset gptoss-modern)"
         in lines
     )
     assert (

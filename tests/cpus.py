@@ -45,20 +45,20 @@ SETTINGS = {
 }
 # Files whose tests compare two computations of the same numbers.
 FILES = [
-    "test_check_kernels.py",
-    "test_cpu_decode.py",
-    "test_cpu_experts.py",
-    "test_custom_code.py",
-    "test_export_hf.py",
-    "test_export_onnx.py",
-    "test_huggingface.py",
-    "test_import_hf.py",
-    "test_inference.py",
+    "checks/test_kernels.py",
+    "inference/test_cpu_decode.py",
+    "kernels/test_cpu_experts.py",
+    "interop/test_custom_code.py",
+    "scripts/test_export_hf.py",
+    "scripts/test_export_onnx.py",
+    "interop/test_huggingface.py",
+    "scripts/test_import_hf.py",
+    "inference/test_decoder.py",
     "test_model.py",
     "test_model_parts.py",
-    "test_optimizer.py",
-    "test_quantize.py",
-    "test_rounding.py",
+    "training/test_optimizer.py",
+    "inference/test_quantize.py",
+    "checks/test_rounding.py",
 ]
 # And single tests of other files.
 TESTS = [

@@ -82,7 +82,10 @@ def check(lines: dict, config: ModelConfig, batch_size: int, **train) -> None:
 
 
 def test_the_default_is_the_published_model_and_its_table_is_named(report):
-    """M2: 44 % of the published 3.66 B parameters are the learned attention bias; the original implementation never says so."""
+    """M2: 44 % of the published 3.66 B parameters are the learned attention bias.
+
+    The original implementation never says so.
+    """
     lines = report()
     assert lines["total"] == ["3,664,132,435"]
     assert "2.05 B + 1.61 B learned attention bias; see --preset gptoss-modern" in lines

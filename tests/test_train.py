@@ -712,7 +712,7 @@ LONG = [
 @pytest.fixture(scope="session")
 def long_straight(data, tmp_path_factory) -> Run:
     run = Run(data, tmp_path_factory.mktemp("long"))
-    with mock.patch.object(train, "draw_plots", lambda *_: None):
+    with mock.patch.object(reporter, "draw_plots", lambda *_: None):
         assert run(*LONG) == 0
     return run
 
@@ -1020,8 +1020,8 @@ def test_what_is_printed_before_step_1(data, capsys):
     )
     lines = "\n".join(describe(plan, training_memory_bytes(plan.model_config, plan.config)))
     assert (
-        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B position table; see "
-        "--preset gptoss-modern)" in lines
+        "3.66 B parameters, 542 M active per token (2.05 B + 1.61 B learned attention "
+        "bias; see --preset gptoss-modern)" in lines
     )
     assert (
         "50,000 steps of 2 x 8 sequences x 2048 = 32,768 tokens: 1.64 B tokens" in lines

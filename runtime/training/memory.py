@@ -17,7 +17,7 @@ from config_model import (
     total_parameters,
 )
 
-# Of a CPU's process before it makes a model: Python, PyTorch and what train.py imports besides, the
+# Of a CPU's process before it makes a model: Python, PyTorch and what train.py imports also, the
 # compiler that torch.optim loads, and matplotlib (benchmarks/memory.py measures it).
 PROGRAM_BYTES = 390 * 2**20
 # One of oneDNN's kernels, and how many of them a model's experts have: for 6 row counts four
@@ -147,8 +147,8 @@ def _saved_per_token(c: ModelConfig, b: int, on_gpu: bool) -> dict[str, int]:
     qk_norm = c.qk_norm * 4 * (q + kv) * (1 if on_gpu else 2)
     router = 8 * c.num_experts + 32 * c.top_k
     # Sorted rows, the hidden layer before its activation, the outputs. A CPU makes the rest again
-    # (runtime/kernels/cpu_experts.py); a GPU, or dropout, keeps what the activation is made of and its
-    # result.
+    # (runtime/kernels/cpu_experts.py); a GPU, or dropout, keeps what the activation is made of and
+    # its result.
     kept = {"gelu": 1, "swiglu": 2, "swiglu_clamped": 5}[c.expert_activation] * (
         on_gpu or c.dropout > 0
     )
@@ -189,7 +189,7 @@ def _attention_gradients(c: ModelConfig, train: TrainConfig, b: int, on_gpu: boo
 
 
 def _expert_temporaries(c: ModelConfig, tokens: int, b: int, on_gpu: bool) -> int:
-    """Bytes that the experts of a block hold in their backward pass besides: on a CPU the hidden
+    """Bytes that the experts of a block hold in their backward pass as well: on a CPU the hidden
     layer's gradients, where one expert may have most of the rows.
     """
     return 0 if on_gpu else tokens * c.top_k * b * (2 * c.d_ff + c.expert_inputs + c.d_model)

@@ -1,18 +1,20 @@
-"""The run's measurements: one strict JSON object per line, on disk the moment they are made, never twice after a resume.
+"""A run's measurements: one strict JSON object per line, written at once, once each.
 
-`metrics.jsonl` is the truth and is only appended to; `metrics.json` is rewritten from it, atomically, at each checkpoint, and
-is the second copy by which a resumed run notices what became of the first on the disk: a flipped bit in a digit is still JSON.
-A metrics file can cost a run its curves, but never its training: whatever is wrong with one that is found, it is moved
-aside under a name that is not in use, what can be read of it is kept, and a message says so.
+`metrics.jsonl` is the truth and is only appended to. `metrics.json` is rewritten from it,
+atomically, at each checkpoint. It is the second copy: by it a resumed run notices damage to the
+first on the disk, because a flipped bit in a digit is still JSON. A damaged metrics file can cost a
+run its curves, but never its training: it is moved aside under an unused name, what can be read of
+it is kept, and a message says so.
 
     metrics.jsonl            {"step": 10, "kind": "train", "tokens_seen": 20480, "loss": 8.91, ...}
     metrics.json             {"run": {...}, "train": [records], "val": [records]}
-    metrics-N.jsonl          another run's, found where this one was to start (and its metrics-N.json)
-    metrics-damaged-N.jsonl  one with lines that could not be read (and its metrics-damaged-N.json)
+    metrics-N.jsonl          another run's, found where this one started (with its metrics-N.json)
+    metrics-damaged-N.jsonl  one with lines that could not be read (with its ...-N.json)
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -22,24 +24,23 @@ from pathlib import Path
 from runtime.base.files import make_folder, write_atomic
 
 KINDS = ("train", "val")
-HEALTHY_LOAD = (
-    0.25,
-    4.0,
-)  # of its fair share: an expert below learns little, one above is a bottleneck
+# Shares of its fair load: an expert below them learns little, one above them is a bottleneck.
+HEALTHY_LOAD = (0.25, 4.0)
 
 
 # -------------------------------------------------------------------------------- records <-> lines
 def to_json(value):
-    """`value` as plain JSON types and whether a number in it was not finite: such numbers become None.
+    """Return `value` as plain JSON types, and whether a number in it was not finite.
 
-    Arrays and tensors become lists. Numbers inside lists are kept to 6 digits: an expert's load needs no more, and there
-    are blocks x experts of them in a record.
+    Such numbers become None. Arrays and tensors become lists. Numbers inside lists keep 6 digits:
+    an expert's load needs no more, and a record holds blocks x experts of them.
     """
     finite = True
 
     def convert(value, nested):
         nonlocal finite
-        if hasattr(value, "tolist"):  # NumPy and torch, scalars included
+        # NumPy and torch, scalars included.
+        if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, dict):
             return {str(key): convert(item, nested) for key, item in value.items()}
@@ -64,7 +65,7 @@ def _dump(value) -> bytes:
 
 
 def _check(record) -> str:
-    """What is wrong with a record, or an empty string."""
+    """Return what is wrong with a record, or an empty string."""
     if not isinstance(record, dict):
         return f"a record must be a JSON object, not {type(record).__name__}"
     step = record.get("step")
@@ -84,7 +85,10 @@ def _not_json(name):
 
 
 def _scan(path: Path) -> Iterator[tuple[int, bytes, dict | None, str, bool]]:
-    """(line number from 1, line without its end, record or None, what is wrong with it or "", whether it is the last)."""
+    """Yield (line number, line, record, problem, whether it is the last line).
+
+    Numbers start at 1; lines come without their end; the record is None where there is a problem.
+    """
     with open(path, "rb") as file:
         number, line = 1, file.readline()
         while line:
@@ -92,7 +96,8 @@ def _scan(path: Path) -> Iterator[tuple[int, bytes, dict | None, str, bool]]:
             try:
                 record = json.loads(line, parse_constant=_not_json)
                 problem = _check(record)
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
+            except (ValueError, RecursionError) as error:
+                # Not JSON, or not UTF-8.
                 problem = str(error) or type(error).__name__
             yield number, line.rstrip(b"\r\n"), None if problem else record, problem, not following
             number, line = number + 1, following
@@ -104,14 +109,15 @@ def _good_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
             yield line, record
         elif not last:
             raise ValueError(
-                f"{path}, line {number}: not a metrics record ({problem}); mend or delete that line"
+                f"{path}, line {number}: not a metrics record ({problem}); fix or delete that line"
             )
 
 
 def read_records(path: str | Path) -> Iterator[dict]:
-    """The records of a metrics.jsonl, one at a time.
+    """Return an iterator over the records of a metrics.jsonl.
 
-    A last line that cannot be read was cut off by a kill and is skipped; any other raises ValueError with file and line.
+    Skip a last line that cannot be read: a kill cut it off. Raise ValueError with file and line for
+    any other.
     """
     return (record for _, record in _good_lines(Path(path)))
 
@@ -120,13 +126,17 @@ def read_records(path: str | Path) -> Iterator[dict]:
 class MetricsLog:
     """Append-only measurements of one run in `folder`.
 
-    `resume_step` None: a fresh run. Another run's metrics in the folder are moved aside, never appended to.
-    `resume_step` N: goes on with what is there up to and including step N; later records, which will be made again, and a
-    torn last line are dropped. Metrics of another run (`run_info["run_id"]` differs) or with damaged lines are moved aside.
-    Damaged is also a line that says other than metrics.json: it is left out, for no one knows which is right.
-    `run_info` (JSON-able) becomes metrics.json's "run"; its "run_id", if any, is written into each record.
-    `sinks` get every record too (see `make_sinks`). What a user should hear is in `messages`; `take_messages` empties it.
-    Raises ValueError if `folder` cannot be a folder.
+    resume_step None: a fresh run. Another run's metrics in the folder are moved aside, never
+    appended to.
+    resume_step N: keep the records up to and including step N. Later records, which will be made
+    again, and a torn last line are dropped. Metrics of another run (`run_info["run_id"]` differs)
+    or with damaged lines are moved aside. A line that disagrees with metrics.json counts as damaged
+    and is dropped: we cannot tell which is right.
+    run_info: becomes metrics.json's "run" (JSON-able); its "run_id", if any, goes into each record.
+    sinks: get every record too (see `make_loggers`).
+
+    `messages` holds what the user should be told; `take_messages` empties it. Raise ValueError if
+    `folder` cannot be a folder.
     """
 
     def __init__(
@@ -142,19 +152,22 @@ class MetricsLog:
         self.run_id = self.run_info.get("run_id")
         self.sinks = list(sinks)
         self.messages: list[str] = []
-        self._file = None
-        self._last = dict.fromkeys(KINDS, -1)  # last step per kind
+        self._file: io.FileIO | None = None
+        # Last step per kind.
+        self._last = dict.fromkeys(KINDS, -1)
         try:
             make_folder(self.folder)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(
-                f"{folder} is to hold the metrics but it, or a part of it, is a file: give another folder"
+                f"{folder} is to hold the metrics but it, or a part of it, is a file: "
+                "give another folder"
             ) from None
         if resume_step is None:
             self._start_fresh()
         else:
             self._adopt(resume_step, compare=True)
-            self.write_json()  # what it had of steps that come again must not be compared with them later
+            # Its records of steps that will be made again must not be compared with the new ones.
+            self.write_json()
 
     # ---- opening
     def _start_fresh(self) -> None:
@@ -168,73 +181,84 @@ class MetricsLog:
         self.write_json()
 
     def _adopt(self, last_step: float, compare: bool = False) -> None:
-        """Open the metrics that are there, without records after `last_step` and without what cannot be read or, with `compare`,
-        differs from metrics.json; what only that still has is put back."""
+        """Open the metrics that are there, without records after `last_step` or unreadable lines.
+
+        With `compare`, also drop lines that differ from metrics.json, and put back records that
+        only metrics.json still has.
+        """
         self._bring_back()
-        kept, problems, dropped, repeated, torn, foreign = {}, [], 0, 0, False, None
+        kept: dict[tuple[str, int], bytes] = {}
+        problems: list[str] = []
+        dropped = repeated = 0
+        torn = False
+        foreign = None
         copy = self._second_copy() if compare else {}
         copied = {kind: max((step for k, step in copy if k == kind), default=-1) for kind in KINDS}
         self._last = dict.fromkeys(KINDS, -1)
         if not self.path.exists():
-            self.messages.append(f"{self.path} is not there: it begins anew, with what comes now")
+            self.messages.append(f"{self.path} not found: starting a new metrics file")
             return self._open()
         try:
             for number, line, record, problem, last in _scan(self.path):
-                key = (record["kind"], record["step"]) if record else None
-                if problem and last:
-                    torn = True
-                elif problem:
-                    problems.append(f"line {number}: {problem}")
-                elif record["step"] <= last_step and (
-                    copy.pop(key) != record
-                    if key in copy
-                    else record["step"] <= copied[record["kind"]] and key not in kept
-                ):
+                if record is None:
+                    if last:
+                        torn = True
+                    else:
+                        problems.append(f"line {number}: {problem}")
+                    continue
+                kind, step = key = record["kind"], record["step"]
+                if key in copy:
+                    differs = step <= last_step and copy.pop(key) != record
+                else:
+                    differs = step <= last_step and step <= copied[kind] and key not in kept
+                run_id = record.get("run_id")
+                if differs:
                     problems.append(
-                        f"line {number}: not what {self.json_path.name} has of step {record['step']}"
+                        f"line {number}: not what {self.json_path.name} has of step {step}"
                     )
-                elif (
-                    record.get("run_id") != self.run_id
-                    and self.run_id is not None
-                    and "run_id" in record
-                ):
-                    foreign = record["run_id"]
+                elif run_id != self.run_id and self.run_id is not None and "run_id" in record:
+                    foreign = run_id
                 elif record["step"] > last_step:
                     dropped += 1
-                elif record["step"] <= self._last[record["kind"]]:
+                elif step <= self._last[kind]:
                     repeated += 1
                 else:
                     kept[key] = line
-                    self._last[record["kind"]] = record["step"]
-        except OSError as error:  # no permission, a folder, a failing disk
+                    self._last[kind] = step
+        except OSError as error:
+            # No permission, a folder, or a failing disk.
             problems.append(error.strerror or type(error).__name__)
         if foreign is not None:
             self._last = dict.fromkeys(KINDS, -1)
             self.messages.append(
-                f"{self.path} is run {foreign}'s, not run {self.run_id}'s: moved to {self._move_aside('metrics')}; this run's begin anew"
+                f"{self.path} is run {foreign}'s, not run {self.run_id}'s: moved to "
+                f"{self._move_aside('metrics')}; starting a new metrics file"
             )
             return self._open()
         if problems:
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             aside = self._move_aside("metrics-damaged")
             self.messages.append(
-                f"{self.path} is damaged ({problems[0]}{more}): moved to {aside}; {_counted(len(kept))} of it kept"
+                f"{self.path} is damaged ({problems[0]}{more}): moved to {aside}; "
+                f"{_counted(len(kept))} of it kept"
             )
         if torn:
             self.messages.append(f"the last line of {self.path} was cut off and is dropped")
         if dropped:
             self.messages.append(
-                f"{_counted(dropped)} after step {last_step} dropped from {self.path}; the resumed run makes them again"
+                f"{_counted(dropped)} after step {last_step} dropped from {self.path}; "
+                "the resumed run makes them again"
             )
         if repeated:
             self.messages.append(
                 f"{_counted(repeated)} of {self.path} dropped: the step was there already"
             )
-        if lost := {
+        lost = {
             key: record
             for key, record in copy.items()
             if record["step"] <= last_step and key not in kept
-        }:
+        }
+        if lost:
             kept |= {key: _dump(record) for key, record in lost.items()}
             kept = dict(
                 sorted(kept.items(), key=lambda item: (item[0][1], KINDS.index(item[0][0])))
@@ -243,16 +267,17 @@ class MetricsLog:
                 kind: max((step for k, step in kept if k == kind), default=-1) for kind in KINDS
             }
             self.messages.append(
-                f"{_counted(len(lost))} that {self.path} no longer has put back from {self.json_path.name}"
+                f"{_counted(len(lost))} that {self.path} no longer has put back from "
+                f"{self.json_path.name}"
             )
-        # Always rewritten: it costs little, and heals a missing line end, too.
+        # Always rewrite: it costs little, and also mends a missing line end.
         write_atomic(
             self.path, lambda file: file.writelines(line + b"\n" for line in kept.values())
         )
         self._open()
 
     def _second_copy(self) -> dict[tuple[str, int], dict]:
-        """This run's records in metrics.json, by (kind, step); none where it is not there or cannot be read."""
+        """Return this run's records in metrics.json by (kind, step); none if unreadable."""
         try:
             whole = json.loads(self.json_path.read_bytes(), parse_constant=_not_json)
             records = [
@@ -270,13 +295,13 @@ class MetricsLog:
         }
 
     def _bring_back(self) -> None:
-        """If another run's metrics have taken the place of this run's, exchange them."""
+        """Exchange the metrics if another run's have replaced this run's."""
 
         def owner(path: Path) -> str | None:
-            return (
-                next((record.get("run_id") for _, _, record, _, _ in _scan(path) if record), None)
-                if path.is_file()
-                else None
+            if not path.is_file():
+                return None
+            return next(
+                (record.get("run_id") for _, _, record, _, _ in _scan(path) if record), None
             )
 
         if self.run_id is None or owner(self.path) == self.run_id:
@@ -286,7 +311,8 @@ class MetricsLog:
                 if self.path.exists():
                     self._move_aside("metrics")
                 os.replace(aside, self.path)
-                aside.with_suffix(".json").unlink(missing_ok=True)  # made again from the lines
+                # It is made again from the lines.
+                aside.with_suffix(".json").unlink(missing_ok=True)
                 self.messages.append(f"{aside} is this run's: taken up again as {self.path}")
                 return
 
@@ -294,7 +320,7 @@ class MetricsLog:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
 
     def _move_aside(self, stem: str) -> Path:
-        """Rename metrics.jsonl and metrics.json to the first free `stem`-N; returns the new path of the former."""
+        """Rename both metrics files to the first free `stem`-N; return metrics.jsonl's new path."""
         if self._file is not None:
             self._file.close()
         number = 1
@@ -308,24 +334,28 @@ class MetricsLog:
 
     # ---- writing
     def append(self, record: dict) -> None:
-        """Write one record: `step`, `kind` ("train" or "val") and what was measured; steps of a kind must increase.
+        """Write one record: `step`, `kind` ("train" or "val") and what was measured.
 
-        Numbers that are not finite become null, and the record says `"non_finite": true`. Raises ValueError for a record
-        that breaks these rules and OSError if it cannot be written; the file then is as it was.
+        Steps of a kind must increase. Numbers that are not finite become null, and the record says
+        `"non_finite": true`. Raise ValueError for a record that breaks these rules, OSError if it
+        cannot be written; the file is then as it was.
         """
         record, non_finite = to_json(record)
         if problem := _check(record):
             raise ValueError(f"bad metrics record: {problem}")
         if record["step"] <= self._last[record["kind"]]:
             raise ValueError(
-                f"step {record['step']} of {record['kind']} is already in {self.path} (last: {self._last[record['kind']]})"
+                f"step {record['step']} of {record['kind']} is already in {self.path} "
+                f"(last: {self._last[record['kind']]})"
             )
         if self.run_id is not None:
             record["run_id"] = self.run_id
         if non_finite:
             record["non_finite"] = True
-        if not self.path.exists():  # someone tidied up under the running run
+        # Someone may have deleted the file during the run.
+        if not self.path.exists():
             self._reopen()
+        assert self._file is not None
         line = _dump(record) + b"\n"
         size = os.fstat(self._file.fileno()).st_size
         try:
@@ -333,7 +363,8 @@ class MetricsLog:
             if written != len(line):
                 raise OSError(f"{self.path}: disk full, {written} of {len(line)} bytes written")
         except OSError:
-            self._file.truncate(size)  # no half line that the next record would be glued to
+            # Leave no half line that the next record would be glued to.
+            self._file.truncate(size)
             raise
         self._last[record["kind"]] = record["step"]
         for sink in self.sinks:
@@ -341,19 +372,21 @@ class MetricsLog:
 
     def _reopen(self) -> None:
         last = self._last
+        assert self._file is not None
         self._file.close()
         make_folder(self.folder)
         self._adopt(math.inf)
         self._last = {kind: max(last[kind], self._last[kind]) for kind in KINDS}
 
     def write_json(self) -> None:
-        """Rewrite metrics.json from metrics.jsonl, atomically and in constant memory (validation records aside)."""
+        """Rewrite metrics.json from metrics.jsonl, atomically.
+
+        Memory is constant, except for the validation records.
+        """
         try:
             self._write_json()
-        except (
-            ValueError,
-            FileNotFoundError,
-        ):  # damaged or deleted from outside since it was opened
+        except (ValueError, FileNotFoundError):
+            # Damaged or deleted from outside since it was opened.
             self._reopen()
             self._write_json()
 
@@ -370,26 +403,28 @@ class MetricsLog:
                     separator = b",\n"
             file.write(b'],\n"val":[\n' + b",\n".join(val) + b"]}\n")
 
+        assert self._file is not None
         if not self._file.closed:
             os.fsync(self._file.fileno())
         write_atomic(self.json_path, write)
 
     # ---- reading
     def stream(self) -> Iterator[dict]:
-        """The records from the file, one at a time: for readers that need not hold them all, such as draw_plots."""
+        """Return an iterator over the file's records, for readers that need not hold them all."""
         return read_records(self.path)
 
     def records(self) -> list[dict]:
-        """All records, in the order they were made."""
+        """Return all records, in the order they were made."""
         return list(self.stream())
 
     def take_messages(self) -> list[str]:
-        """The messages since the last call."""
+        """Return the messages since the last call."""
         messages, self.messages = self.messages, []
         return messages
 
     def finish(self) -> None:
         """Write metrics.json for the last time and close everything. A second call does nothing."""
+        assert self._file is not None
         if self._file.closed:
             return
         self.write_json()
@@ -400,8 +435,11 @@ class MetricsLog:
 
 # ------------------------------------------------------------------------------------------ mirrors
 def flatten(record: dict) -> dict[str, float]:
-    """A record as named scalars: `train/loss`, ..., and per block `router/block_00/entropy`, `.../load_min`, `.../load_max`,
-    `.../dropped_share`. Nulls are left out."""
+    """Return a record as named scalars, without nulls.
+
+    Names are `train/loss`, ..., and per block `router/block_00/entropy`, `.../load_min`,
+    `.../load_max`, `.../dropped_share`.
+    """
     flat = {
         f"{record['kind']}/{key}": value
         for key, value in record.items()
@@ -413,10 +451,8 @@ def flatten(record: dict) -> dict[str, float]:
     for block, loads in enumerate(record.get("expert_load") or []):
         loads = [load for load in loads if load is not None]
         if loads:
-            (
-                flat[f"router/block_{block:02d}/load_min"],
-                flat[f"router/block_{block:02d}/load_max"],
-            ) = min(loads), max(loads)
+            flat[f"router/block_{block:02d}/load_min"] = min(loads)
+            flat[f"router/block_{block:02d}/load_max"] = max(loads)
     for key, name in (("router_entropy", "entropy"), ("dropped_share", "dropped_share")):
         flat |= {
             f"router/block_{block:02d}/{name}": value
@@ -427,7 +463,7 @@ def flatten(record: dict) -> dict[str, float]:
 
 
 class WandbSink:
-    """Mirrors records to Weights & Biases. A resumed run (same run_id) goes on in the same chart."""
+    """Mirrors records to Weights & Biases. A resumed run (same run_id) continues its chart."""
 
     def __init__(self, folder: Path, run_info: dict):
         try:
@@ -437,9 +473,8 @@ class WandbSink:
                 "wandb was asked for but is not installed: pip install wandb, or leave --wandb out"
             ) from None
         run_id = run_info.get("run_id")
-        folder.mkdir(
-            parents=True, exist_ok=True
-        )  # wandb writes to a temporary folder where its own does not exist
+        # wandb writes to a temporary folder if its own does not exist.
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             self.run = wandb.init(
                 project="gptoss",
@@ -450,9 +485,11 @@ class WandbSink:
             )
         except wandb.errors.Error as error:
             raise ValueError(
-                f"wandb did not start ({error}): run wandb login, or set WANDB_MODE=offline, or leave --wandb out"
+                f"wandb did not start ({error}): run wandb login, or set WANDB_MODE=offline, "
+                "or leave --wandb out"
             ) from error
-        # An axis of our own: wandb's is only allowed to grow, and a resumed run may begin before the step it was killed at.
+        # Our own axis: wandb's may only grow, and a resumed run may begin before the step it was
+        # killed at.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -464,15 +501,18 @@ class WandbSink:
 
 
 class TensorBoardSink:
-    """Mirrors records to TensorBoard event files in `folder`/tensorboard/<run_id>. TensorBoard hides what is there from later
-    steps than the one resumed at (a fresh run: all)."""
+    """Mirrors records to TensorBoard event files in `folder`/tensorboard/<run_id>.
+
+    TensorBoard hides older events from steps after the one resumed at (a fresh run: all of them).
+    """
 
     def __init__(self, folder: Path, run_info: dict, resume_step: int | None):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError(
-                "tensorboard was asked for but is not installed: pip install tensorboard, or leave --tensorboard out"
+                "tensorboard was asked for but is not installed: pip install tensorboard, "
+                "or leave --tensorboard out"
             ) from None
         events = Path(folder) / "tensorboard" / str(run_info.get("run_id", "run"))
         self.writer = SummaryWriter(
@@ -488,7 +528,7 @@ class TensorBoardSink:
         self.writer.close()
 
 
-def make_sinks(
+def make_loggers(
     folder: str | Path,
     *,
     wandb: bool = False,
@@ -496,9 +536,12 @@ def make_sinks(
     run_info: dict | None = None,
     resume_step: int | None = None,
 ) -> list:
-    """The optional mirrors that were asked for, for `MetricsLog(sinks=...)`. ValueError says what to install if one is missing."""
+    """Return the optional mirrors that were asked for, as `MetricsLog(sinks=...)` takes them.
+
+    Raise ValueError, which says what to install, if one is missing.
+    """
     run_info, folder = to_json(dict(run_info or {}))[0], Path(folder)
-    sinks = []
+    sinks: list[TensorBoardSink | WandbSink] = []
     if tensorboard:
         sinks.append(TensorBoardSink(folder, run_info, resume_step))
     if wandb:

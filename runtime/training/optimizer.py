@@ -1,7 +1,8 @@
-"""AdamW, and Muon for the matrices inside the blocks: which tensors get which, one step, and the state under the parameters' names.
+"""AdamW, and Muon for the matrices inside the blocks: which tensors get which, and one step.
 
-torch's own optimizer state dict is keyed by position; here a moment is `exp_avg.layers.0.norm1.weight`, so that a checkpoint
-can be read by hand and a renamed, missing or reshaped parameter is an error that says its name.
+torch's own optimizer state dict is keyed by position. Here a moment has its parameter's name, such
+as `exp_avg.layers.0.norm1.weight`. So a checkpoint can be read by hand, and an error about a
+renamed, missing or reshaped parameter says its name.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ from config_model import TrainConfig
 from runtime.base.device import DTYPES, choose_dtype
 from runtime.checkpoint.optimizer_state import initialise_state
 
-STACKED_BIASES = (
-    "b_in",
-    "b_out",
-)  # one bias per expert, stacked to a matrix [E, F or C]: still biases
+# One bias per expert, stacked to a matrix [E, F or C]: still biases.
+STACKED_BIASES = ("b_in", "b_out")
 HIDDEN_MATRICES = (
     "attention.W_q.weight",
     "attention.W_k.weight",
@@ -31,13 +30,17 @@ HIDDEN_MATRICES = (
     "experts.w_out",
 )
 
-# A bfloat16 has 8 significant bits, so a moment whose gradient is 0 rounds back to what it was, and never falls, if a step takes
-# less than 2^-8 of it away.
+# A bfloat16 has 8 significant bits. If a step takes less than 2^-8 of a moment away and the
+# gradient is 0, the moment rounds back to what it was, and never falls.
 BFLOAT16_DECAY_LIMIT = 0.996
-MUON_RMS = 0.2  # what AdamW's updates have, so that its lr and weight decay serve (Liu et al. 2025, section 2.2)
-# (a, b, c) of the polynomials a x + b x^3 + c x^5, one per step, and how much larger than 1 a singular value may be by rounding:
-# Amsel et al. 2025, "The Polar Express", algorithm 1, minimax for singular values from 0.001 to 1. They lift small ones twice as far
-# as the five equal steps of Jordan et al. 2024, end closer to 1, and trained GPT-2 Large to a lower loss (the paper's figure 1).
+# The RMS of AdamW's updates, so that its lr and weight decay also serve Muon (Liu et al. 2025,
+# section 2.2).
+MUON_RMS = 0.2
+# (a, b, c) of the polynomials a x + b x^3 + c x^5, one per step, and how much larger than 1
+# rounding may make a singular value: Amsel et al. 2025, "The Polar Express", algorithm 1, minimax
+# for singular values from 0.001 to 1. They lift small ones twice as far as the five equal steps of
+# Jordan et al. 2024, end closer to 1, and trained GPT-2 Large to a lower loss (the paper's figure
+# 1).
 POLAR_EXPRESS = (
     (8.287212, -23.595887, 17.300387),
     (4.107059, -2.947850, 0.544843),
@@ -50,11 +53,12 @@ POLAR_EXPRESS_MARGIN = 1.01
 
 # --------------------------------------------------------------------------- which tensors get what
 def decays(name: str, parameter: Tensor) -> bool:
-    """The rule: what has two or more dimensions decays, unless it is a stack of biases.
+    """Return whether a parameter decays: it has two or more dimensions and is no stack of biases.
 
-    So every matrix (stacked experts and the router included), the embeddings, the head and the learned attention-bias table
-    [H, T, T] decay; norms, biases, and the experts' stacked biases do not. Decay pulls a matrix that multiplies its input
-    towards a smaller function; on a bias or a norm's gain it only shifts the function (nanoGPT's rule, kept for stacks).
+    So every matrix (stacked experts and the router included), the embeddings, the head and the
+    learned attention bias [H, T, T] decay. Norms, biases and the experts' stacked biases do not.
+    Decay pulls a matrix that multiplies its input towards a smaller function; on a bias or a norm's
+    gain it only shifts the function (nanoGPT's rule, kept for stacks).
     """
     return parameter.dim() >= 2 and name.rpartition(".")[2] not in STACKED_BIASES
 
@@ -62,12 +66,13 @@ def decays(name: str, parameter: Tensor) -> bool:
 def parameter_groups(
     model: nn.Module, weight_decay: float, muon_momentum: float | None = None
 ) -> list[dict]:
-    """Groups for AdamW: those that decay, those that do not; with a muon_momentum also Muon's. Each trainable parameter is in
-    one; a tied one counts once.
+    """Return AdamW's groups, with and without decay; with a muon_momentum also Muon's.
 
-    Muon's rule: the matrices that map features to features inside a block, HIDDEN_MATRICES by name. Embedding, head and router
-    stay with AdamW, for their rows are ids or experts and not features (Jordan et al. 2024), and so does what is no matrix.
-    `row_parts` matrices are stacked along the rows of each matrix in a group: 2 in w_in of gated experts, gate and up.
+    Each trainable parameter is in one group; a tied one counts once. Muon trains the matrices that
+    map features to features inside a block, HIDDEN_MATRICES by name. Embedding, head and router
+    stay with AdamW, because their rows are ids or experts and not features (Jordan et al. 2024),
+    and so does everything that is no matrix. `row_parts`: matrices stacked along the rows of each
+    matrix in a group, 2 in w_in of gated experts (gate and up).
     """
     named = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -167,12 +172,14 @@ OPTIMIZERS = {
 class MuonAdamW(Optimizer):
     """Muon (Jordan et al. 2024) for the groups that have a momentum, AdamW for the others.
 
-    Moments are kept in `state_dtype` between steps and are float32 in the arithmetic. As in torch's fused optimizers a step
-    divides gradients by the tensor `grad_scale` and changes nothing, not one bit, where the tensor `found_inf` is 1: whoever
-    calls step() may set these attributes (GradScaler does), and the host waits for neither.
+    Moments are kept in `state_dtype` between steps and computed in float32. As in torch's fused
+    optimizers, a step divides gradients by the tensor `grad_scale` and changes nothing, not one
+    bit, where the tensor `found_inf` is 1. Whoever calls step() may set these attributes
+    (GradScaler does), and the host waits for neither.
     """
 
-    _step_supports_amp_scaling = True  # what GradScaler asks before it sets the two
+    # What GradScaler asks before it sets the two.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -197,8 +204,8 @@ class MuonAdamW(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+    def step(self) -> None:  # type: ignore[override]  # no closure: the loop has done its passes
+        """Update every parameter that has a gradient."""
         initialise_state(self)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -219,7 +226,7 @@ class MuonAdamW(Optimizer):
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
     ) -> None:
-        """torch's fused AdamW; moments in bfloat16 are widened for it a slice at a time."""
+        """Do torch's fused AdamW; bfloat16 moments are widened for it a slice at a time."""
         states = [self.state[parameter] for parameter in parameters]
         steps = [state["step"] for state in states]
         values = dict(
@@ -237,7 +244,7 @@ class MuonAdamW(Optimizer):
         if group["state_dtype"] == torch.float32:
             torch._fused_adamw_(
                 parameters,
-                [parameter.grad for parameter in parameters],
+                [_gradient(parameter) for parameter in parameters],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
@@ -248,7 +255,7 @@ class MuonAdamW(Optimizer):
             for parameter, state in zip(parameters, states, strict=True):
                 flat = (
                     parameter.view(-1),
-                    parameter.grad.reshape(-1),
+                    _gradient(parameter).reshape(-1),
                     state["exp_avg"].view(-1),
                     state["exp_avg_sq"].view(-1),
                 )
@@ -270,13 +277,16 @@ class MuonAdamW(Optimizer):
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
     ) -> None:
-        """Matrices of one shape, whichever tensors they are stacked in, go through the arithmetic together, a bounded number at a time."""
+        """Update matrices of one shape together, a bounded number at a time.
+
+        It does not matter which tensors they are stacked in.
+        """
         by_shape: dict[tuple, list[tuple]] = {}
         for parameter in parameters:
             shape = (-1, parameter.shape[-2] // group["row_parts"], parameter.shape[-1])
             tensors = (
                 parameter.view(shape),
-                parameter.grad.reshape(shape),
+                _gradient(parameter).reshape(shape),
                 self.state[parameter]["momentum"].view(shape),
             )
             at_once = max(1, _elements_at_once(parameter) // (shape[1] * shape[2]))
@@ -291,13 +301,24 @@ class MuonAdamW(Optimizer):
                 )
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "step() leaves out parameters without a gradient"
+    return parameter.grad
+
+
 def _elements_at_once(parameter: Tensor) -> int:
-    """Elements that temporaries are made for: on a CPU what stays in its cache, on a GPU what fills it (64 MB in float32)."""
+    """Return how many elements to make temporaries for.
+
+    On a CPU they stay in its cache; on a GPU they fill it (64 MB in float32).
+    """
     return 1 << (17 if parameter.device.type == "cpu" else 24)
 
 
 def _batches(pieces: list[tuple], at_once: int) -> Iterator[list[tuple]]:
-    """Consecutive pieces (tuples of tensors [n, R, C], n <= at_once) in lists that hold at most `at_once` matrices each."""
+    """Yield lists of consecutive pieces that hold at most `at_once` matrices each.
+
+    A piece is a tuple of tensors [n, R, C] with n <= at_once.
+    """
     batch: list[tuple] = []
     for piece in pieces:
         if sum(len(tensors[0]) for tensors in (*batch, piece)) > at_once:
@@ -315,10 +336,11 @@ def _muon_step(
     grad_scale: Tensor | None,
     skip: Tensor | None,
 ) -> None:
-    """Muon's update of some (weights, gradient, momentum), each [n, R, C]: Nesterov momentum, orthogonalised, scaled to MUON_RMS.
+    """Do Muon's update of some (weights, gradient, momentum), each [n, R, C].
 
-    An orthogonal R x C matrix has a root mean square of 1 / sqrt(max(R, C)). A matrix without any gradient, an expert that no
-    token chose, is not moved: what is left of its momentum would be blown up to full size, step after step.
+    It is Nesterov momentum, orthogonalised and scaled to MUON_RMS. An orthogonal R x C matrix has a
+    root mean square of 1 / sqrt(max(R, C)). A matrix without any gradient (an expert that no token
+    chose) is not moved: the rest of its momentum would be blown up to full size, step after step.
     """
     updates = []
     for _, gradient, momentum in batch:
@@ -342,12 +364,18 @@ def _muon_step(
 
 
 def _orthogonalise_dtype(device: torch.device) -> torch.dtype:
-    """Half precision on CUDA, for the result is an approximation anyhow; float32 elsewhere, whatever a CPU's clock says at the moment."""
+    """Return half precision on CUDA, as the result is approximate anyway; float32 elsewhere.
+
+    choose_dtype would time a CPU, so its answer could differ from run to run.
+    """
     return choose_dtype("auto", device) if device.type == "cuda" else torch.float32
 
 
 def _assign(to: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    """Copy, except where `skip`, a boolean on the device, says not to. A product with 0 would let NaN through and turn -0 to 0."""
+    """Copy, unless `skip`, a boolean on the device, says not to.
+
+    A product with 0 would let NaN through and turn -0 to 0.
+    """
     if skip is None:
         to.copy_(value)
     else:
@@ -355,12 +383,16 @@ def _assign(to: Tensor, value: Tensor, skip: Tensor | None) -> None:
 
 
 def orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest orthogonal matrices U V' of matrices U S V' [N, R, C], approximately, by Newton-Schulz steps in `dtype`.
+    """Return about the nearest orthogonal matrices, U V' of U S V' [N, R, C].
 
-    Singular values of at least 0.002 of their matrix's Frobenius norm come out between 0.86 and 1.13, smaller ones lower.
+    It takes Newton-Schulz steps in `dtype`.
+
+    Singular values of at least 0.002 of their matrix's Frobenius norm come out between 0.86 and
+    1.13, smaller ones lower.
     """
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
-    x = matrices_NRC.mT if tall else matrices_NRC  # the products are then of the shorter side
+    # The products are then of the shorter side.
+    x = matrices_NRC.mT if tall else matrices_NRC
     norm_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     x = (x / (POLAR_EXPRESS_MARGIN * norm_N11).clamp(min=1e-12)).to(dtype)
     for a, b, c in POLAR_EXPRESS:

@@ -1,8 +1,9 @@
-"""The run as pictures: what a run's metrics.jsonl says, in eight dark PNGs that are legible at README size.
+"""Draw a run's metrics.jsonl as eight dark PNGs that are legible at README size.
 
-`draw_plots` reads records once and keeps little of them (a few numbers per record; of the routers a fixed number of
-records), so its memory and time stay bounded for runs of any length. matplotlib is imported when drawing, through its
-object API: no global figure, no window, no state of the user's changed. A plot with nothing to show is not drawn.
+`draw_plots` reads records once and keeps little of them (a few numbers per record; of the routers a
+fixed number of records), so its memory and time stay bounded for runs of any length. matplotlib is
+imported when drawing, through its object API: no global figure, no window, no state of the user's
+changed. A plot with nothing to show is not drawn.
 """
 
 from __future__ import annotations
@@ -107,9 +108,10 @@ def _number(value) -> float:
 class History:
     """What the plots need of a run, gathered in one pass over its records.
 
-    train, val: {key: float64 array, one number per record}, sorted by "step", NaN where a record says nothing.
-    loads: newest expert_load, [L blocks, E experts] in fair shares, or None. router: {"step": [R], "load_min", "load_max",
-    "entropy" (nats), "dropped": [R, L]} at R evenly spaced records, the newest included.
+    train, val: {key: float64 array, one number per record}, sorted by "step", NaN where a record
+    says nothing. loads: newest expert_load, [L blocks, E experts] in fair shares, or None. router:
+    {"step": [R], "load_min", "load_max", "entropy" (nats), "dropped": [R, L]} at R evenly spaced
+    records, the newest included.
     """
 
     def __init__(self, records: Iterable[dict]):
@@ -196,8 +198,10 @@ class History:
 
 
 def smooth(values):
-    """Centred moving average over about 1/20 of the points, NaN where a value is; as many points before as after, as far as
-    there are, so that a steep beginning is not blurred."""
+    """Return a centred moving average over about 1/20 of the points, NaN where a value is NaN.
+
+    It takes as many points before as after, as far as there are: a steep start is not blurred.
+    """
     import numpy as np
 
     n = len(values)
@@ -213,7 +217,10 @@ def smooth(values):
 
 
 def thin(x, y):
-    """At most about 2 x POINTS points that look like all of them: the lowest and the highest of each stretch, gaps kept."""
+    """Return at most about 2 x POINTS points that look like all of them.
+
+    These are the lowest and the highest of each stretch; gaps are kept.
+    """
     import numpy as np
 
     if len(x) <= 2 * POINTS:
@@ -231,7 +238,7 @@ def thin(x, y):
 
 # ----------------------------------------------------------------------------------- parts of plots
 class Page:
-    """A figure with a title on the left, the state of the run on the right, and axes below that fill it."""
+    """A figure: a title on the left, the state of the run on the right, and axes below."""
 
     def __init__(
         self,
@@ -276,7 +283,10 @@ class Page:
 
 
 def _steps_axis(axes, *steps, label: bool = True) -> None:
-    """x axis of steps with few, readable ticks. It begins at 0 unless the run was first measured late."""
+    """Set an x axis of steps with few, readable ticks.
+
+    It begins at 0 unless the run was first measured late.
+    """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     known = [s for part in steps for s in (part.min(), part.max()) if len(part)]
@@ -299,7 +309,7 @@ def _human_axis(axis) -> None:
 
 
 def _log_axis(axes, values, floor: float = 0.0) -> None:
-    """Log-scaled y axis that always has a few labelled ticks, also where the data span less than a decade."""
+    """Set a log-scaled y axis with a few labelled ticks, even if the data span under a decade."""
     import numpy as np
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -327,7 +337,10 @@ def _log_axis(axes, values, floor: float = 0.0) -> None:
 
 
 def _line(axes, x, y, color, label=None, **options):
-    """A line, thinned; points that have no neighbours to be joined with (a single record, between nulls) become dots."""
+    """Draw a line, thinned.
+
+    Points without neighbours to be joined with (a single record, between nulls) become dots.
+    """
     import numpy as np
 
     x, y = thin(x, y)
@@ -353,7 +366,10 @@ def _legend(axes) -> None:
 
 
 def _note(axes, x, y, text, color):
-    """Text above a data point (below, at the top of the axes), turned to the side that has room, with a halo of the background."""
+    """Write text above a data point (below it, at the top of the axes), with a halo.
+
+    It is turned to the side that has room.
+    """
     from matplotlib.patheffects import withStroke
 
     left, right = axes.get_xlim()
@@ -454,7 +470,10 @@ def _depth_key(page: Page, axes, count: int) -> None:
 def _curve(
     title: str, key: str, unit: str, history: History, status: str, log: bool
 ) -> Page | None:
-    """Train (raw and smoothed) and validation of `key` over the steps, best validation ringed, newest values in the legend."""
+    """Return a page with training and validation of `key` over the steps.
+
+    The best validation is ringed; the legend has the newest values.
+    """
     import numpy as np
 
     train, val = history.train, history.val
@@ -658,7 +677,7 @@ def _draw_grad_norm(history, status):
 
 
 def _draw_expert_load(history, status):
-    """Newest load of each expert as a heat map, and the least and most loaded expert of each block over time."""
+    """Draw each expert's newest load as a heat map, and each block's extremes over time."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -691,7 +710,8 @@ def _draw_expert_load(history, status):
     top.set(xlabel="expert", ylabel="block")
     least, most = np.nanmin(loads), np.nanmax(loads)
     top.set_title(
-        f"load at step {history.loads_step:,} in % of a fair share: from {_percent(least)} to {_percent(most)}",
+        f"load at step {history.loads_step:,} in % of a fair share: "
+        f"from {_percent(least)} to {_percent(most)}",
         loc="left",
         fontsize=12,
         color=TEXT,
@@ -774,7 +794,7 @@ def _percent(share: float) -> str:
 
 
 def _draw_router(history, status):
-    """Entropy of each block's router over the steps, as a share of that of an even choice, and the share of tokens dropped."""
+    """Draw each block's normalised router entropy and share of dropped tokens over the steps."""
     import numpy as np
 
     entropy, dropped = history.router.get("entropy"), history.router.get("dropped")
@@ -842,9 +862,10 @@ def draw_plots(
 ) -> list[Path]:
     """Draw the plots `names` of a run's `records` into `folder`; returns the paths written.
 
-    Each is `step_XXXXXXX_NAME.png` and, the same picture, `latest_NAME.png`, which is replaced atomically. `records` may be
-    an iterator (`MetricsLog.stream()`), read once. Keys may be missing and numbers null; a plot that then has nothing to
-    show is left out. Raises ImportError where matplotlib or NumPy is not installed: the caller says so and goes on.
+    Each is `step_XXXXXXX_NAME.png` and, the same picture, `latest_NAME.png`, which is replaced
+    atomically. `records` may be an iterator (`MetricsLog.stream()`), read once. Keys may be missing
+    and numbers null; a plot that then has nothing to show is left out. Raises ImportError where
+    matplotlib or NumPy is not installed: the caller says so and continues.
     """
     import matplotlib.style
 

@@ -18,7 +18,7 @@ from runtime.base.device import device_name, peak_flops
 from runtime.base.files import write_text_atomic
 from runtime.base.text import human_count, human_seconds
 from runtime.checks import known
-from runtime.training.metrics import HEALTHY_LOAD, MetricsLog, make_sinks
+from runtime.training.metrics import HEALTHY_LOAD, MetricsLog, make_loggers
 from runtime.training.plan import TrainPlan
 from runtime.training.plots import draw_plots
 from runtime.training.state import RunState
@@ -43,7 +43,7 @@ class Reporter:
             "torch": torch.__version__,
             "command": " ".join(sys.argv),
         }
-        sinks = make_sinks(
+        loggers = make_loggers(
             config.graph_dir,
             wandb=config.wandb,
             tensorboard=config.tensorboard,
@@ -51,7 +51,7 @@ class Reporter:
             resume_step=resume_step,
         )
         self.plan, self.state = plan, state
-        self.log = MetricsLog(config.graph_dir, resume_step, info, sinks)
+        self.log = MetricsLog(config.graph_dir, resume_step, info, loggers)
         for message in self.log.take_messages():
             print(message)
         self.flops_per_token = 3 * flops_per_token(plan.model_config)
@@ -70,7 +70,7 @@ class Reporter:
         sys.stdout.flush()
 
     def on_log(self, record: dict) -> None:
-        """Complete a record of `fit`, store and show it."""
+        """Complete a record of `fit`, then show and store it."""
         if record["kind"] == "val":
             line = f"validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}"
             if bytes_per_token := self.plan.task.bytes_per_token:
@@ -80,28 +80,29 @@ class Reporter:
                 line += f"  {name} {value:.4f}"
             self.say(f"step {record['step']:>7,}  {line}")
         else:
-            if self.peak:
-                record["mfu"] = record["tokens_per_sec"] * self.flops_per_token / self.peak
-            shown = {
-                "loss": f"{record['loss']:.4f}",
-                "tok/s": human_count(record["tokens_per_sec"]),
-            } | ({"MFU": f"{100 * record['mfu']:.1f}%"} if self.peak else {})
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(record["step"] - self.bar.n)
-            if self.bar.disable:
-                left = (
-                    (self.plan.config.max_steps - record["step"])
-                    * self.state.train_seconds
-                    / record["step"]
-                )
-                self.say(
-                    f"step {record['step']:>7,}  "
-                    + "  ".join(f"{k} {v}" for k, v in shown.items())
-                    + f"  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}  ETA {human_seconds(left)}"
-                )
-            if record["step"] > self.plan.config.warmup_steps:
-                self._watch_experts(record)
+            self._show_training(record)
         self._log(lambda: self.log.append(record))
+
+    def _show_training(self, record: dict) -> None:
+        shown = {
+            "loss": f"{record['loss']:.4f}",
+            "tok/s": human_count(record["tokens_per_sec"]),
+        }
+        if self.peak:
+            record["mfu"] = record["tokens_per_sec"] * self.flops_per_token / self.peak
+            shown["MFU"] = f"{100 * record['mfu']:.1f}%"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(record["step"] - self.bar.n)
+        if self.bar.disable:
+            steps_left = self.plan.config.max_steps - record["step"]
+            seconds_left = steps_left * self.state.train_seconds / record["step"]
+            numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(
+                f"step {record['step']:>7,}  {numbers}  lr {record['lr']:.2e}  "
+                f"grad norm {record['grad_norm']:.2f}  ETA {human_seconds(seconds_left)}"
+            )
+        if record["step"] > self.plan.config.warmup_steps:
+            self._watch_experts(record)
 
     def _watch_experts(self, record: dict) -> None:
         """Say when experts leave the healthy range and when all are back in it."""
@@ -110,41 +111,41 @@ class Reporter:
             for block, row in enumerate(record["expert_load"])
             for expert, load in enumerate(row)
         ]
-        ill = [
-            one
-            for one in loads
-            if not HEALTHY_LOAD[0] <= one[0] <= HEALTHY_LOAD[1] and math.isfinite(one[0])
-        ]
-        bounds = " to ".join(f"{100 * share:.0f}" for share in HEALTHY_LOAD)
-        if ill and self.healthy:
-            load, block, expert = max(ill, key=lambda one: abs(math.log(max(one[0], 1e-9))))
+        low, high = HEALTHY_LOAD
+        outside = [one for one in loads if math.isfinite(one[0]) and not low <= one[0] <= high]
+        bounds = f"{100 * low:.0f} to {100 * high:.0f}"
+        if outside and self.healthy:
+            # The worst by ratio: a tenth of the fair share is as far from it as ten times.
+            load, block, expert = max(outside, key=lambda one: abs(math.log(max(one[0], 1e-9))))
             self.say(
-                f"step {record['step']:>7,}  warning: {len(ill)} of {len(loads)} experts get less or more than {bounds} % of their fair share, expert {expert} of "
-                f"block {block} {100 * load:.0f} %: if it stays so, raise --aux_loss_coef or set --router_bias_rate (see latest_expert_load.png)"
+                f"step {record['step']:>7,}  warning: {len(outside)} of {len(loads)} experts get "
+                f"less or more than {bounds} % of their fair share, expert {expert} of block "
+                f"{block} {100 * load:.0f} %: if this persists, raise --aux_loss_coef or set "
+                "--router_bias_rate (see latest_expert_load.png)"
             )
-        elif not ill and not self.healthy:
+        elif not outside and not self.healthy:
             self.say(
                 f"step {record['step']:>7,}  all experts are back at {bounds} % of their fair share"
             )
-        self.healthy = not ill
+        self.healthy = not outside
 
     def write_json(self) -> None:
         self._log(self.log.write_json)
 
     def _log(self, write: Callable[[], None]) -> None:
-        """Metrics are worth a line when they cannot be written, but never the run."""
+        """Write metrics. If that fails, say so once: it must never stop the run."""
         if not self.can_log:
             return
         try:
             write()
         except OSError as error:
             self.can_log = False
-            self.say(f"no more metrics: {error} (training goes on)")
+            self.say(f"no more metrics: {error} (training continues)")
         for message in self.log.take_messages():
             self.say(message)
 
     def plots(self, step: int) -> None:
-        """Draw what there is. Plots are a comfort: whatever is wrong with them is said once and the run goes on."""
+        """Draw the plots. If that fails, say so once: it must never stop the run."""
         if not self.can_plot:
             return
         try:
@@ -161,7 +162,10 @@ class Reporter:
 
 @contextlib.contextmanager
 def profiled(plan: TrainPlan, state: RunState, say: Callable[[str], None]):
-    """Gives what to call after each step. With config.profile the last of PROFILED_STEPS is followed by a trace and a table in graph_dir."""
+    """Yield what to call after each step.
+
+    With config.profile, write a trace and a table to graph_dir after the last of PROFILED_STEPS.
+    """
     if not plan.config.profile:
         yield lambda: None
         return
@@ -176,8 +180,10 @@ def profiled(plan: TrainPlan, state: RunState, say: Callable[[str], None]):
             folder / "trace.txt",
             profiler.key_averages().table(sort_by=column, row_limit=40, max_name_column_width=60),
         )
+        first = state.step - PROFILED_STEPS[-1] + 1
         say(
-            f"profile  of steps {state.step - PROFILED_STEPS[-1] + 1} to {state.step}: {folder / 'trace.json'} (open it at ui.perfetto.dev), {folder / 'trace.txt'}"
+            f"profile  of steps {first} to {state.step}: {folder / 'trace.json'} "
+            f"(open it at ui.perfetto.dev), {folder / 'trace.txt'}"
         )
 
     skip, warm_up, record = PROFILED_STEPS

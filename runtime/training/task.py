@@ -1,7 +1,7 @@
-"""What a run learns from and what it minimises: the seam between the loop and all that it trains.
+"""What a run learns from and what it minimises: the seam between the loop and its task.
 
-`train.fit` knows one loop. A kind of training is a Task that the loop calls; fine-tuning adds tasks,
-never loops. Pre-training on token shards is the first one.
+`train.fit` knows one loop. A kind of training is a Task that the loop calls; fine-tuning adds
+tasks, never loops. Pre-training on token shards is the first one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Task:
         """Return what a batch adds to the number its step's loss is divided by: valid targets."""
         return int((batch[1] != IGNORE).sum())
 
-    def validation(self, model_config: ModelConfig, config: TrainConfig) -> Sequence[Batch]:
+    def validation(
+        self, model_config: ModelConfig, config: TrainConfig
+    ) -> Sequence[Batch] | ValidationBatches:
         """Return the batches that `train.evaluate` is given: the same ones at each call."""
         return ()
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.training.metrics import MetricsLog, flatten, make_sinks, read_records
+from runtime.training.metrics import MetricsLog, flatten, make_loggers, read_records
 from tests.conftest import REPO
 
 
@@ -315,7 +315,7 @@ def test_a_metrics_file_that_is_no_file_is_moved_aside(tmp_path):
 def test_resume_without_metrics_begins_anew_and_says_so(tmp_path):
     log = MetricsLog(tmp_path / "new", resume_step=500)
     log.append(record(510))
-    assert steps(log) == [510] and "not there" in log.messages[0]
+    assert steps(log) == [510] and "not found" in log.messages[0]
 
 
 def test_reading_a_damaged_file_names_file_and_line(tmp_path):
@@ -400,7 +400,7 @@ def test_deleting_the_folder_does_not_stop_the_run(tmp_path):
         path.unlink()
     folder.rmdir()
     log.append(record(30))
-    assert steps(log) == [30] and "not there" in log.take_messages()[0]
+    assert steps(log) == [30] and "not found" in log.take_messages()[0]
     (folder / "metrics.jsonl").unlink()
     log.write_json()
     assert strict((folder / "metrics.json").read_text())["train"] == []
@@ -479,7 +479,7 @@ def test_wandb_gets_every_record(tmp_path, monkeypatch):
     _, calls = fake_wandb(monkeypatch)
     info = {"run_id": "abcd", "lr": 1e-3}
     log = MetricsLog(
-        tmp_path, run_info=info, sinks=make_sinks(tmp_path / "graphs", wandb=True, run_info=info)
+        tmp_path, run_info=info, sinks=make_loggers(tmp_path / "graphs", wandb=True, run_info=info)
     )
     log.append(RICH)
     log.finish()
@@ -505,7 +505,7 @@ def test_wandb_that_does_not_start_is_one_clear_line(tmp_path, monkeypatch):
 
     module.init = init
     with pytest.raises(ValueError, match="no API key.*wandb login"):
-        make_sinks(tmp_path, wandb=True)
+        make_loggers(tmp_path, wandb=True)
 
 
 def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
@@ -527,7 +527,7 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
     )
-    sinks = make_sinks(tmp_path, tensorboard=True, run_info={"run_id": "abcd"}, resume_step=10)
+    sinks = make_loggers(tmp_path, tensorboard=True, run_info={"run_id": "abcd"}, resume_step=10)
     log = MetricsLog(tmp_path, sinks=sinks)
     log.append(RICH)
     log.finish()
@@ -536,7 +536,7 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
         c[2] == 20 for c in calls[1:] if isinstance(c, tuple)
     )
     assert calls[-2:] == ["flush", "close"]
-    make_sinks(tmp_path, tensorboard=True)
+    make_loggers(tmp_path, tensorboard=True)
     # Another run's events in the folder are hidden.
     assert calls[-1] == (
         str(tmp_path / "tensorboard" / "run"),
@@ -550,13 +550,13 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
 def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"pip install {name}"):
-        make_sinks(tmp_path, **{name: True})
+        make_loggers(tmp_path, **{name: True})
 
 
 def test_nothing_optional_is_imported_unless_asked_for(tmp_path):
     code = (
-        "import sys; from runtime.training.metrics import MetricsLog, make_sinks; log = "
-        "MetricsLog(sys.argv[1], sinks=make_sinks(sys.argv[1]))\n"
+        "import sys; from runtime.training.metrics import MetricsLog, make_loggers; log = "
+        "MetricsLog(sys.argv[1], sinks=make_loggers(sys.argv[1]))\n"
         "log.append({'step': 1, 'kind': 'train'}); log.finish()\n"
         "bad = {'torch', 'wandb', 'tensorboard', 'matplotlib', 'model', 'numpy'} & "
         "set(sys.modules); assert not bad, bad"

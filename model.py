@@ -68,9 +68,8 @@ class LLM(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocabulary_size, config.d_model)
-        self.layers = nn.ModuleList(
-            Block(config, block) for block in range(config.transformer_blocks)
-        )
+        blocks = nn.ModuleList(Block(config, i) for i in range(config.transformer_blocks))
+        self.layers = cast(Sequence[Block], blocks)
         self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.out_head = Head(config)
         # Keep only the blocks' inputs; compute the rest again in the backward pass.

@@ -120,8 +120,8 @@ def attention_mask(
 class Cache(Protocol):
     """What the model asks of a KV cache. `update` comes before `key_positions`, `advance` last.
 
-    length: tokens of every row that are in. per_row: whether each row is at a position of its own;
-    then each call brings one token a row, and positions are [B, T] and [B, S].
+    per_row: whether each row is at a position of its own. Then each call brings one token a row,
+    and positions are [B, T] and [B, S].
     """
 
     length: int
@@ -135,10 +135,10 @@ class Cache(Protocol):
         """Store a block's new keys and values; return all that a query may need, [B, G, S, D]."""
 
     def query_positions(self, T: int, device) -> Tensor:
-        """Return the absolute positions [T] of the new tokens."""
+        """Return the positions [T] of the new tokens."""
 
     def key_positions(self, block: int, T: int) -> Tensor:
-        """Return the absolute positions [S] of the keys that `update` returned."""
+        """Return the positions [S] of the keys that `update` returned."""
 
     def advance(self, T: int) -> None:
         """Count T tokens as seen; called once, when every block has them."""
@@ -338,8 +338,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`_attend` for one query a row: the J heads that share keys become J queries of one head.
 
-        So no key is copied, as grouped heads would have it. Few operations, which a CUDA graph can
-        hold and a compiler can fuse; nothing here depends on values.
+        So no key is copied. Nothing here depends on values, so a CUDA graph can hold it.
         """
         B, S = len(q_BH1D), k_BGSD.shape[2]
         q_BGJD = q_BH1D.view(B, self.G, -1, self.D)
@@ -403,7 +402,7 @@ class Attention(nn.Module):
 def bias_of_rows(bias_HTS: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
     """Return a learned bias [B, H, T, S] at positions that differ from row to row.
 
-    Rows that take no part in a step, and keys nobody sees, may lie outside of the table.
+    Rows that take no part in a step may lie outside of the table.
     """
     last = bias_HTS.shape[1] - 1
     q_BT1 = q_positions_BT.clamp(max=last)[:, :, None]
@@ -623,8 +622,8 @@ class Experts(nn.Module):
 class LocalDispatcher:
     """Bring tokens to experts that are all on this device.
 
-    Sort assignments by expert, compute, put back in order. The seam for expert parallelism:
-    anything with this `__call__` can take its place in `MoE.dispatcher`.
+    Sort assignments by expert, compute, put back in order. Anything with this `__call__` can take
+    its place in `MoE.dispatcher`.
     """
 
     def __call__(

@@ -146,7 +146,6 @@ def test_every_path_it_names_is_there(page):
     assert paths_not_there(PAGES[page]) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the moves into packages and make test-fast come after it")
 def test_every_path_of_contributing_is_there():
     assert paths_not_there(PAGES[REPO / "CONTRIBUTING.md"]) == []
 

@@ -1,6 +1,6 @@
 """Types that only get better: mypy's errors per file, next to the counts that are allowed.
 
-    python -m tests.types            exit code 1 if a file has more errors than tests/types.json says
+    python -m tests.types            exit code 1 if a file has more errors than tests/types.json
     python -m tests.types --write    store the counts of today, if none is higher than before
 
 A file that is not in the list may have none. What a count falls to becomes the new limit.

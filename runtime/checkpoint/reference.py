@@ -89,7 +89,7 @@ def read_reference(path: Path, contents: dict, records: set, optimizer: bool) ->
     )
     digests_of(weights, "model")
     for name, tensor in weights.items():
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
         if (tensor.nbytes, zlib.crc32(data)) not in records:
             raise ValueError(f"damaged: model tensor {name} does not match the zip's checksum")
     model = {

@@ -169,7 +169,7 @@ def write_weights(
             if not finite:
                 raise ValueError(f"{name} holds NaN or infinity")
             file.seek(offsets[f"archive/data/{i}"])
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         _lay_out(file, header, expected, digests)
         assert _offsets(file) == offsets, "the digests moved the tensors"
 

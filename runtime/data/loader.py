@@ -99,6 +99,9 @@ class ValidationBatches:
     def __len__(self) -> int:
         return math.ceil(len(self.windows) / self.batch_size)
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= i < len(self):
             raise IndexError(i)

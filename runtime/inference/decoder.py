@@ -379,7 +379,8 @@ def decode_step(
 
 def _head(model: LLM, x_BC: Tensor) -> Tensor:
     """Return logits [B, V] by the output projection, in 8 bits or not."""
-    head = model.out_head
+    # Any: quantize_ gives it `weight_packed` and `weight_scale`.
+    head: Any = model.out_head
     if not is_packed(model):
         return F.linear(x_BC, model.head_weight, head.bias)
     packed_VC = head.weight_packed.to(x_BC.dtype)

@@ -172,7 +172,8 @@ def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(tmp_path):
 def test_a_kill_while_the_last_save_names_its_file():
     """The last step file was written, but latest.pt still named the one before.
 
-    Every resume said "already complete" and left it so; predict.py then silently used an older model.
+    Every resume said "already complete" and left it so; predict.py then silently used an older
+    model.
     """
     run = runs.Run()
     killed = run(

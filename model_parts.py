@@ -33,8 +33,8 @@ def _table_dtype(device) -> torch.dtype:
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
     """Return the angular frequency of each rotated pair, [D/2], in radians per position.
 
-    It is scaled as `rope_scaling` says. linear divides every frequency by the factor (Chen et al.
-    2023, "position interpolation"). yarn divides only the slow ones, those that turn less than once
+    `rope_scaling` linear divides every frequency by the factor (Chen et al. 2023, "position
+    interpolation"). yarn divides only the slow ones, those that turn less than once
     over the trained context, and blends up to those that turn 32 times (Peng et al. 2023, section
     3.2; the ramp is over the pair's index, its ends rounded outwards as in the authors' code, if
     `yarn_truncate`).

@@ -3,7 +3,7 @@
 The choice is a pure function of the card and of the call, so a table of cases tests it without a
 GPU. PyTorch makes a choice of its own in F.scaled_dot_product_attention: on Hopper it takes cuDNN
 first. Where ours is another, the kernel is called by its name: no switch of the whole process is
-set, and a compiled block sees one operation. runtime.device.choose_kernels puts this into
+set, and a compiled block sees one operation. runtime.kernels.choose.choose_kernels puts this into
 `Attention.device_attention`; runtime/kernels/sink_attention.py makes the same choice.
 """
 

@@ -6,7 +6,7 @@ exp(lse_old - lse_new). In the backward pass, give the kernel the scaled output 
 recomputes each probability as exp(s - lse_new), which is right, and its other formulas hold. The
 sink's gradient is minus its probability times the inner product of the output and its gradient, as
 for any key with the value 0.
-`runtime.device.choose_kernels` puts this into `Attention.sink_kernel`.
+`runtime.kernels.choose.choose_kernels` puts this into `Attention.sink_kernel`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def test_an_export_that_is_another_function_is_noticed(monkeypatch):
     """
     other = {
         name: family._replace(gate=family.up, up=family.gate)
-        for name, family in runtime.huggingface.FAMILIES.items()
+        for name, family in runtime.interop.huggingface.FAMILIES.items()
     }
     monkeypatch.setattr(runtime.interop.huggingface, "FAMILIES", other)
     tally = published.same_function(6)
@@ -37,5 +37,5 @@ def test_shares_of_the_balance_loss_come_back():
     for coefficient in (0.01, 0.02, 0.001, 0.9, 0.0, 1e-4, 0.0123):
         for blocks in range(1, 50):
             for top_k in range(1, 9):
-                there = runtime.huggingface._scaled(coefficient, blocks / top_k)
-                assert runtime.huggingface._scaled(there, top_k / blocks) == coefficient
+                there = runtime.interop.huggingface._scaled(coefficient, blocks / top_k)
+                assert runtime.interop.huggingface._scaled(there, top_k / blocks) == coefficient

@@ -522,9 +522,10 @@ def drop_over_capacity(
     The capacity, ceil(capacity_factor * N * K / E), is GShard's (Lepikhin et al. 2020) and
     Switch's. The lowest weights are dropped, wherever they stand in the batch (batch priority
     routing, Riquelme et al. 2021, section 4). What is left is not renormalised; a token that lost
-    all its experts passes through the residual. The rows are still computed: capacity is here to be
-    studied, the dropless path is the fast one.
+    all its experts passes through the residual.
     """
+    # The rows are still computed: capacity is here to be studied, the dropless path is the fast
+    # one.
     (N, K), E = weights_NK.shape, counts_E.shape[0]
     # 1.1 * 100 * 2 / 20 is 11, in binary too.
     capacity = math.ceil(capacity_factor * N * K / E - 1e-9)

@@ -70,8 +70,8 @@ figures: $(VENV)/installed-dev
 	$(PY) -m benchmarks.reliability
 	$(PY) -m benchmarks.tables
 
-# Style, form and types. A file may not get more errors of mypy than tests/types.json says.
+# Style, form and types. A file may not get more errors of mypy than tests/ratchet.json says.
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m tests.types
+	$(PY) -m tests.ratchet

@@ -37,6 +37,7 @@ from runtime.base.files import write_atomic, write_text_atomic
 from runtime.training import plan as plan_module
 from runtime.training.plan import TrainPlan
 from runtime.training.setup import set_up
+from runtime.training.task import GivenTask
 
 FOLDER = RESULTS / "ablations"
 PAGE = RESULTS.parent / "ABLATIONS.md"
@@ -158,7 +159,7 @@ def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> TrainPlan:
         )
     ]
     return plan_module.make_plan(
-        cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig)
+        cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig), train.pretraining
     )
 
 
@@ -231,8 +232,11 @@ def time_rows(names: list[str], data_dir: str, repeats: int, steps: int = 8) -> 
             plan.config, max_steps=steps, warmup_steps=1, log_interval=steps
         )
 
-        def step(model=model, config=config, plan=plan, optimizer=optimizer):
-            train.fit(model, plan.task, config, optimizer=optimizer)
+        # The plan's task without its validation.
+        task = GivenTask(plan.task.loader(plan.model_config, plan.config), plan.task.loss)
+
+        def step(model=model, config=config, task=task, optimizer=optimizer):
+            train.fit(model, task, config, optimizer=optimizer)
 
         functions[name] = step
     seconds = alternate(functions, repeats)

@@ -34,6 +34,7 @@ from runtime.inference.decoder import Decoder, generate
 from runtime.kernels.choose import choose_kernels
 from runtime.training.plan import TrainPlan, check_memory, describe, initial_state, make_plan
 from runtime.training.setup import set_up
+from runtime.training.task import GivenTask
 
 WARM_UP_STEPS = 5
 
@@ -45,9 +46,11 @@ def measure_training(plan: TrainPlan) -> tuple[torch.nn.Module, dict]:
     batches, loss_fn = plan.task.validation(plan.model_config, plan.config), plan.task.loss
     before = train.evaluate(model, batches, loss_fn, plan.dtype)
     records: list[dict] = []
+    # The plan's task without its validation, which is measured apart.
+    task = GivenTask(plan.task.loader(plan.model_config, plan.config), loss_fn)
     train.fit(
         model,
-        plan.task,
+        task,
         plan.config,
         train.Hooks(on_log=records.append),
         optimizer=optimizer,

@@ -14,10 +14,11 @@ Figures are medians; they go to benchmarks/results/train_NAME.json.
 from __future__ import annotations
 
 from runtime.base import process
+from runtime.data.loader import WindowLoader
 from runtime.training.plan import TrainPlan, with_loss_rows
 from runtime.training.setup import set_up
 from runtime.training.state import RunState
-from runtime.training.task import Pretraining
+from runtime.training.task import GivenTask
 
 # ruff: noqa: E402
 process.before_torch()  # what it sets is read when torch loads
@@ -73,7 +74,7 @@ from runtime.base.device import (
     synchronize,
 )
 from runtime.base.text import human_bytes
-from runtime.data.loader import WindowLoader, prefetch
+from runtime.data.loader import prefetch
 from runtime.data.shards import TokenShards, open_data
 from runtime.training.optimizer import build_adamw
 
@@ -195,12 +196,18 @@ class Ours:
 
     def __init__(self, setting: Setting, model_config: ModelConfig, compiled: bool = False):
         self.setting, self.model_config, self.compiled = setting, model_config, compiled
+        loader = WindowLoader(
+            setting.tokens,
+            model_config.context_length,
+            setting.config.batch_size,
+            setting.config.seed,
+        )
         plan = TrainPlan(
             model_config=model_config,
             config=replace(setting.config, compile=compiled),
             device=setting.device,
             dtype=setting.dtype,
-            task=Pretraining(setting.tokens, setting.tokens, train.next_token_loss),
+            task=GivenTask(loader, train.next_token_loss),
             source=None,
             notes=[],
         )

@@ -38,10 +38,7 @@ SHARED_EXPERT = '''class SharedExpert(nn.Module):
 
 
 '''
-DISPATCHER = (
-    "        self.router, self.experts, self.dispatcher = "
-    "Router(config), Experts(config), LocalDispatcher()\n"
-)
+DISPATCHER = "        self.dispatcher = LocalDispatcher()\n"
 NORM2 = "        self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)\n"
 ADD_ATTENTION = (
     "        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)\n"

@@ -181,7 +181,7 @@ def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
     tests = ("tests/base/test_text.py::test_human_bytes",)
     chosen = {
         "real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'),
-        "comment": ("# rounded: from", "# Rounded: from"),
+        "comment": ("# From here on the next", "# from here on the next"),
         "broken": ("import unicodedata\n", "import unicodedata_\n"),
     }
     said = []

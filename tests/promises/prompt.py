@@ -17,6 +17,7 @@ import torch
 
 from config_model import PredictConfig
 from runtime.checks.rounding import logits_bound, size_of
+from runtime.inference import predictor as predictor_module
 from runtime.inference import session
 from runtime.inference.decoder import generate
 from runtime.inference.predictor import Predictor
@@ -89,7 +90,7 @@ def repl_lines(count: int) -> Tally:
             mock.patch("builtins.input", fake_input),
             mock.patch.object(session, "Session", Session),
             mock.patch.object(
-                predictor, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
+                predictor_module, "generate", lambda *a, **k: itertools.islice(generate(*a, **k), 2)
             ),
             mock.patch.object(
                 sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")

@@ -45,7 +45,7 @@ from model import LLM
 from runtime.base import cli, process
 from runtime.base.files import TEMPORARY_SUFFIX
 from runtime.base.process import StopRequest
-from runtime.checkpoint import format as checkpoint
+from runtime.checkpoint import write as checkpoint
 from runtime.checkpoint.folder import find_latest, folder_has_run
 from runtime.checkpoint.format import CheckpointError
 from runtime.checkpoint.optimizer_state import initialise_state

@@ -278,7 +278,7 @@ def test_help_is_one_line_and_the_arguments(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert (
         "onnxruntime on any machine. options:" in said
-        and "NAME.tokenizer.json is written beside it" in said
+        and "NAME.tokenizer.json is written next to it" in said
     )
 
 

@@ -1,7 +1,7 @@
 """Types that only get better: mypy's errors per file, next to the counts that are allowed.
 
-    python -m tests.types            exit code 1 if a file has more errors than tests/types.json
-    python -m tests.types --write    store the counts of today, if none is higher than before
+    python -m tests.ratchet            exit code 1 if a file has more errors than tests/ratchet.json
+    python -m tests.ratchet --write    store the counts of today, if none is higher than before
 
 A file that is not in the list may have none. What a count falls to becomes the new limit.
 """
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.write:
         COUNTS.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     elif better:
-        print("\n".join([*better, "fewer errors: python -m tests.types --write"]))
+        print("\n".join([*better, "fewer errors: python -m tests.ratchet --write"]))
     print(f"types: {sum(now.values())} errors, none more than allowed")
     return 0
 

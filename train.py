@@ -487,6 +487,9 @@ def run(plan: TrainPlan) -> int:
             f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
     check_disk_space(config.ckpt_dir, checkpoint_bytes(needed))
+    # Data too short for one sequence is an error before the model is built.
+    plan.task.loader(plan.model_config, config)
+    plan.task.validation(plan.model_config, config)
     while True:
         reporter = Reporter(plan, state)
         try:

@@ -51,7 +51,6 @@ from runtime.checkpoint.format import CheckpointError
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint
-from runtime.training import plan as plan_module
 from runtime.training import reporter
 from runtime.training.optimizer import build_optimizer
 from runtime.training.state import RunState
@@ -283,8 +282,8 @@ def _mutate(mutant: str) -> None:
     if mutant == "dies of signals":
         process.STOP_SIGNALS = []
     elif mutant:
-        initial_state, name = plan_module.initial_state, mutant.removeprefix("forgets ")
-        plan_module.initial_state = lambda plan: dataclasses.replace(
+        initial_state, name = train.initial_state, mutant.removeprefix("forgets ")
+        train.initial_state = lambda plan: dataclasses.replace(
             initial_state(plan), **{name: getattr(RunState(), name)}
         )
 

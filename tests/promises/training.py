@@ -143,7 +143,8 @@ def same_seed(count: int) -> Tally:
                 [
                     sys.executable,
                     "-c",
-                    "import sys, train\nfrom runtime.training import reporter\nreporter.draw_plots = lambda *_: None\n"
+                    "import sys, train\nfrom runtime.training import reporter\n"
+                    "reporter.draw_plots = lambda *_: None\n"
                     "sys.exit(train.main(sys.argv[1:]))",
                     *run.folders,
                     *builders_runs.MODEL,

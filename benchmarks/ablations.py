@@ -1,14 +1,18 @@
-"""What learns best: the same small model, one choice changed at a time, the same text, the same number of tokens.
+"""What learns best: the same small model, one choice changed at a time, the same text, the same
+number of tokens.
 
     python prepare_data.py --files train.jsonl --val_files valid.jsonl --tokenizer bpe:4096
     python -m benchmarks.ablations --run muon --seeds 42 43      one row
     python -m benchmarks.ablations --run all                     every row (hours)
     python -m benchmarks.ablations --run longer_muon_lr_6e-3     over three times as many tokens
-    python -m benchmarks.ablations --time 3                      seconds per step of every row, in turns, on a quiet machine
-    python -m benchmarks.ablations --table --picture             the table in benchmarks/ABLATIONS.md and public/default_against_modern.png
+    python -m benchmarks.ablations --time 3
+            seconds per step of every row, in turns, on a quiet machine
+    python -m benchmarks.ablations --table --picture
+            the table in benchmarks/ABLATIONS.md and public/default_against_modern.png
 
-A row is the base with some flags of train.py changed. Each run writes benchmarks/results/ablations/ROW_SEED.json with its
-curve; the shards' folder is --data_dir or the environment variable GPTOSS_DATA.
+A row is the base with some flags of train.py changed. Each run writes
+benchmarks/results/ablations/ROW_SEED.json with its curve; the shards' folder is --data_dir or the
+environment variable GPTOSS_DATA.
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ ROWS = {
     "lr_15e-4": ("AdamW, half the rate", dict(lr=1.5e-3)),
     "dense": ("dense at equal active FLOPs", dict(num_experts=1, top_k=1, d_ff=512)),
     "default": (
-        "the default's choices: GELU, biases everywhere, table, no QK-norm, untied, initial weights of 0.02",
+        "the default's choices: GELU, biases everywhere, table, no QK-norm, untied, initial "
+        "weights of 0.02",
         DEFAULT,
     ),
     "default_lr_15e-4": ("the default's choices, half the rate", DEFAULT | dict(lr=1.5e-3)),
@@ -123,7 +128,8 @@ LONGER = {
     f"longer_{name}": (ROWS[name][0], ROWS[name][1] | dict(max_steps=1200, val_interval=200))
     for name in ("lr_6e-3", "muon_lr_6e-3", "default_lr_6e-3", "default")
 }
-# The same model on the same text cut by other tokenizers, whose --data_dir must be given; compared by bits per byte.
+# The same model on the same text cut by other tokenizers, whose --data_dir must be given; compared
+# by bits per byte.
 TOKENIZERS = {
     f"tokenizer_{name}": (f"{tokenizer}", dict(max_steps=120, val_interval=60, val_steps=24))
     for name, tokenizer in (
@@ -169,7 +175,8 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     what, flags = ALL[name]
     if name in TOKENIZERS and plan.task.train.tokenizer_state["name"] != what:
         raise ValueError(
-            f"{data_dir} was made with {plan.task.train.tokenizer_state['name']}, and {name} wants {what}: python prepare_data.py --tokenizer {what}"
+            f"{data_dir} was made with {plan.task.train.tokenizer_state['name']}, and {name} "
+            f"wants {what}: python prepare_data.py --tokenizer {what}"
         )
     model, optimizer, _ = set_up(plan, train.forward_backward)
     records: list[dict] = []
@@ -216,14 +223,15 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(
-        f"{name:20} seed {seed}: validation {last:.4f}, {result['bits_per_byte']:.4f} bits/byte, {seconds:.0f} s",
+        f"{name:20} seed {seed}: validation {last:.4f}, {result['bits_per_byte']:.4f} "
+        f"bits/byte, {seconds:.0f} s",
         flush=True,
     )
     return path
 
 
 def time_rows(names: list[str], data_dir: str, repeats: int, steps: int = 8) -> None:
-    """Seconds per step of each row, in turns in this process; stored with their ratio to the base."""
+    """Store the seconds per step of each row, in turns in this process, and their ratios."""
     functions = {}
     for name in names:
         plan = make_plan(name, 42, data_dir, {})
@@ -275,9 +283,11 @@ def at_tokens(curve: list[list[float]], tokens: float) -> float:
 
 
 def table(rows: dict = ROWS, base: str = "base") -> str:
-    """The Markdown table of those of `rows` that were run with the base's tokens and tokenizer, best first.
+    """The Markdown table of those of `rows` that were run with the base's tokens and tokenizer,
+    best first.
 
-    "At the base's time": what a row with slower steps had reached by then, its rate not yet lowered; a faster one, its end.
+    "At the base's time": what a row with slower steps had reached by then, its rate not yet
+    lowered; a faster one, its end.
     """
     runs = {name: rs for name, rs in results().items() if name in rows}
     if base not in runs:
@@ -290,7 +300,8 @@ def table(rows: dict = ROWS, base: str = "base") -> str:
         return statistics.mean(r[key] for r in runs_of_row)
 
     lines = [
-        "| row | what is changed | validation (nats), by seed | against base | step time | validation at the base's time | expert load after twice the warm-up | train |",
+        "| row | what is changed | validation (nats), by seed | against base | step time | "
+        "validation at the base's time | expert load after twice the warm-up | train |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, rs in sorted(runs.items(), key=lambda item: mean(item[1], "validation_loss")):
@@ -299,13 +310,17 @@ def table(rows: dict = ROWS, base: str = "base") -> str:
         loads = [r["expert_load_after_twice_the_warm_up"] for r in rs]
         slower = ratio.get(name.removeprefix("longer_"))
         timed = (
-            f"{slower:.2f}x | {statistics.mean(at_tokens(r['curve'], tokens / slower) for r in rs):.3f}"
+            f"{slower:.2f}x | "
+            f"{statistics.mean(at_tokens(r['curve'], tokens / slower) for r in rs):.3f}"
             if slower
             else " | "
         )
         lines.append(
-            f"| `{name}` | {rows[name][0]} | {', '.join(format(r['validation_loss'], '.4f') for r in rs)} | {mean(rs, 'validation_loss') - mean(runs[base], 'validation_loss'):+.4f} | {timed} | "
-            f"{100 * min(load['min'] for load in loads):.0f} to {100 * max(load['max'] for load in loads):.0f} % | {mean(rs, 'train_loss'):.3f} |"
+            f"| `{name}` | {rows[name][0]} | "
+            f"{', '.join(format(r['validation_loss'], '.4f') for r in rs)} | "
+            f"{mean(rs, 'validation_loss') - mean(runs[base], 'validation_loss'):+.4f} | {timed} | "
+            f"{100 * min(load['min'] for load in loads):.0f} to "
+            f"{100 * max(load['max'] for load in loads):.0f} % | {mean(rs, 'train_loss'):.3f} |"
         )
     return "\n".join(lines)
 
@@ -318,21 +333,26 @@ def longer_table() -> str:
 def tokenizer_table() -> str:
     """The Markdown table of the runs with other tokenizers."""
     lines = [
-        "| tokenizer | ids | parameters | training FLOPs per token | text seen | nats per token | bits per byte |",
+        "| tokenizer | ids | parameters | training FLOPs per token | text seen | nats per token "
+        "| bits per byte |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, rs in results().items():
         if name in TOKENIZERS:
             r = rs[0]
             lines.append(
-                f"| {r['tokenizer']} | {r['vocabulary_size']:,} | {r['parameters'] / 1e6:.1f} M | {r['flops_per_token'] / 1e6:.1f} M | "
-                f"{r['tokens'] * r['bytes_per_token'] / 1e6:.2f} MB | {r['validation_loss']:.3f} | {r['bits_per_byte']:.3f} |"
+                f"| {r['tokenizer']} | {r['vocabulary_size']:,} | {r['parameters'] / 1e6:.1f} M "
+                f"| {r['flops_per_token'] / 1e6:.1f} M | "
+                f"{r['tokens'] * r['bytes_per_token'] / 1e6:.2f} MB | {r['validation_loss']:.3f} "
+                f"| {r['bits_per_byte']:.3f} |"
             )
     return "\n".join(lines)
 
 
 def picture(path: Path) -> None:
-    """Loss curves of the default's choices against the modern ones, by tokens and by what a step costs, as --time measured it."""
+    """Loss curves of the default's choices against the modern ones, by tokens and by what a step
+    costs, as --time measured it.
+    """
     import matplotlib
 
     from runtime.training import plots
@@ -345,13 +365,15 @@ def picture(path: Path) -> None:
     }
     if missing := [name for name in shown if f"longer_{name}" not in runs or name not in ratio]:
         raise ValueError(
-            f"the picture wants the rows {', '.join(shown)}, timed, and their longer_ runs; missing: {', '.join(missing)}"
+            f"the picture wants the rows {', '.join(shown)}, timed, and their longer_ runs; "
+            f"missing: {', '.join(missing)}"
         )
     base = runs["longer_lr_6e-3"][0]
     with matplotlib.rc_context(plots.STYLE):
         page = plots.Page(
             "Default against modern",
-            f"{base['parameters'] / 1e6:.1f} M parameters, {base['tokens'] / 1e6:.2f} M tokens of TinyStories, {base['tokenizer']}",
+            f"{base['parameters'] / 1e6:.1f} M parameters, {base['tokens'] / 1e6:.2f} M tokens "
+            f"of TinyStories, {base['tokenizer']}",
             columns=2,
             sharey=True,
             width=12,
@@ -389,7 +411,9 @@ def picture(path: Path) -> None:
 
 
 def _ratios() -> dict[str, float]:
-    """What a step of each row costs against the base's, where --time has measured it, or has a row that differs in its rate alone."""
+    """What a step of each row costs against the base's, where --time has measured it, or has a row
+    that differs in its rate alone.
+    """
     timing = RESULTS / "ablations_time.json"
     timed = json.loads(timing.read_text())["ratio_to_base"] if timing.is_file() else {}
 
@@ -410,7 +434,9 @@ def main(argv: list[str] | None = None) -> int:
         "--run",
         nargs="+",
         metavar="ROW",
-        help=f"rows to run, or all: {', '.join(ROWS)}; besides: {', '.join([*LONGER, *TOKENIZERS])}",
+        help=(
+            f"rows to run, or all: {', '.join(ROWS)}; besides: {', '.join([*LONGER, *TOKENIZERS])}"
+        ),
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[42], help="seeds to run them with (default: 42)"

@@ -1,12 +1,12 @@
-"""What it costs that a Decoder asks its fast ways for a few tokens before it uses them (runtime/inference/asked.py).
+"""What it costs that a Decoder asks its fast ways for a few tokens before it uses them
+(runtime/inference/asked.py).
 
     python -m benchmarks.asked --preset nano
     python -m benchmarks.asked --name modern_8gb --preset modern-8gb --repeats 10
 
-Takes every flag of the model. A Decoder is made with the C kernel and without, and asked every time.
-`first_ms`: the first one of this process, which also loads PyTorch's operations. `cpu_ms`: of all
-threads, which other processes hardly lengthen.
-Saved: benchmarks/results/asked_NAME.json.
+Takes every flag of the model. A Decoder is made with the C kernel and without, and asked every
+time. `first_ms`: the first one of this process, which also loads PyTorch's operations. `cpu_ms`: of
+all threads, which other processes hardly lengthen. Saved: benchmarks/results/asked_NAME.json.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     for name, side in sides.items():
         print(
-            f"{name:10} {side['way']:12} {side['median_ms']:8.1f} ms (least {side['least_ms']:.1f}, "
+            f"{name:10} {side['way']:12} {side['median_ms']:8.1f} ms (least "
+            f"{side['least_ms']:.1f}, "
             f"first {side['first_ms']:.1f}; {side['cpu_ms']:.1f} ms of all threads)  {side['note']}"
         )
     save_results(

@@ -1,15 +1,21 @@
-"""The core of attention, forward and backward: seconds, rate, memory and error of PyTorch's kernels, of FlexAttention and of plain matmuls.
+"""The core of attention, forward and backward: seconds, rate, memory and error of PyTorch's
+kernels, of FlexAttention and of plain matmuls.
 
-    python -m benchmarks.attention --name cpu --batch_size 1 --num_heads 8 --num_kv_heads 4 --context_length 512 --head_dim 32 --num_threads 2
-    python -m benchmarks.attention --name gpu --batch_size 16 --num_heads 32 --num_kv_heads 8 --context_length 2048 --head_dim 32
+    python -m benchmarks.attention --name cpu --batch_size 1 --num_heads 8 --num_kv_heads 4 \\
+        --context_length 512 --head_dim 32 --num_threads 2
+    python -m benchmarks.attention --name gpu --batch_size 16 --num_heads 32 --num_kv_heads 8 \\
+        --context_length 2048 --head_dim 32
 
-Cases: causal; table (causal, plus the learned position table, whose gradient is needed too); documents (causal within each of
-the documents that share a row); table_documents (both) and sinks (causal, with gpt-oss's sinks), only if asked for. Variants: manual (all T x T scores), sdpa_grouped and
-sdpa_expanded (F.scaled_dot_product_attention with the few key/value heads as they are or repeated per query head, and the mask
-made in the call, as model_parts.Attention does), sdpa_compiled (the latter under torch.compile), sdpa_flash, sdpa_efficient,
-sdpa_cudnn and sdpa_math (the latter with one backend forced), rescaled (runtime/kernels/sink_attention.py; sinks only), flex (FlexAttention compiled, with a block mask). Each runs as it
-is and under --deterministic. What a library refuses stays in the results with its reason. All variants of a case are measured in
-turns; the figures are medians and go to benchmarks/results/attention_NAME.json after each case.
+Cases: causal; table (causal, plus the learned attention bias, whose gradient is needed too);
+documents (causal within each of the documents that share a row); table_documents (both) and sinks
+(causal, with gpt-oss's sinks), only if asked for. Variants: manual (all T x T scores), sdpa_grouped
+and sdpa_expanded (F.scaled_dot_product_attention with the few key/value heads as they are or
+repeated per query head, and the mask made in the call, as model_parts.Attention does),
+sdpa_compiled (the latter under torch.compile), sdpa_flash, sdpa_efficient, sdpa_cudnn and sdpa_math
+(the latter with one backend forced), rescaled (runtime/kernels/sink_attention.py; sinks only), flex
+(FlexAttention compiled, with a block mask). Each runs as it is and under --deterministic. What a
+library refuses stays in the results with its reason. All variants of a case are measured in turns;
+the figures are medians and go to benchmarks/results/attention_NAME.json after each case.
 """
 
 from __future__ import annotations
@@ -77,8 +83,10 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass
 class Problem:
-    """Queries and the output's gradient [B, H, T, D], keys and values [B, G, T, D], with memory in the order B, T, H, D as the
-    model's projections leave it; table [H, T, T], each token's start of document [B, T] and sinks [H], or None."""
+    """Queries and the output's gradient [B, H, T, D], keys and values [B, G, T, D], with memory in
+    the order B, T, H, D as the model's projections leave it; table [H, T, T], each token's start of
+    document [B, T] and sinks [H], or None.
+    """
 
     q_BHTD: Tensor
     k_BGTD: Tensor
@@ -117,7 +125,9 @@ class Problem:
         return B * T * (T + 1) // 2 - (0 if self.starts_BT is None else self.starts_BT.sum().item())
 
     def flops(self) -> int:
-        """Needed by forward and backward: 2 and 4 matrix products over the visible pairs, a multiply-add counting 2."""
+        """Needed by forward and backward: 2 and 4 matrix products over the visible pairs, a
+        multiply-add counting 2.
+        """
         _, H, _, D = self.q_BHTD.shape
         return 6 * 2 * H * D * self.visible_pairs()
 
@@ -125,7 +135,9 @@ class Problem:
 def make_problem(
     args: argparse.Namespace, case: str, B: int, T: int, device: torch.device, dtype: torch.dtype
 ) -> Problem:
-    """Random numbers, the same whenever it is called with the same sizes; table and sinks in float32, as the model keeps them."""
+    """Random numbers, the same whenever it is called with the same sizes; table and sinks in
+    float32, as the model keeps them.
+    """
     H, G, D = args.num_heads, args.num_kv_heads, args.head_dim
     draws = torch.Generator(device).manual_seed(0)
     q, k, v, dy = (
@@ -155,7 +167,9 @@ def make_problem(
 
 
 def random_starts(B: int, T: int, documents: int, device: torch.device) -> Tensor:
-    """Position [B, T] where each token's document begins, for rows that hold up to `documents` of them, cut at random."""
+    """Position [B, T] where each token's document begins, for rows that hold up to `documents` of
+    them, cut at random.
+    """
     draws = torch.Generator().manual_seed(1)
     starts_BT = torch.zeros(B, T, dtype=torch.int64)
     for starts_T in starts_BT:
@@ -164,9 +178,11 @@ def random_starts(B: int, T: int, documents: int, device: torch.device) -> Tenso
     return starts_BT.cummax(dim=1).values.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------- the variants
+# ------------------------------------------------------------------------------------- the variants
 def manual(p: Problem) -> Tensor:
-    """Matmul, table, mask, softmax in float32 (or better), matmul: every score is held, several times."""
+    """Matmul, table, mask, softmax in float32 (or better), matmul: every score is held, several
+    times.
+    """
     if p.sinks_H is not None:
         return attention_with_sinks(p.q_BHTD, p.k_BGTD, p.v_BGTD, p.sinks_H, None, True)
     k_BHTD, v_BHTD = p.expanded()
@@ -220,7 +236,9 @@ def compiled(function: Callable) -> Callable:
 
 
 def prepare_flex(p: Problem) -> Callable[[], Tensor]:
-    """FlexAttention (Dong et al. 2024) with its block mask, which all blocks of a model would share, made here."""
+    """FlexAttention (Dong et al. 2024) with its block mask, which all blocks of a model would
+    share, made here.
+    """
     B, H, T, _ = p.q_BHTD.shape
     table_HTT, starts_BT, sinks_H = p.table_HTT, p.starts_BT, p.sinks_H
 
@@ -264,7 +282,7 @@ VARIANTS: dict[
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 def run_once(attend: Callable[[], Tensor], p: Problem) -> dict[str, Tensor]:
     """Forward and backward: the output and the gradients by name."""
     leaves = p.leaves()
@@ -315,7 +333,9 @@ def mode_set(mode: str):
 
 
 def kernel_of(y_BHTD: Tensor) -> str:
-    """The backend that PyTorch's attention really took for this output, read from its backward graph; math leaves no name there."""
+    """The backend that PyTorch's attention really took for this output, read from its backward
+    graph; math leaves no name there.
+    """
     nodes, seen = [y_BHTD.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -331,7 +351,10 @@ def kernel_of(y_BHTD: Tensor) -> str:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes that PyTorch holds during a call, above what it held before. None where that cannot be asked."""
+    """Most bytes that PyTorch holds during a call, above what it held before.
+
+    None where that cannot be asked.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -353,7 +376,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
 
 
 def attempt(function: Callable, device: torch.device) -> tuple:
-    """(what `function` returns, None), or (None, why there is nothing) whatever it raised: one variant must not end the others."""
+    """(what `function` returns, None), or (None, why there is nothing) whatever it raised: one
+    variant must not end the others.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -372,9 +397,8 @@ def reason(error: Exception, warned: list[str]) -> str:
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     text = str(error)
-    if (
-        "No available kernel" in text
-    ):  # each kernel has said in a warning why it is not available, those that are forbidden here too
+    # Each kernel has said in a warning why it is not available, those forbidden here too.
+    if "No available kernel" in text:
         told = [w.partition("(Triggered")[0].strip() for w in warned]
         text = " ".join(
             [
@@ -386,7 +410,8 @@ def reason(error: Exception, warned: list[str]) -> str:
                 ),
             ]
         )
-    # The compiler says after much else what the traced code raised: Name('text'), before torch 2.13 Name([ConstantVariable(str: 'text')]).
+    # The compiler says after much else what the traced code raised: Name('text'), before torch 2.13
+    # Name([ConstantVariable(str: 'text')]).
     inner = re.search(r"""raised exception (\w+)\((?:\[\w+\(str: )?(["'])(.+?)\2\)""", text)
     name, text = (inner[1], inner[3]) if inner else (type(error).__name__, text)
     return f"not supported here: {name}: {' '.join(text.split())}"[:REASON_CHARACTERS]
@@ -411,7 +436,9 @@ def examine(
     mode: str,
     min_sample_seconds: float,
 ) -> tuple[dict, Callable[[], Tensor]]:
-    """(everything about a variant but its speed, the function to time); what it raises is the variant's answer."""
+    """(everything about a variant but its speed, the function to time); what it raises is the
+    variant's answer.
+    """
     device, prepare = p.q_BHTD.device, VARIANTS[name]
     with mode_set(mode):
         row: dict = {"errors": relative_errors(run_once(prepare(small), small), exact)}
@@ -434,8 +461,11 @@ def examine(
 def measure_case(
     args: argparse.Namespace, case: str, names: list[str], device: torch.device, dtype: torch.dtype
 ) -> dict:
-    """Every variant of a case in both modes, as it is stored: {variant: {mode: row}}; a row has `why` if it did not run."""
-    torch.compiler.reset()  # compiled code of other cases would count towards the limit of what one function may have
+    """Every variant of a case in both modes, as it is stored: {variant: {mode: row}}; a row has
+    `why` if it did not run.
+    """
+    # Compiled code of other cases would count towards the limit of what one function may have.
+    torch.compiler.reset()
     release_memory(device)
     with explained_out_of_memory(
         device, "not even the inputs fit: lower --batch_size or --context_length"
@@ -495,10 +525,12 @@ def measure_case(
 
 def print_case(case: str, results: dict) -> None:
     print(
-        f"\n{case}: {100 * results['visible_share']:.1f} % of the pairs visible, {results['flops'] / 1e9:,.3g} GFLOP forward and backward"
+        f"\n{case}: {100 * results['visible_share']:.1f} % of the pairs visible, "
+        f"{results['flops'] / 1e9:,.3g} GFLOP forward and backward"
     )
     print(
-        f"{'variant':16}{'mode':15}{'kernel':11}{'ms':>10}{'TFLOP/s':>9}{'memory':>11}{'error':>9}  {'made before':11}  bits of two runs"
+        f"{'variant':16}{'mode':15}{'kernel':11}{'ms':>10}{'TFLOP/s':>9}{'memory':>11}{'error':>9}"
+        f"  {'made before':11}  bits of two runs"
     )
     for name, modes in results["variants"].items():
         whys = {row.get("why") for row in modes.values()}
@@ -512,9 +544,12 @@ def print_case(case: str, results: dict) -> None:
             peak = row["peak_above_inputs_bytes"]
             differ = [tensor for tensor, same in row["same_bits"].items() if not same]
             print(
-                f"{name:16}{mode:15}{row['kernel'] or '-':11}{1000 * row['seconds']['median']:>10.2f}{row['flops_per_sec'] / 1e12:>9.3g}"
-                f"{human_bytes(peak) if peak is not None else '-':>11}{max(row['errors'].values()):>9.1e}  {1000 * row['prepare_seconds']:>8.2f} ms"
-                f"  {'differ in ' + ', '.join(differ) if differ else 'the same'}{'; machine was busy' if row['disturbed'] else ''}"
+                f"{name:16}{mode:15}{row['kernel'] or '-':11}"
+                f"{1000 * row['seconds']['median']:>10.2f}{row['flops_per_sec'] / 1e12:>9.3g}"
+                f"{human_bytes(peak) if peak is not None else '-':>11}"
+                f"{max(row['errors'].values()):>9.1e}  {1000 * row['prepare_seconds']:>8.2f} ms"
+                f"  {'differ in ' + ', '.join(differ) if differ else 'the same'}"
+                f"{'; machine was busy' if row['disturbed'] else ''}"
             )
 
 
@@ -611,10 +646,19 @@ def main(argv: list[str] | None = None) -> int:
         **{name: getattr(args, name) for name in sizes},
         "cases": {},
         "method": {
-            "seconds": "of one forward and backward pass, median of samples taken in turns; made before (prepare_seconds): the block mask, once for all blocks",
-            "flops_per_sec": "12 H D per visible pair of query and key, the six matrix products that are needed, over the median time",
+            "seconds": (
+                "of one forward and backward pass, median of samples taken in turns; made before "
+                "(prepare_seconds): the block mask, once for all blocks"
+            ),
+            "flops_per_sec": (
+                "12 H D per visible pair of query and key, the six matrix products that are "
+                "needed, over the median time"
+            ),
             "memory": "peak that PyTorch holds above the inputs, output and gradients included",
-            "errors": f"against float64, largest difference over largest value; at most {CHECK_BATCH} rows of {CHECK_TOKENS} tokens",
+            "errors": (
+                f"against float64, largest difference over largest value; at most {CHECK_BATCH} "
+                f"rows of {CHECK_TOKENS} tokens"
+            ),
             "same_bits": "whether two runs gave the same bits",
             "deterministic": "as train.py --deterministic",
         },

@@ -1,8 +1,10 @@
-"""What `benchmarks/train.py` compares with, holding the same weights: a plain loop over experts, Hugging Face's classes, a dense model.
+"""What `benchmarks/train.py` compares with, holding the same weights: a plain loop over experts,
+Hugging Face's classes, a dense model.
 
-`LoopMoE` is a language model of the same mathematics written the usual way: every score of the attention and every logit of
-the loss is held, experts are modules visited one after another, each with matrices of its own. Baselines are called
-`model(ids, targets) -> (mean cross-entropy, auxiliary losses)` and take our weights with `load_from(model)`.
+`LoopMoE` is a language model of the same mathematics written the usual way: every score of the
+attention and every logit of the loss is held, experts are modules visited one after another, each
+with matrices of its own. Baselines are called `model(ids, targets) -> (mean cross-entropy,
+auxiliary losses)` and take our weights with `load_from(model)`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from model import LLM
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:
-    """The dense model of the same active FLOPs: one expert, as wide as the top_k that a token meets together."""
+    """The dense model of the same active FLOPs: one expert, as wide as the top_k that a token meets
+    together.
+    """
     return dataclasses.replace(
         config,
         num_experts=1,
@@ -36,8 +40,9 @@ def _refuse(config: ModelConfig, who: str, required: dict) -> None:
     """ValueError if `config` has anything else than `required`."""
     if other := [name for name, value in required.items() if getattr(config, name) != value]:
         raise ValueError(
-            f"{who} cannot have {', '.join(f'{name} {getattr(config, name)}' for name in other)}: leave it out, or set "
-            + ", ".join(f"{name} {required[name]}" for name in other)
+            f"{who} cannot have "
+            f"{', '.join(f'{name} {getattr(config, name)}' for name in other)}: leave it out, or "
+            "set " + ", ".join(f"{name} {required[name]}" for name in other)
         )
 
 
@@ -75,9 +80,9 @@ def check_hf(config: ModelConfig) -> None:
         raise ValueError("Hugging Face's classes need transformers: pip install transformers")
 
 
-# ------------------------------------------------------------------------------------------------- a plain loop over experts
+# ------------------------------------------------------------------------ a plain loop over experts
 class LoopAttention(nn.Module):
-    """Attention whose T x T scores are all there: matmul, table, mask, softmax in float32, matmul."""
+    """Attention that holds all T x T scores: matmul, bias, mask, softmax in float32, matmul."""
 
     def __init__(self, config: ModelConfig, block: int):
         super().__init__()
@@ -148,7 +153,9 @@ class LoopExpert(nn.Module):
 
 
 class LoopExperts(nn.Module):
-    """Softmax router, top-k, and a Python loop: where does this expert appear, gather, compute, add back."""
+    """Softmax router, top-k, and a Python loop: where does this expert appear, gather, compute, add
+    back.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -157,7 +164,9 @@ class LoopExperts(nn.Module):
         self.experts = nn.ModuleList(LoopExpert(config) for _ in range(config.num_experts))
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, C] -> ([B, T, C], load-balance loss, z-loss), as the Router and MoE of model_parts.py define them."""
+        """[B, T, C] -> ([B, T, C], load-balance loss, z-loss), as the Router and MoE of
+        model_parts.py define them.
+        """
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         logits_NE = self.router(x_NC).float()
         probabilities_NE = logits_NE.softmax(dim=-1)
@@ -192,7 +201,9 @@ class LoopBlock(nn.Module):
 
 
 class LoopMoE(nn.Module):
-    """The usual way to write the model of a ModelConfig; ValueError for the few choices that it does not have."""
+    """The usual way to write the model of a ModelConfig; ValueError for the few choices that it
+    does not have.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -217,7 +228,9 @@ class LoopMoE(nn.Module):
         self.register_buffer("sin_TD", angles_TD.sin().float(), persistent=False)
 
     def forward(self, ids_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean cross-entropy in nats, auxiliary losses with their coefficients) of ids and targets, int64 [B, T]."""
+        """(mean cross-entropy in nats, auxiliary losses with their coefficients) of ids and
+        targets, int64 [B, T].
+        """
         x_BTC = self.embedding(ids_BT)
         rope = (self.cos_TD, self.sin_TD) if self.config.use_rope else None
         auxiliary = 0.0
@@ -230,7 +243,9 @@ class LoopMoE(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()), auxiliary
 
     def counterparts(self) -> Iterator[tuple[nn.Parameter, str, int | slice]]:
-        """Every parameter, the name of ours that holds the same numbers, and where in it: (own, name, index)."""
+        """Every parameter, the name of ours that holds the same numbers, and where in it: (own,
+        name, index).
+        """
         whole, d_ff, config = slice(None), self.config.d_ff, self.config
         yield self.embedding.weight, "embed.weight", whole
         yield self.norm.weight, "norm.weight", whole
@@ -279,12 +294,14 @@ class LoopMoE(nn.Module):
             own.copy_(theirs[name][index])
 
 
-# -------------------------------------------------------------------------------------------------------------- Hugging Face
+# ------------------------------------------------------------------------------------- Hugging Face
 class HuggingFaceMoE(nn.Module):
-    """transformers' Mixtral, or its Qwen3-MoE where there is QK-norm, of a config's numbers, with SDPA attention.
+    """transformers' Mixtral, or its Qwen3-MoE where there is QK-norm, of a config's numbers, with
+    SDPA attention.
 
-    experts: "eager" (their loop) or "grouped_mm" (their default). Their load-balance loss is over all blocks together and
-    sums to top_k at balance, ours is per block and 1.0; its coefficient is scaled so that both are the same at balance.
+    experts: "eager" (their loop) or "grouped_mm" (their default). Their load-balance loss is over
+    all blocks together and sums to top_k at balance, ours is per block and 1.0; its coefficient is
+    scaled so that both are the same at balance.
     """
 
     def __init__(self, config: ModelConfig, experts: str):
@@ -370,5 +387,8 @@ class HuggingFaceMoE(nn.Module):
 
 
 def build_hf(config: ModelConfig, experts: str = "grouped_mm") -> HuggingFaceMoE:
-    """Hugging Face's model of this config (see HuggingFaceMoE). ValueError for what it cannot be, or if transformers is missing."""
+    """Hugging Face's model of this config (see HuggingFaceMoE).
+
+    ValueError for what it cannot be, or if transformers is missing.
+    """
     return HuggingFaceMoE(config, experts)

@@ -1,4 +1,6 @@
-"""What every benchmark stores beside its figures, so that they mean something later: command, commit, hardware, versions."""
+"""What every benchmark stores next to its figures, so that they mean something later: command,
+commit, hardware, versions.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors
 
 
 def environment() -> dict:
-    """Command, commit, hardware and versions of this run, in plain JSON values; what is not there is None or left out."""
+    """Command, commit, hardware and versions of this run, in plain JSON values; what is not there
+    is None or left out.
+    """
     gpus = []
     if "torch" in sys.modules:
         import torch
@@ -63,7 +67,9 @@ def environment() -> dict:
 
 
 def save_results(name: str, results: dict, quiet: bool = False) -> Path:
-    """Write NAME.json in benchmarks/results (or GPTOSS_RESULTS), the environment included; its path."""
+    """Write NAME.json in benchmarks/results (or GPTOSS_RESULTS), the environment included; its
+    path.
+    """
     path = RESULTS / f"{name}.json"
     write_text_atomic(
         path,
@@ -75,7 +81,10 @@ def save_results(name: str, results: dict, quiet: bool = False) -> Path:
 
 
 def replace_between(path: Path, contents: dict[str, str]) -> None:
-    """Put each of `contents` between the lines <!-- NAME --> and <!-- /NAME --> of a Markdown file. ValueError unless both are there once."""
+    """Put each of `contents` between the lines <!-- NAME --> and <!-- /NAME --> of a Markdown file.
+
+    ValueError unless both are there once.
+    """
     text = path.read_text(encoding="utf-8")
     for name, content in contents.items():
         text, count = re.subn(
@@ -93,7 +102,8 @@ def replace_between(path: Path, contents: dict[str, str]) -> None:
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times each in turns, so that a slow spell of the machine meets all of them alike.
+    """Seconds of each function, `repeats` times each in turns, so that a slow spell of the machine
+    meets all of them alike.
 
     The first round warms up and is not counted.
     """
@@ -123,7 +133,10 @@ def foreign_cores(before: tuple[float, float, float], after: tuple[float, float,
 
 
 def cpu_clock(stat: str = "/proc/stat") -> tuple[float, float, float]:
-    """Seconds: (wall, CPU time that the machine has spent working, CPU time of this process). Linux; elsewhere the last two are 0."""
+    """Seconds: (wall, CPU time that the machine has spent working, CPU time of this process).
+
+    Linux; elsewhere the last two are 0.
+    """
     try:
         with open(stat) as file:
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(
@@ -143,10 +156,12 @@ def alternate_undisturbed(
     repeats: int,
     most_foreign_cores: float = FOREIGN_CORES,
 ) -> dict[str, Samples]:
-    """What each function returns, `repeats` times, called in turns; a value is discarded if other processes used more than
-    `most_foreign_cores` while it was measured, and measured again in a later round.
+    """What each function returns, `repeats` times, called in turns; a value is discarded if other
+    processes used more than `most_foreign_cores` while it was measured, and measured again in a
+    later round.
 
-    After 4 * repeats rounds a function that has too few clean values takes its least disturbed ones.
+    After 4 * repeats rounds a function that has too few clean values takes its least disturbed
+    ones.
     """
     samples = {name: Samples() for name in functions}
     spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
@@ -169,11 +184,14 @@ def alternate_undisturbed(
 
 
 def peak_resident_bytes(function: Callable[[], object]) -> int | None:
-    """Most resident memory of this process while `function` runs, above what is in use before it. None where it cannot be asked.
+    """Most resident memory of this process while `function` runs, above what is in use before it.
 
-    Linux with glibc: malloc gives back what was freed, the kernel begins the peak anew (proc_pid_clear_refs(5), value 5).
-    The process should do nothing else, and should have run `function` before: what libraries keep for themselves from the
-    first time on is then in use already.
+    None where it cannot be asked.
+
+    Linux with glibc: malloc gives back what was freed, the kernel resets the peak
+    (proc_pid_clear_refs(5), value 5). The process should do nothing else, and should have run
+    `function` before: what libraries keep for themselves from the first time on is then in use
+    already.
     """
     gc.collect()
     try:
@@ -192,7 +210,8 @@ def _resident_bytes(which: str) -> int:
 
 
 def run_worker(module: str, flags: list[str], **environment: str | None) -> Any:
-    """Run `python -m MODULE FLAGS --worker_out FILE` in a process of its own and return the JSON value that it wrote there.
+    """Run `python -m MODULE FLAGS --worker_out FILE` in a process of its own and return the JSON
+    value that it wrote there.
 
     environment: variables to set, or to remove where None.
     """

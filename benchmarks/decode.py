@@ -1,13 +1,20 @@
-"""Generation: tokens/s of decoding and of reading a prompt, ours and others', and how near that is to the speed of the memory.
+"""Generation: tokens/s of decoding and of reading a prompt, ours and others', and how near that is
+to the speed of the memory.
 
-    python -m benchmarks.decode --name cpu_56m --d_model 256 --transformer_blocks 6 --num_heads 8 --num_kv_heads 4 --d_ff 336 --vocabulary_size 8192 \\
-        --context_length 1152 --expert_activation swiglu --no-expert_bias --no-out_proj_bias --no-head_bias --no-use_attention_bias --rms_norm_eps 1e-6
-    python -m benchmarks.decode --name modern_gpu --preset gptoss-modern --dtype bfloat16 --variants ours ours_int8 ours_compiled plain hf_grouped hf_compiled
-    python -m benchmarks.decode --name story --variants --launch checkpoints/latest.pt --perplexity checkpoints/latest.pt data      # no speeds, only these
+    python -m benchmarks.decode --name cpu_56m --d_model 256 --transformer_blocks 6 \\
+        --num_heads 8 --num_kv_heads 4 --d_ff 336 --vocabulary_size 8192 \\
+        --context_length 1152 --expert_activation swiglu --no-expert_bias --no-out_proj_bias \\
+        --no-head_bias --no-use_attention_bias --rms_norm_eps 1e-6
+    python -m benchmarks.decode --name modern_gpu --preset gptoss-modern --dtype bfloat16 \\
+        --variants ours ours_int8 ours_compiled plain hf_grouped hf_compiled
+    python -m benchmarks.decode --name story --variants --launch checkpoints/latest.pt \\
+        --perplexity checkpoints/latest.pt data      # no speeds, only these
 
-Takes every flag of the model. All sides are in one process, have the same random weights, prompts, arithmetic and threads, draw greedily
-and take turns; a sample during which other processes used more than 0.15 core is measured again (CPU). In float32 all must draw the
-same tokens, except where two logits are as good as equal. Figures are medians; they go to benchmarks/results/decode_NAME.json.
+Takes every flag of the model. All sides are in one process, have the same random weights, prompts,
+arithmetic and threads, draw greedily and take turns; a sample during which other processes used
+more than 0.15 core is measured again (CPU). In float32 all must draw the same tokens, except where
+two logits are as good as equal. Figures are medians; they go to
+benchmarks/results/decode_NAME.json.
 """
 
 from __future__ import annotations
@@ -58,14 +65,27 @@ from runtime.kernels.choose import choose_kernels
 
 VARIANTS = {
     "ours": "runtime/inference/decoder.py: native code on a CPU, a CUDA graph on a GPU",
-    "ours_int8": "the same with weights of experts, attention and head in 8 bits (runtime/inference/quantize.py)",
+    "ours_int8": (
+        "the same with weights of experts, attention and head in 8 bits "
+        "(runtime/inference/quantize.py)"
+    ),
     "ours_torch": "the same without the native code (CPU)",
     "ours_compiled": "the same with the CUDA graph's operations compiled (GPU)",
     "plain": "model.generate",
-    "hf_eager": "transformers' generate() of Mixtral (Qwen3-MoE with qk_norm), experts_implementation eager",
-    "hf_grouped": "the same, grouped_mm (on a GPU transformers takes batched_mm for all tokens after the first)",
-    "hf_batched": "the same, batched_mm for all tokens after the first, grouped_mm for the prompt, for which batched_mm takes 20 times as long",
-    "hf_compiled": "hf_batched with a static cache and a compiled forward pass for all tokens after the first",
+    "hf_eager": (
+        "transformers' generate() of Mixtral (Qwen3-MoE with qk_norm), experts_implementation eager"
+    ),
+    "hf_grouped": (
+        "the same, grouped_mm (on a GPU transformers takes batched_mm for all tokens after the "
+        "first)"
+    ),
+    "hf_batched": (
+        "the same, batched_mm for all tokens after the first, grouped_mm for the prompt, for "
+        "which batched_mm takes 20 times as long"
+    ),
+    "hf_compiled": (
+        "hf_batched with a static cache and a compiled forward pass for all tokens after the first"
+    ),
 }
 ONLY_ON = {"ours_torch": "cpu", "ours_compiled": "cuda"}
 HF_EXPERTS = {
@@ -85,7 +105,7 @@ BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 TIMERS = ("copy", "read")
 
 
-# ------------------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------- what is measured
 @dataclass(frozen=True)
 class Setting:
     """What is the same for all sides."""
@@ -125,13 +145,16 @@ def make_setting(args: argparse.Namespace) -> Setting:
             config = replace(config, vocabulary_size=vocabulary)
         if config.vocabulary_size < vocabulary:
             raise ValueError(
-                f"vocabulary_size {config.vocabulary_size:,} is smaller than the data's {vocabulary:,}: leave --vocabulary_size out"
+                f"vocabulary_size {config.vocabulary_size:,} is smaller than the data's "
+                f"{vocabulary:,}: leave --vocabulary_size out"
             )
     contexts = [context or config.context_length - args.new_tokens for context in args.contexts]
     for context in contexts:
         if not 0 < context <= config.context_length - args.new_tokens:
             raise ValueError(
-                f"contexts {context} and new_tokens {args.new_tokens} do not fit the context_length {config.context_length}: lower one of the first two, or raise the last"
+                f"contexts {context} and new_tokens {args.new_tokens} do not fit the "
+                f"context_length {config.context_length}: lower one of the first two, or raise "
+                "the last"
             )
     for length in args.prefill:
         if not 0 < length <= config.context_length:
@@ -142,7 +165,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
         raise ValueError(f"batch_sizes must be at least 1, not {min(args.batch_sizes)}")
     if missing := set(args.hf_batches or []) - set(args.batch_sizes):
         raise ValueError(
-            f"hf_batches {min(missing)} is not among batch_sizes: {', '.join(map(str, args.batch_sizes)) or 'none'}"
+            f"hf_batches {min(missing)} is not among batch_sizes: "
+            f"{', '.join(map(str, args.batch_sizes)) or 'none'}"
         )
     names, left_out = choose_variants(args.variants, config, device)
     rows, length = max(args.batch_sizes, default=1), max([*contexts, *args.prefill], default=1)
@@ -152,7 +176,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
         )
     elif val.num_tokens < rows * length:
         raise ValueError(
-            f"{val.folder} has {val.num_tokens:,} tokens, and {rows} prompts of {length} need {rows * length:,}: lower batch_sizes or contexts, or leave data_dir out"
+            f"{val.folder} has {val.num_tokens:,} tokens, and {rows} prompts of {length} need "
+            f"{rows * length:,}: lower batch_sizes or contexts, or leave data_dir out"
         )
     else:
         prompts_BT = torch.from_numpy(val.read(0, rows * length)).view(rows, length)
@@ -174,14 +199,18 @@ def make_setting(args: argparse.Namespace) -> Setting:
 def choose_variants(
     names: list[str] | None, config: ModelConfig, device: torch.device
 ) -> tuple[list[str], dict[str, str]]:
-    """(the sides to measure, why others of the default ones are not). ValueError for a name that there is not, or not on this device."""
+    """(the sides to measure, why others of the default ones are not).
+
+    ValueError for a name that there is not, or not on this device.
+    """
     if names is not None:
         for name in names:
             if name not in VARIANTS:
                 raise ValueError(f"unknown variant {name!r}: there are {', '.join(VARIANTS)}")
             if ONLY_ON.get(name, device.type) != device.type:
                 raise ValueError(
-                    f"variant {name} is for {ONLY_ON[name]}, and this runs on {device.type}: leave it out"
+                    f"variant {name} is for {ONLY_ON[name]}, and this runs on {device.type}: "
+                    "leave it out"
                 )
         return list(dict.fromkeys(names)), {}
     names, left_out = (
@@ -196,7 +225,9 @@ def choose_variants(
 
 
 def make_model(setting: Setting, weight_scale: float) -> LLM:
-    """A model with random weights, larger than those that training starts from: with small ones a text soon repeats itself, and the experts with it."""
+    """A model with random weights, larger than those that training starts from: with small ones a
+    text soon repeats itself, and the experts with it.
+    """
     torch.manual_seed(SEED)
     with setting.device:
         model = LLM(setting.config)
@@ -209,7 +240,7 @@ def make_model(setting: Setting, weight_scale: float) -> LLM:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------- the sides
+# ---------------------------------------------------------------------------------------- the sides
 class Run(NamedTuple):
     """One generation of n tokens for each of B prompts."""
 
@@ -270,7 +301,10 @@ class Plain:
 
 
 class HuggingFace:
-    """transformers' generate(), whose cache is new in every run. Sides share the module and say how it is to compute."""
+    """transformers' generate(), whose cache is new in every run.
+
+    Sides share the module and say how it is to compute.
+    """
 
     facts: dict = {}
 
@@ -298,7 +332,8 @@ class HuggingFace:
             return {}
         import transformers
 
-        # On a GPU its own choice of mode; on a CPU it compiles only if told so, and there is no CUDA graph to make.
+        # On a GPU its own choice of mode; on a CPU it compiles only if told so, and there is no
+        # CUDA graph to make.
         compile_config = (
             transformers.CompileConfig()
             if self.hf.device.type == "cuda"
@@ -334,7 +369,9 @@ class HuggingFace:
 
 
 class Clock:
-    """A `streamer` of generate(), which hands it the prompt and then each token as soon as it is on the host, where generate() needs it anyway."""
+    """A `streamer` of generate(), which hands it the prompt and then each token as soon as it is on
+    the host, where generate() needs it anyway.
+    """
 
     def __init__(self):
         self.at_first_token, self.drawn, self.stamps, self.has_prompt = None, [], [], False
@@ -404,7 +441,7 @@ def told(error: Exception) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- the same tokens
+# ---------------------------------------------------------------------------------- the same tokens
 def first_differences(reference: list[list[int]], ids: list[list[int]]) -> list[int | None]:
     """Of each row: the first place where the two differ, or None."""
     return [
@@ -417,8 +454,10 @@ def first_differences(reference: list[list[int]], ids: list[list[int]]) -> list[
 def compare_tokens(
     model: LLM, prompts_BT: Tensor, reference: list[list[int]], ids: list[list[int]]
 ) -> dict:
-    """How far a continuation agrees with the reference's. first_difference_gap: at the first difference of a row, how much less than the largest
-    logit of the plain model the lesser of the two tokens has; the largest over rows. After that it is another text."""
+    """How far a continuation agrees with the reference's. first_difference_gap: at the first
+    difference of a row, how much less than the largest logit of the plain model the lesser of the
+    two tokens has; the largest over rows. After that it is another text.
+    """
     same, gaps = 0, []
     for prompt_T, r, o, at in zip(
         prompts_BT.to(model.embed.weight.device),
@@ -442,9 +481,11 @@ def compare_tokens(
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- the memory
+# --------------------------------------------------------------------------------------- the memory
 def weight_bytes_per_token(model: LLM) -> int:
-    """Bytes of weights that one token reads: its top_k experts, one row of the embedding, and all of the rest but the position table."""
+    """Bytes of weights that one token reads: its top_k experts, one row of the embedding, and all
+    of the rest but the position table.
+    """
     c, total = model.config, 0
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if name == "embed.weight":
@@ -459,7 +500,9 @@ def weight_bytes_per_token(model: LLM) -> int:
 
 
 def context_bytes_per_token(config: ModelConfig, keys: float, element_bytes: int) -> float:
-    """Bytes that one token reads of `keys` tokens before it and itself: keys, values, and its row of the position table, each block inside its window."""
+    """Bytes that one token reads of `keys` tokens before it and itself: keys, values, and its row
+    of the position table, each block inside its window.
+    """
     each = (
         2 * config.num_kv_heads * config.attention_head_dim
         + config.num_heads * config.use_attention_bias
@@ -474,7 +517,9 @@ def context_bytes_per_token(config: ModelConfig, keys: float, element_bytes: int
 def repeated(
     function: Callable[[], object], min_seconds: float, device: torch.device
 ) -> Callable[[], float]:
-    """A function that returns mean seconds of so many calls as fill `min_seconds`, the device's work included."""
+    """A function that returns mean seconds of so many calls as fill `min_seconds`, the device's
+    work included.
+    """
 
     def seconds(times: int) -> float:
         synchronize(device)
@@ -490,7 +535,9 @@ def repeated(
 
 
 def bandwidth_timers(device: torch.device, min_seconds: float) -> dict[str, Callable[[], float]]:
-    """Seconds per byte of a copy (which reads and writes) and of a sum (which reads) of a tensor that no cache holds."""
+    """Seconds per byte of a copy (which reads and writes) and of a sum (which reads) of a tensor
+    that no cache holds.
+    """
     source, target = (
         torch.ones(BANDWIDTH_BYTES.get(device.type, 1 << 28) // 4, device=device) for _ in range(2)
     )
@@ -501,7 +548,7 @@ def bandwidth_timers(device: torch.device, min_seconds: float) -> dict[str, Call
     return {"copy": lambda: copies() / (2 * source.nbytes), "read": lambda: sums() / source.nbytes}
 
 
-# ------------------------------------------------------------------------------------------------------------------ speed
+# -------------------------------------------------------------------------------------------- speed
 def in_turns(
     functions: dict[str, Callable[[], float]], setting: Setting, repeats: int
 ) -> dict[str, Samples]:
@@ -512,7 +559,10 @@ def in_turns(
 
 
 def warm_up(sides: dict, start: Callable[[object], Run], cell: dict) -> dict[str, Run]:
-    """Each side's second run: the first may compile. What fails is noted in the cell, and costs the others nothing."""
+    """Each side's second run: the first may compile.
+
+    What fails is noted in the cell, and costs the others nothing.
+    """
     runs = {}
     for name, side in sides.items():
         try:
@@ -561,7 +611,9 @@ def measure_decode(
     context: int,
     args: argparse.Namespace,
 ) -> dict:
-    """Decoding `batch_size` texts from `context` tokens on, as it is stored. model: the plain one, which says how near two tokens are."""
+    """Decoding `batch_size` texts from `context` tokens on, as it is stored. model: the plain one,
+    which says how near two tokens are.
+    """
     n, prompts_BT, cell = (
         args.new_tokens,
         setting.prompts_BT[:batch_size, :context],
@@ -596,7 +648,9 @@ def measure_decode(
             and (gap := side.get("first_difference_gap", 0.0)) >= MOST_GAP
         ):
             cell["sides"][name] = {
-                "failed": f"draws another token than {reference} where the logits are {gap:.1e} apart"
+                "failed": (
+                    f"draws another token than {reference} where the logits are {gap:.1e} apart"
+                )
             } | side
             del runs[name]
     functions = {
@@ -631,7 +685,9 @@ def measure_decode(
 
 
 def measure_prefill(sides: dict, setting: Setting, length: int, args: argparse.Namespace) -> dict:
-    """Reading one prompt of `length` tokens into a fresh cache, to the first token, as it is stored."""
+    """Reading one prompt of `length` tokens into a fresh cache, to the first token, as it is
+    stored.
+    """
     prompt_1T, cell = setting.prompts_BT[:1, :length], {"tokens": length, "sides": {}}
     sides = {name: side for name, side in sides.items() if name not in SAME_PROMPT_CODE}
     runs = warm_up(sides, lambda side: side.run(prompt_1T, 1, fresh=True), cell)
@@ -687,9 +743,18 @@ def measure_speed(setting: Setting, args: argparse.Namespace) -> dict:
             "decode": "tokens of all rows, over the time from the first token drawn to the last",
             "prefill": "tokens of the prompt, over the time to the first token drawn, fresh cache",
             "ratio_to_hf": "median over that of Hugging Face's best side in the same turns",
-            "same_tokens": f"before the first difference of each row from the reference's; in float32 a side fails if its token there is {MOST_GAP} or more below the largest logit",
-            "bytes_per_token": "weights of the token's experts, attention, routers, norms, head, one embedding row; keys and values of the context and half of the new tokens",
-            "share_of_bandwidth": "bytes_per_token x tokens/s over the better of a large tensor's copy (both directions counted) and sum",
+            "same_tokens": (
+                "before the first difference of each row from the reference's; in float32 a "
+                f"side fails if its token there is {MOST_GAP} or more below the largest logit"
+            ),
+            "bytes_per_token": (
+                "weights of the token's experts, attention, routers, norms, head, one embedding "
+                "row; keys and values of the context and half of the new tokens"
+            ),
+            "share_of_bandwidth": (
+                "bytes_per_token x tokens/s over the better of a large tensor's copy (both "
+                "directions counted) and sum"
+            ),
             "prefill of "
             + ", ".join(
                 SAME_PROMPT_CODE
@@ -698,9 +763,11 @@ def measure_speed(setting: Setting, args: argparse.Namespace) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------- with a checkpoint
+# -------------------------------------------------------------------------------- with a checkpoint
 def launch_seconds(command: list[str]) -> float:
-    """Seconds that a process takes, from nothing to its end, with PyTorch's own settings of threads. ValueError if it fails."""
+    """Seconds that a process takes, from nothing to its end, with PyTorch's own settings of
+    threads. ValueError if it fails.
+    """
     env = {
         name: value
         for name, value in os.environ.items()
@@ -713,13 +780,16 @@ def launch_seconds(command: list[str]) -> float:
     seconds = time.perf_counter() - started
     if done.returncode:
         raise ValueError(
-            f"{' '.join(command[1:3])} ... failed: {(done.stderr.strip() or 'killed').splitlines()[-1]}"
+            f"{' '.join(command[1:3])} ... failed: "
+            f"{(done.stderr.strip() or 'killed').splitlines()[-1]}"
         )
     return seconds
 
 
 def measure_launch(ckpt: str, repeats: int) -> dict:
-    """From the command to a first token, as users meet it, beside the part of it that is PyTorch's own start."""
+    """From the command to a first token, as users meet it, next to the part that is PyTorch's
+    own start.
+    """
     commands = {
         "predict": [
             "predict.py",
@@ -750,7 +820,9 @@ def measure_launch(ckpt: str, repeats: int) -> dict:
 
 
 def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: int) -> dict:
-    """Validation cross-entropy (nats a token) in float32 as the checkpoint is, and with its weights in 8 bits, over the same windows."""
+    """Validation cross-entropy (nats a token) in float32 as the checkpoint is, and with its weights
+    in 8 bits, over the same windows.
+    """
     model, checkpoint = load_model(ckpt, device)
     _, val = open_data(data_dir)
     if (
@@ -758,11 +830,13 @@ def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: 
         and checkpoint.tokenizer_state["fingerprint"] != val.tokenizer_state["fingerprint"]
     ):
         raise ValueError(
-            f"{ckpt} was trained with tokenizer {checkpoint.tokenizer_state['name']}, and {data_dir} was made with {val.tokenizer_state['name']}"
+            f"{ckpt} was trained with tokenizer {checkpoint.tokenizer_state['name']}, and "
+            f"{data_dir} was made with {val.tokenizer_state['name']}"
         )
     if val.vocabulary_size > model.config.vocabulary_size:
         raise ValueError(
-            f"{data_dir} has {val.vocabulary_size:,} ids and the model in {ckpt} {model.config.vocabulary_size:,}: give the text that it was trained on"
+            f"{data_dir} has {val.vocabulary_size:,} ids and the model in {ckpt} "
+            f"{model.config.vocabulary_size:,}: give the text that it was trained on"
         )
     batches = validation_batches(val, model.config.context_length, 1, windows)
     cross_entropy = {}
@@ -781,7 +855,7 @@ def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: 
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 def brief(cell: dict) -> str:
     """A cell's speeds in one line."""
     return (
@@ -819,7 +893,9 @@ def print_table(results: dict) -> None:
     print(f"{results['device']}, {results['dtype']}, {results['threads']} threads")
     if "sides" in results:
         print(
-            f"{results['parameters'] / 1e6:,.1f} M parameters, {results['active_parameters'] / 1e6:,.1f} M active; {results['tokens']}; {results['new_tokens']} tokens a run"
+            f"{results['parameters'] / 1e6:,.1f} M parameters, "
+            f"{results['active_parameters'] / 1e6:,.1f} M active; {results['tokens']}; "
+            f"{results['new_tokens']} tokens a run"
         )
         columns = [
             (f"{c['batch_size']} x {c['context']}", c["sides"]) for c in results["decode"]
@@ -843,7 +919,8 @@ def print_table(results: dict) -> None:
                 if "share_of_bandwidth" in side
             )
             print(
-                f"of the memory's speed, 1 x {cell['context']}: {shares} (copy {cell['copy_gb_s']:.1f}, read {cell['read_gb_s']:.1f} GB/s)"
+                f"of the memory's speed, 1 x {cell['context']}: {shares} (copy "
+                f"{cell['copy_gb_s']:.1f}, read {cell['read_gb_s']:.1f} GB/s)"
             )
     for title, ratio in (("decoding", "decode"), ("prompt", "prefill")):
         for cell in results.get(ratio, []):
@@ -877,11 +954,13 @@ def print_table(results: dict) -> None:
         print("the machine was busy: some figures are from disturbed samples")
     if launch := results.get("launch"):
         print(
-            f"launch to first token {launch['predict_s']['median']:.2f} s, import torch alone {launch['import_torch_s']['median']:.2f} s"
+            f"launch to first token {launch['predict_s']['median']:.2f} s, import torch alone "
+            f"{launch['import_torch_s']['median']:.2f} s"
         )
     if p := results.get("perplexity"):
         print(
-            f"perplexity {p['perplexity']['float32']:.4f}, in 8 bits {p['perplexity']['int8']:.4f}: x {p['ratio']:.5f}, {p['tokens']:,} tokens"
+            f"perplexity {p['perplexity']['float32']:.4f}, in 8 bits "
+            f"{p['perplexity']['int8']:.4f}: x {p['ratio']:.5f}, {p['tokens']:,} tokens"
         )
     for name, why in (results.get("left_out", {}) | failures(results)).items():
         print(f"no {name}: {why}")
@@ -896,7 +975,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--variants",
         nargs="*",
         metavar="NAME",
-        help=f"of {', '.join(VARIANTS)} (default: all that the device and the model can be); none: no speeds",
+        help=(
+            f"of {', '.join(VARIANTS)} (default: all that the device and the model can be); "
+            "none: no speeds"
+        ),
     )
     parser.add_argument(
         "--batch_sizes",
@@ -912,7 +994,10 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=[128, 1024],
         metavar="T",
-        help="tokens in the cache before decoding; 0 = as many as leave room for new_tokens (default: 128 1024)",
+        help=(
+            "tokens in the cache before decoding; 0 = as many as leave room for new_tokens "
+            "(default: 128 1024)"
+        ),
     )
     parser.add_argument(
         "--prefill",
@@ -937,7 +1022,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data_dir",
-        help="prompts from the validation text in this folder of prepare_data.py (default: random ids)",
+        help=(
+            "prompts from the validation text in this folder of prepare_data.py (default: random "
+            "ids)"
+        ),
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default: auto)"
@@ -946,7 +1034,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="weights and arithmetic; auto: float32 on a CPU, else the device's best (default: auto)",
+        help=(
+            "weights and arithmetic; auto: float32 on a CPU, else the device's best (default: auto)"
+        ),
     )
     parser.add_argument(
         "--num_threads",
@@ -970,13 +1060,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launch",
         metavar="CKPT",
-        help="also measure a process of predict.py from its start to a first token, with this checkpoint",
+        help=(
+            "also measure a process of predict.py from its start to a first token, with this "
+            "checkpoint"
+        ),
     )
     parser.add_argument(
         "--perplexity",
         nargs=2,
         metavar=("CKPT", "DATA_DIR"),
-        help="also measure what 8-bit weights cost this checkpoint on the validation text in DATA_DIR",
+        help=(
+            "also measure what 8-bit weights cost this checkpoint on the validation text in "
+            "DATA_DIR"
+        ),
     )
     parser.add_argument(
         "--val_windows",

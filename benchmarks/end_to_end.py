@@ -1,11 +1,15 @@
-"""Training and decoding speed of one configuration, on real shards, through the same code that users run.
+"""Training and decoding speed of one configuration, on real shards, through the same code that
+users run.
 
-    python -m benchmarks.end_to_end --name small_cpu --data_dir data --d_model 128 --transformer_blocks 4 --num_experts 8 --context_length 256 --max_steps 60
-    python -m benchmarks.end_to_end --name default_gpu --data_dir data --compile --dtype bfloat16 --batch_size 16 --grad_accum 1 --max_steps 60 --warmup_steps 10
+    python -m benchmarks.end_to_end --name small_cpu --data_dir data --d_model 128 \\
+        --transformer_blocks 4 --num_experts 8 --context_length 256 --max_steps 60
+    python -m benchmarks.end_to_end --name default_gpu --data_dir data --compile \\
+        --dtype bfloat16 --batch_size 16 --grad_accum 1 --max_steps 60 --warmup_steps 10
 
-Takes every flag of train.py; --data_dir defaults to the environment variable GPTOSS_DATA. Nothing is saved but
-benchmarks/results/end_to_end_NAME.json: tokens/s of the training steps (median; the first ones, which warm up, left out),
-MFU where the device's peak is known, peak memory, the losses, and tokens/s of prefill and greedy decoding at batch 1.
+Takes every flag of train.py; --data_dir defaults to the environment variable GPTOSS_DATA. Nothing
+is saved but benchmarks/results/end_to_end_NAME.json: tokens/s of the training steps (median; the
+first ones, which warm up, left out), MFU where the device's peak is known, peak memory, the losses,
+and tokens/s of prefill and greedy decoding at batch 1.
 """
 
 from __future__ import annotations
@@ -75,9 +79,11 @@ def measure_training(plan: TrainPlan) -> tuple[torch.nn.Module, dict]:
 def measure_decoding(
     model: torch.nn.Module, plan: TrainPlan, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> dict:
-    """Tokens/s of a prefill of `prompt_tokens` and of greedy decoding after it, batch 1, real text as the prompt.
+    """Tokens/s of a prefill of `prompt_tokens` and of greedy decoding after it, batch 1, real text
+    as the prompt.
 
-    As predict.py does it: by runtime/inference/decoder.py, weights in the arithmetic's dtype (`model` is converted and stays so).
+    As predict.py does it: by runtime/inference/decoder.py, weights in the arithmetic's dtype
+    (`model` is converted and stays so).
     """
     with torch.device("meta"):
         plain = LLM(plan.model_config)
@@ -117,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         "--new_tokens", type=int, default=128, help="tokens to decode (default: 128)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="decoding runs, besides one to warm up (default: 5)"
+        "--repeats", type=int, default=5, help="decoding runs, after one to warm up (default: 5)"
     )
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
     args = parser.parse_args(argv)
@@ -132,11 +138,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         if plan.config.max_steps <= WARM_UP_STEPS:
             raise ValueError(
-                f"max_steps {plan.config.max_steps} must be more than the {WARM_UP_STEPS} steps that warm up"
+                f"max_steps {plan.config.max_steps} must be more than the {WARM_UP_STEPS} steps "
+                "that warm up"
             )
         if args.prompt_tokens + args.new_tokens > plan.model_config.context_length:
             raise ValueError(
-                f"prompt_tokens {args.prompt_tokens} + new_tokens {args.new_tokens} exceed the context of {plan.model_config.context_length}: lower them"
+                f"prompt_tokens {args.prompt_tokens} + new_tokens {args.new_tokens} exceed the "
+                f"context of {plan.model_config.context_length}: lower them"
             )
         needed = check_memory(plan)
         print("\n".join(describe(plan, needed)), flush=True)
@@ -159,8 +167,10 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"training {training['tokens_per_sec']['median']:.0f} tokens/s"
         + (f", MFU {100 * training['mfu']:.1f} %" if training["mfu"] else "")
-        + f"; prefill {decoding['prefill_tokens_per_sec']['median']:.0f}, decode {decoding['decode_tokens_per_sec']['median']:.1f} tokens/s; "
-        f"validation loss {training['validation_loss']['before']:.3f} -> {training['validation_loss']['after']:.3f}"
+        + f"; prefill {decoding['prefill_tokens_per_sec']['median']:.0f}, "
+        f"decode {decoding['decode_tokens_per_sec']['median']:.1f} tokens/s; "
+        f"validation loss {training['validation_loss']['before']:.3f} -> "
+        f"{training['validation_loss']['after']:.3f}"
     )
     return 0
 

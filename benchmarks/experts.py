@@ -1,12 +1,14 @@
-"""The experts of one block, forward and backward: one after another, PyTorch's grouped product, and one operation with an expert per core.
+"""The experts of one block, forward and backward: one after another, PyTorch's grouped product, and
+one operation with an expert per core.
 
-    python -m benchmarks.experts --name cpu_256 --d_model 256 --d_ff 512 --num_experts 32 --expert_activation swiglu --no-expert_bias
+    python -m benchmarks.experts --name cpu_256 --d_model 256 --d_ff 512 --num_experts 32 \\
+        --expert_activation swiglu --no-expert_bias
     python -m benchmarks.experts --name default_gpu --rows 65536 --dtype bfloat16
 
-Takes every flag of the model, for its sizes. Rows are sorted by expert and as many for each as random choices give it; all
-variants have the same rows and weights and must agree with the first in output and gradients. Seconds are medians over
-samples taken in turns; ratios are of the first variant's time to the others', above 1 faster. Saved:
-benchmarks/results/experts_NAME.json.
+Takes every flag of the model, for its sizes. Rows are sorted by expert and as many for each as
+random choices give it; all variants have the same rows and weights and must agree with the first in
+output and gradients. Seconds are medians over samples taken in turns; ratios are of the first
+variant's time to the others', above 1 faster. Saved: benchmarks/results/experts_NAME.json.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from runtime.base import cli
 from runtime.base.device import choose_device, choose_dtype, device_name, synchronize
 
 VARIANTS = {
-    "one_by_one": "grouped_linear of model_parts.py: a product for each expert, cut among all threads",
+    "one_by_one": (
+        "grouped_linear of model_parts.py: a product for each expert, cut among all threads"
+    ),
     "grouped_mm": "F.grouped_mm, the GPU's path",
     "feed_forward": "runtime/kernels/cpu_experts.py: each expert on one core",
 }
@@ -59,7 +63,8 @@ def check_equal(results: dict[str, list[Tensor]], tolerance: float) -> None:
         for a, b in zip(results[first], results[name], strict=True):
             if (a - b).abs().max() > tolerance * a.abs().max():
                 raise ValueError(
-                    f"{name} computes something else than {first}: {(a - b).abs().max().item():.2e} off, of {a.abs().max().item():.2e}"
+                    f"{name} computes something else than {first}: "
+                    f"{(a - b).abs().max().item():.2e} off, of {a.abs().max().item():.2e}"
                 )
 
 
@@ -84,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         "--repeats",
         type=int,
         default=15,
-        help="samples of each variant, besides one to warm up (default: 15)",
+        help="samples of each variant, after one to warm up (default: 15)",
     )
     cli.add_config_flags(parser, ModelConfig)
     args = parser.parse_args(argv)
@@ -136,7 +141,9 @@ def main(argv: list[str] | None = None) -> int:
             "flops_per_second": flops / summary(values)["median"],
         }
         print(
-            f"{name:14} {1000 * variants[name]['seconds']['median']:9.2f} ms  {variants[name]['flops_per_second'] / 1e9:9,.0f} GFLOP/s  {variants[name]['ratio']['median']:6.2f} x"
+            f"{name:14} {1000 * variants[name]['seconds']['median']:9.2f} ms  "
+            f"{variants[name]['flops_per_second'] / 1e9:9,.0f} GFLOP/s  "
+            f"{variants[name]['ratio']['median']:6.2f} x"
         )
     save_results(
         f"experts_{args.name}",

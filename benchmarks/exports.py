@@ -1,12 +1,15 @@
-"""One checkpoint through every way out and back: files, seconds, memory, logits, and the greedy text of predict.py and of those who read the files.
+"""One checkpoint through every way out and back: files, seconds, memory, logits, and the greedy
+text of predict.py and of those who read the files.
 
     GPTOSS_SHARED=shared python -m benchmarks.exports --name qwen3_moe --ckpt checkpoints/best.pt
-    python -m benchmarks.exports --name 300m --vocabulary_size 50304 --d_model 512 --transformer_blocks 8 --num_heads 8 --head_dim 64 ...   # random weights
+    python -m benchmarks.exports --name 300m --vocabulary_size 50304 --d_model 512 \\
+        --transformer_blocks 8 --num_heads 8 --head_dim 64 ...   # random weights
 
-Each script runs as a user would run it, in a process of its own. Logits are compared, in float32, on the first stories of TinyStories' validation
-text, a story at a time; greedy texts are token ids, up to --new_tokens after each prompt, those of predict.py the measure (a checkpoint's only). transformers,
-onnxruntime and llama.cpp (where llama-cpp-python is installed) are given the prompt as text, through the files' own tokenizer. Results go to
-benchmarks/results/exports_NAME.json.
+Each script runs as a user would run it, in a process of its own. Logits are compared, in float32,
+on the first stories of TinyStories' validation text, a story at a time; greedy texts are token ids,
+up to --new_tokens after each prompt, those of predict.py the measure (a checkpoint's only).
+transformers, onnxruntime and llama.cpp (where llama-cpp-python is installed) are given the prompt
+as text, through the files' own tokenizer. Results go to benchmarks/results/exports_NAME.json.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ ROUTES = {
 
 
 def run(*command: object) -> dict:
-    """Seconds and peak memory (with the pages of mapped files) of a Python process; RuntimeError with what it said if it fails."""
+    """Seconds and peak memory (with the pages of mapped files) of a Python process; RuntimeError
+    with what it said if it fails.
+    """
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -80,7 +85,9 @@ def run(*command: object) -> dict:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the weights' files: of a folder its safetensors, of a model file itself and its data."""
+    """Bytes of the weights' files: of a folder its safetensors, of a model file itself and its
+    data.
+    """
     return sum(
         file.stat().st_size
         for file in (
@@ -102,7 +109,7 @@ def random_checkpoint(config: ModelConfig, folder: Path) -> Path:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- who reads the files
+# ------------------------------------------------------------------------------ who reads the files
 class Transformers:
     def __init__(self, folder: Path):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -200,7 +207,9 @@ def _llama_greedy(path: str, prompt: str, count: int) -> list[int]:
 def compare(
     reader, model: LLM, stories: list[list[int]], expected: dict[str, list[int]], count: int
 ) -> dict:
-    """Largest logit difference over the stories, and how many of the greedy tokens are predict.py's, up to the first that is not."""
+    """Largest logit difference over the stories, and how many of the greedy tokens are
+    predict.py's, up to the first that is not.
+    """
     differences, largest = [], 0.0
     with torch.inference_mode():
         for ids in stories:
@@ -224,7 +233,7 @@ def compare(
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 def main(argv: list[str] | None = None) -> int:
     p = cli.parser(__doc__)
     p.add_argument(
@@ -269,7 +278,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         for line in lines
     ]
     expected = {}
-    if args.ckpt:  # random weights with more rows than the byte tokenizer has ids say what only predict.py knows to be nothing
+    # Random weights with more rows than the byte tokenizer has ids say what only predict.py knows
+    # to be nothing.
+    if args.ckpt:
         settings = PredictConfig(
             ckpt=args.ckpt,
             temperature=0.0,

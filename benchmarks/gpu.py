@@ -226,7 +226,7 @@ def table(stages: dict[str, dict], device: str) -> list[dict]:
 
 
 def print_table(stages: dict[str, dict], rows: list[dict]) -> None:
-    """The stages with how each ended, and their figures beside what was predicted."""
+    """The stages with how each ended, and their figures next to what was predicted."""
     print(f"{'stage':15}{'measure':32}{'value':>14} {'unit':9}{'predicted':>12}{'ratio':>8}")
     for stage, record in stages.items():
         print(f"{stage:15}{ending(record)}")

@@ -1,12 +1,17 @@
-"""Generation on a CPU against llama.cpp: tokens/s of decoding and of reading a prompt, the same weights on both sides.
+"""Generation on a CPU against llama.cpp: tokens/s of decoding and of reading a prompt, the same
+weights on both sides.
 
     python -m benchmarks.llama_cpp --name nano --ckpt checkpoints/best.pt --context 128
-    python -m benchmarks.llama_cpp --name 56m --d_model 256 --transformer_blocks 6 --num_heads 8 --num_kv_heads 4 --d_ff 336 --vocabulary_size 8192 \\
-        --context_length 1152 --expert_activation swiglu --no-expert_bias --no-out_proj_bias --no-head_bias --no-use_attention_bias --rms_norm_eps 1e-6
+    python -m benchmarks.llama_cpp --name 56m --d_model 256 --transformer_blocks 6 \\
+        --num_heads 8 --num_kv_heads 4 --d_ff 336 --vocabulary_size 8192 \\
+        --context_length 1152 --expert_activation swiglu --no-expert_bias --no-out_proj_bias \\
+        --no-head_bias --no-use_attention_bias --rms_norm_eps 1e-6
 
-Needs llama-cpp-python and gguf. float32 against F32, our int8 against Q8_0; one text, greedy, caches in float32, as many threads on both sides,
-all in one process and in turns; a sample during which other processes used more than 0.15 core is measured again. Of llama.cpp only its own work
-is timed: Python calls it once a token, and the likeliest is found by numpy. Figures are medians; they go to benchmarks/results/llama_cpp_NAME.json.
+Needs llama-cpp-python and gguf. float32 against F32, our int8 against Q8_0; one text, greedy,
+caches in float32, as many threads on both sides, all in one process and in turns; a sample during
+which other processes used more than 0.15 core is measured again. Of llama.cpp only its own work is
+timed: Python calls it once a token, and the likeliest is found by numpy. Figures are medians; they
+go to benchmarks/results/llama_cpp_NAME.json.
 """
 
 from __future__ import annotations
@@ -163,7 +168,8 @@ def measure(model: LLM, prompt_1T: Tensor, prefill_1T: Tensor, args: argparse.Na
                 ]
                 results[what][ours]["ratio_to_llama_cpp"] = medians[0] / medians[1]
                 print(
-                    f"{what}, {title}: ours {medians[0]:,.0f}, llama.cpp {medians[1]:,.0f} tokens/s: {medians[0] / medians[1]:.2f} x",
+                    f"{what}, {title}: ours {medians[0]:,.0f}, llama.cpp {medians[1]:,.0f} "
+                    f"tokens/s: {medians[0] / medians[1]:.2f} x",
                     flush=True,
                 )
         results["sides"] = {"ours": sides["ours"].facts, "ours_int8": sides["ours_int8"].facts} | {
@@ -243,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         or args.num_threads < 0
     ):
         raise ValueError(
-            "context, prefill and repeats must be at least 1, new_tokens at least 2, min_sample_seconds and weight_scale above 0, num_threads not below 0"
+            "context, prefill and repeats must be at least 1, new_tokens at least 2, "
+            "min_sample_seconds and weight_scale above 0, num_threads not below 0"
         )
     torch.set_num_threads(args.num_threads or min(torch.get_num_threads(), process.usable_cores()))
     if args.ckpt:
@@ -261,7 +268,8 @@ def main(argv: list[str] | None = None) -> int:
     config = model.config
     if max(args.context + args.new_tokens, args.prefill) > config.context_length:
         raise ValueError(
-            f"context {args.context} and new_tokens {args.new_tokens}, or prefill {args.prefill}, do not fit the context_length {config.context_length}"
+            f"context {args.context} and new_tokens {args.new_tokens}, or prefill "
+            f"{args.prefill}, do not fit the context_length {config.context_length}"
         )
     ids = torch.randint(
         config.vocabulary_size,
@@ -269,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
         generator=torch.Generator().manual_seed(SEED),
     )
     print(
-        f"{total_parameters(config):,} parameters, {active_parameters(config):,} active; {torch.get_num_threads()} threads"
+        f"{total_parameters(config):,} parameters, {active_parameters(config):,} active; "
+        f"{torch.get_num_threads()} threads"
     )
     results = {
         "device": device_name(cpu),

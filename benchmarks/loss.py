@@ -1,13 +1,17 @@
-"""Output head and cross-entropy, forward and backward: seconds, rate and memory of ours, of all logits at once, and of PyTorch's.
+"""Output head and cross-entropy, forward and backward: seconds, rate and memory of ours, of all
+logits at once, and of PyTorch's.
 
-    python -m benchmarks.loss --name cpu --vocabulary_size 200019 --d_model 256 --rows 2048 --chunk_rows 64,256,1024
-    python -m benchmarks.loss --name gpu --vocabulary_size 200019 --d_model 1024 --rows 32768 --chunk_rows 2048,4096,8192
+    python -m benchmarks.loss --name cpu --vocabulary_size 200019 --d_model 256 --rows 2048 \\
+        --chunk_rows 64,256,1024
+    python -m benchmarks.loss --name gpu --vocabulary_size 200019 --d_model 1024 --rows 32768 \\
+        --chunk_rows 2048,4096,8192
 
-Variants: ours_R (model.linear_cross_entropy with R rows of logits at a time), full (F.linear and F.cross_entropy),
-torch_auto and torch_R (F.linear_cross_entropy with its own choice and with R rows, where this PyTorch has it), and with
---compiled ours_R_compiled and full_compiled. ours_R_aligned has the vocabulary rounded up to a multiple of 64: what is left
-of the price of an odd one. All must give the same loss and gradient. Samples are taken in turns, the figures are medians;
-they go to benchmarks/results/loss_NAME.json.
+Variants: ours_R (model.linear_cross_entropy with R rows of logits at a time), full (F.linear and
+F.cross_entropy), torch_auto and torch_R (F.linear_cross_entropy with its own choice and with R
+rows, where this PyTorch has it), and with --compiled ours_R_compiled and full_compiled.
+ours_R_aligned has the vocabulary rounded up to a multiple of 64: what is left of the price of an
+odd one. All must give the same loss and gradient. Samples are taken in turns, the figures are
+medians; they go to benchmarks/results/loss_NAME.json.
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ HAS_TORCH_FUNCTION = hasattr(F, "linear_cross_entropy")
 
 @dataclass
 class Problem:
-    """Hidden states [N, C], head [V, C] with bias [V] or None, targets [N]; float32 leaves, arithmetic in `dtype`."""
+    """Hidden states [N, C], head [V, C] with bias [V] or None, targets [N]; float32 leaves,
+    arithmetic in `dtype`.
+    """
 
     h_NC: Tensor
     weight_VC: Tensor
@@ -75,7 +81,9 @@ class Problem:
 def make_problem(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, vocabulary_size: int
 ) -> Problem:
-    """Random numbers of about a trained model's size, the same for every variant of this vocabulary."""
+    """Random numbers of about a trained model's size, the same for every variant of this
+    vocabulary.
+    """
     draws = torch.Generator().manual_seed(0)
     h, weight = (
         torch.randn(args.rows, args.d_model, generator=draws),
@@ -91,7 +99,7 @@ def make_problem(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the variants
+# ------------------------------------------------------------------------------------- the variants
 def ours(
     chunk_rows: int, softmax_gradient: Callable = softmax_gradient_
 ) -> Callable[[Problem], Tensor]:
@@ -142,7 +150,7 @@ def make_variants(chunk_rows: list[int], compiled: bool) -> dict[str, Callable[[
     return variants
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 def run_once(variant: Callable[[Problem], Tensor], p: Problem) -> float:
     """Seconds of one forward and backward pass; the gradients stay until forget_gradients."""
     device = p.h_NC.device
@@ -157,7 +165,10 @@ def run_once(variant: Callable[[Problem], Tensor], p: Problem) -> float:
 
 
 def check(variants: dict[str, Callable], problems: dict[str, Problem]) -> dict[str, str]:
-    """Run each variant once: those that are out of memory, by name. ValueError where a gradient is not that of the first."""
+    """Run each variant once: those that are out of memory, by name.
+
+    ValueError where a gradient is not that of the first.
+    """
     failed, expected = {}, None
     for name, variant in variants.items():
         problem = problems[name]
@@ -182,7 +193,8 @@ def check(variants: dict[str, Callable], problems: dict[str, Problem]) -> dict[s
         )
         if not error < (1e-4 if problem.dtype == torch.float32 else 3e-2):
             raise ValueError(
-                f"{name} has another gradient than {next(iter(variants))}: relative error {error:.1e}"
+                f"{name} has another gradient than {next(iter(variants))}: relative error "
+                f"{error:.1e}"
             )
     return failed
 
@@ -201,7 +213,10 @@ def cuda_peak(variant: Callable, p: Problem) -> int:
 
 
 def cpu_peak(variant: Callable, problem: Problem) -> int | None:
-    """The same from the resident memory of this process, which should do nothing else. None where it cannot be asked."""
+    """The same from the resident memory of this process, which should do nothing else.
+
+    None where it cannot be asked.
+    """
     run_once(variant, problem)
     problem.forget_gradients()
     peak = peak_resident_bytes(lambda: run_once(variant, problem))
@@ -217,7 +232,7 @@ def vocabulary_of(name: str, args: argparse.Namespace) -> int:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     parser.add_argument(
@@ -313,8 +328,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, row in results["variants"].items():
         peak = row["peak_above_inputs_and_gradients_bytes"]
         print(
-            f"{name:22}{1000 * row['seconds']['median']:>12.1f} ms{row['flops_per_sec'] / 1e9:>10,.0f} GFLOP/s"
-            f"  {human_bytes(peak) if peak is not None else '':>12}{'  machine was busy' if row['disturbed'] else ''}"
+            f"{name:22}{1000 * row['seconds']['median']:>12.1f} "
+            f"ms{row['flops_per_sec'] / 1e9:>10,.0f} GFLOP/s"
+            f"  {human_bytes(peak) if peak is not None else '':>12}"
+            f"{'  machine was busy' if row['disturbed'] else ''}"
         )
     for name, why in results["failed"].items():
         print(f"{name:22}{why:>15}")
@@ -372,7 +389,9 @@ def measure(
         "variants": rows,
         "failed": failed,
         "method": {
-            "flops_per_sec": "6 N V C, the three matrix products that are needed, over the median time",
+            "flops_per_sec": (
+                "6 N V C, the three matrix products that are needed, over the median time"
+            ),
             "memory": "peak above inputs and gradients; "
             + ("allocated by PyTorch" if on_gpu else "resident, in a process of its own"),
         },

@@ -1,7 +1,8 @@
 """Measure the memory of CPU training: its growth over the steps, its peak next to the estimate.
 
     python -m benchmarks.memory --name cpu
-    python -m benchmarks.memory --name cpu --cost_of OLD    # a step's time, that checkout's in turns
+    python -m benchmarks.memory --name cpu \\
+        --cost_of OLD    # a step's time, that checkout's in turns
 
 Each figure comes from a process of its own, which takes train.py's path from the dry run to the
 last step: memory that one setting keeps must not serve the next. Growth is of anonymous memory
@@ -179,7 +180,10 @@ def train_and_measure(setting: dict) -> dict:
 
 # -------------------------------------------------------------------------- and from outside
 def measured(setting: dict, checkout: Path = REPO) -> dict:
-    """train_and_measure in a process of its own, with a checkout's code. RuntimeError if it fails."""
+    """train_and_measure in a process of its own, with a checkout's code.
+
+    RuntimeError if it fails.
+    """
     # -P: this file's folder, which has a train.py of its own, is no place for modules.
     command = [sys.executable, "-P", str(Path(__file__).resolve()), "--one", json.dumps(setting)]
     env = os.environ | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""}

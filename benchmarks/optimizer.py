@@ -1,11 +1,13 @@
-"""One optimizer step: AdamW's implementations, one tensor per expert against stacked experts, Muon, moments in bfloat16.
+"""One optimizer step: AdamW's implementations, one tensor per expert against stacked experts, Muon,
+moments in bfloat16.
 
     python -m benchmarks.optimizer --name nano --preset nano --num_threads 1
-    python -m benchmarks.optimizer --name default_gpu --preset gptoss-modern --variants adamw_fused,adamw_foreach,muon,muon_bfloat16
+    python -m benchmarks.optimizer --name default_gpu --preset gptoss-modern \\
+        --variants adamw_fused,adamw_foreach,muon,muon_bfloat16
 
-Takes every flag of the model, for its sizes. Weights and gradients (random, the same ones every step) are shared by all
-variants; each has its own moments. Seconds are medians over samples taken in turns, ratios are to adamw_fused, above 1 slower.
-Saved: benchmarks/results/optimizer_NAME.json.
+Takes every flag of the model, for its sizes. Weights and gradients (random, the same ones every
+step) are shared by all variants; each has its own moments. Seconds are medians over samples taken
+in turns, ratios are to adamw_fused, above 1 slower. Saved: benchmarks/results/optimizer_NAME.json.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ CONFIG = TrainConfig(
 
 
 def expert_by_expert(model: nn.Module) -> list[dict]:
-    """AdamW's groups with every stack of expert tensors taken apart: views of the same weights and gradients."""
+    """AdamW's groups with every stack of expert tensors taken apart: views of the same weights and
+    gradients.
+    """
     stacks = {p for name, p in model.named_parameters() if ".experts." in name}
     groups = parameter_groups(model, CONFIG.weight_decay)
     for group in groups:
@@ -52,7 +56,9 @@ def expert_by_expert(model: nn.Module) -> list[dict]:
 
 
 def make_optimizers(model: nn.Module, names: list[str] | None) -> dict[str, torch.optim.Optimizer]:
-    """The variants by name; `names` picks some. Those of torch that are named after an implementation use that one."""
+    """The variants by name; `names` picks some. Those of torch that are named after an
+    implementation use that one.
+    """
 
     def adamw(groups: list[dict], **implementation) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -101,13 +107,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--variants",
         default="",
-        help="comma-separated, adamw_fused comes with any; moments of all of them are held at once (default: all)",
+        help=(
+            "comma-separated, adamw_fused comes with any; moments of all of them are held at "
+            "once (default: all)"
+        ),
     )
     parser.add_argument(
         "--repeats",
         type=int,
         default=11,
-        help="samples of each variant, besides one to warm up (default: 11)",
+        help="samples of each variant, after one to warm up (default: 11)",
     )
     parser.add_argument("--steps", type=int, default=1, help="steps in a sample (default: 1)")
     cli.add_config_flags(parser, ModelConfig)
@@ -131,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     with explained_out_of_memory(
         device,
-        "choose some of the variants with --variants (the moments of all of them are held at once), or a smaller model",
+        "choose some of the variants with --variants (the moments of all of them are held at "
+        "once), or a smaller model",
     ):
         with device:
             model = LLM(config)
@@ -158,8 +168,10 @@ def main(argv: list[str] | None = None) -> int:
             "state_bytes": sum(tensor.nbytes for tensor in states),
         }
         print(
-            f"{name:26} {1000 * variants[name]['seconds_per_step']['median']:9.2f} ms  {variants[name]['ratio']['median']:6.2f} x"
-            f"  {variants[name]['tensors']:5} tensors  {variants[name]['state_bytes'] / 1e6:10.1f} MB of state"
+            f"{name:26} {1000 * variants[name]['seconds_per_step']['median']:9.2f} ms  "
+            f"{variants[name]['ratio']['median']:6.2f} x"
+            f"  {variants[name]['tensors']:5} tensors  "
+            f"{variants[name]['state_bytes'] / 1e6:10.1f} MB of state"
         )
     save_results(
         f"optimizer_{args.name}",

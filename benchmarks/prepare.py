@@ -1,9 +1,11 @@
-"""How fast is prepare_data.py? Against tiktoken's own batch encoding on the same cores, same text, in turns.
+"""How fast is prepare_data.py? Against tiktoken's own batch encoding on the same cores, same text,
+in turns.
 
     python -m benchmarks.prepare [--files FILE.jsonl ...] [--tokenizer o200k_base] [--repeats 7]
 
-`pipeline` is what prepare_data does with text in memory (hash, split, tokenise, in order, ids as arrays); `prepare_data`
-is the whole program after the tokenizer is loaded: reading JSON, pipeline, shards, digests, syncing to disk, publishing.
+`pipeline` is what prepare_data does with text in memory (hash, split, tokenise, in order, ids as
+arrays); `prepare_data` is the whole program after the tokenizer is loaded: reading JSON, pipeline,
+shards, digests, syncing to disk, publishing.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
             "speed_against_tiktoken": round(ratio, 3),
         }
         print(
-            f"{name:32} {num_tokens / statistics.median(values):12,.0f} tokens/s   {ratio:.2f} x tiktoken   (median of {o.repeats})"
+            f"{name:32} {num_tokens / statistics.median(values):12,.0f} tokens/s   {ratio:.2f} x "
+            f"tiktoken   (median of {o.repeats})"
         )
     save_results("prepare", results)
     return 0

@@ -1,10 +1,13 @@
-"""Reruns the promises of reliability that are counted, with the counts that docs/reliability.md quotes.
+"""Reruns the promises of reliability that are counted, with the counts that docs/reliability.md
+quotes.
 
-    python -m benchmarks.reliability                      all: about a quarter of an hour on one core, into benchmarks/results/reliability.json
+    python -m benchmarks.reliability
+            all: about a quarter of an hour on one core, into
+            benchmarks/results/reliability.json
     python -m benchmarks.reliability --only 3 6 --counts nightly --name try
 
-Each promise is a function in tests/promises, which pytest runs too, with smaller counts. What was measured before and is not asked
-for now stays in the file. Exit code 1 if anything did not hold.
+Each promise is a function in tests/promises, which pytest runs too, with smaller counts. What was
+measured before and is not asked for now stays in the file. Exit code 1 if anything did not hold.
 """
 
 from __future__ import annotations
@@ -70,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [promise for promise in promises() if args.only is None or promise.number in args.only]
     if unknown := set(args.only or []) - {promise.number for promise in chosen}:
         raise ValueError(
-            f"there is no promise {min(unknown)}; there are {', '.join(str(p.number) for p in promises())}"
+            f"there is no promise {min(unknown)}; there are "
+            f"{', '.join(str(p.number) for p in promises())}"
         )
     path = RESULTS / f"{args.name}.json"
     rows = (

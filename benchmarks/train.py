@@ -1,13 +1,18 @@
-"""Whole training steps (forward, backward, clipping, AdamW): tokens/s, MFU, memory and where the time goes, ours and others'.
+"""Whole training steps (forward, backward, clipping, AdamW): tokens/s, MFU, memory and where the
+time goes, ours and others'.
 
-    python -m benchmarks.train --name cpu_4x512 --d_model 256 --transformer_blocks 6 --num_heads 8 --num_kv_heads 4 --d_ff 512 --vocabulary_size 8192 \\
-        --context_length 512 --batch_size 4 --grad_accum 1 --expert_activation swiglu --no-expert_bias --no-out_proj_bias --no-head_bias --no-use_attention_bias
-    python -m benchmarks.train --name default_gpu --batch_size 16 --grad_accum 1 --variants ours,ours_compiled,loop
+    python -m benchmarks.train --name cpu_4x512 --d_model 256 --transformer_blocks 6 \\
+        --num_heads 8 --num_kv_heads 4 --d_ff 512 --vocabulary_size 8192 \\
+        --context_length 512 --batch_size 4 --grad_accum 1 --expert_activation swiglu \\
+        --no-expert_bias --no-out_proj_bias --no-head_bias --no-use_attention_bias
+    python -m benchmarks.train --name default_gpu --batch_size 16 --grad_accum 1 \\
+        --variants ours,ours_compiled,loop
 
-Takes every flag of train.py. The data are windows of the shards in --data_dir or GPTOSS_DATA, or random ids where neither is
-given. All sides have the same weights at the start, tokens, arithmetic, optimizer, threads and allocator, and must agree on
-the first step's loss. Ours runs in `train.fit`, as users run it. On a CPU all variants are in one process and take turns; a
-sample during which other processes used more than 0.15 core is measured again. On a GPU they follow one another.
+Takes every flag of train.py. The data are windows of the shards in --data_dir or GPTOSS_DATA, or
+random ids where neither is given. All sides have the same weights at the start, tokens, arithmetic,
+optimizer, threads and allocator, and must agree on the first step's loss. Ours runs in `train.fit`,
+as users run it. On a CPU all variants are in one process and take turns; a sample during which
+other processes used more than 0.15 core is measured again. On a GPU they follow one another.
 Figures are medians; they go to benchmarks/results/train_NAME.json.
 """
 
@@ -81,10 +86,18 @@ from runtime.training.optimizer import build_adamw
 VARIANTS = {
     "ours": "this repository, eager",
     "ours_compiled": "this repository with --compile",
-    "loop": "the usual way: a Python loop over expert modules, all attention scores, all logits (benchmarks/baselines.py)",
-    "hf_eager": "transformers' Mixtral (Qwen3-MoE with qk_norm), experts_implementation eager, SDPA",
+    "loop": (
+        "the usual way: a Python loop over expert modules, all attention scores, all logits "
+        "(benchmarks/baselines.py)"
+    ),
+    "hf_eager": (
+        "transformers' Mixtral (Qwen3-MoE with qk_norm), experts_implementation eager, SDPA"
+    ),
     "hf_grouped": "the same, experts_implementation grouped_mm",
-    "hf_grouped_bf16": "the same with weights, gradients and moments in bfloat16, for autocast does not reach grouped_mm: less precise than all others",
+    "hf_grouped_bf16": (
+        "the same with weights, gradients and moments in bfloat16, for autocast does not reach "
+        "grouped_mm: less precise than all others"
+    ),
     "dense": "this repository, one expert of top_k * d_ff: equal active FLOPs",
     "dense_compiled": "the same with --compile",
 }
@@ -108,7 +121,7 @@ OPENMP_SPIN_COUNT = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------- what is measured
 class RandomTokens:
     """Uniformly random ids in the place of a split's shards."""
 
@@ -149,7 +162,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
         if getattr(config, name) != value:
             hint = ": compiled or not is chosen by --variants" if name == "compile" else ""
             raise ValueError(
-                f"this benchmark runs with {name} {value!r} on all sides, not {getattr(config, name)!r}{hint}"
+                f"this benchmark runs with {name} {value!r} on all sides, not "
+                f"{getattr(config, name)!r}{hint}"
             )
     if args.allocator == "tuned":  # as train.make_plan
         torch.set_num_threads(
@@ -171,7 +185,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
             model_config = replace(model_config, vocabulary_size=tokens.vocabulary_size)
         if model_config.vocabulary_size < tokens.vocabulary_size:
             raise ValueError(
-                f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's {tokens.vocabulary_size:,}: "
+                f"vocabulary_size {model_config.vocabulary_size:,} is smaller than the data's "
+                f"{tokens.vocabulary_size:,}: "
                 "leave --vocabulary_size out"
             )
     else:
@@ -241,7 +256,9 @@ class Ours:
 
 
 class Baseline:
-    """Any `model(ids, targets) -> (mean cross-entropy, auxiliary losses)` in the plain loop that one writes for it."""
+    """Any `model(ids, targets) -> (mean cross-entropy, auxiliary losses)` in the plain loop that
+    one writes for it.
+    """
 
     def __init__(self, setting: Setting, model: nn.Module):
         self.setting, self.model_config, self.model = setting, setting.model_config, model.train()
@@ -258,7 +275,9 @@ class Baseline:
         self.facts: dict = {}
 
     def run(self, steps: int) -> float:
-        """As Ours.run; where the memory does not suffice for a micro-batch, it and all after it are done in halves."""
+        """As Ours.run; where the memory does not suffice for a micro-batch, it and all after it are
+        done in halves.
+        """
         total = 0.0
         batch_size, sequences = self.setting.config.batch_size, self.setting.sequences
         with contextlib.closing(
@@ -361,7 +380,7 @@ def state_bytes(runner: Ours | Baseline) -> int:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ speed
+# -------------------------------------------------------------------------------------------- speed
 def seconds_per_step(runner: Ours | Baseline, steps: int) -> float:
     """Mean seconds of `steps` steps, the device's work included."""
     synchronize(runner.setting.device)
@@ -372,7 +391,9 @@ def seconds_per_step(runner: Ours | Baseline, steps: int) -> float:
 
 
 def gemm_timer(setting: Setting, min_seconds: float) -> Callable[[], float]:
-    """A function that returns seconds per FLOP of a large matrix product in the setting's arithmetic: the practical peak."""
+    """A function that returns seconds per FLOP of a large matrix product in the setting's
+    arithmetic: the practical peak.
+    """
     size = GEMM_SIZE if setting.device.type == "cpu" else 4 * GEMM_SIZE
     a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
 
@@ -396,9 +417,11 @@ def measure_speed(
     min_seconds: float,
     with_gemm: bool,
 ) -> dict[str, Samples]:
-    """Seconds per step of each runner (and per FLOP of a matrix product, under the name gemm), taken in turns after a warm-up.
+    """Seconds per step of each runner (and per FLOP of a matrix product, under the name gemm),
+    taken in turns after a warm-up.
 
-    A sample is as many steps as fill `min_seconds`. The first step's loss goes to the runner's facts.
+    A sample is as many steps as fill `min_seconds`. The first step's loss goes to the runner's
+    facts.
     """
     functions: dict[str, Callable[[], float]] = {}
     for name, runner in runners.items():
@@ -416,7 +439,9 @@ def measure_speed(
 
 
 def check_same_model(first_losses: dict[str, float], setting: Setting) -> None:
-    """ValueError unless all sides began with the same loss; the dense model is another one, and dropout draws other numbers."""
+    """ValueError unless all sides began with the same loss; the dense model is another one, and
+    dropout draws other numbers.
+    """
     losses = {name: loss for name, loss in first_losses.items() if not name.startswith("dense")}
     tolerance = 1e-4 if setting.dtype == torch.float32 else 1e-2
     if (
@@ -429,16 +454,20 @@ def check_same_model(first_losses: dict[str, float], setting: Setting) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 def cuda_peak_above_states(runner: Ours | Baseline) -> int:
-    """Bytes that a step holds above weights, gradients and optimizer state, as PyTorch's allocator counts them."""
+    """Bytes that a step holds above weights, gradients and optimizer state, as PyTorch's allocator
+    counts them.
+    """
     torch.cuda.reset_peak_memory_stats(runner.setting.device)
     runner.run(1)
     return torch.cuda.max_memory_allocated(runner.setting.device) - state_bytes(runner)
 
 
 def cpu_peak_above_states(name: str, setting: Setting) -> dict:
-    """The same for a CPU, from the resident memory of this process, which should do nothing else; no peak where it cannot be asked."""
+    """The same for a CPU, from the resident memory of this process, which should do nothing else;
+    no peak where it cannot be asked.
+    """
     runner = build(name, setting, our_weights=False)
     runner.run(WARM_UP_STEPS)
     peak = peak_resident_bytes(
@@ -448,7 +477,7 @@ def cpu_peak_above_states(name: str, setting: Setting) -> dict:
     return {} if peak is None else {"peak_above_states_bytes": peak - gradients}
 
 
-# ----------------------------------------------------------------------------------------------------------- time by part
+# ------------------------------------------------------------------------------------- time by part
 PARTS = (
     "attention",
     "router",
@@ -464,8 +493,11 @@ RANGES, BACKWARD = ("part:", "bench:"), "autograd::engine::evaluate_function"
 
 @contextlib.contextmanager
 def labelled_parts(runner: Ours):
-    """Ranges for the profiler around the parts of our step. Blocks that were compiled are compiled in parts instead, for
-    there are no ranges inside a compiled function."""
+    """Ranges for the profiler around the parts of our step.
+
+    Blocks that were compiled are compiled in parts instead, for there are no ranges inside a
+    compiled function.
+    """
 
     def ranged(function: Callable, part: str) -> Callable:
         def call(*args, **kwargs):
@@ -491,7 +523,7 @@ def labelled_parts(runner: Ours):
                 "_compiled_call_impl" if runner.compiled else "forward",
                 "attention",
             )
-            label(block.moe, "forward", "router")  # what is left of it besides:
+            label(block.moe, "forward", "router")  # what else is left of it:
             label(block.moe, "dispatcher", "experts")
         label(model_module, "linear_cross_entropy", "loss")
         if hasattr(train, "to_device"):
@@ -504,10 +536,11 @@ def labelled_parts(runner: Ours):
 def time_by_part(runner: Ours, steps: int = PROFILED_STEPS) -> dict:
     """Where the time of `fit` goes, by PyTorch's profiler: shares of the wall time that sum to 1.
 
-    A backward operation belongs to the part whose forward operation made it (they share a sequence number). On a CPU time
-    inside an operation counts for its part, and time between operations as waiting: for data, logging and Python. On a GPU
-    kernels count for the part that launched them, and time without a kernel is waiting. The profiler itself costs time
-    between operations, so on a CPU the share of waiting is an upper bound.
+    A backward operation belongs to the part whose forward operation made it (they share a sequence
+    number). On a CPU time inside an operation counts for its part, and time between operations as
+    waiting: for data, logging and Python. On a GPU kernels count for the part that launched them,
+    and time without a kernel is waiting. The profiler itself costs time between operations, so on a
+    CPU the share of waiting is an upper bound.
     """
     on_gpu = runner.setting.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [
@@ -530,14 +563,22 @@ def time_by_part(runner: Ours, steps: int = PROFILED_STEPS) -> dict:
     }
 
 
+def what_tokens(tokens) -> str:
+    """Return what a setting trains on, in words."""
+    if isinstance(tokens, RandomTokens):
+        return "random ids"
+    return f"windows of {tokens.num_tokens:,} tokens ({tokens.tokenizer_state['name']})"
+
+
 def seconds_of_parts(all_events: list, on_gpu: bool) -> tuple[float, dict[str, float]]:
-    """(wall seconds, seconds by part) of what the profiler recorded inside the range bench:steps; see time_by_part."""
+    """(wall seconds, seconds by part) of what the profiler recorded inside the range bench:steps;
+    see time_by_part.
+    """
     events = [event for event in all_events if event.device_type == torch.autograd.DeviceType.CPU]
     whole = next(event for event in events if event.name == "bench:steps")
     wall = whole.time_range.elapsed_us() / 1e6
-    part_of: dict[
-        int, str
-    ] = {}  # by sequence number; the last forward operation with a number is the one that it was given to
+    # By sequence number: the last forward operation with a number is the one it was given to.
+    part_of: dict[int, str] = {}
     seconds = dict.fromkeys(PARTS, 0.0)
 
     def note(event, part: str) -> None:
@@ -606,7 +647,7 @@ def _covered(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 def compare(setting: Setting, names: list[str], args: argparse.Namespace, flags: list[str]) -> dict:
     """Everything about every variant, as it is stored."""
     on_gpu = setting.device.type == "cuda"
@@ -655,7 +696,8 @@ def compare(setting: Setting, names: list[str], args: argparse.Namespace, flags:
         attempt(", ".join(group), lambda group=group: measure(group))
         release_memory(setting.device)
         if one_at_a_time and "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what the next variant compiles owes nothing to this one's shapes
+            # What the next variant compiles owes nothing to this one's shapes.
+            torch.compiler.reset()
     if args.memory and setting.device.type == "cpu":
         for name in samples:
             attempt(
@@ -678,9 +720,7 @@ def compare(setting: Setting, names: list[str], args: argparse.Namespace, flags:
         "threads": torch.get_num_threads(),
         "allocator": args.allocator,
         "spin_count": os.environ.get("GOMP_SPINCOUNT"),
-        "tokens": "random ids"
-        if isinstance(setting.tokens, RandomTokens)
-        else f"windows of {setting.tokens.num_tokens:,} tokens ({setting.tokens.tokenizer_state['name']})",
+        "tokens": what_tokens(setting.tokens),
         "tokens_per_step": setting.sequences * setting.model_config.context_length,
         "model": dataclasses.asdict(setting.model_config),
         "train": {
@@ -745,7 +785,9 @@ def report(
 
 
 def allocator_row(flags: list[str], repeats: int) -> dict:
-    """Ours as PyTorch starts a process, and with our allocator setting, threads and spin count; each in its own processes, in turns."""
+    """Ours as PyTorch starts a process, and with our allocator setting, threads and spin count;
+    each in its own processes, in turns.
+    """
     speeds: dict[str, list[float]] = {"default": [], "tuned": []}
     threads = {}
     for _ in range(repeats):
@@ -779,7 +821,8 @@ def allocator_row(flags: list[str], repeats: int) -> dict:
 def print_table(results: dict) -> None:
     """The figures, for people."""
     print(
-        f"{results['device']}, {results['train']['dtype']}, {results['tokens_per_step']:,} tokens a step ({results['tokens']}), "
+        f"{results['device']}, {results['train']['dtype']}, {results['tokens_per_step']:,} "
+        f"tokens a step ({results['tokens']}), "
         f"allocator {results['allocator']}"
     )
     print(
@@ -802,7 +845,8 @@ def print_table(results: dict) -> None:
             else []
         )
         print(
-            f"{name:18}{v['tokens_per_sec']['median']:>12,.0f}{ratios}{100 * v['mfu']:>7.1f}%{memory:>20}  {', '.join(notes)}".rstrip()
+            f"{name:18}{v['tokens_per_sec']['median']:>12,.0f}{ratios}{100 * v['mfu']:>7.1f}%"
+            f"{memory:>20}  {', '.join(notes)}".rstrip()
         )
     for name, by_part in results["time_by_part"].items():
         print(
@@ -816,7 +860,8 @@ def print_table(results: dict) -> None:
             row[allocator]["tokens_per_sec"]["median"] for allocator in ("default", "tuned")
         )
         print(
-            f"allocator and threads: ours {before:,.0f} -> {after:,.0f} tokens/s, x {row['ratio']:.2f}"
+            f"allocator and threads: ours {before:,.0f} -> {after:,.0f} tokens/s, x "
+            f"{row['ratio']:.2f}"
         )
 
 
@@ -843,7 +888,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--variants",
-        help=f"comma-separated: {', '.join(VARIANTS)} (default: those of {','.join(DEFAULT_VARIANTS)} that the model can be)",
+        help=(
+            f"comma-separated: {', '.join(VARIANTS)} (default: those of "
+            f"{','.join(DEFAULT_VARIANTS)} that the model can be)"
+        ),
     )
     parser.add_argument(
         "--repeats", type=int, default=7, help="samples of each variant (default: 7)"
@@ -878,7 +926,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--allocator_row",
         action="store_true",
-        help="also compare ours with PyTorch's own allocator and threads, in processes of their own",
+        help=(
+            "also compare ours with PyTorch's own allocator and threads, in processes of their own"
+        ),
     )
     parser.add_argument("--worker", choices=("memory", "speed"), help=argparse.SUPPRESS)
     parser.add_argument("--worker_out", help=argparse.SUPPRESS)
@@ -887,7 +937,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(flags)
     if args.repeats < 1 or args.min_sample_seconds <= 0:
         raise ValueError(
-            f"repeats must be at least 1 and min_sample_seconds above 0, not {args.repeats} and {args.min_sample_seconds}"
+            f"repeats must be at least 1 and min_sample_seconds above 0, not {args.repeats} and "
+            f"{args.min_sample_seconds}"
         )
     setting = make_setting(args)
     if args.worker:

@@ -1499,11 +1499,11 @@ def test_a_text_can_be_gone_on_with_and_taken_back(endless, repl, drawn):
     prompts = [BYTE.decode(call[0][0][1:]) for call in drawn.calls]
     assert prompts == ["ab", "abxyz cd", "abxyz cdxyz", "abxyze", "new"] and err == ""
     assert out == (
-        "there is no text to go on with: type a prompt\nabxyz\n cdxyz\nxyz\ntaken back; the "
+        "there is no text to continue: type a prompt\nabxyz\n cdxyz\nxyz\ntaken back; the "
         "text so far: 'abxyz cdxyz'\ntaken back; the text so far: 'abxyz'\nexyz\n"
         "taken back; the text so far: 'abxyz'\ntaken back; there is no text now\nthere is no "
-        "text yet\nthere is no text to go on with: type a prompt\nnewxyz\n"
-        "the next text begins anew\nthere is no text to go on with: type a prompt\n"
+        "text yet\nthere is no text to continue: type a prompt\nnewxyz\n"
+        "the next prompt starts a new text\nthere is no text to continue: type a prompt\n"
     )
 
 
@@ -1568,7 +1568,7 @@ def test_a_session_can_be_saved(endless, repl, drawn, tmp_path, monkeypatch):
         "a.txt is there already: name another file",
         "a.txt/b cannot be written: File exists",
         "nul\\x00 cannot be written: embedded null byte",
-        "the next text begins anew",
+        "the next prompt starts a new text",
         "saved 2 texts in b c.txt",
     ]
     assert (

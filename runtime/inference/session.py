@@ -32,7 +32,7 @@ COMMANDS = {
 
 # Other input -> help.
 OTHER_COMMANDS = {
-    "+<text>": "go on with the text so far, after this (or nothing) more of it",
+    "+<text>": "continue the text so far, after this (or nothing) more of it",
     ":undo": "take the last answer and its prompt back",
     ":reset": "forget the text so far",
     ":save <file>": "write all texts of this session to a new file",
@@ -87,7 +87,7 @@ class Session:
             if self.ids:
                 self.turn(line[1:], self.ids)
             else:
-                print("there is no text to go on with: type a prompt")
+                print("there is no text to continue: type a prompt")
         elif line.strip():
             self.begin()
             self.turn(line[1:] if line.startswith((" :", " +")) else line, None)
@@ -134,7 +134,7 @@ class Session:
             self.save(argument)
         elif command == ":reset":
             self.begin()
-            print("the next text begins anew")
+            print("the next prompt starts a new text")
         elif command == ":stats":
             self.stats()
         elif not self.ids:

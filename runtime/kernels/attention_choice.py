@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 class Card(NamedTuple):
-    """What the choice depends on besides the call."""
+    """What the choice depends on in addition to the call."""
 
     # Compute capability: (9, 0) is Hopper.
     capability: tuple[int, int]

@@ -95,7 +95,7 @@ def sink_attention(
 
 
 def _forward(kernel, q, k, v, mask, is_causal):
-    """(result, log of the softmax's sum, what the backward pass needs besides)"""
+    """Return (result, log of the softmax's sum, what else the backward pass needs)."""
     if kernel == "cpu":
         cpu = aten._scaled_dot_product_flash_attention_for_cpu
         return cpu(q, k, v, 0.0, is_causal, attn_mask=mask)

@@ -491,7 +491,7 @@ def weight_bytes_per_token(model: LLM) -> int:
         if name == "embed.weight":
             total += tensor.nbytes // c.vocabulary_size + (
                 tensor.nbytes if model.out_head.weight is None else 0
-            )  # tied: it is the head besides
+            )  # tied: it is the head too
         elif ".experts." in name:
             total += tensor.nbytes * c.top_k // c.num_experts
         elif not name.endswith("attention_bias"):

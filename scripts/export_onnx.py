@@ -310,9 +310,8 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
             "makes its ids"
         )
     else:
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as aside:  # it writes files besides that only transformers reads
+        # write_tokenizer also writes files that only transformers reads.
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
             write_tokenizer(tokenizer, Path(aside), config.context_length)
             os.replace(Path(aside) / "tokenizer.json", folder / companions(Path(name))[0].name)
     graph_model.metadata_props.update(metadata(source))

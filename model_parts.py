@@ -395,7 +395,7 @@ class Attention(nn.Module):
             ring = cache is not None and cache.is_ring[self.block]
             bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
             bias = bias_HTS[None]
-        # Not torch.where, which would copy the number from the host: no CUDA graph can hold that.
+        # Not torch.where, which may copy the number from the host: a CUDA graph cannot hold that.
         return bias.to(q_BHTD.dtype).masked_fill(~mask, -math.inf), False
 
 

@@ -13,7 +13,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from model import LLM
 from model_parts import KVCache
 from runtime.inference import decoder as inference
 from runtime.inference.decoder import (
@@ -127,6 +130,59 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
             )
             sure = before_ties(model, ids)[range(3), positions]
             assert_close(logits[sure], expected[sure], logits_bound(model.config, 20))
+
+
+class Claims(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuse an operation whose tensors, given or made, are not all on the meta device."""
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        made = function(*given, **named or {})
+        for tensor in tree_leaves((given, named, made)):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                raise AssertionError(f"{function} has a tensor on the host")
+        return made
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_decode_step_never_waits_for_the_host(monkeypatch, changes, rows):
+    """A CUDA graph holds no value that the host reads, and no copy from the host.
+
+    Meta tensors have no values, and OneDevice refuses copies.
+    """
+    real = inference._experts
+    monkeypatch.setattr(
+        inference,
+        "_experts",
+        lambda block, h: real(block, h.as_subclass(Claims)).as_subclass(torch.Tensor),
+    )
+    # Meta tensors have no autocast.
+    monkeypatch.setattr(torch, "autocast", lambda *given, **more: contextlib.nullcontext())
+    with torch.device("meta"):
+        model = LLM(tiny_config(context_length=CONTEXT, **changes)).eval()
+        cache = KVCache(model.config, rows, CONTEXT + 1, device="meta")
+        ids, positions = torch.ones(2, rows, dtype=torch.int64)
+    with OneDevice(), torch.inference_mode():
+        logits = decode_step(model, cache, ids, positions, 19)
+    assert logits.shape == (rows, model.config.vocabulary_size)
+
+
+def test_what_waits_for_the_host_is_found():
+    x = torch.ones(2, device="meta")
+    for waits in (
+        lambda: x.sum().item(),
+        lambda: x[x > 0],
+        lambda: x[: int(x.sum())],
+        lambda: x + torch.tensor([1, 2]).to("meta"),
+    ):
+        with OneDevice(), pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
+            waits()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])

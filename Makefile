@@ -39,6 +39,7 @@ clean-demo:
 
 test: $(VENV)/installed-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PYTEST)
 
 # Without `slow`: tests that start processes which import PyTorch, compile with Inductor, run whole

@@ -385,7 +385,7 @@ def fit(
             val_loss = None
             if due.validate:
                 val_loss = evaluate(model, validation, task.loss, dtype)
-                hooks.on_log(_val_record(state, val_loss, task.score(model)))
+                hooks.on_log(_val_record(state, val_loss, _score(model, task)))
             # Among skipped steps nothing new needs saving, and nobody should roll back to there.
             if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
                 is_best = _is_best(val_loss, state.best_val_loss)
@@ -451,6 +451,17 @@ def _val_record(state: RunState, val_loss: float, score: dict[str, float]) -> di
         "perplexity": perplexity(val_loss),
     }
     return record | ({"score": score} if score else {})
+
+
+@torch.no_grad()
+def _score(model: LLM, task: Task) -> dict[str, float]:
+    """Return the task's further numbers of a validation, asked in eval mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        return task.score(model)
+    finally:
+        model.train(was_training)
 
 
 def _is_best(val_loss: float | None, best: float | None) -> bool:

@@ -129,7 +129,7 @@ def make_setting(args: argparse.Namespace, batch_size: int, grad_accum: int) -> 
 # ---------------------------------------------------------------------------------------- measuring
 def build(setting: bench.Setting) -> tuple[bench.Ours, dict[str, float]]:
     """(the model in its fit, seconds of parts of making it): `build`, and `compile`, which is what
-    the first micro-batch of train.dry_run took longer than the last.
+    the first micro-batch of runtime.training.setup.dry_run took longer than the last.
     """
     seconds: dict[str, float] = {}
     dry_run = setup.dry_run

@@ -60,8 +60,9 @@ NEAR = 1e-5
 
 
 def settle(decoder, decode_step: Callable, step_knows: Known, weights: str = "") -> None:
-    """Take those fast ways from a runtime.inference.Decoder that do not compute what its model
-    does, and let it say why.
+    """Take from a Decoder those fast ways that do not compute what its model does.
+
+    It then says why.
 
     decode_step, step_knows: of runtime.inference. weights: digest of the file that the model is
     from, "" for a model made in memory.

@@ -164,7 +164,7 @@ def _activation_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
 # ---------------------------------------------------- the plain path's products, in the same shapes
 @torch.library.register_kernel("gptoss::grouped_linear", "cpu")
 def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: Tensor) -> Tensor:
-    """model_parts.grouped_linear on a CPU: for training with dropout."""
+    """runtime/kernels/grouped_linear.py on a CPU: for training with dropout."""
     y_RO = x_RI.new_empty(len(x_RI), w_EOI.shape[1])
     for e, rows in _groups(counts_E):
         if rows.start < rows.stop:

@@ -133,6 +133,7 @@ class Totals:
             # The first step, or the first after a resume whose checkpoint has other sums.
             self.shapes = shapes
             self.flat = torch.zeros_like(self._flatten(sums))
+            self.host = dict.fromkeys(self.host, 0)
         self.flat += torch.where(bad, 0.0, self._flatten(sums))
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad

@@ -50,7 +50,7 @@ class Task:
     fetch_ahead: bool = True
 
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> Loader:
-        """Return the stream of training batches."""
+        """Return the stream of training batches. Called several times: it must be cheap."""
         raise NotImplementedError
 
     def loss(self, model: LLM, batch: Batch) -> Output:
@@ -68,7 +68,7 @@ class Task:
         return ()
 
     def score(self, model: LLM) -> dict[str, float]:
-        """Return further numbers for the log line of a validation, by name."""
+        """Return further numbers of a validation, by name. Called in eval mode, without grad."""
         return {}
 
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:

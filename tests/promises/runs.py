@@ -960,7 +960,7 @@ def enumerate_crashes(
 
     refused: operations that the file system does not support. For tests of this test: forget, kinds
     of operations that the disk ignores (an fsync that flushes nothing), and patches, other
-    functions in runtime.checkpoint.
+    functions in runtime.checkpoint.write.
     """
     crashes, verdicts, good = Crashes(), {}, set()
 

@@ -136,9 +136,11 @@ def test_count_decides_the_divisor(model):
 def test_the_score_of_a_task_is_in_the_validation_record(model):
     class Scored(GivenTask):
         def score(self, model):
+            asked.append((model.training, torch.is_grad_enabled()))
             return {"pass_at_1": 0.25}
 
     task = parts(model, val=1)
+    asked: list[tuple[bool, bool]] = []
     records: list[dict] = []
     scored = Scored(task.given_loader, task.loss_fn, task.val_batches)
     for one in (task, scored):
@@ -146,6 +148,7 @@ def test_the_score_of_a_task_is_in_the_validation_record(model):
     without, with_score = (record for record in records if record["kind"] == "val")
     assert "score" not in without and with_score["score"] == {"pass_at_1": 0.25}
     assert flatten(with_score)["val/pass_at_1"] == 0.25
+    assert asked == [(False, False)] and model.training, "without dropout, and no graph is kept"
 
 
 def test_one_more_router_number_is_logged_by_itself(model, monkeypatch):

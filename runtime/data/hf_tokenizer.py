@@ -133,6 +133,13 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return never[NEVER_IN_UTF8] if never.keys() == {NEVER_IN_UTF8} else tokenizer.end_of_text_id
 
 
+def pad_word(tokenizer: Tokenizer) -> str:
+    """Return the token of padding, as tokenizer.json writes it."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.word(tokenizer.pad_id)
+    return END_OF_TEXT if pad_id(tokenizer) == tokenizer.end_of_text_id else PAD
+
+
 def _vocabulary(tokenizer: Tokenizer, with_pad: bool = True) -> tuple[dict, dict]:
     """Return (ordinary, added) tokens of tokenizer.json for ours, word -> id in the ids' order.
 
@@ -249,7 +256,7 @@ def write_tokenizer(
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if not config.get("pad_token"):
-            config["pad_token"] = tokenizer.word(tokenizer.pad_id)
+            config = {"padding_side": "left"} | config | {"pad_token": pad_word(tokenizer)}
     else:
         text = canonical_json(_tokenizer_json(tokenizer))
         # The class: without one, or with a model's own, transformers 5 cuts words by that class's
@@ -259,7 +266,7 @@ def write_tokenizer(
             "model_input_names": ["input_ids", "attention_mask"],
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
-            "pad_token": END_OF_TEXT if pad_id(tokenizer) == tokenizer.end_of_text_id else PAD,
+            "pad_token": pad_word(tokenizer),
             "padding_side": padding_side,
             "clean_up_tokenization_spaces": False,
             "model_max_length": context_length,

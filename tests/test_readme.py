@@ -158,6 +158,7 @@ def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch, ca
     """
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r"\S+\.(?:jsonl|txt\.gz|txt)\b", command):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     words = re.sub(r"\s+#.*", "", command).replace('"', "").split()
     if words[1:3] == ["-m", "pytest"] or words[1:3] == ["-m", "venv"]:

@@ -174,15 +174,15 @@ HUB_LINES = re.findall(r"^hf .*$", PAGE, re.MULTILINE)
 
 @pytest.mark.parametrize("line", HUB_LINES)
 def test_hub_commands_are_those_of_the_installed_library(line):
-    """version 1 of huggingface_hub dropped `huggingface-cli`, and `login` became `auth login`."""
+    """Version 1 of huggingface_hub dropped `huggingface-cli`, and `login` became `auth login`."""
     given = [value for value in hub_arguments(line).values() if value]
     assert set(shlex.split(line)[2:3]) - {"login"} <= {str(value) for value in given}
 
 
 def test_a_wrong_hub_command_would_be_noticed():
     assert len(HUB_LINES) == 4
-    for line in ("hf login", "hf upload NAME/my-model my-model . --secret", "hf upload"):
-        with pytest.raises(Exception, match="(?i)no such|missing"):
+    for line in ("hf login", "hf upload NAME/my-model my-model . --secret"):
+        with pytest.raises(Exception, match="No such"):
             hub_arguments(line)
 
 

@@ -31,14 +31,15 @@ from prepare_data import (
     make_batches,
     parse_options,
     prepare,
-    split_by_hash,
-    text_digest,
 )
 from runtime.checkpoint.write import save_checkpoint
+from runtime.data import formats, toy_stories
 from runtime.data import shards as data
-from runtime.data import sources, toy_stories
+from runtime.data.file_sets import find_files
+from runtime.data.formats import safe_cut
 from runtime.data.shards import open_data, read_manifest
-from runtime.data.sources import FileSource, safe_cut
+from runtime.data.sources import FileSource
+from runtime.data.splits import split_by_hash, text_digest
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, read_tokenizer, tokenizer_from_state
 from tests.builders import random_model, tiny_config
@@ -393,9 +394,9 @@ def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypa
     ]
     (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
     val = write_jsonl(tmp_path / "val.jsonl", stories(5))
-    monkeypatch.setattr(sources, "PART_CHARACTERS", 5000)
+    monkeypatch.setattr(formats, "PART_CHARACTERS", 5000)
     tokenizer = load_tokenizer("o200k_base")
-    source = FileSource([str(tmp_path / "a.txt")], "text", "<|endoftext|>")
+    source = FileSource(find_files([str(tmp_path / "a.txt")]))
     parts = list(source.documents())
     assert (
         len(parts) > 50
@@ -413,7 +414,7 @@ def test_a_huge_text_file_is_read_in_parts(tmp_path, shared_dir, o200k, monkeypa
 
 
 def test_a_document_in_parts_is_left_out_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PART_CHARACTERS", 100)
+    monkeypatch.setattr(formats, "PART_CHARACTERS", 100)
     long = ["one " * 200, "two " * 200, "three " * 200]
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(long))
     (tmp_path / "v.txt").write_text("<|endoftext|>".join([long[1], "four " * 200]))
@@ -664,6 +665,8 @@ def hub(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", stories(100))
     write_jsonl(folder / "validation.jsonl", stories(15, seed=1) + stories(100)[:5])
+    # A local folder is read by us, not by `datasets`.
+    monkeypatch.setattr(prepare_data, "is_folder", lambda name: False)
     return folder
 
 
@@ -735,8 +738,9 @@ def test_mistakes_are_refused_before_anything_happens(tmp_path, monkeypatch, lin
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         write_jsonl(tmp_path / name, stories(10))
-    for name in ("a.txt", "a.json", "a.parquet.gz"):
+    for name in ("a.txt", "a.md", "a.zip", "a.parquet.gz"):
         (tmp_path / name).write_text("x")
+    (tmp_path / "empty").mkdir()
     before = tree(tmp_path)
     with pytest.raises(ValueError) as caught:
         parse_options(line.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -1337,12 +1339,43 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(endless, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.JSONL", b'{"prompt": "The"}\n{"text": "A"}\n'),
+        ("p.ndjson", b'{"prompt": "The"}\n\n{"prompt": "A"}'),
+        ("p.txt", b'{"prompt": "The"}\n{"prompt": "A"}\n'),
+        ("p.txt", '{"prompt": "The"}\r\n{"prompt": "A"}\r\n'.encode("utf-16")),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "The"}\n{"prompt": "A"}\n')),
+        ("p.json", b'[{"prompt": "The"},\n {"prompt": "A"}]'),
+        ("p", b'[{"prompt": "The"}, {"prompt": "A"}]'),
+        ("p", b"The\r\nA\r\n"),
+    ],
+)
+def test_prompts_of_json_lines_whatever_the_name(tmp_path, name, content):
+    """In a file named .JSONL or .ndjson, or a pipe, the JSON lines were taken as the prompts."""
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(str(tmp_path / name)) == ["The", "A"]
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content])
+    writer.start()
+    assert read_prompts(str(tmp_path / "pipe")) == ["The", "A"]
+    writer.join()
+
+
+def test_prompts_that_only_look_like_json(tmp_path):
+    for lines in (["{", "The"], ["[1, 2]", "[3]"], ['[{"a": 1}', "]"], ['{"prompt": "a"}', "b"]):
+        (tmp_path / "p.txt").write_text("\n".join(lines))
+        assert read_prompts(str(tmp_path / "p.txt")) == lines
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "holds no prompt: write one a line"),
         (b"\n \n", "holds no prompt"),
-        (None, "cannot be read as UTF-8 text: "),
-        (b"\xff", "cannot be read as UTF-8 text"),
+        (None, "cannot be read: No such file"),
+        (b"a\n\xff", "line 2, byte 2: 0xff is not utf-8"),
+        (b"a\0" * 20, "holds NUL bytes: it looks like utf-16-le"),
         (b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2: not a JSON object"),
         (b"[]\n", "line 1: not"),
         (b"{\n", "line 1: not"),

@@ -771,7 +771,7 @@ def test_counts_are_read_as_people_write_them():
         ("a.jsonl", b'["text"]\n', "a.jsonl line 1 has no 'text'"),
         ("a.jsonl", b'{"text": 5}\n', "a.jsonl line 1: column 'text' holds int, not text"),
         ("a.jsonl", b"[" * 200_000, "a.jsonl"),
-        ("a.txt", b"good text\xff\xfe", "a.txt: .*can't decode"),
+        ("a.txt", b"good text\xff\xfe", "a.txt line 1, byte 9: 0xff is not utf-8: give"),
         (
             "a.csv",
             b"id,body\n1,x\n",
@@ -779,7 +779,10 @@ def test_counts_are_read_as_people_write_them():
         ),
         ("a.csv", b"", r"a.csv has no column 'text' \(it has none\)"),
         ("a.parquet", b"not parquet at all", "a.parquet"),
-        ("a.txt.gz", b"not gzip", "a.txt.gz: Not a gzipped file"),
+        ("a.txt.gz", b"\x1f\x8bnot gzip", "a.txt.gz: Unknown compression method"),
+        ("a.jsonl.xz", b"\xfd7zXZ\x00not xz", "a.jsonl.xz: "),
+        ("a.jsonl.bz2", b"BZhnot bzip2", "a.jsonl.bz2: "),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfdnot zstd", "a.jsonl.zst: "),
         (
             "a.txt.gz",
             gzip.compress(os.urandom(5000).hex().encode())[:-900],

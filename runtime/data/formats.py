@@ -381,6 +381,8 @@ def read_table(
         next(iter(lines))
         first = sample.split("\n", 2)[1] if sample.count("\n") else ""
         sample = sample.partition("\n")[2]
+    # Blanks around a name do not belong to it.
+    column = column.strip()
     header, options = _dialect(first, sample, name, column, delimiter)
     if "quoting" in options:
         counts.notes.append(f"{name}: quotes are read as characters, not as marks around a field")
@@ -430,9 +432,7 @@ def _dialect(
         raw = next(csv.reader([first], delimiter=sign), [])
         # A blank after each delimiter would hide the quotes of the fields.
         blanks = any(field.startswith(" ") for field in raw)
-        header = [field.strip().strip('"').strip("\ufeff") for field in raw] if blanks else raw
-        if column not in header:
-            header = [field.strip() for field in header]
+        header = [field.strip().strip('"') if blanks else field.strip() for field in raw]
         found = found or header
         if column not in header:
             continue

@@ -24,7 +24,7 @@ def text_digest(text: str) -> bytes:
     else:
         text = "".join(unicodedata.normalize("NFC", text).split())
         data = text[:COMPARED_CHARACTERS].encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data[:COMPARED_CHARACTERS], digest_size=16).digest()
+    return hashlib.sha256(data[:COMPARED_CHARACTERS]).digest()[:16]
 
 
 def split_by_hash(val_ratio: float) -> Callable[[bytes], str]:

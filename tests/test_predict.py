@@ -1363,7 +1363,7 @@ def test_prompts_of_json_lines_whatever_the_name(tmp_path, name, content):
 
 
 def test_prompts_that_only_look_like_json(tmp_path):
-    for lines in (["{", "The"], ["[1, 2]", "[3]"], ['[{"a": 1}', "]"], ['{"prompt": "a"}', "b"]):
+    for lines in (["{", "The"], ["[1, 2]", "[3]"], ['[{"a": 1}, x', "]"], ['{"prompt": "a"}', "b"]):
         (tmp_path / "p.txt").write_text("\n".join(lines))
         assert read_prompts(str(tmp_path / "p.txt")) == lines
 
@@ -1377,10 +1377,10 @@ def test_prompts_that_only_look_like_json(tmp_path):
         (b"a\n\xff", "line 2, byte 2: 0xff is not utf-8"),
         (b"a\0" * 20, "holds NUL bytes: it looks like utf-16-le"),
         (b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2: not a JSON object"),
-        (b"[]\n", "line 1: not"),
-        (b"{\n", "line 1: not"),
-        (b'{"a": 1}', "line 1: not"),
-        (b"[" * 100_000, "line 1: not"),
+        (b"[]\n", "line 1.* not"),
+        (b"{\n", "line 1.* not"),
+        (b'{"a": 1}', "line 1.* not"),
+        (b"[" * 100_000, "line 1.* not"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_one_line(endless, tmp_path, content, message):

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from runtime.data.text_files import check_nuls
 from runtime.data.tokenizer import END_OF_TEXT
@@ -133,10 +133,11 @@ def messages_as_text(messages: list) -> str | None:
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if isinstance(content, list):
-            parts = [part.get("text") for part in content if isinstance(part, dict)]
-            if len(parts) < len(content) or not all(isinstance(part, str) for part in parts):
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) < len(parts):
                 return None
-            content = "".join(parts)
+            content = "".join(texts)
         if not isinstance(role, str) or not isinstance(content, str | None):
             return None
         paragraphs.append(f"{role}: {content or ''}")
@@ -353,7 +354,8 @@ class _Lines:
     """The lines of a table, which remembers those of the row that is being read."""
 
     def __init__(self, lines: Iterable[str]):
-        self.lines, self.row, self.number = iter(lines), [], 0
+        self.lines, self.number = iter(lines), 0
+        self.row: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         for line in self.lines:
@@ -521,7 +523,7 @@ def _last_column(
     )
 
 
-def read_parquet(file: io.BufferedReader, name: str, column: str) -> Iterator[tuple[str, Any]]:
+def read_parquet(file: BinaryIO, name: str, column: str) -> Iterator[tuple[str, Any]]:
     """Yield (where, value) of a Parquet file's column; a thousand rows are in memory at a time."""
     try:
         import pyarrow.parquet

@@ -15,7 +15,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from runtime.base.text import visible
 
@@ -54,7 +54,7 @@ def known_encoding(name: str) -> str:
 def decompressed(raw: io.BufferedReader, name: str) -> io.BufferedReader:
     """Return a reader of a file's bytes without its compression; ValueError for an archive."""
     head = raw.peek(HEAD_BYTES)
-    stream: BinaryIO | io.RawIOBase = raw
+    stream: Any = raw
     if head.startswith(GZIP):
         stream = gzip.GzipFile(fileobj=raw)
     elif head.startswith(BZIP2):
@@ -67,8 +67,7 @@ def decompressed(raw: io.BufferedReader, name: str) -> io.BufferedReader:
         raise ValueError(
             f"{name} is a zip archive: unpack it (unzip {name} -d FOLDER), and give the folder"
         )
-    reader = stream if stream is raw else io.BufferedReader(stream)  # type: ignore[arg-type]
-    assert isinstance(reader, io.BufferedReader)
+    reader = stream if stream is raw else io.BufferedReader(stream)
     if reader.peek(512)[TAR_AT : TAR_AT + len(TAR)] == TAR:
         raise ValueError(
             f"{name} is a tar archive: unpack it (tar -xf {name} -C FOLDER), and give the folder"
@@ -135,14 +134,14 @@ def _encoding_of(head: bytes, name: str, encoding: str) -> str:
 
 def _likely_encoding(head: bytes) -> str:
     """Return what to do about NUL bytes, by where they are."""
-    quarters = [head[i::4].count(0) / max(1, len(head[i::4])) for i in range(4)]
-    high = [share > 0.3 for share in quarters]
+    # Which of the four bytes of a character are mostly NUL, for text of ASCII.
+    high = "".join("0" if head[i::4].count(0) > 0.3 * len(head[i::4]) else "x" for i in range(4))
     guess = {
-        (False, True, True, True): "utf-32-le",
-        (True, True, True, False): "utf-32-be",
-        (False, True, False, True): "utf-16-le",
-        (True, False, True, False): "utf-16-be",
-    }.get(tuple(high))
+        "x000": "utf-32-le",
+        "000x": "utf-32-be",
+        "x0x0": "utf-16-le",
+        "0x0x": "utf-16-be",
+    }.get(high)
     if guess:
         return f"it looks like {guess} without a byte order mark; give --encoding {guess}"
     return "it is not text in UTF-8; give --encoding NAME, or leave the file out"

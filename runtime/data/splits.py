@@ -12,6 +12,8 @@ from runtime.data.sources import FileSource, Source
 
 # Documents are compared by so many characters, blanks not counted: a longer one is read in parts.
 COMPARED_CHARACTERS = 1 << 19
+# With more documents than this, a share that leaves one side empty is a mistake.
+MOST_DOCUMENTS = 10_000
 
 
 def text_digest(text: str) -> bytes:
@@ -93,14 +95,13 @@ def cut_if_few(plan: DataPlan) -> tuple[DataPlan, str | None]:
         return plan, None
     sides, digests, position, blank_lines = set(), set(), 0, 0
     num_documents, begun = 0, False
-    # The place in the source where the validation text starts is chosen from these.
     for text, ends in plan.train.documents():
         if not begun and text.strip():
             digest = text_digest(text)
             digests.add(digest)
             sides.add(plan.split_train(digest))
             num_documents += 1
-            if len(sides) > 1:
+            if len(sides) > 1 or num_documents > MOST_DOCUMENTS:
                 return plan, None
         begun = not ends
         position += len(text)

@@ -241,7 +241,7 @@ def open_sources(options: argparse.Namespace) -> DataPlan:
     elif is_folder(o.dataset):
         files, own_files = dataset_folder(o.dataset, o.text_format, o.split)
         train = local(files)
-        if own_files and not o.val_files and o.val_ratio is None:
+        if own_files.files and not o.val_files and o.val_ratio is None:
             val = local(own_files)
     else:
         print(f"opening dataset {o.dataset} ...", flush=True)

@@ -164,6 +164,11 @@ def test_a_dataset_folder_with_its_own_validation(tmp_path):
     # A share is asked for: its own validation is left out.
     train, val = run(tmp_path, "--dataset", folder, "--val_ratio", "0.3")
     assert sorted(documents(train) + documents(val)) == sorted(stories(50))
+    # It has none: a share of the training text.
+    (folder / "validation.jsonl").unlink()
+    write_jsonl(folder / "train.jsonl", stories(900))
+    train, val = run(tmp_path, "--dataset", folder)
+    assert sorted(documents(train) + documents(val)) == sorted(stories(900))
 
 
 # -------------------------------------------------------------------------------------- real text

@@ -56,8 +56,9 @@ test-cpus: $(VENV)/installed-dev
 test-nightly: $(VENV)/installed-dev
 	$(PY) -m pytest -m nightly
 
-# Our GGUF files in llama.cpp itself, which is compiled for that: minutes, and a C++ compiler. Not for this very CPU:
-# GCC 12 breaks what ggml has for those with AMX, and Q8_0 files then end the process.
+# What needs llama-cpp-python: the export's own check, and the benchmark of speeds. It is compiled: minutes, and a C++
+# compiler. `make test` runs our files in llama.cpp without it. Not for this very CPU: GCC 12 breaks what ggml has for
+# those with AMX, and Q8_0 files then end the process.
 test-llamacpp: $(VENV)/installed-dev
 	$(PY) -c "import llama_cpp" 2> /dev/null || CMAKE_ARGS=-DGGML_NATIVE=OFF $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir llama-cpp-python==0.3.36
 	$(PY) -m pytest -m llamacpp

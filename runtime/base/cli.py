@@ -248,7 +248,31 @@ def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     file = _read_toml(args.config, known) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
-    return Settings(values | file | flags, frozenset(file) | frozenset(flags), args.preset)
+    return Settings(
+        _in_its_folders(values | file | flags), frozenset(file) | frozenset(flags), args.preset
+    )
+
+
+def _in_its_folders(values: dict) -> dict:
+    """Return settings whose ckpt_dir and graph_dir are the run's own folders, if it has a name.
+
+    A folder that has the run's name already stays, so that a run is found by either.
+    """
+    name = values.get("run_name")
+    if not name or not isinstance(name, str):
+        return values
+    if not re.fullmatch(r"\w[\w.+=-]*", name) or name.endswith(".pt"):
+        raise ValueError(
+            f"run_name {name!r} cannot be the name of the run's folder: use letters, digits and "
+            "_ . + = -, and not the ending .pt"
+        )
+    folders = {}
+    for key in ("ckpt_dir", "graph_dir"):
+        folder = values.get(key, getattr(TrainConfig, key))
+        if isinstance(folder, str):
+            is_there = os.path.basename(os.path.normpath(folder)) == name
+            folders[key] = folder if is_there else os.path.join(folder, name)
+    return values | folders
 
 
 def _read_toml(path: str, known: Iterable[str]) -> dict:

@@ -416,9 +416,9 @@ def test_help_begins_with_one_line_of_usage_and_the_ten_most_used_flags(
 def test_help_is_wrapped_at_the_terminals_width(module, width, capsys, monkeypatch):
     """Paragraphs had the source's width of 100 columns, so a terminal of 80 broke each twice."""
     text = help_of(module, capsys, monkeypatch, width)
-    # Commands, which are indented by 4 to 8, may be copied: they are never cut.
+    # Commands, which are indented by 2 to 8, may be copied: they are never cut.
     wide = [line for line in text.splitlines() if len(line) > width]
-    assert [line for line in wide if not re.match(r" {4,8}\S", line)] == []
+    assert [line for line in wide if not re.match(r" {2,8}\S", line)] == []
     assert width == 60 or not wide
     longest = max(len(line) for line in text.splitlines())
     assert longest > width - 20
@@ -426,8 +426,8 @@ def test_help_is_wrapped_at_the_terminals_width(module, width, capsys, monkeypat
         assert re.findall(r"^ {26}(\S+): ", text, re.MULTILINE) == list(PRESETS)
     # What a command does stays next to it if there is room, and comes below it if not.
     if module == "train":
-        assert ("--preset nano      minutes" in text) == (width >= 80)
-        assert "minutes on a laptop" in text
+        assert ("--resume           continue the run" in text) == (width == 130)
+        assert ("--resume\n        continue the run" in text) == (width != 130)
 
 
 def test_percent_signs_in_help_texts_are_printed(monkeypatch, capsys):
@@ -690,7 +690,7 @@ def test_help_says_how_it_is_called(module, usage):
     assert done.stdout.startswith(usage)
 
 
-# ------------------------------------------------------------------------------ a script by its path
+# ---------------------------------------------------------------------------- a script by its path
 SCRIPTS = sorted((REPO / "scripts").glob("[a-z]*.py"))
 
 

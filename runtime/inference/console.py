@@ -68,6 +68,8 @@ def show_completion(
         if not config.json:
             print(flush=True)
 
+    if not config.json and predictor.last and (line := why_nothing_shows(predictor.last)):
+        note(line)
     if config.json:
         print_json(predictor, prompt, predictor.last, config, config.seed)
     elif predictor.last and (rate := predictor.last.tokens_per_sec):
@@ -79,6 +81,20 @@ def show_completion(
         print(experts_map(predictor))
     if config.experts_html:
         write_experts_page(predictor, config)
+
+
+def why_nothing_shows(completion: Completion) -> str:
+    """Return a line for a completion without a visible character, else an empty string."""
+    if completion.text.strip():
+        return ""
+    kind = "has only blanks" if completion.text else "is empty"
+    reasons = {
+        "end of text": "the model ended the text",
+        "stop text": "a stop text came first",
+        "context": "the context is full",
+    }
+    because = reasons.get(completion.ended, "its new tokens show nothing")
+    return f"the answer {kind}: {because}"
 
 
 def show_completions(predictor: Predictor, prompts: Sequence[str], config: PredictConfig) -> None:

@@ -92,11 +92,22 @@ class Predictor:
             print(f"note: {self.decoder.note}", file=sys.stderr)
         self.texts: list[Text] = []
         self.last: Completion | None = None
+        # Where the weights come from, without them.
+        self.origin = dataclasses.replace(checkpoint, model={}, optimizer=None)
         # Ids that stand for no text: holes in the tokenizer's ids, and the embedding's padding.
         vocabulary = c.vocabulary_size
         self.banned_ids = [i for i in self.tokenizer.undecodable_ids if i < vocabulary] + list(
             range(self.tokenizer.vocabulary_size, vocabulary)
         )
+        if (line := self.top_k_note(config.top_k)) and not config.quiet:
+            print(f"note: {line}", file=sys.stderr)
+
+    def top_k_note(self, top_k: int) -> str:
+        """Return a line if the vocabulary has fewer than top_k tokens, else an empty string."""
+        count = self.model.config.vocabulary_size - len(self.banned_ids)
+        if top_k <= count:
+            return ""
+        return f"top_k {top_k} samples from all tokens, as 0 does: the vocabulary has {count:,}"
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return a prompt's ids as the start of a document.

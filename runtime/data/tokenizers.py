@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import tiktoken
 
 from runtime.base.files import read_json_object
 from runtime.data import hf_tokenizer
+from runtime.data.bpe_trainer import train_merges
 from runtime.data.hf_tokenizer import (
     CONFIG_FILE,
     OURS,
@@ -123,6 +126,9 @@ def _restore_compact(state: dict) -> CompactTokenizer:
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000
 # A BPE is trained on at most this much text, from the start of the corpus.
 BPE_SAMPLE_CHARACTERS = 1 << 28
+# Training takes time quadratic in a word's length, so there a longer run of letters, of punctuation
+# or of white space is cut. Encoding does not cut: tiktoken merges a long word in n log n.
+BPE_RUN_CHARACTERS = 256
 
 
 def bpe_size(name: str) -> int:
@@ -141,36 +147,32 @@ def bpe_size(name: str) -> int:
     return int(digits)
 
 
+def training_pattern() -> str:
+    """Return WORD_PATTERN for training: each run has at most BPE_RUN_CHARACTERS characters."""
+    pattern = WORD_PATTERN
+    for times, least in ("*", 0), ("+", 1):
+        # After a class of characters: the pattern has no other repetition without a limit.
+        pattern = re.sub(rf"(?<=[\]s])\{times}", f"{{{least},{BPE_RUN_CHARACTERS}}}", pattern)
+    return pattern
+
+
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     """Return a byte-level BPE of `size` ids (256 bytes, merges, end-of-text), trained on `texts`.
 
     The same texts give the same ids. The `tokenizers` library trains it, tiktoken runs it. At most
     BPE_SAMPLE_CHARACTERS of text are read, from the start; memory grows only with the number of
-    distinct words in them. Raise ValueError if too few pairs occur twice in the text.
+    distinct words in them. Progress is shown on a terminal. Raise ValueError if too few pairs occur
+    twice in the text.
     """
     name = f"bpe:{size}"
     bpe_size(name)
-    try:
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-        from tokenizers import Tokenizer as Trainable
-    except ImportError:
-        raise ValueError(
-            f"training {name} needs the tokenizers library: pip install tokenizers"
-        ) from None
-    model = Trainable(models.BPE())
-    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(_sample(texts), trainer)
+    if importlib.util.find_spec("tokenizers") is None:
+        raise ValueError(f"training {name} needs the tokenizers library: pip install tokenizers")
+    merges = train_merges(_sample(texts), size - 1, training_pattern())
 
     to_byte = byte_of_character()
     tokens = [bytes([b]) for b in range(256)]
-    for pair in json.loads(model.to_str())["model"]["merges"]:
+    for pair in merges:
         tokens.append(bytes(to_byte[character] for character in "".join(pair)))
     # Two merges can spell one token: it has one id.
     tokens = list(dict.fromkeys(tokens))

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tiktoken
+import tiktoken.load
 
 from runtime.base.files import read_json_object
 from runtime.data import hf_tokenizer
@@ -53,18 +57,58 @@ if TYPE_CHECKING:
 
 
 # ------------------------------------------------------------------------ published, byte
+# What tiktoken downloads for each.
+PUBLISHED_FILES = {
+    "o200k_base": ("o200k_base.tiktoken",),
+    "gpt2": ("vocab.bpe", "encoder.json"),
+    "cl100k_base": ("cl100k_base.tiktoken",),
+}
+_reading_plain_names = threading.Lock()
+
+
 def _load_published(name: str) -> Tokenizer:
     """Return a published vocabulary. Raise a one-line ValueError if it cannot be downloaded."""
+    other: list[Path] = []
     try:
-        return Tokenizer(name, tiktoken.get_encoding(name))
+        with _plain_names_too(other):
+            return Tokenizer(name, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:
         # requests' errors are OSErrors; a wrong hash is a ValueError.
         reason = " ".join(str(error).split())[:160]
+        damaged = "".join(f"{path} is another file or damaged; " for path in other)
         raise ValueError(
             f"the vocabulary {name} could not be downloaded ({type(error).__name__}: {reason}): "
-            "set TIKTOKEN_CACHE_DIR to a folder that has it, or prepare the text with "
+            f"{damaged}set TIKTOKEN_CACHE_DIR to a folder with "
+            f"{' and '.join(PUBLISHED_FILES[name])}, or prepare the text with "
             "--tokenizer byte or --tokenizer bpe:8192, which need no network"
         ) from None
+
+
+@contextlib.contextmanager
+def _plain_names_too(other: list[Path]) -> Iterator[None]:
+    """Let tiktoken read a file of TIKTOKEN_CACHE_DIR under its plain name as well.
+
+    tiktoken looks for the SHA-1 of the file's address only, a name that nobody expects. Its own
+    check of the content stays: a file that fails it goes to `other`, and is not read.
+    """
+    folder, read = os.environ.get("TIKTOKEN_CACHE_DIR"), tiktoken.load.read_file_cached
+
+    def read_plain_too(address: str, expected_hash: str | None = None) -> bytes:
+        cached = Path(folder or "", hashlib.sha1(address.encode()).hexdigest())
+        plain = Path(folder or "", address.rpartition("/")[2])
+        if folder and not cached.exists() and plain.is_file():
+            content = plain.read_bytes()
+            if expected_hash is None or tiktoken.load.check_hash(content, expected_hash):
+                return content
+            other.append(plain)
+        return read(address, expected_hash)
+
+    with _reading_plain_names:
+        tiktoken.load.read_file_cached = read_plain_too
+        try:
+            yield
+        finally:
+            tiktoken.load.read_file_cached = read
 
 
 def _load_byte(name: str) -> Tokenizer:

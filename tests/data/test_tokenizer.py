@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import string
 import subprocess
@@ -723,11 +724,48 @@ def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
     with pytest.raises(
         ValueError,
         match=(
-            "gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR.*--tokenizer "
-            "byte.*bpe:8192"
+            "gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR to a folder with "
+            "vocab.bpe and encoder.json,.*--tokenizer byte.*bpe:8192"
         ),
     ) as caught:
         load_tokenizer("gpt2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Nothing is downloaded, and no vocabulary is loaded yet."""
+
+    def fails(*args, **kwargs):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(requests, "get", fails)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+
+
+def test_a_vocabulary_is_found_under_its_plain_name(o200k, shared_dir, tmp_path, monkeypatch):
+    """TIKTOKEN_CACHE_DIR with o200k_base.tiktoken in it: "could not be downloaded".
+
+    tiktoken looks for a SHA-1 that is named nowhere. A folder that is not writable will do.
+    """
+    expected = load_tokenizer("o200k_base").fingerprint
+    folder = tmp_path / "vocabularies"
+    folder.mkdir()
+    shutil.copy(shared_dir / "o200k_base.tiktoken", folder)
+    folder.chmod(0o500)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    assert load_tokenizer("o200k_base").fingerprint == expected
+    assert [path.name for path in folder.iterdir()] == ["o200k_base.tiktoken"]
+
+
+def test_another_file_under_a_plain_name_is_not_read(no_network, tmp_path, monkeypatch):
+    (tmp_path / "o200k_base.tiktoken").write_text("IQ== 0\n")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"no network\): .*o200k_base.tiktoken is another file or damaged; set"
+    ) as caught:
+        load_tokenizer("o200k_base")
     assert "\n" not in str(caught.value)
 
 

@@ -154,7 +154,7 @@ class SplitWriter:
     """Writes one split, up to `limit` tokens: shards, counts and `used` ids, bool [vocabulary]."""
 
     def __init__(self, folder: Path, shard_size: int, limit: int, tokenizer: Tokenizer):
-        self.writer = data.ShardWriter(folder, shard_size)
+        self.writer = data.ShardWriter(folder, shard_size, tokenizer.vocabulary_size)
         self.limit, self.tokenizer = limit, tokenizer
         self.num_documents, self.num_bytes = 0, 0
         self.used = np.zeros(tokenizer.vocabulary_size, dtype=bool)
@@ -345,7 +345,9 @@ def write_partial(
         print(occur)
         compact = compacted(tokenizer, used)
         counts = {
-            split: data.renumber(folder / split, counts[split], compact.new_ids)
+            split: data.renumber(
+                folder / split, counts[split], compact.new_ids, compact.vocabulary_size
+            )
             for split in data.SPLITS
         }
         tokenizer = compact
@@ -537,7 +539,7 @@ def add_flags() -> argparse.ArgumentParser:
         type=_count,
         default=10**8,
         metavar="TOKENS",
-        help="tokens per shard of 4 bytes each (default: 1e8)",
+        help="tokens per shard, 2 or 4 bytes each (default: 1e8)",
     )
     add(
         "--num_proc",

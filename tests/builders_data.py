@@ -13,13 +13,16 @@ from runtime.data.tokenizers import load_tokenizer
 BYTE = load_tokenizer("byte")
 
 
-def write_split(folder: Path, ids, shard_size: int = 1000, **changes) -> Path:
+def write_split(folder: Path, ids, shard_size: int = 1000, wide: bool = False, **changes) -> Path:
     """Write a split as prepare_data does, with the byte tokenizer, and return its folder.
 
+    ids: those beyond the vocabulary are written too. wide: uint32, as all shards once were.
     `changes` replace values of the manifest before it is sealed.
     """
-    writer = ShardWriter(folder, shard_size)
-    writer.append(np.asarray(ids, dtype=np.uint32))
+    ids = np.asarray(ids, dtype=np.uint32)
+    largest = 1 << 16 if wide else max(256, int(ids.max()))
+    writer = ShardWriter(folder, shard_size, largest + 1)
+    writer.append(ids)
     counts = writer.finish()
     manifest = {
         "format": data.FORMAT,

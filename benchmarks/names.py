@@ -133,8 +133,10 @@ def held_out_names(predictor: Predictor, stories: int, first: int) -> dict:
     loss, tokens = 0.0, 0
     for index in range(first, first + stories):
         text = toy_stories.story(index)
-        ids = predictor.prompt_ids(text)[: context + 1]
-        offset = len(ids) - len(tokenizer.encode(text)[: context + 1])
+        ids = predictor.prompt_ids(text)
+        # The start token is no part of the text.
+        offset = len(ids) - len(tokenizer.encode(text))
+        ids = ids[: context + 1]
         log_TV = log_probabilities(predictor, ids)
         targets_T = torch.tensor(ids[1:])
         cost_T = -log_TV.gather(1, targets_T[:, None])[:, 0]

@@ -619,13 +619,18 @@ def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
 # -------------------------------------------------------------------------- checkpoints, tokenizers
 def test_a_missing_default_checkpoint_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
-            r"make demo\), or give --ckpt FILE"
-        ),
-    ):
+    missing = (
+        r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
+        r"make demo\), or give --ckpt FILE"
+    )
+    ready = tmp_path / "public" / "stories.pt"
+    monkeypatch.setattr(predictor_module, "READY", ready)
+    with pytest.raises(ValueError, match=f"{missing}$"):
+        predict.main(["--prompt", "x"])
+    # The model that comes with the repository is named where it is: not after a pip install.
+    ready.parent.mkdir()
+    ready.touch()
+    with pytest.raises(ValueError, match=f"{missing}, or try --ckpt public/stories.pt$"):
         predict.main(["--prompt", "x"])
     with pytest.raises(ValueError, match="other.pt: no such file"):
         predict.main(["--prompt", "x", "--ckpt", "other.pt"])

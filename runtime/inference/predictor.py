@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from runtime.inference import cpu_decode
 from runtime.inference.decoder import Decoder, Text, generate
 from runtime.inference.quantize import quantize_
 from runtime.kernels.choose import choose_kernels
+
+# A small trained model that comes with the repository; python -m scripts.make_stories made it.
+READY = Path(__file__).parents[2] / "public" / "stories.pt"
 
 
 @dataclass
@@ -59,9 +63,10 @@ class Predictor:
 
     def __init__(self, config: PredictConfig):
         if config.ckpt == PredictConfig.ckpt and not os.path.exists(config.ckpt):
+            ready = f", or try --ckpt {_shown(READY)}" if READY.exists() else ""
             raise ValueError(
                 f"there is no {config.ckpt} yet: train a model first (python train.py, or make "
-                "demo), or give --ckpt FILE"
+                f"demo), or give --ckpt FILE{ready}"
             )
         self.device = device = choose_device(config.device)
         dtype = _choose_dtype(config, device)
@@ -219,6 +224,11 @@ class Predictor:
             room = 1 << (tokens - 1).bit_length()
             self.texts = self.decoder.texts(count, min(context, room))
         return self.texts
+
+
+def _shown(path: Path) -> Path:
+    """Return a path as a user types it: relative to the current folder if it is inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _why_ended(completion: Completion, stop_ids: Collection[int], config: PredictConfig) -> str:

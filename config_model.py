@@ -232,6 +232,9 @@ class TrainConfig:
     data_dir: str = option("data", "folder of shards written by prepare_data.py (train/ and val/)")
     ckpt_dir: str = option("checkpoints", "folder for checkpoints")
     graph_dir: str = option("artifacts/graphs", "folder for metrics and plots")
+    run_name: str = option(
+        "", "name of the run: its folder in ckpt_dir and graph_dir, and shown in the plots"
+    )
     # batch
     batch_size: int = option(2, "sequences per micro-batch", minimum=1, maximum=1_000_000)
     grad_accum: int = option(8, "micro-batches per optimizer step", minimum=1, maximum=1_000_000)
@@ -334,6 +337,8 @@ class TrainConfig:
     init_from: str = option(
         "", "checkpoint with the initial weights (our format or the original implementation's)"
     )
+    keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")
+    plot_theme: str = option("dark", "colours of the plots", choices=("dark", "light"))
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     tensorboard: bool = option(False, "also log to TensorBoard (pip install tensorboard)")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+if not __package__:
+    import _by_path  # noqa: F401
+
 import time
 
 from runtime.base.cli import run_main
+from runtime.base.text import parse_bytes
 from runtime.interop.export import DTYPES, check_output, export_parser, open_source
-from runtime.interop.hf_export import export_folder, shard_bytes
+from runtime.interop.hf_export import export_folder
 from runtime.interop.model_card import is_as_written
 
 
@@ -21,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--max_shard_size",
         default="5GB",
-        help="maximum size of a weights file, in KB, MB or GB (default: 5GB)",
+        help="maximum size of a weights file, such as 500MB or 1GiB (default: 5GB)",
     )
     p.add_argument(
         "--custom_code",
@@ -30,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         "trust_remote_code=True",
     )
     args = p.parse_args(argv)
-    limit, started = shard_bytes(args.max_shard_size), time.perf_counter()
+    limit, started = parse_bytes(args.max_shard_size, "--max_shard_size"), time.perf_counter()
     out = check_output(args.out, args.force, is_folder=True, source=args.ckpt)
     if not is_as_written(out / "README.md"):
         raise ValueError(

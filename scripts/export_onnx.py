@@ -16,6 +16,9 @@ a JSON list of all ids that end a completion.
 
 from __future__ import annotations
 
+if not __package__:
+    import _by_path  # noqa: F401
+
 import contextlib
 import dataclasses
 import functools

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,9 +24,11 @@ import torch
 
 import predict
 import prepare_data
-from config_model import PredictConfig
+from config_model import PRESETS, ModelConfig, PredictConfig
 from model import LLM
 from model import generate as plain_generate
+from runtime.base.text import human_count
+from runtime.checkpoint.read import load_model, read_checkpoint
 from runtime.data.tokenizers import load_tokenizer, train_bpe
 from runtime.inference import console, session
 from runtime.inference import predictor as predictor_module
@@ -615,13 +619,18 @@ def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
 # -------------------------------------------------------------------------- checkpoints, tokenizers
 def test_a_missing_default_checkpoint_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
-            r"make demo\), or give --ckpt FILE"
-        ),
-    ):
+    missing = (
+        r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
+        r"make demo\), or give --ckpt FILE"
+    )
+    ready = tmp_path / "public" / "stories.pt"
+    monkeypatch.setattr(predictor_module, "READY", ready)
+    with pytest.raises(ValueError, match=f"{missing}$"):
+        predict.main(["--prompt", "x"])
+    # The model that comes with the repository is named where it is: not after a pip install.
+    ready.parent.mkdir()
+    ready.touch()
+    with pytest.raises(ValueError, match=f"{missing}, or try --ckpt public/stories.pt$"):
         predict.main(["--prompt", "x"])
     with pytest.raises(ValueError, match="other.pt: no such file"):
         predict.main(["--prompt", "x", "--ckpt", "other.pt"])
@@ -885,8 +894,15 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
         (":k 3", "top_k = 3"),
         (":k", "top_k = 50"),
         (":k 0", "top_k = 0"),
-        (":k 999999", "top_k = 999999"),
-        (":k 1" + "0" * 30, "top_k = 1" + "0" * 30),
+        (":k 257", "top_k = 257"),
+        *[
+            (
+                f":k {k}",
+                f"top_k = {k}\ntop_k {k} samples from all tokens, as 0 does: "
+                "the vocabulary has 257",
+            )
+            for k in (258, 999999, 10**30)
+        ],
         (":p 0.5", "top_p = 0.5"),
         (":p", "top_p = 1.0"),
         (":n 7", "max_new_tokens = 7"),
@@ -969,6 +985,91 @@ def test_help_names_every_command(endless, repl, drawn):
         "stop",
         "seed",
     } and not drawn.calls
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "line"),
+    [
+        ([END], [], "the answer is empty: the model ended the text"),
+        (list(b" \n") + [END], [], "the answer has only blanks: the model ended the text"),
+        (list(b"  "), ["--max_new_tokens", 2], "has only blanks: its new tokens show nothing"),
+        (list(b"!..."), ["--stop", "!"], "the answer is empty: a stop text came first"),
+        (list("漢".encode())[:2], ["--max_new_tokens", 2], None),
+        (list(b"text"), [], None),
+    ],
+)
+def test_an_answer_without_a_visible_character_says_so(
+    endless, repl, drawn, capsys, ids, stop, line
+):
+    """At a model's end of text nothing was printed: was it broken, slow or done?"""
+    drawn.ids = ids
+    said = [f"note: {line}"] if line and line.startswith("the") else [line] if line else []
+    for err in (
+        repl(endless, "ab\n", *stop)[1],
+        predict.main(["--ckpt", endless, "--prompt", "ab", *map(str, stop)])
+        or capsys.readouterr().err,
+    ):
+        assert [s for s in said if s not in err] == [] and ("the answer" in err) == bool(line), err
+    # Only the text is asked for.
+    assert "the answer" not in repl(endless, "ab\n", *stop, "--quiet")[1]
+
+
+def test_a_top_k_above_the_vocabulary_is_said_once(endless, capsys, drawn):
+    """A mistyped --top_k sampled from all tokens, and nothing told it from a working one."""
+    predict.main(["--ckpt", endless, "--prompt", "p", "--top_k", "258"])
+    line = "note: top_k 258 samples from all tokens, as 0 does: the vocabulary has 257\n"
+    assert capsys.readouterr().err.count(line) == 1
+    for top_k in (0, 50, 257):
+        predict.main(["--ckpt", endless, "--prompt", "p", "--top_k", str(top_k)])
+        assert "top_k" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def typed(monkeypatch, tmp_path, capsys, endless):
+    """Returns what the REPL prints when lines are typed on a terminal."""
+
+    def type_lines(*lines: str, ckpt: str = endless, **settings) -> str:
+        rest = iter(lines)
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        monkeypatch.setattr("builtins.input", lambda prompt: next(rest))
+        for stream in (sys.stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        session.repl(*predictor_of(ckpt, max_new_tokens=3, **settings))
+        assert next(rest, "all were read") == "not reached"
+        return capsys.readouterr().out
+
+    return type_lines
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "Exit", " quit ", "exit()", ":exit", ":q"])
+def test_people_leave_a_terminal_as_they_leave_other_programs(typed, drawn, word):
+    """`exit` was a prompt: the model went on with it, and only :help knew the way out."""
+    assert "exit to leave" in typed(word, "not reached") and not drawn.calls
+
+
+def test_help_is_found_on_a_terminal_and_a_text_may_hold_the_words(typed, drawn):
+    out = typed("help", "?", "exit the room", "help me", ":q", "not reached")
+    assert out.count(session.HELP) == 2
+    prompts = [BYTE.decode(call[0][0][1:]) for call in drawn.calls]
+    assert prompts == ["exit the room", "help me"]
+
+
+def test_the_greeting_names_model_size_step_and_file(typed, endless, tmp_path):
+    checkpoint = read_checkpoint(endless)
+    parameters = sum(p.numel() for p in load_model(endless)[0].parameters())
+    first = typed(":q", "not reached").splitlines()[0]
+    assert first.startswith(f"{human_count(parameters)} parameters (") and " active)" in first
+    assert first.endswith(f", step {checkpoint.step:,}, {endless}") and checkpoint.step > 0
+    assert typed(":q", "not reached", quiet=True) == ""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_known_by_its_architecture(name):
+    """With whatever vocabulary: train.py takes the data's."""
+    config = ModelConfig(**PRESETS[name].model)
+    assert session.preset_of(config) == name
+    assert session.preset_of(dataclasses.replace(config, vocabulary_size=1234)) == name
+    assert session.preset_of(dataclasses.replace(config, d_ff=2 * config.d_ff)) == ""
 
 
 @pytest.mark.parametrize(
@@ -1337,17 +1438,48 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(endless, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.JSONL", b'{"prompt": "The"}\n{"text": "A"}\n'),
+        ("p.ndjson", b'{"prompt": "The"}\n\n{"prompt": "A"}'),
+        ("p.txt", b'{"prompt": "The"}\n{"prompt": "A"}\n'),
+        ("p.txt", '{"prompt": "The"}\r\n{"prompt": "A"}\r\n'.encode("utf-16")),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "The"}\n{"prompt": "A"}\n')),
+        ("p.json", b'[{"prompt": "The"},\n {"prompt": "A"}]'),
+        ("p", b'[{"prompt": "The"}, {"prompt": "A"}]'),
+        ("p", b"The\r\nA\r\n"),
+    ],
+)
+def test_prompts_of_json_lines_whatever_the_name(tmp_path, name, content):
+    """In a file named .JSONL or .ndjson, or a pipe, the JSON lines were taken as the prompts."""
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(str(tmp_path / name)) == ["The", "A"]
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content])
+    writer.start()
+    assert read_prompts(str(tmp_path / "pipe")) == ["The", "A"]
+    writer.join()
+
+
+def test_prompts_that_only_look_like_json(tmp_path):
+    for lines in (["{", "The"], ["[1, 2]", "[3]"], ['[{"a": 1}, x', "]"], ['{"prompt": "a"}', "b"]):
+        (tmp_path / "p.txt").write_text("\n".join(lines))
+        assert read_prompts(str(tmp_path / "p.txt")) == lines
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "holds no prompt: write one a line"),
         (b"\n \n", "holds no prompt"),
-        (None, "cannot be read as UTF-8 text: "),
-        (b"\xff", "cannot be read as UTF-8 text"),
+        (None, "cannot be read: No such file"),
+        (b"a\n\xff", "line 2, byte 2: 0xff is not utf-8"),
+        (b"a\0" * 20, "holds NUL bytes: it looks like utf-16-le"),
         (b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2: not a JSON object"),
-        (b"[]\n", "line 1: not"),
-        (b"{\n", "line 1: not"),
-        (b'{"a": 1}', "line 1: not"),
-        (b"[" * 100_000, "line 1: not"),
+        (b"[]\n", "line 1.* not"),
+        (b"{\n", "line 1.* not"),
+        (b'{"a": 1}', "line 1.* not"),
+        (b"[" * 100_000, "line 1.* not"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_one_line(endless, tmp_path, content, message):
@@ -1689,6 +1821,7 @@ def test_a_session_on_a_terminal(tmp_path):
         "--seed",
         "1",
     ) as terminal:
+        terminal.wait_for(b"active), step 1, ")
         terminal.wait_for(b":help for commands.")
         terminal.wait_for(b"> ")
         terminal.type(b"hello\n")
@@ -1702,7 +1835,7 @@ def test_a_session_on_a_terminal(tmp_path):
         terminal.type(b":t 0\n")
         # (Ctrl-C here is tested above: Python's readline can miss one that comes with the prompt.)
         terminal.wait_for(b"temperature = 0.0\r\n> ")
-        terminal.type(b":q\n")
+        terminal.type(b"exit\n")
         assert terminal.process.wait(60) == 0
 
 

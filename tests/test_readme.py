@@ -3,6 +3,7 @@
 import importlib
 import re
 import runpy
+import shlex
 
 import pytest
 
@@ -157,10 +158,13 @@ def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch, ca
     The text files that it names are made.
     """
     monkeypatch.chdir(tmp_path)
-    for name in re.findall(r"\S+\.(?:jsonl|txt\.gz|txt)\b", command):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    words = re.sub(r"\s+#.*", "", command).replace('"', "").split()
+    words = shlex.split(command, comments=True)
+    for name in words:
+        if name.endswith("/") or re.search(r"\.(?:jsonl|csv|txt)(?:\.gz)?$", name):
+            # A folder has a file; a pattern matches one.
+            path = tmp_path / (f"{name}a.txt" if name.endswith("/") else name.replace("*", "a"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     if words[1:3] == ["-m", "pytest"] or words[1:3] == ["-m", "venv"]:
         return
     script, flags = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])

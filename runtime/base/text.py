@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from fractions import Fraction
 from pathlib import Path
 
 
@@ -26,6 +28,25 @@ def human_bytes(number: float) -> str:
         if number >= (1023.95 if power > 1 else 1023.5) * 1024 ** (power - 1):
             return f"{number / 1024**power:.1f} {unit}"
     return f"{number:.0f} B"
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Return the bytes of a size: 500MB (decimal, as disks count) or 1GiB (binary, as memory does).
+
+    name: what the size is of, for the error. Raise ValueError for any other text, and for less than
+    one byte.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT])(i?)B", text.strip(), re.ASCII)
+    size = 0
+    if match:
+        number, unit, is_binary = match.groups()
+        size = int(Fraction(number) * (1024 if is_binary else 1000) ** ("KMGT".index(unit) + 1))
+    if not size:
+        raise ValueError(
+            f"{name} must be a number with KB, MB, GB or TB (powers of 1000) or "
+            f"KiB, MiB, GiB or TiB (powers of 1024), such as 500MB or 1GiB, not {text!r}"
+        )
+    return size
 
 
 def human_seconds(seconds: float) -> str:

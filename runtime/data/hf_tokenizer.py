@@ -3,8 +3,8 @@
 Needs the `tokenizers` library. The file gives the same ids as our tokenizer for every text without
 a special token's word. Such a word is plain text to us. To `tokenizers` and transformers it is that
 token, unless `encode_special_tokens = True` is set there (`split_special_tokens=True` in
-transformers): then all texts agree. Nothing is added before or after a text; the id that a text
-starts with is the file's bos_token.
+transformers): then all texts agree. The file puts the start token before a text, as in training,
+unless it is told `add_special_tokens=False`. It puts nothing after a text.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ OURS = "gptoss_tokenizer"
 # What a SentencePiece vocabulary writes for a space.
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
+# The word of the id that padding has in the files of our tokenizers.
+PAD = "<|pad|>"
+# A byte of no UTF-8 text (RFC 3629), so no text has a token with it.
+NEVER_IN_UTF8 = b"\xff"
 # Texts that must give our ids: prose, code, contractions, scripts, emoji, control characters,
 # white space, long runs of one character, and nothing.
 CHECK_TEXTS = (
@@ -115,6 +119,46 @@ def special_words(tokenizer: Tokenizer) -> dict[str, int]:
     )
 
 
+def pad_id(tokenizer: Tokenizer) -> int:
+    """Return the id of padding: one that no text contains if there is one, else end-of-text.
+
+    Padding must not cost a row of the embedding, so the id is one of the vocabulary. transformers
+    leaves labels with this id out of the loss, and end-of-text is worth learning.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.pad_id
+    if tokenizer.undecodable_ids:
+        return tokenizer.undecodable_ids[0]
+    never = {t: i for t, i in tokenizer.encoding._mergeable_ranks.items() if NEVER_IN_UTF8 in t}
+    return never[NEVER_IN_UTF8] if never.keys() == {NEVER_IN_UTF8} else tokenizer.end_of_text_id
+
+
+def pad_word(tokenizer: Tokenizer) -> str:
+    """Return the token of padding, as tokenizer.json writes it."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.word(tokenizer.pad_id)
+    return END_OF_TEXT if pad_id(tokenizer) == tokenizer.end_of_text_id else PAD
+
+
+def _vocabulary(tokenizer: Tokenizer, with_pad: bool = True) -> tuple[dict, dict]:
+    """Return (ordinary, added) tokens of tokenizer.json for ours, word -> id in the ids' order.
+
+    The id of padding is `PAD` in both, unless it is end-of-text. with_pad False: as in the files
+    that had no padding.
+    """
+    ranks = tokenizer.encoding._mergeable_ranks
+    words = {spell(token): ranks[token] for token in sorted(ranks, key=ranks.__getitem__)}
+    added = special_words(tokenizer)
+    pad = pad_id(tokenizer)
+    if not with_pad or pad == tokenizer.end_of_text_id:
+        return words, added
+    if pad in ranks.values():
+        # The library finds the id of an added token among the ordinary ones.
+        words = {PAD if i == pad else word: i for word, i in words.items()}
+    added = {word: i for word, i in added.items() if i != pad} | {PAD: pad}
+    return words, dict(sorted(added.items(), key=lambda item: item[1]))
+
+
 def _refuse_compact(tokenizer: Tokenizer) -> None:
     """Raise ValueError for a compact vocabulary."""
     if tokenizer.name.endswith(COMPACT):
@@ -128,8 +172,8 @@ def _refuse_compact(tokenizer: Tokenizer) -> None:
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     """Return the tokenizer.json of a tokenizer of ours, as JSON values."""
-    merges, ranks = byte_level_merges(tokenizer), tokenizer.encoding._mergeable_ranks
-    spelled = {token: spell(token) for token in sorted(ranks, key=ranks.__getitem__)}
+    merges, (words, added) = byte_level_merges(tokenizer), _vocabulary(tokenizer)
+    start = next(word for word, i in added.items() if i == tokenizer.start_id)
     # Oniguruma, which `tokenizers` uses, reads {1,3}+ as a repetition and $ as an end of line.
     # Possessive or not changes no match here.
     pattern = re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", tokenizer.encoding._pat_str).replace(
@@ -158,12 +202,10 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": i, "content": word, **flags} for word, i in special_words(tokenizer).items()
-        ],
+        "added_tokens": [{"id": i, "content": word, **flags} for word, i in added.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
+        "post_processor": _starting_with(start, tokenizer.start_id),
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -173,25 +215,48 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # A word that is a token is that token, as in tiktoken.
-            "ignore_merges": True,
-            "vocab": {spelled[token]: rank for token, rank in ranks.items()},
-            "merges": [f"{spelled[left]} {spelled[right]}" for left, right in merges],
+            # A word that is a token is that token, as in tiktoken. Not where a word is a whole text
+            # (bytes, without merges): it could be `PAD`.
+            "ignore_merges": bool(merges),
+            "vocab": words,
+            "merges": [f"{spell(left)} {spell(right)}" for left, right in merges],
         },
     }
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
+def _starting_with(word: str, token_id: int) -> dict:
+    """Return the post-processor that puts a token before a text, and before each text of a pair."""
+
+    def parts(text: str) -> list[dict]:
+        return [
+            {"SpecialToken": {"id": word, "type_id": 0}},
+            {"Sequence": {"id": text, "type_id": 0}},
+        ]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": parts("A"),
+        "pair": parts("A") + parts("B"),
+        "special_tokens": {word: {"id": word, "ids": [token_id], "tokens": [word]}},
+    }
+
+
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, context_length: int, padding_side: str = "left"
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and check them.
 
-    The model may have more rows than there are ids. Raise ValueError for a compact vocabulary and
-    TokenizerError if the written files give other ids (see check_tokenizer).
+    The model may have more rows than there are ids. padding_side: of our tokenizers; a generated
+    text goes on at the right of a row. Raise ValueError for a compact vocabulary and TokenizerError
+    if the written files give other ids (see check_tokenizer).
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text, config = tokenizer.text, dict(tokenizer.config)
         # transformers 5 calls the class so; version 4 does not know that name.
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if not config.get("pad_token"):
+            config = {"padding_side": "left"} | config | {"pad_token": pad_word(tokenizer)}
     else:
         text = canonical_json(_tokenizer_json(tokenizer))
         # The class: without one, or with a model's own, transformers 5 cuts words by that class's
@@ -201,6 +266,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
             "model_input_names": ["input_ids", "attention_mask"],
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
+            "pad_token": pad_word(tokenizer),
+            "padding_side": padding_side,
             "clean_up_tokenization_spaces": False,
             "model_max_length": context_length,
             OURS: tokenizer.to_state(),
@@ -211,25 +278,40 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
     specials_text = json.dumps(specials, ensure_ascii=False, indent=2) + "\n"
     write_text_atomic(folder / SPECIALS_FILE, specials_text)
     check_tokenizer(folder, tokenizer)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        check_start(folder, tokenizer)
+
+
+def check_start(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise TokenizerError unless the folder's tokenizer.json puts the start token before texts."""
+    path = folder / TOKENIZER_FILE
+    theirs = load_library_tokenizer(path.read_text(encoding="utf-8"), path)
+    for text in ("", "a b"):
+        ours, found = [tokenizer.start_id, *tokenizer.encode(text)], theirs.encode(text).ids
+        if ours != found:
+            raise TokenizerError(
+                f"{path} does not start {text!r} as {tokenizer.name} does: it gives {found} "
+                f"instead of {ours}"
+            )
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise TokenizerError unless the folder's tokenizer.json agrees with the tokenizer.
 
-    It must have the same tokens, and give the same ids on CHECK_TEXTS and 300 random texts.
+    It must have the same tokens, and give the same ids on CHECK_TEXTS and 300 random texts. What it
+    puts before a text is not asked: older files of ours put nothing there.
     """
     path = folder / TOKENIZER_FILE
     theirs = load_library_tokenizer(path.read_text(encoding="utf-8"), path)
     theirs.encode_special_tokens = True
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        words = {
-            spell(token): i for token, i in tokenizer.encoding._mergeable_ranks.items()
-        } | special_words(tokenizer)
-        if theirs.get_vocab() != words:
+        known = [_vocabulary(tokenizer, with_pad) for with_pad in (True, False)]
+        if theirs.get_vocab() not in [words | added for words, added in known]:
             raise TokenizerError(
                 f"{path} does not have the tokens of {tokenizer.name} under their ids"
             )
-    for text in (*CHECK_TEXTS, *_random_texts(300), f"a {END_OF_TEXT}{END_OF_TEXT} b"):
+    marks = f"a {END_OF_TEXT}{END_OF_TEXT} b{PAD}"
+    for text in (*CHECK_TEXTS, *_random_texts(300), marks, PAD):
         ours, found = tokenizer.encode(text), theirs.encode(text, add_special_tokens=False).ids
         if ours != found:
             raise TokenizerError(
@@ -293,6 +375,24 @@ class HuggingFaceTokenizer(Tokenizer):
     def undecodable_ids(self) -> list[int]:
         """Ids below vocabulary_size without a token."""
         return [i for i in range(self.vocabulary_size) if i not in self._token]
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        """The id of padding: its pad_token, or an id that its texts do not need.
+
+        An unknown token is not needed where bytes spell what is unknown (Mixtral). Else it is
+        end-of-text.
+        """
+        if (named := special_id(self.config, "pad_token", self._tokenizer)) is not None:
+            return named
+        model = json.loads(self.text)["model"]
+        unknown = (model.get("byte_fallback") and model.get("unk_token")) or ""
+        found = self._tokenizer.token_to_id(unknown)
+        return self.end_of_text_id if found is None else found
+
+    def word(self, token_id: int) -> str:
+        """Return a token as tokenizer.json writes it."""
+        return self._tokenizer.id_to_token(token_id)
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return a text's ids, uint32 [tokens].

@@ -7,8 +7,10 @@ stdout, messages to stderr.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,6 +21,9 @@ from config_model import PredictConfig
 from runtime.base.device import explained_out_of_memory
 from runtime.base.files import write_text_atomic
 from runtime.base.text import visible
+from runtime.data.file_sets import format_of
+from runtime.data.formats import looks_like_json_lines, read_json, read_jsonl
+from runtime.data.text_files import check_nuls, open_text
 from runtime.inference.decoder import router_choices
 from runtime.inference.expert_map import html_page, text_map
 from runtime.inference.predictor import Completion, Predictor
@@ -63,6 +68,8 @@ def show_completion(
         if not config.json:
             print(flush=True)
 
+    if not config.json and predictor.last and (line := why_nothing_shows(predictor.last)):
+        note(line)
     if config.json:
         print_json(predictor, prompt, predictor.last, config, config.seed)
     elif predictor.last and (rate := predictor.last.tokens_per_sec):
@@ -74,6 +81,20 @@ def show_completion(
         print(experts_map(predictor))
     if config.experts_html:
         write_experts_page(predictor, config)
+
+
+def why_nothing_shows(completion: Completion) -> str:
+    """Return a line for a completion without a visible character, else an empty string."""
+    if completion.text.strip():
+        return ""
+    kind = "has only blanks" if completion.text else "is empty"
+    reasons = {
+        "end of text": "the model ended the text",
+        "stop text": "a stop text came first",
+        "context": "the context is full",
+    }
+    because = reasons.get(completion.ended, "its new tokens show nothing")
+    return f"the answer {kind}: {because}"
 
 
 def show_completions(predictor: Predictor, prompts: Sequence[str], config: PredictConfig) -> None:
@@ -167,33 +188,45 @@ def read_piped_prompt() -> str:
 def read_prompts(path: str) -> list[str]:
     """Return the prompts of a file, one a line; empty lines are skipped.
 
-    A .jsonl file has objects with a "prompt" or a "text". Raise ValueError, with the line's
-    number, for anything else, and for a file that is not UTF-8 text.
+    JSON lines, and a JSON array, have objects with a "prompt" or a "text". Their name may say so
+    (.jsonl, .ndjson, .json), else every line is an object. The file may be a pipe, compressed, and
+    in UTF-8, UTF-16 or UTF-32. Raise ValueError, with the line's number, for anything else.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and path.endswith(".jsonl"):
-            try:
-                record = json.loads(line)
-                line = record["prompt"] if "prompt" in record else record["text"]
-                if not isinstance(line, str):
-                    raise TypeError
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise ValueError(
-                    f'{path}, line {number}: not a JSON object with a string as "prompt" or "text"'
-                ) from None
-            prompts.append(line)
-        elif line.strip():
-            prompts.append(line)
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    with open_text(lambda: io.BytesIO(data), path) as file:
+        text = file.read()
+    check_nuls(text, path)
+    kind, lines = format_of(Path(path)), text.split("\n")
+    if kind == "json" or (kind != "jsonl" and _is_array_of_objects(text)):
+        prompts = [_prompt_of(row, where) for where, row in read_json(io.StringIO(text), path)]
+    elif kind == "jsonl" or looks_like_json_lines(lines):
+        prompts = [_prompt_of(row, where) for where, row in read_jsonl(lines, path)]
+    else:
+        prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write one a line")
     return prompts
+
+
+def _is_array_of_objects(text: str) -> bool:
+    if not re.match(r"\s*\[\s*\{", text):
+        return False
+    try:
+        return all(isinstance(row, dict) for row in json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _prompt_of(row: object, where: str) -> str:
+    """Return the prompt of one object of a prompt file."""
+    if isinstance(row, dict):
+        prompt = row.get("prompt", row.get("text"))
+        if isinstance(prompt, str):
+            return prompt
+    raise ValueError(f'{where}: not a JSON object with a string as "prompt" or "text"')
 
 
 def last_text_ids(predictor: Predictor) -> list[int]:

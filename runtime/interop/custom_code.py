@@ -17,7 +17,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from runtime.data.hf_tokenizer import pad_id
 from runtime.interop.export import Source
+from runtime.interop.huggingface import pad_setting
 
 REPO = Path(__file__).resolve().parents[2]
 # Each may import those before it.
@@ -58,7 +60,7 @@ def custom_config(source: Source, dtype: str) -> dict:
 
     GptossConfig makes transformers' names from them.
     """
-    module = MODELING_FILE.removesuffix(".py")
+    module, tokenizer = MODELING_FILE.removesuffix(".py"), source.tokenizer
     return {
         "architectures": ["GptossForCausalLM"],
         "model_type": "gptoss",
@@ -67,8 +69,9 @@ def custom_config(source: Source, dtype: str) -> dict:
             "AutoModelForCausalLM": f"{module}.GptossForCausalLM",
         },
         "gptoss": dataclasses.asdict(source.model.config),
-        "bos_token_id": source.tokenizer.start_id,
-        "eos_token_id": source.tokenizer.end_of_text_id,
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_of_text_id,
+        **pad_setting(pad_id(tokenizer), tokenizer.end_of_text_id, tokenizer.start_id),
         # transformers 5's spelling and 4's
         "dtype": dtype,
         "torch_dtype": dtype,

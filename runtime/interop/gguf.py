@@ -79,6 +79,10 @@ PATTERNS = {
 NARROW_TOLERANCE = {"f16": 0.05, "bf16": 0.15, "q8_0": 0.15}
 # Numbers of a row that share a scale in q8_0.
 BLOCK = 32
+# The chat template of a model that has none: the messages' contents, joined. A base model continues
+# them. In a file without a template, llama.cpp marks each message as ChatML does, and a model that
+# never saw these marks continues them badly.
+PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def import_gguf():
@@ -291,6 +295,22 @@ def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
     return Vocabulary(pre, tokens, kinds, merges)
 
 
+def chat_template_of(tokenizer: Tokenizer) -> str:
+    """Return an imported tokenizer's own chat template, else PLAIN_CHAT.
+
+    An older tokenizer_config.json may hold several templates; one of them is named "default".
+    """
+    own = (
+        tokenizer.config.get("chat_template")
+        if isinstance(tokenizer, HuggingFaceTokenizer)
+        else None
+    )
+    if isinstance(own, list):
+        named = (one for one in own if isinstance(one, dict) and one.get("name") == "default")
+        own = next(named, {}).get("template")
+    return own if own and isinstance(own, str) else PLAIN_CHAT
+
+
 def pre_tokenizer_of(data: dict, name: str) -> str:
     """Return llama.cpp's name of the rule by which a tokenizer.json splits text before merging.
 
@@ -398,6 +418,7 @@ def add_keys(
         writer.add_bos_token_id(tokenizer.start_id)
     writer.add_add_bos_token(tokenizer.start_id is not None)
     writer.add_eos_token_id(tokenizer.end_of_text_id)
+    writer.add_chat_template(chat_template_of(tokenizer))
     for add, i in zip(
         (writer.add_eot_token_id, writer.add_eom_token_id),
         (i for i in tokenizer.stop_ids if i != tokenizer.end_of_text_id),
@@ -540,6 +561,7 @@ def said_by(keys: Mapping[str, object]) -> dict[str, object]:
         "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
         "start_id": token("bos") if keys.get("tokenizer.ggml.add_bos_token") else None,
         "stop_ids": [i for i in map(token, ("eos", "eot", "eom")) if i is not None],
+        "chat_template": keys.get("tokenizer.chat_template"),
     }
 
 
@@ -567,6 +589,7 @@ def check_keys(
             tokenizer.end_of_text_id,
             *(i for i in tokenizer.stop_ids if i != tokenizer.end_of_text_id),
         ][:3],
+        "chat_template": chat_template_of(tokenizer),
     }
     wanted = {
         key: float(np.float32(value)) if type(value) is float else value

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from config_model import ModelConfig, PredictConfig
 from runtime.checkpoint.format import meta_model
 from runtime.checks.known import counts
-from runtime.data.hf_tokenizer import write_tokenizer
+from runtime.data.hf_tokenizer import pad_id, write_tokenizer
 from runtime.interop import published
 from runtime.interop.custom_code import (
     MODELING_FILE,
@@ -58,21 +57,6 @@ KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TRAINING_ONLY = {"dropout", "capacity_factor", "aux_loss_coef", "z_loss_coef"}
 # Room for the tokenizer and the model card.
 BESIDES_BYTES = 1 << 26
-
-
-def shard_bytes(text: str) -> int:
-    """Return the bytes of a size such as 5GB, in units of 1000 as in transformers.
-
-    Raise ValueError for any other text.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMG])B", text)
-    if not match or not (
-        size := int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
-    ):
-        raise ValueError(
-            f"--max_shard_size must be a number of KB, MB or GB, such as 5GB, not {text!r}"
-        )
-    return size
 
 
 def outgoing(
@@ -175,7 +159,7 @@ def generation_config(source: Source) -> dict:
     settings = {
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": stops if len(stops) > 1 else stops[0],
-        "pad_token_id": tokenizer.end_of_text_id,
+        "pad_token_id": pad_id(tokenizer),
         "do_sample": True,
         "temperature": d.temperature,
         "top_k": d.top_k,
@@ -277,13 +261,16 @@ def export_folder(
                 end_of_text_id=tokenizer.end_of_text_id,
                 start_id=tokenizer.start_id,
                 dtype=dtype_name,
+                pad_id=pad_id(tokenizer),
             )
         else:
             theirs = custom_config(source, dtype_name)
             (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
         write_json(folder / "config.json", theirs)
         write_json(folder / "generation_config.json", generation_config(source))
-        write_tokenizer(tokenizer, folder, config.context_length)
+        # Left padding would shift the text against its learned position biases.
+        side = "right" if config.use_attention_bias else "left"
+        write_tokenizer(tokenizer, folder, config.context_length, side)
         write_card(folder, source, family, dtype_name)
         check(folder, source, family, dtype_name)
     if odd := [

@@ -127,11 +127,18 @@ def family_of(config: ModelConfig) -> str:
 
 # ----------------------------------------------------------------------------------- config.json
 def hf_config(
-    config: ModelConfig, family: str, *, end_of_text_id: int, start_id: int | None, dtype: str
+    config: ModelConfig,
+    family: str,
+    *,
+    end_of_text_id: int,
+    start_id: int | None,
+    dtype: str,
+    pad_id: int | None = None,
 ) -> dict:
     """Return config.json of a model of this family.
 
-    It has no pad_token_id: transformers would never train that id's embedding.
+    transformers never trains the embedding of its pad_token_id. So it is there only if texts do
+    not contain that id (see `pad_setting`).
     """
     c, factor = config, config.rope_scaling_factor
     rope = {
@@ -177,6 +184,7 @@ def hf_config(
         "use_cache": True,
         "bos_token_id": start_id,
         "eos_token_id": end_of_text_id,
+        **pad_setting(pad_id, end_of_text_id, start_id),
         "dtype": dtype,
         "torch_dtype": dtype,
     }
@@ -200,6 +208,11 @@ def hf_config(
             "layer_types": _layer_types(c.transformer_blocks),
         }
     return theirs
+
+
+def pad_setting(pad_id: int | None, *in_texts: int | None) -> dict:
+    """Return pad_token_id for config.json; nothing if `in_texts` has that id, or if it is None."""
+    return {} if pad_id is None or pad_id in in_texts else {"pad_token_id": pad_id}
 
 
 def model_config_from(hf: dict) -> tuple[str, ModelConfig]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from runtime.base.text import human_bytes, human_count, human_seconds, visible
 from runtime.checkpoint.format import Checkpoint
 from runtime.checks.known import counts
-from runtime.data.tokenizer import IMPORTED
+from runtime.data.hf_tokenizer import pad_id, pad_word
+from runtime.data.tokenizer import END_OF_TEXT, IMPORTED
 from runtime.interop.custom_code import MODELING_FILE
 from runtime.interop.export import Source
 from runtime.interop.huggingface import FAMILIES
@@ -46,10 +47,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # where this file is
 tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
-prompt = tokenizer({prompt}, return_tensors="pt")
+prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0]))
 ```
-{start_note}{code_note}
+{tokenizer_note}{code_note}
 ## Model
 
 {model}
@@ -69,9 +70,23 @@ Whoever publishes this folder should say so in this file.
 """
 
 START_NOTE = """
-In training every document began with the token that this code prepends. \
-Without it the model is asked to begin in the middle of a text.
+The tokenizer puts {start} before a text, as in training: do not add it yourself. \
+It puts nothing after a text. To train on texts that end, add `tokenizer.eos_token` to each. \
+lm-evaluation-harness adds the start itself where it measures perplexity: \
+there, give it `add_bos_token=False`.
 """
+PAD_NOTE = """
+Padding is {pad}, which is in no text.{side}
+"""
+END_PAD_NOTE = """
+Padding is {pad}, which also ends texts. \
+`DataCollatorForLanguageModeling` takes both out of the labels, so a model does not learn to end. \
+To teach it that, make the labels from the attention mask.{side}
+"""
+RIGHT_SIDE = (
+    " It is on the right, because this model has learned biases for absolute positions: "
+    "generate from one prompt at a time, or from prompts of one length."
+)
 
 CODE_NOTE = f"""
 No class of transformers has this architecture: `trust_remote_code` runs {MODELING_FILE} \
@@ -86,7 +101,6 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
     code.
     """
     checkpoint, config = source.checkpoint, source.model.config
-    is_ours = not source.tokenizer.name.startswith(IMPORTED)
     records, info = _metrics(checkpoint)
     has_record = bool(checkpoint.train_config or checkpoint.is_reference_format)
     validation = _validation(checkpoint)
@@ -108,9 +122,8 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
         active=human_count(counts(config).active),
         origin=_origin(checkpoint) if has_record else "",
         trust="" if family else ", trust_remote_code=True",
-        prompt='tokenizer.bos_token + "Once upon a time"' if is_ours else '"Once upon a time"',
         code_note="" if family else CODE_NOTE,
-        start_note=START_NOTE if is_ours else "",
+        tokenizer_note=_tokenizer_note(source),
         new_tokens=min(100, max(1, config.context_length // 2)),
         model=_table(_model_rows(source, family, dtype)),
         training=_training(checkpoint, info, records, _draw(folder, records, checkpoint.step))
@@ -308,6 +321,17 @@ def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[st
         ("context", f"{c.context_length:,} tokens{window}"),
         ("tokenizer", f"{plain(source.tokenizer.name)}, {source.tokenizer.vocabulary_size:,} ids"),
     ]
+
+
+def _tokenizer_note(source: Source) -> str:
+    """Return what the tokenizer puts before a text, and what padding is."""
+    tokenizer = source.tokenizer
+    is_ours = not tokenizer.name.startswith(IMPORTED)
+    start = START_NOTE.format(start=plain(END_OF_TEXT)) if is_ours else ""
+    in_texts = pad_id(tokenizer) in (tokenizer.start_id, *tokenizer.stop_ids)
+    side = RIGHT_SIDE if is_ours and source.model.config.use_attention_bias else ""
+    note = END_PAD_NOTE if in_texts else PAD_NOTE
+    return start + note.format(pad=plain(pad_word(tokenizer)), side=side)
 
 
 def _origin(checkpoint: Checkpoint) -> str:

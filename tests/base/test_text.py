@@ -7,7 +7,14 @@ import unicodedata
 
 import pytest
 
-from runtime.base.text import UntilText, human_bytes, human_count, human_seconds, visible
+from runtime.base.text import (
+    UntilText,
+    human_bytes,
+    human_count,
+    human_seconds,
+    parse_bytes,
+    visible,
+)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +164,50 @@ def test_text_is_cut_at_the_first_stop_however_it_comes(stops, pieces, shown, he
         and until.held == held
         and [s for _, s in results] == [False] * (len(pieces) - 1) + [stopped]
     )
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("5GB", 5 * 10**9),
+        ("500MB", 500 * 10**6),
+        ("1GiB", 2**30),
+        ("500 MiB", 500 * 2**20),
+        ("1.5KiB", 1536),
+        ("0.1TB", 10**11),
+        ("2TiB", 2**41),
+        (" 1KB", 1000),
+        # As a float this is 1 less.
+        ("4.35KB", 4350),
+        ("999999999999999.9KB", 999_999_999_999_999_900),
+    ],
+)
+def test_sizes_are_decimal_or_binary(text, size):
+    assert parse_bytes(text, "--size") == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5",
+        "GB",
+        "-1GB",
+        "5gb",
+        "5Gb",
+        "0GB",
+        "0.0001KB",
+        "1e3MB",
+        "5 0GB",
+        "5GBB",
+        "nanGB",
+        "\N{ARABIC-INDIC DIGIT FIVE}GB",
+        "",
+        "9" * 400 + "GB",
+    ],
+)
+def test_other_sizes_are_refused_in_a_line(text):
+    """A lower-case b is a bit to some programs. Hundreds of nines gave an OverflowError."""
+    with pytest.raises(ValueError) as caught:
+        parse_bytes(text, "--size")
+    assert str(caught.value).startswith("--size must be a number with KB, MB, GB or TB")
+    assert "\n" not in str(caught.value) and "such as 500MB or 1GiB" in str(caught.value)

@@ -27,7 +27,14 @@ from runtime.data.hf_tokenizer import (
     check_tokenizer,
     write_tokenizer,
 )
-from runtime.data.tokenizer import Tokenizer, TokenStream, byte_of_character, spell
+from runtime.data.tokenizer import (
+    WORD_PATTERN,
+    Tokenizer,
+    TokenStream,
+    byte_of_character,
+    encoding_of,
+    spell,
+)
 from runtime.data.tokenizers import (
     compacted,
     load_tokenizer,
@@ -186,7 +193,9 @@ def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_
     expected = [ours.encode(text) for text in texts]
     for family in FAMILIES if name == "bpe" else ["qwen3_moe"]:
         theirs = auto_tokenizer(tmp_path, family)
-        assert theirs(texts).input_ids == expected
+        assert theirs(texts, add_special_tokens=False).input_ids == expected
+        # As in training, a text begins with the start token.
+        assert theirs(texts).input_ids == [[ours.start_id, *ids] for ids in expected]
         assert theirs.batch_decode(expected[::5]) == [ours.decode(ids) for ids in expected[::5]]
         assert (
             len(theirs) == ours.vocabulary_size
@@ -194,12 +203,105 @@ def test_transformers_gives_the_same_ids(name, bpe, tales, odd, tmp_path, o200k_
         )
         assert (
             theirs.model_max_length == (1024 if name == "o200k" else 64)
-            and theirs.pad_token_id is None
+            and (theirs.pad_token, theirs.pad_token_id) == ("<|pad|>", module.pad_id(ours))
+            and theirs.padding_side == "left"
         )
     # To transformers it is the token, unless it gets the flag that we always give.
-    assert theirs(SPECIAL_TEXT).input_ids.count(ours.end_of_text_id) == 1
-    assert theirs(SPECIAL_TEXT, split_special_tokens=True).input_ids == ours.encode(SPECIAL_TEXT)
+    plain = dict(add_special_tokens=False)
+    assert theirs(SPECIAL_TEXT, **plain).input_ids.count(ours.end_of_text_id) == 1
+    assert theirs(SPECIAL_TEXT, split_special_tokens=True, **plain).input_ids == ours.encode(
+        SPECIAL_TEXT
+    )
     assert theirs.decode([ours.end_of_text_id], skip_special_tokens=True) == ""
+
+
+UNUSED = {"byte": 255, "bpe": 255, "o200k": 199_998}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_padding_is_an_id_that_no_text_has(name, bpe, tales, odd, o200k):
+    """Padding as end-of-text would leave the ends of texts out of Trainer's labels.
+
+    Byte 0xFF is in no UTF-8 text. o200k_base has ids without a token.
+    """
+    ours = {"byte": BYTE, "bpe": bpe, "o200k": load_tokenizer("o200k_base")}[name]
+    assert module.pad_id(ours) == UNUSED[name] != ours.end_of_text_id
+    text = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    texts = [*tales[:200], *odd, text, "\udcff\ud800", "\N{LATIN SMALL LETTER Y WITH DIAERESIS}"]
+    assert not any((ours.encode_to_numpy(each) == UNUSED[name]).any() for each in texts)
+
+
+def test_padding_is_end_of_text_where_every_id_has_a_use(tmp_path):
+    """A vocabulary with a token of bytes 0xFF may need that byte: then there is no unused id."""
+    tokens = [bytes([b]) for b in range(256)] + [b"\xff\xff"]
+    ours = Tokenizer("bpe:258", encoding_of("bpe:258", tokens, WORD_PATTERN))
+    assert (module.pad_id(ours), module.pad_word(ours)) == (257, "<|endoftext|>")
+    write_tokenizer(ours, tmp_path, 64)
+    assert auto_tokenizer(tmp_path, "qwen3_moe").pad_token_id == 257
+    assert read_tokenizer(tmp_path).to_state() == ours.to_state()
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_the_file_puts_the_start_before_a_text(name, bpe, tmp_path):
+    """Without it, pipeline("text-generation") continued other texts than predict.py."""
+    ours = {"byte": BYTE, "bpe": bpe}[name]
+    write_tokenizer(ours, tmp_path, 64)
+    theirs, start = library(tmp_path), ours.start_id
+    for text in ("", "a b", "a<|pad|><|endoftext|>"):
+        assert theirs.encode(text, add_special_tokens=False).ids == ids_of(theirs, text)
+        assert theirs.encode(text).ids == [start, *ids_of(theirs, text)]
+    assert theirs.encode("a", "b").ids == [start, *ours.encode("a"), start, *ours.encode("b")]
+    path = tmp_path / module.TOKENIZER_FILE
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(data | {"post_processor": None}), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="does not start '' as"):
+        module.check_start(tmp_path, ours)
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe"])
+def test_files_from_before_padding_are_still_ours(name, bpe, tmp_path):
+    """Folders without padding and start, as they were written before, import as what they were."""
+    ours = {"byte": BYTE, "bpe": bpe}[name]
+    write_tokenizer(ours, tmp_path, 64)
+    path = tmp_path / module.TOKENIZER_FILE
+    data = json.loads(path.read_text(encoding="utf-8"))
+    words = data["model"]["vocab"]
+    words["\N{LATIN SMALL LETTER Y WITH DIAERESIS}"] = words.pop("<|pad|>")
+    data["post_processor"] = None
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] != 255]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    again = read_tokenizer(tmp_path)
+    assert again.to_state() == ours.to_state() and type(again) is Tokenizer
+
+
+def test_a_text_may_be_the_word_of_padding(bpe, tmp_path):
+    """The library took the text <|pad|> for padding: with bytes, a whole text is one word."""
+    for ours in (BYTE, bpe):
+        write_tokenizer(ours, tmp_path, 64)
+        theirs = library(tmp_path)
+        theirs.encode_special_tokens = True
+        assert ids_of(theirs, "<|pad|>") == ours.encode("<|pad|>")
+
+
+@pytest.mark.parametrize(
+    "name, pad_token, word",
+    [("mixtral", None, "<unk>"), ("mixtral", "</s>", "</s>"), ("qwen", None, "<|endoftext|>")],
+)
+def test_a_published_tokenizer_without_padding_gets_it(name, pad_token, word, request, tmp_path):
+    """Mixtral names none, so that its batches fail: bytes spell what it does not know, so <unk>
+    is in no text. A token that the publisher chose stays.
+    """
+    shutil.copytree(request.getfixturevalue(name), tmp_path / "a")
+    path = tmp_path / "a" / module.CONFIG_FILE
+    config = json.loads(path.read_text()) | {"pad_token": pad_token}
+    path.write_text(json.dumps(config))
+    ours = read_tokenizer(tmp_path / "a")
+    write_tokenizer(ours, tmp_path / "b", 64)
+    theirs = auto_tokenizer(tmp_path / "b", {"mixtral": "mixtral", "qwen": "qwen3_moe"}[name])
+    assert (theirs.pad_token, theirs.pad_token_id) == (word, module.pad_id(ours))
+    short, long = theirs(["a", "a b c d"], padding=True)["attention_mask"]
+    # Where the publisher chose the token, its side stays too: right, which is the default.
+    assert short[0 if pad_token is None else -1] == 0 and all(long)
 
 
 def test_special_words_in_the_library(bpe_folder, bpe):
@@ -415,7 +517,8 @@ def test_it_stays_ours_when_transformers_saves_it(bpe, bpe_folder, tmp_path):
         and more.vocabulary_size == 2001
         and OURS not in more.config
     )
-    assert more.encode("<think>x") == theirs("<think>x").input_ids == [2000, *bpe.encode("x")]
+    assert [more.start_id, *more.encode("<think>x")] == theirs("<think>x").input_ids
+    assert more.encode("<think>x") == [2000, *bpe.encode("x")]
     # Its texts began after nothing.
     assert more.start_id == bpe.start_id
 

@@ -1,7 +1,7 @@
 """Hugging Face formats: transformers' own classes compute the same, both ways.
 
-Names, errors, MXFP4. transformers is the oracle. vLLM was not run: the weights are checked against
-the names that its 0.33 accepts.
+Names, errors, MXFP4. transformers is the oracle. The weights are checked against the names that
+vLLM 0.33 accepts; test_vllm.py runs it.
 """
 
 from __future__ import annotations
@@ -408,14 +408,19 @@ def test_both_spellings_say_the_same(config):
     assert model_config_from(old) == model_config_from(new) == (family_of(config), config)
 
 
-def test_no_pad_token_in_the_config():
+def test_padding_in_the_config_is_an_id_of_no_text():
     """transformers makes the embedding of config.json's pad id untrainable.
 
-    Ours would be end-of-text, which every document begins with.
+    As end-of-text, which every document begins with, it must not be there.
     """
-    assert "pad_token_id" not in hf_config(
-        CONFIGS["qwen3_moe"], "qwen3_moe", end_of_text_id=0, start_id=0, dtype="float32"
-    )
+
+    def settings(pad_id: int | None) -> dict:
+        ids = dict(end_of_text_id=7, start_id=5, pad_id=pad_id)
+        return hf_config(CONFIGS["qwen3_moe"], "qwen3_moe", dtype="float32", **ids)
+
+    assert settings(3)["pad_token_id"] == 3
+    for pad_id in (None, 7, 5):
+        assert "pad_token_id" not in settings(pad_id)
 
 
 YARN = GPT_OSS_20B["rope_scaling"]
@@ -896,10 +901,7 @@ VLLM_ALL = [
 
 @ANY
 def test_names_are_those_that_vllm_accepts(config):
-    """Every exported name is one of vLLM's, and every one of vLLM's is exported.
-
-    (vLLM was not run.)
-    """
+    """Every exported name is one of vLLM's, and every one of vLLM's is exported."""
     family = family_of(config)
     inside = [rf"model.layers.\d+.{name}" for name in VLLM[family] + VLLM_ALL]
     # Its Mixtral and Qwen3-MoE tie the head; its gpt-oss does not, and rejects a file without one.

@@ -17,11 +17,13 @@ import torch
 
 from config_model import ModelConfig, TrainConfig, active_parameters, total_parameters
 from runtime.checkpoint.format import Checkpoint
+from runtime.data.tokenizer import WORD_PATTERN, Tokenizer, encoding_of
 from runtime.data.tokenizers import load_tokenizer
 from runtime.interop.export import Source
 from runtime.interop.model_card import plain, write_card
 from runtime.training.metrics import MetricsLog
 from tests.builders import random_model, tiny_config
+from tests.builders_export import imported
 
 CONFIG = tiny_config(vocabulary_size=257)
 FILES = {
@@ -310,6 +312,8 @@ def test_a_checkpoints_words_are_text_and_nothing_else(tmp_path):
     assert "not measured at this step" in text and "| tokens seen | unknown |" in text
     # What is left when escaped characters are taken out.
     rest = re.sub(r"\\[\\`*_\[\]|~#<>&!$.:@]", "", text.split("```\n", 1)[1])
+    for ours in ("`tokenizer.eos_token`", "`add_bos_token=False`"):
+        rest = rest.replace(ours, "")
     assert re.fullmatch(r"<!-- written by gptoss, [0-9a-f]{16} -->", text.splitlines()[-1])
     for line in rest.splitlines()[:-1]:
         assert not re.search(r"<|`|https?://|www\.|~~|\x1b|\u202e", line) and len(line) < 500, line
@@ -358,6 +362,25 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch, capsys):
     with torch.no_grad():
         runpy.run_path(str(folder / "example.py"))
     assert "\n<|endoftext|>Once upon a time" in capsys.readouterr().out
+
+
+def test_what_the_tokenizer_adds_is_said(tmp_path):
+    """Users put a second start before a prompt, or lose the ends of texts when they train."""
+    ours = source_of(tmp_path)
+    text = card(tmp_path, ours)
+    assert r"puts \<|endoftext|\> before a text".replace("|", r"\|") in text
+    assert r"Padding is \<|pad|\>, which is in no text.".replace("|", r"\|") in text
+    assert "`add_bos_token=False`" in text and "on the right" not in text
+    biased = source_of(tmp_path, dataclasses.replace(CONFIG, use_attention_bias=True))
+    assert "on the right, because this model has learned biases" in card(tmp_path, biased, None)
+    tokens = [bytes([b]) for b in range(256)] + [b"\xff\xff"]
+    full = Tokenizer("bpe:258", encoding_of("bpe:258", tokens, WORD_PATTERN))
+    text = card(tmp_path, dataclasses.replace(ours, tokenizer=full))
+    assert r"Padding is \<|endoftext|\>, which also ends texts.".replace("|", r"\|") in text
+    # A published tokenizer starts texts as it does, and its token for padding is named.
+    theirs = imported(stop_ids=(258,), start_id=None)
+    text = card(tmp_path, dataclasses.replace(ours, tokenizer=theirs))
+    assert "before a text" not in text and r"Padding is \<\|end\|\>, which also" in text
 
 
 def test_a_record_that_a_later_run_moved_aside_is_found(tmp_path, capsys):

@@ -373,7 +373,7 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401 - torch.optim does so when an optimizer is made, and it takes more than all else in a child
 
     torch.set_num_threads(1)
-    reporter.draw_plots = lambda *_: None
+    reporter.draw_plots = lambda *_, **__: None
     for line in sys.stdin:
         print(json.dumps(_attempt(json.loads(line))), flush=True)
 

@@ -25,12 +25,13 @@ from model import generate
 from runtime.base.files import TEMPORARY_SUFFIX
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint, write_weights
-from runtime.data.tokenizers import load_tokenizer, train_bpe
+from runtime.data.tokenizers import load_tokenizer, tokenizer_of, train_bpe
 from runtime.interop import hf_export as module
 from runtime.interop.export import CHECK_TEXT, ExportError
-from runtime.interop.hf_export import shard_bytes
 from scripts.export_hf import main
+from scripts.import_hf import main as main_import
 from tests.builders import random_model, tiny_config
+from tests.builders_inference import predictor_of
 from tests.numeric import assert_close, before_ties, is_close, logits_bound
 
 GPT_OSS = ModelConfig(
@@ -99,9 +100,9 @@ def test_transformers_loads_model_and_tokenizer(made):
     theirs, info = AutoModelForCausalLM.from_pretrained(made.out, output_loading_info=True)
     assert not any(info.values()) and theirs.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(made.out)
-    ids = tokenizer(CHECK_TEXT)["input_ids"]
+    start, *ids = tokenizer(CHECK_TEXT)["input_ids"]
     assert (
-        ids == made.tokenizer.encode(CHECK_TEXT)
+        [start, *ids] == [made.tokenizer.start_id, *made.tokenizer.encode(CHECK_TEXT)]
         and tokenizer.decode(ids) == CHECK_TEXT
         and tokenizer.eos_token_id == made.tokenizer.end_of_text_id
     )
@@ -120,6 +121,85 @@ def test_transformers_loads_model_and_tokenizer(made):
             made.model, prompt_BT, 30, temperature=0, stop_ids=made.tokenizer.stop_ids
         )
     ]
+
+
+PROMPTS = ["Once upon a time", "A", "By 1927 the old lamp had burned for 21,900 nights."]
+
+
+def test_batches(made):
+    """All four failed with a ValueError: the tokenizer had no padding.
+
+    A row of a batch continues as it does alone, and as predict.py continues it.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        pipeline,
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(made.out)
+    tokenizer, greedy = AutoTokenizer.from_pretrained(made.out), dict(do_sample=False)
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    assert batch["input_ids"][1, 0] == tokenizer.pad_token_id == 255
+    together = model.generate(**batch, **greedy, max_new_tokens=12)[:, -12:]
+    predictor, settings = predictor_of(str(made.ckpt), temperature=0.0, max_new_tokens=12)
+    for prompt, row in zip(PROMPTS, together.tolist(), strict=True):
+        list(predictor.stream(prompt, settings))
+        ids = predictor.last.ids
+        end = made.tokenizer.end_of_text_id
+        assert row[: len(ids)] == ids and (len(ids) == 12 or row[len(ids)] == end)
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    texts = [
+        [answer[0]["generated_text"] for answer in generate(PROMPTS, **greedy, **more)]
+        for more in (dict(batch_size=3, max_new_tokens=12), dict(max_new_tokens=12))
+    ]
+    expected = [
+        prompt + tokenizer.decode(row, skip_special_tokens=True)
+        for prompt, row in zip(PROMPTS, together, strict=True)
+    ]
+    assert texts == [expected, expected]
+    # Trainer's labels keep the end of a text, and leave out padding and nothing else.
+    texts = [tokenizer(prompt + tokenizer.eos_token) for prompt in PROMPTS]
+    made_batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(texts)
+    assert ((made_batch["labels"] != -100) == made_batch["attention_mask"].bool()).all()
+    assert (made_batch["labels"][:, -1] == tokenizer.eos_token_id).all()
+    with torch.no_grad():
+        assert model(**made_batch).loss.isfinite()
+
+
+def test_a_step_of_training_moves_the_start(made, tmp_path):
+    """As the id of padding, the start token would never learn: its embedding has no gradient then.
+
+    What transformers saves after a step is imported with our tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+
+    model = AutoModelForCausalLM.from_pretrained(made.out, experts_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(made.out)
+    texts = [tokenizer(prompt + tokenizer.eos_token) for prompt in PROMPTS]
+    model.train()
+    model(**DataCollatorForLanguageModeling(tokenizer, mlm=False)(texts)).loss.backward()
+    embedding = model.get_input_embeddings().weight
+    assert embedding.grad[made.tokenizer.start_id].abs().max() > 0
+    with torch.no_grad():
+        embedding -= 0.1 * embedding.grad
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tuned")
+    assert main_import(["--model", str(tmp_path / "tuned"), "--out", str(tmp_path / "x.pt")]) == 0
+    checkpoint = read_checkpoint(tmp_path / "x.pt")
+    assert tokenizer_of(checkpoint).to_state() == made.tokenizer.to_state()
+    assert torch.equal(checkpoint.model["embed.weight"], embedding)
+
+
+def test_the_folder_goes_there_and_back_bitwise(made, tmp_path):
+    """With padding and the start token in it, an import gives the checkpoint's tokenizer again."""
+    assert main_import(["--model", str(made.out), "--out", str(tmp_path / "x.pt")]) == 0
+    assert tokenizer_of(read_checkpoint(tmp_path / "x.pt")).to_state() == made.tokenizer.to_state()
+    run(tmp_path / "x.pt", tmp_path / "again")
+    for path in tmp_path.joinpath("again").iterdir():
+        if path.suffix in (".json", ".safetensors"):
+            assert path.read_bytes() == (made.out / path.name).read_bytes(), path.name
 
 
 def test_what_is_in_the_folder(made):
@@ -153,7 +233,8 @@ def test_generation_settings_are_those_of_predict(made):
         32,
     )
     assert (
-        settings.eos_token_id == settings.bos_token_id == settings.pad_token_id == end
+        settings.eos_token_id == settings.bos_token_id == end
+        and settings.pad_token_id == 255
         and settings.suppress_tokens is None
     )
 
@@ -519,10 +600,10 @@ def test_an_existing_output_stays_without_force(ckpt, tmp_path):
     "flags, message",
     [
         (["--dtype", "float64"], "float64"),
-        (["--max_shard_size", "5"], "must be a number of KB, MB or GB, such as 5GB, not '5'"),
+        (["--max_shard_size", "5"], "such as 500MB or 1GiB, not '5'"),
         (["--max_shard_size", "0GB"], "not '0GB'"),
         (["--max_shard_size", "-1GB"], "max_shard_size"),
-        (["--max_shard_size", "5TB"], "not '5TB'"),
+        (["--max_shard_size", "5gb"], "--max_shard_size must be a number with KB, MB, GB or TB"),
         (["--ckpt", "nowhere.pt"], "nowhere.pt"),
         (["--tokenizer", "gpt2"], "was trained with tokenizer byte, not gpt2"),
     ],
@@ -535,17 +616,6 @@ def test_bad_arguments(ckpt, tmp_path, flags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         run(ckpt, tmp_path / "out", *flags)
     assert not list(tmp_path.iterdir())
-
-
-def test_sizes():
-    """A size of hundreds of nines is infinite as a float: it gave an OverflowError's traceback."""
-    assert [shard_bytes(text) for text in ("5GB", "1.5MB", "200KB")] == [
-        5 * 10**9,
-        1_500_000,
-        200_000,
-    ]
-    with pytest.raises(ValueError, match="must be a number of KB, MB or GB"):
-        shard_bytes("9" * 400 + "GB")
 
 
 def test_disk_space_is_checked_first(ckpt, tmp_path, monkeypatch):
@@ -613,3 +683,7 @@ def test_any_config_as_custom_code(tmp_path):
             tensor if name.endswith("selection_bias") else tensor.bfloat16(),
         ), name
     assert (tmp_path / "out" / "modeling_gptoss.py").exists()
+    # Its positions are absolute: on the left, padding would shift a text.
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["padding_side"] == "right" and settings["pad_token"] == "<|pad|>"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 255

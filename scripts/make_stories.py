@@ -1,0 +1,63 @@
+"""Train the model of public/stories.pt on generated stories alone, and write it and its card.
+
+    python -m scripts.make_stories --force
+    python -m scripts.make_stories --force --resume     continue after an interruption
+
+It is the model of `make demo`, trained longer. Shards, checkpoints and plots go to --work_dir.
+"""
+
+from __future__ import annotations
+
+from runtime.base import process
+
+# Here, because PyTorch reads the environment when it is imported.
+process.before_torch()
+# ruff: noqa: E402
+
+from pathlib import Path
+
+import prepare_data
+import train
+from runtime.base.cli import parser, run_main
+from runtime.checkpoint.folder import BEST
+from runtime.data.sources import DEFAULT_TOY_STORIES
+from runtime.interop.export import check_output
+from runtime.interop.release import commit, release
+
+VOCABULARY, STEPS = 3072, 1500
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser(__doc__)
+    p.add_argument("--out", default="public/stories.pt", help="file to write, its card next to it")
+    p.add_argument("--work_dir", default="artifacts/stories", help="folder for what a run writes")
+    p.add_argument("--num_stories", type=int, default=DEFAULT_TOY_STORIES, help="stories to make")
+    p.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens of the tokenizer")
+    p.add_argument("--max_steps", type=int, default=STEPS, help=f"optimizer steps ({STEPS})")
+    p.add_argument("--num_threads", type=int, default=0, help="CPU threads; 0 = PyTorch's choice")
+    p.add_argument("--resume", action="store_true", help="continue the run in --work_dir")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
+    args = p.parse_args(argv)
+    out = check_output(args.out, args.force, source=args.work_dir)
+    made_at, work = commit(), Path(args.work_dir)
+    folders = [f"--data_dir={work / 'data'}", f"--ckpt_dir={work / 'checkpoints'}"]
+    folders.append(f"--graph_dir={work / 'graphs'}")
+    running = [f"--max_steps={args.max_steps}", f"--num_threads={args.num_threads}"]
+    if args.resume:
+        code = train.main(["--resume", *folders[1:], *running])
+    else:
+        data = ["--dataset=toy", f"--num_stories={args.num_stories}"]
+        data += [f"--tokenizer=bpe:{args.vocabulary}", f"--out_dir={work / 'data'}"]
+        prepare_data.main(data)
+        code = train.main(["--preset=nano", "--document_mask", *folders, *running])
+    if code == 0:
+        given = [f"--{name}={vars(args)[name]}" for name in ("num_stories", "vocabulary")]
+        command = ["python", "-m", "scripts.make_stories", *given, running[0]]
+        metrics = work / "graphs" / "metrics.json"
+        card = release(work / "checkpoints" / BEST, metrics, out, command, made_at)
+        print(f"{out}: {out.stat().st_size:,} bytes; {card} says how it was made")
+    return code
+
+
+if __name__ == "__main__":
+    run_main(main)

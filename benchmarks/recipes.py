@@ -22,6 +22,7 @@ from prepare_data import parse_options
 from runtime.base import cli
 from runtime.base.device import PEAK_FLOPS
 from runtime.base.text import human_bytes, human_count, human_seconds
+from runtime.data.shards import dtype_for
 from runtime.training.memory import training_memory_bytes
 from runtime.training.plan import checkpoint_bytes
 
@@ -142,11 +143,6 @@ def bytes_per_token(vocabulary_size: int) -> float:
     return _stored(f"ablations/{name}_42")["bytes_per_token"]
 
 
-def shard_token_bytes(vocabulary_size: int) -> int:
-    """Return the bytes of a token in a shard: 16 bits if they hold every id."""
-    return 2 if vocabulary_size <= 1 << 16 else 4
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a recipe needs. Tokens, bytes and FLOPs are counts; nothing here was timed."""
@@ -211,7 +207,7 @@ def cost(recipe: Recipe) -> Cost:
         trained_tokens=trained,
         validated_tokens=validated,
         memory_bytes=sum(needed.values()),
-        shard_bytes=(train_tokens + val_tokens) * shard_token_bytes(model.vocabulary_size),
+        shard_bytes=(train_tokens + val_tokens) * dtype_for(model.vocabulary_size).itemsize,
         # The best one, and one more that is written before an old one goes.
         checkpoints_bytes=(train.keep_last + 2) * checkpoint_bytes(needed),
         export_bytes=parameters * (2 if "bfloat16" in recipe.export else 4),

@@ -267,22 +267,67 @@ def datasets():
     return datasets
 
 
+# What `datasets` says of a configuration that is missing or unknown, and the names there are.
+_CONFIGS = re.compile(
+    r"(.*?)\.\s+(?:Please pick one among the available configs|Available): \[(.*?)\]", re.DOTALL
+)
+
+
 @contextlib.contextmanager
 def library_errors(name: str) -> Iterator[None]:
     """Turn whatever `datasets` and the libraries below it raise into one line; ours pass."""
     try:
         yield
     except ValueError as error:
+        if found := _CONFIGS.match(str(error)):
+            reason, names = found[1], found[2].replace("'", "")
+            raise ValueError(
+                f"dataset {name}: {reason}: give --dataset_config as one of {names}"
+            ) from error
         if name in str(error):
             raise
         raise ValueError(f"dataset {name}: {error}") from error
     except Exception as error:
-        # Their errors share no base class.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        # Their errors share no base class. This one only says that another made it stop.
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+        said = cause or error
+        reason = " ".join(f"{type(said).__name__}: {said}".split())[:300]
         raise ValueError(
-            f"dataset {name} could not be read ({reason}); "
-            "without a network use --dataset toy or --files"
+            f"dataset {name} could not be read ({reason}); {_what_to_do(said)}"
         ) from error
+
+
+# Packages whose errors are about the network. The last three download for `huggingface_hub`, now
+# or in earlier versions.
+_NETWORK = ("huggingface_hub", "aiohttp", "httpx", "httpx2", "requests")
+
+
+def _what_to_do(error: BaseException) -> str:
+    """Return the advice that follows an error of `datasets` or of the libraries below it."""
+    text = str(error)
+    if "gated dataset" in text:
+        return (
+            "accept its terms on its page on huggingface.co, then log in: hf auth login, "
+            "or the environment variable HF_TOKEN"
+        )
+    if type(error).__name__ == "DatasetNotFoundError":
+        return (
+            "check the name (OWNER/NAME); a private dataset needs hf auth login, "
+            "or the environment variable HF_TOKEN"
+        )
+    if "scripts are no longer supported" in text:
+        return (
+            "choose a dataset of Parquet or JSON files, or download this one's files and "
+            "give them to --files"
+        )
+    if isinstance(error, (ConnectionError, TimeoutError)) or (
+        type(error).__module__.partition(".")[0] in _NETWORK
+    ):
+        return (
+            "without --streaming, finished downloads are kept: the same command continues; "
+            "without a network use --dataset toy or --files"
+        )
+    return "its files, once downloaded, can be given to --files"
 
 
 def own_validation(name: str, config: str | None, split: str) -> str | None:

@@ -122,7 +122,7 @@ class Transformers:
             return self.model(torch.tensor([ids])).logits[0].float().numpy()
 
     def greedy(self, prompt: str, count: int) -> list[int]:
-        inputs = self.tokenizer(self.tokenizer.bos_token + prompt, return_tensors="pt")
+        inputs = self.tokenizer(prompt, return_tensors="pt")
         return self.model.generate(
             **inputs,
             do_sample=False,

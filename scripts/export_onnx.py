@@ -41,7 +41,7 @@ from runtime.base.files import fsync_folder
 from runtime.checkpoint.read import build_model
 from runtime.checks.known import counts
 from runtime.data.hf_tokenizer import write_tokenizer
-from runtime.data.tokenizer import COMPACT
+from runtime.data.tokenizer import COMPACT, NoTokenizer
 from runtime.interop.export import (
     DTYPES,
     Source,
@@ -264,12 +264,13 @@ def in_float16(graph_model) -> None:
 def metadata(source: Source) -> dict[str, str]:
     """What a user of the file may need to know, as strings."""
     tokenizer = source.tokenizer
+    is_unknown = isinstance(tokenizer, NoTokenizer)
     return {
         "config": json.dumps(dataclasses.asdict(source.model.config)),
         "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": "" if is_unknown else tokenizer.fingerprint,
         "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id),
-        "end_of_text_id": str(tokenizer.end_of_text_id),
+        "end_of_text_id": "" if is_unknown else str(tokenizer.end_of_text_id),
         "stop_ids": json.dumps(list(tokenizer.stop_ids)),
         "steps": str(source.checkpoint.step),
     }
@@ -309,7 +310,7 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
             f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.data.tokenizer "
             "makes its ids"
         )
-    else:
+    elif not isinstance(tokenizer, NoTokenizer):
         # write_tokenizer also writes files that only transformers reads.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             write_tokenizer(tokenizer, Path(aside), config.context_length)

@@ -15,6 +15,7 @@ from pathlib import Path
 from config_model import PredictConfig
 from runtime.base.files import write_text_atomic
 from runtime.base.text import human_bytes, visible
+from runtime.data.tokenizer import NoTokenizer
 from runtime.inference.console import experts_map, show_completion
 from runtime.inference.predictor import Completion, Predictor
 
@@ -108,6 +109,9 @@ class Session:
             has_end = before[-1] in predictor.tokenizer.stop_ids and len(before) > 1
             ids = before[:-1] if has_end else before
             ids = ids + predictor.tokenizer.encode_continuation(prompt)
+            if isinstance(predictor.tokenizer, NoTokenizer):
+                # Numbers stay apart from the ones before them.
+                prompt = " " + prompt.strip() if prompt.strip() else ""
         self.turns.append((self.ids, self.shown))
         predictor.last = None
         try:

@@ -22,6 +22,7 @@ from config_model import ModelConfig, PredictConfig
 from runtime.checkpoint.format import meta_model
 from runtime.checks.known import counts
 from runtime.data.hf_tokenizer import write_tokenizer
+from runtime.data.tokenizer import NoTokenizer
 from runtime.interop import published
 from runtime.interop.custom_code import (
     MODELING_FILE,
@@ -174,7 +175,7 @@ def generation_config(source: Source) -> dict:
     stops = list(tokenizer.stop_ids)
     settings = {
         "bos_token_id": tokenizer.start_id,
-        "eos_token_id": stops if len(stops) > 1 else stops[0],
+        "eos_token_id": stops if len(stops) > 1 else tokenizer.end_of_text_id,
         "pad_token_id": tokenizer.end_of_text_id,
         "do_sample": True,
         "temperature": d.temperature,
@@ -283,7 +284,8 @@ def export_folder(
             (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
         write_json(folder / "config.json", theirs)
         write_json(folder / "generation_config.json", generation_config(source))
-        write_tokenizer(tokenizer, folder, config.context_length)
+        if not isinstance(tokenizer, NoTokenizer):
+            write_tokenizer(tokenizer, folder, config.context_length)
         write_card(folder, source, family, dtype_name)
         check(folder, source, family, dtype_name)
     if odd := [

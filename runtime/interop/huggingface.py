@@ -127,7 +127,12 @@ def family_of(config: ModelConfig) -> str:
 
 # ----------------------------------------------------------------------------------- config.json
 def hf_config(
-    config: ModelConfig, family: str, *, end_of_text_id: int, start_id: int | None, dtype: str
+    config: ModelConfig,
+    family: str,
+    *,
+    end_of_text_id: int | None,
+    start_id: int | None,
+    dtype: str,
 ) -> dict:
     """Return config.json of a model of this family.
 

@@ -11,7 +11,8 @@ block has a window, pass all keys on all the same: positions are counted from th
 Next to OUT.onnx: OUT.tokenizer.json, for the `tokenizers` package, and OUT.onnx.data with the
 weights where they are more than one ONNX file can hold (2 GB). The model's metadata hold our
 config, the tokenizer's name, the id that is prepended to a text (or nothing), end-of-text's id, and
-a JSON list of all ids that end a completion.
+a JSON list of all ids that end a completion. With --tokenizer none there is no tokenizer.json, and
+the metadata name no ids.
 """
 
 from __future__ import annotations

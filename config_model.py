@@ -694,7 +694,7 @@ class PredictConfig:
     tokenizer: str = option(
         "",
         "tokenizer for a checkpoint without one: o200k_base, byte, ..., a folder of "
-        "prepare_data.py or of a published model (default: the checkpoint's)",
+        "prepare_data.py or of a published model, or none: token ids (default: the checkpoint's)",
     )
     # how it runs
     device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")

@@ -665,7 +665,7 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
         ValueError,
         match=(
             r"does not say which tokenizer it was trained with \(vocabulary 260\): name it with "
-            r"--tokenizer"
+            r"--tokenizer, or say --tokenizer none to read and write token ids"
         ),
     ):
         predict.main(["--ckpt", ckpt, "--prompt", "x"])
@@ -688,6 +688,95 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
         ),
     ):
         predict.main(["--ckpt", smaller, "--prompt", "x", "--tokenizer", "byte"])
+
+
+@pytest.fixture(scope="module")
+def nameless(tmp_path_factory) -> str:
+    """A checkpoint that says nothing of its tokenizer."""
+    return save(tmp_path_factory.mktemp("nameless"), biased_model(), None)
+
+
+def test_token_ids_in_and_out(nameless, run):
+    """A checkpoint without a tokenizer, such as the original implementation's, was of no use.
+
+    The ids are the model's: nothing is put before them, and none ends the answer.
+    """
+    expected = greedy_ids(biased_model(), [12, 7, 99], 6)
+    flags = ("--ckpt", nameless, "--tokenizer", "none", "--max_new_tokens", 6, "--temperature", 0)
+    text = " " + " ".join(map(str, expected))
+    assert run(*flags, "--prompt", "12 7 99") == f"12 7 99{text}\n"
+    record = json.loads(run(*flags, "--prompt", "[12, 7, 99]", "--json"))
+    assert (record["ids"], record["text"], record["prompt_tokens"]) == (expected, text, 3)
+    assert record["ended"] == "length" and record["new_tokens"] == 6
+
+
+@pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])
+def test_checkpoints_of_the_reference_take_token_ids(shared_dir, run, name):
+    path = shared_dir / "upstream" / f"{name}.pt"
+    model = load_model(path)[0]
+    flags = ("--tokenizer", "none", "--max_new_tokens", 8, "--temperature", 0, "--json")
+    record = json.loads(run("--ckpt", path, *flags, "--prompt", "12 7 99"))
+    assert record["ids"] == greedy_ids(model, [12, 7, 99], 8)
+
+
+def test_each_line_of_a_prompt_file_is_ids(nameless, run, tmp_path, capsys):
+    """All are read before the first is completed: a wrong one prints nothing."""
+    (tmp_path / "prompts").write_text("1 2\n3\n")
+    flags = ["--ckpt", nameless, "--tokenizer", "none", "--max_new_tokens", "4"]
+    out = run(*flags, "--prompt_file", tmp_path / "prompts", "--temperature", 0, "--json")
+    model = biased_model()
+    assert [json.loads(line)["ids"] for line in out.splitlines()] == [
+        greedy_ids(model, ids, 4) for ids in ([1, 2], [3])
+    ]
+    (tmp_path / "prompts").write_text("1 2\n260\n")
+    with pytest.raises(ValueError, match="token id 260 is beyond this model's vocabulary"):
+        predict.main([*flags, "--prompt_file", str(tmp_path / "prompts"), "--batch_size", "1"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--prompt", "12 260"],
+            "token id 260 is beyond this model's vocabulary: its ids are 0 to",
+        ),
+        (["--prompt", "Once"], "'Once' is no token id: .* numbers from 0 to 259, such as 12 7 99"),
+        (["--prompt", "-1"], "'-1' is no token id"),
+        (["--prompt", "1.5"], "'1.5' is no token id"),
+        (["--prompt", "٣"], "'٣' is no token id"),
+        (["--prompt", "9" * 10_000], "'9{40}' is no token id"),
+        (["--prompt", " "], "the prompt is empty: with --tokenizer none it needs a token id"),
+        (["--prompt", "1", "--stop", "5"], "stop '5' ends an answer before a text"),
+    ],
+    ids=lambda value: "",
+)
+def test_what_is_no_token_id_is_one_line(nameless, flags, message, capsys):
+    with pytest.raises(ValueError, match=message) as caught:
+        predict.main(["--ckpt", nameless, "--tokenizer", "none", "--device", "cpu", *flags])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert capsys.readouterr().out == ""
+
+
+def test_a_session_of_token_ids(nameless, repl, tmp_path):
+    """What is continued is what was shown, and a mistake leaves the text as it was."""
+    model, saved = biased_model(), tmp_path / "ids.txt"
+    first = greedy_ids(model, [12, 7], 3)
+    second = greedy_ids(model, [12, 7, *first, 99, 1], 3)
+    script = f'12 7\n+99 1\n+300\n:stop 5\n1\n:stop ""\n:save {saved}\n:q\n'
+    out, errors = repl(nameless, script, "--tokenizer", "none", "--temperature", 0)
+    numbers = " ".join(map(str, [12, 7, *first, 99, 1, *second]))
+    assert out.splitlines()[0] == " ".join(map(str, [12, 7, *first]))
+    assert numbers in saved.read_text()
+    assert [line.partition(":")[0] for line in errors.splitlines()] == ["error", "error"]
+    assert "token id 300" in errors and "stop '5'" in errors
+
+
+def test_text_stays_text_where_a_tokenizer_is_known(endless):
+    with pytest.raises(
+        ValueError, match="was trained with tokenizer byte, not none: leave --tokenizer out"
+    ):
+        predict.main(["--ckpt", endless, "--prompt", "1", "--tokenizer", "none"])
 
 
 def test_the_checkpoints_own_tokenizer_cannot_be_overruled(endless, bpe, run):

@@ -74,7 +74,7 @@ def _then_none(settings: dict, texts: Iterable[str]) -> Iterator[dict | str | No
 def _start() -> subprocess.Popen:
     """Start the process. Ctrl-C at a terminal reaches its parent only, which then kills it."""
     command = [sys.executable, "-P", "-c", START]
-    if os.name == "nt":
+    if sys.platform == "win32":
         group = subprocess.CREATE_NEW_PROCESS_GROUP
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=group

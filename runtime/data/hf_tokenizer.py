@@ -23,6 +23,7 @@ from runtime.base.files import write_text_atomic
 from runtime.data.tokenizer import (
     COMPACT,
     END_OF_TEXT,
+    NoTokenizer,
     Tokenizer,
     byte_of_character,
     spell,
@@ -119,14 +120,18 @@ def special_words(tokenizer: Tokenizer) -> dict[str, int]:
     )
 
 
-def pad_id(tokenizer: Tokenizer) -> int:
+def pad_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of padding: one that no text contains if there is one, else end-of-text.
+
+    None if the tokenizer is unknown.
 
     Padding must not cost a row of the embedding, so the id is one of the vocabulary. transformers
     leaves labels with this id out of the loss, and end-of-text is worth learning.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.pad_id
+    if isinstance(tokenizer, NoTokenizer):
+        return None
     if tokenizer.undecodable_ids:
         return tokenizer.undecodable_ids[0]
     never = {t: i for t, i in tokenizer.encoding._mergeable_ranks.items() if NEVER_IN_UTF8 in t}

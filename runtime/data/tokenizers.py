@@ -43,9 +43,11 @@ from runtime.data.tokenizer import (
     COMPACT,
     IMPORTED,
     NAMED,
+    NONE,
     STATE_FILE,
     WORD_PATTERN,
     CompactTokenizer,
+    NoTokenizer,
     Tokenizer,
     byte_of_character,
     encoding_of,
@@ -93,15 +95,15 @@ def _plain_names_too(other: list[Path]) -> Iterator[None]:
     """
     folder, read = os.environ.get("TIKTOKEN_CACHE_DIR"), tiktoken.load.read_file_cached
 
-    def read_plain_too(address: str, expected_hash: str | None = None) -> bytes:
-        cached = Path(folder or "", hashlib.sha1(address.encode()).hexdigest())
-        plain = Path(folder or "", address.rpartition("/")[2])
+    def read_plain_too(blobpath: str, expected_hash: str | None = None) -> bytes:
+        cached = Path(folder or "", hashlib.sha1(blobpath.encode()).hexdigest())
+        plain = Path(folder or "", blobpath.rpartition("/")[2])
         if folder and not cached.exists() and plain.is_file():
             content = plain.read_bytes()
             if expected_hash is None or tiktoken.load.check_hash(content, expected_hash):
                 return content
             other.append(plain)
-        return read(address, expected_hash)
+        return read(blobpath, expected_hash)
 
     with _reading_plain_names:
         tiktoken.load.read_file_cached = read_plain_too
@@ -127,6 +129,7 @@ def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
 
 def _always_kept(base: Tokenizer) -> set[int]:
     ranks = base.encoding._mergeable_ranks
+    assert base.end_of_text_id is not None
     return {*(ranks[bytes([b])] for b in range(256)), base.end_of_text_id}
 
 
@@ -368,23 +371,26 @@ def tokenizer_from_state(state: dict) -> Tokenizer:
 def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
     """Return the checkpoint's tokenizer; `name` (see named_tokenizer) is for one without it.
 
-    Raise ValueError if they do not fit.
+    "none": token ids instead of text. Raise ValueError if they do not fit.
     """
     path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
     if checkpoint.tokenizer_state:
         tokenizer = tokenizer_from_state(checkpoint.tokenizer_state)
-        if name and named_tokenizer(name).fingerprint != tokenizer.fingerprint:
+        if name == NONE or (name and named_tokenizer(name).fingerprint != tokenizer.fingerprint):
             raise ValueError(
                 f"{path} was trained with tokenizer {tokenizer.name}, not {name}: "
                 "leave --tokenizer out"
             )
+    elif name == NONE:
+        tokenizer = NoTokenizer(vocabulary)
     # The original implementation's checkpoints name no tokenizer: it is always o200k_base.
     elif name or vocabulary == 200_019:
         tokenizer = named_tokenizer(name or "o200k_base")
     else:
         raise ValueError(
             f"{path} does not say which tokenizer it was trained with "
-            f"(vocabulary {vocabulary:,}): name it with --tokenizer"
+            f"(vocabulary {vocabulary:,}): name it with --tokenizer, or say --tokenizer none "
+            "to read and write token ids"
         )
     if tokenizer.vocabulary_size > vocabulary:
         raise ValueError(

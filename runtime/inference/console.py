@@ -24,6 +24,7 @@ from runtime.base.text import visible
 from runtime.data.file_sets import format_of
 from runtime.data.formats import looks_like_json_lines, read_json, read_jsonl
 from runtime.data.text_files import check_nuls, open_text
+from runtime.data.tokenizer import NoTokenizer
 from runtime.inference.decoder import router_choices
 from runtime.inference.expert_map import html_page, text_map
 from runtime.inference.predictor import Completion, Predictor
@@ -102,14 +103,16 @@ def show_completions(predictor: Predictor, prompts: Sequence[str], config: Predi
 
     They are JSON lines, or texts with an empty line between them.
     """
+    # All before the first is completed, because a prompt may be refused.
+    all_ids = map(predictor.prompt_ids, prompts)
     jobs = [
-        (prompt, config.seed if config.seed < 0 else (config.seed + i) % 2**63)
-        for prompt in prompts
+        (prompt, ids, config.seed if config.seed < 0 else (config.seed + i) % 2**63)
+        for prompt, ids in zip(prompts, all_ids, strict=True)
         for i in range(config.num_samples)
     ]
     for first in range(0, len(jobs), config.batch_size):
         batch = jobs[first : first + config.batch_size]
-        completions = [Completion(predictor.prompt_ids(prompt)) for prompt, _ in batch]
+        completions = [Completion(ids) for _, ids, _ in batch]
         started = time.perf_counter()
         shown = 0
 
@@ -117,7 +120,7 @@ def show_completions(predictor: Predictor, prompts: Sequence[str], config: Predi
             """Print those that ended, up to the first that did not."""
             nonlocal shown
             while shown < len(completions):
-                (prompt, seed), completion = batch[shown], completions[shown]
+                (prompt, _, seed), completion = batch[shown], completions[shown]
                 if completion.ended == "interrupted" and not all_of_them:
                     return
                 if config.json:
@@ -133,7 +136,7 @@ def show_completions(predictor: Predictor, prompts: Sequence[str], config: Predi
             with explained_out_of_memory(
                 predictor.device, "lower --batch_size or --context_length, or use --dtype bfloat16"
             ):
-                for _ in predictor.complete(completions, config, [seed for _, seed in batch]):
+                for _ in predictor.complete(completions, config, [seed for _, _, seed in batch]):
                     show(False)
         except KeyboardInterrupt:
             show(True)
@@ -172,6 +175,8 @@ def print_json(
         "seconds_to_first_token": completion.first_s,
         "tokens_per_sec": completion.tokens_per_sec,
     }
+    if isinstance(predictor.tokenizer, NoTokenizer):
+        record["ids"] = completion.ids
     if config.show_experts:
         experts, weights = router_choices(predictor.model, last_text_ids(predictor))
         record |= {"experts": experts.tolist(), "gates": weights.tolist()}

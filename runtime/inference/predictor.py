@@ -24,7 +24,7 @@ from runtime.base import process
 from runtime.base.device import choose_device, choose_dtype, explained_out_of_memory
 from runtime.base.text import UntilText
 from runtime.checkpoint.read import load_model
-from runtime.data.tokenizer import TokenStream
+from runtime.data.tokenizer import NONE, NoTokenizer, TokenStream
 from runtime.data.tokenizers import tokenizer_of
 from runtime.inference import cpu_decode
 from runtime.inference.decoder import Decoder, Text, generate
@@ -68,6 +68,8 @@ class Predictor:
                 f"there is no {config.ckpt} yet: train a model first (python train.py, or make "
                 f"demo), or give --ckpt FILE{ready}"
             )
+        if config.tokenizer == NONE:
+            _refuse_stop(config)
         self.device = device = choose_device(config.device)
         dtype = _choose_dtype(config, device)
         if config.compile and device.type != "cuda":
@@ -117,11 +119,18 @@ class Predictor:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return a prompt's ids as the start of a document.
 
-        There is at least one id, because the first generated token needs one before it.
+        There is at least one id, because the first generated token needs one before it. Raise
+        ValueError if a model without a tokenizer is given none.
         """
-        start = self.tokenizer.start_id
+        start, end = self.tokenizer.start_id, self.tokenizer.end_of_text_id
         ids = ([] if start is None else [start]) + self.tokenizer.encode(prompt)
-        return ids or [self.tokenizer.end_of_text_id]
+        if ids:
+            return ids
+        if end is None:
+            raise ValueError(
+                "the prompt is empty: with --tokenizer none it needs a token id, such as 12 7 99"
+            )
+        return [end]
 
     def stream(
         self,
@@ -159,6 +168,8 @@ class Predictor:
 
         Each token yields a piece, which may be empty, and the end of a completion another one.
         """
+        if isinstance(self.tokenizer, NoTokenizer):
+            _refuse_stop(config)
         generators = [torch.Generator(self.device) for _ in completions]
         for generator, seed in zip(generators, seeds, strict=True):
             generator.seed() if seed < 0 else generator.manual_seed(seed)
@@ -229,6 +240,15 @@ class Predictor:
 def _shown(path: Path) -> Path:
     """Return a path as a user types it: relative to the current folder if it is inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _refuse_stop(config: PredictConfig) -> None:
+    """Raise ValueError if a stop text is set, which token ids do not have."""
+    if config.stop:
+        raise ValueError(
+            f"stop {', '.join(map(repr, config.stop))} ends an answer before a text, and with "
+            '--tokenizer none there are token ids: leave --stop out, or type :stop ""'
+        )
 
 
 def _why_ended(completion: Completion, stop_ids: Collection[int], config: PredictConfig) -> str:

@@ -16,6 +16,7 @@ from config_model import PRESETS, ModelConfig, PredictConfig
 from runtime.base.files import write_text_atomic
 from runtime.base.text import human_bytes, human_count, visible
 from runtime.checks import known
+from runtime.data.tokenizer import NoTokenizer
 from runtime.inference.console import experts_map, show_completion
 from runtime.inference.predictor import Completion, Predictor
 
@@ -118,6 +119,9 @@ class Session:
             has_end = before[-1] in predictor.tokenizer.stop_ids and len(before) > 1
             ids = before[:-1] if has_end else before
             ids = ids + predictor.tokenizer.encode_continuation(prompt)
+            if isinstance(predictor.tokenizer, NoTokenizer):
+                # Numbers stay apart from the ones before them.
+                prompt = " " + prompt.strip() if prompt.strip() else ""
         self.turns.append((self.ids, self.shown))
         predictor.last = None
         try:

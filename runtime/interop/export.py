@@ -95,8 +95,9 @@ def export_parser(description: str, out: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--tokenizer",
         default="",
-        help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of "
-        "a data folder, a published model or a checkpoint (default: the checkpoint's)",
+        help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., the path of "
+        "a data folder, a published model or a checkpoint, or none: the export reads and gives "
+        "token ids (default: the checkpoint's)",
     )
     p.add_argument("--force", action="store_true", help="replace an existing output")
     return p
@@ -244,9 +245,15 @@ def flush(path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------- check
 def check_ids(tokenizer: Tokenizer, config: ModelConfig) -> Tensor:
-    """Return ids [1, T] of the text that checks every export, as long as the context allows."""
-    ids = [tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)]
-    return torch.tensor([ids[: min(config.context_length, MOST_CHECKED_TOKENS)]])
+    """Return ids [1, T] of the text that checks every export, as long as the context allows.
+
+    Without a tokenizer they are drawn, always the same, from the whole vocabulary.
+    """
+    length = min(config.context_length, MOST_CHECKED_TOKENS)
+    if tokenizer.end_of_text_id is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(config.vocabulary_size, (1, length), generator=generator)
+    return torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)][:length]])
 
 
 def lazy_model(config: ModelConfig, read: Callable[[str], Tensor]) -> LLM:

@@ -33,7 +33,7 @@ from runtime.base.files import write_text_atomic
 from runtime.base.text import human_bytes
 from runtime.checks.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
 from runtime.data.hf_tokenizer import HuggingFaceTokenizer, byte_level_merges, special_words
-from runtime.data.tokenizer import END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
+from runtime.data.tokenizer import END_OF_TEXT, WORD_PATTERN, NoTokenizer, Tokenizer, spell
 from runtime.interop import export, published
 from runtime.interop.export import (
     ExportError,
@@ -261,6 +261,13 @@ def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
 
     Raise ValueError for a tokenizer that llama.cpp cannot represent.
     """
+    if isinstance(tokenizer, NoTokenizer):
+        # It loads a file whose tokenizer.ggml.model is "none", and its server then ends with a
+        # failed assertion at the first token that it should print.
+        raise ValueError(
+            "llama.cpp generates nothing without a vocabulary: give the model's --tokenizer, or "
+            "use scripts.export_hf or scripts.export_onnx, which need none"
+        )
     # llama.cpp loads no file without merges, so single bytes get one that never applies: nothing
     # makes its halves.
     merges = [f"{spell(left)} {spell(right)}" for left, right in byte_level_merges(tokenizer)] or [

@@ -130,7 +130,7 @@ def hf_config(
     config: ModelConfig,
     family: str,
     *,
-    end_of_text_id: int,
+    end_of_text_id: int | None,
     start_id: int | None,
     dtype: str,
     pad_id: int | None = None,

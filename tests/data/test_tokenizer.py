@@ -31,6 +31,7 @@ from runtime.data.tokenizer import (
     STATE_FILE,
     WORD_PATTERN,
     CompactTokenizer,
+    NoTokenizer,
     Tokenizer,
     TokenStream,
     byte_of_character,
@@ -100,6 +101,18 @@ def test_ids_outside_the_vocabulary_are_named(token_id):
         ValueError, match=f"token id {token_id} is not in byte, which has ids 0 to 256"
     ):
         BYTE.decode([token_id])
+
+
+@given(st.lists(st.integers(0, 511)), st.sampled_from([" ", ", ", "\n", " ,[ ]"]))
+def test_token_ids_are_text_both_ways(ids, between):
+    tokenizer = NoTokenizer(512)
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    assert tokenizer.encode(f"[{between.join(map(str, ids))}]") == ids
+    stream = TokenStream(tokenizer)
+    assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
+    assert (tokenizer.start_id, tokenizer.end_of_text_id, tokenizer.stop_ids) == (None, None, ())
+    with pytest.raises(ValueError, match="token id 512 is not in none, which has ids 0 to 511"):
+        tokenizer.decode([512])
 
 
 def test_byte_tokenizer():

@@ -21,7 +21,7 @@ import torch
 from config_model import ModelConfig, PredictConfig, TrainConfig
 from runtime.checkpoint.write import save_checkpoint, write_weights
 from runtime.data.hf_tokenizer import HuggingFaceTokenizer
-from runtime.data.tokenizer import Tokenizer, byte_of_character
+from runtime.data.tokenizer import NoTokenizer, Tokenizer, byte_of_character
 from runtime.data.tokenizers import compacted, load_tokenizer, train_bpe
 from runtime.interop import gguf as interop
 from runtime.interop.export import CHECK_TEXT, ExportError
@@ -869,6 +869,14 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
 
 def test_a_window_as_long_as_the_context_is_none(tmp_path):
     exported(tmp_path, sliding_window=32)
+
+
+def test_a_model_without_a_tokenizer_is_refused():
+    """llama.cpp loads a file whose vocabulary is "none", and aborts at the first token."""
+    with pytest.raises(
+        ValueError, match="llama.cpp generates nothing without a vocabulary: give the model's"
+    ):
+        interop.vocabulary_of(gguf, NoTokenizer(260), 260)
 
 
 def test_compact_vocabularies_are_refused(tmp_path):

@@ -14,17 +14,19 @@ from runtime.base import process
 process.before_torch()
 # ruff: noqa: E402
 
+import shlex
 from pathlib import Path
 
 import prepare_data
 import train
 from runtime.base.cli import parser, run_main
+from runtime.base.files import write_text_atomic
 from runtime.checkpoint.folder import BEST
 from runtime.data.sources import DEFAULT_TOY_STORIES
 from runtime.interop.export import check_output
 from runtime.interop.release import commit, release
 
-VOCABULARY, STEPS = 3072, 1500
+VOCABULARY, STEPS = 3072, 1400
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,18 +45,24 @@ def main(argv: list[str] | None = None) -> int:
     folders = [f"--data_dir={work / 'data'}", f"--ckpt_dir={work / 'checkpoints'}"]
     folders.append(f"--graph_dir={work / 'graphs'}")
     running = [f"--max_steps={args.max_steps}", f"--num_threads={args.num_threads}"]
+    given = [f"--{name}={vars(args)[name]}" for name in ("num_stories", "vocabulary")]
+    command = shlex.join(["python", "-m", "scripts.make_stories", *given, running[0]])
+    # One line for each start of the run.
+    history = work / "commands.txt"
     if args.resume:
-        code = train.main(["--resume", *folders[1:], *running])
+        commands = f"{history.read_text(encoding='utf-8')}{command} --resume\n"
+        write_text_atomic(history, commands)
+        code = train.main(["--resume", *folders, *running])
     else:
         data = ["--dataset=toy", f"--num_stories={args.num_stories}"]
         data += [f"--tokenizer=bpe:{args.vocabulary}", f"--out_dir={work / 'data'}"]
         prepare_data.main(data)
+        commands = command + "\n"
+        write_text_atomic(history, commands)
         code = train.main(["--preset=nano", "--document_mask", *folders, *running])
     if code == 0:
-        given = [f"--{name}={vars(args)[name]}" for name in ("num_stories", "vocabulary")]
-        command = ["python", "-m", "scripts.make_stories", *given, running[0]]
         metrics = work / "graphs" / "metrics.json"
-        card = release(work / "checkpoints" / BEST, metrics, out, command, made_at)
+        card = release(work / "checkpoints" / BEST, metrics, out, commands.splitlines(), made_at)
         print(f"{out}: {out.stat().st_size:,} bytes; {card} says how it was made")
     return code
 

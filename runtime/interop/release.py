@@ -7,7 +7,6 @@ training. The card says the same in Markdown. Both come from the run's own files
 from __future__ import annotations
 
 import math
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -39,7 +38,7 @@ It tells small English stories.
 | steps | {step:,} of {sequences} x {context} tokens: {tokens} tokens |
 | validation loss | {loss:.4f} nats per token, perplexity {perplexity:.3f} |
 | weights | bfloat16, {size:,} bytes |
-| made by | `{command}` |
+| made by | {commands} |
 | commit | {commit} |
 | time | {time} on {device} |
 | versions | {versions} |
@@ -65,15 +64,15 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def release(ckpt: Path, metrics: Path, out: Path, command: list[str], made_at: str) -> Path:
+def release(ckpt: Path, metrics: Path, out: Path, commands: list[str], made_at: str) -> Path:
     """Write `out` and its card from a run's checkpoint and metrics.json; return the card's path.
 
-    command: what made the run. made_at: the commit of its code.
+    commands: what was typed, one for each start of the run. made_at: the commit of the code.
     """
     checkpoint = read_checkpoint(ckpt)
     info = read_json_object(metrics)["run"]
     run = {key: checkpoint.run[key] for key in ("run_id", "tokens_seen", "train_seconds")} | {
-        "command": shlex.join(command),
+        "commands": commands,
         "commit": made_at,
         "source": info["source"],
         "device": info["device"],
@@ -116,7 +115,7 @@ def card_of(checkpoint: Checkpoint) -> str:
         loss=checkpoint.val_loss,
         perplexity=math.exp(checkpoint.val_loss),
         size=checkpoint.path.stat().st_size,
-        command=run["command"],
+        commands=", then ".join(f"`{command}`" for command in run["commands"]),
         commit=run["commit"] or "unknown",
         time=human_seconds(run["train_seconds"]),
         device=run["device"],

@@ -64,9 +64,8 @@ def test_a_run_becomes_a_file_of_bfloat16_weights_and_its_card(made):
         assert torch.equal(stored.float(), tensor.to(stored.dtype).float()), name
     assert {t.dtype for t in released.model.values()} >= {torch.bfloat16}
     run = released.run
-    assert run["command"] == (
-        "python -m scripts.make_stories --num_stories=300 --vocabulary=300 --max_steps=6"
-    )
+    command = "python -m scripts.make_stories --num_stories=300 --vocabulary=300"
+    assert run["commands"] == [f"{command} --max_steps=4", f"{command} --max_steps=6 --resume"]
     assert run["source"]["num_stories"] == 300
     assert path.with_suffix(".md").read_text() == release.card_of(released)
 

@@ -251,9 +251,9 @@ def write_tokenizer(
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and check them.
 
-    The model may have more rows than there are ids. padding_side: of our tokenizers; a generated
-    text goes on at the right of a row. Raise ValueError for a compact vocabulary and TokenizerError
-    if the written files give other ids (see check_tokenizer).
+    The model may have more rows than there are ids. padding_side: of our tokenizers; new tokens
+    come on the right. Raise ValueError for a compact vocabulary and TokenizerError if the written
+    files give other ids (see check_tokenizer).
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text, config = tokenizer.text, dict(tokenizer.config)

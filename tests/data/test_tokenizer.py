@@ -348,6 +348,8 @@ def test_no_process_is_left_training(number):
             time.sleep(0.01)
         assert not Path(f"/proc/{trainer}").exists()
     finally:
+        for pid in children_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
         process.kill()
         process.communicate()
 

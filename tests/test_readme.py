@@ -199,7 +199,8 @@ def test_every_command_it_shows_is_understood(command, tmp_path, monkeypatch, ca
 
 def test_every_flag_it_names_is_one(capsys):
     # benchmarks.gpu's, and that of the field which CONTRIBUTING.md's example adds.
-    known = {"--name", "--out", "--tiny", "--second", "--shared_d_ff"}
+    # And one of pip.
+    known = {"--name", "--out", "--tiny", "--second", "--shared_d_ff", "--extra-index-url"}
     for script in SCRIPTS:
         with pytest.raises(SystemExit):
             importlib.import_module(script).main(["--help"])

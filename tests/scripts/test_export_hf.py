@@ -169,6 +169,25 @@ def test_batches(made):
         assert model(**made_batch).loss.isfinite()
 
 
+def test_batches_of_custom_code(ckpt, tmp_path, monkeypatch):
+    """The tokenizer pads on the left, and rows of a batch continue as they do alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # transformers puts that folder there.
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    run(ckpt, tmp_path / "out", "--custom_code")
+    trusted = dict(trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **trusted)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", **trusted)
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 255
+    greedy = dict(do_sample=False, max_new_tokens=6, eos_token_id=None)
+    together = model.generate(**tokenizer(PROMPTS[:2], padding=True, return_tensors="pt"), **greedy)
+    for prompt, row in zip(PROMPTS, together, strict=False):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), **greedy)
+        assert torch.equal(alone[0, -6:], row[-6:])
+
+
 def test_a_step_of_training_moves_the_start(made, tmp_path):
     """As the id of padding, the start token would never learn: its embedding has no gradient then.
 

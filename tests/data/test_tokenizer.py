@@ -322,14 +322,15 @@ def test_an_error_in_the_text_ends_the_training_of_a_bpe():
         train_bpe(texts(), 300)
 
 
-def children_of(pid: int) -> set[int]:
-    """Return the processes, not yet dead, that a process started."""
-    found = set()
+def parents() -> dict[int, int]:
+    """Return the parent of every process, the dead ones left out."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
+        # A process may end in between.
         with contextlib.suppress(OSError):
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == pid and state != "Z":
-                found.add(int(path.parent.name))
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
     return found
 
 
@@ -340,16 +341,16 @@ def test_no_process_is_left_training(number):
     process = start_training()
     try:
         assert process.stdout.readline() == "all read\n"
-        (trainer,) = children_of(process.pid)
+        (trainer,) = [pid for pid, parent in parents().items() if parent == process.pid]
         process.send_signal(number)
         process.wait(timeout=30)
         deadline = time.monotonic() + 30
-        while Path(f"/proc/{trainer}").exists() and time.monotonic() < deadline:
+        while (is_there := trainer in parents()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not Path(f"/proc/{trainer}").exists()
+        if is_there:
+            os.kill(trainer, signal.SIGKILL)
+        assert not is_there
     finally:
-        for pid in children_of(process.pid):
-            os.kill(pid, signal.SIGKILL)
         process.kill()
         process.communicate()
 

@@ -61,7 +61,7 @@ from runtime.training.plan import (
     with_largest_micro_batch,
 )
 from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled
-from runtime.training.setup import out_of_memory_advice, runs, set_up
+from runtime.training.setup import explained_failures, runs, set_up
 from runtime.training.state import (
     RecentLoss,
     RunState,
@@ -590,7 +590,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
 
     with (
         StopRequest() as stop,
-        out_of_memory_advice(plan),
+        explained_failures(plan),
         profiled(plan, state, reporter.say) as on_step,
     ):
         hooks = Hooks(reporter.on_log, on_save, on_step, stop.requested)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from config_model import PRESETS, ModelConfig, TrainConfig
+from runtime.base.following import follow
 from runtime.base.text import visible
 
 
@@ -24,11 +25,13 @@ class Settings:
     """What the user asked for.
 
     `values`: by field name, preset included. `explicit`: names given as flags or in the TOML file.
+    `notes`: a line for each value that was adapted to those given.
     """
 
     values: dict
     explicit: frozenset
     preset: str | None = None
+    notes: tuple[str, ...] = ()
 
     def build(self, config_class):
         """Return a `config_class` from the values that are its fields. Raise ValueError."""
@@ -114,7 +117,11 @@ def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     file = _read_toml(args.config, known) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
-    return Settings(values | file | flags, frozenset(file) | frozenset(flags), args.preset)
+    values, explicit = values | file | flags, frozenset(file) | frozenset(flags)
+    notes: tuple[str, ...] = ()
+    if TrainConfig in config_classes:
+        values, notes = follow(values, explicit)
+    return Settings(values, explicit, args.preset, notes)
 
 
 def _read_toml(path: str, known: Iterable[str]) -> dict:

@@ -121,8 +121,7 @@ def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) ->
                 "run's own --data_dir, or start a new run with --init_from"
             )
         assert model_config is not None
-        config = _with_epochs(config, settings, task, model_config, notes)
-        _check_steps(config, source)
+        config = _with_epochs(config, settings, task, model_config, source, notes)
     else:
         if config.init_from:
             source = read_checkpoint(config.init_from)
@@ -133,7 +132,7 @@ def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) ->
             model_config = dataclasses.replace(model_config, vocabulary_size=task.vocabulary_size)
         assert model_config is not None
         _check_vocabulary(model_config, task, source)
-        config = _with_epochs(config, settings, task, model_config, notes)
+        config = _with_epochs(config, settings, task, model_config, None, notes)
     auto_dtype = config.dtype == "auto"
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes)
@@ -145,9 +144,13 @@ def _with_epochs(
     settings: cli.Settings,
     task: Task,
     model_config: ModelConfig,
+    source: Checkpoint | None,
     notes: list[str],
 ) -> TrainConfig:
-    """Return the config with the steps that its epochs take, rounded up; add lines to notes."""
+    """Return the config with the steps that its epochs take, rounded up; add lines to notes.
+
+    source: the checkpoint that is resumed. Without one, the warm-up follows the steps.
+    """
     if not config.epochs:
         return config
     samples = task.samples_per_epoch(model_config)
@@ -157,8 +160,10 @@ def _with_epochs(
     steps = round(config.epochs * samples / (config.batch_size * config.grad_accum), 6)
     values = dataclasses.asdict(config) | {"epochs": 0.0, "max_steps": max(math.ceil(steps), 1)}
     said: tuple[str, ...] = ()
-    if not config.resume:
+    if source is None:
         values, said = follow(values, settings.explicit)
+    else:
+        _check_steps(values, source)
     notes += [
         f"epochs {config.epochs:g} of {samples:,} sequences: max_steps {values['max_steps']:,}",
         *said,
@@ -253,10 +258,10 @@ def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainC
     free = {name: value for name, value in given.items() if name in may_change}
     # The run's folder may have been moved since it was saved.
     folder = {"ckpt_dir": settings.values.get("ckpt_dir", TrainConfig.ckpt_dir)}
+    values = source.train_config | free | folder | {"resume": True, "init_from": ""}
+    _check_steps(values, source)
     try:
-        config = TrainConfig(
-            **source.train_config | free | folder | {"resume": True, "init_from": ""}
-        )
+        config = TrainConfig(**values)
     except TypeError as error:
         raise ValueError(
             f"{source.path} has training settings that this version does not know: {error}"
@@ -292,12 +297,14 @@ def _other_batch(name: str, value: object, source: Checkpoint) -> str:
     )
 
 
-def _check_steps(config: TrainConfig, source: Checkpoint) -> None:
+def _check_steps(values: dict, source: Checkpoint) -> None:
     """Raise ValueError for fewer steps than were taken, because they would rewrite history."""
-    if config.max_steps < source.step:
+    steps = values["max_steps"]
+    # TrainConfig says what is wrong with another type.
+    if type(steps) is int and steps < source.step:
         raise ValueError(
-            f"the run in {config.ckpt_dir} is at step {source.step}, beyond "
-            f"--max_steps {config.max_steps}: raise it to train further"
+            f"the run in {values['ckpt_dir']} is at step {source.step}, beyond "
+            f"--max_steps {steps}: raise it to train further"
         )
 
 

@@ -27,6 +27,7 @@ from runtime.base.device import (
     make_deterministic,
     memory_bytes,
 )
+from runtime.base.files import is_utf8
 from runtime.base.following import follow
 from runtime.base.text import human_bytes, human_count
 from runtime.checkpoint.folder import find_latest, folder_has_run
@@ -111,6 +112,11 @@ def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) ->
     """
     notes: list[str] = []
     source, config, model_config = _configs(settings, notes)
+    if config.profile and not is_utf8(config.graph_dir):
+        raise ValueError(
+            f"--profile: PyTorch writes its trace to UTF-8 paths alone, and {config.graph_dir} is "
+            "none: give another --graph_dir"
+        )
     device, dtype = _prepare_process(config)
     task = task_of(config)
     if config.resume:
@@ -203,7 +209,7 @@ def _configs(
             f"--resume continues with the run's own settings: leave out --preset {settings.preset}"
         )
     source, skipped = find_latest(settings.values.get("ckpt_dir", TrainConfig.ckpt_dir))
-    notes += [f"skipped a damaged checkpoint: {line}" for line in skipped]
+    notes += [f"skipped a checkpoint that cannot be read: {line}" for line in skipped]
     notes.append(f"resuming {source.path} at step {source.step:,}")
     config, model_config = _resumed_configs(settings, source)
     return source, config, model_config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import signal
@@ -211,6 +212,13 @@ def test_an_embedding_that_is_most_of_the_model_is_said(data):
         said(large),
     )
     assert "embedding of" not in said(planned(data, "--preset", "nano"))
+
+
+def test_a_trace_into_a_folder_that_is_not_utf8_is_refused_at_the_start(data, tmp_path):
+    """PyTorch's profiler raised a TypeError about it after the steps it had recorded."""
+    graphs = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(ValueError, match="UTF-8 paths alone, .*: give another --graph_dir"):
+        planned(data, *MODEL, *SPEED, "--max_steps", 20, "--profile", "--graph_dir", graphs)
 
 
 # --------------------------------------------------------------------- the same sequences, cut anew

@@ -283,8 +283,9 @@ def _also_free(given: dict, source: Checkpoint) -> set[str]:
     The same sequences per step may be cut otherwise, and a dtype that auto chose may be another.
     """
     names = {"dtype"} if source.run.get("auto_dtype") else set()
-    cut = [given.get("batch_size"), given.get("grad_accum")]
-    if all(type(number) is int for number in cut) and cut[0] * cut[1] == _sequences(source):
+    # A file can give anything, and what is not given is None.
+    size, times = given.get("batch_size"), given.get("grad_accum")
+    if type(size) is int and type(times) is int and size * times == _sequences(source):
         names |= {"batch_size", "grad_accum"}
     return names
 

@@ -247,6 +247,7 @@ class TrainConfig:
         False, "attend only inside a token's own document (a sequence may hold several)"
     )
     max_steps: int = option(50_000, "optimizer steps", minimum=1, maximum=1_000_000_000)
+    epochs: float = option(0.0, "passes over the data, instead of max_steps; 0 = off", minimum=0.0)
     # optimizer and schedule
     optimizer: str = option(
         "adamw",
@@ -331,8 +332,8 @@ class TrainConfig:
     )
     resume: bool = option(
         False,
-        "continue the newest checkpoint in ckpt_dir; only max_steps, device and reporting options "
-        "may be changed",
+        "continue the newest checkpoint in ckpt_dir; max_steps, device, micro-batch and reporting "
+        "options may be changed",
     )
     init_from: str = option(
         "", "checkpoint with the initial weights (our format or the original implementation's)"

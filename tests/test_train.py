@@ -815,7 +815,7 @@ def test_a_damaged_latest_checkpoint_falls_back_and_says_so(run, capsys):
     capsys.readouterr()
     assert run("--resume", fresh=False) == 0
     out = capsys.readouterr().out
-    assert "skipped a damaged checkpoint" in out and "step_0000004.pt at step 4" in out
+    assert "skipped a checkpoint that cannot be read" in out and "step_0000004.pt at step 4" in out
     assert_same(run.final(), whole)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from config_model import PRESETS, ModelConfig, TrainConfig
+from runtime.base.following import follow
 from runtime.base.text import visible
 
 
@@ -27,11 +28,13 @@ class Settings:
     """What the user asked for.
 
     `values`: by field name, preset included. `explicit`: names given as flags or in the TOML file.
+    `notes`: a line for each value that was adapted to those given.
     """
 
     values: dict
     explicit: frozenset
     preset: str | None = None
+    notes: tuple[str, ...] = ()
 
     def build(self, config_class):
         """Return a `config_class` from the values that are its fields. Raise ValueError."""
@@ -248,9 +251,12 @@ def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     file = _read_toml(args.config, known) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
-    return Settings(
-        _in_its_folders(values | file | flags), frozenset(file) | frozenset(flags), args.preset
-    )
+    values = _in_its_folders(values | file | flags)
+    explicit = frozenset(file) | frozenset(flags)
+    notes: tuple[str, ...] = ()
+    if TrainConfig in config_classes:
+        values, notes = follow(values, explicit)
+    return Settings(values, explicit, args.preset, notes)
 
 
 def _in_its_folders(values: dict) -> dict:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from config_model import ModelConfig
 from model import LLM
 from runtime.base.cli import parser
-from runtime.base.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
+from runtime.base.files import TEMPORARY_SUFFIX, fsync_folder, is_utf8, make_folder
 from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.checks.known import Known
@@ -129,6 +129,11 @@ def check_output(
     path = Path(out)
     if not path.name or path.resolve() == Path.cwd():
         raise ValueError(f"--out {out} is no name for {'a new folder' if is_folder else 'a file'}")
+    if (is_folder or path.suffix == ".onnx") and not is_utf8(path):
+        raise ValueError(
+            f"--out {out} is not UTF-8, and safetensors and ONNX Runtime open UTF-8 paths alone: "
+            "choose another name"
+        )
     if not os.path.lexists(path):
         return path
     if not force:

@@ -601,7 +601,7 @@ def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
             attempt = (
                 run(**_moment(r, inside * 2 <= kills), signal=signal.SIGKILL) if killing else run()
             )
-            if "skipped a damaged checkpoint" in attempt.output:
+            if "skipped a checkpoint that cannot be read" in attempt.output:
                 faults.append("a damaged checkpoint was left")
             if attempt.code != -signal.SIGKILL or attempt.hung:
                 break

@@ -44,8 +44,8 @@ def made(tmp_path_factory):
     real = train.main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "main", smaller)
-        flags = ["--out", str(work / "small.pt"), "--work_dir", str(work / "run"), *DATA]
-        assert make_stories.main([*flags, "--max_steps=4", "--num_threads=1"]) == 0
+        flags = ["--out", str(work / "small.pt"), "--work_dir", str(work / "run")]
+        assert make_stories.main([*flags, *DATA, "--max_steps=4", "--num_threads=1"]) == 0
         assert make_stories.main([*flags, "--max_steps=6", "--resume", "--force"]) == 0
     return work, work / "small.pt", given
 
@@ -64,8 +64,11 @@ def test_a_run_becomes_a_file_of_bfloat16_weights_and_its_card(made):
         assert torch.equal(stored.float(), tensor.to(stored.dtype).float()), name
     assert {t.dtype for t in released.model.values()} >= {torch.bfloat16}
     run = released.run
-    command = "python -m scripts.make_stories --num_stories=300 --vocabulary=300"
-    assert run["commands"] == [f"{command} --max_steps=4", f"{command} --max_steps=6 --resume"]
+    command = "python -m scripts.make_stories --max_steps"
+    assert run["commands"] == [
+        f"{command}=4 --num_stories=300 --vocabulary=300",
+        f"{command}=6 --resume # from step 4",
+    ]
     assert run["source"]["num_stories"] == 300
     assert path.with_suffix(".md").read_text() == release.card_of(released)
 
@@ -79,10 +82,12 @@ def test_the_command_trains_as_make_demo_does(made):
     assert [str(make_stories.VOCABULARY)] == vocabulary
 
 
-def test_a_file_is_not_replaced_without_force(made, monkeypatch):
+def test_what_the_command_cannot_honour_is_an_error(made, monkeypatch):
     monkeypatch.setattr(train, "main", None)
     with pytest.raises(ValueError, match="small.pt exists"):
         make_stories.main(["--out", str(made[1])])
+    with pytest.raises(ValueError, match="have no effect with --resume"):
+        make_stories.main(["--resume", "--vocabulary", "300"])
 
 
 def test_a_run_that_was_stopped_writes_no_file(tmp_path, monkeypatch):

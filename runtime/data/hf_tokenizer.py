@@ -155,7 +155,7 @@ def _vocabulary(tokenizer: Tokenizer, with_pad: bool = True) -> tuple[dict, dict
     words = {spell(token): ranks[token] for token in sorted(ranks, key=ranks.__getitem__)}
     added = special_words(tokenizer)
     pad = pad_id(tokenizer)
-    if not with_pad or pad == tokenizer.end_of_text_id:
+    if not with_pad or pad is None or pad == tokenizer.end_of_text_id:
         return words, added
     if pad in ranks.values():
         # The library finds the id of an added token among the ordinary ones.
@@ -229,7 +229,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     }
 
 
-def _starting_with(word: str, token_id: int) -> dict:
+def _starting_with(word: str, token_id: int | None) -> dict:
     """Return the post-processor that puts a token before a text, and before each text of a pair."""
 
     def parts(text: str) -> list[dict]:
@@ -393,7 +393,7 @@ class HuggingFaceTokenizer(Tokenizer):
         model = json.loads(self.text)["model"]
         unknown = (model.get("byte_fallback") and model.get("unk_token")) or ""
         found = self._tokenizer.token_to_id(unknown)
-        return self.end_of_text_id if found is None else found
+        return self.stop_ids[0] if found is None else found
 
     def word(self, token_id: int) -> str:
         """Return a token as tokenizer.json writes it."""

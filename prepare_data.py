@@ -25,6 +25,7 @@ from tqdm import tqdm
 from runtime.base.cli import parser, run_main
 from runtime.base.process import usable_cores
 from runtime.data import shards as data
+from runtime.data.advice import next_command
 from runtime.data.file_sets import FileSet, dataset_folder, find_files, is_folder
 from runtime.data.formats import FORMATS, Part, read_separator
 from runtime.data.sources import (
@@ -610,8 +611,8 @@ def main(argv: list[str] | None = None) -> int:
     tokens = sum(m["total_tokens"] for m in manifests.values())
     print(
         f"{train['tokenizer']['name']}, vocabulary {train['vocabulary_size']:,}; "
-        f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
-        f"Next: python train.py --data_dir {options.out_dir}, on a laptop with --preset nano"
+        f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s\n"
+        f"Next: {next_command(train['vocabulary_size'], options.out_dir)}"
     )
     return 0
 

@@ -151,7 +151,7 @@ class ModelConfig:
     z_loss_coef: float = option(0.0, "weight of the router z-loss (ST-MoE)", minimum=0.0)
     router_bias_rate: float = option(
         0.0,
-        "step of the expert bias, which balances experts without a loss (DeepSeek-V3); 0 = off",
+        "step of the router's bias that balances experts without a loss (DeepSeek-V3); 0 = off",
         minimum=0.0,
     )
     # the rest
@@ -332,8 +332,8 @@ class TrainConfig:
     )
     resume: bool = option(
         False,
-        "continue the newest checkpoint in ckpt_dir; max_steps, device, micro-batch and reporting "
-        "options may be changed",
+        "continue the newest checkpoint in ckpt_dir; max_steps and what does not change the "
+        "learning may differ",
     )
     init_from: str = option(
         "", "checkpoint with the initial weights (our format or the original implementation's)"

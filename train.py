@@ -599,7 +599,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
     reporter.close()
     print(peak_memory_line(plan.device, sum(check_memory(plan).values())))
     if state.skipped_steps:
-        print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")
+        print(f"{state.skipped_steps} steps were skipped: not finite, or a spike of the loss")
     if state.step < config.max_steps:
         print(
             f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "

@@ -3,9 +3,12 @@
 # make test-fast   the same without the tests marked slow
 # make test-cpus   the tests that compare numbers, as two other CPUs would run them: a few minutes
 # make lint   style; also: make test-nightly, make mutants, make figures (reliability, long)
+# make demo PIP_ARGS="..."   further arguments of pip install, such as the index of PyTorch's CPU build
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PIP_ARGS ?=
+PIP_INSTALL = $(VENV)/bin/pip install --disable-pip-version-check $(PIP_ARGS)
 # Threads that wait for each other spin; on a shared machine that costs more than it saves.
 export GOMP_SPINCOUNT ?= 1000
 # Each worker is a process with one torch thread. Tests start in order, so that a module's fixtures
@@ -17,18 +20,23 @@ PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
+# The sizes are those of the wheels of requirements.txt, all of their requirements included.
+	@echo "install  requirements.txt and what it needs, into $(VENV): PyTorch, NumPy, datasets, matplotlib, ..."
+	@echo "install  This step needs a network. pip downloads about 0.3 GB where PyTorch has no CUDA (macOS, CPU builds),"
+	@echo "install  and 2.9 GB on Linux, where its default build is for NVIDIA GPUs. PIP_ARGS picks another: see README.md."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP_INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "install  requirements-dev.txt and what it needs, for tests: about 0.1 GB more. This step needs a network."
+	$(PIP_INSTALL) -r requirements-dev.txt
 	touch $@
 
 DEMO_STEPS ?= 1000
 demo: $(VENV)/installed clean-demo
 	$(PY) prepare_data.py --dataset toy --tokenizer bpe:3072 --out_dir demo/data
-	$(PY) train.py --preset nano --max_steps $(DEMO_STEPS) --data_dir demo/data --ckpt_dir demo/checkpoints --graph_dir demo/graphs
+	$(PY) train.py --preset nano --document_mask --max_steps $(DEMO_STEPS) --data_dir demo/data --ckpt_dir demo/checkpoints --graph_dir demo/graphs
 	$(PY) predict.py --ckpt demo/checkpoints/best.pt --prompt "Once upon a time" --temperature 0.7 --seed 1 --max_new_tokens 240
 	@echo
 	@echo "plots:  demo/graphs/latest_loss.png, latest_expert_load.png, ..."
@@ -56,10 +64,11 @@ test-cpus: $(VENV)/installed-dev
 test-nightly: $(VENV)/installed-dev
 	$(PY) -m pytest -m nightly
 
-# Our GGUF files in llama.cpp itself, which is compiled for that: minutes, and a C++ compiler. Not for this very CPU:
-# GCC 12 breaks what ggml has for those with AMX, and Q8_0 files then end the process.
+# What needs llama-cpp-python: the export's own check, and the benchmark of speeds. It is compiled: minutes, and a C++
+# compiler. `make test` runs our files in llama.cpp without it. Not for this very CPU: GCC 12 breaks what ggml has for
+# those with AMX, and Q8_0 files then end the process.
 test-llamacpp: $(VENV)/installed-dev
-	$(PY) -c "import llama_cpp" 2> /dev/null || CMAKE_ARGS=-DGGML_NATIVE=OFF $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir llama-cpp-python==0.3.36
+	$(PY) -c "import llama_cpp" 2> /dev/null || CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_INSTALL) --no-cache-dir llama-cpp-python==0.3.36
 	$(PY) -m pytest -m llamacpp
 
 # Our Hugging Face folders in vLLM itself, built for CPUs: 150 packages, which want other versions than ours, so they have

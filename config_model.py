@@ -151,7 +151,7 @@ class ModelConfig:
     z_loss_coef: float = option(0.0, "weight of the router z-loss (ST-MoE)", minimum=0.0)
     router_bias_rate: float = option(
         0.0,
-        "step of the expert bias, which balances experts without a loss (DeepSeek-V3); 0 = off",
+        "step of the router's bias that balances experts without a loss (DeepSeek-V3); 0 = off",
         minimum=0.0,
     )
     # the rest
@@ -232,6 +232,9 @@ class TrainConfig:
     data_dir: str = option("data", "folder of shards written by prepare_data.py (train/ and val/)")
     ckpt_dir: str = option("checkpoints", "folder for checkpoints")
     graph_dir: str = option("artifacts/graphs", "folder for metrics and plots")
+    run_name: str = option(
+        "", "name of the run: its folder in ckpt_dir and graph_dir, and shown in the plots"
+    )
     # batch
     batch_size: int = option(2, "sequences per micro-batch", minimum=1, maximum=1_000_000)
     grad_accum: int = option(8, "micro-batches per optimizer step", minimum=1, maximum=1_000_000)
@@ -244,6 +247,7 @@ class TrainConfig:
         False, "attend only inside a token's own document (a sequence may hold several)"
     )
     max_steps: int = option(50_000, "optimizer steps", minimum=1, maximum=1_000_000_000)
+    epochs: float = option(0.0, "passes over the data, instead of max_steps; 0 = off", minimum=0.0)
     # optimizer and schedule
     optimizer: str = option(
         "adamw",
@@ -328,12 +332,14 @@ class TrainConfig:
     )
     resume: bool = option(
         False,
-        "continue the newest checkpoint in ckpt_dir; only max_steps, device and reporting options "
-        "may be changed",
+        "continue the newest checkpoint in ckpt_dir; max_steps and what does not change the "
+        "learning may differ",
     )
     init_from: str = option(
         "", "checkpoint with the initial weights (our format or the original implementation's)"
     )
+    keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")
+    plot_theme: str = option("dark", "colours of the plots", choices=("dark", "light"))
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     tensorboard: bool = option(False, "also log to TensorBoard (pip install tensorboard)")
 
@@ -689,7 +695,7 @@ class PredictConfig:
     tokenizer: str = option(
         "",
         "tokenizer for a checkpoint without one: o200k_base, byte, ..., a folder of "
-        "prepare_data.py or of a published model (default: the checkpoint's)",
+        "prepare_data.py or of a published model, or none: token ids (default: the checkpoint's)",
     )
     # how it runs
     device: str = option("auto", "auto, cuda, cuda:N, mps or cpu")

@@ -385,7 +385,7 @@ def generate(
                 cache.reset()
                 next_BT = history_BT = history_BT[:, -max(1, context // 2) :]
 
-            # Prefill: first the prompt, then one token at a time.
+            # The first pass reads the whole prompt (prefill), each later one a single token.
             logits_BV = model(next_BT, cache=cache, last_token_only=True).logits[:, -1]
 
             # Sample

@@ -190,7 +190,7 @@ class KVCache:
         self.length = 0
 
     def rewind(self, length: int) -> bool:
-        """Keep the first `length` tokens alone.
+        """Keep only the first `length` tokens.
 
         Return False (and do nothing) if a ring buffer has wrapped: older keys are gone.
         """
@@ -234,7 +234,7 @@ class KVCache:
             first = self.length % capacity
             store[:, :, first : first + T] = new_BGTD
             return store[:, :, : self.length + T]
-        # The last new keys take slots of old ones that the first queries still see: read first.
+        # New keys overwrite old ones that the first new queries still see, so read those first.
         positions_S = self.key_positions(block, T)
         old_BGSD = store[:, :, positions_S[:-T] % capacity]
         all_BGSD = torch.cat((old_BGSD, new_BGTD), dim=2)
@@ -402,7 +402,7 @@ class Attention(nn.Module):
 def bias_of_rows(bias_HTS: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
     """Return a learned bias [B, H, T, S] at positions that differ from row to row.
 
-    Rows that take no part in a step may lie outside of the table.
+    Rows that take no part in a step may have positions beyond it.
     """
     last = bias_HTS.shape[1] - 1
     q_BT1 = q_positions_BT.clamp(max=last)[:, :, None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import os
 import time
 from collections import deque
@@ -26,6 +25,9 @@ from tqdm import tqdm
 from runtime.base.cli import parser, run_main
 from runtime.base.process import usable_cores
 from runtime.data import shards as data
+from runtime.data.advice import next_command
+from runtime.data.file_sets import FileSet, dataset_folder, find_files, is_folder
+from runtime.data.formats import FORMATS, Part, read_separator
 from runtime.data.sources import (
     DEFAULT_COLUMN,
     DEFAULT_DATASET,
@@ -33,12 +35,12 @@ from runtime.data.sources import (
     DEFAULT_VAL_RATIO,
     FileSource,
     HubSource,
-    Part,
     Source,
     ToySource,
-    file_format,
     own_validation,
 )
+from runtime.data.splits import DataPlan, cut_if_few, text_digest, why_empty
+from runtime.data.text_files import known_encoding
 from runtime.data.tokenizer import COMPACT, END_OF_TEXT, NAMED, Tokenizer
 from runtime.data.tokenizers import (
     check_name,
@@ -55,17 +57,6 @@ LARGEST_COUNT = 1 << 47
 
 
 # ------------------------------------------------------------------------ split, tokenise
-def text_digest(text: str) -> bytes:
-    """Return 16 bytes that identify a text; white space around it does not count."""
-    return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def split_by_hash(val_ratio: float) -> Callable[[bytes], str]:
-    """Return a function from digest to split: equal texts go to one side, in constant memory."""
-    threshold = round(val_ratio * 2**64)
-    return lambda digest: "val" if int.from_bytes(digest[:8], "big") < threshold else "train"
-
-
 @dataclass
 class Batch:
     """Consecutive documents: one unit of work."""
@@ -164,7 +155,7 @@ class SplitWriter:
     """Writes one split, up to `limit` tokens: shards, counts and `used` ids, bool [vocabulary]."""
 
     def __init__(self, folder: Path, shard_size: int, limit: int, tokenizer: Tokenizer):
-        self.writer = data.ShardWriter(folder, shard_size)
+        self.writer = data.ShardWriter(folder, shard_size, tokenizer.vocabulary_size)
         self.limit, self.tokenizer = limit, tokenizer
         self.num_documents, self.num_bytes = 0, 0
         self.used = np.zeros(tokenizer.vocabulary_size, dtype=bool)
@@ -230,40 +221,35 @@ def write_splits(
 
 
 # ------------------------------------------------------------------------------ the command
-@dataclass
-class DataPlan:
-    """What to read: training text, and a validation source or a share of the training text."""
-
-    train: Source
-    val: Source | None
-    # Share of the training text that goes to val; no effect if `val` is a source.
-    val_ratio: float
-    # What the manifests say about the text.
-    description: dict
-
-    @property
-    def split_train(self) -> Callable[[bytes], str]:
-        """The function that gives a digest from the training source its split."""
-        return split_by_hash(self.val_ratio) if self.val is None else lambda digest: "train"
-
-
 def open_sources(options: argparse.Namespace) -> DataPlan:
     """Open all sources. Raise ValueError for a missing file, dataset, column or split."""
     o = options
-    column, separator = o.text_column or DEFAULT_COLUMN, o.document_separator or END_OF_TEXT
+    column = o.text_column or DEFAULT_COLUMN
+    separator = o.document_separator or END_OF_TEXT
+
+    def local(files: FileSet) -> FileSource:
+        if files.searched:
+            print(files.line(), flush=True)
+        return FileSource(files, column, separator, o.encoding or "utf-8", o.text_format)
+
     own: str | None = None
     train: Source
+    val: Source | None = None
     if o.files:
-        train = FileSource(o.files, column, separator)
+        train = local(find_files(o.files, o.text_format))
     elif o.dataset == "toy":
         train = ToySource(o.num_stories or DEFAULT_TOY_STORIES)
+    elif is_folder(o.dataset):
+        files, own_files = dataset_folder(o.dataset, o.text_format, o.split)
+        train = local(files)
+        if own_files.files and not o.val_files and o.val_ratio is None:
+            val = local(own_files)
     else:
         print(f"opening dataset {o.dataset} ...", flush=True)
         own = own_validation(o.dataset, o.dataset_config, o.split)
         train = HubSource(o.dataset, o.dataset_config, o.split, column, o.streaming)
-    val: Source | None = None
     if o.val_files:
-        val = FileSource(o.val_files, column, separator)
+        val = local(find_files(o.val_files, o.text_format))
     elif own and o.val_ratio is None:
         val = HubSource(o.dataset, o.dataset_config, own, column, o.streaming)
 
@@ -272,7 +258,10 @@ def open_sources(options: argparse.Namespace) -> DataPlan:
     if o.max_tokens:
         description["max_tokens"] = o.max_tokens
     description["validation"] = val.description if val else {"val_ratio": ratio}
-    return DataPlan(train, val, ratio, description)
+    plan, line = cut_if_few(DataPlan(train, val, ratio, description))
+    if line:
+        print(line, flush=True)
+    return plan
 
 
 def is_path(name: str) -> bool:
@@ -318,6 +307,8 @@ def prepare(options: argparse.Namespace) -> dict[str, dict]:
         try:
             tokenizer = tokenizer or trained_tokenizer(o.tokenizer, plan)
             manifests = write_partial(out_dir / data.PARTIAL, tokenizer, plan, o)
+            for note in plan.notes():
+                print(note)
             data.publish(out_dir)
         except BaseException:
             data.remove_partial(out_dir)
@@ -355,7 +346,9 @@ def write_partial(
         print(occur)
         compact = compacted(tokenizer, used)
         counts = {
-            split: data.renumber(folder / split, counts[split], compact.new_ids)
+            split: data.renumber(
+                folder / split, counts[split], compact.new_ids, compact.vocabulary_size
+            )
             for split in data.SPLITS
         }
         tokenizer = compact
@@ -380,7 +373,7 @@ def tokenise(
     num_documents = sum(writer.num_documents for writer in writers.values())
     for split, writer in writers.items():
         if not writer.writer.total_tokens:
-            raise ValueError(_why_empty(split, plan, num_documents))
+            raise ValueError(why_empty(split, plan, num_documents))
 
 
 def write_manifests(
@@ -412,27 +405,6 @@ def _digests(batch: Batch) -> Iterator[bytes]:
         if not begun:
             yield text_digest(text)
         begun = not ends
-
-
-def _why_empty(split: str, plan: DataPlan, num_documents: int) -> str:
-    """Return the error line for a split without tokens."""
-    if not num_documents:
-        return "there is no text to prepare: all documents are empty"
-    if plan.val is None:
-        if num_documents == 1 and split == "val":
-            return (
-                "only 1 document found, so no validation split is possible: use --val_files, "
-                r"or --document_separator '\n\n' to split it"
-            )
-        other = "raise" if split == "val" else "lower"
-        return (
-            f"all {num_documents} documents went to the other split at val_ratio "
-            f"{plan.val_ratio}, so {split} would be empty: {other} --val_ratio, use --val_files, "
-            "or split the text into more documents (--document_separator)"
-        )
-    if split == "val":
-        return "val would be empty: every validation document is also in train, or empty"
-    return "train would be empty: all its documents are empty"
 
 
 def _count(text: str) -> int:
@@ -481,7 +453,8 @@ def add_flags() -> argparse.ArgumentParser:
     add(
         "--dataset",
         metavar="NAME",
-        help="dataset on the Hugging Face Hub, or a local folder that `datasets` can load, "
+        help="dataset on the Hugging Face Hub; a local folder of text files (those whose names say "
+        "validation are for validation, those that say test are left out); "
         f"or toy: generated stories (default: {DEFAULT_DATASET})",
     )
     add("--dataset_config", metavar="NAME", help="configuration of the dataset")
@@ -489,7 +462,8 @@ def add_flags() -> argparse.ArgumentParser:
     add(
         "--text_column",
         metavar="NAME",
-        help=f"column that holds the text (default: {DEFAULT_COLUMN})",
+        help="column that holds the text, or a list of messages; a.b is b inside a "
+        f"(default: {DEFAULT_COLUMN})",
     )
     add(
         "--streaming",
@@ -506,7 +480,19 @@ def add_flags() -> argparse.ArgumentParser:
         "--files",
         nargs="+",
         metavar="FILE",
-        help="local text instead of a dataset: .txt, .jsonl, .csv (each also .gz), .parquet",
+        help="local text instead of a dataset: files, folders, quoted patterns such as "
+        "'books/*.txt', or - for standard input. Formats by name: .txt, .jsonl, .ndjson, .json, "
+        ".csv, .tsv (each also .gz, .bz2, .xz, .zst), .parquet",
+    )
+    add(
+        "--text_format",
+        choices=FORMATS,
+        help="format of all files, whatever their names: txt for .md and other plain text",
+    )
+    add(
+        "--encoding",
+        metavar="NAME",
+        help="encoding of files without a byte order mark, such as cp1252 (default: utf-8)",
     )
     add(
         "--val_files",
@@ -524,7 +510,7 @@ def add_flags() -> argparse.ArgumentParser:
     add(
         "--document_separator",
         metavar="TEXT",
-        help=r"text between the documents of a .txt file; \n is a newline "
+        help=r"text between the documents of a .txt file; \n, \t, \f and \x1e are read "
         f"(default: {END_OF_TEXT})",
     )
     add(
@@ -554,7 +540,7 @@ def add_flags() -> argparse.ArgumentParser:
         type=_count,
         default=10**8,
         metavar="TOKENS",
-        help="tokens per shard of 4 bytes each (default: 1e8)",
+        help="tokens per shard, 2 or 4 bytes each (default: 1e8)",
     )
     add(
         "--num_proc",
@@ -575,7 +561,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
             if getattr(o, flag):
                 raise ValueError(f"--{flag} has no effect {why}: leave it out")
 
-    files = (o.files or []) + (o.val_files or [])
+    named = find_files((o.files or []) + (o.val_files or []), o.text_format)
     if o.files:
         refuse(("dataset", "dataset_config", "split", "streaming", "num_stories"), "with --files")
     elif o.dataset == "toy":
@@ -583,22 +569,23 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     else:
         refuse(("num_stories",), "without --dataset toy")
         o.dataset, o.split = o.dataset or DEFAULT_DATASET, o.split or "train"
+        if is_folder(o.dataset):
+            refuse(("dataset_config", "streaming"), "with a local folder")
+            for files in dataset_folder(o.dataset, o.text_format, o.split):
+                named.files += files.files
     if o.val_files:
         refuse(("val_ratio",), "with --val_files")
-    for name in files:
-        if Path(name).is_dir():
-            raise ValueError(f"{name} is a folder: name the files in it")
-        if not Path(name).is_file():
-            raise ValueError(f"{name} does not exist")
-    kinds = {file_format(Path(name)) for name in files}
-    if len({Path(name).resolve() for name in files}) < len(files):
-        raise ValueError("--files and --val_files name a file twice: name each file once")
-    if ".txt" not in kinds:
+    kinds = named.kinds
+    if not named.files:
+        refuse(("text_format", "encoding"), "without local files")
+    if not kinds & {"txt", None}:
         refuse(("document_separator",), "without .txt files")
-    if kinds <= {".txt"} and (o.files or o.dataset == "toy"):
+    if kinds <= {"txt"} and (named.files or o.dataset == "toy"):
         refuse(("text_column",), "on text without columns")
+    if o.encoding:
+        o.encoding = known_encoding(o.encoding)
     if o.document_separator is not None:
-        o.document_separator = o.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        o.document_separator = read_separator(o.document_separator)
         if not o.document_separator:
             raise ValueError("--document_separator is empty: give at least one character")
     if o.num_proc > 1024:
@@ -624,8 +611,8 @@ def main(argv: list[str] | None = None) -> int:
     tokens = sum(m["total_tokens"] for m in manifests.values())
     print(
         f"{train['tokenizer']['name']}, vocabulary {train['vocabulary_size']:,}; "
-        f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s. "
-        f"Next: python train.py --data_dir {options.out_dir}, on a laptop with --preset nano"
+        f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s\n"
+        f"Next: {next_command(train['vocabulary_size'], options.out_dir)}"
     )
     return 0
 

@@ -49,6 +49,7 @@ from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import check_disk_space, save_checkpoint
 from runtime.data.loader import micro_batches, prefetch
 from runtime.data.shards import open_data
+from runtime.training.closing import closing_lines
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import (
     TrainPlan,
@@ -61,7 +62,7 @@ from runtime.training.plan import (
     with_largest_micro_batch,
 )
 from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled
-from runtime.training.setup import out_of_memory_advice, runs, set_up
+from runtime.training.setup import explained_failures, runs, set_up
 from runtime.training.state import (
     RecentLoss,
     RunState,
@@ -390,7 +391,7 @@ def fit(
             if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
                 is_best = _is_best(val_loss, state.best_val_loss)
                 if is_best:
-                    state.best_val_loss = val_loss
+                    state.best_val_loss, state.best_step = val_loss, state.step
                 hooks.on_save(state, val_loss, is_best)
             if due.stop:
                 break
@@ -590,7 +591,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
 
     with (
         StopRequest() as stop,
-        out_of_memory_advice(plan),
+        explained_failures(plan),
         profiled(plan, state, reporter.say) as on_step,
     ):
         hooks = Hooks(reporter.on_log, on_save, on_step, stop.requested)
@@ -598,7 +599,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
     reporter.close()
     print(peak_memory_line(plan.device, sum(check_memory(plan).values())))
     if state.skipped_steps:
-        print(f"{state.skipped_steps} steps were skipped because a gradient was not finite")
+        print(f"{state.skipped_steps} steps were skipped: not finite, or a spike of the loss")
     if state.step < config.max_steps:
         print(
             f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
@@ -608,7 +609,9 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
     print(
         f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "
         f"{human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in "
-        f"{config.graph_dir}"
+        f"{config.graph_dir}",
+        *closing_lines(plan, state),
+        sep="\n",
     )
     return 0
 

@@ -21,6 +21,7 @@ import prepare_data
 from benchmarks.common import SHARED, alternate, save_results, summary
 from runtime.base.cli import run_main
 from runtime.base.process import usable_cores
+from runtime.data.splits import split_by_hash
 from runtime.data.tokenizers import load_tokenizer
 
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_data.load_tokenizer = lambda name: tokenizer  # both sides start with it loaded
 
     def pipeline() -> int:
-        batches = prepare_data.make_batches(Texts(texts), prepare_data.split_by_hash(0.01))
+        batches = prepare_data.make_batches(Texts(texts), split_by_hash(0.01))
         return sum(
             len(e.ids)
             for _, encoded in prepare_data.encode_in_order(tokenizer, batches, o.num_proc)

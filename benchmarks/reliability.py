@@ -33,6 +33,7 @@ def promises() -> list:
         prompt,
         published,
         runs,
+        texts,
         training,
     )
 
@@ -49,6 +50,7 @@ def promises() -> list:
             *training.PROMISES,
             *prompt.PROMISES,
             *flags.PROMISES,
+            *texts.PROMISES,
             *network.PROMISES,
         ),
         key=lambda promise: promise.number,

@@ -1,4 +1,4 @@
-"""Write the tables of measured figures in README.md and docs/ from benchmarks/results/.
+"""Write the tables in README.md and docs/: measured figures, from benchmarks/results/, and recipes.
 
 Each table goes into the page that holds its marker, <!-- NAME -->.
 
@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import recipes
 from benchmarks.common import REPO, RESULTS, replace_between
 from runtime.base import cli
 from runtime.base.text import human_bytes
@@ -461,6 +462,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exports": exports_table,
     "export sizes": export_sizes_table,
     "llama.cpp": llama_cpp_table,
+    **recipes.TABLES,
 }
 
 

@@ -8,6 +8,9 @@ written here.
 
 from __future__ import annotations
 
+if not __package__:
+    import _by_path  # noqa: F401
+
 import io
 from pathlib import Path
 

@@ -9,6 +9,9 @@ Use the file, and the Modelfile next to it, like this:
 
 from __future__ import annotations
 
+if not __package__:
+    import _by_path  # noqa: F401
+
 from runtime.base.cli import run_main
 from runtime.interop.export import check_output, export_parser, open_source
 from runtime.interop.gguf import QUANTIZE, check_name, export_model, import_gguf

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if not __package__:
+    import _by_path  # noqa: F401
+
 import time
 
 from runtime.base.cli import run_main

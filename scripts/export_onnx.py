@@ -11,10 +11,14 @@ block has a window, pass all keys on all the same: positions are counted from th
 Next to OUT.onnx: OUT.tokenizer.json, for the `tokenizers` package, and OUT.onnx.data with the
 weights where they are more than one ONNX file can hold (2 GB). The model's metadata hold our
 config, the tokenizer's name, the id that is prepended to a text (or nothing), end-of-text's id, and
-a JSON list of all ids that end a completion.
+a JSON list of all ids that end a completion. With --tokenizer none there is no tokenizer.json, and
+the metadata name no ids.
 """
 
 from __future__ import annotations
+
+if not __package__:
+    import _by_path  # noqa: F401
 
 import contextlib
 import dataclasses
@@ -41,7 +45,7 @@ from runtime.base.files import fsync_folder
 from runtime.checkpoint.read import build_model
 from runtime.checks.known import counts
 from runtime.data.hf_tokenizer import write_tokenizer
-from runtime.data.tokenizer import COMPACT
+from runtime.data.tokenizer import COMPACT, NoTokenizer
 from runtime.interop.export import (
     DTYPES,
     Source,
@@ -264,12 +268,13 @@ def in_float16(graph_model) -> None:
 def metadata(source: Source) -> dict[str, str]:
     """What a user of the file may need to know, as strings."""
     tokenizer = source.tokenizer
+    is_unknown = isinstance(tokenizer, NoTokenizer)
     return {
         "config": json.dumps(dataclasses.asdict(source.model.config)),
         "tokenizer": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": "" if is_unknown else tokenizer.fingerprint,
         "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id),
-        "end_of_text_id": str(tokenizer.end_of_text_id),
+        "end_of_text_id": "" if is_unknown else str(tokenizer.end_of_text_id),
         "stop_ids": json.dumps(list(tokenizer.stop_ids)),
         "steps": str(source.checkpoint.step),
     }
@@ -309,7 +314,7 @@ def write_files(folder: Path, name: str, graph_model, source: Source) -> int:
             f"no tokenizer.json: no BPE spells as {tokenizer.name} does; runtime.data.tokenizer "
             "makes its ids"
         )
-    else:
+    elif not isinstance(tokenizer, NoTokenizer):
         # write_tokenizer also writes files that only transformers reads.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             write_tokenizer(tokenizer, Path(aside), config.context_length)

@@ -123,6 +123,8 @@ NEEDS = {
     "rope_scaling": {"context_length": 4096},
     "yarn_truncate": {"rope_scaling": "yarn"},
     "muon_momentum": {"optimizer": "muon"},
+    # Folders that have the run's name already stay.
+    "run_name": {"ckpt_dir": "checkpoints/third", "graph_dir": "graphs/third"},
 }
 
 
@@ -141,6 +143,8 @@ def other_value(config_class, name: str, besides=()):
         candidates = (not default, default)
     elif kind is str:
         candidates = [f"other/{name}", f"another/{name}", "third"]
+        # The name of a folder, not a path.
+        candidates = candidates[2:] if name == "run_name" else candidates
     elif kind is tuple:
         candidates = [("one", "two")]
     else:

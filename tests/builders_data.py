@@ -13,13 +13,16 @@ from runtime.data.tokenizers import load_tokenizer
 BYTE = load_tokenizer("byte")
 
 
-def write_split(folder: Path, ids, shard_size: int = 1000, **changes) -> Path:
+def write_split(folder: Path, ids, shard_size: int = 1000, wide: bool = False, **changes) -> Path:
     """Write a split as prepare_data does, with the byte tokenizer, and return its folder.
 
+    ids: those beyond the vocabulary are written too. wide: uint32, as all shards once were.
     `changes` replace values of the manifest before it is sealed.
     """
-    writer = ShardWriter(folder, shard_size)
-    writer.append(np.asarray(ids, dtype=np.uint32))
+    ids = np.asarray(ids, dtype=np.uint32)
+    largest = 1 << 16 if wide else max(256, int(ids.max()))
+    writer = ShardWriter(folder, shard_size, largest + 1)
+    writer.append(ids)
     counts = writer.finish()
     manifest = {
         "format": data.FORMAT,
@@ -87,8 +90,24 @@ BAD = [
     "--files a.jsonl a.jsonl",
     "--files a.jsonl --val_files ./a.jsonl",
     "--files nothere.jsonl",
-    "--files .",
-    "--files a.json",
+    "--files nothere/*.txt",
+    "--files *.pdf",
+    "--files empty",
+    "--files a.md",
+    "--files a.zip",
+    "--files . a.jsonl",
+    "--files a.jsonl *.jsonl",
+    "--files - -",
+    "--files a.txt --encoding nope",
+    "--files a.txt --encoding base64",
+    "--files a.txt --text_format md",
+    "--dataset toy --text_format txt",
+    "--dataset toy --encoding cp1252",
+    "--dataset empty",
+    "--dataset . --streaming",
+    "--dataset . --dataset_config x",
+    "--dataset . --split nope",
+    "--dataset . --split train[:10%]",
     "--files a.parquet.gz",
     "--files",
     "--out",

@@ -52,6 +52,7 @@ FILES = [
     "scripts/test_export_hf.py",
     "scripts/test_export_onnx.py",
     "interop/test_huggingface.py",
+    "interop/test_llamacpp.py",
     "scripts/test_import_hf.py",
     "inference/test_decoder.py",
     "test_model.py",

@@ -468,7 +468,7 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
     A resume begins there, a rollback must not.
     """
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
-    monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
+    monkeypatch.setattr(reporter, "draw_plots", lambda *_, **__: None)
     # Steps 6 to 13 of 2 micro-batches.
     poison(monkeypatch, range(10, 26))
     run, steps = Run(data, tmp_path), []

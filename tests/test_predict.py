@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import itertools
 import json
@@ -12,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,9 +24,11 @@ import torch
 
 import predict
 import prepare_data
-from config_model import PredictConfig
+from config_model import PRESETS, ModelConfig, PredictConfig
 from model import LLM
 from model import generate as plain_generate
+from runtime.base.text import human_count
+from runtime.checkpoint.read import load_model, read_checkpoint
 from runtime.data.tokenizers import load_tokenizer, train_bpe
 from runtime.inference import console, session
 from runtime.inference import predictor as predictor_module
@@ -615,13 +619,18 @@ def test_a_yarn_model_is_not_rescaled_behind_ones_back(tmp_path):
 # -------------------------------------------------------------------------- checkpoints, tokenizers
 def test_a_missing_default_checkpoint_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
-            r"make demo\), or give --ckpt FILE"
-        ),
-    ):
+    missing = (
+        r"there is no checkpoints/latest.pt yet: train a model first \(python train.py, or "
+        r"make demo\), or give --ckpt FILE"
+    )
+    ready = tmp_path / "public" / "stories.pt"
+    monkeypatch.setattr(predictor_module, "READY", ready)
+    with pytest.raises(ValueError, match=f"{missing}$"):
+        predict.main(["--prompt", "x"])
+    # The model that comes with the repository is named where it is: not after a pip install.
+    ready.parent.mkdir()
+    ready.touch()
+    with pytest.raises(ValueError, match=f"{missing}, or try --ckpt public/stories.pt$"):
         predict.main(["--prompt", "x"])
     with pytest.raises(ValueError, match="other.pt: no such file"):
         predict.main(["--prompt", "x", "--ckpt", "other.pt"])
@@ -656,7 +665,7 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
         ValueError,
         match=(
             r"does not say which tokenizer it was trained with \(vocabulary 260\): name it with "
-            r"--tokenizer"
+            r"--tokenizer, or say --tokenizer none to read and write token ids"
         ),
     ):
         predict.main(["--ckpt", ckpt, "--prompt", "x"])
@@ -679,6 +688,95 @@ def test_a_checkpoint_without_tokenizer_needs_its_name(tmp_path, run):
         ),
     ):
         predict.main(["--ckpt", smaller, "--prompt", "x", "--tokenizer", "byte"])
+
+
+@pytest.fixture(scope="module")
+def nameless(tmp_path_factory) -> str:
+    """A checkpoint that says nothing of its tokenizer."""
+    return save(tmp_path_factory.mktemp("nameless"), biased_model(), None)
+
+
+def test_token_ids_in_and_out(nameless, run):
+    """A checkpoint without a tokenizer, such as the original implementation's, was of no use.
+
+    The ids are the model's: nothing is put before them, and none ends the answer.
+    """
+    expected = greedy_ids(biased_model(), [12, 7, 99], 6)
+    flags = ("--ckpt", nameless, "--tokenizer", "none", "--max_new_tokens", 6, "--temperature", 0)
+    text = " " + " ".join(map(str, expected))
+    assert run(*flags, "--prompt", "12 7 99") == f"12 7 99{text}\n"
+    record = json.loads(run(*flags, "--prompt", "[12, 7, 99]", "--json"))
+    assert (record["ids"], record["text"], record["prompt_tokens"]) == (expected, text, 3)
+    assert record["ended"] == "length" and record["new_tokens"] == 6
+
+
+@pytest.mark.parametrize("name", ["bias_gqa", "nobias_qkvbias"])
+def test_checkpoints_of_the_reference_take_token_ids(shared_dir, run, name):
+    path = shared_dir / "upstream" / f"{name}.pt"
+    model = load_model(path)[0]
+    flags = ("--tokenizer", "none", "--max_new_tokens", 8, "--temperature", 0, "--json")
+    record = json.loads(run("--ckpt", path, *flags, "--prompt", "12 7 99"))
+    assert record["ids"] == greedy_ids(model, [12, 7, 99], 8)
+
+
+def test_each_line_of_a_prompt_file_is_ids(nameless, run, tmp_path, capsys):
+    """All are read before the first is completed: a wrong one prints nothing."""
+    (tmp_path / "prompts").write_text("1 2\n3\n")
+    flags = ["--ckpt", nameless, "--tokenizer", "none", "--max_new_tokens", "4"]
+    out = run(*flags, "--prompt_file", tmp_path / "prompts", "--temperature", 0, "--json")
+    model = biased_model()
+    assert [json.loads(line)["ids"] for line in out.splitlines()] == [
+        greedy_ids(model, ids, 4) for ids in ([1, 2], [3])
+    ]
+    (tmp_path / "prompts").write_text("1 2\n260\n")
+    with pytest.raises(ValueError, match="token id 260 is beyond this model's vocabulary"):
+        predict.main([*flags, "--prompt_file", str(tmp_path / "prompts"), "--batch_size", "1"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--prompt", "12 260"],
+            "token id 260 is beyond this model's vocabulary: its ids are 0 to",
+        ),
+        (["--prompt", "Once"], "'Once' is no token id: .* numbers from 0 to 259, such as 12 7 99"),
+        (["--prompt", "-1"], "'-1' is no token id"),
+        (["--prompt", "1.5"], "'1.5' is no token id"),
+        (["--prompt", "٣"], "'٣' is no token id"),
+        (["--prompt", "9" * 10_000], "'9{40}' is no token id"),
+        (["--prompt", " "], "the prompt is empty: with --tokenizer none it needs a token id"),
+        (["--prompt", "1", "--stop", "5"], "stop '5' ends an answer before a text"),
+    ],
+    ids=lambda value: "",
+)
+def test_what_is_no_token_id_is_one_line(nameless, flags, message, capsys):
+    with pytest.raises(ValueError, match=message) as caught:
+        predict.main(["--ckpt", nameless, "--tokenizer", "none", "--device", "cpu", *flags])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert capsys.readouterr().out == ""
+
+
+def test_a_session_of_token_ids(nameless, repl, tmp_path):
+    """What is continued is what was shown, and a mistake leaves the text as it was."""
+    model, saved = biased_model(), tmp_path / "ids.txt"
+    first = greedy_ids(model, [12, 7], 3)
+    second = greedy_ids(model, [12, 7, *first, 99, 1], 3)
+    script = f'12 7\n+99 1\n+300\n:stop 5\n1\n:stop ""\n:save {saved}\n:q\n'
+    out, errors = repl(nameless, script, "--tokenizer", "none", "--temperature", 0)
+    numbers = " ".join(map(str, [12, 7, *first, 99, 1, *second]))
+    assert out.splitlines()[0] == " ".join(map(str, [12, 7, *first]))
+    assert numbers in saved.read_text()
+    assert [line.partition(":")[0] for line in errors.splitlines()] == ["error", "error"]
+    assert "token id 300" in errors and "stop '5'" in errors
+
+
+def test_text_stays_text_where_a_tokenizer_is_known(endless):
+    with pytest.raises(
+        ValueError, match="was trained with tokenizer byte, not none: leave --tokenizer out"
+    ):
+        predict.main(["--ckpt", endless, "--prompt", "1", "--tokenizer", "none"])
 
 
 def test_the_checkpoints_own_tokenizer_cannot_be_overruled(endless, bpe, run):
@@ -885,8 +983,15 @@ def test_speed_is_told_on_a_terminal_only(endless, monkeypatch, drawn, capsys):
         (":k 3", "top_k = 3"),
         (":k", "top_k = 50"),
         (":k 0", "top_k = 0"),
-        (":k 999999", "top_k = 999999"),
-        (":k 1" + "0" * 30, "top_k = 1" + "0" * 30),
+        (":k 257", "top_k = 257"),
+        *[
+            (
+                f":k {k}",
+                f"top_k = {k}\ntop_k {k} samples from all tokens, as 0 does: "
+                "the vocabulary has 257",
+            )
+            for k in (258, 999999, 10**30)
+        ],
         (":p 0.5", "top_p = 0.5"),
         (":p", "top_p = 1.0"),
         (":n 7", "max_new_tokens = 7"),
@@ -969,6 +1074,91 @@ def test_help_names_every_command(endless, repl, drawn):
         "stop",
         "seed",
     } and not drawn.calls
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "line"),
+    [
+        ([END], [], "the answer is empty: the model ended the text"),
+        (list(b" \n") + [END], [], "the answer has only blanks: the model ended the text"),
+        (list(b"  "), ["--max_new_tokens", 2], "has only blanks: its new tokens show nothing"),
+        (list(b"!..."), ["--stop", "!"], "the answer is empty: a stop text came first"),
+        (list("漢".encode())[:2], ["--max_new_tokens", 2], None),
+        (list(b"text"), [], None),
+    ],
+)
+def test_an_answer_without_a_visible_character_says_so(
+    endless, repl, drawn, capsys, ids, stop, line
+):
+    """At a model's end of text nothing was printed: was it broken, slow or done?"""
+    drawn.ids = ids
+    said = [f"note: {line}"] if line and line.startswith("the") else [line] if line else []
+    for err in (
+        repl(endless, "ab\n", *stop)[1],
+        predict.main(["--ckpt", endless, "--prompt", "ab", *map(str, stop)])
+        or capsys.readouterr().err,
+    ):
+        assert [s for s in said if s not in err] == [] and ("the answer" in err) == bool(line), err
+    # Only the text is asked for.
+    assert "the answer" not in repl(endless, "ab\n", *stop, "--quiet")[1]
+
+
+def test_a_top_k_above_the_vocabulary_is_said_once(endless, capsys, drawn):
+    """A mistyped --top_k sampled from all tokens, and nothing told it from a working one."""
+    predict.main(["--ckpt", endless, "--prompt", "p", "--top_k", "258"])
+    line = "note: top_k 258 samples from all tokens, as 0 does: the vocabulary has 257\n"
+    assert capsys.readouterr().err.count(line) == 1
+    for top_k in (0, 50, 257):
+        predict.main(["--ckpt", endless, "--prompt", "p", "--top_k", str(top_k)])
+        assert "top_k" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def typed(monkeypatch, tmp_path, capsys, endless):
+    """Returns what the REPL prints when lines are typed on a terminal."""
+
+    def type_lines(*lines: str, ckpt: str = endless, **settings) -> str:
+        rest = iter(lines)
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        monkeypatch.setattr("builtins.input", lambda prompt: next(rest))
+        for stream in (sys.stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        session.repl(*predictor_of(ckpt, max_new_tokens=3, **settings))
+        assert next(rest, "all were read") == "not reached"
+        return capsys.readouterr().out
+
+    return type_lines
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "Exit", " quit ", "exit()", ":exit", ":q"])
+def test_people_leave_a_terminal_as_they_leave_other_programs(typed, drawn, word):
+    """`exit` was a prompt: the model went on with it, and only :help knew the way out."""
+    assert "exit to leave" in typed(word, "not reached") and not drawn.calls
+
+
+def test_help_is_found_on_a_terminal_and_a_text_may_hold_the_words(typed, drawn):
+    out = typed("help", "?", "exit the room", "help me", ":q", "not reached")
+    assert out.count(session.HELP) == 2
+    prompts = [BYTE.decode(call[0][0][1:]) for call in drawn.calls]
+    assert prompts == ["exit the room", "help me"]
+
+
+def test_the_greeting_names_model_size_step_and_file(typed, endless, tmp_path):
+    checkpoint = read_checkpoint(endless)
+    parameters = sum(p.numel() for p in load_model(endless)[0].parameters())
+    first = typed(":q", "not reached").splitlines()[0]
+    assert first.startswith(f"{human_count(parameters)} parameters (") and " active)" in first
+    assert first.endswith(f", step {checkpoint.step:,}, {endless}") and checkpoint.step > 0
+    assert typed(":q", "not reached", quiet=True) == ""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_known_by_its_architecture(name):
+    """With whatever vocabulary: train.py takes the data's."""
+    config = ModelConfig(**PRESETS[name].model)
+    assert session.preset_of(config) == name
+    assert session.preset_of(dataclasses.replace(config, vocabulary_size=1234)) == name
+    assert session.preset_of(dataclasses.replace(config, d_ff=2 * config.d_ff)) == ""
 
 
 @pytest.mark.parametrize(
@@ -1337,17 +1527,48 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(endless, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.JSONL", b'{"prompt": "The"}\n{"text": "A"}\n'),
+        ("p.ndjson", b'{"prompt": "The"}\n\n{"prompt": "A"}'),
+        ("p.txt", b'{"prompt": "The"}\n{"prompt": "A"}\n'),
+        ("p.txt", '{"prompt": "The"}\r\n{"prompt": "A"}\r\n'.encode("utf-16")),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "The"}\n{"prompt": "A"}\n')),
+        ("p.json", b'[{"prompt": "The"},\n {"prompt": "A"}]'),
+        ("p", b'[{"prompt": "The"}, {"prompt": "A"}]'),
+        ("p", b"The\r\nA\r\n"),
+    ],
+)
+def test_prompts_of_json_lines_whatever_the_name(tmp_path, name, content):
+    """In a file named .JSONL or .ndjson, or a pipe, the JSON lines were taken as the prompts."""
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(str(tmp_path / name)) == ["The", "A"]
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content])
+    writer.start()
+    assert read_prompts(str(tmp_path / "pipe")) == ["The", "A"]
+    writer.join()
+
+
+def test_prompts_that_only_look_like_json(tmp_path):
+    for lines in (["{", "The"], ["[1, 2]", "[3]"], ['[{"a": 1}, x', "]"], ['{"prompt": "a"}', "b"]):
+        (tmp_path / "p.txt").write_text("\n".join(lines))
+        assert read_prompts(str(tmp_path / "p.txt")) == lines
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "holds no prompt: write one a line"),
         (b"\n \n", "holds no prompt"),
-        (None, "cannot be read as UTF-8 text: "),
-        (b"\xff", "cannot be read as UTF-8 text"),
+        (None, "cannot be read: No such file"),
+        (b"a\n\xff", "line 2, byte 2: 0xff is not utf-8"),
+        (b"a\0" * 20, "holds NUL bytes: it looks like utf-16-le"),
         (b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2: not a JSON object"),
-        (b"[]\n", "line 1: not"),
-        (b"{\n", "line 1: not"),
-        (b'{"a": 1}', "line 1: not"),
-        (b"[" * 100_000, "line 1: not"),
+        (b"[]\n", "line 1.* not"),
+        (b"{\n", "line 1.* not"),
+        (b'{"a": 1}', "line 1.* not"),
+        (b"[" * 100_000, "line 1.* not"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_one_line(endless, tmp_path, content, message):
@@ -1689,6 +1910,7 @@ def test_a_session_on_a_terminal(tmp_path):
         "--seed",
         "1",
     ) as terminal:
+        terminal.wait_for(b"active), step 1, ")
         terminal.wait_for(b":help for commands.")
         terminal.wait_for(b"> ")
         terminal.type(b"hello\n")
@@ -1702,7 +1924,7 @@ def test_a_session_on_a_terminal(tmp_path):
         terminal.type(b":t 0\n")
         # (Ctrl-C here is tested above: Python's readline can miss one that comes with the prompt.)
         terminal.wait_for(b"temperature = 0.0\r\n> ")
-        terminal.type(b":q\n")
+        terminal.type(b"exit\n")
         assert terminal.process.wait(60) == 0
 
 

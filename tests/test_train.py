@@ -71,8 +71,8 @@ def one_plot(monkeypatch):
     `straight` is made before and draws them all, as programs in processes of their own do.
     """
 
-    def draw_loss(records, folder, step):
-        return draw_plots(records, folder, step, ["loss"])
+    def draw_loss(records, folder, step, **options):
+        return draw_plots(records, folder, step, ["loss"], **options)
 
     monkeypatch.setattr(reporter, "draw_plots", draw_loss)
 
@@ -562,7 +562,7 @@ def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkey
     The original implementation's resumed run re-read its first 80 sequences (T2), halved its first
     logged loss (T13) and lost count of its tokens (T14).
     """
-    monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
+    monkeypatch.setattr(reporter, "draw_plots", lambda *_, **__: None)
 
     def requested(self):
         steps.append(1)
@@ -629,7 +629,63 @@ def test_plots_are_drawn(straight):
             "grad_norm",
         )
     } <= names
-    assert (straight.graph_dir / "step_0000011_loss.png").exists()
+    assert not list(straight.graph_dir.glob("step_*.png"))
+
+
+def test_plots_of_each_save_are_kept_if_asked_for_and_in_the_theme(run):
+    flags = ("--max_steps", 4, "--save_interval", 2, "--keep_plots", "--plot_theme", "light")
+    assert run(*flags) == 0
+    kept = {p.name for p in run.graph_dir.glob("step_*_loss.png")}
+    assert kept == {"step_0000002_loss.png", "step_0000004_loss.png"}
+    latest = run.graph_dir / "latest_loss.png"
+    assert latest.read_bytes() == (run.graph_dir / "step_0000004_loss.png").read_bytes()
+    records = run.records()
+    draw_plots(records, run.graph_dir / "again", 4, ["loss"], theme="light")
+    assert (run.graph_dir / "again" / "latest_loss.png").read_bytes() == latest.read_bytes()
+    # How a run reports may change when it continues.
+    assert run("--resume", "--max_steps", 6, "--no-keep_plots", fresh=False) == 0
+    assert run.final().step == 6 and not (run.graph_dir / "step_0000006_loss.png").exists()
+
+
+def test_a_run_with_a_name_has_its_folders_and_is_found_again(run, capsys):
+    """Two runs needed two --ckpt_dir and two --graph_dir, or the plots of one were replaced."""
+    for name in ("one", "two"):
+        assert run("--run_name", name, "--max_steps", 4) == 0
+    assert f"checkpoints in {run.ckpt_dir / 'two'}, plots in {run.graph_dir / 'two'}" in (
+        capsys.readouterr().out
+    )
+    assert not list(run.ckpt_dir.glob("*.pt")) and not list(run.graph_dir.glob("*.json*"))
+    names = sorted(path.name for path in run.ckpt_dir.iterdir())
+    assert names == ["one", "two"] == sorted(path.name for path in run.graph_dir.iterdir())
+    # Without the name the error says which there are; a mistake changes nothing.
+    with pytest.raises(ValueError, match=r"it has the runs one, two: say --run_name"):
+        run("--resume", "--max_steps", 6, fresh=False)
+    with pytest.raises(ValueError, match="holds the checkpoints of another run"):
+        run("--run_name", "one", "--max_steps", 6)
+    # By its name, and by its folder, as the line at the end of a stopped run says.
+    assert run("--resume", "--run_name", "one", "--max_steps", 6, fresh=False) == 0
+    flags = ["--resume", "--ckpt_dir", str(run.ckpt_dir / "one"), "--max_steps", "8"]
+    assert train.main(flags) == 0
+    one = Run(run.folders[1], run.ckpt_dir.parent)
+    one.ckpt_dir, one.graph_dir = run.ckpt_dir / "one", run.graph_dir / "one"
+    assert one.final().step == 8 and one.final().train_config["run_name"] == "one"
+    steps = [r["step"] for r in one.records() if r["kind"] == "train"]
+    assert steps == sorted(set(steps)) and steps[-1] == 8
+    # A folder that was given another name is the run's all the same.
+    os.rename(run.ckpt_dir / "one", run.ckpt_dir / "first")
+    assert run("--resume", "--run_name", "first", "--max_steps", 9, fresh=False) == 0
+
+
+def test_log_lines_are_shown_above_the_progress_bar_too(run, monkeypatch, capsys):
+    """On a terminal only the bar told the loss, so nothing of it was left to scroll back to.
+
+    `python train.py | tee log` wrote none either: the bar follows stderr, the lines go to stdout.
+    """
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert run("--max_steps", 4, "--log_interval", 2) == 0
+    out, err = capsys.readouterr()
+    lines = re.findall(r"^step +(\d+)  loss .*  ETA \d", out, re.MULTILINE)
+    assert lines == ["2", "4"] and "4/4" in err
 
 
 def test_missing_matplotlib_costs_the_plots_only(run, monkeypatch, capsys):
@@ -683,7 +739,7 @@ PLAIN = """
 import train
 from runtime.base import cli
 from runtime.training import reporter
-reporter.draw_plots = lambda *_: None
+reporter.draw_plots = lambda *_, **__: None
 cli.run_main(train.main)
 """
 
@@ -712,7 +768,7 @@ LONG = [
 @pytest.fixture(scope="session")
 def long_straight(data, tmp_path_factory) -> Run:
     run = Run(data, tmp_path_factory.mktemp("long"))
-    with mock.patch.object(reporter, "draw_plots", lambda *_: None):
+    with mock.patch.object(reporter, "draw_plots", lambda *_, **__: None):
         assert run(*LONG) == 0
     return run
 
@@ -759,7 +815,7 @@ def test_a_damaged_latest_checkpoint_falls_back_and_says_so(run, capsys):
     capsys.readouterr()
     assert run("--resume", fresh=False) == 0
     out = capsys.readouterr().out
-    assert "skipped a damaged checkpoint" in out and "step_0000004.pt at step 4" in out
+    assert "skipped a checkpoint that cannot be read" in out and "step_0000004.pt at step 4" in out
     assert_same(run.final(), whole)
 
 

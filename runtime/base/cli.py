@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
+import re
 import signal
 import sys
+import textwrap
 import tomllib
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from config_model import PRESETS, ModelConfig, TrainConfig
+from runtime.base.following import follow
 from runtime.base.text import visible
 
 
@@ -24,11 +28,13 @@ class Settings:
     """What the user asked for.
 
     `values`: by field name, preset included. `explicit`: names given as flags or in the TOML file.
+    `notes`: a line for each value that was adapted to those given.
     """
 
     values: dict
     explicit: frozenset
     preset: str | None = None
+    notes: tuple[str, ...] = ()
 
     def build(self, config_class):
         """Return a `config_class` from the values that are its fields. Raise ValueError."""
@@ -36,32 +42,163 @@ class Settings:
         return config_class(**{k: v for k, v in self.values.items() if k in names})
 
 
+# The flags that --help shows first. A command shows the first list of which it has every flag.
+MOST_USED = (
+    # Whatever trains.
+    "preset data_dir ckpt_dir max_steps batch_size grad_accum lr resume init_from run_name",
+    # predict.py
+    "prompt ckpt max_new_tokens temperature top_k top_p seed num_samples prompt_file json",
+    # prepare_data.py
+    "files dataset text_column val_files val_ratio document_separator tokenizer out_dir "
+    "max_tokens num_proc",
+    # test.py
+    "preset presets ckpt d_model transformer_blocks context_length vocabulary_size num_experts "
+    "top_k batch_size",
+    # What else has the model's flags.
+    "preset config d_model transformer_blocks context_length vocabulary_size num_heads "
+    "num_experts top_k d_ff",
+)
+
+
+def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the known names that are close, or an empty string."""
+    known = list(known)
+    meant = [match for name in names for match in difflib.get_close_matches(name, known, 1)]
+    return f"; did you mean {' and '.join(dict.fromkeys(meant))}?" if meant else ""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps paragraphs at the terminal's width and keeps indented lines, such as commands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        paragraph: list[str] = []
+        for line in [*text.splitlines(), ""]:
+            if line.strip() and not line.startswith(" "):
+                paragraph.append(line)
+                continue
+            lines += _wrapped(" ".join(paragraph), width)
+            paragraph = []
+            lines += _command_lines(line, width)
+        return "\n".join(indent + line for line in lines).rstrip()
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # A help text of several lines is a list.
+        first, *items = text.split("\n")
+        lines = _wrapped(first, width)
+        for item in items:
+            lines += _wrapped(item, width, "  ", "  ")
+        return lines
+
+
+def _wrapped(text: str, width: int, indent: str = "", hanging: str = "") -> list[str]:
+    # A flag, a path or a preset's name stays whole.
+    return textwrap.wrap(
+        text,
+        max(width, 11),
+        initial_indent=indent,
+        subsequent_indent=indent + hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _command_lines(line: str, width: int) -> list[str]:
+    """Return a line of a command and what it does: in two parts, if it is wider than `width`."""
+    parts = re.fullmatch(r"( +)(\S.*?) {2,}(\S.*)", line)
+    if len(line) <= width or not parts:
+        return [line]
+    indent, command, comment = parts.groups()
+    return [indent + command, *_wrapped(comment, width, 2 * indent)]
+
+
 class _Parser(argparse.ArgumentParser):
+    # Flags on the command line that this parser does not have, without their values.
+    unknown: Sequence[str] = ()
+
+    def parse_args(self, args=None, namespace=None):
+        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        given = given[: given.index("--")] if "--" in given else given
+        names = [arg.partition("=")[0] for arg in given if re.match(r"--?[A-Za-z]", arg)]
+        self.unknown = [name for name in names if name not in self._option_string_actions]
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> typing.NoReturn:
+        # argparse reports a misspelt flag that is required as missing, and says no more.
+        is_missing = message.startswith("the following arguments are required")
+        if is_missing and self.unknown:
+            message += f"; unrecognized: {' '.join(self.unknown)}"
+        if is_missing or message.startswith("unrecognized"):
+            names = ["--" + name.lstrip("-").replace("-", "_") for name in self.unknown]
+            message += did_you_mean(names, self._option_string_actions)
         # argparse would first print all of the flags, about 60.
         raise ValueError(f"{message} (--help lists the flags)")
+
+    def _check_value(self, action: argparse.Action, value: typing.Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = did_you_mean([str(value)], map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, error.message + hint) from None
+
+    def format_help(self) -> str:
+        """Return a usage in one line, the most used flags, then all others by group."""
+        flags = {action.dest: action for action in self._actions if action.option_strings}
+        lists = (names.split() for names in MOST_USED)
+        first = [flags[name] for name in next((n for n in lists if flags.keys() >= set(n)), [])]
+        formatter = self._get_formatter()
+        formatter.add_usage(self._usage_line(), [], [])
+        formatter.add_text(self.description)
+        formatter.start_section("most used")
+        formatter.add_arguments(first)
+        formatter.end_section()
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments([a for a in group._group_actions if a not in first])
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def _usage_line(self) -> str:
+        required = []
+        for action in self._actions:
+            if action.required:
+                value = action.metavar or action.dest.upper()
+                required.append(" ".join((*action.option_strings[:1], str(value))))
+        return " ".join(["%(prog)s", *required, "[flags]"])
+
+
+def _program() -> str | None:
+    """Return how the command that runs is called, if argparse would not know."""
+    main = sys.modules.get("__main__")
+    module = getattr(getattr(main, "__spec__", None), "name", "")
+    # Run by its path, a script has no spec.
+    path = os.path.abspath(getattr(main, "__file__", None) or "")
+    if not module and os.path.basename(os.path.dirname(path)) == "scripts":
+        module = f"scripts.{os.path.basename(path).removesuffix('.py')}"
+    return f"python -m {module}" if module.startswith(("scripts.", "benchmarks.")) else None
 
 
 def parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return the ArgumentParser of a command: no abbreviated flags, ValueError for a mistake."""
-    module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")
-    prog = f"python -m {module}" if module.startswith(("scripts.", "benchmarks.")) else None
     return _Parser(
-        prog=prog,
+        prog=_program(),
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
     )
 
 
 def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:
     """Add `--preset`, `--config` and a flag per field of the dataclasses, with help and default."""
-    presets = "; ".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
+    presets = "\n".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
     to.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        help=f"named model and training settings: {presets}".replace("%", "%%"),
+        metavar="NAME",
+        help=f"named model and training settings:\n{presets}".replace("%", "%%"),
     )
     to.add_argument(
         "--config",
@@ -114,7 +251,34 @@ def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     file = _read_toml(args.config, known) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
-    return Settings(values | file | flags, frozenset(file) | frozenset(flags), args.preset)
+    values = _in_its_folders(values | file | flags)
+    explicit = frozenset(file) | frozenset(flags)
+    notes: tuple[str, ...] = ()
+    if TrainConfig in config_classes:
+        values, notes = follow(values, explicit)
+    return Settings(values, explicit, args.preset, notes)
+
+
+def _in_its_folders(values: dict) -> dict:
+    """Return settings whose ckpt_dir and graph_dir are the run's own folders, if it has a name.
+
+    A folder that has the run's name already stays, so that a run is found by either.
+    """
+    name = values.get("run_name")
+    if not name or not isinstance(name, str):
+        return values
+    if not re.fullmatch(r"\w[\w.+=-]*", name) or name.endswith(".pt"):
+        raise ValueError(
+            f"run_name {name!r} cannot be the name of the run's folder: use letters, digits and "
+            "_ . + = -, and not the ending .pt"
+        )
+    folders = {}
+    for key in ("ckpt_dir", "graph_dir"):
+        folder = values.get(key, getattr(TrainConfig, key))
+        if isinstance(folder, str):
+            is_there = os.path.basename(os.path.normpath(folder)) == name
+            folders[key] = folder if is_there else os.path.join(folder, name)
+    return values | folders
 
 
 def _read_toml(path: str, known: Iterable[str]) -> dict:
@@ -138,7 +302,7 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
             if unknown := sorted(set(section) - allowed):
                 raise ValueError(
                     f"--config {path} has unknown keys in [{name}]: {', '.join(unknown)}; "
-                    "see --help for the known names"
+                    f"see --help for the known names{did_you_mean(unknown, allowed)}"
                 )
             if twice := sorted(set(section) & set(flat)):
                 raise ValueError(
@@ -153,7 +317,7 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
     if unknown := sorted(set(flat) - set(known)):
         raise ValueError(
             f"--config {path} has unknown keys: {', '.join(unknown)}; "
-            "see --help for the known names"
+            f"see --help for the known names{did_you_mean(unknown, known)}"
         )
     return flat
 

@@ -19,6 +19,15 @@ from typing import BinaryIO
 TEMPORARY_SUFFIX = ".partial"
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Return whether a path is UTF-8. Others exist on Linux: old archives, old file servers."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def fsync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename in it survives a power loss.
 

@@ -40,6 +40,14 @@ def folder_has_run(ckpt_dir: str | Path) -> bool:
     )
 
 
+def _named(folder: Path, most: int = 5) -> str:
+    """Return a hint that names the runs in the folders of a folder, or an empty string."""
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = [path.name for path in inner if path.is_dir() and folder_has_run(path)]
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return f"; it has the runs {', '.join(names[:most])}{more}: say --run_name" * bool(names)
+
+
 def restore_names(checkpoint: Checkpoint) -> None:
     """Point latest.pt, and best.pt if it is the run's best, to the step file a run continues.
 
@@ -67,7 +75,9 @@ def find_latest(ckpt_dir: str | Path, optimizer: bool = True) -> tuple[Checkpoin
     tried: list[Path] = []
     skipped: list[str] = []
     if not folder_has_run(folder):
-        raise CheckpointError(folder, f"holds no checkpoint ({LATEST} or step_*.pt)")
+        raise CheckpointError(
+            folder, f"holds no checkpoint ({LATEST} or step_*.pt){_named(folder)}"
+        )
     for path in [
         *(path for _, path in reversed(step_files(folder))),
         folder / LATEST,

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import mmap
+import os
 import pickletools
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 
 from config_model import ModelConfig
 from model import LLM
+from runtime.base.files import is_utf8
 from runtime.checkpoint.format import (
     FORMAT,
     HEADER,
@@ -44,6 +47,9 @@ from runtime.checkpoint.reference import (
 PICKLE_LIMIT_BYTES = 1 << 28
 # In PyTorch's words for a map that the system refuses.
 OUT_OF_ADDRESSES = "Cannot allocate memory"
+# In PyTorch's words for a file that the system does not open or map: too many open files, a disk
+# that gives no maps. The file may be whole.
+SYSTEM_REFUSALS = ("unable to open file", "unable to mmap", "unable to stat")
 # All that the pickle of a checkpoint may name. weights_only allows more, such as bytearray(10**12)
 # and storages of any size.
 STORAGES = ["Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]
@@ -110,6 +116,8 @@ def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, in
             raise ValueError("not a checkpoint (no torch.save zip)")
         records = _scan_zip(path)
         contents = _load_mapped(path, read_only)
+    except CheckpointError:
+        raise
     except (zipfile.BadZipFile, UnicodeError) as error:
         raise CheckpointError(path, f"damaged or cut short: {error}") from error
     except OSError as error:
@@ -118,11 +126,13 @@ def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, in
         raise CheckpointError(path, error) from error
     # zipfile, pickle and torch raise nearly everything on damaged input; the cause is kept.
     except Exception as error:
-        if OUT_OF_ADDRESSES in str(error):
+        if OUT_OF_ADDRESSES in str(error) or isinstance(error, MemoryError):
             size = f"{path.stat().st_size / 1e9:.1f} GB"
             raise CheckpointError(
                 path, f"has {size}, which this machine's memory and swap cannot hold"
             ) from error
+        if str(error).startswith(SYSTEM_REFUSALS):
+            raise CheckpointError(path, f"cannot be read: {str(error)[:200]}") from error
         raise CheckpointError(
             path, f"damaged, or no checkpoint: {type(error).__name__}: {str(error)[:200]}"
         ) from error
@@ -147,12 +157,35 @@ def _load_mapped(path: Path, read_only: bool) -> object:
         if kind is not None:
             options = torch.serialization.set_default_mmap_options(kind)
         try:
-            with options:
-                return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            with options, _name_for_torch(path) as name:
+                return torch.load(name, weights_only=True, mmap=True, map_location="cpu")
         except RuntimeError as error:
             if OUT_OF_ADDRESSES not in str(error) or kind == kinds[-1]:
                 raise
     raise AssertionError("the last kind of map returns or raises")
+
+
+@contextlib.contextmanager
+def _name_for_torch(path: Path) -> Iterator[str]:
+    """Yield a name of the file that PyTorch can open: it takes UTF-8 alone.
+
+    A path that is not UTF-8 (an old archive's, another system's) gets the name of an open file of
+    this process, if the system has such names. Raise CheckpointError where it has none.
+    """
+    if is_utf8(path):
+        yield str(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        name = f"/proc/self/fd/{descriptor}"
+        if not os.path.exists(name):
+            raise CheckpointError(
+                path, "cannot be read: its path is not UTF-8, so rename the folder or the file"
+            )
+        # The maps stay after the file is closed.
+        yield name
+    finally:
+        os.close(descriptor)
 
 
 def _scan_zip(path: Path) -> set[tuple[int, int]]:

@@ -141,19 +141,20 @@ def write_weights(
     dtype: torch.dtype = torch.float32,
     tokenizer_state: dict | None = None,
     run: dict | None = None,
+    **values,
 ) -> None:
     """Write a checkpoint of weights alone, with one tensor in memory at a time.
 
     `tensor_of` is asked once for each name of LLM.state_dict(). Parameters are stored in `dtype`,
-    float32 or bfloat16, and buffers in float32. Raise ValueError for a tensor of another shape or
-    that is not finite.
+    float32 or bfloat16, and buffers in float32. `values` are further entries of the header, such as
+    step. Raise ValueError for a tensor of another shape or that is not finite.
 
     The file is laid out with holes, which the tensors fill as they are hashed. It is laid out again
     around them with their digests, which are as long as those they replace. (The zip's CRC-32 of
     the tensors stay 0: nothing reads them where there are digests.) What is left of a write that
     ends early is no checkpoint: `path` is a temporary name, see runtime/interop/export.py.
     """
-    header = _header(config, tokenizer_state, run=run or {})
+    header = _header(config, tokenizer_state, run=run or {}, **values)
     expected = expected_tensors(config, dtype)
     digests = {f"model/{name}": f"{i:064x}" for i, name in enumerate(expected)}
     digests["header"] = header_digest(header)

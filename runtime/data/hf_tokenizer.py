@@ -23,6 +23,7 @@ from runtime.base.files import write_text_atomic
 from runtime.data.tokenizer import (
     COMPACT,
     END_OF_TEXT,
+    NoTokenizer,
     Tokenizer,
     byte_of_character,
     spell,
@@ -119,14 +120,18 @@ def special_words(tokenizer: Tokenizer) -> dict[str, int]:
     )
 
 
-def pad_id(tokenizer: Tokenizer) -> int:
+def pad_id(tokenizer: Tokenizer) -> int | None:
     """Return the id of padding: one that no text contains if there is one, else end-of-text.
+
+    None if the tokenizer is unknown.
 
     Padding must not cost a row of the embedding, so the id is one of the vocabulary. transformers
     leaves labels with this id out of the loss, and end-of-text is worth learning.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.pad_id
+    if isinstance(tokenizer, NoTokenizer):
+        return None
     if tokenizer.undecodable_ids:
         return tokenizer.undecodable_ids[0]
     never = {t: i for t, i in tokenizer.encoding._mergeable_ranks.items() if NEVER_IN_UTF8 in t}
@@ -150,7 +155,7 @@ def _vocabulary(tokenizer: Tokenizer, with_pad: bool = True) -> tuple[dict, dict
     words = {spell(token): ranks[token] for token in sorted(ranks, key=ranks.__getitem__)}
     added = special_words(tokenizer)
     pad = pad_id(tokenizer)
-    if not with_pad or pad == tokenizer.end_of_text_id:
+    if not with_pad or pad is None or pad == tokenizer.end_of_text_id:
         return words, added
     if pad in ranks.values():
         # The library finds the id of an added token among the ordinary ones.
@@ -224,7 +229,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     }
 
 
-def _starting_with(word: str, token_id: int) -> dict:
+def _starting_with(word: str, token_id: int | None) -> dict:
     """Return the post-processor that puts a token before a text, and before each text of a pair."""
 
     def parts(text: str) -> list[dict]:
@@ -388,7 +393,7 @@ class HuggingFaceTokenizer(Tokenizer):
         model = json.loads(self.text)["model"]
         unknown = (model.get("byte_fallback") and model.get("unk_token")) or ""
         found = self._tokenizer.token_to_id(unknown)
-        return self.end_of_text_id if found is None else found
+        return self.stop_ids[0] if found is None else found
 
     def word(self, token_id: int) -> str:
         """Return a token as tokenizer.json writes it."""

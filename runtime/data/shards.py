@@ -2,9 +2,11 @@
 
     data/train/meta.json  shard_0000.npy  shard_0001.npy ...    and the same in data/val
 
-A shard is a one-dimensional uint32 .npy array. The manifest (meta.json) lists the shards in order,
-each with its token count and SHA-256, and carries a digest of itself. Files that are not in the
-manifest are never read.
+A shard is a one-dimensional .npy array: uint16 if every id of the vocabulary fits, else uint32. The
+manifest (meta.json) names the dtype, lists the shards in order, each with its token count and
+SHA-256, and carries a digest of itself. Files that are not in the manifest are never read. The
+digest of the content, tokens_sha256, is that of the ids as uint32, so it does not depend on the
+dtype of the shards.
 
 Replacing a set: the new set is written to data/.partial, then renamed to data/.ready. That rename
 is the commit. Before it the old set is untouched; after it data/.ready is the set, and readers look
@@ -35,7 +37,10 @@ FORMAT, VERSION = "gptoss-shards", 1
 SPLITS = ("train", "val")
 MANIFEST = "meta.json"
 PARTIAL, READY = ".partial", ".ready"
-DTYPE = np.dtype("<u4")
+# Of a set's shards, by the name in its manifest; the narrow one first.
+DTYPES = {dtype.name: dtype for dtype in (np.dtype("<u2"), np.dtype("<u4"))}
+# Of the ids that are appended, and of those in tokens_sha256.
+WIDE = DTYPES["uint32"]
 # Of a one-dimensional .npy file, whatever its length.
 HEADER_BYTES = 128
 # A shard takes about 150 bytes in it, so no real set comes near this.
@@ -45,6 +50,11 @@ OPEN_SHARDS = 64
 # Shards are rewritten in pieces of this size.
 CHUNK_BYTES = 1 << 22
 SHARD_NAME = re.compile(r"shard_\d{4,9}\.npy")
+
+
+def dtype_for(vocabulary_size: int) -> np.dtype:
+    """Return the narrowest dtype of shards that holds every id of a vocabulary."""
+    return next(d for d in DTYPES.values() if vocabulary_size - 1 <= np.iinfo(d).max)
 
 
 # ------------------------------------------------------------------------------ manifest
@@ -121,10 +131,12 @@ def _manifest_fault(m: dict) -> str | None:
         shard["tokens"] for shard in shards
     ):
         return "its totals differ from the sums over its shards"
-    if m.get("dtype") != DTYPE.name:
-        return f"its dtype is {m.get('dtype')!r}, not {DTYPE.name!r}"
+    if m.get("dtype") not in tuple(DTYPES):
+        return f"its dtype is {m.get('dtype')!r}, not one of {', '.join(DTYPES)}"
     if not all(count(m.get(key)) for key in ("total_documents", "total_bytes", "vocabulary_size")):
         return "a count is missing or not positive"
+    if m["vocabulary_size"] - 1 > np.iinfo(DTYPES[m["dtype"]]).max:
+        return f"its vocabulary of {m['vocabulary_size']:,} does not fit its dtype {m['dtype']}"
     if not isinstance(tokenizer, dict) or not all(
         isinstance(value, str)
         for value in (tokenizer.get("fingerprint"), m.get("tokens_sha256"), m.get("pair"))
@@ -141,8 +153,9 @@ def _manifest_fault(m: dict) -> str | None:
 class ShardWriter:
     """Writes one split: append ids, then finish() returns the manifest's part. Buffers nothing."""
 
-    def __init__(self, folder: Path, shard_size: int):
+    def __init__(self, folder: Path, shard_size: int, vocabulary_size: int):
         self.folder, self.shard_size = folder, shard_size
+        self.vocabulary_size, self.dtype = vocabulary_size, dtype_for(vocabulary_size)
         self.shards: list[dict] = []
         self.total_tokens = 0
         # Of all ids, however they are cut into shards.
@@ -151,8 +164,15 @@ class ShardWriter:
         folder.mkdir(parents=True)
 
     def append(self, ids: np.ndarray) -> None:
-        """Append ids, uint32 [tokens]; close a full shard and start the next."""
-        ids = ids.astype(DTYPE, copy=False)
+        """Append ids, uint32 [tokens]; close a full shard and start the next.
+
+        Raise ValueError for an id beyond the vocabulary, which a narrow dtype would wrap.
+        """
+        ids = ids.astype(WIDE, copy=False)
+        if len(ids) and (largest := int(ids.max())) >= self.vocabulary_size:
+            raise ValueError(f"id {largest} is beyond the vocabulary of {self.vocabulary_size:,}")
+        self._tokens.update(ids.data.cast("B"))
+        ids = ids.astype(self.dtype, copy=False)
         while len(ids):
             file = self._file or self._open()
             room = self.shard_size - self._in_shard
@@ -160,7 +180,6 @@ class ShardWriter:
             data = part.data.cast("B")
             file.write(data)
             self._digest.update(data)
-            self._tokens.update(data)
             self._in_shard += len(part)
             self.total_tokens += len(part)
             if self._in_shard == self.shard_size:
@@ -174,7 +193,7 @@ class ShardWriter:
         return {
             "num_shards": len(self.shards),
             "total_tokens": self.total_tokens,
-            "dtype": DTYPE.name,
+            "dtype": self.dtype.name,
             "tokens_sha256": self._tokens.hexdigest(),
             "shards": self.shards,
         }
@@ -190,7 +209,7 @@ class ShardWriter:
         # Not in a `with`: the file lives across calls.
         file = self._file = open(self._path, "wb")  # noqa: SIM115
         # Right for every shard but the last.
-        header = npy_header(self.shard_size)
+        header = npy_header(self.shard_size, self.dtype)
         file.write(header)
         self._digest, self._in_shard = hashlib.sha256(header), 0
         return file
@@ -199,7 +218,7 @@ class ShardWriter:
         """Flush and close a shard's file, and list it."""
         if short := self._in_shard < self.shard_size:
             file.seek(0)
-            file.write(npy_header(self._in_shard))
+            file.write(npy_header(self._in_shard, self.dtype))
         file.flush()
         os.fsync(file.fileno())
         file.close()
@@ -209,36 +228,46 @@ class ShardWriter:
         self.shards.append({"file": self._path.name, "tokens": self._in_shard, "sha256": sha256})
 
 
-def renumber(folder: Path, counts: dict, new_ids: np.ndarray) -> dict:
+def renumber(folder: Path, counts: dict, new_ids: np.ndarray, vocabulary_size: int) -> dict:
     """Replace every id i in a split's finished shards by new_ids[i], uint32 [old ids].
 
-    `counts` is what ShardWriter.finish returned; return it with the new digests. Works in place, a
+    `counts` is what ShardWriter.finish returned; return it with the new digests, and with a
+    narrower dtype if `vocabulary_size`, which counts the new ids, allows it. Works in place, a
     piece at a time: only for a set that is not published, so that a half-done one is deleted.
     """
+    old_dtype, dtype = DTYPES[counts["dtype"]], dtype_for(vocabulary_size)
+    if dtype.itemsize > old_dtype.itemsize:
+        raise ValueError(f"{old_dtype.name} shards have no room for {vocabulary_size:,} ids")
     tokens, shards = hashlib.sha256(), []
     for shard in counts["shards"]:
-        with open(folder / shard["file"], "r+b") as file:
-            digest = hashlib.sha256(file.read(HEADER_BYTES))
-            while old := file.read(CHUNK_BYTES):
-                new = new_ids[np.frombuffer(old, dtype=DTYPE)].astype(DTYPE, copy=False).tobytes()
-                file.seek(-len(old), os.SEEK_CUR)
-                file.write(new)
-                digest.update(new)
-                tokens.update(new)
+        path, header = folder / shard["file"], npy_header(shard["tokens"], dtype)
+        digest = hashlib.sha256(header)
+        # The new ids are not wider, so nothing is overwritten before it is read.
+        with open(path, "rb") as old_file, open(path, "r+b") as file:
+            old_file.seek(HEADER_BYTES)
+            file.write(header)
+            while old := old_file.read(CHUNK_BYTES):
+                new = new_ids[np.frombuffer(old, dtype=old_dtype)].astype(WIDE, copy=False)
+                tokens.update(new.data.cast("B"))
+                data = new.astype(dtype, copy=False).data.cast("B")
+                file.write(data)
+                digest.update(data)
+            file.truncate()
             file.flush()
             os.fsync(file.fileno())
         shards.append(shard | {"sha256": digest.hexdigest()})
-    return counts | {"tokens_sha256": tokens.hexdigest(), "shards": shards}
+    digests = {"tokens_sha256": tokens.hexdigest(), "shards": shards}
+    return counts | {"dtype": dtype.name} | digests
 
 
-def npy_header(tokens: int) -> bytes:
-    """Return the .npy header (version 1.0) of a uint32 array [tokens].
+def npy_header(tokens: int, dtype: np.dtype) -> bytes:
+    """Return the .npy header (version 1.0) of an array [tokens].
 
     It has 128 bytes for any length, because numpy leaves room for the length to grow.
     """
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        buffer, {"descr": DTYPE.str, "fortran_order": False, "shape": (tokens,)}
+        buffer, {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
     )
     assert buffer.tell() == HEADER_BYTES
     return buffer.getvalue()
@@ -410,6 +439,7 @@ class TokenShards:
         self.num_tokens: int = self.manifest["total_tokens"]
         self.vocabulary_size: int = self.manifest["vocabulary_size"]
         self.end_of_text_id: int = self.manifest["end_of_text_id"]
+        self.dtype = DTYPES[self.manifest["dtype"]]
         self._shards: list[dict] = self.manifest["shards"]
         self._starts = np.concatenate(
             [[0], np.cumsum([shard["tokens"] for shard in self._shards], dtype=np.int64)]
@@ -486,26 +516,27 @@ class TokenShards:
 
     def _check_size(self, i: int) -> tuple[int, int, int]:
         identity = self._stat(i)
-        if identity[0] != (expected := HEADER_BYTES + DTYPE.itemsize * self._shards[i]["tokens"]):
+        expected = HEADER_BYTES + self.dtype.itemsize * self._shards[i]["tokens"]
+        if identity[0] != expected:
             raise self._fault(i, f"has {identity[0]:,} bytes, not {expected:,}")
         return identity
 
     def _open(self, i: int) -> np.ndarray:
-        """Return a memory map of shard i, uint32 [tokens].
+        """Return a memory map of shard i, uint16 or uint32 [tokens].
 
         Shards are opened late and few at a time, so the file must still be the one first seen.
         """
         if self._stat(i) != self._identity[i]:
             raise self._fault(i, "was changed while it was in use")
         with open(self._path(i), "rb") as file:
-            if file.read(HEADER_BYTES) != npy_header(self._shards[i]["tokens"]):
+            if file.read(HEADER_BYTES) != npy_header(self._shards[i]["tokens"], self.dtype):
                 raise self._fault(
-                    i, f"is not a {DTYPE.name} array of {self._shards[i]['tokens']:,} tokens"
+                    i, f"is not a {self.dtype.name} array of {self._shards[i]['tokens']:,} tokens"
                 )
             return np.asarray(
                 np.memmap(
                     file,
-                    dtype=DTYPE,
+                    dtype=self.dtype,
                     mode="r",
                     offset=HEADER_BYTES,
                     shape=(self._shards[i]["tokens"],),

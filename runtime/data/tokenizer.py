@@ -1,7 +1,8 @@
 """Text <-> token ids, with tiktoken.
 
 Kinds: a published vocabulary, the part of one that a text uses, plain bytes, a BPE trained here. A
-published model's own tokenizer.json is one more kind: runtime/data/hf_tokenizer.py.
+published model's own tokenizer.json is one more kind: runtime/data/hf_tokenizer.py. A model whose
+tokenizer is unknown has token ids instead of text: NoTokenizer.
 
 Nothing is read or downloaded at import. A tokenizer is stored as its *state*: plain JSON values in
 a manifest or a checkpoint. A published vocabulary is stored by name and fingerprint, a compact one
@@ -25,6 +26,8 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 # Vocabularies that tiktoken downloads.
 NAMED = ("o200k_base", "gpt2", "cl100k_base")
+# Token ids instead of text.
+NONE = "none"
 # hf:DIGEST is a published model's tokenizer.json.
 IMPORTED = "hf:"
 # o200k_base:compact is o200k_base without the ids that the text does not use.
@@ -87,13 +90,16 @@ class Tokenizer:
         self.name = name
         self.encoding = encoding
         self.vocabulary_size: int = encoding.n_vocab
-        self.end_of_text_id: int = encoding.eot_token
+        # None: no id ends a text.
+        self.end_of_text_id: int | None = encoding.eot_token
         self.start_id: int | None = self.end_of_text_id
         self.stop_ids: tuple[int, ...] = (self.end_of_text_id,)
 
     @property
     def between_documents(self) -> list[int]:
         """Ids between two documents: end-of-text, then the start token if it differs."""
+        if self.end_of_text_id is None:
+            return []
         if self.start_id is None or self.start_id == self.end_of_text_id:
             return [self.end_of_text_id]
         return [self.end_of_text_id, self.start_id]
@@ -262,6 +268,46 @@ class CompactTokenizer(Tokenizer):
     def to_state(self) -> dict:
         """Return all that `tokenizer_from_state` needs: also the base's kept ids, by new id."""
         return self.summary() | {"base_ids": self.base_ids}
+
+
+class NoTokenizer(Tokenizer):
+    """Token ids written as numbers, for a model whose tokenizer is unknown.
+
+    The text "12 7 99" is three ids, and they decode to " 12 7 99". No id begins or ends a text, and
+    none is left out. It is not stored anywhere.
+    """
+
+    def __init__(self, vocabulary_size: int):
+        self.name = NONE
+        self.vocabulary_size = vocabulary_size
+        self.end_of_text_id = self.start_id = None
+        self.stop_ids = ()
+        self.undecodable_ids = []
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """Return the ids that a text names, uint32 [tokens]: numbers between blanks or commas.
+
+        Brackets around them do not count. Raise ValueError for anything else.
+        """
+        words = text.translate(dict.fromkeys(map(ord, "[],"), " ")).split()
+        for word in words:
+            # A longer number is never an id, and a much longer one takes long to read.
+            if not (word.isascii() and word.isdigit() and len(word) < 20):
+                raise ValueError(
+                    f"{word[:40]!r} is no token id: this model's tokenizer is unknown, so a prompt "
+                    f"is numbers from 0 to {self.vocabulary_size - 1:,}, such as 12 7 99"
+                )
+            if int(word) >= self.vocabulary_size:
+                raise ValueError(
+                    f"token id {word} is beyond this model's vocabulary: "
+                    f"its ids are 0 to {self.vocabulary_size - 1:,}"
+                )
+        return np.array(list(map(int, words)), dtype=np.uint32)
+
+    def _lookup(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self.vocabulary_size:
+            raise KeyError(token_id)
+        return f" {token_id}".encode()
 
 
 class TokenStream:

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import hashlib
+import importlib.util
 import json
 import os
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tiktoken
+import tiktoken.load
 
 from runtime.base.files import read_json_object
 from runtime.data import hf_tokenizer
+from runtime.data.bpe_trainer import train_merges
 from runtime.data.hf_tokenizer import (
     CONFIG_FILE,
     OURS,
@@ -36,9 +43,11 @@ from runtime.data.tokenizer import (
     COMPACT,
     IMPORTED,
     NAMED,
+    NONE,
     STATE_FILE,
     WORD_PATTERN,
     CompactTokenizer,
+    NoTokenizer,
     Tokenizer,
     byte_of_character,
     encoding_of,
@@ -50,18 +59,58 @@ if TYPE_CHECKING:
 
 
 # ------------------------------------------------------------------------ published, byte
+# What tiktoken downloads for each.
+PUBLISHED_FILES = {
+    "o200k_base": ("o200k_base.tiktoken",),
+    "gpt2": ("vocab.bpe", "encoder.json"),
+    "cl100k_base": ("cl100k_base.tiktoken",),
+}
+_reading_plain_names = threading.Lock()
+
+
 def _load_published(name: str) -> Tokenizer:
     """Return a published vocabulary. Raise a one-line ValueError if it cannot be downloaded."""
+    other: list[Path] = []
     try:
-        return Tokenizer(name, tiktoken.get_encoding(name))
+        with _plain_names_too(other):
+            return Tokenizer(name, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:
         # requests' errors are OSErrors; a wrong hash is a ValueError.
         reason = " ".join(str(error).split())[:160]
+        damaged = "".join(f"{path} is another file or damaged; " for path in other)
         raise ValueError(
             f"the vocabulary {name} could not be downloaded ({type(error).__name__}: {reason}): "
-            "set TIKTOKEN_CACHE_DIR to a folder that has it, or prepare the text with "
+            f"{damaged}set TIKTOKEN_CACHE_DIR to a folder with "
+            f"{' and '.join(PUBLISHED_FILES[name])}, or prepare the text with "
             "--tokenizer byte or --tokenizer bpe:8192, which need no network"
         ) from None
+
+
+@contextlib.contextmanager
+def _plain_names_too(other: list[Path]) -> Iterator[None]:
+    """Let tiktoken read a file of TIKTOKEN_CACHE_DIR under its plain name as well.
+
+    tiktoken looks for the SHA-1 of the file's address only, a name that nobody expects. Its own
+    check of the content stays: a file that fails it goes to `other`, and is not read.
+    """
+    folder, read = os.environ.get("TIKTOKEN_CACHE_DIR"), tiktoken.load.read_file_cached
+
+    def read_plain_too(blobpath: str, expected_hash: str | None = None) -> bytes:
+        cached = Path(folder or "", hashlib.sha1(blobpath.encode()).hexdigest())
+        plain = Path(folder or "", blobpath.rpartition("/")[2])
+        if folder and not cached.exists() and plain.is_file():
+            content = plain.read_bytes()
+            if expected_hash is None or tiktoken.load.check_hash(content, expected_hash):
+                return content
+            other.append(plain)
+        return read(blobpath, expected_hash)
+
+    with _reading_plain_names:
+        tiktoken.load.read_file_cached = read_plain_too
+        try:
+            yield
+        finally:
+            tiktoken.load.read_file_cached = read
 
 
 def _load_byte(name: str) -> Tokenizer:
@@ -80,6 +129,7 @@ def compacted(base: Tokenizer, used: Iterable[int]) -> CompactTokenizer:
 
 def _always_kept(base: Tokenizer) -> set[int]:
     ranks = base.encoding._mergeable_ranks
+    assert base.end_of_text_id is not None
     return {*(ranks[bytes([b])] for b in range(256)), base.end_of_text_id}
 
 
@@ -123,6 +173,9 @@ def _restore_compact(state: dict) -> CompactTokenizer:
 SMALLEST_BPE, LARGEST_BPE = 257, 1_000_000
 # A BPE is trained on at most this much text, from the start of the corpus.
 BPE_SAMPLE_CHARACTERS = 1 << 28
+# Training takes time quadratic in a word's length, so there a longer run of letters, of punctuation
+# or of white space is cut. Encoding does not cut: tiktoken merges a long word in n log n.
+BPE_RUN_CHARACTERS = 256
 
 
 def bpe_size(name: str) -> int:
@@ -141,36 +194,32 @@ def bpe_size(name: str) -> int:
     return int(digits)
 
 
+def training_pattern() -> str:
+    """Return WORD_PATTERN for training: each run has at most BPE_RUN_CHARACTERS characters."""
+    pattern = WORD_PATTERN
+    for times, least in ("*", 0), ("+", 1):
+        # After a class of characters: the pattern has no other repetition without a limit.
+        pattern = re.sub(rf"(?<=[\]s])\{times}", f"{{{least},{BPE_RUN_CHARACTERS}}}", pattern)
+    return pattern
+
+
 def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     """Return a byte-level BPE of `size` ids (256 bytes, merges, end-of-text), trained on `texts`.
 
     The same texts give the same ids. The `tokenizers` library trains it, tiktoken runs it. At most
     BPE_SAMPLE_CHARACTERS of text are read, from the start; memory grows only with the number of
-    distinct words in them. Raise ValueError if too few pairs occur twice in the text.
+    distinct words in them. Progress is shown on a terminal. Raise ValueError if too few pairs occur
+    twice in the text.
     """
     name = f"bpe:{size}"
     bpe_size(name)
-    try:
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-        from tokenizers import Tokenizer as Trainable
-    except ImportError:
-        raise ValueError(
-            f"training {name} needs the tokenizers library: pip install tokenizers"
-        ) from None
-    model = Trainable(models.BPE())
-    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(_sample(texts), trainer)
+    if importlib.util.find_spec("tokenizers") is None:
+        raise ValueError(f"training {name} needs the tokenizers library: pip install tokenizers")
+    merges = train_merges(_sample(texts), size - 1, training_pattern())
 
     to_byte = byte_of_character()
     tokens = [bytes([b]) for b in range(256)]
-    for pair in json.loads(model.to_str())["model"]["merges"]:
+    for pair in merges:
         tokens.append(bytes(to_byte[character] for character in "".join(pair)))
     # Two merges can spell one token: it has one id.
     tokens = list(dict.fromkeys(tokens))
@@ -322,23 +371,26 @@ def tokenizer_from_state(state: dict) -> Tokenizer:
 def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
     """Return the checkpoint's tokenizer; `name` (see named_tokenizer) is for one without it.
 
-    Raise ValueError if they do not fit.
+    "none": token ids instead of text. Raise ValueError if they do not fit.
     """
     path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
     if checkpoint.tokenizer_state:
         tokenizer = tokenizer_from_state(checkpoint.tokenizer_state)
-        if name and named_tokenizer(name).fingerprint != tokenizer.fingerprint:
+        if name == NONE or (name and named_tokenizer(name).fingerprint != tokenizer.fingerprint):
             raise ValueError(
                 f"{path} was trained with tokenizer {tokenizer.name}, not {name}: "
                 "leave --tokenizer out"
             )
+    elif name == NONE:
+        tokenizer = NoTokenizer(vocabulary)
     # The original implementation's checkpoints name no tokenizer: it is always o200k_base.
     elif name or vocabulary == 200_019:
         tokenizer = named_tokenizer(name or "o200k_base")
     else:
         raise ValueError(
             f"{path} does not say which tokenizer it was trained with "
-            f"(vocabulary {vocabulary:,}): name it with --tokenizer"
+            f"(vocabulary {vocabulary:,}): name it with --tokenizer, or say --tokenizer none "
+            "to read and write token ids"
         )
     if tokenizer.vocabulary_size > vocabulary:
         raise ValueError(

@@ -7,8 +7,10 @@ stdout, messages to stderr.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,6 +21,10 @@ from config_model import PredictConfig
 from runtime.base.device import explained_out_of_memory
 from runtime.base.files import write_text_atomic
 from runtime.base.text import visible
+from runtime.data.file_sets import format_of
+from runtime.data.formats import looks_like_json_lines, read_json, read_jsonl
+from runtime.data.text_files import check_nuls, open_text
+from runtime.data.tokenizer import NoTokenizer
 from runtime.inference.decoder import router_choices
 from runtime.inference.expert_map import html_page, text_map
 from runtime.inference.predictor import Completion, Predictor
@@ -63,6 +69,8 @@ def show_completion(
         if not config.json:
             print(flush=True)
 
+    if not config.json and predictor.last and (line := why_nothing_shows(predictor.last)):
+        note(line)
     if config.json:
         print_json(predictor, prompt, predictor.last, config, config.seed)
     elif predictor.last and (rate := predictor.last.tokens_per_sec):
@@ -76,19 +84,35 @@ def show_completion(
         write_experts_page(predictor, config)
 
 
+def why_nothing_shows(completion: Completion) -> str:
+    """Return a line for a completion without a visible character, else an empty string."""
+    if completion.text.strip():
+        return ""
+    kind = "has only blanks" if completion.text else "is empty"
+    reasons = {
+        "end of text": "the model ended the text",
+        "stop text": "a stop text came first",
+        "context": "the context is full",
+    }
+    because = reasons.get(completion.ended, "its new tokens show nothing")
+    return f"the answer {kind}: {because}"
+
+
 def show_completions(predictor: Predictor, prompts: Sequence[str], config: PredictConfig) -> None:
     """Print num_samples completions of each prompt, batch_size at a time, in the prompts' order.
 
     They are JSON lines, or texts with an empty line between them.
     """
+    # All before the first is completed, because a prompt may be refused.
+    all_ids = map(predictor.prompt_ids, prompts)
     jobs = [
-        (prompt, config.seed if config.seed < 0 else (config.seed + i) % 2**63)
-        for prompt in prompts
+        (prompt, ids, config.seed if config.seed < 0 else (config.seed + i) % 2**63)
+        for prompt, ids in zip(prompts, all_ids, strict=True)
         for i in range(config.num_samples)
     ]
     for first in range(0, len(jobs), config.batch_size):
         batch = jobs[first : first + config.batch_size]
-        completions = [Completion(predictor.prompt_ids(prompt)) for prompt, _ in batch]
+        completions = [Completion(ids) for _, ids, _ in batch]
         started = time.perf_counter()
         shown = 0
 
@@ -96,7 +120,7 @@ def show_completions(predictor: Predictor, prompts: Sequence[str], config: Predi
             """Print those that ended, up to the first that did not."""
             nonlocal shown
             while shown < len(completions):
-                (prompt, seed), completion = batch[shown], completions[shown]
+                (prompt, _, seed), completion = batch[shown], completions[shown]
                 if completion.ended == "interrupted" and not all_of_them:
                     return
                 if config.json:
@@ -112,7 +136,7 @@ def show_completions(predictor: Predictor, prompts: Sequence[str], config: Predi
             with explained_out_of_memory(
                 predictor.device, "lower --batch_size or --context_length, or use --dtype bfloat16"
             ):
-                for _ in predictor.complete(completions, config, [seed for _, seed in batch]):
+                for _ in predictor.complete(completions, config, [seed for _, _, seed in batch]):
                     show(False)
         except KeyboardInterrupt:
             show(True)
@@ -151,6 +175,8 @@ def print_json(
         "seconds_to_first_token": completion.first_s,
         "tokens_per_sec": completion.tokens_per_sec,
     }
+    if isinstance(predictor.tokenizer, NoTokenizer):
+        record["ids"] = completion.ids
     if config.show_experts:
         experts, weights = router_choices(predictor.model, last_text_ids(predictor))
         record |= {"experts": experts.tolist(), "gates": weights.tolist()}
@@ -167,33 +193,45 @@ def read_piped_prompt() -> str:
 def read_prompts(path: str) -> list[str]:
     """Return the prompts of a file, one a line; empty lines are skipped.
 
-    A .jsonl file has objects with a "prompt" or a "text". Raise ValueError, with the line's
-    number, for anything else, and for a file that is not UTF-8 text.
+    JSON lines, and a JSON array, have objects with a "prompt" or a "text". Their name may say so
+    (.jsonl, .ndjson, .json), else every line is an object. The file may be a pipe, compressed, and
+    in UTF-8, UTF-16 or UTF-32. Raise ValueError, with the line's number, for anything else.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip() and path.endswith(".jsonl"):
-            try:
-                record = json.loads(line)
-                line = record["prompt"] if "prompt" in record else record["text"]
-                if not isinstance(line, str):
-                    raise TypeError
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise ValueError(
-                    f'{path}, line {number}: not a JSON object with a string as "prompt" or "text"'
-                ) from None
-            prompts.append(line)
-        elif line.strip():
-            prompts.append(line)
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    with open_text(lambda: io.BytesIO(data), path) as file:
+        text = file.read()
+    check_nuls(text, path)
+    kind, lines = format_of(Path(path)), text.split("\n")
+    if kind == "json" or (kind != "jsonl" and _is_array_of_objects(text)):
+        prompts = [_prompt_of(row, where) for where, row in read_json(io.StringIO(text), path)]
+    elif kind == "jsonl" or looks_like_json_lines(lines):
+        prompts = [_prompt_of(row, where) for where, row in read_jsonl(lines, path)]
+    else:
+        prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write one a line")
     return prompts
+
+
+def _is_array_of_objects(text: str) -> bool:
+    if not re.match(r"\s*\[\s*\{", text):
+        return False
+    try:
+        return all(isinstance(row, dict) for row in json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _prompt_of(row: object, where: str) -> str:
+    """Return the prompt of one object of a prompt file."""
+    if isinstance(row, dict):
+        prompt = row.get("prompt", row.get("text"))
+        if isinstance(prompt, str):
+            return prompt
+    raise ValueError(f'{where}: not a JSON object with a string as "prompt" or "text"')
 
 
 def last_text_ids(predictor: Predictor) -> list[int]:

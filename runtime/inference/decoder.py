@@ -23,6 +23,7 @@ from torch import Tensor
 
 from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
 from model_parts import Block, KVCache, activate, rope_tables_at
+from runtime.base.compiler import explained_compiler_failure
 from runtime.checks.known import (
     ATTENTION,
     EXPERTS,
@@ -263,7 +264,7 @@ class Decoder:
             function = compiled_step(span, sum(t.nbytes for t in tensors) >= TUNED_BYTES)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), explained_compiler_failure():
             for _ in range(3):
                 function(self.model, self._whole, ids, positions, span)
         torch.cuda.current_stream(self.device).wait_stream(side)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,15 @@ from runtime.base import process
 from runtime.base.device import choose_device, choose_dtype, explained_out_of_memory
 from runtime.base.text import UntilText
 from runtime.checkpoint.read import load_model
-from runtime.data.tokenizer import TokenStream
+from runtime.data.tokenizer import NONE, NoTokenizer, TokenStream
 from runtime.data.tokenizers import tokenizer_of
 from runtime.inference import cpu_decode
 from runtime.inference.decoder import Decoder, Text, generate
 from runtime.inference.quantize import quantize_
 from runtime.kernels.choose import choose_kernels
+
+# A small trained model that comes with the repository; python -m scripts.make_stories made it.
+READY = Path(__file__).parents[2] / "public" / "stories.pt"
 
 
 @dataclass
@@ -59,10 +63,13 @@ class Predictor:
 
     def __init__(self, config: PredictConfig):
         if config.ckpt == PredictConfig.ckpt and not os.path.exists(config.ckpt):
+            ready = f", or try --ckpt {_shown(READY)}" if READY.exists() else ""
             raise ValueError(
                 f"there is no {config.ckpt} yet: train a model first (python train.py, or make "
-                "demo), or give --ckpt FILE"
+                f"demo), or give --ckpt FILE{ready}"
             )
+        if config.tokenizer == NONE:
+            _refuse_stop(config)
         self.device = device = choose_device(config.device)
         dtype = _choose_dtype(config, device)
         if config.compile and device.type != "cuda":
@@ -92,20 +99,38 @@ class Predictor:
             print(f"note: {self.decoder.note}", file=sys.stderr)
         self.texts: list[Text] = []
         self.last: Completion | None = None
+        # Where the weights come from, without them.
+        self.origin = dataclasses.replace(checkpoint, model={}, optimizer=None)
         # Ids that stand for no text: holes in the tokenizer's ids, and the embedding's padding.
         vocabulary = c.vocabulary_size
         self.banned_ids = [i for i in self.tokenizer.undecodable_ids if i < vocabulary] + list(
             range(self.tokenizer.vocabulary_size, vocabulary)
         )
+        if (line := self.top_k_note(config.top_k)) and not config.quiet:
+            print(f"note: {line}", file=sys.stderr)
+
+    def top_k_note(self, top_k: int) -> str:
+        """Return a line if the vocabulary has fewer than top_k tokens, else an empty string."""
+        count = self.model.config.vocabulary_size - len(self.banned_ids)
+        if top_k <= count:
+            return ""
+        return f"top_k {top_k} samples from all tokens, as 0 does: the vocabulary has {count:,}"
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return a prompt's ids as the start of a document.
 
-        There is at least one id, because the first generated token needs one before it.
+        There is at least one id, because the first generated token needs one before it. Raise
+        ValueError if a model without a tokenizer is given none.
         """
-        start = self.tokenizer.start_id
+        start, end = self.tokenizer.start_id, self.tokenizer.end_of_text_id
         ids = ([] if start is None else [start]) + self.tokenizer.encode(prompt)
-        return ids or [self.tokenizer.end_of_text_id]
+        if ids:
+            return ids
+        if end is None:
+            raise ValueError(
+                "the prompt is empty: with --tokenizer none it needs a token id, such as 12 7 99"
+            )
+        return [end]
 
     def stream(
         self,
@@ -143,6 +168,8 @@ class Predictor:
 
         Each token yields a piece, which may be empty, and the end of a completion another one.
         """
+        if isinstance(self.tokenizer, NoTokenizer):
+            _refuse_stop(config)
         generators = [torch.Generator(self.device) for _ in completions]
         for generator, seed in zip(generators, seeds, strict=True):
             generator.seed() if seed < 0 else generator.manual_seed(seed)
@@ -208,6 +235,20 @@ class Predictor:
             room = 1 << (tokens - 1).bit_length()
             self.texts = self.decoder.texts(count, min(context, room))
         return self.texts
+
+
+def _shown(path: Path) -> Path:
+    """Return a path as a user types it: relative to the current folder if it is inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _refuse_stop(config: PredictConfig) -> None:
+    """Raise ValueError if a stop text is set, which token ids do not have."""
+    if config.stop:
+        raise ValueError(
+            f"stop {', '.join(map(repr, config.stop))} ends an answer before a text, and with "
+            '--tokenizer none there are token ids: leave --stop out, or type :stop ""'
+        )
 
 
 def _why_ended(completion: Completion, stop_ids: Collection[int], config: PredictConfig) -> str:

@@ -12,9 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-from config_model import PredictConfig
+from config_model import PRESETS, ModelConfig, PredictConfig
 from runtime.base.files import write_text_atomic
-from runtime.base.text import human_bytes, visible
+from runtime.base.text import human_bytes, human_count, visible
+from runtime.checks import known
+from runtime.data.tokenizer import NoTokenizer
 from runtime.inference.console import experts_map, show_completion
 from runtime.inference.predictor import Completion, Predictor
 
@@ -39,8 +41,14 @@ OTHER_COMMANDS = {
     ":stats": "tokens, speed, memory",
     ":experts": "which experts the last text's tokens went to",
     ":help": "this",
-    ":q": "leave (so does end-of-file, Ctrl-D)",
+    ":q": "leave (so do exit, quit and end-of-file, Ctrl-D)",
     "Ctrl-C": "stop the answer",
+}
+
+# What people type on a terminal, after other programs -> the command.
+MEANT = {
+    **dict.fromkeys(("exit", "exit()", ":exit", "quit", "quit()", ":quit", "/bye"), ":q"),
+    **dict.fromkeys(("help", "help()", "?", "/help"), ":help"),
 }
 
 HELP = "\n".join(
@@ -83,6 +91,9 @@ class Session:
                     self.command(command, line.removeprefix(command).strip())
                 else:
                     self.config = command_result(self.config, command, arguments)
+                    note = self.predictor.top_k_note(self.config.top_k)
+                    if command == ":k" and arguments and note:
+                        print(note)
         elif line.startswith("+"):
             if self.ids:
                 self.turn(line[1:], self.ids)
@@ -108,6 +119,9 @@ class Session:
             has_end = before[-1] in predictor.tokenizer.stop_ids and len(before) > 1
             ids = before[:-1] if has_end else before
             ids = ids + predictor.tokenizer.encode_continuation(prompt)
+            if isinstance(predictor.tokenizer, NoTokenizer):
+                # Numbers stay apart from the ones before them.
+                prompt = " " + prompt.strip() if prompt.strip() else ""
         self.turns.append((self.ids, self.shown))
         predictor.last = None
         try:
@@ -190,15 +204,47 @@ class Session:
         )
 
 
+def typed_command(line: str) -> str:
+    """Return the command that a person means who types a word of other programs, else the line."""
+    return MEANT.get(line.strip().lower(), line)
+
+
+def greeting(predictor: Predictor) -> str:
+    """Return what is loaded: preset or model, its size, its step and the file."""
+    origin, config = predictor.origin, predictor.model.config
+    count = known.counts(config)
+    active = f" ({human_count(count.active)} active)" if count.active < count.total else ""
+    parts = [
+        origin.run.get("imported_from") or preset_of(origin.model_config),
+        f"{human_count(count.total)} parameters{active}",
+        f"step {origin.step:,}" if origin.step else "",
+        str(origin.path),
+    ]
+    return visible(", ".join(part for part in parts if part))
+
+
+def preset_of(config: ModelConfig) -> str:
+    """Return the preset that has this architecture, with any vocabulary; "" for another model."""
+    for name, preset in PRESETS.items():
+        changes = {"vocabulary_size": config.vocabulary_size}
+        if ModelConfig(**preset.model | changes) == config:
+            return name
+    return ""
+
+
 def repl(predictor: Predictor, config: PredictConfig) -> None:
-    """Read prompts and commands from stdin until :q or end-of-file. Nothing else ends it."""
+    """Read prompts and commands from stdin until :q or end-of-file. Nothing else ends it.
+
+    On a terminal, exit and quit leave too. A pipe is a list of prompts, and any word may be one.
+    """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     state = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
     history = state / "gptoss" / "history"
     if interactive:
         read_history(history)
         if not config.quiet:
-            print("Type the beginning of a text; :help for commands.")
+            print(greeting(predictor))
+            print("Type the beginning of a text; exit to leave, :help for commands.")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     session = Session(predictor, config)
@@ -214,7 +260,7 @@ def repl(predictor: Predictor, config: PredictConfig) -> None:
                 print()
                 continue
             try:
-                if not session.line(line):
+                if not session.line(typed_command(line) if interactive else line):
                     return
             except KeyboardInterrupt:
                 continue

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from config_model import ModelConfig
 from model import LLM
 from runtime.base.cli import parser
-from runtime.base.files import TEMPORARY_SUFFIX, fsync_folder, make_folder
+from runtime.base.files import TEMPORARY_SUFFIX, fsync_folder, is_utf8, make_folder
 from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.checks.known import Known
@@ -95,8 +95,9 @@ def export_parser(description: str, out: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--tokenizer",
         default="",
-        help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., or the path of "
-        "a data folder, a published model or a checkpoint (default: the checkpoint's)",
+        help="tokenizer, for checkpoints that carry none: o200k_base, byte, ..., the path of "
+        "a data folder, a published model or a checkpoint, or none: the export reads and gives "
+        "token ids (default: the checkpoint's)",
     )
     p.add_argument("--force", action="store_true", help="replace an existing output")
     return p
@@ -128,6 +129,11 @@ def check_output(
     path = Path(out)
     if not path.name or path.resolve() == Path.cwd():
         raise ValueError(f"--out {out} is no name for {'a new folder' if is_folder else 'a file'}")
+    if (is_folder or path.suffix == ".onnx") and not is_utf8(path):
+        raise ValueError(
+            f"--out {out} is not UTF-8, and safetensors and ONNX Runtime open UTF-8 paths alone: "
+            "choose another name"
+        )
     if not os.path.lexists(path):
         return path
     if not force:
@@ -244,9 +250,15 @@ def flush(path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------- check
 def check_ids(tokenizer: Tokenizer, config: ModelConfig) -> Tensor:
-    """Return ids [1, T] of the text that checks every export, as long as the context allows."""
-    ids = [tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)]
-    return torch.tensor([ids[: min(config.context_length, MOST_CHECKED_TOKENS)]])
+    """Return ids [1, T] of the text that checks every export, as long as the context allows.
+
+    Without a tokenizer they are drawn, always the same, from the whole vocabulary.
+    """
+    length = min(config.context_length, MOST_CHECKED_TOKENS)
+    if tokenizer.end_of_text_id is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(config.vocabulary_size, (1, length), generator=generator)
+    return torch.tensor([[tokenizer.end_of_text_id, *tokenizer.encode(CHECK_TEXT)][:length]])
 
 
 def lazy_model(config: ModelConfig, read: Callable[[str], Tensor]) -> LLM:

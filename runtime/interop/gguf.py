@@ -33,7 +33,7 @@ from runtime.base.files import write_text_atomic
 from runtime.base.text import human_bytes
 from runtime.checks.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
 from runtime.data.hf_tokenizer import HuggingFaceTokenizer, byte_level_merges, special_words
-from runtime.data.tokenizer import END_OF_TEXT, WORD_PATTERN, Tokenizer, spell
+from runtime.data.tokenizer import END_OF_TEXT, WORD_PATTERN, NoTokenizer, Tokenizer, spell
 from runtime.interop import export, published
 from runtime.interop.export import (
     ExportError,
@@ -79,6 +79,10 @@ PATTERNS = {
 NARROW_TOLERANCE = {"f16": 0.05, "bf16": 0.15, "q8_0": 0.15}
 # Numbers of a row that share a scale in q8_0.
 BLOCK = 32
+# The chat template of a model that has none: the messages' contents, joined. A base model continues
+# them. In a file without a template, llama.cpp marks each message as ChatML does, and a model that
+# never saw these marks continues them badly.
+PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def import_gguf():
@@ -257,6 +261,13 @@ def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
 
     Raise ValueError for a tokenizer that llama.cpp cannot represent.
     """
+    if isinstance(tokenizer, NoTokenizer):
+        # It loads a file whose tokenizer.ggml.model is "none", and its server then ends with a
+        # failed assertion at the first token that it should print.
+        raise ValueError(
+            "llama.cpp generates nothing without a vocabulary: give the model's --tokenizer, or "
+            "use scripts.export_hf or scripts.export_onnx, which need none"
+        )
     # llama.cpp loads no file without merges, so single bytes get one that never applies: nothing
     # makes its halves.
     merges = [f"{spell(left)} {spell(right)}" for left, right in byte_level_merges(tokenizer)] or [
@@ -289,6 +300,22 @@ def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
             f"two ids of {tokenizer.name} have the same text, which llama.cpp does not take"
         )
     return Vocabulary(pre, tokens, kinds, merges)
+
+
+def chat_template_of(tokenizer: Tokenizer) -> str:
+    """Return an imported tokenizer's own chat template, else PLAIN_CHAT.
+
+    An older tokenizer_config.json may hold several templates; one of them is named "default".
+    """
+    own = (
+        tokenizer.config.get("chat_template")
+        if isinstance(tokenizer, HuggingFaceTokenizer)
+        else None
+    )
+    if isinstance(own, list):
+        named = (one for one in own if isinstance(one, dict) and one.get("name") == "default")
+        own = next(named, {}).get("template")
+    return own if own and isinstance(own, str) else PLAIN_CHAT
 
 
 def pre_tokenizer_of(data: dict, name: str) -> str:
@@ -398,6 +425,7 @@ def add_keys(
         writer.add_bos_token_id(tokenizer.start_id)
     writer.add_add_bos_token(tokenizer.start_id is not None)
     writer.add_eos_token_id(tokenizer.end_of_text_id)
+    writer.add_chat_template(chat_template_of(tokenizer))
     for add, i in zip(
         (writer.add_eot_token_id, writer.add_eom_token_id),
         (i for i in tokenizer.stop_ids if i != tokenizer.end_of_text_id),
@@ -540,6 +568,7 @@ def said_by(keys: Mapping[str, object]) -> dict[str, object]:
         "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
         "start_id": token("bos") if keys.get("tokenizer.ggml.add_bos_token") else None,
         "stop_ids": [i for i in map(token, ("eos", "eot", "eom")) if i is not None],
+        "chat_template": keys.get("tokenizer.chat_template"),
     }
 
 
@@ -567,6 +596,7 @@ def check_keys(
             tokenizer.end_of_text_id,
             *(i for i in tokenizer.stop_ids if i != tokenizer.end_of_text_id),
         ][:3],
+        "chat_template": chat_template_of(tokenizer),
     }
     wanted = {
         key: float(np.float32(value)) if type(value) is float else value

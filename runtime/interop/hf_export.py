@@ -21,6 +21,7 @@ from config_model import ModelConfig, PredictConfig
 from runtime.checkpoint.format import meta_model
 from runtime.checks.known import counts
 from runtime.data.hf_tokenizer import pad_id, write_tokenizer
+from runtime.data.tokenizer import NoTokenizer
 from runtime.interop import published
 from runtime.interop.custom_code import (
     MODELING_FILE,
@@ -158,7 +159,7 @@ def generation_config(source: Source) -> dict:
     stops = list(tokenizer.stop_ids)
     settings = {
         "bos_token_id": tokenizer.start_id,
-        "eos_token_id": stops if len(stops) > 1 else stops[0],
+        "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
         "pad_token_id": pad_id(tokenizer),
         "do_sample": True,
         "temperature": d.temperature,
@@ -268,9 +269,10 @@ def export_folder(
             (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
         write_json(folder / "config.json", theirs)
         write_json(folder / "generation_config.json", generation_config(source))
-        # Left padding would shift the text against its learned position biases.
-        side = "right" if config.use_attention_bias else "left"
-        write_tokenizer(tokenizer, folder, config.context_length, side)
+        if not isinstance(tokenizer, NoTokenizer):
+            # Left padding would shift the text against its learned position biases.
+            side = "right" if config.use_attention_bias else "left"
+            write_tokenizer(tokenizer, folder, config.context_length, side)
         write_card(folder, source, family, dtype_name)
         check(folder, source, family, dtype_name)
     if odd := [

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config_model import ModelConfig
+from runtime.base.files import is_utf8
 from runtime.checkpoint.format import meta_model
 from runtime.checks.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
 
@@ -130,7 +131,7 @@ def hf_config(
     config: ModelConfig,
     family: str,
     *,
-    end_of_text_id: int,
+    end_of_text_id: int | None,
     start_id: int | None,
     dtype: str,
     pad_id: int | None = None,
@@ -583,6 +584,10 @@ def folder_tensors(
     of weights: transformers reads one of them, other programs the other.
     """
     folder = Path(folder)
+    if not is_utf8(folder):
+        raise ValueError(
+            f"{folder} is not UTF-8, and safetensors opens UTF-8 paths alone: rename the folder"
+        )
     if (folder / INDEX).exists():
         try:
             file_of = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]

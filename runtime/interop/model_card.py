@@ -18,7 +18,7 @@ from runtime.base.text import human_bytes, human_count, human_seconds, visible
 from runtime.checkpoint.format import Checkpoint
 from runtime.checks.known import counts
 from runtime.data.hf_tokenizer import pad_id, pad_word
-from runtime.data.tokenizer import END_OF_TEXT, IMPORTED
+from runtime.data.tokenizer import END_OF_TEXT, IMPORTED, NoTokenizer
 from runtime.interop.custom_code import MODELING_FILE
 from runtime.interop.export import Source
 from runtime.interop.huggingface import FAMILIES
@@ -39,16 +39,10 @@ CARD = """---
 # {title}
 
 A Mixture-of-Experts language model of {total} parameters, \
-{active} of them active for each token{origin}. It continues text.
+{active} of them active for each token{origin}. It continues {what}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # where this file is
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-model = AutoModelForCausalLM.from_pretrained(folder{trust})
-prompt = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0]))
+{example}
 ```
 {tokenizer_note}{code_note}
 ## Model
@@ -67,6 +61,26 @@ It repeats what its text holds, mistakes and prejudices included.
 - {context}
 - Unknown here: the licence of these weights and of the text, and what that text holds. \
 Whoever publishes this folder should say so in this file.
+"""
+
+EXAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file is
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+prompt = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0]))"""
+
+IDS_EXAMPLE = """import torch
+from transformers import AutoModelForCausalLM
+
+folder = "."  # where this file is
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+prompt = torch.tensor([{prompt}])
+print(model.generate(prompt, max_new_tokens={new_tokens})[0].tolist())"""
+
+IDS_NOTE = """
+Its tokenizer is unknown: this folder has none, and no id is known to begin or to end a text.
 """
 
 START_NOTE = """
@@ -101,6 +115,8 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
     code.
     """
     checkpoint, config = source.checkpoint, source.model.config
+    is_unknown = isinstance(source.tokenizer, NoTokenizer)
+    ids = str([i % config.vocabulary_size for i in (12, 7, 99)])
     records, info = _metrics(checkpoint)
     has_record = bool(checkpoint.train_config or checkpoint.is_reference_format)
     validation = _validation(checkpoint)
@@ -121,10 +137,14 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
         total=human_count(counts(config).total),
         active=human_count(counts(config).active),
         origin=_origin(checkpoint) if has_record else "",
-        trust="" if family else ", trust_remote_code=True",
+        what="sequences of token ids" if is_unknown else "text",
+        example=(IDS_EXAMPLE if is_unknown else EXAMPLE).format(
+            trust="" if family else ", trust_remote_code=True",
+            prompt=ids,
+            new_tokens=min(100, max(1, config.context_length // 2)),
+        ),
         code_note="" if family else CODE_NOTE,
-        tokenizer_note=_tokenizer_note(source),
-        new_tokens=min(100, max(1, config.context_length // 2)),
+        tokenizer_note=IDS_NOTE if is_unknown else _tokenizer_note(source),
         model=_table(_model_rows(source, family, dtype)),
         training=_training(checkpoint, info, records, _draw(folder, records, checkpoint.step))
         if has_record
@@ -292,6 +312,7 @@ def _validation(checkpoint: Checkpoint) -> str:
 # ----------------------------------------------------------------------------------------- parts
 def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[str, str]]:
     c = source.model.config
+    name = "unknown" if isinstance(source.tokenizer, NoTokenizer) else source.tokenizer.name
     window = (
         f", the last {c.sliding_window:,} of them"
         + (" in every other block" if c.window_pattern == "alternating" else "")
@@ -319,7 +340,7 @@ def _model_rows(source: Source, family: str | None, dtype: str) -> list[tuple[st
             f"{c.d_ff:,} hidden features ({c.expert_activation.replace('_', ' ')})",
         ),
         ("context", f"{c.context_length:,} tokens{window}"),
-        ("tokenizer", f"{plain(source.tokenizer.name)}, {source.tokenizer.vocabulary_size:,} ids"),
+        ("tokenizer", f"{plain(name)}, {source.tokenizer.vocabulary_size:,} ids"),
     ]
 
 

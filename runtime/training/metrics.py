@@ -481,6 +481,7 @@ class WandbSink:
                 dir=str(folder),
                 config=run_info,
                 id=run_id,
+                name=run_info.get("train", {}).get("run_name") or None,
                 resume="allow" if run_id else None,
             )
         except wandb.errors.Error as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,21 +27,31 @@ from runtime.base.device import (
     make_deterministic,
     memory_bytes,
 )
+from runtime.base.files import is_utf8
+from runtime.base.following import follow
 from runtime.base.text import human_bytes, human_count
 from runtime.checkpoint.folder import find_latest, folder_has_run
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checks import known
+from runtime.data.advice import (
+    fitting_vocabulary,
+    vocabulary_is_too_large,
+    vocabulary_parameters,
+)
 from runtime.training.memory import training_memory_bytes
 from runtime.training.state import RunState
 from runtime.training.task import Task
 
 # With --resume these may be given again. Every other setting belongs to the run and must not
-# change.
+# change, but for what _also_free names.
 FREE_ON_RESUME = {
     "data_dir",
     "ckpt_dir",
     "graph_dir",
+    "run_name",
+    "keep_plots",
+    "plot_theme",
     "device",
     "compile",
     "activation_checkpointing",
@@ -52,6 +63,8 @@ FREE_ON_RESUME = {
     "save_interval",
     "keep_last",
     "max_steps",
+    "epochs",
+    "micro_batch",
     "max_rollbacks",
     "resume",
     "wandb",
@@ -91,6 +104,8 @@ class TrainPlan:
     notes: list[str]
     # Rows of logits that the loss holds at a time; 0 = the model's choice.
     loss_rows: int = 0
+    # Whether --dtype auto chose the dtype.
+    auto_dtype: bool = False
 
 
 def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) -> TrainPlan:
@@ -100,6 +115,11 @@ def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) ->
     """
     notes: list[str] = []
     source, config, model_config = _configs(settings, notes)
+    if config.profile and not is_utf8(config.graph_dir):
+        raise ValueError(
+            f"--profile: PyTorch writes its trace to UTF-8 paths alone, and {config.graph_dir} is "
+            "none: give another --graph_dir"
+        )
     device, dtype = _prepare_process(config)
     task = task_of(config)
     if config.resume:
@@ -109,6 +129,8 @@ def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) ->
                 f"{config.data_dir} is not the text that {source.path} was trained on: give the "
                 "run's own --data_dir, or start a new run with --init_from"
             )
+        assert model_config is not None
+        config = _with_epochs(config, settings, task, model_config, source, notes)
     else:
         if config.init_from:
             source = read_checkpoint(config.init_from)
@@ -119,9 +141,43 @@ def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) ->
             model_config = dataclasses.replace(model_config, vocabulary_size=task.vocabulary_size)
         assert model_config is not None
         _check_vocabulary(model_config, task, source)
-    assert model_config is not None
+        config = _with_epochs(config, settings, task, model_config, None, notes)
+    auto_dtype = config.dtype == "auto"
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    return with_loss_rows(TrainPlan(model_config, config, device, dtype, task, source, notes))
+    plan = TrainPlan(model_config, config, device, dtype, task, source, notes)
+    return with_loss_rows(dataclasses.replace(plan, auto_dtype=auto_dtype))
+
+
+def _with_epochs(
+    config: TrainConfig,
+    settings: cli.Settings,
+    task: Task,
+    model_config: ModelConfig,
+    source: Checkpoint | None,
+    notes: list[str],
+) -> TrainConfig:
+    """Return the config with the steps that its epochs take, rounded up; add lines to notes.
+
+    source: the checkpoint that is resumed. Without one, the warm-up follows the steps.
+    """
+    if not config.epochs:
+        return config
+    samples = task.samples_per_epoch(model_config)
+    if not samples:
+        raise ValueError(f"--epochs: {task.where} has no end, so give --max_steps instead")
+    # Rounded first: 1.1 * 10 is a little more than 11.
+    steps = round(config.epochs * samples / (config.batch_size * config.grad_accum), 6)
+    values = dataclasses.asdict(config) | {"epochs": 0.0, "max_steps": max(math.ceil(steps), 1)}
+    said: tuple[str, ...] = ()
+    if source is None:
+        values, said = follow(values, settings.explicit)
+    else:
+        _check_steps(values, source)
+    notes += [
+        f"epochs {config.epochs:g} of {samples:,} sequences: max_steps {values['max_steps']:,}",
+        *said,
+    ]
+    return TrainConfig(**values)
 
 
 def _configs(
@@ -131,8 +187,15 @@ def _configs(
 
     The model's config is None with --init_from: the weights, not the defaults, decide it later.
     """
+    if settings.values.get("epochs") and "max_steps" in settings.explicit:
+        raise ValueError("give either --epochs or --max_steps, not both")
     if not settings.values.get("resume"):
+        if settings.values.get("epochs"):
+            # The data, which is not open yet, decides the steps: no warm-up is too long so far.
+            values = settings.values | {"max_steps": 1_000_000_000}
+            settings = dataclasses.replace(settings, values=values)
         config = settings.build(TrainConfig)
+        notes += settings.notes
         if folder_has_run(config.ckpt_dir):
             raise ValueError(
                 f"{config.ckpt_dir} holds the checkpoints of another run: continue it with "
@@ -149,7 +212,7 @@ def _configs(
             f"--resume continues with the run's own settings: leave out --preset {settings.preset}"
         )
     source, skipped = find_latest(settings.values.get("ckpt_dir", TrainConfig.ckpt_dir))
-    notes += [f"skipped a damaged checkpoint: {line}" for line in skipped]
+    notes += [f"skipped a checkpoint that cannot be read: {line}" for line in skipped]
     notes.append(f"resuming {source.path} at step {source.step:,}")
     config, model_config = _resumed_configs(settings, source)
     return source, config, model_config
@@ -182,7 +245,7 @@ def _init_note(settings: cli.Settings, source: Checkpoint) -> str:
 def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainConfig, ModelConfig]:
     """Return the checkpoint's configs with the settings that a resumed run may change.
 
-    Raise ValueError for settings that it may not change, and for too few steps.
+    Raise ValueError for settings that it may not change.
     """
     if source.is_reference_format or not source.run:
         raise ValueError(
@@ -191,38 +254,76 @@ def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainC
         )
     saved = source.train_config | dataclasses.asdict(source.model_config)
     given = {name: settings.values[name] for name in settings.explicit}
+    may_change = FREE_ON_RESUME | _also_free(given, source)
     for name, value in given.items():
-        if name not in FREE_ON_RESUME and value != saved.get(name):
+        if name not in may_change and value != saved.get(name):
+            if name in ("batch_size", "grad_accum"):
+                raise ValueError(_other_batch(name, value, source))
             raise ValueError(
                 f"--{name} {value} differs from the run in {source.path}, which has "
                 f"{saved.get(name)}: leave it out to continue, or start a new run with another "
                 "--ckpt_dir (and --init_from)"
             )
-    free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    free = {name: value for name, value in given.items() if name in may_change}
     # The run's folder may have been moved since it was saved.
     folder = {"ckpt_dir": settings.values.get("ckpt_dir", TrainConfig.ckpt_dir)}
+    values = source.train_config | free | folder | {"resume": True, "init_from": ""}
+    _check_steps(values, source)
     try:
-        config = TrainConfig(
-            **source.train_config | free | folder | {"resume": True, "init_from": ""}
-        )
+        config = TrainConfig(**values)
     except TypeError as error:
         raise ValueError(
             f"{source.path} has training settings that this version does not know: {error}"
         ) from error
-    # Fewer steps would rewrite history.
-    if config.max_steps < source.step:
-        raise ValueError(
-            f"the run in {config.ckpt_dir} is at step {source.step}, beyond "
-            f"--max_steps {config.max_steps}: raise it to train further"
-        )
+    if "val_steps" not in given:
+        config = _with_validation_of(config, source.train_config["batch_size"])
     return config, source.model_config
+
+
+def _also_free(given: dict, source: Checkpoint) -> set[str]:
+    """Return further settings that this resume may change.
+
+    The same sequences per step may be cut otherwise, and a dtype that auto chose may be another.
+    """
+    names = {"dtype"} if source.run.get("auto_dtype") else set()
+    # A file can give anything, and what is not given is None.
+    size, times = given.get("batch_size"), given.get("grad_accum")
+    if type(size) is int and type(times) is int and size * times == _sequences(source):
+        names |= {"batch_size", "grad_accum"}
+    return names
+
+
+def _sequences(source: Checkpoint) -> int:
+    return source.train_config["batch_size"] * source.train_config["grad_accum"]
+
+
+def _other_batch(name: str, value: object, source: Checkpoint) -> str:
+    """Return the error line for another number of sequences per step than the run has."""
+    before = source.train_config
+    return (
+        f"--{name} {value} differs from the run in {source.path}, which has "
+        f"{before['batch_size']} x {before['grad_accum']} sequences a step: leave it out, or give "
+        f"--batch_size and --grad_accum whose product is {_sequences(source)}"
+    )
+
+
+def _check_steps(values: dict, source: Checkpoint) -> None:
+    """Raise ValueError for fewer steps than were taken, because they would rewrite history."""
+    steps = values["max_steps"]
+    # TrainConfig says what is wrong with another type.
+    if type(steps) is int and steps < source.step:
+        raise ValueError(
+            f"the run in {values['ckpt_dir']} is at step {source.step}, beyond "
+            f"--max_steps {steps}: raise it to train further"
+        )
 
 
 def saved_state(source: Checkpoint) -> RunState:
     """Return a checkpoint's run state. Raise ValueError if its fields are not this version's."""
     expected = dataclasses.asdict(RunState())
-    # The first versions lacked these two.
-    if source.run.keys() | {"rollbacks", "recent_loss"} != expected.keys():
+    # Earlier versions lacked these.
+    added = {"rollbacks", "recent_loss", "best_step", "auto_dtype"}
+    if source.run.keys() | added != expected.keys():
         different = ", ".join(sorted(source.run.keys() ^ expected.keys()))
         raise ValueError(
             f"{source.path} was saved by a version with another run state ({different}): "
@@ -381,24 +482,34 @@ def with_largest_micro_batch(plan: TrainPlan, runs: Callable[[TrainPlan], bool])
 
 
 def _with_micro_batch(plan: TrainPlan, batch_size: int) -> TrainPlan:
-    """Return the plan with micro-batches of this size.
-
-    A validation keeps its sequences, rounded up to whole micro-batches.
-    """
+    """Return the plan with micro-batches of this size, and the same sequences."""
     config = plan.config
     changed = dataclasses.replace(
         config,
         batch_size=batch_size,
         grad_accum=config.batch_size * config.grad_accum // batch_size,
         micro_batch="batch_size",
-        val_steps=-(-config.val_steps * config.batch_size // batch_size),
     )
+    changed = _with_validation_of(changed, config.batch_size)
     return dataclasses.replace(plan, loss_rows=0, config=changed)
+
+
+def _with_validation_of(config: TrainConfig, batch_size: int) -> TrainConfig:
+    """Return a config whose val_steps were for another batch_size.
+
+    A validation keeps its sequences, rounded up to whole micro-batches.
+    """
+    sequences = config.val_steps * batch_size
+    return dataclasses.replace(config, val_steps=-(-sequences // config.batch_size))
 
 
 def describe(plan: TrainPlan, needed: dict[str, int]) -> list[str]:
     """Return the lines printed before step 1."""
-    lines = [*_model_lines(plan), *plan.task.describe(plan.model_config, plan.config)]
+    lines = [
+        *_resume_lines(plan),
+        *_model_lines(plan),
+        *plan.task.describe(plan.model_config, plan.config),
+    ]
     memory = memory_bytes(plan.device)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needed.items() if size)
     lines.append(
@@ -406,6 +517,30 @@ def describe(plan: TrainPlan, needed: dict[str, int]) -> list[str]:
         + (f"; {human_bytes(memory[0])} free" if memory else "")
     )
     return [*lines, _disk_line(plan.config, needed), _device_line(plan)]
+
+
+def _resume_lines(plan: TrainPlan) -> list[str]:
+    """Return a line for each setting of a resumed run that changes its numbers but not its data."""
+    if not plan.config.resume:
+        return []
+    assert plan.source is not None
+    config, model, before, lines = plan.config, plan.model_config, plan.source.train_config, []
+    if config.batch_size != before["batch_size"]:
+        own = (
+            (model.aux_loss_coef, "load-balance loss"),
+            (model.capacity_factor, "capacity"),
+            (model.dropout, "dropout"),
+        )
+        parts = [name for is_on, name in own if is_on]
+        verb = "are" if len(parts) > 1 else "is"
+        lines.append(
+            f"batch    {config.batch_size} x {config.grad_accum} sequences a step instead of "
+            f"{before['batch_size']} x {before['grad_accum']}: the same sequences, order and "
+            "schedule" + (f"; {' and '.join(parts)} {verb} per micro-batch" if parts else "")
+        )
+    if config.dtype != before["dtype"]:
+        lines.append(f"dtype    {config.dtype} instead of {before['dtype']}, which auto had chosen")
+    return lines
 
 
 def _model_lines(plan: TrainPlan) -> list[str]:
@@ -420,8 +555,22 @@ def _model_lines(plan: TrainPlan) -> list[str]:
             f" ({human_count(real.total - table)} + {human_count(table)} learned attention bias; "
             "see --preset gptoss-modern)"
         )
-    initial_note = "" if plan.source else known.initial_note(plan.model_config)
-    return [model, *(f"note     {line}" for line in (real.note, initial_note) if line)]
+    notes = [real.note]
+    if plan.source is None:
+        notes += [known.initial_note(plan.model_config), _vocabulary_note(plan.model_config)]
+    return [model, *(f"note     {line}" for line in notes if line)]
+
+
+def _vocabulary_note(config: ModelConfig) -> str:
+    """Return what to type where most parameters belong to the vocabulary, else ""."""
+    if not vocabulary_is_too_large(config):
+        return ""
+    size, total = vocabulary_parameters(config), total_parameters(config)
+    return (
+        f"{human_count(size)} of {human_count(total)} parameters are the embedding of "
+        f"{config.vocabulary_size:,} ids: for a model of this size, prepare the text with "
+        f"--tokenizer bpe:{fitting_vocabulary(config)}"
+    )
 
 
 def _disk_line(config: TrainConfig, needed: dict[str, int]) -> str:
@@ -454,10 +603,19 @@ def checkpoint_bytes(needed: dict[str, int]) -> int:
 def initial_state(plan: TrainPlan) -> RunState:
     """Return the state a run starts in: step 0, or the state of the checkpoint that it resumes."""
     if not plan.config.resume:
-        return RunState(run_id=os.urandom(8).hex())
+        return RunState(run_id=os.urandom(8).hex(), auto_dtype=plan.auto_dtype)
     assert plan.source is not None
     state = saved_state(plan.source)
-    # An average over another number of batches cannot be compared with the old best.
-    if plan.config.val_steps != plan.source.train_config["val_steps"]:
-        state.best_val_loss = None
+    # An average over other sequences cannot be compared with the old best.
+    before = {name: plan.source.train_config[name] for name in ("batch_size", "val_steps")}
+    if _validation(plan, plan.config) != _validation(
+        plan, dataclasses.replace(plan.config, **before)
+    ):
+        state.best_val_loss, state.best_step = None, 0
     return state
+
+
+def _validation(plan: TrainPlan, config: TrainConfig) -> object:
+    """Return what a validation of a config averages over, to be compared with another's."""
+    batches = plan.task.validation(plan.model_config, config)
+    return getattr(batches, "windows", len(batches))

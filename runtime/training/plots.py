@@ -1,4 +1,4 @@
-"""Draw a run's metrics.jsonl as eight dark PNGs that are legible at README size.
+"""Draw a run's metrics.jsonl as eight PNGs, dark or light, that are legible at README size.
 
 `draw_plots` reads records once and keeps little of them (a few numbers per record; of the routers a
 fixed number of records), so its memory and time stay bounded for runs of any length. matplotlib is
@@ -13,67 +13,118 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.base.files import write_atomic
 from runtime.training.metrics import HEALTHY_LOAD
 
-# One palette for all figures of the project (scripts/draw_architecture.py uses it too).
-BACKGROUND, PANEL, GRID, EDGE = "#0d1117", "#131a23", "#222b36", "#3a4552"
-TEXT, MUTED = "#e6edf3", "#8b98a7"
-BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, YELLOW, PINK = (
-    "#58a6ff",
-    "#ff9e57",
-    "#4cc38a",
-    "#b392f0",
-    "#ff6b6b",
-    "#3fc1c9",
-    "#e3b341",
-    "#f778ba",
-)
-DEPTH = ("#5eead4", "#4ea1ff", "#8b7bff", "#d86bd8", "#ff7a7a")  # first block ... last block
-LOAD = (
-    "#2f81f7",
-    "#1f4f8f",
-    "#18222e",
-    "#a35a1c",
-    "#ffa657",
-)  # starved ... fair share (dark) ... overloaded
 
-STYLE = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 12,
-    "text.color": TEXT,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 12,
-    "figure.facecolor": BACKGROUND,
-    "savefig.facecolor": BACKGROUND,
-    "axes.facecolor": PANEL,
-    "axes.edgecolor": EDGE,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": EDGE,
-    "ytick.color": EDGE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 11.5,
-    "ytick.labelsize": 11.5,
-    "legend.frameon": False,
-    "legend.fontsize": 12,
-    "legend.labelcolor": TEXT,
-    "legend.handlelength": 1.5,
-    "legend.columnspacing": 1.6,
-    "legend.handletextpad": 0.6,
-    "lines.linewidth": 2.2,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-    "agg.path.chunksize": 20_000,
-    "mathtext.fontset": "dejavusans",
-}
+class Theme(NamedTuple):
+    """The colours of a figure."""
+
+    background: str
+    panel: str
+    grid: str
+    edge: str
+    text: str
+    muted: str
+    blue: str
+    orange: str
+    green: str
+    purple: str
+    red: str
+    teal: str
+    yellow: str
+    pink: str
+    # First block ... last block.
+    depth: tuple[str, ...]
+    # Starved ... fair share, which is close to the panel ... overloaded.
+    load: tuple[str, ...]
+
+
+DARK = Theme(
+    background="#0d1117",
+    panel="#131a23",
+    grid="#222b36",
+    edge="#3a4552",
+    text="#e6edf3",
+    muted="#8b98a7",
+    blue="#58a6ff",
+    orange="#ff9e57",
+    green="#4cc38a",
+    purple="#b392f0",
+    red="#ff6b6b",
+    teal="#3fc1c9",
+    yellow="#e3b341",
+    pink="#f778ba",
+    depth=("#5eead4", "#4ea1ff", "#8b7bff", "#d86bd8", "#ff7a7a"),
+    load=("#2f81f7", "#1f4f8f", "#18222e", "#a35a1c", "#ffa657"),
+)
+# The same hues, dark enough for paper: each line has a contrast of at least 3 with the panel.
+LIGHT = Theme(
+    background="#ffffff",
+    panel="#f8fafc",
+    grid="#e1e7ed",
+    edge="#aab4bf",
+    text="#1b222b",
+    muted="#586472",
+    blue="#1668d1",
+    orange="#c75300",
+    green="#1a7f4b",
+    purple="#7a4fd0",
+    red="#d1303b",
+    teal="#0c7f88",
+    yellow="#946a00",
+    pink="#c2357f",
+    depth=("#0a8f80", "#1668d1", "#5b45d6", "#ad3aad", "#cf3a3a"),
+    load=("#1259bd", "#8fbdf2", "#eef2f6", "#f7b981", "#c75300"),
+)
+THEMES = {"dark": DARK, "light": LIGHT}
+# One palette for all figures of the project: scripts/draw_architecture.py is always dark.
+(BACKGROUND, PANEL, GRID, EDGE, TEXT, MUTED) = DARK[:6]
+(BLUE, ORANGE, GREEN, PURPLE, RED, TEAL, YELLOW, PINK) = DARK[6:14]
+
+
+def style(theme: Theme) -> dict:
+    """Return matplotlib's settings for the figures of a theme."""
+    return {
+        "font.family": ["DejaVu Sans"],
+        "font.size": 12,
+        "text.color": theme.text,
+        "axes.labelcolor": theme.muted,
+        "axes.labelsize": 12,
+        "figure.facecolor": theme.background,
+        "savefig.facecolor": theme.background,
+        "axes.facecolor": theme.panel,
+        "axes.edgecolor": theme.edge,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "xtick.color": theme.edge,
+        "ytick.color": theme.edge,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+        "xtick.labelsize": 11.5,
+        "ytick.labelsize": 11.5,
+        "legend.frameon": False,
+        "legend.fontsize": 12,
+        "legend.labelcolor": theme.text,
+        "legend.handlelength": 1.5,
+        "legend.columnspacing": 1.6,
+        "legend.handletextpad": 0.6,
+        "lines.linewidth": 2.2,
+        "lines.solid_capstyle": "round",
+        "lines.solid_joinstyle": "round",
+        "agg.path.chunksize": 20_000,
+        "mathtext.fontset": "dejavusans",
+    }
+
+
+STYLE = style(DARK)
 WIDTH, HEIGHT, DPI = 10.0, 5.2, 150  # inches, inches, pixels per inch
 POINTS = 1_500  # bins across a line; each keeps its lowest and highest value
 ROUTER_RECORDS = 600  # router statistics kept over time, at least (at most twice as many)
@@ -248,10 +299,12 @@ class Page:
         columns: int = 1,
         width: float = WIDTH,
         height: float = HEIGHT,
+        theme: Theme = DARK,
         **grid,
     ):
         from matplotlib.figure import Figure
 
+        self.theme = theme
         self.figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         top = 0.56 / height  # inches for the header
         self.figure.get_layout_engine().set(
@@ -267,7 +320,7 @@ class Page:
             1 - 0.36 / height,
             status,
             fontsize=12,
-            color=MUTED,
+            color=theme.muted,
             va="center",
             ha="right",
         )
@@ -365,7 +418,7 @@ def _legend(axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=6, borderaxespad=0.15)
 
 
-def _note(axes, x, y, text, color):
+def _note(axes, x, y, text, color, theme: Theme):
     """Write text above a data point (below it, at the top of the axes), with a halo.
 
     It is turned to the side that has room.
@@ -387,11 +440,11 @@ def _note(axes, x, y, text, color):
         fontsize=12,
         fontweight="bold",
         zorder=9,
-        path_effects=[withStroke(linewidth=3, foreground=PANEL)],
+        path_effects=[withStroke(linewidth=3, foreground=theme.panel)],
     )
 
 
-def _gone(axes, table: dict, key: str) -> None:
+def _gone(axes, table: dict, key: str, theme: Theme) -> None:
     """Red ticks on the x axis at the steps whose `key` was not finite."""
     import numpy as np
 
@@ -405,7 +458,7 @@ def _gone(axes, table: dict, key: str) -> None:
             seen,
             [0.012] * len(seen),
             "|",
-            color=RED,
+            color=theme.red,
             markersize=9,
             markeredgewidth=1.6,
             transform=axes.get_xaxis_transform(),
@@ -414,12 +467,18 @@ def _gone(axes, table: dict, key: str) -> None:
         )
 
 
-def _status(history: History, step: int) -> str:
+def _status(history: History, step: int, run_name: str = "") -> str:
     import numpy as np
 
     tokens = np.concatenate([history.train["tokens_seen"], history.val["tokens_seen"]])
-    text = f"step {step:,}"
+    text = f"{_shortened(run_name)}   ·   step {step:,}" if run_name else f"step {step:,}"
     return text if np.isnan(tokens).all() else f"{text}   ·   {human(np.nanmax(tokens))} tokens"
+
+
+def _shortened(name: str, most: int = 24) -> str:
+    """Return a name whose middle is left out if it would run into a plot's title."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
 def _has(values) -> bool:
@@ -434,11 +493,30 @@ def _last(values) -> float:
     return float(values[np.isfinite(values)][-1])
 
 
-def _depth_colors(count: int) -> list:
+def _depth_colors(count: int, theme: Theme) -> list:
     from matplotlib.colors import LinearSegmentedColormap
 
-    ramp = LinearSegmentedColormap.from_list("depth", DEPTH)
+    ramp = LinearSegmentedColormap.from_list("depth", theme.depth)
     return [ramp(i / max(count - 1, 1)) for i in range(count)]
+
+
+def _readable_on(color, theme: Theme) -> str:
+    """Return the theme's text or background colour: the one with more contrast on `color`."""
+    return max((theme.text, theme.background), key=lambda one: contrast(one, color))
+
+
+def contrast(one, other) -> float:
+    """Return the contrast ratio of two colours, from 1 to 21 (WCAG 2.2, relative luminance)."""
+    from matplotlib.colors import to_rgb
+
+    def luminance(color) -> float:
+        linear = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def _indices(count: int, most: int) -> range:
@@ -457,7 +535,9 @@ def _depth_key(page: Page, axes, count: int) -> None:
 
     if count == 1:
         return
-    mappable = ScalarMappable(Normalize(-0.5, count - 0.5), ListedColormap(_depth_colors(count)))
+    mappable = ScalarMappable(
+        Normalize(-0.5, count - 0.5), ListedColormap(_depth_colors(count, page.theme))
+    )
     bar = page.figure.colorbar(mappable, ax=axes, pad=0.015, aspect=32)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
@@ -468,7 +548,7 @@ def _depth_key(page: Page, axes, count: int) -> None:
 
 # ---------------------------------------------------------------------------------------- the plots
 def _curve(
-    title: str, key: str, unit: str, history: History, status: str, log: bool
+    title: str, key: str, unit: str, history: History, status: str, theme: Theme, log: bool
 ) -> Page | None:
     """Return a page with training and validation of `key` over the steps.
 
@@ -480,7 +560,7 @@ def _curve(
     drawn = [table for table in (train, val) if _has(table[key])]
     if not drawn:
         return None
-    page = Page(title, status)
+    page = Page(title, status, theme=theme)
     ((axes,),) = page.axes
     everything = np.concatenate([table[key] for table in drawn])
     if log:
@@ -492,13 +572,17 @@ def _curve(
     _steps_axis(axes, *(table["step"] for table in drawn))
     if _has(train[key]):
         if len(train[key]) >= 40:
-            _line(axes, train["step"], train[key], BLUE, alpha=0.5, linewidth=1.0, zorder=2)
+            _line(axes, train["step"], train[key], theme.blue, alpha=0.5, linewidth=1.0, zorder=2)
             smoothed = np.exp(smooth(np.log(train[key]))) if log else smooth(train[key])
             _line(
-                axes, train["step"], smoothed, BLUE, f"train {_value(_last(smoothed))} (smoothed)"
+                axes,
+                train["step"],
+                smoothed,
+                theme.blue,
+                f"train {_value(_last(smoothed))} (smoothed)",
             )
         else:
-            _line(axes, train["step"], train[key], BLUE, f"train {_value(_last(train[key]))}")
+            _line(axes, train["step"], train[key], theme.blue, f"train {_value(_last(train[key]))}")
     if _has(val[key]):
         known = np.isfinite(val[key])
         x, y = val["step"][known], val[key][known]
@@ -511,11 +595,11 @@ def _curve(
             axes,
             x,
             y,
-            ORANGE,
+            theme.orange,
             label,
             zorder=4,
             **(
-                {"linewidth": 1.8, "marker": "o", "markersize": 6, "markeredgecolor": PANEL}
+                {"linewidth": 1.8, "marker": "o", "markersize": 6, "markeredgecolor": theme.panel}
                 if sparse
                 else {"linewidth": 1.2}
             ),
@@ -526,13 +610,13 @@ def _curve(
             "o",
             markersize=12,
             markerfacecolor="none",
-            markeredgecolor=ORANGE,
+            markeredgecolor=theme.orange,
             markeredgewidth=1.8,
             zorder=5,
         )
-        _note(axes, x[best], y[best], f"best {_value(y[best])}", ORANGE)
+        _note(axes, x[best], y[best], f"best {_value(y[best])}", theme.orange, theme)
     if key == "loss":
-        _gone(axes, train, key)
+        _gone(axes, train, key, theme)
     axes.set_ylabel(unit)
     _legend(axes)
     return page
@@ -545,35 +629,37 @@ def _value(number: float) -> str:
     return human(number, 4) if abs(number) >= 1000 else _scientific(number)
 
 
-def _draw_loss(history, status):
+def _draw_loss(history, status, theme=DARK):
     unit = "cross-entropy (nats per token)"
     if _has(history.val["bits_per_byte"]):
         status = (
             f"{_last(history.val['bits_per_byte']):.3f} validation bits per byte   ·   {status}"
         )
-    return _curve("Loss", "loss", unit, history, status, log=False)
+    return _curve("Loss", "loss", unit, history, status, theme, log=False)
 
 
-def _draw_perplexity(history, status):
-    return _curve("Perplexity", "perplexity", "perplexity (log scale)", history, status, log=True)
+def _draw_perplexity(history, status, theme=DARK):
+    return _curve(
+        "Perplexity", "perplexity", "perplexity (log scale)", history, status, theme, log=True
+    )
 
 
-def _simple(title, key, unit, history, status):
+def _simple(title, key, unit, history, status, theme):
     """Page and axes for one number of the training records, or None if it never was one."""
     steps, values = history.train["step"], history.train[key]
     if not _has(values):
         return None
-    page = Page(title, status)
+    page = Page(title, status, theme=theme)
     ((axes,),) = page.axes
     _steps_axis(axes, steps)
     axes.set_ylabel(unit)
     return page, axes, steps, values
 
 
-def _draw_lr(history, status):
+def _draw_lr(history, status, theme=DARK):
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    if (parts := _simple("Learning rate", "lr", "learning rate", history, status)) is None:
+    if (parts := _simple("Learning rate", "lr", "learning rate", history, status, theme)) is None:
         return None
     page, axes, steps, values = parts
     import numpy as np
@@ -582,11 +668,11 @@ def _draw_lr(history, status):
         axes,
         steps,
         values,
-        GREEN,
+        theme.green,
         f"now {_scientific(_last(values))}, peak {_scientific(np.nanmax(values))}",
         linewidth=2.6,
     )
-    axes.fill_between(*thin(steps, values), color=GREEN, alpha=0.12, linewidth=0)
+    axes.fill_between(*thin(steps, values), color=theme.green, alpha=0.12, linewidth=0)
     axes.set_ylim(0, (np.nanmax(values) or 1.0) * 1.08)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
@@ -602,21 +688,23 @@ def _scientific(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def _draw_tokens_per_sec(history, status):
+def _draw_tokens_per_sec(history, status, theme=DARK):
     import numpy as np
 
     if _has(history.train["mfu"]):
         status = f"median MFU {100 * np.nanmedian(history.train['mfu']):.1f} %   ·   {status}"
     if (
-        parts := _simple("Throughput", "tokens_per_sec", "tokens per second", history, status)
+        parts := _simple(
+            "Throughput", "tokens_per_sec", "tokens per second", history, status, theme
+        )
     ) is None:
         return None
     page, axes, steps, values = parts
     median = float(np.nanmedian(values))
-    _line(axes, steps, values, TEAL, f"now {human(_last(values))} tokens/s", linewidth=1.6)
+    _line(axes, steps, values, theme.teal, f"now {human(_last(values))} tokens/s", linewidth=1.6)
     axes.axhline(
         median,
-        color=YELLOW,
+        color=theme.yellow,
         linewidth=1.8,
         linestyle=(0, (5, 4)),
         zorder=5,
@@ -629,54 +717,61 @@ def _draw_tokens_per_sec(history, status):
     return page
 
 
-def _draw_tokens_seen(history, status):
+def _draw_tokens_seen(history, status, theme=DARK):
     import numpy as np
 
-    if (parts := _simple("Tokens seen", "tokens_seen", "training tokens", history, status)) is None:
+    if (
+        parts := _simple("Tokens seen", "tokens_seen", "training tokens", history, status, theme)
+    ) is None:
         return None
     page, axes, steps, values = parts
-    _line(axes, steps, values, PURPLE, f"{human(_last(values))} tokens", linewidth=2.6)
-    axes.fill_between(*thin(steps, values), color=PURPLE, alpha=0.14, linewidth=0)
+    _line(axes, steps, values, theme.purple, f"{human(_last(values))} tokens", linewidth=2.6)
+    axes.fill_between(*thin(steps, values), color=theme.purple, alpha=0.14, linewidth=0)
     axes.set_ylim(0, (np.nanmax(values) or 1.0) * 1.08)
     _human_axis(axes.yaxis)
     _legend(axes)
     return page
 
 
-def _draw_grad_norm(history, status):
+def _draw_grad_norm(history, status, theme=DARK):
     import numpy as np
 
     values = history.train["grad_norm"]
     if not (values > 0).any():
         return None
     page, axes, steps, values = _simple(
-        "Gradient norm", "grad_norm", "gradient norm before clipping (log scale)", history, status
+        "Gradient norm",
+        "grad_norm",
+        "gradient norm before clipping (log scale)",
+        history,
+        status,
+        theme,
     )
     values = np.where(values > 0, values, np.nan)
     _log_axis(axes, values)
     if len(values) >= 40:
-        _line(axes, steps, values, PINK, alpha=0.4, linewidth=1.0, zorder=2)
+        _line(axes, steps, values, theme.pink, alpha=0.4, linewidth=1.0, zorder=2)
         smoothed = np.exp(smooth(np.log(values)))
-        _line(axes, steps, smoothed, PINK, f"{_value(_last(smoothed))} (smoothed)")
+        _line(axes, steps, smoothed, theme.pink, f"{_value(_last(smoothed))} (smoothed)")
     else:
-        _line(axes, steps, values, PINK, _value(_last(values)))
+        _line(axes, steps, values, theme.pink, _value(_last(values)))
     top = int(np.nanargmax(values))
     axes.plot(
         steps[top],
         values[top],
         "v",
-        color=YELLOW,
+        color=theme.yellow,
         markersize=8,
         zorder=6,
         linestyle="none",
         label=f"largest {_value(values[top])} at step {steps[top]:,.0f}",
     )
-    _gone(axes, history.train, "grad_norm")
+    _gone(axes, history.train, "grad_norm", theme)
     _legend(axes)
     return page
 
 
-def _draw_expert_load(history, status):
+def _draw_expert_load(history, status, theme=DARK):
     """Draw each expert's newest load as a heat map, and each block's extremes over time."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -688,21 +783,23 @@ def _draw_expert_load(history, status):
     blocks, experts = loads.shape
     map_height = min(max(0.34 * blocks, 2.2), 6.0)
     height = map_height + 5.3
-    page = Page("Expert load", status, rows=2, height=height, height_ratios=[map_height, 3.2])
+    page = Page(
+        "Expert load", status, rows=2, height=height, theme=theme, height_ratios=[map_height, 3.2]
+    )
     top, bottom = page.axes[:, 0]
     # heat map, in powers of two around the fair share
     image = top.imshow(
         np.log2(np.maximum(loads, LOWEST_LOAD)),
         aspect="auto",
         interpolation="nearest",
-        cmap=LinearSegmentedColormap.from_list("load", LOAD),
+        cmap=LinearSegmentedColormap.from_list("load", theme.load),
         norm=Normalize(-2, 2),
     )
     top.grid(False)
     top.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
     top.set_yticks(np.arange(blocks + 1) - 0.5, minor=True)
     if experts <= 64 and blocks <= 64:
-        top.grid(which="minor", color=BACKGROUND, linewidth=1.6 if experts <= 32 else 0.8)
+        top.grid(which="minor", color=theme.background, linewidth=1.6 if experts <= 32 else 0.8)
     top.tick_params(which="both", length=0)
     top.spines[:].set_visible(False)
     top.set_xticks(_indices(experts, 17))
@@ -714,7 +811,7 @@ def _draw_expert_load(history, status):
         f"from {_percent(least)} to {_percent(most)}",
         loc="left",
         fontsize=12,
-        color=TEXT,
+        color=theme.text,
     )
     if experts <= 16 and blocks <= 16:
         for (block, expert), load in np.ndenumerate(loads):
@@ -726,7 +823,9 @@ def _draw_expert_load(history, status):
                     ha="center",
                     va="center",
                     fontsize=11,
-                    color=TEXT if load < 2.2 else BACKGROUND,
+                    color=_readable_on(
+                        image.cmap(image.norm(math.log2(max(load, LOWEST_LOAD)))), theme
+                    ),
                 )
     bar = page.figure.colorbar(
         image,
@@ -742,7 +841,7 @@ def _draw_expert_load(history, status):
     # least and most over time
     step, least = history.router["load_min"]
     _, most = history.router["load_max"]
-    colors = _depth_colors(least.shape[1])
+    colors = _depth_colors(least.shape[1], theme)
     for block, color in enumerate(colors):
         width = 2.0 if blocks <= 8 else 1.3
         _line(
@@ -756,7 +855,11 @@ def _draw_expert_load(history, status):
         _line(
             bottom, step, np.maximum(most[:, block], LOWEST_LOAD), color, linewidth=width, alpha=0.9
         )
-    for share, color in ((HEALTHY_LOAD[0], RED), (1.0, MUTED), (HEALTHY_LOAD[1], RED)):
+    for share, color in (
+        (HEALTHY_LOAD[0], theme.red),
+        (1.0, theme.muted),
+        (HEALTHY_LOAD[1], theme.red),
+    ):
         bottom.axhline(
             share, color=color, linewidth=1.4, linestyle=(0, (5, 4)), zorder=2, alpha=0.9
         )
@@ -780,7 +883,7 @@ def _draw_expert_load(history, status):
         "least and most loaded expert of each block; red: a quarter and four times the fair share",
         loc="left",
         fontsize=12,
-        color=TEXT,
+        color=theme.text,
     )
     bottom.set_ylabel("share of fair (log scale)")
     _steps_axis(bottom, step)
@@ -793,7 +896,7 @@ def _percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.2g} %"
 
 
-def _draw_router(history, status):
+def _draw_router(history, status, theme=DARK):
     """Draw each block's normalised router entropy and share of dropped tokens over the steps."""
     import numpy as np
 
@@ -806,6 +909,7 @@ def _draw_router(history, status):
         status,
         rows=len(parts),
         height=2.2 + 2.5 * len(parts),
+        theme=theme,
         sharex=True,
         height_ratios=[1.5, 1.0][: len(parts)],
     )
@@ -829,7 +933,7 @@ def _draw_router(history, status):
             title = "assignments dropped for want of capacity" + (": none" if top == 0 else "")
             unit = "dropped (%)"
             axes.set_ylim(*((-0.06 * top, 1.15 * top) if top > 0 else (-0.06, 1.0)))
-        for block, color in enumerate(_depth_colors(values.shape[1])):
+        for block, color in enumerate(_depth_colors(values.shape[1], theme)):
             _line(
                 axes,
                 step,
@@ -838,7 +942,7 @@ def _draw_router(history, status):
                 linewidth=2.0 if values.shape[1] <= 8 else 1.3,
                 alpha=0.95,
             )
-        axes.set_title(title, loc="left", fontsize=12, color=TEXT)
+        axes.set_title(title, loc="left", fontsize=12, color=theme.text)
         axes.set_ylabel(unit)
         _steps_axis(axes, step, label=part == parts[-1])
     _depth_key(page, list(page.axes[:, 0]), history.router[parts[0]][1].shape[1])
@@ -858,29 +962,36 @@ PLOTS = {
 
 
 def draw_plots(
-    records: Iterable[dict], folder: str | Path, step: int, names: Sequence[str] = tuple(PLOTS)
+    records: Iterable[dict],
+    folder: str | Path,
+    step: int,
+    names: Sequence[str] = tuple(PLOTS),
+    *,
+    keep: bool = False,
+    theme: str = "dark",
+    run_name: str = "",
 ) -> list[Path]:
     """Draw the plots `names` of a run's `records` into `folder`; returns the paths written.
 
-    Each is `step_XXXXXXX_NAME.png` and, the same picture, `latest_NAME.png`, which is replaced
-    atomically. `records` may be an iterator (`MetricsLog.stream()`), read once. Keys may be missing
-    and numbers null; a plot that then has nothing to show is left out. Raises ImportError where
-    matplotlib or NumPy is not installed: the caller says so and continues.
+    Each is `latest_NAME.png`, which is replaced atomically. With `keep`, the same picture is also
+    written as `step_XXXXXXX_NAME.png`, the original implementation's name. theme: a key of THEMES.
+    run_name: written at the top. `records` may be an iterator (`MetricsLog.stream()`), read once.
+    Keys may be missing and numbers null; a plot that then has nothing to show is left out. Raises
+    ImportError where matplotlib or NumPy is not installed: the caller says so and continues.
     """
     import matplotlib.style
 
-    history, paths = History(records), []
-    with matplotlib.style.context(
-        ["default", STYLE]
-    ):  # the user's own style is not ours to depend on, nor to change
+    history, paths, colors = History(records), [], THEMES[theme]
+    status = _status(history, step, run_name)
+    # The user's own style is not ours to depend on, nor to change.
+    with matplotlib.style.context(["default", style(colors)]):
         for name in names:
-            page = PLOTS[name](history, _status(history, step))
-            if page is not None:
-                png = page.png()
-                for path in (
-                    Path(folder) / f"step_{step:07d}_{name}.png",
-                    Path(folder) / f"latest_{name}.png",
-                ):
-                    write_atomic(path, lambda file, png=png: file.write(png))
-                    paths.append(path)
+            page = PLOTS[name](history, status, colors)
+            if page is None:
+                continue
+            png = page.png()
+            for which in (f"step_{step:07d}", "latest") if keep else ("latest",):
+                path = Path(folder) / f"{which}_{name}.png"
+                write_atomic(path, lambda file, png=png: file.write(png))
+                paths.append(path)
     return paths

@@ -93,14 +93,14 @@ class Reporter:
             shown["MFU"] = f"{100 * record['mfu']:.1f}%"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(record["step"] - self.bar.n)
-        if self.bar.disable:
-            steps_left = self.plan.config.max_steps - record["step"]
-            seconds_left = steps_left * self.state.train_seconds / record["step"]
-            numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(
-                f"step {record['step']:>7,}  {numbers}  lr {record['lr']:.2e}  "
-                f"grad norm {record['grad_norm']:.2f}  ETA {human_seconds(seconds_left)}"
-            )
+        steps_left = self.plan.config.max_steps - record["step"]
+        seconds_left = steps_left * self.state.train_seconds / record["step"]
+        numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
+        # On a terminal too: the bar shows the newest numbers only.
+        self.say(
+            f"step {record['step']:>7,}  {numbers}  lr {record['lr']:.2e}  "
+            f"grad norm {record['grad_norm']:.2f}  ETA {human_seconds(seconds_left)}"
+        )
         if record["step"] > self.plan.config.warmup_steps:
             self._watch_experts(record)
 
@@ -149,7 +149,15 @@ class Reporter:
         if not self.can_plot:
             return
         try:
-            draw_plots(self.log.stream(), self.plan.config.graph_dir, step)
+            config = self.plan.config
+            draw_plots(
+                self.log.stream(),
+                config.graph_dir,
+                step,
+                keep=config.keep_plots,
+                theme=config.plot_theme,
+                run_name=config.run_name,
+            )
             process.give_back_memory()
         except (ImportError, OSError, ValueError) as error:
             self.can_plot = False

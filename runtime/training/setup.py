@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from model import LLM, Output
+from runtime.base.compiler import explained_compiler_failure
 from runtime.base.device import (
     explained_out_of_memory,
     has_room,
@@ -71,20 +72,22 @@ def dry_run(
     return seconds
 
 
-def out_of_memory_advice(plan: TrainPlan) -> AbstractContextManager[None]:
-    """Return a context that turns an out-of-memory error into a line that says what to lower."""
-    return explained_out_of_memory(
-        plan.device,
+@contextlib.contextmanager
+def explained_failures(plan: TrainPlan) -> Iterator[None]:
+    """Turn a lack of memory, or of what torch.compile needs, into a line that says what to do."""
+    advice = (
         f"lower --batch_size (now {plan.config.batch_size}; raise --grad_accum as much to keep the "
         "tokens per step), or take --micro_batch auto or --activation_checkpointing; then lower "
-        "--context_length or the model",
+        "--context_length or the model"
     )
+    with explained_out_of_memory(plan.device, advice), explained_compiler_failure():
+        yield
 
 
 def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Optimizer, float]:
     """Return a plan's model and optimizer, ready for `fit`, and the seconds of a micro-batch."""
     config = plan.config
-    with out_of_memory_advice(plan):
+    with explained_failures(plan):
         model = build(plan)
         choose_kernels(model, plan.device, plan.dtype)
         for line in settle_kernels(model):

@@ -38,6 +38,10 @@ class RunState:
     # Times that the run was rolled back to a checkpoint.
     rollbacks: int = 0
     best_val_loss: float | None = None
+    # The step of best_val_loss; 0 = not known.
+    best_step: int = 0
+    # Whether --dtype auto chose the dtype, so that a resume may choose another.
+    auto_dtype: bool = False
     # Spent in steps, without validation, saving and plotting.
     train_seconds: float = 0.0
     run_id: str = ""

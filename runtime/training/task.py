@@ -14,9 +14,18 @@ from torch import Tensor
 from config_model import ModelConfig, TrainConfig
 from model import LLM, Output
 from runtime.base.text import human_count
-from runtime.data.loader import ValidationBatches, WindowLoader, validation_batches
+from runtime.data.loader import (
+    ValidationBatches,
+    WindowLoader,
+    count_windows,
+    validation_batches,
+)
 from runtime.data.shards import TokenShards
 from runtime.kernels.linear_cross_entropy import IGNORE
+
+# Up to 4 epochs teach nearly as much as new text, and more than 16 almost nothing (Muennighoff et
+# al. 2023, "Scaling Data-Constrained Language Models").
+MOST_EPOCHS = 10
 
 Batch = tuple[Tensor, ...]
 Loss = Callable[[LLM, Batch], Output]
@@ -67,6 +76,10 @@ class Task:
         """Return the batches that `train.evaluate` is given: the same ones at each call."""
         return ()
 
+    def samples_per_epoch(self, model_config: ModelConfig) -> int:
+        """Return the samples of one pass over the data, for --epochs; 0 = it has no end."""
+        return 0
+
     def score(self, model: LLM) -> dict[str, float]:
         """Return further numbers of a validation, by name. Called in eval mode, without grad."""
         return {}
@@ -102,17 +115,26 @@ class Pretraining(Task):
             self.val, model_config.context_length, config.batch_size, config.val_steps
         )
 
+    def samples_per_epoch(self, model_config: ModelConfig) -> int:
+        return count_windows(self.train, model_config.context_length)
+
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
         T = model_config.context_length
         tokens = config.batch_size * config.grad_accum * T
         in_all, epoch = config.max_steps * tokens, self.train.num_tokens
-        return [
+        lines = [
             f"data     {epoch:,} training and {self.val.num_tokens:,} validation tokens "
             f"({self.train.tokenizer_state['name']}) in {config.data_dir}",
             f"steps    {config.max_steps:,} steps of {config.batch_size} x {config.grad_accum} "
             f"sequences x {T} = {tokens:,} tokens: {human_count(in_all)} tokens, "
             f"{in_all / epoch:.2f} epochs",
         ]
+        if in_all > MOST_EPOCHS * epoch and not config.resume:
+            lines.append(
+                f"note     more than {MOST_EPOCHS} epochs teach little new: prepare more text, or "
+                f"take --epochs {MOST_EPOCHS}"
+            )
+        return lines
 
 
 class GivenTask(Task):

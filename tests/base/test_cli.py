@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +207,86 @@ def test_wrong_flags_are_one_line(argv, message):
 
 
 @pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["--d_modle", "4"], "--d_model"),
+        (["--d_modle=4"], "--d_model"),
+        (["--d-model", "4"], "--d_model"),
+        (["-preset", "nano"], "--preset"),
+        (["--res"], "--resume"),
+        (["--num_expert", "4", "--d_mode", "3"], "--num_experts and --d_model"),
+        (["--no-compil"], "--no-compile"),
+        (["--preset", "nanoo"], "nano"),
+        (["--preset", "gpt_oss_nano"], "gpt-oss-nano"),
+        (["--schedule", "cosin"], "cosine"),
+        (["--dtype", "bf16"], "bfloat16"),
+    ],
+)
+def test_a_misspelt_flag_or_value_says_what_was_meant(argv, meant):
+    """`--d_modle` was only "unrecognized": with 70 flags, the right one had to be looked for."""
+    with pytest.raises(ValueError, match=f"; did you mean {meant}\\?") as error:
+        settings(*argv)
+    assert "\n" not in str(error.value) and str(error.value).endswith("(--help lists the flags)")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--zzzzz"], ["extra"], ["--preset", "zzzzz"], ["--device", "--lr"], ["--", "--d_mode"]],
+)
+def test_nothing_is_suggested_that_is_not_close(argv):
+    with pytest.raises(ValueError) as error:
+        settings(*argv)
+    assert "did you mean" not in str(error.value)
+
+
+def test_a_required_flag_that_is_misspelt_is_not_only_missing():
+    """argparse says `--out is required` and not that `--otu` was given."""
+    parser = cli.parser("test")
+    parser.add_argument("--out", required=True)
+    with pytest.raises(
+        ValueError, match="required: --out; unrecognized: --otu; did you mean --out"
+    ):
+        parser.parse_args(["--otu", "x"])
+    with pytest.raises(ValueError, match="required: --out .--help"):
+        parser.parse_args([])
+
+
+def test_a_misspelt_key_of_a_file_says_what_was_meant(toml):
+    for text in ("d_modle = 64", "[model]\nd_modle = 64"):
+        with pytest.raises(ValueError, match="did you mean d_model"):
+            settings(*toml(text))
+
+
+# ------------------------------------------------------------------------------------ a run's name
+@pytest.mark.parametrize(
+    ("argv", "folders"),
+    [
+        ([], ("checkpoints", "artifacts/graphs")),
+        (["--run_name", "muon"], ("checkpoints/muon", "artifacts/graphs/muon")),
+        (
+            ["--run_name", "lr=3e-4_v1.2", "--ckpt_dir", "c"],
+            ("c/lr=3e-4_v1.2", "artifacts/graphs/lr=3e-4_v1.2"),
+        ),
+        # The folder that train.py prints is found with the name and without it.
+        (["--run_name", "muon", "--ckpt_dir", "c/muon/"], ("c/muon/", "artifacts/graphs/muon")),
+    ],
+)
+def test_a_run_with_a_name_has_its_own_folders(argv, folders):
+    config = settings(*argv).build(TrainConfig)
+    assert (config.ckpt_dir, config.graph_dir) == folders
+    assert config.run_name == (argv[1] if argv else "")
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", ".", "/", "-x", "a b", "x.pt", "a\0", "$x$", ".hidden"]
+)
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name, toml):
+    """`--run_name ..` would put the run next to others, latest.pt in a checkpoint's place."""
+    with pytest.raises(ValueError, match="run_name .* cannot be the name of the run's folder: use"):
+        settings(*toml(as_toml({"run_name": name})))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("d_mode = 64", "unknown keys: d_mode; see --help"),
@@ -295,6 +378,56 @@ def test_help_of_every_script_names_every_flag_with_its_default(module, capsys, 
     assert ("--preset" in text and "--config" in text) == (module in ("train", "test"))
     if module in ("train", "test"):
         assert all(name in text for name in PRESETS)
+
+
+FIRST = {
+    "train": ["--preset", "--run_name"],
+    "predict": ["--prompt", "--json, --no-json"],
+    "test": ["--preset", "--batch_size"],
+    "prepare_data": ["--files", "--num_proc"],
+}
+
+
+def help_of(module: str, capsys, monkeypatch, width: int) -> str:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        __import__(module).main(["--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", FIRST)
+def test_help_begins_with_one_line_of_usage_and_the_ten_most_used_flags(
+    module, capsys, monkeypatch
+):
+    """The usage alone was 40 lines long, and --max_steps was the 34th flag below it."""
+    text = help_of(module, capsys, monkeypatch, 80)
+    usage, empty, *_ = text.splitlines()
+    assert usage.startswith("usage: ") and usage.endswith(" [flags]") and not empty
+    flags = re.findall(r"^  (-\S.*?)(?: [A-Z{]|  |$)", text, re.MULTILINE)
+    assert flags.index("-h, --help") == 10
+    assert [flags[0], flags[9]] == FIRST[module]
+    assert re.findall(r"^(\S.*):$", text, re.MULTILINE)[0] == "most used"
+    # None is there twice, none has gone.
+    assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+@pytest.mark.parametrize("module", FIRST)
+def test_help_is_wrapped_at_the_terminals_width(module, width, capsys, monkeypatch):
+    """Paragraphs had the source's width of 100 columns, so a terminal of 80 broke each twice."""
+    text = help_of(module, capsys, monkeypatch, width)
+    # Commands, which are indented by 2 to 8, may be copied: they are never cut.
+    wide = [line for line in text.splitlines() if len(line) > width]
+    assert [line for line in wide if not re.match(r" {2,8}\S", line)] == []
+    assert width == 60 or not wide
+    longest = max(len(line) for line in text.splitlines())
+    assert longest > width - 20
+    if module in ("train", "test"):
+        assert re.findall(r"^ {26}(\S+): ", text, re.MULTILINE) == list(PRESETS)
+    # What a command does stays next to it if there is room, and comes below it if not.
+    if module == "train":
+        assert ("--resume           continue the run" in text) == (width == 130)
+        assert ("--resume\n        continue the run" in text) == (width != 130)
 
 
 def test_percent_signs_in_help_texts_are_printed(monkeypatch, capsys):
@@ -547,7 +680,7 @@ def test_a_mistake_in_a_real_process_is_one_line_and_exit_2(script):
     [("scripts.export_hf", "usage: python -m scripts.export_hf"), ("train", "usage: train.py")],
 )
 def test_help_says_how_it_is_called(module, usage):
-    """`usage: export_hf.py` suggested python scripts/export_hf.py, which does not find the rest."""
+    """`usage: export_hf.py` does not say where it is."""
     done = subprocess.run(
         [sys.executable, *(["-m", module] if "." in module else [f"{module}.py"]), "--help"],
         cwd=REPO,
@@ -555,3 +688,50 @@ def test_help_says_how_it_is_called(module, usage):
         text=True,
     )
     assert done.stdout.startswith(usage)
+
+
+# ---------------------------------------------------------------------------- a script by its path
+SCRIPTS = sorted((REPO / "scripts").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_can_be_run_by_its_path(path):
+    """Its first lines make it find the repository: before them, it may import nothing of ours."""
+    body = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+    ]
+    # The docstring comes first.
+    assert ast.unparse(body[1]) == "if not __package__:\n    import _by_path", (
+        f"{path.name} must begin as the other scripts do"
+    )
+
+
+def by_path(path, cwd, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(path), *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_run_by_its_path_finds_the_repository(path, tmp_path):
+    """`python scripts/export_hf.py` ended in `ModuleNotFoundError: No module named 'runtime'`."""
+    done = by_path(path, tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m scripts.{path.stem} ")
+
+
+def test_the_folder_of_scripts_hides_no_installed_package(tmp_path):
+    """Python puts a script's folder first: scripts/evaluate.py would be `import evaluate`."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    shutil.copy(REPO / "scripts" / "_by_path.py", scripts)
+    (scripts / "numbers.py").write_text("raise SystemExit('the wrong one')")
+    (scripts / "try.py").write_text(
+        "import _by_path, numbers, sys; print(numbers.__file__, sys.path[0], sep='\\n')"
+    )
+    done = by_path(scripts / "try.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, first = done.stdout.splitlines()
+    assert not found.startswith(str(tmp_path)) and first == str(tmp_path.resolve())

@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from config_model import TrainConfig
 from runtime.base import process
 from runtime.training import reporter
 from runtime.training.reporter import Reporter
@@ -140,9 +141,9 @@ def test_what_small_pieces_hold_apart_is_given_back():
 
 def test_plots_give_back_what_they_took(monkeypatch):
     called = []
-    monkeypatch.setattr(reporter, "draw_plots", lambda *given: called.append("draw"))
+    monkeypatch.setattr(reporter, "draw_plots", lambda *_, **__: called.append("draw"))
     monkeypatch.setattr(process, "give_back_memory", lambda: called.append("give back"))
-    config = types.SimpleNamespace(graph_dir="")
+    config = TrainConfig(graph_dir="")
     run = types.SimpleNamespace(
         can_plot=True,
         plan=types.SimpleNamespace(config=config),

@@ -1132,3 +1132,82 @@ def test_a_file_beyond_the_machines_memory_says_so(saved, monkeypatch):
 
     monkeypatch.setattr(read_module.torch, "load", no_room)
     refused(saved.path, "GB, which this machine's memory and swap cannot hold")
+
+
+# ------------------------------------------------------------------- not damaged, but not readable
+def not_utf8(folder: Path) -> Path:
+    """Return a new folder whose name is bytes of Latin-1. Skip where a system has no such names."""
+    path = folder / os.fsdecode(b"caf\xe9")
+    try:
+        path.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    return path
+
+
+def test_a_path_that_is_not_utf8_is_read(tmp_path):
+    """Training saved into such a folder, and every reader then called the file damaged.
+
+    PyTorch opens files by a UTF-8 name alone. Maps must outlive the name that stands in for it.
+    """
+    folder = not_utf8(tmp_path)
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("open files have no names on this system")
+    model, optimizer = new_run()
+    train(model, optimizer, 1, seed=1)
+    path = save(folder, 1, model, optimizer)
+    before = len(os.listdir("/proc/self/fd"))
+    found, skipped = find_latest(folder)
+    assert found.path == path and skipped == []
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.model[name], tensor)
+    assert load_model(path)[1].step == found.step
+    assert len(os.listdir("/proc/self/fd")) <= before
+    # A private map: training on it never writes to the file.
+    content = path.read_bytes()
+    found.model["embed.weight"].zero_()
+    assert path.read_bytes() == content
+
+
+def test_without_names_of_open_files_the_folder_is_what_is_wrong(saved, tmp_path, monkeypatch):
+    folder = not_utf8(tmp_path)
+    path = save(folder, 2, saved.model, saved.optimizer)
+    exists = os.path.exists
+    monkeypatch.setattr(
+        os.path, "exists", lambda name: not str(name).startswith("/proc/self/fd") and exists(name)
+    )
+    with pytest.raises(
+        CheckpointError, match="its path is not UTF-8, so rename the folder"
+    ) as told:
+        read_checkpoint(path)
+    assert "damaged" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError("unable to open file <x.pt> in read-only mode: Too many open files (24)"), 0),
+        (RuntimeError("unable to mmap 4096 bytes from file <x.pt>: No such device (19)"), 0),
+        (PermissionError(13, "Permission denied"), "cannot be read: Permission denied"),
+        (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
+        (MemoryError(), "which this machine's memory and swap cannot hold"),
+        (
+            RuntimeError("PytorchStreamReader failed reading zip archive"),
+            "damaged, or no checkpoint",
+        ),
+    ],
+)
+def test_damaged_is_said_of_damaged_files_alone(saved, monkeypatch, error, said):
+    """Too many open files, a disk without maps and too little memory were called damage.
+
+    Somebody who believes that deletes a good checkpoint.
+    """
+
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError) as told:
+        read_checkpoint(saved.path)
+    assert (said or f"cannot be read: {error}") in str(told.value)
+    assert ("damaged" in str(told.value)) == (said == "damaged, or no checkpoint")

@@ -6,6 +6,7 @@ it trained on silently).
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -41,6 +42,11 @@ def reseal(folder: Path, change) -> None:
     write_manifest(folder, manifest)
 
 
+def set_vocabulary(manifest: dict, size: int) -> None:
+    """Change the vocabulary of a manifest and of its tokenizer."""
+    manifest["vocabulary_size"] = manifest["tokenizer"]["vocabulary_size"] = size
+
+
 def replace_shard(folder: Path, array: np.ndarray, allow_pickle: bool = False) -> None:
     """Put another array in place of the first shard, with its right digest in the manifest."""
     np.save(folder / "shard_0000.npy", array, allow_pickle=allow_pickle)
@@ -50,10 +56,16 @@ def replace_shard(folder: Path, array: np.ndarray, allow_pickle: bool = False) -
     )
 
 
+@pytest.fixture(params=["uint16", "uint32"])
+def dtype(request) -> np.dtype:
+    """That of the shards: as they are written now, and as all were written once."""
+    return np.dtype(request.param)
+
+
 @pytest.fixture
-def split(tmp_path) -> Path:
+def split(tmp_path, dtype) -> Path:
     """2,500 tokens in three shards."""
-    return write_split(tmp_path / "train", np.arange(2500) % 257)
+    return write_split(tmp_path / "train", np.arange(2500) % 257, wide=dtype.itemsize == 4)
 
 
 def refused(folder: Path, match: str) -> None:
@@ -64,7 +76,7 @@ def refused(folder: Path, match: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------- shards
-def test_shards_are_plain_npy_files_and_read_as_one(split):
+def test_shards_are_plain_npy_files_and_read_as_one(split, dtype):
     shards = TokenShards(split)
     assert (
         shards.num_tokens == 2500 and shards.vocabulary_size == 257 and shards.end_of_text_id == 256
@@ -74,7 +86,8 @@ def test_shards_are_plain_npy_files_and_read_as_one(split):
         (1000,),
         (500,),
     ]
-    assert np.load(split / "shard_0000.npy").dtype == np.uint32
+    assert np.load(split / "shard_0000.npy").dtype == dtype
+    assert read_manifest(split)["dtype"] == dtype.name
     ids = shards.read(0, 2500)
     assert ids.dtype == np.int64 and (ids == np.arange(2500) % 257).all()
     assert shards.bytes_per_token == 1.0
@@ -95,24 +108,77 @@ def test_reading_crosses_shard_borders(tmp_path_factory, shard_size, start, coun
 
 def test_appending_in_pieces_is_the_same_as_at_once(tmp_path):
     whole = write_split(tmp_path / "a", np.arange(100), 7)
-    writer = ShardWriter(tmp_path / "b", 7)
+    writer = ShardWriter(tmp_path / "b", 7, 257)
     for piece in np.array_split(np.arange(100, dtype=np.uint32), 13):
         writer.append(piece)
     assert writer.finish()["shards"] == read_manifest(whole)["shards"]
 
 
-def test_renumbered_shards_are_as_if_written_so(tmp_path, monkeypatch):
-    """Across pieces and shards, and the digests are those of what is there now."""
+@pytest.mark.parametrize(
+    ("size", "new_size"), [(1023, 1023), (200_019, 1023), (200_019, 65_537)], ids=str
+)
+def test_renumbered_shards_are_as_if_written_so(tmp_path, monkeypatch, size, new_size):
+    """Across pieces and shards, narrower or not, and the digests are those of what is there."""
     monkeypatch.setattr(data, "CHUNK_BYTES", 5 * 4)
-    ids = np.arange(100, dtype=np.uint32) % 23
-    new_ids = np.arange(1000, 1023, dtype=np.uint32)[::-1].copy()
-    (old, new) = (ShardWriter(tmp_path / name, 17) for name in ("old", "new"))
+    ids = np.arange(100, dtype=np.uint32) % 23 + size - 23
+    new_ids = np.zeros(size, dtype=np.uint32)
+    new_ids[-23:] = np.arange(new_size - 23, new_size)[::-1]
+    old = ShardWriter(tmp_path / "old", 17, size)
+    new = ShardWriter(tmp_path / "new", 17, new_size)
     old.append(ids)
     new.append(new_ids[ids])
-    assert data.renumber(tmp_path / "old", old.finish(), new_ids) == new.finish()
+    counts = data.renumber(tmp_path / "old", old.finish(), new_ids, new_size)
+    assert counts == new.finish()
+    assert counts["dtype"] == ("uint16" if new_size == 1023 else "uint32")
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()
     }
+
+
+def test_renumbering_never_wraps_an_id(tmp_path):
+    writer = ShardWriter(tmp_path / "old", 17, 257)
+    writer.append(np.arange(100, dtype=np.uint32))
+    with pytest.raises(ValueError, match="uint16 shards have no room for 65,537 ids"):
+        data.renumber(tmp_path / "old", writer.finish(), np.arange(65_537), 65_537)
+
+
+@pytest.mark.parametrize("size", [2, 257, 65_536, 65_537, 200_019])
+def test_shards_are_as_narrow_as_the_vocabulary_allows(tmp_path, size):
+    """Shards of byte, bpe:8192 and gpt2 took 4 bytes per token, where 2 hold every id.
+
+    The largest id of the vocabulary reads back, and an id beyond it is refused, not wrapped.
+    """
+    writer = ShardWriter(tmp_path / "train", 3, size)
+    ids = np.array([0, size - 1, 1, size - 1, size // 2], dtype=np.uint32)
+    writer.append(ids)
+    counts = writer.finish()
+    assert counts["dtype"] == ("uint16" if size <= 65_536 else "uint32")
+    width = 2 if size <= 65_536 else 4
+    assert [p.stat().st_size for p in sorted((tmp_path / "train").iterdir())] == [
+        128 + 3 * width,
+        128 + 2 * width,
+    ]
+    tokenizer = BYTE.to_state() | {"vocabulary_size": size}
+    manifest = read_manifest(write_split(tmp_path / "like", ids % 257))
+    changes = {"split": "train", "vocabulary_size": size, "tokenizer": tokenizer, **counts}
+    write_manifest(tmp_path / "train", manifest | changes)
+    assert (TokenShards(tmp_path / "train").read(0, 5) == ids).all()
+    with pytest.raises(ValueError, match=f"id {size} is beyond the vocabulary of {size:,}"):
+        ShardWriter(tmp_path / "x", 3, size).append(np.array([size], dtype=np.uint32))
+
+
+def test_digests_of_the_text_do_not_depend_on_the_dtype(tmp_path):
+    """A run that began on uint32 shards continues on the same text, prepared again as uint16.
+
+    The digest is the one that uint32 shards always had: that of the little-endian uint32 ids.
+    """
+    ids = np.arange(2500) % 257
+    wide = TokenShards(write_split(tmp_path / "a", ids, wide=True))
+    narrow = TokenShards(write_split(tmp_path / "b", ids))
+    assert (wide.dtype, narrow.dtype) == (np.uint32, np.uint16)
+    expected = hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()
+    assert wide.manifest["tokens_sha256"] == narrow.manifest["tokens_sha256"] == expected
+    assert wide.fingerprint == narrow.fingerprint
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
@@ -194,6 +260,8 @@ def test_no_flipped_bit_in_a_manifest_goes_unnoticed(split):
         lambda m: m.update(num_shards=99),
         lambda m: m.update(total_tokens=5),
         lambda m: m.update(dtype="int64"),
+        lambda m: m.update(dtype=["uint16"]),
+        lambda m: m.update(dtype="uint16") or set_vocabulary(m, 65_537),
         lambda m: m.update(shards=[]),
         lambda m: m.update(shards={}),
         lambda m: m.update(shards=m["shards"] + m["shards"][:1], num_shards=4, total_tokens=3500),
@@ -217,36 +285,43 @@ def test_an_invented_manifest_is_refused(split, change):
     refused(split, "meta.json is not usable")
 
 
-def test_missing_and_empty_shards_are_refused(split):
+def test_missing_and_empty_shards_are_refused(split, dtype):
     """D2: an empty file was a raw EOFError, a shard without tokens was silently skipped."""
     (split / "shard_0001.npy").write_bytes(b"")
-    refused(split, "shard_0001.npy has 0 bytes, not 4,128")
-    np.save(split / "shard_0001.npy", np.zeros(0, dtype=np.uint32))
+    refused(split, f"shard_0001.npy has 0 bytes, not {128 + 1000 * dtype.itemsize:,}")
+    np.save(split / "shard_0001.npy", np.zeros(0, dtype=dtype))
     refused(split, "shard_0001.npy has 128 bytes")
     (split / "shard_0001.npy").unlink()
     refused(split, "shard_0001.npy cannot be read")
 
 
 @pytest.mark.parametrize(
-    "array",
+    ("wide", "array"),
     [
-        np.full(500, np.nan),
-        np.full(500, -5, dtype=np.int64),
-        np.zeros(1000, dtype=np.float32),
-        np.zeros(1000, dtype=np.int32),
-        np.zeros(1000, dtype=">u4"),
-        np.zeros((10, 100), dtype=np.uint32),
-        np.zeros((1000, 1), dtype=np.uint32),
+        (True, np.full(500, np.nan)),
+        (True, np.full(500, -5, dtype=np.int64)),
+        (True, np.zeros(1000, dtype=np.float32)),
+        (True, np.zeros(1000, dtype=np.int32)),
+        (True, np.zeros(1000, dtype=">u4")),
+        (True, np.zeros((10, 100), dtype=np.uint32)),
+        (True, np.zeros((1000, 1), dtype=np.uint32)),
+        (True, np.zeros(2000, dtype=np.uint16)),
+        (False, np.full(250, np.nan)),
+        (False, np.zeros(500, dtype=np.uint32)),
+        (False, np.zeros(1000, dtype=np.int16)),
+        (False, np.zeros(1000, dtype=">u2")),
+        (False, np.zeros((10, 100), dtype=np.uint16)),
     ],
-    ids=lambda a: f"{a.dtype}{a.shape}",
+    ids=lambda value: f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else "",
 )
-def test_other_dtypes_and_shapes_are_refused(split, array):
+def test_other_dtypes_and_shapes_are_refused(tmp_path, wide, array):
     """D3: float64 NaN became token -9223372036854775808; a 2-D shard silently had no sequences.
 
-    (500 x 8 bytes: the size is right.)
+    (The size of the file is right in each case.)
     """
+    split = write_split(tmp_path / "train", np.arange(2500) % 257, wide=wide)
     replace_shard(split, array)
-    refused(split, "is not a uint32 array of 1,000 tokens")
+    refused(split, f"is not a uint{32 if wide else 16} array of 1,000 tokens")
 
 
 def test_pickled_arrays_are_refused(split):
@@ -254,15 +329,15 @@ def test_pickled_arrays_are_refused(split):
     refused(split, "shard_0000.npy")
 
 
-@pytest.mark.parametrize("keep", [0, 1, 127, 128, 129, 4127, 4129])
-def test_truncated_shards_are_refused(split, keep):
+@pytest.mark.parametrize("keep", [0, 1, 127, 128, 129, -2, None])
+def test_truncated_shards_are_refused(split, dtype, keep):
     """D4: a raw ValueError of mmap's."""
     path = split / "shard_0000.npy"
     path.write_bytes((path.read_bytes() + b"x")[:keep])
-    refused(split, "shard_0000.npy has .* bytes, not 4,128")
+    refused(split, f"shard_0000.npy has .* bytes, not {128 + 1000 * dtype.itemsize:,}")
 
 
-def test_no_flipped_bit_in_a_shard_goes_unnoticed(split):
+def test_no_flipped_bit_in_a_shard_goes_unnoticed(split, dtype):
     """D5: of 100 flips 97 were accepted, 22 of them as other tokens without a trace."""
     path, rng = split / "shard_0001.npy", random.Random(0)
     good = path.read_bytes()
@@ -270,21 +345,21 @@ def test_no_flipped_bit_in_a_shard_goes_unnoticed(split):
         bad = bytearray(good)
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         path.write_bytes(bad)
-        refused(split, "shard_0001.npy is (damaged|not a uint32 array)")
+        refused(split, f"shard_0001.npy is (damaged|not a {dtype.name} array)")
 
 
-def test_ids_beyond_the_vocabulary_are_refused(split):
+def test_ids_beyond_the_vocabulary_are_refused(split, dtype):
     """D8: the embedding found it at the first batch, as a raw IndexError.
 
     (On a GPU: a device assert.)
     """
-    replace_shard(split, np.full(1000, 257, dtype=np.uint32))
+    replace_shard(split, np.full(1000, 257, dtype=dtype))
     refused(split, "shard_0000.npy holds id 257, beyond its vocabulary of 257")
 
 
-def test_a_shard_replaced_while_in_use_is_noticed(split):
+def test_a_shard_replaced_while_in_use_is_noticed(split, dtype):
     shards = TokenShards(split, verify=False)
-    np.save(split / "new.npy", np.zeros(1000, dtype=np.uint32))
+    np.save(split / "new.npy", np.zeros(1000, dtype=dtype))
     (split / "new.npy").rename(split / "shard_0002.npy")
     shards.read(0, 2000)
     with pytest.raises(ValueError, match="shard_0002.npy was changed while it was in use"):

@@ -5,11 +5,18 @@ No wrong one is accepted.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import random
+import shutil
+import signal
+import string
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +24,14 @@ import requests
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
-from runtime.data import tokenizers
+from runtime.data import bpe_trainer, tokenizers
 from runtime.data.tokenizer import (
     STATE_FILE,
     WORD_PATTERN,
     CompactTokenizer,
+    NoTokenizer,
     Tokenizer,
     TokenStream,
     byte_of_character,
@@ -92,6 +101,18 @@ def test_ids_outside_the_vocabulary_are_named(token_id):
         ValueError, match=f"token id {token_id} is not in byte, which has ids 0 to 256"
     ):
         BYTE.decode([token_id])
+
+
+@given(st.lists(st.integers(0, 511)), st.sampled_from([" ", ", ", "\n", " ,[ ]"]))
+def test_token_ids_are_text_both_ways(ids, between):
+    tokenizer = NoTokenizer(512)
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    assert tokenizer.encode(f"[{between.join(map(str, ids))}]") == ids
+    stream = TokenStream(tokenizer)
+    assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
+    assert (tokenizer.start_id, tokenizer.end_of_text_id, tokenizer.stop_ids) == (None, None, ())
+    with pytest.raises(ValueError, match="token id 512 is not in none, which has ids 0 to 511"):
+        tokenizer.decode([512])
 
 
 def test_byte_tokenizer():
@@ -196,6 +217,175 @@ def test_bpe_is_what_the_tokenizers_library_says(stories):
     spelled = {i: spell(ours.token_bytes(i)) for i in range(2047)}
     for text in stories:
         assert [spelled[i] for i in ours.encode(text)] == oracle.encode(text).tokens
+
+
+ALPHABETS = {
+    "DNA": "ACGT",
+    "base64": string.ascii_letters + string.digits,
+    "a script without spaces": "".join(map(chr, range(0xE01, 0xE2F))),
+    "with marks": "กิดีตุ",
+    "punctuation": "-=",
+    "minified": "();,.a{}",
+    "white space": " \t",
+    "line breaks": "\n\r",
+    "one letter": "a",
+}
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS.values(), ids=ALPHABETS)
+def test_bpe_training_reads_a_long_word_in_pieces(alphabet):
+    """A document of 400,000 letters of DNA made `--tokenizer bpe:400` run for hours.
+
+    The trainer's time is quadratic in a word's length: 80,000 letters of a script without spaces
+    took 28 s. So training cuts words, and a document's end is never lost.
+    """
+    words = pre_tokenizers.Split(Regex(tokenizers.training_pattern()), behavior="isolated")
+    text = "".join(random.Random(0).choices(alphabet, k=400_000))
+    pieces = [piece for piece, _ in words.pre_tokenize_str(text)]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 2 * tokenizers.BPE_RUN_CHARACTERS + len("x've")
+    trained = train_bpe([*TALE * 20, text], 300)
+    assert trained.decode(trained.encode(text)) == text
+
+
+@settings(deadline=None)
+@given(st.text("aB1é日ก\u0301 .'\n\t-/", max_size=200))
+def test_bpe_training_cuts_short_words_as_encoding_does(text):
+    whole, cut = (
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated").pre_tokenize_str(text)
+        for pattern in (WORD_PATTERN, tokenizers.training_pattern())
+    )
+    assert whole == cut
+
+
+@pytest.mark.parametrize("length", [90, 110, 300, 600, 2000])
+def test_encoding_does_not_cut_a_long_word(bpe, length):
+    """Training cuts words above 256 letters; encoding is byte-pair merging over the whole word."""
+    word = "".join(random.Random(length).choices("theo", k=length))
+    ranks = bpe.encoding._mergeable_ranks
+    parts = [bytes([b]) for b in word.encode()]
+    while True:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        if min(pairs, default=len(ranks)) == len(ranks):
+            break
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    assert len(parts) < length and bpe.encode(word) == [ranks[part] for part in parts]
+
+
+INTERRUPTED = """
+import random, sys
+from runtime.base.cli import run_main
+from runtime.data import bpe_trainer, tokenizers
+
+def texts():
+    yield "".join(random.Random(0).choices("的一是不了人我在有他这为之大来以个中上们", k=200_000))
+    print("all read", flush=True)
+
+# One long word: the trainer's merges then take minutes.
+tokenizers.training_pattern = lambda: tokenizers.WORD_PATTERN
+run_main(lambda argv: tokenizers.train_bpe(texts(), 8192) and 0)
+"""
+
+
+def start_training() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_ends_the_training_of_a_bpe():
+    """The trainer's merges are one call into Rust, and Python heard Ctrl-C only after it."""
+    process = start_training()
+    try:
+        assert process.stdout.readline() == "all read\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and errors.strip() == "interrupted"
+
+
+def test_an_error_in_the_text_ends_the_training_of_a_bpe():
+    def texts():
+        yield from TALE
+        raise ValueError("a.jsonl line 3 is not JSON")
+
+    with pytest.raises(ValueError, match="line 3 is not JSON"):
+        train_bpe(texts(), 300)
+
+
+def parents() -> dict[int, int]:
+    """Return the parent of every process, the dead ones left out."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        # A process may end in between.
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(path.parent.name)] = int(parent)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_is_left_training(number):
+    """However its parent ends, the process that computes merges ends too."""
+    process = start_training()
+    try:
+        assert process.stdout.readline() == "all read\n"
+        (trainer,) = [pid for pid, parent in parents().items() if parent == process.pid]
+        process.send_signal(number)
+        process.wait(timeout=30)
+        deadline = time.monotonic() + 30
+        while (is_there := trainer in parents()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if is_there:
+            os.kill(trainer, signal.SIGKILL)
+        assert not is_there
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("after", [0, 100_000])
+def test_a_trainer_that_dies_is_one_line(monkeypatch, after):
+    """The system ends processes when memory runs out: while it reads, or after that."""
+    code = f"import os, sys; sys.stdin.buffer.read({after}); os._exit(9)"
+    monkeypatch.setattr(bpe_trainer, "START", code)
+    with pytest.raises(ValueError, match="trains the tokenizer ended with exit code 9"):
+        train_bpe(TALE * 10_000, 300)
+
+
+TRAINS = """
+from runtime.data.tokenizers import train_bpe
+from tests.builders_tokenizer import TALE
+train_bpe(TALE * 20, 300)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_bpe_training_shows_progress_on_a_terminal_only():
+    """Training on 256 MB takes minutes, and nothing was shown."""
+    piped = subprocess.run([sys.executable, "-c", TRAINS], cwd=REPO, stderr=subprocess.PIPE)
+    assert (piped.returncode, piped.stderr) == (0, b"")
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", TRAINS], cwd=REPO, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    # At the end of a pseudo-terminal, Linux raises an error.
+    with contextlib.suppress(OSError):
+        while read := os.read(ours, 4096):
+            shown += read
+    os.close(ours)
+    assert process.wait(timeout=30) == 0 and b"Compute merges" in shown
 
 
 def test_bpe_training_is_deterministic():
@@ -550,11 +740,48 @@ def test_a_failed_download_is_one_line_with_a_way_out(monkeypatch, tmp_path):
     with pytest.raises(
         ValueError,
         match=(
-            "gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR.*--tokenizer "
-            "byte.*bpe:8192"
+            "gpt2 could not be downloaded .*no network.*TIKTOKEN_CACHE_DIR to a folder with "
+            "vocab.bpe and encoder.json,.*--tokenizer byte.*bpe:8192"
         ),
     ) as caught:
         load_tokenizer("gpt2")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Nothing is downloaded, and no vocabulary is loaded yet."""
+
+    def fails(*args, **kwargs):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(requests, "get", fails)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+
+
+def test_a_vocabulary_is_found_under_its_plain_name(o200k, shared_dir, tmp_path, monkeypatch):
+    """TIKTOKEN_CACHE_DIR with o200k_base.tiktoken in it: "could not be downloaded".
+
+    tiktoken looks for a SHA-1 that is named nowhere. A folder that is not writable will do.
+    """
+    expected = load_tokenizer("o200k_base").fingerprint
+    folder = tmp_path / "vocabularies"
+    folder.mkdir()
+    shutil.copy(shared_dir / "o200k_base.tiktoken", folder)
+    folder.chmod(0o500)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    assert load_tokenizer("o200k_base").fingerprint == expected
+    assert [path.name for path in folder.iterdir()] == ["o200k_base.tiktoken"]
+
+
+def test_another_file_under_a_plain_name_is_not_read(no_network, tmp_path, monkeypatch):
+    (tmp_path / "o200k_base.tiktoken").write_text("IQ== 0\n")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"no network\): .*o200k_base.tiktoken is another file or damaged; set"
+    ) as caught:
+        load_tokenizer("o200k_base")
     assert "\n" not in str(caught.value)
 
 

@@ -269,3 +269,17 @@ def test_what_float32_loses_to_steep_softmaxes_is_allowed(monkeypatch, capsys):
     for off, lost in ((3 * bound, 0.0), (20 * bound, 100 * bound)):
         with pytest.raises(ExportError, match="rounding explains"):
             check(off, lost)
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_any_work(tmp_path):
+    """safetensors called a folder of such a name "damaged"; ONNX Runtime ended in a traceback.
+
+    A GGUF is written by Python, which opens any name.
+    """
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for out, is_folder in ((folder / "hf", True), (folder / "m.onnx", False)):
+        with pytest.raises(ValueError, match="is not UTF-8, and safetensors and ONNX Runtime"):
+            check_output(out, False, is_folder)
+    assert check_output(folder / "m.gguf", False) == folder / "m.gguf"
+    with pytest.raises(ValueError, match="safetensors opens UTF-8 paths alone: rename the folder"):
+        huggingface.folder_tensors(folder)

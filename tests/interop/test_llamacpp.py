@@ -1,39 +1,43 @@
-"""scripts/export_gguf.py's files in llama.cpp itself: the same logits, greedy text and token ids.
+"""scripts/export_gguf.py's files in llama.cpp itself: logits, greedy text, token ids and chats.
 
-Skipped where llama-cpp-python is not installed.
+llama.cpp comes in the wheel xllamacpp (tests/builders_llamacpp.py), without a compiler.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
+import importlib.util
 import json
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from benchmarks import common
-from benchmarks import llama_cpp as benchmark
 from config_model import TrainConfig
 from model import LLM, generate
 from runtime.checkpoint.write import save_checkpoint
+from runtime.data.hf_tokenizer import CHECK_TEXTS, HuggingFaceTokenizer
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import load_tokenizer, train_bpe
+from runtime.data.toy_stories import story
 from runtime.interop import gguf as interop
-from runtime.interop.export import logits_of
+from runtime.interop.export import CHECK_TEXT, logits_of
 from scripts.export_gguf import main
 from tests.builders import random_model, tiny_config
-from tests.builders_export import FAMILIES, GPT_OSS, LLAMA3, QWEN2, imported
-from tests.numeric import logits_bound, share_of
+from tests.builders_export import FAMILIES, GPT_OSS, LLAMA3, MIXTRAL, QWEN2, imported
+from tests.builders_llamacpp import Engine, need_llama_cpp
+from tests.numeric import logits_bound, share_of, size_of
 
-llama_cpp = pytest.importorskip(
-    "llama_cpp", reason="llama-cpp-python is not installed (make test-llamacpp)"
-)
-pytestmark = pytest.mark.llamacpp
+need_llama_cpp()
 
 BYTE = load_tokenizer("byte")
-PROMPT = "Once upon a time"
+CONTEXT = 96
+SENTENCE = "Once upon a time a lighthouse keeper counted ships."
+# With a factor of 1, llama.cpp's rounding of YaRN's ramp has no effect.
+EXACT = FAMILIES | {"gpt-oss": GPT_OSS | dict(rope_scaling_factor=1.0)}
 ODD_TEXTS = [
     "",
     " ",
@@ -58,64 +62,90 @@ ODD_TEXTS = [
     " " * 40 + "b",
     "\n" * 9,
 ]
+HINDI = "नमस्ते दुनिया"
 
 
-def model_of(
-    folder: Path,
-    quantize: str = "f32",
-    tokenizer: Tokenizer = BYTE,
-    checked: bool = False,
-    **changes,
+def random_file(
+    folder: Path, tokenizer: Tokenizer = BYTE, quantize: str = "f32", **changes
 ) -> tuple[LLM, Path]:
-    """A random model and its file; `checked`: written by the script, with its own checks."""
-    model = random_model(tiny_config(**dict(vocabulary_size=260, context_length=96) | changes))
+    """A random model and its file."""
+    model = random_model(tiny_config(**dict(vocabulary_size=260, context_length=CONTEXT) | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 # (at 1.0 rounding grows from block to block).
                 parameter.mul_(0.6)
-    path = folder / "model.gguf"
-    if checked:
-        ckpt = save_checkpoint(
-            folder, 1, model, None, train_config=TrainConfig(), tokenizer_state=tokenizer.to_state()
-        )
-        assert main(["--ckpt", str(ckpt), "--out", str(path), "--quantize", quantize]) == 0
-    else:
-        family = interop.family_of(model.config)
-        config, weights = interop.with_head(model.config, family, model.state_dict())
-        entries, vocabulary = (
-            interop.layout(config, family, weights, quantize),
-            interop.vocabulary_of(gguf, tokenizer, config.vocabulary_size),
-        )
-        interop.write_gguf(
-            gguf, path, "test", config, family, entries, weights, quantize, tokenizer, vocabulary
-        )
+    path, family = folder / "model.gguf", interop.family_of(model.config)
+    config, weights = interop.with_head(model.config, family, model.state_dict())
+    entries = interop.layout(config, family, weights, quantize)
+    vocabulary = interop.vocabulary_of(gguf, tokenizer, config.vocabulary_size)
+    interop.write_gguf(
+        gguf, path, "test", config, family, entries, weights, quantize, tokenizer, vocabulary
+    )
     return model.eval(), path
 
 
-def opened(path: Path, **options) -> llama_cpp.Llama:
-    sizes = dict(n_ctx=96, n_batch=96, n_ubatch=96, n_threads=1, n_threads_batch=1)
-    return llama_cpp.Llama(
-        str(path),
-        n_gpu_layers=0,
-        logits_all=True,
-        type_k=0,
-        type_v=0,
-        verbose=False,
-        **sizes,
-        **options,
+@functools.cache
+def trained(arch: str) -> LLM:
+    """A model that knows one sentence by heart: narrow weights do not change what it says.
+
+    Not in the smallest shapes: q8_0 needs rows of 32 numbers.
+    """
+    shapes = dict(vocabulary_size=260, context_length=CONTEXT, d_model=64, num_heads=8, d_ff=64)
+    torch.manual_seed(0)
+    model = LLM(tiny_config(**shapes | EXACT[arch]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    ids = torch.tensor([BYTE.start_id, *BYTE.encode(SENTENCE), BYTE.end_of_text_id])
+    # 75 steps, or a few more.
+    for _ in range(200):
+        loss = cross_entropy(model(ids[None, :-1]).logits[0], ids[1:])
+        if loss < 0.02:
+            return model.eval()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    raise AssertionError(f"200 steps were not enough: loss {loss.item():.2g}")
+
+
+def exported(folder: Path, model: LLM, tokenizer: Tokenizer = BYTE, quantize: str = "f32") -> Path:
+    """The file that the script writes."""
+    path, state = folder / f"{quantize}.gguf", tokenizer.to_state()
+    ckpt = save_checkpoint(
+        folder, 1, model, None, train_config=TrainConfig(), tokenizer_state=state
     )
+    assert main(["--ckpt", str(ckpt), "--out", str(path), "--quantize", quantize]) == 0
+    return path
 
 
-def difference(model: LLM, llama: llama_cpp.Llama, ids: list[int]) -> float:
-    """Largest difference of the logits, over what rounding explains."""
-    llama.reset()
-    llama.eval(ids)
-    ours = logits_of(model, torch.tensor([ids]))[0]
-    return share_of(llama.scores[: len(ids)], ours, logits_bound(model.config, len(ids)))
+def difference(model: LLM, engine: Engine, ids: list[int]) -> float:
+    """Largest difference of the logits after each token, over what rounding explains.
+
+    The server tells log-probabilities: logits up to a constant of each position.
+    """
+    theirs_TV = torch.stack([log_probabilities(engine, ids[: n + 1]) for n in range(len(ids))])
+    ours_TV = logits_of(model, torch.tensor([ids]))[0].double()
+    # Subtracting the mean makes the largest difference at most twice as large.
+    bound = 2 * logits_bound(model.config, len(ids))
+    return share_of(centred(theirs_TV), centred(ours_TV), bound, size_of(ours_TV))
 
 
-def ids_of(text: str, length: int) -> list[int]:
+def centred(logits_TV: Tensor) -> Tensor:
+    return logits_TV - logits_TV.mean(dim=1, keepdim=True)
+
+
+def log_probabilities(engine: Engine, ids: list[int]) -> Tensor:
+    """Return llama.cpp's log-probabilities [V] of the token after `ids`.
+
+    The drawn token is forced to be "A", because the server leaves out halves of characters. What it
+    tells is from before that.
+    """
+    answer = engine.greedy(ids, 1, n_probs=260, logit_bias=[[65, 1000.0]], cache_prompt=True)
+    (position,) = answer["completion_probabilities"]
+    by_id = {one["id"]: one["logprob"] for one in position["top_logprobs"]}
+    return torch.tensor([by_id[i] for i in range(260)], dtype=torch.float64)
+
+
+def ids_of(text: str, length: int = CONTEXT) -> list[int]:
     return [BYTE.start_id, *BYTE.encode(text)][:length]
 
 
@@ -123,41 +153,27 @@ def greedy(model: LLM, prompt: list[int], length: int) -> list[int]:
     return [i.item() for i in generate(model, torch.tensor([prompt]), length, temperature=0)]
 
 
+# --------------------------------------------------------------------------------- logits and text
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", EXACT)
 def test_the_same_logits_and_the_same_greedy_text(tmp_path, arch, tied):
-    """gpt-oss with factor 1, where llama.cpp's rounding of YaRN's ramp has no effect.
-
-    Windows of 8 in 96 tokens.
-    """
-    model, path = model_of(
-        tmp_path,
-        tie_embeddings=tied,
-        **FAMILIES[arch] | (dict(rope_scaling_factor=1.0) if arch == "gpt-oss" else {}),
-    )
-    llama = opened(path)
-    assert difference(model, llama, ids_of(interop.export.CHECK_TEXT, 96)) <= 1
-    # A plain prompt begins as predict.py's does.
-    prompt = llama.tokenize(PROMPT.encode(), add_bos=True)
-    assert prompt == ids_of(PROMPT, 96)
-    theirs = []
-    for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        theirs.append(token)
-        if len(theirs) == 50:
-            break
-    llama.close()
-    assert theirs == greedy(model, prompt, 50)
+    """Windows of 8 in 96 tokens in gpt-oss. The file puts the start token before a plain prompt."""
+    model, path = random_file(tmp_path, tie_embeddings=tied, **EXACT[arch])
+    with Engine(path) as engine:
+        assert difference(model, engine, ids_of(CHECK_TEXT, CONTEXT - 1)) <= 1
+        assert engine.ids("Once upon a time") == ids_of("Once upon a time")
+        answer = engine.greedy("Once upon a time", 50)
+    assert answer["tokens"] == greedy(model, ids_of("Once upon a time"), 50)
 
 
 @pytest.mark.parametrize(
     "arch, scaling", [("llama", "linear"), ("llama", "yarn"), ("qwen3moe", "linear")]
 )
 def test_scaled_positions(tmp_path, arch, scaling):
-    model, path = model_of(
-        tmp_path,
-        **FAMILIES[arch] | dict(rope_scaling=scaling, rope_scaling_factor=4.0, rope_theta=500.0),
-    )
-    assert difference(model, opened(path), ids_of(interop.export.CHECK_TEXT, 96)) <= 1
+    scaled = dict(rope_scaling=scaling, rope_scaling_factor=4.0, rope_theta=500.0)
+    model, path = random_file(tmp_path, **FAMILIES[arch] | scaled)
+    with Engine(path) as engine:
+        assert difference(model, engine, ids_of(CHECK_TEXT, CONTEXT - 1)) <= 1
 
 
 def test_llama_cpp_rounds_yarns_ramp(tmp_path):
@@ -166,82 +182,116 @@ def test_llama_cpp_rounds_yarns_ramp(tmp_path):
     No key of the file can change that: it computes our model with yarn_truncate, another function.
     OpenAI's own GGUF files have the same problem.
     """
-    model, path = model_of(
-        tmp_path, **GPT_OSS | dict(rope_scaling_factor=4.0, context_length=96, head_dim=16)
-    )
-    llama, ids = opened(path), ids_of(interop.export.CHECK_TEXT, 96)
-    assert difference(model, llama, ids) > 10
+    model, path = random_file(tmp_path, **GPT_OSS | dict(rope_scaling_factor=4.0, head_dim=16))
     rounded = LLM(interop.dataclasses.replace(model.config, yarn_truncate=True)).eval()
     rounded.load_state_dict(model.state_dict())
-    assert difference(rounded, llama, ids) <= 1
+    with Engine(path) as engine:
+        assert difference(model, engine, ids_of(CHECK_TEXT, CONTEXT - 1)) > 10
+        assert difference(rounded, engine, ids_of(CHECK_TEXT, CONTEXT - 1)) <= 1
 
 
-@pytest.mark.parametrize("quantize", ["f32", "f16", "bf16", "q8_0"])
-def test_the_script_runs_its_file_in_llama_cpp(tmp_path, capsys, quantize):
-    """(Not in the smallest shapes.)
+@pytest.mark.parametrize("quantize", interop.QUANTIZE)
+@pytest.mark.parametrize("arch", EXACT)
+def test_every_file_of_the_script_says_what_the_model_learned(tmp_path, arch, quantize):
+    """All architectures in all types. It continues the sentence, and stops where the text ends."""
+    model = trained(arch)
+    path = exported(tmp_path, model, quantize=quantize)
+    prompt = ids_of(SENTENCE, 10)
+    rest = ids_of(SENTENCE)[10:]
+    assert greedy(model, prompt, len(rest) + 1) == [*rest, BYTE.end_of_text_id]
+    with Engine(path) as engine:
+        answer = engine.greedy(BYTE.decode(prompt[1:]), 80)
+    assert answer["content"] == BYTE.decode(rest) and answer["stop_type"] == "eos"
 
-    With fewer than 64 rows or columns llama.cpp's own products with q8_0 give NaN on CPUs with AMX.
+
+# ------------------------------------------------------------------------------------------- chats
+def said_by(engine: Engine, *messages: tuple[str, object]) -> dict:
+    """The server's answer to a chat client."""
+    listed = [{"role": role, "content": content} for role, content in messages]
+    return engine.ask("/v1/chat/completions", messages=listed, max_tokens=80, temperature=0)
+
+
+def prompt_of(engine: Engine, *messages: tuple[str, object]) -> str:
+    """The prompt that the server makes of a chat."""
+    listed = [{"role": role, "content": content} for role, content in messages]
+    return engine.ask("/apply-template", messages=listed)["prompt"]
+
+
+def test_a_chat_client_continues_the_text_of_a_base_model(tmp_path):
+    """Without a template in the file, llama.cpp takes ChatML's.
+
+    A base model then continued "<|im_start|>user\\n", which it never saw.
     """
-    _, path = model_of(tmp_path, quantize, checked=True, d_model=64, num_heads=8, d_ff=64)
-    out = capsys.readouterr().out
-    assert "check: llama.cpp: the same 778 token ids" in out and "check: llama.cpp: l" in out
-    llama = opened(path)
-    assert len(llama.create_completion(PROMPT, max_tokens=8, temperature=0.0)["choices"]) == 1
-    llama.close()
+    with Engine(exported(tmp_path, trained("qwen3moe"))) as engine:
+        answer = said_by(engine, ("user", "Once upon"))
+        assert prompt_of(engine, ("user", "Once upon")) == "Once upon"
+        assert (
+            prompt_of(
+                engine,
+                ("system", "Once "),
+                ("user", "up"),
+                ("assistant", "on\n a"),
+                ("user", [{"type": "text", "text": " time "}]),
+            )
+            == "Once upon\n a time "
+        )
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"] == SENTENCE.removeprefix("Once upon")
+    assert choice["finish_reason"] == "stop"
+    # The text and the start token.
+    assert answer["usage"]["prompt_tokens"] == len(ids_of("Once upon"))
 
 
-# ---------------------------------------------------------------------------------------- token ids
-def texts_of(shared: Path, count: int) -> list[str]:
-    lines = (
-        sorted((shared / "tinystories").glob("*.jsonl"))[0]
-        .read_text(encoding="utf-8")
-        .splitlines()[:count]
+def test_a_chat_client_gets_an_imported_tokenizers_own_template(tmp_path):
+    """It was lost in the file: llama.cpp marked the messages of every model as ChatML does."""
+    plain = imported()
+    template = "{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}<|start|>"
+    own = HuggingFaceTokenizer(
+        plain.text, {"chat_template": template}, plain.stop_ids, plain.start_id
     )
-    return [json.loads(line)["text"] for line in lines]
+    _, path = random_file(tmp_path, own, vocabulary_size=264)
+    with Engine(path) as engine:
+        assert prompt_of(engine, ("system", "a"), ("user", "b")) == (
+            "<|turn|>a<|end|><|turn|>b<|end|><|start|>"
+        )
 
 
-def piece(llama: llama_cpp.Llama, token: int) -> bytes:
-    """Bytes that llama.cpp prints for a token."""
-    buffer = ctypes.create_string_buffer(512)
-    length = llama_cpp.llama_token_to_piece(llama._model.vocab, token, buffer, 512, 0, False)
-    return buffer.raw[:length]
-
-
+# --------------------------------------------------------------------------------------- token ids
 def differing(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
-    """The texts of which llama.cpp makes other ids."""
-    _, path = model_of(folder, tokenizer=tokenizer, vocabulary_size=tokenizer.vocabulary_size + 3)
-    llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    """The texts of which llama.cpp makes other ids. And back: its text of our ids is the same."""
+    _, path = random_file(folder, tokenizer, vocabulary_size=tokenizer.vocabulary_size + 3)
     start = [] if tokenizer.start_id is None else [tokenizer.start_id]
-    found = [
-        text
-        for text in texts
-        if llama.tokenize(text.encode(), add_bos=True) != start + tokenizer.encode(text)
-    ]
-    # And back.
-    for text in texts:
-        assert b"".join(piece(llama, i) for i in tokenizer.encode(text)) == text.encode()
-    llama.close()
-    return found
+    with Engine(path) as engine:
+        for text in texts:
+            assert engine.text(tokenizer.encode(text)) == text
+        return [text for text in texts if engine.ids(text) != start + tokenizer.encode(text)]
 
 
+def texts_of(shared: Path, count: int) -> list[str]:
+    """Real stories."""
+    file = sorted((shared / "tinystories").glob("*.jsonl"))[0]
+    with open(file, encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line, _ in zip(lines, range(count), strict=False)]
+
+
+@pytest.mark.slow
 def test_the_same_ids_with_o200k_base(tmp_path, shared_dir, o200k):
     """llama.cpp's rule does not count combining marks as part of a word.
 
     (Unicode's M, which its regular expressions do not have.) Hindi differs, as in any GGUF file.
     """
-    hindi = "नमस्ते दुनिया"
-    assert differing(
-        tmp_path, load_tokenizer("o200k_base"), [*texts_of(shared_dir, 300), *ODD_TEXTS, hindi]
-    ) == [hindi]
+    texts = [*texts_of(shared_dir, 100), *ODD_TEXTS, HINDI]
+    assert differing(tmp_path, load_tokenizer("o200k_base"), texts) == [HINDI]
 
 
-def test_the_same_ids_with_a_trained_bpe(tmp_path, shared_dir):
-    texts = texts_of(shared_dir, 600)
-    assert differing(tmp_path, train_bpe(texts[:300], 2000), texts + ODD_TEXTS) == []
+def test_the_same_ids_with_a_trained_bpe(tmp_path):
+    stories = [story(i) for i in range(100)]
+    tokenizer = train_bpe([*stories[:60], *ODD_TEXTS], 600)
+    assert differing(tmp_path, tokenizer, [*stories[40:], *ODD_TEXTS]) == []
 
 
-def test_the_same_ids_with_bytes(tmp_path, shared_dir):
-    assert differing(tmp_path, BYTE, texts_of(shared_dir, 50) + ODD_TEXTS) == []
+def test_the_same_ids_with_bytes(tmp_path):
+    assert differing(tmp_path, BYTE, [*ODD_TEXTS, *CHECK_TEXTS, HINDI]) == []
 
 
 @pytest.mark.parametrize(
@@ -255,83 +305,25 @@ def test_the_same_ids_with_bytes(tmp_path, shared_dir):
     ],
 )
 def test_the_same_ids_with_an_imported_tokenizer(tmp_path, options):
-    assert (
-        differing(tmp_path, imported(**options), [*ODD_TEXTS, "the <word> then<word>", "thththe"])
-        == []
-    )
+    texts = [*ODD_TEXTS, "the <word> then<word>", "thththe"]
+    assert differing(tmp_path, imported(**options), texts) == []
 
 
-# ---------------------------------------------------------------------------------------- benchmark
-def test_the_benchmark_of_speeds(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(common, "REPO", tmp_path)
-    # Samples are shorter than the clock's ticks.
-    monkeypatch.setattr(
-        benchmark,
-        "alternate_undisturbed",
-        lambda functions, repeats: common.alternate_undisturbed(functions, repeats, 99.0),
-    )
-    flags = {
-        "name": "tiny",
-        "context": 8,
-        "prefill": 12,
-        "new_tokens": 6,
-        "repeats": 2,
-        "min_sample_seconds": 1e-6,
-        "num_threads": 1,
-        "d_model": 64,
-        "transformer_blocks": 2,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "d_ff": 64,
-        "num_experts": 4,
-        "vocabulary_size": 288,
-        "context_length": 32,
-        "expert_activation": "swiglu",
-        "rms_norm_eps": 1e-6,
-    }
-    off = ("expert_bias", "out_proj_bias", "head_bias", "use_attention_bias")
-    assert (
-        benchmark.main(
-            [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-            + [f"--no-{name}" for name in off]
-        )
-        == 0
-    )
-    stored = json.loads((tmp_path / "llama_cpp_tiny.json").read_text())
-    for what in ("decode", "prefill"):
-        speeds = {name: side["tokens_per_sec"]["median"] for name, side in stored[what].items()}
-        assert (
-            speeds.keys() == {"ours", "llama_f32", "ours_int8", "llama_q8_0"}
-            and min(speeds.values()) > 0
-        )
-        for ours, theirs in (("ours", "llama_f32"), ("ours_int8", "llama_q8_0")):
-            assert stored[what][ours]["ratio_to_llama_cpp"] == pytest.approx(
-                speeds[ours] / speeds[theirs]
-            )
-    sides = stored["sides"]
-    assert (
-        sides["llama_f32"]["same_tokens"] == "6 of 6"
-        and sides["llama_f32"]["file_bytes"] > 2 * sides["llama_q8_0"]["file_bytes"]
-    )
-    with pytest.raises(ValueError, match="do not fit the context_length 2048"):
-        benchmark.main(
-            [
-                "--name",
-                "tiny",
-                "--context",
-                "2040",
-                "--no-use_attention_bias",
-                "--vocabulary_size",
-                "300",
-                "--d_model",
-                "64",
-                "--transformer_blocks",
-                "1",
-                "--d_ff",
-                "64",
-                "--expert_activation",
-                "swiglu",
-                *(f"--no-{name}" for name in off),
-            ]
-        )
+# -------------------------------------------------------------------------------------- the package
+@pytest.mark.parametrize(
+    "ci, outcome", [("true", pytest.fail.Exception), ("", pytest.skip.Exception)]
+)
+def test_without_the_package_tests_are_skipped_but_not_under_ci(monkeypatch, ci, outcome):
+    """A check that is always skipped would pass forever."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="xllamacpp is not installed"):
+        need_llama_cpp()
+
+
+def test_a_file_that_ends_llama_cpp_fails_one_test_with_its_last_lines(tmp_path):
+    """What llama.cpp cannot load must not end the process of the tests."""
+    _, path = random_file(tmp_path, **MIXTRAL)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(pytest.fail.Exception, match="(?s)llama.cpp did not start.*tensor"):
+        Engine(path)

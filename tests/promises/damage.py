@@ -226,7 +226,9 @@ def fallback(count: int) -> Tally:
                     builders_runs.settings_of("--resume", *run.folders), train.pretraining
                 )
                 said = [
-                    note for note in plan.notes if note.startswith("skipped a damaged checkpoint: ")
+                    note
+                    for note in plan.notes
+                    if note.startswith("skipped a checkpoint that cannot be read: ")
                 ]
                 assert [next(p.name for p in files if str(p) in line) for line in said] == [
                     p.name for p in reversed(files[-number:])

@@ -214,6 +214,15 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
                 *builders.as_flags({f.name: value}),
                 name=f"resume with {f.name} {value}",
             )
+    # The same sequences per step may be cut otherwise; another number of them is another run.
+    for batch_size, grad_accum in ((4, 2), (2, 1), (1, 2), (3, 1)):
+        add(
+            train.main,
+            r"differs from the run in .*2 x 2 sequences a step.* whose product is 4",
+            *resume,
+            *builders.as_flags({"batch_size": batch_size, "grad_accum": grad_accum}),
+            name=f"resume with {batch_size} x {grad_accum} sequences a step",
+        )
     for preset in ("nano", "gptoss"):
         add(
             train.main,
@@ -231,6 +240,14 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         "--max_steps",
         4,
         name="resume with fewer steps than were taken",
+    )
+    add(
+        train.main,
+        "at step 5, beyond --max_steps 2",
+        *resume,
+        "--epochs",
+        0.02,
+        name="resume with fewer epochs than were taken",
     )
     # ---- a run and data that are not its own
     for name, pattern in (
@@ -452,6 +469,8 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         (["--min_lr", 1, "--lr", 0.1], "min_lr 1.0 must not exceed lr"),
         (["--warmup_steps", 50, "--max_steps", 50], "must be less than max_steps"),
         (["--muon_momentum", 0.9], "no effect with optimizer adamw"),
+        (["--epochs", 2, "--max_steps", 50], "either --epochs or --max_steps, not both"),
+        (["--warmup_steps", 50_000, "--epochs", 1, "--context_length", 16], "less than max_steps"),
         (["--config", w.at / "toml"], "unknown keys in .train.: d_model"),
         (["--vocabulary_size", 100], "vocabulary_size 100 is smaller than the data's 257"),
         (

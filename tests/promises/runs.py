@@ -373,7 +373,7 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401 - torch.optim does so when an optimizer is made, and it takes more than all else in a child
 
     torch.set_num_threads(1)
-    reporter.draw_plots = lambda *_: None
+    reporter.draw_plots = lambda *_, **__: None
     for line in sys.stdin:
         print(json.dumps(_attempt(json.loads(line))), flush=True)
 
@@ -601,7 +601,7 @@ def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
             attempt = (
                 run(**_moment(r, inside * 2 <= kills), signal=signal.SIGKILL) if killing else run()
             )
-            if "skipped a damaged checkpoint" in attempt.output:
+            if "skipped a checkpoint that cannot be read" in attempt.output:
                 faults.append("a damaged checkpoint was left")
             if attempt.code != -signal.SIGKILL or attempt.hung:
                 break

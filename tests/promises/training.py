@@ -144,7 +144,7 @@ def same_seed(count: int) -> Tally:
                     sys.executable,
                     "-c",
                     "import sys, train\nfrom runtime.training import reporter\n"
-                    "reporter.draw_plots = lambda *_: None\n"
+                    "reporter.draw_plots = lambda *_, **__: None\n"
                     "sys.exit(train.main(sys.argv[1:]))",
                     *run.folders,
                     *builders_runs.MODEL,

@@ -20,7 +20,8 @@ import torch
 
 from config_model import ModelConfig, PredictConfig, TrainConfig
 from runtime.checkpoint.write import save_checkpoint, write_weights
-from runtime.data.tokenizer import Tokenizer, byte_of_character
+from runtime.data.hf_tokenizer import HuggingFaceTokenizer
+from runtime.data.tokenizer import NoTokenizer, Tokenizer, byte_of_character
 from runtime.data.tokenizers import compacted, load_tokenizer, train_bpe
 from runtime.interop import gguf as interop
 from runtime.interop.export import CHECK_TEXT, ExportError
@@ -455,6 +456,34 @@ def test_an_imported_tokenizer_without_a_start_has_no_bos(tmp_path):
     )
 
 
+# ------------------------------------------------------------------------------------ chat template
+@pytest.mark.parametrize(
+    "own, expected",
+    [
+        (None, interop.PLAIN_CHAT),
+        ("", interop.PLAIN_CHAT),
+        ("<|turn|>{{ messages }}", "<|turn|>{{ messages }}"),
+        (
+            [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}],
+            "b",
+        ),
+        ([{"name": "tools", "template": "a"}], interop.PLAIN_CHAT),
+    ],
+)
+def test_a_file_has_the_tokenizers_chat_template_or_a_plain_one(tmp_path, own, expected):
+    """What a chat client sees of them: test_llamacpp.py."""
+    plain = imported()
+    config = {} if own is None else {"chat_template": own}
+    tokenizer = HuggingFaceTokenizer(plain.text, config, plain.stop_ids, plain.start_id)
+    reader, _ = exported(tmp_path, tokenizer=tokenizer, vocabulary_size=261)
+    assert reader.fields["tokenizer.chat_template"].contents() == expected
+
+
+def test_a_model_of_our_own_continues_what_a_chat_client_sends(tmp_path):
+    reader, _ = exported(tmp_path)
+    assert reader.fields["tokenizer.chat_template"].contents() == interop.PLAIN_CHAT
+
+
 # ---------------------------------------------------------------------------------------- Modelfile
 def test_ollama_draws_as_predict_does(tmp_path):
     """Ollama's defaults penalise repetition and cut at top_p 0.9.
@@ -574,6 +603,11 @@ SETTINGS = {
             "model.gguf says rope_scaling linear instead of yarn",
         ),
         ("add_add_bos_token", lambda value: False, "model.gguf says start_id None instead of 256"),
+        (
+            "add_chat_template",
+            lambda value: "{{ messages }}",
+            "model.gguf says chat_template {{ messages }} instead of {% for message in messages",
+        ),
         (
             "add_tokenizer_pre",
             lambda value: "gpt-2",
@@ -835,6 +869,14 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
 
 def test_a_window_as_long_as_the_context_is_none(tmp_path):
     exported(tmp_path, sliding_window=32)
+
+
+def test_a_model_without_a_tokenizer_is_refused():
+    """llama.cpp loads a file whose vocabulary is "none", and aborts at the first token."""
+    with pytest.raises(
+        ValueError, match="llama.cpp generates nothing without a vocabulary: give the model's"
+    ):
+        interop.vocabulary_of(gguf, NoTokenizer(260), 260)
 
 
 def test_compact_vocabularies_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shutil
 import stat
 import sys
@@ -674,6 +675,42 @@ def test_checkpoints_of_the_reference_are_no_published_architecture(
     assert re.findall(r"(\w+) \S+ \(must be", str(error.value)) == in_the_way
     assert not list(tmp_path.iterdir())
     assert run(path, tmp_path / "out", "--tokenizer", "byte", "--custom_code") == 0
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "custom code"])
+def test_a_folder_without_a_tokenizer(tmp_path, monkeypatch, capsys, family):
+    """A checkpoint that says nothing of its tokenizer could not be exported.
+
+    The folder has no file of a tokenizer, names no special id, and its card's code takes ids.
+    """
+    model = random_model(CONFIGS.get(family, tiny_config(head_bias=True)))
+    path = save_checkpoint(
+        tmp_path, 1, model, None, train_config=TrainConfig(), tokenizer_state=None
+    )
+    flags = ["--custom_code"] * (family not in CONFIGS)
+    with pytest.raises(ValueError, match="name it with --tokenizer, or say --tokenizer none"):
+        run(path, tmp_path / "out", *flags)
+    assert run(path, tmp_path / "out", "--tokenizer", "none", *flags) == 0
+    files = {file.name for file in (tmp_path / "out").iterdir()} - {"modeling_gptoss.py"}
+    assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    for name, keys in (
+        ("config.json", ["bos_token_id", "eos_token_id"]),
+        ("generation_config.json", ["bos_token_id", "eos_token_id", "pad_token_id"]),
+    ):
+        settings = json.loads((tmp_path / "out" / name).read_text())
+        assert [settings[key] for key in keys] == [None] * len(keys)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Its tokenizer is unknown" in card and "AutoTokenizer" not in card
+    monkeypatch.chdir(tmp_path / "out")
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=5, do_sample=False", code)
+    (tmp_path / "example.py").write_text(code)
+    capsys.readouterr()
+    with torch.no_grad():
+        runpy.run_path(str(tmp_path / "example.py"))
+    prompt = torch.tensor([[12, 7, 99]]) % model.config.vocabulary_size
+    expected = [int(i) for i in generate(model.eval(), prompt, 5, temperature=0)]
+    assert json.loads(capsys.readouterr().out) == prompt[0].tolist() + expected
 
 
 def test_any_config_as_custom_code(tmp_path):

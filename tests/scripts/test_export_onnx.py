@@ -211,6 +211,24 @@ def test_what_a_user_needs_is_in_and_beside_the_file(exported):
     ]
 
 
+def test_a_file_without_a_tokenizer(tmp_path):
+    """The metadata name no special id, and no tokenizer.json is next to the file."""
+    path = save_checkpoint(
+        tmp_path / "ckpt",
+        1,
+        random_model(tiny_config(vocabulary_size=97)),
+        None,
+        train_config=TrainConfig(),
+        tokenizer_state=None,
+    )
+    out = tmp_path / "model.onnx"
+    assert main(["--ckpt", str(path), "--out", str(out), "--tokenizer", "none"]) == 0
+    about = open_session(out).get_modelmeta().custom_metadata_map
+    keys = ("tokenizer", "tokenizer_fingerprint", "start_id", "end_of_text_id", "stop_ids")
+    assert [about.get(key, "") for key in keys] == ["none", "", "", "", "[]"]
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.onnx"]
+
+
 def documented_example(folder, monkeypatch) -> list[int]:
     """Return the ids that the program of docs/export.md makes of my-model.onnx in a folder."""
     (example,) = (

@@ -477,7 +477,7 @@ def fake_wandb(monkeypatch):
 
 def test_wandb_gets_every_record(tmp_path, monkeypatch):
     _, calls = fake_wandb(monkeypatch)
-    info = {"run_id": "abcd", "lr": 1e-3}
+    info = {"run_id": "abcd", "lr": 1e-3, "train": {"run_name": "muon"}}
     log = MetricsLog(
         tmp_path, run_info=info, sinks=make_loggers(tmp_path / "graphs", wandb=True, run_info=info)
     )
@@ -487,6 +487,7 @@ def test_wandb_gets_every_record(tmp_path, monkeypatch):
     assert (
         calls[0][1]["config"] == info
         and calls[0][1]["id"] == "abcd"
+        and calls[0][1]["name"] == "muon"
         and calls[0][1]["resume"] == "allow"
     )
     assert ("define", ("*",), {"step_metric": "step"}) in calls

@@ -23,7 +23,18 @@ import matplotlib.style  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
 from runtime.training import plots
-from runtime.training.plots import PLOTS, STYLE, History, draw_plots, human, smooth, thin
+from runtime.training.plots import (
+    PLOTS,
+    STYLE,
+    THEMES,
+    History,
+    contrast,
+    draw_plots,
+    human,
+    smooth,
+    style,
+    thin,
+)
 
 
 def synthetic(
@@ -73,11 +84,11 @@ def coarse(monkeypatch):
     monkeypatch.setattr(plots, "DPI", 40)
 
 
-def page(name, records, step=600):
+def page(name, records, step=600, theme="dark", run_name=""):
     """The figure of one plot, laid out and drawn."""
-    history = History(records)
-    with matplotlib.style.context(["default", STYLE]):
-        figure = PLOTS[name](history, plots._status(history, step)).figure
+    history, colors = History(records), THEMES[theme]
+    with matplotlib.style.context(["default", style(colors)]):
+        figure = PLOTS[name](history, plots._status(history, step, run_name), colors).figure
         FigureCanvasAgg(figure)
         figure.draw_without_rendering()
     return figure
@@ -132,8 +143,20 @@ def pixels(path):
 
 
 # ---------------------------------------------------------------------------------------- the files
+def test_a_save_leaves_the_latest_plots_and_no_others(tmp_path, coarse):
+    """50 saves were 400 pictures, and nobody had asked for 392 of them."""
+    for step in (300, 600):
+        paths = draw_plots(synthetic(), tmp_path, step)
+    assert {p.name for p in paths} == {f"latest_{name}.png" for name in PLOTS}
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths}
+    # Those of an earlier version, or of --keep_plots, stay.
+    (tmp_path / "step_0000300_loss.png").write_bytes(b"kept")
+    draw_plots(synthetic(), tmp_path, 600)
+    assert (tmp_path / "step_0000300_loss.png").read_bytes() == b"kept"
+
+
 def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
-    paths = draw_plots(synthetic(), tmp_path, 600)
+    paths = draw_plots(synthetic(), tmp_path, 600, keep=True)
     assert {p.name for p in paths} == {
         f"{which}_{name}.png" for which in ("step_0000600", "latest") for name in PLOTS
     }
@@ -154,6 +177,53 @@ def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
         ).read_bytes()
         height, width, _ = pixels(tmp_path / f"latest_{name}.png").shape
         assert width == 1500 and height >= 780
+
+
+def test_light_pictures_are_light_and_hold_the_same(tmp_path, coarse):
+    """On paper and in a light document the dark plots were black boxes."""
+    dark = {p.name: pixels(p) for p in draw_plots(synthetic(), tmp_path / "dark", 600)}
+    light = {p.name: pixels(p) for p in draw_plots(synthetic(), tmp_path, 600, theme="light")}
+    assert dark.keys() == light.keys()
+    for name, image in light.items():
+        assert image.shape == dark[name].shape
+        assert np.median(image[..., :3]) > 0.9 and list(image[0, 0][:3]) == [1, 1, 1]
+        # Text, lines and cells: as much of the picture as in the dark one.
+        drawn, as_dark = (
+            np.mean(np.abs(i[..., :3] - np.median(i[..., :3], axis=(0, 1))).max(-1) > 0.25)
+            for i in (image, dark[name])
+        )
+        assert drawn == pytest.approx(as_dark, rel=0.5), name
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_every_colour_of_a_theme_can_be_seen(theme):
+    """Contrast with the panel, WCAG 2.2: 4.5 for text, 3 for what is drawn."""
+    colors = THEMES[theme]
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("red", "red") == 1
+    for ground in (colors.panel, colors.background):
+        assert contrast(colors.text, ground) > 10 and contrast(colors.muted, ground) > 4.5
+        assert [c for c in (*colors[6:14], *colors.depth) if contrast(c, ground) < 3] == []
+    assert contrast(colors.grid, colors.panel) < 1.5
+    # A number in a cell of the loads, on each of its colours.
+    for load in (0.01, 0.25, 0.5, 1.0, 2.0, 4.0, 9.0):
+        figure = page("expert_load", [cell(load)], theme=theme)
+        (words,) = figure.axes[0].texts
+        image = figure.axes[0].images[0]
+        ground = image.cmap(image.norm(image.get_array()[0, 0]))
+        assert contrast(words.get_color(), ground) > 4, load
+
+
+def cell(load: float) -> dict:
+    return {"step": 1, "kind": "train", "expert_load": [[load]]}
+
+
+def test_the_name_of_the_run_is_in_every_plot():
+    for name in PLOTS:
+        for run_name, shown in (("muon_1", "muon_1"), ("x" * 99 + "end", "xxxxend"), ("", None)):
+            figure = page(name, synthetic(), run_name=run_name)
+            (status,) = [t.get_text() for t in figure.texts if "step 600" in t.get_text()]
+            assert shown is None or shown in status
+            assert_legible(figure)
 
 
 @pytest.mark.slow
@@ -407,7 +477,7 @@ def test_no_text_is_clipped_or_overlaps(records):
 def test_one_record_is_enough_and_shows(tmp_path, coarse):
     """A line through one point is invisible: it must become a dot."""
     paths = draw_plots(synthetic(1, blocks=1, experts=1), tmp_path, 10)
-    assert len(paths) == 2 * len(PLOTS)
+    assert len(paths) == len(PLOTS)
     assert any(line.get_marker() == "o" for line in page("loss", synthetic(1)).axes[0].lines)
 
 
@@ -459,10 +529,11 @@ def test_a_plot_with_nothing_to_show_is_left_out(tmp_path, coarse):
     )
     only_loss = draw_plots([{"step": 1, "kind": "train", "loss": 3.0}], tmp_path, 1)
     assert {p.name for p in only_loss} == {
-        f"{w}_{n}.png" for w in ("latest", "step_0000001") for n in ("loss", "perplexity")
+        "latest_loss.png",
+        "latest_perplexity.png",
     }
     # A first validation before any step.
-    assert len(draw_plots([{"step": 0, "kind": "val", "loss": 12.2}], tmp_path, 0)) == 4
+    assert len(draw_plots([{"step": 0, "kind": "val", "loss": 12.2}], tmp_path, 0)) == 2
 
 
 def test_nulls_inside_the_loads_and_dead_experts(tmp_path, coarse):

@@ -208,7 +208,7 @@ def carry_out(task: Task, folder, *flags: str) -> int:
 
 @pytest.mark.parametrize("task", [Bare(), Judged()], ids=["bare", "judged"])
 def test_a_run_of_any_task_trains_logs_and_saves(task, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *args: None)
+    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
     assert carry_out(task, tmp_path) == 0
     checkpoint = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert checkpoint.step == 4 and checkpoint.tokenizer_state is None

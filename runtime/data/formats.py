@@ -1,0 +1,545 @@
+"""Read documents from text files: plain text, JSON, JSON lines, CSV, TSV and Parquet.
+
+A reader yields a document or raises ValueError with the file and the line. Nothing is guessed in
+silence: what was repaired or left out is counted in `Counts`, and the command prints it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from runtime.data.text_files import check_nuls
+from runtime.data.tokenizer import END_OF_TEXT
+
+# Format names, and the endings of file names that mean them.
+ENDINGS = {
+    ".txt": "txt",
+    ".text": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+FORMATS = tuple(dict.fromkeys(ENDINGS.values()))
+
+# A longer document in a .txt file is read and tokenised in parts of this size.
+PART_CHARACTERS = 1 << 20
+# The start of a table, from which its dialect is found.
+SAMPLE_CHARACTERS = 1 << 20
+
+# Text, and whether its document ends with it. Only huge documents have more than one part.
+Part = tuple[str, bool]
+
+
+@dataclass
+class Counts:
+    """What was found while documents were read, of all files together."""
+
+    documents: int = 0
+    # Without any text: they are left out.
+    empty: int = 0
+    # Separators in .txt files.
+    separators: int = 0
+    # Table rows with unquoted delimiters in the last column.
+    joined: int = 0
+    # Lists of messages, read as text.
+    conversations: int = 0
+    # Documents with <|endoftext|> inside.
+    marks: int = 0
+    # Of single files.
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return what the user should know about the text, a sentence each."""
+        lines = list(self.notes)
+        if self.empty:
+            lines.append(f"{self.empty:,} empty documents were left out")
+        if self.joined:
+            lines.append(
+                f"{self.joined:,} rows had more fields than the header; the text is the last "
+                "column, so the rest of the line was read as text"
+            )
+        if self.conversations:
+            lines.append(
+                f"{self.conversations:,} lists of messages were read as text, "
+                "a 'role: content' paragraph for each message"
+            )
+        if self.marks:
+            lines.append(
+                f"{self.marks:,} documents have {END_OF_TEXT} inside; it is read as ordinary "
+                "characters (in .txt files it separates documents)"
+            )
+        return lines
+
+
+# ------------------------------------------------------------------------------ one document
+def cleaned(text: str, where: str, counts: Counts) -> str:
+    """Return a document's text with \\n as newline, without a byte order mark or a final mark.
+
+    The mark is <|endoftext|>, which prepare_data puts after every document itself.
+    """
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if text.startswith("\ufeff"):
+        text = text[1:]
+    if END_OF_TEXT in text:
+        while (end := text.rstrip()).endswith(END_OF_TEXT):
+            text = end.removesuffix(END_OF_TEXT)
+        counts.marks += END_OF_TEXT in text
+    check_nuls(text, where)
+    return text
+
+
+def text_of(value: object, where: str, column: str, counts: Counts) -> str:
+    """Return the document that a column holds; null is an empty one.
+
+    A list of messages becomes text. Raise ValueError for any other type.
+    """
+    if isinstance(value, list) and (text := messages_as_text(value)) is not None:
+        counts.conversations += 1
+        value = text
+    if value is None:
+        value = ""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text: "
+            "give another --text_column"
+        )
+    text = cleaned(value, where, counts)
+    counts.documents += 1
+    counts.empty += not text or text.isspace()
+    return text
+
+
+def messages_as_text(messages: list) -> str | None:
+    """Return a conversation as 'role: content' paragraphs; None if it is none.
+
+    A message has "role" and "content", or "from" and "value" (ShareGPT). A content may be a list of
+    parts with a "text".
+    """
+    paragraphs = []
+    for message in messages:
+        if not isinstance(message, dict):
+            return None
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) < len(parts):
+                return None
+            content = "".join(texts)
+        if not isinstance(role, str) or not isinstance(content, str | None):
+            return None
+        paragraphs.append(f"{role}: {content or ''}")
+    return "\n\n".join(paragraphs)
+
+
+def column_of(row: object, column: str, where: str) -> Any:
+    """Return a row's column; `a.b` is column b in column a. A row that is a string is the text.
+
+    Raise ValueError, with the columns there are, if the row has none of that name.
+    """
+    if isinstance(row, str):
+        return row
+    value: Any = row
+    if isinstance(row, dict) and column in row:
+        return row[column]
+    for part in column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            names = ", ".join(_names(row)) if isinstance(row, dict) else "no columns"
+            raise ValueError(f"{where} has no {column!r} (it has {names}): give --text_column")
+        value = value[part]
+    return value
+
+
+def _names(row: dict, before: str = "") -> Iterator[str]:
+    """Yield the names of a row's columns, nested ones as a.b."""
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from _names(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
+
+
+# ------------------------------------------------------------------------------------- .txt
+def read_txt(
+    file: io.TextIOBase, separator: str, where: str = "", counts: Counts | None = None
+) -> Iterator[Part]:
+    """Yield the documents between separators, stripped; only a part of one is in memory."""
+    counts = counts if counts is not None else Counts()
+    # begun: a part of this document has been yielded.
+    text, begun = "", False
+
+    def last_part(text: str) -> Part:
+        text = text.rstrip() if begun else text.strip()
+        text = cleaned(text, where, counts)
+        text = text.rstrip() if begun else text.strip()
+        # A file that ends with a separator has no empty document after it.
+        counts.documents += bool(text) or begun
+        return text, True
+
+    while chunk := file.read(1 << 16):
+        text += chunk
+        *whole, text = text.split(separator)
+        counts.separators += len(whole)
+        for document in whole:
+            yield last_part(document)
+            begun = False
+        while len(text) > PART_CHARACTERS + len(separator):
+            text = text if begun else text.lstrip()
+            if len(text) > PART_CHARACTERS + len(separator):
+                cut = safe_cut(text, PART_CHARACTERS)
+                check_nuls(text[:cut], where)
+                yield text[:cut], False
+                text, begun = text[cut:], True
+    yield last_part(text)
+
+
+# Before a single space between words, and after a newline before a word, every word pattern here
+# cuts anyway: the tokens are the same as those of the whole text.
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?= [^\W_])|(?<=\S\n)(?=[^\W_])")
+
+
+def safe_cut(text: str, end: int) -> int:
+    """Return the last position in the 4,096 characters before `end` where a cut changes no token.
+
+    Return `end` if there is no such position.
+    """
+    return max(
+        (match.start() for match in _BETWEEN_WORDS.finditer(text, max(1, end - 4096), end)),
+        default=end,
+    )
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
+
+
+def read_separator(text: str) -> str:
+    """Return a separator with \\n, \\t, \\r, \\f, \\v, \\0, \\\\, \\xHH and \\uHHHH replaced.
+
+    Its newlines become \\n, as those of the text do.
+    """
+
+    def character(match: re.Match) -> str:
+        name = match[1]
+        return _ESCAPES[name] if name in _ESCAPES else chr(int(name[1:], 16))
+
+    text = re.sub(r"\\([ntrfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", character, text)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def looks_like_json_lines(lines: list[str]) -> bool:
+    """Return whether there are lines, and each that is not blank is a JSON object."""
+    lines = [line for line in lines if line.strip()]
+    if not lines or not all(line.lstrip().startswith("{") for line in lines):
+        return False
+    try:
+        return all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
+
+
+# ------------------------------------------------------------------------------------- JSON
+def read_jsonl(file: Iterable[str], name: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) for each line that is not blank."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        where = f"{name} line {number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def read_json(file: io.TextIOBase, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) for each value of an array, or of values one after the other.
+
+    A value is in memory, not the file.
+    """
+    values = _Values(file, name)
+    in_array = values.skip_blanks() == "["
+    if in_array:
+        values.at += 1
+    first = True
+    while True:
+        here = values.skip_blanks()
+        if in_array and here == "]":
+            values.at += 1
+            if rest := values.skip_blanks():
+                raise ValueError(f"{values.where} is not JSON: {rest!r} after the end of the array")
+            return
+        if not here:
+            if in_array:
+                raise ValueError(f"{values.where} is not JSON: the array does not end")
+            return
+        if in_array and not first:
+            if here != ",":
+                raise ValueError(f"{values.where} is not JSON: {here!r} where a comma belongs")
+            values.at += 1
+            values.skip_blanks()
+        first = False
+        yield values.where, values.next()
+
+
+class _Values:
+    """A window over a file of JSON values. `line` is that of position `at`."""
+
+    def __init__(self, file: io.TextIOBase, name: str):
+        self.file, self.name = file, name
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.decode = json.JSONDecoder().raw_decode
+
+    @property
+    def where(self) -> str:
+        return f"{self.name} line {self.line}"
+
+    def more(self) -> None:
+        """Read as much again as is waiting, and drop what was used."""
+        self.text = self.text[self.at :]
+        self.at = 0
+        chunk = self.file.read(max(1 << 16, len(self.text)))
+        self.ended = not chunk
+        self.text += chunk
+
+    def skip_blanks(self) -> str:
+        """Go to the next character that is not blank and return it; empty at the end."""
+        while True:
+            end = self.at
+            while end < len(self.text) and self.text[end] in " \t\n\r":
+                end += 1
+            self.line += self.text.count("\n", self.at, end)
+            self.at = end
+            if end < len(self.text):
+                return self.text[end]
+            if self.ended:
+                return ""
+            self.more()
+
+    def next(self) -> Any:
+        """Return the value that starts here. Raise ValueError, with its line, for what is wrong."""
+        while True:
+            try:
+                value, end = self.decode(self.text, self.at)
+            except RecursionError as error:
+                raise ValueError(f"{self.where} is not JSON: {error}") from error
+            except json.JSONDecodeError as error:
+                # A value that is cut by the window fails at its end, or in its last string.
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
+                if self.ended or not cut:
+                    line = self.line + self.text.count("\n", self.at, error.pos)
+                    raise ValueError(f"{self.name} line {line} is not JSON: {error.msg}") from error
+                self.more()
+                continue
+            # A number may go on.
+            if end < len(self.text) or self.ended:
+                self.line += self.text.count("\n", self.at, end)
+                self.at = end
+                return value
+            self.more()
+
+
+# ------------------------------------------------------------------------------------ tables
+class _Lines:
+    """The lines of a table, which remembers those of the row that is being read."""
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines, self.number = iter(lines), 0
+        self.row: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            self.number += 1
+            self.row.append(line)
+            yield line
+
+
+def read_table(
+    file: io.TextIOBase, name: str, column: str, counts: Counts, delimiter: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield (where, text) for each row of delimiter-separated values with a header.
+
+    The delimiter is what the line sep= says (Excel), else the given one, else that of , ; tab |
+    with which the header has the column. Raise ValueError for a row with other fields than the
+    header and for a quote that does not fit. Unquoted delimiters in a text that is the last column
+    are certain, so they are read, and counted.
+    """
+    csv.field_size_limit(2**31 - 1)
+    sample = file.read(SAMPLE_CHARACTERS) + file.readline()
+    lines = _Lines(itertools.chain(io.StringIO(sample), file))
+    first = sample.split("\n", 1)[0]
+    if match := re.fullmatch(r"\"?sep=(.)\"?", first.strip("\r\n \ufeff")):
+        delimiter = match[1]
+        next(iter(lines))
+        first = sample.split("\n", 2)[1] if sample.count("\n") else ""
+        sample = sample.partition("\n")[2]
+    # Blanks around a name do not belong to it.
+    column = column.strip()
+    header, options = _dialect(first, sample, name, column, delimiter)
+    if "quoting" in options:
+        counts.notes.append(f"{name}: quotes are read as characters, not as marks around a field")
+    yield from _rows(lines, header, header.index(column), options, name, counts)
+
+
+def _rows(
+    lines: _Lines, header: list[str], at: int, options: dict, name: str, counts: Counts
+) -> Iterator[tuple[str, str]]:
+    """Yield (where, field `at`) of each row after the header."""
+    rows = csv.reader(lines, strict=True, **options)
+    seen_header, next_number = False, None
+    while True:
+        lines.row.clear()
+        start = lines.number + 1
+        where = f"{name} line {start}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(_quote_fault(error, name, start, lines)) from error
+        if row is None:
+            return
+        if not row:
+            continue
+        # In a row that is right, each quote that opens has one that closes.
+        if "quoting" not in options and sum(line.count('"') for line in lines.row) % 2:
+            raise ValueError(_quote_fault(csv.Error(), name, start, lines))
+        if not seen_header:
+            seen_header = True
+            continue
+        if next_number and row[0].strip() == str(next_number[0]):
+            raise ValueError(next_number[1])
+        next_number = _glued(row, lines.row, options["delimiter"], where)
+        if len(row) == len(header):
+            yield where, row[at]
+        else:
+            yield where, _last_column(row, header, at, lines.row, options, where)
+            counts.joined += 1
+
+
+def _dialect(
+    first: str, sample: str, name: str, column: str, delimiter: str | None
+) -> tuple[list[str], dict]:
+    """Return a table's header, and how csv.reader should read the table."""
+    found: list[str] = []
+    for sign in [delimiter] if delimiter else [",", ";", "\t", "|"]:
+        raw = next(csv.reader([first], delimiter=sign), [])
+        # A blank after each delimiter would hide the quotes of the fields.
+        blanks = any(field.startswith(" ") for field in raw)
+        header = [field.strip().strip('"') if blanks else field.strip() for field in raw]
+        found = found or header
+        if column not in header:
+            continue
+        if header.count(column) > 1:
+            raise ValueError(f"{name} has the column {column!r} twice: rename one")
+        options: dict = {"delimiter": sign, "skipinitialspace": blanks}
+        if sign == "\t" and not _fits(sample, len(header), options):
+            plain = options | {"quoting": csv.QUOTE_NONE}
+            # Most tab-separated files know no quotes.
+            if _fits(sample, len(header), plain):
+                options = plain
+        return header, options
+    raise ValueError(
+        f"{name} has no column {column!r} (it has {', '.join(found) or 'none'}): give --text_column"
+    )
+
+
+def _fits(sample: str, num_fields: int, options: dict) -> bool:
+    """Return whether each row of a sample has so many fields, and its quotes are right."""
+    cut = len(sample) >= SAMPLE_CHARACTERS
+    try:
+        for row in csv.reader(io.StringIO(sample), strict=True, **options):
+            if len(row) not in (0, num_fields):
+                return False
+    except csv.Error as error:
+        # A field of several lines may be cut.
+        return cut and "unexpected end" in str(error)
+    return True
+
+
+def _quote_fault(error: csv.Error, name: str, start: int, lines: _Lines) -> str:
+    """Return the error line for a quote that does not fit, in the row that starts at `start`."""
+    if "unexpected end" in str(error):
+        return (
+            f"{name} line {start}: a quote opens here and is never closed, so the rest of the "
+            "file would be one field: close it, or double it if it belongs to the text"
+        )
+    between = f" (the field opens in line {start})" if lines.number > start else ""
+    last = lines.row[-1].strip() if lines.row else ""
+    return (
+        f"{name} line {lines.number}: a stray quote in {last[:60]!r}{between}: a field that holds "
+        'quotes must be in quotes itself, with each of them doubled ("")'
+    )
+
+
+def _glued(row: list[str], lines: list[str], delimiter: str, where: str) -> tuple[int, str] | None:
+    """Return (number, error line) if a row of several lines seems to hold the rows after it.
+
+    A quote that is opened in one row and closed in another makes valid CSV of all between them. It
+    shows where lines inside continue the numbers of the first column, and the next row does too:
+    `number` is the one that it would have.
+    """
+    if len(lines) < 2 or not row[0].strip().isdecimal():
+        return None
+    first = number = int(row[0]) + 1
+    for line in lines[1:]:
+        number += line.split(delimiter, 1)[0].strip().strip('"') == str(number)
+    if number == first:
+        return None
+    return number, (
+        f"{where}: a quoted field holds the next {number - first} rows (numbers {first} to "
+        f"{number - 1}): a quote in one of these lines is stray, or not closed"
+    )
+
+
+def _last_column(
+    row: list[str], header: list[str], at: int, lines: list[str], options: dict, where: str
+) -> str:
+    """Return the text of a row with too many fields, if it is certain. Raise ValueError if not."""
+    count = len(header)
+    if len(row) > count and at == count - 1 and len(lines) == 1:
+        fields = lines[0].rstrip("\n").split(options["delimiter"], count - 1)
+        if options["skipinitialspace"]:
+            fields = [field.lstrip(" ") for field in fields]
+        # Quotes before the text would move the cut, and quotes around its start end it.
+        if fields[:-1] == row[: count - 1] and not fields[-1].startswith('"'):
+            return fields[-1]
+    advice = (
+        "put text that holds the delimiter in quotes"
+        if len(row) > count
+        else "complete the row, or leave it out"
+    )
+    raise ValueError(
+        f"{where} has {len(row)} field{'s' * (len(row) > 1)}, the header has {count} "
+        f"({', '.join(header)}): {advice}"
+    )
+
+
+def read_parquet(file: BinaryIO, name: str, column: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) of a Parquet file's column; a thousand rows are in memory at a time."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"reading {name} needs pyarrow: pip install pyarrow") from None
+    table = pyarrow.parquet.ParquetFile(file)
+    names = table.schema_arrow.names
+    top = column if column in names else column.split(".")[0]
+    if top not in names:
+        raise ValueError(
+            f"{name} has no column {column!r} (it has {', '.join(names)}): give --text_column"
+        )
+    row = 0
+    for batch in table.iter_batches(batch_size=1000, columns=[top]):
+        for value in batch.column(0).to_pylist():
+            where = f"{name} row {row}"
+            inside = top == column or value is None
+            yield where, value if inside else column_of({top: value}, column, where)
+            row += 1

@@ -1,0 +1,97 @@
+"""The Makefile: what it says before it installs, and what it hands to pip. Nothing is installed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+import subprocess
+
+import pytest
+
+from tests.conftest import REPO
+
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+
+# Stands in for Python: `-m venv FOLDER` makes a pip that prints how it is called.
+PYTHON = """#!/bin/sh
+if [ "$1" = -m ]; then
+    mkdir -p "$3/bin"
+    printf '#!/bin/sh\\necho "pip $*"\\nexit {code}\\n' > "$3/bin/pip"
+    chmod +x "$3/bin/pip"
+fi
+"""
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=REPO, capture_output=True, text=True)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """Returns the arguments of make for an environment whose pip ends with an exit code."""
+
+    def arguments(code: int = 0) -> list[str]:
+        python = tmp_path / "python"
+        python.write_text(PYTHON.replace("{code}", str(code)))
+        python.chmod(python.stat().st_mode | stat.S_IXUSR)
+        return [f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+
+    return arguments
+
+
+def commands(target: str, *arguments: str) -> list[str]:
+    """Return what make would run for a target, a command a line."""
+    done = make("-n", target, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "test-fast", "test-llamacpp", "lint"])
+def test_pip_shows_its_progress_and_gets_pip_args(target, tmp_path):
+    """`pip --quiet` downloaded gigabytes for minutes, and nothing moved on the screen."""
+    given = "--find-links /wheels --no-index"
+    lines = commands(target, f"VENV={tmp_path / 'new'}", f"PIP_ARGS={given}")
+    installs = [line for line in lines if "pip install" in line]
+    assert len(installs) == {"demo": 1, "test-llamacpp": 3}.get(target, 2)
+    assert [line for line in installs if given not in line] == []
+    assert not re.search(r"--quiet| -q\b|--progress-bar off", "\n".join(installs))
+    # Before pip runs, what comes is said.
+    said = lines.index(next(line for line in lines if "This step needs a network" in line))
+    assert said < lines.index(installs[0])
+
+
+def test_demo_says_what_it_installs_how_much_and_that_it_needs_a_network(fake, tmp_path):
+    arguments = fake()
+    stamp = tmp_path / "venv" / "installed"
+    done = make(str(stamp), *arguments, "PIP_ARGS=--no-index --find-links wheels")
+    assert done.returncode == 0, done.stderr
+    said, _, pip = done.stdout.partition("-m venv")
+    for words in ("requirements.txt", "PyTorch", "needs a network", "0.3 GB", "2.9 GB", "PIP_ARGS"):
+        assert words in said, words
+    (ran,) = re.findall(r"^pip (.*)$", pip, re.MULTILINE)
+    assert ran.split()[0] == "install" and ran.endswith("-r requirements.txt")
+    assert " --no-index --find-links wheels " in ran and stamp.exists()
+    # A second make installs nothing.
+    again = make(str(stamp), *arguments)
+    assert again.returncode == 0 and "pip" not in again.stdout
+
+
+def test_an_install_that_fails_is_tried_again(fake, tmp_path):
+    arguments, stamp = fake(code=1), tmp_path / "venv" / "installed"
+    assert make(str(stamp), *arguments).returncode != 0 and not stamp.exists()
+    assert make(str(stamp), *fake()).returncode == 0 and stamp.exists()
+
+
+def test_the_demo_needs_no_network_after_the_install(tmp_path):
+    """Its text comes from the embedded generator, its vocabulary from that text."""
+    lines = commands("demo", f"VENV={tmp_path / 'new'}")
+    prepare, train, predict = [line for line in lines if re.search(r"python \w+\.py", line)][:3]
+    assert "--dataset toy" in prepare and "--tokenizer bpe:" in prepare
+    assert "train.py" in train and "predict.py --ckpt demo/checkpoints/best.pt" in predict
+
+
+def test_no_registry_is_named():
+    """PyTorch's page says which index holds which build, and it changes."""
+    text = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(r"https?://\S+", text) == []

@@ -393,7 +393,9 @@ class HuggingFaceTokenizer(Tokenizer):
         model = json.loads(self.text)["model"]
         unknown = (model.get("byte_fallback") and model.get("unk_token")) or ""
         found = self._tokenizer.token_to_id(unknown)
-        return self.stop_ids[0] if found is None else found
+        # Not stop_ids[0]: a chat model's ends a turn. A published tokenizer always has this id.
+        assert self.end_of_text_id is not None
+        return self.end_of_text_id if found is None else found
 
     def word(self, token_id: int) -> str:
         """Return a token as tokenizer.json writes it."""

@@ -178,7 +178,7 @@ def _refuse_compact(tokenizer: Tokenizer) -> None:
 def _tokenizer_json(tokenizer: Tokenizer) -> dict:
     """Return the tokenizer.json of a tokenizer of ours, as JSON values."""
     merges, (words, added) = byte_level_merges(tokenizer), _vocabulary(tokenizer)
-    start = next(word for word, i in added.items() if i == tokenizer.start_id)
+    start, start_id = next(entry for entry in added.items() if entry[1] == tokenizer.start_id)
     # Oniguruma, which `tokenizers` uses, reads {1,3}+ as a repetition and $ as an end of line.
     # Possessive or not changes no match here.
     pattern = re.sub(r"([+*?]|\{\d+,\d+\})\+", r"\1", tokenizer.encoding._pat_str).replace(
@@ -210,7 +210,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict:
         "added_tokens": [{"id": i, "content": word, **flags} for word, i in added.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": _starting_with(start, tokenizer.start_id),
+        "post_processor": _starting_with(start, start_id),
         "decoder": byte_level,
         "model": {
             "type": "BPE",

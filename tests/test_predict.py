@@ -1533,7 +1533,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(endless, tmp_path):
         ("p.ndjson", b'{"prompt": "The"}\n\n{"prompt": "A"}'),
         ("p.txt", b'{"prompt": "The"}\n{"prompt": "A"}\n'),
         ("p.txt", '{"prompt": "The"}\r\n{"prompt": "A"}\r\n'.encode("utf-16")),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "The"}\n{"prompt": "A"}\n')),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "The"}\n{"prompt": "A"}\n', mtime=0)),
         ("p.json", b'[{"prompt": "The"},\n {"prompt": "A"}]'),
         ("p", b'[{"prompt": "The"}, {"prompt": "A"}]'),
         ("p", b"The\r\nA\r\n"),

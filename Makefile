@@ -36,7 +36,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 DEMO_STEPS ?= 1000
 demo: $(VENV)/installed clean-demo
 	$(PY) prepare_data.py --dataset toy --tokenizer bpe:3072 --out_dir demo/data
-	$(PY) train.py --preset nano --document_mask --schedule wsd --decay_fraction 0.3 --max_steps $(DEMO_STEPS) --data_dir demo/data --ckpt_dir demo/checkpoints --graph_dir demo/graphs
+	$(PY) train.py --preset nano --document_mask --schedule wsd --decay_fraction 0.3 --init_std 0.1 --max_steps $(DEMO_STEPS) --data_dir demo/data --ckpt_dir demo/checkpoints --graph_dir demo/graphs
 	$(PY) predict.py --ckpt demo/checkpoints/best.pt --prompt "Once upon a time" --temperature 0.7 --seed 1 --max_new_tokens 240
 	@echo
 	@echo "plots:  demo/graphs/latest_loss.png, latest_expert_load.png, ..."

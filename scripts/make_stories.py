@@ -8,6 +8,9 @@ It is the model of `make demo`, trained longer. Shards, checkpoints and plots go
 
 from __future__ import annotations
 
+if not __package__:
+    import _by_path  # noqa: F401
+
 from runtime.base import process
 
 # Here, because PyTorch reads the environment when it is imported.

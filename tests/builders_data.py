@@ -103,7 +103,6 @@ BAD = [
     "--files a.txt --text_format md",
     "--dataset toy --text_format txt",
     "--dataset toy --encoding cp1252",
-    "--dataset empty",
     "--dataset . --streaming",
     "--dataset . --dataset_config x",
     "--dataset . --split nope",

@@ -30,8 +30,8 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
-# What `datasets` writes about a dataset next to its text.
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+# What `datasets` and prepare_data.py write about a dataset next to it.
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "meta.json")
 _KNOWN = f"{', '.join(ENDINGS)}, each also {', '.join(COMPRESSIONS)} except .parquet"
 
 
@@ -131,9 +131,11 @@ def find_files(names: Iterable[str], text_format: str | None = None) -> FileSet:
             _add_matches(found, name, text_format)
         else:
             raise ValueError(f"{name} does not exist")
-    names_of = Counter(os.path.realpath(file.path) for file in found.files)
-    if twice := [name for name, count in names_of.items() if count > 1]:
-        raise ValueError(f"{os.path.relpath(twice[0])} is named twice: name each file once")
+    seen: set[str] = set()
+    for file in found.files:
+        if (place := os.path.realpath(file.path)) in seen:
+            raise ValueError(f"{file.name} is named twice: name each file once")
+        seen.add(place)
     return found
 
 

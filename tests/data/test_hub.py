@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,8 +18,8 @@ import pytest
 
 from runtime.data.shards import open_data
 from runtime.data.tokenizers import tokenizer_from_state
-from tests import children
 from tests.builders_hub import TOKEN, Hub, parquet, serving
+from tests.conftest import REPO
 
 # Each test starts processes that load `datasets`: a second of CPU for each.
 pytestmark = pytest.mark.slow
@@ -99,7 +100,14 @@ def command(home: Path, *flags: str) -> list[str]:
 
 
 def prepared(hub: Hub, home: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess:
-    return children.run(command(home, *flags), env=environment(hub, home, **variables))
+    return ended(command(home, *flags), environment(hub, home, **variables))
+
+
+def ended(argv: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run Python in a process that has loaded nothing: a fork may have read another HF_ENDPOINT."""
+    return subprocess.run(
+        [sys.executable, *argv], cwd=REPO, env=environ, capture_output=True, text=True, timeout=240
+    )
 
 
 def documents(shards) -> list[str]:
@@ -165,7 +173,13 @@ def test_a_killed_preparation_downloads_no_finished_file_again(tmp_path, hub):
     """And a third one downloads nothing: it needs no network."""
     hub.held = {SHARDS[1]: threading.Event()}
     flags = ["--dataset", STORIES]
-    killed = children.start(command(tmp_path, *flags), env=environment(hub, tmp_path))
+    killed = subprocess.Popen(
+        [sys.executable, *command(tmp_path, *flags)],
+        cwd=REPO,
+        env=environment(hub, tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     limit = time.monotonic() + 60
     # Each file's download begins when the one before it is finished.
     while SHARDS[1] not in hub.begun and killed.poll() is None and time.monotonic() < limit:
@@ -265,7 +279,7 @@ def test_a_mistake_is_told_with_what_to_do(tmp_path, hub):
         what: [*command(tmp_path, *flags, "--val_ratio", "0.1")[1:]]
         for what, (flags, _) in MISTAKES.items()
     }
-    done = children.run(["-c", MAKE_MISTAKES, json.dumps(made)], env=environment(hub, tmp_path))
+    done = ended(["-c", MAKE_MISTAKES, json.dumps(made)], environment(hub, tmp_path))
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     for what, (_, said) in MISTAKES.items():

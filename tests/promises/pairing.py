@@ -428,12 +428,12 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         ),
         (["--files", x, "--document_separator", "x"], "--document_separator has no effect"),
         (["--files", w.at / "x.txt", "--text_column", "t"], "--text_column has no effect"),
-        (["--files", x, x], "name a file twice"),
-        (["--files", x, "--val_files", x], "name a file twice"),
-        (["--files", w.at / "x.json"], "unsupported file type"),
+        (["--files", x, x], "is named twice"),
+        (["--files", x, "--val_files", x], "is named twice"),
+        (["--files", x, "--text_format", "csv"], "has no column 'text'"),
         (["--files", x, "--text_column", "story"], "has no 'story'"),
-        (["--files", w.at], "is a folder"),
-        (["--files", w.a / "train" / "shard_0000.npy"], "unsupported file type"),
+        (["--files", w.a], "holds no text file"),
+        (["--files", w.a / "train" / "shard_0000.npy"], "says no format"),
     ):
         add(prepare_data.main, pattern, *argv, *out)
     for name, argv, pattern in (

@@ -202,9 +202,11 @@ def test_what_a_user_needs_is_in_and_beside_the_file(exported):
     )
     assert json.loads(about["config"])["d_model"] == model.config.d_model
     text = "Noor's café, 1927."
-    assert Tokenizer.from_file(str(out.with_name("model.tokenizer.json"))).encode(
-        text
-    ).ids == load_tokenizer("byte").encode(text)
+    library = Tokenizer.from_file(str(out.with_name("model.tokenizer.json")))
+    ids = load_tokenizer("byte").encode(text)
+    assert library.encode(text, add_special_tokens=False).ids == ids
+    # The start token comes by itself.
+    assert library.encode(text).ids == [256, *ids]
     assert sorted(p.name for p in out.parent.glob("model*")) == [
         "model.onnx",
         "model.tokenizer.json",

@@ -33,7 +33,7 @@ UNCUT = ["--aux_loss_coef", "0"]
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(reporter, "draw_plots", lambda *_: None)
+    monkeypatch.setattr(reporter, "draw_plots", lambda *_, **__: None)
 
 
 @pytest.fixture

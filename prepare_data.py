@@ -228,9 +228,10 @@ def open_sources(options: argparse.Namespace) -> DataPlan:
     separator = o.document_separator or END_OF_TEXT
 
     def local(files: FileSet) -> FileSource:
-        if files.searched:
+        source = FileSource(files, column, separator, o.encoding or "utf-8", o.text_format)
+        if files.searched or any(file.is_guess for file in files.files):
             print(files.line(), flush=True)
-        return FileSource(files, column, separator, o.encoding or "utf-8", o.text_format)
+        return source
 
     own: str | None = None
     train: Source
@@ -240,9 +241,10 @@ def open_sources(options: argparse.Namespace) -> DataPlan:
     elif o.dataset == "toy":
         train = ToySource(o.num_stories or DEFAULT_TOY_STORIES)
     elif is_folder(o.dataset):
-        files, own_files = dataset_folder(o.dataset, o.text_format, o.split)
+        with_own = not o.val_files and o.val_ratio is None
+        files, own_files = dataset_folder(o.dataset, o.text_format, o.split, with_own)
         train = local(files)
-        if own_files.files and not o.val_files and o.val_ratio is None:
+        if own_files.files:
             val = local(own_files)
     else:
         print(f"opening dataset {o.dataset} ...", flush=True)

@@ -1563,7 +1563,7 @@ def test_prompts_that_only_look_like_json(tmp_path):
         (b"\n \n", "holds no prompt"),
         (None, "cannot be read: No such file"),
         (b"a\n\xff", "line 2, byte 2: 0xff is not utf-8"),
-        (b"a\0" * 20, "holds NUL bytes: it looks like utf-16-le"),
+        (b"a\0" * 20, "holds NUL bytes: it looks like utf-16-le .*; save the prompts as UTF-8"),
         (b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2: not a JSON object"),
         (b"[]\n", "line 1.* not"),
         (b"{\n", "line 1.* not"),

@@ -454,7 +454,7 @@ def test_an_empty_side_is_refused(tmp_path):
     with pytest.raises(
         ValueError,
         match="all 2 documents went to the other split at val_ratio 1e-09, "
-        "so val would be empty: raise --val_ratio, use --val_files",
+        "so val would be empty: raise --val_ratio, or use --val_files",
     ):
         run(tmp_path, "--files", two, "--val_ratio", "1e-9")
     with pytest.raises(ValueError, match="every validation document is also in train"):
@@ -773,7 +773,11 @@ def test_counts_are_read_as_people_write_them():
         ("a.jsonl", b'["text"]\n', "a.jsonl line 1 has no 'text'"),
         ("a.jsonl", b'{"text": 5}\n', "a.jsonl line 1: column 'text' holds int, not text"),
         ("a.jsonl", b"[" * 200_000, "a.jsonl"),
-        ("a.txt", b"good text\xff\xfe", "a.txt line 1, byte 9: 0xff is not utf-8: give"),
+        (
+            "a.txt",
+            b"good text\xff\xfe",
+            "a.txt line 1, byte 9: 0xff is not utf-8 .*: give --encoding",
+        ),
         (
             "a.csv",
             b"id,body\n1,x\n",
@@ -783,7 +787,7 @@ def test_counts_are_read_as_people_write_them():
         ("a.parquet", b"not parquet at all", "a.parquet"),
         ("a.txt.gz", b"\x1f\x8bnot gzip", "a.txt.gz: Unknown compression method"),
         ("a.jsonl.xz", b"\xfd7zXZ\x00not xz", "a.jsonl.xz: "),
-        ("a.jsonl.bz2", b"BZhnot bzip2", "a.jsonl.bz2: "),
+        ("a.jsonl.bz2", b"BZh91AY&SYnot bzip2", "a.jsonl.bz2: "),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfdnot zstd", "a.jsonl.zst: "),
         (
             "a.txt.gz",

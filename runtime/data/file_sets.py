@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import os
@@ -10,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,7 @@ SPLIT_WORDS = {
 }
 # What `datasets` and prepare_data.py write about a dataset next to it.
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "meta.json")
+MADE_BY_SYSTEMS = ("__MACOSX", "__pycache__")
 _KNOWN = f"{', '.join(ENDINGS)}, each also {', '.join(COMPRESSIONS)} except .parquet"
 
 
@@ -41,6 +43,8 @@ class InputFile:
 
     path: Path
     kind: str | None
+    # The name says no format, so the first bytes did.
+    is_guess: bool = False
     # Standard input and pipes can be read once, so they are copied to a file without a name.
     copy: BinaryIO | None = None
 
@@ -90,6 +94,9 @@ class FileSet:
 
     def line(self) -> str:
         """Return what was found, for the terminal."""
+        if guesses := [file for file in self.files if file.is_guess]:
+            kind = guesses[0].kind
+            return f"reading {guesses[0].name} as {kind} (--text_format says otherwise)"
         kinds = Counter(file.kind for file in self.files)
         text = (
             f"reading {len(self.files):,} files: "
@@ -119,8 +126,12 @@ def find_files(names: Iterable[str], text_format: str | None = None) -> FileSet:
     an unknown format, and for a file that is named twice.
     """
     found = FileSet()
+    # Two names of one file inside a folder are two files: links are how some caches keep them.
+    seen: set[str] = set()
     for name in names:
-        path = Path(name)
+        before, path = len(found.files), Path(name)
+        if not name:
+            raise ValueError("a name of a file is empty: name a file, a folder or a pattern")
         if name == STDIN:
             found.files.append(InputFile(path, text_format))
         elif path.is_dir():
@@ -131,11 +142,10 @@ def find_files(names: Iterable[str], text_format: str | None = None) -> FileSet:
             _add_matches(found, name, text_format)
         else:
             raise ValueError(f"{name} does not exist")
-    seen: set[str] = set()
-    for file in found.files:
-        if (place := os.path.realpath(file.path)) in seen:
-            raise ValueError(f"{file.name} is named twice: name each file once")
-        seen.add(place)
+        places = {os.path.realpath(file.path): file.name for file in found.files[before:]}
+        if twice := sorted(places.keys() & seen):
+            raise ValueError(f"{places[twice[0]]} is named twice: name each file once")
+        seen |= places.keys()
     return found
 
 
@@ -157,12 +167,10 @@ def _add_folder(found: FileSet, folder: Path, text_format: str | None) -> None:
     """Add a folder's files. Hidden ones do not count. Raise ValueError if there are none."""
     found.searched = True
     before, ignored = len(found.files), len(found.ignored)
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_files_below(folder)):
         inside = path.relative_to(folder)
-        if any(part.startswith((".", "__")) for part in inside.parts) or not path.is_file():
-            continue
         kind = text_format or format_of(path)
-        if kind is None or path.name in ABOUT:
+        if kind is None or path.name in ABOUT or not path.is_file():
             found.ignored.append(str(inside))
         else:
             found.files.append(InputFile(path, kind))
@@ -174,20 +182,40 @@ def _add_folder(found: FileSet, folder: Path, text_format: str | None) -> None:
         )
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder and is no folder, at any depth; links to folders are followed."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        # A link may lead back.
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if name[0] != "." and name not in MADE_BY_SYSTEMS]
+        yield from (Path(place, name) for name in names if name[0] != ".")
+
+
 def _add_matches(found: FileSet, pattern: str, text_format: str | None) -> None:
     """Add the files and folders that a pattern matches. Raise ValueError if there are none."""
     found.searched = True
     matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    before = len(found.files)
+    before, folders = len(found.files), []
     for path in matches:
         if path.is_dir():
-            # With ** the files inside match by themselves.
-            if "**" not in pattern:
-                _add_folder(found, path, text_format)
+            folders.append(path)
         elif kind := text_format or format_of(path):
             found.files.append(InputFile(path, kind))
         else:
             found.ignored.append(str(path))
+    for folder in folders:
+        inside = FileSet()
+        with contextlib.suppress(ValueError):
+            _add_folder(inside, folder, text_format)
+        # ** gives a folder and what is in it.
+        known = {file.path for file in found.files}
+        found.files += [file for file in inside.files if file.path not in known]
+        found.ignored += [f"{folder}/{name}" for name in inside.ignored]
+    found.files[before:] = sorted(found.files[before:], key=lambda file: file.path)
     if len(found.files) == before:
         what = f"only {matches[0]}, which is no known text file" if matches else "no file"
         raise ValueError(f"{pattern} matches {what} (known: {_KNOWN})")
@@ -215,10 +243,13 @@ def is_folder(name: str) -> bool:
     return Path(name).is_dir()
 
 
-def dataset_folder(name: str, text_format: str | None, split: str) -> tuple[FileSet, FileSet]:
+def dataset_folder(
+    name: str, text_format: str | None, split: str, with_own: bool = True
+) -> tuple[FileSet, FileSet]:
     """Return the files of a dataset's folder to train on, and its own validation files.
 
-    `split` is a split's name, or several with + between. Raise ValueError if it has no files.
+    `split` is a split's name, or several with + between. Without `with_own`, validation files are
+    among the ignored. Raise ValueError if the split has no files.
     """
     found = find_files([name], text_format)
     splits = by_split(found.files, Path(name))
@@ -228,7 +259,7 @@ def dataset_folder(name: str, text_format: str | None, split: str) -> tuple[File
             f"{name} has no split {missing[0]!r}: its file names say {', '.join(sorted(splits))}"
         )
     chosen = {id(file) for part in wanted for file in splits[part]}
-    own = [] if "validation" in wanted else splits.get("validation", [])
+    own = splits.get("validation", []) if with_own and "validation" not in wanted else []
     others = [file for file in found.files if id(file) not in chosen | set(map(id, own))]
     ignored = found.ignored + [str(file.path.relative_to(name)) for file in others]
     train = [file for file in found.files if id(file) in chosen]

@@ -35,6 +35,8 @@ FORMATS = tuple(dict.fromkeys(ENDINGS.values()))
 PART_CHARACTERS = 1 << 20
 # The start of a table, from which its dialect is found.
 SAMPLE_CHARACTERS = 1 << 20
+# A longer row of a table is a quote that was not closed.
+LARGEST_ROW = 1 << 26
 
 # Text, and whether its document ends with it. Only huge documents have more than one part.
 Part = tuple[str, bool]
@@ -44,15 +46,18 @@ Part = tuple[str, bool]
 class Counts:
     """What was found while documents were read, of all files together."""
 
-    documents: int = 0
-    # Without any text: they are left out.
+    # Documents without any text: they are left out.
     empty: int = 0
     # Separators in .txt files.
     separators: int = 0
     # Table rows with unquoted delimiters in the last column.
     joined: int = 0
-    # Lists of messages, read as text.
+    # Quoted fields of several lines, each of which could be a row; and where the first is.
+    like_rows: int = 0
+    first_like_rows: str = ""
+    # Lists of messages, read as text; those with more than a role and a content.
     conversations: int = 0
+    more_than_content: int = 0
     # Documents with <|endoftext|> inside.
     marks: int = 0
     # Of single files.
@@ -68,6 +73,16 @@ class Counts:
                 f"{self.joined:,} rows had more fields than the header; the text is the last "
                 "column, so the rest of the line was read as text"
             )
+        if self.like_rows:
+            lines.append(
+                f"{self.like_rows:,} quoted fields hold lines that look like rows "
+                f"({self.first_like_rows} first): if they are rows, a quote is stray"
+            )
+        if self.more_than_content:
+            lines.append(
+                f"{self.more_than_content:,} lists of messages have fields next to role and "
+                "content, such as tool calls: these were left out"
+            )
         if self.conversations:
             lines.append(
                 f"{self.conversations:,} lists of messages were read as text, "
@@ -76,7 +91,7 @@ class Counts:
         if self.marks:
             lines.append(
                 f"{self.marks:,} documents have {END_OF_TEXT} inside; it is read as ordinary "
-                "characters (in .txt files it separates documents)"
+                "characters"
             )
         return lines
 
@@ -106,6 +121,7 @@ def text_of(value: object, where: str, column: str, counts: Counts) -> str:
     """
     if isinstance(value, list) and (text := messages_as_text(value)) is not None:
         counts.conversations += 1
+        counts.more_than_content += any(_has_more(message) for message in value)
         value = text
     if value is None:
         value = ""
@@ -115,7 +131,6 @@ def text_of(value: object, where: str, column: str, counts: Counts) -> str:
             "give another --text_column"
         )
     text = cleaned(value, where, counts)
-    counts.documents += 1
     counts.empty += not text or text.isspace()
     return text
 
@@ -131,6 +146,9 @@ def messages_as_text(messages: list) -> str | None:
         if not isinstance(message, dict):
             return None
         role = message.get("role", message.get("from"))
+        # Null is a message without words; a message without the key has them elsewhere.
+        if "content" not in message and "value" not in message:
+            return None
         content = message.get("content", message.get("value"))
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -142,6 +160,13 @@ def messages_as_text(messages: list) -> str | None:
             return None
         paragraphs.append(f"{role}: {content or ''}")
     return "\n\n".join(paragraphs)
+
+
+def _has_more(message: dict) -> bool:
+    """Return whether a message has a field with a value that is neither role nor content."""
+    return any(
+        value for name, value in message.items() if name not in ("role", "from", "content", "value")
+    )
 
 
 def column_of(row: object, column: str, where: str) -> Any:
@@ -183,10 +208,7 @@ def read_txt(
     def last_part(text: str) -> Part:
         text = text.rstrip() if begun else text.strip()
         text = cleaned(text, where, counts)
-        text = text.rstrip() if begun else text.strip()
-        # A file that ends with a separator has no empty document after it.
-        counts.documents += bool(text) or begun
-        return text, True
+        return (text.rstrip() if begun else text.strip()), True
 
     while chunk := file.read(1 << 16):
         text += chunk
@@ -221,7 +243,7 @@ def safe_cut(text: str, end: int) -> int:
     )
 
 
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "\\": "\\"}
 
 
 def read_separator(text: str) -> str:
@@ -234,7 +256,9 @@ def read_separator(text: str) -> str:
         name = match[1]
         return _ESCAPES[name] if name in _ESCAPES else chr(int(name[1:], 16))
 
-    text = re.sub(r"\\([ntrfv0\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", character, text)
+    text = re.sub(r"\\([ntrfv\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", character, text)
+    if "\0" in text:
+        raise ValueError("--document_separator holds a NUL character, which no text file has")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -247,6 +271,20 @@ def looks_like_json_lines(lines: list[str]) -> bool:
         return all(isinstance(json.loads(line), dict) for line in lines)
     except (ValueError, RecursionError):
         return False
+
+
+def looks_like_json(head: str) -> bool:
+    """Return whether a text starts as an array of objects or strings, or as an object."""
+    start = re.match(r"\s*(?:\[\s*)?(?=[{\"])", head)
+    if not start or (head[start.end()] == '"' and "[" not in start[0]):
+        return False
+    try:
+        # A first value that is cut does not count: it is longer than any head.
+        _, end = json.JSONDecoder().raw_decode(head, start.end())
+    except (ValueError, RecursionError):
+        return False
+    rest = head[end:].lstrip()
+    return rest[:1] in ("", ",", "]") if "[" in start[0] else rest[:1] in ("", "{")
 
 
 # ------------------------------------------------------------------------------------- JSON
@@ -356,12 +394,21 @@ class _Lines:
     def __init__(self, lines: Iterable[str]):
         self.lines, self.number = iter(lines), 0
         self.row: list[str] = []
+        self.characters = 0
 
     def __iter__(self) -> Iterator[str]:
         for line in self.lines:
             self.number += 1
             self.row.append(line)
+            self.characters += len(line)
+            if self.characters > LARGEST_ROW:
+                raise csv.Error("unexpected end: the row is too long")
             yield line
+
+    def clear(self) -> None:
+        """Start the next row."""
+        self.row.clear()
+        self.characters = 0
 
 
 def read_table(
@@ -376,16 +423,16 @@ def read_table(
     """
     csv.field_size_limit(2**31 - 1)
     sample = file.read(SAMPLE_CHARACTERS) + file.readline()
+    sample = sample.lstrip("\ufeff")
     lines = _Lines(itertools.chain(io.StringIO(sample), file))
-    first = sample.split("\n", 1)[0]
-    if match := re.fullmatch(r"\"?sep=(.)\"?", first.strip("\r\n \ufeff")):
-        delimiter = match[1]
+    # Empty lines before the header, and the line that tells Excel the delimiter.
+    while match := re.match(r"[ \t]*\n|\"?sep=(.)\"?[ \t]*\n", sample):
+        delimiter = match[1] or delimiter
         next(iter(lines))
-        first = sample.split("\n", 2)[1] if sample.count("\n") else ""
-        sample = sample.partition("\n")[2]
+        sample = sample[match.end() :]
     # Blanks around a name do not belong to it.
     column = column.strip()
-    header, options = _dialect(first, sample, name, column, delimiter)
+    header, options = _dialect(sample, name, column, delimiter)
     if "quoting" in options:
         counts.notes.append(f"{name}: quotes are read as characters, not as marks around a field")
     yield from _rows(lines, header, header.index(column), options, name, counts)
@@ -398,7 +445,7 @@ def _rows(
     rows = csv.reader(lines, strict=True, **options)
     seen_header, next_number = False, None
     while True:
-        lines.row.clear()
+        lines.clear()
         start = lines.number + 1
         where = f"{name} line {start}"
         try:
@@ -407,7 +454,8 @@ def _rows(
             raise ValueError(_quote_fault(error, name, start, lines)) from error
         if row is None:
             return
-        if not row:
+        # Also a blank line, and the end of a file from DOS.
+        if not "".join(row).strip(" \x1a"):
             continue
         # In a row that is right, each quote that opens has one that closes.
         if "quoting" not in options and sum(line.count('"') for line in lines.row) % 2:
@@ -418,6 +466,9 @@ def _rows(
         if next_number and row[0].strip() == str(next_number[0]):
             raise ValueError(next_number[1])
         next_number = _glued(row, lines.row, options["delimiter"], where)
+        if len(lines.row) > 1 and _like_rows(lines.row, len(header), options["delimiter"]):
+            counts.like_rows += 1
+            counts.first_like_rows = counts.first_like_rows or where
         if len(row) == len(header):
             yield where, row[at]
         else:
@@ -425,13 +476,16 @@ def _rows(
             counts.joined += 1
 
 
-def _dialect(
-    first: str, sample: str, name: str, column: str, delimiter: str | None
-) -> tuple[list[str], dict]:
+def _like_rows(lines: list[str], num_fields: int, delimiter: str) -> bool:
+    """Return whether each line of a quoted field could be a row: it has as many fields."""
+    return num_fields > 1 and all(line.count(delimiter) == num_fields - 1 for line in lines)
+
+
+def _dialect(sample: str, name: str, column: str, delimiter: str | None) -> tuple[list[str], dict]:
     """Return a table's header, and how csv.reader should read the table."""
     found: list[str] = []
     for sign in [delimiter] if delimiter else [",", ";", "\t", "|"]:
-        raw = next(csv.reader([first], delimiter=sign), [])
+        raw = next(csv.reader(io.StringIO(sample), delimiter=sign), [])
         # A blank after each delimiter would hide the quotes of the fields.
         blanks = any(field.startswith(" ") for field in raw)
         header = [field.strip().strip('"') if blanks else field.strip() for field in raw]
@@ -441,10 +495,15 @@ def _dialect(
         if header.count(column) > 1:
             raise ValueError(f"{name} has the column {column!r} twice: rename one")
         options: dict = {"delimiter": sign, "skipinitialspace": blanks}
-        if sign == "\t" and not _fits(sample, len(header), options):
+        spaced = options | {"skipinitialspace": True}
+        if re.search(re.escape(sign) + ' +"', sample) and _lines_of_rows(sample, header, spaced):
+            options = spaced
+        if sign == "\t":
+            # Most tab-separated files know no quotes: then rows are single lines.
             plain = options | {"quoting": csv.QUOTE_NONE}
-            # Most tab-separated files know no quotes.
-            if _fits(sample, len(header), plain):
+            if _lines_of_rows(sample, header, options) != 1 and _lines_of_rows(
+                sample, header, plain
+            ):
                 options = plain
         return header, options
     raise ValueError(
@@ -452,17 +511,22 @@ def _dialect(
     )
 
 
-def _fits(sample: str, num_fields: int, options: dict) -> bool:
-    """Return whether each row of a sample has so many fields, and its quotes are right."""
+def _lines_of_rows(sample: str, header: list[str], options: dict) -> int:
+    """Return the most lines of a row in a sample; 0 if rows have other fields than the header, or
+    quotes do not fit.
+    """
     cut = len(sample) >= SAMPLE_CHARACTERS
+    most = before = 0
+    rows = csv.reader(io.StringIO(sample), strict=True, **options)
     try:
-        for row in csv.reader(io.StringIO(sample), strict=True, **options):
-            if len(row) not in (0, num_fields):
-                return False
+        for row in rows:
+            if "".join(row).strip(" \x1a") and len(row) != len(header):
+                return 0
+            most, before = max(most, rows.line_num - before), rows.line_num
     except csv.Error as error:
         # A field of several lines may be cut.
-        return cut and "unexpected end" in str(error)
-    return True
+        return most if cut and "unexpected end" in str(error) else 0
+    return most
 
 
 def _quote_fault(error: csv.Error, name: str, start: int, lines: _Lines) -> str:

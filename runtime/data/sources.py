@@ -13,6 +13,7 @@ from runtime.data.formats import (
     Counts,
     Part,
     column_of,
+    looks_like_json,
     looks_like_json_lines,
     read_json,
     read_jsonl,
@@ -75,7 +76,7 @@ class ToySource:
 
 
 class HubSource:
-    """One split of a dataset that the `datasets` library loads, from the Hub or a local folder."""
+    """One split of a dataset that the `datasets` library loads from the Hub."""
 
     def __init__(
         self, name: str, config: str | None, split: str, text_column: str, streaming: bool
@@ -135,6 +136,8 @@ class FileSource:
         self.files, self.column, self.separator = files.files, text_column, separator
         self.encoding, self.text_format = encoding, text_format
         self.counts = Counts()
+        # The last pass read everything.
+        self._is_whole = False
         # The file that is being read, which knows how far it is.
         self._raw: BinaryIO | None = None
         self._bytes_done = 0
@@ -161,16 +164,26 @@ class FileSource:
         return (self._bytes_done + here) / self._bytes if self._bytes else None
 
     def documents(self) -> Iterator[Part]:
-        self._bytes_done, self.counts = 0, Counts()
+        self._bytes_done, self.counts, self._is_whole = 0, Counts(), False
         for file in self.files:
             yield from self._read(file, self.counts)
             self._bytes_done += file.num_bytes
+        self._is_whole = True
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether --document_separator can make more documents of the text."""
+        return any(file.kind == "txt" for file in self.files)
 
     def notes(self) -> list[str]:
         """Return what the user should know about the last pass, a sentence each."""
         lines = self.counts.lines()
         num_txt = sum(file.kind == "txt" for file in self.files)
-        if num_txt and not self.counts.separators and self.separator != END_OF_TEXT:
+        if (
+            num_txt
+            and self._is_whole
+            and not self.counts.separators | (self.separator == END_OF_TEXT)
+        ):
             lines.append(
                 f"the separator {self.separator!r} occurs nowhere: each of the {num_txt:,} "
                 ".txt files is one document"
@@ -184,11 +197,12 @@ class FileSource:
             if file.kind is None or (file.kind == "txt" and self.text_format is None):
                 kind = self._kind_of(file)
                 if file.kind is None:
-                    file.kind = kind
-                elif kind == "jsonl":
+                    file.kind, file.is_guess = kind, True
+                elif kind != "txt":
+                    what = {"jsonl": "JSON lines", "json": "JSON", "parquet": "Parquet"}[kind]
                     raise ValueError(
-                        f"{file.name} holds JSON lines: give --text_format jsonl, "
-                        "or --text_format txt to train on them as they are"
+                        f"{file.name} holds {what}: give --text_format {kind}, "
+                        "or --text_format txt to train on it as it is"
                     )
             with contextlib.closing(self._read(file, Counts())) as parts:
                 next(parts, None)
@@ -199,13 +213,11 @@ class FileSource:
             if raw.read(4) == b"PAR1":
                 return "parquet"
         with open_text(file.open, file.name, self.encoding) as text:
-            head = text.read(1 << 16)
-        if re.match(r"\s*\[\s*[{\"]", head):
-            return "json"
-        lines = head.split("\n")
-        # The last line may be cut.
-        whole = lines[:-1] if len(head) == 1 << 16 else lines
-        return "jsonl" if looks_like_json_lines(whole[:20]) else "txt"
+            # Whole lines; but a book of a single line is not read for this.
+            head = text.read(1 << 16) + text.readline(1 << 24)
+        if looks_like_json_lines(head.split("\n")[:20]):
+            return "jsonl"
+        return "json" if looks_like_json(head) else "txt"
 
     def _read(self, file: InputFile, counts: Counts) -> Generator[Part, None, None]:
         """Yield the parts of one file; every error names the file."""

@@ -120,7 +120,7 @@ def cut_if_few(plan: DataPlan) -> tuple[DataPlan, str | None]:
         f"the text is {what}, too few to choose among: its last {plan.val_ratio:.4g} part "
         f"({position - cut:,} of {position:,} characters) is the validation text"
     )
-    if num_documents == 1 and blank_lines:
+    if num_documents == 1 and blank_lines and plan.train.is_separable:
         line += (
             f"; blank lines occur {blank_lines:,} times, so --document_separator '\\n\\n' would "
             "make paragraphs of it"
@@ -144,16 +144,19 @@ def why_empty(split: str, plan: DataPlan, num_documents: int) -> str:
     if not num_documents:
         return "there is no text to prepare: all documents are empty"
     if plan.val is None:
+        separable = isinstance(plan.train, FileSource) and plan.train.is_separable
         if num_documents == 1 and split == "val":
+            more = r", or --document_separator '\n\n' to split it" if separable else ""
             return (
-                "only 1 document found, so no validation split is possible: use --val_files, "
-                r"or --document_separator '\n\n' to split it"
+                "only 1 document found, so no validation split is possible: use --val_files, or "
+                f"give more text{more}"
             )
         other = "raise" if split == "val" else "lower"
+        more = ", or split the text into more documents (--document_separator)" if separable else ""
         return (
             f"all {num_documents} documents went to the other split at val_ratio "
-            f"{plan.val_ratio}, so {split} would be empty: {other} --val_ratio, use --val_files, "
-            "or split the text into more documents (--document_separator)"
+            f"{plan.val_ratio}, so {split} would be empty: {other} --val_ratio, "
+            f"or use --val_files{more}"
         )
     if split == "val":
         return "val would be empty: every validation document is also in train, or empty"

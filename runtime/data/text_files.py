@@ -13,6 +13,7 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -20,7 +21,9 @@ from typing import Any, BinaryIO
 from runtime.base.text import visible
 
 # Compressions by their first bytes. The endings that their files have.
-GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
+GZIP, XZ, ZSTD = b"\x1f\x8b", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
+# Its block size and the start of a block, or the end of an empty file: BZh alone begins words.
+BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ZIP, TAR, TAR_AT = b"PK\x03\x04", b"ustar", 257
 
@@ -36,6 +39,8 @@ _MARKS = (
 NUL_SHARE = 0.01
 # The start of a file, to recognise what it is.
 HEAD_BYTES = 4096
+# What prepare_data.py's users can do about bytes in another encoding.
+ADVICE = "give --encoding NAME, such as cp1252, or convert the file with iconv"
 
 
 def known_encoding(name: str) -> str:
@@ -57,7 +62,7 @@ def decompressed(raw: io.BufferedReader, name: str) -> io.BufferedReader:
     stream: Any = raw
     if head.startswith(GZIP):
         stream = gzip.GzipFile(fileobj=raw)
-    elif head.startswith(BZIP2):
+    elif BZIP2.match(head):
         stream = bz2.BZ2File(raw)
     elif head.startswith(XZ):
         stream = lzma.LZMAFile(raw)  # noqa: SIM115
@@ -96,10 +101,10 @@ class _Zstandard(io.RawIOBase):
 
 @contextlib.contextmanager
 def open_text(
-    open_file: Callable[[], BinaryIO], name: str, encoding: str = "utf-8"
+    open_file: Callable[[], BinaryIO], name: str, encoding: str = "utf-8", advice: str = ADVICE
 ) -> Iterator[io.TextIOWrapper]:
     """Enter a reader of a file's text. `open_file` opens its bytes, and is called again to locate
-    a byte that cannot be decoded.
+    a byte that cannot be decoded. advice: what to do about such a byte.
 
     Raise ValueError for such a byte, for an archive, for damaged compression, and for UTF-16 or
     UTF-32 without its mark.
@@ -107,13 +112,13 @@ def open_text(
     try:
         with open_file() as raw:
             stream = decompressed(_buffered(raw), name)
-            found = _encoding_of(stream.peek(HEAD_BYTES)[:HEAD_BYTES], name, encoding)
+            found = _encoding_of(stream.peek(HEAD_BYTES)[:HEAD_BYTES], name, encoding, advice)
             yield io.TextIOWrapper(stream, encoding=found)
     except UnicodeDecodeError:
         with open_file() as raw:
             stream = decompressed(_buffered(raw), name)
-            found = _encoding_of(stream.peek(HEAD_BYTES)[:HEAD_BYTES], name, encoding)
-            raise ValueError(_decode_fault(stream, name, found)) from None
+            found = _encoding_of(stream.peek(HEAD_BYTES)[:HEAD_BYTES], name, encoding, advice)
+            raise ValueError(f"{_decode_fault(stream, name, found)}: {advice}") from None
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -122,18 +127,18 @@ def _buffered(raw: BinaryIO) -> io.BufferedReader:
     return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # type: ignore[arg-type]
 
 
-def _encoding_of(head: bytes, name: str, encoding: str) -> str:
+def _encoding_of(head: bytes, name: str, encoding: str, advice: str) -> str:
     """Return the encoding that a mark at the start of a file says, else the given one."""
     for mark, marked in _MARKS:
         if head.startswith(mark):
             return marked
     if encoding == "utf-8" and head.count(0) > NUL_SHARE * len(head):
-        raise ValueError(f"{name} holds NUL bytes: {_likely_encoding(head)}")
+        raise ValueError(f"{name} holds NUL bytes: {_likely_encoding(head)}; {advice}")
     return encoding
 
 
 def _likely_encoding(head: bytes) -> str:
-    """Return what to do about NUL bytes, by where they are."""
+    """Return what NUL bytes tell, by where they are."""
     # Which of the four bytes of a character are mostly NUL, for text of ASCII.
     high = "".join("0" if head[i::4].count(0) > 0.3 * len(head[i::4]) else "x" for i in range(4))
     guess = {
@@ -143,8 +148,8 @@ def _likely_encoding(head: bytes) -> str:
         "0x0x": "utf-16-be",
     }.get(high)
     if guess:
-        return f"it looks like {guess} without a byte order mark; give --encoding {guess}"
-    return "it is not text in UTF-8; give --encoding NAME, or leave the file out"
+        return f"it looks like {guess} without a byte order mark"
+    return "it is not text in UTF-8"
 
 
 def check_nuls(text: str, where: str) -> None:
@@ -152,7 +157,7 @@ def check_nuls(text: str, where: str) -> None:
     if "\0" in text and (count := text.count("\0")) > NUL_SHARE * len(text):
         raise ValueError(
             f"{where}: {count:,} of {len(text):,} characters are NUL, so it was not decoded "
-            "as it was written: give --encoding (such as utf-16-le), or repair the file"
+            "as it was written: repair the file, or read it in another encoding"
         )
 
 
@@ -173,17 +178,16 @@ def _decode_fault(stream: io.BufferedReader, name: str, encoding: str) -> str:
             line += newlines.decode(before, final=True).count("\n")
             return (
                 f"{name} line {line}, byte {offset:,}: 0x{data[at]:02x} is not "
-                f"{encoding.removesuffix('-sig')}: {_what_to_do(data, at)}"
+                f"{encoding.removesuffix('-sig')}{_as_cp1252(data, at)}"
             )
         if not chunk:
-            return f"{name} cannot be decoded as {encoding}: give --encoding NAME"
+            return f"{name} cannot be decoded as {encoding}"
         done += len(chunk)
 
 
-def _what_to_do(data: bytes, at: int) -> str:
-    """Return what helps, and how the place reads in the most common other encoding."""
-    advice = "give --encoding NAME, such as cp1252, or convert the file with iconv"
+def _as_cp1252(data: bytes, at: int) -> str:
+    """Return how the place reads in the most common other encoding, in brackets."""
     with contextlib.suppress(UnicodeDecodeError):
         here = data[max(0, at - 12) : at + 12].decode("cp1252")
-        advice += f" (cp1252 gives {visible(' '.join(here.split()))!r})"
-    return advice
+        return f" (cp1252 gives {visible(' '.join(here.split()))!r})"
+    return ""

@@ -201,7 +201,8 @@ def read_prompts(path: str) -> list[str]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    with open_text(lambda: io.BytesIO(data), path) as file:
+    advice = "save the prompts as UTF-8 text, one a line"
+    with open_text(lambda: io.BytesIO(data), path, advice=advice) as file:
         text = file.read()
     check_nuls(text, path)
     kind, lines = format_of(Path(path)), text.split("\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.data.file_sets import dataset_folder, find_files, format_of
+from runtime.data.file_sets import FileSet, dataset_folder, find_files, format_of
 from runtime.data.sources import FileSource
 
 
@@ -61,11 +61,34 @@ def test_a_folder_means_all_its_text_files(tmp_path):
     assert find_files([str(tmp_path / "many")]).line().endswith("4.pdf and 4 more")
 
 
+def test_nothing_in_a_folder_disappears(tmp_path):
+    """Links to folders, names with __ and what is no file were neither read nor ignored."""
+    write(tmp_path / "other", "c.txt")
+    write(tmp_path / "a", "__n.txt", "b.txt")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "a" / "circle").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "broken.txt").symlink_to("nowhere")
+    found = find_files([str(tmp_path / "a")])
+    assert names(found, tmp_path / "a") == ["__n.txt", "b.txt", "link/c.txt"]
+    assert found.ignored == ["broken.txt"]
+
+
+def test_links_to_one_file_are_files_of_a_folder(tmp_path):
+    """The Hub's cache keeps equal files once, and links to them."""
+    write(tmp_path, "blobs/0abc.txt")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "snap").mkdir(exist_ok=True)
+        (tmp_path / "snap" / name).symlink_to(tmp_path / "blobs" / "0abc.txt")
+    assert names(find_files([str(tmp_path / "snap")]), tmp_path) == ["snap/a.txt", "snap/b.txt"]
+
+
 def test_patterns(tmp_path):
     write(tmp_path, "b.txt", "a.txt", "c.md", "sub/d.txt", "odd[1].txt")
     assert names(find_files([f"{tmp_path}/*.txt"]), tmp_path) == ["a.txt", "b.txt", "odd[1].txt"]
     assert names(find_files([f"{tmp_path}/**/d*"]), tmp_path) == ["sub/d.txt"]
     assert names(find_files([f"{tmp_path}/s*"]), tmp_path) == ["sub/d.txt"]
+    assert names(find_files([f"{tmp_path}/**/s*"]), tmp_path) == ["sub/d.txt"]
+    assert len(find_files([f"{tmp_path}/**"]).files) == 4
     # A file that exists is no pattern.
     assert names(find_files([f"{tmp_path}/odd[1].txt"]), tmp_path) == ["odd[1].txt"]
     assert find_files([f"{tmp_path}/*"]).ignored == [f"{tmp_path}/c.md"]
@@ -75,6 +98,7 @@ def test_patterns(tmp_path):
     "wanted, message",
     [
         (["nothere.txt"], "nothere.txt does not exist"),
+        ([""], "a name of a file is empty"),
         (["no*.txt"], r"no\*.txt matches no file \(known: .txt"),
         (["*.md"], r"\*.md matches only a.md, which is no known text file"),
         (["a.md"], r"the name of a.md says no format .*give --text_format txt\|jsonl"),
@@ -102,6 +126,9 @@ def test_standard_input_and_pipes_are_read_as_often_as_needed(tmp_path, monkeypa
         assert [text for text, _ in source.documents()] == ["one", "two"]
     assert source.description["files"] == [{"name": "-", "bytes": len(data)}]
     assert source.description["text_column"] == "text"
+    assert FileSet(source.files).line() == (
+        "reading standard input as jsonl (--text_format says otherwise)"
+    )
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"plain text")))
     assert [t for t, _ in FileSource(find_files(["-"])).documents()] == ["plain text"]
@@ -125,6 +152,8 @@ def test_a_dataset_folder_has_its_own_splits(tmp_path):
     assert train.ignored == ["README.md", "data/test-0.jsonl"]
     train, own = dataset_folder(str(tmp_path), None, "test")
     assert names(train, tmp_path) == ["data/test-0.jsonl"] and len(own.files) == 2
+    train, own = dataset_folder(str(tmp_path), None, "train", with_own=False)
+    assert not own.files and len(train.ignored) == 4
     train, own = dataset_folder(str(tmp_path), None, "train+validation")
     assert len(train.files) == 5 and not own.files
     with pytest.raises(ValueError, match="has no split 'dev': its file names say test, train, val"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 
 import pytest
@@ -84,8 +85,50 @@ def test_dialects():
     assert table('id,text\n1,"list:\n2, two\n3, three"\n2,x\n') == ["list:\n2, two\n3, three", "x"]
 
 
+def test_tables_as_other_tools_write_them():
+    """An empty first line, two marks, a header of two lines, a line of blanks, the end of DOS."""
+    rows = 'id,text\n1,a\n   \n2,"b\nc"\n\x1a'
+    assert table(rows) == table("\n \n" + rows) == table("\ufeff\ufeff" + rows) == ["a", "b\nc"]
+    assert table('"my\ntitle",text\n1,a\n') == ["a"]
+    # Blanks before the quotes, in the rows alone.
+    assert table('id,text\n1, "say ""x"""\n2, "a, b"\n') == ['say "x"', "a, b"]
+    assert table('id,text\n1,He said, "hi" to me\n') == ['He said, "hi" to me']
+
+
+def test_a_field_of_lines_that_look_like_rows_is_said():
+    """Two stray quotes make valid CSV of all between them; without numbers no rule can tell."""
+    counts = Counts()
+    text = 'text,label\nx,0\n"Hello,1\nBye",2\n"a\nb",3\n'
+    rows = [row for _, row in read_table(io.StringIO(text), "a.csv", "text", counts)]
+    assert rows == ["x", "Hello,1\nBye", "a\nb"] and counts.like_rows == 1
+    assert (
+        "1 quoted fields hold lines that look like rows (a.csv line 3 first)" in counts.lines()[0]
+    )
+
+
+def test_a_quote_that_is_never_closed_takes_no_more_memory_than_a_row_may(monkeypatch):
+    monkeypatch.setattr(formats, "LARGEST_ROW", 1000)
+    lines = itertools.chain(["id,text\n", '1,"a\n'], itertools.repeat("more\n"))
+
+    class Endless(io.StringIO):
+        def read(self, count=-1):
+            return ""
+
+        def readline(self):
+            return next(lines) + next(lines)
+
+        def __next__(self):
+            return next(lines)
+
+    with pytest.raises(ValueError, match="a.csv line 2: a quote opens here and is never closed"):
+        list(read_table(Endless(), "a.csv", "text", Counts()))
+
+
 def test_tab_separated_text_without_quotes():
     counts = Counts()
+    # Read with quotes, the first two rows would be one.
+    glued = 'text\tlabel\n"Hello there\t1\nBye now"\t2\nthird\t3\n'
+    assert table(glued, delimiter="\t") == ['"Hello there', 'Bye now"', "third"]
     text = 'text\tid\n"Hi" he said\t1\nThe 5" disk\t2\n'
     rows = [row for _, row in read_table(io.StringIO(text), "a.tsv", "text", counts, "\t")]
     assert rows == ['"Hi" he said', 'The 5" disk']
@@ -159,7 +202,19 @@ def test_messages_are_text_by_role():
     assert text_of(parts, "", "m", counts) == "user: ab"
     assert text_of(shared, "", "m", counts) == "human: Hi"
     assert counts.conversations == 3 and "3 lists of messages" in counts.lines()[0]
-    for wrong in ([1], [{"role": "user"}, 5], [{"content": "x"}], [{"role": "u", "content": [5]}]):
+    assert not counts.more_than_content
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert text_of([call], "", "m", counts) == "assistant: "
+    assert "1 lists of messages have fields next to role and content" in counts.lines()[0]
+    for wrong in (
+        [1],
+        [{"role": "user"}, 5],
+        [{"content": "x"}],
+        [{"role": "u", "content": [5]}],
+        # Their words are under another name: they would be lost.
+        [{"role": "user", "text": "hello"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "contents": "b"}],
+    ):
         with pytest.raises(ValueError, match="holds list, not text"):
             text_of(wrong, "line 1", "m", counts)
 
@@ -179,7 +234,7 @@ def test_empty_documents_are_counted():
     counts = Counts()
     for value in ("", " \n", None, "x"):
         text_of(value, "", "text", counts)
-    assert (counts.documents, counts.empty) == (4, 3)
+    assert counts.empty == 3
     assert counts.lines() == ["3 empty documents were left out"]
 
 
@@ -188,7 +243,9 @@ def test_separators_with_escapes():
     # The text has \n for every newline, so the separator has too.
     assert read_separator(r"\r\n\r\n") == read_separator("\r\n\r\n") == "\n\n"
     assert read_separator(r"\x1e\u2029") == "\x1e\u2029" and read_separator(r"\\n") == r"\n"
-    assert read_separator(r"\q") == r"\q"
+    assert read_separator(r"\q") == r"\q" and read_separator(r"\0") == r"\0"
+    with pytest.raises(ValueError, match="holds a NUL character"):
+        read_separator(r"\x00")
 
 
 def test_a_separator_that_never_occurs_is_said(tmp_path):
@@ -198,6 +255,9 @@ def test_a_separator_that_never_occurs_is_said(tmp_path):
     assert source.notes() == [
         "the separator '===' occurs nowhere: each of the 1 .txt files is one document"
     ]
+    # Not after a pass that stopped early.
+    source = FileSource(find_files([str(tmp_path / "a.txt")]), separator="===")
+    assert next(source.documents()) and source.notes() == []
     source = FileSource(find_files([str(tmp_path / "a.txt")]), separator="\n\n")
     assert [text for text, _ in source.documents()] == ["one", "two"] and source.notes() == []
 
@@ -206,6 +266,21 @@ def test_marks_of_files_that_were_joined(tmp_path):
     """`cat a.txt b.txt` leaves a byte order mark in the middle."""
     file = io.StringIO("a\n<|endoftext|>\n\ufeffb")
     assert [text for text, _ in read_txt(file, "<|endoftext|>")] == ["a", "b"]
+
+
+def test_json_under_another_name_is_not_taken_as_text(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ('[{"text": "a"}, {"text": "b"}]', '{\n "text": "a"\n}\n{\n "text": "b"\n}\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds JSON: give --text_format json"):
+            read(path)
+    # Longer than a piece that is read at a time.
+    path.write_text(json.dumps({"text": "w " * 50_000}) + "\n")
+    with pytest.raises(ValueError, match="holds JSON lines: give --text_format jsonl"):
+        read(path)
+    for text in ("{a} is a set", '["', '"Hi," she said', "[1] A note", '{"a": 1} is JSON'):
+        path.write_text(text)
+        assert read(path) == [text]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.text"])

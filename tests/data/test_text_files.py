@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import tarfile
@@ -34,7 +35,9 @@ def test_both_byte_orders_with_and_without_a_mark(width, order):
     """UTF-16 without its mark is valid UTF-8: it was trained on as text full of NULs."""
     name = f"utf-{width}-{order}"
     assert read(("\ufeff" + TEXT).encode(name)) == TEXT
-    with pytest.raises(ValueError, match=f"a.txt holds NUL bytes: .*give --encoding {name}"):
+    with pytest.raises(
+        ValueError, match=f"a.txt holds NUL bytes: it looks like {name} without .*give --encoding"
+    ):
         read("plain words in a row".encode(name))
     assert read(TEXT.encode(name), name) == TEXT
 
@@ -59,8 +62,9 @@ def test_a_wrong_byte_is_located(pack, before):
     at, line = data.index(b"\xe9"), data.count(b"\n", 0, data.index(b"\xe9")) + 1
     with pytest.raises(ValueError) as error:
         read(pack(data))
-    assert f"a.txt line {line}, byte {at:,}: 0xe9 is not utf-8: give --encoding" in str(error.value)
-    assert "café au lait" in str(error.value)
+    said = str(error.value)
+    assert f"a.txt line {line}, byte {at:,}: 0xe9 is not utf-8 (cp1252 gives" in said
+    assert "café au lait" in said and said.endswith("or convert the file with iconv")
 
 
 def test_a_text_that_ends_within_a_character():
@@ -68,6 +72,12 @@ def test_a_text_that_ends_within_a_character():
         read(b"ab\n\xc3")
     with pytest.raises(ValueError, match="0x81 is not cp1252"):
         read(b"ab\x81", "cp1252")
+
+
+def test_words_that_begin_like_a_compressed_file_are_text():
+    """A book that began with BZh was refused as damaged bzip2."""
+    assert read(b"BZhou is a town.") == "BZhou is a town."
+    assert read(bz2.compress(b"")) == "" and read(bz2.compress(b"text")) == "text"
 
 
 def test_archives_say_how_to_unpack_them():

@@ -105,8 +105,6 @@ BAD = [
     "--dataset toy --encoding cp1252",
     "--dataset . --streaming",
     "--dataset . --dataset_config x",
-    "--dataset . --split nope",
-    "--dataset . --split train[:10%]",
     "--files a.parquet.gz",
     "--files",
     "--out",

@@ -477,8 +477,15 @@ def _rows(
 
 
 def _like_rows(lines: list[str], num_fields: int, delimiter: str) -> bool:
-    """Return whether each line of a quoted field could be a row: it has as many fields."""
-    return num_fields > 1 and all(line.count(delimiter) == num_fields - 1 for line in lines)
+    """Return whether each line of a quoted field could be a row.
+
+    It has as many fields, and one of them is a single word in every line, as a number or a label.
+    """
+    rows = [line.strip().split(delimiter) for line in lines]
+    if num_fields < 2 or any(len(row) != num_fields for row in rows):
+        return False
+    columns = zip(*rows, strict=True)
+    return any(all(len(field.strip('"').split()) == 1 for field in column) for column in columns)
 
 
 def _dialect(sample: str, name: str, column: str, delimiter: str | None) -> tuple[list[str], dict]:

@@ -98,9 +98,9 @@ def test_tables_as_other_tools_write_them():
 def test_a_field_of_lines_that_look_like_rows_is_said():
     """Two stray quotes make valid CSV of all between them; without numbers no rule can tell."""
     counts = Counts()
-    text = 'text,label\nx,0\n"Hello,1\nBye",2\n"a\nb",3\n'
+    text = 'text,label\nx,0\n"Hello,1\nBye",2\n"a\nb",3\n"He ran, and\nshe sat",well done\n'
     rows = [row for _, row in read_table(io.StringIO(text), "a.csv", "text", counts)]
-    assert rows == ["x", "Hello,1\nBye", "a\nb"] and counts.like_rows == 1
+    assert rows[:3] == ["x", "Hello,1\nBye", "a\nb"] and counts.like_rows == 1
     assert (
         "1 quoted fields hold lines that look like rows (a.csv line 3 first)" in counts.lines()[0]
     )

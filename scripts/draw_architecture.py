@@ -8,7 +8,7 @@ written here.
 
 from __future__ import annotations
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     import _by_path  # noqa: F401
 
 import io

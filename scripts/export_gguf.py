@@ -9,7 +9,7 @@ Use the file, and the Modelfile next to it, like this:
 
 from __future__ import annotations
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     import _by_path  # noqa: F401
 
 from runtime.base.cli import run_main

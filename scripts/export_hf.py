@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     import _by_path  # noqa: F401
 
 import time

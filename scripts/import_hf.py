@@ -9,7 +9,7 @@ the tokenizer. predict.py, train.py --init_from and all exports read it.
 
 from __future__ import annotations
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     import _by_path  # noqa: F401
 
 import os

@@ -8,7 +8,7 @@ It is the model of `make demo`, trained longer. Shards, checkpoints and plots go
 
 from __future__ import annotations
 
-if not __package__:
+if __name__ == "__main__" and not __package__:
     import _by_path  # noqa: F401
 
 from runtime.base import process

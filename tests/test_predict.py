@@ -1158,6 +1158,8 @@ def test_a_preset_is_known_by_its_architecture(name):
     config = ModelConfig(**PRESETS[name].model)
     assert session.preset_of(config) == name
     assert session.preset_of(dataclasses.replace(config, vocabulary_size=1234)) == name
+    # As `make demo` trains it.
+    assert session.preset_of(dataclasses.replace(config, init_std=0.1)) == name
     assert session.preset_of(dataclasses.replace(config, d_ff=2 * config.d_ff)) == ""
 
 

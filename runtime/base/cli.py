@@ -62,8 +62,13 @@ MOST_USED = (
 
 def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
     """Return "; did you mean X?" with the known names that are close, or an empty string."""
-    known = list(known)
-    meant = [match for name in names for match in difflib.get_close_matches(name, known, 1)]
+    # The dashes that all flags share would make any two of them alike.
+    bare = {name.lstrip("-"): name for name in known}
+    meant = [
+        bare[match]
+        for name in names
+        for match in difflib.get_close_matches(name.lstrip("-"), bare, 1, 0.65)
+    ]
     return f"; did you mean {' and '.join(dict.fromkeys(meant))}?" if meant else ""
 
 

@@ -11,7 +11,7 @@ from config_model import TrainConfig
 def follow(values: dict, explicit: Iterable[str]) -> tuple[dict, tuple[str, ...]]:
     """Return `values` with what does not fit adapted, and a line for each value that changed.
 
-    Only defaults and a preset's values are adapted, and only where TrainConfig would refuse them:
+    Only defaults and a preset's values are adapted, and only where they do not fit what was given:
     the published run's numbers stay. explicit: names of what was given, which is never changed.
     """
     known = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | values

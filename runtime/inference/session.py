@@ -224,9 +224,13 @@ def greeting(predictor: Predictor) -> str:
 
 
 def preset_of(config: ModelConfig) -> str:
-    """Return the preset that has this architecture, with any vocabulary; "" for another model."""
+    """Return the preset that has this architecture; "" for another model.
+
+    The vocabulary may be any, and so may what acts before and in training alone.
+    """
+    free = ("vocabulary_size", "init_std", "dropout", "aux_loss_coef", "z_loss_coef")
     for name, preset in PRESETS.items():
-        changes = {"vocabulary_size": config.vocabulary_size}
+        changes = {field: getattr(config, field) for field in free}
         if ModelConfig(**preset.model | changes) == config:
             return name
     return ""

@@ -222,14 +222,15 @@ class GptossForCausalLM(PreTrainedModel, GenerationMixin):
         if ((mask_BS[:, 1:] & ~mask_BS[:, :-1]).sum(dim=1) > 1 - mask_BS[:, 0].int()).any():
             raise ValueError(
                 "attention_mask may mask the beginning and the end of a row only: pad prompts on "
-                "the left (padding_side='left') to generate from them"
+                "the left (padding_side='left') to generate from them; with learned position biases, "
+                "generate from one row at a time"
             )
         if not first_B1.any():
             return None
         if self.model.config.use_attention_bias:
             raise ValueError(
-                "rows padded on the left would be read wrongly, because this model has learned "
-                "biases for absolute positions: pad on the right, or give one row at a time"
+                "this model has learned biases for absolute positions: train on rows padded on the "
+                "right, and generate from one row at a time (batch_size=1 in a pipeline)"
             )
         positions_T = torch.arange(start, start + T, device=mask_BS.device)
         return torch.where(positions_T < first_B1, 0, first_B1)

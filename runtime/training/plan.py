@@ -314,7 +314,12 @@ def _check_steps(values: dict, source: Checkpoint) -> None:
     if type(steps) is int and steps < source.step:
         raise ValueError(
             f"the run in {values['ckpt_dir']} is at step {source.step}, beyond "
-            f"--max_steps {steps}: raise it to train further"
+            f"--max_steps {steps}: raise it (or --epochs) to train further"
+        )
+    if type(steps) is int and values["schedule"] != "constant" and steps <= values["warmup_steps"]:
+        raise ValueError(
+            f"the run in {values['ckpt_dir']} warms up for {values['warmup_steps']} steps, which "
+            f"a resume keeps: give --max_steps (or --epochs) above that, not {steps}"
         )
 
 
@@ -539,7 +544,7 @@ def _resume_lines(plan: TrainPlan) -> list[str]:
             "schedule" + (f"; {' and '.join(parts)} {verb} per micro-batch" if parts else "")
         )
     if config.dtype != before["dtype"]:
-        lines.append(f"dtype    {config.dtype} instead of {before['dtype']}, which auto had chosen")
+        lines.append(f"dtype    {config.dtype} instead of {before['dtype']}")
     return lines
 
 

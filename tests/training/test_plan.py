@@ -366,7 +366,7 @@ def test_a_dtype_that_auto_chose_may_be_another_on_resume(run, capsys):
     other = {"float32": "bfloat16", "bfloat16": "float32"}[before.train_config["dtype"]]
     capsys.readouterr()
     assert run("--resume", "--dtype", other, "--max_steps", 6, fresh=False) == 0
-    line = f"dtype    {other} instead of {before.train_config['dtype']}, which auto had chosen"
+    line = f"dtype    {other} instead of {before.train_config['dtype']}\n"
     assert line in capsys.readouterr().out
     assert run.final().train_config["dtype"] == other
     # Without the flag the run continues as it is, and auto may choose again.

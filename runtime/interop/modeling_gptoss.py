@@ -222,7 +222,7 @@ class GptossForCausalLM(PreTrainedModel, GenerationMixin):
         if ((mask_BS[:, 1:] & ~mask_BS[:, :-1]).sum(dim=1) > 1 - mask_BS[:, 0].int()).any():
             raise ValueError(
                 "attention_mask may mask the beginning and the end of a row only: pad prompts on "
-                "the left (padding_side='left') to generate from them; with learned position biases, "
+                "the left (padding_side='left') to generate; with learned position biases, "
                 "generate from one row at a time"
             )
         if not first_B1.any():

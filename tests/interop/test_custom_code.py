@@ -323,7 +323,7 @@ def test_padding_that_would_be_read_wrongly_is_refused(exported):
     left, right, inside = (torch.ones_like(ids) for _ in range(3))
     left[0, :2], right[0, -2:], inside[0, 3] = 0, 0, 0
     assert torch.equal(theirs(ids, attention_mask=right).logits, theirs(ids).logits)
-    with pytest.raises(ValueError, match="biases for absolute positions: train on rows padded on the"):
+    with pytest.raises(ValueError, match="biases for absolute positions: train on rows"):
         theirs(ids, attention_mask=left)
     with pytest.raises(ValueError, match="the beginning and the end of a row only"):
         theirs(ids, attention_mask=inside)

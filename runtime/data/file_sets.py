@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runtime.data.formats import ENDINGS, FORMATS
-from runtime.data.text_files import COMPRESSIONS
+from runtime.data.text_files import COMPRESSIONS, archive_fault
 
 STDIN = "-"
 # Words in the names of a dataset's files, and the split that each means.
@@ -154,8 +154,8 @@ def _named_format(path: Path) -> str | None:
     kind = format_of(path)
     if kind is None and path.is_file():
         if path.name.lower().endswith((".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")):
-            how = f"unzip {path}" if path.suffix.lower() == ".zip" else f"tar -xf {path}"
-            raise ValueError(f"{path} is an archive: unpack it ({how}), and give the folder")
+            kind = "zip" if path.suffix.lower() == ".zip" else "tar"
+            raise ValueError(archive_fault(str(path), kind))
         raise ValueError(
             f"the name of {path} says no format (known: {_KNOWN}): "
             f"give --text_format {'|'.join(FORMATS)}"

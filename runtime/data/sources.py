@@ -8,7 +8,7 @@ import re
 from collections.abc import Generator, Iterator
 from typing import BinaryIO, Protocol
 
-from runtime.data.file_sets import FileSet, InputFile
+from runtime.data.file_sets import SPLIT_WORDS, FileSet, InputFile
 from runtime.data.formats import (
     Counts,
     Part,
@@ -29,7 +29,7 @@ DEFAULT_DATASET, DEFAULT_COLUMN = "roneneldan/TinyStories", "text"
 DEFAULT_VAL_RATIO, DEFAULT_TOY_STORIES = 0.01, 30_000
 
 # Names that datasets give their own validation split.
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+VALIDATION_NAMES = [word for word, split in SPLIT_WORDS.items() if split == "validation"]
 
 
 class Source(Protocol):

@@ -56,6 +56,12 @@ def known_encoding(name: str) -> str:
     )
 
 
+def archive_fault(name: str, kind: str) -> str:
+    """Return the error line for a zip or tar archive."""
+    command = f"unzip {name} -d FOLDER" if kind == "zip" else f"tar -xf {name} -C FOLDER"
+    return f"{name} is a {kind} archive: unpack it ({command}), and give the folder"
+
+
 def decompressed(raw: io.BufferedReader, name: str) -> io.BufferedReader:
     """Return a reader of a file's bytes without its compression; ValueError for an archive."""
     head = raw.peek(HEAD_BYTES)
@@ -69,14 +75,10 @@ def decompressed(raw: io.BufferedReader, name: str) -> io.BufferedReader:
     elif head.startswith(ZSTD):
         stream = _Zstandard(raw, name)
     elif head.startswith(ZIP):
-        raise ValueError(
-            f"{name} is a zip archive: unpack it (unzip {name} -d FOLDER), and give the folder"
-        )
+        raise ValueError(archive_fault(name, "zip"))
     reader = stream if stream is raw else io.BufferedReader(stream)
     if reader.peek(512)[TAR_AT : TAR_AT + len(TAR)] == TAR:
-        raise ValueError(
-            f"{name} is a tar archive: unpack it (tar -xf {name} -C FOLDER), and give the folder"
-        )
+        raise ValueError(archive_fault(name, "tar"))
     return reader
 
 
@@ -123,8 +125,8 @@ def open_text(
         raise ValueError(f"{name}: {error}") from error
 
 
-def _buffered(raw: BinaryIO) -> io.BufferedReader:
-    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)  # type: ignore[arg-type]
+def _buffered(raw: Any) -> io.BufferedReader:
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
 
 
 def _encoding_of(head: bytes, name: str, encoding: str, advice: str) -> str:

@@ -264,7 +264,7 @@ def repl(predictor: Predictor, config: PredictConfig) -> None:
                 print()
                 continue
             try:
-                if not session.line(typed_command(line) if interactive else line):
+                if not session.line(typed_command(line) if sys.stdin.isatty() else line):
                     return
             except KeyboardInterrupt:
                 continue

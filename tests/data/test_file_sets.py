@@ -102,8 +102,11 @@ def test_patterns(tmp_path):
         (["no*.txt"], r"no\*.txt matches no file \(known: .txt"),
         (["*.md"], r"\*.md matches only a.md, which is no known text file"),
         (["a.md"], r"the name of a.md says no format .*give --text_format txt\|jsonl"),
-        (["a.zip"], "a.zip is an archive: unpack it .unzip a.zip., and give the folder"),
-        (["a.tar.gz"], "a.tar.gz is an archive: unpack it .tar -xf a.tar.gz"),
+        (
+            ["a.zip"],
+            "a.zip is a zip archive: unpack it .unzip a.zip -d FOLDER., and give the folder",
+        ),
+        (["a.tar.gz"], "a.tar.gz is a tar archive: unpack it .tar -xf a.tar.gz"),
         (["empty"], "empty holds no text file .it is empty"),
         (["pdfs"], "pdfs holds no text file .it holds a.pdf; known: .txt"),
         (["a.txt", "./a.txt"], "a.txt is named twice: name each file once"),

@@ -79,9 +79,7 @@ class Rows:
         self.encoded, self.sizes = encoded, sizes
         self.tokens_per_row = tokens_per_row if share else int(sizes.max())
         largest_first = np.sort(sizes)[::-1]
-        row_of = (
-            best_fit(largest_first, tokens_per_row) if share else np.arange(len(sizes))
-        )
+        row_of = best_fit(largest_first, tokens_per_row) if share else np.arange(len(sizes))
         # Ranks by size, row after row, and where each row begins among them.
         self.ranks = np.argsort(row_of, kind="stable")
         self.borders = np.searchsorted(row_of[self.ranks], np.arange(row_of.max() + 2))
@@ -203,9 +201,7 @@ class PackedValidation(Sequence):
     The last batch is filled with rows of padding, so that all have one shape.
     """
 
-    def __init__(
-        self, encoded: Encoded, tokens_per_row: int, batch_size: int, share: bool = True
-    ):
+    def __init__(self, encoded: Encoded, tokens_per_row: int, batch_size: int, share: bool = True):
         self.encoded = encoded
         self.rows = rows_of(encoded, tokens_per_row, share) if len(encoded) else None
         num_rows = len(self.rows) if self.rows else 0

@@ -409,7 +409,7 @@ def _with_new_rows(
     model: dict[str, torch.Tensor], vocabulary_size: int, new_ids: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """Return the tensors with a row per id, with the rows `new_ids` as the mean of all others."""
-    changed = {}
+    changed: dict[str, torch.Tensor] = {}
     for name in ("embed.weight", "out_head.weight", "out_head.bias"):
         if name in model:
             old = model[name]

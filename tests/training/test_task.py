@@ -165,8 +165,9 @@ def test_best_goes_by_the_score_that_a_task_names(model, by_score):
 
     scores = [0.9, 0.1, 0.5, 0.5, 0.2]
     loader = Numbered(model.config.vocabulary_size)
-    loader.batch = lambda first, batch=loader.batch(0): batch
-    task = Scored(loader, train.next_token_loss, [loader.batch(0)])
+    batch = loader.batch(0)
+    loader.batch = lambda first: batch
+    task = Scored(loader, train.next_token_loss, [batch])
     saved: list[tuple[int, bool]] = []
     hooks = train.Hooks(
         on_save=lambda state, loss, is_best: saved.append((state.step, is_best)),

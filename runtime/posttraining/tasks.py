@@ -336,8 +336,13 @@ def pairs(split: str, count: int) -> list[dict]:
     found = []
     for number in range(count):
         example, rejected = pair(split, number)
-        chosen, rejected = ([_answered(text)] for text in (example.answer, rejected))
-        found.append({"prompt": _asked(example), "chosen": chosen, "rejected": rejected})
+        found.append(
+            {
+                "prompt": _asked(example),
+                "chosen": [_answered(example.answer)],
+                "rejected": [_answered(rejected)],
+            }
+        )
     return found
 
 

@@ -13,6 +13,7 @@ of a dict that can be read by hand:
     optimizer {"exp_avg.NAME": tensor}
     format, version, versions, train_cfg,   what a resume needs in addition
     tokenizer, data_fingerprint, run
+    stage                                   only after pre-training: what kind of training this is
     digests {"model/NAME": sha256,          "header" covers everything that is no tensor
       "optimizer/NAME": sha256, "header": sha256}
 
@@ -30,7 +31,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ HEADER = {
     "run": dict,
     "versions": dict,
 }
+# What a header may hold in addition. Files without them are those of before there were any.
+OPTIONAL_HEADER = {"stage": dict}
 TENSOR_KEYS = ("model", "optimizer", "digests")
 
 # Hashed and checked for NaN at a time: a chunk stays in the cache between the two.
@@ -106,6 +109,8 @@ class Checkpoint:
     is_reference_format: bool
     # Of the digests of all that the file holds; "" where there are none.
     digest: str = ""
+    # What a training after pre-training says of itself: at least its kind. {} for pre-training.
+    stage: dict = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------- digests and header
@@ -195,6 +200,11 @@ def check_header(header: dict) -> None:
         if type(header[key]) not in kinds:
             allowed = " or ".join(k.__name__ for k in kinds)
             raise ValueError(f"{key} must be of type {allowed}, not {type(header[key]).__name__}")
+    for key, kind in OPTIONAL_HEADER.items():
+        if key in header and type(header[key]) is not kind:
+            raise ValueError(
+                f"{key} must be of type {kind.__name__}, not {type(header[key]).__name__}"
+            )
     if not 0 <= header["step"] < 1 << 63:
         raise ValueError(f"step must be at least 0, not {header['step']}")
 

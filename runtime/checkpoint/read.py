@@ -24,6 +24,7 @@ from runtime.base.files import is_utf8
 from runtime.checkpoint.format import (
     FORMAT,
     HEADER,
+    OPTIONAL_HEADER,
     TENSOR_KEYS,
     VERSION,
     Checkpoint,
@@ -236,7 +237,7 @@ def read_header(contents: dict) -> dict:
     check_header(header)
     if header["version"] != VERSION:
         raise ValueError(f"version must be {VERSION}, not {header['version']}")
-    if extra := header.keys() - HEADER.keys():
+    if extra := header.keys() - HEADER.keys() - OPTIONAL_HEADER.keys():
         raise ValueError(f"unknown key {min(extra)!r:.60}")
     digests: Any = plain_values(dict_in(contents, "digests"))
     if digests.get("header") != header_digest(header):
@@ -276,6 +277,7 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
         versions=header["versions"],
         is_reference_format=False,
         digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+        stage=header.get("stage", {}),
     )
 
 

@@ -52,10 +52,12 @@ def save_checkpoint(
     run: dict | None = None,
     keep_last: int = 0,
     is_best: bool = False,
+    stage: dict | None = None,
 ) -> Path:
     """Write step_0001000.pt and link latest.pt (and best.pt) to it; return its path.
 
-    Keep the `keep_last` newest step files (0 = all). `run` and `tokenizer_state` are JSON-able.
+    Keep the `keep_last` newest step files (0 = all). `run`, `stage` and `tokenizer_state` are
+    JSON-able.
     Tensors stay where they are: a few at a time are brought to the CPU, to be hashed and again to
     be written. Without an optimizer the file can be predicted from but not resumed. Raise
     CheckpointError, leaving nothing new, if a weight or moment is not finite or the disk is full.
@@ -71,6 +73,7 @@ def save_checkpoint(
             train_cfg=dataclasses.asdict(train_config),
             data_fingerprint=data_fingerprint,
             run=run or {},
+            **({"stage": stage} if stage else {}),
         )
         groups = {
             "model": model.state_dict(),

@@ -1,7 +1,7 @@
 """The import law: who may import whom, read from the imports themselves, those in functions too.
 
 DESIGN in one line: config_model < base < kernels < model_parts < model < checkpoint < checks < data
-< inference, training < interop < the root's commands < scripts < benchmarks, tests.
+< inference, training < interop, posttraining < the root's commands < scripts < benchmarks, tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEVELS = [
     {"runtime.checks"},
     {"runtime.data"},
     {"runtime.inference", "runtime.training"},
-    {"runtime.interop"},
+    {"runtime.interop", "runtime.posttraining"},
     {"train", "predict", "prepare_data", "test"},
     {"scripts"},
     {"benchmarks", "tests"},

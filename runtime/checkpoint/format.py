@@ -13,6 +13,7 @@ of a dict that can be read by hand:
     optimizer {"exp_avg.NAME": tensor}
     format, version, versions, train_cfg,   what a resume needs in addition
     tokenizer, data_fingerprint, run
+    stage                                   only after pre-training: what kind of training this is
     digests {"model/NAME": sha256,          "header" covers everything that is no tensor
       "optimizer/NAME": sha256, "header": sha256}
 
@@ -29,8 +30,9 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ from torch.overrides import TorchFunctionMode
 
 from config_model import ModelConfig, total_parameters
 from model import LLM
+from runtime.checkpoint.adapter import Adapter
 
 FORMAT, VERSION = "gptoss-checkpoint", 1
 # What a header holds, by key; with model, optimizer and digests that is the whole file.
@@ -55,6 +58,8 @@ HEADER = {
     "run": dict,
     "versions": dict,
 }
+# What a header may hold in addition. Files without them are those of before there were any.
+OPTIONAL_HEADER = {"stage": dict}
 TENSOR_KEYS = ("model", "optimizer", "digests")
 
 # Hashed and checked for NaN at a time: a chunk stays in the cache between the two.
@@ -88,7 +93,7 @@ class Checkpoint:
     step: int
     model_config: ModelConfig
     # Under the names of LLM.state_dict(); float32, or all parameters bfloat16 (buffers never).
-    model: dict[str, Tensor]
+    model: Mapping[str, Tensor]
     # As optimizer_state.state_by_name gives it; None if it was not asked for.
     optimizer: dict[str, Tensor] | None
     # Cross-entropy in nats. Files of the original implementation include its auxiliary loss.
@@ -106,6 +111,14 @@ class Checkpoint:
     is_reference_format: bool
     # Of the digests of all that the file holds; "" where there are none.
     digest: str = ""
+    # What a training after pre-training says of itself: at least its kind. {} for pre-training.
+    stage: dict = field(default_factory=dict)
+    # Of the weights alone, whatever else is in the file.
+    weights_digest: str = ""
+    # What a file of adapters says of them, and their tensors: `model` is what they mean with their
+    # base. None and {} for all other files.
+    adapter: Adapter | None = None
+    trained: dict[str, Tensor] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------- digests and header
@@ -195,6 +208,11 @@ def check_header(header: dict) -> None:
         if type(header[key]) not in kinds:
             allowed = " or ".join(k.__name__ for k in kinds)
             raise ValueError(f"{key} must be of type {allowed}, not {type(header[key]).__name__}")
+    for key, kind in OPTIONAL_HEADER.items():
+        if key in header and type(header[key]) is not kind:
+            raise ValueError(
+                f"{key} must be of type {kind.__name__}, not {type(header[key]).__name__}"
+            )
     if not 0 <= header["step"] < 1 << 63:
         raise ValueError(f"step must be at least 0, not {header['step']}")
 
@@ -262,6 +280,11 @@ def expected_tensors(
         name: (tensor.shape, dtype if name in parameters else torch.float32)
         for name, tensor in model.state_dict().items()
     }
+
+
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shape of each tensor of a config's plain model, by name."""
+    return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.base.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
+from runtime.checkpoint.adapter import KEY, adapter_of, saved_tensors
 from runtime.checkpoint.folder import (
     BEST,
     LATEST,
@@ -52,16 +53,22 @@ def save_checkpoint(
     run: dict | None = None,
     keep_last: int = 0,
     is_best: bool = False,
+    stage: dict | None = None,
 ) -> Path:
     """Write step_0001000.pt and link latest.pt (and best.pt) to it; return its path.
 
-    Keep the `keep_last` newest step files (0 = all). `run` and `tokenizer_state` are JSON-able.
+    Keep the `keep_last` newest step files (0 = all). `run`, `stage` and `tokenizer_state` are
+    JSON-able.
     Tensors stay where they are: a few at a time are brought to the CPU, to be hashed and again to
-    be written. Without an optimizer the file can be predicted from but not resumed. Raise
-    CheckpointError, leaving nothing new, if a weight or moment is not finite or the disk is full.
+    be written. Of a model with adapters (runtime/checkpoint/adapter.py) the file holds what its run
+    trains, and the stage says which base it belongs to. Without an optimizer the file can be
+    predicted from but not resumed. Raise CheckpointError, leaving nothing new, if a weight or
+    moment is not finite or the disk is full.
     """
     folder = Path(ckpt_dir)
     path = folder / f"step_{step:07d}.pt"
+    if adapter := adapter_of(model):
+        stage = (stage or {}) | {KEY: adapter.header(folder)}
     try:
         header = _header(
             model.config,
@@ -71,9 +78,10 @@ def save_checkpoint(
             train_cfg=dataclasses.asdict(train_config),
             data_fingerprint=data_fingerprint,
             run=run or {},
+            **({"stage": stage} if stage else {}),
         )
         groups = {
-            "model": model.state_dict(),
+            "model": saved_tensors(model),
             "optimizer": state_by_name(model, optimizer) if optimizer else {},
         }
         for name, tensor in groups["model"].items():

@@ -41,6 +41,7 @@ class Output(NamedTuple):
     aux_loss: Tensor  # scalar: aux_loss_coef * sum over blocks
     z_loss: Tensor  # scalar: z_loss_coef * sum over blocks
     router: RouterStats  # per block
+    metrics: dict[str, Tensor] = {}  # a task's own sums to log, 0-dim
 
 
 class Head(nn.Module):

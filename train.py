@@ -45,6 +45,7 @@ from runtime.base.device import (
 from runtime.base.process import StopRequest
 from runtime.base.text import human_bytes, human_seconds
 from runtime.checkpoint.folder import restore_names, step_files
+from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import check_disk_space, save_checkpoint
 from runtime.data.loader import micro_batches, prefetch
@@ -64,12 +65,13 @@ from runtime.training.plan import (
 from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled
 from runtime.training.setup import explained_failures, runs, set_up
 from runtime.training.state import (
+    METRIC,
     RecentLoss,
     RunState,
     Totals,
     TrainingDiverged,
-    perplexity,
     train_record,
+    val_record,
 )
 from runtime.training.task import Batch, Pretraining, Task
 
@@ -119,8 +121,8 @@ def packed_documents_loss(model: LLM, batch: Batch, end_of_text_id: int) -> Outp
     return model(inputs_BT, targets_BT, starts_BT=starts_BT)
 
 
-def pretraining(config: TrainConfig) -> Task:
-    """Return the task of pre-training on the shards in config.data_dir."""
+def pretraining(config: TrainConfig, source: Checkpoint | None = None) -> Task:
+    """Return the task of pre-training on the shards in config.data_dir; any weights will do."""
     train, val = open_data(config.data_dir)
     if not config.document_mask:
         return Pretraining(train, val, next_token_loss)
@@ -203,29 +205,35 @@ def train_step(
     """Take one optimizer step on the micro-batches `batches`.
 
     Minimise sum(cross-entropy) / divisor + mean of the auxiliary losses. Gradients are those of one
-    big batch. A step changes nothing if its loss or gradient is not finite, or its loss a spike.
+    big batch. A step changes nothing if its loss or gradient is not finite, its loss is a spike, or
+    the task says that its batches teach nothing.
     """
     # Add up the gradients of the micro-batches, and what is logged.
     losses: Any = 0.0
     router: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     for batch in batches:
         out = forward_backward(model, task, batch, dtype, divisor, config.grad_accum, scaler)
         assert out.cross_entropy_sum is not None
         losses = losses + torch.stack((out.cross_entropy_sum, out.aux_loss, out.z_loss)).detach()
         for name, value in out.router.logged().items():
             router[name] = router.get(name, 0.0) + value / config.grad_accum
+        for name, value in out.metrics.items():
+            metrics[METRIC + name] = metrics.get(METRIC + name, 0.0) + value
     cross_entropy, aux_loss, z_loss = losses
 
     # Update, or skip.
     mean_loss = cross_entropy / divisor
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    spike, idle = recent.is_spike(mean_loss), task.is_idle(batches)
     norm, skipped = _update(
-        optimizer, scaler, parameters, cross_entropy, config.grad_clip, recent.is_spike(mean_loss)
+        optimizer, scaler, parameters, cross_entropy, config.grad_clip, spike, idle
     )
     if config.spike_sigmas:
         recent.add(mean_loss, skipped)
-    # A row of ones moves no expert bias.
-    model.balance_experts(torch.where(skipped, 1.0, router["expert_load"]))
+    if task.balances and not idle:
+        # A row of ones moves no expert bias.
+        model.balance_experts(torch.where(skipped, 1.0, router["expert_load"]))
     optimizer.zero_grad(set_to_none=True)
 
     sums = {
@@ -235,6 +243,7 @@ def train_step(
         "aux_loss": aux_loss / config.grad_accum,
         "z_loss": z_loss / config.grad_accum,
         **router,
+        **metrics,
     }
     return StepResult(sums, norm, skipped)
 
@@ -246,16 +255,20 @@ def _update(
     cross_entropy: Tensor,
     grad_clip: float,
     is_spike: Tensor | None = None,
+    idle: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Clip and take the optimizer's step; change nothing if it is bad.
+    """Clip and take the optimizer's step; change nothing if it is bad or idle.
 
     Bad is a loss or gradient that is not finite, or a loss that is a spike. Return (gradient norm
-    before clipping, whether the step was skipped), 0-dim: the device decides, without a host sync.
+    before clipping, whether the step was bad), 0-dim: the device decides, without a host sync.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     bad = ~torch.isfinite(norm + cross_entropy)
     bad = bad if is_spike is None else bad | is_spike
+    if idle:
+        scaler.update()
+        return norm, bad
     if scaler.is_enabled() or norm.device.type == "mps":
         # The scaler tells the optimizer to change nothing where a gradient is not finite. MPS's
         # kernel ignores that, so there the host reads `bad`.
@@ -279,7 +292,8 @@ def _update(
 class Hooks:
     """What the loop calls; by default nothing.
 
-    on_log(record): every log_interval steps ("train") and after each validation ("val").
+    on_log(record): every log_interval steps ("train"), after each validation ("val"), and the
+        task's "score", also before the first step.
     on_save(state, val_loss, is_best): every save_interval steps (not among skipped ones), at the
         end, and when stopped.
     on_step(): after each step.
@@ -339,7 +353,11 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
         scaler.load_state_dict(state.scaler)
+    task.restore(state.task)
+    task.started(model)
     validation = task.validation(model.config, config)
+    if not state.step:
+        _score(model, task, state, hooks)
     totals = Totals(state, device)
     recent = RecentLoss(state, config.spike_sigmas, device)
     model.train()
@@ -362,7 +380,8 @@ def fit(
             state.step = step + 1
             state.samples_seen += config.batch_size * config.grad_accum
             state.tokens_seen += tokens
-            due = what_is_due(state.step, config, bool(validation), hooks.stop_requested())
+            validates = bool(validation or task.best_score)
+            due = what_is_due(state.step, config, validates, hooks.stop_requested())
             reads = any(due) or state.step % MOST_SKIPPED_IN_A_ROW == 0
             if reads:
                 totals.wait()
@@ -380,18 +399,19 @@ def fit(
                 state.recent_loss = recent.numbers.tolist()
             _check_progress(state, config, scaler)
             if due.log:
-                hooks.on_log(train_record(state, lr, grad_norm))
+                hooks.on_log(train_record(state, lr, grad_norm, task.is_likelihood))
                 totals.clear()
                 state.window = {}
-            val_loss = None
-            if due.validate:
+            val_loss, score = None, {}
+            if due.validate and validation:
                 val_loss = evaluate(model, validation, task.loss, dtype)
-                hooks.on_log(_val_record(state, val_loss, _score(model, task)))
+                hooks.on_log(val_record(state, val_loss, task.is_likelihood))
+            if due.validate:
+                score = _score(model, task, state, hooks)
             # Among skipped steps nothing new needs saving, and nobody should roll back to there.
             if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
-                is_best = _is_best(val_loss, state.best_val_loss)
-                if is_best:
-                    state.best_val_loss, state.best_step = val_loss, state.step
+                is_best = state.note_best(val_loss, score.get(task.best_score), task.best_score)
+                state.task = task.state()
                 hooks.on_save(state, val_loss, is_best)
             if due.stop:
                 break
@@ -442,34 +462,18 @@ def _check_progress(state: RunState, config: TrainConfig, scaler: torch.amp.Grad
         )
 
 
-def _val_record(state: RunState, val_loss: float, score: dict[str, float]) -> dict:
-    """Return the log record of a validation."""
-    record = {
-        "kind": "val",
-        "step": state.step,
-        "tokens_seen": state.tokens_seen,
-        "loss": val_loss,
-        "perplexity": perplexity(val_loss),
-    }
-    return record | ({"score": score} if score else {})
-
-
 @torch.no_grad()
-def _score(model: LLM, task: Task) -> dict[str, float]:
-    """Return the task's further numbers of a validation, asked in eval mode."""
+def _score(model: LLM, task: Task, state: RunState, hooks: Hooks) -> dict[str, float]:
+    """Return the task's further numbers of a validation, asked in eval mode; log them."""
     was_training = model.training
     model.eval()
     try:
-        return task.score(model)
+        numbers = task.score(model)
     finally:
         model.train(was_training)
-
-
-def _is_best(val_loss: float | None, best: float | None) -> bool:
-    """Return whether a validation loss is finite and the lowest so far."""
-    if val_loss is None or not math.isfinite(val_loss):
-        return False
-    return best is None or val_loss < best
+    if numbers:
+        hooks.on_log({"kind": "score", "step": state.step, "score": numbers})
+    return numbers
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -517,7 +521,8 @@ def schedule_notes(plan: TrainPlan) -> list[str]:
     if not plan.config.resume:
         return []
     assert plan.source is not None
-    config, before = plan.config, TrainConfig(**plan.source.train_config)
+    config = plan.config
+    before = type(config)(**plan.source.train_config)
     if config.max_steps == before.max_steps:
         return []
     step = plan.source.step
@@ -563,6 +568,7 @@ def _rolled_back(
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
     """Set up, train, and print how it ended."""
     config = plan.config
+    plan.task.restore(state.task)
     model, optimizer, seconds = set_up(plan, forward_backward)
     left = (config.max_steps - state.step) * config.grad_accum * seconds
     peak = peak_memory_bytes(plan.device)
@@ -586,6 +592,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
             run=dataclasses.asdict(state),
             keep_last=config.keep_last,
             is_best=is_best,
+            stage=plan.task.stage(model),
         )
         reporter.plots(state.step)
 
@@ -603,7 +610,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
     if state.step < config.max_steps:
         print(
             f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
-            f"python train.py --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
+            f"{plan.task.command} --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
         )
         return 128 + stop.signal
     print(

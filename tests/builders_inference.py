@@ -284,3 +284,11 @@ def assert_same_texts(model: LLM, decoder: Decoder, **settings) -> None:
     """Ragged prompts, greedy, with the next step always on its way."""
     expected = [alone(model, prompt, 80, temperature=0, **settings) for prompt in PROMPTS]
     assert generated(decoder, PROMPTS, 80, temperature=0, **settings) == expected
+
+
+def after_an_update(model) -> None:
+    """Move every weight in place, as a fused optimizer does."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor += 0.1 * torch.randn_like(tensor)

@@ -115,9 +115,7 @@ def special_words(tokenizer: Tokenizer) -> dict[str, int]:
     end-of-text.
     """
     fillers = {f"<|reserved_{i}|>": i for i in tokenizer.undecodable_ids}
-    return dict(
-        sorted((tokenizer.encoding._special_tokens | fillers).items(), key=lambda item: item[1])
-    )
+    return dict(sorted((tokenizer.special_tokens | fillers).items(), key=lambda item: item[1]))
 
 
 def pad_id(tokenizer: Tokenizer) -> int | None:

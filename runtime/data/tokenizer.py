@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -62,6 +63,18 @@ _NOT_KEPT = 2**32 - 1
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
+class ChatIds(NamedTuple):
+    """Ids around the messages of a chat; runtime/data/chat.py has the layout."""
+
+    start: int
+    end: int
+    message: int
+
+
+# How the ids of ChatIds are spelled, in its order.
+CHAT_WORDS = ("<|start|>", "<|end|>", "<|message|>")
+
+
 def without_surrogates(text: str) -> str:
     """Return valid Unicode: surrogate pairs joined, lone surrogates replaced by U+FFFD.
 
@@ -83,8 +96,13 @@ class Tokenizer:
 
     Made by load_tokenizer, train_bpe, compacted or tokenizer_from_state. Generation stops at
     `stop_ids`; `start_id` is prepended to every text (None: nothing is). Both are end-of-text,
-    except in a published model's tokenizer.
+    except in a published model's tokenizer and in one with chat ids, which stops at `chat.end`.
     """
+
+    # Set by with_chat (runtime/data/chat.py): ids that no text contains. None: no chat ids.
+    chat: ChatIds | None = None
+    # Fingerprint of the vocabulary without the chat ids; "" if it has none.
+    base_fingerprint: str = ""
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
         self.name = name
@@ -117,11 +135,24 @@ class Tokenizer:
                 digest.update(kind + struct.pack("<II", i, len(token)) + token)
         return digest.hexdigest()
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling -> id of the tokens that `encode` never yields."""
+        if self.chat is None:
+            return self.encoding._special_tokens
+        return self.encoding._special_tokens | dict(zip(CHAT_WORDS, self.chat, strict=True))
+
     @functools.cached_property
     def undecodable_ids(self) -> list[int]:
-        """Ids below vocabulary_size without a token (o200k_base has 19); never sample these."""
-        known = {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
+        """Ids below vocabulary_size without a token (o200k_base has 19)."""
+        known = {*self.encoding._mergeable_ranks.values(), *self.special_tokens.values()}
         return [i for i in range(self.vocabulary_size) if i not in known]
+
+    @property
+    def banned_ids(self) -> list[int]:
+        """Ids that generation never draws: those without a token, and a message's header."""
+        headers = [] if self.chat is None else [self.chat.start, self.chat.message]
+        return self.undecodable_ids + headers
 
     # -------------------------------------------------------------------------- encode
     def encode_to_numpy(self, text: str) -> np.ndarray:
@@ -156,6 +187,8 @@ class Tokenizer:
     # -------------------------------------------------------------------------- decode
     def token_bytes(self, token_id: int) -> bytes:
         """Return an id's bytes; U+FFFD if it has no token. Raise ValueError if out of range."""
+        if self.chat is not None and token_id in self.chat:
+            return CHAT_WORDS[self.chat.index(token_id)].encode()
         try:
             return self._lookup(token_id)
         except (KeyError, OverflowError):
@@ -185,12 +218,15 @@ class Tokenizer:
 
     def summary(self) -> dict:
         """Return what identifies this tokenizer, as plain JSON values."""
-        return {
+        about = {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "vocabulary_size": self.vocabulary_size,
             "end_of_text_id": self.end_of_text_id,
         }
+        if self.chat is not None:
+            about["chat"] = self.chat._asdict() | {"base_fingerprint": self.base_fingerprint}
+        return about
 
     def to_state(self) -> dict:
         """Return all that `tokenizer_from_state` needs, as plain JSON values.
@@ -311,7 +347,10 @@ class NoTokenizer(Tokenizer):
 
 
 class TokenStream:
-    """Text from ids as they arrive: each push returns the completed characters, flush the rest."""
+    """Text from ids as they arrive: each push returns the completed characters, flush the rest.
+
+    Chat ids show nothing.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -319,6 +358,8 @@ class TokenStream:
 
     def push(self, token_id: int) -> str:
         """Return the characters that this id completes; "" while it ends inside a character."""
+        if self.tokenizer.chat is not None and token_id in self.tokenizer.chat:
+            return ""
         return self._decoder.decode(self.tokenizer.token_bytes(int(token_id)))
 
     def flush(self) -> str:

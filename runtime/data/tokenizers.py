@@ -26,6 +26,7 @@ import tiktoken.load
 from runtime.base.files import read_json_object
 from runtime.data import hf_tokenizer
 from runtime.data.bpe_trainer import train_merges
+from runtime.data.chat import with_chat
 from runtime.data.hf_tokenizer import (
     CONFIG_FILE,
     OURS,
@@ -358,6 +359,8 @@ def tokenizer_from_state(state: dict) -> Tokenizer:
         raise ValueError("the stored tokenizer is damaged: it has no name")
     name = state["name"]
     tokenizer = _kind_of(name).restore(state)
+    if "chat" in state:
+        tokenizer = with_chat(tokenizer)
     for key, value in tokenizer.summary().items():
         if state.get(key) != value:
             raise ValueError(
@@ -376,7 +379,8 @@ def tokenizer_of(checkpoint: Checkpoint, name: str = "") -> Tokenizer:
     path, vocabulary = checkpoint.path, checkpoint.model_config.vocabulary_size
     if checkpoint.tokenizer_state:
         tokenizer = tokenizer_from_state(checkpoint.tokenizer_state)
-        if name == NONE or (name and named_tokenizer(name).fingerprint != tokenizer.fingerprint):
+        known = (tokenizer.fingerprint, tokenizer.base_fingerprint)
+        if name == NONE or (name and named_tokenizer(name).fingerprint not in known):
             raise ValueError(
                 f"{path} was trained with tokenizer {tokenizer.name}, not {name}: "
                 "leave --tokenizer out"

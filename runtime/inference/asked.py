@@ -116,6 +116,7 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
         for experts, feed_forward in dispatched:
             experts.feed_forward = feed_forward
         decoder.compiles, decoder._whole, decoder._caches = compiles, None, []
+        decoder._texts = []
     plain_NV, fast_NV = (
         torch.cat(values) for values in zip(*((p.plain_NV, p.fast_NV) for p in probes), strict=True)
     )

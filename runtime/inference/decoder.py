@@ -14,7 +14,7 @@ import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from runtime.checks.known import (
 )
 from runtime.inference import asked
 from runtime.inference.cpu_decode import native_model
-from runtime.inference.quantize import is_packed, unpack
+from runtime.inference.quantize import copy_weights_, is_packed, unpack
 
 # Tokens of a prompt at once: with more, PyTorch's matrix products are the faster ones.
 MOST_NATIVE_ROWS = 512
@@ -88,6 +88,8 @@ class Decoder:
         self._graphs: dict[int, tuple] = {}
         # The cache of all texts, made by `texts`, and what asked.settle says.
         self._whole: Any = None
+        self._texts: list[Text] = []
+        self._addresses = _addresses(model)
         self.kernel_notes: list[str] = []
         # Then PyTorch has to unpack every matrix that it uses.
         self._is_packed = is_packed(model)
@@ -114,7 +116,7 @@ class Decoder:
         Those of an earlier call are no longer valid.
         """
         # First, so that both are never in memory at once.
-        self._whole, self._caches, self._graphs = None, [], {}
+        self._whole, self._caches, self._texts, self._graphs = None, [], [], {}
         # One slot more: where a step has texts that take no part, they write after their end.
         dtype = self.model.embed.weight.dtype
         self._whole = KVCache(self.config, count, max_tokens + 1, dtype, self.device)
@@ -122,7 +124,47 @@ class Decoder:
         self._row = {id(cache): row for row, cache in enumerate(self._caches)}
         for cache in self._caches:
             cache.max_tokens = max_tokens
-        return [Text(cache) for cache in self._caches]
+        self._texts = [Text(cache) for cache in self._caches]
+        return list(self._texts)
+
+    @torch.inference_mode()
+    def fork(self, text: Text, count: int) -> list[Text]:
+        """Return `count` texts that hold what `text` holds: itself and the rows after it.
+
+        So a prompt with several answers is read once. What the other rows held is overwritten.
+        Raise ValueError where `texts` made fewer rows.
+        """
+        first, length = self._row[id(text.cache)], text.cache.length
+        forked = self._texts[first : first + count]
+        if count < 1 or len(forked) < count:
+            raise ValueError(
+                f"a fork to {count} texts from row {first} needs rows up to {first + count - 1}, "
+                f"and there are {len(self._texts)}: ask texts() for more"
+            )
+        for store in self._whole.keys + self._whole.values:
+            # A ring buffer that has wrapped is copied whole.
+            used = min(length, store.shape[2])
+            store[first + 1 : first + count, :, :used] = store[first, :, :used]
+        for other in forked[1:]:
+            other.cache.length, other.ids = length, list(text.ids)
+        return forked
+
+    def weights_changed(self, source: LLM | None = None) -> None:
+        """Follow weights that have changed: forget all that the caches hold of the old ones.
+
+        source: the model that this decoder runs a copy of (in 8 bits, in another dtype, on another
+        device, with adapters merged); its weights are copied, and packed again. The C decoder and
+        CUDA graphs read weights where they are, so they stay unless a tensor has moved.
+        """
+        if source is not None:
+            copy_weights_(self.model, source)
+        if self._whole is not None:
+            self.forget()
+        if (addresses := _addresses(self.model)) == self._addresses:
+            return
+        self._addresses, self._graphs = addresses, {}
+        if self.native is not None:
+            self.native, self.why_not_native = native_model(self.model)
 
     def forget(self) -> None:
         """Reset and zero all caches: 0 * NaN is NaN, so stale values past the end would leak."""
@@ -275,6 +317,11 @@ class Decoder:
             logits = function(self.model, self._whole, ids, positions, span)
         # What was compiled lives as long as the graph that runs it.
         return graph, ids, positions, logits, function
+
+
+def _addresses(model: LLM) -> list[int]:
+    """Return where the model's tensors are in memory."""
+    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
 
 @contextlib.contextmanager
@@ -459,6 +506,20 @@ def _products(w_OI: Tensor, x_I: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------- generation
+class Draw(Protocol):
+    """How ids are drawn, and which of them end a row."""
+
+    stop_ids: Sequence[int]
+
+    def __call__(
+        self, rows: list[int], ids: list[list[int]], logits_BV: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw the next id of some rows, whose tokens so far are `ids[row]`.
+
+        Return (ids [B] int64, -1 where logits are not finite; log-probabilities [B] or None).
+        """
+
+
 @dataclass
 class Drawing:
     """How tokens are drawn: the settings of model.sample, and which ids end or never come."""
@@ -472,6 +533,8 @@ class Drawing:
     banned_ids: Sequence[int]
     generators: Sequence[torch.Generator] | None
     device: torch.device
+    # Whether it is asked for log-probabilities, too.
+    gives_log_probs: bool = False
 
     def __post_init__(self):
         check_sampling(
@@ -482,8 +545,10 @@ class Drawing:
             for ids in (self.stop_ids, self.banned_ids)
         )
 
-    def __call__(self, rows: list[int], ids: list[list[int]], logits_BV: Tensor) -> Tensor:
-        """Draw the next id [B] of some rows, whose tokens so far are `ids[row]`."""
+    def __call__(
+        self, rows: list[int], ids: list[list[int]], logits_BV: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        given_BV = logits_BV
         if self.repetition_penalty != 1.0:
             logits_BV = torch.cat(
                 [
@@ -492,9 +557,20 @@ class Drawing:
                 ]
             )
         generators = [self.generators[row] for row in rows] if self.generators else None
-        return sample(
+        drawn_B = sample(
             logits_BV, self.temperature, self.top_k, self.top_p, self.banned, generators, self.min_p
         )
+        return drawn_B, self.log_probs(given_BV, drawn_B) if self.gives_log_probs else None
+
+    def log_probs(self, logits_BV: Tensor, drawn_B: Tensor) -> Tensor:
+        """Return the log-probability [B] of drawn ids: temperature 1, over the ids not banned.
+
+        float32, or float64 of such logits.
+        """
+        dtype = torch.promote_types(logits_BV.dtype, torch.float32)
+        logits_BV = logits_BV.to(dtype).index_fill(1, self.banned, -torch.inf)
+        drawn_B1 = drawn_B.clamp(min=0)[:, None]
+        return logits_BV.gather(1, drawn_B1)[:, 0] - logits_BV.logsumexp(dim=1)
 
     def _penalised(self, ids: list[int], logits_V: Tensor) -> Tensor:
         seen_1T = torch.tensor([ids], device=self.device)
@@ -520,6 +596,8 @@ def generate(
     slide: bool = True,
     lookup: int = 0,
     finished: set[int] | None = None,
+    log_probs: Sequence[list[float]] | None = None,
+    logits_BV: Tensor | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue a prompt (ids, not empty) in each text; yield (row, id) as soon as ids are drawn.
 
@@ -533,6 +611,12 @@ def generate(
     and check them in one pass (Saxena 2023, "prompt lookup decoding"). Each token is still drawn
     from the model's own distribution given what precedes it, with the noise that it would have had:
     the same text, up to the rounding of logits. ValueError with ring buffers in the cache.
+
+    log_probs: a list for each row. The log-probability of each id that is yielded is appended: at
+    temperature 1 over the ids that are not banned, whatever the settings (Drawing.log_probs).
+
+    logits_BV: of each prompt's last token, where the texts hold the prompts whole (Decoder.fork).
+    Nothing is read then.
     """
     draw = Drawing(
         temperature,
@@ -544,6 +628,7 @@ def generate(
         banned_ids,
         generators,
         decoder.device,
+        log_probs is not None,
     )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
@@ -555,17 +640,21 @@ def generate(
     if max_new_tokens == 0 or not texts:
         return
     finished = set() if finished is None else finished
-    run = _Generation(decoder, texts, prompts, max_new_tokens, draw, slide, finished)
+    run = Generation(
+        decoder, texts, prompts, max_new_tokens, draw, slide, finished, log_probs, logits_BV
+    )
     yield from run.in_steps(stop_at_one=lookup > 0)
     # At most one row is left, and that with prompt-lookup decoding.
     for row in run.unfinished():
         yield from run.by_lookup(row, lookup)
 
 
-class _Generation:
+class Generation:
     """The rows that `generate` continues.
 
-    ids: of each row, what the model is to see; the very list that its text has.
+    draw: how ids are drawn, and which end a row. finished, log_probs, first_BV: the
+    arguments finished, log_probs and logits_BV of `generate`. ids: of each row, what the model is
+    to see; the very list that its text has.
     """
 
     def __init__(
@@ -574,11 +663,14 @@ class _Generation:
         texts: Sequence[Text],
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        draw: Drawing,
+        draw: Draw,
         slide: bool,
         finished: set[int],
+        log_probs: Sequence[list[float]] | None = None,
+        first_BV: Tensor | None = None,
     ):
         self.decoder, self.texts, self.draw = decoder, texts, draw
+        self.stop_ids, self.log_probs, self.first_BV = draw.stop_ids, log_probs, first_BV
         self.max_new_tokens, self.slide, self.finished = max_new_tokens, slide, finished
         self.context = decoder.config.context_length
         self.ids = [list(prompt[-self.context :]) for prompt in prompts]
@@ -600,39 +692,59 @@ class _Generation:
             [self.texts[row] for row in rows], [self.ids[row] for row in rows]
         )
 
+    def start(self, rows: list[int]) -> Tensor:
+        """Return logits [rows, V] after the prompts: those that were given, or by reading."""
+        if self.first_BV is None:
+            return self.read(rows)
+        for text, ids in zip(self.texts, self.ids, strict=True):
+            if text.cache.length != len(ids) or text.ids != ids:
+                raise ValueError("logits of the prompts are given, and a text holds another prompt")
+            text.ids = ids
+        return self.first_BV[rows]
+
     def step(self, rows: list[int], ids_B: Tensor) -> Tensor:
         """Return logits [rows, V] after one more token of each."""
         return self.decoder.step([self.texts[row] for row in rows], ids_B)
 
-    def take(self, rows: list[int], drawn: list[int]) -> list[tuple[int, int]]:
+    def drawn(self, rows: list[int], logits_BV: Tensor) -> tuple[Tensor, Drawn]:
+        """Draw an id for each row: (ids [rows] on the device, the same on the way to the host)."""
+        drawn_B, log_probs_B = self.draw(rows, self.ids, logits_BV)
+        copied = None if log_probs_B is None else _HostCopy(log_probs_B)
+        return drawn_B, Drawn(_HostCopy(drawn_B), copied)
+
+    def take(self, rows: list[int], new: Drawn) -> list[tuple[int, int]]:
         """Append what was drawn, note which rows end with it, and return the pairs."""
+        drawn = new.ids.read()
         try:
             check_drawn(drawn)
         except ValueError:
             self.decoder.forget()
             raise
+        if self.log_probs is not None and new.log_probs is not None:
+            for row, log_prob in zip(rows, new.log_probs.read(), strict=True):
+                self.log_probs[row].append(log_prob)
         for row, token in zip(rows, drawn, strict=True):
             self.ids[row].append(token)
             self.num_drawn[row] += 1
             is_last = self.num_drawn[row] == self.max_new_tokens
             is_full = len(self.ids[row]) > self.context and not self.slide
-            if token in self.draw.stop_ids or is_last or is_full:
+            if token in self.stop_ids or is_last or is_full:
                 self.finished.add(row)
         return list(zip(rows, drawn, strict=True))
 
     def in_steps(self, stop_at_one: bool) -> Iterator[list[tuple[int, int]]]:
         """Draw one token for each row at a time; stop_at_one: until one row is left."""
         rows = self.unfinished()
-        logits_BV = self.read(rows) if rows else None
+        logits_BV = self.start(rows) if rows else None
         while rows:
-            drawn_B, ahead_BV = self.draw(rows, self.ids, logits_BV), None
-            host = _HostCopy(drawn_B)
+            assert logits_BV is not None
+            (drawn_B, new), ahead_BV = self.drawn(rows, logits_BV), None
             if not stop_at_one and self._all_continue(rows):
                 # The next step is on its way before this one's ids are read. For a row that ends
                 # here it is for nothing.
                 ahead_BV = self.step(rows, drawn_B)
             before = rows
-            yield self.take(rows, host.read())
+            yield self.take(rows, new)
             rows = [row for row in before if row not in self.finished]
             if stop_at_one and len(rows) == 1:
                 return
@@ -676,8 +788,7 @@ class _Generation:
             else:
                 logits_TV = self.read([row])
             for logits_V, guessed in zip(logits_TV, [*guess, None], strict=True):
-                drawn_1 = self.draw([row], self.ids, logits_V[None])
-                pairs = self.take([row], drawn_1.tolist())
+                pairs = self.take([row], self.drawn([row], logits_V[None])[1])
                 yield pairs
                 if row in self.finished or pairs[0][1] != guessed:
                     break
@@ -700,21 +811,29 @@ def guess_from_text(ids: Sequence[int], most: int) -> list[int]:
 
 
 class _HostCopy:
-    """Ids [B] on their way to the host.
+    """A number for each row, [B], on its way to the host.
 
     `read` waits for them, and for nothing that was started after.
     """
 
-    def __init__(self, ids_B: Tensor):
-        self._ids, self._event = ids_B, None
-        if ids_B.is_cuda:
-            self._ids = torch.empty(ids_B.shape, dtype=ids_B.dtype, pin_memory=True).copy_(
-                ids_B, non_blocking=True
-            )
+    def __init__(self, numbers_B: Tensor):
+        self._numbers, self._event = numbers_B, None
+        if numbers_B.is_cuda:
+            self._numbers = torch.empty(
+                numbers_B.shape, dtype=numbers_B.dtype, pin_memory=True
+            ).copy_(numbers_B, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(ids_B.device))
+            self._event.record(torch.cuda.current_stream(numbers_B.device))
 
-    def read(self) -> list[int]:
+    def read(self) -> list:
         if self._event is not None:
             self._event.synchronize()
-        return self._ids.tolist()
+        return self._numbers.tolist()
+
+
+class Drawn(NamedTuple):
+    """What was drawn for some rows, on the way to the host."""
+
+    ids: _HostCopy
+    # Where `generate` was asked for them.
+    log_probs: _HostCopy | None

@@ -103,7 +103,7 @@ class Predictor:
         self.origin = dataclasses.replace(checkpoint, model={}, optimizer=None)
         # Ids that stand for no text: holes in the tokenizer's ids, and the embedding's padding.
         vocabulary = c.vocabulary_size
-        self.banned_ids = [i for i in self.tokenizer.undecodable_ids if i < vocabulary] + list(
+        self.banned_ids = [i for i in self.tokenizer.banned_ids if i < vocabulary] + list(
             range(self.tokenizer.vocabulary_size, vocabulary)
         )
         if (line := self.top_k_note(config.top_k)) and not config.quiet:

@@ -65,6 +65,29 @@ def quantize_(model: LLM) -> LLM:
     return model
 
 
+@torch.no_grad()
+def copy_weights_(model: LLM, source: LLM) -> None:
+    """Copy the weights of `source` into `model`, a copy of it, and pack what is packed there.
+
+    Every tensor stays where it is. The two may differ in dtype and device. Raise ValueError where
+    they have other tensors.
+    """
+    theirs = dict((*source.named_parameters(), *source.named_buffers()))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith(("_packed", "_scale")) and name not in theirs:
+            continue
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            raise ValueError(f"the models differ in {name}: weights are copied to a copy only")
+        tensor.copy_(theirs[name])
+    pairs = zip(quantized_weights(model), quantized_weights(source), strict=True)
+    for (module, name), (their_module, _) in pairs:
+        if hasattr(module, f"{name}_packed") and not hasattr(their_module, f"{name}_packed"):
+            is_head = their_module is source.out_head
+            packed, scale = pack(source.head_weight if is_head else getattr(their_module, name))
+            getattr(module, f"{name}_packed").copy_(packed)
+            getattr(module, f"{name}_scale").copy_(scale)
+
+
 @functools.cache
 def _reading_packed(kind: type[nn.Module], name: str, dtype: torch.dtype) -> type[nn.Module]:
     """Return a subclass whose attribute `name` is unpacked from `name`_packed and `name`_scale."""

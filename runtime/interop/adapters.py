@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,6 +160,7 @@ def write_merged(checkpoint: Checkpoint, out: Path) -> str:
     """
     shapes = shapes_of(checkpoint.model_config)
     stage = {key: value for key, value in checkpoint.stage.items() if key != KEY}
+    values: dict[str, Any] = {"stage": stage} if stage else {}
     needed = sum(4 * shape.numel() for shape in shapes.values())
     with staged(out, needed) as temporary:
         write_weights(
@@ -171,6 +173,6 @@ def write_merged(checkpoint: Checkpoint, out: Path) -> str:
             val_loss=checkpoint.val_loss,
             train_cfg=checkpoint.train_config,
             data_fingerprint=checkpoint.data_fingerprint,
-            **({"stage": stage} if stage else {}),
+            **values,
         )
     return f"a plain checkpoint of {len(shapes)} tensors, {needed / 1e6:,.1f} MB"

@@ -124,6 +124,8 @@ class AdaptedExperts(Experts):
     def _linear(
         self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor
     ) -> Tensor:
+        a_ErI: Tensor
+        b_EOr: Tensor
         if w_EOI is self.w_in:
             a_ErI, b_EOr = self.w_in_lora_A, self.w_in_lora_B
         elif w_EOI is self.w_out:
@@ -171,7 +173,7 @@ class AdaptedHead(Head):
     first_row: int
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:  # type: ignore[override]  # read as the parameter was
         """Return the bias [V], if there is one; the gradient goes to its trained rows."""
         whole = self._parameters["bias"]
         if whole is None:
@@ -220,9 +222,9 @@ def attach(model: LLM, adapter: Adapter, seed: int = 0) -> None:
         a, experts = block.attention, block.moe.experts
         for linear in (a.W_q, a.W_k, a.W_v, a.out_proj):
             linear.__class__ = AdaptedLinear
-            linear.lora_scale = adapter.scale_of(ATTENTION[0])
+            cast(AdaptedLinear, linear).lora_scale = adapter.scale_of(ATTENTION[0])
         experts.__class__ = AdaptedExperts
-        experts.lora_scale = adapter.scale_of(EXPERTS[0])
+        cast(AdaptedExperts, experts).lora_scale = adapter.scale_of(EXPERTS[0])
     model.__class__ = AdaptedLLM
     cast(AdaptedLLM, model).adapter = adapter
     if adapter.num_rows:

@@ -7,7 +7,7 @@ run its curves, but never its training: it is moved aside under an unused name, 
 it is kept, and a message says so.
 
     metrics.jsonl            {"step": 10, "kind": "train", "tokens_seen": 20480, "loss": 8.91, ...}
-    metrics.json             {"run": {...}, "train": [records], "val": [records]}
+    metrics.json             {"run": {...}, "train": [records], "val": [records], "score": [...]}
     metrics-N.jsonl          another run's, found where this one started (with its metrics-N.json)
     metrics-damaged-N.jsonl  one with lines that could not be read (with its ...-N.json)
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from runtime.base.files import make_folder, write_atomic
 
-KINDS = ("train", "val")
+KINDS = ("train", "val", "score")
 # Shares of its fair load: an expert below them learns little, one above them is a bottleneck.
 HEALTHY_LOAD = (0.25, 4.0)
 
@@ -283,7 +283,8 @@ class MetricsLog:
             records = [
                 record
                 for kind in KINDS
-                for record in whole[kind]
+                # Earlier versions had no scores.
+                for record in (whole[kind] if kind in whole or kind in KINDS[:2] else ())
                 if not _check(record) and record["kind"] == kind
             ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -334,7 +335,7 @@ class MetricsLog:
 
     # ---- writing
     def append(self, record: dict) -> None:
-        """Write one record: `step`, `kind` ("train" or "val") and what was measured.
+        """Write one record: `step`, `kind` (one of KINDS) and what was measured.
 
         Steps of a kind must increase. Numbers that are not finite become null, and the record says
         `"non_finite": true`. Raise ValueError for a record that breaks these rules, OSError if it
@@ -381,7 +382,7 @@ class MetricsLog:
     def write_json(self) -> None:
         """Rewrite metrics.json from metrics.jsonl, atomically.
 
-        Memory is constant, except for the validation records.
+        Memory is constant, except for the records of validations and scores.
         """
         try:
             self._write_json()
@@ -392,16 +393,19 @@ class MetricsLog:
 
     def _write_json(self) -> None:
         def write(file):
-            val = []
+            others: dict[str, list[bytes]] = {kind: [] for kind in KINDS[1:]}
             file.write(b'{"run":' + _dump(self.run_info) + b',\n"train":[')
             separator = b"\n"
             for line, record in _good_lines(self.path):
-                if record["kind"] == "val":
-                    val.append(line)
+                if record["kind"] in others:
+                    others[record["kind"]].append(line)
                 else:
                     file.write(separator + line)
                     separator = b",\n"
-            file.write(b'],\n"val":[\n' + b",\n".join(val) + b"]}\n")
+            for kind, lines in others.items():
+                if lines or kind == "val":
+                    file.write(b'],\n"' + kind.encode() + b'":[\n' + b",\n".join(lines))
+            file.write(b"]}\n")
 
         assert self._file is not None
         if not self._file.closed:
@@ -445,7 +449,8 @@ def flatten(record: dict) -> dict[str, float]:
         for key, value in record.items()
         if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    for name, value in (record.get("score") or {}).items():
+    own = (record.get("score") or {}) | (record.get("metrics") or {})
+    for name, value in own.items():
         if value is not None:
             flat[f"{record['kind']}/{name}"] = value
     for block, loads in enumerate(record.get("expert_load") or []):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ from runtime.training.task import Task
 # change, but for what _also_free names.
 FREE_ON_RESUME = {
     "data_dir",
+    "data",
     "ckpt_dir",
     "graph_dir",
     "run_name",
@@ -108,34 +110,42 @@ class TrainPlan:
     auto_dtype: bool = False
 
 
-def make_plan(settings: cli.Settings, task_of: Callable[[TrainConfig], Task]) -> TrainPlan:
+def make_plan(
+    settings: cli.Settings,
+    task_of: Callable[[Any, Checkpoint | None], Task],
+    config_class: type[TrainConfig] = TrainConfig,
+) -> TrainPlan:
     """Return the plan for some settings. Raise ValueError for whatever cannot be honoured.
 
-    task_of(config): the task, made from the data that the settings name.
+    task_of(config, source): the task, made from the data that the settings name. config: a
+    config_class; source: the checkpoint that is resumed or started from, if any.
     """
     notes: list[str] = []
-    source, config, model_config = _configs(settings, notes)
+    source, config, model_config = _configs(settings, config_class, notes)
     if config.profile and not is_utf8(config.graph_dir):
         raise ValueError(
             f"--profile: PyTorch writes its trace to UTF-8 paths alone, and {config.graph_dir} is "
             "none: give another --graph_dir"
         )
     device, dtype = _prepare_process(config)
-    task = task_of(config)
+    if config.init_from:
+        source = read_checkpoint(config.init_from)
+    task = task_of(config, source)
     if config.resume:
         assert source is not None
+        check_kind(source, task)
         if source.data_fingerprint != task.fingerprint:
             raise ValueError(
-                f"{config.data_dir} is not the text that {source.path} was trained on: give the "
-                "run's own --data_dir, or start a new run with --init_from"
+                f"{task.where} is not the text that {source.path} was trained on: give the run's "
+                "own, or start a new run with --init_from"
             )
         assert model_config is not None
         config = _with_epochs(config, settings, task, model_config, source, notes)
     else:
-        if config.init_from:
-            source = read_checkpoint(config.init_from)
+        if source is not None:
             model_config = _initial_config(settings, source)
             notes.append(_init_note(settings, source))
+            model_config = task.adapted(model_config, source)
         elif task.vocabulary_size and "vocabulary_size" not in settings.explicit:
             assert model_config is not None
             model_config = dataclasses.replace(model_config, vocabulary_size=task.vocabulary_size)
@@ -170,18 +180,29 @@ def _with_epochs(
     values = dataclasses.asdict(config) | {"epochs": 0.0, "max_steps": max(math.ceil(steps), 1)}
     said: tuple[str, ...] = ()
     if source is None:
-        values, said = follow(values, settings.explicit)
+        values, said = follow(values, settings.explicit, type(config))
     else:
         _check_steps(values, source)
     notes += [
         f"epochs {config.epochs:g} of {samples:,} sequences: max_steps {values['max_steps']:,}",
         *said,
     ]
-    return TrainConfig(**values)
+    return type(config)(**values)
+
+
+def check_kind(source: Checkpoint, task: Task) -> None:
+    """Raise ValueError if a run of another kind is to be resumed."""
+    kind = source.stage.get("kind", Task.kind)
+    if kind != task.kind:
+        raise ValueError(
+            f"{source.path} is of another kind of training ({kind}) and cannot be resumed by "
+            f"{task.command}: start a new run from its weights with --init_from {source.path} and "
+            "another --ckpt_dir"
+        )
 
 
 def _configs(
-    settings: cli.Settings, notes: list[str]
+    settings: cli.Settings, config_class: type[TrainConfig], notes: list[str]
 ) -> tuple[Checkpoint | None, TrainConfig, ModelConfig | None]:
     """Return the checkpoint to resume, if any, and both configs; add what is to be said to notes.
 
@@ -194,7 +215,7 @@ def _configs(
             # The data, which is not open yet, decides the steps: no warm-up is too long so far.
             values = settings.values | {"max_steps": 1_000_000_000}
             settings = dataclasses.replace(settings, values=values)
-        config = settings.build(TrainConfig)
+        config = settings.build(config_class)
         notes += settings.notes
         if folder_has_run(config.ckpt_dir):
             raise ValueError(
@@ -211,10 +232,10 @@ def _configs(
         raise ValueError(
             f"--resume continues with the run's own settings: leave out --preset {settings.preset}"
         )
-    source, skipped = find_latest(settings.values.get("ckpt_dir", TrainConfig.ckpt_dir))
+    source, skipped = find_latest(settings.values.get("ckpt_dir", config_class.ckpt_dir))
     notes += [f"skipped a checkpoint that cannot be read: {line}" for line in skipped]
     notes.append(f"resuming {source.path} at step {source.step:,}")
-    config, model_config = _resumed_configs(settings, source)
+    config, model_config = _resumed_configs(settings, source, config_class)
     return source, config, model_config
 
 
@@ -242,7 +263,9 @@ def _init_note(settings: cli.Settings, source: Checkpoint) -> str:
     return note
 
 
-def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainConfig, ModelConfig]:
+def _resumed_configs(
+    settings: cli.Settings, source: Checkpoint, config_class: type[TrainConfig]
+) -> tuple[TrainConfig, ModelConfig]:
     """Return the checkpoint's configs with the settings that a resumed run may change.
 
     Raise ValueError for settings that it may not change.
@@ -266,11 +289,11 @@ def _resumed_configs(settings: cli.Settings, source: Checkpoint) -> tuple[TrainC
             )
     free = {name: value for name, value in given.items() if name in may_change}
     # The run's folder may have been moved since it was saved.
-    folder = {"ckpt_dir": settings.values.get("ckpt_dir", TrainConfig.ckpt_dir)}
+    folder = {"ckpt_dir": settings.values.get("ckpt_dir", config_class.ckpt_dir)}
     values = source.train_config | free | folder | {"resume": True, "init_from": ""}
     _check_steps(values, source)
     try:
-        config = TrainConfig(**values)
+        config = config_class(**values)
     except TypeError as error:
         raise ValueError(
             f"{source.path} has training settings that this version does not know: {error}"
@@ -327,7 +350,7 @@ def saved_state(source: Checkpoint) -> RunState:
     """Return a checkpoint's run state. Raise ValueError if its fields are not this version's."""
     expected = dataclasses.asdict(RunState())
     # Earlier versions lacked these.
-    added = {"rollbacks", "recent_loss", "best_step", "auto_dtype"}
+    added = {"rollbacks", "recent_loss", "best_step", "auto_dtype", "best_score", "task"}
     if source.run.keys() | added != expected.keys():
         different = ", ".join(sorted(source.run.keys() ^ expected.keys()))
         raise ValueError(
@@ -363,10 +386,12 @@ def _initial_config(settings: cli.Settings, source: Checkpoint) -> ModelConfig:
     return config
 
 
-def with_config(source: Checkpoint, config: ModelConfig) -> Checkpoint:
+def with_config(source: Checkpoint, config: ModelConfig, new_ids: Sequence[int] = ()) -> Checkpoint:
     """Return a checkpoint with its weights under another config.
 
     If router_bias_rate asks for expert biases that are missing, they are zero; if not, they go.
+    new_ids: the rows of the vocabulary that the config adds or that nobody trained so far. They
+    become the mean of all others.
     """
     biases = {
         f"layers.{block}.moe.router.selection_bias": torch.zeros(config.num_experts)
@@ -375,7 +400,29 @@ def with_config(source: Checkpoint, config: ModelConfig) -> Checkpoint:
     model = {name: tensor for name, tensor in source.model.items() if name not in biases}
     if config.router_bias_rate:
         model |= {name: source.model.get(name, zero) for name, zero in biases.items()}
+    if new_ids:
+        model |= _with_new_rows(model, config.vocabulary_size, new_ids)
     return dataclasses.replace(source, model_config=config, model=model)
+
+
+def _with_new_rows(
+    model: dict[str, torch.Tensor], vocabulary_size: int, new_ids: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors with a row per id, with the rows `new_ids` as the mean of all others."""
+    changed: dict[str, torch.Tensor] = {}
+    for name in ("embed.weight", "out_head.weight", "out_head.bias"):
+        if name in model:
+            old = model[name]
+            rows = old.new_zeros(vocabulary_size, *old.shape[1:])
+            rows[: len(old)] = old
+            is_new = torch.zeros(vocabulary_size, dtype=torch.bool)
+            is_new[len(old) :] = True
+            is_new[list(new_ids)] = True
+            # In float64: a float32 sum of 200,000 rows loses digits.
+            total = rows.sum(dim=0, dtype=torch.float64) - rows[is_new].double().sum(dim=0)
+            rows[is_new] = (total / (~is_new).sum()).to(rows)
+            changed[name] = rows
+    return changed
 
 
 def _check_vocabulary(model_config: ModelConfig, task: Task, source: Checkpoint | None) -> None:
@@ -389,7 +436,7 @@ def _check_vocabulary(model_config: ModelConfig, task: Task, source: Checkpoint 
             "or prepare the text with the model's tokenizer"
         )
     theirs = source.tokenizer_state if source else None
-    if source and theirs and ours and theirs["fingerprint"] != ours["fingerprint"]:
+    if source and theirs and ours and theirs["fingerprint"] not in task.known_fingerprints():
         name = ours["name"] + (" of another text" if ours["name"] == theirs["name"] else "")
         raise ValueError(
             f"{source.path} was trained with tokenizer {theirs['name']} and {task.where} was made "
@@ -403,11 +450,17 @@ def check_memory(plan: TrainPlan) -> dict[str, int]:
     Raise ValueError if weights, gradients and optimizer state alone exceed the device's memory.
     """
     on_gpu = plan.device.type == "cuda"
+    rows = plan.config.batch_size * plan.task.rows_per_sample
     needed = training_memory_bytes(
-        plan.model_config, plan.config, plan.dtype.itemsize, on_gpu, plan.loss_rows
+        plan.model_config,
+        dataclasses.replace(plan.config, batch_size=rows),
+        plan.dtype.itemsize,
+        on_gpu,
+        plan.loss_rows,
     )
+    needed = plan.task.needed_bytes(needed, plan.model_config)
     # Gradients are as large as the weights, even where they do not exist at the step's peak.
-    fixed = 2 * needed["weights"] + needed["optimizer state"]
+    fixed = needed["weights"] + needed["optimizer state"] + plan.task.gradient_bytes(needed)
     memory = memory_bytes(plan.device)
     if memory and fixed > memory[1]:
         preset = _fitting_preset(memory[1]) if on_gpu else "nano"

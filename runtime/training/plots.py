@@ -173,7 +173,15 @@ class History:
             "val": {k: array("d") for k in ("step", *VAL_KEYS)},
         }
         kept, newest, stride, seen = [], None, 1, 0
+        # Steps and numbers by name, with a gap where a record lacks one.
+        self.scores: list[tuple[int, dict]] = []
+        # Whether the loss is a cross-entropy: other tasks log no perplexity.
+        self.is_likelihood = True
         for record in records:
+            if record["kind"] == "score":
+                self.scores.append((record["step"], record["score"]))
+                continue
+            self.is_likelihood = self.is_likelihood and record.get("is_likelihood", True)
             table = columns[record["kind"]]
             for key, column in table.items():
                 column.append(_number(record.get(key)))
@@ -192,7 +200,8 @@ class History:
             order = np.argsort(table["step"], kind="stable")
             for key in table:
                 table[key] = table[key][order]
-            if np.isnan(table["perplexity"]).any():  # from the loss, where that can be had
+            # From the loss, where that can be had.
+            if self.is_likelihood and np.isnan(table["perplexity"]).any():
                 with np.errstate(over="ignore"):
                     table["perplexity"] = np.where(
                         np.isnan(table["perplexity"]), np.exp(table["loss"]), table["perplexity"]
@@ -630,7 +639,7 @@ def _value(number: float) -> str:
 
 
 def _draw_loss(history, status, theme=DARK):
-    unit = "cross-entropy (nats per token)"
+    unit = "cross-entropy (nats per token)" if history.is_likelihood else "the task's loss"
     if _has(history.val["bits_per_byte"]):
         status = (
             f"{_last(history.val['bits_per_byte']):.3f} validation bits per byte   ·   {status}"

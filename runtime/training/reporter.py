@@ -23,6 +23,8 @@ from runtime.training.plan import TrainPlan
 from runtime.training.plots import draw_plots
 from runtime.training.state import RunState
 
+# The ends of the names of a score's interval.
+LOW, HIGH = "_low", "_high"
 PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, recorded
 
 
@@ -71,23 +73,38 @@ class Reporter:
 
     def on_log(self, record: dict) -> None:
         """Complete a record of `fit`, then show and store it."""
-        if record["kind"] == "val":
-            line = f"validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}"
+        if record["kind"] == "score":
+            self._show_score(record)
+        elif record["kind"] == "val":
+            line = f"validation loss {record['loss']:.4f}"
+            if "perplexity" in record:
+                line += f"  perplexity {record['perplexity']:.2f}"
             if bytes_per_token := self.plan.task.bytes_per_token:
                 record["bits_per_byte"] = record["loss"] / math.log(2) / bytes_per_token
                 line += f"  bits/byte {record['bits_per_byte']:.4f}"
-            for name, value in record.get("score", {}).items():
-                line += f"  {name} {value:.4f}"
             self.say(f"step {record['step']:>7,}  {line}")
         else:
             self._show_training(record)
         self._log(lambda: self.log.append(record))
+
+    def _show_score(self, record: dict) -> None:
+        """Say the scores: a number, and its interval where there is one."""
+        score, parts = record["score"], []
+        for name, value in score.items():
+            if name.endswith((LOW, HIGH)):
+                continue
+            part = f"{name} {value:.4f}"
+            if f"{name}{LOW}" in score:
+                part += f" ({score[f'{name}{LOW}']:.3f} to {score[f'{name}{HIGH}']:.3f})"
+            parts.append(part)
+        self.say(f"step {record['step']:>7,}  {'  '.join(parts)}")
 
     def _show_training(self, record: dict) -> None:
         shown = {
             "loss": f"{record['loss']:.4f}",
             "tok/s": human_count(record["tokens_per_sec"]),
         }
+        shown |= {name: f"{value:.4g}" for name, value in record.get("metrics", {}).items()}
         if self.peak:
             record["mfu"] = record["tokens_per_sec"] * self.flops_per_token / self.peak
             shown["MFU"] = f"{100 * record['mfu']:.1f}%"

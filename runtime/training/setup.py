@@ -89,6 +89,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
     config = plan.config
     with explained_failures(plan):
         model = build(plan)
+        plan.task.prepare(model)
         choose_kernels(model, plan.device, plan.dtype)
         for line in settle_kernels(model):
             tqdm.write(f"note     {line}")
@@ -98,6 +99,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
             load_training_state(plan.source, model, optimizer)
         model.activation_checkpointing = config.activation_checkpointing
         model.loss_rows = plan.loss_rows
+        plan.task.started(model)
         if config.compile:
             model.compile_in_place()
         return model, optimizer, dry_run(model, optimizer, plan, forward_backward)
@@ -107,7 +109,8 @@ def build(plan: TrainPlan) -> LLM:
     """Return the plan's model on its device, with the weights of --init_from or random ones."""
     if plan.config.init_from:
         assert plan.source is not None
-        return build_model(with_config(plan.source, plan.model_config), plan.device)
+        new_ids = plan.task.new_ids(plan.source)
+        return build_model(with_config(plan.source, plan.model_config, new_ids), plan.device)
     torch.manual_seed(plan.config.seed)
     with plan.device:
         return LLM(plan.model_config)

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What the names of a task's own sums begin with in a step's sums.
+METRIC = "task/"
+# The end of the names of those that are means over steps, not over the step's divisor.
+PER_STEP = "_per_step"
 # What Totals counts on the host.
 HOST_SUMS = ("tokens", "seconds", "waiting_seconds")
 
@@ -38,8 +42,10 @@ class RunState:
     # Times that the run was rolled back to a checkpoint.
     rollbacks: int = 0
     best_val_loss: float | None = None
-    # The step of best_val_loss; 0 = not known.
+    # The step of best.pt; 0 = not known.
     best_step: int = 0
+    # Of a task whose best.pt goes by a score: the highest.
+    best_score: float | None = None
     # Whether --dtype auto chose the dtype, so that a resume may choose another.
     auto_dtype: bool = False
     # Spent in steps, without validation, saving and plotting.
@@ -51,6 +57,27 @@ class RunState:
     window: dict = field(default_factory=dict)
     # Steps, mean, variance (RecentLoss).
     recent_loss: list = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    # What the task needs to continue (Task.state).
+    task: dict = field(default_factory=dict)
+
+    def note_best(self, val_loss: float | None, score: float | None, by_score: str) -> bool:
+        """Return whether this step is the best so far, and remember it.
+
+        Best is the lowest finite validation loss. by_score: name of the score that decides instead,
+        whose highest is best; "" = none does.
+        """
+        value = score if by_score else val_loss
+        if value is None or not math.isfinite(value):
+            return False
+        best = self.best_score if by_score else self.best_val_loss
+        if best is not None and (value <= best if by_score else value >= best):
+            return False
+        self.best_step = self.step
+        if by_score:
+            self.best_score = value
+        else:
+            self.best_val_loss = value
+        return True
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:
@@ -205,16 +232,38 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def train_record(state: RunState, lr: float, grad_norm: float) -> dict:
+def val_record(state: RunState, val_loss: float, is_likelihood: bool = True) -> dict:
+    """Return the log record of a validation. is_likelihood: the loss is a cross-entropy (nats)."""
+    record = {"kind": "val", "step": state.step, "tokens_seen": state.tokens_seen, "loss": val_loss}
+    return record | _perplexity(val_loss, is_likelihood)
+
+
+def _perplexity(loss: float, is_likelihood: bool) -> dict:
+    """Return the perplexity for a log record; of a loss that is no cross-entropy, that it is none.
+
+    Plots find the perplexity of older records, which lack it, by their loss.
+    """
+    return {"perplexity": perplexity(loss)} if is_likelihood else {"is_likelihood": False}
+
+
+def train_record(state: RunState, lr: float, grad_norm: float, is_likelihood: bool = True) -> dict:
     """Return a log record: means over the interval, nan where all of its steps were skipped.
 
-    The loss is the mean over valid targets, all other sums are means over steps.
+    The loss and a task's metrics are means over valid targets (what Task.count counts), all other
+    sums are means over steps. is_likelihood: the loss is a cross-entropy and has a perplexity.
     """
     window = state.window
     sums = dict(window["sums"])
     cross_entropy, targets = sums.pop("cross_entropy"), sums.pop("targets")
     steps = sums.pop("steps")
-    loss = cross_entropy / targets if steps else math.nan
+    loss = cross_entropy / targets if targets else math.nan
+    metrics = {
+        name.removeprefix(METRIC): _divided(
+            sums.pop(name), steps if name.endswith(PER_STEP) else targets
+        )
+        for name in [*sums]
+        if name.startswith(METRIC)
+    }
     means = {name: _divided(value, steps) for name, value in sums.items()}
     seconds = max(window["seconds"], 1e-9)
     return {
@@ -222,7 +271,7 @@ def train_record(state: RunState, lr: float, grad_norm: float) -> dict:
         "step": state.step,
         "tokens_seen": state.tokens_seen,
         "loss": loss,
-        "perplexity": perplexity(loss),
+        **_perplexity(loss, is_likelihood),
         "aux_loss": means.pop("aux_loss"),
         "z_loss": means.pop("z_loss"),
         "lr": lr,
@@ -232,6 +281,7 @@ def train_record(state: RunState, lr: float, grad_norm: float) -> dict:
         "seconds": state.train_seconds,
         "skipped_steps": state.skipped_steps,
         **means,
+        **({"metrics": metrics} if metrics else {}),
     }
 
 

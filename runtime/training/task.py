@@ -14,6 +14,7 @@ from torch import Tensor
 from config_model import ModelConfig, TrainConfig
 from model import LLM, Output
 from runtime.base.text import human_count
+from runtime.checkpoint.format import Checkpoint
 from runtime.data.loader import (
     ValidationBatches,
     WindowLoader,
@@ -48,6 +49,11 @@ class Task:
     bytes_per_token: of the validation text, for bits per byte; 0 = not known.
     fetch_ahead: whether batches may be made while earlier steps run. False where they depend on
         the model's weights, as sampled answers do.
+    kind, command: of training, and what a user types for it; only the same kind resumes a run.
+    is_likelihood: whether the loss is a cross-entropy in nats, which has a perplexity.
+    best_score: name of the score whose highest value makes best.pt; "" = the validation loss does.
+    balances: whether steps move the expert biases.
+    rows_per_sample: sequences that a sample of the loader becomes, for the estimate of memory.
     """
 
     vocabulary_size: int = 0
@@ -57,6 +63,12 @@ class Task:
     where: str = "the data"
     bytes_per_token: float = 0.0
     fetch_ahead: bool = True
+    kind: str = "pretraining"
+    command: str = "python train.py"
+    is_likelihood: bool = True
+    best_score: str = ""
+    balances: bool = True
+    rows_per_sample: int = 1
 
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> Loader:
         """Return the stream of training batches. Called several times: it must be cheap."""
@@ -81,8 +93,58 @@ class Task:
         return 0
 
     def score(self, model: LLM) -> dict[str, float]:
-        """Return further numbers of a validation, by name. Called in eval mode, without grad."""
+        """Return further numbers of a validation, by name. Called in eval mode, without grad.
+
+        Called before the first step too, so that a run shows what it changed.
+        """
         return {}
+
+    def is_idle(self, batches: Sequence[Batch]) -> bool:
+        """Return whether a step's batches teach nothing, so that no weight may move.
+
+        The step is counted and logged. It is no failure: TrainingDiverged does not count it.
+        """
+        return False
+
+    def prepare(self, model: LLM) -> None:
+        """Change a new model before its kernels and optimizer are made, as adapters do."""
+
+    def started(self, model: LLM) -> None:
+        """Make what depends on the model as it starts. Called more than once for a model.
+
+        A run that resumes has called `restore` before.
+        """
+
+    def state(self) -> dict:
+        """Return what a resumed run needs of this task, as plain JSON values."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Take what `state` returned; {} at the start of a run."""
+
+    def adapted(self, model_config: ModelConfig, source: Checkpoint) -> ModelConfig:
+        """Return the model's config as this task needs it, for a run from the weights of source."""
+        return model_config
+
+    def new_ids(self, source: Checkpoint) -> list[int]:
+        """Return the ids that this task adds to the vocabulary of the weights it starts from."""
+        return []
+
+    def known_fingerprints(self) -> set[str]:
+        """Return the tokenizers whose models this task may start from."""
+        return {self.tokenizer_state["fingerprint"]} if self.tokenizer_state else set()
+
+    def stage(self, model: LLM) -> dict:
+        """Return what a checkpoint's header says of this kind of training; {} = nothing."""
+        return {}
+
+    def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
+        """Return the estimate of memory by part, corrected by what this task does otherwise."""
+        return needed
+
+    def gradient_bytes(self, needed: dict[str, int]) -> int:
+        """Return the bytes of all gradients: as large as the weights, unless some are frozen."""
+        return needed["weights"]
 
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
         """Return the lines about the data that are printed before step 1."""

@@ -217,6 +217,7 @@ def test_metrics_of_steps_that_come_again_are_not_compared(tmp_path):
     assert [r["step"] for r in log.records()] == [10, 20, 30, 40, 50] and metrics.KINDS == (
         "train",
         "val",
+        "score",
     )
 
 

@@ -182,7 +182,7 @@ def test_epochs_of_a_task_without_an_end_are_refused():
         vocabulary_size = 257
 
     with pytest.raises(ValueError, match="the data has no end, so give --max_steps"):
-        make_plan(settings_of(*MODEL, "--epochs", "2"), lambda config: Endless())
+        make_plan(settings_of(*MODEL, "--epochs", "2"), lambda config, source: Endless())
 
 
 def test_a_run_may_be_extended_by_epochs_and_not_cut_short(run):

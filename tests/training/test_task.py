@@ -133,7 +133,7 @@ def test_count_decides_the_divisor(model):
     assert losses[1] == losses[0] / 2
 
 
-def test_the_score_of_a_task_is_in_the_validation_record(model):
+def test_scores_are_records_of_their_own_before_the_first_step_too(model):
     class Scored(GivenTask):
         def score(self, model):
             asked.append((model.training, torch.is_grad_enabled()))
@@ -141,14 +141,119 @@ def test_the_score_of_a_task_is_in_the_validation_record(model):
 
     task = parts(model, val=1)
     asked: list[tuple[bool, bool]] = []
-    records: list[dict] = []
     scored = Scored(task.given_loader, task.loss_fn, task.val_batches)
+    kinds = []
     for one in (task, scored):
+        records: list[dict] = []
         train.fit(model, one, config_of(max_steps=1), train.Hooks(on_log=records.append))
-    without, with_score = (record for record in records if record["kind"] == "val")
-    assert "score" not in without and with_score["score"] == {"pass_at_1": 0.25}
-    assert flatten(with_score)["val/pass_at_1"] == 0.25
-    assert asked == [(False, False)] and model.training, "without dropout, and no graph is kept"
+        kinds.append([(record["kind"], record["step"]) for record in records])
+    assert kinds[0] == [("train", 1), ("val", 1)]
+    assert kinds[1] == [("score", 0), *kinds[0], ("score", 1)]
+    assert flatten(records[-1])["score/pass_at_1"] == 0.25
+    assert asked == [(False, False)] * 2 and model.training, "no dropout, and no graph is kept"
+
+
+@pytest.mark.parametrize("by_score", [False, True])
+def test_best_goes_by_the_score_that_a_task_names(model, by_score):
+    """The loss falls at each step. The score is highest at the second, and equal at the third."""
+
+    class Scored(GivenTask):
+        best_score = "pass_at_1" if by_score else ""
+
+        def score(self, model):
+            return {"pass_at_1": scores.pop(0)}
+
+    scores = [0.9, 0.1, 0.5, 0.5, 0.2]
+    loader = Numbered(model.config.vocabulary_size)
+    batch = loader.batch(0)
+    loader.batch = lambda first: batch
+    task = Scored(loader, train.next_token_loss, [batch])
+    saved: list[tuple[int, bool]] = []
+    hooks = train.Hooks(
+        on_save=lambda state, loss, is_best: saved.append((state.step, is_best)),
+    )
+    state = train.fit(model, task, config_of(max_steps=4, save_interval=1), hooks)
+    expected = [1, 2] if by_score else [1, 2, 3, 4]
+    assert [step for step, is_best in saved if is_best] == expected
+    assert state.best_step == expected[-1] and state.best_score == (0.5 if by_score else None)
+
+
+def test_a_task_without_validation_is_scored_as_often(model):
+    """best.pt may go by a score alone."""
+
+    class Scored(GivenTask):
+        best_score = "reward"
+
+        def score(self, model):
+            return {"reward": 1.0}
+
+    task = Scored(Numbered(model.config.vocabulary_size), train.next_token_loss)
+    records: list[dict] = []
+    config = config_of(max_steps=4, val_interval=2)
+    train.fit(model, task, config, train.Hooks(on_log=records.append))
+    assert [r["step"] for r in records if r["kind"] == "score"] == [0, 2, 4]
+    assert not any(r["kind"] == "val" for r in records)
+
+
+def test_metrics_of_a_task_are_means_over_what_it_counts(model):
+    """Two micro-batches of 2 and of 6 units: the mean over 8 units, not a mean of two means."""
+
+    class Measured(GivenTask):
+        is_likelihood = False
+
+        def count(self, batch):
+            return next(units)
+
+        def loss(self, model, batch):
+            value = torch.tensor(next(sums))
+            out = super().loss(model, batch)
+            return out._replace(metrics={"margin": value, "length_per_step": value / 2})
+
+    units, sums = iter([2, 6, 1, 1]), iter([2.0, 12.0, 3.0, 1.0])
+    task = Measured(Numbered(model.config.vocabulary_size), train.next_token_loss)
+    task.fetch_ahead = False
+    records: list[dict] = []
+    config = config_of(max_steps=2, grad_accum=2, log_interval=2)
+    train.fit(model, task, config, train.Hooks(on_log=records.append))
+    (record,) = records
+    assert record["metrics"] == {"margin": 18 / 10, "length_per_step": 9 / 2}
+    assert flatten(record)["train/margin"] == 18 / 10
+    assert "perplexity" not in record, "the exponential of such a loss means nothing"
+
+
+def test_an_idle_step_moves_nothing_and_is_no_failure(model):
+    """A step whose batches teach nothing still decayed the weights, and 26 of them ended the run.
+
+    Sampled answers that all earn the same are such batches.
+    """
+
+    class Idle(GivenTask):
+        def is_idle(self, batches):
+            return True
+
+    task = Idle(Numbered(model.config.vocabulary_size), train.next_token_loss)
+    model = LLM(tiny_config(router_bias_rate=0.1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps = train.MOST_SKIPPED_IN_A_ROW + 2
+    records: list[dict] = []
+    state = train.fit(model, task, config_of(max_steps=steps), train.Hooks(on_log=records.append))
+    assert state.step == steps and state.skipped_steps == 0
+    assert all(math.isfinite(record["loss"]) for record in records)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("balances", [False, True])
+def test_a_task_may_keep_the_expert_biases(balances):
+    class Still(GivenTask):
+        pass
+
+    torch.manual_seed(0)
+    model = LLM(tiny_config(router_bias_rate=0.1))
+    task = Still(Numbered(model.config.vocabulary_size), train.next_token_loss)
+    task.balances = balances
+    train.fit(model, task, config_of(max_steps=1))
+    assert bool(model.layers[0].moe.router.selection_bias.any()) == balances
 
 
 def test_one_more_router_number_is_logged_by_itself(model, monkeypatch):
@@ -203,7 +308,19 @@ def carry_out(task: Task, folder, *flags: str) -> int:
     folders = ["--ckpt_dir", str(folder / "ckpt"), "--graph_dir", str(folder / "graphs")]
     size = ["--vocabulary_size", "64", "--max_steps", "4", "--num_threads", "1"]
     args = parser.parse_args([*MODEL, *SPEED, *size, *folders, *flags])
-    return train.run(make_plan(cli.settings_from(args, ModelConfig, TrainConfig), lambda _: task))
+    return train.run(
+        make_plan(cli.settings_from(args, ModelConfig, TrainConfig), lambda config, source: task)
+    )
+
+
+def carry_out_resumed(task: Task, folder, *flags: str) -> int:
+    parser = cli.parser("test")
+    cli.add_config_flags(parser, ModelConfig, TrainConfig)
+    folders = ["--ckpt_dir", str(folder / "ckpt"), "--graph_dir", str(folder / "graphs")]
+    settings = cli.settings_from(
+        parser.parse_args(["--resume", *folders, *flags]), ModelConfig, TrainConfig
+    )
+    return train.run(make_plan(settings, lambda config, source: task))
 
 
 @pytest.mark.parametrize("task", [Bare(), Judged()], ids=["bare", "judged"])
@@ -216,10 +333,50 @@ def test_a_run_of_any_task_trains_logs_and_saves(task, tmp_path, monkeypatch, ca
     records = [json.loads(line) for line in lines]
     val = [record for record in records if record["kind"] == "val"]
     assert [r["step"] for r in records if r["kind"] == "train"] == [2, 4]
-    assert [record["score"] for record in val] == [{"pass_at_1": 0.25}] * isinstance(task, Judged)
+    assert [record["step"] for record in val] == [4] * isinstance(task, Judged)
+    scores = [(r["step"], r["score"]) for r in records if r["kind"] == "score"]
+    expected = [(0, {"pass_at_1": 0.25}), (4, {"pass_at_1": 0.25})]
+    assert scores == expected * isinstance(task, Judged)
     output = capsys.readouterr().out
     assert ("pass_at_1 0.2500" in output) == isinstance(task, Judged)
     assert "bits/byte" not in output and "bits_per_byte" not in str(records)
+
+
+class Remembers(Bare):
+    """Counts its batches, and says so in each checkpoint."""
+
+    kind, command = "remembering", "python -m scripts.remember"
+
+    def __init__(self):
+        self.restored: list[dict] = []
+
+    def state(self):
+        return {"seen": [1, 2]}
+
+    def restore(self, state):
+        self.restored.append(state)
+
+    def stage(self, model):
+        return {"kind": self.kind, "base": "abc"}
+
+
+def test_a_task_continues_with_the_state_that_it_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
+    assert carry_out(Remembers(), tmp_path) == 0
+    checkpoint = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
+    assert checkpoint.run["task"] == {"seen": [1, 2]}
+    assert checkpoint.stage == {"kind": "remembering", "base": "abc"}
+    again = Remembers()
+    carry_out_resumed(again, tmp_path, "--max_steps", "6")
+    assert again.restored and all(state == {"seen": [1, 2]} for state in again.restored)
+
+
+def test_another_kind_of_training_does_not_resume_a_run(tmp_path, monkeypatch):
+    """train.py --resume would have continued a fine-tuning with another loss and other data."""
+    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
+    carry_out(Remembers(), tmp_path)
+    with pytest.raises(ValueError, match=r"another kind of training \(remembering\).*train\.py"):
+        carry_out_resumed(Bare(), tmp_path)
 
 
 def test_a_task_without_a_tokenizer_may_still_have_too_many_ids(tmp_path):

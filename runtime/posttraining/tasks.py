@@ -1,0 +1,355 @@
+"""Embedded tasks for post-training, made from the grammar of the toy stories: no network, no files.
+
+Questions on the beginning of a story have one exact answer. Requests for a story list what must be
+in it, so that a program can check the result. A pair is a request, its story, and the same story
+with one requested thing replaced.
+
+Every example is a pure function of (split, number). Splits use stories of their own, which no
+pre-training text has, so a score on "test" is one on text that no stage has seen.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.data import toy_stories
+from runtime.data.toy_stories import Phrase
+
+# The first story of each split. prepare_data.py --dataset toy takes stories 0, 1, 2, ...
+FIRST_STORY = {
+    "sft": 1_000_000_000,
+    "preference": 2_000_000_000,
+    "rl": 3_000_000_000,
+    "test": 4_000_000_000,
+}
+SPLIT_STORIES = 1_000_000_000
+# An example takes the first of so many stories that has what it needs.
+STORIES_PER_EXAMPLE = 1_000
+# A question comes after the sentences that fit.
+MOST_BEGINNING_WORDS = 60
+# A nano model reads 256 tokens: the request and its story must fit.
+MOST_STORY_WORDS = 130
+
+QUESTIONS = {
+    "who": ("Who is the story about?", "What is the name of the hero?"),
+    "who else": ("Who else is in the story?", "What is the name of the friend?"),
+    "kind": ("What kind of child or animal is {A}?", "What is {A}?"),
+    "thing": ("What does {A} have?", "Which toy does {A} have?"),
+    "where": ("Where does it happen?", "To which place does the story take us?"),
+}
+REQUEST = "request"
+# Rows that are drawn before another requested thing is replaced.
+MOST_DRAWS = 20
+
+# The drafts in which the hero owns the toy; in others it is a prize, or somebody has lost it.
+_OWNS = re.compile(
+    r"\{A\.[Hh]is\} \{O|\{A\} had \{O\.a\}|thing was \{O\.a\}|\{A\} got \{O\.a\}|"
+    r"gave \{A\} \{O\.a\}|\{A\} kept \{O\.a\}|\{at\} with \{O\.a\}|playing with \{O\.a\}|"
+    r"playing with the \{O\.noun\}|had brought \{O\.a\}"
+)
+# Things that a request can ask for, by field, with the field's form that the prompt shows.
+_THINGS = ("O", "place", "bake", "build", "gift", "plant", "broken", "treat")
+_SENTENCE_END = re.compile(r"""[.!?]"?(?=\s|$)""")
+_FIELD = re.compile(r"\{(\w+)[\w.]*\}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with an answer that is right.
+
+    kind: of question, or REQUEST. items: what the answer to a request must have, as whole words, by
+    part ("hero", "friend", "kind", "first thing", "second thing"); empty for a question.
+    """
+
+    kind: str
+    prompt: str
+    answer: str
+    items: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A story with its fields still open, and its cast."""
+
+    text: str
+    cast: dict[str, Any]
+
+    @property
+    def story(self) -> str:
+        return self.text.format_map(self.cast)
+
+    @property
+    def fields(self) -> set[str]:
+        """Return the names of the fields that the story uses."""
+        return set(_FIELD.findall(self.text))
+
+
+# ------------------------------------------------------------------------------ stories of a split
+def _numbers(split: str, number: int) -> range:
+    """Return the stories that example `number` of a split can take."""
+    if split not in FIRST_STORY:
+        raise ValueError(f"the splits are {', '.join(FIRST_STORY)}, not {split!r}")
+    if not 0 <= number < SPLIT_STORIES // STORIES_PER_EXAMPLE:
+        most = SPLIT_STORIES // STORIES_PER_EXAMPLE - 1
+        raise ValueError(f"an example's number must be from 0 to {most:,}, not {number}")
+    first = FIRST_STORY[split] + number * STORIES_PER_EXAMPLE
+    return range(first, first + STORIES_PER_EXAMPLE)
+
+
+def _drafts(split: str, number: int) -> Iterator[tuple[Drafted, Callable[[], float]]]:
+    """Yield the stories of an example, each with a source of random numbers of its own."""
+    for index in _numbers(split, number):
+        # Not the numbers that made the story: a choice must not depend on its first sentence.
+        yield Drafted(*toy_stories._draft(index)), random.Random(f"task {index}").random
+
+
+# ------------------------------------------------------------------------------ questions
+def question(split: str, number: int) -> Example:
+    """Return a question on the beginning of a story; the kinds take turns."""
+    kinds = list(QUESTIONS)
+    kind = kinds[number % len(kinds)]
+    for draft, draw in _drafts(split, number):
+        beginning = _beginning(draft)
+        answer = _answers(beginning).get(kind)
+        if answer is not None:
+            asked = toy_stories._pick(draw, QUESTIONS[kind]).format_map(draft.cast)
+            return Example(kind, f"{beginning.story}\n{asked}", answer, {})
+    raise AssertionError(f"no story of {_numbers(split, number)} answers {kind!r}")
+
+
+def _beginning(draft: Drafted) -> Drafted:
+    """Return the sentences from the start that have MOST_BEGINNING_WORDS at most together."""
+    end = 0
+    for match in _SENTENCE_END.finditer(draft.text):
+        text = draft.text[: match.end()]
+        if len(text.format_map(draft.cast).split()) > MOST_BEGINNING_WORDS:
+            break
+        end = match.end()
+    return Drafted(draft.text[:end], draft.cast)
+
+
+def _answers(beginning: Drafted) -> dict[str, str]:
+    """Return the answer to each kind of question that the text answers; the text has all of it."""
+    cast, fields = beginning.cast, beginning.fields
+    # Without its name the friend is not introduced.
+    has_friend = re.search(r"\{B(\.full|\.s|\.[Ii]ntro)?\}", beginning.text)
+    answers = {
+        "who": "A" in fields and cast["A"],
+        "who else": has_friend and cast["B"],
+        "kind": re.search(r"\{A\.(a|A|kind|intro|Intro|full)\}", beginning.text) and cast["A"].kind,
+        "thing": _OWNS.search(beginning.text) and cast["O"],
+        "where": fields & {"place", "at"} and cast["place"],
+    }
+    story = beginning.story
+    return {kind: str(answer) for kind, answer in answers.items() if answer and has(story, answer)}
+
+
+# ------------------------------------------------------------------------------ requests
+def request(split: str, number: int) -> Example:
+    """Return a request for a story, with the grammar's own story as its answer."""
+    draft, asked, _ = _requested(split, number)
+    return _request(draft, asked)
+
+
+def _requested(split: str, number: int) -> tuple[Drafted, dict[str, str], Callable[[], float]]:
+    """Return the story of a request, the fields that it asks for by part, and random numbers."""
+    for draft, draw in _drafts(split, number):
+        fields, cast = draft.fields, draft.cast
+        if len(draft.story.split()) > MOST_STORY_WORDS:
+            continue
+        things = [
+            name for name in _THINGS if name in fields and has(draft.story, _core(cast, name))
+        ]
+        asked = {"hero": "A"}
+        if "B" in fields:
+            asked["friend"] = "B"
+        for part in ("first thing", "second thing")[: toy_stories._pick(draw, (1, 2))]:
+            if things:
+                asked[part] = things.pop(int(draw() * len(things)))
+        if "first thing" in asked:
+            return draft, asked, draw
+    raise AssertionError(f"no story of {_numbers(split, number)} is short and has things")
+
+
+def _core(cast: dict[str, Any], field: str) -> str:
+    """Return the words of a field that must be in a story: "ribbon" of "red ribbon"."""
+    return str(cast["O"].noun if field == "O" else cast[field])
+
+
+def _shown(cast: dict[str, Any], field: str) -> str:
+    """Return how a request names a thing: "a ribbon", "the farm", "cookies"."""
+    core = _core(cast, field)
+    return core if field in ("place", "treat") else Phrase(core).a
+
+
+def _request(draft: Drafted, asked: dict[str, str]) -> Example:
+    """Return the request for the fields `asked` of a story."""
+    cast = draft.cast
+    items = {part: _core(cast, field) for part, field in asked.items()}
+    if cast["A"].full != cast["A"]:
+        items["kind"] = cast["A"].kind
+    who = " and ".join([cast["A"].full] + [str(cast["B"]) for part in asked if part == "friend"])
+    things = [_shown(cast, asked[part]) for part in asked if part.endswith("thing")]
+    prompt = f"Tell a story about {who}. Use these words: {', '.join(things)}."
+    return Example(REQUEST, prompt, draft.story, items)
+
+
+# ------------------------------------------------------------------------------ pairs
+def pair(split: str, number: int) -> tuple[Example, str]:
+    """Return a request with its story, and the same story with one requested thing replaced.
+
+    The replaced thing is another row of its table, in all its forms, so the two stories have about
+    the same length and differ in nothing else. Only the first has everything that is asked for.
+    """
+    draft, asked, draw = _requested(split, number)
+    example = _request(draft, asked)
+    parts_left = [*example.items]
+    while parts_left:
+        part = parts_left.pop(int(draw() * len(parts_left)))
+        for _ in range(MOST_DRAWS):
+            cast = _replaced(draft.cast, "kind" if part == "kind" else asked[part], draw)
+            rejected = Drafted(draft.text, cast).story
+            # A row occurs several times in its table, and two characters need two names.
+            if cast["A"] != cast["B"] and not has(rejected, example.items[part]):
+                return example, rejected
+    raise AssertionError(f"nothing in {example.prompt!r} can be replaced")
+
+
+def _replaced(cast: dict[str, Any], field: str, draw: Callable[[], float]) -> dict[str, Any]:
+    """Return a cast with another row of the table that a field is from, in all its forms."""
+    tables = toy_stories.grammar().tables
+    if field in ("A", "B"):
+        return cast | {field: _renamed(cast[field], draw)}
+    if field == "kind":
+        return cast | {"A": _of_kind(cast["A"], toy_stories._pick(draw, tables["animal"]))}
+    if field == "O":
+        return cast | {"O": _toy(cast["O"], draw)}
+    if field == "place":
+        return cast | _placed(cast, toy_stories._pick(draw, tables["place"]))
+    return cast | {field: toy_stories._pick(draw, tables[field])}
+
+
+def _renamed(character: Phrase, draw: Callable[[], float]) -> Phrase:
+    """Return the character with another name and its pronouns; a girl can become a boy."""
+    tables = toy_stories.grammar().tables
+    is_child = character.full == character
+    is_girl = toy_stories._pick(draw, (True, False))
+    name = toy_stories._pick(
+        draw, tables[("girl" if is_girl else "boy") if is_child else "she" if is_girl else "he"]
+    )
+    kind = ("girl" if is_girl else "boy") if is_child else character.kind
+    changed = {str(character): str(name), character.kind: kind}
+    pronouns = toy_stories._SHE if is_girl else toy_stories._HE
+    return _with_words(name, character, changed, **pronouns)
+
+
+def _of_kind(character: Phrase, animal: Phrase) -> Phrase:
+    """Return the animal character as one of another kind, with its home and looks."""
+    old = next(row for row in toy_stories.grammar().tables["animal"] if row == character.kind)
+    changed = {character.kind: str(animal), old.den: animal.den}
+    return _with_words(str(character), character, changed, look=animal.look)
+
+
+def _with_words(text: str, phrase: Phrase, changed: dict[str, str], **forms: str) -> Phrase:
+    """Return a phrase with the forms of another in which whole words are changed."""
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, changed))})\b")
+    kept = {
+        name: pattern.sub(lambda match: changed[match[0]], form)
+        for name, form in vars(phrase).items()
+    }
+    return Phrase(text, **(kept | forms))
+
+
+def _toy(toy: Phrase, draw: Callable[[], float]) -> Phrase:
+    """Return another toy of the same color; one that flies stays one that flies."""
+    tables = toy_stories.grammar().tables
+    noun = toy_stories._pick(draw, tables["light" if toy.noun in tables["light"] else "toy"])
+    color = str(toy).removesuffix(toy.noun).strip()
+    return Phrase(f"{color} {noun}", noun=noun, use=noun.use)
+
+
+def _placed(cast: dict[str, Any], place: Phrase) -> dict[str, Any]:
+    """Return the fields of a cast that speak of the place, for another place."""
+    old = cast["place"]
+    spots, old_spots = place.spots.split(", "), old.spots.split(", ")
+    sights, old_sights = place.sights.split(", "), old.sights.split(", ")
+    first = old_spots.index(cast["spot"]) % len(spots)
+    return {
+        "place": place,
+        "at": f"{place.prep} {place}",
+        "sight": sights[old_sights.index(cast["sight"]) % len(sights)],
+        "spot": spots[first],
+        "spot2": spots[first - 1],
+        "spot3": spots[first - 2],
+    }
+
+
+# ------------------------------------------------------------------------------ rewards
+def has(text: str, item: str) -> bool:
+    """Return whether a text has an item as whole words; its first letter may be a capital."""
+    first = f"[{item[0]}{item[0].upper()}]"
+    return re.search(rf"(?<!\w){first}{re.escape(item[1:])}(?!\w)", text) is not None
+
+
+def parts(items: dict[str, str], text: str) -> dict[str, float]:
+    """Return 1.0 or 0.0 for each item by part: whether the text has it."""
+    return {part: float(has(text, item)) for part, item in items.items()}
+
+
+def reward(items: dict[str, str], text: str, ended: bool) -> float:
+    """Return the share of a request's items that the text has; 0 for a text without an end."""
+    return sum(parts(items, text).values()) / len(items) if ended else 0.0
+
+
+def is_right(example: Example, text: str, ended: bool) -> bool:
+    """Return whether a text is the answer to a question, or has all that a request asks for."""
+    if not example.items:
+        return ended and text.strip() == example.answer
+    return reward(example.items, text, ended) == 1.0
+
+
+# ------------------------------------------------------------------------------ as data
+def conversations(split: str, count: int, question_share: float = 0.5) -> list[dict]:
+    """Return {"messages"} of `count` examples, the questions spread evenly among the requests.
+
+    question_share: of the examples, from 0 to 1.
+    """
+    if not 0 <= question_share <= 1:
+        raise ValueError(f"question_share must be from 0 to 1, not {question_share}")
+    found = []
+    for number in range(count):
+        # Of the examples before this one.
+        questions = int(number * question_share)
+        is_question = int((number + 1) * question_share) > questions
+        make, own = (question, questions) if is_question else (request, number - questions)
+        example = make(split, own)
+        found.append({"messages": [*_asked(example), _answered(example.answer)]})
+    return found
+
+
+def pairs(split: str, count: int) -> list[dict]:
+    """Return {"prompt", "chosen", "rejected"} of `count` requests; each is a list of messages."""
+    found = []
+    for number in range(count):
+        example, rejected = pair(split, number)
+        chosen, rejected = ([_answered(text)] for text in (example.answer, rejected))
+        found.append({"prompt": _asked(example), "chosen": chosen, "rejected": rejected})
+    return found
+
+
+def prompts(split: str, count: int) -> list[dict]:
+    """Return {"prompt", "items"} of `count` requests, for `reward`."""
+    examples = (request(split, number) for number in range(count))
+    return [{"prompt": _asked(example), "items": example.items} for example in examples]
+
+
+def _asked(example: Example) -> list[dict]:
+    return [{"role": "user", "content": example.prompt}]
+
+
+def _answered(text: str) -> dict:
+    return {"role": "assistant", "content": text}

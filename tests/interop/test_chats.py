@@ -172,9 +172,11 @@ def test_a_chat_in_transformers(checkpoint, tmp_path, arch, capsys):
     back = tmp_path / "back.pt"
     assert import_hf(["--model", str(out), "--out", str(back)]) == 0
     assert our_answers(str(back), prompts[:3]) == our_answers(ckpt, prompts[:3])
-    card = (out / "README.md").read_text()
-    assert "apply_chat_template" in card
+    # The model card's example answers too.
+    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)[1]
     capsys.readouterr()
+    exec(code.replace('folder = "."', f"folder = {str(out)!r}"), {})
+    assert "apply_chat_template" in code and "<|" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- llama.cpp

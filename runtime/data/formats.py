@@ -421,6 +421,32 @@ def read_table(
     header and for a quote that does not fit. Unquoted delimiters in a text that is the last column
     are certain, so they are read, and counted.
     """
+    # Blanks around a name do not belong to it.
+    header, rows = _table(file, name, column.strip(), counts, delimiter)
+    at = header.index(column.strip())
+    for where, row in rows:
+        yield where, row[at]
+
+
+def read_table_rows(
+    file: io.TextIOBase, name: str, counts: Counts, delimiter: str | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (where, all columns by name) for each row; as read_table.
+
+    The delimiter is that of , ; tab | with which the header has the most columns.
+    """
+    header, rows = _table(file, name, None, counts, delimiter)
+    for where, row in rows:
+        yield where, dict(zip(header, row, strict=True))
+
+
+def _table(
+    file: io.TextIOBase, name: str, column: str | None, counts: Counts, delimiter: str | None
+) -> tuple[list[str], Iterator[tuple[str, list[str]]]]:
+    """Return a table's header, and its rows as (where, fields).
+
+    column: one that the header must have, with blanks around it removed; None: any header will do.
+    """
     csv.field_size_limit(2**31 - 1)
     sample = file.read(SAMPLE_CHARACTERS) + file.readline()
     sample = sample.lstrip("\ufeff")
@@ -430,18 +456,17 @@ def read_table(
         delimiter = match[1] or delimiter
         next(iter(lines))
         sample = sample[match.end() :]
-    # Blanks around a name do not belong to it.
-    column = column.strip()
     header, options = _dialect(sample, name, column, delimiter)
     if "quoting" in options:
         counts.notes.append(f"{name}: quotes are read as characters, not as marks around a field")
-    yield from _rows(lines, header, header.index(column), options, name, counts)
+    at = len(header) - 1 if column is None else header.index(column)
+    return header, _rows(lines, header, at, options, name, counts)
 
 
 def _rows(
     lines: _Lines, header: list[str], at: int, options: dict, name: str, counts: Counts
-) -> Iterator[tuple[str, str]]:
-    """Yield (where, field `at`) of each row after the header."""
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield (where, fields) of each row after the header. at: the field that may be joined."""
     rows = csv.reader(lines, strict=True, **options)
     seen_header, next_number = False, None
     while True:
@@ -469,11 +494,11 @@ def _rows(
         if len(lines.row) > 1 and _like_rows(lines.row, len(header), options["delimiter"]):
             counts.like_rows += 1
             counts.first_like_rows = counts.first_like_rows or where
-        if len(row) == len(header):
-            yield where, row[at]
-        else:
-            yield where, _last_column(row, header, at, lines.row, options, where)
+        if len(row) != len(header):
+            last = _last_column(row, header, at, lines.row, options, where)
+            row = [*row[: len(header) - 1], last]
             counts.joined += 1
+        yield where, row
 
 
 def _like_rows(lines: list[str], num_fields: int, delimiter: str) -> bool:
@@ -488,19 +513,27 @@ def _like_rows(lines: list[str], num_fields: int, delimiter: str) -> bool:
     return any(all(len(field.strip('"').split()) == 1 for field in column) for column in columns)
 
 
-def _dialect(sample: str, name: str, column: str, delimiter: str | None) -> tuple[list[str], dict]:
-    """Return a table's header, and how csv.reader should read the table."""
+def _dialect(
+    sample: str, name: str, column: str | None, delimiter: str | None
+) -> tuple[list[str], dict]:
+    """Return a table's header, and how csv.reader should read the table.
+
+    column: one that the header must have; None: the delimiter with the most columns is right.
+    """
     found: list[str] = []
+    if column is None and delimiter is None:
+        delimiter = max(",;\t|", key=lambda sign: len(_header(sample, sign)))
     for sign in [delimiter] if delimiter else [",", ";", "\t", "|"]:
-        raw = next(csv.reader(io.StringIO(sample), delimiter=sign), [])
+        raw = _header(sample, sign)
         # A blank after each delimiter would hide the quotes of the fields.
         blanks = any(field.startswith(" ") for field in raw)
         header = [field.strip().strip('"') if blanks else field.strip() for field in raw]
         found = found or header
-        if column not in header:
+        if column is not None and column not in header:
             continue
-        if header.count(column) > 1:
-            raise ValueError(f"{name} has the column {column!r} twice: rename one")
+        wanted = header if column is None else [column]
+        if twice := next((each for each in wanted if header.count(each) > 1), None):
+            raise ValueError(f"{name} has the column {twice!r} twice: rename one")
         options: dict = {"delimiter": sign, "skipinitialspace": blanks}
         spaced = options | {"skipinitialspace": True}
         if re.search(re.escape(sign) + ' +"', sample) and _lines_of_rows(sample, header, spaced):
@@ -516,6 +549,10 @@ def _dialect(sample: str, name: str, column: str, delimiter: str | None) -> tupl
     raise ValueError(
         f"{name} has no column {column!r} (it has {', '.join(found) or 'none'}): give --text_column"
     )
+
+
+def _header(sample: str, delimiter: str) -> list[str]:
+    return next(csv.reader(io.StringIO(sample), delimiter=delimiter), [])
 
 
 def _lines_of_rows(sample: str, header: list[str], options: dict) -> int:
@@ -594,23 +631,26 @@ def _last_column(
     )
 
 
-def read_parquet(file: BinaryIO, name: str, column: str) -> Iterator[tuple[str, Any]]:
-    """Yield (where, value) of a Parquet file's column; a thousand rows are in memory at a time."""
+def read_parquet(file: BinaryIO, name: str, column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (where, value) of a Parquet file's column; a thousand rows are in memory at a time.
+
+    column: None = the value is the whole row, by column.
+    """
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"reading {name} needs pyarrow: pip install pyarrow") from None
     table = pyarrow.parquet.ParquetFile(file)
     names = table.schema_arrow.names
-    top = column if column in names else column.split(".")[0]
-    if top not in names:
+    top = column if column is None or column in names else column.split(".")[0]
+    if top is not None and top not in names:
         raise ValueError(
             f"{name} has no column {column!r} (it has {', '.join(names)}): give --text_column"
         )
     row = 0
-    for batch in table.iter_batches(batch_size=1000, columns=[top]):
-        for value in batch.column(0).to_pylist():
+    for batch in table.iter_batches(batch_size=1000, columns=None if top is None else [top]):
+        for value in batch.to_pylist() if top is None else batch.column(0).to_pylist():
             where = f"{name} row {row}"
-            inside = top == column or value is None
-            yield where, value if inside else column_of({top: value}, column, where)
+            inside = column is None or top == column or value is None
+            yield where, value if inside else column_of({top: value}, str(column), where)
             row += 1

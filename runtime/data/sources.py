@@ -19,6 +19,7 @@ from runtime.data.formats import (
     read_jsonl,
     read_parquet,
     read_table,
+    read_table_rows,
     read_txt,
     text_of,
 )
@@ -195,7 +196,7 @@ class FileSource:
         with _naming(file):
             file.keep()
             if file.kind is None or (file.kind == "txt" and self.text_format is None):
-                kind = self._kind_of(file)
+                kind = kind_of(file, self.encoding)
                 if file.kind is None:
                     file.kind, file.is_guess = kind, True
                 elif kind != "txt":
@@ -206,18 +207,6 @@ class FileSource:
                     )
             with contextlib.closing(self._read(file, Counts())) as parts:
                 next(parts, None)
-
-    def _kind_of(self, file: InputFile) -> str:
-        """Return the format that the start of a file shows: parquet, json, jsonl or txt."""
-        with file.open() as raw:
-            if raw.read(4) == b"PAR1":
-                return "parquet"
-        with open_text(file.open, file.name, self.encoding) as text:
-            # Whole lines; but a book of a single line is not read for this.
-            head = text.read(1 << 16) + text.readline(1 << 24)
-        if looks_like_json_lines(head.split("\n")[:20]):
-            return "jsonl"
-        return "json" if looks_like_json(head) else "txt"
 
     def _read(self, file: InputFile, counts: Counts) -> Generator[Part, None, None]:
         """Yield the parts of one file; every error names the file."""
@@ -251,6 +240,48 @@ class FileSource:
         rows = (read_jsonl if file.kind == "jsonl" else read_json)(text, file.name)
         for where, row in rows:
             yield where, column_of(row, self.column, where)
+
+
+def kind_of(file: InputFile, encoding: str = "utf-8") -> str:
+    """Return the format that the start of a file shows: parquet, json, jsonl or txt."""
+    with file.open() as raw:
+        if raw.read(4) == b"PAR1":
+            return "parquet"
+    with open_text(file.open, file.name, encoding) as text:
+        # Whole lines; but a book of a single line is not read for this.
+        head = text.read(1 << 16) + text.readline(1 << 24)
+    if looks_like_json_lines(head.split("\n")[:20]):
+        return "jsonl"
+    return "json" if looks_like_json(head) else "txt"
+
+
+def read_rows(file: InputFile, counts: Counts) -> Generator[tuple[str, object], None, None]:
+    """Yield (where, row) for each row of a file in UTF-8: a JSON value, or all columns by name.
+
+    Raise ValueError, with the file and the line or row, for what cannot be read, and for plain
+    text, which has no rows.
+    """
+    with _naming(file):
+        if file.copy is None:
+            file.keep()
+        # JSON lines are often named .txt.
+        kind = file.kind if file.kind not in (None, "txt") else kind_of(file)
+        if kind == "parquet":
+            with file.open() as raw:
+                yield from read_parquet(raw, file.name)
+            return
+        if kind == "txt":
+            raise ValueError(
+                f"{file.name} is plain text, which has no columns: give JSON lines, JSON, CSV, "
+                "TSV or Parquet"
+            )
+        advice = "convert the file to UTF-8 (iconv -t utf-8)"
+        with open_text(file.open, file.name, advice=advice) as text:
+            if kind in ("csv", "tsv"):
+                delimiter = "\t" if kind == "tsv" else None
+                yield from read_table_rows(text, file.name, counts, delimiter)
+            else:
+                yield from (read_jsonl if kind == "jsonl" else read_json)(text, file.name)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ Questions on the beginning of a story have one exact answer. Requests for a stor
 in it, so that a program can check the result. A pair is a request, its story, and the same story
 with one requested thing replaced.
 
-Every example is a pure function of (split, number). Splits use stories of their own, which no
+Every exercise is a pure function of (split, number). Splits use stories of their own, which no
 pre-training text has, so a score on "test" is one on text that no stage has seen.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from runtime.data import toy_stories
 from runtime.data.toy_stories import Phrase
+from runtime.posttraining.forms import Conversation, Pair, Prompt
 
 # The first story of each split. prepare_data.py --dataset toy takes stories 0, 1, 2, ...
 FIRST_STORY = {
@@ -27,8 +28,8 @@ FIRST_STORY = {
     "test": 4_000_000_000,
 }
 SPLIT_STORIES = 1_000_000_000
-# An example takes the first of so many stories that has what it needs.
-STORIES_PER_EXAMPLE = 1_000
+# An exercise takes the first of so many stories that has what it needs.
+STORIES_PER_EXERCISE = 1_000
 # A question comes after the sentences that fit.
 MOST_BEGINNING_WORDS = 60
 # A nano model reads 256 tokens: the request and its story must fit.
@@ -58,7 +59,7 @@ _FIELD = re.compile(r"\{(\w+)[\w.]*\}")
 
 
 @dataclass(frozen=True)
-class Example:
+class Exercise:
     """A prompt with an answer that is right.
 
     kind: of question, or REQUEST. items: what the answer to a request must have, as whole words, by
@@ -90,25 +91,25 @@ class Drafted:
 
 # ------------------------------------------------------------------------------ stories of a split
 def _numbers(split: str, number: int) -> range:
-    """Return the stories that example `number` of a split can take."""
+    """Return the stories that exercise `number` of a split can take."""
     if split not in FIRST_STORY:
         raise ValueError(f"the splits are {', '.join(FIRST_STORY)}, not {split!r}")
-    if not 0 <= number < SPLIT_STORIES // STORIES_PER_EXAMPLE:
-        most = SPLIT_STORIES // STORIES_PER_EXAMPLE - 1
-        raise ValueError(f"an example's number must be from 0 to {most:,}, not {number}")
-    first = FIRST_STORY[split] + number * STORIES_PER_EXAMPLE
-    return range(first, first + STORIES_PER_EXAMPLE)
+    if not 0 <= number < SPLIT_STORIES // STORIES_PER_EXERCISE:
+        most = SPLIT_STORIES // STORIES_PER_EXERCISE - 1
+        raise ValueError(f"an exercise's number must be from 0 to {most:,}, not {number}")
+    first = FIRST_STORY[split] + number * STORIES_PER_EXERCISE
+    return range(first, first + STORIES_PER_EXERCISE)
 
 
 def _drafts(split: str, number: int) -> Iterator[tuple[Drafted, Callable[[], float]]]:
-    """Yield the stories of an example, each with a source of random numbers of its own."""
+    """Yield the stories of an exercise, each with a source of random numbers of its own."""
     for index in _numbers(split, number):
         # Not the numbers that made the story: a choice must not depend on its first sentence.
         yield Drafted(*toy_stories._draft(index)), random.Random(f"task {index}").random
 
 
 # ------------------------------------------------------------------------------ questions
-def question(split: str, number: int) -> Example:
+def question(split: str, number: int) -> Exercise:
     """Return a question on the beginning of a story; the kinds take turns."""
     kinds = list(QUESTIONS)
     kind = kinds[number % len(kinds)]
@@ -117,7 +118,7 @@ def question(split: str, number: int) -> Example:
         answer = _answers(beginning).get(kind)
         if answer is not None:
             asked = toy_stories._pick(draw, QUESTIONS[kind]).format_map(draft.cast)
-            return Example(kind, f"{beginning.story}\n{asked}", answer, {})
+            return Exercise(kind, f"{beginning.story}\n{asked}", answer, {})
     raise AssertionError(f"no story of {_numbers(split, number)} answers {kind!r}")
 
 
@@ -149,7 +150,7 @@ def _answers(beginning: Drafted) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------ requests
-def request(split: str, number: int) -> Example:
+def request(split: str, number: int) -> Exercise:
     """Return a request for a story, with the grammar's own story as its answer."""
     draft, asked, _ = _requested(split, number)
     return _request(draft, asked)
@@ -186,7 +187,7 @@ def _shown(cast: dict[str, Any], field: str) -> str:
     return core if field in ("place", "treat") else Phrase(core).a
 
 
-def _request(draft: Drafted, asked: dict[str, str]) -> Example:
+def _request(draft: Drafted, asked: dict[str, str]) -> Exercise:
     """Return the request for the fields `asked` of a story."""
     cast = draft.cast
     items = {part: _core(cast, field) for part, field in asked.items()}
@@ -195,28 +196,28 @@ def _request(draft: Drafted, asked: dict[str, str]) -> Example:
     who = " and ".join([cast["A"].full] + [str(cast["B"]) for part in asked if part == "friend"])
     things = [_shown(cast, asked[part]) for part in asked if part.endswith("thing")]
     prompt = f"Tell a story about {who}. Use these words: {', '.join(things)}."
-    return Example(REQUEST, prompt, draft.story, items)
+    return Exercise(REQUEST, prompt, draft.story, items)
 
 
 # ------------------------------------------------------------------------------ pairs
-def pair(split: str, number: int) -> tuple[Example, str]:
+def pair(split: str, number: int) -> tuple[Exercise, str]:
     """Return a request with its story, and the same story with one requested thing replaced.
 
     The replaced thing is another row of its table, in all its forms, so the two stories have about
     the same length and differ in nothing else. Only the first has everything that is asked for.
     """
     draft, asked, draw = _requested(split, number)
-    example = _request(draft, asked)
-    parts_left = [*example.items]
+    exercise = _request(draft, asked)
+    parts_left = [*exercise.items]
     while parts_left:
         part = parts_left.pop(int(draw() * len(parts_left)))
         for _ in range(MOST_DRAWS):
             cast = _replaced(draft.cast, "kind" if part == "kind" else asked[part], draw)
             rejected = Drafted(draft.text, cast).story
             # A row occurs several times in its table, and two characters need two names.
-            if cast["A"] != cast["B"] and not has(rejected, example.items[part]):
-                return example, rejected
-    raise AssertionError(f"nothing in {example.prompt!r} can be replaced")
+            if cast["A"] != cast["B"] and not has(rejected, exercise.items[part]):
+                return exercise, rejected
+    raise AssertionError(f"nothing in {exercise.prompt!r} can be replaced")
 
 
 def _replaced(cast: dict[str, Any], field: str, draw: Callable[[], float]) -> dict[str, Any]:
@@ -305,50 +306,50 @@ def reward(items: dict[str, str], text: str, ended: bool) -> float:
     return sum(parts(items, text).values()) / len(items) if ended else 0.0
 
 
-def is_right(example: Example, text: str, ended: bool) -> bool:
+def is_right(exercise: Exercise, text: str, ended: bool) -> bool:
     """Return whether a text is the answer to a question, or has all that a request asks for."""
-    if not example.items:
-        return ended and text.strip() == example.answer
-    return reward(example.items, text, ended) == 1.0
+    if not exercise.items:
+        return ended and text.strip() == exercise.answer
+    return reward(exercise.items, text, ended) == 1.0
 
 
 # ------------------------------------------------------------------------------ as data
-def conversations(split: str, count: int, question_share: float = 0.5) -> list[dict]:
-    """Return {"messages"} of `count` examples, the questions spread evenly among the requests.
+def conversations(split: str, count: int, question_share: float = 0.5) -> list[Conversation]:
+    """Return `count` exercises with their answers, the questions spread evenly among the requests.
 
-    question_share: of the examples, from 0 to 1.
+    question_share: of the exercises, from 0 to 1.
     """
     if not 0 <= question_share <= 1:
         raise ValueError(f"question_share must be from 0 to 1, not {question_share}")
     found = []
     for number in range(count):
-        # Of the examples before this one.
+        # Of the exercises before this one.
         questions = int(number * question_share)
         is_question = int((number + 1) * question_share) > questions
         make, own = (question, questions) if is_question else (request, number - questions)
-        example = make(split, own)
-        found.append({"messages": [*_asked(example), _answered(example.answer)]})
+        exercise = make(split, own)
+        found.append(Conversation([*asked(exercise), _answered(exercise.answer)]))
     return found
 
 
-def pairs(split: str, count: int) -> list[dict]:
-    """Return {"prompt", "chosen", "rejected"} of `count` requests; each is a list of messages."""
+def pairs(split: str, count: int) -> list[Pair]:
+    """Return `count` requests, each with a story that has everything and one that does not."""
     found = []
     for number in range(count):
-        example, rejected = pair(split, number)
-        chosen, rejected = ([_answered(text)] for text in (example.answer, rejected))
-        found.append({"prompt": _asked(example), "chosen": chosen, "rejected": rejected})
+        exercise, rejected = pair(split, number)
+        found.append(Pair(asked(exercise), [_answered(exercise.answer)], [_answered(rejected)]))
     return found
 
 
-def prompts(split: str, count: int) -> list[dict]:
-    """Return {"prompt", "items"} of `count` requests, for `reward`."""
-    examples = (request(split, number) for number in range(count))
-    return [{"prompt": _asked(example), "items": example.items} for example in examples]
+def prompts(split: str, count: int) -> list[Prompt]:
+    """Return `count` requests; the column "items" is for `reward`."""
+    exercises = (request(split, number) for number in range(count))
+    return [Prompt(asked(exercise), {"items": exercise.items}) for exercise in exercises]
 
 
-def _asked(example: Example) -> list[dict]:
-    return [{"role": "user", "content": example.prompt}]
+def asked(exercise: Exercise) -> list[dict]:
+    """Return the messages that a model is to answer."""
+    return [{"role": "user", "content": exercise.prompt}]
 
 
 def _answered(text: str) -> dict:

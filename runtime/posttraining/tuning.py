@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from config_model import ModelConfig
+from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.checkpoint.format import Checkpoint
 from runtime.data.chat import has_chat, with_chat
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import tokenizer_of
 from runtime.posttraining.config import PostTrainConfig
+from runtime.posttraining.lora import Adapters
 from runtime.training.task import Task
 
 
@@ -40,7 +41,22 @@ class FineTuning(Task):
             "step": source.step,
         }
 
+        self.adapters = Adapters(config, source, self.new_ids(source))
+
     # -------------------------------------------------------------------------- the model
+    def prepare(self, model: LLM) -> None:
+        self.adapters.prepare(model)
+
+    def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
+        return self.adapters.needed_bytes(needed, model_config)
+
+    def gradient_bytes(self, needed: dict[str, int]) -> int:
+        return self.adapters.gradient_bytes(needed)
+
+    def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
+        """Return the lines on what is trained; a subclass adds its data."""
+        return self.adapters.describe(model_config)
+
     def known_fingerprints(self) -> set[str]:
         base = getattr(self.tokenizer, "base_fingerprint", None)
         return {self.tokenizer.fingerprint, *([base] if base else [])}

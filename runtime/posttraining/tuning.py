@@ -22,7 +22,7 @@ from runtime.posttraining.config import PostTrainConfig
 from runtime.posttraining.conversations import ExampleFiles
 from runtime.posttraining.encode import Encoded, encode_examples
 from runtime.posttraining.forms import Example
-from runtime.posttraining.lora import adapter_lines, attach, merged_model, new_adapter
+from runtime.posttraining.lora import Adapters, merged_model
 from runtime.posttraining.score import Score, wilson
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.task import Task
@@ -59,18 +59,7 @@ class FineTuning(Task):
         }
         self.where = "the toy tasks" if config.is_toy else ", ".join(config.data)
         self.source = {"name": self.where}
-        self._adapter = None
-        if config.lora_rank and not config.resume:
-            self._adapter = new_adapter(
-                source,
-                self.adapted(source.model_config, source),
-                config.lora_rank,
-                config.lora_expert_rank,
-                config.lora_alpha,
-                self.new_ids(source),
-            )
-        elif config.lora_rank:
-            self._adapter = source.adapter
+        self.adapters = Adapters(config, source, self.new_ids(source))
         self._base_batches = self._open_base(config.data_dir)
         self._plain: LLM | None = None
 
@@ -119,10 +108,13 @@ class FineTuning(Task):
         )
 
     def prepare(self, model: LLM) -> None:
-        if self._adapter is not None:
-            attach(model, self._adapter, self.config.seed)
-            for line in adapter_lines(model):
-                print(line)
+        self.adapters.prepare(model)
+
+    def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
+        return self.adapters.needed_bytes(needed, model_config)
+
+    def gradient_bytes(self, needed: dict[str, int]) -> int:
+        return self.adapters.gradient_bytes(needed)
 
     def plain(self, model: LLM) -> LLM:
         """Return a plain LLM, in eval mode, with the weights of now, for decoders.
@@ -130,7 +122,7 @@ class FineTuning(Task):
         Adapters are merged in memory of their own. Otherwise it shares the model's memory, and is
         another module: decoders change a model's mode, and one that is compiled takes few shapes.
         """
-        if self._adapter is not None:
+        if self.config.lora_rank:
             return merged_model(model)
         if self._plain is None or self._plain.embed.weight.data_ptr() != _address(model):
             plain = meta_model(model.config)
@@ -177,7 +169,7 @@ class FineTuning(Task):
         return numbers
 
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
-        lines = []
+        lines = self.adapters.describe(model_config)
         if self._base_batches is None and not self.config.is_toy:
             lines.append(
                 f"base     no shards of its tokenizer in {shlex.quote(config.data_dir)}: what "

@@ -1,133 +1,64 @@
-"""Rows of chat files in every form, with what must be learned of them, written down by hand."""
+"""Bases, data files and runs of post-training for tests: tiny, byte tokens, seconds."""
 
 from __future__ import annotations
 
-import random
+import json
+from pathlib import Path
 
-from runtime.data.tokenizer import Tokenizer
+import torch
 
-# What a careless layout would read as its own marks, or merge across a border.
-PIECES = (
-    "the cat",
-    " sat.",
-    "<|end|>",
-    "\n\n",
-    " ",
-    "don't",
-    "é",
-    "灯台",
-    "😀",
-    "<",
-    "10:45",
-    "[x]",
-)
-# (role, text, whether it is learned)
-Said = tuple[str, str, bool]
+from config_model import TrainConfig
+from model import LLM
+from runtime.checkpoint.write import save_checkpoint
+from runtime.data.tokenizers import load_tokenizer
+from tests.builders import tiny_config
+
+# Flags of a run that takes seconds.
+QUICK = [
+    *("--batch_size", "2", "--max_steps", "6", "--warmup_steps", "1", "--lr", "5e-3"),
+    *("--min_lr", "5e-4", "--log_interval", "2", "--val_interval", "3", "--save_interval", "3"),
+    *("--score_prompts", "4", "--max_new_tokens", "8", "--device", "cpu", "--dtype", "float32"),
+    *("--num_threads", "1"),
+]
 
 
-def text(r: random.Random) -> str:
-    """Return a text that is not blank."""
-    return r.choice("abcde") + "".join(r.choices(PIECES, k=r.randrange(8)))
+def tiny_base(folder: Path, seed: int = 0, **config) -> Path:
+    """Write an untrained base model of byte tokens, and return its file."""
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer("byte")
+    values = dict(vocabulary_size=tokenizer.vocabulary_size, context_length=64) | config
+    model = LLM(tiny_config(**values))
+    return save_checkpoint(
+        folder,
+        7,
+        model,
+        None,
+        train_config=TrainConfig(),
+        tokenizer_state=tokenizer.to_state(),
+    )
 
 
-def _turns(r: random.Random, flags: bool) -> list[Said]:
-    """Return a conversation that ends with an answer, at least one of them learned."""
-    said: list[Said] = [("system", text(r), False)] if r.random() < 0.4 else []
-    for _ in range(r.randint(1, 4)):
-        said.append(("user", text(r), False))
-        said.append(("assistant", text(r), not flags or r.random() < 0.6))
-    if not any(learned for *_, learned in said):
-        said[-1] = (*said[-1][:2], True)
-    return said
-
-
-def _messages(said: list[Said]) -> list[dict]:
-    return [{"role": role, "content": content} for role, content, _ in said]
-
-
-def openai(r: random.Random) -> tuple[dict, list[Said]]:
-    """Messages, some of whose answers are not learned."""
-    said = _turns(r, flags=True)
-    messages = _messages(said)
-    for message, (role, _, learned) in zip(messages, said, strict=True):
-        if role == "assistant" and not learned:
-            message |= r.choice([{"train": False}, {"weight": 0}])
-        elif role == "assistant":
-            message |= r.choice([{}, {"train": True}, {"weight": 1}])
-        if r.random() < 0.2:
-            message["content"] = [
-                {"type": "text", "text": part}
-                for part in (message["content"][:1], message["content"][1:])
+def chats(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """Write conversations of one or two turns, small sums, as JSON lines."""
+    rows = []
+    for i in range(seed, seed + count):
+        messages = [
+            {"role": "user", "content": f"{i} + 1?"},
+            {"role": "assistant", "content": f"{i + 1}"},
+        ]
+        if i % 3 == 0:
+            messages += [
+                {"role": "user", "content": "and + 2?"},
+                {"role": "assistant", "content": f"{i + 3}"},
             ]
-    return {"messages": messages, "id": r.random()}, said
+        rows.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
 
 
-def sharegpt(r: random.Random) -> tuple[dict, list[Said]]:
-    said = _turns(r, flags=False)
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    return {
-        "conversations": [{"from": names[role], "value": content} for role, content, _ in said]
-    }, said
-
-
-def alpaca(r: random.Random) -> tuple[dict, list[Said]]:
-    row = {"instruction": text(r), "input": r.choice(["", text(r)]), "output": text(r)}
-    said: list[Said] = []
-    if r.random() < 0.3:
-        row["system"] = text(r)
-        said.append(("system", row["system"], False))
-    if r.random() < 0.3:
-        row["history"] = [[text(r), text(r)] for _ in range(r.randint(1, 2))]
-        for question, answer in row["history"]:
-            said += [("user", question, False), ("assistant", answer, True)]
-    asked = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
-    return row, [*said, ("user", asked, False), ("assistant", row["output"], True)]
-
-
-def completion(r: random.Random) -> tuple[dict, list[Said]]:
-    row = {"prompt": text(r), "completion": text(r)}
-    return row, [("user", row["prompt"], False), ("assistant", row["completion"], True)]
-
-
-def completion_messages(r: random.Random) -> tuple[dict, list[Said]]:
-    """Prompt and completion as messages: answers within the prompt are not learned."""
-    said = _turns(r, flags=False)
-    row = {"prompt": _messages(said[:-1]), "completion": _messages(said[-1:])}
-    return row, [(*each[:2], False) for each in said[:-1]] + said[-1:]
-
-
-CONVERSATIONS = (openai, sharegpt, alpaca, completion, completion_messages)
-
-
-def pair(r: random.Random) -> tuple[dict, list[list[Said]]]:
-    """A row of chosen and rejected answers in one of the forms, and both conversations."""
-    said = [(*each[:2], False) for each in _turns(r, flags=False)]
-    prompt, form = said[:-1], r.randrange(3)
-    if form == 0:
-        prompt = [("user", text(r), False)]
-    sides = [[*prompt, ("assistant", f"{better} {text(r)}", True)] for better in ("yes", "no")]
-    if form == 0:
-        row = {"prompt": prompt[0][1], "chosen": sides[0][-1][1], "rejected": sides[1][-1][1]}
-    elif form == 1:
-        row = {"prompt": _messages(prompt)} | {
-            name: _messages(side[-1:])
-            for name, side in zip(("chosen", "rejected"), sides, strict=True)
-        }
-    else:
-        row = {
-            name: _messages(side) for name, side in zip(("chosen", "rejected"), sides, strict=True)
-        }
-    return row, sides
-
-
-def laid_out(said: list[Said], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Return the ids of a conversation and which are learned, up to the last one."""
-    chat = tokenizer.chat
-    ids, learned = [tokenizer.start_id], [False]
-    for role, content, is_learned in said:
-        header = [chat.start, *tokenizer.encode(role), chat.message]
-        body = [*tokenizer.encode(content), chat.end]
-        ids += header + body
-        learned += [False] * len(header) + [is_learned] * len(body)
-    end = max(i for i, each in enumerate(learned) if each) + 1
-    return ids[:end], learned[:end]
+def in_folder(folder: Path) -> list[str]:
+    """Return the flags that keep a run's files in a folder."""
+    return [
+        *("--ckpt_dir", str(folder / "ckpt"), "--graph_dir", str(folder / "graphs")),
+        *("--data_dir", str(folder / "none")),
+    ]

@@ -44,6 +44,8 @@ class Settings:
 
 # The flags that --help shows first. A command shows the first list of which it has every flag.
 MOST_USED = (
+    # Whatever trains after pre-training.
+    "init_from data dataset ckpt_dir max_steps epochs lr batch_size lora_rank run_name resume",
     # Whatever trains.
     "preset data_dir ckpt_dir max_steps batch_size grad_accum lr resume init_from run_name",
     # predict.py
@@ -205,13 +207,18 @@ def add_config_flags(to: argparse.ArgumentParser, *config_classes) -> None:
         metavar="NAME",
         help=f"named model and training settings:\n{presets}".replace("%", "%%"),
     )
+    add_config_file(to)
+    for config_class in config_classes:
+        add_fields(to.add_argument_group(config_class.__name__, config_class.__doc__), config_class)
+
+
+def add_config_file(to: argparse.ArgumentParser) -> None:
+    """Add `--config FILE.toml`."""
     to.add_argument(
         "--config",
         metavar="FILE.toml",
         help="TOML file of settings, named like the flags; tables [model] and [train] are optional",
     )
-    for config_class in config_classes:
-        add_fields(to.add_argument_group(config_class.__name__, config_class.__doc__), config_class)
 
 
 def add_fields(to, config_class, only: Iterable[str] | None = None) -> None:
@@ -252,19 +259,23 @@ def add_fields(to, config_class, only: Iterable[str] | None = None) -> None:
 def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     """Merge preset, TOML file and flags. Raise ValueError for an unknown key or unreadable file."""
     known = {f.name for c in config_classes for f in dataclasses.fields(c)}
-    preset = PRESETS[args.preset] if args.preset else PRESETS["gptoss"]
-    file = _read_toml(args.config, known) if args.config is not None else {}
+    # A command that starts from weights has no presets.
+    name = getattr(args, "preset", None)
+    preset = PRESETS[name] if name else PRESETS["gptoss"]
+    training = next((c for c in config_classes if issubclass(c, TrainConfig)), None)
+    owners = {"model": ModelConfig, "train": training or TrainConfig}
+    file = _read_toml(args.config, known, owners) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
-    values = _in_its_folders(values | file | flags)
+    values = _in_its_folders(values | file | flags, owners["train"])
     explicit = frozenset(file) | frozenset(flags)
     notes: tuple[str, ...] = ()
-    if TrainConfig in config_classes:
-        values, notes = follow(values, explicit)
-    return Settings(values, explicit, args.preset, notes)
+    if training is not None:
+        values, notes = follow(values, explicit, training)
+    return Settings(values, explicit, name, notes)
 
 
-def _in_its_folders(values: dict) -> dict:
+def _in_its_folders(values: dict, config_class: type[TrainConfig]) -> dict:
     """Return settings whose ckpt_dir and graph_dir are the run's own folders, if it has a name.
 
     A folder that has the run's name already stays, so that a run is found by either.
@@ -279,14 +290,14 @@ def _in_its_folders(values: dict) -> dict:
         )
     folders = {}
     for key in ("ckpt_dir", "graph_dir"):
-        folder = values.get(key, getattr(TrainConfig, key))
+        folder = values.get(key, getattr(config_class, key))
         if isinstance(folder, str):
             is_there = os.path.basename(os.path.normpath(folder)) == name
             folders[key] = folder if is_there else os.path.join(folder, name)
     return values | folders
 
 
-def _read_toml(path: str, known: Iterable[str]) -> dict:
+def _read_toml(path: str, known: Iterable[str], owners: dict[str, type]) -> dict:
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
@@ -295,7 +306,6 @@ def _read_toml(path: str, known: Iterable[str]) -> dict:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not valid TOML: {error}") from error
     flat = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    owners = {"model": ModelConfig, "train": TrainConfig}
     for name, section in table.items():
         if isinstance(section, dict):
             if name not in owners:

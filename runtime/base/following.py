@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from config_model import TrainConfig
 
 
-def follow(values: dict, explicit: Iterable[str]) -> tuple[dict, tuple[str, ...]]:
+def follow(
+    values: dict, explicit: Iterable[str], config_class: type[TrainConfig] = TrainConfig
+) -> tuple[dict, tuple[str, ...]]:
     """Return `values` with what does not fit adapted, and a line for each value that changed.
 
     Only defaults and a preset's values are adapted, and only where they do not fit what was given:
     the published run's numbers stay. explicit: names of what was given, which is never changed.
+    config_class: whose defaults these are.
     """
-    known = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | values
+    known = {f.name: f.default for f in dataclasses.fields(config_class)} | values
     lr, min_lr = known["lr"], known["min_lr"]
     steps, warmup = known["max_steps"], known["warmup_steps"]
     # A file can give anything. TrainConfig says what is wrong with it.

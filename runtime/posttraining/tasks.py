@@ -4,7 +4,7 @@ Questions on the beginning of a story have one exact answer. Requests for a stor
 in it, so that a program can check the result. A pair is a request, its story, and the same story
 with one requested thing replaced.
 
-Every example is a pure function of (split, number). Splits use stories of their own, which no
+Every exercise is a pure function of (split, number). Splits use stories of their own, which no
 pre-training text has, so a score on "test" is one on text that no stage has seen.
 """
 
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.data import toy_stories
-from runtime.data.toy_stories import Phrase
+from runtime.data.toy_stories import Phrase, _pick
+from runtime.posttraining.forms import Conversation, Pair, Prompt
 
 # The first story of each split. prepare_data.py --dataset toy takes stories 0, 1, 2, ...
 FIRST_STORY = {
@@ -27,8 +28,10 @@ FIRST_STORY = {
     "test": 4_000_000_000,
 }
 SPLIT_STORIES = 1_000_000_000
-# An example takes the first of so many stories that has what it needs.
-STORIES_PER_EXAMPLE = 1_000
+# Stories from here on are text for no stage: a model's loss on them tells what tuning cost.
+FIRST_HELD_OUT_STORY = 5_000_000_000
+# An exercise takes the first of so many stories that has what it needs.
+STORIES_PER_EXERCISE = 1_000
 # A question comes after the sentences that fit.
 MOST_BEGINNING_WORDS = 60
 # A nano model reads 256 tokens: the request and its story must fit.
@@ -42,6 +45,8 @@ QUESTIONS = {
     "where": ("Where does it happen?", "To which place does the story take us?"),
 }
 REQUEST = "request"
+# What a request can ask for.
+PARTS = ("hero", "friend", "kind", "first thing", "second thing")
 # Rows that are drawn before another requested thing is replaced.
 MOST_DRAWS = 20
 
@@ -58,11 +63,11 @@ _FIELD = re.compile(r"\{(\w+)[\w.]*\}")
 
 
 @dataclass(frozen=True)
-class Example:
+class Exercise:
     """A prompt with an answer that is right.
 
     kind: of question, or REQUEST. items: what the answer to a request must have, as whole words, by
-    part ("hero", "friend", "kind", "first thing", "second thing"); empty for a question.
+    part (PARTS); empty for a question.
     """
 
     kind: str
@@ -90,35 +95,56 @@ class Drafted:
 
 # ------------------------------------------------------------------------------ stories of a split
 def _numbers(split: str, number: int) -> range:
-    """Return the stories that example `number` of a split can take."""
+    """Return the stories that exercise `number` of a split can take."""
     if split not in FIRST_STORY:
         raise ValueError(f"the splits are {', '.join(FIRST_STORY)}, not {split!r}")
-    if not 0 <= number < SPLIT_STORIES // STORIES_PER_EXAMPLE:
-        most = SPLIT_STORIES // STORIES_PER_EXAMPLE - 1
-        raise ValueError(f"an example's number must be from 0 to {most:,}, not {number}")
-    first = FIRST_STORY[split] + number * STORIES_PER_EXAMPLE
-    return range(first, first + STORIES_PER_EXAMPLE)
+    if not 0 <= number < SPLIT_STORIES // STORIES_PER_EXERCISE:
+        most = SPLIT_STORIES // STORIES_PER_EXERCISE - 1
+        raise ValueError(f"an exercise's number must be from 0 to {most:,}, not {number}")
+    first = FIRST_STORY[split] + number * STORIES_PER_EXERCISE
+    return range(first, first + STORIES_PER_EXERCISE)
 
 
 def _drafts(split: str, number: int) -> Iterator[tuple[Drafted, Callable[[], float]]]:
-    """Yield the stories of an example, each with a source of random numbers of its own."""
+    """Yield the stories of an exercise, each with a source of random numbers of its own."""
     for index in _numbers(split, number):
         # Not the numbers that made the story: a choice must not depend on its first sentence.
         yield Drafted(*toy_stories._draft(index)), random.Random(f"task {index}").random
 
 
+def held_out_story(number: int) -> str:
+    """Return story `number` of those that neither pre-training nor an exercise takes."""
+    return toy_stories.story(FIRST_HELD_OUT_STORY + number)
+
+
 # ------------------------------------------------------------------------------ questions
-def question(split: str, number: int) -> Example:
+def question(split: str, number: int) -> Exercise:
     """Return a question on the beginning of a story; the kinds take turns."""
+    return interview(split, number)[0]
+
+
+def interview(split: str, number: int) -> list[Exercise]:
+    """Return all questions that the beginning of a story answers, in some order.
+
+    The text is in the prompt of the first alone. Its kind goes by the number, so that all kinds are
+    as frequent as each other.
+    """
     kinds = list(QUESTIONS)
-    kind = kinds[number % len(kinds)]
+    first = kinds[number % len(kinds)]
     for draft, draw in _drafts(split, number):
         beginning = _beginning(draft)
-        answer = _answers(beginning).get(kind)
-        if answer is not None:
-            asked = toy_stories._pick(draw, QUESTIONS[kind]).format_map(draft.cast)
-            return Example(kind, f"{beginning.story}\n{asked}", answer, {})
-    raise AssertionError(f"no story of {_numbers(split, number)} answers {kind!r}")
+        answers = _answers(beginning)
+        if first not in answers:
+            continue
+        order, rest = [first], [kind for kind in answers if kind != first]
+        while rest:
+            order.append(rest.pop(int(draw() * len(rest))))
+        texts = [f"{beginning.story}\n", *[""] * len(order)]
+        return [
+            Exercise(kind, text + _pick(draw, QUESTIONS[kind]).format_map(draft.cast), answer, {})
+            for kind, text, answer in zip(order, texts, map(answers.get, order), strict=False)
+        ]
+    raise AssertionError(f"no story of {_numbers(split, number)} answers {first!r}")
 
 
 def _beginning(draft: Drafted) -> Drafted:
@@ -149,7 +175,7 @@ def _answers(beginning: Drafted) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------ requests
-def request(split: str, number: int) -> Example:
+def request(split: str, number: int) -> Exercise:
     """Return a request for a story, with the grammar's own story as its answer."""
     draft, asked, _ = _requested(split, number)
     return _request(draft, asked)
@@ -167,7 +193,7 @@ def _requested(split: str, number: int) -> tuple[Drafted, dict[str, str], Callab
         asked = {"hero": "A"}
         if "B" in fields:
             asked["friend"] = "B"
-        for part in ("first thing", "second thing")[: toy_stories._pick(draw, (1, 2))]:
+        for part in ("first thing", "second thing")[: _pick(draw, (1, 2))]:
             if things:
                 asked[part] = things.pop(int(draw() * len(things)))
         if "first thing" in asked:
@@ -186,7 +212,7 @@ def _shown(cast: dict[str, Any], field: str) -> str:
     return core if field in ("place", "treat") else Phrase(core).a
 
 
-def _request(draft: Drafted, asked: dict[str, str]) -> Example:
+def _request(draft: Drafted, asked: dict[str, str]) -> Exercise:
     """Return the request for the fields `asked` of a story."""
     cast = draft.cast
     items = {part: _core(cast, field) for part, field in asked.items()}
@@ -195,28 +221,28 @@ def _request(draft: Drafted, asked: dict[str, str]) -> Example:
     who = " and ".join([cast["A"].full] + [str(cast["B"]) for part in asked if part == "friend"])
     things = [_shown(cast, asked[part]) for part in asked if part.endswith("thing")]
     prompt = f"Tell a story about {who}. Use these words: {', '.join(things)}."
-    return Example(REQUEST, prompt, draft.story, items)
+    return Exercise(REQUEST, prompt, draft.story, items)
 
 
 # ------------------------------------------------------------------------------ pairs
-def pair(split: str, number: int) -> tuple[Example, str]:
+def pair(split: str, number: int) -> tuple[Exercise, str]:
     """Return a request with its story, and the same story with one requested thing replaced.
 
     The replaced thing is another row of its table, in all its forms, so the two stories have about
     the same length and differ in nothing else. Only the first has everything that is asked for.
     """
     draft, asked, draw = _requested(split, number)
-    example = _request(draft, asked)
-    parts_left = [*example.items]
+    exercise = _request(draft, asked)
+    parts_left = [*exercise.items]
     while parts_left:
         part = parts_left.pop(int(draw() * len(parts_left)))
         for _ in range(MOST_DRAWS):
             cast = _replaced(draft.cast, "kind" if part == "kind" else asked[part], draw)
             rejected = Drafted(draft.text, cast).story
             # A row occurs several times in its table, and two characters need two names.
-            if cast["A"] != cast["B"] and not has(rejected, example.items[part]):
-                return example, rejected
-    raise AssertionError(f"nothing in {example.prompt!r} can be replaced")
+            if cast["A"] != cast["B"] and not has(rejected, exercise.items[part]):
+                return exercise, rejected
+    raise AssertionError(f"nothing in {exercise.prompt!r} can be replaced")
 
 
 def _replaced(cast: dict[str, Any], field: str, draw: Callable[[], float]) -> dict[str, Any]:
@@ -225,20 +251,20 @@ def _replaced(cast: dict[str, Any], field: str, draw: Callable[[], float]) -> di
     if field in ("A", "B"):
         return cast | {field: _renamed(cast[field], draw)}
     if field == "kind":
-        return cast | {"A": _of_kind(cast["A"], toy_stories._pick(draw, tables["animal"]))}
+        return cast | {"A": _of_kind(cast["A"], _pick(draw, tables["animal"]))}
     if field == "O":
         return cast | {"O": _toy(cast["O"], draw)}
     if field == "place":
-        return cast | _placed(cast, toy_stories._pick(draw, tables["place"]))
-    return cast | {field: toy_stories._pick(draw, tables[field])}
+        return cast | _placed(cast, _pick(draw, tables["place"]))
+    return cast | {field: _pick(draw, tables[field])}
 
 
 def _renamed(character: Phrase, draw: Callable[[], float]) -> Phrase:
     """Return the character with another name and its pronouns; a girl can become a boy."""
     tables = toy_stories.grammar().tables
     is_child = character.full == character
-    is_girl = toy_stories._pick(draw, (True, False))
-    name = toy_stories._pick(
+    is_girl = _pick(draw, (True, False))
+    name = _pick(
         draw, tables[("girl" if is_girl else "boy") if is_child else "she" if is_girl else "he"]
     )
     kind = ("girl" if is_girl else "boy") if is_child else character.kind
@@ -267,7 +293,7 @@ def _with_words(text: str, phrase: Phrase, changed: dict[str, str], **forms: str
 def _toy(toy: Phrase, draw: Callable[[], float]) -> Phrase:
     """Return another toy of the same color; one that flies stays one that flies."""
     tables = toy_stories.grammar().tables
-    noun = toy_stories._pick(draw, tables["light" if toy.noun in tables["light"] else "toy"])
+    noun = _pick(draw, tables["light" if toy.noun in tables["light"] else "toy"])
     color = str(toy).removesuffix(toy.noun).strip()
     return Phrase(f"{color} {noun}", noun=noun, use=noun.use)
 
@@ -305,50 +331,55 @@ def reward(items: dict[str, str], text: str, ended: bool) -> float:
     return sum(parts(items, text).values()) / len(items) if ended else 0.0
 
 
-def is_right(example: Example, text: str, ended: bool) -> bool:
+def is_right(exercise: Exercise, text: str, ended: bool) -> bool:
     """Return whether a text is the answer to a question, or has all that a request asks for."""
-    if not example.items:
-        return ended and text.strip() == example.answer
-    return reward(example.items, text, ended) == 1.0
+    if not exercise.items:
+        return ended and text.strip() == exercise.answer
+    return reward(exercise.items, text, ended) == 1.0
 
 
 # ------------------------------------------------------------------------------ as data
-def conversations(split: str, count: int, question_share: float = 0.5) -> list[dict]:
-    """Return {"messages"} of `count` examples, the questions spread evenly among the requests.
+def conversations(split: str, count: int, question_share: float = 0.5) -> list[Conversation]:
+    """Return `count` interviews and requests with their answers, spread evenly.
 
-    question_share: of the examples, from 0 to 1.
+    question_share: the share of interviews, from 0 to 1.
     """
     if not 0 <= question_share <= 1:
         raise ValueError(f"question_share must be from 0 to 1, not {question_share}")
     found = []
     for number in range(count):
-        # Of the examples before this one.
-        questions = int(number * question_share)
-        is_question = int((number + 1) * question_share) > questions
-        make, own = (question, questions) if is_question else (request, number - questions)
-        example = make(split, own)
-        found.append({"messages": [*_asked(example), _answered(example.answer)]})
+        # Of the conversations before this one.
+        interviews = int(number * question_share)
+        is_interview = int((number + 1) * question_share) > interviews
+        turns = (
+            interview(split, interviews) if is_interview else [request(split, number - interviews)]
+        )
+        found.append(Conversation([message for turn in turns for message in _turn(turn)]))
     return found
 
 
-def pairs(split: str, count: int) -> list[dict]:
-    """Return {"prompt", "chosen", "rejected"} of `count` requests; each is a list of messages."""
+def pairs(split: str, count: int) -> list[Pair]:
+    """Return `count` requests, each with a story that has everything and one that does not."""
     found = []
     for number in range(count):
-        example, rejected = pair(split, number)
-        chosen, rejected = ([_answered(text)] for text in (example.answer, rejected))
-        found.append({"prompt": _asked(example), "chosen": chosen, "rejected": rejected})
+        exercise, rejected = pair(split, number)
+        found.append(Pair(asked(exercise), [_answered(exercise.answer)], [_answered(rejected)]))
     return found
 
 
-def prompts(split: str, count: int) -> list[dict]:
-    """Return {"prompt", "items"} of `count` requests, for `reward`."""
-    examples = (request(split, number) for number in range(count))
-    return [{"prompt": _asked(example), "items": example.items} for example in examples]
+def prompts(split: str, count: int) -> list[Prompt]:
+    """Return `count` requests; the column "items" is for `reward`."""
+    exercises = (request(split, number) for number in range(count))
+    return [Prompt(asked(exercise), {"items": exercise.items}) for exercise in exercises]
 
 
-def _asked(example: Example) -> list[dict]:
-    return [{"role": "user", "content": example.prompt}]
+def asked(exercise: Exercise) -> list[dict]:
+    """Return the messages that a model is to answer."""
+    return [{"role": "user", "content": exercise.prompt}]
+
+
+def _turn(exercise: Exercise) -> list[dict]:
+    return [*asked(exercise), _answered(exercise.answer)]
 
 
 def _answered(text: str) -> dict:

@@ -145,7 +145,7 @@ def make_plan(
         if source is not None:
             model_config = _initial_config(settings, source)
             notes.append(_init_note(settings, source))
-            model_config = with_chat_rows(model_config, source, task)
+            model_config = task.adapted(model_config, source)
         elif task.vocabulary_size and "vocabulary_size" not in settings.explicit:
             assert model_config is not None
             model_config = dataclasses.replace(model_config, vocabulary_size=task.vocabulary_size)
@@ -180,7 +180,7 @@ def _with_epochs(
     values = dataclasses.asdict(config) | {"epochs": 0.0, "max_steps": max(math.ceil(steps), 1)}
     said: tuple[str, ...] = ()
     if source is None:
-        values, said = follow(values, settings.explicit)
+        values, said = follow(values, settings.explicit, type(config))
     else:
         _check_steps(values, source)
     notes += [
@@ -232,7 +232,7 @@ def _configs(
         raise ValueError(
             f"--resume continues with the run's own settings: leave out --preset {settings.preset}"
         )
-    source, skipped = find_latest(settings.values.get("ckpt_dir", TrainConfig.ckpt_dir))
+    source, skipped = find_latest(settings.values.get("ckpt_dir", config_class.ckpt_dir))
     notes += [f"skipped a checkpoint that cannot be read: {line}" for line in skipped]
     notes.append(f"resuming {source.path} at step {source.step:,}")
     config, model_config = _resumed_configs(settings, source, config_class)
@@ -289,7 +289,7 @@ def _resumed_configs(
             )
     free = {name: value for name, value in given.items() if name in may_change}
     # The run's folder may have been moved since it was saved.
-    folder = {"ckpt_dir": settings.values.get("ckpt_dir", TrainConfig.ckpt_dir)}
+    folder = {"ckpt_dir": settings.values.get("ckpt_dir", config_class.ckpt_dir)}
     values = source.train_config | free | folder | {"resume": True, "init_from": ""}
     _check_steps(values, source)
     try:
@@ -423,15 +423,6 @@ def _with_new_rows(
             rows[is_new] = (total / (~is_new).sum()).to(rows)
             changed[name] = rows
     return changed
-
-
-def with_chat_rows(config: ModelConfig, source: Checkpoint, task: Task) -> ModelConfig:
-    """Return the config with a vocabulary that holds the ids a task adds to its base's."""
-    if not task.new_ids(source):
-        return config
-    return dataclasses.replace(
-        config, vocabulary_size=max(config.vocabulary_size, task.vocabulary_size)
-    )
 
 
 def _check_vocabulary(model_config: ModelConfig, task: Task, source: Checkpoint | None) -> None:

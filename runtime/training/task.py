@@ -122,6 +122,10 @@ class Task:
     def restore(self, state: dict) -> None:
         """Take what `state` returned; {} at the start of a run."""
 
+    def adapted(self, model_config: ModelConfig, source: Checkpoint) -> ModelConfig:
+        """Return the model's config as this task needs it, for a run from the weights of source."""
+        return model_config
+
     def new_ids(self, source: Checkpoint) -> list[int]:
         """Return the ids that this task adds to the vocabulary of the weights it starts from."""
         return []

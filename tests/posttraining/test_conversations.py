@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
+import subprocess
 import sys
 from unittest import mock
 
@@ -225,9 +225,9 @@ def test_the_line_of_a_dialogue_as_text_says_how_to_make_messages():
         read_one({"chosen": text, "rejected": text})
     code = str(caught.value).split("first: ")[1]
     assert code == forms.DIALOGUE_TO_MESSAGES
-    names: dict = {"re": re, "text": text}
-    exec(code, names)
-    assert names["messages"] == [USER, ANSWER, USER, WORSE]
+    program = f"import json, re; text = {text!r}; {code}; print(json.dumps(messages))"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert json.loads(printed.stdout) == [USER, ANSWER, USER, WORSE]
 
 
 @pytest.mark.parametrize(

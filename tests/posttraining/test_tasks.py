@@ -9,6 +9,7 @@ import pytest
 
 from runtime.data.toy_stories import NUM_DISTINCT
 from runtime.posttraining import tasks
+from runtime.posttraining.forms import Pair, Prompt
 from runtime.posttraining.tasks import (
     FIRST_STORY,
     MOST_BEGINNING_WORDS,
@@ -16,9 +17,10 @@ from runtime.posttraining.tasks import (
     QUESTIONS,
     REQUEST,
     SPLIT_STORIES,
-    STORIES_PER_EXAMPLE,
+    STORIES_PER_EXERCISE,
     conversations,
     has,
+    interview,
     is_right,
     pair,
     pairs,
@@ -33,19 +35,19 @@ SAMPLE = 300
 
 
 @pytest.fixture(scope="module")
-def questions() -> list[tasks.Example]:
+def questions() -> list[tasks.Exercise]:
     return [question("test", number) for number in range(SAMPLE)]
 
 
 @pytest.fixture(scope="module")
-def requests() -> list[tasks.Example]:
+def requests() -> list[tasks.Exercise]:
     return [request("test", number) for number in range(SAMPLE)]
 
 
 # ------------------------------------------------------------------------------ splits
 def test_splits_share_no_story():
     """A score on stories that a stage was trained on says nothing."""
-    last = SPLIT_STORIES // STORIES_PER_EXAMPLE - 1
+    last = SPLIT_STORIES // STORIES_PER_EXERCISE - 1
     taken = sorted(
         (stories.start, stories.stop)
         for split in FIRST_STORY
@@ -58,12 +60,12 @@ def test_splits_share_no_story():
         assert tasks._numbers(split, last).stop == first + SPLIT_STORIES
 
 
-def test_examples_of_a_split_share_no_story():
+def test_exercises_of_a_split_share_no_story():
     blocks = [tasks._numbers("sft", number) for number in (0, 1, 2)]
     assert blocks[0].stop == blocks[1].start and blocks[1].stop == blocks[2].start
 
 
-def test_a_split_has_its_own_examples():
+def test_a_split_has_its_own_exercises():
     prompts_by_split = [
         {make(split, number).prompt for number in range(20) for make in (question, request)}
         for split in FIRST_STORY
@@ -73,8 +75,8 @@ def test_a_split_has_its_own_examples():
         assert len(one & other) <= 2
 
 
-@pytest.mark.parametrize("make", [question, request, pair])
-def test_an_example_is_a_function_of_split_and_number(make):
+@pytest.mark.parametrize("make", [question, interview, request, pair])
+def test_an_exercise_is_a_function_of_split_and_number(make):
     assert make("sft", 7) == make("sft", 7)
     assert make("sft", 7) != make("sft", 8)
     assert make("sft", 7) != make("test", 7)
@@ -91,60 +93,78 @@ def test_wrong_splits_and_numbers_are_refused():
 
 # ------------------------------------------------------------------------------ questions
 def test_answers_are_in_the_text(questions):
-    for example in questions:
-        beginning, asked = example.prompt.split("\n")[:-1], example.prompt.split("\n")[-1]
-        assert has("\n".join(beginning), example.answer), example
+    for exercise in questions:
+        beginning, asked = exercise.prompt.split("\n")[:-1], exercise.prompt.split("\n")[-1]
+        assert has("\n".join(beginning), exercise.answer), exercise
         assert len(" ".join(beginning).split()) <= MOST_BEGINNING_WORDS
         assert asked.endswith("?")
 
 
 def test_kinds_of_questions_take_turns(questions):
-    assert [example.kind for example in questions] == [
+    assert [exercise.kind for exercise in questions] == [
         kind for kind, _ in zip(itertools.cycle(QUESTIONS), questions, strict=False)
     ]
 
 
 def test_a_question_has_one_answer(questions):
     """The friend is not the hero, and the hero does not have what is a prize or was found."""
-    for example in questions:
-        text, asked = example.prompt.rsplit("\n", 1)
-        if example.kind == "who else":
-            assert text.index(example.answer) > 0 and not text.startswith(example.answer)
-        if example.kind in ("kind", "thing"):
+    for exercise in questions:
+        text, asked = exercise.prompt.rsplit("\n", 1)
+        if exercise.kind == "who else":
+            assert text.index(exercise.answer) > 0 and not text.startswith(exercise.answer)
+        if exercise.kind in ("kind", "thing"):
             # The question names the hero, whom the text names too.
             name = asked.removesuffix("?").split()[-1]
-            name = name if example.kind == "kind" else asked.split("does ")[1].split(" have")[0]
+            name = name if exercise.kind == "kind" else asked.split("does ")[1].split(" have")[0]
             assert has(text, name)
-        if example.kind == "thing":
+        if exercise.kind == "thing":
             assert "prize" not in text and "stumbled over" not in text
 
 
 def test_a_question_is_right_only_word_for_word_and_with_an_end(questions):
-    example = questions[0]
-    assert is_right(example, example.answer, ended=True)
-    assert is_right(example, f" {example.answer}\n", ended=True)
-    assert not is_right(example, example.answer, ended=False)
-    assert not is_right(example, example.answer + ".", ended=True)
-    assert not is_right(example, "", ended=True)
+    exercise = questions[0]
+    assert is_right(exercise, exercise.answer, ended=True)
+    assert is_right(exercise, f" {exercise.answer}\n", ended=True)
+    assert not is_right(exercise, exercise.answer, ended=False)
+    assert not is_right(exercise, exercise.answer + ".", ended=True)
+    assert not is_right(exercise, "", ended=True)
+
+
+def test_an_interview_asks_each_kind_once():
+    """Its first turn has the text, and every answer is in that text."""
+    numbers = range(SAMPLE)
+    turns = [interview("sft", number) for number in numbers]
+    for number, asked in zip(numbers, turns, strict=True):
+        text = asked[0].prompt.rsplit("\n", 1)[0]
+        kinds = [exercise.kind for exercise in asked]
+        assert asked[0] == question("sft", number) and len(kinds) == len(set(kinds))
+        for exercise in asked:
+            assert has(text, exercise.answer)
+        for exercise in asked[1:]:
+            assert "\n" not in exercise.prompt
+    # On average more than three, in several orders.
+    assert sum(map(len, turns)) > 3 * SAMPLE
+    orders = {tuple(exercise.kind for exercise in asked) for asked in turns}
+    assert len(orders) > 20
 
 
 # ------------------------------------------------------------------------------ requests
 def test_the_story_has_all_that_its_request_asks_for(requests):
-    for example in requests:
-        assert example.kind == REQUEST
-        assert reward(example.items, example.answer, ended=True) == 1.0
-        assert is_right(example, example.answer, ended=True)
-        assert len(example.answer.split()) <= MOST_STORY_WORDS
-        assert {"hero", "first thing"} <= set(example.items)
-        for item in example.items.values():
-            assert has(example.prompt, item)
+    for exercise in requests:
+        assert exercise.kind == REQUEST
+        assert reward(exercise.items, exercise.answer, ended=True) == 1.0
+        assert is_right(exercise, exercise.answer, ended=True)
+        assert len(exercise.answer.split()) <= MOST_STORY_WORDS
+        assert {"hero", "first thing"} <= set(exercise.items)
+        for item in exercise.items.values():
+            assert has(exercise.prompt, item)
 
 
 def test_a_story_without_an_end_earns_nothing(requests):
     """A model that never stops would otherwise name everything at last, and be rewarded for it."""
-    example = requests[0]
-    assert reward(example.items, example.answer, ended=False) == 0.0
-    assert not is_right(example, example.answer, ended=False)
+    exercise = requests[0]
+    assert reward(exercise.items, exercise.answer, ended=False) == 0.0
+    assert not is_right(exercise, exercise.answer, ended=False)
 
 
 def test_reward_is_the_share_of_items():
@@ -175,10 +195,10 @@ def test_pairs_differ_in_one_requested_thing():
     """Both stories have all other items, and only the first has the one that was replaced."""
     replaced = set()
     for number in range(SAMPLE):
-        example, rejected = pair("preference", number)
-        assert reward(example.items, example.answer, ended=True) == 1.0
-        lost = [part for part, kept in parts(example.items, rejected).items() if not kept]
-        assert len(lost) == 1, (example, rejected)
+        exercise, rejected = pair("preference", number)
+        assert reward(exercise.items, exercise.answer, ended=True) == 1.0
+        lost = [part for part, kept in parts(exercise.items, rejected).items() if not kept]
+        assert len(lost) == 1, (exercise, rejected)
         replaced.add(lost[0])
     assert replaced == {"hero", "friend", "kind", "first thing", "second thing"}
 
@@ -187,13 +207,13 @@ def test_pairs_differ_in_few_words():
     """Stories that differ in much else teach which story, and not what was asked for."""
     shares, longer = [], 0
     for number in range(SAMPLE):
-        example, rejected = pair("preference", number)
-        before, after = example.answer.split(), rejected.split()
+        exercise, rejected = pair("preference", number)
+        before, after = exercise.answer.split(), rejected.split()
         matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
         kept = sum(block.size for block in matcher.get_matching_blocks())
         shares.append(1 - kept / len(before))
         longer += abs(len(after) - len(before)) > 5
-        assert example.answer.count("\n") == rejected.count("\n")
+        assert exercise.answer.count("\n") == rejected.count("\n")
     assert sorted(shares)[SAMPLE // 2] < 0.1
     assert max(shares) < 0.5
     assert longer < 0.1 * SAMPLE
@@ -230,31 +250,34 @@ def test_a_replaced_place_brings_its_own_sights_and_spots():
 def test_conversations_mix_questions_and_requests_evenly():
     for share, asked in ((0.0, 0), (0.2, 12), (0.5, 30), (1.0, 60)):
         found = conversations("sft", 60, share)
-        is_question = ["\n" in one["messages"][0]["content"] for one in found]
+        is_question = ["\n" in one.messages[0]["content"] for one in found]
         assert sum(is_question) == asked
-        # Also within the first part, and all kinds of questions.
         assert abs(sum(is_question[:30]) - asked / 2) <= 1
         for one in found:
-            assert [message["role"] for message in one["messages"]] == ["user", "assistant"]
-    contents = [one["messages"][0]["content"] for one in conversations("sft", 50, 0.2)]
-    last_lines = {content.rsplit("\n", 1)[-1] for content in contents if "\n" in content}
-    assert len(last_lines) > len(QUESTIONS)
+            roles = [message["role"] for message in one.messages]
+            assert roles == ["user", "assistant"] * (len(roles) // 2)
     with pytest.raises(ValueError, match="from 0 to 1, not 2"):
         conversations("sft", 1, 2)
 
 
+def test_every_share_of_questions_has_all_kinds():
+    """With a fifth of questions, the numbers of all conversations gave questions of one kind."""
+    for share in (0.2, 0.4, 1.0):
+        contents = [one.messages[0]["content"] for one in conversations("sft", 50, share)]
+        numbers = range(round(50 * share))
+        questions = [content for content in contents if "\n" in content]
+        assert questions == [question("sft", number).prompt for number in numbers]
+
+
 def test_pairs_and_prompts_are_data():
     (one,) = pairs("preference", 1)
-    example, rejected = pair("preference", 0)
-    assert one == {
-        "prompt": [{"role": "user", "content": example.prompt}],
-        "chosen": [{"role": "assistant", "content": example.answer}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-    assert prompts("rl", 2)[1] == {
-        "prompt": [{"role": "user", "content": request("rl", 1).prompt}],
-        "items": request("rl", 1).items,
-    }
+    exercise, rejected = pair("preference", 0)
+    asked = [{"role": "user", "content": exercise.prompt}]
+    chosen = [{"role": "assistant", "content": exercise.answer}]
+    assert one == Pair(asked, chosen, [{"role": "assistant", "content": rejected}])
+    exercise = request("rl", 1)
+    asked = [{"role": "user", "content": exercise.prompt}]
+    assert prompts("rl", 2)[1] == Prompt(asked, {"items": exercise.items})
 
 
 def test_no_pre_training_text_reaches_the_tasks():

@@ -25,7 +25,7 @@ from runtime.posttraining.packing import (
     make_batch,
 )
 from runtime.training.task import GivenTask
-from tests import builders_posttraining as rows
+from tests import builders_conversations as rows
 from tests.builders import random_config, random_model, tiny_config, without_chance
 from tests.promises import Promise, Tally
 from tests.promises.common import FIRST_SEED, attempt

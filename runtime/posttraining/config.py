@@ -1,0 +1,105 @@
+"""Settings that all training after pre-training shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from config_model import TrainConfig, option
+
+# Settings of the model that a run may choose: they change no weight and no meaning of one.
+MODEL_FLAGS = ("aux_loss_coef", "z_loss_coef", "router_bias_rate")
+
+
+def changed(name: str, default: object) -> Any:
+    """Return TrainConfig's field with another default."""
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    return field(default=default, metadata=fields[name].metadata)
+
+
+@dataclass(frozen=True)
+class PostTrainConfig(TrainConfig):
+    """One run after pre-training: its data, its score, its adapters."""
+
+    # data
+    dataset: str = option(
+        "",
+        "toy: the embedded tasks, made from the grammar of the toy stories; the default without "
+        "--data",
+        choices=("", "toy"),
+    )
+    data: tuple = option(
+        (),
+        "file, folder or pattern of examples (.jsonl, .json, .csv, .tsv, .parquet); may be given "
+        "more than once",
+    )
+    toy_examples: int = option(
+        8_000, "embedded examples that a run learns from", minimum=2, maximum=1_000_000
+    )
+    columns: str = option(
+        "", "columns under other names, as prompt=question,completion=answer; empty: their own"
+    )
+    raw: bool = option(
+        False, "prompt and completion as they are, without chat layout: the answer ends the text"
+    )
+    train_on: str = option(
+        "all",
+        "answers of a conversation that are learned: all, or the last",
+        choices=("all", "last"),
+    )
+    too_long: str = option(
+        "drop",
+        "examples beyond the context: drop; cut_prompt: drop their oldest turns; refuse",
+        choices=("drop", "cut_prompt", "refuse"),
+    )
+    # score
+    score_prompts: int = option(
+        256, "held-out prompts that are answered at each validation; 0 = none", minimum=0
+    )
+    max_new_tokens: int = option(
+        192, "tokens of an answer, its end included", minimum=1, maximum=1_000_000
+    )
+    # adapters
+    lora_rank: int = option(
+        0, "train adapters of this rank instead of the weights (LoRA); 0 = all weights", minimum=0
+    )
+    lora_expert_rank: int = option(
+        0, "rank of the experts' adapters; 0 = lora_rank / top_k, at least 1", minimum=0
+    )
+    lora_alpha: float = option(
+        32.0, "scale of the adapters: alpha / rank times their product is added", above=0.0
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset and self.data:
+            raise ValueError("give either --dataset toy or --data, not both")
+        for name in ("columns", "raw"):
+            if getattr(self, name) and not self.data:
+                raise ValueError(f"--{name} has no effect without --data: leave it out")
+        for name in ("lora_expert_rank", "lora_alpha"):
+            if getattr(self, name) != getattr(type(self), name) and not self.lora_rank:
+                raise ValueError(f"--{name} has no effect without --lora_rank: leave it out")
+        if self.document_mask:
+            raise ValueError(
+                "document_mask is for pre-training: no example sees another here, so leave it out"
+            )
+
+    @property
+    def is_toy(self) -> bool:
+        """Return whether the examples are the embedded tasks."""
+        return not self.data
+
+    def column_names(self) -> dict[str, str]:
+        """Return our name -> the file's name of a column. Raise ValueError for other text."""
+        names = {}
+        for part in filter(None, self.columns.split(",")):
+            ours, equals, theirs = (text.strip() for text in part.partition("="))
+            if not (ours and equals and theirs) or ours in names:
+                raise ValueError(
+                    f"--columns {self.columns}: write NAME=COLUMN, each name once, as in "
+                    "prompt=question,completion=answer"
+                )
+            names[ours] = theirs
+        return names

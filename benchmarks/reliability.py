@@ -22,6 +22,7 @@ from runtime.base import cli
 def promises() -> list:
     """All of them, by number."""
     from tests.promises import (
+        conversations,
         damage,
         flags,
         hostile,
@@ -29,6 +30,7 @@ def promises() -> list:
         model,
         network,
         numbers,
+        packing,
         pairing,
         prompt,
         published,
@@ -52,6 +54,8 @@ def promises() -> list:
             *flags.PROMISES,
             *texts.PROMISES,
             *network.PROMISES,
+            *packing.PROMISES,
+            *conversations.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

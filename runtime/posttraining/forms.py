@@ -44,6 +44,7 @@ SHAREGPT_ROLES = {
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+_EMPTY: tuple[object, ...] = (None, "", "[]", [], {})
 _KNOWN_IN_MESSAGE = ("role", "content", "from", "value", "train", "weight")
 
 # Turns text that holds a whole dialogue, as HH-RLHF's does, into messages.
@@ -197,6 +198,7 @@ def _keys_of(message: Row, here: str) -> tuple[str, str]:
 def _message(message: Row, keys: tuple[str, str], here: str, context: Context) -> Message:
     role = message.get(keys[0])
     refuse_tools(message, here)
+    refuse_media(message, here)
     if role in _TOOL_ROLES:
         raise ValueError(f"{here} has the role {role!r}: {_NO_TOOLS}")
     known = SHAREGPT_ROLES if keys[0] == "from" else dict(zip(ROLES, ROLES, strict=True))
@@ -237,12 +239,16 @@ _NO_TOOLS = "calls of tools are not learned here, leave such rows out"
 
 
 def refuse_tools(row: Row, here: str) -> None:
-    """Raise ValueError for a row or a message with tools, their calls, or media."""
+    """Raise ValueError for a row or a message with tools or their calls."""
     for name in _TOOL_KEYS:
-        if row.get(name) not in (None, "", "[]", [], {}):
+        if row.get(name) not in _EMPTY:
             raise ValueError(f"{here} has {name}: {_NO_TOOLS}")
+
+
+def refuse_media(row: Row, here: str) -> None:
+    """Raise ValueError for a row or a message with images, video or sound."""
     for name in _MEDIA_KEYS:
-        if row.get(name) not in (None, "", "[]", [], {}):
+        if row.get(name) not in _EMPTY:
             raise ValueError(f"{here} has {name}: only text is learned, leave such rows out")
 
 

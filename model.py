@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from config_model import ModelConfig, loss_chunk_rows
 from model_parts import Block, KVCache, RouterStats, rope_tables
 from runtime.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, softmax_gradient_
+from runtime.kernels.target_log_probs import target_log_probs
 
 # Initial values by the ends of parameter names (LLM.initialise). Norms start at 1.
 ZERO = ("bias", "b_in", "b_out", "attention_bias", "sinks")
@@ -41,6 +42,7 @@ class Output(NamedTuple):
     aux_loss: Tensor  # scalar: aux_loss_coef * sum over blocks
     z_loss: Tensor  # scalar: z_loss_coef * sum over blocks
     router: RouterStats  # per block
+    log_probs: Tensor | None = None  # [M], float32 or better: of each target (nats)
     metrics: dict[str, Tensor] = {}  # a task's own sums to log, 0-dim
 
 
@@ -121,13 +123,17 @@ class LLM(nn.Module):
         cache: KVCache | None = None,
         last_token_only: bool = False,
         starts_BT: Tensor | None = None,
+        rows_M: Tensor | None = None,
+        per_token: bool = False,
     ) -> Output:
         """Run ids [B, T] int64, which continue the sequences in `cache` if there is one.
 
         targets [B, T]: the next id of each token, or IGNORE. last_token_only: logits of the last
         token alone (prefill needs no others). starts [B, T] int64: the position where each token's
-        document begins, if several share a row; a token sees nothing before. Raises ValueError for
-        ids out of range, an empty input, a full cache, or positions without a learned bias.
+        document begins, if several share a row; a token sees nothing before. rows [M] int64: only
+        these b * T + t reach the head. per_token: log_probs, each with a gradient of its own.
+        Raises ValueError for ids out of range, an empty input, a full cache, or positions without a
+        learned bias.
         """
         T, start = ids_BT.shape[1], 0 if cache is None else cache.length
         self._check_input(ids_BT, start, cache)
@@ -150,12 +156,23 @@ class LLM(nn.Module):
 
         stats = RouterStats(*(torch.stack(values) for values in zip(*per_block, strict=True)))
         x_BTC = self.norm(x_BTC[:, -1:] if last_token_only else x_BTC)
-        logits = cross_entropy_sum = num_targets = None
+        logits = cross_entropy_sum = num_targets = log_probs = None
         if targets_BT is None:
             logits = F.linear(x_BTC, self.head_weight, self.out_head.bias)
         else:
-            cross_entropy_sum = self._cross_entropy_sum(x_BTC, targets_BT)
-            num_targets = (targets_BT != IGNORE).sum()
+            x_MC, targets_M = x_BTC.flatten(0, 1), targets_BT.flatten()
+            if rows_M is not None:
+                x_MC, targets_M = x_MC.index_select(0, rows_M), targets_M[rows_M]
+            chunk_rows = self.loss_rows or loss_chunk_rows(self.config, x_MC.device.type != "cpu")
+            head = (x_MC, self.head_weight, self.out_head.bias, targets_M, chunk_rows)
+            if per_token:
+                log_probs = target_log_probs(*head)
+                cross_entropy_sum = -log_probs.sum()
+            else:
+                # Compiled for one shape: the number of rows differs from batch to batch.
+                softmax_gradient = self.softmax_gradient if rows_M is None else softmax_gradient_
+                cross_entropy_sum = linear_cross_entropy(*head, softmax_gradient)
+            num_targets = (targets_M != IGNORE).sum()
         return Output(
             logits,
             cross_entropy_sum,
@@ -163,18 +180,7 @@ class LLM(nn.Module):
             self.config.aux_loss_coef * stats.aux_loss.sum(),
             self.config.z_loss_coef * stats.z_loss.sum(),
             stats,
-        )
-
-    def _cross_entropy_sum(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the loss summed over valid targets (nats), without all logits in memory."""
-        rows = self.loss_rows or loss_chunk_rows(self.config, x_BTC.device.type != "cpu")
-        return linear_cross_entropy(
-            x_BTC.flatten(0, 1),
-            self.head_weight,
-            self.out_head.bias,
-            targets_BT.flatten(),
-            rows,
-            self.softmax_gradient,
+            log_probs,
         )
 
     def _check_input(self, ids_BT: Tensor, start: int, cache: KVCache | None) -> None:

@@ -30,6 +30,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ from torch.overrides import TorchFunctionMode
 
 from config_model import ModelConfig, total_parameters
 from model import LLM
+from runtime.checkpoint.adapter import Adapter
 
 FORMAT, VERSION = "gptoss-checkpoint", 1
 # What a header holds, by key; with model, optimizer and digests that is the whole file.
@@ -72,6 +74,9 @@ DEPTH_LIMIT = 64
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written: one line that names the file and the reason."""
 
+    # Of a file of adapters: what is wrong with the base, or with a base's base.
+    innermost = ""
+
     def __init__(self, path: Path | str, reason: object):
         # A hostile file must not write to the terminal.
         line = " ".join(f"{path}: {reason}".split())
@@ -91,7 +96,7 @@ class Checkpoint:
     step: int
     model_config: ModelConfig
     # Under the names of LLM.state_dict(); float32, or all parameters bfloat16 (buffers never).
-    model: dict[str, Tensor]
+    model: Mapping[str, Tensor]
     # As optimizer_state.state_by_name gives it; None if it was not asked for.
     optimizer: dict[str, Tensor] | None
     # Cross-entropy in nats. Files of the original implementation include its auxiliary loss.
@@ -111,6 +116,12 @@ class Checkpoint:
     digest: str = ""
     # What a training after pre-training says of itself: at least its kind. {} for pre-training.
     stage: dict = field(default_factory=dict)
+    # Of the weights alone, whatever else is in the file.
+    weights_digest: str = ""
+    # What a file of adapters says of them, and their tensors: `model` is what they mean with their
+    # base. None and {} for all other files.
+    adapter: Adapter | None = None
+    trained: dict[str, Tensor] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------- digests and header
@@ -272,6 +283,11 @@ def expected_tensors(
         name: (tensor.shape, dtype if name in parameters else torch.float32)
         for name, tensor in model.state_dict().items()
     }
+
+
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shape of each tensor of a config's plain model, by name."""
+    return {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):

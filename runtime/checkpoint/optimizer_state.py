@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -71,7 +73,7 @@ def load_state_by_name(model: nn.Module, optimizer: Optimizer, tensors: dict[str
 
 
 def check_tensors(
-    expected: dict[str, tuple[torch.Size, torch.dtype]], given: dict[str, Tensor], what: str
+    expected: dict[str, tuple[torch.Size, torch.dtype]], given: Mapping[str, Tensor], what: str
 ) -> None:
     """Raise ValueError unless `given` has the expected names alone, of these shapes and dtypes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import mmap
@@ -21,6 +22,15 @@ from torch.optim import Optimizer
 from config_model import ModelConfig
 from model import LLM
 from runtime.base.files import is_utf8
+from runtime.checkpoint.adapter import (
+    KEY,
+    AdaptedWeights,
+    Adapter,
+    adapter_of,
+    saved_tensors,
+    trained_shapes,
+    weights_digest,
+)
 from runtime.checkpoint.format import (
     FORMAT,
     HEADER,
@@ -38,6 +48,7 @@ from runtime.checkpoint.format import (
     meta_model,
     plain_tensors,
     plain_values,
+    shapes_of,
 )
 from runtime.checkpoint.optimizer_state import check_tensors, load_state_by_name
 from runtime.checkpoint.reference import (
@@ -60,8 +71,13 @@ PICKLE_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} 
 PICKLE_FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
+# Adapters of a base that is itself a file of adapters, and so on: pre-training, chats, preferences,
+# rewards. A forged file could name files in a circle.
+MOST_CHAINED = 4
+
+
 def read_checkpoint(
-    path: str | Path, optimizer: bool = False, read_only: bool = False
+    path: str | Path, optimizer: bool = False, read_only: bool = False, chained: int = 0
 ) -> Checkpoint:
     """Read and check a file of our format or the original implementation's.
 
@@ -71,12 +87,20 @@ def read_checkpoint(
     the original implementation are stacked and so copied, and its optimizer state cannot be
     converted: asking for it is an error. read_only: the caller promises to write to no tensor; a
     file larger than memory and swap can then be read too (see _load_mapped).
+
+    Of a file of adapters, the base is found and checked too, and the model is what both mean; with
+    optimizer=True it is the base's, for a run to continue. chained: files of adapters that were
+    read on the way to this one.
     """
     path = Path(path)
     contents, records = unpack(path, read_only)
     try:
-        read = _read_ours if "format" in contents else read_reference
-        return read(path, contents, records, optimizer)
+        if "format" not in contents:
+            return read_reference(path, contents, records, optimizer)
+        checkpoint = _read_ours(path, contents, optimizer)
+        if checkpoint.adapter is None:
+            return checkpoint
+        return _with_base(checkpoint, merges=not optimizer, read_only=read_only, chained=chained)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -245,14 +269,20 @@ def read_header(contents: dict) -> dict:
     return header
 
 
-def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Checkpoint:
+def _read_ours(path: Path, contents: dict, optimizer: bool) -> Checkpoint:
+    """Return what a file of our format holds; of adapters the `trained` tensors, and no model."""
     header, digests = read_header(contents), contents["digests"]
     config = config_from(header["cfg"])
     file_bytes = path.stat().st_size
     model = plain_tensors(dict_in(contents, "model"), "model", file_bytes)
-    is_bfloat16 = "embed.weight" in model and model["embed.weight"].dtype == torch.bfloat16
-    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-    check_tensors(expected_tensors(config, dtype, file_bytes), model, "model")
+    adapter = None
+    if KEY in header.get("stage", {}):
+        adapter, _ = Adapter.from_header(header["stage"][KEY])
+        check_tensors(trained_shapes(adapter, shapes_of(config)), model, "model")
+    else:
+        is_bfloat16 = "embed.weight" in model and model["embed.weight"].dtype == torch.bfloat16
+        dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+        check_tensors(expected_tensors(config, dtype, file_bytes), model, "model")
     state = None
     if optimizer:
         state = plain_tensors(dict_in(contents, "optimizer"), "optimizer", file_bytes)
@@ -267,7 +297,7 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
         path=path,
         step=header["step"],
         model_config=config,
-        model=model,
+        model={} if adapter else model,
         optimizer=state,
         val_loss=header["val_loss"],
         train_config=header["train_cfg"],
@@ -278,7 +308,67 @@ def _read_ours(path: Path, contents: dict, records: set, optimizer: bool) -> Che
         is_reference_format=False,
         digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
         stage=header.get("stage", {}),
+        weights_digest=weights_digest(digests, adapter),
+        adapter=adapter,
+        trained=model if adapter else {},
     )
+
+
+def _with_base(checkpoint: Checkpoint, merges: bool, read_only: bool, chained: int) -> Checkpoint:
+    """Return a file of adapters with the model that it means: its base's weights and its own.
+
+    Raise CheckpointError where the base is missing or another one.
+    """
+    assert checkpoint.adapter is not None
+    base = _find_base(checkpoint, read_only, chained)
+    weights = AdaptedWeights(
+        shapes_of(checkpoint.model_config),
+        checkpoint.adapter,
+        base.model,
+        shapes_of(base.model_config),
+        checkpoint.trained,
+        merges,
+    )
+    # Where it was found, which a resumed run writes down again.
+    adapter = dataclasses.replace(checkpoint.adapter, base=str(base.path.resolve()))
+    return dataclasses.replace(checkpoint, model=weights, adapter=adapter)
+
+
+def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpoint:
+    """Return the base of a file of adapters, checked.
+
+    It is looked for at its own path, at the same way from the adapters' folder, and next to them.
+    """
+    adapter, near = Adapter.from_header(checkpoint.stage[KEY])
+    if chained >= MOST_CHAINED:
+        raise ValueError(
+            f"is the base of {chained} files of adapters, one on the other: merge some with "
+            "scripts.merge_lora"
+        )
+    folder = checkpoint.path.parent
+    problems = []
+    places = (Path(adapter.base), folder / near, folder / Path(adapter.base).name)
+    for path in dict.fromkeys(place.resolve() for place in places):
+        if not path.is_file() or path.samefile(checkpoint.path):
+            continue
+        try:
+            base = read_checkpoint(path, read_only=read_only, chained=chained + 1)
+        except CheckpointError as error:
+            # Of a chain, what is wrong at its end.
+            problems.append(error.innermost or str(error))
+            continue
+        if base.weights_digest == adapter.base_digest:
+            return base
+        found, wanted = base.weights_digest[:12], adapter.base_digest[:12]
+        problems.append(f"{path} has other weights (digest {found}, not {wanted})")
+    problem = problems[0] if problems else f"{adapter.base} is missing"
+    failure = CheckpointError(
+        checkpoint.path,
+        f"holds adapters alone, and their base is not found: {problem}. Put it back, or next to "
+        "its adapters under the same name",
+    )
+    failure.innermost = problem
+    raise failure
 
 
 def load_model(
@@ -324,13 +414,16 @@ def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Opt
     if checkpoint.optimizer is None:
         raise CheckpointError(checkpoint.path, "was read without its optimizer state")
     try:
-        own = model.state_dict()
+        own = saved_tensors(model)
+        given = checkpoint.trained if checkpoint.adapter else checkpoint.model
         check_tensors(
-            {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()},
-            checkpoint.model,
-            "model",
+            {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}, given, "model"
         )
+        if adapter_of(model) != checkpoint.adapter:
+            raise ValueError(f"its adapters are {checkpoint.adapter}, not {adapter_of(model)}")
         load_state_by_name(model, optimizer, checkpoint.optimizer)
-        model.load_state_dict(checkpoint.model)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
     except ValueError as error:
         raise CheckpointError(checkpoint.path, f"does not fit this model: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from config_model import ModelConfig
+from runtime.checkpoint.adapter import weights_digest
 from runtime.checkpoint.format import (
     Checkpoint,
     dict_in,
@@ -87,7 +88,7 @@ def read_reference(path: Path, contents: dict, records: set, optimizer: bool) ->
     check_tensors(
         {name: (shape, torch.float32) for name, shape in shapes.items()}, weights, "model"
     )
-    digests_of(weights, "model")
+    digests = digests_of(weights, "model")
     for name, tensor in weights.items():
         data = tensor.reshape(-1).view(torch.uint8).numpy().data
         if (tensor.nbytes, zlib.crc32(data)) not in records:
@@ -111,6 +112,7 @@ def read_reference(path: Path, contents: dict, records: set, optimizer: bool) ->
         run={},
         versions={},
         is_reference_format=True,
+        weights_digest=weights_digest(digests),
     )
 
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.base.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
+from runtime.checkpoint.adapter import KEY, adapter_of, saved_tensors
 from runtime.checkpoint.folder import (
     BEST,
     LATEST,
@@ -59,11 +60,15 @@ def save_checkpoint(
     Keep the `keep_last` newest step files (0 = all). `run`, `stage` and `tokenizer_state` are
     JSON-able.
     Tensors stay where they are: a few at a time are brought to the CPU, to be hashed and again to
-    be written. Without an optimizer the file can be predicted from but not resumed. Raise
-    CheckpointError, leaving nothing new, if a weight or moment is not finite or the disk is full.
+    be written. Of a model with adapters (runtime/checkpoint/adapter.py) the file holds what its run
+    trains, and the stage says which base it belongs to. Without an optimizer the file can be
+    predicted from but not resumed. Raise CheckpointError, leaving nothing new, if a weight or
+    moment is not finite or the disk is full.
     """
     folder = Path(ckpt_dir)
     path = folder / f"step_{step:07d}.pt"
+    if adapter := adapter_of(model):
+        stage = (stage or {}) | {KEY: adapter.header(folder)}
     try:
         header = _header(
             model.config,
@@ -76,7 +81,7 @@ def save_checkpoint(
             **({"stage": stage} if stage else {}),
         )
         groups = {
-            "model": model.state_dict(),
+            "model": saved_tensors(model),
             "optimizer": state_by_name(model, optimizer) if optimizer else {},
         }
         for name, tensor in groups["model"].items():

@@ -118,13 +118,18 @@ def open_source(args: argparse.Namespace) -> Source:
 
 # ---------------------------------------------------------------------------------------- output
 def check_output(
-    out: str | Path, force: bool, is_folder: bool = False, source: str | Path = ""
+    out: str | Path,
+    force: bool,
+    is_folder: bool = False,
+    source: str | Path = "",
+    files: re.Pattern = FOLDER_FILES,
 ) -> Path:
     """Return the path to write to, before any work.
 
     Raise ValueError if something exists there that may not be replaced. Without `force` that is
     anything. With `force` it is anything but a plain file, or for a folder: one that holds a file
-    which no export writes. `source`, a folder around it and a file inside it are never replaced.
+    whose name does not match `files`, those that the export writes. `source`, a folder around it
+    and a file inside it are never replaced.
     """
     path = Path(out)
     if not path.name or path.resolve() == Path.cwd():
@@ -150,9 +155,7 @@ def check_output(
             "choose another name"
         )
     if is_folder and (
-        others := sorted(
-            entry.name for entry in path.iterdir() if not FOLDER_FILES.fullmatch(entry.name)
-        )
+        others := sorted(entry.name for entry in path.iterdir() if not files.fullmatch(entry.name))
     ):
         raise ValueError(
             f"--out {out} holds {others[0]}, which no export writes, so the folder is not "

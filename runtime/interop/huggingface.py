@@ -442,6 +442,11 @@ def _their_name(family: str, name: str) -> str:
     return f"model.layers.{block}.{theirs}.{kind}"
 
 
+def module_there(family: str, name: str) -> str:
+    """Return their module of a matrix that is no expert's: model.layers.0.self_attn.q_proj."""
+    return _their_name(family, name).removesuffix(".weight")
+
+
 def export_tensors(
     config: ModelConfig, family: str, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:

@@ -68,6 +68,26 @@ def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: boo
         total_VC += chunk_NV.T @ h_NC
 
 
+def logits_buffer(rows: int, V: int, dtype: torch.dtype, device) -> Tensor:
+    """Return room for logits of so many rows, the first V columns of it.
+
+    Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose
+    addresses are not aligned.
+    """
+    buffer = torch.empty(rows, -(-V // 64) * 64, dtype=dtype, device=device)
+    # A CPU's bfloat16 products read an even number of columns: a NaN that was left there would
+    # count, times 0.
+    buffer[:, V:] = 0
+    return buffer
+
+
+def head_dtype(device: str, weight_VC: Tensor) -> torch.dtype:
+    """Return the dtype of the head's products: autocast's if it is on."""
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight_VC.dtype
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum logsumexp(h W' + b) - (h W' + b)[target] over valid rows, a few rows at a time.
 
@@ -93,15 +113,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias = None if bias_V is None else bias_V.to(wide)
         total = torch.zeros((), dtype=wide, device=h.device)
         N, V = len(h), len(weight)
-        # Rows start at multiples of 64 numbers: 200,019 is odd, and cuBLAS is slow on rows whose
-        # addresses are not aligned.
-        buffer = torch.empty(min(chunk_rows, N), -(-V // 64) * 64, dtype=dtype, device=h.device)
-        # A CPU's bfloat16 products read an even number of columns: a NaN that was left there would
-        # count, times 0.
-        buffer[:, V:] = 0
+        buffer = logits_buffer(min(chunk_rows, N), V, dtype, h.device)
         if needs_gradients:
             grad_h = torch.empty(h.shape, dtype=wide, device=h.device)
             grad_weight = torch.empty(weight.shape, dtype=wide, device=h.device)
+            if not N:
+                # No chunk writes it.
+                grad_weight.zero_()
             grad_bias = None if bias is None else torch.zeros_like(bias)
         for first in range(0, N, chunk_rows):
             h_chunk = h[first : first + chunk_rows]
@@ -145,9 +163,8 @@ def linear_cross_entropy(
     autocast's dtype if it is on; the result is float32 (float64 for float64 inputs).
     softmax_gradient: softmax_gradient_, or the same compiled.
     """
-    device, dtype = h_NC.device.type, weight_VC.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device = h_NC.device.type
+    dtype = head_dtype(device, weight_VC)
     inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.autocast(device, enabled=False):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from runtime.data.file_sets import STDIN, InputFile, dataset_folder, find_files, format_of
+from runtime.data.file_sets import STDIN, FileSet, InputFile, dataset_folder, find_files, format_of
 from runtime.data.formats import Counts
 from runtime.data.sources import read_rows
 from runtime.data.splits import split_by_hash, text_digest
@@ -38,6 +38,8 @@ __all__ = [
     "Conversation",
     "Example",
     "ExampleFiles",
+    "ExampleRows",
+    "Examples",
     "Found",
     "Pair",
     "Prompt",
@@ -105,67 +107,37 @@ class Report:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
 
 
-class ExampleFiles:
-    """The examples of files, read again at each pass, so that no file is in memory.
+class Examples:
+    """The examples of rows, made again at each pass, so that not all are in memory.
 
-    `report` is that of the last pass. names: files, folders, patterns, or - for standard input.
-    want: "conversations", "pairs" or "prompts"; "" takes what the first row is. columns: name of a
-    key here -> name in the file. raw: prompt and completion as texts, without a chat layout.
+    `report` is that of the last pass. want: "conversations", "pairs" or "prompts"; "" takes what
+    the first row is. columns: name of a key here -> name in the rows. raw: prompt and completion as
+    texts, without a chat layout. A subclass gives the rows.
     """
 
-    def __init__(
-        self,
-        names: str | Path | Sequence[str | Path],
-        want: str = "",
-        columns: Mapping[str, str] | None = None,
-        raw: bool = False,
-    ):
+    # Where the rows are from, for error lines.
+    what = "the data"
+
+    def __init__(self, want: str = "", columns: Mapping[str, str] | None = None, raw: bool = False):
         if want not in ("", *KINDS):
             raise ValueError(f"want must be one of {', '.join(KINDS)}, not {want!r}")
-        names = [names] if isinstance(names, str | Path) else list(names)
-        self.names, self.want, self.columns, self.raw = names, want, dict(columns or {}), raw
-        self.files: list[InputFile] = []
-        self._found_notes: list[str] = []
-        for name in map(str, names):
-            self._add(name)
-        if not self.files:
-            raise ValueError("no file is named: give at least one")
+        self.want, self.columns, self.raw = want, dict(columns or {}), raw
         self.report = Report(kind=want)
 
-    @property
-    def what(self) -> str:
-        """The names, for error lines."""
-        return ", ".join(map(str, self.names))
+    def notes(self) -> list[str]:
+        """Return lines about where the rows are from."""
+        return []
 
-    def _add(self, name: str) -> None:
-        """Find the files of one name. Of a folder's splits, those for training are read."""
-        if Path(name).is_file():
-            self.files.append(InputFile(Path(name), format_of(Path(name))))
-            return
-        if not Path(name).is_dir():
-            found = find_files([name])
-            self.files += found.files
-            self._found_notes += [found.line()] if found.searched and name != STDIN else []
-            return
-        files = []
-        # What it says of a folder without text files names flags of prepare_data.py.
-        with contextlib.suppress(ValueError):
-            found, _ = dataset_folder(name, None, "train", with_own=False)
-            files = [file for file in found.files if file.kind != "txt"]
-            self._found_notes.append(found.line())
-        if not files:
-            raise ValueError(
-                f"{name} holds no file with rows: put .jsonl, .json, .csv, .tsv or .parquet "
-                "files into it"
-            )
-        self.files += files
+    def parts(self, counts: Counts) -> Iterator[Iterable[tuple[str, object]]]:
+        """Yield the rows, as (where, row), in parts: in each all rows are of one form."""
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[Example]:
         """Yield the examples; raise ValueError for what cannot be read and if none are left."""
-        report = self.report = Report(kind=self.want, notes=list(self._found_notes))
+        report = self.report = Report(kind=self.want, notes=self.notes())
         counts, left_out = Counts(), Counter[str]()
-        for file in self.files:
-            yield from self._read(file, report, counts, left_out)
+        for rows in self.parts(counts):
+            yield from self._read(rows, report, counts, left_out)
         report.notes += counts.lines()
         if left_out:
             fields = ", ".join(f"{name} in {count:,}" for name, count in left_out.most_common(5))
@@ -173,12 +145,16 @@ class ExampleFiles:
         report.check(self.what)
 
     def _read(
-        self, file: InputFile, report: Report, counts: Counts, left_out: Counter[str]
+        self,
+        rows: Iterable[tuple[str, object]],
+        report: Report,
+        counts: Counts,
+        left_out: Counter[str],
     ) -> Iterator[Example]:
-        """Yield the examples of one file, all of one form."""
+        """Yield the examples of rows that are all of one form."""
         forms: dict[frozenset, Form] = {}
         first: tuple[Form, str] | None = None
-        for where, row in read_rows(file, counts):
+        for where, row in rows:
             try:
                 row = self._checked(row, where)
                 keys = frozenset(name for name, value in row.items() if value is not None)
@@ -236,6 +212,68 @@ class ExampleFiles:
         report.total += 1
         if form.name not in report.forms:
             report.forms.append(form.name)
+
+
+class ExampleRows(Examples):
+    """The examples of rows in memory, as files have them. what: where they are from."""
+
+    def __init__(self, rows: Sequence[Row], what: str, want: str = ""):
+        super().__init__(want)
+        self.rows, self.what = rows, what
+
+    def parts(self, counts: Counts) -> Iterator[Iterable[tuple[str, object]]]:
+        yield ((f"{self.what} row {i}", row) for i, row in enumerate(self.rows))
+
+
+class ExampleFiles(Examples):
+    """The examples of files. names: files, folders, patterns, or - for standard input."""
+
+    def __init__(
+        self,
+        names: str | Path | Sequence[str | Path],
+        want: str = "",
+        columns: Mapping[str, str] | None = None,
+        raw: bool = False,
+    ):
+        super().__init__(want, columns, raw)
+        names = [names] if isinstance(names, str | Path) else list(names)
+        self.what = ", ".join(map(str, names))
+        self.files: list[InputFile] = []
+        self._notes: list[str] = []
+        for name in map(str, names):
+            self._add(name)
+        if not self.files:
+            raise ValueError("no file is named: give at least one")
+
+    def notes(self) -> list[str]:
+        return list(self._notes)
+
+    def parts(self, counts: Counts) -> Iterator[Iterable[tuple[str, object]]]:
+        for file in self.files:
+            yield read_rows(file, counts)
+
+    def _add(self, name: str) -> None:
+        """Find the files of one name. Of a folder's splits, those for training are read."""
+        if Path(name).is_file():
+            self.files.append(InputFile(Path(name), format_of(Path(name))))
+            return
+        if not Path(name).is_dir():
+            found = find_files([name])
+            self.files += found.files
+            self._notes += [found.line()] if found.searched and name != STDIN else []
+            return
+        files = []
+        # What it says of a folder without text files names flags of prepare_data.py.
+        with contextlib.suppress(ValueError):
+            found, _ = dataset_folder(name, None, "train", with_own=False)
+            files = [file for file in found.files if file.kind != "txt"]
+            self._notes.append(FileSet(files, found.ignored, True).line())
+        if not files:
+            raise ValueError(
+                f"{name} holds no file with rows: put .jsonl, .json, .csv, .tsv or .parquet "
+                "files into it"
+            )
+        self.files += files
 
 
 def _check_raw(example: Example, form: Form) -> None:

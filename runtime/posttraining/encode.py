@@ -15,7 +15,7 @@ import numpy as np
 from runtime.data.chat import Rendered, render
 from runtime.data.tokenizer import Tokenizer
 from runtime.posttraining.conversations import (
-    ExampleFiles,
+    Examples,
     Report,
     hold_out,
     opening_digest,
@@ -106,8 +106,8 @@ def encode_examples(
             encoder.add(example)
         except Dropped as reason:
             counted.drop(str(reason), example.where or f"number {counted.total}")
-    # A pass over files counts its own rows, those that were dropped while reading included.
-    if isinstance(examples, ExampleFiles):
+    # A pass over rows counts them itself, those that were dropped while reading included.
+    if isinstance(examples, Examples):
         report, what = examples.report, examples.what
     else:
         report, what = Report(total=counted.total), "the examples"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.base.cli import did_you_mean
+from runtime.data.chat import ROLES, is_trained
 from runtime.data.formats import Counts, cleaned, column_of
 
 # What a row becomes, and the command that learns from it.
@@ -40,7 +41,6 @@ SHAREGPT_ROLES = {
     "model": "assistant",
     "assistant": "assistant",
 }
-ROLES = ("system", "developer", "user", "assistant")
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 _MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
@@ -209,30 +209,14 @@ def _message(message: Row, keys: tuple[str, str], here: str, context: Context) -
     made: Message = {"role": known[role], "content": _content(message.get(keys[1]), here, context)}
     for name, value in message.items():
         if value is not None and name in ("train", "weight"):
-            made[name] = value
+            made[name] = int(value) if type(value) is float and value in (0, 1) else value
         elif value and name not in _KNOWN_IN_MESSAGE:
             context.left_out[str(name)] += 1
-    _check_training_flags(made, here)
+    try:
+        is_trained(made)
+    except ValueError as error:
+        raise ValueError(f"{here}: {error}") from None
     return made
-
-
-def _check_training_flags(message: Message, here: str) -> None:
-    """Raise ValueError for a train that is no truth value, or a weight other than 0 and 1."""
-    train, weight = message.get("train"), message.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{here}: train must be true or false, not {_shown(train)}")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f"{here}: weight must be 0 or 1, not {_shown(weight)}")
-    if train is not None and weight is not None and train != bool(weight):
-        raise ValueError(f"{here}: train and weight contradict each other")
-    if message["role"] != "assistant":
-        # An answer is all that is ever learned; false says so once more.
-        if train or weight:
-            raise ValueError(
-                f"{here}: only the assistant's messages are learned, not the {message['role']}'s"
-            )
-        message.pop("train", None)
-        message.pop("weight", None)
 
 
 def _content(value: object, here: str, context: Context) -> str:

@@ -101,13 +101,7 @@ class Sampler:
         self, prompts: Sequence[Sequence[int]], count: int, seed: int, first_sample: int
     ) -> list[list[Answer]]:
         texts = self._room(len(prompts) * count, max(map(len, prompts)))
-        # Read each prompt into the first of its rows.
-        leads = [texts[i * count] for i in range(len(prompts))]
-        # A text keeps the list that it is given.
-        logits_PV = self.decoder.read_all(leads, [list(prompt) for prompt in prompts])
-        for lead in leads:
-            self.decoder.fork(lead, count)
-
+        logits_RV = self.read(texts, prompts, count)
         answers = [Answer() for _ in range(len(prompts) * count)]
         uniforms = answer_noise(len(prompts), count, self.max_new_tokens, seed, first_sample)
         each_prompt = [prompt for prompt in prompts for _ in range(count)]
@@ -120,7 +114,7 @@ class Sampler:
             slide=False,
             finished=set(),
             log_probs=[answer.log_probs for answer in answers],
-            first_BV=logits_PV.repeat_interleave(count, dim=0),
+            first_BV=logits_RV,
         )
         for step in run.in_steps(stop_at_one=False):
             for row, token in step:
@@ -128,6 +122,18 @@ class Sampler:
         for answer in answers:
             answer.ended = answer.ids[-1] in self.stop_ids
         return [answers[i : i + count] for i in range(0, len(answers), count)]
+
+    def read(self, texts: Sequence[Text], prompts: Sequence[Sequence[int]], count: int) -> Tensor:
+        """Let `count` texts hold each prompt; return the logits [texts, V] after them.
+
+        A prompt is read into the first of its texts, which is copied to the others.
+        """
+        leads = [texts[i * count] for i in range(len(prompts))]
+        # A text keeps the list that it is given.
+        logits_PV = self.decoder.read_all(leads, [list(prompt) for prompt in prompts])
+        for lead in leads:
+            self.decoder.fork(lead, count)
+        return logits_PV.repeat_interleave(count, dim=0)
 
     def _room(self, rows: int, longest_prompt: int) -> list[Text]:
         """Return at least so many texts, those of an earlier call where they are large enough."""

@@ -91,31 +91,26 @@ class Rolled:
         for (group, i), part in zip(self.places, parts, strict=True):
             group.extra.setdefault(name, {})[i] = part.tolist()
 
-    def batch(self) -> Batch:
+    def batch(self, dtype: torch.dtype) -> Batch:
         """Return packed, advantages_S, then [M] each: sampled, old, reference; num_tokens.
 
-        Empty tensors stand for log-probabilities that nobody computed. float64: numbers keep their
-        bits until a loss takes them in its own dtype.
+        Empty tensors stand for log-probabilities that nobody computed. dtype: of all but ids.
         """
         advantages = [group.advantages[i] for group, i in self.places]
         sampled = [value for group, i in self.places for value in group.answers[i].log_probs]
         return (
             *self.packed,
-            _numbers(advantages),
-            _numbers(sampled),
-            self._extra("old"),
-            self._extra("reference"),
+            torch.tensor(advantages, dtype=dtype),
+            torch.tensor(sampled, dtype=dtype),
+            torch.tensor(self._extra("old"), dtype=dtype),
+            torch.tensor(self._extra("reference"), dtype=dtype),
             torch.tensor(self.num_tokens),
         )
 
-    def _extra(self, name: str) -> Tensor:
+    def _extra(self, name: str) -> list[float]:
         if self.lacks(name):
-            return _numbers([])
-        return _numbers([value for group, i in self.places for value in group.extra[name][i]])
-
-
-def _numbers(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+            return []
+        return [value for group, i in self.places for value in group.extra[name][i]]
 
 
 def pack_groups(groups: Sequence[Group], tokens_per_row: int, share: bool, keep: bool) -> Rolled:

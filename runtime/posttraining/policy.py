@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config_model import ModelConfig, TrainConfig, option
+from config_model import ModelConfig, TrainConfig, kv_cache_bytes_per_token, option
 from model import LLM, Output
 from runtime.base.device import DTYPES, autocast, to_device
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import build_model, read_checkpoint
+from runtime.data.chat import has_chat
+from runtime.data.tokenizers import tokenizer_of
 from runtime.kernels.choose import choose_kernels
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.conversations import ExampleFiles
@@ -29,8 +31,8 @@ from runtime.posttraining.groups import Group, Rolled, pack_groups
 from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.policy_loss import Clip, advantages_of, kl_terms, policy_loss
 from runtime.posttraining.prompts import FilePrompts, Prompts, ToyPrompts, refilled
-from runtime.posttraining.reward import Reward, load_reward, toy_reward
-from runtime.posttraining.rollouts import Sampler, without_ids
+from runtime.posttraining.reward import load_reward, toy_reward
+from runtime.posttraining.rollouts import MOST_ROWS, Sampler, without_ids
 from runtime.posttraining.score import Exam, Score
 from runtime.posttraining.tuning import FineTuning
 from runtime.training.plan import with_config
@@ -112,7 +114,7 @@ class GrpoConfig(PostTrainConfig):
             )
         if self.spike_sigmas:
             raise ValueError(
-                "spike_sigmas is for losses that fall, and a policy's goes up and down: leave it out"
+                "spike_sigmas is for a loss that falls, and a policy's does not: leave it out"
             )
 
 
@@ -146,7 +148,9 @@ class RolloutLoader:
         rolled = pack_groups(groups, task.context, self.share, bool(task.config.kl_coef))
         self._add_log_probs(rolled)
         numbers_K = task.told.numbers(groups, config.grad_accum)
-        return (*rolled.batch(), torch.tensor(numbers_K, dtype=torch.float32))
+        assert task.model is not None
+        dtype = torch.promote_types(task.model.embed.weight.dtype, torch.float32)
+        return (*rolled.batch(dtype), torch.tensor(numbers_K, dtype=torch.float32))
 
     def _add_log_probs(self, rolled: Rolled) -> None:
         """Give answers the log-probabilities that their later updates are compared with."""
@@ -245,7 +249,9 @@ class Grpo(FineTuning):
         self.reference: LLM | None = None
         self.told = Told()
         self._samplers: dict[torch.dtype, Sampler] = {}
+        # The newest loader, and the settings that the plan gave it.
         self._loader: RolloutLoader | None = None
+        self._run: TrainConfig = config
         self._restored: dict = {}
         self.steps = self.idle_steps = 0
 
@@ -302,7 +308,7 @@ class Grpo(FineTuning):
                 int(sample): Group.of(state, self.prompts.asked(config.seed, state["number"]))
                 for sample, state in groups.items()
             }
-        self._loader = loader
+        self._loader, self._run = loader, config
         return loader
 
     def samples_per_epoch(self, model_config: ModelConfig) -> int:
@@ -329,7 +335,9 @@ class Grpo(FineTuning):
                 "it: put that one back"
             )
         config = self.adapted(source.model_config, source)
-        whole = with_config(source, config, self.new_ids(source))
+        # This run's own checkpoint, which it resumes, has the chat ids already.
+        is_new = self.tokenizer.chat is not None and not has_chat(tokenizer_of(source))
+        whole = with_config(source, config, sorted(self.tokenizer.chat or ()) if is_new else [])
         return build_model(whole, model.embed.weight.device)
 
     def sampler(self, dtype: torch.dtype) -> Sampler:
@@ -404,12 +412,14 @@ class Grpo(FineTuning):
         segments_M = packed[4]
         out = self.forward(model, tuple(packed))
         log_probs_M = out.log_probs
-        assert log_probs_M is not None and self._loader is not None
-        share = 1 / (len(log_probs_M) * self._loader.config.grad_accum)
+        assert log_probs_M is not None
+        share = 1 / (len(log_probs_M) * self._run.grad_accum)
         old = old_M if self.config.updates_per_rollout > 1 else None
         total, clipped = policy_loss(log_probs_M, advantages_S, segments_M, old, self.clip)
         metrics = dict(zip(self.told.names, numbers_K, strict=False))
-        gap_M = (log_probs_M.detach() - sampled_M.to(log_probs_M)).abs()
+        # Under the weights that sampled.
+        same_M = log_probs_M.detach() if old is None else old
+        gap_M = (same_M - sampled_M).abs()
         metrics["sampler_gap" + PER_STEP] = gap_M.sum() * share
         if old is not None:
             metrics["clipped" + PER_STEP] = clipped.detach() * share
@@ -435,6 +445,14 @@ class Grpo(FineTuning):
         return is_idle
 
     # -------------------------------------------------------------------------- the run
+    def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
+        """Add what the answers of a micro-batch hold while they are sampled."""
+        needed = super().needed_bytes(needed, model_config)
+        own = self.config
+        rows = min(MOST_ROWS, own.batch_size * own.group_size)
+        token_bytes = kv_cache_bytes_per_token(model_config, 4)
+        return needed | {"answers": rows * model_config.context_length * token_bytes}
+
     def state(self) -> dict:
         """Return counts, and the answers that serve further updates."""
         state = {
@@ -453,6 +471,8 @@ class Grpo(FineTuning):
     def restore(self, state: dict) -> None:
         self._restored = state
         self.steps, self.idle_steps = state.get("steps", 0), state.get("idle_steps", 0)
+        # Without what a trial before the first step has seen.
+        self.told = Told()
         self.told.part_means = dict(state.get("part_means", {}))
         if state and state["reward"] != self.reward.digest:
             tqdm.write(f"note     {self.config.reward} is another file than when the run was saved")
@@ -469,10 +489,9 @@ class Grpo(FineTuning):
         return numbers | self._held_out_score().numbers()
 
     def _held_out_score(self) -> Score:
-        """Return what one sampled answer to each held-out prompt earns, the same noise each time."""
-        assert self._loader is not None
+        """Return what one answer to each held-out prompt earns, drawn with the same numbers."""
         asked = self.prompts.held_out[: self.config.score_prompts]
-        sampler = self.sampler(task_dtype(self._loader.config))
+        sampler = self.sampler(task_dtype(self._run))
         answers = [group[0] for group in sampler.sample([one.ids for one in asked], 1, SCORE_SEED)]
         earned = [
             self.reward(one.prompt, self.text(answer.ids), answer.ended)

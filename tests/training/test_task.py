@@ -216,7 +216,7 @@ def test_metrics_of_a_task_are_means_over_what_it_counts(model):
     config = config_of(max_steps=2, grad_accum=2, log_interval=2)
     train.fit(model, task, config, train.Hooks(on_log=records.append))
     (record,) = records
-    assert record["metrics"] == {"margin": 18 / 10, "length_per_step": 9 / 2}
+    assert record["metrics"] == {"margin": 18 / 10, "length": 9 / 2}
     assert flatten(record)["train/margin"] == 18 / 10
     assert "perplexity" not in record, "the exponential of such a loss means nothing"
 

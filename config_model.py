@@ -667,6 +667,10 @@ class PredictConfig:
     prompt_file: str = option(
         "", 'file of prompts: one per line, or .jsonl with {"prompt": ...} or {"text": ...}'
     )
+    chat: bool = option(
+        False, "answer prompts as messages of a chat; needs a model trained on chats"
+    )
+    messages: str = option("", "JSON or .jsonl file of messages to answer; - = stdin")
     num_samples: int = option(
         1,
         "completions per prompt; with a seed, completion i uses seed + i",
@@ -740,8 +744,8 @@ class PredictConfig:
                 f"rope_scaling {self.rope_scaling} needs a context_length to stretch to"
             )
         shows_experts = self.show_experts or self.experts_html
-        if shows_experts and (self.num_samples > 1 or self.prompt_file):
+        if shows_experts and (self.num_samples > 1 or self.prompt_file or self.messages):
             raise ValueError(
                 "show_experts and experts_html are for one completion: "
-                "leave out prompt_file and num_samples, or these"
+                "leave out prompt_file, messages and num_samples, or these"
             )

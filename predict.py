@@ -4,6 +4,8 @@
     python predict.py                                   interactive mode (:help lists the commands)
     echo "Once upon a time" | python predict.py         read the prompt from a pipe
     python predict.py --prompt_file prompts.jsonl --num_samples 4 --json
+    python predict.py --chat                            talk to a model trained on chats
+    python predict.py --messages messages.json          answer the messages of a file
 
 A prompt starts a document, as in training: an end-of-text token is prepended (imported models:
 their tokenizer's start token). When prompt and completion fill the context, generation continues
@@ -27,11 +29,11 @@ from runtime.base import cli
 from runtime.inference.console import (
     check_page_path,
     read_piped_prompt,
-    read_prompts,
     show_completion,
     show_completions,
 )
 from runtime.inference.predictor import Predictor
+from runtime.inference.requests import requested_prompts
 from runtime.inference.session import repl
 
 
@@ -63,25 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show_completion(predictor, prompts[0], config)
     return 0
-
-
-def requested_prompts(prompt: str | None, config: PredictConfig) -> list[str] | None:
-    """Return the prompts of the flags; None: stdin. Raise ValueError if flags conflict."""
-    if prompt is not None and config.prompt_file:
-        raise ValueError("give either prompt or prompt_file, not both")
-    prompts: list[str] | None
-    if config.prompt_file:
-        prompts = read_prompts(config.prompt_file)
-    else:
-        prompts = None if prompt is None else [prompt]
-    if prompts is not None and config.interactive:
-        raise ValueError("interactive asks for prompts itself: leave prompt and prompt_file out")
-    is_typed = config.interactive or sys.stdin.isatty()
-    if prompts is None and config.num_samples > 1 and is_typed:
-        raise ValueError(
-            "num_samples is for a prompt or a prompt_file: leave it out in interactive mode"
-        )
-    return prompts
 
 
 if __name__ == "__main__":

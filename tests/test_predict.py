@@ -132,18 +132,21 @@ def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, tmp_path, na
                 lambda predictor, *rest: seen.append((predictor, rest[-1] if rest else predictor)),
             )
     (tmp_path / "prompts").write_text("p")
+    (tmp_path / "messages").write_text('[{"role": "user", "content": "p"}]')
     needs = {"context_length": 4096} if name == "rope_scaling" else {}
     special = {
         "seed": 7,
         "context_length": 64,
         "rope_scaling": "linear",
         "prompt_file": str(tmp_path / "prompts"),
+        "messages": str(tmp_path / "messages"),
     }
+    asks = ("prompt_file", "messages", "interactive")
     value = special.get(name, other_value(PredictConfig, name))
     assert (
         predict.main(
             [
-                *(() if name in ("prompt_file", "interactive") else ("--prompt", "p")),
+                *(() if name in asks else ("--prompt", "p")),
                 *as_flags(needs | {name: value}),
             ]
         )

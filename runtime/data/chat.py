@@ -4,7 +4,8 @@ A conversation starts as any text does, with the tokenizer's start token. Each m
 <|start|>role<|message|>content<|end|>, and <|start|>assistant<|message|> asks for an answer. This
 is the layout of OpenAI's harmony (https://github.com/openai/harmony) without channels; o200k_base
 has harmony's ids. Role and content are encoded alone, so no token crosses a border, and the
-characters <|end|> in a text stay text.
+characters <|end|> in a text stay text. A published model keeps its own layout: its chat template,
+in runtime/data/chat_template.py.
 
 A message is {"role": ROLES, "content": str}. The answers are targets: content and <|end|> of
 assistant messages, unless one has "train": false or "weight": 0.
@@ -17,6 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from runtime.data import chat_template
 from runtime.data.hf_tokenizer import HuggingFaceTokenizer
 from runtime.data.tokenizer import ChatIds, NoTokenizer, Tokenizer
 
@@ -43,7 +45,7 @@ def with_chat(tokenizer: Tokenizer) -> Tokenizer:
             "a chat needs the model's tokenizer, and with --tokenizer none there are token ids"
         )
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        template_of(tokenizer)
+        chat_template.source_of(tokenizer)
         return tokenizer
     size = tokenizer.vocabulary_size
     harmony = tokenizer.name == "o200k_base" and set(HARMONY) <= set(tokenizer.undecodable_ids)
@@ -72,17 +74,6 @@ def is_base_of(state: dict, chat_state: dict) -> bool:
     return isinstance(chat, dict) and chat.get("base_fingerprint") == state.get("fingerprint")
 
 
-def template_of(tokenizer: HuggingFaceTokenizer) -> str:
-    """Return a published model's chat template. Raise ValueError if it has none."""
-    template = tokenizer.config.get("chat_template")
-    if not isinstance(template, str) or not template:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} has no chat template: import the chat form of this "
-            "model, or put a chat_template.jinja into its folder and import it again"
-        )
-    return template
-
-
 # ------------------------------------------------------------------------------ messages
 def check_messages(messages: object) -> None:
     """Raise ValueError unless these are messages of a chat; the line names the message."""
@@ -95,6 +86,14 @@ def check_messages(messages: object) -> None:
             _check_message(message)
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None
+
+
+def check_prompt(messages: object) -> None:
+    """Raise ValueError unless these are messages with something to answer at the end."""
+    check_messages(messages)
+    assert isinstance(messages, list)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's: end with one that it can answer")
 
 
 def _check_message(message: object) -> None:
@@ -147,22 +146,25 @@ class Rendered(NamedTuple):
 def render(messages: Sequence[dict], tokenizer: Tokenizer, train_on: str = "all") -> Rendered:
     """Return a conversation's ids and targets.
 
-    tokenizer: has chat ids (with_chat). train_on: "all" answers or the "last" one. Raise ValueError
-    for wrong messages, another train_on, or a tokenizer without a chat layout.
+    tokenizer: has chat ids (with_chat) or a published model's template. train_on: "all" answers or
+    the "last" one. Raise ValueError for wrong messages, another train_on, a tokenizer without a
+    chat layout, or a template that renders a prefix of the messages in another way.
     """
     check_messages(messages)
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on must be {' or '.join(TRAIN_ON)}, not {_shown(train_on)}")
-    chat = _chat_of(tokenizer)
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    trained = [is_trained(m) and (train_on == "all" or i == last) for i, m in enumerate(messages)]
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return Rendered(*chat_template.render(messages, trained, tokenizer))
+    chat = _chat_of(tokenizer)
     ids = _start(tokenizer)
     is_target = [False] * len(ids)
-    for number, message in enumerate(messages):
+    for message, is_answer in zip(messages, trained, strict=True):
         header = _header(message["role"], chat, tokenizer)
         content = [*tokenizer.encode(message["content"]), chat.end]
-        trained = is_trained(message) and (train_on == "all" or number == last)
         ids += header + content
-        is_target += [False] * len(header) + [trained] * len(content)
+        is_target += [False] * len(header) + [is_answer] * len(content)
     return Rendered(ids, is_target)
 
 
@@ -171,9 +173,10 @@ def prompt_ids(messages: Sequence[dict], tokenizer: Tokenizer) -> list[int]:
 
     Raise ValueError as `render` does, and if the last message is the assistant's.
     """
+    check_prompt(messages)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return chat_template.prompt_ids(messages, tokenizer)
     ids = render(messages, tokenizer).ids
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("the last message is the assistant's: end with one that it can answer")
     return ids + _header("assistant", _chat_of(tokenizer), tokenizer)
 
 

@@ -410,6 +410,15 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the ids of a text that continues another: no space is put before it."""
         return _ids(self._inside, text)
 
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens' words are these tokens."""
+        return _ids(self._knowing_specials, text)
+
+    @functools.cached_property
+    def _knowing_specials(self):
+        """The library's tokenizer for text that a chat template wrote."""
+        return load_library_tokenizer(self.text, self.name)
+
     @functools.cached_property
     def _inside(self):
         """The library's tokenizer for text that continues another."""

@@ -27,19 +27,20 @@ from runtime.data.text_files import check_nuls, open_text
 from runtime.data.tokenizer import NoTokenizer
 from runtime.inference.decoder import router_choices
 from runtime.inference.expert_map import html_page, text_map
-from runtime.inference.predictor import Completion, Predictor
+from runtime.inference.predictor import Completion, Predictor, Prompt
 
 # ANSI codes.
 BOLD, DIM = "1", "2"
 
 
 def show_completion(
-    predictor: Predictor, prompt: str, config: PredictConfig, ids: list[int] | None = None
+    predictor: Predictor, prompt: Prompt, config: PredictConfig, ids: list[int] | None = None
 ) -> None:
-    """Stream one completion to stdout, prompt first, and messages to stderr.
+    """Stream one completion to stdout, a text's prompt first, and messages to stderr.
 
     ids: what the model is to continue, if that is more than the prompt.
     """
+    read = predictor.prompt_ids(prompt) if isinstance(prompt, list) else prompt
     terminal = sys.stdout.isatty()
 
     def show(text: str, style: str = "") -> None:
@@ -50,9 +51,9 @@ def show_completion(
         if not config.quiet:
             print(f"note: {line}", file=sys.stderr, flush=True)
 
-    stream = predictor.stream(prompt if ids is None else ids, config, note)
+    stream = predictor.stream(read if ids is None else ids, config, note)
     if not config.json:
-        show(prompt, BOLD)
+        show(_beginning(predictor, prompt), BOLD)
     try:
         with explained_out_of_memory(
             predictor.device, "lower --context_length or use --dtype bfloat16"
@@ -98,7 +99,14 @@ def why_nothing_shows(completion: Completion) -> str:
     return f"the answer {kind}: {because}"
 
 
-def show_completions(predictor: Predictor, prompts: Sequence[str], config: PredictConfig) -> None:
+def _beginning(predictor: Predictor, prompt: Prompt) -> str:
+    """Return what a completion continues: a text's prompt. An answer in a chat stands alone."""
+    return prompt if isinstance(prompt, str) and not predictor.chats else ""
+
+
+def show_completions(
+    predictor: Predictor, prompts: Sequence[Prompt], config: PredictConfig
+) -> None:
     """Print num_samples completions of each prompt, batch_size at a time, in the prompts' order.
 
     They are JSON lines, or texts with an empty line between them.
@@ -128,7 +136,7 @@ def show_completions(predictor: Predictor, prompts: Sequence[str], config: Predi
                 else:
                     if first + shown:
                         print()
-                    text = prompt + completion.text
+                    text = _beginning(predictor, prompt) + completion.text
                     print((visible(text) if sys.stdout.isatty() else text), flush=True)
                 shown += 1
 
@@ -155,7 +163,7 @@ def show_speed(line: str, config: PredictConfig) -> None:
 
 def print_json(
     predictor: Predictor,
-    prompt: str,
+    prompt: Prompt,
     completion: Completion | None,
     config: PredictConfig,
     seed: int,
@@ -165,8 +173,8 @@ def print_json(
     Everything outside ASCII is escaped, so that any console can print it.
     """
     assert completion is not None
-    record = {
-        "prompt": prompt,
+    record: dict[str, object] = {
+        "prompt" if isinstance(prompt, str) else "messages": prompt,
         "text": completion.text,
         "ended": completion.ended,
         "seed": seed,

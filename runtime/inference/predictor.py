@@ -24,6 +24,8 @@ from runtime.base import process
 from runtime.base.device import choose_device, choose_dtype, explained_out_of_memory
 from runtime.base.text import UntilText
 from runtime.checkpoint.read import load_model
+from runtime.data.chat import has_chat
+from runtime.data.chat import prompt_ids as chat_prompt_ids
 from runtime.data.tokenizer import NONE, NoTokenizer, TokenStream
 from runtime.data.tokenizers import tokenizer_of
 from runtime.inference import cpu_decode
@@ -33,6 +35,10 @@ from runtime.kernels.choose import choose_kernels
 
 # A small trained model that comes with the repository; python -m scripts.make_stories made it.
 READY = Path(__file__).parents[2] / "public" / "stories.pt"
+
+
+# A text, or the messages of a chat.
+Prompt = str | list[dict]
 
 
 @dataclass
@@ -85,6 +91,19 @@ class Predictor:
             if config.quantize == "int8":
                 quantize_(self.model)
         self.tokenizer = tokenizer_of(checkpoint, config.tokenizer)
+        # Whether a prompt is a message to answer.
+        self.chats = bool(config.chat or config.messages)
+        if self.chats and not has_chat(self.tokenizer):
+            raise ValueError(
+                f"{config.ckpt} was not trained on chats, so it has no chat layout: train it with "
+                f"python -m scripts.sft --init_from {config.ckpt}, or leave --chat and --messages "
+                "out"
+            )
+        end = self.tokenizer.end_of_text_id
+        # A chat model may end a text as well.
+        self.stop_ids = [
+            *dict.fromkeys((*self.tokenizer.stop_ids, *([] if end is None else [end])))
+        ]
         if config.context_length:
             _set_context(self.model, config)
 
@@ -116,12 +135,16 @@ class Predictor:
             return ""
         return f"top_k {top_k} samples from all tokens, as 0 does: the vocabulary has {count:,}"
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Return a prompt's ids as the start of a document.
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's ids: the start of a document, or a chat that asks for an answer.
 
         There is at least one id, because the first generated token needs one before it. Raise
         ValueError if a model without a tokenizer is given none.
         """
+        if self.chats:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return chat_prompt_ids(messages, self.tokenizer)
+        assert isinstance(prompt, str)
         start, end = self.tokenizer.start_id, self.tokenizer.end_of_text_id
         ids = ([] if start is None else [start]) + self.tokenizer.encode(prompt)
         if ids:
@@ -177,7 +200,7 @@ class Predictor:
         texts = self._texts(len(completions), longest + config.max_new_tokens)
         streams = [TokenStream(self.tokenizer) for _ in completions]
         untils = [UntilText(config.stop) for _ in completions]
-        stop_ids = self.tokenizer.stop_ids
+        stop_ids = self.stop_ids
         # Rows that ended; `generate` adds to it, and so does a stop text here.
         finished: set[int] = set()
         started = time.perf_counter()
@@ -191,7 +214,7 @@ class Predictor:
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
-            stop_ids=list(stop_ids),
+            stop_ids=stop_ids,
             banned_ids=self.banned_ids,
             generators=generators,
             slide=config.when_full == "slide",

@@ -18,6 +18,7 @@ from runtime.base.text import human_bytes, human_count, visible
 from runtime.checks import known
 from runtime.data.tokenizer import NoTokenizer
 from runtime.inference.console import experts_map, show_completion
+from runtime.inference.conversation import Conversation
 from runtime.inference.predictor import Completion, Predictor
 
 # Command -> (field of PredictConfig, help).
@@ -51,22 +52,43 @@ MEANT = {
     **dict.fromkeys(("help", "help()", "?", "/help"), ":help"),
 }
 
+# The same in a chat, where they differ. Without a text there is nothing to continue.
+CHAT_COMMANDS = {
+    ":system <text>": 'the system message, from the next answer on; "" = none',
+    **{name: text for name, text in OTHER_COMMANDS.items() if not name.startswith("+")},
+    ":undo": "take the last message and its answer back",
+    ":reset": "forget the messages so far, not the system's",
+    ":save <file>": "write all chats of this session to a new file, as scripts.sft reads them",
+}
+
+IN_NEXT = "  and a line that ends in a backslash continues in the next"
 HELP = "\n".join(
     [
         *(f"  {name + ' <value>':16} {text}" for name, (_, text) in COMMANDS.items()),
         *(f"  {name:16} {text}" for name, text in OTHER_COMMANDS.items()),
         "  anything else is a prompt that begins a new text; type a space before a prompt that "
         "begins with a colon or a plus,",
-        "  and a line that ends in a backslash continues in the next",
+        IN_NEXT,
+    ]
+)
+CHAT_HELP = "\n".join(
+    [
+        *(f"  {name + ' <value>':16} {text}" for name, (_, text) in COMMANDS.items()),
+        *(f"  {name:16} {text}" for name, text in CHAT_COMMANDS.items()),
+        "  anything else is a message; type a space before one that begins with a colon,",
+        IN_NEXT,
     ]
 )
 
 
 class Session:
-    """The text so far, the settings, and what a typed line does to them."""
+    """The text or chat so far, the settings, and what a typed line does to them."""
 
     def __init__(self, predictor: Predictor, config: PredictConfig):
         self.predictor, self.config = predictor, config
+        context = predictor.model.config.context_length
+        # None: a line begins a text. Else it is a message.
+        self.chat = Conversation(predictor.tokenizer, context) if predictor.chats else None
         # Before each turn of the text so far: its ids, and the text as shown.
         self.turns: list[tuple[list[int], str]] = []
         self.ids: list[int] = []
@@ -87,6 +109,10 @@ class Session:
             with contextlib.redirect_stdout(out):
                 if command == ":stop":
                     self.config = set_stop(self.config, line)
+                elif command == ":system" and self.chat is not None:
+                    set_system(self.chat, line)
+                elif command == ":help" and self.chat is not None:
+                    print(CHAT_HELP)
                 elif command in (":undo", ":reset", ":save", ":stats", ":experts"):
                     self.command(command, line.removeprefix(command).strip())
                 else:
@@ -94,6 +120,9 @@ class Session:
                     note = self.predictor.top_k_note(self.config.top_k)
                     if command == ":k" and arguments and note:
                         print(note)
+        elif self.chat is not None:
+            if line.strip():
+                self.turn(line[1:] if line.startswith(" :") else line, None)
         elif line.startswith("+"):
             if self.ids:
                 self.turn(line[1:], self.ids)
@@ -105,18 +134,28 @@ class Session:
         return True
 
     def begin(self) -> None:
-        """Move the text so far to the earlier ones, and start a new one."""
+        """Move the text or chat so far to the earlier ones, and start a new one."""
         if self.shown:
             self.saved.append(self.shown)
         self.turns, self.ids, self.shown = [], [], ""
+        if self.chat is not None:
+            self.chat.turns = []
 
     def turn(self, prompt: str, before: list[int] | None) -> None:
-        """Complete a prompt: of a new text, or after the ids `before`."""
+        """Complete a prompt: of a new text, after the ids `before`, or as a chat's message."""
         predictor = self.predictor
         ids = None
-        if before is not None:
+        if self.chat is not None:
+            ids, num_left_out = self.chat.ids_for(prompt, self.room())
+            if num_left_out and not self.config.quiet:
+                print(
+                    f"note: the context has {self.chat.context_length} tokens: of the chat's "
+                    f"{len(self.chat.turns)} earlier turns, the oldest {num_left_out} are left out",
+                    file=sys.stderr,
+                )
+        elif before is not None:
             # Continue where it ended, which is before the end-of-text token.
-            has_end = before[-1] in predictor.tokenizer.stop_ids and len(before) > 1
+            has_end = before[-1] in predictor.stop_ids and len(before) > 1
             ids = before[:-1] if has_end else before
             ids = ids + predictor.tokenizer.encode_continuation(prompt)
             if isinstance(predictor.tokenizer, NoTokenizer):
@@ -133,12 +172,20 @@ class Session:
                     # Only the text before the stop text counts.
                     new_ids = predictor.tokenizer.encode_continuation(last.text)
                 self.ids = last.prompt_ids + new_ids
-                self.shown += prompt + last.text
+                if self.chat is not None:
+                    self.chat.add(prompt, last.text, new_ids)
+                    self.shown = self.chat.as_json()
+                else:
+                    self.shown += prompt + last.text
                 self.tokens_read += len(last.prompt_ids)
                 self.tokens_drawn += len(last.ids)
                 self.seconds += last.last_s
             else:
                 self.turns.pop()
+
+    def room(self) -> int:
+        """Return how many tokens of the context an answer should find free."""
+        return min(self.config.max_new_tokens, self.predictor.model.config.context_length // 2)
 
     def command(self, command: str, argument: str) -> None:
         """Execute :undo, :reset, :save, :stats or :experts; each prints a line."""
@@ -148,14 +195,18 @@ class Session:
             self.save(argument)
         elif command == ":reset":
             self.begin()
-            print("the next prompt starts a new text")
+            print("the next prompt starts a new " + ("text" if self.chat is None else "chat"))
         elif command == ":stats":
             self.stats()
         elif not self.ids:
             print("there is no text yet")
         elif command == ":undo":
             self.ids, self.shown = self.turns.pop()
-            if self.ids:
+            if self.chat is not None:
+                self.chat.turns.pop()
+                left = len(self.chat.turns)
+                print(f"taken back; {left or 'no'} turn{'' if left == 1 else 's'} left")
+            elif self.ids:
                 print(f"taken back; the text so far: {visible(self.shown[-60:])!r}")
             else:
                 print("taken back; there is no text now")
@@ -166,6 +217,7 @@ class Session:
     def save(self, name: str) -> None:
         """Write the session's texts to a new file."""
         texts = [text for text in (*self.saved, self.shown) if text]
+        kind, between = ("text", "\n\n") if self.chat is None else ("chat", "\n")
         name = os.path.expanduser(name)
         if not name:
             print("name a file: :save story.txt")
@@ -178,9 +230,9 @@ class Session:
             return
         try:
             write_text_atomic(
-                Path(name), "\n\n".join(texts).encode("utf-8", "replace").decode() + "\n"
+                Path(name), between.join(texts).encode("utf-8", "replace").decode() + "\n"
             )
-            print(f"saved {len(texts)} text{'s' if len(texts) > 1 else ''} in {visible(name)}")
+            print(f"saved {len(texts)} {kind}{'s' if len(texts) > 1 else ''} in {visible(name)}")
         except (OSError, ValueError) as error:
             print(f"{visible(name)} cannot be written: {getattr(error, 'strerror', None) or error}")
 
@@ -248,7 +300,8 @@ def repl(predictor: Predictor, config: PredictConfig) -> None:
         read_history(history)
         if not config.quiet:
             print(greeting(predictor))
-            print("Type the beginning of a text; exit to leave, :help for commands.")
+            ask = "a message" if predictor.chats else "the beginning of a text"
+            print(f"Type {ask}; exit to leave, :help for commands.")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     session = Session(predictor, config)
@@ -294,6 +347,13 @@ def write_history(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         readline.write_history_file(path)
+
+
+def set_system(chat: Conversation, line: str) -> None:
+    """Do what `:system TEXT` says, and print the system message; without TEXT nothing changes."""
+    if text := line.removeprefix(":system").strip():
+        chat.system = "" if text == '""' else text
+    print(f"system = {visible(chat.system)!r}" if chat.system else "system = no message")
 
 
 def set_stop(config: PredictConfig, line: str) -> PredictConfig:

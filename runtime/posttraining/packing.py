@@ -125,7 +125,8 @@ def make_batch(
                 ids, is_target = encoded.sequence(sides * number + side)
                 here = sides * i + side, slice(at[side], at[side] + len(ids) - 1)
                 ids_BT[here] = ids[:-1]
-                targets_BT[here] = np.where(is_target[1:], ids[1:], IGNORE)
+                # In int64: in ids' own unsigned dtype IGNORE would be another number.
+                targets_BT[here] = np.where(is_target[1:], ids[1:].astype(np.int64), IGNORE)
                 segments_BT[here] = segment
                 starts_BT[here] = at[side]
                 at[side] += len(ids) - 1

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.data import toy_stories
-from runtime.data.toy_stories import Phrase
+from runtime.data.toy_stories import Phrase, _pick
 from runtime.posttraining.forms import Conversation, Pair, Prompt
 
 # The first story of each split. prepare_data.py --dataset toy takes stories 0, 1, 2, ...
@@ -28,6 +28,8 @@ FIRST_STORY = {
     "test": 4_000_000_000,
 }
 SPLIT_STORIES = 1_000_000_000
+# Stories from here on are text for no stage: a model's loss on them tells what tuning cost.
+FIRST_HELD_OUT_STORY = 5_000_000_000
 # An exercise takes the first of so many stories that has what it needs.
 STORIES_PER_EXERCISE = 1_000
 # A question comes after the sentences that fit.
@@ -43,6 +45,8 @@ QUESTIONS = {
     "where": ("Where does it happen?", "To which place does the story take us?"),
 }
 REQUEST = "request"
+# What a request can ask for.
+PARTS = ("hero", "friend", "kind", "first thing", "second thing")
 # Rows that are drawn before another requested thing is replaced.
 MOST_DRAWS = 20
 
@@ -63,7 +67,7 @@ class Exercise:
     """A prompt with an answer that is right.
 
     kind: of question, or REQUEST. items: what the answer to a request must have, as whole words, by
-    part ("hero", "friend", "kind", "first thing", "second thing"); empty for a question.
+    part (PARTS); empty for a question.
     """
 
     kind: str
@@ -108,18 +112,39 @@ def _drafts(split: str, number: int) -> Iterator[tuple[Drafted, Callable[[], flo
         yield Drafted(*toy_stories._draft(index)), random.Random(f"task {index}").random
 
 
+def held_out_story(number: int) -> str:
+    """Return story `number` of those that neither pre-training nor an exercise takes."""
+    return toy_stories.story(FIRST_HELD_OUT_STORY + number)
+
+
 # ------------------------------------------------------------------------------ questions
 def question(split: str, number: int) -> Exercise:
     """Return a question on the beginning of a story; the kinds take turns."""
+    return interview(split, number)[0]
+
+
+def interview(split: str, number: int) -> list[Exercise]:
+    """Return all questions that the beginning of a story answers, in some order.
+
+    The text is in the prompt of the first alone. Its kind goes by the number, so that all kinds are
+    as frequent as each other.
+    """
     kinds = list(QUESTIONS)
-    kind = kinds[number % len(kinds)]
+    first = kinds[number % len(kinds)]
     for draft, draw in _drafts(split, number):
         beginning = _beginning(draft)
-        answer = _answers(beginning).get(kind)
-        if answer is not None:
-            asked = toy_stories._pick(draw, QUESTIONS[kind]).format_map(draft.cast)
-            return Exercise(kind, f"{beginning.story}\n{asked}", answer, {})
-    raise AssertionError(f"no story of {_numbers(split, number)} answers {kind!r}")
+        answers = _answers(beginning)
+        if first not in answers:
+            continue
+        order, rest = [first], [kind for kind in answers if kind != first]
+        while rest:
+            order.append(rest.pop(int(draw() * len(rest))))
+        texts = [f"{beginning.story}\n", *[""] * len(order)]
+        return [
+            Exercise(kind, text + _pick(draw, QUESTIONS[kind]).format_map(draft.cast), answer, {})
+            for kind, text, answer in zip(order, texts, map(answers.get, order), strict=False)
+        ]
+    raise AssertionError(f"no story of {_numbers(split, number)} answers {first!r}")
 
 
 def _beginning(draft: Drafted) -> Drafted:
@@ -168,7 +193,7 @@ def _requested(split: str, number: int) -> tuple[Drafted, dict[str, str], Callab
         asked = {"hero": "A"}
         if "B" in fields:
             asked["friend"] = "B"
-        for part in ("first thing", "second thing")[: toy_stories._pick(draw, (1, 2))]:
+        for part in ("first thing", "second thing")[: _pick(draw, (1, 2))]:
             if things:
                 asked[part] = things.pop(int(draw() * len(things)))
         if "first thing" in asked:
@@ -226,20 +251,20 @@ def _replaced(cast: dict[str, Any], field: str, draw: Callable[[], float]) -> di
     if field in ("A", "B"):
         return cast | {field: _renamed(cast[field], draw)}
     if field == "kind":
-        return cast | {"A": _of_kind(cast["A"], toy_stories._pick(draw, tables["animal"]))}
+        return cast | {"A": _of_kind(cast["A"], _pick(draw, tables["animal"]))}
     if field == "O":
         return cast | {"O": _toy(cast["O"], draw)}
     if field == "place":
-        return cast | _placed(cast, toy_stories._pick(draw, tables["place"]))
-    return cast | {field: toy_stories._pick(draw, tables[field])}
+        return cast | _placed(cast, _pick(draw, tables["place"]))
+    return cast | {field: _pick(draw, tables[field])}
 
 
 def _renamed(character: Phrase, draw: Callable[[], float]) -> Phrase:
     """Return the character with another name and its pronouns; a girl can become a boy."""
     tables = toy_stories.grammar().tables
     is_child = character.full == character
-    is_girl = toy_stories._pick(draw, (True, False))
-    name = toy_stories._pick(
+    is_girl = _pick(draw, (True, False))
+    name = _pick(
         draw, tables[("girl" if is_girl else "boy") if is_child else "she" if is_girl else "he"]
     )
     kind = ("girl" if is_girl else "boy") if is_child else character.kind
@@ -268,7 +293,7 @@ def _with_words(text: str, phrase: Phrase, changed: dict[str, str], **forms: str
 def _toy(toy: Phrase, draw: Callable[[], float]) -> Phrase:
     """Return another toy of the same color; one that flies stays one that flies."""
     tables = toy_stories.grammar().tables
-    noun = toy_stories._pick(draw, tables["light" if toy.noun in tables["light"] else "toy"])
+    noun = _pick(draw, tables["light" if toy.noun in tables["light"] else "toy"])
     color = str(toy).removesuffix(toy.noun).strip()
     return Phrase(f"{color} {noun}", noun=noun, use=noun.use)
 
@@ -315,20 +340,21 @@ def is_right(exercise: Exercise, text: str, ended: bool) -> bool:
 
 # ------------------------------------------------------------------------------ as data
 def conversations(split: str, count: int, question_share: float = 0.5) -> list[Conversation]:
-    """Return `count` exercises with their answers, the questions spread evenly among the requests.
+    """Return `count` interviews and requests with their answers, spread evenly.
 
-    question_share: of the exercises, from 0 to 1.
+    question_share: the share of interviews, from 0 to 1.
     """
     if not 0 <= question_share <= 1:
         raise ValueError(f"question_share must be from 0 to 1, not {question_share}")
     found = []
     for number in range(count):
-        # Of the exercises before this one.
-        questions = int(number * question_share)
-        is_question = int((number + 1) * question_share) > questions
-        make, own = (question, questions) if is_question else (request, number - questions)
-        exercise = make(split, own)
-        found.append(Conversation([*asked(exercise), _answered(exercise.answer)]))
+        # Of the conversations before this one.
+        interviews = int(number * question_share)
+        is_interview = int((number + 1) * question_share) > interviews
+        turns = (
+            interview(split, interviews) if is_interview else [request(split, number - interviews)]
+        )
+        found.append(Conversation([message for turn in turns for message in _turn(turn)]))
     return found
 
 
@@ -350,6 +376,10 @@ def prompts(split: str, count: int) -> list[Prompt]:
 def asked(exercise: Exercise) -> list[dict]:
     """Return the messages that a model is to answer."""
     return [{"role": "user", "content": exercise.prompt}]
+
+
+def _turn(exercise: Exercise) -> list[dict]:
+    return [*asked(exercise), _answered(exercise.answer)]
 
 
 def _answered(text: str) -> dict:

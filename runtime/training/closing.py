@@ -20,5 +20,6 @@ def closing_lines(plan: TrainPlan, state: RunState) -> list[str]:
     if plan.task.tokenizer_state:
         folder = Path(plan.config.ckpt_dir)
         name = BEST if (folder / BEST).exists() else LATEST
-        lines.append(f"next     python predict.py --ckpt {shlex.quote(str(folder / name))}")
+        chat = "--chat " if plan.task.tokenizer_state.get("chat") else ""
+        lines.append(f"next     python predict.py {chat}--ckpt {shlex.quote(str(folder / name))}")
     return lines

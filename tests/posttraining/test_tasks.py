@@ -20,6 +20,7 @@ from runtime.posttraining.tasks import (
     STORIES_PER_EXERCISE,
     conversations,
     has,
+    interview,
     is_right,
     pair,
     pairs,
@@ -74,7 +75,7 @@ def test_a_split_has_its_own_exercises():
         assert len(one & other) <= 2
 
 
-@pytest.mark.parametrize("make", [question, request, pair])
+@pytest.mark.parametrize("make", [question, interview, request, pair])
 def test_an_exercise_is_a_function_of_split_and_number(make):
     assert make("sft", 7) == make("sft", 7)
     assert make("sft", 7) != make("sft", 8)
@@ -127,6 +128,24 @@ def test_a_question_is_right_only_word_for_word_and_with_an_end(questions):
     assert not is_right(exercise, exercise.answer, ended=False)
     assert not is_right(exercise, exercise.answer + ".", ended=True)
     assert not is_right(exercise, "", ended=True)
+
+
+def test_an_interview_asks_each_kind_once():
+    """Its first turn has the text, and every answer is in that text."""
+    numbers = range(SAMPLE)
+    turns = [interview("sft", number) for number in numbers]
+    for number, asked in zip(numbers, turns, strict=True):
+        text = asked[0].prompt.rsplit("\n", 1)[0]
+        kinds = [exercise.kind for exercise in asked]
+        assert asked[0] == question("sft", number) and len(kinds) == len(set(kinds))
+        for exercise in asked:
+            assert has(text, exercise.answer)
+        for exercise in asked[1:]:
+            assert "\n" not in exercise.prompt
+    # On average more than three, in several orders.
+    assert sum(map(len, turns)) > 3 * SAMPLE
+    orders = {tuple(exercise.kind for exercise in asked) for asked in turns}
+    assert len(orders) > 20
 
 
 # ------------------------------------------------------------------------------ requests
@@ -235,7 +254,8 @@ def test_conversations_mix_questions_and_requests_evenly():
         assert sum(is_question) == asked
         assert abs(sum(is_question[:30]) - asked / 2) <= 1
         for one in found:
-            assert [message["role"] for message in one.messages] == ["user", "assistant"]
+            roles = [message["role"] for message in one.messages]
+            assert roles == ["user", "assistant"] * (len(roles) // 2)
     with pytest.raises(ValueError, match="from 0 to 1, not 2"):
         conversations("sft", 1, 2)
 

@@ -1,0 +1,148 @@
+"""A published model's chat template: messages -> ids, and which of them are targets.
+
+A template is a jinja2 program that writes a chat as text with the words of special tokens. What it
+knows is what transformers gives it: messages, add_generation_prompt, the special tokens of
+tokenizer_config.json, raise_exception, strftime_now and tojson. In a message's own text, such words
+become special tokens too: the template's text does not tell who wrote them.
+
+Answers are found by prefixes: what the template writes for the messages before an answer, with the
+header of the next, must be the beginning of what it writes with the answer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Sequence
+
+from runtime.data.hf_tokenizer import HuggingFaceTokenizer
+
+# Keys of tokenizer_config.json that a template may name, as transformers hands them over.
+_SPECIALS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+# Keys of a message that are ours.
+_OURS = ("train", "weight")
+
+
+def source_of(tokenizer: HuggingFaceTokenizer) -> str:
+    """Return a published model's chat template. Raise ValueError if it has none."""
+    source = tokenizer.config.get("chat_template")
+    if isinstance(source, list):
+        # Several, by name, as older files have them.
+        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        source = named.get("default")
+    if not isinstance(source, str) or not source:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has no chat template: import the chat form of this "
+            "model, or put a chat_template.jinja into its folder and import it again"
+        )
+    return source
+
+
+def prompt_ids(messages: Sequence[dict], tokenizer: HuggingFaceTokenizer) -> list[int]:
+    """Return the ids that ask for an answer to the messages. Raise a one-line ValueError."""
+    return tokenizer.encode_with_specials(_text(messages, tokenizer, asks=True))
+
+
+def render(
+    messages: Sequence[dict], trained: Sequence[bool], tokenizer: HuggingFaceTokenizer
+) -> tuple[list[int], list[bool]]:
+    """Return a conversation's ids, and for each whether it is a target.
+
+    trained: of each message, whether its text and the stop id after it are targets. Raise
+    ValueError if the template writes a part of the chat in another way than it does alone.
+    """
+    encode = tokenizer.encode_with_specials
+    ids = encode(_text(messages, tokenizer))
+    is_target = [False] * len(ids)
+    for number in (i for i, is_answer in enumerate(trained) if is_answer):
+        if number == 0:
+            raise ValueError("the first message is an answer: a template has no prompt before it")
+        before = encode(_text(messages[:number], tokenizer, asks=True))
+        through = encode(_text(messages[: number + 1], tokenizer))
+        if through[: len(before)] != before or ids[: len(through)] != through:
+            raise ValueError(
+                f"message {number + 1}: the chat template of {tokenizer.name} writes the answer in "
+                "another way than its prompt, or than within the whole chat (as one that leaves "
+                "out earlier thoughts): train on the last answer, or change the template"
+            )
+        stops = [i for i in range(len(before), len(through)) if through[i] in tokenizer.stop_ids]
+        # What follows the stop id is the template's, such as a line break.
+        end = stops[-1] + 1 if stops else len(through)
+        is_target[len(before) : end] = [True] * (end - len(before))
+    return ids, is_target
+
+
+def _text(messages: Sequence[dict], tokenizer: HuggingFaceTokenizer, asks: bool = False) -> str:
+    """Return what the template writes. asks: with the header of an answer at the end."""
+    config = tokenizer.config
+    specials = {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key in _SPECIALS
+        if (value := config.get(key)) is not None
+    }
+    plain = [{k: v for k, v in m.items() if k not in _OURS and v is not None} for m in messages]
+    template, errors = _compiled(source_of(tokenizer), tokenizer.name)
+    try:
+        return template.render(messages=plain, add_generation_prompt=asks, **specials)
+    except errors as error:
+        line = " ".join(str(error).split())
+        raise ValueError(
+            f"the chat template of {tokenizer.name} refuses these messages: {line}"
+        ) from None
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str, name: str):
+    """Return the template, and what rendering it may raise. Raise a one-line ValueError."""
+    try:
+        import jinja2.ext
+        import jinja2.sandbox
+    except ImportError:
+        raise ValueError(f"the chat template of {name} needs jinja2: pip install jinja2") from None
+
+    class Generation(jinja2.ext.Extension):
+        """Marks of what the assistant says, which change no text."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def refuse(message: str):
+        raise jinja2.TemplateError(message)
+
+    def now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    # A template is a stranger's program.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    environment.filters["tojson"] = to_json
+    errors = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+    try:
+        return environment.from_string(source), errors
+    except jinja2.TemplateError as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"the chat template of {name} cannot be read: {line}") from None

@@ -1,0 +1,330 @@
+"""Scores by generation: a model answers held-out exercises, and the answers are checked.
+
+A loss says how likely the right answer was, not whether the model gives it. Shares come with an
+interval, because 256 prompts decide nothing finer than about 6 points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from model import LLM
+from runtime.data.chat import prompt_ids
+from runtime.data.tokenizer import Tokenizer
+from runtime.inference.decoder import Decoder, generate
+from runtime.posttraining import tasks
+from runtime.posttraining.rollouts import Sampler
+from runtime.posttraining.tasks import Exercise
+
+# Held-out exercises of each form.
+NUM_PROMPTS = 256
+# Held-out stories, for the loss on the base's own text.
+NUM_STORIES = 64
+# Answers that are generated at a time: on a CPU more are hardly faster.
+MOST_ROWS = 64
+# An answer is cut at so many times the longest right one, and at so many tokens.
+MOST_TIMES_LONGER = 2
+MOST_NEW_TOKENS = 256
+# The 97.5 % point of the standard normal distribution, for intervals of 95 %.
+NORMAL_975 = 1.959963984540054
+
+
+# ------------------------------------------------------------------------------ shares
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a binomial share.
+
+    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". It is never
+    empty and stays within 0 to 1, also where nothing or everything succeeded.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"{successes} successes in {trials} trials are no share")
+    share, square = successes / trials, NORMAL_975**2
+    center = share + square / (2 * trials)
+    half = NORMAL_975 * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
+    scale = 1 + square / trials
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Return the chance that one of k samples is right, from `right` of `samples` >= k.
+
+    Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    """
+    if not (1 <= k <= samples and 0 <= right <= samples):
+        raise ValueError(f"pass@{k} needs {k} samples, not {right} right of {samples}")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Successes in trials. Those of pass@k are a sum of chances, one for each prompt."""
+
+    successes: float
+    trials: int
+
+    @property
+    def value(self) -> float:
+        return self.successes / self.trials
+
+    def __str__(self) -> str:
+        low, high = wilson(self.successes, self.trials)
+        return f"{self.value:.3f} ({low:.3f} to {high:.3f})"
+
+
+@dataclass
+class Score:
+    """What a model achieved: shares, which have an interval, and means, by name."""
+
+    shares: dict[str, Share] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, float]:
+        """Return the values by name, for a log record."""
+        return {name: share.value for name, share in self.shares.items()} | self.means
+
+    def state(self) -> dict:
+        """Return what `score_from` needs, as plain JSON values."""
+        return asdict(self)
+
+    def count(self, name: str, successes: Sequence[float]) -> None:
+        """Add a share: each entry is one trial, from 0.0 to 1.0."""
+        if successes:
+            self.shares[name] = Share(float(sum(successes)), len(successes))
+
+
+def score_from(state: dict) -> Score:
+    """Return the score whose `state` this is."""
+    shares = {name: Share(**share) for name, share in state["shares"].items()}
+    return Score(shares, dict(state["means"]))
+
+
+def table(scores: dict[str, Score]) -> list[str]:
+    """Return lines that compare scores, one column for each, with 95 % intervals of the shares."""
+    names = dict.fromkeys(
+        name for score in scores.values() for name in (*score.shares, *score.means)
+    )
+    rows = [["", *scores]]
+    for name in names:
+        cells = []
+        for score in scores.values():
+            share, mean = score.shares.get(name), score.means.get(name)
+            cells.append(str(share) if share else "-" if mean is None else f"{mean:.3f}")
+        rows.append([name, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+# ------------------------------------------------------------------------------ answers
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered. ended: by a stop id, which `num_tokens` counts and `text` lacks."""
+
+    text: str
+    ended: bool
+    num_tokens: int
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: LLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[Answer]:
+    """Return the most likely answer, token by token, to each prompt (ids).
+
+    It ends with a stop id, after max_new_tokens, or at a full context. Leaves the model in the mode
+    (train, eval) it was in. ValueError for a prompt that leaves no room.
+    """
+    longest, context = max(map(len, prompts)), model.config.context_length
+    if longest >= context:
+        raise ValueError(
+            f"a prompt has {longest} tokens and the context {context}, so there is no room for an "
+            "answer: score a model with a longer context_length"
+        )
+    was_training = model.training
+    ids: list[list[int]] = [[] for _ in prompts]
+    try:
+        decoder = Decoder(model)
+        for first in range(0, len(prompts), MOST_ROWS):
+            some = prompts[first : first + MOST_ROWS]
+            texts = decoder.texts(len(some), min(context, longest + max_new_tokens))
+            for drawn in generate(
+                decoder,
+                texts,
+                some,
+                max_new_tokens,
+                temperature=0.0,
+                stop_ids=tokenizer.stop_ids,
+                banned_ids=tokenizer.banned_ids,
+                slide=False,
+            ):
+                for row, token in drawn:
+                    ids[first + row].append(token)
+    finally:
+        model.train(was_training)
+    return [_answer(tokenizer, own) for own in ids]
+
+
+def sampled_answers(
+    model: LLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    samples: int,
+    seed: int = 0,
+) -> list[list[Answer]]:
+    """Return `samples` answers to each prompt (ids), drawn at temperature 1 as GRPO draws them."""
+    sampler = Sampler(
+        model,
+        stop_ids=tokenizer.stop_ids,
+        banned_ids=tokenizer.banned_ids,
+        max_new_tokens=max_new_tokens,
+    )
+    groups = sampler.sample(prompts, samples, seed)
+    return [[_answer(tokenizer, answer.ids) for answer in group] for group in groups]
+
+
+def _answer(tokenizer: Tokenizer, ids: list[int]) -> Answer:
+    ended = bool(ids) and ids[-1] in tokenizer.stop_ids
+    return Answer(tokenizer.decode(ids[:-1] if ended else ids), ended, len(ids))
+
+
+# ------------------------------------------------------------------------------ the exam
+class Exam:
+    """Held-out questions and requests for one tokenizer, which must have a chat layout.
+
+    num_prompts: of each form. max_new_tokens: of an answer, at most. The exercises are of the split
+    "test", in order.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_prompts: int = NUM_PROMPTS,
+        max_new_tokens: int = MOST_NEW_TOKENS,
+    ):
+        if num_prompts < 1:
+            raise ValueError(f"a score needs at least 1 prompt, not {num_prompts}")
+        self.tokenizer = tokenizer
+        numbers = range(num_prompts)
+        self.questions, self.requests = (
+            Sheet(tokenizer, [make("test", number) for number in numbers], max_new_tokens)
+            for make in (tasks.question, tasks.request)
+        )
+
+    def score(self, model: LLM, samples: int = 0, seed: int = 0) -> Score:
+        """Return the score of a plain model, greedy.
+
+        samples: answers to each prompt at temperature 1, for pass@1 and pass@samples; 0 = none.
+        """
+        score = Score()
+        for name, sheet in (("questions", self.questions), ("requests", self.requests)):
+            given = sheet.greedy(model)
+            score.count(name, [float(right) for right in sheet.marks(given)])
+            if sheet is self.questions:
+                _count_kinds(score, sheet, given)
+            else:
+                _count_parts(score, sheet, given)
+            if samples:
+                _count_samples(score, name, sheet, model, samples, seed)
+        score.means["story loss"] = story_loss(model, self.tokenizer)
+        return score
+
+
+class Sheet:
+    """Exercises of one form, and their prompts' ids.
+
+    An answer is cut at max_new_tokens, or MOST_TIMES_LONGER than the longest right one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, exercises: list[Exercise], max_new_tokens: int):
+        self.tokenizer, self.exercises = tokenizer, exercises
+        self.prompts = [prompt_ids(tasks.asked(exercise), tokenizer) for exercise in exercises]
+        longest = max(len(tokenizer.encode(exercise.answer)) for exercise in exercises)
+        self.max_new_tokens = min(max_new_tokens, MOST_TIMES_LONGER * longest + 1)
+
+    def greedy(self, model: LLM) -> list[Answer]:
+        """Return the model's greedy answer to each exercise."""
+        return greedy_answers(model, self.tokenizer, self.prompts, self.max_new_tokens)
+
+    def marks(self, given: Sequence[Answer]) -> list[bool]:
+        """Return which answers, one to each exercise, are right."""
+        return [
+            tasks.is_right(exercise, answer.text, answer.ended)
+            for exercise, answer in zip(self.exercises, given, strict=True)
+        ]
+
+
+def _count_kinds(score: Score, sheet: Sheet, given: list[Answer]) -> None:
+    """Add the share of right answers to each kind of question."""
+    marks = sheet.marks(given)
+    for kind in tasks.QUESTIONS:
+        pairs = zip(sheet.exercises, marks, strict=True)
+        score.count(f"questions: {kind}", [float(mark) for own, mark in pairs if own.kind == kind])
+
+
+def _count_parts(score: Score, sheet: Sheet, given: list[Answer]) -> None:
+    """Add the mean reward, the share of requests whose part is there, of ended ones, the length."""
+    rewards, by_part = [], {part: list[float]() for part in tasks.PARTS}
+    for exercise, answer in zip(sheet.exercises, given, strict=True):
+        rewards.append(tasks.reward(exercise.items, answer.text, answer.ended))
+        for part, kept in tasks.parts(exercise.items, answer.text).items():
+            by_part[part].append(kept)
+    for part, kept in by_part.items():
+        score.count(f"requests: {part}", kept)
+    score.count("ended", [float(answer.ended) for answer in given])
+    score.means["reward"] = sum(rewards) / len(rewards)
+    score.means["length"] = sum(answer.num_tokens for answer in given) / len(given)
+
+
+def _count_samples(
+    score: Score, name: str, sheet: Sheet, model: LLM, samples: int, seed: int
+) -> None:
+    """Add pass@1 and pass@samples at temperature 1.
+
+    The interval of pass@1 is that of one sample for each prompt: too wide, never too narrow.
+    """
+    groups = sampled_answers(
+        model, sheet.tokenizer, sheet.prompts, sheet.max_new_tokens, samples, seed
+    )
+    right = [
+        sum(tasks.is_right(exercise, answer.text, answer.ended) for answer in group)
+        for exercise, group in zip(sheet.exercises, groups, strict=True)
+    ]
+    for k in dict.fromkeys((1, samples)):
+        score.count(f"{name}: pass@{k}", [pass_at_k(samples, count, k) for count in right])
+
+
+@torch.no_grad()
+def story_loss(model: LLM, tokenizer: Tokenizer, num_stories: int = NUM_STORIES) -> float:
+    """Return the mean cross-entropy (nats) of a token of held-out stories, each by itself.
+
+    They are text as pre-training has it, so the rise is what tuning cost. A story is cut at the
+    context's end. Leaves the model in the mode it was in.
+    """
+    was_training, device = model.training, model.embed.weight.device
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
+    try:
+        for number in range(num_stories):
+            ids_1T = _story_ids(tokenizer, number, model.config.context_length).to(device)
+            out = model(ids_1T[:, :-1], ids_1T[:, 1:])
+            total += out.cross_entropy_sum.double().cpu()
+            count += ids_1T.shape[1] - 1
+    finally:
+        model.train(was_training)
+    return float(total) / count
+
+
+def _story_ids(tokenizer: Tokenizer, number: int, context: int) -> Tensor:
+    """Return a held-out story as pre-training has it: an end of text before and after, [1, T]."""
+    ends = tokenizer.between_documents
+    ids = [*ends, *tokenizer.encode(tasks.held_out_story(number)), *ends]
+    return torch.tensor([ids[: context + 1]])

@@ -22,6 +22,7 @@ from runtime.base import cli
 def promises() -> list:
     """All of them, by number."""
     from tests.promises import (
+        adapters,
         damage,
         flags,
         hostile,
@@ -52,6 +53,7 @@ def promises() -> list:
             *flags.PROMISES,
             *texts.PROMISES,
             *network.PROMISES,
+            *adapters.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -114,23 +114,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=h.device)
         N, V = len(h), len(weight)
         buffer = logits_buffer(min(chunk_rows, N), V, dtype, h.device)
-        if needs_gradients:
+        grad_h = grad_weight = grad_bias = None
+        needs_h, needs_weight, needs_bias = (
+            needs_gradients and needed for needed in ctx.needs_input_grad[:3]
+        )
+        if needs_h:
             grad_h = torch.empty(h.shape, dtype=wide, device=h.device)
+        if needs_weight:
             grad_weight = torch.empty(weight.shape, dtype=wide, device=h.device)
             if not N:
                 # No chunk writes it.
                 grad_weight.zero_()
-            grad_bias = None if bias is None else torch.zeros_like(bias)
+        if needs_bias:
+            grad_bias = torch.zeros_like(bias)
         for first in range(0, N, chunk_rows):
             h_chunk = h[first : first + chunk_rows]
             chunk_NV = torch.mm(h_chunk, weight.T, out=buffer[: len(h_chunk), :V])
             targets = targets_N[first : first + chunk_rows]
             total += softmax_gradient(chunk_NV, bias, targets, needs_gradients)
-            if needs_gradients:
+            if grad_h is not None:
                 grad_h[first : first + chunk_rows] = chunk_NV @ weight
+            if grad_weight is not None:
                 add_product_(grad_weight, chunk_NV, h_chunk, is_first=first == 0)
-                if bias is not None:
-                    grad_bias += chunk_NV.sum(dim=0, dtype=wide)
+            if grad_bias is not None:
+                grad_bias += chunk_NV.sum(dim=0, dtype=wide)
         ctx.dtypes = (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
         if needs_gradients:
             ctx.save_for_backward(grad_h, grad_weight, grad_bias)

@@ -22,6 +22,7 @@ from runtime.base import cli
 def promises() -> list:
     """All of them, by number."""
     from tests.promises import (
+        adapters,
         conversations,
         damage,
         flags,
@@ -56,6 +57,7 @@ def promises() -> list:
             *network.PROMISES,
             *packing.PROMISES,
             *conversations.PROMISES,
+            *adapters.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

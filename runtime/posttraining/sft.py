@@ -112,7 +112,7 @@ class Sft(FineTuning):
 
     def _first_example(self) -> str:
         ids, is_target = self.train.sequence(int(self.train.numbers[0]))
-        return show_example(ids.tolist(), is_target, self.tokenizer, sys.stdout.isatty())
+        return show_example(ids.tolist(), is_target.tolist(), self.tokenizer, sys.stdout.isatty())
 
 
 class Prompts:

@@ -395,7 +395,7 @@ def test_the_registries_of_optimizers_have_the_same_names():
     assert tuple(OPTIMIZERS) == tuple(OPTIMIZER_MEMORY) == field.metadata["choices"]
 
 
-# --------------------------------------------------------------------------------- what is said last
+# -------------------------------------------------------------------------------- what is said last
 def test_the_last_lines_compare_the_score_before_and_after():
     first = {"right": 0.1, "right_low": 0.05, "right_high": 0.2, "story loss": 1.25}
     last = {"right": 0.75, "right_low": 0.7, "right_high": 0.8, "story loss": 1.5, "new": 2.0}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from runtime.checkpoint.adapter import (
 )
 from runtime.checkpoint.format import Checkpoint, meta_model, shapes_of
 from runtime.kernels.choose import choose_kernels
+from runtime.kernels.trained_rows import with_trained_rows
 from runtime.posttraining.config import PostTrainConfig
 
 # The grouped kernel wants rows of a multiple of 16 bytes: eight numbers in half precision.
@@ -155,19 +156,6 @@ class AdaptedEmbedding(nn.Embedding):
         return torch.where(is_new[..., None], rows, super().forward(ids))
 
 
-class _TrainedRows(torch.autograd.Function):
-    """Return a frozen tensor as it is; its gradient goes to the rows of it that are trained."""
-
-    @staticmethod
-    def forward(ctx, whole, rows, first_row):
-        ctx.rows = slice(first_row, first_row + len(rows))
-        return whole.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad[ctx.rows], None
-
-
 class AdaptedHead(Head):
     """An output projection of which rows are trained: views of its own rows."""
 
@@ -180,7 +168,7 @@ class AdaptedHead(Head):
         whole = self._parameters["bias"]
         if whole is None:
             return None
-        return _TrainedRows.apply(whole, self.new_bias, self.first_row)
+        return with_trained_rows(whole, self.new_bias, self.first_row)
 
 
 class AdaptedLLM(LLM):
@@ -193,9 +181,8 @@ class AdaptedLLM(LLM):
         """Return the output projection [V, C]; the gradient goes to its trained rows."""
         if not self.adapter.num_rows:
             return super().head_weight
-        owner = self.embed if self.out_head.weight is None else self.out_head
-        rows = cast(nn.Parameter, owner.new_rows)
-        return _TrainedRows.apply(owner.weight, rows, self.adapter.first_row)
+        owner: Any = self.embed if self.out_head.weight is None else self.out_head
+        return with_trained_rows(owner.weight, owner.new_rows, self.adapter.first_row)
 
     @torch.no_grad()
     def balance_experts(self, load_LE: Tensor) -> None:

@@ -30,6 +30,7 @@ def promises() -> list:
         network,
         numbers,
         pairing,
+        policy,
         prompt,
         published,
         runs,
@@ -52,6 +53,7 @@ def promises() -> list:
             *flags.PROMISES,
             *texts.PROMISES,
             *network.PROMISES,
+            *policy.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

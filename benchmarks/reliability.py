@@ -33,6 +33,7 @@ def promises() -> list:
         numbers,
         packing,
         pairing,
+        policy,
         prompt,
         published,
         runs,
@@ -58,6 +59,7 @@ def promises() -> list:
             *packing.PROMISES,
             *conversations.PROMISES,
             *adapters.PROMISES,
+            *policy.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

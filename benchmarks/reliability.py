@@ -22,6 +22,8 @@ from runtime.base import cli
 def promises() -> list:
     """All of them, by number."""
     from tests.promises import (
+        adapters,
+        conversations,
         damage,
         flags,
         hostile,
@@ -29,12 +31,15 @@ def promises() -> list:
         model,
         network,
         numbers,
+        packing,
         pairing,
+        policy,
         prompt,
         published,
         runs,
         texts,
         training,
+        tuning_runs,
     )
 
     return sorted(
@@ -52,6 +57,11 @@ def promises() -> list:
             *flags.PROMISES,
             *texts.PROMISES,
             *network.PROMISES,
+            *packing.PROMISES,
+            *conversations.PROMISES,
+            *adapters.PROMISES,
+            *policy.PROMISES,
+            *tuning_runs.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

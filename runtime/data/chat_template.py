@@ -151,7 +151,16 @@ def _compiled(source: str, name: str):
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": now}
     environment.filters["tojson"] = to_json
-    errors = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+    # What a program may raise; a RecursionError is a RuntimeError.
+    errors = (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    )
     try:
         return environment.from_string(source), errors
     except jinja2.TemplateError as error:

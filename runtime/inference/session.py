@@ -149,8 +149,9 @@ class Session:
             ids, num_left_out = self.chat.ids_for(prompt, self.room())
             if num_left_out and not self.config.quiet:
                 print(
-                    f"note: the context has {self.chat.context_length} tokens: of the chat's "
-                    f"{len(self.chat.turns)} earlier turns, the oldest {num_left_out} are left out",
+                    f"note: chat and answer may fill the context of {self.chat.context_length} "
+                    "tokens: the oldest turns are left out "
+                    f"({num_left_out} of {len(self.chat.turns)})",
                     file=sys.stderr,
                 )
         elif before is not None:

@@ -167,6 +167,12 @@ def test_the_template_travels_in_the_state(tmp_path):
         ("{% if %}", r"the chat template of hf:\w+ cannot be read: "),
         ("{{ messages[0].nothing.more }}", r"the chat template of hf:\w+ refuses these messages: "),
         ("{{ 1 + 'a' }}", r"the chat template of hf:\w+ refuses these messages: "),
+        ("{{ 1 / 0 }}", r"the chat template of hf:\w+ refuses these messages: "),
+        ("{{ range(10**9) | list }}", r"the chat template of hf:\w+ refuses these messages: "),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            r"the chat template of hf:\w+ refuses these messages: ",
+        ),
         # A stranger's program must not reach Python.
         ("{{ messages.__class__.__mro__ }}", r"the chat template of hf:\w+ refuses these mess"),
         ("{{ messages.append(1) }}", r"the chat template of hf:\w+ refuses these messages: "),

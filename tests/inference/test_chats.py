@@ -10,6 +10,8 @@ import pytest
 
 import predict
 from runtime.data.chat import prompt_ids, render, with_chat
+from runtime.data.tokenizers import read_tokenizer
+from runtime.data.toy_stories import story
 from runtime.inference.conversation import Conversation
 from runtime.inference.requests import read_messages
 from runtime.inference.session import CHAT_COMMANDS, COMMANDS
@@ -23,6 +25,7 @@ from tests.builders_inference import (
     repl_with,
     save,
 )
+from tests.builders_tokenizer import qwen_folder
 
 CHAT = with_chat(BYTE)
 ASK = [{"role": "user", "content": "hi"}]
@@ -218,11 +221,36 @@ def test_old_turns_are_left_out_whole_and_the_system_stays(tmp_path, monkeypatch
         left_out.append(fitting)
     assert left_out[0] == 0 and left_out[-1] > 1
     assert err.splitlines() == [
-        f"note: the context has 96 tokens: of the chat's {number} earlier turns, the oldest "
-        f"{count} are left out"
+        "note: chat and answer may fill the context of 96 tokens: the oldest turns are left out "
+        f"({count} of {number})"
         for number, count in enumerate(left_out)
         if count
     ]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_published_model_talks_in_its_own_layout(tmp_path, repl, drawn):
+    qwen_folder([story(i) for i in range(200)], tmp_path / "qwen")
+    (tmp_path / "qwen" / "chat_template.jinja").write_text(CHATML)
+    tokenizer = read_tokenizer(tmp_path / "qwen")
+    model = biased_model(vocabulary_size=804, context_length=512)
+    ckpt = save(tmp_path, model, tokenizer)
+    drawn.ids = [*tokenizer.encode("the dog"), 802]
+    assert repl(ckpt, ":system s\nhi\nso\n", "--max_new_tokens", 20)[0].endswith(
+        "\nthe dog\nthe dog\n"
+    )
+    chat = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    asks = "<|im_start|>assistant\n"
+    first = chat + asks
+    second = first + "the dog<|im_end|>\n<|im_start|>user\nso<|im_end|>\n" + asks
+    assert [tokenizer.decode(ids) for ids in prompts(drawn)] == [first, second]
+    assert [ids.count(801) for ids in prompts(drawn)] == [3, 5]
+    assert drawn.calls[0][2]["stop_ids"] == [802, 800]
 
 
 def test_help_names_what_a_chat_has(chatting, repl, drawn):

@@ -285,6 +285,11 @@ def export_folder(
             "bytes, which transformers 5 needs unless "
             'from_pretrained is told experts_implementation="eager"'
         )
+    if family == "gpt_oss" and tokenizer.chat is not None:
+        print(
+            "note: vLLM's chat server writes harmony's channels for every gpt_oss model and reads "
+            "no chat template: render the messages yourself and ask for a completion there"
+        )
     return (
         f"{family or 'custom code'}, {counts(config).total:,} parameters in {dtype_name}, "
         f"{needed / 1e6:,.1f} MB in {shards} file{'s' * (shards > 1)}"

@@ -155,6 +155,8 @@ def test_a_chat_in_transformers(checkpoint, tmp_path, arch, capsys):
     transformers = pytest.importorskip("transformers")
     ckpt, out, prompts = checkpoint(arch), tmp_path / "hf", chats(20)
     assert export_hf(["--ckpt", ckpt, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert ("note: vLLM's chat server writes harmony's channels" in said) == (arch == "gpt-oss")
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     settings = json.loads((out / "generation_config.json").read_text())

@@ -22,6 +22,8 @@ from runtime.base import cli
 def promises() -> list:
     """All of them, by number."""
     from tests.promises import (
+        adapters,
+        conversations,
         damage,
         flags,
         hostile,
@@ -29,6 +31,7 @@ def promises() -> list:
         model,
         network,
         numbers,
+        packing,
         pairing,
         prompt,
         published,
@@ -52,6 +55,9 @@ def promises() -> list:
             *flags.PROMISES,
             *texts.PROMISES,
             *network.PROMISES,
+            *packing.PROMISES,
+            *conversations.PROMISES,
+            *adapters.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -46,9 +46,8 @@ def lora_run(
     A checkpoint of adapters that was read with its optimizer is continued with its own.
     """
     source = read_checkpoint(source) if isinstance(source, Path) else source
-    model = build_model(source)
-    adapter = source.adapter or new_adapter(
-        source, source.model_config, rank, new_ids=new_ids, **settings
-    )
+    model, adapter = build_model(source), source.adapter
+    if source.optimizer is None or adapter is None:
+        adapter = new_adapter(source, source.model_config, rank, new_ids=new_ids, **settings)
     attach(model, adapter)
     return model, build_adamw(model, TRAIN)

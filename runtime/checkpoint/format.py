@@ -74,6 +74,9 @@ DEPTH_LIMIT = 64
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written: one line that names the file and the reason."""
 
+    # Of a file of adapters: what is wrong with the base, or with a base's base.
+    innermost = ""
+
     def __init__(self, path: Path | str, reason: object):
         # A hostile file must not write to the terminal.
         line = " ".join(f"{path}: {reason}".split())

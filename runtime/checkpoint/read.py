@@ -71,8 +71,9 @@ PICKLE_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} 
 PICKLE_FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
-# Adapters of a base that is itself a file of adapters, and so on.
-MOST_CHAINED = 8
+# Adapters of a base that is itself a file of adapters, and so on: pre-training, chats, preferences,
+# rewards. A forged file could name files in a circle.
+MOST_CHAINED = 4
 
 
 def read_checkpoint(
@@ -341,28 +342,33 @@ def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpo
     adapter, near = Adapter.from_header(checkpoint.stage[KEY])
     if chained >= MOST_CHAINED:
         raise ValueError(
-            f"holds adapters of adapters of adapters, more than {MOST_CHAINED} times: merge some "
-            "with scripts.merge_lora"
+            f"is the base of {chained} files of adapters, one on the other: merge some with "
+            "scripts.merge_lora"
         )
     folder = checkpoint.path.parent
     problems = []
-    for path in (Path(adapter.base), folder / near, folder / Path(adapter.base).name):
+    places = (Path(adapter.base), folder / near, folder / Path(adapter.base).name)
+    for path in dict.fromkeys(place.resolve() for place in places):
         if not path.is_file() or path.samefile(checkpoint.path):
             continue
         try:
             base = read_checkpoint(path, read_only=read_only, chained=chained + 1)
         except CheckpointError as error:
-            problems.append(str(error))
+            # Of a chain, what is wrong at its end.
+            problems.append(error.innermost or str(error))
             continue
         if base.weights_digest == adapter.base_digest:
             return base
         found, wanted = base.weights_digest[:12], adapter.base_digest[:12]
         problems.append(f"{path} has other weights (digest {found}, not {wanted})")
     problem = problems[0] if problems else f"{adapter.base} is missing"
-    raise ValueError(
-        f"holds adapters alone, and their base is not found: {problem}. Put the base "
-        "there, or next to this file under the same name"
+    failure = CheckpointError(
+        checkpoint.path,
+        f"holds adapters alone, and their base is not found: {problem}. Put it back, or next to "
+        "its adapters under the same name",
     )
+    failure.innermost = problem
+    raise failure
 
 
 def load_model(

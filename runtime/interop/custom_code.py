@@ -27,6 +27,7 @@ FILES = (
     "config_model.py",
     "runtime/kernels/grouped_linear.py",
     "runtime/kernels/linear_cross_entropy.py",
+    "runtime/kernels/target_log_probs.py",
     "model_parts.py",
     "model.py",
     "runtime/interop/modeling_gptoss.py",

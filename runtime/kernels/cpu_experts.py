@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from config_model import SWIGLU_LIMIT, SWIGLU_STEEPNESS
+from runtime.kernels.grouped_linear import empty_gradients
 
 # Fewer rows than this are not worth waking other threads.
 MOST_ROWS_INLINE = 256
@@ -72,14 +73,16 @@ def _feed_forward_backward(
     w_out_ECF: Tensor,
     counts_E: Tensor,
     activation: str,
-    has_bias: bool,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, w_in, b_in, w_out, b_out (the biases' empty without them).
+    """Return the gradients of x, w_in, b_in, w_out, b_out.
 
-    An expert without rows gets zeros.
+    needed: which of the five are wanted. The others come back empty and cost no product. An expert
+    without rows gets zeros.
     """
-    grads = _empty_gradients(x_RC, w_in_EIC, w_out_ECF, has_bias)
+    grads = _empty_gradients(x_RC, w_in_EIC, w_out_ECF, needed)
     grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
+    needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = needed
 
     def one(e: int, rows: slice) -> None:
         if rows.start == rows.stop:
@@ -87,14 +90,20 @@ def _feed_forward_backward(
                 gradient[e : e + 1].zero_()
             return
         # Rows of zeros add zeros to every sum over the rows.
-        grad, h, x = _padded(grad_RC[rows]), _padded(h_RI[rows]), _padded(x_RC[rows])
-        torch.mm(grad.T, _activation(h, activation), out=grad_w_out[e])
+        grad, h = _padded(grad_RC[rows]), _padded(h_RI[rows])
+        if needs_w_out:
+            torch.mm(grad.T, _activation(h, activation), out=grad_w_out[e])
+        if needs_b_out:
+            torch.sum(grad, dim=0, out=grad_b_out[e])
+        if not (needs_x or needs_w_in or needs_b_in):
+            return
         grad_a = _product(grad, w_out_ECF[e], _temporary(h, w_out_ECF.shape[2]))
         grad_h = _activation_backward(grad_a, h, activation)
-        _product(grad_h, w_in_EIC[e], grad_x[rows])
-        torch.mm(grad_h.T, x, out=grad_w_in[e])
-        if has_bias:
-            torch.sum(grad, dim=0, out=grad_b_out[e])
+        if needs_x:
+            _product(grad_h, w_in_EIC[e], grad_x[rows])
+        if needs_w_in:
+            torch.mm(grad_h.T, _padded(x_RC[rows]), out=grad_w_in[e])
+        if needs_b_in:
             torch.sum(grad_h, dim=0, out=grad_b_in[e])
 
     _each_expert(one, counts_E)
@@ -174,18 +183,24 @@ def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: 
 
 @torch.library.register_kernel("gptoss::grouped_linear_backward", "cpu")
 def _grouped_linear_backward(
-    grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool
+    grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_w = torch.empty_like(x_RI), torch.zeros_like(w_EOI)
-    grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
+    grads = empty_gradients(x_RI, w_EOI, needed)
+    grad_x, grad_w, grad_b = grads
+    needs_x, needs_w, needs_b = needed
     for e, rows in _groups(counts_E):
-        if rows.start < rows.stop:
-            grad, x = _padded(grad_RO[rows]), _padded(x_RI[rows])
+        if rows.start == rows.stop:
+            for gradient in grads[1:]:
+                gradient[e : e + 1].zero_()
+            continue
+        grad = _padded(grad_RO[rows])
+        if needs_x:
             _product(grad, w_EOI[e], grad_x[rows])
-            torch.mm(grad.T, x, out=grad_w[e])
-            if has_bias:
-                torch.sum(grad, dim=0, out=grad_b[e])
-    return grad_x, grad_w, grad_b
+        if needs_w:
+            torch.mm(grad.T, _padded(x_RI[rows]), out=grad_w[e])
+        if needs_b:
+            torch.sum(grad, dim=0, out=grad_b[e])
+    return grads
 
 
 # --------------------------------------------------------------------------------------- few shapes
@@ -311,17 +326,11 @@ def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
 
 # --------------------------------------------------------------------------------- for the compiler
 def _empty_gradients(
-    x_RC: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, has_bias: bool
+    x_RC: Tensor, w_in_EIC: Tensor, w_out_ECF: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def bias(w: Tensor) -> Tensor:
-        return w.new_empty(w.shape[:2] if has_bias else 0)
-
     return (
-        torch.empty_like(x_RC),
-        torch.empty_like(w_in_EIC),
-        bias(w_in_EIC),
-        torch.empty_like(w_out_ECF),
-        bias(w_out_ECF),
+        *empty_gradients(x_RC, w_in_EIC, needed[:3]),
+        *empty_gradients(x_RC, w_out_ECF, [False, *needed[3:]])[1:],
     )
 
 
@@ -331,33 +340,23 @@ def _(x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, activation):
 
 
 @_feed_forward_backward.register_fake
-def _(grad_RC, x_RC, h_RI, w_in_EIC, w_out_ECF, counts_E, activation, has_bias):
-    return _empty_gradients(x_RC, w_in_EIC, w_out_ECF, has_bias)
+def _(grad_RC, x_RC, h_RI, w_in_EIC, w_out_ECF, counts_E, activation, needed):
+    return _empty_gradients(x_RC, w_in_EIC, w_out_ECF, needed)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x_RC, w_in_EIC, b_in_EI, w_out_ECF, _, counts_E, ctx.activation = inputs
+    x_RC, w_in_EIC, _, w_out_ECF, _, counts_E, ctx.activation = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x_RC, output[1], w_in_EIC, w_out_ECF, counts_E)
-    ctx.has_bias = b_in_EI is not None
 
 
 def _backward(ctx, grad_RC, _):
     if grad_RC is None:
         return (None,) * 7
-    grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out = _feed_forward_backward(
-        grad_RC.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.has_bias
-    )
-    return (
-        grad_x,
-        grad_w_in,
-        grad_b_in if ctx.has_bias else None,
-        grad_w_out,
-        grad_b_out if ctx.has_bias else None,
-        None,
-        None,
-    )
+    needed = list(ctx.needs_input_grad[:5])
+    grads = _feed_forward_backward(grad_RC.contiguous(), *ctx.saved_tensors, ctx.activation, needed)
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None
 
 
 feed_forward.register_autograd(_backward, setup_context=_save_for_backward)

@@ -50,16 +50,34 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, counts_E: T
 
 @torch.library.custom_op("gptoss::grouped_linear_backward", mutates_args=())
 def _grouped_linear_backward(
-    grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, has_bias: bool
+    grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, w and b (empty without one); zeros for a group without rows."""
-    grad_x, grad_w = torch.empty_like(x_RI), torch.empty_like(w_EOI)
-    grad_b = w_EOI.new_zeros(w_EOI.shape[:2] if has_bias else 0)
+    """Return the gradients of x, w and b, zeros for a group without rows.
+
+    needed: which of the three are wanted. The others come back empty and cost no product.
+    """
+    grads = empty_gradients(x_RI, w_EOI, needed)
+    grad_x, grad_w, grad_b = grads
+    needs_x, needs_w, needs_b = needed
     for e, rows in _group_rows(counts_E, empty=True):
-        torch.mm(grad_RO[rows], w_EOI[e], out=grad_x[rows])
-        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_w[e])
-        if has_bias:
+        if needs_x:
+            torch.mm(grad_RO[rows], w_EOI[e], out=grad_x[rows])
+        if needs_w:
+            torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_w[e])
+        if needs_b:
             torch.sum(grad_RO[rows], dim=0, out=grad_b[e])
+    return grads
+
+
+def empty_gradients(
+    x_RI: Tensor, w_EOI: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for the gradients of x, w and b: none for those that are not needed."""
+    shapes = (x_RI.shape, w_EOI.shape, w_EOI.shape[:2])
+    grad_x, grad_w, grad_b = (
+        like.new_empty(shape if need else 0)
+        for like, shape, need in zip((x_RI, w_EOI, w_EOI), shapes, needed, strict=True)
+    )
     return grad_x, grad_w, grad_b
 
 
@@ -78,25 +96,20 @@ def _(x_RI, w_EOI, b_EO, counts_E):
 
 
 @_grouped_linear_backward.register_fake
-def _(grad_RO, x_RI, w_EOI, counts_E, has_bias):
-    return (
-        torch.empty_like(x_RI),
-        torch.empty_like(w_EOI),
-        w_EOI.new_empty(w_EOI.shape[:2] if has_bias else 0),
-    )
+def _(grad_RO, x_RI, w_EOI, counts_E, needed):
+    return empty_gradients(x_RI, w_EOI, needed)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x_RI, w_EOI, b_EO, counts_E = inputs
+    x_RI, w_EOI, _, counts_E = inputs
     ctx.save_for_backward(x_RI, w_EOI, counts_E)
-    ctx.has_bias = b_EO is not None
 
 
 def _backward(ctx, grad_RO):
-    grad_x, grad_w, grad_b = _grouped_linear_backward(
-        grad_RO.contiguous(), *ctx.saved_tensors, ctx.has_bias
-    )
-    return grad_x, grad_w, grad_b if ctx.has_bias else None, None
+    # A frozen matrix, as under adapters, is as large as a trained one.
+    needed = list(ctx.needs_input_grad[:3])
+    grads = _grouped_linear_backward(grad_RO.contiguous(), *ctx.saved_tensors, needed)
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), None
 
 
 grouped_linear.register_autograd(_backward, setup_context=_save_for_backward)

@@ -34,6 +34,9 @@ class PostTrainConfig(TrainConfig):
         "file, folder or pattern of examples (.jsonl, .json, .csv, .tsv, .parquet); may be given "
         "more than once",
     )
+    toy_examples: int = option(
+        8_000, "embedded examples that a run learns from", minimum=2, maximum=1_000_000
+    )
     columns: str = option(
         "", "columns under other names, as prompt=question,completion=answer; empty: their own"
     )

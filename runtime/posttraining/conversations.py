@@ -30,6 +30,7 @@ from runtime.posttraining.forms import (
     Prompt,
     Row,
     recognise,
+    refuse_media,
     refuse_tools,
     renamed,
 )
@@ -179,6 +180,8 @@ class Examples:
         if not isinstance(row, dict):
             raise ValueError(f"the row is a {type(row).__name__}, not an object with columns")
         row = renamed(row, self.columns, where)
+        refuse_media(row, "the row")
+        # A reward may be given tools.
         if self.want != "prompts":
             refuse_tools(row, "the row")
         return row

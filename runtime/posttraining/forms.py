@@ -41,9 +41,12 @@ SHAREGPT_ROLES = {
     "model": "assistant",
     "assistant": "assistant",
 }
+_OPENAI_ROLES = {role: role for role in ROLES}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-_TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
-_MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+_TOOL_KEYS = frozenset(("tools", "functions", "tool_calls", "function_call", "tool_call_id"))
+_MEDIA_KEYS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+_KNOWN_IN_MESSAGE = frozenset(("role", "content", "from", "value", "train", "weight"))
+_EMPTY: tuple[object, ...] = (None, "", "[]", [], {})
 _KNOWN_IN_MESSAGE = ("role", "content", "from", "value", "train", "weight")
 
 # Turns text that holds a whole dialogue, as HH-RLHF's does, into messages.
@@ -196,22 +199,22 @@ def _keys_of(message: Row, here: str) -> tuple[str, str]:
 
 def _message(message: Row, keys: tuple[str, str], here: str, context: Context) -> Message:
     role = message.get(keys[0])
-    refuse_tools(message, here)
+    if further := message.keys() - _KNOWN_IN_MESSAGE:
+        refuse_tools(message, here)
+        refuse_media(message, here)
+        context.left_out.update(str(name) for name in further if message[name])
     if role in _TOOL_ROLES:
         raise ValueError(f"{here} has the role {role!r}: {_NO_TOOLS}")
-    known = SHAREGPT_ROLES if keys[0] == "from" else dict(zip(ROLES, ROLES, strict=True))
+    known = SHAREGPT_ROLES if keys[0] == "from" else _OPENAI_ROLES
     # A role may be anything that JSON has.
     if not isinstance(role, str) or role not in known:
-        raise ValueError(
-            f"{here}: {keys[0]} must be one of {', '.join(dict.fromkeys(known))}, "
-            f"not {_shown(role)}"
-        )
+        allowed = ", ".join(known)
+        raise ValueError(f"{here}: {keys[0]} must be one of {allowed}, not {_shown(role)}")
     made: Message = {"role": known[role], "content": _content(message.get(keys[1]), here, context)}
-    for name, value in message.items():
-        if value is not None and name in ("train", "weight"):
+    for name in ("train", "weight"):
+        if (value := message.get(name)) is not None:
+            # Parquet may have made decimals of them.
             made[name] = int(value) if type(value) is float and value in (0, 1) else value
-        elif value and name not in _KNOWN_IN_MESSAGE:
-            context.left_out[str(name)] += 1
     try:
         is_trained(made)
     except ValueError as error:
@@ -237,12 +240,16 @@ _NO_TOOLS = "calls of tools are not learned here, leave such rows out"
 
 
 def refuse_tools(row: Row, here: str) -> None:
-    """Raise ValueError for a row or a message with tools, their calls, or media."""
-    for name in _TOOL_KEYS:
-        if row.get(name) not in (None, "", "[]", [], {}):
+    """Raise ValueError for a row or a message with tools or their calls."""
+    for name in row.keys() & _TOOL_KEYS:
+        if row[name] not in _EMPTY:
             raise ValueError(f"{here} has {name}: {_NO_TOOLS}")
-    for name in _MEDIA_KEYS:
-        if row.get(name) not in (None, "", "[]", [], {}):
+
+
+def refuse_media(row: Row, here: str) -> None:
+    """Raise ValueError for a row or a message with images, video or sound."""
+    for name in row.keys() & _MEDIA_KEYS:
+        if row[name] not in _EMPTY:
             raise ValueError(f"{here} has {name}: only text is learned, leave such rows out")
 
 

@@ -13,20 +13,21 @@ for decoders.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config_model import ModelConfig
+from config_model import ModelConfig, total_parameters
 from model import LLM, Head
 from model_parts import Experts
 from runtime.base.text import human_count
 from runtime.checkpoint.adapter import (
     ATTENTION,
     EXPERTS,
+    ROWS,
     Adapter,
     adapted_matrices,
     adapter_of,
@@ -35,8 +36,10 @@ from runtime.checkpoint.adapter import (
     pair_of,
     trained_shapes,
 )
-from runtime.checkpoint.format import Checkpoint, meta_model
+from runtime.checkpoint.format import Checkpoint, meta_model, shapes_of
 from runtime.kernels.choose import choose_kernels
+from runtime.kernels.trained_rows import with_trained_rows
+from runtime.posttraining.config import PostTrainConfig
 
 # The grouped kernel wants rows of a multiple of 16 bytes: eight numbers in half precision.
 ALIGNED_RANK = 8
@@ -153,19 +156,6 @@ class AdaptedEmbedding(nn.Embedding):
         return torch.where(is_new[..., None], rows, super().forward(ids))
 
 
-class _TrainedRows(torch.autograd.Function):
-    """Return a frozen tensor as it is; its gradient goes to the rows of it that are trained."""
-
-    @staticmethod
-    def forward(ctx, whole, rows, first_row):
-        ctx.rows = slice(first_row, first_row + len(rows))
-        return whole.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad[ctx.rows], None
-
-
 class AdaptedHead(Head):
     """An output projection of which rows are trained: views of its own rows."""
 
@@ -178,7 +168,7 @@ class AdaptedHead(Head):
         whole = self._parameters["bias"]
         if whole is None:
             return None
-        return _TrainedRows.apply(whole, self.new_bias, self.first_row)
+        return with_trained_rows(whole, self.new_bias, self.first_row)
 
 
 class AdaptedLLM(LLM):
@@ -191,9 +181,8 @@ class AdaptedLLM(LLM):
         """Return the output projection [V, C]; the gradient goes to its trained rows."""
         if not self.adapter.num_rows:
             return super().head_weight
-        owner = self.embed if self.out_head.weight is None else self.out_head
-        rows = cast(nn.Parameter, owner.new_rows)
-        return _TrainedRows.apply(owner.weight, rows, self.adapter.first_row)
+        owner: Any = self.embed if self.out_head.weight is None else self.out_head
+        return with_trained_rows(owner.weight, owner.new_rows, self.adapter.first_row)
 
     @torch.no_grad()
     def balance_experts(self, load_LE: Tensor) -> None:
@@ -292,29 +281,87 @@ def merged_model(model: LLM) -> LLM:
     return plain
 
 
-# ------------------------------------------------------------------------------------------ to say
-def adapter_lines(model: LLM) -> list[str]:
-    """Return the lines on what is trained of an adapted model, by part."""
-    adapter = adapter_of(model)
-    assert adapter is not None, "only a model with adapters is asked"
-    named = {name: p for name, p in model.named_parameters() if is_trained(name)}
-    total = sum(p.numel() for name, p in model.named_parameters() if not is_trained(name))
+# ------------------------------------------------------------------------------------------ a task
+class Adapters:
+    """What a task needs to train adapters where its run asks for them, and nothing otherwise.
 
-    def count(found: Iterable[str]) -> str:
-        return human_count(sum(named[name].numel() for name in found))
+    source: the checkpoint that the run starts from or resumes; new_ids: see new_adapter. A task
+    calls these methods in its own of the same names.
+    """
 
-    experts = [name for name in named if ".moe.experts." in name]
-    rows = [name for name in named if ".new_" in name]
-    attention = [name for name in named if name not in {*experts, *rows}]
-    parts = [
-        f"attention {count(attention)} (rank {adapter.rank})",
-        f"experts {count(experts)} (rank {adapter.expert_rank})",
-    ]
-    if rows:
-        parts.append(f"rows of {adapter.num_rows} new ids {count(rows)}")
-    trained = sum(p.numel() for p in named.values())
-    return [
-        f"lora     trains {human_count(trained)} of {human_count(total)} parameters "
-        f"({100 * trained / total:.2f} %): {', '.join(parts)}; alpha {adapter.alpha:g}",
-        f"base     {adapter.base} stays as it is; checkpoints hold the adapters alone",
-    ]
+    def __init__(
+        self, config: PostTrainConfig, source: Checkpoint | None, new_ids: Sequence[int] = ()
+    ):
+        if config.lora_rank and source is None:
+            raise ValueError("--lora_rank trains adapters of a model: give it with --init_from")
+        self.config, self.source, self.new_ids = config, source, new_ids
+
+    def adapter(self, model_config: ModelConfig) -> Adapter | None:
+        """Return the settings of the run's adapters; None without any."""
+        if not self.config.lora_rank:
+            return None
+        assert self.source is not None
+        if self.config.resume:
+            return self.source.adapter
+        c = self.config
+        settings = (c.lora_rank, c.lora_expert_rank, c.lora_alpha, self.new_ids)
+        return new_adapter(self.source, model_config, *settings)
+
+    def prepare(self, model: LLM) -> None:
+        """Attach the adapters to a new model."""
+        if adapter := self.adapter(model.config):
+            attach(model, adapter, self.config.seed)
+
+    def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
+        """Return the estimate of memory by part: most weights are frozen, and no state is theirs.
+
+        "weights" are those that are trained and saved. Two moments each, as AdamW has.
+        """
+        adapter = self.adapter(model_config)
+        if adapter is None:
+            return needed
+        trained = sum(_trained_counts(adapter, model_config).values())
+        state_bytes = 4 if self.config.state_dtype == "float32" else 2
+        own = {
+            "weights": 4 * trained,
+            "gradients": min(needed["gradients"], 4 * trained),
+            "optimizer state": 2 * state_bytes * trained,
+        }
+        return {"frozen weights": needed["weights"]} | needed | own
+
+    def gradient_bytes(self, needed: dict[str, int]) -> int:
+        """Return the bytes that are there next to trained weights and optimizer state."""
+        return needed["weights"] + needed.get("frozen weights", 0)
+
+    def describe(self, model_config: ModelConfig) -> list[str]:
+        """Return the lines on what is trained, by part."""
+        adapter = self.adapter(model_config)
+        if adapter is None:
+            return []
+        counts = _trained_counts(adapter, model_config)
+        total, trained = total_parameters(model_config), sum(counts.values())
+        ranks = {"attention": adapter.rank, "experts": adapter.expert_rank}
+        parts = [
+            f"{part} {human_count(count)}" + (f" (rank {ranks[part]})" if part in ranks else "")
+            for part, count in counts.items()
+        ]
+        lines = [
+            f"lora     trains {human_count(trained)} of {human_count(total)} parameters "
+            f"({100 * trained / total:.2f} %): {', '.join(parts)}; alpha {adapter.alpha:g}",
+            f"base     {adapter.base} stays as it is; checkpoints hold the adapters alone",
+        ]
+        if self.config.optimizer != "adamw":
+            lines.append(f"note     optimizer {self.config.optimizer}: AdamW trains the adapters")
+        return lines
+
+
+def _trained_counts(adapter: Adapter, model_config: ModelConfig) -> dict[str, int]:
+    """Return the trained parameters by part of the model."""
+    counts = {"attention": 0, "experts": 0}
+    if adapter.num_rows:
+        counts[f"rows of {adapter.num_rows} new ids"] = 0
+    for name, (shape, _) in trained_shapes(adapter, shapes_of(model_config)).items():
+        part = "attention" if ".attention." in name else "experts"
+        part = [*counts][-1] if name in ROWS else part
+        counts[part] += shape.numel()
+    return counts

@@ -1,25 +1,43 @@
-"""What all training after pre-training shares: chat ids, vocabulary, adapters."""
+"""What all training after pre-training shares: data, chat ids, vocabulary, adapters, score."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
 
-from config_model import ModelConfig
+import torch
+
+from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime.checkpoint.format import Checkpoint
+from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.data.chat import has_chat, with_chat
+from runtime.data.loader import validation_batches
+from runtime.data.shards import MANIFEST, open_data
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import tokenizer_of
 from runtime.posttraining.config import PostTrainConfig
+from runtime.posttraining.conversations import ExampleFiles
+from runtime.posttraining.encode import Encoded, encode_examples
+from runtime.posttraining.forms import Example
+from runtime.posttraining.lora import Adapters, merged_model
+from runtime.posttraining.score import Score, wilson
+from runtime.training.metrics import HIGH, LOW
 from runtime.training.task import Task
+
+# Batches of the base's own text that its loss is taken from.
+BASE_BATCHES = 16
+BASE_LOSS = "base loss"
 
 
 class FineTuning(Task):
     """A task that starts from trained weights.
 
     config: the run's settings; source: the checkpoint that is started from or resumed. A subclass
-    sets kind, command, where and fingerprint, and gives the loader, the loss and the score. Raise
-    ValueError without a source, or for one whose tokenizer is unknown.
+    sets kind and command, and gives the loader, the loss and the score. Raise ValueError without a
+    source, and for one whose tokenizer is unknown.
     """
 
     def __init__(self, config: PostTrainConfig, source: Checkpoint | None):
@@ -27,7 +45,7 @@ class FineTuning(Task):
             raise ValueError(
                 f"{self.command} starts from trained weights: give --init_from CHECKPOINT"
             )
-        self.config = config
+        self.config, self.context = config, source.model_config.context_length
         plain = tokenizer_of(source)
         # A run without the layout keeps a chat model's tokenizer.
         self.tokenizer: Tokenizer = plain if config.raw else with_chat(plain)
@@ -39,16 +57,44 @@ class FineTuning(Task):
             "digest": source.digest,
             "step": source.step,
         }
+        self.where = "the toy tasks" if config.is_toy else ", ".join(config.data)
+        self.source = {"name": self.where}
+        self.adapters = Adapters(config, source, self.new_ids(source))
+        self._base_batches = self._open_base(config.data_dir)
+        self._plain: LLM | None = None
+
+    # -------------------------------------------------------------------------- the data
+    def encode(self, toy: Iterable[Example], want: str) -> Encoded:
+        """Return the examples of the run's files, or `toy` without files, as ids.
+
+        want: what they must be, conversations or pairs.
+        """
+        config = self.config
+        examples = toy
+        if not config.is_toy:
+            examples = ExampleFiles(config.data, want, config.column_names(), config.raw)
+        return encode_examples(
+            examples, self.tokenizer, self.context, config.train_on, config.too_long, config.raw
+        )
+
+    def fingerprint_of(self, *encoded: Encoded) -> str:
+        """Return a SHA-256 of the ids, targets and borders of examples."""
+        digest = hashlib.sha256()
+        for each in encoded:
+            for array in (each.ids, each.is_target, each.offsets, each.numbers):
+                digest.update(f"{array.dtype} {len(array)}\n".encode())
+                digest.update(array.tobytes())
+        return digest.hexdigest()
 
     # -------------------------------------------------------------------------- the model
     def known_fingerprints(self) -> set[str]:
-        base = getattr(self.tokenizer, "base_fingerprint", None)
+        base = self.tokenizer.base_fingerprint
         return {self.tokenizer.fingerprint, *([base] if base else [])}
 
     def new_ids(self, source: Checkpoint) -> list[int]:
         if self.had_chat or self.tokenizer.chat is None:
             return []
-        return list(self.tokenizer.chat)
+        return sorted(self.tokenizer.chat)
 
     def adapted(self, model_config: ModelConfig, source: Checkpoint) -> ModelConfig:
         """Return the config with rows for the chat ids, and without a capacity of the experts.
@@ -61,5 +107,76 @@ class FineTuning(Task):
             capacity_factor=0.0,
         )
 
+    def prepare(self, model: LLM) -> None:
+        self.adapters.prepare(model)
+
+    def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
+        return self.adapters.needed_bytes(needed, model_config)
+
+    def gradient_bytes(self, needed: dict[str, int]) -> int:
+        return self.adapters.gradient_bytes(needed)
+
+    def plain(self, model: LLM) -> LLM:
+        """Return a plain LLM, in eval mode, with the weights of now, for decoders.
+
+        Adapters are merged in memory of their own. Otherwise it shares the model's memory, and is
+        another module: decoders change a model's mode, and one that is compiled takes few shapes.
+        """
+        if self.config.lora_rank:
+            return merged_model(model)
+        if self._plain is None or self._plain.embed.weight.data_ptr() != _address(model):
+            plain = meta_model(model.config)
+            plain.load_state_dict(model.state_dict(), assign=True)
+            self._plain = plain.eval().requires_grad_(False)
+        return self._plain
+
     def stage(self, model: LLM) -> dict:
         return {"kind": self.kind, "base": self.base}
+
+    # -------------------------------------------------------------------------- the score
+    def _open_base(self, data_dir: str):
+        """Return batches of the base's own held-out text, if its shards are there."""
+        folder = Path(data_dir)
+        if not (folder / "val" / MANIFEST).is_file():
+            return None
+        _, val = open_data(folder)
+        if val.tokenizer_state["fingerprint"] not in self.known_fingerprints():
+            return None
+        return validation_batches(val, self.context, 8, BASE_BATCHES)
+
+    @torch.no_grad()
+    def base_loss(self, model: LLM) -> dict[str, float]:
+        """Return the loss on the base's own text (nats), whose rise is what tuning cost.
+
+        {} without its shards in --data_dir.
+        """
+        if self._base_batches is None:
+            return {}
+        device, total, count = model.embed.weight.device, 0.0, 0
+        for inputs_BT, targets_BT in self._base_batches:
+            out = model(inputs_BT.to(device), targets_BT.to(device))
+            total, count = total + float(out.cross_entropy_sum), count + targets_BT.numel()
+        return {BASE_LOSS: total / count}
+
+    def numbers_of(self, score: Score) -> dict[str, float]:
+        """Return a score's numbers for a log record, with the ends of the shares' intervals."""
+        numbers = score.numbers()
+        for name, share in score.shares.items():
+            # Parts of a share have names such as "questions: who".
+            if ": " not in name:
+                low, high = wilson(share.successes, share.trials)
+                numbers |= {f"{name}{LOW}": low, f"{name}{HIGH}": high}
+        return numbers
+
+    def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
+        lines = self.adapters.describe(model_config)
+        if self._base_batches is None and not self.config.is_toy:
+            lines.append(
+                f"base     no shards of its tokenizer in {shlex.quote(config.data_dir)}: what "
+                "tuning costs on its own text is not measured (--data_dir)"
+            )
+        return lines
+
+
+def _address(model: LLM) -> int:
+    return model.embed.weight.data_ptr()

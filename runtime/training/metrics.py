@@ -24,6 +24,8 @@ from pathlib import Path
 from runtime.base.files import make_folder, write_atomic
 
 KINDS = ("train", "val", "score")
+# The ends of the names of a score's interval.
+LOW, HIGH = "_low", "_high"
 # Shares of its fair load: an expert below them learns little, one above them is a bottleneck.
 HEALTHY_LOAD = (0.25, 4.0)
 

@@ -18,13 +18,11 @@ from runtime.base.device import device_name, peak_flops
 from runtime.base.files import write_text_atomic
 from runtime.base.text import human_count, human_seconds
 from runtime.checks import known
-from runtime.training.metrics import HEALTHY_LOAD, MetricsLog, make_loggers
+from runtime.training.metrics import HEALTHY_LOAD, HIGH, LOW, MetricsLog, make_loggers
 from runtime.training.plan import TrainPlan
 from runtime.training.plots import draw_plots
 from runtime.training.state import RunState
 
-# The ends of the names of a score's interval.
-LOW, HIGH = "_low", "_high"
 PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, recorded
 
 
@@ -88,10 +86,10 @@ class Reporter:
         self._log(lambda: self.log.append(record))
 
     def _show_score(self, record: dict) -> None:
-        """Say the scores: a number, and its interval where there is one."""
+        """Say the scores, and their intervals where there are any. Parts are in the log alone."""
         score, parts = record["score"], []
         for name, value in score.items():
-            if name.endswith((LOW, HIGH)):
+            if name.endswith((LOW, HIGH)) or ": " in name:
                 continue
             part = f"{name} {value:.4f}"
             if f"{name}{LOW}" in score:
@@ -179,6 +177,13 @@ class Reporter:
         except (ImportError, OSError, ValueError) as error:
             self.can_plot = False
             self.say(f"no plots: {error} (the metrics are in {self.log.path})")
+
+    def scores(self) -> list[dict]:
+        """Return the run's score records; none of a file that cannot be read."""
+        try:
+            return [record for record in self.log.stream() if record["kind"] == "score"]
+        except (OSError, ValueError):
+            return []
 
     def close(self) -> None:
         self.bar.close()

@@ -111,6 +111,9 @@ def build(plan: TrainPlan) -> LLM:
         assert plan.source is not None
         new_ids = plan.task.new_ids(plan.source)
         return build_model(with_config(plan.source, plan.model_config, new_ids), plan.device)
+    if plan.source is not None and plan.source.adapter is not None:
+        # The base's weights: the run's own are loaded into what `prepare` makes of them.
+        return build_model(plan.source, plan.device)
     torch.manual_seed(plan.config.seed)
     with plan.device:
         return LLM(plan.model_config)

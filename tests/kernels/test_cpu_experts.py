@@ -296,10 +296,10 @@ def test_onednn_meets_few_row_counts(dtype, activation):
             counts, x = torch.tensor([rows, 0]), torch.ones(rows, C, dtype=dtype)
             _, h = _implementation("feed_forward")(x, *made, counts, activation)
             backward = _implementation("_feed_forward_backward")
-            backward(x, x, h, made[0], made[2], counts, activation, True)
+            backward(x, x, h, made[0], made[2], counts, activation, [True] * 5)
             if activation == "gelu":
                 _implementation("_grouped_linear")(x, *made[:2], counts)
-                _implementation("_grouped_linear_backward")(h, x, made[0], counts, True)
+                _implementation("_grouped_linear_backward")(h, x, made[0], counts, [True] * 3)
     half = dtype != torch.float32
     taken = {name: shapes for name, shapes in seen.rows.items() if half or "gelu" in name}
     assert len(taken) == 2 * half + 2 * (activation == "gelu"), seen.rows.keys()

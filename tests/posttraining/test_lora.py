@@ -11,6 +11,7 @@ import torch
 
 from config_model import PRESETS, ModelConfig, TrainConfig
 from model import LLM
+from runtime.base.text import human_count
 from runtime.checkpoint.adapter import is_trained
 from runtime.checkpoint.optimizer_state import state_by_name
 from runtime.checkpoint.read import read_checkpoint
@@ -19,7 +20,8 @@ from runtime.inference import cpu_decode, decoder
 from runtime.inference.decoder import Decoder, generate
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.linear_cross_entropy import IGNORE
-from runtime.posttraining.lora import adapter_lines, attach, merged_model, new_adapter
+from runtime.posttraining.config import PostTrainConfig
+from runtime.posttraining.lora import Adapters, attach, merged_model, new_adapter
 from runtime.training.optimizer import build_optimizer
 from tests.builders import random_architecture, random_model, tiny_config
 from tests.builders_checkpoint import CONFIG, train
@@ -117,16 +119,17 @@ def test_training_leaves_the_base_as_it_was(tmp_path):
 VOCABULARY = ("embed.weight", "out_head.weight", "out_head.bias")
 
 
-def gradients(model: LLM, ids, targets) -> dict[str, torch.Tensor]:
+def gradients(model: LLM, ids, targets, **how) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
-    out = model(ids, targets)
+    out = model(ids, targets, **how)
     (out.cross_entropy_sum + out.aux_loss).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_adapters_and_new_rows_get_gradients_and_the_right_ones(seed, tied):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_only_adapters_and_new_rows_get_gradients_and_the_right_ones(seed, tied, per_token):
     """The rows' gradients are those of training everything; the adapters' follow from W's.
 
     W + s B A, with the gradient G of W: B gets s G A', A gets s B' G.
@@ -142,7 +145,9 @@ def test_only_adapters_and_new_rows_get_gradients_and_the_right_ones(seed, tied)
     ids, targets = some_ids(plain), some_ids(plain, 1)
     targets[0, :5] = IGNORE
     ids[0, :4], targets[1, :4] = (torch.tensor([3, 4, 3, 9]) for _ in range(2))
-    ours, theirs = gradients(adapted, ids, targets), gradients(whole, ids, targets)
+    adapted.loss_rows = 7
+    ours = gradients(adapted, ids, targets, per_token=per_token)
+    theirs = gradients(whole, ids, targets)
     assert ours.keys() == {name for name in adapted.state_dict() if is_trained(name)}
     for name, gradient in ours.items():
         if name in ("embed.new_rows", "out_head.new_rows", "out_head.new_bias"):
@@ -265,15 +270,40 @@ def test_the_experts_rank_follows_the_active_experts(tmp_path):
         assert new_adapter(source, config, rank, expert_rank).expert_rank == expected
 
 
-def test_what_is_trained_is_said_by_part():
-    model = random_model(tiny_config(vocabulary_size=61))
-    attach(model, ROWS)
+def test_what_is_trained_is_said_by_part(tmp_path):
+    source = read_checkpoint(base_run(tmp_path))
+    settings = dict(lora_rank=4, lora_alpha=8.0, optimizer="muon", init_from="base.pt")
+    adapters = Adapters(PostTrainConfig(**settings), source, (29, 30))
+    model = LLM(CONFIG)
+    adapters.prepare(model)
     shapes = {n: p.numel() for n, p in model.named_parameters() if is_trained(n)}
-    experts = sum(count for name, count in shapes.items() if "experts" in name)
-    line = adapter_lines(model)[0]
-    # 2 blocks, E 4, r 2: w_in [48, 32], w_out [32, 24].
-    assert experts == 2 * 4 * 2 * (48 + 32 + 32 + 24)
-    for part in ("experts 2.18 k (rank 2)", "attention 1.79 k (rank 4)", "rows of 2 new ids 128"):
-        assert part in line, line
+    parts = {
+        "attention": sum(count for name, count in shapes.items() if ".attention." in name),
+        "experts": sum(count for name, count in shapes.items() if ".experts." in name),
+        "rows of 2 new ids": sum(count for name, count in shapes.items() if ".new_" in name),
+    }
+    first, second, third = adapters.describe(CONFIG)
+    for part, count in parts.items():
+        assert count and f"{part} {human_count(count)}" in first, first
+    assert sum(parts.values()) == sum(shapes.values())
     whole = sum(p.numel() for n, p in model.named_parameters() if not is_trained(n))
-    assert f"({100 * sum(shapes.values()) / whole:.2f} %)" in line
+    assert f"({100 * sum(shapes.values()) / whole:.2f} %)" in first
+    assert str(source.path) in second and "AdamW" in third
+    # The estimate of memory: what is saved is what is trained, and its moments.
+    needed = {"weights": 4 * whole, "gradients": 4 * whole, "optimizer state": 8 * whole}
+    ours = adapters.needed_bytes(needed, CONFIG)
+    own = 4 * sum(shapes.values())
+    assert (ours["weights"], ours["gradients"], ours["optimizer state"]) == (own, own, 2 * own)
+    assert ours["frozen weights"] == 4 * whole
+    assert adapters.gradient_bytes(ours) == own + 4 * whole
+
+
+def test_without_a_rank_nothing_is_adapted():
+    adapters, model = Adapters(PostTrainConfig(), None), LLM(CONFIG)
+    adapters.prepare(model)
+    needed = {"weights": 12}
+    assert type(model) is LLM and adapters.describe(CONFIG) == []
+    assert adapters.needed_bytes(needed, CONFIG) == needed
+    assert adapters.gradient_bytes(needed) == 12
+    with pytest.raises(ValueError, match="--init_from"):
+        Adapters(PostTrainConfig(lora_rank=2), None)

@@ -4,20 +4,27 @@ test_promises_*.py check that each can be broken.
 """
 
 import os
+from importlib.util import find_spec
 
 import pytest
 
 from benchmarks.reliability import promises
-from tests.promises import runs
+from tests.promises import adapters, runs
 
 PROMISES = [
     pytest.param(
         p,
         id=f"{p.number}-{p.run.__name__}",
-        marks=pytest.mark.skipif(
-            p in runs.PROMISES and not hasattr(os, "fork"),
-            reason="the runs are children of a fork server",
-        ),
+        marks=[
+            pytest.mark.skipif(
+                p in runs.PROMISES and not hasattr(os, "fork"),
+                reason="the runs are children of a fork server",
+            ),
+            pytest.mark.skipif(
+                p.run is adapters.same_in_peft and find_spec("peft") is None,
+                reason="peft is not installed (requirements-dev.txt)",
+            ),
+        ],
     )
     for p in promises()
 ]

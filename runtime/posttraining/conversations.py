@@ -163,7 +163,7 @@ class Examples:
                 if form is None:
                     form = forms[keys] = self._form(row, first, where)
                 first = first or (form, where)
-                self._count(form, report)
+                self._count(form, row, report)
                 example = form.make(row, Context(where, counts, left_out))
             except Dropped as reason:
                 report.drop(str(reason), where)
@@ -204,7 +204,7 @@ class Examples:
             "a file holds one form, split it"
         )
 
-    def _count(self, form: Form, report: Report) -> None:
+    def _count(self, form: Form, row: Row, report: Report) -> None:
         """Count a row of this form. Raise ValueError if its kind is not that of the other rows."""
         if report.kind and report.kind != form.kind:
             raise ValueError(
@@ -215,6 +215,9 @@ class Examples:
         report.total += 1
         if form.name not in report.forms:
             report.forms.append(form.name)
+        if report.total == 1 and form.kind == "prompts":
+            others = ", ".join(name for name in row if name != "prompt") or "none"
+            report.notes.append(f"columns that the reward is given: {others}")
 
 
 class ExampleRows(Examples):

@@ -275,6 +275,14 @@ def test_many_dropped_rows_have_a_line_of_their_own(tmp_path):
         read_examples(jsonl(path, [last, last]))
 
 
+def test_the_columns_of_a_reward_are_named(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "Who?", "answer": 1, "level": 2}] * 2)
+    assert read_examples(path, "prompts").lines == [
+        "2 prompts (prompt)",
+        "columns that the reward is given: answer, level",
+    ]
+
+
 def test_fields_that_are_left_out_are_said(tmp_path):
     answer = ANSWER | {"thinking": "Hm.", "name": None}
     path = jsonl(tmp_path / "a.jsonl", [{"messages": [USER, answer]}] * 2)
@@ -320,6 +328,17 @@ def test_json_lines_under_any_name_and_standard_input_are_read_twice(tmp_path, m
     monkeypatch.setattr(sys, "stdin", data)
     files = ExampleFiles("-")
     assert len(list(files)) == len(list(files)) == 1
+
+
+def test_a_comma_without_quotes_does_not_move_words_from_the_prompt_to_the_answer(tmp_path):
+    """Text of the last column is read to the end of its line, which is right for a single text.
+
+    Here the prompt was "Why" and the answer " oh why?,Because".
+    """
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"Who?",I.\nWhy, oh why?,Because\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="a.csv line 3 has 3 fields, the header has 2"):
+        read_examples(path)
 
 
 def test_rows_with_null_for_the_columns_of_other_rows_are_mixed():

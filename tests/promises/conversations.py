@@ -266,6 +266,10 @@ def _short_row(data: bytes, r: random.Random) -> bytes:
     return data.rstrip(b"\n") + b"\na\n"
 
 
+def _comma(data: bytes, r: random.Random) -> bytes:
+    return data.rstrip(b"\n") + b"\nWhy, oh why?,Because\n"
+
+
 def _column_twice(data: bytes, r: random.Random) -> bytes:
     header, rest = data.split(b"\n", 1)
     names = header.split(b",")
@@ -285,6 +289,7 @@ FILE_DAMAGES: list[tuple[str, tuple[str, ...], Callable, bool]] = [
     ("a list for a row", (".jsonl",), _a_list, True),
     ("a quote too few", (".csv", ".tsv"), _unquoted, True),
     ("a short row", (".csv",), _short_row, True),
+    ("a comma without quotes", (".csv",), _comma, True),
     ("a column twice", (".csv",), _column_twice, False),
     ("empty", (".jsonl", ".json", ".csv", ".parquet"), lambda *_: b"", False),
     ("blank lines", (".jsonl",), lambda *_: b"\n\n", False),

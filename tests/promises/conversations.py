@@ -267,7 +267,8 @@ def _short_row(data: bytes, r: random.Random) -> bytes:
 
 
 def _comma(data: bytes, r: random.Random) -> bytes:
-    return data.rstrip(b"\n") + b"\nWhy, oh why?,Because\n"
+    # More fields than any header here has.
+    return data.rstrip(b"\n") + b"\nWhy, oh, why, oh why?,Because\n"
 
 
 def _column_twice(data: bytes, r: random.Random) -> bytes:

@@ -1,6 +1,6 @@
 """The prompts of reinforcement learning: those to learn from, in order, and those held out.
 
-A prompt is a function of (seed, number of the sample): the set is shuffled anew in each epoch.
+A prompt is a function of (seed, number of the sample): each epoch has another order.
 Numbers far beyond all samples' give the prompts that replace others (`refilled`).
 """
 

@@ -130,10 +130,10 @@ def test_answers_without_advantage_change_nothing_but_the_divisor(tmp_path, monk
     """They are left out of the pass, and their tokens count."""
     # All earn the same on a third of the prompts.
     body = PARITY.replace("% 2)", "% 2) * number").replace("> number", "> 99")
-    task, config, model = task_and_model(tmp_path, torch.float64, body)
+    task, config, model = task_and_model(tmp_path, torch.float64, body, batch_size=8)
     ours = gradients(task, model, config)
     batch = task.loader(model.config, config).batch(0)
-    groups = task.roll(range(4), config)
+    groups = task.roll(range(8), config)
     assert not all(advantage for group in groups for advantage in group.advantages)
     assert task.count(batch) == sum(len(a.ids) for group in groups for a in group.answers)
     assert len(batch[3]) < task.count(batch)
@@ -195,7 +195,7 @@ def score(messages, text, ended, number):
 """
     reward = reward.replace("[text]", ".get(text, 0.0)")
     task, config, model = task_and_model(
-        tmp_path, body=reward, max_new_tokens=1, max_steps=40, group_size=8, min_lr=1e-3
+        tmp_path, body=reward, max_new_tokens=1, max_steps=40, group_size=8, log_interval=1
     )
     arms = [task.tokenizer.encode(text)[0] for text in "abc"]
     task.stop_ids = arms

@@ -21,19 +21,16 @@ from runtime.data.sources import read_rows
 from runtime.data.splits import split_by_hash, text_digest
 from runtime.posttraining.forms import (
     KINDS,
-    Context,
     Conversation,
     Dropped,
     Example,
     Form,
     Pair,
     Prompt,
-    Row,
     recognise,
-    refuse_media,
-    refuse_tools,
     renamed,
 )
+from runtime.posttraining.messages import Context, Row, names_of, refuse_media, refuse_tools
 
 __all__ = [
     "Conversation",
@@ -198,9 +195,8 @@ class Examples:
             found and has_keys and not all(row[name] is not None for name in found.needs)
         ):
             return form
-        names = ", ".join(map(str, row)) or "no columns"
         raise ValueError(
-            f"mixed keys: this row has {names}, but {first_where} has {form.name}: "
+            f"mixed keys: this row has {names_of(row)}, but {first_where} has {form.name}: "
             "a file holds one form, split it"
         )
 
@@ -216,7 +212,7 @@ class Examples:
         if form.name not in report.forms:
             report.forms.append(form.name)
         if report.total == 1 and form.kind == "prompts":
-            others = ", ".join(name for name in row if name != "prompt") or "none"
+            others = names_of({name: None for name in row if name != "prompt"})
             report.notes.append(f"columns that the reward is given: {others}")
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from runtime.posttraining import forms
+from runtime.posttraining import forms, messages
 from runtime.posttraining.conversations import (
     Conversation,
     ExampleFiles,
@@ -120,16 +120,16 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("row, messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_conversations_are_recognised_by_their_keys(row, messages):
-    assert read_one(row) == Conversation(messages, "rows row 0")
-    assert read_one(row, "conversations") == Conversation(messages, "rows row 0")
+@pytest.mark.parametrize("row, said", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_conversations_are_recognised_by_their_keys(row, said):
+    assert read_one(row) == Conversation(said, "rows row 0")
+    assert read_one(row, "conversations") == Conversation(said, "rows row 0")
 
 
 def test_flags_of_training_come_through():
     flags = ({"train": False}, {"weight": 0}, {"weight": 1.0}, {"train": True, "weight": None})
-    messages = [m for flag in flags for m in (USER, ANSWER | flag)]
-    found = read_one({"messages": messages}).messages
+    said = [m for flag in flags for m in (USER, ANSWER | flag)]
+    found = read_one({"messages": said}).messages
     assert [(m.get("train"), m.get("weight")) for m in found[1::2]] == [
         (False, None),
         (None, 0),
@@ -391,14 +391,10 @@ def test_damaged_files_are_refused_or_counted():
 
 
 @pytest.mark.parametrize(
-    "name, fake, words",
-    [
-        ("refuse_tools", lambda *_: None, "it was accepted"),
-        ("check_conversation", lambda messages: None, "it was accepted"),
-        ("is_trained", lambda message: True, "it was accepted"),
-    ],
+    "owner, name",
+    [(messages, "refuse_tools"), (messages, "is_trained"), (forms, "check_conversation")],
 )
-def test_a_fault_that_is_accepted_is_found(name, fake, words):
-    with mock.patch.object(forms, name, fake):
+def test_a_fault_that_is_accepted_is_found(owner, name):
+    with mock.patch.object(owner, name, lambda *_: True):
         tally = promise.damaged_files(300)
-    assert tally.held < tally.tried, tally
+    assert any("it was accepted" in failure or "counted" in failure for failure in tally.failures)

@@ -199,6 +199,12 @@ ROW_DAMAGES = [
     ),
     Damage("misspelt", (*ANSWERS, "prompt"), _misspelt, "mixed keys"),
     Damage("two forms", ("messages",), _set(prompt="a", completion="b"), "mixed keys"),
+    Damage(
+        "many columns",
+        (*ANSWERS, "prompt"),
+        lambda row: (row.clear(), row.update({f"column\n{i}" * 9: i for i in range(300)})),
+        "mixed keys",
+    ),
     Damage("no keys", (*ANSWERS, "prompt"), dict.clear, "no columns"),
     Damage("tools", ANSWERS, _set(tools=[{"name": "f"}]), "tools"),
     Damage("images", (*ANSWERS, "prompt"), _set(images=["a.png"]), "images"),

@@ -355,7 +355,13 @@ def _unknown(row: Row, want: str, fitting: list[Form]) -> str:
             "a chat has messages, or prompt and completion"
         )
     known = "; ".join(form.name for form in FORMS if want in ("", form.kind))
+    # The row's own names, where they are enough.
+    needs = {"pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}.get(
+        want, ("prompt", "completion")
+    )
+    texts = [str(name) for name, value in row.items() if isinstance(value, str)]
+    texts = texts if len(texts) >= len(needs) else ["question", "answer", "other"]
+    example = ",".join(f"{name}={text}" for name, text in zip(needs, texts, strict=False))
     return (
-        f"{has}, none of the known forms ({known}): "
-        "name the columns, such as --columns prompt=question,completion=answer"
+        f"{has}, none of the known forms ({known}): name the columns, such as --columns {example}"
     )

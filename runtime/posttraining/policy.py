@@ -234,8 +234,8 @@ class Grpo(FineTuning):
         super().__init__(config, source)
         assert source is not None, "FineTuning refuses to start without weights"
         self.config: GrpoConfig = config
-        self.start = source.stage.get("start") if config.resume else None
-        self.start = self.start or {"path": str(source.path), "digest": source.digest}
+        own = {"path": str(source.path), "digest": source.digest}
+        self.start: dict = source.stage.get("start", own) if config.resume else own
         self.reward = load_reward(config.reward) if config.reward else toy_reward()
         self.prompts = self._prompts()
         self.fingerprint = self.prompts.fingerprint
@@ -278,8 +278,9 @@ class Grpo(FineTuning):
         size = self.adapted(source.model_config, source).vocabulary_size
         stops = list(self.tokenizer.stop_ids)
         padding = range(self.tokenizer.vocabulary_size, size)
-        end_of_text = self.tokenizer.end_of_text_id
-        banned = {*self.tokenizer.banned_ids, *padding} | ({end_of_text} - {None})
+        banned = {*self.tokenizer.banned_ids, *padding}
+        if self.tokenizer.end_of_text_id is not None:
+            banned.add(self.tokenizer.end_of_text_id)
         return stops, sorted(id_ for id_ in banned if id_ < size and id_ not in stops)
 
     def _exam(self) -> Exam | None:

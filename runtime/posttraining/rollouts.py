@@ -259,11 +259,11 @@ def without_ids(model: LLM, ids: Tensor):
         yield
         return
     head = model.out_head
-    bias = head.bias
-    if bias is None:
+    bias_V: Tensor | None = head.bias
+    if bias_V is None:
         weight = model.head_weight
-        bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
-    masked: Any = _HeadWithout(head, bias.index_fill(0, ids, -torch.inf))
+        bias_V = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    masked: Any = _HeadWithout(head, bias_V.index_fill(0, ids, -torch.inf))
     model._modules["out_head"] = masked
     try:
         yield

@@ -128,14 +128,29 @@ class RolloutLoader:
     def __init__(self, task: Grpo, model_config: ModelConfig, config: TrainConfig):
         self.task, self.config = task, config
         self.share = can_share_rows(model_config)
-        self.rollout, self.groups = -1, dict[int, Group]()
+        self.rollout, self.update, self.groups = -1, 0, dict[int, Group]()
+
+    def state(self) -> dict:
+        """Return the answers that further updates need, as plain JSON values."""
+        if self.update + 1 >= self.task.config.updates_per_rollout:
+            return {}
+        groups = {str(sample): group.state() for sample, group in self.groups.items()}
+        return {"rollout": self.rollout, "groups": groups}
+
+    def restore(self, state: dict) -> None:
+        """Take what `state` returned."""
+        self.rollout = state.get("rollout", -1)
+        self.groups = {
+            int(sample): Group.of(own, self.task.prompts.asked(self.config.seed, own["number"]))
+            for sample, own in state.get("groups", {}).items()
+        }
 
     def batch(self, first_sample: int) -> Batch:
         """Return the batch of batch_size prompts from `first_sample` on; see pack_groups."""
         task, config = self.task, self.config
         per_step = config.batch_size * config.grad_accum
         step, offset = divmod(first_sample, per_step)
-        rollout, update = divmod(step, task.config.updates_per_rollout)
+        rollout, self.update = divmod(step, task.config.updates_per_rollout)
         if rollout != self.rollout or task.config.updates_per_rollout == 1:
             self.rollout, self.groups = rollout, {}
         first = rollout * per_step + offset
@@ -248,7 +263,7 @@ class Grpo(FineTuning):
         self.model: LLM | None = None
         self.reference: LLM | None = None
         self.told = Told()
-        self._samplers: dict[torch.dtype, Sampler] = {}
+        self._sampler: Sampler | None = None
         # The newest loader, and the settings that the plan gave it.
         self._loader: RolloutLoader | None = None
         self._run: TrainConfig = config
@@ -303,12 +318,7 @@ class Grpo(FineTuning):
                 "give --dropout 0"
             )
         loader = RolloutLoader(self, model_config, config)
-        if groups := self._restored.get("groups"):
-            loader.rollout = self._restored["rollout"]
-            loader.groups = {
-                int(sample): Group.of(state, self.prompts.asked(config.seed, state["number"]))
-                for sample, state in groups.items()
-            }
+        loader.restore(self._restored)
         self._loader, self._run = loader, config
         return loader
 
@@ -321,7 +331,6 @@ class Grpo(FineTuning):
     # -------------------------------------------------------------------------- rollouts
     def started(self, model: LLM) -> None:
         self.model = model
-        self._samplers = {}
         if self.config.kl_coef and self.reference is None:
             start = self._starting_model(model) if self.config.resume else self.plain(model)
             self.reference = copy.deepcopy(start).eval().requires_grad_(False)
@@ -342,21 +351,22 @@ class Grpo(FineTuning):
         return build_model(whole, model.embed.weight.device)
 
     def sampler(self, dtype: torch.dtype) -> Sampler:
-        """Return what samples with the model of now, in the dtype that it is trained in."""
+        """Return what samples with the weights of now, in the dtype that they are trained in.
+
+        Ask again after each update: adapters are merged here.
+        """
         assert self.model is not None, "fit starts a task before it asks for batches"
-        model = self.model
-        if dtype not in self._samplers:
-            plain = self.plain(model)
-            choose_kernels(plain, model.embed.weight.device, dtype)
-            self._samplers[dtype] = Sampler(
+        plain = self.plain(self.model)
+        if self._sampler is None or (self._sampler.model, self._sampler.dtype) != (plain, dtype):
+            choose_kernels(plain, plain.embed.weight.device, dtype)
+            self._sampler = Sampler(
                 plain,
                 stop_ids=self.stop_ids,
                 banned_ids=self.banned_ids,
                 max_new_tokens=self.config.max_new_tokens,
                 dtype=dtype,
-                refresh=lambda: self.plain(model),
             )
-        return self._samplers[dtype]
+        return self._sampler
 
     def roll(self, samples: Sequence[int], config: TrainConfig) -> list[Group]:
         """Return a group of answers with rewards for each sample.
@@ -462,12 +472,7 @@ class Grpo(FineTuning):
             "part_means": self.told.part_means,
             "reward": self.reward.digest,
         }
-        if self._loader is not None and self.config.updates_per_rollout > 1:
-            state["rollout"] = self._loader.rollout
-            state["groups"] = {
-                str(sample): group.state() for sample, group in self._loader.groups.items()
-            }
-        return state
+        return state | ({} if self._loader is None else self._loader.state())
 
     def restore(self, state: dict) -> None:
         self._restored = state

@@ -24,7 +24,6 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.data.chat import has_chat
 from runtime.data.tokenizers import tokenizer_of
-from runtime.kernels.choose import choose_kernels
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.conversations import ExampleFiles
 from runtime.posttraining.groups import Group, Rolled, pack_groups
@@ -358,7 +357,6 @@ class Grpo(FineTuning):
         assert self.model is not None, "fit starts a task before it asks for batches"
         plain = self.plain(self.model)
         if self._sampler is None or (self._sampler.model, self._sampler.dtype) != (plain, dtype):
-            choose_kernels(plain, plain.embed.weight.device, dtype)
             self._sampler = Sampler(
                 plain,
                 stop_ids=self.stop_ids,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model import LLM
 from runtime.inference.decoder import Decoder, Generation, Text
+from runtime.kernels.choose import choose_kernels
 
 # Answers that are sampled at a time: more need memory and are hardly faster.
 MOST_ROWS = 256
@@ -64,8 +65,12 @@ class Sampler:
         self.model, self.dtype = model, dtype
         self.stop_ids, self.banned_ids = list(stop_ids), list(banned_ids)
         self.max_new_tokens = max_new_tokens
+        device, own = model.embed.weight.device, model.embed.weight.dtype
         with _in_eval_mode(model):
+            # A decoder is compared with the model in the weights' own dtype, which rounds least.
+            choose_kernels(model, device, own)
             self.decoder = Decoder(model)
+        choose_kernels(model, device, own if dtype == torch.float32 else dtype)
         self._texts: list[Text] = []
 
     def sample(

@@ -39,6 +39,7 @@ def promises() -> list:
         runs,
         texts,
         training,
+        tuning_runs,
     )
 
     return sorted(
@@ -60,6 +61,7 @@ def promises() -> list:
             *conversations.PROMISES,
             *adapters.PROMISES,
             *policy.PROMISES,
+            *tuning_runs.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from config_model import TrainConfig, option
 
 # Settings of the model that a run may choose: they change no weight and no meaning of one.
-MODEL_FLAGS = ("aux_loss_coef", "z_loss_coef", "router_bias_rate")
+MODEL_FLAGS = ("aux_loss_coef", "z_loss_coef", "router_bias_rate", "dropout")
 
 
 def changed(name: str, default: object) -> Any:

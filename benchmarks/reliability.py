@@ -33,11 +33,13 @@ def promises() -> list:
         numbers,
         packing,
         pairing,
+        policy,
         prompt,
         published,
         runs,
         texts,
         training,
+        tuning_runs,
     )
 
     return sorted(
@@ -58,6 +60,8 @@ def promises() -> list:
             *packing.PROMISES,
             *conversations.PROMISES,
             *adapters.PROMISES,
+            *policy.PROMISES,
+            *tuning_runs.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

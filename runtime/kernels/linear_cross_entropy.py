@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.kernels.trained_rows import split_rows
+
 # A target with this value is not predicted and not counted.
 IGNORE = -100
 
@@ -32,9 +34,8 @@ def softmax_gradient_(
         # The same, in place.
         if bias_V is not None:
             x_NV.add_(bias_V)
-        largest_N1, at_target_N1 = x_NV.amax(dim=-1, keepdim=True), x_NV.gather(1, target_N1)
-        total_N1 = x_NV.sub_(largest_N1).exp_().sum(dim=-1, keepdim=True)
-        log_sum_N1 = total_N1.log() + largest_N1
+        at_target_N1 = x_NV.gather(1, target_N1)
+        log_sum_N1, total_N1 = log_sum_exp_(x_NV)
         if needs_gradient:
             x_NV.mul_(valid_N1 / total_N1)
             if logits_NV.dtype != wide:
@@ -43,6 +44,16 @@ def softmax_gradient_(
             # Written, not added: no atomics, and rounded once.
             logits_NV.scatter_(1, target_N1, gradient_N1.to(logits_NV.dtype))
     return ((log_sum_N1 - at_target_N1) * valid_N1).sum()
+
+
+def log_sum_exp_(x_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log of each row's sum of exponentials, and the sum of what is left in the row.
+
+    Overwrite x [N, V] with exp(x - its row's largest). Both results are [N, 1].
+    """
+    largest_N1 = x_NV.amax(dim=-1, keepdim=True)
+    total_N1 = x_NV.sub_(largest_N1).exp_().sum(dim=-1, keepdim=True)
+    return total_N1.log() + largest_N1, total_N1
 
 
 def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: bool) -> None:
@@ -107,6 +118,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype,
         needs_gradients,
         softmax_gradient,
+        rows_nC,
+        first_row,
     ):
         wide = torch.promote_types(dtype, torch.float32)
         h, weight = h_NC.to(dtype), weight_VC.to(dtype)
@@ -114,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=h.device)
         N, V = len(h), len(weight)
         buffer = logits_buffer(min(chunk_rows, N), V, dtype, h.device)
-        grad_h = grad_weight = grad_bias = None
+        grad_h = grad_weight = grad_bias = grad_rows = None
         needs_h, needs_weight, needs_bias = (
             needs_gradients and needed for needed in ctx.needs_input_grad[:3]
         )
@@ -127,6 +140,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.zero_()
         if needs_bias:
             grad_bias = torch.zeros_like(bias)
+        if needs_gradients and rows_nC is not None:
+            columns = slice(first_row, first_row + len(rows_nC))
+            grad_rows = torch.zeros(rows_nC.shape, dtype=wide, device=h.device)
         for first in range(0, N, chunk_rows):
             h_chunk = h[first : first + chunk_rows]
             chunk_NV = torch.mm(h_chunk, weight.T, out=buffer[: len(h_chunk), :V])
@@ -138,9 +154,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 add_product_(grad_weight, chunk_NV, h_chunk, is_first=first == 0)
             if grad_bias is not None:
                 grad_bias += chunk_NV.sum(dim=0, dtype=wide)
-        ctx.dtypes = (h_NC.dtype, weight_VC.dtype, None if bias_V is None else bias_V.dtype)
+            if grad_rows is not None:
+                grad_rows += chunk_NV[:, columns].T.to(wide) @ h_chunk.to(wide)
+        ctx.dtypes = [None if t is None else t.dtype for t in (h_NC, weight_VC, bias_V, rows_nC)]
         if needs_gradients:
-            ctx.save_for_backward(grad_h, grad_weight, grad_bias)
+            ctx.save_for_backward(grad_h, grad_weight, grad_bias, grad_rows)
         return total
 
     @staticmethod
@@ -148,11 +166,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Scaled in place, because a copy of the head's gradient is 0.8 GB at full size. Not if the
         # graph is kept for another backward pass.
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()
-        grads = (
+        *grads, grad_rows = (
             None if g is None else (g.mul_(grad) if is_last else g * grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, grad_rows, None
 
 
 def linear_cross_entropy(
@@ -168,13 +186,24 @@ def linear_cross_entropy(
     h [N, C], weight [V, C], bias [V] or None, targets [N] int64 with IGNORE for rows that do not
     count. Of the logits [N, V], `chunk_rows` rows are held at a time. The products run in
     autocast's dtype if it is on; the result is float32 (float64 for float64 inputs).
-    softmax_gradient: softmax_gradient_, or the same compiled.
+    softmax_gradient: softmax_gradient_, or the same compiled. Of a weight from with_trained_rows,
+    the trained rows' gradient alone is made.
     """
     device = h_NC.device.type
+    weight_VC, rows_nC, first_row = split_rows(weight_VC)
     dtype = head_dtype(device, weight_VC)
-    inputs = [t for t in (h_NC, weight_VC, bias_V) if t is not None]
+    inputs = [t for t in (h_NC, weight_VC, bias_V, rows_nC) if t is not None]
     needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(
-            h_NC, weight_VC, bias_V, targets_N, chunk_rows, dtype, needs_gradients, softmax_gradient
+            h_NC,
+            weight_VC,
+            bias_V,
+            targets_N,
+            chunk_rows,
+            dtype,
+            needs_gradients,
+            softmax_gradient,
+            rows_nC,
+            first_row,
         )

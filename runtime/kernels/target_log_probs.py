@@ -11,14 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.kernels.linear_cross_entropy import IGNORE, add_product_, head_dtype, logits_buffer
+from runtime.kernels.linear_cross_entropy import (
+    IGNORE,
+    add_product_,
+    head_dtype,
+    log_sum_exp_,
+    logits_buffer,
+)
+from runtime.kernels.trained_rows import split_rows
 
 
 class _TargetLogProbs(torch.autograd.Function):
     """(h W' + b)[target] - logsumexp(h W' + b) of each row; 0 where the target is IGNORE."""
 
     @staticmethod
-    def forward(ctx, h_MC, weight_VC, bias_V, targets_M, chunk_rows, dtype):
+    def forward(ctx, h_MC, weight_VC, bias_V, targets_M, chunk_rows, dtype, rows_nC, first_row):
         wide = torch.promote_types(dtype, torch.float32)
         weight = weight_VC.to(dtype)
         M, V = len(h_MC), len(weight)
@@ -28,9 +35,11 @@ class _TargetLogProbs(torch.autograd.Function):
         for rows, logits_NV in _logits(h_MC, weight, bias_V, chunk_rows, buffer):
             target_N1 = targets_M[rows].clamp(min=0)[:, None]
             at_target_M[rows] = logits_NV.gather(1, target_N1)[:, 0]
-            log_sum_M[rows] = logits_NV.logsumexp(dim=1)
+            # In place: torch.logsumexp makes a copy of its size.
+            log_sum_M[rows] = log_sum_exp_(logits_NV)[0][:, 0]
         ctx.save_for_backward(h_MC, weight_VC, bias_V, targets_M, log_sum_M)
         ctx.chunk_rows, ctx.dtype = chunk_rows, dtype
+        ctx.trained = None if rows_nC is None else slice(first_row, first_row + len(rows_nC))
         return torch.where(targets_M != IGNORE, at_target_M - log_sum_M, 0.0)
 
     @staticmethod
@@ -41,12 +50,15 @@ class _TargetLogProbs(torch.autograd.Function):
         weight = weight_VC.to(dtype)
         M, V = len(h_MC), len(weight)
         needs_h, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_h = torch.empty(h_MC.shape, dtype=wide, device=h_MC.device) if needs_h else None
-        grad_weight = torch.empty(weight.shape, dtype=wide, device=h_MC.device)
-        grad_weight = grad_weight if needs_weight else None
-        grad_bias = torch.zeros(V, dtype=wide, device=h_MC.device) if needs_bias else None
-        if grad_weight is not None and not M:
-            grad_weight.zero_()
+        own = dict(dtype=wide, device=h_MC.device)
+        grad_h = torch.empty(h_MC.shape, **own) if needs_h else None
+        # Written by the first chunk, if there is one.
+        empty = torch.empty if M else torch.zeros
+        grad_weight = empty(weight.shape, **own) if needs_weight else None
+        grad_bias = torch.zeros(V, **own) if needs_bias else None
+        grad_rows = None
+        if ctx.trained is not None:
+            grad_rows = torch.zeros(weight[ctx.trained].shape, **own)
         buffer = logits_buffer(min(chunk_rows, M), V, dtype, h_MC.device)
         grad_M = torch.where(targets_M != IGNORE, grad_M, 0.0).to(wide)
         for rows, logits_NV in _logits(h_MC, weight, bias_V, chunk_rows, buffer):
@@ -65,8 +77,11 @@ class _TargetLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 is_first = rows.start == 0
                 add_product_(grad_weight, chunk_NV, h_MC[rows].to(dtype), is_first)
-        grads = zip((grad_h, grad_weight, grad_bias), (h_MC, weight_VC, bias_V), strict=True)
-        return *(None if g is None else g.to(like.dtype) for g, like in grads), None, None, None
+            if grad_rows is not None:
+                grad_rows += logits_NV[:, ctx.trained].T @ h_MC[rows].to(wide)
+        grads = (grad_h, h_MC), (grad_weight, weight_VC), (grad_bias, bias_V)
+        made = (None if g is None else g.to(like.dtype) for g, like in grads)
+        return *made, None, None, None, grad_rows, None
 
 
 def _logits(h_MC, weight_VC, bias_V, chunk_rows, buffer):
@@ -94,9 +109,13 @@ def target_log_probs(
 
     float64 for float64 inputs. h [M, C], weight [V, C], bias [V] or None, targets [M] int64. Of the
     logits [M, V], `chunk_rows` rows are held at a time, in the backward pass too. Any gradient may
-    come back for each row. The products run in autocast's dtype if it is on.
+    come back for each row. The products run in autocast's dtype if it is on. Of a weight from
+    with_trained_rows, the trained rows' gradient alone is made.
     """
     device = h_MC.device.type
+    weight_VC, rows_nC, first_row = split_rows(weight_VC)
     dtype = head_dtype(device, weight_VC)
     with torch.autocast(device, enabled=False):
-        return _TargetLogProbs.apply(h_MC, weight_VC, bias_V, targets_M, chunk_rows, dtype)
+        return _TargetLogProbs.apply(
+            h_MC, weight_VC, bias_V, targets_M, chunk_rows, dtype, rows_nC, first_row
+        )

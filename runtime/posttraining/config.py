@@ -53,6 +53,13 @@ class PostTrainConfig(TrainConfig):
         "examples beyond the context: drop; cut_prompt: drop their oldest turns; refuse",
         choices=("drop", "cut_prompt", "refuse"),
     )
+    row_tokens: int = option(
+        0,
+        "tokens of a row that examples share; 0 = twice the context (the context where they share "
+        "none)",
+        minimum=0,
+        maximum=1_000_000,
+    )
     # score
     score_prompts: int = option(
         256, "held-out prompts that are answered at each validation; 0 = none", minimum=0

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,13 @@ from runtime.checkpoint.adapter import (
     trained_shapes,
 )
 from runtime.checkpoint.format import Checkpoint, meta_model, shapes_of
+from runtime.checks.kernels import EXPERTS as EXPERT_PARAMETERS
 from runtime.kernels.choose import choose_kernels
+from runtime.kernels.cpu_adapters import adapted_feed_forward
+from runtime.kernels.trained_rows import with_trained_rows
 from runtime.posttraining.config import PostTrainConfig
 
+ADAPTER_PARAMETERS = ("w_in_lora_A", "w_in_lora_B", "w_out_lora_A", "w_out_lora_B")
 # The grouped kernel wants rows of a multiple of 16 bytes: eight numbers in half precision.
 ALIGNED_RANK = 8
 
@@ -111,17 +115,30 @@ class AdaptedExperts(Experts):
     w_out_lora_B: nn.Parameter
     lora_scale: float
 
-    @property
-    def feed_forward(self) -> None:
-        """Return None: the CPU's operation for all of an expert knows no adapters.
+    # What the CPU's operation is given (runtime/checks/kernels.py).
+    cpu_parameters = (*EXPERT_PARAMETERS, *ADAPTER_PARAMETERS)
 
-        choose_kernels may set it, which changes nothing.
-        """
-        return None
-
-    @feed_forward.setter
-    def feed_forward(self, operation: object) -> None:
-        pass
+    def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
+        if self.feed_forward is None or (self.dropout and self.training):
+            return super().forward(x_RC, experts_R, counts_E)
+        device, dtype = x_RC.device.type, x_RC.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        w_in, b_in, w_out, b_out, *adapters = (
+            None if parameter is None else parameter.to(dtype)
+            for parameter in (getattr(self, name) for name in self.cpu_parameters)
+        )
+        return adapted_feed_forward(
+            x_RC.to(dtype),
+            w_in,
+            b_in,
+            w_out,
+            b_out,
+            adapters,
+            self.lora_scale,
+            counts_E,
+            self.activation,
+        )[0]
 
     def _linear(
         self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor
@@ -155,19 +172,6 @@ class AdaptedEmbedding(nn.Embedding):
         return torch.where(is_new[..., None], rows, super().forward(ids))
 
 
-class _TrainedRows(torch.autograd.Function):
-    """Return a frozen tensor as it is; its gradient goes to the rows of it that are trained."""
-
-    @staticmethod
-    def forward(ctx, whole, rows, first_row):
-        ctx.rows = slice(first_row, first_row + len(rows))
-        return whole.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad[ctx.rows], None
-
-
 class AdaptedHead(Head):
     """An output projection of which rows are trained: views of its own rows."""
 
@@ -180,7 +184,7 @@ class AdaptedHead(Head):
         whole = self._parameters["bias"]
         if whole is None:
             return None
-        return _TrainedRows.apply(whole, self.new_bias, self.first_row)
+        return with_trained_rows(whole, self.new_bias, self.first_row)
 
 
 class AdaptedLLM(LLM):
@@ -193,9 +197,8 @@ class AdaptedLLM(LLM):
         """Return the output projection [V, C]; the gradient goes to its trained rows."""
         if not self.adapter.num_rows:
             return super().head_weight
-        owner = self.embed if self.out_head.weight is None else self.out_head
-        rows = cast(nn.Parameter, owner.new_rows)
-        return _TrainedRows.apply(owner.weight, rows, self.adapter.first_row)
+        owner: Any = self.embed if self.out_head.weight is None else self.out_head
+        return with_trained_rows(owner.weight, owner.new_rows, self.adapter.first_row)
 
     @torch.no_grad()
     def balance_experts(self, load_LE: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ from runtime.posttraining.conversations import ExampleFiles
 from runtime.posttraining.encode import Encoded, encode_examples
 from runtime.posttraining.forms import Example
 from runtime.posttraining.lora import Adapters, merged_model
+from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.score import Score, wilson
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.plan import with_config
@@ -66,9 +68,33 @@ class FineTuning(Task):
         self.start: dict[str, str] = (config.resume and source.stage.get("start")) or own
         self.where = "the toy tasks" if config.is_toy else ", ".join(config.data)
         self.source = {"name": self.where}
+        self.shares_rows = can_share_rows(source.model_config)
+        self.row_tokens = self._row_tokens()
+        # Of a model's contexts, for the estimate of memory.
+        self.rows_per_sample = math.ceil(self.row_tokens / self.context)
         self.adapters = Adapters(config, source, self.new_ids(source))
         self._base_batches = self._open_base(config.data_dir)
         self._plain: LLM | None = None
+
+    def _row_tokens(self) -> int:
+        """Return the tokens of a row. A row of two contexts wastes less of itself.
+
+        Only distances between positions count for a model whose examples share rows.
+        """
+        given = self.config.row_tokens
+        if not self.shares_rows:
+            if given not in (0, self.context):
+                raise ValueError(
+                    f"--row_tokens {given}: this model's examples share no rows (a learned "
+                    "attention bias, or no RoPE), so leave it out"
+                )
+            return self.context
+        if given and given < self.context:
+            raise ValueError(
+                f"--row_tokens {given} is less than the model's context of {self.context}, which "
+                "an example may fill: raise it or leave it out"
+            )
+        return given or 2 * self.context
 
     # -------------------------------------------------------------------------- the data
     def encode(self, toy: Iterable[Example], want: str) -> Encoded:

@@ -119,16 +119,17 @@ def test_training_leaves_the_base_as_it_was(tmp_path):
 VOCABULARY = ("embed.weight", "out_head.weight", "out_head.bias")
 
 
-def gradients(model: LLM, ids, targets) -> dict[str, torch.Tensor]:
+def gradients(model: LLM, ids, targets, **how) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
-    out = model(ids, targets)
+    out = model(ids, targets, **how)
     (out.cross_entropy_sum + out.aux_loss).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_adapters_and_new_rows_get_gradients_and_the_right_ones(seed, tied):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_only_adapters_and_new_rows_get_gradients_and_the_right_ones(seed, tied, per_token):
     """The rows' gradients are those of training everything; the adapters' follow from W's.
 
     W + s B A, with the gradient G of W: B gets s G A', A gets s B' G.
@@ -144,7 +145,9 @@ def test_only_adapters_and_new_rows_get_gradients_and_the_right_ones(seed, tied)
     ids, targets = some_ids(plain), some_ids(plain, 1)
     targets[0, :5] = IGNORE
     ids[0, :4], targets[1, :4] = (torch.tensor([3, 4, 3, 9]) for _ in range(2))
-    ours, theirs = gradients(adapted, ids, targets), gradients(whole, ids, targets)
+    adapted.loss_rows = 7
+    ours = gradients(adapted, ids, targets, per_token=per_token)
+    theirs = gradients(whole, ids, targets)
     assert ours.keys() == {name for name in adapted.state_dict() if is_trained(name)}
     for name, gradient in ours.items():
         if name in ("embed.new_rows", "out_head.new_rows", "out_head.new_bias"):

@@ -146,6 +146,9 @@ def test_answers_in_a_prompt_are_not_learned():
     )
     assert pair.prompt == [USER, ANSWER | {"train": False}, USER]
     assert (pair.chosen, pair.rejected) == ([ANSWER], [WORSE])
+    greeted = [ANSWER, USER]
+    pair = read_one({"chosen": [*greeted, ANSWER], "rejected": [*greeted, WORSE]})
+    assert pair.prompt == [ANSWER | {"train": False}, USER]
 
 
 PAIRS = {

@@ -20,7 +20,8 @@ from runtime.posttraining.conversations import (
     hold_out,
     opening_digest,
 )
-from runtime.posttraining.forms import NO_TARGET, Conversation, Dropped, Example, Message, Pair
+from runtime.posttraining.forms import NO_TARGET, Conversation, Dropped, Example, Pair
+from runtime.posttraining.messages import Message
 
 # What becomes of an example that is longer than a row.
 TOO_LONG = ("drop", "cut_prompt", "refuse")

@@ -24,7 +24,6 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.data.chat import has_chat
 from runtime.data.tokenizers import tokenizer_of
-from runtime.kernels.choose import choose_kernels
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.conversations import ExampleFiles
 from runtime.posttraining.groups import Group, Rolled, pack_groups
@@ -128,14 +127,29 @@ class RolloutLoader:
     def __init__(self, task: Grpo, model_config: ModelConfig, config: TrainConfig):
         self.task, self.config = task, config
         self.share = can_share_rows(model_config)
-        self.rollout, self.groups = -1, dict[int, Group]()
+        self.rollout, self.update, self.groups = -1, 0, dict[int, Group]()
+
+    def state(self) -> dict:
+        """Return the answers that further updates need, as plain JSON values."""
+        if self.update + 1 >= self.task.config.updates_per_rollout:
+            return {}
+        groups = {str(sample): group.state() for sample, group in self.groups.items()}
+        return {"rollout": self.rollout, "groups": groups}
+
+    def restore(self, state: dict) -> None:
+        """Take what `state` returned."""
+        self.rollout = state.get("rollout", -1)
+        self.groups = {
+            int(sample): Group.of(own, self.task.prompts.asked(self.config.seed, own["number"]))
+            for sample, own in state.get("groups", {}).items()
+        }
 
     def batch(self, first_sample: int) -> Batch:
         """Return the batch of batch_size prompts from `first_sample` on; see pack_groups."""
         task, config = self.task, self.config
         per_step = config.batch_size * config.grad_accum
         step, offset = divmod(first_sample, per_step)
-        rollout, update = divmod(step, task.config.updates_per_rollout)
+        rollout, self.update = divmod(step, task.config.updates_per_rollout)
         if rollout != self.rollout or task.config.updates_per_rollout == 1:
             self.rollout, self.groups = rollout, {}
         first = rollout * per_step + offset
@@ -234,8 +248,8 @@ class Grpo(FineTuning):
         super().__init__(config, source)
         assert source is not None, "FineTuning refuses to start without weights"
         self.config: GrpoConfig = config
-        self.start = source.stage.get("start") if config.resume else None
-        self.start = self.start or {"path": str(source.path), "digest": source.digest}
+        own = {"path": str(source.path), "digest": source.digest}
+        self.start: dict = source.stage.get("start", own) if config.resume else own
         self.reward = load_reward(config.reward) if config.reward else toy_reward()
         self.prompts = self._prompts()
         self.fingerprint = self.prompts.fingerprint
@@ -248,7 +262,7 @@ class Grpo(FineTuning):
         self.model: LLM | None = None
         self.reference: LLM | None = None
         self.told = Told()
-        self._samplers: dict[torch.dtype, Sampler] = {}
+        self._sampler: Sampler | None = None
         # The newest loader, and the settings that the plan gave it.
         self._loader: RolloutLoader | None = None
         self._run: TrainConfig = config
@@ -278,8 +292,9 @@ class Grpo(FineTuning):
         size = self.adapted(source.model_config, source).vocabulary_size
         stops = list(self.tokenizer.stop_ids)
         padding = range(self.tokenizer.vocabulary_size, size)
-        end_of_text = self.tokenizer.end_of_text_id
-        banned = {*self.tokenizer.banned_ids, *padding} | ({end_of_text} - {None})
+        banned = {*self.tokenizer.banned_ids, *padding}
+        if self.tokenizer.end_of_text_id is not None:
+            banned.add(self.tokenizer.end_of_text_id)
         return stops, sorted(id_ for id_ in banned if id_ < size and id_ not in stops)
 
     def _exam(self) -> Exam | None:
@@ -302,12 +317,7 @@ class Grpo(FineTuning):
                 "give --dropout 0"
             )
         loader = RolloutLoader(self, model_config, config)
-        if groups := self._restored.get("groups"):
-            loader.rollout = self._restored["rollout"]
-            loader.groups = {
-                int(sample): Group.of(state, self.prompts.asked(config.seed, state["number"]))
-                for sample, state in groups.items()
-            }
+        loader.restore(self._restored)
         self._loader, self._run = loader, config
         return loader
 
@@ -320,7 +330,6 @@ class Grpo(FineTuning):
     # -------------------------------------------------------------------------- rollouts
     def started(self, model: LLM) -> None:
         self.model = model
-        self._samplers = {}
         if self.config.kl_coef and self.reference is None:
             start = self._starting_model(model) if self.config.resume else self.plain(model)
             self.reference = copy.deepcopy(start).eval().requires_grad_(False)
@@ -341,21 +350,21 @@ class Grpo(FineTuning):
         return build_model(whole, model.embed.weight.device)
 
     def sampler(self, dtype: torch.dtype) -> Sampler:
-        """Return what samples with the model of now, in the dtype that it is trained in."""
+        """Return what samples with the weights of now, in the dtype that they are trained in.
+
+        Ask again after each update: adapters are merged here.
+        """
         assert self.model is not None, "fit starts a task before it asks for batches"
-        model = self.model
-        if dtype not in self._samplers:
-            plain = self.plain(model)
-            choose_kernels(plain, model.embed.weight.device, dtype)
-            self._samplers[dtype] = Sampler(
+        plain = self.plain(self.model)
+        if self._sampler is None or (self._sampler.model, self._sampler.dtype) != (plain, dtype):
+            self._sampler = Sampler(
                 plain,
                 stop_ids=self.stop_ids,
                 banned_ids=self.banned_ids,
                 max_new_tokens=self.config.max_new_tokens,
                 dtype=dtype,
-                refresh=lambda: self.plain(model),
             )
-        return self._samplers[dtype]
+        return self._sampler
 
     def roll(self, samples: Sequence[int], config: TrainConfig) -> list[Group]:
         """Return a group of answers with rewards for each sample.
@@ -461,12 +470,7 @@ class Grpo(FineTuning):
             "part_means": self.told.part_means,
             "reward": self.reward.digest,
         }
-        if self._loader is not None and self.config.updates_per_rollout > 1:
-            state["rollout"] = self._loader.rollout
-            state["groups"] = {
-                str(sample): group.state() for sample, group in self._loader.groups.items()
-            }
-        return state
+        return state | ({} if self._loader is None else self._loader.state())
 
     def restore(self, state: dict) -> None:
         self._restored = state

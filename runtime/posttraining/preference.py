@@ -25,7 +25,7 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.encode import PAIRS
-from runtime.posttraining.packing import PackedValidation, PairLoader, can_share_rows, rows_of
+from runtime.posttraining.packing import PackedValidation, PairLoader, rows_of
 from runtime.posttraining.reference import Reference
 from runtime.posttraining.score import Exam, wilson
 from runtime.posttraining.showing import show_example
@@ -54,7 +54,7 @@ class DpoConfig(PostTrainConfig):
 
     ckpt_dir: str = changed("ckpt_dir", "checkpoints/dpo")
     graph_dir: str = changed("graph_dir", "artifacts/graphs/dpo")
-    batch_size: int = changed("batch_size", 8)
+    batch_size: int = changed("batch_size", 4)
     grad_accum: int = changed("grad_accum", 1)
     max_steps: int = changed("max_steps", 100)
     lr: float = changed("lr", 1e-4)
@@ -139,11 +139,12 @@ class Preference(FineTuning):
 
     kind, command = "dpo", "python -m scripts.dpo"
     is_likelihood = balances = False
-    rows_per_sample = 2
 
     def __init__(self, config: DpoConfig, source: Checkpoint | None):
         super().__init__(config, source)
         self.config: DpoConfig = config
+        # A pair is two rows.
+        self.rows_per_sample *= 2
         # Settled by `planned`; else by the config.
         self.dtype: torch.dtype | None = None
         toy = tasks.pairs("preference", config.toy_examples) if config.is_toy else []
@@ -187,15 +188,15 @@ class Preference(FineTuning):
         return _AllWithReference(self, self._held_out_pairs(model_config, config))
 
     def _pairs(self, model_config: ModelConfig, config: TrainConfig) -> PairLoader:
-        share = can_share_rows(model_config)
-        return PairLoader(self.train, self.context, config.batch_size, config.seed, share)
+        return PairLoader(
+            self.train, self.row_tokens, config.batch_size, config.seed, self.shares_rows
+        )
 
     def _held_out_pairs(self, model_config: ModelConfig, config: TrainConfig) -> PackedValidation:
-        share = can_share_rows(model_config)
-        return PackedValidation(self.held_out, self.context, config.batch_size, share)
+        return PackedValidation(self.held_out, self.row_tokens, config.batch_size, self.shares_rows)
 
     def samples_per_epoch(self, model_config: ModelConfig) -> int:
-        return len(rows_of(self.train, self.context, can_share_rows(model_config)))
+        return len(rows_of(self.train, self.row_tokens, self.shares_rows))
 
     def count(self, batch: Batch) -> int:
         return len(batch[5])
@@ -258,7 +259,7 @@ class Preference(FineTuning):
         """Return a batch with the reference of its sequences, [S], and their targets, [S]."""
         segments_M, numbers_P = batch[4], batch[5].numpy()
         if self.reference.lacks(numbers_P):
-            # A run that was rolled back goes on after the pairs that it was to use.
+            # A run that was rolled back continues after the pairs that it was to use.
             self._add(self._start_again(""), batch)
         reference_S = torch.from_numpy(self.reference.of(numbers_P))
         num_tokens_S = torch.bincount(segments_M, minlength=len(reference_S))
@@ -307,7 +308,7 @@ class Preference(FineTuning):
         return means | {ACCURACY + LOW: low, ACCURACY + HIGH: high}
 
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
-        rows = rows_of(self.train, self.context, can_share_rows(model_config))
+        rows = rows_of(self.train, self.row_tokens, self.shares_rows)
         steps = config.max_steps * config.batch_size * config.grad_accum
         head, *notes = self.report.lines()
         lines = [f"data     {head}", *(f"note     {note}" for note in notes)]

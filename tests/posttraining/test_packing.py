@@ -334,10 +334,10 @@ def test_batches_made_ahead_are_the_same():
 @pytest.mark.parametrize(
     "run, count",
     [
-        (promise.answers_only, 50),
+        (promise.answers_only, 25),
         (promise.packed_is_alone, 1),
         (promise.any_split, 1),
-        (promise.each_once, 100),
+        (promise.each_once, 60),
     ],
     ids=["answers only", "packed is alone", "any split", "each once"],
 )

@@ -25,7 +25,7 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.encode import PAIRS
-from runtime.posttraining.packing import PackedValidation, PairLoader, can_share_rows, rows_of
+from runtime.posttraining.packing import PackedValidation, PairLoader, rows_of
 from runtime.posttraining.reference import Reference
 from runtime.posttraining.score import Exam, wilson
 from runtime.posttraining.showing import show_example
@@ -54,7 +54,7 @@ class DpoConfig(PostTrainConfig):
 
     ckpt_dir: str = changed("ckpt_dir", "checkpoints/dpo")
     graph_dir: str = changed("graph_dir", "artifacts/graphs/dpo")
-    batch_size: int = changed("batch_size", 8)
+    batch_size: int = changed("batch_size", 4)
     grad_accum: int = changed("grad_accum", 1)
     max_steps: int = changed("max_steps", 100)
     lr: float = changed("lr", 1e-4)
@@ -139,11 +139,12 @@ class Preference(FineTuning):
 
     kind, command = "dpo", "python -m scripts.dpo"
     is_likelihood = balances = False
-    rows_per_sample = 2
 
     def __init__(self, config: DpoConfig, source: Checkpoint | None):
         super().__init__(config, source)
         self.config: DpoConfig = config
+        # A pair is two rows.
+        self.rows_per_sample *= 2
         # Settled by `planned`; else by the config.
         self.dtype: torch.dtype | None = None
         toy = tasks.pairs("preference", config.toy_examples) if config.is_toy else []
@@ -156,6 +157,7 @@ class Preference(FineTuning):
         self._model: LLM | None = None
         # Numbers of the first validation, which later ones are compared with.
         self.first: dict[str, float] = {}
+        self.warned: set[str] = set()
         self.exam: Exam | None = None
         if config.score_prompts and config.is_toy:
             self.exam = Exam(self.tokenizer, config.score_prompts, config.max_new_tokens)
@@ -187,15 +189,15 @@ class Preference(FineTuning):
         return _AllWithReference(self, self._held_out_pairs(model_config, config))
 
     def _pairs(self, model_config: ModelConfig, config: TrainConfig) -> PairLoader:
-        share = can_share_rows(model_config)
-        return PairLoader(self.train, self.context, config.batch_size, config.seed, share)
+        return PairLoader(
+            self.train, self.row_tokens, config.batch_size, config.seed, self.shares_rows
+        )
 
     def _held_out_pairs(self, model_config: ModelConfig, config: TrainConfig) -> PackedValidation:
-        share = can_share_rows(model_config)
-        return PackedValidation(self.held_out, self.context, config.batch_size, share)
+        return PackedValidation(self.held_out, self.row_tokens, config.batch_size, self.shares_rows)
 
     def samples_per_epoch(self, model_config: ModelConfig) -> int:
-        return len(rows_of(self.train, self.context, can_share_rows(model_config)))
+        return len(rows_of(self.train, self.row_tokens, self.shares_rows))
 
     def count(self, batch: Batch) -> int:
         return len(batch[5])
@@ -258,7 +260,7 @@ class Preference(FineTuning):
         """Return a batch with the reference of its sequences, [S], and their targets, [S]."""
         segments_M, numbers_P = batch[4], batch[5].numpy()
         if self.reference.lacks(numbers_P):
-            # A run that was rolled back goes on after the pairs that it was to use.
+            # A run that was rolled back continues after the pairs that it was to use.
             self._add(self._start_again(""), batch)
         reference_S = torch.from_numpy(self.reference.of(numbers_P))
         num_tokens_S = torch.bincount(segments_M, minlength=len(reference_S))
@@ -287,8 +289,12 @@ class Preference(FineTuning):
             numbers |= self.numbers_of(self.exam.score(self.plain(model)))
         numbers |= self._held_out_numbers(model)
         self.first = self.first or numbers
-        for line in warnings_of(self.first, numbers, self.best_score):
-            tqdm.write(f"warning  {line}")
+        found = warnings_of(self.first, numbers, self.best_score)
+        for kind, line in found.items():
+            # Once, until it is over.
+            if kind not in self.warned:
+                tqdm.write(f"warning  {line}")
+        self.warned = set(found)
         return numbers
 
     def _held_out_numbers(self, model: LLM) -> dict[str, float]:
@@ -307,7 +313,7 @@ class Preference(FineTuning):
         return means | {ACCURACY + LOW: low, ACCURACY + HIGH: high}
 
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
-        rows = rows_of(self.train, self.context, can_share_rows(model_config))
+        rows = rows_of(self.train, self.row_tokens, self.shares_rows)
         steps = config.max_steps * config.batch_size * config.grad_accum
         head, *notes = self.report.lines()
         lines = [f"data     {head}", *(f"note     {note}" for note in notes)]
@@ -339,15 +345,16 @@ def _forward(model: LLM, batch: Batch) -> Output:
     return model(ids_BT, targets_BT, starts_BT=starts_BT, rows_M=rows_M, per_token=True)
 
 
-def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> list[str]:
-    """Return what goes wrong between two validations. score: name of the one by generation, or "".
+def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> dict[str, str]:
+    """Return what went wrong between two validations: lines by kind.
 
-    A fall of the score counts from a standard error on, a quarter of its interval.
+    score: name of the score by generation, or "". Its fall counts from a standard error on, a
+    quarter of its interval.
     """
-    lines = []
+    lines = {}
     advice = "lower --lr, raise --beta, or give --sft_coef 1"
     if now.get(CHOSEN, 0.0) < -MOST_FALL:
-        lines.append(
+        lines["chosen"] = (
             f"chosen answers are less likely than at the start, by {-now[CHOSEN]:.3f} nats a token "
             f"(rejected {-now[REJECTED]:.3f}; more than {MOST_FALL} is said): {advice}"
         )
@@ -355,7 +362,7 @@ def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> l
         return lines
     error = (first[score + HIGH] - first[score + LOW]) / 4
     if now[score] < first[score] - error and now[ACCURACY] > first[ACCURACY]:
-        lines.append(
+        lines["score"] = (
             f"accuracy rose from {first[ACCURACY]:.3f} to {now[ACCURACY]:.3f}, and {score} fell "
             f"from {first[score]:.3f} to {now[score]:.3f}: the pairs are learned, and the answers "
             f"get worse: {advice}"

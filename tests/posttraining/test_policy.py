@@ -11,6 +11,7 @@ import torch
 
 import train
 from runtime.checkpoint.read import build_model, read_checkpoint
+from runtime.posttraining import policy
 from runtime.posttraining.policy import Grpo, GrpoConfig
 from runtime.posttraining.rollouts import Sampler
 from runtime.training.plan import with_config
@@ -137,8 +138,6 @@ def test_answers_without_advantage_change_nothing_but_the_divisor(tmp_path, monk
     assert not all(advantage for group in groups for advantage in group.advantages)
     assert task.count(batch) == sum(len(a.ids) for group in groups for a in group.answers)
     assert len(batch[3]) < task.count(batch)
-    from runtime.posttraining import policy
-
     pack = policy.pack_groups
     monkeypatch.setattr(
         policy, "pack_groups", lambda groups, tokens, share, keep: pack(groups, tokens, share, True)
@@ -191,9 +190,9 @@ def test_a_bandit_learns_its_best_arm(tmp_path):
     """Three ids with rewards 0, 0.5 and 1: in 40 steps nearly all answers are the third."""
     reward = """
 def score(messages, text, ended, number):
-    return {"a": 0.0, "b": 0.5, "c": 1.0}[text]
+    # The check before the first step tries other texts.
+    return {"a": 0.0, "b": 0.5, "c": 1.0}.get(text, 0.0)
 """
-    reward = reward.replace("[text]", ".get(text, 0.0)")
     task, config, model = task_and_model(
         tmp_path, body=reward, max_new_tokens=1, max_steps=40, group_size=8, log_interval=1
     )
@@ -293,6 +292,26 @@ def test_answers_serve_several_updates(tmp_path, monkeypatch):
             pairs = zip(batches[first][:-1], other[:-1], strict=True)
             assert all(torch.equal(one, two) for one, two in pairs)
     assert not torch.equal(batches[0][0], batches[3][0])
+
+
+def test_a_rollout_can_be_resumed_in_other_micro_batches(tmp_path, monkeypatch):
+    """The answers are those that were saved, whose old weights are gone: none is sampled again."""
+    task, config, model = task_and_model(tmp_path, updates_per_rollout=2)
+    task.started(model)
+    batch = task.loader(model.config, config).batch(0)
+    # As a checkpoint's file holds it.
+    state = json.loads(json.dumps(task.state()))
+    monkeypatch.setattr(Sampler, "sample", None)
+    task.restore(state)
+    split = dataclasses.replace(config, batch_size=2, grad_accum=2)
+    loader = task.loader(model.config, split)
+    parts = [loader.batch(4), loader.batch(6)]
+    for of_tokens in (6, 7):
+        ours = torch.cat([part[of_tokens] for part in parts])
+        assert torch.equal(ours.sort().values, batch[of_tokens].sort().values)
+    assert sum(map(task.count, parts)) == task.count(batch)
+    # Nothing is left for a further update.
+    assert "groups" not in task.state()
 
 
 # ------------------------------------------------------------------------------- a run as a user's

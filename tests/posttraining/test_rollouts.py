@@ -127,21 +127,6 @@ def test_log_probs_are_the_models_now(changes):
         after_an_update(model)
 
 
-def test_a_copy_is_made_again_before_each_sampling():
-    """With adapters the decoder runs a copy with merged weights."""
-    model, told = model_of(), []
-
-    def refresh() -> None:
-        told.append(1)
-        after_an_update(model)
-
-    sampler, plain = sampler_of(model, refresh=refresh), sampler_of(other := model_of())
-    before = ids_of(plain.sample(PROMPTS, 3, 7))
-    after_an_update(other)
-    assert ids_of(sampler.sample(PROMPTS, 3, 7)) == ids_of(plain.sample(PROMPTS, 3, 7)) != before
-    assert told == [1]
-
-
 # ---------------------------------------------------------------------------------------- the draw
 @pytest.mark.parametrize("V", [2, 3, 16, 17, 61, 1000])
 def test_each_id_gets_its_share_of_the_numbers(V):

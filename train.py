@@ -617,7 +617,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
         f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "
         f"{human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in "
         f"{config.graph_dir}",
-        *closing_lines(plan, state),
+        *closing_lines(plan, state, reporter.scores()),
         sep="\n",
     )
     return 0

@@ -23,6 +23,7 @@ def promises() -> list:
     """All of them, by number."""
     from tests.promises import (
         adapters,
+        conversations,
         damage,
         flags,
         hostile,
@@ -30,12 +31,15 @@ def promises() -> list:
         model,
         network,
         numbers,
+        packing,
         pairing,
+        policy,
         prompt,
         published,
         runs,
         texts,
         training,
+        tuning_runs,
     )
 
     return sorted(
@@ -53,7 +57,11 @@ def promises() -> list:
             *flags.PROMISES,
             *texts.PROMISES,
             *network.PROMISES,
+            *packing.PROMISES,
+            *conversations.PROMISES,
             *adapters.PROMISES,
+            *policy.PROMISES,
+            *tuning_runs.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

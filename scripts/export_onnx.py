@@ -275,7 +275,7 @@ def metadata(source: Source) -> dict[str, str]:
         "tokenizer_fingerprint": "" if is_unknown else tokenizer.fingerprint,
         "start_id": "" if tokenizer.start_id is None else str(tokenizer.start_id),
         "end_of_text_id": "" if is_unknown else str(tokenizer.end_of_text_id),
-        "stop_ids": json.dumps(list(tokenizer.stop_ids)),
+        "stop_ids": json.dumps(list(tokenizer.all_stop_ids)),
         "steps": str(source.checkpoint.step),
     }
 

@@ -263,11 +263,11 @@ def settings_from(args: argparse.Namespace, *config_classes) -> Settings:
     name = getattr(args, "preset", None)
     preset = PRESETS[name] if name else PRESETS["gptoss"]
     training = next((c for c in config_classes if issubclass(c, TrainConfig)), None)
-    owners = {"model": ModelConfig, "train": training or TrainConfig}
+    owners: dict[str, type] = {"model": ModelConfig, "train": training or TrainConfig}
     file = _read_toml(args.config, known, owners) if args.config is not None else {}
     flags = {k: v for k, v in vars(args).items() if k in known}
     values = {k: v for k, v in (preset.model | preset.train).items() if k in known}
-    values = _in_its_folders(values | file | flags, owners["train"])
+    values = _in_its_folders(values | file | flags, training or TrainConfig)
     explicit = frozenset(file) | frozenset(flags)
     notes: tuple[str, ...] = ()
     if training is not None:

@@ -63,9 +63,7 @@ def with_chat(tokenizer: Tokenizer) -> Tokenizer:
 
 def has_chat(tokenizer: Tokenizer) -> bool:
     """Return whether messages can be rendered with this tokenizer."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        return bool(tokenizer.config.get("chat_template"))
-    return tokenizer.chat is not None
+    return tokenizer.chat is not None or bool(chat_template.find_source(tokenizer))
 
 
 def is_base_of(state: dict, chat_state: dict) -> bool:

@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 
 from runtime.data.hf_tokenizer import HuggingFaceTokenizer
+from runtime.data.tokenizer import Tokenizer
 
 # Keys of tokenizer_config.json that a template may name, as transformers hands them over.
 _SPECIALS = (
@@ -32,14 +33,24 @@ _SPECIALS = (
 _OURS = ("train", "weight")
 
 
-def source_of(tokenizer: HuggingFaceTokenizer) -> str:
-    """Return a published model's chat template. Raise ValueError if it has none."""
+def find_source(tokenizer: Tokenizer) -> str:
+    """Return a published model's chat template; "" if it has none, as no tokenizer of ours has.
+
+    An older tokenizer_config.json may hold several templates; one of them is named "default".
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return ""
     source = tokenizer.config.get("chat_template")
     if isinstance(source, list):
-        # Several, by name, as older files have them.
-        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
-    if not isinstance(source, str) or not source:
+        named = (one for one in source if isinstance(one, dict) and one.get("name") == "default")
+        source = next(named, {}).get("template")
+    return source if isinstance(source, str) else ""
+
+
+def source_of(tokenizer: Tokenizer) -> str:
+    """Return a published model's chat template. Raise ValueError if it has none."""
+    source = find_source(tokenizer)
+    if not source:
         raise ValueError(
             f"tokenizer {tokenizer.name} has no chat template: import the chat form of this "
             "model, or put a chat_template.jinja into its folder and import it again"

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from runtime.base.files import write_text_atomic
+from runtime.data import chat_spellings
 from runtime.data.tokenizer import (
+    CHAT_WORDS,
     COMPACT,
     END_OF_TEXT,
     NoTokenizer,
@@ -249,9 +251,9 @@ def write_tokenizer(
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, and check them.
 
-    The model may have more rows than there are ids. padding_side: of our tokenizers; new tokens
-    come on the right. Raise ValueError for a compact vocabulary and TokenizerError if the written
-    files give other ids (see check_tokenizer).
+    With chat ids also chat_template.jinja. The model may have more rows than there are ids.
+    padding_side: of our tokenizers; new tokens come on the right. Raise ValueError for a
+    compact vocabulary and TokenizerError if the written files give other ids (see check_tokenizer).
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         text, config = tokenizer.text, dict(tokenizer.config)
@@ -268,13 +270,17 @@ def write_tokenizer(
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT if tokenizer.chat is None else CHAT_WORDS[1],
             "pad_token": pad_word(tokenizer),
             "padding_side": padding_side,
             "clean_up_tokenization_spaces": False,
             "model_max_length": context_length,
             OURS: tokenizer.to_state(),
         }
+        if tokenizer.chat is not None:
+            # transformers 5 reads the file, version 4 the key.
+            config["chat_template"] = chat_spellings.JINJA
+            write_text_atomic(folder / TEMPLATE_FILE, chat_spellings.JINJA)
     write_text_atomic(folder / TOKENIZER_FILE, text)
     write_text_atomic(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n")
     specials = {key: config[key] for key in SPECIALS if config.get(key)}
@@ -313,7 +319,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             raise TokenizerError(
                 f"{path} does not have the tokens of {tokenizer.name} under their ids"
             )
-    marks = f"a {END_OF_TEXT}{END_OF_TEXT} b{PAD}"
+    marks = f"a {END_OF_TEXT}{END_OF_TEXT} b{PAD}{''.join(CHAT_WORDS)}"
     for text in (*CHECK_TEXTS, *_random_texts(300), marks, PAD):
         ours, found = tokenizer.encode(text), theirs.encode(text, add_special_tokens=False).ids
         if ours != found:

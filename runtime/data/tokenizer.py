@@ -136,6 +136,17 @@ class Tokenizer:
         return digest.hexdigest()
 
     @property
+    def eos_id(self) -> int | None:
+        """The id that other programs call eos: the end of an answer, else of a text."""
+        return self.end_of_text_id if self.chat is None else self.chat.end
+
+    @property
+    def all_stop_ids(self) -> tuple[int, ...]:
+        """stop_ids, then end-of-text: a chat model may also end a text."""
+        end = () if self.end_of_text_id is None else (self.end_of_text_id,)
+        return tuple(dict.fromkeys((*self.stop_ids, *end)))
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """Spelling -> id of the tokens that `encode` never yields."""
         if self.chat is None:

@@ -99,11 +99,7 @@ class Predictor:
                 f"python -m scripts.sft --init_from {config.ckpt}, or leave --chat and --messages "
                 "out"
             )
-        end = self.tokenizer.end_of_text_id
-        # A chat model may end a text as well.
-        self.stop_ids = [
-            *dict.fromkeys((*self.tokenizer.stop_ids, *([] if end is None else [end])))
-        ]
+        self.stop_ids = list(self.tokenizer.all_stop_ids)
         if config.context_length:
             _set_context(self.model, config)
 

@@ -27,6 +27,7 @@ FILES = (
     "config_model.py",
     "runtime/kernels/grouped_linear.py",
     "runtime/kernels/linear_cross_entropy.py",
+    "runtime/kernels/target_log_probs.py",
     "model_parts.py",
     "model.py",
     "runtime/interop/modeling_gptoss.py",
@@ -70,7 +71,7 @@ def custom_config(source: Source, dtype: str) -> dict:
         },
         "gptoss": dataclasses.asdict(source.model.config),
         "bos_token_id": tokenizer.start_id,
-        "eos_token_id": tokenizer.end_of_text_id,
+        "eos_token_id": tokenizer.eos_id,
         **pad_setting(pad_id(tokenizer), tokenizer.end_of_text_id, tokenizer.start_id),
         # transformers 5's spelling and 4's
         "dtype": dtype,

@@ -32,6 +32,8 @@ from config_model import ModelConfig, PredictConfig, total_parameters
 from runtime.base.files import write_text_atomic
 from runtime.base.text import human_bytes
 from runtime.checks.known import ATTENTION, EXPERTS, OUTSIDE, POSITIONS, SIZES, TRAINING, Known
+from runtime.data import chat_spellings
+from runtime.data.chat_template import find_source
 from runtime.data.hf_tokenizer import HuggingFaceTokenizer, byte_level_merges, special_words
 from runtime.data.tokenizer import END_OF_TEXT, WORD_PATTERN, NoTokenizer, Tokenizer, spell
 from runtime.interop import export, published
@@ -79,10 +81,13 @@ PATTERNS = {
 NARROW_TOLERANCE = {"f16": 0.05, "bf16": 0.15, "q8_0": 0.15}
 # Numbers of a row that share a scale in q8_0.
 BLOCK = 32
-# The chat template of a model that has none: the messages' contents, joined. A base model continues
-# them. In a file without a template, llama.cpp marks each message as ChatML does, and a model that
-# never saw these marks continues them badly.
+# The chat template of a model without a chat layout: the messages' contents, joined. A base model
+# continues them. In a file without a template, llama.cpp marks each message as ChatML does, and a
+# model that never saw these marks continues them badly.
 PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+# The same for Ollama.
+PLAIN_PROMPT = "{{ .Prompt }}"
 
 
 def import_gguf():
@@ -303,19 +308,10 @@ def vocabulary_of(gguf, tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 
 def chat_template_of(tokenizer: Tokenizer) -> str:
-    """Return an imported tokenizer's own chat template, else PLAIN_CHAT.
-
-    An older tokenizer_config.json may hold several templates; one of them is named "default".
-    """
-    own = (
-        tokenizer.config.get("chat_template")
-        if isinstance(tokenizer, HuggingFaceTokenizer)
-        else None
-    )
-    if isinstance(own, list):
-        named = (one for one in own if isinstance(one, dict) and one.get("name") == "default")
-        own = next(named, {}).get("template")
-    return own if own and isinstance(own, str) else PLAIN_CHAT
+    """Return the template of chat ids or an imported tokenizer's own, else PLAIN_CHAT."""
+    if tokenizer.chat is not None:
+        return chat_spellings.JINJA
+    return find_source(tokenizer) or PLAIN_CHAT
 
 
 def pre_tokenizer_of(data: dict, name: str) -> str:
@@ -424,11 +420,11 @@ def add_keys(
     if tokenizer.start_id is not None:
         writer.add_bos_token_id(tokenizer.start_id)
     writer.add_add_bos_token(tokenizer.start_id is not None)
-    writer.add_eos_token_id(tokenizer.end_of_text_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_chat_template(chat_template_of(tokenizer))
     for add, i in zip(
         (writer.add_eot_token_id, writer.add_eom_token_id),
-        (i for i in tokenizer.stop_ids if i != tokenizer.end_of_text_id),
+        (i for i in tokenizer.all_stop_ids if i != tokenizer.eos_id),
         strict=False,
     ):
         add(i)
@@ -475,8 +471,10 @@ def needed_bytes(gguf, entries: Sequence[Entry], vocabulary: Vocabulary) -> int:
     return sum(bytes_of(gguf, entry) + 256 for entry in entries) + text + (1 << 16)
 
 
-def modelfile(gguf_name: str, config: ModelConfig, stops: Iterable[str]) -> str:
-    """Return Ollama's Modelfile: no chat template, and predict.py's settings instead of its own."""
+def modelfile(
+    gguf_name: str, config: ModelConfig, stops: Iterable[str], template: str = PLAIN_PROMPT
+) -> str:
+    """Return Ollama's Modelfile: a Go template, and predict.py's settings instead of its own."""
     d = PredictConfig()
     settings = {
         "num_ctx": config.context_length,
@@ -489,7 +487,7 @@ def modelfile(gguf_name: str, config: ModelConfig, stops: Iterable[str]) -> str:
     }
     lines = [
         f"FROM ./{gguf_name}",
-        'TEMPLATE "{{ .Prompt }}"',
+        f'TEMPLATE "{template}"',
         *(f"PARAMETER {name} {value}" for name, value in settings.items()),
     ]
     return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops)]) + "\n"
@@ -505,7 +503,7 @@ def fits_modelfile(text: str) -> bool:
 
 def stop_words(tokenizer: Tokenizer) -> list[str]:
     """Return the texts of the stop tokens. Leave out, with a line, what no Modelfile can hold."""
-    words = [tokenizer.decode([i]) for i in tokenizer.stop_ids]
+    words = [tokenizer.decode([i]) for i in tokenizer.all_stop_ids]
     for word in words:
         if not (word and fits_modelfile(word)):
             print(
@@ -593,8 +591,8 @@ def check_keys(
         else round(config.context_length / config.rope_scaling_factor),
         "start_id": tokenizer.start_id,
         "stop_ids": [
-            tokenizer.end_of_text_id,
-            *(i for i in tokenizer.stop_ids if i != tokenizer.end_of_text_id),
+            tokenizer.eos_id,
+            *(i for i in tokenizer.all_stop_ids if i != tokenizer.eos_id),
         ][:3],
         "chat_template": chat_template_of(tokenizer),
     }
@@ -855,7 +853,8 @@ def export_model(
             ids_BT,
             ours_BTV,
         )
-    write_text_atomic(recipe, modelfile(out.name, config, stop_words(tokenizer)))
+    template = PLAIN_PROMPT if tokenizer.chat is None else chat_spellings.GO
+    write_text_atomic(recipe, modelfile(out.name, config, stop_words(tokenizer), template))
     print(
         f"{out}: {ARCHITECTURES[family]}, "
         f"{total_parameters(source.checkpoint.model_config):,} parameters, {quantize}, "

@@ -155,8 +155,8 @@ def write_json(path: Path, value: dict) -> None:
 def generation_config(source: Source) -> dict:
     """Return generation_config.json: predict.py's settings, and the ids that it never draws."""
     tokenizer, d, config = source.tokenizer, PredictConfig(), source.model.config
-    never = [*tokenizer.undecodable_ids, *range(tokenizer.vocabulary_size, config.vocabulary_size)]
-    stops = list(tokenizer.stop_ids)
+    never = [*tokenizer.banned_ids, *range(tokenizer.vocabulary_size, config.vocabulary_size)]
+    stops = list(tokenizer.all_stop_ids)
     settings = {
         "bos_token_id": tokenizer.start_id,
         "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
@@ -259,7 +259,7 @@ def export_folder(
             theirs = hf_config(
                 config,
                 family,
-                end_of_text_id=tokenizer.end_of_text_id,
+                end_of_text_id=tokenizer.eos_id,
                 start_id=tokenizer.start_id,
                 dtype=dtype_name,
                 pad_id=pad_id(tokenizer),

@@ -71,6 +71,18 @@ model = AutoModelForCausalLM.from_pretrained(folder{trust})
 prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens={new_tokens})[0]))"""
 
+CHAT_EXAMPLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file is
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+messages = [{{"role": "user", "content": "{prompt}"}}]
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**prompt, max_new_tokens={new_tokens})[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
 IDS_EXAMPLE = """import torch
 from transformers import AutoModelForCausalLM
 
@@ -85,9 +97,16 @@ Its tokenizer is unknown: this folder has none, and no id is known to begin or t
 
 START_NOTE = """
 The tokenizer puts {start} before a text, as in training: do not add it yourself. \
-It puts nothing after a text. To train on texts that end, add `tokenizer.eos_token` to each. \
+It puts nothing after a text. To train on texts that end, add {end} to each. \
 lm-evaluation-harness adds the start itself where it measures perplexity: \
 there, give it `add_bos_token=False`.
+"""
+CHAT_NOTE = """
+A message is `<|start|>role<|message|>content<|end|>`, and an answer ends at `<|end|>`. \
+The chat template writes that, and marks the answers: \
+`apply_chat_template(..., return_assistant_tokens_mask=True)` gives what was trained. \
+These words in a message's text become control tokens too, \
+unless `sanitize_control_tokens=True` is given.
 """
 PAD_NOTE = """
 Padding is {pad}, which is in no text.{side}
@@ -117,6 +136,7 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
     checkpoint, config = source.checkpoint, source.model.config
     is_unknown = isinstance(source.tokenizer, NoTokenizer)
     ids = str([i % config.vocabulary_size for i in (12, 7, 99)])
+    example = EXAMPLE if source.tokenizer.chat is None else CHAT_EXAMPLE
     records, info = _metrics(checkpoint)
     has_record = bool(checkpoint.train_config or checkpoint.is_reference_format)
     validation = _validation(checkpoint)
@@ -138,9 +158,9 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
         active=human_count(counts(config).active),
         origin=_origin(checkpoint) if has_record else "",
         what="sequences of token ids" if is_unknown else "text",
-        example=(IDS_EXAMPLE if is_unknown else EXAMPLE).format(
+        example=(IDS_EXAMPLE if is_unknown else example).format(
             trust="" if family else ", trust_remote_code=True",
-            prompt=ids,
+            prompt=ids if is_unknown else "Hello!",
             new_tokens=min(100, max(1, config.context_length // 2)),
         ),
         code_note="" if family else CODE_NOTE,
@@ -348,7 +368,9 @@ def _tokenizer_note(source: Source) -> str:
     """Return what the tokenizer puts before a text, and what padding is."""
     tokenizer = source.tokenizer
     is_ours = not tokenizer.name.startswith(IMPORTED)
-    start = START_NOTE.format(start=plain(END_OF_TEXT)) if is_ours else ""
+    end = "`tokenizer.eos_token`" if tokenizer.chat is None else plain(END_OF_TEXT)
+    start = START_NOTE.format(start=plain(END_OF_TEXT), end=end) if is_ours else ""
+    start += "" if tokenizer.chat is None else CHAT_NOTE
     in_texts = pad_id(tokenizer) in (tokenizer.start_id, *tokenizer.stop_ids)
     side = RIGHT_SIDE if is_ours and source.model.config.use_attention_bias else ""
     note = END_PAD_NOTE if in_texts else PAD_NOTE

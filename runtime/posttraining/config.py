@@ -9,7 +9,7 @@ from typing import Any
 from config_model import TrainConfig, option
 
 # Settings of the model that a run may choose: they change no weight and no meaning of one.
-MODEL_FLAGS = ("aux_loss_coef", "z_loss_coef", "router_bias_rate")
+MODEL_FLAGS = ("aux_loss_coef", "z_loss_coef", "router_bias_rate", "dropout")
 
 
 def changed(name: str, default: object) -> Any:
@@ -52,6 +52,13 @@ class PostTrainConfig(TrainConfig):
         "drop",
         "examples beyond the context: drop; cut_prompt: drop their oldest turns; refuse",
         choices=("drop", "cut_prompt", "refuse"),
+    )
+    row_tokens: int = option(
+        0,
+        "tokens of a row that examples share; 0 = twice the context (the context where they share "
+        "none)",
+        minimum=0,
+        maximum=1_000_000,
     )
     # score
     score_prompts: int = option(

@@ -21,18 +21,16 @@ from runtime.data.sources import read_rows
 from runtime.data.splits import split_by_hash, text_digest
 from runtime.posttraining.forms import (
     KINDS,
-    Context,
     Conversation,
     Dropped,
     Example,
     Form,
     Pair,
     Prompt,
-    Row,
     recognise,
-    refuse_tools,
     renamed,
 )
+from runtime.posttraining.messages import Context, Row, names_of, refuse_media, refuse_tools
 
 __all__ = [
     "Conversation",
@@ -162,7 +160,7 @@ class Examples:
                 if form is None:
                     form = forms[keys] = self._form(row, first, where)
                 first = first or (form, where)
-                self._count(form, report)
+                self._count(form, row, report)
                 example = form.make(row, Context(where, counts, left_out))
             except Dropped as reason:
                 report.drop(str(reason), where)
@@ -179,6 +177,8 @@ class Examples:
         if not isinstance(row, dict):
             raise ValueError(f"the row is a {type(row).__name__}, not an object with columns")
         row = renamed(row, self.columns, where)
+        refuse_media(row, "the row")
+        # A reward may be given tools.
         if self.want != "prompts":
             refuse_tools(row, "the row")
         return row
@@ -195,13 +195,12 @@ class Examples:
             found and has_keys and not all(row[name] is not None for name in found.needs)
         ):
             return form
-        names = ", ".join(map(str, row)) or "no columns"
         raise ValueError(
-            f"mixed keys: this row has {names}, but {first_where} has {form.name}: "
+            f"mixed keys: this row has {names_of(row)}, but {first_where} has {form.name}: "
             "a file holds one form, split it"
         )
 
-    def _count(self, form: Form, report: Report) -> None:
+    def _count(self, form: Form, row: Row, report: Report) -> None:
         """Count a row of this form. Raise ValueError if its kind is not that of the other rows."""
         if report.kind and report.kind != form.kind:
             raise ValueError(
@@ -212,6 +211,9 @@ class Examples:
         report.total += 1
         if form.name not in report.forms:
             report.forms.append(form.name)
+        if report.total == 1 and form.kind == "prompts":
+            others = names_of({name: None for name in row if name != "prompt"})
+            report.notes.append(f"columns that the reward is given: {others}")
 
 
 class ExampleRows(Examples):

@@ -20,7 +20,8 @@ from runtime.posttraining.conversations import (
     hold_out,
     opening_digest,
 )
-from runtime.posttraining.forms import NO_TARGET, Conversation, Dropped, Example, Message, Pair
+from runtime.posttraining.forms import NO_TARGET, Conversation, Dropped, Example, Pair
+from runtime.posttraining.messages import Message
 
 # What becomes of an example that is longer than a row.
 TOO_LONG = ("drop", "cut_prompt", "refuse")
@@ -56,13 +57,22 @@ class Encoded:
         return 2 if self.kind == PAIRS else 1
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Inputs of each example of this view, int64 [N]; of a pair, of its longer side.
+    def inputs(self) -> np.ndarray:
+        """Inputs of each sequence of this view, int64 [N, sides]; the last id is only a target."""
+        return (np.diff(self.offsets) - 1).reshape(-1, self.sides)[self.numbers]
 
-        The last id is only a target.
-        """
-        inputs = np.diff(self.offsets) - 1
-        return inputs.reshape(-1, self.sides).max(axis=1)[self.numbers]
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that each example of this view takes of a row, int64 [N]; a pair's longer side."""
+        return self.inputs.max(axis=1)
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """Targets of each example of this view, int64 [N]; of a pair, of the side with fewer."""
+        starts = self.offsets[:-1]
+        # Nothing predicts the first id.
+        counts = np.add.reduceat(self.is_target, starts, dtype=np.int64) - self.is_target[starts]
+        return counts.reshape(-1, self.sides)[self.numbers].min(axis=1)
 
     def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of a sequence and which are targets, views."""

@@ -76,6 +76,10 @@ class Rows:
                 f"the examples have {sizes.min():,} to {sizes.max():,} tokens, and a row has "
                 f"{tokens_per_row:,}: encode them for rows of this length"
             )
+        without = np.flatnonzero(encoded.num_targets == 0)
+        if len(without):
+            # A step of such examples alone would divide by 0.
+            raise ValueError(f"example {encoded.numbers[without[0]]} has no target: leave it out")
         self.encoded, self.sizes = encoded, sizes
         self.tokens_per_row = tokens_per_row if share else int(sizes.max())
         largest_first = np.sort(sizes)[::-1]
@@ -90,9 +94,8 @@ class Rows:
     @property
     def fill(self) -> float:
         """Share of the rows' tokens that are no padding; of a pair, both sides count."""
-        encoded = self.encoded
-        inputs = (np.diff(encoded.offsets) - 1).reshape(-1, encoded.sides)[encoded.numbers]
-        return float(inputs.sum() / (len(self) * encoded.sides * self.tokens_per_row))
+        num_tokens = len(self) * self.encoded.sides * self.tokens_per_row
+        return float(self.encoded.inputs.sum() / num_tokens)
 
     def assigned(self, keys_N: np.ndarray) -> np.ndarray:
         """Return the example of each rank, int64 [N]: by size, ties in the order of keys [N]."""

@@ -2,7 +2,7 @@
 
 A prompt is read once and its cache copied to its answers (Decoder.fork). Sampling is plain:
 temperature 1, no top-k, no top-p. Ids that stand for no text are banned, and the trainer's softmax
-leaves them out too (`banned_log_probs`), so both speak of one distribution. Each id comes with its
+leaves them out too (`without_ids`), so both speak of one distribution. Each id comes with its
 log-probability from the pass that drew it.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from model import LLM
 from runtime.inference.decoder import Decoder, Generation, Text
+from runtime.kernels.choose import choose_kernels
 
 # Answers that are sampled at a time: more need memory and are hardly faster.
 MOST_ROWS = 256
@@ -43,10 +45,8 @@ class Answer:
 class Sampler:
     """Samples answers with `model`, whose weights may change between two calls.
 
-    model: a plain LLM in the dtype of its weights; left in the mode (train, eval) it was in.
-    refresh: called before each sampling, for a model that is a copy of the one trained (adapters
-    merged, 8 bits): it makes the copy's weights those of now, in place. dtype: that of the
-    trainer's autocast, float32 for none.
+    model: a plain LLM; left in the mode (train, eval) it was in. dtype: that of the trainer's
+    autocast, float32 for none.
     """
 
     def __init__(
@@ -57,53 +57,64 @@ class Sampler:
         banned_ids: Sequence[int] = (),
         max_new_tokens: int,
         dtype: torch.dtype = torch.float32,
-        refresh: Callable[[], object] = lambda: None,
     ):
         if not stop_ids:
             raise ValueError("answers need a stop id: give this tokenizer a chat layout first")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        self.model, self.dtype, self.refresh = model, dtype, refresh
+        self.model, self.dtype = model, dtype
         self.stop_ids, self.banned_ids = list(stop_ids), list(banned_ids)
         self.max_new_tokens = max_new_tokens
+        device, own = model.embed.weight.device, model.embed.weight.dtype
         with _in_eval_mode(model):
+            # A decoder is compared with the model in the weights' own dtype, which rounds least.
+            choose_kernels(model, device, own)
             self.decoder = Decoder(model)
+        choose_kernels(model, device, own if dtype == torch.float32 else dtype)
         self._texts: list[Text] = []
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seed: int, first_sample: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        seed: int,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Answer]]:
         """Return `count` answers to each prompt (ids, not empty).
 
-        Prompt i is sample first_sample + i. An answer is a function of the weights, the seed, the
-        sample's number and the answer's own, up to the rounding of logits. Raise ValueError for a
-        prompt that leaves no room in the context.
+        numbers: of each prompt's sample; default 0, 1, 2 ... An answer is a function of the
+        weights, the seed, the sample's number and the answer's own, up to the rounding of logits.
+        Raise ValueError for a prompt that leaves no room in the context.
         """
+        numbers = range(len(prompts)) if numbers is None else numbers
         context = self.model.config.context_length
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < context:
                 raise ValueError(
-                    f"prompt {first_sample + i} has {len(prompt)} tokens, and a context of "
+                    f"prompt {numbers[i]} has {len(prompt)} tokens, and a context of "
                     f"{context} allows 1 to {context - 1}: shorten it or leave it out"
                 )
         per_pass = max(1, MOST_ROWS // count)
         answers = []
         with _in_eval_mode(self.model), _autocast(self.decoder.device, self.dtype):
-            self.refresh()
             # Nothing that older weights computed may be reused.
             self.decoder.weights_changed()
             for first in range(0, len(prompts), per_pass):
-                some = prompts[first : first + per_pass]
-                answers += self._sample(some, count, seed, first_sample + first)
+                part = slice(first, first + per_pass)
+                answers += self._sample(prompts[part], count, seed, numbers[part])
         return answers
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], count: int, seed: int, first_sample: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        seed: int,
+        numbers: Sequence[int],
     ) -> list[list[Answer]]:
         texts = self._room(len(prompts) * count, max(map(len, prompts)))
         logits_RV = self.read(texts, prompts, count)
         answers = [Answer() for _ in range(len(prompts) * count)]
-        uniforms = answer_noise(len(prompts), count, self.max_new_tokens, seed, first_sample)
+        uniforms = answer_noise(numbers, count, self.max_new_tokens, seed)
         each_prompt = [prompt for prompt in prompts for _ in range(count)]
         run = Generation(
             self.decoder,
@@ -171,13 +182,14 @@ class PlainDraw:
         wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64
         uniform_B = torch.tensor(numbers, dtype=wide).to(logits_BV.device)
         self.banned = self.banned.to(logits_BV.device)
-        return draw_by_uniforms(logits_BV.float().index_fill(1, self.banned, -torch.inf), uniform_B)
+        logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+        return draw_by_uniforms(logits_BV.index_fill(1, self.banned, -torch.inf), uniform_B)
 
 
 def draw_by_uniforms(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """Draw an id per row by inverting the softmax's distribution function.
 
-    Return (ids [B] int64, -1 where logits are not finite; their log-probabilities [B] float32).
+    Return (ids [B] int64, -1 where logits are not finite; their log-probabilities [B]).
     uniform_B: in (0, 1), of the dtype that sums are taken in. One random number a row instead of
     V, which would take longer than the model's pass. First a block of ids is drawn, then one of
     its ids: no running sum over the vocabulary, whose order a GPU does not fix.
@@ -194,7 +206,7 @@ def draw_by_uniforms(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tens
     inner_B, _ = _invert(weights_BNW[row_B, block_B], rest_B)
     drawn_B = block_B * width + inner_B
     log_probs_B = (logits_BV[row_B, drawn_B] - most_B1[:, 0]).to(total_B.dtype) - total_B.log()
-    return torch.where(torch.isfinite(total_B), drawn_B, -1), log_probs_B.float()
+    return torch.where(torch.isfinite(total_B), drawn_B, -1), log_probs_B.to(logits_BV.dtype)
 
 
 def _invert(weights_BN: Tensor, level_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,19 +224,52 @@ def _invert(weights_BN: Tensor, level_B: Tensor) -> tuple[Tensor, Tensor]:
     return index_B[:, 0], level_B - before_B1[:, 0]
 
 
-def answer_noise(prompts: int, count: int, tokens: int, seed: int, first_sample: int) -> np.ndarray:
-    """Return numbers in (0, 1) for each answer's tokens: float64 [prompts * count, tokens].
+def answer_noise(numbers: Sequence[int], count: int, tokens: int, seed: int) -> np.ndarray:
+    """Return numbers in (0, 1) for each answer's tokens: float64 [samples * count, tokens].
 
-    Row i * count + g is a function of (seed, first_sample + i, g): answers of other prompts, and
-    other numbers of answers or tokens, change nothing.
+    Row i * count + g is a function of (seed, numbers[i], g): answers of other samples, and other
+    numbers of answers or tokens, change nothing.
     """
     rows = []
-    for sample in range(first_sample, first_sample + prompts):
+    for number in numbers:
         for answer in range(count):
-            key, counter = np.array([seed, sample], np.uint64), [0, 0, answer, STREAM]
+            key, counter = np.array([seed, number], np.uint64), [0, 0, answer, STREAM]
             philox = np.random.Philox(key=key, counter=np.array(counter, np.uint64))
             rows.append((philox.random_raw(tokens) >> np.uint64(12)) + 0.5)
     return np.stack(rows) * 2.0**-52
+
+
+class _HeadWithout:
+    """A head with another bias; all else is the head's own."""
+
+    def __init__(self, head, bias_V: Tensor):
+        self._head, self.bias = head, bias_V
+
+    def __getattr__(self, name: str):
+        return getattr(self._head, name)
+
+
+@contextlib.contextmanager
+def without_ids(model: LLM, ids: Tensor):
+    """Within this context the model's softmax leaves out some ids [*]: their bias is -inf.
+
+    Gradients are those of the softmax over the others. Only for forward passes: the head is no
+    module meanwhile.
+    """
+    if not len(ids):
+        yield
+        return
+    head = model.out_head
+    bias_V: Tensor | None = head.bias
+    if bias_V is None:
+        weight = model.head_weight
+        bias_V = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    masked: Any = _HeadWithout(head, bias_V.index_fill(0, ids, -torch.inf))
+    model._modules["out_head"] = masked
+    try:
+        yield
+    finally:
+        model._modules["out_head"] = head
 
 
 @contextlib.contextmanager

@@ -308,7 +308,7 @@ def story_loss(model: LLM, tokenizer: Tokenizer, num_stories: int = NUM_STORIES)
     They are text as pre-training has it, so the rise is what tuning cost. A story is cut at the
     context's end. Leaves the model in the mode it was in.
     """
-    was_training, device = model.training, model.embed.weight.device
+    mode, device = model.training, model.embed.weight.device
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     count = 0
@@ -319,7 +319,7 @@ def story_loss(model: LLM, tokenizer: Tokenizer, num_stories: int = NUM_STORIES)
             total += out.cross_entropy_sum.double().cpu()
             count += ids_1T.shape[1] - 1
     finally:
-        model.train(was_training)
+        model.train(mode)
     return float(total) / count
 
 

@@ -14,7 +14,7 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.encode import CONVERSATIONS, Encoded
-from runtime.posttraining.packing import PackedLoader, PackedValidation, can_share_rows, rows_of
+from runtime.posttraining.packing import PackedLoader, PackedValidation, rows_of
 from runtime.posttraining.score import Exam, Score, greedy_answers
 from runtime.posttraining.showing import show_example
 from runtime.posttraining.tuning import FineTuning
@@ -30,7 +30,7 @@ class SftConfig(PostTrainConfig):
 
     ckpt_dir: str = changed("ckpt_dir", "checkpoints/sft")
     graph_dir: str = changed("graph_dir", "artifacts/graphs/sft")
-    batch_size: int = changed("batch_size", 8)
+    batch_size: int = changed("batch_size", 4)
     grad_accum: int = changed("grad_accum", 1)
     max_steps: int = changed("max_steps", 500)
     optimizer: str = changed("optimizer", "muon")
@@ -62,15 +62,15 @@ class Sft(FineTuning):
 
     # -------------------------------------------------------------------------- batches and loss
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> PackedLoader:
-        share = can_share_rows(model_config)
-        return PackedLoader(self.train, self.context, config.batch_size, config.seed, share)
+        return PackedLoader(
+            self.train, self.row_tokens, config.batch_size, config.seed, self.shares_rows
+        )
 
     def validation(self, model_config: ModelConfig, config: TrainConfig) -> Sequence[Batch]:
-        share = can_share_rows(model_config)
-        return PackedValidation(self.held_out, self.context, config.batch_size, share)
+        return PackedValidation(self.held_out, self.row_tokens, config.batch_size, self.shares_rows)
 
     def samples_per_epoch(self, model_config: ModelConfig) -> int:
-        return len(rows_of(self.train, self.context, can_share_rows(model_config)))
+        return len(rows_of(self.train, self.row_tokens, self.shares_rows))
 
     def loss(self, model: LLM, batch: Batch) -> Output:
         ids_BT, targets_BT, starts_BT, rows_M, _ = batch
@@ -91,7 +91,7 @@ class Sft(FineTuning):
         return numbers
 
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
-        rows = rows_of(self.train, self.context, can_share_rows(model_config))
+        rows = rows_of(self.train, self.row_tokens, self.shares_rows)
         targets = int(self.train.is_target.sum())
         steps = config.max_steps * config.batch_size * config.grad_accum
         head, *notes = self.report.lines()
@@ -112,7 +112,7 @@ class Sft(FineTuning):
 
     def _first_example(self) -> str:
         ids, is_target = self.train.sequence(int(self.train.numbers[0]))
-        return show_example(ids.tolist(), is_target, self.tokenizer, sys.stdout.isatty())
+        return show_example(ids.tolist(), is_target.tolist(), self.tokenizer, sys.stdout.isatty())
 
 
 class Prompts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,18 +14,23 @@ import torch
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.checkpoint.format import Checkpoint, meta_model
+from runtime.checkpoint.read import build_model, read_checkpoint
+from runtime.checks.kernels import settle_kernels
 from runtime.data.chat import has_chat, with_chat
 from runtime.data.loader import validation_batches
 from runtime.data.shards import MANIFEST, open_data
 from runtime.data.tokenizer import Tokenizer
 from runtime.data.tokenizers import tokenizer_of
+from runtime.kernels.choose import choose_kernels
 from runtime.posttraining.config import PostTrainConfig
 from runtime.posttraining.conversations import ExampleFiles
 from runtime.posttraining.encode import Encoded, encode_examples
 from runtime.posttraining.forms import Example
 from runtime.posttraining.lora import Adapters, merged_model
+from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.score import Score, wilson
 from runtime.training.metrics import HIGH, LOW
+from runtime.training.plan import with_config
 from runtime.training.task import Task
 
 # Batches of the base's own text that its loss is taken from.
@@ -57,11 +63,38 @@ class FineTuning(Task):
             "digest": source.digest,
             "step": source.step,
         }
+        # What this run starts from, which need not be what was pre-trained.
+        own = {"path": str(source.path), "digest": source.digest}
+        self.start: dict[str, str] = (config.resume and source.stage.get("start")) or own
         self.where = "the toy tasks" if config.is_toy else ", ".join(config.data)
         self.source = {"name": self.where}
+        self.shares_rows = can_share_rows(source.model_config)
+        self.row_tokens = self._row_tokens()
+        # Of a model's contexts, for the estimate of memory.
+        self.rows_per_sample = math.ceil(self.row_tokens / self.context)
         self.adapters = Adapters(config, source, self.new_ids(source))
         self._base_batches = self._open_base(config.data_dir)
         self._plain: LLM | None = None
+
+    def _row_tokens(self) -> int:
+        """Return the tokens of a row. A row of two contexts wastes less of itself.
+
+        Only distances between positions count for a model whose examples share rows.
+        """
+        given = self.config.row_tokens
+        if not self.shares_rows:
+            if given not in (0, self.context):
+                raise ValueError(
+                    f"--row_tokens {given}: this model's examples share no rows (a learned "
+                    "attention bias, or no RoPE), so leave it out"
+                )
+            return self.context
+        if given and given < self.context:
+            raise ValueError(
+                f"--row_tokens {given} is less than the model's context of {self.context}, which "
+                "an example may fill: raise it or leave it out"
+            )
+        return given or 2 * self.context
 
     # -------------------------------------------------------------------------- the data
     def encode(self, toy: Iterable[Example], want: str) -> Encoded:
@@ -130,8 +163,26 @@ class FineTuning(Task):
             self._plain = plain.eval().requires_grad_(False)
         return self._plain
 
+    def starting_model(self, like: LLM, dtype: torch.dtype) -> LLM:
+        """Return a model with the weights that the run started from, read again.
+
+        It computes to the bit what the run's model did then: like it, it has adapters if the run
+        has. Raise ValueError if the file is not there, or is another one by now.
+        """
+        source = read_checkpoint(self.start["path"])
+        if source.digest != self.start["digest"]:
+            raise ValueError(f"{source.path} is not the file that this run started from")
+        is_new = self.tokenizer.chat is not None and not has_chat(tokenizer_of(source))
+        new_ids = sorted(self.tokenizer.chat or ()) if is_new else []
+        device = like.embed.weight.device
+        model = build_model(with_config(source, like.config, new_ids), device)
+        self.prepare(model)
+        choose_kernels(model, device, dtype)
+        settle_kernels(model)
+        return model
+
     def stage(self, model: LLM) -> dict:
-        return {"kind": self.kind, "base": self.base}
+        return {"kind": self.kind, "base": self.base, "start": self.start}
 
     # -------------------------------------------------------------------------- the score
     def _open_base(self, data_dir: str):

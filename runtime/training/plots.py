@@ -9,6 +9,7 @@ changed. A plot with nothing to show is not drawn.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from array import array
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.base.files import write_atomic
-from runtime.training.metrics import HEALTHY_LOAD
+from runtime.training.metrics import HEALTHY_LOAD, HIGH, LOW
 
 
 class Theme(NamedTuple):
@@ -958,6 +959,39 @@ def _draw_router(history, status, theme=DARK):
     return page
 
 
+def _draw_score(history, status, theme=DARK):
+    """Shares of right answers with their 95 % intervals; below, losses that are to stay low."""
+    import numpy as np
+
+    steps = np.array([step for step, _ in history.scores], dtype=float)
+    names = dict.fromkeys(name for _, score in history.scores for name in score)
+    shares = [name for name in names if f"{name}{LOW}" in names]
+    losses = [name for name in names if name.endswith(" loss")]
+    panels = [panel for panel in (shares, losses) if panel]
+    if not panels:
+        return None
+
+    def column(name: str):
+        return np.array([_number(score.get(name)) for _, score in history.scores])
+
+    page = Page("Score", status, rows=len(panels), theme=theme, sharex=True)
+    colors = (theme.blue, theme.orange, theme.green, theme.purple, theme.red, theme.teal)
+    for axes, panel in zip(page.axes[:, 0], panels, strict=True):
+        for name, color in zip(panel, itertools.cycle(colors), strict=False):
+            values = column(name)
+            _line(axes, steps, values, color, f"{name} {_value(_last(values))}", marker="o")
+            if panel is shares:
+                low, high = column(f"{name}{LOW}"), column(f"{name}{HIGH}")
+                axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        if panel is shares:
+            axes.set_ylim(-0.02, 1.02)
+            axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        axes.set_ylabel("share of answers" if panel is shares else "nats per token")
+        _steps_axis(axes, steps, label=panel is panels[-1])
+        _legend(axes)
+    return page
+
+
 PLOTS = {
     "loss": _draw_loss,
     "perplexity": _draw_perplexity,
@@ -967,6 +1001,7 @@ PLOTS = {
     "expert_load": _draw_expert_load,
     "router": _draw_router,
     "grad_norm": _draw_grad_norm,
+    "score": _draw_score,
 }
 
 

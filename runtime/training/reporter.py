@@ -178,6 +178,13 @@ class Reporter:
             self.can_plot = False
             self.say(f"no plots: {error} (the metrics are in {self.log.path})")
 
+    def scores(self) -> list[dict]:
+        """Return the run's score records; none of a file that cannot be read."""
+        try:
+            return [record for record in self.log.stream() if record["kind"] == "score"]
+        except (OSError, ValueError):
+            return []
+
     def close(self) -> None:
         self.bar.close()
         self._log(self.log.finish)

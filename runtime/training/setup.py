@@ -88,6 +88,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
     """Return a plan's model and optimizer, ready for `fit`, and the seconds of a micro-batch."""
     config = plan.config
     with explained_failures(plan):
+        plan.task.planned(config, plan.dtype)
         model = build(plan)
         plan.task.prepare(model)
         choose_kernels(model, plan.device, plan.dtype)

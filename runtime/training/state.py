@@ -258,7 +258,7 @@ def train_record(state: RunState, lr: float, grad_norm: float, is_likelihood: bo
     steps = sums.pop("steps")
     loss = cross_entropy / targets if targets else math.nan
     metrics = {
-        name.removeprefix(METRIC): _divided(
+        name.removeprefix(METRIC).removesuffix(PER_STEP): _divided(
             sums.pop(name), steps if name.endswith(PER_STEP) else targets
         )
         for name in [*sums]

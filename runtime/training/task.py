@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from config_model import ModelConfig, TrainConfig
@@ -105,6 +106,12 @@ class Task:
         The step is counted and logged. It is no failure: TrainingDiverged does not count it.
         """
         return False
+
+    def planned(self, config: TrainConfig, dtype: torch.dtype) -> None:
+        """Take the settings that a run has in the end, before its model is made.
+
+        Steps and micro-batch may differ from those that the task was made with.
+        """
 
     def prepare(self, model: LLM) -> None:
         """Change a new model before its kernels and optimizer are made, as adapters do."""

@@ -201,7 +201,7 @@ def test_the_cache_is_used_between_turns(chatting, monkeypatch):
 
 def test_old_turns_are_left_out_whole_and_the_system_stays(tmp_path, monkeypatch, capsys, drawn):
     """Cut at the left, a chat would begin in the middle of a message and without its system."""
-    ckpt = save(tmp_path, biased_model(vocabulary_size=260, context_length=128), CHAT)
+    ckpt = save(tmp_path, biased_model(vocabulary_size=260, context_length=96), CHAT)
     drawn.ids = [*b"yes", CHAT.chat.end]
     feed = repl_with(monkeypatch, capsys)
     _, err = feed(ckpt, ":system s\na\nb\nc\nd\ne\n", "--chat", "--max_new_tokens", 9)
@@ -213,12 +213,12 @@ def test_old_turns_are_left_out_whole_and_the_system_stays(tmp_path, monkeypatch
             for first in range(number + 1)
         ]
         # The most that leaves room for an answer.
-        fitting = next(i for i, one in enumerate(kept) if len(one) + 9 <= 128)
+        fitting = next(i for i, one in enumerate(kept) if len(one) + 9 <= 96)
         assert ids == kept[fitting]
         left_out.append(fitting)
     assert left_out[0] == 0 and left_out[-1] > 1
     assert err.splitlines() == [
-        f"note: the context has 128 tokens: of the chat's {number} earlier turns, the oldest "
+        f"note: the context has 96 tokens: of the chat's {number} earlier turns, the oldest "
         f"{count} are left out"
         for number, count in enumerate(left_out)
         if count

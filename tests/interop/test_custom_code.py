@@ -40,7 +40,10 @@ def export(folder: Path, model: LLM, dtype: str = "float32") -> Path:
     folder.mkdir()
     (folder / MODELING_FILE).write_text(modeling_source(), encoding="utf-8")
     source = Source(
-        folder, model, None, SimpleNamespace(start_id=1, end_of_text_id=1, undecodable_ids=[0])
+        folder,
+        model,
+        None,
+        SimpleNamespace(start_id=1, end_of_text_id=1, eos_id=1, undecodable_ids=[0]),
     )
     (folder / "config.json").write_text(json.dumps(custom_config(source, dtype)), encoding="utf-8")
     parameters = {f"model.{name}" for name, _ in model.named_parameters()}

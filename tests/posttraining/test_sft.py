@@ -138,3 +138,25 @@ def test_a_learned_attention_bias_has_one_example_a_row(tmp_path):
     assert run(tmp_path, "--data", chats(tmp_path / "chats.jsonl"), base=base) == 0
     last = [r for r in records(tmp_path) if r["kind"] == "train"][-1]
     assert last["loss"] < 6
+
+
+@pytest.mark.parametrize(("flags", "tokens"), [([], 128), (["--row_tokens", 64], 64)])
+def test_a_row_holds_two_contexts_unless_told_otherwise(tmp_path, capsys, flags, tokens):
+    """Rows of one context are a third padding where conversations take more than half of it."""
+    base, data = tiny_base(tmp_path / "base"), chats(tmp_path / "chats.jsonl")
+    assert run(tmp_path, "--data", data, "--max_steps", 2, *flags, base=base) == 0
+    assert f" of {tokens} tokens, " in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "ckpt" / "latest.pt").run["tokens_seen"] == 2 * 2 * tokens
+
+
+@pytest.mark.parametrize("tokens", [32, 63])
+def test_a_row_shorter_than_the_context_is_refused(tmp_path, tokens):
+    base = tiny_base(tmp_path / "base")
+    with pytest.raises(ValueError, match="less than the model's context of 64"):
+        run(tmp_path, "--data", chats(tmp_path / "c.jsonl"), "--row_tokens", tokens, base=base)
+
+
+def test_rows_of_another_length_need_examples_that_share_them(tmp_path):
+    base = tiny_base(tmp_path / "base", use_attention_bias=True)
+    with pytest.raises(ValueError, match="share no rows"):
+        run(tmp_path, "--data", chats(tmp_path / "c.jsonl"), "--row_tokens", 128, base=base)

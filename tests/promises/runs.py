@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -321,9 +322,9 @@ def _child(job: dict, pipe: int) -> None:
 
         StopRequest.requested, train.save_checkpoint = after_a_step, watched_save
         _mutate(job["mutant"])
-        sys.argv = ["train.py", *job["argv"]]
+        sys.argv = [job["module"], *job["argv"]]
         with watched:
-            cli.run_main(train.main)
+            cli.run_main(importlib.import_module(job["module"]).main)
     except SystemExit as leaving:
         code = leaving.code or 0
     except BaseException:
@@ -379,7 +380,7 @@ def serve() -> None:
 
 
 @functools.cache
-def _home() -> Path:
+def home() -> Path:
     """A folder for this process's runs, with prepared data in it."""
     home = Path(tempfile.mkdtemp(prefix="promises-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
@@ -436,28 +437,42 @@ class Attempt:
         return self.events.count("(") > self.events.count(")")
 
 
+@dataclass(frozen=True)
+class Command:
+    """What a run is: the module with its main(argv), and the flags of a new run."""
+
+    name: str
+    module: str
+    flags: Callable[[], list[str]]
+
+
+PRETRAINING = Command("pre-training", "train", lambda: FLAGS)
+
+
 class Run:
     """Run in a folder of its own, as a user's script would: with --resume once it can resume."""
 
     numbers = itertools.count()
 
-    def __init__(self, mutant: str = ""):
-        self.folder, self.mutant = _home() / f"run-{next(self.numbers)}", mutant
+    def __init__(self, mutant: str = "", command: Command = PRETRAINING):
+        self.folder, self.mutant = home() / f"run-{next(self.numbers)}", mutant
+        self.command = command
         self.ckpt_dir, self.graph_dir = self.folder / "ckpt", self.folder / "graphs"
         self.folder.mkdir()
 
     def __call__(self, **job) -> Attempt:
         folders = [
             "--data_dir",
-            str(_home() / "data"),
+            str(home() / "data"),
             "--ckpt_dir",
             str(self.ckpt_dir),
             "--graph_dir",
             str(self.graph_dir),
         ]
-        argv = ["--resume", *folders] if folder_has_run(self.ckpt_dir) else [*FLAGS, *folders]
+        flags = ["--resume"] if folder_has_run(self.ckpt_dir) else self.command.flags()
         job |= {
-            "argv": argv,
+            "module": self.command.module,
+            "argv": [*flags, *folders],
             "log": str(self.folder / "log"),
             "roots": [str(self.folder)],
             "mutant": self.mutant,
@@ -485,9 +500,9 @@ def _not_json(name):
 
 
 @functools.cache
-def straight() -> tuple[Run, Attempt]:
+def straight(command: Command = PRETRAINING) -> tuple[Run, Attempt]:
     """The run that nothing interrupts."""
-    run = Run()
+    run = Run(command=command)
     attempt = run()
     assert attempt.code == 0, attempt.output
     return run, attempt
@@ -501,16 +516,17 @@ def difference(run: Run) -> str:
     try:
         mine, theirs = (
             read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True)
-            for one in (run, straight()[0])
+            for one in (run, straight(run.command)[0])
         )
         best, their_best = (
-            read_checkpoint(one.ckpt_dir / "best.pt").step for one in (run, straight()[0])
+            read_checkpoint(one.ckpt_dir / "best.pt").step
+            for one in (run, straight(run.command)[0])
         )
     except CheckpointError as error:
         return str(error)
     if mine.step != theirs.step:
         return f"latest.pt is of step {mine.step}, not {theirs.step}"
-    for group in ("model", "optimizer"):
+    for group in ("model", "trained", "optimizer"):
         a, b = getattr(mine, group), getattr(theirs, group)
         if a.keys() != b.keys():
             return f"{group} has other names"
@@ -538,21 +554,21 @@ def metrics_difference(run: Run) -> str:
         saved = json.loads((run.graph_dir / "metrics.json").read_text(), parse_constant=_not_json)
     except (OSError, ValueError) as error:
         return f"metrics cannot be read: {error}"
-    for kind in ("train", "val"):
+    for kind in ("train", "val", "score"):
         steps = [record["step"] for record in records if record["kind"] == kind]
         if not all(a < b for a, b in itertools.pairwise(steps)):
             return f"{kind} steps do not increase: {steps}"
-        if comparable(saved[kind]) != comparable(
+        if comparable(saved.get(kind, [])) != comparable(
             [record for record in records if record["kind"] == kind]
         ):
             return f"metrics.json has other {kind} records than metrics.jsonl"
     if bad := [
         record["step"]
         for record in records
-        if record["tokens_seen"] != record["step"] * TOKENS_PER_STEP
+        if run.command is PRETRAINING and record["tokens_seen"] != record["step"] * TOKENS_PER_STEP
     ]:
         return f"tokens_seen is not step x {TOKENS_PER_STEP} at step {bad[0]}"
-    mine, theirs = comparable(records), comparable(straight()[0].records())
+    mine, theirs = comparable(records), comparable(straight(run.command)[0].records())
     if mine != theirs:
         return next(
             (
@@ -566,12 +582,12 @@ def metrics_difference(run: Run) -> str:
 
 
 # ----------------------------------------------------------------------------------- 1, 18: kill -9
-def _moment(r: random.Random, in_a_save: bool) -> dict:
+def _moment(r: random.Random, in_a_save: bool, command: Command = PRETRAINING) -> dict:
     """Choose when to kill an attempt: at an operation of one of its next saves, or elsewhere.
 
     As the operation begins, or with half of a write done.
     """
-    events = straight()[1].events
+    events = straight(command)[1].events
     operations = events[: events.index(")")].count("w")
     if in_a_save:
         return {"events": "w", "index": r.randint(1, 2 * operations), "exact": r.random() < 0.75}
@@ -586,7 +602,9 @@ def _moment(r: random.Random, in_a_save: bool) -> dict:
 
 
 @functools.cache
-def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
+def killed_runs(
+    count: int, mutant: str = "", command: Command = PRETRAINING
+) -> tuple[Tally, Tally]:
     """Kill runs `count` times in all and restart each until it is done.
 
     Count the kills that left no trace in the run's result and metrics.
@@ -595,11 +613,13 @@ def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
     for seed in itertools.count():
         if kills >= count:
             break
-        r, run, mine, faults = random.Random(seed), Run(mutant), 0, []
+        r, run, mine, faults = random.Random(seed), Run(mutant, command), 0, []
         while True:
             killing = kills < count and mine < MOST_KILLS_A_RUN
             attempt = (
-                run(**_moment(r, inside * 2 <= kills), signal=signal.SIGKILL) if killing else run()
+                run(**_moment(r, inside * 2 <= kills, command), signal=signal.SIGKILL)
+                if killing
+                else run()
             )
             if "skipped a checkpoint that cannot be read" in attempt.output:
                 faults.append("a damaged checkpoint was left")
@@ -615,7 +635,7 @@ def killed_runs(count: int, mutant: str = "") -> tuple[Tally, Tally]:
             metrics.add(not metrics_fault, f"seed {seed}, {mine} kills: {metrics_fault}")
         run.remove()
     states.detail = {"kills": kills, "kills inside a save": inside, "runs": seed}
-    metrics.detail = {"records a run": len(straight()[0].records())}
+    metrics.detail = {"records a run": len(straight(command)[0].records())}
     return states, metrics
 
 

@@ -78,6 +78,17 @@ def synthetic(
     return out
 
 
+def scores(last=600, every=100) -> list[dict]:
+    """Records of a fine-tuning's score: shares with an interval, a mean, a loss."""
+    out = []
+    for step in range(0, last + 1, every):
+        share = 0.8 * step / last
+        ends = {"questions_low": share - 0.05, "questions_high": share + 0.05}
+        numbers = {"questions": share, "length": 12.0, "story loss": 1.0 + share, **ends}
+        out.append({"kind": "score", "step": step, "score": numbers})
+    return out
+
+
 @pytest.fixture
 def coarse(monkeypatch):
     """Fewer pixels, where a test does not look at them: four times as fast."""
@@ -142,21 +153,42 @@ def pixels(path):
     return imread(path)
 
 
+# ---------------------------------------------------------------------------------------- the score
+def test_the_score_has_intervals_and_the_losses_a_panel_of_their_own(coarse):
+    figure = page("score", scores())
+    shares, losses = figure.axes
+    assert [line.get_label() for line in shares.lines] == ["questions 0.800"]
+    assert len(shares.collections) == 1 and shares.get_ylim() == (-0.02, 1.02)
+    assert [line.get_label().split()[0] for line in losses.lines] == ["story"]
+    assert "length" not in " ".join(words for words, _ in texts(figure))
+
+
+def test_a_loss_that_is_no_cross_entropy_has_no_perplexity(coarse, tmp_path):
+    """The exponential of a preference's loss was drawn as a perplexity."""
+    records = [
+        {k: v for k, v in r.items() if k not in ("perplexity", "bits_per_byte")}
+        | ({} if r["kind"] == "score" else {"is_likelihood": False})
+        for r in synthetic() + scores()
+    ]
+    assert "latest_perplexity.png" not in {p.name for p in draw_plots(records, tmp_path, 600)}
+    assert "nats" not in " ".join(words for words, _ in texts(page("loss", records)))
+
+
 # ---------------------------------------------------------------------------------------- the files
 def test_a_save_leaves_the_latest_plots_and_no_others(tmp_path, coarse):
     """50 saves were 400 pictures, and nobody had asked for 392 of them."""
     for step in (300, 600):
-        paths = draw_plots(synthetic(), tmp_path, step)
+        paths = draw_plots(synthetic() + scores(), tmp_path, step)
     assert {p.name for p in paths} == {f"latest_{name}.png" for name in PLOTS}
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths}
     # Those of an earlier version, or of --keep_plots, stay.
     (tmp_path / "step_0000300_loss.png").write_bytes(b"kept")
-    draw_plots(synthetic(), tmp_path, 600)
+    draw_plots(synthetic() + scores(), tmp_path, 600)
     assert (tmp_path / "step_0000300_loss.png").read_bytes() == b"kept"
 
 
 def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
-    paths = draw_plots(synthetic(), tmp_path, 600, keep=True)
+    paths = draw_plots(synthetic() + scores(), tmp_path, 600, keep=True)
     assert {p.name for p in paths} == {
         f"{which}_{name}.png" for which in ("step_0000600", "latest") for name in PLOTS
     }
@@ -169,6 +201,7 @@ def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
         "expert_load",
         "router",
         "grad_norm",
+        "score",
     }
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths}
     for name in PLOTS:
@@ -181,8 +214,10 @@ def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
 
 def test_light_pictures_are_light_and_hold_the_same(tmp_path, coarse):
     """On paper and in a light document the dark plots were black boxes."""
-    dark = {p.name: pixels(p) for p in draw_plots(synthetic(), tmp_path / "dark", 600)}
-    light = {p.name: pixels(p) for p in draw_plots(synthetic(), tmp_path, 600, theme="light")}
+    dark = {p.name: pixels(p) for p in draw_plots(synthetic() + scores(), tmp_path / "dark", 600)}
+    light = {
+        p.name: pixels(p) for p in draw_plots(synthetic() + scores(), tmp_path, 600, theme="light")
+    }
     assert dark.keys() == light.keys()
     for name, image in light.items():
         assert image.shape == dark[name].shape
@@ -220,7 +255,7 @@ def cell(load: float) -> dict:
 def test_the_name_of_the_run_is_in_every_plot():
     for name in PLOTS:
         for run_name, shown in (("muon_1", "muon_1"), ("x" * 99 + "end", "xxxxend"), ("", None)):
-            figure = page(name, synthetic(), run_name=run_name)
+            figure = page(name, synthetic() + scores(), run_name=run_name)
             (status,) = [t.get_text() for t in figure.texts if "step 600" in t.get_text()]
             assert shown is None or shown in status
             assert_legible(figure)
@@ -228,7 +263,7 @@ def test_the_name_of_the_run_is_in_every_plot():
 
 @pytest.mark.slow
 def test_pictures_are_dark_and_hold_something(tmp_path):
-    for path in draw_plots(synthetic(), tmp_path, 600):
+    for path in draw_plots(synthetic() + scores(), tmp_path, 600):
         image = pixels(path)[..., :3]
         assert np.median(image) < 0.15 and image[0, 0] == pytest.approx(
             [0x0D / 255, 0x11 / 255, 0x17 / 255], abs=0.01
@@ -242,7 +277,7 @@ def test_other_data_gives_another_picture_and_the_same_data_the_same(tmp_path, c
         draw_plots(records, tmp_path / folder, 600, [name])
         return (tmp_path / folder / f"latest_{name}.png").read_bytes()
 
-    records = synthetic(dropped=0.01)
+    records = synthetic(dropped=0.01) + scores()
     changed = [
         {
             **r,
@@ -250,6 +285,8 @@ def test_other_data_gives_another_picture_and_the_same_data_the_same(tmp_path, c
             "perplexity": r["perplexity"] * (1 + r["step"] / 100),
         }
         if r["kind"] == "val"
+        else r | {"score": {k: v / 2 for k, v in r["score"].items()}}
+        if r["kind"] == "score"
         else {
             **r,
             "lr": r["lr"] * r["step"],
@@ -470,13 +507,13 @@ def test_human(number, text):
 )
 def test_no_text_is_clipped_or_overlaps(records):
     for name in PLOTS:
-        assert_legible(page(name, records, records[-1]["step"]))
+        assert_legible(page(name, records + scores(), records[-1]["step"]))
 
 
 # -------------------------------------------------------------------------- anything can be missing
 def test_one_record_is_enough_and_shows(tmp_path, coarse):
     """A line through one point is invisible: it must become a dot."""
-    paths = draw_plots(synthetic(1, blocks=1, experts=1), tmp_path, 10)
+    paths = draw_plots(synthetic(1, blocks=1, experts=1) + scores()[:1], tmp_path, 10)
     assert len(paths) == len(PLOTS)
     assert any(line.get_marker() == "o" for line in page("loss", synthetic(1)).axes[0].lines)
 
@@ -580,7 +617,7 @@ def test_long_runs_cost_bounded_memory_and_time(tmp_path):
     # The newest is always there.
     assert history.router["entropy"][0][-1] == count - 1
     start = time.process_time()
-    for name in PLOTS:
+    for name in PLOTS.keys() - {"score"}:
         with matplotlib.style.context(["default", STYLE]):
             figure = PLOTS[name](history, "")
             figure.png()

@@ -18,6 +18,7 @@ from model_parts import RouterStats
 from runtime.base import cli
 from runtime.checkpoint.read import read_checkpoint
 from runtime.kernels.linear_cross_entropy import IGNORE
+from runtime.training.closing import score_table
 from runtime.training.memory import OPTIMIZER_MEMORY
 from runtime.training.metrics import flatten
 from runtime.training.optimizer import OPTIMIZERS
@@ -216,7 +217,7 @@ def test_metrics_of_a_task_are_means_over_what_it_counts(model):
     config = config_of(max_steps=2, grad_accum=2, log_interval=2)
     train.fit(model, task, config, train.Hooks(on_log=records.append))
     (record,) = records
-    assert record["metrics"] == {"margin": 18 / 10, "length_per_step": 9 / 2}
+    assert record["metrics"] == {"margin": 18 / 10, "length": 9 / 2}
     assert flatten(record)["train/margin"] == 18 / 10
     assert "perplexity" not in record, "the exponential of such a loss means nothing"
 
@@ -392,3 +393,22 @@ def test_a_task_without_a_tokenizer_may_still_have_too_many_ids(tmp_path):
 def test_the_registries_of_optimizers_have_the_same_names():
     field = next(f for f in dataclasses.fields(TrainConfig) if f.name == "optimizer")
     assert tuple(OPTIMIZERS) == tuple(OPTIMIZER_MEMORY) == field.metadata["choices"]
+
+
+# -------------------------------------------------------------------------------- what is said last
+def test_the_last_lines_compare_the_score_before_and_after():
+    first = {"right": 0.1, "right_low": 0.05, "right_high": 0.2, "story loss": 1.25}
+    last = {"right": 0.75, "right_low": 0.7, "right_high": 0.8, "story loss": 1.5, "new": 2.0}
+    records = [
+        {"kind": "score", "step": 0, "score": first},
+        {"kind": "train", "step": 10},
+        {"kind": "score", "step": 20, "score": {"right": 0.9}},
+        {"kind": "score", "step": 1000, "score": last},
+    ]
+    assert score_table(records) == [
+        "score       step 0                  step 1,000",
+        "right       0.100 (0.050 to 0.200)  0.750 (0.700 to 0.800)",
+        "story loss  1.250                   1.500",
+        "new         -                       2.000",
+    ]
+    assert score_table(records[:2]) == [] and score_table([]) == []

@@ -1,0 +1,209 @@
+"""runtime/data/chat_template.py: a published model's own layout, against transformers."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import pytest
+
+from runtime.data import chat_template
+from runtime.data.chat import has_chat, prompt_ids, render, with_chat
+from runtime.data.tokenizers import read_tokenizer, tokenizer_from_state
+from runtime.data.toy_stories import story
+from tests.builders_chat import conversation
+from tests.builders_tokenizer import mixtral_folder, qwen_folder
+
+TALES = [story(i) for i in range(200)]
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+        {{- message['content'] + '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# As Qwen3's: only the last answer has a place for thoughts.
+THINKING = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.last %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# As Mistral's: no system message, and the two must alternate.
+MISTRAL = """\
+{{ bos_token }}{% for message in messages %}
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}
+{%- else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}
+{%- endfor %}"""
+
+
+def qwen(folder, template=CHATML):
+    qwen_folder(TALES, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return read_tokenizer(folder)
+
+
+def theirs(folder, messages, **settings):
+    """Return what transformers makes of messages without our keys."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    return tokenizer.apply_chat_template(plain, return_dict=True, **settings)
+
+
+def plain_chat(rng) -> list[dict]:
+    """Return a conversation without special words, in which every answer is trained."""
+    chat = [
+        {"role": m["role"], "content": m["content"].strip()} for m in conversation(rng, marks=False)
+    ]
+    return chat[:-1] if chat[-1]["role"] == "user" else chat
+
+
+def test_ids_and_targets_are_transformers(tmp_path):
+    tokenizer, rng = qwen(tmp_path / "qwen"), random.Random(0)
+    assert has_chat(tokenizer) and with_chat(tokenizer) is tokenizer
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "qwen")
+    for _ in range(100):
+        messages = plain_chat(rng)
+        found = reference.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, is_target = render(messages, tokenizer)
+        assert ids == found["input_ids"]
+        assert list(map(int, is_target)) == found["assistant_masks"]
+        asked = [*messages, {"role": "user", "content": "so?"}]
+        assert prompt_ids(asked, tokenizer) == reference.apply_chat_template(
+            asked, add_generation_prompt=True, return_dict=False
+        )
+
+
+def test_targets_are_the_answers_and_their_stop_id(tmp_path):
+    tokenizer = qwen(tmp_path / "qwen")
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "the dog", "train": False},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "the tree"},
+    ]
+
+    def targets(train_on):
+        ids, is_target = render(messages, tokenizer, train_on)
+        return tokenizer.decode([i for i, t in zip(ids, is_target, strict=True) if t])
+
+    # The line break after the stop id is the template's.
+    assert targets("all") == targets("last") == "the tree<|im_end|>"
+    del messages[1]["train"]
+    assert targets("all") == "the dog<|im_end|>the tree<|im_end|>"
+    assert targets("last") == "the tree<|im_end|>"
+
+
+def test_a_template_that_changes_earlier_answers_is_refused_unless_the_last_is_trained(tmp_path):
+    """Qwen3's leaves out earlier thoughts: what is trained would not be what is asked."""
+    tokenizer = qwen(tmp_path / "qwen", THINKING)
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "the dog"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "the tree"},
+    ]
+    with pytest.raises(ValueError, match=r"^message 2: the chat template of hf:\w+ writes the ans"):
+        render(messages, tokenizer)
+    ids, is_target = render(messages, tokenizer, "last")
+    assert tokenizer.decode([i for i, t in zip(ids, is_target, strict=True) if t]) == (
+        "<think>\n\n</think>\n\nthe tree<|im_end|>"
+    )
+    assert ids == theirs(tmp_path / "qwen", messages)["input_ids"]
+
+
+def test_a_sentencepiece_models_template(tmp_path):
+    mixtral_folder(TALES, tmp_path / "mixtral")
+    config_path = tmp_path / "mixtral" / "tokenizer_config.json"
+    config = json.loads(config_path.read_text()) | {"chat_template": MISTRAL}
+    config_path.write_text(json.dumps(config))
+    tokenizer = read_tokenizer(tmp_path / "mixtral")
+    messages = [
+        {"role": "user", "content": "the dog"},
+        {"role": "assistant", "content": "ran to the tree."},
+    ] * 2
+    ids, is_target = render(messages, tokenizer)
+    assert ids == theirs(tmp_path / "mixtral", messages)["input_ids"]
+    answer = tokenizer.decode([i for i, t in zip(ids, is_target, strict=True) if t])
+    assert answer == " ran to the tree.</s>" * 2
+    with pytest.raises(
+        ValueError, match=r"^the chat template of hf:\w+ refuses these messages: Onl"
+    ):
+        render([{"role": "system", "content": "a"}, *messages], tokenizer)
+
+
+def test_the_template_travels_in_the_state(tmp_path):
+    tokenizer = qwen(tmp_path / "qwen")
+    again = tokenizer_from_state(json.loads(json.dumps(tokenizer.to_state())))
+    messages = [{"role": "user", "content": "one"}]
+    assert prompt_ids(messages, again) == prompt_ids(messages, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        ("", r"tokenizer hf:\w+ has no chat template: import the chat form of this model, or put"),
+        ("{% if %}", r"the chat template of hf:\w+ cannot be read: "),
+        ("{{ messages[0].nothing.more }}", r"the chat template of hf:\w+ refuses these messages: "),
+        ("{{ 1 + 'a' }}", r"the chat template of hf:\w+ refuses these messages: "),
+        # A stranger's program must not reach Python.
+        ("{{ messages.__class__.__mro__ }}", r"the chat template of hf:\w+ refuses these mess"),
+        ("{{ messages.append(1) }}", r"the chat template of hf:\w+ refuses these messages: "),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_line(tmp_path, template, line):
+    tokenizer = qwen(tmp_path / "qwen", template)
+    with pytest.raises(ValueError, match=f"^{line}") as caught:
+        render([{"role": "user", "content": "a"}], tokenizer)
+    assert "\n" not in str(caught.value)
+    if not template:
+        assert not has_chat(tokenizer)
+        with pytest.raises(ValueError, match=f"^{line}"):
+            with_chat(tokenizer)
+
+
+def test_without_jinja2_a_line_says_what_to_install(tmp_path, monkeypatch):
+    tokenizer = qwen(tmp_path / "qwen")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2.ext", None)
+    chat_template._compiled.cache_clear()
+    with pytest.raises(ValueError, match=r"needs jinja2: pip install jinja2$"):
+        prompt_ids([{"role": "user", "content": "a"}], tokenizer)
+
+
+def test_templates_know_what_transformers_gives_them(tmp_path):
+    """Also loop controls, tojson without HTML, special tokens, blocks trimmed as there."""
+    template = (
+        "{{ bos_token }}{{ eos_token }}\n{% for m in messages %}\n"
+        "{% if m.role == 'system' %}{% continue %}{% endif %}\n  {{ m | tojson }} é\n{% endfor %}\n"
+        "{% if tools %}x{% endif %}{{ messages | length }}"
+        "{% if strftime_now is defined %}{{ strftime_now('%%') }}{% endif %}"
+    )
+    tokenizer = qwen(tmp_path / "qwen", template)
+    messages = [
+        {"role": "system", "content": "no"},
+        {"role": "user", "content": "<b> & 'é' <|im_end|>"},
+    ]
+    expected = theirs(tmp_path / "qwen", messages, add_generation_prompt=True)["input_ids"]
+    assert prompt_ids(messages, tokenizer) == expected

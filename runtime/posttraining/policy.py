@@ -159,7 +159,7 @@ class RolloutLoader:
             self.groups |= zip(missing, task.roll(missing, config), strict=True)
         groups = [self.groups[sample] for sample in samples]
         task.told.add(groups, is_new=bool(missing))
-        rolled = pack_groups(groups, task.context, self.share, bool(task.config.kl_coef))
+        rolled = pack_groups(groups, task.row_tokens, self.share, bool(task.config.kl_coef))
         self._add_log_probs(rolled)
         numbers_K = task.told.numbers(groups, config.grad_accum)
         assert task.model is not None
@@ -487,10 +487,10 @@ class Grpo(FineTuning):
     def score(self, model: LLM) -> dict[str, float]:
         numbers = self.base_loss(model)
         if self.exam is not None:
-            return numbers | self.exam.score(self.plain(model)).numbers()
+            return numbers | self.numbers_of(self.exam.score(self.plain(model)))
         if not self.best_score:
             return numbers
-        return numbers | self._held_out_score().numbers()
+        return numbers | self.numbers_of(self._held_out_score())
 
     def _held_out_score(self) -> Score:
         """Return what one answer to each held-out prompt earns, drawn with the same numbers."""

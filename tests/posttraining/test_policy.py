@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 
 import pytest
@@ -376,12 +377,23 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, more):
     assert scores[0] == scores[1] and len(scores[0]) == 3
 
 
+@pytest.mark.parametrize("row_tokens", [0, 64, 200])
+def test_answers_fill_rows_of_the_length_that_was_asked_for(tmp_path, row_tokens):
+    """--row_tokens was read and changed nothing."""
+    task, config, model = task_and_model(tmp_path, row_tokens=row_tokens)
+    task.restore({})
+    task.started(model)
+    batch = task.loader(model.config, config).batch(0)
+    assert batch[0].shape[1] == (row_tokens or 2 * task.context)
+
+
 def test_a_run_says_what_it_does(tmp_path, capsys):
     base = tiny_base(tmp_path / "base")
     assert run(tmp_path, *flags_of(tmp_path / "data"), base=base) == 0
     output = capsys.readouterr().out
     assert "12 prompts" in output and "steps of 2 prompts x 4 answers" in output
     assert "it decides about answers without an end" in output
+    assert re.search(r"^ended +\d\.\d{3} \(\d\.\d{3} to ", output, re.MULTILINE), "an interval"
     found = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert found.stage["kind"] == "grpo" and found.stage["start"]["path"] == str(base)
     # Its place is taken by another file.

@@ -152,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompt_tokens", type=int, default=48, help="tokens of each prompt (default: 48)"
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=150, help="most tokens of an answer (default: 150)"
+        "--max_new_tokens", type=int, default=192, help="most tokens of an answer (default: 192)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="samples of each side (default: 5)")
     parser.add_argument(

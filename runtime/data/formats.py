@@ -431,7 +431,7 @@ def read_table(
 def read_table_rows(
     file: io.TextIOBase, name: str, counts: Counts, delimiter: str | None = None
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (where, all columns by name) for each row; as read_table.
+    """Yield (where, all columns by name) for each row; as read_table, but nothing is joined.
 
     The delimiter is that of , ; tab | with which the header has the most columns.
     """
@@ -459,14 +459,15 @@ def _table(
     header, options = _dialect(sample, name, column, delimiter)
     if "quoting" in options:
         counts.notes.append(f"{name}: quotes are read as characters, not as marks around a field")
-    at = len(header) - 1 if column is None else header.index(column)
+    # Where each column matters, it is not certain that a comma too many belongs to the last.
+    at = -1 if column is None else header.index(column)
     return header, _rows(lines, header, at, options, name, counts)
 
 
 def _rows(
     lines: _Lines, header: list[str], at: int, options: dict, name: str, counts: Counts
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield (where, fields) of each row after the header. at: the field that may be joined."""
+    """Yield (where, fields) of each row after the header. at: the one of the text; -1: all."""
     rows = csv.reader(lines, strict=True, **options)
     seen_header, next_number = False, None
     while True:

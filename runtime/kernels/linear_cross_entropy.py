@@ -34,9 +34,8 @@ def softmax_gradient_(
         # The same, in place.
         if bias_V is not None:
             x_NV.add_(bias_V)
-        largest_N1, at_target_N1 = x_NV.amax(dim=-1, keepdim=True), x_NV.gather(1, target_N1)
-        total_N1 = x_NV.sub_(largest_N1).exp_().sum(dim=-1, keepdim=True)
-        log_sum_N1 = total_N1.log() + largest_N1
+        at_target_N1 = x_NV.gather(1, target_N1)
+        log_sum_N1, total_N1 = log_sum_exp_(x_NV)
         if needs_gradient:
             x_NV.mul_(valid_N1 / total_N1)
             if logits_NV.dtype != wide:
@@ -45,6 +44,16 @@ def softmax_gradient_(
             # Written, not added: no atomics, and rounded once.
             logits_NV.scatter_(1, target_N1, gradient_N1.to(logits_NV.dtype))
     return ((log_sum_N1 - at_target_N1) * valid_N1).sum()
+
+
+def log_sum_exp_(x_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log of each row's sum of exponentials, and the sum of what is left in the row.
+
+    Overwrite x [N, V] with exp(x - its row's largest). Both results are [N, 1].
+    """
+    largest_N1 = x_NV.amax(dim=-1, keepdim=True)
+    total_N1 = x_NV.sub_(largest_N1).exp_().sum(dim=-1, keepdim=True)
+    return total_N1.log() + largest_N1, total_N1
 
 
 def add_product_(total_VC: Tensor, chunk_NV: Tensor, h_NC: Tensor, is_first: bool) -> None:

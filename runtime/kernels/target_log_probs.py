@@ -11,7 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.kernels.linear_cross_entropy import IGNORE, add_product_, head_dtype, logits_buffer
+from runtime.kernels.linear_cross_entropy import (
+    IGNORE,
+    add_product_,
+    head_dtype,
+    log_sum_exp_,
+    logits_buffer,
+)
 from runtime.kernels.trained_rows import split_rows
 
 
@@ -29,7 +35,8 @@ class _TargetLogProbs(torch.autograd.Function):
         for rows, logits_NV in _logits(h_MC, weight, bias_V, chunk_rows, buffer):
             target_N1 = targets_M[rows].clamp(min=0)[:, None]
             at_target_M[rows] = logits_NV.gather(1, target_N1)[:, 0]
-            log_sum_M[rows] = logits_NV.logsumexp(dim=1)
+            # In place: torch.logsumexp makes a copy of its size.
+            log_sum_M[rows] = log_sum_exp_(logits_NV)[0][:, 0]
         ctx.save_for_backward(h_MC, weight_VC, bias_V, targets_M, log_sum_M)
         ctx.chunk_rows, ctx.dtype = chunk_rows, dtype
         ctx.trained = None if rows_nC is None else slice(first_row, first_row + len(rows_nC))

@@ -21,19 +21,16 @@ from runtime.data.sources import read_rows
 from runtime.data.splits import split_by_hash, text_digest
 from runtime.posttraining.forms import (
     KINDS,
-    Context,
     Conversation,
     Dropped,
     Example,
     Form,
     Pair,
     Prompt,
-    Row,
     recognise,
-    refuse_media,
-    refuse_tools,
     renamed,
 )
+from runtime.posttraining.messages import Context, Row, names_of, refuse_media, refuse_tools
 
 __all__ = [
     "Conversation",
@@ -163,7 +160,7 @@ class Examples:
                 if form is None:
                     form = forms[keys] = self._form(row, first, where)
                 first = first or (form, where)
-                self._count(form, report)
+                self._count(form, row, report)
                 example = form.make(row, Context(where, counts, left_out))
             except Dropped as reason:
                 report.drop(str(reason), where)
@@ -191,20 +188,17 @@ class Examples:
         if first is None:
             return recognise(row, self.want, self.columns)
         form, first_where = first
-        has_keys = all(name in row for name in form.needs)
-        found = recognise(row, form.kind, self.columns) if has_keys else None
-        # Another form may have its columns filled, where those of this one are null.
-        if found is form or (
-            found and has_keys and not all(row[name] is not None for name in found.needs)
-        ):
-            return form
-        names = ", ".join(map(str, row)) or "no columns"
+        if all(name in row for name in form.needs):
+            found = recognise(row, form.kind, self.columns)
+            # Another form may have its columns filled, where those of this one are null.
+            if found is form or any(row[name] is None for name in found.needs):
+                return form
         raise ValueError(
-            f"mixed keys: this row has {names}, but {first_where} has {form.name}: "
+            f"mixed keys: this row has {names_of(row)}, but {first_where} has {form.name}: "
             "a file holds one form, split it"
         )
 
-    def _count(self, form: Form, report: Report) -> None:
+    def _count(self, form: Form, row: Row, report: Report) -> None:
         """Count a row of this form. Raise ValueError if its kind is not that of the other rows."""
         if report.kind and report.kind != form.kind:
             raise ValueError(
@@ -215,6 +209,9 @@ class Examples:
         report.total += 1
         if form.name not in report.forms:
             report.forms.append(form.name)
+        if report.total == 1 and form.kind == "prompts":
+            others = names_of({name: None for name in row if name != "prompt"})
+            report.notes.append(f"columns that the reward is given: {others}")
 
 
 class ExampleRows(Examples):

@@ -8,15 +8,22 @@ dropped with its reason.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.base.cli import did_you_mean
-from runtime.data.chat import ROLES, is_trained
-from runtime.data.formats import Counts, cleaned, column_of
+from runtime.data.formats import column_of
+from runtime.posttraining.messages import (
+    Context,
+    Message,
+    Row,
+    before_answer,
+    messages_of,
+    names_of,
+    shown,
+    untrained,
+)
 
 # What a row becomes, and the command that learns from it.
 KINDS = {"conversations": "sft", "pairs": "dpo", "prompts": "grpo"}
@@ -29,35 +36,12 @@ USER_LAST = "ending with the user"
 ANSWER_LAST = "ending with an answer"
 EQUAL_ANSWERS = "with two equal answers"
 
-# ShareGPT's names of the roles, by its key "from".
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-}
-_OPENAI_ROLES = {role: role for role in ROLES}
-_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-_TOOL_KEYS = frozenset(("tools", "functions", "tool_calls", "function_call", "tool_call_id"))
-_MEDIA_KEYS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
-_KNOWN_IN_MESSAGE = frozenset(("role", "content", "from", "value", "train", "weight"))
-_EMPTY: tuple[object, ...] = (None, "", "[]", [], {})
-_KNOWN_IN_MESSAGE = ("role", "content", "from", "value", "train", "weight")
-
 # Turns text that holds a whole dialogue, as HH-RLHF's does, into messages.
 DIALOGUE_TO_MESSAGES = (
     'parts = re.split(r"\\n\\n(Human|Assistant): ", text)[1:]; '
     'messages = [{"role": "user" if who == "Human" else "assistant", "content": said} '
     "for who, said in zip(parts[::2], parts[1::2])]"
 )
-
-Message = dict[str, Any]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +93,6 @@ class Dropped(Exception):
     """A row that cannot be learned from; the text is the reason, as it is counted."""
 
 
-def before_answer(messages: list[Message]) -> list[Message]:
-    """Return the messages before the first one of the assistant; all if they would be none."""
-    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
-    return messages[:first] or messages
-
-
 @dataclass(frozen=True)
 class Form:
     """One form of rows: the keys that it needs, the kind of example, and how that is made."""
@@ -127,130 +105,6 @@ class Form:
     def name(self) -> str:
         """The keys, as they are said."""
         return ", ".join(self.needs)
-
-
-@dataclass
-class Context:
-    """Where a row is, and what is counted while it is read."""
-
-    where: str
-    counts: Counts
-    # Fields of messages that have no counterpart here, by name.
-    left_out: Counter[str]
-
-    def text(self, value: object, what: str) -> str:
-        """Return a text as all text is read. Raise ValueError for what is none."""
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            raise ValueError(f"{what} must be text, not {_shown(value)}")
-        return cleaned(value, self.where, self.counts)
-
-
-def _shown(value: object) -> str:
-    """Return a value for an error line, with its type, cut if it is long."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
-
-
-# ------------------------------------------------------------------------------------- messages
-def messages_of(value: object, what: str, context: Context) -> list[Message]:
-    """Return messages with role and content, of a list in OpenAI's or in ShareGPT's form.
-
-    Empty messages of the system are left out. Raise ValueError for anything else.
-    """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        # Tables have no lists.
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what} is not JSON: {error}") from None
-    if not isinstance(value, list):
-        raise ValueError(f"{what} must be a list of messages, not {_shown(value)}")
-    messages, keys = [], None
-    for number, message in enumerate(value, 1):
-        here = f"{what}, message {number}"
-        if not isinstance(message, dict):
-            raise ValueError(f"{here} must have role and content, not be {_shown(message)}")
-        found = _keys_of(message, here)
-        if keys and found != keys:
-            raise ValueError(
-                f"{here} has {' and '.join(found)}, those before have {' and '.join(keys)}: "
-                "use one form"
-            )
-        keys = found
-        made = _message(message, keys, here, context)
-        if made["content"] or made["role"] in ("user", "assistant"):
-            messages.append(made)
-    return messages
-
-
-def _keys_of(message: Row, here: str) -> tuple[str, str]:
-    """Return the names of a message's role and content. Raise ValueError for both, or none."""
-    openai = message.get("role") is not None or message.get("content") is not None
-    sharegpt = message.get("from") is not None or message.get("value") is not None
-    if openai and sharegpt:
-        raise ValueError(f"{here} has mixed keys ({', '.join(map(str, message))}): use one form")
-    if not openai and not sharegpt:
-        names = ", ".join(map(str, message)) or "nothing"
-        raise ValueError(f"{here} has {names}, but needs role and content")
-    return ("role", "content") if openai else ("from", "value")
-
-
-def _message(message: Row, keys: tuple[str, str], here: str, context: Context) -> Message:
-    role = message.get(keys[0])
-    if further := message.keys() - _KNOWN_IN_MESSAGE:
-        refuse_tools(message, here)
-        refuse_media(message, here)
-        context.left_out.update(str(name) for name in further if message[name])
-    if role in _TOOL_ROLES:
-        raise ValueError(f"{here} has the role {role!r}: {_NO_TOOLS}")
-    known = SHAREGPT_ROLES if keys[0] == "from" else _OPENAI_ROLES
-    # A role may be anything that JSON has.
-    if not isinstance(role, str) or role not in known:
-        allowed = ", ".join(known)
-        raise ValueError(f"{here}: {keys[0]} must be one of {allowed}, not {_shown(role)}")
-    made: Message = {"role": known[role], "content": _content(message.get(keys[1]), here, context)}
-    for name in ("train", "weight"):
-        if (value := message.get(name)) is not None:
-            # Parquet may have made decimals of them.
-            made[name] = int(value) if type(value) is float and value in (0, 1) else value
-    try:
-        is_trained(made)
-    except ValueError as error:
-        raise ValueError(f"{here}: {error}") from None
-    return made
-
-
-def _content(value: object, here: str, context: Context) -> str:
-    """Return a message's text; parts of text are joined. Raise ValueError for other parts."""
-    if not isinstance(value, list):
-        return context.text(value, f"{here}: content")
-    texts = []
-    for part in value:
-        kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            said = f"a part of type {kind!r}" if kind else f"the part {_shown(part)}"
-            raise ValueError(f"{here} has {said}: only text is learned, leave such rows out")
-        texts.append(part["text"])
-    return context.text("".join(texts), f"{here}: content")
-
-
-_NO_TOOLS = "calls of tools are not learned here, leave such rows out"
-
-
-def refuse_tools(row: Row, here: str) -> None:
-    """Raise ValueError for a row or a message with tools or their calls."""
-    for name in row.keys() & _TOOL_KEYS:
-        if row[name] not in _EMPTY:
-            raise ValueError(f"{here} has {name}: {_NO_TOOLS}")
-
-
-def refuse_media(row: Row, here: str) -> None:
-    """Raise ValueError for a row or a message with images, video or sound."""
-    for name in row.keys() & _MEDIA_KEYS:
-        if row[name] not in _EMPTY:
-            raise ValueError(f"{here} has {name}: only text is learned, leave such rows out")
 
 
 def check_conversation(messages: list[Message]) -> None:
@@ -295,10 +149,10 @@ def _alpaca(row: Row, context: Context) -> Conversation:
     messages = []
     history = row.get("history") or []
     if not isinstance(history, list):
-        raise ValueError(f"history must be a list of [question, answer], not {_shown(history)}")
+        raise ValueError(f"history must be a list of [question, answer], not {shown(history)}")
     for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError(f"history must hold [question, answer], not {_shown(turn)}")
+            raise ValueError(f"history must hold [question, answer], not {shown(turn)}")
         for role, text in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": context.text(text, "history")})
     messages += [
@@ -337,16 +191,6 @@ def _refuse_label(row: Row) -> None:
         )
 
 
-def untrained(messages: list[Message]) -> list[Message]:
-    """Return messages of which none is learned."""
-    return [
-        {"role": "assistant", "content": m["content"], "train": False}
-        if m["role"] == "assistant"
-        else m
-        for m in messages
-    ]
-
-
 def _pair(row: Row, context: Context) -> Pair:
     sides = []
     for name in ("chosen", "rejected"):
@@ -367,26 +211,23 @@ def _pair_of(sides: list[list[Message]], row: Row, context: Context) -> Pair:
     chosen, rejected = sides
     if not chosen or not rejected:
         raise Dropped(NO_ANSWER)
-    # Whole conversations begin with a message that is no answer.
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        common = _common_prefix(chosen, rejected)
-        shared = chosen[:common]
-        texts = [m["content"].strip() for m in shared]
-        if prompt and prompt[-1]["content"].strip() not in texts:
-            raise ValueError("prompt is in neither conversation: leave the column out")
-        prompt, chosen, rejected = shared, chosen[common:], rejected[common:]
-        if chosen == rejected:
-            raise Dropped(EQUAL_ANSWERS)
-        if not chosen or not rejected:
-            raise Dropped(NO_ANSWER)
-    elif given is None:
-        raise ValueError(
-            "it has no prompt, and chosen and rejected are no whole conversations: "
-            "give the column prompt, or both as lists of messages"
-        )
-    prompt = _with_system(prompt, row, context)
     if chosen == rejected:
         raise Dropped(EQUAL_ANSWERS)
+    # Whole conversations, which hold their prompt.
+    if given is None or "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
+        common = _common_prefix(chosen, rejected)
+        shared = chosen[:common]
+        if prompt and prompt[-1]["content"].strip() not in [m["content"].strip() for m in shared]:
+            raise ValueError("prompt is in neither conversation: leave the column out")
+        prompt, chosen, rejected = shared, chosen[common:], rejected[common:]
+        if not chosen or not rejected:
+            raise Dropped(NO_ANSWER)
+        if not prompt and chosen[0]["role"] == "assistant":
+            raise ValueError(
+                "it has no prompt, and chosen and rejected have no message in common: "
+                "give the column prompt, or whole conversations"
+            )
+    prompt = _with_system(prompt, row, context)
     for side in (chosen, rejected):
         if side[0]["role"] != "assistant":
             raise ValueError(
@@ -412,7 +253,7 @@ def _prompt(row: Row, context: Context) -> Prompt:
     if messages[-1]["role"] == "assistant":
         raise Dropped(ANSWER_LAST)
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    return Prompt(untrained(messages), columns, context.where)
+    return Prompt(messages, columns, context.where)
 
 
 # The first that fits is taken; of two conversations in one row, none is.
@@ -493,7 +334,7 @@ def recognise(row: Row, want: str, columns: Mapping[str, str]) -> Form:
 
 def _unknown(row: Row, want: str, fitting: list[Form]) -> str:
     """Return the error line for a row that is none of the wanted kind."""
-    has = f"the row has {', '.join(map(str, row)) or 'no columns'}"
+    has = f"the row has {names_of(row)}"
     if fitting:
         kind = fitting[0].kind
         advice = f"they are for scripts.{KINDS[kind]}"
@@ -511,7 +352,13 @@ def _unknown(row: Row, want: str, fitting: list[Form]) -> str:
             "a chat has messages, or prompt and completion"
         )
     known = "; ".join(form.name for form in FORMS if want in ("", form.kind))
+    # The row's own names, where they are enough.
+    needs = {"pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}.get(
+        want, ("prompt", "completion")
+    )
+    texts = [str(name) for name, value in row.items() if isinstance(value, str)]
+    texts = texts if len(texts) >= len(needs) else ["question", "answer", "other"]
+    example = ",".join(f"{name}={text}" for name, text in zip(needs, texts, strict=False))
     return (
-        f"{has}, none of the known forms ({known}): "
-        "name the columns, such as --columns prompt=question,completion=answer"
+        f"{has}, none of the known forms ({known}): name the columns, such as --columns {example}"
     )

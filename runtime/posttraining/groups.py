@@ -146,7 +146,7 @@ def pack_groups(groups: Sequence[Group], tokens_per_row: int, share: bool, keep:
 
 def _one_row(places: list[tuple[Group, int]], tokens: int) -> list[tuple[Group, int]]:
     """Return the first answers that fit one row together."""
-    chosen = []
+    chosen: list[tuple[Group, int]] = []
     for group, i in places:
         tokens -= len(group.asked.ids) + len(group.answers[i].ids) - 1
         if chosen and tokens < 0:

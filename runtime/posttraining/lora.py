@@ -37,10 +37,13 @@ from runtime.checkpoint.adapter import (
     trained_shapes,
 )
 from runtime.checkpoint.format import Checkpoint, meta_model, shapes_of
+from runtime.checks.kernels import EXPERTS as EXPERT_PARAMETERS
 from runtime.kernels.choose import choose_kernels
+from runtime.kernels.cpu_adapters import adapted_feed_forward
 from runtime.kernels.trained_rows import with_trained_rows
 from runtime.posttraining.config import PostTrainConfig
 
+ADAPTER_PARAMETERS = ("w_in_lora_A", "w_in_lora_B", "w_out_lora_A", "w_out_lora_B")
 # The grouped kernel wants rows of a multiple of 16 bytes: eight numbers in half precision.
 ALIGNED_RANK = 8
 
@@ -112,17 +115,30 @@ class AdaptedExperts(Experts):
     w_out_lora_B: nn.Parameter
     lora_scale: float
 
-    @property
-    def feed_forward(self) -> None:
-        """Return None: the CPU's operation for all of an expert knows no adapters.
+    # What the CPU's operation is given (runtime/checks/kernels.py).
+    cpu_parameters = (*EXPERT_PARAMETERS, *ADAPTER_PARAMETERS)
 
-        choose_kernels may set it, which changes nothing.
-        """
-        return None
-
-    @feed_forward.setter
-    def feed_forward(self, operation: object) -> None:
-        pass
+    def forward(self, x_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
+        if self.feed_forward is None or (self.dropout and self.training):
+            return super().forward(x_RC, experts_R, counts_E)
+        device, dtype = x_RC.device.type, x_RC.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        w_in, b_in, w_out, b_out, *adapters = (
+            None if parameter is None else parameter.to(dtype)
+            for parameter in (getattr(self, name) for name in self.cpu_parameters)
+        )
+        return adapted_feed_forward(
+            x_RC.to(dtype),
+            w_in,
+            b_in,
+            w_out,
+            b_out,
+            adapters,
+            self.lora_scale,
+            counts_E,
+            self.activation,
+        )[0]
 
     def _linear(
         self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor

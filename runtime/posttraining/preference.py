@@ -25,7 +25,7 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.encode import PAIRS
-from runtime.posttraining.packing import PackedValidation, PairLoader, can_share_rows, rows_of
+from runtime.posttraining.packing import PackedValidation, PairLoader, rows_of
 from runtime.posttraining.reference import Reference
 from runtime.posttraining.score import Exam, wilson
 from runtime.posttraining.showing import show_example
@@ -54,7 +54,7 @@ class DpoConfig(PostTrainConfig):
 
     ckpt_dir: str = changed("ckpt_dir", "checkpoints/dpo")
     graph_dir: str = changed("graph_dir", "artifacts/graphs/dpo")
-    batch_size: int = changed("batch_size", 8)
+    batch_size: int = changed("batch_size", 4)
     grad_accum: int = changed("grad_accum", 1)
     max_steps: int = changed("max_steps", 100)
     lr: float = changed("lr", 1e-4)
@@ -139,11 +139,14 @@ class Preference(FineTuning):
 
     kind, command = "dpo", "python -m scripts.dpo"
     is_likelihood = balances = False
-    rows_per_sample = 2
 
     def __init__(self, config: DpoConfig, source: Checkpoint | None):
         super().__init__(config, source)
         self.config: DpoConfig = config
+        # Of chosen and of rejected answers.
+        self.rows_per_sample *= 2
+        # A pair is two rows.
+        self.rows_per_sample *= 2
         # Settled by `planned`; else by the config.
         self.dtype: torch.dtype | None = None
         toy = tasks.pairs("preference", config.toy_examples) if config.is_toy else []
@@ -156,6 +159,7 @@ class Preference(FineTuning):
         self._model: LLM | None = None
         # Numbers of the first validation, which later ones are compared with.
         self.first: dict[str, float] = {}
+        self.warned: set[str] = set()
         self.exam: Exam | None = None
         if config.score_prompts and config.is_toy:
             self.exam = Exam(self.tokenizer, config.score_prompts, config.max_new_tokens)
@@ -181,21 +185,21 @@ class Preference(FineTuning):
 
     # -------------------------------------------------------------------------- batches and loss
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> _WithReference:
-        return _WithReference(self, self._pairs(model_config, config))
+        return _WithReference(self, self._pairs(config))
 
     def validation(self, model_config: ModelConfig, config: TrainConfig) -> _AllWithReference:
-        return _AllWithReference(self, self._held_out_pairs(model_config, config))
+        return _AllWithReference(self, self._held_out_pairs(config))
 
-    def _pairs(self, model_config: ModelConfig, config: TrainConfig) -> PairLoader:
-        share = can_share_rows(model_config)
-        return PairLoader(self.train, self.context, config.batch_size, config.seed, share)
+    def _pairs(self, config: TrainConfig) -> PairLoader:
+        return PairLoader(
+            self.train, self.row_tokens, config.batch_size, config.seed, self.shares_rows
+        )
 
-    def _held_out_pairs(self, model_config: ModelConfig, config: TrainConfig) -> PackedValidation:
-        share = can_share_rows(model_config)
-        return PackedValidation(self.held_out, self.context, config.batch_size, share)
+    def _held_out_pairs(self, config: TrainConfig) -> PackedValidation:
+        return PackedValidation(self.held_out, self.row_tokens, config.batch_size, self.shares_rows)
 
     def samples_per_epoch(self, model_config: ModelConfig) -> int:
-        return len(rows_of(self.train, self.context, can_share_rows(model_config)))
+        return len(rows_of(self.train, self.row_tokens, self.shares_rows))
 
     def count(self, batch: Batch) -> int:
         return len(batch[5])
@@ -214,7 +218,7 @@ class Preference(FineTuning):
         """Compute the reference of all pairs that the run will use, unless it is known."""
         self._model = model
         why, start, num_pairs = self._load(), None, 0
-        for batch in tqdm(self._unknown(model.config), "reference", leave=False, disable=None):
+        for batch in tqdm(self._unknown(), "reference", leave=False, disable=None):
             start = start or (self._start_again(why) if self.config.resume else model)
             self._add(start, batch)
             num_pairs += self.count(batch)
@@ -227,19 +231,19 @@ class Preference(FineTuning):
             return self.reference.load(self.config.ckpt_dir)
         return ""
 
-    def _unknown(self, model_config: ModelConfig) -> Iterator[Batch]:
+    def _unknown(self) -> Iterator[Batch]:
         """Yield the batches of the run that have pairs without a reference.
 
         They are the very batches of the first epoch and of validation: the same products in the
         same order, so that the first margins are 0, not only nearly so.
         """
-        config, loader = self.config, self._pairs(model_config, self.config)
+        config, loader = self.config, self._pairs(self.config)
         samples = config.max_steps * config.batch_size * config.grad_accum
         for first in range(0, min(samples, loader.samples_per_epoch), config.batch_size):
             rows = [loader.examples(first + i) for i in range(config.batch_size)]
             if self.reference.lacks(np.concatenate(rows)):
                 yield loader.batch(first)
-        for batch in self._held_out_pairs(model_config, config):
+        for batch in self._held_out_pairs(config):
             if self.reference.lacks(batch[5].numpy()):
                 yield batch
 
@@ -258,7 +262,7 @@ class Preference(FineTuning):
         """Return a batch with the reference of its sequences, [S], and their targets, [S]."""
         segments_M, numbers_P = batch[4], batch[5].numpy()
         if self.reference.lacks(numbers_P):
-            # A run that was rolled back goes on after the pairs that it was to use.
+            # A run that was rolled back continues after the pairs that it was to use.
             self._add(self._start_again(""), batch)
         reference_S = torch.from_numpy(self.reference.of(numbers_P))
         num_tokens_S = torch.bincount(segments_M, minlength=len(reference_S))
@@ -287,8 +291,12 @@ class Preference(FineTuning):
             numbers |= self.numbers_of(self.exam.score(self.plain(model)))
         numbers |= self._held_out_numbers(model)
         self.first = self.first or numbers
-        for line in warnings_of(self.first, numbers, self.best_score):
-            tqdm.write(f"warning  {line}")
+        found = warnings_of(self.first, numbers, self.best_score)
+        for kind, line in found.items():
+            # Once, until it is over.
+            if kind not in self.warned:
+                tqdm.write(f"warning  {line}")
+        self.warned = set(found)
         return numbers
 
     def _held_out_numbers(self, model: LLM) -> dict[str, float]:
@@ -307,7 +315,7 @@ class Preference(FineTuning):
         return means | {ACCURACY + LOW: low, ACCURACY + HIGH: high}
 
     def describe(self, model_config: ModelConfig, config: TrainConfig) -> list[str]:
-        rows = rows_of(self.train, self.context, can_share_rows(model_config))
+        rows = rows_of(self.train, self.row_tokens, self.shares_rows)
         steps = config.max_steps * config.batch_size * config.grad_accum
         head, *notes = self.report.lines()
         lines = [f"data     {head}", *(f"note     {note}" for note in notes)]
@@ -339,15 +347,16 @@ def _forward(model: LLM, batch: Batch) -> Output:
     return model(ids_BT, targets_BT, starts_BT=starts_BT, rows_M=rows_M, per_token=True)
 
 
-def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> list[str]:
-    """Return what goes wrong between two validations. score: name of the one by generation, or "".
+def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> dict[str, str]:
+    """Return what went wrong between two validations: lines by kind.
 
-    A fall of the score counts from a standard error on, a quarter of its interval.
+    score: name of the score by generation, or "". Its fall counts from a standard error on, a
+    quarter of its interval.
     """
-    lines = []
+    lines = {}
     advice = "lower --lr, raise --beta, or give --sft_coef 1"
     if now.get(CHOSEN, 0.0) < -MOST_FALL:
-        lines.append(
+        lines["chosen"] = (
             f"chosen answers are less likely than at the start, by {-now[CHOSEN]:.3f} nats a token "
             f"(rejected {-now[REJECTED]:.3f}; more than {MOST_FALL} is said): {advice}"
         )
@@ -355,7 +364,7 @@ def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> l
         return lines
     error = (first[score + HIGH] - first[score + LOW]) / 4
     if now[score] < first[score] - error and now[ACCURACY] > first[ACCURACY]:
-        lines.append(
+        lines["score"] = (
             f"accuracy rose from {first[ACCURACY]:.3f} to {now[ACCURACY]:.3f}, and {score} fell "
             f"from {first[score]:.3f} to {now[score]:.3f}: the pairs are learned, and the answers "
             f"get worse: {advice}"

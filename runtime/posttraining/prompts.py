@@ -99,11 +99,12 @@ class FilePrompts(Prompts):
         self.tokenizer, self.longest, self.too_long, self.raw = tokenizer, longest, too_long, raw
         # Of all, so that a report of the files is whole.
         found = list(examples)
-        is_files = isinstance(examples, ExampleFiles)
-        self.report = examples.report if is_files else Report("prompts", total=len(found))
+        self.report, what = Report("prompts", total=len(found)), "the examples"
+        if isinstance(examples, ExampleFiles):
+            self.report, what = examples.report, examples.what
         self.num_cut = 0
         fitting = [asked for asked in map(self._fitted, found) if asked is not None]
-        self.report.check(examples.what if is_files else "the examples")
+        self.report.check(what)
         digests = [opening_digest(asked.prompt) for asked in fitting]
         is_held, line = hold_out(np.array(digests, dtype=np.uint64))
         self.kept = [asked for asked, held in zip(fitting, is_held, strict=True) if not held]

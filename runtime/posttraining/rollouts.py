@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model import LLM
 from runtime.inference.decoder import Decoder, Generation, Text
+from runtime.kernels.choose import choose_kernels
 
 # Answers that are sampled at a time: more need memory and are hardly faster.
 MOST_ROWS = 256
@@ -44,10 +45,9 @@ class Answer:
 class Sampler:
     """Samples answers with `model`, whose weights may change between two calls.
 
-    model: a plain LLM in the dtype of its weights; left in the mode (train, eval) it was in.
-    refresh: called before each sampling, for a model that is a copy of the one trained (adapters
-    merged, 8 bits): it makes the copy's weights those of now, in place. dtype: that of the
-    trainer's autocast, float32 for none.
+    model: a plain LLM; left in the mode (train, eval) it was in. dtype: that of the trainer's
+    autocast, float32 for none. most_rows: answers at a time. A GPU computes as many rows as it ever
+    had, so none should be larger than the others.
     """
 
     def __init__(
@@ -58,17 +58,21 @@ class Sampler:
         banned_ids: Sequence[int] = (),
         max_new_tokens: int,
         dtype: torch.dtype = torch.float32,
-        refresh: Callable[[], object] = lambda: None,
+        most_rows: int = MOST_ROWS,
     ):
         if not stop_ids:
             raise ValueError("answers need a stop id: give this tokenizer a chat layout first")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        self.model, self.dtype, self.refresh = model, dtype, refresh
+        self.model, self.dtype, self.most_rows = model, dtype, most_rows
         self.stop_ids, self.banned_ids = list(stop_ids), list(banned_ids)
         self.max_new_tokens = max_new_tokens
+        device, own = model.embed.weight.device, model.embed.weight.dtype
         with _in_eval_mode(model):
+            # A decoder is compared with the model in the weights' own dtype, which rounds least.
+            choose_kernels(model, device, own)
             self.decoder = Decoder(model)
+        choose_kernels(model, device, own if dtype == torch.float32 else dtype)
         self._texts: list[Text] = []
 
     def sample(
@@ -92,10 +96,9 @@ class Sampler:
                     f"prompt {numbers[i]} has {len(prompt)} tokens, and a context of "
                     f"{context} allows 1 to {context - 1}: shorten it or leave it out"
                 )
-        per_pass = max(1, MOST_ROWS // count)
+        per_pass = max(1, self.most_rows // count)
         answers = []
         with _in_eval_mode(self.model), _autocast(self.decoder.device, self.dtype):
-            self.refresh()
             # Nothing that older weights computed may be reused.
             self.decoder.weights_changed()
             for first in range(0, len(prompts), per_pass):
@@ -259,11 +262,11 @@ def without_ids(model: LLM, ids: Tensor):
         yield
         return
     head = model.out_head
-    bias = head.bias
-    if bias is None:
+    bias_V: Tensor | None = head.bias
+    if bias_V is None:
         weight = model.head_weight
-        bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
-    masked: Any = _HeadWithout(head, bias.index_fill(0, ids, -torch.inf))
+        bias_V = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    masked: Any = _HeadWithout(head, bias_V.index_fill(0, ids, -torch.inf))
     model._modules["out_head"] = masked
     try:
         yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 from runtime.base.text import visible
 from runtime.data.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ Cell = tuple[str, bool]
 
 def show_example(
     ids: Sequence[int],
-    is_target: Sequence[int | bool],
+    is_target: Iterable[Any],
     tokenizer: Tokenizer,
     colour: bool,
     width: int = WIDTH,

@@ -79,6 +79,43 @@ def test_under_autocast_products_are_in_half_precision_and_sums_in_float32():
     assert 0 < float((half - exact).detach().abs().max()) < bound
 
 
+def gradients_in_half_precision(dtype, grad_M, of):
+    """Return the gradients of h, weight and bias under autocast, for parameters of a dtype."""
+    h, weight, bias, targets_M = inputs(torch.float32)
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (h, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs_M = of(*leaves, targets_M)
+    return log_probs_M, torch.autograd.grad(log_probs_M, leaves, grad_M)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_half_precision_come_from_half_precision_products(dtype):
+    """Gradients have their parameters' dtype, and are off by a few roundings to 8 bits."""
+    grad_M = torch.randn(M, generator=torch.Generator().manual_seed(1))
+    log_probs_M, ours = gradients_in_half_precision(
+        dtype, grad_M, lambda *head: target_log_probs(*head, 3)
+    )
+    assert log_probs_M.dtype == torch.float32
+    _, exact = gradients_in_half_precision(
+        dtype, grad_M, lambda *head: by_all_logits(*(t.double() for t in head[:3]), head[3])
+    )
+    for one, other in zip(ours, exact, strict=True):
+        assert one.dtype == dtype
+        # Each of the 5 factors that make a term is rounded: h, weight, logits, softmax, result.
+        bound = 5 * 2.0**-8 * max(M, V) ** 0.5 * float(other.abs().max())
+        assert float((one - other).abs().max()) < bound
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_a_row_without_a_target_has_a_gradient_of_exactly_0(chunk_rows):
+    """Whatever gradient comes back for it: a mask may be multiplied in after the sum."""
+    h, weight, bias, targets_M = inputs()
+    target_log_probs(h, weight, bias, targets_M, chunk_rows).backward(
+        torch.full((M,), 7.0).double()
+    )
+    assert (h.grad[2] == 0).all() and (h.grad[[0, 1, 3]] != 0).any(dim=1).all()
+
+
 class Largest(TorchDispatchMode):
     """Counts the elements of the largest tensor that an operation makes."""
 
@@ -153,6 +190,37 @@ def test_the_head_on_rows_with_targets_is_the_head_on_all(tied, per_token):
     )
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_an_id_after_the_last_target_has_a_gradient_of_exactly_0(chosen, per_token):
+    """Nothing that is predicted sees it, and it predicts nothing."""
+    model, ids_BT, targets_BT, _ = model_and_batch(tie_embeddings=False)
+    unseen = 3
+    ids_BT[ids_BT == unseen] = unseen + 1
+    ids_BT[:, -4:], targets_BT[:, -4:] = unseen, IGNORE
+    rows_M = (targets_BT.flatten() != IGNORE).nonzero()[:, 0]
+    rows_M = rows_M if chosen else None
+    out = model(ids_BT, targets_BT, rows_M=rows_M, per_token=per_token)
+    out.cross_entropy_sum.backward()
+    rows_VC = model.embed.weight.grad
+    assert (rows_VC[unseen] == 0).all() and (rows_VC[ids_BT[0, 0]] != 0).any()
+
+
+def test_without_rows_the_loss_is_bit_for_bit_the_fused_loss_of_all_rows():
+    model, ids_BT, targets_BT, _ = model_and_batch(tie_embeddings=False)
+    seen = []
+    model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    # A second pass, because a backward pass frees the first.
+    out, _ = (model(ids_BT, targets_BT) for _ in range(2))
+    h_NC = seen[1].flatten(0, 1)
+    loss = linear_cross_entropy(
+        h_NC, model.head_weight, model.out_head.bias, targets_BT.flatten(), len(h_NC)
+    )
+    assert torch.equal(out.cross_entropy_sum, loss)
+    pairs = zip(gradients(model, out.cross_entropy_sum), gradients(model, loss), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_rows_may_differ_from_batch_to_batch_in_a_compiled_model():

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from runtime.posttraining import forms
+from runtime.posttraining import forms, messages
 from runtime.posttraining.conversations import (
     Conversation,
     ExampleFiles,
@@ -120,16 +120,16 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("row, messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_conversations_are_recognised_by_their_keys(row, messages):
-    assert read_one(row) == Conversation(messages, "rows row 0")
-    assert read_one(row, "conversations") == Conversation(messages, "rows row 0")
+@pytest.mark.parametrize("row, said", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_conversations_are_recognised_by_their_keys(row, said):
+    assert read_one(row) == Conversation(said, "rows row 0")
+    assert read_one(row, "conversations") == Conversation(said, "rows row 0")
 
 
 def test_flags_of_training_come_through():
     flags = ({"train": False}, {"weight": 0}, {"weight": 1.0}, {"train": True, "weight": None})
-    messages = [m for flag in flags for m in (USER, ANSWER | flag)]
-    found = read_one({"messages": messages}).messages
+    said = [m for flag in flags for m in (USER, ANSWER | flag)]
+    found = read_one({"messages": said}).messages
     assert [(m.get("train"), m.get("weight")) for m in found[1::2]] == [
         (False, None),
         (None, 0),
@@ -146,6 +146,9 @@ def test_answers_in_a_prompt_are_not_learned():
     )
     assert pair.prompt == [USER, ANSWER | {"train": False}, USER]
     assert (pair.chosen, pair.rejected) == ([ANSWER], [WORSE])
+    greeted = [ANSWER, USER]
+    pair = read_one({"chosen": [*greeted, ANSWER], "rejected": [*greeted, WORSE]})
+    assert pair.prompt == [ANSWER | {"train": False}, USER]
 
 
 PAIRS = {
@@ -237,7 +240,9 @@ def test_the_line_of_a_dialogue_as_text_says_how_to_make_messages():
         (PAIRS["whole conversations"], "conversations", "--columns messages=chosen"),
         ({"messages": [USER, ANSWER]}, "pairs", "scripts.sft"),
         ({"messages": [USER, ANSWER]}, "prompts", "scripts.sft"),
-        ({"question": "a", "answer": "b"}, "", "question, answer.*--columns prompt=question"),
+        ({"ask": "a", "say": "b"}, "", "the row has ask, say.*--columns prompt=ask,completion=say"),
+        ({"ask": "a", "n": 1}, "prompts", "--columns prompt=ask$"),
+        ({"n": 1}, "pairs", "--columns prompt=question,chosen=answer,rejected=other"),
         ({"text": "a"}, "", "pre-training"),
         ({"chosen": "a", "rejected": "b"}, "", "no prompt"),
         ({"prompt": "x"} | PAIRS["whole conversations"], "", "prompt is in neither"),
@@ -275,6 +280,14 @@ def test_many_dropped_rows_have_a_line_of_their_own(tmp_path):
         read_examples(jsonl(path, [last, last]))
 
 
+def test_the_columns_of_a_reward_are_named(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "Who?", "answer": 1, "level": 2}] * 2)
+    assert read_examples(path, "prompts").lines == [
+        "2 prompts (prompt)",
+        "columns that the reward is given: answer, level",
+    ]
+
+
 def test_fields_that_are_left_out_are_said(tmp_path):
     answer = ANSWER | {"thinking": "Hm.", "name": None}
     path = jsonl(tmp_path / "a.jsonl", [{"messages": [USER, answer]}] * 2)
@@ -295,6 +308,26 @@ def test_files_of_several_forms(tmp_path):
     jsonl(tmp_path / "c.jsonl", [PAIRS["texts"]])
     with pytest.raises(ValueError, match=r"c.jsonl line 1: the row is one of pairs"):
         read_examples([tmp_path / "a.jsonl", tmp_path / "c.jsonl"])
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv", ".tsv"])
+def test_every_format_gives_the_same_examples(tmp_path, ending):
+    rows = [promise.FORMS["completion"][0](i) for i in range(20)]
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(promise.written(rows, ending))
+    found = [each.messages for each in read_examples(path).examples]
+    assert found == [read_one(row).messages for row in rows]
+    if ending in (".csv", ".tsv"):
+        return
+    # Lists of messages, with fields that only some messages have.
+    rows = [
+        {"messages": [USER, ANSWER, USER, WORSE | {"train": False}]},
+        {"messages": [USER, WORSE]},
+    ]
+    path.write_bytes(promise.written(rows, ending))
+    assert [each.messages for each in read_examples(path).examples] == [
+        row["messages"] for row in rows
+    ]
 
 
 def test_of_a_folder_with_splits_those_for_training_are_read(tmp_path):
@@ -320,6 +353,17 @@ def test_json_lines_under_any_name_and_standard_input_are_read_twice(tmp_path, m
     monkeypatch.setattr(sys, "stdin", data)
     files = ExampleFiles("-")
     assert len(list(files)) == len(list(files)) == 1
+
+
+def test_a_comma_without_quotes_does_not_move_words_from_the_prompt_to_the_answer(tmp_path):
+    """Text of the last column is read to the end of its line, which is right for a single text.
+
+    Here the prompt was "Why" and the answer " oh why?,Because".
+    """
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"Who?",I.\nWhy, oh why?,Because\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="a.csv line 3 has 3 fields, the header has 2"):
+        read_examples(path)
 
 
 def test_rows_with_null_for_the_columns_of_other_rows_are_mixed():
@@ -372,14 +416,10 @@ def test_damaged_files_are_refused_or_counted():
 
 
 @pytest.mark.parametrize(
-    "name, fake, words",
-    [
-        ("refuse_tools", lambda *_: None, "it was accepted"),
-        ("check_conversation", lambda messages: None, "it was accepted"),
-        ("is_trained", lambda message: True, "it was accepted"),
-    ],
+    "owner, name",
+    [(messages, "refuse_tools"), (messages, "is_trained"), (forms, "check_conversation")],
 )
-def test_a_fault_that_is_accepted_is_found(name, fake, words):
-    with mock.patch.object(forms, name, fake):
+def test_a_fault_that_is_accepted_is_found(owner, name):
+    with mock.patch.object(owner, name, lambda *_: True):
         tally = promise.damaged_files(300)
-    assert tally.held < tally.tried, tally
+    assert any("it was accepted" in failure or "counted" in failure for failure in tally.failures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import train
 from runtime.checkpoint.read import build_model, read_checkpoint
+from runtime.posttraining import policy
 from runtime.posttraining.policy import Grpo, GrpoConfig
 from runtime.posttraining.rollouts import Sampler
 from runtime.training.plan import with_config
@@ -137,8 +139,6 @@ def test_answers_without_advantage_change_nothing_but_the_divisor(tmp_path, monk
     assert not all(advantage for group in groups for advantage in group.advantages)
     assert task.count(batch) == sum(len(a.ids) for group in groups for a in group.answers)
     assert len(batch[3]) < task.count(batch)
-    from runtime.posttraining import policy
-
     pack = policy.pack_groups
     monkeypatch.setattr(
         policy, "pack_groups", lambda groups, tokens, share, keep: pack(groups, tokens, share, True)
@@ -156,10 +156,19 @@ def test_a_learned_attention_bias_has_one_answer_a_row(tmp_path):
 
 
 # -------------------------------------------------------------------- the sampler is the trainer
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_the_trainers_log_probs_are_the_samplers(tmp_path, changes):
-    """In each step, so also after updates, in packed rows, with ids that are never drawn."""
-    task, config, model = task_and_model(tmp_path, base=changes, lr=3e-2)
+@pytest.mark.parametrize(
+    ("changes", "rank"),
+    [*((changes, 0) for changes in MODELS.values()), (MODELS["gpt-oss"], 4)],
+    ids=[*MODELS, "lora"],
+)
+def test_the_trainers_log_probs_are_the_samplers(tmp_path, changes, rank):
+    """In each step, so also after updates, in packed rows, with ids that are never drawn.
+
+    Adapters are merged for the sampler, and the trainer has them apart.
+    """
+    lora = {"lora_rank": rank} if rank else {}
+    task, config, model = task_and_model(tmp_path, base=changes, lr=3e-2, **lora)
+    task.prepare(model)
     gaps, own = [], task.loss
 
     def loss(model, batch):
@@ -191,9 +200,9 @@ def test_a_bandit_learns_its_best_arm(tmp_path):
     """Three ids with rewards 0, 0.5 and 1: in 40 steps nearly all answers are the third."""
     reward = """
 def score(messages, text, ended, number):
-    return {"a": 0.0, "b": 0.5, "c": 1.0}[text]
+    # The check before the first step tries other texts.
+    return {"a": 0.0, "b": 0.5, "c": 1.0}.get(text, 0.0)
 """
-    reward = reward.replace("[text]", ".get(text, 0.0)")
     task, config, model = task_and_model(
         tmp_path, body=reward, max_new_tokens=1, max_steps=40, group_size=8, log_interval=1
     )
@@ -295,6 +304,26 @@ def test_answers_serve_several_updates(tmp_path, monkeypatch):
     assert not torch.equal(batches[0][0], batches[3][0])
 
 
+def test_a_rollout_can_be_resumed_in_other_micro_batches(tmp_path, monkeypatch):
+    """The answers are those that were saved, whose old weights are gone: none is sampled again."""
+    task, config, model = task_and_model(tmp_path, updates_per_rollout=2)
+    task.started(model)
+    batch = task.loader(model.config, config).batch(0)
+    # As a checkpoint's file holds it.
+    state = json.loads(json.dumps(task.state()))
+    monkeypatch.setattr(Sampler, "sample", None)
+    task.restore(state)
+    split = dataclasses.replace(config, batch_size=2, grad_accum=2)
+    loader = task.loader(model.config, split)
+    parts = [loader.batch(4), loader.batch(6)]
+    for of_tokens in (6, 7):
+        ours = torch.cat([part[of_tokens] for part in parts])
+        assert torch.equal(ours.sort().values, batch[of_tokens].sort().values)
+    assert sum(map(task.count, parts)) == task.count(batch)
+    # Nothing is left for a further update.
+    assert "groups" not in task.state()
+
+
 # ------------------------------------------------------------------------------- a run as a user's
 def run(folder, *flags: object, base=None) -> int:
     start = ["--init_from", str(base)] if base else []
@@ -348,12 +377,23 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, more):
     assert scores[0] == scores[1] and len(scores[0]) == 3
 
 
+@pytest.mark.parametrize("row_tokens", [0, 64, 200])
+def test_answers_fill_rows_of_the_length_that_was_asked_for(tmp_path, row_tokens):
+    """--row_tokens was read and changed nothing."""
+    task, config, model = task_and_model(tmp_path, row_tokens=row_tokens)
+    task.restore({})
+    task.started(model)
+    batch = task.loader(model.config, config).batch(0)
+    assert batch[0].shape[1] == (row_tokens or 2 * task.context)
+
+
 def test_a_run_says_what_it_does(tmp_path, capsys):
     base = tiny_base(tmp_path / "base")
     assert run(tmp_path, *flags_of(tmp_path / "data"), base=base) == 0
     output = capsys.readouterr().out
     assert "12 prompts" in output and "steps of 2 prompts x 4 answers" in output
-    assert "the reward decides about answers without an end" in output
+    assert "it decides about answers without an end" in output
+    assert re.search(r"^ended +\d\.\d{3} \(\d\.\d{3} to ", output, re.MULTILINE), "an interval"
     found = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert found.stage["kind"] == "grpo" and found.stage["start"]["path"] == str(base)
     # Its place is taken by another file.

@@ -199,6 +199,12 @@ ROW_DAMAGES = [
     ),
     Damage("misspelt", (*ANSWERS, "prompt"), _misspelt, "mixed keys"),
     Damage("two forms", ("messages",), _set(prompt="a", completion="b"), "mixed keys"),
+    Damage(
+        "many columns",
+        (*ANSWERS, "prompt"),
+        lambda row: (row.clear(), row.update({f"column\n{i}" * 9: i for i in range(300)})),
+        "mixed keys",
+    ),
     Damage("no keys", (*ANSWERS, "prompt"), dict.clear, "no columns"),
     Damage("tools", ANSWERS, _set(tools=[{"name": "f"}]), "tools"),
     Damage("images", (*ANSWERS, "prompt"), _set(images=["a.png"]), "images"),
@@ -266,6 +272,11 @@ def _short_row(data: bytes, r: random.Random) -> bytes:
     return data.rstrip(b"\n") + b"\na\n"
 
 
+def _comma(data: bytes, r: random.Random) -> bytes:
+    # More fields than any header here has.
+    return data.rstrip(b"\n") + b"\nWhy, oh, why, oh why?,Because\n"
+
+
 def _column_twice(data: bytes, r: random.Random) -> bytes:
     header, rest = data.split(b"\n", 1)
     names = header.split(b",")
@@ -285,6 +296,7 @@ FILE_DAMAGES: list[tuple[str, tuple[str, ...], Callable, bool]] = [
     ("a list for a row", (".jsonl",), _a_list, True),
     ("a quote too few", (".csv", ".tsv"), _unquoted, True),
     ("a short row", (".csv",), _short_row, True),
+    ("a comma without quotes", (".csv",), _comma, True),
     ("a column twice", (".csv",), _column_twice, False),
     ("empty", (".jsonl", ".json", ".csv", ".parquet"), lambda *_: b"", False),
     ("blank lines", (".jsonl",), lambda *_: b"\n\n", False),

@@ -1,4 +1,5 @@
 # make demo   set up, then text -> model -> story in a few minutes, offline, in its own folder demo/
+# make demo-chat   the same and then a chat: base, SFT, DPO, GRPO, each with its score, in its own folder demo-chat/
 # make test   set up, then all tests, as CI runs them
 # make test-fast   the same without the tests marked slow
 # make test-cpus   the tests that compare numbers, as two other CPUs would run them: a few minutes
@@ -16,7 +17,7 @@ export GOMP_SPINCOUNT ?= 1000
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
-.PHONY: demo test test-fast test-cpus test-nightly test-llamacpp test-vllm mutants figures lint clean-demo
+.PHONY: demo demo-chat test test-fast test-cpus test-nightly test-llamacpp test-vllm mutants figures lint clean-demo clean-demo-chat
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -33,10 +34,18 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP_INSTALL) -r requirements-dev.txt
 	touch $@
 
+# Of the base; empty: those of each command.
 DEMO_STEPS ?= 1000
+DEMO_SFT_STEPS ?=
+DEMO_DPO_STEPS ?=
+DEMO_GRPO_STEPS ?=
+# Further flags of the three fine-tunings.
+DEMO_FLAGS ?=
+DEMO_BASE = --preset nano --document_mask --schedule wsd --decay_fraction 0.3 --init_std 0.1 --max_steps $(DEMO_STEPS)
+
 demo: $(VENV)/installed clean-demo
 	$(PY) prepare_data.py --dataset toy --tokenizer bpe:3072 --out_dir demo/data
-	$(PY) train.py --preset nano --document_mask --schedule wsd --decay_fraction 0.3 --init_std 0.1 --max_steps $(DEMO_STEPS) --data_dir demo/data --ckpt_dir demo/checkpoints --graph_dir demo/graphs
+	$(PY) train.py $(DEMO_BASE) --data_dir demo/data --ckpt_dir demo/checkpoints --graph_dir demo/graphs
 	$(PY) predict.py --ckpt demo/checkpoints/best.pt --prompt "Once upon a time" --temperature 0.7 --seed 1 --max_new_tokens 240
 	@echo
 	@echo "plots:  demo/graphs/latest_loss.png, latest_expert_load.png, ..."
@@ -44,6 +53,35 @@ demo: $(VENV)/installed clean-demo
 
 clean-demo:
 	rm -rf demo
+
+# $(call tune,COMMAND,STARTING STAGE,STEPS): one stage, then its answer to a request.
+define tune
+	$(PY) -m scripts.$(1) --init_from demo-chat/$(2)/best.pt --data_dir demo-chat/data --ckpt_dir demo-chat/$(1) --graph_dir demo-chat/graphs/$(1) $(if $(3),--max_steps $(3)) $(DEMO_FLAGS)
+	@echo "> $(DEMO_REQUEST)"
+	$(PY) predict.py --chat --ckpt demo-chat/$(1)/best.pt --temperature 0 --prompt "$(DEMO_REQUEST)"
+endef
+# Held out: what the score asks, and no stage has seen.
+DEMO_REQUEST = Tell a story about Pip the badger and Pepper. Use these words: a berry tart.
+# Messages of a chat, a line each; a backslash continues one.
+DEMO_CHAT = 'Mia was a young girl who lived in a small village near the river. She liked to eat ripe melons. Still, Mia often played alone, and some days she felt sad.\' 'On Saturday, Mia walked to the meadow. The sun was warm, and the birds sang. Mia had brought a blue teddy bear from home.\' 'Who is the story about?' 'Which toy does Mia have?' 'Where does it happen?'
+
+# Both DPO and GRPO start from what SFT has learned, so that their scores compare.
+demo-chat: $(VENV)/installed clean-demo-chat
+	$(PY) prepare_data.py --dataset toy --tokenizer bpe:3072 --out_dir demo-chat/data
+	$(PY) train.py $(DEMO_BASE) --data_dir demo-chat/data --ckpt_dir demo-chat/base --graph_dir demo-chat/graphs/base
+	$(call tune,sft,base,$(DEMO_SFT_STEPS))
+	$(call tune,dpo,sft,$(DEMO_DPO_STEPS))
+	$(call tune,grpo,sft,$(DEMO_GRPO_STEPS))
+	@echo
+	@echo "A chat of three messages, and the answers to them:"
+	@printf '> %s\n' $(DEMO_CHAT)
+	@printf '%s\n' $(DEMO_CHAT) | $(PY) predict.py --chat --interactive --quiet --ckpt demo-chat/grpo/best.pt --temperature 0
+	@echo
+	@echo "plots:  demo-chat/graphs/sft/latest_score.png, ..."
+	@echo "more:   $(PY) predict.py --chat --ckpt demo-chat/grpo/best.pt"
+
+clean-demo-chat:
+	rm -rf demo-chat
 
 test: $(VENV)/installed-dev
 	$(PY) -m ruff check .

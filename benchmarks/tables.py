@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import recipes
+from benchmarks import recipes, settings
 from benchmarks.common import REPO, RESULTS, replace_between
 from runtime.base import cli
 from runtime.base.text import human_bytes
@@ -463,6 +463,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "export sizes": export_sizes_table,
     "llama.cpp": llama_cpp_table,
     **recipes.TABLES,
+    **settings.TABLES,
 }
 
 

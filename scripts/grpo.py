@@ -13,7 +13,8 @@ their group's mean become likelier. A reward is a Python function:
 
 messages: the prompt; text: the answer; columns: the row's other ones, by name. It returns a number,
 or a dict of parts, such as {"polite": 1.0, "short": 0.5}: their sum is the reward, and each is
-logged. docs/post-training.md says more. Then talk to the model:
+logged. An answer without an end earns at most 0, unless the function has an argument `ended` and so
+decides itself. docs/post-training.md says more. Then talk to the model:
 
     python predict.py --chat --ckpt checkpoints/grpo/best.pt
 """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 
 import pytest
 
+from runtime.posttraining import tasks
+from tests import children
 from tests.conftest import REPO
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="needs make")
@@ -95,3 +98,69 @@ def test_no_registry_is_named():
     """PyTorch's page says which index holds which build, and it changes."""
     text = (REPO / "Makefile").read_text(encoding="utf-8")
     assert re.findall(r"https?://\S+", text) == []
+
+
+STAGES = ["sft", "dpo", "grpo"]
+
+
+def demo_chat(*arguments: str) -> list[str]:
+    """Return what `make demo-chat` would run once the environment is there."""
+    lines = commands("demo-chat", "-o", f"{REPO}/.venv/installed", *arguments)
+    return lines[lines.index("rm -rf demo-chat") + 1 :]
+
+
+def test_the_chat_demo_is_what_the_commands_do_by_default(tmp_path):
+    """Its recipe is that of the scripts, so a score of the demo is one of the defaults."""
+    lines = demo_chat(f"VENV={tmp_path / 'new'}")
+    tuned = [line.split() for line in lines if " -m scripts." in line]
+    assert [words[2] for words in tuned] == [f"scripts.{stage}" for stage in STAGES]
+    for words in tuned:
+        flags = words[3::2]
+        assert flags == ["--init_from", "--data_dir", "--ckpt_dir", "--graph_dir"], words
+        assert all(name.startswith("demo-chat/") for name in words[4::2]), words
+    assert [words[4] for words in tuned] == [
+        f"demo-chat/{start}/best.pt" for start in ("base", "sft", "sft")
+    ]
+    assert "--dataset toy" in lines[0]
+    lines = demo_chat("DEMO_STEPS=2", "DEMO_SFT_STEPS=3", "DEMO_FLAGS=--score_prompts 4")
+    assert [re.findall(r"--max_steps (\d+)", line) for line in lines if "max_steps" in line] == [
+        ["2"],
+        ["3"],
+    ]
+    assert sum("--score_prompts 4" in line for line in lines) == 3
+
+
+@pytest.mark.slow
+def test_the_chat_demo_runs(tmp_path):
+    """All of its lines but the install, on less text and for two steps a stage."""
+    steps = [f"DEMO_{name}STEPS=2" for name in ("", "SFT_", "DPO_", "GRPO_")]
+    flags = "--score_prompts 2 --max_new_tokens 8 --num_threads 1 --batch_size 2 --toy_examples 200"
+    lines = demo_chat(f"VENV={tmp_path / 'env'}", *steps, f"DEMO_FLAGS={flags}")
+    output = ""
+    for line in lines:
+        line = line.replace("demo-chat/", f"{tmp_path}/demo-chat/")
+        line = line.replace("--dataset toy", "--dataset toy --max_tokens 200000")
+        said, pipe, program = line.rpartition(" | ")
+        words = shlex.split(program)
+        if not words[0].endswith("python"):
+            done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+        else:
+            piped = subprocess.run(["sh", "-c", said], capture_output=True, text=True).stdout
+            done = children.run(words[1:], cwd=REPO, input=piped, timeout=600)
+        assert done.returncode == 0, line + done.stdout[-2000:] + done.stderr[-2000:]
+        output += done.stdout
+    folder = tmp_path / "demo-chat"
+    for stage in STAGES:
+        assert (folder / stage / "best.pt").exists()
+        assert (folder / "graphs" / stage / "metrics.jsonl").exists()
+    # A table of each stage, the base's loss in it, because the demo has the base's text.
+    tables = re.split(r"^score +step ", output, flags=re.MULTILINE)[1:]
+    assert len(tables) == 3
+    assert all("base loss" in table and "story loss" in table for table in tables)
+    assert output.count("> Tell a story about Pip the badger") == 3
+    # The questions are held out from every stage.
+    asked = re.findall(r"^> (.*)$", output.split("A chat of three messages")[1], re.MULTILINE)
+    beginning, _ = tasks.interview("test", 18)[0].prompt.rsplit("\n", 1)
+    assert [line.removesuffix("\\") for line in asked[:2]] == beginning.split("\n")
+    request = re.search(r"^DEMO_REQUEST = (.*)$", (REPO / "Makefile").read_text(), re.MULTILINE)
+    assert request[1] == tasks.request("test", 19).prompt

@@ -12,16 +12,32 @@ from config_model import TrainConfig, option
 MODEL_FLAGS = ("aux_loss_coef", "z_loss_coef", "router_bias_rate", "dropout")
 
 
+# What a setting of pre-training means here.
+HELP = {
+    "batch_size": "rows per micro-batch; of pairs, so many of chosen and of rejected answers",
+    "data_dir": "folder of the base's shards, for its loss on its own text; it may be missing",
+    "document_mask": "for pre-training alone: here no example sees another",
+    "save_interval": "steps between checkpoints and plots; best.pt is the best of them",
+    "seed": "seed of data order, sampled answers, adapters and dropout",
+}
+# Settings of pre-training that would change nothing: validation takes all that is held out.
+NOT_HERE = frozenset(("val_steps",))
+
+
 def changed(name: str, default: object) -> Any:
-    """Return TrainConfig's field with another default."""
+    """Return TrainConfig's field with another default, and with its meaning here."""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    return field(default=default, metadata=fields[name].metadata)
+    metadata = dict(fields[name].metadata)
+    return field(default=default, metadata=metadata | {"help": HELP.get(name, metadata["help"])})
 
 
 @dataclass(frozen=True)
 class PostTrainConfig(TrainConfig):
     """One run after pre-training: its data, its score, its adapters."""
 
+    data_dir: str = changed("data_dir", TrainConfig.data_dir)
+    document_mask: bool = changed("document_mask", TrainConfig.document_mask)
+    seed: int = changed("seed", TrainConfig.seed)
     # data
     dataset: str = option(
         "",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from config_model import ModelConfig
 from runtime.base import cli
-from runtime.posttraining.config import MODEL_FLAGS, PostTrainConfig
+from runtime.posttraining.config import MODEL_FLAGS, NOT_HERE, PostTrainConfig
 
 
 def settings_of(
@@ -16,7 +18,7 @@ def settings_of(
     )
     cli.add_config_file(parser)
     cli.add_fields(parser.add_argument_group("model"), ModelConfig, only=MODEL_FLAGS)
-    cli.add_fields(
-        parser.add_argument_group(config_class.__name__, config_class.__doc__), config_class
-    )
+    group = parser.add_argument_group(config_class.__name__, config_class.__doc__)
+    names = [f.name for f in dataclasses.fields(config_class) if f.name not in NOT_HERE]
+    cli.add_fields(group, config_class, names)
     return cli.settings_from(parser.parse_args(argv), ModelConfig, config_class)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 
 import pytest
@@ -155,10 +156,19 @@ def test_a_learned_attention_bias_has_one_answer_a_row(tmp_path):
 
 
 # -------------------------------------------------------------------- the sampler is the trainer
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_the_trainers_log_probs_are_the_samplers(tmp_path, changes):
-    """In each step, so also after updates, in packed rows, with ids that are never drawn."""
-    task, config, model = task_and_model(tmp_path, base=changes, lr=3e-2)
+@pytest.mark.parametrize(
+    ("changes", "rank"),
+    [*((changes, 0) for changes in MODELS.values()), (MODELS["gpt-oss"], 4)],
+    ids=[*MODELS, "lora"],
+)
+def test_the_trainers_log_probs_are_the_samplers(tmp_path, changes, rank):
+    """In each step, so also after updates, in packed rows, with ids that are never drawn.
+
+    Adapters are merged for the sampler, and the trainer has them apart.
+    """
+    lora = {"lora_rank": rank} if rank else {}
+    task, config, model = task_and_model(tmp_path, base=changes, lr=3e-2, **lora)
+    task.prepare(model)
     gaps, own = [], task.loss
 
     def loss(model, batch):
@@ -367,12 +377,23 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, more):
     assert scores[0] == scores[1] and len(scores[0]) == 3
 
 
+@pytest.mark.parametrize("row_tokens", [0, 64, 200])
+def test_answers_fill_rows_of_the_length_that_was_asked_for(tmp_path, row_tokens):
+    """--row_tokens was read and changed nothing."""
+    task, config, model = task_and_model(tmp_path, row_tokens=row_tokens)
+    task.restore({})
+    task.started(model)
+    batch = task.loader(model.config, config).batch(0)
+    assert batch[0].shape[1] == (row_tokens or 2 * task.context)
+
+
 def test_a_run_says_what_it_does(tmp_path, capsys):
     base = tiny_base(tmp_path / "base")
     assert run(tmp_path, *flags_of(tmp_path / "data"), base=base) == 0
     output = capsys.readouterr().out
     assert "12 prompts" in output and "steps of 2 prompts x 4 answers" in output
-    assert "the reward decides about answers without an end" in output
+    assert "it decides about answers without an end" in output
+    assert re.search(r"^ended +\d\.\d{3} \(\d\.\d{3} to ", output, re.MULTILINE), "an interval"
     found = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert found.stage["kind"] == "grpo" and found.stage["start"]["path"] == str(base)
     # Its place is taken by another file.

@@ -145,8 +145,6 @@ class Preference(FineTuning):
         self.config: DpoConfig = config
         # Of chosen and of rejected answers.
         self.rows_per_sample *= 2
-        # A pair is two rows.
-        self.rows_per_sample *= 2
         # Settled by `planned`; else by the config.
         self.dtype: torch.dtype | None = None
         toy = tasks.pairs("preference", config.toy_examples) if config.is_toy else []
@@ -157,6 +155,8 @@ class Preference(FineTuning):
         num_pairs = len(encoded.digests)
         self.reference = Reference(num_pairs, self.start["digest"], self.fingerprint)
         self._model: LLM | None = None
+        # The starting weights, read again.
+        self._again: LLM | None = None
         # Numbers of the first validation, which later ones are compared with.
         self.first: dict[str, float] = {}
         self.warned: set[str] = set()
@@ -263,7 +263,8 @@ class Preference(FineTuning):
         segments_M, numbers_P = batch[4], batch[5].numpy()
         if self.reference.lacks(numbers_P):
             # A run that was rolled back continues after the pairs that it was to use.
-            self._add(self._start_again(""), batch)
+            self._again = self._again or self._start_again("")
+            self._add(self._again, batch)
         reference_S = torch.from_numpy(self.reference.of(numbers_P))
         num_tokens_S = torch.bincount(segments_M, minlength=len(reference_S))
         return *batch, reference_S, num_tokens_S

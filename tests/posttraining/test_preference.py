@@ -264,6 +264,13 @@ def test_it_is_said_when_chosen_answers_become_unlikely():
     assert not warnings_of({}, {CHOSEN: -0.019, REJECTED: -0.2, ACCURACY: 0.9}, "")
 
 
+def test_a_sample_is_two_rows_for_the_estimate_of_memory(tmp_path):
+    """Rows of two contexts each; a factor that was applied twice foretold twice the memory."""
+    task, _ = task_and_model(tmp_path)
+    batch = task._pairs(task.config).batch(0)
+    assert batch[0].numel() == task.config.batch_size * task.rows_per_sample * task.context
+
+
 def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="--label_smoothing has no effect on --dpo_loss ipo"):
         DpoConfig(dpo_loss="ipo", label_smoothing=0.1)

@@ -68,8 +68,12 @@ class Adapter:
 
     def header(self, folder: str | Path) -> dict:
         """Return the entry of a stage in a header, for a file in `folder`."""
-        # The whole tree of folders may move.
-        near = os.path.relpath(self.base, os.path.abspath(folder))
+        try:
+            # The whole tree of folders may move.
+            near = os.path.relpath(self.base, os.path.abspath(folder))
+        except ValueError:
+            # Windows: on another drive.
+            near = self.base
         return dataclasses.asdict(self) | {"base_from_here": near}
 
     @classmethod

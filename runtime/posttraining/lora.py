@@ -5,9 +5,9 @@ they are and which factor they have). Trained are the adapters, and rows of the 
 nobody trained before. Router, norms, embedding, head and biases stay as they are: a router that
 moves would send tokens to experts that never learned them. The expert biases stay too.
 
-The product of a matrix and its adapter is never made while training. On E experts the rows, sorted
-by expert, take two more thin grouped products. `merged_model` makes it, in a plain LLM of its own,
-for decoders.
+The sum of a matrix and its adapter is never made while training: rows that are sorted by expert
+take two more thin products, on a CPU in one operation with the others
+(runtime/kernels/cpu_adapters.py). `merged_model` makes it, in a plain LLM of its own, for decoders.
 """
 
 from __future__ import annotations

@@ -129,3 +129,14 @@ def test_a_changed_activation_is_noticed(monkeypatch):
     (line,) = settle_kernels(model)
     assert "another activation" in line
     assert all(block.moe.experts.feed_forward is None for block in model.layers)
+
+
+def test_a_compiler_sees_one_operation():
+    """Its shapes and its gradients: a graph of all of a block is one in training too."""
+    plain, ours = experts_of("swiglu", True)
+    expected = results(ours, [3, 0, 7, 1, 0])
+    for parameter in ours.parameters():
+        parameter.grad = None
+    ours.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    for name, tensor in results(ours, [3, 0, 7, 1, 0]).items():
+        assert torch.equal(tensor, expected[name]), name

@@ -56,6 +56,16 @@ def chats(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+def pairs(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """Write small sums with a right and a wrong answer, as JSON lines."""
+    rows = [
+        {"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": f"{i * 7}, or more"}
+        for i in range(seed, seed + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def in_folder(folder: Path) -> list[str]:
     """Return the flags that keep a run's files in a folder."""
     return [

@@ -25,6 +25,7 @@ from runtime.kernels.attention_choice import card_of, choose_attention, gpu_atte
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.linear_cross_entropy import IGNORE, add_product_
 from runtime.kernels.sink_attention import sink_attention
+from runtime.posttraining.rollouts import Sampler
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import make_plan
 from tests.builders import random_model, sink_case, tiny_config
@@ -33,6 +34,7 @@ from tests.builders_inference import (
     COMPILED_SPAN,
     MODELS,
     PROMPTS,
+    after_an_update,
     assert_same_texts,
     decoder_on,
     generated,
@@ -355,3 +357,30 @@ def test_the_heads_gradient_is_summed_unrounded():
         add_product_(total, chunk, h, is_first=times == 1)
         bound = times * 301 * 2**-24 * times * magnitude
         assert ((total.double() - times * exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_rollouts_on_a_gpu_follow_the_weights(changes, dtype, most):
+    """The graphs of the first sampling read the weights of the second.
+
+    Autocast's memory of cast weights would be that of the capture. The median, because routers may
+    send some tokens elsewhere: as a share of the largest logit.
+    """
+    model = random_model(tiny_config(context_length=32, **changes), 3).to(CUDA).eval()
+    prompts, banned = PROMPTS[:4], [0, 7]
+    sampler = Sampler(
+        model, stop_ids=[9, 10, 11], banned_ids=banned, max_new_tokens=12, dtype=dtype
+    )
+    for _ in range(2):
+        off = []
+        for prompt, group in zip(prompts, sampler.sample(prompts, 3, 7), strict=True):
+            for answer in group:
+                ids_1T = torch.tensor([prompt + answer.ids], device=CUDA)
+                with torch.no_grad(), autocast(CUDA, dtype):
+                    logits_TV = model(ids_1T).logits[0, len(prompt) - 1 : -1].double().cpu()
+                masked_TV = logits_TV.index_fill(1, torch.tensor(banned), -torch.inf)
+                expected_T = masked_TV.log_softmax(1)[range(len(answer.ids)), answer.ids]
+                off.append((torch.tensor(answer.log_probs) - expected_T).abs())
+        assert torch.cat(off).median() <= most * logits_TV.abs().max()
+        after_an_update(model)

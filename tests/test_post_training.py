@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 
 import pytest
 import torch
@@ -186,9 +187,10 @@ def test_its_notebook_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cells = "\n".join(programs).replace('"public/stories.pt"', repr(str(base)))
     assert "max_steps=50" in cells
-    names: dict = {}
     torch.set_num_threads(1)
-    exec(cells.replace("max_steps=50", "max_steps=6, warmup_steps=1"), names)
+    notebook = tmp_path / "notebook.py"
+    notebook.write_text(cells.replace("max_steps=50", "max_steps=6, warmup_steps=1"))
+    names = runpy.run_path(str(notebook))
     assert [r["step"] for r in names["records"] if r["kind"] == "train"] == [6]
     assert names["model"].config.vocabulary_size == names["source"].model_config.vocabulary_size + 3
     assert len(names["ids"][0]) >= 1 and names["found"].kind == "conversations"

@@ -337,7 +337,8 @@ def _with_base(checkpoint: Checkpoint, merges: bool, read_only: bool, chained: i
 def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpoint:
     """Return the base of a file of adapters, checked.
 
-    It is looked for at its own path, at the same way from the adapters' folder, and next to them.
+    It is looked for at its own path, at the same way from the adapters' folder, and next to them;
+    then among the other files of its folder, because names such as best.pt move on.
     """
     adapter, near = Adapter.from_header(checkpoint.stage[KEY])
     if chained >= MOST_CHAINED:
@@ -345,23 +346,24 @@ def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpo
             f"is the base of {chained} files of adapters, one on the other: merge some with "
             "scripts.merge_lora"
         )
-    folder = checkpoint.path.parent
+    folder, own = checkpoint.path.parent, Path(adapter.base)
+    named = (own, folder / near, folder / own.name)
+    others = (path for place in named[:2] for path in sorted(place.parent.glob("*.pt")))
     problems = []
-    places = (Path(adapter.base), folder / near, folder / Path(adapter.base).name)
-    for path in dict.fromkeys(place.resolve() for place in places):
+    for path in dict.fromkeys(place.resolve() for place in (*named, *others)):
         if not path.is_file() or path.samefile(checkpoint.path):
             continue
         try:
-            base = read_checkpoint(path, read_only=read_only, chained=chained + 1)
+            digest = _weights_digest_in(path)
+            if digest == adapter.base_digest:
+                return read_checkpoint(path, read_only=read_only, chained=chained + 1)
         except CheckpointError as error:
             # Of a chain, what is wrong at its end.
             problems.append(error.innermost or str(error))
             continue
-        if base.weights_digest == adapter.base_digest:
-            return base
-        found, wanted = base.weights_digest[:12], adapter.base_digest[:12]
+        found, wanted = digest[:12], adapter.base_digest[:12]
         problems.append(f"{path} has other weights (digest {found}, not {wanted})")
-    problem = problems[0] if problems else f"{adapter.base} is missing"
+    problem = problems[0] if own.is_file() and problems else f"{adapter.base} is missing"
     failure = CheckpointError(
         checkpoint.path,
         f"holds adapters alone, and their base is not found: {problem}. Put it back, or next to "
@@ -369,6 +371,19 @@ def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpo
     )
     failure.innermost = problem
     raise failure
+
+
+def _weights_digest_in(path: Path) -> str:
+    """Return what identifies the weights in a file, by its own word: they are not read."""
+    contents, records = unpack(path)
+    try:
+        if "format" not in contents:
+            return read_reference(path, contents, records, False).weights_digest
+        stage = read_header(contents).get("stage", {})
+        adapter = Adapter.from_header(stage[KEY])[0] if KEY in stage else None
+        return weights_digest(contents["digests"], adapter)
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
 
 
 def load_model(

@@ -188,13 +188,11 @@ class Examples:
         if first is None:
             return recognise(row, self.want, self.columns)
         form, first_where = first
-        has_keys = all(name in row for name in form.needs)
-        found = recognise(row, form.kind, self.columns) if has_keys else None
-        # Another form may have its columns filled, where those of this one are null.
-        if found is form or (
-            found and has_keys and not all(row[name] is not None for name in found.needs)
-        ):
-            return form
+        if all(name in row for name in form.needs):
+            found = recognise(row, form.kind, self.columns)
+            # Another form may have its columns filled, where those of this one are null.
+            if found is form or any(row[name] is None for name in found.needs):
+                return form
         raise ValueError(
             f"mixed keys: this row has {names_of(row)}, but {first_where} has {form.name}: "
             "a file holds one form, split it"

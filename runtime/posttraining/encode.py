@@ -104,10 +104,12 @@ def encode_examples(
     tokenizer: with chat ids, unless `raw`. tokens_per_row: the most inputs of a sequence. too_long:
     what becomes of a longer example: "drop" it; "cut_prompt" drops its oldest turns, never a part
     of the last answer; "refuse" raises ValueError. Examples without a target are dropped. Raise
-    ValueError if none is left, and for prompts, which hold no answers.
+    ValueError if none is left, for prompts, which hold no answers, and for `raw` with "cut_prompt".
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"--too_long must be one of {', '.join(TOO_LONG)}, not {too_long!r}")
+    if raw and too_long == "cut_prompt":
+        raise ValueError("--too_long cut_prompt drops turns, and --raw has none: take drop")
     encoder = _Encoder(tokenizer, tokens_per_row, train_on, too_long, raw)
     counted = Report()
     for example in examples:
@@ -189,7 +191,7 @@ class _Encoder:
                     f"{self.tokens_per_row:,}: take --too_long drop or cut_prompt, or a longer row"
                 )
             shorter = None
-            if self.too_long == "cut_prompt" and not self.raw:
+            if self.too_long == "cut_prompt":
                 shorter = without_oldest_turn(example)
             if shorter is None:
                 raise Dropped(f"longer than {self.tokens_per_row:,} tokens")

@@ -211,26 +211,23 @@ def _pair_of(sides: list[list[Message]], row: Row, context: Context) -> Pair:
     chosen, rejected = sides
     if not chosen or not rejected:
         raise Dropped(NO_ANSWER)
-    # Whole conversations begin with a message that is no answer.
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        common = _common_prefix(chosen, rejected)
-        shared = chosen[:common]
-        texts = [m["content"].strip() for m in shared]
-        if prompt and prompt[-1]["content"].strip() not in texts:
-            raise ValueError("prompt is in neither conversation: leave the column out")
-        prompt, chosen, rejected = shared, chosen[common:], rejected[common:]
-        if chosen == rejected:
-            raise Dropped(EQUAL_ANSWERS)
-        if not chosen or not rejected:
-            raise Dropped(NO_ANSWER)
-    elif given is None:
-        raise ValueError(
-            "it has no prompt, and chosen and rejected are no whole conversations: "
-            "give the column prompt, or both as lists of messages"
-        )
-    prompt = _with_system(prompt, row, context)
     if chosen == rejected:
         raise Dropped(EQUAL_ANSWERS)
+    # Whole conversations, which hold their prompt.
+    if given is None or "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
+        common = _common_prefix(chosen, rejected)
+        shared = chosen[:common]
+        if prompt and prompt[-1]["content"].strip() not in [m["content"].strip() for m in shared]:
+            raise ValueError("prompt is in neither conversation: leave the column out")
+        prompt, chosen, rejected = shared, chosen[common:], rejected[common:]
+        if not chosen or not rejected:
+            raise Dropped(NO_ANSWER)
+        if not prompt and chosen[0]["role"] == "assistant":
+            raise ValueError(
+                "it has no prompt, and chosen and rejected have no message in common: "
+                "give the column prompt, or whole conversations"
+            )
+    prompt = _with_system(prompt, row, context)
     for side in (chosen, rejected):
         if side[0]["role"] != "assistant":
             raise ValueError(
@@ -256,7 +253,7 @@ def _prompt(row: Row, context: Context) -> Prompt:
     if messages[-1]["role"] == "assistant":
         raise Dropped(ANSWER_LAST)
     columns = {name: value for name, value in row.items() if name != "prompt"}
-    return Prompt(untrained(messages), columns, context.where)
+    return Prompt(messages, columns, context.where)
 
 
 # The first that fits is taken; of two conversations in one row, none is.

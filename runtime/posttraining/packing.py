@@ -61,10 +61,10 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class Rows:
-    """How examples fill rows: their sizes decide the rows, a number decides who goes where.
+    """How examples fill rows: sizes decide the rows, keys which of equal size goes where.
 
     share: several examples in a row; otherwise each has its own, and rows are as long as the
-    longest example.
+    longest example. tokens_per_row may be more than the examples were encoded for.
     """
 
     def __init__(self, encoded: Encoded, tokens_per_row: int, share: bool = True):
@@ -211,7 +211,7 @@ class PackedValidation(Sequence):
         num_rows = len(self.rows) if self.rows else 0
         self.batch_size = min(batch_size, num_rows) or batch_size
         if self.rows:
-            # Numbers are equal keys: the examples' order.
+            # With equal keys, examples of equal size keep their order.
             self._by_rank = self.rows.assigned(np.zeros(len(encoded)))
 
     def __len__(self) -> int:

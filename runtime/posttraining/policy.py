@@ -7,7 +7,6 @@ in policy_loss.py, the sampling in rollouts.py, the reward in reward.py.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -21,20 +20,15 @@ from config_model import ModelConfig, TrainConfig, kv_cache_bytes_per_token, opt
 from model import LLM, Output
 from runtime.base.device import DTYPES, autocast, to_device
 from runtime.checkpoint.format import Checkpoint
-from runtime.checkpoint.read import build_model, read_checkpoint
-from runtime.data.chat import has_chat
-from runtime.data.tokenizers import tokenizer_of
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.conversations import ExampleFiles
 from runtime.posttraining.groups import Group, Rolled, pack_groups
-from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.policy_loss import Clip, advantages_of, kl_terms, policy_loss
 from runtime.posttraining.prompts import FilePrompts, Prompts, ToyPrompts, refilled
 from runtime.posttraining.reward import load_reward, toy_reward
 from runtime.posttraining.rollouts import MOST_ROWS, Sampler, without_ids
 from runtime.posttraining.score import Exam, Score
 from runtime.posttraining.tuning import FineTuning
-from runtime.training.plan import with_config
 from runtime.training.state import PER_STEP
 from runtime.training.task import Batch
 
@@ -124,9 +118,8 @@ class RolloutLoader:
     first of these steps. `groups` then belongs to the state of the run.
     """
 
-    def __init__(self, task: Grpo, model_config: ModelConfig, config: TrainConfig):
+    def __init__(self, task: Grpo, config: TrainConfig):
         self.task, self.config = task, config
-        self.share = can_share_rows(model_config)
         self.rollout, self.update, self.groups = -1, 0, dict[int, Group]()
 
     def state(self) -> dict:
@@ -159,7 +152,8 @@ class RolloutLoader:
             self.groups |= zip(missing, task.roll(missing, config), strict=True)
         groups = [self.groups[sample] for sample in samples]
         task.told.add(groups, is_new=bool(missing))
-        rolled = pack_groups(groups, task.row_tokens, self.share, bool(task.config.kl_coef))
+        keeps = bool(task.config.kl_coef)
+        rolled = pack_groups(groups, task.row_tokens, task.shares_rows, keeps)
         self._add_log_probs(rolled)
         numbers_K = task.told.numbers(groups, config.grad_accum)
         assert task.model is not None
@@ -168,18 +162,13 @@ class RolloutLoader:
 
     def _add_log_probs(self, rolled: Rolled) -> None:
         """Give answers the log-probabilities that their later updates are compared with."""
-        task, dtype = self.task, task_dtype(self.config)
+        task = self.task
         if task.config.updates_per_rollout > 1 and rolled.lacks("old"):
             assert task.model is not None
-            rolled.store("old", task.log_probs(task.model, rolled.packed, dtype))
+            rolled.store("old", task.log_probs(task.model, rolled.packed))
         if task.config.kl_coef and rolled.lacks("reference"):
             assert task.reference is not None
-            rolled.store("reference", task.log_probs(task.reference, rolled.packed, dtype))
-
-
-def task_dtype(config: TrainConfig) -> torch.dtype:
-    """Return the dtype of a run's products. A plan replaces "auto" by the dtype that was chosen."""
-    return DTYPES.get(config.dtype, torch.float32)
+            rolled.store("reference", task.log_probs(task.reference, rolled.packed))
 
 
 class Told:
@@ -248,8 +237,6 @@ class Grpo(FineTuning):
         super().__init__(config, source)
         assert source is not None, "FineTuning refuses to start without weights"
         self.config: GrpoConfig = config
-        own = {"path": str(source.path), "digest": source.digest}
-        self.start: dict = source.stage.get("start", own) if config.resume else own
         self.reward = load_reward(config.reward) if config.reward else toy_reward()
         self.prompts = self._prompts()
         self.fingerprint = self.prompts.fingerprint
@@ -266,6 +253,8 @@ class Grpo(FineTuning):
         # The newest loader, and the settings that the plan gave it.
         self._loader: RolloutLoader | None = None
         self._run: TrainConfig = config
+        # Settled by `planned`, where "auto" has become a dtype.
+        self.dtype = DTYPES.get(config.dtype, torch.float32)
         self._restored: dict = {}
         self.steps = self.idle_steps = 0
 
@@ -316,7 +305,7 @@ class Grpo(FineTuning):
                 "dropout would make log-probabilities of training others than those of sampling: "
                 "give --dropout 0"
             )
-        loader = RolloutLoader(self, model_config, config)
+        loader = RolloutLoader(self, config)
         loader.restore(self._restored)
         self._loader, self._run = loader, config
         return loader
@@ -328,41 +317,33 @@ class Grpo(FineTuning):
         return int(batch[-2])
 
     # -------------------------------------------------------------------------- rollouts
+    def planned(self, config: TrainConfig, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
     def started(self, model: LLM) -> None:
         self.model = model
-        if self.config.kl_coef and self.reference is None:
-            start = self._starting_model(model) if self.config.resume else self.plain(model)
-            self.reference = copy.deepcopy(start).eval().requires_grad_(False)
+        if not self.config.kl_coef or self.reference is not None:
+            return
+        try:
+            reference = self.starting_model(model, self.dtype)
+        except ValueError as error:
+            raise ValueError(f"{error}, and --kl_coef compares with it: put it back") from None
+        self.reference = reference.eval().requires_grad_(False)
 
-    def _starting_model(self, model: LLM) -> LLM:
-        """Return the weights that the run started from. Raise ValueError if they are not there."""
-        path, digest = self.start["path"], self.start["digest"]
-        source = read_checkpoint(path)
-        if source.digest != digest:
-            raise ValueError(
-                f"{path} is not the file that this run started from, and --kl_coef compares with "
-                "it: put that one back"
-            )
-        config = self.adapted(source.model_config, source)
-        # This run's own checkpoint, which it resumes, has the chat ids already.
-        is_new = self.tokenizer.chat is not None and not has_chat(tokenizer_of(source))
-        whole = with_config(source, config, sorted(self.tokenizer.chat or ()) if is_new else [])
-        return build_model(whole, model.embed.weight.device)
-
-    def sampler(self, dtype: torch.dtype) -> Sampler:
+    def sampler(self) -> Sampler:
         """Return what samples with the weights of now, in the dtype that they are trained in.
 
         Ask again after each update: adapters are merged here.
         """
         assert self.model is not None, "fit starts a task before it asks for batches"
         plain = self.plain(self.model)
-        if self._sampler is None or (self._sampler.model, self._sampler.dtype) != (plain, dtype):
+        if self._sampler is None or self._sampler.model is not plain:
             self._sampler = Sampler(
                 plain,
                 stop_ids=self.stop_ids,
                 banned_ids=self.banned_ids,
                 max_new_tokens=self.config.max_new_tokens,
-                dtype=dtype,
+                dtype=self.dtype,
             )
         return self._sampler
 
@@ -384,7 +365,7 @@ class Grpo(FineTuning):
 
     def _roll(self, numbers: Sequence[int], config: TrainConfig) -> list[Group]:
         asked = [self.prompts.asked(config.seed, number) for number in numbers]
-        sampler = self.sampler(task_dtype(config))
+        sampler = self.sampler()
         size = self.config.group_size
         answers = sampler.sample([one.ids for one in asked], size, config.seed, numbers)
         groups = []
@@ -408,10 +389,10 @@ class Grpo(FineTuning):
             return model(ids_BT, targets_BT, starts_BT=starts_BT, rows_M=rows_M, per_token=True)
 
     @torch.no_grad()
-    def log_probs(self, model: LLM, packed: Batch, dtype: torch.dtype) -> Tensor:
+    def log_probs(self, model: LLM, packed: Batch) -> Tensor:
         """Return the log-probabilities [M] of packed answers, on the CPU."""
         device = model.embed.weight.device
-        with autocast(device, dtype):
+        with autocast(device, self.dtype):
             out = self.forward(model, to_device(packed, device))
         assert out.log_probs is not None
         return out.log_probs.cpu()
@@ -481,9 +462,6 @@ class Grpo(FineTuning):
         if state and state["reward"] != self.reward.digest:
             tqdm.write(f"note     {self.config.reward} is another file than when the run was saved")
 
-    def stage(self, model: LLM) -> dict:
-        return super().stage(model) | {"start": self.start}
-
     def score(self, model: LLM) -> dict[str, float]:
         numbers = self.base_loss(model)
         if self.exam is not None:
@@ -495,7 +473,7 @@ class Grpo(FineTuning):
     def _held_out_score(self) -> Score:
         """Return what one answer to each held-out prompt earns, drawn with the same numbers."""
         asked = self.prompts.held_out[: self.config.score_prompts]
-        sampler = self.sampler(task_dtype(self._run))
+        sampler = self.sampler()
         answers = [group[0] for group in sampler.sample([one.ids for one in asked], 1, SCORE_SEED)]
         earned = [
             self.reward(one.prompt, self.text(answer.ids), answer.ended)

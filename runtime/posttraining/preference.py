@@ -157,6 +157,7 @@ class Preference(FineTuning):
         self._model: LLM | None = None
         # Numbers of the first validation, which later ones are compared with.
         self.first: dict[str, float] = {}
+        self.warned: set[str] = set()
         self.exam: Exam | None = None
         if config.score_prompts and config.is_toy:
             self.exam = Exam(self.tokenizer, config.score_prompts, config.max_new_tokens)
@@ -288,8 +289,12 @@ class Preference(FineTuning):
             numbers |= self.numbers_of(self.exam.score(self.plain(model)))
         numbers |= self._held_out_numbers(model)
         self.first = self.first or numbers
-        for line in warnings_of(self.first, numbers, self.best_score):
-            tqdm.write(f"warning  {line}")
+        found = warnings_of(self.first, numbers, self.best_score)
+        for kind, line in found.items():
+            # Once, until it is over.
+            if kind not in self.warned:
+                tqdm.write(f"warning  {line}")
+        self.warned = set(found)
         return numbers
 
     def _held_out_numbers(self, model: LLM) -> dict[str, float]:
@@ -340,15 +345,16 @@ def _forward(model: LLM, batch: Batch) -> Output:
     return model(ids_BT, targets_BT, starts_BT=starts_BT, rows_M=rows_M, per_token=True)
 
 
-def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> list[str]:
-    """Return what goes wrong between two validations. score: name of the one by generation, or "".
+def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> dict[str, str]:
+    """Return what went wrong between two validations: lines by kind.
 
-    A fall of the score counts from a standard error on, a quarter of its interval.
+    score: name of the score by generation, or "". Its fall counts from a standard error on, a
+    quarter of its interval.
     """
-    lines = []
+    lines = {}
     advice = "lower --lr, raise --beta, or give --sft_coef 1"
     if now.get(CHOSEN, 0.0) < -MOST_FALL:
-        lines.append(
+        lines["chosen"] = (
             f"chosen answers are less likely than at the start, by {-now[CHOSEN]:.3f} nats a token "
             f"(rejected {-now[REJECTED]:.3f}; more than {MOST_FALL} is said): {advice}"
         )
@@ -356,7 +362,7 @@ def warnings_of(first: dict[str, float], now: dict[str, float], score: str) -> l
         return lines
     error = (first[score + HIGH] - first[score + LOW]) / 4
     if now[score] < first[score] - error and now[ACCURACY] > first[ACCURACY]:
-        lines.append(
+        lines["score"] = (
             f"accuracy rose from {first[ACCURACY]:.3f} to {now[ACCURACY]:.3f}, and {score} fell "
             f"from {first[score]:.3f} to {now[score]:.3f}: the pairs are learned, and the answers "
             f"get worse: {advice}"

@@ -7,6 +7,7 @@ weights have moved, and what they say of themselves is no reference.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.numpy import save
 
 from runtime.base.files import write_atomic
 
-FILE = "reference.safetensors"
+FILE, ABOUT = "reference.safetensors", "reference"
 
 
 class Reference:
@@ -48,8 +49,9 @@ class Reference:
 
     def save(self, folder: str | Path) -> None:
         """Write the file, whole or not at all."""
-        metadata = self.identity | {"digest": _digest(self.values)}
-        contents = save({"log_probs": self.values}, metadata=metadata)
+        # One entry: safetensors writes several in any order.
+        about = json.dumps(self.identity | {"digest": _digest(self.values)})
+        contents = save({"log_probs": self.values}, metadata={ABOUT: about})
         write_atomic(Path(folder) / FILE, lambda file: file.write(contents))
 
     def load(self, folder: str | Path) -> str:
@@ -59,12 +61,14 @@ class Reference:
             return f"{path} is missing"
         try:
             with safe_open(path, "np") as file:
-                metadata, values = file.metadata() or {}, file.get_tensor("log_probs")
-        except (SafetensorError, OSError):
+                about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+                values = file.get_tensor("log_probs")
+        except (SafetensorError, OSError, ValueError):
             return f"{path} is damaged"
-        if {name: metadata.get(name) for name in self.identity} != self.identity:
+        digest = about.pop("digest", "")
+        if about != self.identity:
             return f"{path} is of other weights or other data"
-        if values.shape != self.values.shape or metadata.get("digest") != _digest(values):
+        if values.shape != self.values.shape or digest != _digest(values):
             return f"{path} is damaged"
         self.values = values.copy()
         return ""

@@ -35,7 +35,7 @@ STORIES_PER_EXERCISE = 1_000
 # A question comes after the sentences that fit.
 MOST_BEGINNING_WORDS = 60
 # A nano model reads 256 tokens: the request and its story must fit.
-MOST_STORY_WORDS = 130
+MOST_STORY_WORDS = 140
 
 QUESTIONS = {
     "who": ("Who is the story about?", "What is the name of the hero?"),
@@ -56,8 +56,8 @@ _OWNS = re.compile(
     r"gave \{A\} \{O\.a\}|\{A\} kept \{O\.a\}|\{at\} with \{O\.a\}|playing with \{O\.a\}|"
     r"playing with the \{O\.noun\}|had brought \{O\.a\}"
 )
-# Things that a request can ask for, by field, with the field's form that the prompt shows.
-_THINGS = ("O", "place", "bake", "build", "gift", "plant", "broken", "treat")
+# Fields with things that a request can ask for: what the story is about, no detail of its end.
+_THINGS = ("O", "place", "bake", "build", "gift", "plant", "broken")
 _SENTENCE_END = re.compile(r"""[.!?]"?(?=\s|$)""")
 _FIELD = re.compile(r"\{(\w+)[\w.]*\}")
 
@@ -207,9 +207,9 @@ def _core(cast: dict[str, Any], field: str) -> str:
 
 
 def _shown(cast: dict[str, Any], field: str) -> str:
-    """Return how a request names a thing: "a ribbon", "the farm", "cookies"."""
+    """Return how a request names a thing: "a ribbon", "the farm"."""
     core = _core(cast, field)
-    return core if field in ("place", "treat") else Phrase(core).a
+    return core if field == "place" else Phrase(core).a
 
 
 def _request(draft: Drafted, asked: dict[str, str]) -> Exercise:

@@ -121,6 +121,19 @@ def test_the_base_is_found_where_it_was_and_where_its_files_moved(tmp_path):
     assert read_checkpoint(path).adapter.base == str(beside)
 
 
+def test_a_name_that_moved_on_is_followed_to_the_file(tmp_path):
+    """The run of the base continued: best.pt is another model now, and a step file still is it."""
+    base_run(tmp_path / "base")
+    model, optimizer = lora_run(tmp_path / "base/latest.pt")
+    path = save(tmp_path / "run", 1, move_adapters(model), optimizer)
+    assert read_checkpoint(path).adapter.base.endswith("latest.pt")
+    other, state = new_run(seed=5)
+    save(tmp_path / "base", 9, other, state)
+    found = read_checkpoint(path)
+    assert found.adapter.base == str(tmp_path / "base/step_0000003.pt")
+    assert same_weights(build_model(found), merged_model(model))
+
+
 def refused(path: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as error:
         read_checkpoint(path)
@@ -133,6 +146,8 @@ def test_a_missing_or_another_base_is_refused(tmp_path):
     base, path, _ = adapters_of(tmp_path)
     kept = tmp_path / "kept.pt"
     os.rename(base, kept)
+    # Another name of the same file would do.
+    os.remove(base.with_name("latest.pt"))
     refused(path, "adapters alone", f"{base} is missing", "next to its adapters")
     other = base_run(tmp_path / "base", seed=5)
     assert other == base

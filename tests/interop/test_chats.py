@@ -9,6 +9,7 @@ import functools
 import json
 import random
 import re
+import runpy
 
 import pytest
 
@@ -175,7 +176,9 @@ def test_a_chat_in_transformers(checkpoint, tmp_path, arch, capsys):
     # The model card's example answers too.
     code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)[1]
     capsys.readouterr()
-    exec(code.replace('folder = "."', f"folder = {str(out)!r}"), {})
+    example = tmp_path / "example.py"
+    example.write_text(code.replace('folder = "."', f"folder = {str(out)!r}"), encoding="utf-8")
+    runpy.run_path(str(example))
     assert "apply_chat_template" in code and "<|" not in capsys.readouterr().out
 
 

@@ -146,6 +146,9 @@ def test_answers_in_a_prompt_are_not_learned():
     )
     assert pair.prompt == [USER, ANSWER | {"train": False}, USER]
     assert (pair.chosen, pair.rejected) == ([ANSWER], [WORSE])
+    greeted = [ANSWER, USER]
+    pair = read_one({"chosen": [*greeted, ANSWER], "rejected": [*greeted, WORSE]})
+    assert pair.prompt == [ANSWER | {"train": False}, USER]
 
 
 PAIRS = {
@@ -305,6 +308,26 @@ def test_files_of_several_forms(tmp_path):
     jsonl(tmp_path / "c.jsonl", [PAIRS["texts"]])
     with pytest.raises(ValueError, match=r"c.jsonl line 1: the row is one of pairs"):
         read_examples([tmp_path / "a.jsonl", tmp_path / "c.jsonl"])
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv", ".tsv"])
+def test_every_format_gives_the_same_examples(tmp_path, ending):
+    rows = [promise.FORMS["completion"][0](i) for i in range(20)]
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(promise.written(rows, ending))
+    found = [each.messages for each in read_examples(path).examples]
+    assert found == [read_one(row).messages for row in rows]
+    if ending in (".csv", ".tsv"):
+        return
+    # Lists of messages, with fields that only some messages have.
+    rows = [
+        {"messages": [USER, ANSWER, USER, WORSE | {"train": False}]},
+        {"messages": [USER, WORSE]},
+    ]
+    path.write_bytes(promise.written(rows, ending))
+    assert [each.messages for each in read_examples(path).examples] == [
+        row["messages"] for row in rows
+    ]
 
 
 def test_of_a_folder_with_splits_those_for_training_are_read(tmp_path):

@@ -134,6 +134,8 @@ def test_too_long_examples_are_dropped_refused_or_lose_their_oldest_turns():
         encode_examples([talk("a", "b" * 60)], CHAT, 20, too_long="cut_prompt")
     with pytest.raises(ValueError, match="--too_long must be one of drop, cut_prompt, refuse"):
         encode_examples([long], CHAT, 64, too_long="cut")
+    with pytest.raises(ValueError, match="--raw has none"):
+        encode_examples([talk("a", "b")], CHAT, 64, too_long="cut_prompt", raw=True)
 
 
 @pytest.mark.parametrize(

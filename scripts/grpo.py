@@ -1,8 +1,9 @@
 """Let a tuned model learn from rewards: group relative policy optimization (GRPO).
 
-    python -m scripts.grpo --init_from checkpoints/sft/best.pt                 embedded requests
-    python -m scripts.grpo --init_from sft.pt --data my.jsonl --reward my.py:score   your prompts
-    python -m scripts.grpo --resume                                            continue the run
+    python -m scripts.grpo --init_from checkpoints/sft/best.pt              the embedded requests
+    python -m scripts.grpo --init_from checkpoints/sft/best.pt --data prompts.jsonl \\
+        --reward my_rewards.py:score                                        prompts of your own
+    python -m scripts.grpo --resume                                         continue the run
 
 The model answers each prompt --group_size times, the reward judges the answers, and those above
 their group's mean become likelier. A reward is a Python function:
@@ -12,8 +13,8 @@ their group's mean become likelier. A reward is a Python function:
 
 messages: the prompt; text: the answer; columns: the row's other ones, by name. It returns a number,
 or a dict of parts, such as {"polite": 1.0, "short": 0.5}: their sum is the reward, and each is
-logged. An answer without an end earns at most 0, unless the function has an argument `ended`.
-docs/post-training.md says more. Then talk to the model:
+logged. An answer without an end earns at most 0, unless the function has an argument `ended` and so
+decides itself. docs/post-training.md says more. Then talk to the model:
 
     python predict.py --chat --ckpt checkpoints/grpo/best.pt
 """

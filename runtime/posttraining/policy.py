@@ -344,6 +344,8 @@ class Grpo(FineTuning):
                 banned_ids=self.banned_ids,
                 max_new_tokens=self.config.max_new_tokens,
                 dtype=self.dtype,
+                # A score has many prompts, and should not leave a step more rows than it has.
+                most_rows=min(MOST_ROWS, self._run.batch_size * self.config.group_size),
             )
         return self._sampler
 

@@ -143,6 +143,8 @@ class Preference(FineTuning):
     def __init__(self, config: DpoConfig, source: Checkpoint | None):
         super().__init__(config, source)
         self.config: DpoConfig = config
+        # Of chosen and of rejected answers.
+        self.rows_per_sample *= 2
         # A pair is two rows.
         self.rows_per_sample *= 2
         # Settled by `planned`; else by the config.
@@ -183,17 +185,17 @@ class Preference(FineTuning):
 
     # -------------------------------------------------------------------------- batches and loss
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> _WithReference:
-        return _WithReference(self, self._pairs(model_config, config))
+        return _WithReference(self, self._pairs(config))
 
     def validation(self, model_config: ModelConfig, config: TrainConfig) -> _AllWithReference:
-        return _AllWithReference(self, self._held_out_pairs(model_config, config))
+        return _AllWithReference(self, self._held_out_pairs(config))
 
-    def _pairs(self, model_config: ModelConfig, config: TrainConfig) -> PairLoader:
+    def _pairs(self, config: TrainConfig) -> PairLoader:
         return PairLoader(
             self.train, self.row_tokens, config.batch_size, config.seed, self.shares_rows
         )
 
-    def _held_out_pairs(self, model_config: ModelConfig, config: TrainConfig) -> PackedValidation:
+    def _held_out_pairs(self, config: TrainConfig) -> PackedValidation:
         return PackedValidation(self.held_out, self.row_tokens, config.batch_size, self.shares_rows)
 
     def samples_per_epoch(self, model_config: ModelConfig) -> int:
@@ -216,7 +218,7 @@ class Preference(FineTuning):
         """Compute the reference of all pairs that the run will use, unless it is known."""
         self._model = model
         why, start, num_pairs = self._load(), None, 0
-        for batch in tqdm(self._unknown(model.config), "reference", leave=False, disable=None):
+        for batch in tqdm(self._unknown(), "reference", leave=False, disable=None):
             start = start or (self._start_again(why) if self.config.resume else model)
             self._add(start, batch)
             num_pairs += self.count(batch)
@@ -229,19 +231,19 @@ class Preference(FineTuning):
             return self.reference.load(self.config.ckpt_dir)
         return ""
 
-    def _unknown(self, model_config: ModelConfig) -> Iterator[Batch]:
+    def _unknown(self) -> Iterator[Batch]:
         """Yield the batches of the run that have pairs without a reference.
 
         They are the very batches of the first epoch and of validation: the same products in the
         same order, so that the first margins are 0, not only nearly so.
         """
-        config, loader = self.config, self._pairs(model_config, self.config)
+        config, loader = self.config, self._pairs(self.config)
         samples = config.max_steps * config.batch_size * config.grad_accum
         for first in range(0, min(samples, loader.samples_per_epoch), config.batch_size):
             rows = [loader.examples(first + i) for i in range(config.batch_size)]
             if self.reference.lacks(np.concatenate(rows)):
                 yield loader.batch(first)
-        for batch in self._held_out_pairs(model_config, config):
+        for batch in self._held_out_pairs(config):
             if self.reference.lacks(batch[5].numpy()):
                 yield batch
 

@@ -48,8 +48,8 @@ class Reward:
     def rule(self) -> str:
         """What becomes of an answer without an end, in words."""
         if self.takes_ended:
-            return "the reward decides about answers without an end (its argument `ended`)"
-        return "an answer without an end earns at most 0 (an argument `ended` would decide itself)"
+            return "it decides about answers without an end, by its argument `ended`"
+        return "an answer without an end earns at most 0"
 
     def __call__(self, prompt: Prompt, text: str, ended: bool) -> Earned:
         """Return what an answer earned. Raise ValueError for a function that fails."""

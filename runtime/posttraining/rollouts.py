@@ -46,7 +46,8 @@ class Sampler:
     """Samples answers with `model`, whose weights may change between two calls.
 
     model: a plain LLM; left in the mode (train, eval) it was in. dtype: that of the trainer's
-    autocast, float32 for none.
+    autocast, float32 for none. most_rows: answers at a time. A GPU computes as many rows as it ever
+    had, so none should be larger than the others.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class Sampler:
         banned_ids: Sequence[int] = (),
         max_new_tokens: int,
         dtype: torch.dtype = torch.float32,
+        most_rows: int = MOST_ROWS,
     ):
         if not stop_ids:
             raise ValueError("answers need a stop id: give this tokenizer a chat layout first")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.most_rows = model, dtype, most_rows
         self.stop_ids, self.banned_ids = list(stop_ids), list(banned_ids)
         self.max_new_tokens = max_new_tokens
         device, own = model.embed.weight.device, model.embed.weight.dtype
@@ -94,7 +96,7 @@ class Sampler:
                     f"prompt {numbers[i]} has {len(prompt)} tokens, and a context of "
                     f"{context} allows 1 to {context - 1}: shorten it or leave it out"
                 )
-        per_pass = max(1, MOST_ROWS // count)
+        per_pass = max(1, self.most_rows // count)
         answers = []
         with _in_eval_mode(self.model), _autocast(self.decoder.device, self.dtype):
             # Nothing that older weights computed may be reused.

@@ -339,7 +339,7 @@ def is_right(exercise: Exercise, text: str, ended: bool) -> bool:
 
 
 # ------------------------------------------------------------------------------ as data
-def conversations(split: str, count: int, question_share: float = 0.5) -> list[Conversation]:
+def conversations(split: str, count: int, question_share: float = 0.7) -> list[Conversation]:
     """Return `count` interviews and requests with their answers, spread evenly.
 
     question_share: the share of interviews, from 0 to 1.

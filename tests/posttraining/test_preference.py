@@ -39,7 +39,7 @@ LOSSES = [
 def task_and_model(tmp_path, pair_count: int = 24, **settings):
     """Return a task whose reference is random, and its model in float64 without other losses."""
     no_others = dict(aux_loss_coef=0.0, z_loss_coef=0.0)
-    base = read_checkpoint(tiny_base(tmp_path, context_length=128, **no_others))
+    base = read_checkpoint(tiny_base(tmp_path, context_length=64, **no_others))
     values = dict(
         data=(str(pairs(tmp_path / "pairs.jsonl", pair_count)),),
         ckpt_dir=str(tmp_path / "ckpt"),
@@ -118,7 +118,7 @@ def test_a_pair_in_a_shared_row_is_a_pair_alone(tmp_path, settings):
     all_numbers = sorted(task.train.numbers.tolist())
 
     def gradient(share: bool, batch_size: int) -> list[torch.Tensor]:
-        loader = PairLoader(task.train, task.context, batch_size, 0, share)
+        loader = PairLoader(task.train, task.row_tokens, batch_size, 0, share)
         samples = range(0, loader.samples_per_epoch, batch_size)
         assert loader.samples_per_epoch % batch_size == 0
         batches = [task.with_reference(loader.batch(first)) for first in samples]
@@ -130,7 +130,7 @@ def test_a_pair_in_a_shared_row_is_a_pair_alone(tmp_path, settings):
             train.forward_backward(model, task, batch, torch.float32, divisor, len(batches))
         return [p.grad.clone() for p in model.parameters()]
 
-    num_rows = PairLoader(task.train, task.context, 1, 0).samples_per_epoch
+    num_rows = PairLoader(task.train, task.row_tokens, 1, 0).samples_per_epoch
     assert num_rows < len(all_numbers) / 2, "several pairs are to share a row"
     whole = gradient(True, num_rows)
     assert max(float(g.abs().max()) for g in whole) > 1e-3
@@ -207,11 +207,7 @@ def test_the_reference_is_that_of_the_start_and_of_the_pairs_that_are_used(tmp_p
     task.reference.values[:] = np.nan
     model = model.float()
     task.started(model)
-    used = {
-        n
-        for first in (0, 2)
-        for n in task._pairs(model.config, task.config).batch(first)[5].tolist()
-    }
+    used = {n for first in (0, 2) for n in task._pairs(task.config).batch(first)[5].tolist()}
     used |= set(task.held_out.numbers.tolist())
     known = set(np.flatnonzero(~np.isnan(task.reference.values).any(axis=1)).tolist())
     assert known == used and len(known) < len(task.reference.values)

@@ -57,7 +57,7 @@ def test_a_function_that_asks_decides_about_answers_without_an_end(tmp_path):
         tmp_path, "def score(messages, text, ended, **more):\n    return 0.5 + ended\n"
     )
     assert reward(PROMPT, "x", False) == (0.5, {}) and reward(PROMPT, "x", True) == (1.5, {})
-    assert "the reward decides" in reward.rule
+    assert "it decides" in reward.rule
 
 
 def test_the_embedded_reward_is_the_share_of_what_was_asked_for():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from runtime.inference.decoder import Decoder
-from runtime.posttraining import rollouts
 from runtime.posttraining.rollouts import Sampler, answer_noise, draw_by_uniforms
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import CONTEXT, MODELS, after_an_update
@@ -46,12 +45,13 @@ def test_an_answer_depends_on_its_own_number_alone():
     assert ids_of(sampler.sample(PROMPTS, 5, 7, range(24, 28))) != whole
 
 
-def test_more_answers_than_a_pass_holds(monkeypatch):
-    sampler = sampler_of(model_of())
-    whole = ids_of(sampler.sample(PROMPTS, 5, 7))
-    # One prompt a pass.
-    monkeypatch.setattr(rollouts, "MOST_ROWS", 6)
-    assert ids_of(sampler.sample(PROMPTS, 5, 7)) == whole
+@pytest.mark.parametrize("most_rows", [1, 6, 11])
+def test_more_answers_than_a_pass_holds(most_rows):
+    """At least one prompt a pass; the texts of the first serve the others."""
+    model = model_of()
+    sampler = sampler_of(model, most_rows=most_rows)
+    assert ids_of(sampler.sample(PROMPTS, 5, 7)) == ids_of(sampler_of(model).sample(PROMPTS, 5, 7))
+    assert len(sampler._texts) == max(5, most_rows // 5 * 5)
 
 
 def test_answers_end_at_a_stop_id_or_are_cut():

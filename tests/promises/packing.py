@@ -149,7 +149,9 @@ def _logits_differ(model: LLM, batch: tuple) -> float:
     logits_BTV = model(ids_BT, starts_BT=starts_BT).logits
     most = 0.0
     for ids_T, starts_T, logits_TV in zip(ids_BT, starts_BT, logits_BTV, strict=True):
-        for start in starts_T.unique().tolist():
+        starts, sizes = starts_T.unique(return_counts=True)
+        # Each token of padding is an example of its own: the last one stands for them.
+        for start in {*starts[sizes > 1].tolist(), int(starts_T[-1])}:
             is_here = starts_T == start
             alone_TV = model(ids_T[None, is_here]).logits[0]
             difference = (logits_TV[is_here] - alone_TV).abs().max() / alone_TV.abs().max()
@@ -227,7 +229,7 @@ def each_once(count: int) -> Tally:
     the second epoch has another order; validation has each once.
     """
     tally = Tally()
-    fills = []
+    num_rows = []
     for i in range(count):
 
         def check(i: int = i) -> None:
@@ -239,7 +241,7 @@ def each_once(count: int) -> Tally:
             share, batch_size = r.random() < 0.8, r.choice([1, 2, 5])
             make = PairLoader if kind == "pairs" else PackedLoader
             loader = make(encoded, row, batch_size, i, share)
-            fills.append(loader.rows.fill)
+            num_rows.append(loader.samples_per_epoch)
             epoch = loader.samples_per_epoch
             for e in range(2):
                 batch = make(encoded, row, epoch, i, share).batch(e * epoch)
@@ -255,7 +257,7 @@ def each_once(count: int) -> Tally:
             assert len({tuple(batch[0].shape) for batch in held}) == 1, "shapes differ"
 
         attempt(tally, f"seed {FIRST_SEED + i}", check)
-    tally.detail = {"lowest fill of uniform lengths": f"{min(fills):.2f}"}
+    tally.detail = {"rows": sum(num_rows)}
     return tally
 
 
@@ -324,16 +326,16 @@ PROMISES: list[Promise] = [
         "(fp64, 1e-12)",
         packed_is_alone,
         3,
-        40,
-        40,
+        20,
+        20,
     ),
     Promise(
         41,
         "A fine-tuning step in any number of micro-batches has the same gradient (fp64, 1e-12)",
         any_split,
         2,
-        20,
-        20,
+        10,
+        10,
     ),
     Promise(
         42,

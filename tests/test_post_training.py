@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import runpy
 
 import pytest
 import torch
 
+from benchmarks.settings import COMMANDS
 from runtime.data.chat import render, with_chat
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference.requests import read_messages
@@ -91,6 +93,16 @@ EXAMPLES = {
         ],
     ),
 }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_speaks_of_its_training(command, capsys):
+    """best.pt was the lowest validation loss, of a run that its score decides."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"scripts.{command}").main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "best.pt is the best of them" in words and "lowest validation loss" not in words
+    assert "for its loss on its own text" in words and "seed of initial weights" not in words
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -117,6 +117,8 @@ def test_adapters_are_scored_merged_and_saved_alone(tmp_path):
         (["--columns", "prompt=q"], "--columns has no effect without --data"),
         (["--lora_alpha", "8"], "--lora_alpha has no effect without --lora_rank"),
         (["--document_mask"], "document_mask is for pre-training"),
+        # It would change nothing: validation takes all that is held out.
+        (["--val_steps", "5"], "unrecognized arguments: --val_steps"),
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, flags, line):

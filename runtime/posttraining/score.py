@@ -286,7 +286,7 @@ def _count_parts(score: Score, sheet: Sheet, given: list[Answer]) -> None:
 def _count_samples(
     score: Score, name: str, sheet: Sheet, model: LLM, samples: int, seed: int
 ) -> None:
-    """Add pass@1 and pass@samples at temperature 1.
+    """Add pass@1 and pass@samples at temperature 1, and the mean reward of requests there.
 
     The interval of pass@1 is that of one sample for each prompt: too wide, never too narrow.
     """
@@ -297,6 +297,13 @@ def _count_samples(
         sum(tasks.is_right(exercise, answer.text, answer.ended) for answer in group)
         for exercise, group in zip(sheet.exercises, groups, strict=True)
     ]
+    if sheet.exercises[0].items:
+        rewards = [
+            tasks.reward(exercise.items, answer.text, answer.ended)
+            for exercise, group in zip(sheet.exercises, groups, strict=True)
+            for answer in group
+        ]
+        score.means["sampled reward"] = sum(rewards) / len(rewards)
     for k in dict.fromkeys((1, samples)):
         score.count(f"{name}: pass@{k}", [pass_at_k(samples, count, k) for count in right])
 

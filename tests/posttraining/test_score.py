@@ -161,6 +161,7 @@ def test_pass_at_k_counts_every_sample(monkeypatch, exam, model):
     for name in ("questions", "requests"):
         assert found.shares[f"{name}: pass@1"] == Share(NUM / 8, NUM)
         assert found.shares[f"{name}: pass@4"] == Share(NUM / 2, NUM)
+    assert found.means["sampled reward"] == pytest.approx(1 / 8)
 
 
 # ------------------------------------------------------------------------------ a plain model

@@ -51,7 +51,7 @@ class PostTrainConfig(TrainConfig):
         "more than once",
     )
     toy_examples: int = option(
-        8_000, "embedded examples that a run learns from", minimum=2, maximum=1_000_000
+        10_000, "embedded examples that a run learns from", minimum=2, maximum=1_000_000
     )
     columns: str = option(
         "", "columns under other names, as prompt=question,completion=answer; empty: their own"

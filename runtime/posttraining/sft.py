@@ -32,13 +32,13 @@ class SftConfig(PostTrainConfig):
     graph_dir: str = changed("graph_dir", "artifacts/graphs/sft")
     batch_size: int = changed("batch_size", 4)
     grad_accum: int = changed("grad_accum", 1)
-    max_steps: int = changed("max_steps", 500)
+    max_steps: int = changed("max_steps", 1_000)
     optimizer: str = changed("optimizer", "muon")
     lr: float = changed("lr", 2e-3)
-    min_lr: float = changed("min_lr", 2e-4)
+    min_lr: float = changed("min_lr", 1e-5)
     warmup_steps: int = changed("warmup_steps", 20)
-    val_interval: int = changed("val_interval", 250)
-    save_interval: int = changed("save_interval", 250)
+    val_interval: int = changed("val_interval", 500)
+    save_interval: int = changed("save_interval", 500)
 
 
 class Sft(FineTuning):

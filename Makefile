@@ -34,10 +34,10 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP_INSTALL) -r requirements-dev.txt
 	touch $@
 
-# Of the base; empty: those of each command.
+# Steps; empty: those of the command.
 DEMO_STEPS ?= 1000
 DEMO_SFT_STEPS ?=
-DEMO_DPO_STEPS ?=
+DEMO_DPO_STEPS ?= 220
 DEMO_GRPO_STEPS ?=
 # Further flags of the three fine-tunings.
 DEMO_FLAGS ?=
@@ -54,9 +54,9 @@ demo: $(VENV)/installed clean-demo
 clean-demo:
 	rm -rf demo
 
-# $(call tune,COMMAND,STARTING STAGE,STEPS): one stage, then its answer to a request.
+# $(call tune,COMMAND,STARTING STAGE,STEPS,FLAGS): one stage, then its answer to a request.
 define tune
-	$(PY) -m scripts.$(1) --init_from demo-chat/$(2)/best.pt --data_dir demo-chat/data --ckpt_dir demo-chat/$(1) --graph_dir demo-chat/graphs/$(1) $(if $(3),--max_steps $(3)) $(DEMO_FLAGS)
+	$(PY) -m scripts.$(1) --init_from demo-chat/$(2)/best.pt --data_dir demo-chat/data --ckpt_dir demo-chat/$(1) --graph_dir demo-chat/graphs/$(1) $(if $(3),--max_steps $(3)) $(4) $(DEMO_FLAGS)
 	@echo "> $(DEMO_REQUEST)"
 	$(PY) predict.py --chat --ckpt demo-chat/$(1)/best.pt --temperature 0 --prompt "$(DEMO_REQUEST)"
 endef
@@ -65,13 +65,16 @@ DEMO_REQUEST = Tell a story about Pip the badger and Pepper. Use these words: a 
 # Messages of a chat, a line each; a backslash continues one.
 DEMO_CHAT = 'Mia was a young girl who lived in a small village near the river. She liked to eat ripe melons. Still, Mia often played alone, and some days she felt sad.\' 'On Saturday, Mia walked to the meadow. The sun was warm, and the birds sang. Mia had brought a blue teddy bear from home.\' 'Who is the story about?' 'Which toy does Mia have?' 'Where does it happen?'
 
+# Of a small model and pairs that differ in a few words: docs/post-training.md, "When it hurts".
+DEMO_DPO = --optimizer muon --lr 5e-4 --sft_coef 20 --toy_examples 4000 --val_interval 110
+
 # Both DPO and GRPO start from what SFT has learned, so that their scores compare.
 demo-chat: $(VENV)/installed clean-demo-chat
 	$(PY) prepare_data.py --dataset toy --tokenizer bpe:3072 --out_dir demo-chat/data
 	$(PY) train.py $(DEMO_BASE) --data_dir demo-chat/data --ckpt_dir demo-chat/base --graph_dir demo-chat/graphs/base
 	$(call tune,sft,base,$(DEMO_SFT_STEPS))
-	$(call tune,dpo,sft,$(DEMO_DPO_STEPS))
-	$(call tune,grpo,sft,$(DEMO_GRPO_STEPS))
+	$(call tune,dpo,sft,$(DEMO_DPO_STEPS),$(DEMO_DPO))
+	$(call tune,grpo,sft,$(DEMO_GRPO_STEPS),--toy_examples 2000)
 	@echo
 	@echo "A chat of three messages, and the answers to them:"
 	@printf '> %s\n' $(DEMO_CHAT)

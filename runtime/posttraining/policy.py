@@ -47,14 +47,15 @@ class GrpoConfig(PostTrainConfig):
     graph_dir: str = changed("graph_dir", "artifacts/graphs/grpo")
     batch_size: int = option(8, "prompts per micro-batch", minimum=1, maximum=1_000_000)
     grad_accum: int = changed("grad_accum", 1)
-    max_steps: int = changed("max_steps", 100)
+    max_steps: int = changed("max_steps", 80)
+    schedule: str = changed("schedule", "constant")
     lr: float = changed("lr", 3e-4)
     min_lr: float = changed("min_lr", 3e-5)
     warmup_steps: int = changed("warmup_steps", 5)
     weight_decay: float = changed("weight_decay", 0.0)
     log_interval: int = changed("log_interval", 5)
-    val_interval: int = changed("val_interval", 50)
-    save_interval: int = changed("save_interval", 50)
+    val_interval: int = changed("val_interval", 40)
+    save_interval: int = changed("save_interval", 40)
     # the reward and the answers
     reward: str = option(
         "",
@@ -292,7 +293,7 @@ class Grpo(FineTuning):
         if not config.score_prompts:
             return None
         if config.is_toy and not config.reward:
-            self.best_score = "requests"
+            self.best_score = "requests pass@1"
             return Exam(self.tokenizer, config.score_prompts, config.max_new_tokens)
         if self.prompts.held_out:
             self.best_score = "reward"

@@ -163,7 +163,7 @@ class Preference(FineTuning):
         self.exam: Exam | None = None
         if config.score_prompts and config.is_toy:
             self.exam = Exam(self.tokenizer, config.score_prompts, config.max_new_tokens)
-            self.best_score = "requests"
+            self.best_score = "requests pass@1"
 
     def adapted(self, model_config: ModelConfig, source: Checkpoint) -> ModelConfig:
         if model_config.dropout:

@@ -159,8 +159,8 @@ def test_pass_at_k_counts_every_sample(monkeypatch, exam, model):
     monkeypatch.setattr(score, "sampled_answers", sampled)
     found = exam.score(model, samples=4)
     for name in ("questions", "requests"):
-        assert found.shares[f"{name}: pass@1"] == Share(NUM / 8, NUM)
-        assert found.shares[f"{name}: pass@4"] == Share(NUM / 2, NUM)
+        assert found.shares[f"{name} pass@1"] == Share(NUM / 8, NUM)
+        assert found.shares[f"{name} pass@4"] == Share(NUM / 2, NUM)
     assert found.means["sampled reward"] == pytest.approx(1 / 8)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,9 @@ QUESTIONS = {
 REQUEST = "request"
 # What a request can ask for.
 PARTS = ("hero", "friend", "kind", "first thing", "second thing")
+# Pairs in which a name is replaced. A model learns early to use the names that it is given. From
+# there on such pairs can only teach it to break the copying of names inside the rejected story.
+NAME_SHARE = 0.3
 # Rows that are drawn before another requested thing is replaced.
 MOST_DRAWS = 20
 
@@ -112,6 +115,14 @@ def _drafts(split: str, number: int) -> Iterator[tuple[Drafted, Callable[[], flo
         yield Drafted(*toy_stories._draft(index)), random.Random(f"task {index}").random
 
 
+def _shuffled(draw: Callable[[], float], options: Sequence[str]) -> list[str]:
+    """Return the options in random order."""
+    left, order = list(options), []
+    while left:
+        order.append(left.pop(int(draw() * len(left))))
+    return order
+
+
 def held_out_story(number: int) -> str:
     """Return story `number` of those that neither pre-training nor an exercise takes."""
     return toy_stories.story(FIRST_HELD_OUT_STORY + number)
@@ -136,9 +147,7 @@ def interview(split: str, number: int) -> list[Exercise]:
         answers = _answers(beginning)
         if first not in answers:
             continue
-        order, rest = [first], [kind for kind in answers if kind != first]
-        while rest:
-            order.append(rest.pop(int(draw() * len(rest))))
+        order = [first, *_shuffled(draw, [kind for kind in answers if kind != first])]
         texts = [f"{beginning.story}\n", *[""] * len(order)]
         return [
             Exercise(kind, text + _pick(draw, QUESTIONS[kind]).format_map(draft.cast), answer, {})
@@ -233,9 +242,10 @@ def pair(split: str, number: int) -> tuple[Exercise, str]:
     """
     draft, asked, draw = _requested(split, number)
     exercise = _request(draft, asked)
-    parts_left = [*exercise.items]
-    while parts_left:
-        part = parts_left.pop(int(draw() * len(parts_left)))
+    names = [part for part in exercise.items if part in ("hero", "friend")]
+    others = [part for part in exercise.items if part not in names]
+    first, second = (names, others) if draw() < NAME_SHARE else (others, names)
+    for part in [*_shuffled(draw, first), *_shuffled(draw, second)]:
         for _ in range(MOST_DRAWS):
             cast = _replaced(draft.cast, "kind" if part == "kind" else asked[part], draw)
             rejected = Drafted(draft.text, cast).story

@@ -279,8 +279,8 @@ def _count_parts(score: Score, sheet: Sheet, given: list[Answer]) -> None:
         rewards.append(tasks.reward(exercise.items, answer.text, answer.ended))
         for part, kept in tasks.parts(exercise.items, answer.text).items():
             by_part[part].append(kept)
-    for part, kept in by_part.items():
-        score.count(f"requests: {part}", kept)
+    for part, all_kept in by_part.items():
+        score.count(f"requests: {part}", all_kept)
     score.count("ended", [float(answer.ended) for answer in given])
     score.means["reward"] = sum(rewards) / len(rewards)
     score.means["length"] = sum(answer.num_tokens for answer in given) / len(given)

@@ -151,7 +151,9 @@ def interview(split: str, number: int) -> list[Exercise]:
         texts = [f"{beginning.story}\n", *[""] * len(order)]
         return [
             Exercise(kind, text + _pick(draw, QUESTIONS[kind]).format_map(draft.cast), answer, {})
-            for kind, text, answer in zip(order, texts, map(answers.get, order), strict=False)
+            for kind, text, answer in zip(
+                order, texts, (answers[kind] for kind in order), strict=False
+            )
         ]
     raise AssertionError(f"no story of {_numbers(split, number)} answers {first!r}")
 

@@ -1,0 +1,69 @@
+"""Fine-tuning of a published class with its own tokenizer and its own chat template."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from config_model import PredictConfig
+from runtime.checkpoint.read import read_checkpoint
+from runtime.data.tokenizers import tokenizer_from_state
+from runtime.inference.predictor import Predictor
+from scripts import import_hf, sft
+from tests.builders_posttraining import QUICK, chats, in_folder
+from tests.data.test_chat_template import THINKING, qwen
+from tests.scripts.test_import_hf import FAMILIES, SIZES
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Return the checkpoint of a tiny Qwen3-MoE, in ChatML."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    name, sizes = FAMILIES["qwen3_moe"]
+    values = SIZES | sizes | dict(vocab_size=804, eos_token_id=802, bos_token_id=None)
+    config = getattr(transformers, f"{name}Config")(**values | {"max_position_embeddings": 128})
+    torch.manual_seed(0)
+    qwen(folder)
+    # After the tokenizer, whose config.json says no more than what ends a text.
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    out = folder / "imported.pt"
+    assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 0
+    return out
+
+
+def test_an_imported_chat_model_keeps_its_template(imported, tmp_path, capsys, monkeypatch):
+    """No id is added, the answers end as the model's own do, and it learns them."""
+    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
+    flags = ["--init_from", str(imported), "--data", str(chats(tmp_path / "chats.jsonl"))]
+    steps = ["--max_steps", "40", "--optimizer", "muon", "--lr", "1e-2"]
+    assert sft.main([*flags, *in_folder(tmp_path), *QUICK, *steps]) == 0
+    output = capsys.readouterr().out
+    assert "<|im_start|>assistant" in output and "<|im_end|>]" in output
+    before, after = read_checkpoint(imported), read_checkpoint(tmp_path / "ckpt" / "latest.pt")
+    assert after.model_config.vocabulary_size == before.model_config.vocabulary_size
+    tokenizer = tokenizer_from_state(after.tokenizer_state)
+    assert tokenizer.fingerprint == tokenizer_from_state(before.tokenizer_state).fingerprint
+    config = PredictConfig(
+        ckpt=str(tmp_path / "ckpt" / "latest.pt"), chat=True, quiet=True, temperature=0.0
+    )
+    predictor = Predictor(config)
+    answer = "".join(predictor.stream(predictor.prompt_ids("7 + 1?"), config))
+    # A sum's digits, and the end of the model's own layout.
+    assert predictor.last.ended and answer.strip().isdigit()
+
+
+def test_a_template_that_changes_earlier_answers_is_one_line(imported, tmp_path):
+    """Qwen3's own leaves earlier thoughts out: a prefix is then no prefix, and no mask is right."""
+    folder = tmp_path / "thinking"
+    qwen(folder, THINKING)
+    for path in imported.parent.glob("*"):
+        if path.suffix in (".safetensors", ".json") and not (folder / path.name).exists():
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_bytes((imported.parent / "config.json").read_bytes())
+    out = folder / "thinking.pt"
+    assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 0
+    flags = ["--init_from", str(out), "--data", str(chats(tmp_path / "chats.jsonl"))]
+    with pytest.raises(ValueError, match="train on the last answer"):
+        sft.main([*flags, *in_folder(tmp_path), *QUICK])

@@ -103,7 +103,11 @@ def rig(monkeypatch, exam: Exam, say) -> None:
             for token in BYTE.encode(text) + [BYTE.chat.end] * ended:
                 yield [(row, token)]
 
+    def sampled(model, tokenizer, prompts, max_new_tokens, samples, seed):
+        return [[Answer(*say(by_prompt[tuple(prompt)]), 1)] * samples for prompt in prompts]
+
     monkeypatch.setattr(score, "generate", stream)
+    monkeypatch.setattr(score, "sampled_answers", sampled)
 
 
 def test_a_model_that_is_right_has_full_marks(monkeypatch, exam, model):
@@ -121,6 +125,7 @@ def test_no_end_is_no_success(monkeypatch, exam, model):
     rig(monkeypatch, exam, lambda exercise: (exercise.answer, False))
     found = exam.score(model).numbers()
     assert found["questions"] == found["requests"] == found["reward"] == found["ended"] == 0
+    assert found["questions pass@1"] == found["requests pass@1"] == found["sampled reward"] == 0
     assert found["requests: hero"] == 1
 
 

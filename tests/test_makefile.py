@@ -10,7 +10,9 @@ import subprocess
 
 import pytest
 
+from benchmarks.settings import COMMANDS
 from runtime.posttraining import tasks
+from runtime.posttraining.flags import settings_of
 from tests import children
 from tests.conftest import REPO
 
@@ -109,25 +111,22 @@ def demo_chat(*arguments: str) -> list[str]:
     return lines[lines.index("rm -rf demo-chat") + 1 :]
 
 
-def test_the_chat_demo_is_what_the_commands_do_by_default(tmp_path):
-    """Its recipe is that of the scripts, so a score of the demo is one of the defaults."""
+def test_the_chat_demo_trains_each_stage_from_the_one_before(tmp_path):
+    """SFT is the command as it is by default; both others start from what it learned."""
     lines = demo_chat(f"VENV={tmp_path / 'new'}")
-    tuned = [line.split() for line in lines if " -m scripts." in line]
-    assert [words[2] for words in tuned] == [f"scripts.{stage}" for stage in STAGES]
-    for words in tuned:
-        flags = words[3::2]
-        assert flags == ["--init_from", "--data_dir", "--ckpt_dir", "--graph_dir"], words
-        assert all(name.startswith("demo-chat/") for name in words[4::2]), words
-    assert [words[4] for words in tuned] == [
-        f"demo-chat/{start}/best.pt" for start in ("base", "sft", "sft")
-    ]
-    assert "--dataset toy" in lines[0]
-    lines = demo_chat("DEMO_STEPS=2", "DEMO_SFT_STEPS=3", "DEMO_FLAGS=--score_prompts 4")
-    assert [re.findall(r"--max_steps (\d+)", line) for line in lines if "max_steps" in line] == [
-        ["2"],
-        ["3"],
-    ]
-    assert sum("--score_prompts 4" in line for line in lines) == 3
+    tuned = [shlex.split(line)[3:] for line in lines if " -m scripts." in line]
+    assert len(tuned) == len(STAGES) and "--dataset toy" in lines[0]
+    for stage, start, words in zip(STAGES, ("base", "sft", "sft"), tuned, strict=True):
+        config = settings_of(None, words, COMMANDS[stage]).build(COMMANDS[stage])
+        folders = (config.init_from, config.data_dir, config.ckpt_dir, config.graph_dir)
+        names = (f"{start}/best.pt", "data", stage, f"graphs/{stage}")
+        assert folders == tuple(f"demo-chat/{name}" for name in names)
+    assert len(tuned[0]) == 8
+    steps = [f"DEMO_{name}STEPS={i}" for i, name in enumerate(("", "SFT_", "DPO_", "GRPO_"), 2)]
+    lines = demo_chat(*steps, "DEMO_FLAGS=--score_prompts 4")
+    found = [re.findall(r"--max_steps (\d+)", line) for line in lines if "max_steps" in line]
+    assert found == [["2"], ["3"], ["4"], ["5"]]
+    assert sum(line.endswith("--score_prompts 4") for line in lines) == 3
 
 
 @pytest.mark.slow

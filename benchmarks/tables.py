@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import recipes, settings
+from benchmarks import recipes, settings, tuned
 from benchmarks.common import REPO, RESULTS, replace_between
 from runtime.base import cli
 from runtime.base.text import human_bytes
@@ -464,6 +464,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "llama.cpp": llama_cpp_table,
     **recipes.TABLES,
     **settings.TABLES,
+    **tuned.TABLES,
 }
 
 

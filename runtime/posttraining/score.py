@@ -203,7 +203,7 @@ class Exam:
     """Held-out questions and requests for one tokenizer, which must have a chat layout.
 
     num_prompts: of each form. max_new_tokens: of an answer, at most. The exercises are of the split
-    "test", in order.
+    "test", in order from number `first` on.
     """
 
     def __init__(
@@ -211,11 +211,12 @@ class Exam:
         tokenizer: Tokenizer,
         num_prompts: int = NUM_PROMPTS,
         max_new_tokens: int = MOST_NEW_TOKENS,
+        first: int = 0,
     ):
         if num_prompts < 1:
             raise ValueError(f"a score needs at least 1 prompt, not {num_prompts}")
         self.tokenizer = tokenizer
-        numbers = range(num_prompts)
+        numbers = range(first, first + num_prompts)
         self.questions, self.requests = (
             Sheet(tokenizer, [make("test", number) for number in numbers], max_new_tokens)
             for make in (tasks.question, tasks.request)

@@ -430,7 +430,7 @@ class Grpo(FineTuning):
             self.idle_steps += 1
             tqdm.write(
                 "note     all answers to each prompt earned the same: no update, "
-                f"{self.idle_steps:,} such steps so far"
+                f"{self.idle_steps:,} such step{'s' * (self.idle_steps != 1)} so far"
             )
         if self.steps % self.config.log_interval == 0:
             for line in self.told.lines():

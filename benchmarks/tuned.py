@@ -39,6 +39,8 @@ from runtime.posttraining.preference import by_sequence
 from runtime.posttraining.score import Exam, Score, wilson
 from runtime.training.plan import with_config
 
+# Settings that say where a run's files were.
+FOLDERS = ("data_dir", "ckpt_dir", "graph_dir", "init_from")
 # Of the split "test".
 FIRST = 100_000
 # Held-out pairs, from the same numbers of the split "test" on.
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         stages[name] = {
             **shown(score),
             "answers": answers(model, tokenizer, args.first),
-            "settings": checkpoint.train_config,
+            "settings": {k: v for k, v in checkpoint.train_config.items() if k not in FOLDERS},
             "kind": checkpoint.stage.get("kind", "pretraining"),
             "step": checkpoint.step,
             "train_seconds": checkpoint.run.get("train_seconds"),

@@ -103,7 +103,14 @@ def answers(model: LLM, tokenizer: Tokenizer, first: int) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------ tables
-STAGES = {"base": "base", "sft": "SFT", "dpo": "SFT, DPO", "grpo": "SFT, GRPO", "lora": "LoRA SFT"}
+STAGES = {
+    "base": "base",
+    "sft": "SFT",
+    "dpo": "SFT, DPO",
+    "control": "SFT, DPO with beta 1e-6",
+    "grpo": "SFT, GRPO",
+    "lora": "LoRA SFT",
+}
 SHARES = ("questions", "requests", "questions pass@1", "requests pass@1", "ended")
 MEANS = ("reward", "sampled reward", "story loss")
 
@@ -185,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         # What the tunings after the first start from.
         is_start = checkpoint.stage.get("kind") == "sft" and reference is None
         reference = log_probs_P2 if is_start else reference
-        if reference is not None:
+        # Of others, such as adapters of the base, the start is another one.
+        if reference is not None and (is_start or checkpoint.stage["kind"] in ("dpo", "grpo")):
             change_P2 = log_probs_P2 - reference
             margin_P = change_P2[:, 0] - change_P2[:, 1]
             right = float((margin_P > 0).sum() + 0.5 * (margin_P == 0).sum())

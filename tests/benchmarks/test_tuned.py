@@ -32,7 +32,7 @@ def test_stages_are_scored_and_shown(tmp_path, capsys):
     stages = json.loads((tmp_path / "tuned.json").read_text())["stages"]
     assert [stage["kind"] for stage in stages.values()] == ["pretraining", "sft", "sft"]
     # Against itself a model prefers nothing.
-    accuracy = stages["dpo"]["shares"]["preference accuracy"]
+    accuracy = stages["sft"]["shares"]["preference accuracy"]
     assert accuracy["share"] == 0.5 and accuracy["interval"] == list(wilson(1, 2))
     assert "preference accuracy" not in stages["base"]["shares"]
     table = tuned.scores_table().splitlines()

@@ -133,10 +133,10 @@ def scores_table() -> str:
             else f"{one['share']:.3f} ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"
             for one in found
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name.capitalize()} | {' | '.join(cells)} |")
     for name in MEANS:
         cells = [f"{stage['means'][name]:.3f}" for stage in stages.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name.capitalize()} | {' | '.join(cells)} |")
     cpu = result["environment"]["hardware"]["cpu"]
     return "\n".join(
         [
@@ -153,10 +153,11 @@ def answers_list() -> str:
     stages = _stored()["stages"]
     lines = []
     for prompt in next(iter(stages.values()))["answers"]:
-        lines += [f"> {line}" for line in prompt.splitlines()] + [""]
+        lines += [f"> {line}" for line in prompt.splitlines()]
+        lines += ["", "| stage | answer |", "|---|---|"]
         for name, stage in stages.items():
             answer = " ".join(stage["answers"][prompt].split())
-            lines.append(f"- {STAGES.get(name, name)}: {_shortened(answer)}")
+            lines.append(f"| {STAGES.get(name, name)} | {_shortened(answer)} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -37,9 +37,9 @@ def test_stages_are_scored_and_shown(tmp_path, capsys):
     assert "preference accuracy" not in stages["base"]["shares"]
     table = tuned.scores_table().splitlines()
     assert table[0] == "| | base | SFT | SFT, DPO |"
-    assert f"| story loss | {stages['base']['means']['story loss']:.3f} |" in "\n".join(table)
+    assert f"| Story loss | {stages['base']['means']['story loss']:.3f} |" in "\n".join(table)
     listed = tuned.answers_list()
-    assert listed.count("- SFT:") == 2 and "> Tell a story about" in listed
+    assert listed.count("| SFT |") == 2 and "> Tell a story about" in listed
     assert capsys.readouterr().out.count("story loss") >= 3
 
 

@@ -26,6 +26,7 @@ REPO = Path(__file__).resolve().parents[2]
 FILES = (
     "config_model.py",
     "runtime/kernels/grouped_linear.py",
+    "runtime/kernels/trained_rows.py",
     "runtime/kernels/linear_cross_entropy.py",
     "runtime/kernels/target_log_probs.py",
     "model_parts.py",

@@ -97,7 +97,7 @@ def test_train_py_plans_it(name, tmp_path, monkeypatch):
     settings = cli.settings_from(parser.parse_args(flags), ModelConfig, TrainConfig)
     size = model.vocabulary_size
     task = SimpleNamespace(vocabulary_size=size, tokenizer_state=None, fingerprint="", where="data")
-    plan = make_plan(settings, lambda config: task)
+    plan = make_plan(settings, lambda config, source: task)
     assert plan.model_config == model and plan.config.max_steps == train.max_steps
 
 

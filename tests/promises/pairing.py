@@ -408,7 +408,7 @@ def pairing_cases(w: World) -> list[tuple[str, Callable, list[str], str]]:
         (w.bpe, ["--prompt_file", w.at / "prompts.jsonl"], "either prompt or prompt_file"),
         (w.bpe, ["--rope_scaling", "linear"], "needs a context_length"),
         (w.bpe, ["--device", "cuda:99"], "device 'cuda:99' is not here"),
-        (w.bpe, ["--interactive"], "leave prompt and prompt_file out"),
+        (w.bpe, ["--interactive"], "leave prompt, prompt_file and messages out"),
         (w.at / "nowhere.pt", [], "no such file"),
         (w.at / "bpe", [], "is a directory"),
         (w.a / "train" / "shard_0000.npy", [], "not a checkpoint"),

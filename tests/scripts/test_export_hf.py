@@ -287,7 +287,13 @@ def test_ids_that_mean_nothing_are_not_drawn(bpe, tmp_path):
 def test_holes_among_the_ids_are_not_drawn(ckpt):
     """o200k_base has 19 of them."""
     tokenizer = SimpleNamespace(
-        undecodable_ids=[3, 5], vocabulary_size=8, start_id=None, stop_ids=(7, 2), end_of_text_id=7
+        banned_ids=[3, 5],
+        undecodable_ids=[3, 5],
+        vocabulary_size=8,
+        start_id=None,
+        all_stop_ids=(7, 2),
+        end_of_text_id=7,
+        eos_id=7,
     )
     settings = module.generation_config(
         SimpleNamespace(tokenizer=tokenizer, model=random_model(tiny_config(vocabulary_size=10)))

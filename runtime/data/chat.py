@@ -66,12 +66,6 @@ def has_chat(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat is not None or bool(chat_template.find_source(tokenizer))
 
 
-def is_base_of(state: dict, chat_state: dict) -> bool:
-    """Return whether a tokenizer's state is the other's without its chat ids."""
-    chat = chat_state.get("chat")
-    return isinstance(chat, dict) and chat.get("base_fingerprint") == state.get("fingerprint")
-
-
 # ------------------------------------------------------------------------------ messages
 def check_messages(messages: object) -> None:
     """Raise ValueError unless these are messages of a chat; the line names the message."""

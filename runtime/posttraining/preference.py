@@ -24,6 +24,7 @@ from runtime.base.device import autocast, choose_dtype, to_device
 from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
+from runtime.posttraining.conversations import HELD_OUT
 from runtime.posttraining.encode import PAIRS
 from runtime.posttraining.packing import PackedValidation, PairLoader, rows_of
 from runtime.posttraining.reference import Reference
@@ -33,8 +34,6 @@ from runtime.posttraining.tuning import FineTuning
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.task import Batch
 
-# Of the prompts, for validation.
-HELD_OUT = 0.02
 # The fall of a chosen answer's log-probability that is said, in nats a token: an answer of 100
 # tokens is then a seventh as likely as it was.
 MOST_FALL = 0.02

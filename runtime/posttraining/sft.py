@@ -13,15 +13,13 @@ from model import LLM, Output
 from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
+from runtime.posttraining.conversations import HELD_OUT
 from runtime.posttraining.encode import CONVERSATIONS, Encoded
 from runtime.posttraining.packing import PackedLoader, PackedValidation, rows_of
 from runtime.posttraining.score import Exam, Score, greedy_answers
 from runtime.posttraining.showing import show_example
 from runtime.posttraining.tuning import FineTuning
 from runtime.training.task import Batch
-
-# Of the prompts of files, for validation.
-HELD_OUT = 0.02
 
 
 @dataclass(frozen=True)

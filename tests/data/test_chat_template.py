@@ -202,7 +202,8 @@ def test_templates_know_what_transformers_gives_them(tmp_path):
     """Also loop controls, tojson without HTML, special tokens, blocks trimmed as there."""
     template = (
         "{{ bos_token }}{{ eos_token }}\n{% for m in messages %}\n"
-        "{% if m.role == 'system' %}{% continue %}{% endif %}\n  {{ m | tojson }} é\n{% endfor %}\n"
+        "{% if m.role == 'system' %}{% continue %}{% endif %}\n"
+        "  {{ m | tojson }} é\n{% endfor %}\n"
         "{% if tools %}x{% endif %}{{ messages | length }}"
         "{% if strftime_now is defined %}{{ strftime_now('%%') }}{% endif %}"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -74,10 +74,6 @@ class Share:
     def value(self) -> float:
         return self.successes / self.trials
 
-    def __str__(self) -> str:
-        low, high = wilson(self.successes, self.trials)
-        return f"{self.value:.3f} ({low:.3f} to {high:.3f})"
-
 
 @dataclass
 class Score:
@@ -90,39 +86,10 @@ class Score:
         """Return the values by name, for a log record."""
         return {name: share.value for name, share in self.shares.items()} | self.means
 
-    def state(self) -> dict:
-        """Return what `score_from` needs, as plain JSON values."""
-        return asdict(self)
-
     def count(self, name: str, successes: Sequence[float]) -> None:
         """Add a share: each entry is one trial, from 0.0 to 1.0."""
         if successes:
             self.shares[name] = Share(float(sum(successes)), len(successes))
-
-
-def score_from(state: dict) -> Score:
-    """Return the score whose `state` this is."""
-    shares = {name: Share(**share) for name, share in state["shares"].items()}
-    return Score(shares, dict(state["means"]))
-
-
-def table(scores: dict[str, Score]) -> list[str]:
-    """Return lines that compare scores, one column for each, with 95 % intervals of the shares."""
-    names = dict.fromkeys(
-        name for score in scores.values() for name in (*score.shares, *score.means)
-    )
-    rows = [["", *scores]]
-    for name in names:
-        cells = []
-        for score in scores.values():
-            share, mean = score.shares.get(name), score.means.get(name)
-            cells.append(str(share) if share else "-" if mean is None else f"{mean:.3f}")
-        rows.append([name, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 # ------------------------------------------------------------------------------ answers

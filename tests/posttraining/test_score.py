@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -15,14 +14,11 @@ from runtime.posttraining import score, tasks
 from runtime.posttraining.score import (
     Answer,
     Exam,
-    Score,
     Share,
     greedy_answers,
     pass_at_k,
     sampled_answers,
-    score_from,
     story_loss,
-    table,
     wilson,
 )
 from tests.builders import random_model, tiny_config
@@ -258,24 +254,3 @@ def test_wrong_settings_are_refused(model):
         Exam(BYTE, 0)
     with pytest.raises(ValueError, match="a prompt has 1024 tokens and the context 1024"):
         greedy_answers(model, BYTE, [[1], [1] * 1024], 5)
-
-
-# ------------------------------------------------------------------------------ tables
-def test_a_table_compares_scores():
-    before, after = Score(), Score()
-    before.count("questions", [0.0] * 256)
-    after.count("questions", [1.0] * 180 + [0.0] * 76)
-    after.count("empty", [])
-    after.means["length"] = 149.25
-    assert table({"before": before, "after": after}) == [
-        "           before                  after",
-        "questions  0.000 (0.000 to 0.015)  0.703 (0.644 to 0.756)",
-        "length     -                       149.250",
-    ]
-
-
-def test_a_score_survives_as_json_values():
-    one = Score()
-    one.count("requests", [1.0, 0.0, 0.5])
-    one.means["reward"] = 0.25
-    assert score_from(json.loads(json.dumps(one.state()))) == one

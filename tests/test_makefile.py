@@ -29,7 +29,10 @@ fi
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=REPO, capture_output=True, text=True)
+    # Under `make test` this is a make within a make, which says what folder it enters and leaves:
+    # once that line was taken for a command of the demo.
+    words = ["make", "--no-print-directory", *arguments]
+    return subprocess.run(words, cwd=REPO, capture_output=True, text=True)
 
 
 @pytest.fixture

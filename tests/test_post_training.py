@@ -20,6 +20,8 @@ from runtime.posttraining.conversations import Conversation, Pair, Prompt, read_
 from runtime.posttraining.forms import FORMS, KINDS
 from runtime.posttraining.policy import Told
 from runtime.posttraining.reward import load_reward
+from runtime.training import closing
+from runtime.training.metrics import HIGH, LOW
 from tests.builders_posttraining import chats, tiny_base
 from tests.conftest import REPO
 
@@ -168,8 +170,11 @@ def test_every_number_of_a_log_or_score_is_explained():
 def test_the_figures_in_its_sentences_are_the_codes():
     assert f"{100 * sft.HELD_OUT:g} % of the examples are held out" in PAGE
     assert f"Below -{preference.MOST_FALL} nats a token" in PAGE
-    share = score.Share(70, 128)
-    assert f"`{share}`" in PAGE
+    low, high = score.wilson(70, 128)
+    scores = {"hero": 70 / 128, "hero" + LOW: low, "hero" + HIGH: high}
+    records = [{"kind": "score", "step": step, "score": scores} for step in (0, 1)]
+    cell = closing.score_table(records)[1].split("  ")[1].strip()
+    assert f"`{cell}`" in PAGE
     low, high = score.wilson(128, 256)
     assert (
         f"256 prompts decide nothing finer than about {100 * (high - low) / 2:.0f} points" in PAGE

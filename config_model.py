@@ -338,6 +338,15 @@ class TrainConfig:
     init_from: str = option(
         "", "checkpoint with the initial weights (our format or the original implementation's)"
     )
+    expert_parallel: int = option(
+        1, "ranks that share each block's experts (torchrun); 1 = each has all", minimum=1
+    )
+    shard: str = option(
+        "full",
+        "ranks that weights are sharded over: full = all, gathered for each use; none = gathered "
+        "once a step; node = those of one machine",
+        choices=("full", "node", "none"),
+    )
     keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")
     plot_theme: str = option("dark", "colours of the plots", choices=("dark", "light"))
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")

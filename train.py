@@ -6,7 +6,9 @@
 
 `train_step` is one optimizer step, `fit` the loop around it, `run` a run with its files. A step is
 a function of (weights, optimizer state, seed, step), so a resumed run repeats and skips nothing.
-Data order comes from (seed, epoch), dropout's random numbers from (seed, step).
+Data order comes from (seed, epoch), dropout's random numbers from (seed, step, micro-batch).
+
+    torchrun --standalone --nproc_per_node 8 train.py      on 8 GPUs (docs/distributed.md)
 """
 
 from __future__ import annotations
@@ -39,19 +41,18 @@ from runtime.base.device import (
     autocast,
     peak_memory_bytes,
     peak_memory_line,
-    release_memory,
     to_device,
 )
 from runtime.base.process import StopRequest
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes, human_seconds
-from runtime.checkpoint.folder import restore_names, step_files
+from runtime.checkpoint.folder import restore_names
 from runtime.checkpoint.format import Checkpoint
-from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import check_disk_space, save_checkpoint
 from runtime.data.loader import micro_batches, prefetch
 from runtime.data.shards import open_data
 from runtime.training.closing import closing_lines
-from runtime.training.optimizer import build_optimizer
+from runtime.training.optimizer import build_optimizer, check_skips, total_norm
 from runtime.training.plan import (
     TrainPlan,
     check_memory,
@@ -59,10 +60,10 @@ from runtime.training.plan import (
     describe,
     initial_state,
     make_plan,
-    saved_state,
     with_largest_micro_batch,
 )
-from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled
+from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled, reporter_of
+from runtime.training.rollback import rolled_back
 from runtime.training.setup import explained_failures, runs, set_up
 from runtime.training.state import (
     METRIC,
@@ -136,23 +137,23 @@ def evaluate(
     batches: Iterable,
     loss_fn: Callable = next_token_loss,
     dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ONE_PROCESS,
 ) -> float:
     """Return the mean cross-entropy (nats) over the valid targets of `batches`.
 
-    Auxiliary losses are not in it. Draws no random numbers.
+    Auxiliary losses are not in it. Draws no random numbers. Each rank takes its batches.
     """
     device, was_training = model.embed.weight.device, model.training
     model.eval()
     sums = []
     try:
-        for batch in batches:
+        for batch, counts in ranks.share(batches):
             with autocast(device, dtype):
                 out = loss_fn(model, to_device(batch, device))
-            sums.append(
-                torch.stack((out.cross_entropy_sum, out.num_targets.to(out.cross_entropy_sum)))
-            )
+            total = torch.stack((out.cross_entropy_sum, out.num_targets.to(out.cross_entropy_sum)))
+            sums.append(total if counts else torch.zeros_like(total))
         # The one host sync.
-        totals = torch.stack(sums).tolist()
+        totals = ranks.concatenated(torch.stack(sums)).tolist()
     finally:
         model.train(was_training)
     return sum(total for total, _ in totals) / sum(count for _, count in totals)
@@ -201,8 +202,10 @@ def train_step(
     recent: RecentLoss,
     config: TrainConfig,
     dtype: torch.dtype,
+    step: int = 0,
+    ranks: Ranks = ONE_PROCESS,
 ) -> StepResult:
-    """Take one optimizer step on the micro-batches `batches`.
+    """Take step number `step` on this rank's micro-batches; divisor: of those of all ranks.
 
     Minimise sum(cross-entropy) / divisor + mean of the auxiliary losses. Gradients are those of one
     big batch. A step changes nothing if its loss or gradient is not finite, its loss is a spike, or
@@ -212,7 +215,9 @@ def train_step(
     losses: Any = 0.0
     router: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
-    for batch in batches:
+    for i, batch in zip(ranks.mine(config.grad_accum), batches, strict=True):
+        # Dropout's, so that a resume needs no state of the generator.
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 1_000_003 + i) % 2**63)
         out = forward_backward(model, task, batch, dtype, divisor, config.grad_accum, scaler)
         assert out.cross_entropy_sum is not None
         losses = losses + torch.stack((out.cross_entropy_sum, out.aux_loss, out.z_loss)).detach()
@@ -220,20 +225,21 @@ def train_step(
             router[name] = router.get(name, 0.0) + value / config.grad_accum
         for name, value in out.metrics.items():
             metrics[METRIC + name] = metrics.get(METRIC + name, 0.0) + value
-    cross_entropy, aux_loss, z_loss = losses
+    summed = ranks.sum_of({"losses": losses, **router, **metrics})
+    cross_entropy, aux_loss, z_loss = summed.pop("losses")
 
     # Update, or skip.
     mean_loss = cross_entropy / divisor
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spike, idle = recent.is_spike(mean_loss), task.is_idle(batches)
     norm, skipped = _update(
-        optimizer, scaler, parameters, cross_entropy, config.grad_clip, spike, idle
+        optimizer, scaler, parameters, cross_entropy, config.grad_clip, spike, idle, ranks
     )
     if config.spike_sigmas:
         recent.add(mean_loss, skipped)
     if task.balances and not idle:
         # A row of ones moves no expert bias.
-        model.balance_experts(torch.where(skipped, 1.0, router["expert_load"]))
+        model.balance_experts(torch.where(skipped, 1.0, summed["expert_load"]))
     optimizer.zero_grad(set_to_none=True)
 
     sums = {
@@ -242,8 +248,7 @@ def train_step(
         "steps": torch.ones_like(norm),
         "aux_loss": aux_loss / config.grad_accum,
         "z_loss": z_loss / config.grad_accum,
-        **router,
-        **metrics,
+        **summed,
     }
     return StepResult(sums, norm, skipped)
 
@@ -256,6 +261,7 @@ def _update(
     grad_clip: float,
     is_spike: Tensor | None = None,
     idle: bool = False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
     """Clip and take the optimizer's step; change nothing if it is bad or idle.
 
@@ -263,7 +269,8 @@ def _update(
     before clipping, whether the step was bad), 0-dim: the device decides, without a host sync.
     """
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [ranks.local(p.grad) for p in parameters if p.grad is not None]
+    norm = total_norm(gradients, ranks)
     bad = ~torch.isfinite(norm + cross_entropy)
     bad = bad if is_spike is None else bad | is_spike
     if idle:
@@ -274,7 +281,7 @@ def _update(
         # kernel ignores that, so there the host reads `bad`.
         if norm.device.type != "mps" or not bad:
             if grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+                torch._foreach_mul_(gradients, (grad_clip / norm).clamp(max=1.0))
             scaler.step(optimizer)
     else:
         # What GradScaler tells a fused optimizer: divide gradients by grad_scale, so that clipping
@@ -338,17 +345,19 @@ def fit(
     optimizer: Optimizer | None = None,
     state: RunState | None = None,
     dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ONE_PROCESS,
 ) -> RunState:
     """Train `model` in place until config.max_steps or a requested stop; return the state reached.
 
     The host waits for the device only where something is due (Hooks), and every
     MOST_SKIPPED_IN_A_ROW steps (MPS: at each). The optimizer must be able to skip a step, as
-    torch's fused ones are; else ValueError. Raises TrainingDiverged.
+    torch's fused ones are; else ValueError. ranks: that all call this, with models that they
+    share. Raises TrainingDiverged.
     """
     hooks = hooks or Hooks()
     state = state or RunState()
     optimizer = optimizer or build_optimizer(model, config)
-    _check_skips(optimizer)
+    check_skips(optimizer)
     device = model.embed.weight.device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state.scaler:
@@ -357,31 +366,33 @@ def fit(
     task.started(model)
     validation = task.validation(model.config, config)
     if not state.step:
-        _score(model, task, state, hooks)
+        _score(model, task, state, hooks, ranks)
     totals = Totals(state, device)
     recent = RecentLoss(state, config.spike_sigmas, device)
     model.train()
-    with contextlib.closing(_steps(model, task, config, state)) as stream:
+    with contextlib.closing(_steps(model, task, config, state, ranks)) as stream:
         for step in range(state.step, config.max_steps):
             # Take a step.
             started = time.perf_counter()
             batches, divisor = next(stream)
             waited = time.perf_counter() - started
             lr = _set_learning_rate(optimizer, step, config)
-            # Dropout is a function of (seed, step), so a resume needs no state of the generator.
-            torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)
+            tokens = sum(batch[0].numel() for batch in batches)
+            divisor, tokens = ranks.sum_on_host(divisor, tokens)
             result = train_step(
-                model, task, batches, divisor, optimizer, scaler, recent, config, dtype
+                *(model, task, batches, divisor, optimizer, scaler, recent, config, dtype),
+                step=step,
+                ranks=ranks,
             )
             totals.add(result.sums, result.grad_norm, result.skipped)
 
             # Count it; wait for the device only where its numbers are read.
-            tokens = sum(batch[0].numel() for batch in batches)
             state.step = step + 1
             state.samples_seen += config.batch_size * config.grad_accum
             state.tokens_seen += tokens
             validates = bool(validation or task.best_score)
-            due = what_is_due(state.step, config, validates, hooks.stop_requested())
+            stop = ranks.any(hooks.stop_requested())
+            due = what_is_due(state.step, config, validates, stop)
             reads = any(due) or state.step % MOST_SKIPPED_IN_A_ROW == 0
             if reads:
                 totals.wait()
@@ -404,10 +415,10 @@ def fit(
                 state.window = {}
             val_loss, score = None, {}
             if due.validate and validation:
-                val_loss = evaluate(model, validation, task.loss, dtype)
+                val_loss = evaluate(model, validation, task.loss, dtype, ranks)
                 hooks.on_log(val_record(state, val_loss, task.is_likelihood))
             if due.validate:
-                score = _score(model, task, state, hooks)
+                score = _score(model, task, state, hooks, ranks)
             # Among skipped steps nothing new needs saving, and nobody should roll back to there.
             if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
                 is_best = state.note_best(val_loss, score.get(task.best_score), task.best_score)
@@ -418,25 +429,17 @@ def fit(
     return state
 
 
-def _check_skips(optimizer: Optimizer) -> None:
-    """Raise ValueError for an optimizer that cannot be told to skip a step."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            f"fit cannot tell {type(optimizer).__name__} to skip a step whose gradient is not "
-            "finite: make it with fused=True, or by build_optimizer"
-        )
-
-
 def _steps(
-    model: LLM, task: Task, config: TrainConfig, state: RunState
+    model: LLM, task: Task, config: TrainConfig, state: RunState, ranks: Ranks
 ) -> Generator[tuple[list[Batch], int]]:
-    """Return the micro-batches and the divisor of each step left, fetched ahead if they may be."""
+    """Return a rank's micro-batches and their count of each step left, fetched ahead if it may."""
     loader = task.loader(model.config, config)
     pinned = model.embed.weight.device.type == "cuda"
     samples = config.batch_size * config.grad_accum
     # Computed now, because the state changes while the steps are made.
     firsts = [state.samples_seen + i * samples for i in range(config.max_steps - state.step)]
-    made = (micro_batches(loader, task.count, config, first, pinned) for first in firsts)
+    mine = ranks.mine(config.grad_accum)
+    made = (micro_batches(loader, task.count, config, first, pinned, mine) for first in firsts)
     # prefetch is annotated as an iterator and is a generator, which `fit` closes.
     return prefetch(made) if task.fetch_ahead else made  # type: ignore[return-value]
 
@@ -463,12 +466,13 @@ def _check_progress(state: RunState, config: TrainConfig, scaler: torch.amp.Grad
 
 
 @torch.no_grad()
-def _score(model: LLM, task: Task, state: RunState, hooks: Hooks) -> dict[str, float]:
+def _score(model: LLM, task: Task, state: RunState, hooks: Hooks, ranks: Ranks) -> dict[str, float]:
     """Return the task's further numbers of a validation, asked in eval mode; log them."""
     was_training = model.training
     model.eval()
     try:
-        numbers = task.score(model)
+        with ranks.gathered(model):
+            numbers = task.score(model)
     finally:
         model.train(was_training)
     if numbers:
@@ -477,6 +481,16 @@ def _score(model: LLM, task: Task, state: RunState, hooks: Hooks) -> dict[str, f
 
 
 # -------------------------------------------------------------------------------------------- a run
+def launch(settings: cli.Settings, task_of: Callable, config_class: type = TrainConfig) -> int:
+    """Plan a run and carry it out, here or on the ranks that torchrun started (make_plan, run)."""
+    if not process.has_ranks():
+        return run(make_plan(settings, task_of, config_class))
+    from runtime.distributed.launch import joined
+
+    with joined(settings.values.get("device", "auto")) as ranks:
+        return run(make_plan(settings, task_of, config_class, ranks))
+
+
 def run(plan: TrainPlan) -> int:
     """Carry out a plan; return the exit code (0, or 128 + the signal that stopped it)."""
     if plan.config.micro_batch == "auto":
@@ -507,11 +521,11 @@ def run(plan: TrainPlan) -> int:
     plan.task.loader(plan.model_config, config)
     plan.task.validation(plan.model_config, config)
     while True:
-        reporter = Reporter(plan, state)
+        reporter = reporter_of(plan, state)
         try:
             return _train(plan, state, reporter)
         except TrainingDiverged as error:
-            plan, state = _rolled_back(plan, state, error)
+            plan, state = rolled_back(plan, state, error)
         finally:
             reporter.close()
 
@@ -530,39 +544,6 @@ def schedule_notes(plan: TrainPlan) -> list[str]:
         f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate continues at "
         f"{learning_rate(step, config):.3g} (before: {learning_rate(step - 1, before):.3g})"
     ]
-
-
-def _rolled_back(
-    plan: TrainPlan, diverged: RunState, error: TrainingDiverged
-) -> tuple[TrainPlan, RunState]:
-    """Return the run at its newest checkpoint saved before any skipped step, after the data used.
-
-    Raise the error again if there is no such checkpoint, or max_rollbacks is reached.
-    """
-    # The traceback holds the model and the optimizer, which are about to be made again.
-    error.__traceback__ = None
-    release_memory(plan.device)
-    if diverged.rollbacks >= plan.config.max_rollbacks:
-        raise error
-    for _, path in reversed(step_files(plan.config.ckpt_dir)):
-        try:
-            source = read_checkpoint(path, optimizer=True)
-            state = saved_state(source)
-        except ValueError:
-            # Damaged: an older one will do.
-            continue
-        if state.run_id == diverged.run_id and not state.skipped_in_a_row:
-            break
-    else:
-        raise error
-    state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1
-    print(
-        f"{error.args[0].partition(':')[0]}: back to step {state.step:,}, continuing after the "
-        f"data already used (rollback {state.rollbacks} of at most {plan.config.max_rollbacks})",
-        flush=True,
-    )
-    config = dataclasses.replace(plan.config, resume=True, init_from="")
-    return dataclasses.replace(plan, source=source, config=config), state
 
 
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
@@ -593,6 +574,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
             keep_last=config.keep_last,
             is_best=is_best,
             stage=plan.task.stage(model),
+            ranks=plan.ranks,
         )
         reporter.plots(state.step)
 
@@ -602,7 +584,8 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
         profiled(plan, state, reporter.say) as on_step,
     ):
         hooks = Hooks(reporter.on_log, on_save, on_step, stop.requested)
-        fit(model, plan.task, config, hooks, optimizer=optimizer, state=state, dtype=plan.dtype)
+        given = dict(optimizer=optimizer, state=state, dtype=plan.dtype, ranks=plan.ranks)
+        fit(model, plan.task, config, hooks, **given)
     reporter.close()
     print(peak_memory_line(plan.device, sum(check_memory(plan).values())))
     if state.skipped_steps:
@@ -629,7 +612,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     cli.add_config_flags(parser, ModelConfig, TrainConfig)
     settings = cli.settings_from(parser.parse_args(argv), ModelConfig, TrainConfig)
-    return run(make_plan(settings, pretraining))
+    return launch(settings, pretraining)
 
 
 if __name__ == "__main__":

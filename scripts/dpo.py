@@ -24,12 +24,11 @@ import train
 from runtime.base.cli import run_main
 from runtime.posttraining.flags import settings_of
 from runtime.posttraining.preference import DpoConfig, Preference
-from runtime.training.plan import make_plan
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = settings_of(__doc__, argv, DpoConfig)
-    return train.run(make_plan(settings, Preference, DpoConfig))
+    return train.launch(settings, Preference, DpoConfig)
 
 
 if __name__ == "__main__":

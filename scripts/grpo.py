@@ -33,12 +33,11 @@ import train
 from runtime.base.cli import run_main
 from runtime.posttraining.flags import settings_of
 from runtime.posttraining.policy import Grpo, GrpoConfig
-from runtime.training.plan import make_plan
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = settings_of(__doc__, argv, GrpoConfig)
-    return train.run(make_plan(settings, Grpo, GrpoConfig))
+    return train.launch(settings, Grpo, GrpoConfig)
 
 
 if __name__ == "__main__":

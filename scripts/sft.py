@@ -25,12 +25,11 @@ import train
 from runtime.base.cli import run_main
 from runtime.posttraining.flags import settings_of
 from runtime.posttraining.sft import Sft, SftConfig
-from runtime.training.plan import make_plan
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = settings_of(__doc__, argv, SftConfig)
-    return train.run(make_plan(settings, Sft, SftConfig))
+    return train.launch(settings, Sft, SftConfig)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LEVELS = [
     {"runtime.checkpoint"},
     {"runtime.checks"},
     {"runtime.data"},
-    {"runtime.inference", "runtime.training"},
+    {"runtime.inference", "runtime.training", "runtime.distributed"},
     {"runtime.interop", "runtime.posttraining"},
     {"train", "predict", "prepare_data", "test"},
     {"scripts"},

@@ -30,6 +30,11 @@ def before_torch() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
+def has_ranks() -> bool:
+    """Return whether torchrun started this process, as one of its ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def keep_freed_memory() -> bool:
     """Make malloc keep freed memory for the next use; return whether that worked.
 

@@ -166,13 +166,20 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 
 
 def micro_batches(
-    loader, count: Callable[[tuple], int], config: TrainConfig, first_sample: int, pinned: bool
+    loader,
+    count: Callable[[tuple], int],
+    config: TrainConfig,
+    first_sample: int,
+    pinned: bool,
+    which: Iterable[int] | None = None,
 ) -> tuple[list[tuple[torch.Tensor, ...]], int]:
-    """Return the micro-batches of a step, and the sum of their `count`s.
+    """Return micro-batches of a step, and the sum of their `count`s.
 
-    pinned: put them into page-locked memory, from which a GPU copies while the host continues.
+    which: their numbers within the step; None = all of them. pinned: put them into page-locked
+    memory, from which a GPU copies while the host continues.
     """
-    batches = [loader.batch(first_sample + i * config.batch_size) for i in range(config.grad_accum)]
+    which = range(config.grad_accum) if which is None else which
+    batches = [loader.batch(first_sample + i * config.batch_size) for i in which]
     divisor = sum(count(batch) for batch in batches)
     if pinned:
         batches = [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]

@@ -17,7 +17,9 @@ from torch.optim import AdamW, Optimizer
 
 from config_model import TrainConfig
 from runtime.base.device import DTYPES, choose_dtype
-from runtime.checkpoint.optimizer_state import initialise_state
+from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.checkpoint.optimizer_state import STATE_KEYS, initialise_state
+from runtime.training.state import sums_dtype
 
 # One bias per expert, stacked to a matrix [E, F or C]: still biases.
 STACKED_BIASES = ("b_in", "b_out")
@@ -104,10 +106,11 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks = ONE_PROCESS) -> Optimizer:
     """Return the optimizer that the config describes, over `model`.
 
-    Raise ValueError for moments that bfloat16 cannot hold.
+    ranks: among which the model is sharded, if it is. Raise ValueError for moments that bfloat16
+    cannot hold.
     """
     kind = OPTIMIZERS[config.optimizer]
     for name in kind.decay_rates:
@@ -117,28 +120,34 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
                 f"rounding keeps from ever falling: lower it below {BFLOAT16_DECAY_LIMIT}, or use "
                 "state_dtype float32"
             )
-    return kind.build(model, config)
+    return kind.build(model, config, ranks)
 
 
-def build_adamw_in_any_dtype(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Return AdamW with moments in the config's state_dtype: torch's own keeps float32 alone."""
-    if config.state_dtype == "float32":
+def build_adamw_in_any_dtype(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Optimizer:
+    """Return AdamW with moments in the config's state_dtype: torch's own keeps float32 alone.
+
+    On several ranks it is ours too, which passes the same kernel plain tensors, not shards.
+    """
+    if config.state_dtype == "float32" and ranks.world == 1:
         return build_adamw(model, config)
-    return _muon_adamw(model, config, None)
+    return _muon_adamw(model, config, ranks, None)
 
 
-def build_muon(model: nn.Module, config: TrainConfig) -> Optimizer:
+def build_muon(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Optimizer:
     """Return Muon for the matrices inside the blocks and AdamW for all else."""
-    return _muon_adamw(model, config, config.muon_momentum)
+    return _muon_adamw(model, config, ranks, config.muon_momentum)
 
 
-def _muon_adamw(model: nn.Module, config: TrainConfig, muon_momentum: float | None) -> Optimizer:
+def _muon_adamw(
+    model: nn.Module, config: TrainConfig, ranks: Ranks, muon_momentum: float | None
+) -> Optimizer:
     return MuonAdamW(
         parameter_groups(model, config.weight_decay, muon_momentum),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         state_dtype=DTYPES[config.state_dtype],
+        ranks=ranks,
     )
 
 
@@ -156,7 +165,7 @@ def build_adamw(model: nn.Module, config: TrainConfig) -> AdamW:
 class OptimizerKind(NamedTuple):
     """How an optimizer is built, and its settings that are decay rates of moments."""
 
-    build: Callable[[nn.Module, TrainConfig], Optimizer]
+    build: Callable[[nn.Module, TrainConfig, Ranks], Optimizer]
     decay_rates: tuple[str, ...]
 
 
@@ -166,6 +175,30 @@ OPTIMIZERS = {
     "adamw": OptimizerKind(build_adamw_in_any_dtype, ("beta1", "beta2")),
     "muon": OptimizerKind(build_muon, ("beta1", "beta2", "muon_momentum")),
 }
+
+
+def total_norm(gradients: list[Tensor], ranks: Ranks = ONE_PROCESS) -> Tensor:
+    """Return the norm of all gradients together: 0-dim, in their dtype, on their device.
+
+    Squares are summed in float64 (MPS has none), so that the sum does not depend on how they are
+    cut: neither on the ranks that hold them nor on the slices that are widened at a time.
+    """
+    device = gradients[0].device
+    wide = sums_dtype(device)
+    total = torch.zeros((), dtype=wide, device=device)
+    for gradient in gradients:
+        for part in gradient.reshape(-1).split(_elements_at_once(gradient)):
+            total += torch.linalg.vector_norm(part, dtype=wide).square()
+    return ranks.sum_of_shards_(total).sqrt().to(gradients[0].dtype)
+
+
+def check_skips(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer that cannot be told to skip a step."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"fit cannot tell {type(optimizer).__name__} to skip a step whose gradient is not "
+            "finite: make it with fused=True, or by build_optimizer"
+        )
 
 
 # ----------------------------------------------------------------------------------------- the step
@@ -188,7 +221,9 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float],
         eps: float,
         state_dtype: torch.dtype = torch.float32,
+        ranks: Ranks = ONE_PROCESS,
     ):
+        self.ranks = ranks
         super().__init__(
             groups,
             dict(
@@ -227,8 +262,8 @@ class MuonAdamW(Optimizer):
         grad_scale: Tensor | None,
     ) -> None:
         """Do torch's fused AdamW; bfloat16 moments are widened for it a slice at a time."""
-        states = [self.state[parameter] for parameter in parameters]
-        steps = [state["step"] for state in states]
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        held = [tensors for tensors in map(self._held, parameters) if tensors[0].numel()]
         values = dict(
             lr=group["lr"],
             beta1=group["betas"][0],
@@ -242,33 +277,37 @@ class MuonAdamW(Optimizer):
         )
         torch._foreach_add_(steps, 1)
         if group["state_dtype"] == torch.float32:
-            torch._fused_adamw_(
-                parameters,
-                [_gradient(parameter) for parameter in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                steps,
-                **values,
+            weights, gradients, exp_avgs, exp_avg_sqs, own_steps = map(
+                list, zip(*held, strict=True)
             )
+            torch._fused_adamw_(weights, gradients, exp_avgs, exp_avg_sqs, [], own_steps, **values)
         else:
-            for parameter, state in zip(parameters, states, strict=True):
-                flat = (
-                    parameter.view(-1),
-                    _gradient(parameter).reshape(-1),
-                    state["exp_avg"].view(-1),
-                    state["exp_avg_sq"].view(-1),
-                )
+            for *tensors, step in held:
+                flat = (tensor.reshape(-1) for tensor in tensors)
                 for weights, gradient, *moments in zip(
-                    *(t.split(_elements_at_once(parameter)) for t in flat), strict=True
+                    *(t.split(_elements_at_once(t)) for t in flat), strict=True
                 ):
                     wide = [moment.float() for moment in moments]
                     torch._fused_adamw_(
-                        [weights], [gradient], wide[:1], wide[1:], [], [state["step"]], **values
+                        [weights], [gradient], wide[:1], wide[1:], [], [step], **values
                     )
                     torch._foreach_copy_(moments, wide)
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+    def _held(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """Return what this rank holds of a parameter, its gradient and its state, in their order.
+
+        Kernels then see plain tensors.
+        """
+        state = self.state[parameter]
+        tensors = (
+            parameter,
+            _gradient(parameter),
+            *(state[k] for k in STATE_KEYS[1:] if k in state),
+        )
+        local = tuple(map(self.ranks.local, tensors))
+        return (*local, state["step"]) if "step" in state else local
 
     def _muon(
         self,
@@ -279,26 +318,69 @@ class MuonAdamW(Optimizer):
     ) -> None:
         """Update matrices of one shape together, a bounded number at a time.
 
-        It does not matter which tensors they are stacked in.
+        It does not matter which tensors they are stacked in. A stack in shards is split between
+        matrices. Another matrix is split within itself: its update is gathered, and every rank
+        orthogonalises the whole of it.
         """
-        by_shape: dict[tuple, list[tuple]] = {}
+        by_shape: dict[tuple, list[Matrices]] = {}
         for parameter in parameters:
-            shape = (-1, parameter.shape[-2] // group["row_parts"], parameter.shape[-1])
-            tensors = (
-                parameter.view(shape),
-                _gradient(parameter).reshape(shape),
-                self.state[parameter]["momentum"].view(shape),
-            )
-            at_once = max(1, _elements_at_once(parameter) // (shape[1] * shape[2]))
-            by_shape.setdefault((*shape[1:], at_once), []).extend(
-                zip(*(t.split(at_once) for t in tensors), strict=True)
-            )
+            R, C = parameter.shape[-2] // group["row_parts"], parameter.shape[-1]
+            at_once = max(1, _elements_at_once(parameter) // (R * C))
+            pieces = by_shape.setdefault((R, C, at_once), [])
+            held = self._held(parameter)
+            if parameter.dim() == 2 and self.ranks.is_split(parameter):
+                pieces.append(Matrices(*(tensor[None] for tensor in held), parameter))
+            elif held[0].numel():
+                stacks = (tensor.reshape(-1, R, C).split(at_once) for tensor in held)
+                pieces += (Matrices(*parts) for parts in zip(*stacks, strict=True))
         skip = None if found_inf is None else found_inf == 1
         for (*_, at_once), pieces in by_shape.items():
             for batch in _batches(pieces, at_once):
-                _muon_step(
-                    batch, group["lr"], group["weight_decay"], group["momentum"], grad_scale, skip
-                )
+                self._muon_step(batch, group, grad_scale, skip)
+
+    def _muon_step(
+        self, batch: list[Matrices], group: dict, grad_scale: Tensor | None, skip: Tensor | None
+    ) -> None:
+        """Do Muon's update of some matrices of one shape.
+
+        It is Nesterov momentum, orthogonalised and scaled to MUON_RMS. An orthogonal R x C matrix
+        has a root mean square of 1 / sqrt(max(R, C)). A matrix without any gradient (an expert that
+        no token chose) is not moved: the rest of its momentum would be blown up to full size, step
+        after step.
+        """
+        beta, updates = group["momentum"], []
+        for _, gradient, momentum, split in batch:
+            gradient = gradient if grad_scale is None else gradient / grad_scale
+            moved = momentum.float().lerp(gradient, 1 - beta)
+            norm = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True)
+            update = gradient.lerp(moved, beta)
+            if split is not None:
+                norm = self.ranks.sum_of_shards_(norm)
+                update = self.ranks.whole(split, update[0])[None]
+            updates.append(update.mul_(norm > 0))
+            _assign(momentum, moved, skip)
+        R, C = updates[0].shape[1:]
+        orthogonal = orthogonalise(torch.cat(updates), _orthogonalise_dtype(updates[0].device))
+        for (weights, _, _, split), update in zip(
+            batch, orthogonal.split([len(matrices.weights) for matrices in batch]), strict=True
+        ):
+            if split is not None:
+                update = self.ranks.part_of(split, update[0])[None]
+            lr, weight_decay = group["lr"], group["weight_decay"]
+            scale = -lr * MUON_RMS * math.sqrt(max(R, C))
+            _assign(weights, (weights * (1 - lr * weight_decay)).add_(update, alpha=scale), skip)
+
+
+class Matrices(NamedTuple):
+    """Some matrices, [n, R, C] each, with what Muon needs of them.
+
+    split: the parameter, if this rank holds rows of one matrix only.
+    """
+
+    weights: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    split: Tensor | None = None
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -314,53 +396,19 @@ def _elements_at_once(parameter: Tensor) -> int:
     return 1 << (17 if parameter.device.type == "cpu" else 24)
 
 
-def _batches(pieces: list[tuple], at_once: int) -> Iterator[list[tuple]]:
+def _batches(pieces: list[Matrices], at_once: int) -> Iterator[list[Matrices]]:
     """Yield lists of consecutive pieces that hold at most `at_once` matrices each.
 
-    A piece is a tuple of tensors [n, R, C] with n <= at_once.
+    None of the pieces holds more.
     """
-    batch: list[tuple] = []
+    batch: list[Matrices] = []
     for piece in pieces:
-        if sum(len(tensors[0]) for tensors in (*batch, piece)) > at_once:
+        if sum(len(matrices.weights) for matrices in (*batch, piece)) > at_once:
             yield batch
             batch = []
         batch.append(piece)
-    yield batch
-
-
-def _muon_step(
-    batch: list[tuple],
-    lr: float,
-    weight_decay: float,
-    beta: float,
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
-) -> None:
-    """Do Muon's update of some (weights, gradient, momentum), each [n, R, C].
-
-    It is Nesterov momentum, orthogonalised and scaled to MUON_RMS. An orthogonal R x C matrix has a
-    root mean square of 1 / sqrt(max(R, C)). A matrix without any gradient (an expert that no token
-    chose) is not moved: the rest of its momentum would be blown up to full size, step after step.
-    """
-    updates = []
-    for _, gradient, momentum in batch:
-        gradient = gradient if grad_scale is None else gradient / grad_scale
-        moved = momentum.float().lerp(gradient, 1 - beta)
-        has_gradient = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True) > 0
-        updates.append(gradient.lerp(moved, beta).mul_(has_gradient))
-        _assign(momentum, moved, skip)
-    R, C = updates[0].shape[1:]
-    orthogonal = orthogonalise(torch.cat(updates), _orthogonalise_dtype(updates[0].device))
-    for (weights, _, _), update in zip(
-        batch, orthogonal.split([len(piece[0]) for piece in batch]), strict=True
-    ):
-        _assign(
-            weights,
-            (weights * (1 - lr * weight_decay)).add_(
-                update, alpha=-lr * MUON_RMS * math.sqrt(max(R, C))
-            ),
-            skip,
-        )
+    if batch:
+        yield batch
 
 
 def _orthogonalise_dtype(device: torch.device) -> torch.dtype:

@@ -30,6 +30,7 @@ from runtime.base.device import (
 )
 from runtime.base.files import is_utf8
 from runtime.base.following import follow
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes, human_count
 from runtime.checkpoint.folder import find_latest, folder_has_run
 from runtime.checkpoint.format import Checkpoint
@@ -71,7 +72,11 @@ FREE_ON_RESUME = {
     "resume",
     "wandb",
     "tensorboard",
+    "expert_parallel",
+    "shard",
 }
+# Of the machine and not of the run: a resume that is not given them has the defaults.
+OF_THE_MACHINE = ("expert_parallel", "shard")
 
 
 # With --init_from the weights decide the architecture. These settings change neither the shapes of
@@ -108,15 +113,19 @@ class TrainPlan:
     loss_rows: int = 0
     # Whether --dtype auto chose the dtype.
     auto_dtype: bool = False
+    # That carry it out.
+    ranks: Ranks = ONE_PROCESS
 
 
 def make_plan(
     settings: cli.Settings,
     task_of: Callable[[Any, Checkpoint | None], Task],
     config_class: type[TrainConfig] = TrainConfig,
+    ranks: Ranks = ONE_PROCESS,
 ) -> TrainPlan:
     """Return the plan for some settings. Raise ValueError for whatever cannot be honoured.
 
+    ranks: that will carry it out.
     task_of(config, source): the task, made from the data that the settings name. config: a
     config_class; source: the checkpoint that is resumed or started from, if any.
     """
@@ -127,7 +136,7 @@ def make_plan(
             f"--profile: PyTorch writes its trace to UTF-8 paths alone, and {config.graph_dir} is "
             "none: give another --graph_dir"
         )
-    device, dtype = _prepare_process(config)
+    device, dtype = _prepare_process(config, ranks)
     if config.init_from:
         source = read_checkpoint(config.init_from)
     task = task_of(config, source)
@@ -154,7 +163,9 @@ def make_plan(
         config = _with_epochs(config, settings, task, model_config, None, notes)
     auto_dtype = config.dtype == "auto"
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    plan = TrainPlan(model_config, config, device, dtype, task, source, notes)
+    ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    config = _with_split_for(ranks.world, config, notes)
+    plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     return with_loss_rows(dataclasses.replace(plan, auto_dtype=auto_dtype))
 
 
@@ -239,15 +250,18 @@ def _configs(
     return source, config, model_config
 
 
-def _prepare_process(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+def _prepare_process(config: TrainConfig, ranks: Ranks) -> tuple[torch.device, torch.dtype]:
     """Set threads and determinism; return the device and the dtype to compute in."""
     threads = config.num_threads or min(torch.get_num_threads(), process.usable_cores())
+    if not config.num_threads:
+        threads = max(threads // ranks.local_world, 1)
     torch.set_num_threads(threads)
     process.keep_freed_memory()
-    device = choose_device(config.device)
+    device = ranks.device or choose_device(config.device)
     if config.deterministic:
         make_deterministic()
-    dtype = choose_dtype(config.dtype, device)
+    # To choose, a CPU is timed.
+    dtype = ranks.from_first(lambda: choose_dtype(config.dtype, device))
     if config.spike_sigmas and dtype == torch.float16:
         raise ValueError(
             "spike_sigmas skips steps that float16's loss scaler would take: "
@@ -290,7 +304,9 @@ def _resumed_configs(
     free = {name: value for name, value in given.items() if name in may_change}
     # The run's folder may have been moved since it was saved.
     folder = {"ckpt_dir": settings.values.get("ckpt_dir", config_class.ckpt_dir)}
-    values = source.train_config | free | folder | {"resume": True, "init_from": ""}
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+    machine = {name: defaults[name] for name in OF_THE_MACHINE}
+    values = source.train_config | machine | free | folder | {"resume": True, "init_from": ""}
     _check_steps(values, source)
     try:
         config = config_class(**values)
@@ -552,6 +568,36 @@ def _with_micro_batch(plan: TrainPlan, batch_size: int) -> TrainPlan:
     return dataclasses.replace(plan, loss_rows=0, config=changed)
 
 
+def _with_split_for(world: int, config: TrainConfig, notes: list[str]) -> TrainConfig:
+    """Return the config with micro-batches that `world` ranks share evenly; add a line to notes.
+
+    The sequences of a step stay the same. Raise ValueError where they cannot be shared out.
+    """
+    if config.grad_accum % world == 0:
+        return config
+    sequences = config.batch_size * config.grad_accum
+    if sequences % world:
+        fitting = [n for n in range(1, sequences + 1) if sequences % n == 0]
+        below = max(n for n in fitting if n < world)
+        raise ValueError(
+            f"{world} ranks cannot share {config.batch_size} x {config.grad_accum} = {sequences} "
+            f"sequences a step evenly: take {below} ranks, or --batch_size and --grad_accum whose "
+            f"product is {sequences // world * world or world} or another multiple of {world}"
+        )
+    size = next(
+        b
+        for b in range(config.batch_size, 0, -1)
+        if sequences % b == 0 and sequences // b % world == 0
+    )
+    notes.append(
+        f"batch    {size} x {sequences // size} sequences a step instead of {config.batch_size} x "
+        f"{config.grad_accum}, so that {world} ranks share them evenly: balance loss and dropout "
+        "are those of the new split"
+    )
+    changed = dataclasses.replace(config, batch_size=size, grad_accum=sequences // size)
+    return _with_validation_of(changed, config.batch_size)
+
+
 def _with_validation_of(config: TrainConfig, batch_size: int) -> TrainConfig:
     """Return a config whose val_steps were for another batch_size.
 
@@ -661,7 +707,8 @@ def checkpoint_bytes(needed: dict[str, int]) -> int:
 def initial_state(plan: TrainPlan) -> RunState:
     """Return the state a run starts in: step 0, or the state of the checkpoint that it resumes."""
     if not plan.config.resume:
-        return RunState(run_id=os.urandom(8).hex(), auto_dtype=plan.auto_dtype)
+        run_id = plan.ranks.from_first(lambda: os.urandom(8).hex())
+        return RunState(run_id=run_id, auto_dtype=plan.auto_dtype)
     assert plan.source is not None
     state = saved_state(plan.source)
     # An average over other sequences cannot be compared with the old best.

@@ -190,6 +190,36 @@ class Reporter:
         self._log(self.log.finish)
 
 
+class SilentReporter(Reporter):
+    """The reporter of a rank that is not the first: it neither writes nor says anything."""
+
+    def __init__(self):
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def on_log(self, record: dict) -> None:
+        pass
+
+    def write_json(self) -> None:
+        pass
+
+    def plots(self, step: int) -> None:
+        pass
+
+    def scores(self) -> list[dict]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def reporter_of(plan: TrainPlan, state: RunState) -> Reporter:
+    """Return what shows and stores a run: on the first of its ranks alone."""
+    return Reporter(plan, state) if plan.ranks.is_first else SilentReporter()
+
+
 @contextlib.contextmanager
 def profiled(plan: TrainPlan, state: RunState, say: Callable[[str], None]):
     """Yield what to call after each step.

@@ -86,7 +86,7 @@ def explained_failures(plan: TrainPlan) -> Iterator[None]:
 
 def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Optimizer, float]:
     """Return a plan's model and optimizer, ready for `fit`, and the seconds of a micro-batch."""
-    config = plan.config
+    config, ranks = plan.config, plan.ranks
     with explained_failures(plan):
         plan.task.planned(config, plan.dtype)
         model = build(plan)
@@ -94,15 +94,16 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         choose_kernels(model, plan.device, plan.dtype)
         for line in settle_kernels(model):
             tqdm.write(f"note     {line}")
-        optimizer = build_optimizer(model, config)
+        if config.compile:
+            model.compile_in_place()
+        ranks.shard(model, plan.dtype)
+        optimizer = build_optimizer(model, config, ranks)
         if config.resume:
             assert plan.source is not None
-            load_training_state(plan.source, model, optimizer)
+            load_training_state(plan.source, model, optimizer, ranks)
         model.activation_checkpointing = config.activation_checkpointing
         model.loss_rows = plan.loss_rows
         plan.task.started(model)
-        if config.compile:
-            model.compile_in_place()
         return model, optimizer, dry_run(model, optimizer, plan, forward_backward)
 
 

@@ -1,0 +1,144 @@
+"""The ranks of a run: processes that take one step together, each on its share of it.
+
+`Ranks` is a run in one process, so that all of it does nothing. The loop, the optimizer and the
+checkpoints are written against it. runtime/distributed/parallel.py has the same methods for the
+ranks that torchrun starts; `python train.py` never imports that file.
+
+A rank takes whole micro-batches. The step of W ranks is that of one process with the same
+micro-batches, so neither data order nor dropout depends on W.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Size, Tensor, device, dtype, nn
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """One process: its methods return what they are given. Every rank must call them alike.
+
+    rank, world: this process's number, and how many there are.
+    experts: ranks that share a block's experts (--expert_parallel).
+    local_world: ranks on this machine.
+    device: of this rank; None = the run chooses.
+    """
+
+    rank: int = 0
+    world: int = 1
+    experts: int = 1
+    local_world: int = 1
+    device: device | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this rank writes files and lines."""
+        return self.rank == 0
+
+    def mine(self, count: int) -> range:
+        """Return which of `count` micro-batches this rank takes."""
+        return range(self.rank, count, self.world)
+
+    # ------------------------------------------------------------------------------ on the host
+    def sum_on_host(self, *numbers: int) -> tuple[int, ...]:
+        """Return whole numbers summed over the ranks."""
+        return numbers
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on a rank."""
+        return flag
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns on the first rank, which alone calls it; or raise its error.
+
+        For whatever reads a clock, random bytes or a folder that is written to.
+        """
+        return make()
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Return what `do` returns here; raise ValueError on every rank if it fails on one.
+
+        do: something that takes no part in what the ranks do together.
+        """
+        return do()
+
+    def check_equal(self, what: dict[str, object]) -> None:
+        """Raise ValueError, which names the rank, if a rank has other values than the first."""
+
+    # ---------------------------------------------------------------------------- on the device
+    def share(self, batches: Sequence[T]) -> Iterable[tuple[T, bool]]:
+        """Yield this rank's batches, as many on every rank, and whether each of them counts.
+
+        Where they do not share out evenly, a rank is given one that counts on another.
+        """
+        return ((batch, True) for batch in batches)
+
+    def concatenated(self, rows: Tensor) -> Tensor:
+        """Return the rows [n, ..] that the ranks made of what `share` gave them, in its order."""
+        return rows
+
+    def sum_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors, by name, summed over the ranks; each keeps its dtype."""
+        return tensors
+
+    def sum_of_shards_(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that hold different parts of the weights, in place; return it."""
+        return tensor
+
+    # ------------------------------------------------------------------------- weights in shards
+    def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
+        """Decide which rank will hold what. Raise ValueError for what cannot be honoured.
+
+        expert_parallel, shard: as in TrainConfig.
+        """
+        for name, is_given in (
+            ("expert_parallel", expert_parallel > 1),
+            ("shard", shard != "full"),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"--{name} is for runs on several ranks: leave it out, or start with torchrun "
+                    "--standalone --nproc_per_node RANKS train.py"
+                )
+
+    def shard(self, model: nn.Module, dtype: dtype) -> None:
+        """Keep this rank's share of a finished model. dtype: that is computed in."""
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the part of a tensor that this rank holds: rows of its first dimension."""
+        return tensor
+
+    def is_split(self, tensor: Tensor) -> bool:
+        """Return whether this rank holds a part of a tensor only, or may."""
+        return False
+
+    def part_of(self, tensor: Tensor, whole: Tensor) -> Tensor:
+        """Return what this rank holds of a tensor, from the whole of it or of one like it."""
+        return whole
+
+    def fill_(self, tensor: Tensor, whole: Tensor) -> None:
+        """Copy this rank's part of a whole tensor into one that may be in shards."""
+        self.local(tensor).copy_(self.part_of(tensor, whole))
+
+    def shape_of(self, tensor: Tensor) -> Size:
+        """Return the shape of the whole tensor."""
+        return tensor.shape
+
+    def whole(self, tensor: Tensor, local: Tensor | None = None) -> Tensor:
+        """Return the whole of a tensor on every rank: a collective.
+
+        local: another tensor in the same shards, whose whole is returned instead.
+        """
+        return tensor if local is None else local
+
+    def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Have whole weights in a model on every rank, for a while, as decoders need them."""
+        return contextlib.nullcontext()
+
+
+ONE_PROCESS = Ranks()

@@ -1,0 +1,44 @@
+"""Go back to the last good checkpoint of a run whose steps are all skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from runtime.base.device import release_memory
+from runtime.checkpoint.folder import step_files
+from runtime.checkpoint.read import read_checkpoint
+from runtime.training.plan import TrainPlan, saved_state
+from runtime.training.state import RunState, TrainingDiverged
+
+
+def rolled_back(
+    plan: TrainPlan, diverged: RunState, error: TrainingDiverged
+) -> tuple[TrainPlan, RunState]:
+    """Return the run at its newest checkpoint saved before any skipped step, after the data used.
+
+    Raise the error again if there is no such checkpoint, or max_rollbacks is reached.
+    """
+    # The traceback holds the model and the optimizer, which are about to be made again.
+    error.__traceback__ = None
+    release_memory(plan.device)
+    if diverged.rollbacks >= plan.config.max_rollbacks:
+        raise error
+    for _, path in reversed(step_files(plan.config.ckpt_dir)):
+        try:
+            source = read_checkpoint(path, optimizer=True)
+            state = saved_state(source)
+        except ValueError:
+            # Damaged: an older one will do.
+            continue
+        if state.run_id == diverged.run_id and not state.skipped_in_a_row:
+            break
+    else:
+        raise error
+    state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1
+    print(
+        f"{error.args[0].partition(':')[0]}: back to step {state.step:,}, continuing after the "
+        f"data already used (rollback {state.rollbacks} of at most {plan.config.max_rollbacks})",
+        flush=True,
+    )
+    config = dataclasses.replace(plan.config, resume=True, init_from="")
+    return dataclasses.replace(plan, source=source, config=config), state

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
+LOOK_AGAIN_SECONDS = 0.2
 # What the process runs: it imports from where its parent does.
 START = """
 import json, sys
@@ -48,7 +49,7 @@ def train_merges(texts: Iterable[str], num_tokens: int, pattern: str) -> list[li
                 stdin.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
             stdin.flush()
         # It reads its input to the end, then prints, so neither side waits for the other.
-        printed = stdout.read()
+        printed = _read(stdout)
         if code := process.wait():
             raise ValueError(
                 f"the process that trains the tokenizer ended with exit code {code}: "
@@ -62,6 +63,20 @@ def train_merges(texts: Iterable[str], num_tokens: int, pattern: str) -> list[li
             # What could not be sent is dropped.
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def _read(pipe: IO[bytes]) -> bytes:
+    """Return all of a pipe, and hear Ctrl-C meanwhile, however shortly before it comes.
+
+    A signal that arrives after Python's last look at signals and before the system call leaves the
+    call waiting. So a thread reads, and this one looks again and again.
+    """
+    read: list[bytes] = []
+    thread = threading.Thread(target=lambda: read.append(pipe.read()), daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_AGAIN_SECONDS)
+    return read[0]
 
 
 def _then_none(settings: dict, texts: Iterable[str]) -> Iterator[dict | str | None]:

@@ -530,6 +530,8 @@ def labelled_parts(runner: Ours):
             label(train, "to_device", "data")
         for name in ("get_total_norm", "clip_grads_with_norm_", "clip_grad_norm_"):
             label(nn.utils, name, "optimizer")
+        if hasattr(train, "total_norm"):
+            label(train, "total_norm", "optimizer")
         yield
 
 

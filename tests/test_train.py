@@ -268,7 +268,7 @@ def test_going_back_has_a_limit_and_an_exit_code(run, monkeypatch, capsys, allow
 def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypatch, capsys):
     """The newest good checkpoint is the one before it; without any of this run's it must end."""
     poison(monkeypatch, range(40, 100))
-    real = train._rolled_back
+    real = train.rolled_back
 
     def damaged(*arguments):
         path = run.ckpt_dir / "step_0000020.pt"
@@ -276,7 +276,7 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
             path.write_bytes(path.read_bytes()[:-100])
         return real(*arguments)
 
-    monkeypatch.setattr(train, "_rolled_back", damaged)
+    monkeypatch.setattr(train, "rolled_back", damaged)
     assert run("--max_steps", "80", "--save_interval", "10", "--keep_last", "0") == 0
     assert "back to step 10," in capsys.readouterr().out
     plan = make_plan(
@@ -1579,8 +1579,8 @@ def test_mps_skips_a_bad_step_under_loss_scaling_too():
         scaler.scale(torch.ones(()))
         weight.grad = torch.full((2,), gradient)
         with mock.patch(
-            "torch.nn.utils.get_total_norm",
-            lambda gradients: torch.stack(gradients).norm().as_subclass(OnMPS),
+            "train.total_norm",
+            lambda gradients, ranks: torch.stack(gradients).norm().as_subclass(OnMPS),
         ):
             train._update(optimizer, scaler, [weight], torch.ones(()), 0.0)
         assert len(steps) == expected

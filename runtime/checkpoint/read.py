@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from config_model import ModelConfig
 from model import LLM
 from runtime.base.files import is_utf8
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.adapter import (
     KEY,
     AdaptedWeights,
@@ -421,7 +422,9 @@ def build_model(
     return model.eval()
 
 
-def load_training_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+def load_training_state(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, ranks: Ranks = ONE_PROCESS
+) -> None:
     """Copy weights and optimizer state into a model and its optimizer, wherever they are.
 
     All is checked before anything is changed. Raise CheckpointError.

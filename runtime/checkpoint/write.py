@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
 from runtime.checkpoint.adapter import KEY, adapter_of, saved_tensors
 from runtime.checkpoint.folder import (
@@ -54,6 +55,7 @@ def save_checkpoint(
     keep_last: int = 0,
     is_best: bool = False,
     stage: dict | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Path:
     """Write step_0001000.pt and link latest.pt (and best.pt) to it; return its path.
 

@@ -240,9 +240,9 @@ def recorded(monkeypatch) -> list[torch.Tensor]:
     steps: list[torch.Tensor] = []
     real = train.train_step
 
-    def train_step(model, task, batches, *args):
+    def train_step(model, task, batches, *args, **settings):
         steps.append(torch.cat([torch.stack(batch, dim=1) for batch in batches]))
-        return real(model, task, batches, *args)
+        return real(model, task, batches, *args, **settings)
 
     monkeypatch.setattr(train, "train_step", train_step)
     return steps

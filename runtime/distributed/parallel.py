@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from runtime.base.ranks import Ranks
+from runtime.distributed.expert_parallel import share_experts
 
 T = TypeVar("T")
 
@@ -148,6 +149,9 @@ class Parallel(Ranks):
     def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
         options: dict[str, Any] = {"reshard_after_forward": self.reshard}
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
+            if self.experts > 1:
+                share_experts(block, self.expert_group)
+                fully_shard(block.moe.experts, mesh=self.expert_mesh, **options)
             fully_shard(block, mesh=self.mesh, **options)
         fully_shard(model, mesh=self.mesh, **options)
         for module in model.modules():
@@ -177,14 +181,19 @@ class Parallel(Ranks):
         if not isinstance(tensor, DTensor):
             return tensor if local is None else local
         local = tensor.to_local() if local is None else local
-        mesh, shape = tensor.device_mesh, self.shape_of(tensor)
-        placements = tensor.placements
-        if self._holds_experts(tensor):
-            mesh, placements = self.whole_expert_mesh, (Shard(0), Shard(0))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        held = DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
         ).full_tensor()
+        if not self._holds_experts(tensor):
+            return held
+        whole = held.new_empty(self.shape_of(tensor))
+        dist.all_gather(list(whole.chunk(self.experts)), held.contiguous(), group=self.expert_group)
+        return whole
 
     def _holds_experts(self, tensor: Tensor) -> bool:
         """Return whether a tensor is this rank's part of a stack that other ranks hold parts of."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from runtime.base.ranks import Ranks
 from runtime.distributed.expert_parallel import share_experts

@@ -53,7 +53,10 @@ def planned(ranks: Ranks, kind: str, flags: list[str]) -> TrainPlan:
 
 
 def tuned(ranks: Ranks, kind: str, flags: list[str]) -> tuple[dict, dict, list[dict]]:
-    """Return the weights, the optimizer's state and the records of a run that saves nothing."""
+    """Return the weights, the optimizer's state and the records of a run that saves nothing.
+
+    The weights are also those of the plain model that a score asks.
+    """
     plan = planned(ranks, kind, flags)
     state = initial_state(plan)
     model, optimizer, _ = set_up(plan, train.forward_backward)
@@ -63,6 +66,8 @@ def tuned(ranks: Ranks, kind: str, flags: list[str]) -> tuple[dict, dict, list[d
     train.fit(model, plan.task, plan.config, hooks, **given)
     parameters = dict(model.named_parameters())
     weights = {name: ranks.whole(p.detach()).clone() for name, p in parameters.items()}
+    plain = plan.task.plain(model).state_dict()
+    weights |= {f"plain.{name}": tensor.clone() for name, tensor in plain.items()}
     moments = {
         f"{key}.{name}": ranks.whole(value).clone()
         for name, p in parameters.items()

@@ -70,6 +70,10 @@ class Ranks:
     def check_equal(self, what: dict[str, object]) -> None:
         """Raise ValueError, which names the rank, if a rank has other values than the first."""
 
+    def in_order(self, values: Sequence[T]) -> list[T]:
+        """Return the values that the ranks made of what `share` gave them, in its order."""
+        return list(values)
+
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterable[tuple[T, bool]]:
         """Yield this rank's batches, as many on every rank, and whether each of them counts.

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from runtime.base.ranks import Ranks
+from runtime.distributed.trained_rows import keep_trained_rows
 
 T = TypeVar("T")
 
@@ -119,6 +120,11 @@ class Parallel(Ranks):
                         f"{value}; start all ranks with the same command, data and code"
                     )
 
+    def in_order(self, values: Sequence[T]) -> list[T]:
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, list(values))
+        return [value for turn in zip(*every, strict=True) for value in turn]
+
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
         for first in range(0, len(batches), self.world):
@@ -150,6 +156,7 @@ class Parallel(Ranks):
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
             fully_shard(block, mesh=self.mesh, **options)
         fully_shard(model, mesh=self.mesh, **options)
+        keep_trained_rows(model, self)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Plain sums: a factor of 1 alone is a product that Gloo lacks.

@@ -140,6 +140,11 @@ def make_plan(
     if config.init_from:
         source = read_checkpoint(config.init_from)
     task = task_of(config, source)
+    if ranks.world > 1 and not task.takes_ranks:
+        raise ValueError(
+            f"{task.command} is for one process, and these are {ranks.world} ranks: start it "
+            "without torchrun"
+        )
     if config.resume:
         assert source is not None
         check_kind(source, task)

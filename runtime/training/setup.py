@@ -103,7 +103,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
             load_training_state(plan.source, model, optimizer, ranks)
         model.activation_checkpointing = config.activation_checkpointing
         model.loss_rows = plan.loss_rows
-        plan.task.started(model)
+        plan.task.started(model, ranks)
         return model, optimizer, dry_run(model, optimizer, plan, forward_backward)
 
 

@@ -121,6 +121,10 @@ class Ranks:
         """Return whether this rank holds a part of a tensor only, or may."""
         return False
 
+    def rows(self, tensor: Tensor) -> range:
+        """Return which rows of the whole tensor this rank holds, of its first dimension."""
+        return range(len(tensor))
+
     def part_of(self, tensor: Tensor, whole: Tensor) -> Tensor:
         """Return what this rank holds of a tensor, from the whole of it or of one like it."""
         return whole

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -116,7 +117,12 @@ class Report:
             return ""
         missing = [str(r) for r in range(self.world) if r != self.rank and r not in others]
         who = f"rank {' and '.join(missing)}" if missing else "the connection of the ranks"
-        return f"error: {who} was killed, hangs or cannot be reached: {line}"
+        return f"error: {who} was killed, hangs or cannot be reached ({_cause(line)})"
+
+
+def _cause(message: str) -> str:
+    """Return what a library says of a lost connection, without its own places and advice."""
+    return re.sub(r"^\[.*?\] ", "", message).partition(". ")[0]
 
 
 def _explained(error: BaseException) -> tuple[int, str, bool]:

@@ -27,6 +27,7 @@ def promises() -> list:
         damage,
         flags,
         hostile,
+        many_ranks,
         memory,
         model,
         network,
@@ -62,6 +63,7 @@ def promises() -> list:
             *adapters.PROMISES,
             *policy.PROMISES,
             *tuning_runs.PROMISES,
+            *many_ranks.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -7,6 +7,7 @@ DESIGN in one line: config_model < base < kernels < model_parts < model < checkp
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The tests of a benchmark import it, and benchmarks count what the guarantees in tests hold.
 TOP = len(LEVELS) - 1
 FEWEST_FILES = 90
+# What knows tensors in shards and talks to other ranks.
+RANKS_ROOM = "runtime.distributed"
+RANKS_ONLY = re.compile(
+    r"^torch\.distributed|^(DTensor|DeviceMesh|FSDPModule|fully_shard|full_tensor|to_local)$"
+)
 
 
 def module_of(path: Path) -> str:
@@ -62,16 +68,30 @@ def imported(tree: ast.AST, known: set[str]) -> set[str]:
     return found & known
 
 
-def read_imports() -> dict[str, set[str]]:
-    """Return module -> modules of the repository that it imports."""
+def read_trees() -> dict[str, ast.AST]:
+    """Return module -> syntax tree, of all modules of the repository."""
     folders = ("runtime", "scripts", "benchmarks", "tests")
     patterns = ("*.py", *(f"{folder}/**/*.py" for folder in folders))
-    trees = {
+    return {
         module_of(path.relative_to(REPO)): ast.parse(path.read_text(encoding="utf-8"))
         for pattern in patterns
         for path in REPO.glob(pattern)
     }
-    return {module: imported(tree, set(trees)) for module, tree in trees.items()}
+
+
+def about_ranks(tree: ast.AST) -> list[str]:
+    """Return what a syntax tree says of torch.distributed, of its tensors or of its sharding."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            found.append(ast.unparse(node) if node.attr == "distributed" else node.attr)
+        elif isinstance(node, ast.Name):
+            found.append(node.id)
+    return [name for name in found if RANKS_ONLY.search(name)]
 
 
 def broken(imports: dict[str, set[str]]) -> list[str]:
@@ -109,7 +129,8 @@ def circles(imports: dict[str, set[str]]) -> list[str]:
     return found
 
 
-IMPORTS = read_imports()
+TREES = read_trees()
+IMPORTS = {module: imported(tree, set(TREES)) for module, tree in TREES.items()}
 
 
 def test_every_file_is_read():
@@ -131,6 +152,30 @@ def test_there_are_no_circles():
     assert circles(IMPORTS) == []
 
 
+def test_only_one_room_knows_of_shards():
+    """Code that meets a sharded tensor unawares does not crash, it computes something else.
+
+    Muon did: its matrices were a rank's rows. All others go through base.ranks.Ranks.
+    """
+    of_ranks = {module: about_ranks(tree) for module, tree in TREES.items()}
+    assert of_ranks["runtime.distributed.parallel"]
+    inside = ("tests", "benchmarks", RANKS_ROOM)
+    assert {m: names for m, names in of_ranks.items() if names and not m.startswith(inside)} == {}
+
+
+def test_the_ranks_are_imported_where_they_are_used():
+    """One process needs none of it, so no import of it stands at the top of a file."""
+    early = {
+        module
+        for module, tree in TREES.items()
+        if LEVEL.get(room_of(module), TOP) < TOP and not module.startswith((RANKS_ROOM, "scripts"))
+        for node in ast.iter_child_nodes(tree)
+        if any(name.startswith(RANKS_ROOM) for name in imported(node, set(TREES)))
+        and not isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    assert early == set()
+
+
 def test_the_rules_see_their_faults():
     """Arrows up, sideways and in circles, made up."""
     up = {"runtime.base.files": {"model"}, "model": set()}
@@ -141,6 +186,16 @@ def test_the_rules_see_their_faults():
     assert broken({"scripts.a": {"scripts.b"}})
     assert broken({"scripts.a": {"train"}, "train": {"runtime.data.shards"}}) == []
     assert circles({"a": {"b"}, "b": {"a"}}) == ["a -> b -> a"]
+    for line in (
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "from torch.distributed.tensor import Shard",
+        "torch.distributed.get_rank()",
+        "weight.to_local()",
+        "isinstance(weight, DTensor)",
+    ):
+        assert about_ranks(ast.parse(line)), line
+    assert not about_ranks(ast.parse("from runtime.base import distributed"))
     tree = ast.parse("def f():\n    from runtime.data import shards\n")
     assert imported(tree, {"runtime.data", "runtime.data.shards"}) == {"runtime.data.shards"}
 

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.adapter import KEY, adapter_of, saved_tensors
 from runtime.checkpoint.folder import (
     BEST,

@@ -276,7 +276,8 @@ class MuonAdamW(Optimizer):
             found_inf=found_inf,
         )
         torch._foreach_add_(steps, 1)
-        if group["state_dtype"] == torch.float32:
+        # A rank may hold nothing of a group, which the kernel refuses.
+        if held and group["state_dtype"] == torch.float32:
             weights, gradients, exp_avgs, exp_avg_sqs, own_steps = map(
                 list, zip(*held, strict=True)
             )

@@ -22,19 +22,23 @@ from model_parts import Block, Experts, LocalDispatcher
 from runtime.kernels.grouped_linear import GatherRows
 
 
-def share_experts(block: Block, group: ProcessGroup) -> None:
-    """Leave a block the experts of this rank, and have it send rows to those of the others.
+def share_experts(block: Block, group: ProcessGroup) -> Experts:
+    """Leave a block the experts of this rank; have it send rows to the others'. Return its own.
 
     group: the ranks that share them, whose number divides that of the experts. Every parameter of
     the module `experts` is a stack with a row for each expert: weights, biases, adapters.
     """
-    moe, ranks, rank = block.moe, group.size(), group.rank()
-    for name, parameter in list(moe.experts.named_parameters(recurse=False)):
+    experts, ranks, rank = block.moe.experts, group.size(), group.rank()
+    for name, parameter in list(experts.named_parameters(recurse=False)):
         held = len(parameter) // ranks
         # A copy, so that the whole stack is freed.
         own = parameter.detach()[rank * held : (rank + 1) * held].clone()
-        setattr(moe.experts, name, nn.Parameter(own, parameter.requires_grad))
-    moe.dispatcher = RankDispatcher(group)
+        setattr(experts, name, nn.Parameter(own, parameter.requires_grad))
+    block.moe.dispatcher = RankDispatcher(group)
+    if block._compiled_call_impl is not None:
+        # In two graphs, of what comes before the exchange and after it.
+        block.compile(dynamic=False)
+    return experts
 
 
 class RankDispatcher(LocalDispatcher):

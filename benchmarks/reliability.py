@@ -25,6 +25,7 @@ def promises() -> list:
         adapters,
         conversations,
         damage,
+        expert_parallel,
         flags,
         hostile,
         many_ranks,
@@ -64,6 +65,7 @@ def promises() -> list:
             *policy.PROMISES,
             *tuning_runs.PROMISES,
             *many_ranks.PROMISES,
+            *expert_parallel.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

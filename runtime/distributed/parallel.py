@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
 from runtime.base.ranks import Ranks
+from runtime.distributed.balance import balance_over_ranks
 from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
@@ -52,11 +53,17 @@ class Parallel(Ranks):
         self.mesh: DeviceMesh
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
-        self.reshard = True
+        self.reshard, self.balances_globally = True, False
         # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
         self.gathers_half = device.type == "cuda"
 
-    def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
+    def arrange(
+        self,
+        expert_parallel: int,
+        shard: str,
+        num_experts: int,
+        balance_over: str = "micro_batch",
+    ) -> None:
         sharding = self.world
         if shard == "node":
             sharding = self.local_world
@@ -72,6 +79,7 @@ class Parallel(Ranks):
                 f"{' or '.join(map(str, _common_divisors(sharding, num_experts)))}"
             )
         self.experts, self.reshard = expert_parallel, shard != "none"
+        self.balances_globally = balance_over == "global"
         replicas, kind = self.world // sharding, self.device.type
         # Meshes of one dimension where there is one group of shards: fewer collectives.
         # Ranks that share experts are neighbours, and so on one machine if they fit there; a stack
@@ -180,6 +188,8 @@ class Parallel(Ranks):
             # A compiled block is one graph, which has no room for a gather in it.
             halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
             modules = cast_before_use(block) if halves else []
+            if self.balances_globally:
+                balance_over_ranks(block.moe)
             if self.experts > 1:
                 experts = share_experts(block, self.expert_group)
                 own = half if experts in modules else options

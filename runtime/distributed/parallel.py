@@ -14,12 +14,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# The only way that there is, and torchtitan's.
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -45,6 +49,8 @@ class Parallel(Ranks):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device, self.local_world = device, local_world
         self.mesh: DeviceMesh
+        # All that they send each other anything in; None is that of all ranks.
+        self.groups: list[dist.ProcessGroup | None] = [None]
         self.reshard = True
         # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
         self.gathers_half = device.type == "cuda"
@@ -79,6 +85,7 @@ class Parallel(Ranks):
         self.shard_group, self.expert_group = flat.get_group("shard"), grid.get_group("expert")
         self.expert_rank = grid.get_local_rank("expert")
         self.whole_expert_mesh = grid["expert", "expert_shard"]
+        self.groups = [None, *flat.get_all_groups(), *grid.get_all_groups()]
 
     # ------------------------------------------------------------------------------ on the host
     def sum_on_host(self, *numbers: int) -> tuple[int, ...]:
@@ -121,17 +128,22 @@ class Parallel(Ranks):
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, what)
         for rank, theirs in enumerate(every):
-            for name, value in every[0].items():
-                if theirs.get(name) != value:
+            for name in every[0] | theirs:
+                value, other = every[0].get(name), theirs.get(name)
+                if other != value:
                     raise ValueError(
-                        f"rank {rank} has another {name} than rank 0: {theirs.get(name)}, not "
-                        f"{value}; start all ranks with the same command, data and code"
+                        f"rank {rank} has another {name} than rank 0: {other}, not {value}; start "
+                        "all ranks with the same command, data and code"
                     )
 
     def in_order(self, values: Sequence[T]) -> list[T]:
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, list(values))
         return [value for turn in zip(*every, strict=True) for value in turn]
+
+    def wait_at_most(self, seconds: float) -> None:
+        for group in self.groups:
+            _set_pg_timeout(timedelta(seconds=seconds), group)
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:

@@ -25,10 +25,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 # The only way that there is, and torchtitan's.
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
 from runtime.base.ranks import Ranks
+from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
 T = TypeVar("T")
@@ -178,7 +179,13 @@ class Parallel(Ranks):
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
             # A compiled block is one graph, which has no room for a gather in it.
             halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
-            if halves and (modules := cast_before_use(block)):
+            modules = cast_before_use(block) if halves else []
+            if self.experts > 1:
+                experts = share_experts(block, self.expert_group)
+                own = half if experts in modules else options
+                fully_shard(experts, **own | {"mesh": self.expert_mesh})
+                modules = [module for module in modules if module is not experts]
+            if modules:
                 fully_shard(modules, **half)
             # What is left, in float32: norms, router, sinks, learned attention bias.
             fully_shard(block, **options)
@@ -214,14 +221,19 @@ class Parallel(Ranks):
         if not isinstance(tensor, DTensor):
             return tensor if local is None else local
         local = tensor.to_local() if local is None else local
-        mesh, shape = tensor.device_mesh, self.shape_of(tensor)
-        placements = tensor.placements
-        if self._holds_experts(tensor):
-            mesh, placements = self.whole_expert_mesh, (Shard(0), Shard(0))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        held = DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
         ).full_tensor()
+        if not self._holds_experts(tensor):
+            return held
+        whole = held.new_empty(self.shape_of(tensor))
+        dist.all_gather(list(whole.chunk(self.experts)), held.contiguous(), group=self.expert_group)
+        return whole
 
     def _holds_experts(self, tensor: Tensor) -> bool:
         """Return whether a tensor is this rank's part of a stack that other ranks hold parts of."""

@@ -157,11 +157,16 @@ class _Zeros:
 
 
 def counted_step(
-    world: int, config: ModelConfig, train_config: TrainConfig, dtype: torch.dtype = torch.float32
+    world: int, config: ModelConfig, train_config: TrainConfig, in_half: bool = False
 ) -> CollectiveCounter:
-    """Return what the first of `world` ranks asks for in one training step."""
+    """Return what the first of `world` ranks asks for in one training step.
+
+    in_half: compute in bfloat16 and gather in it what is cast to it, as on CUDA.
+    """
     c, counter = train_config, CollectiveCounter()
+    dtype = torch.bfloat16 if in_half else torch.float32
     with fake_ranks(world) as ranks:
+        ranks.gathers_half = in_half
         model = LLM(config)
         choose_kernels(model, torch.device("cpu"), dtype)
         model.activation_checkpointing = c.activation_checkpointing

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
-from runtime.base.ranks import Ranks
+from runtime.base.ranks import Ranks, sharding_ranks
 from runtime.distributed.balance import balance_over_ranks
 from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
@@ -64,20 +64,8 @@ class Parallel(Ranks):
         num_experts: int,
         balance_over: str = "micro_batch",
     ) -> None:
-        sharding = self.world
-        if shard == "node":
-            sharding = self.local_world
-            if self.world % sharding or self.world == sharding:
-                raise ValueError(
-                    f"--shard node is for several nodes of as many ranks each, and these are "
-                    f"{self.world} ranks, {sharding} of them here: leave it out"
-                )
-        if sharding % expert_parallel or num_experts % expert_parallel:
-            raise ValueError(
-                f"--expert_parallel {expert_parallel} must divide both the {sharding} ranks that "
-                f"share the weights and the {num_experts} experts: take "
-                f"{' or '.join(map(str, _common_divisors(sharding, num_experts)))}"
-            )
+        given = (self.world, self.local_world, expert_parallel, shard, num_experts)
+        sharding = sharding_ranks(*given)
         self.experts, self.reshard = expert_parallel, shard != "none"
         self.balances_globally = balance_over == "global"
         replicas, kind = self.world // sharding, self.device.type
@@ -295,7 +283,3 @@ def cast_before_use(block: nn.Module) -> list[nn.Module]:
         if (known := CAST_BEFORE_USE.get(type(module)))
         and known.issuperset(name for name, _ in module.named_parameters())
     ]
-
-
-def _common_divisors(a: int, b: int) -> list[int]:
-    return [n for n in range(1, math.gcd(a, b) + 1) if a % n == 0 and b % n == 0]

@@ -20,6 +20,7 @@ from runtime.base.device import (
     release_memory,
     synchronize,
 )
+from runtime.base.ranks import START_SECONDS, STEP_SECONDS
 from runtime.checkpoint.format import meta_model
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import build_model, load_training_state
@@ -89,6 +90,7 @@ def explained_failures(plan: TrainPlan) -> Iterator[None]:
 def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Optimizer, float]:
     """Return a plan's model and optimizer, ready for `fit`, and the seconds of a micro-batch."""
     config, ranks = plan.config, plan.ranks
+    ranks.wait_at_most(START_SECONDS)
     with explained_failures(plan):
         plan.task.planned(config, plan.dtype)
         model = build(plan)
@@ -106,7 +108,10 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         model.activation_checkpointing = config.activation_checkpointing
         model.loss_rows = plan.loss_rows
         plan.task.started(model, ranks)
-        return model, optimizer, dry_run(model, optimizer, plan, forward_backward)
+        seconds = dry_run(model, optimizer, plan, forward_backward)
+    # Validation is compiled later, and not as fast on every node.
+    ranks.wait_at_most(START_SECONDS if config.compile else STEP_SECONDS)
+    return model, optimizer, seconds
 
 
 def build(plan: TrainPlan) -> LLM:

@@ -11,7 +11,6 @@ With --expert_parallel the ranks are a grid. Neighbours share the experts of eac
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -184,11 +183,11 @@ class Parallel(Ranks):
             fully_shard(block, **options)
         fully_shard(model, **options)
         keep_trained_rows(model, self)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Plain sums: a factor of 1 alone is a product that Gloo lacks.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        for module in _sharded(model):
+            # Plain sums: a factor of 1 alone is a product that Gloo lacks.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        model.register_forward_hook(_free_whole_weights)
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -249,16 +248,19 @@ class Parallel(Ranks):
             start += self.expert_rank * len(tensor)
         return range(start, start + count)
 
-    @contextlib.contextmanager
-    def gathered(self, model: nn.Module) -> Iterator[None]:
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.unshard()
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.reshard()
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _free_whole_weights(model: nn.Module, *_) -> None:
+    """Leave shards alone after a pass without gradients: no backward pass frees what is whole.
+
+    A checkpoint after a validation would find other parameters than the optimizer's.
+    """
+    if not torch.is_grad_enabled():
+        for module in _sharded(model):
+            module.reshard()
 
 
 def cast_before_use(block: nn.Module) -> list[nn.Module]:

@@ -120,7 +120,7 @@ class Parallel(Ranks):
         dist.all_gather_object(every, what)
         for rank, theirs in enumerate(every):
             for name in every[0] | theirs:
-                value, other = every[0].get(name), theirs.get(name)
+                value, other = (one.get(name, "not given") for one in (every[0], theirs))
                 if other != value:
                     raise ValueError(
                         f"rank {rank} has another {name} than rank 0: {other}, not {value}; start "

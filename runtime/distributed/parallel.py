@@ -127,6 +127,12 @@ class Parallel(Ranks):
                         "all ranks with the same command, data and code"
                     )
 
+    def command(self, command: str) -> str:
+        nodes = self.world // self.local_world
+        where = "--standalone" if nodes == 1 else f"--nnodes {nodes} --rdzv_endpoint HOST:PORT"
+        script = command.removeprefix("python ")
+        return f"torchrun {where} --nproc_per_node {self.local_world} {script}"
+
     def wait_at_most(self, seconds: float) -> None:
         for group in self.groups:
             _set_pg_timeout(timedelta(seconds=seconds), group)

@@ -148,6 +148,7 @@ def make_plan(
         source = ranks.together(lambda: read_checkpoint(config.init_from))
     task = ranks.together(lambda: task_of(config, source))
     check_data(task, source, ranks)
+    task.command = ranks.command(task.command)
     if config.resume:
         assert source is not None
         check_kind(source, task)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import multiprocessing
 import os
@@ -51,7 +52,7 @@ MOST_KILLS_A_RUN = 3
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What goes wrong on a rank (None: on all), in the first start alone unless `always`.
+    """What goes wrong on a rank (None: on all) in one start.
 
     kind: see `Injected`. at: the step, or the operation of its saves, that begins it.
     """
@@ -59,7 +60,6 @@ class Fault:
     kind: str = ""
     rank: int | None = 1
     at: int = 0
-    always: bool = False
 
 
 @dataclasses.dataclass
@@ -88,10 +88,13 @@ class RanksRun(runs.Run):
         self.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.starts = 0
 
-    def start(self, fault: Fault | None = None, flags_of: dict[int, list[str]] | None = None):
-        """Start all ranks once; return how they Ended. flags_of: further flags of a rank."""
+    def argv(self) -> list[str]:
         folders = ["--data_dir", runs.home() / "data"]
         folders += ["--ckpt_dir", self.ckpt_dir, "--graph_dir", self.graph_dir]
+        return [*self.flags, *map(str, folders)]
+
+    def start(self, fault: Fault | None = None, flags_of: dict[int, list[str]] | None = None):
+        """Start all ranks once; return how they Ended. flags_of: further flags of a rank."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         processes: list[BaseProcess] = []
@@ -106,7 +109,7 @@ class RanksRun(runs.Run):
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
             }
-            argv = [*self.flags, *map(str, folders), *(flags_of or {}).get(rank, [])]
+            argv = [*self.argv(), *(flags_of or {}).get(rank, [])]
             given = fault if fault and fault.rank in (rank, None) else None
             arguments = (environment, argv, str(self.folder), self.starts, given)
             processes.append(context.Process(target=_rank, args=arguments, daemon=True))
@@ -186,9 +189,9 @@ class Injected(runs.Operations):
     """Make a rank of this process do what a fault says, and nothing else differently.
 
     kill, hang, freeze, bug, error, SIGTERM: after step `at` of this process. kill in a save: before
-    operation `at` of its saves; an operation is one of files, or that a tensor is gathered. NaN,
-    diverge: the loss of step `at`, or of all from then on. stop: torchrun gets SIGTERM. lost:
-    torchrun is killed. other code: than that of the other ranks.
+    operation `at` of its saves; an operation is one of files, or that a tensor is gathered.
+    NaN, bad stretch, diverge: the loss of step `at`, of 30 from then on, or of all.
+    stop, lost: torchrun gets SIGTERM, or is killed. other code: than that of the other ranks.
     """
 
     def __init__(self, fault: Fault, folder: Path):
@@ -239,6 +242,7 @@ class Injected(runs.Operations):
             out = loss_fn(model, batch)
             is_bad = self.steps + 1 == self.fault.at and self.fault.kind == "NaN"
             is_bad |= self.steps + 1 >= self.fault.at and self.fault.kind == "diverge"
+            is_bad |= 0 <= self.steps + 1 - self.fault.at < 30 and self.fault.kind == "bad stretch"
             if not is_bad or not model.training:
                 return out
             return out._replace(cross_entropy_sum=out.cross_entropy_sum * math.nan)
@@ -269,6 +273,16 @@ class Injected(runs.Operations):
             end = time.monotonic() + HANG_SECONDS
             while stop.signal is None and time.monotonic() < end:
                 time.sleep(0.01)
+
+
+def main() -> None:
+    """Be a rank that torchrun started: MODULE FAULT_AS_JSON FOLDER FLAGS."""
+    fault = Fault(**json.loads(sys.argv[1]))
+    is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if str(fault.rank) != os.environ["RANK"] or not is_first_start:
+        fault = Fault()
+    with Injected(fault, Path(sys.argv[2])):
+        run_train(sys.argv[3:])
 
 
 # ----------------------------------------------------------------------------------- the guarantees
@@ -344,13 +358,13 @@ def _fails(fault: Fault, words: list[str], codes: set[int], most_seconds: float)
 
 
 def hang() -> None:
-    _fails(Fault("hang", 1, 3), ["rank 1", "hangs"], {1, 130, 143}, TIMEOUT + MARGIN)
+    _fails(Fault("hang", 1, 3), ["lost rank 1: ", "hangs"], {1, 130, 143}, TIMEOUT + MARGIN)
 
 
 def frozen() -> None:
     killed = -signal.SIGKILL
     limit = TIMEOUT + MARGIN + CLOSING_SECONDS
-    _fails(Fault("freeze", 0, 3), ["rank 0", "hangs"], {1, killed}, limit)
+    _fails(Fault("freeze", 0, 3), ["lost rank 0: ", "hangs"], {1, killed}, limit)
 
 
 def bug() -> None:
@@ -486,3 +500,7 @@ PROMISES = [
         4,
     ),
 ]
+
+
+if __name__ == "__main__":
+    main()

@@ -48,9 +48,10 @@ from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes, human_seconds
 from runtime.checkpoint.folder import restore_names
 from runtime.checkpoint.format import Checkpoint
-from runtime.checkpoint.write import check_disk_space, save_checkpoint
+from runtime.checkpoint.write import save_checkpoint
 from runtime.data.loader import micro_batches, prefetch
 from runtime.data.shards import open_data
+from runtime.training.agreed import check_data_and_disk
 from runtime.training.closing import closing_lines
 from runtime.training.optimizer import build_optimizer, check_skips, total_norm
 from runtime.training.plan import (
@@ -363,10 +364,10 @@ def fit(
     if state.scaler:
         scaler.load_state_dict(state.scaler)
     task.restore(state.task)
-    task.started(model)
+    task.started(model, ranks)
     validation = task.validation(model.config, config)
     if not state.step:
-        _score(model, task, state, hooks, ranks)
+        _score(model, task, state, hooks)
     totals = Totals(state, device)
     recent = RecentLoss(state, config.spike_sigmas, device)
     model.train()
@@ -418,7 +419,7 @@ def fit(
                 val_loss = evaluate(model, validation, task.loss, dtype, ranks)
                 hooks.on_log(val_record(state, val_loss, task.is_likelihood))
             if due.validate:
-                score = _score(model, task, state, hooks, ranks)
+                score = _score(model, task, state, hooks)
             # Among skipped steps nothing new needs saving, and nobody should roll back to there.
             if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
                 is_best = state.note_best(val_loss, score.get(task.best_score), task.best_score)
@@ -466,13 +467,12 @@ def _check_progress(state: RunState, config: TrainConfig, scaler: torch.amp.Grad
 
 
 @torch.no_grad()
-def _score(model: LLM, task: Task, state: RunState, hooks: Hooks, ranks: Ranks) -> dict[str, float]:
+def _score(model: LLM, task: Task, state: RunState, hooks: Hooks) -> dict[str, float]:
     """Return the task's further numbers of a validation, asked in eval mode; log them."""
     was_training = model.training
     model.eval()
     try:
-        with ranks.gathered(model):
-            numbers = task.score(model)
+        numbers = task.score(model)
     finally:
         model.train(was_training)
     if numbers:
@@ -495,14 +495,14 @@ def run(plan: TrainPlan) -> int:
     """Carry out a plan; return the exit code (0, or 128 + the signal that stopped it)."""
     if plan.config.micro_batch == "auto":
         plan = with_largest_micro_batch(plan, lambda candidate: runs(candidate, forward_backward))
-    config, needed = plan.config, check_memory(plan)
+    ranks, config = plan.ranks, plan.config
+    needed = ranks.together(lambda: check_memory(plan))
     for line in plan.notes + schedule_notes(plan) + describe(plan, needed):
         print(line)
     sys.stdout.flush()
     if config.resume:
-        assert plan.source is not None
         # A kill between saving a checkpoint and naming it left the names of an older one.
-        restore_names(plan.source)
+        ranks.from_first(functools.partial(restore_names, plan.source))
     state = initial_state(plan)
     left = config.max_steps - state.step
     if not left:
@@ -516,10 +516,7 @@ def run(plan: TrainPlan) -> int:
             f"--profile needs {sum(PROFILED_STEPS)} steps (it records the last "
             f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
-    check_disk_space(config.ckpt_dir, checkpoint_bytes(needed))
-    # Data too short for one sequence is an error before the model is built.
-    plan.task.loader(plan.model_config, config)
-    plan.task.validation(plan.model_config, config)
+    check_data_and_disk(plan, checkpoint_bytes(needed))
     while True:
         reporter = reporter_of(plan, state)
         try:
@@ -595,7 +592,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
             f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
             f"{plan.task.command} --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
         )
-        return 128 + stop.signal
+        return stop.exit_code
     print(
         f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "
         f"{human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in "

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# How long a rank waits for the others before it gives up: as they start (they read weights and
+# compile, not all as fast), and later, between steps.
+START_SECONDS = 1800.0
+STEP_SECONDS = 120.0
+
 
 class Ranks:
     """One process: its methods return what they are given. Every rank must call them alike.
@@ -27,6 +32,7 @@ class Ranks:
     experts: ranks that share a block's experts (--expert_parallel).
     local_world: ranks on this machine.
     device: of this rank; None = the run chooses.
+    run_before: run_id of the run that these ranks were restarted to continue; "" = none.
     """
 
     rank: int = 0
@@ -34,6 +40,7 @@ class Ranks:
     experts: int = 1
     local_world: int = 1
     device: device | None = None
+    run_before: str = ""
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +76,16 @@ class Ranks:
 
     def check_equal(self, what: dict[str, object]) -> None:
         """Raise ValueError, which names the rank, if a rank has other values than the first."""
+
+    def in_order(self, values: Sequence[T]) -> list[T]:
+        """Return the values that the ranks made of what `share` gave them, in its order."""
+        return list(values)
+
+    def began(self, run_id: str) -> None:
+        """Remember the run, for ranks that are started again in place of these."""
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Let ranks wait for each other so long from now on; then they fail."""
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterable[tuple[T, bool]]:
@@ -116,6 +133,10 @@ class Ranks:
     def is_split(self, tensor: Tensor) -> bool:
         """Return whether this rank holds a part of a tensor only, or may."""
         return False
+
+    def rows(self, tensor: Tensor) -> range:
+        """Return which rows of the whole tensor this rank holds, of its first dimension."""
+        return range(len(tensor))
 
     def part_of(self, tensor: Tensor, whole: Tensor) -> Tensor:
         """Return what this rank holds of a tensor, from the whole of it or of one like it."""

@@ -364,10 +364,10 @@ def fit(
     if state.scaler:
         scaler.load_state_dict(state.scaler)
     task.restore(state.task)
-    task.started(model)
+    task.started(model, ranks)
     validation = task.validation(model.config, config)
     if not state.step:
-        _score(model, task, state, hooks, ranks)
+        _score(model, task, state, hooks)
     totals = Totals(state, device)
     recent = RecentLoss(state, config.spike_sigmas, device)
     model.train()
@@ -419,7 +419,7 @@ def fit(
                 val_loss = evaluate(model, validation, task.loss, dtype, ranks)
                 hooks.on_log(val_record(state, val_loss, task.is_likelihood))
             if due.validate:
-                score = _score(model, task, state, hooks, ranks)
+                score = _score(model, task, state, hooks)
             # Among skipped steps nothing new needs saving, and nobody should roll back to there.
             if (due.save and not state.skipped_in_a_row) or due.last or due.stop:
                 is_best = state.note_best(val_loss, score.get(task.best_score), task.best_score)
@@ -467,13 +467,12 @@ def _check_progress(state: RunState, config: TrainConfig, scaler: torch.amp.Grad
 
 
 @torch.no_grad()
-def _score(model: LLM, task: Task, state: RunState, hooks: Hooks, ranks: Ranks) -> dict[str, float]:
+def _score(model: LLM, task: Task, state: RunState, hooks: Hooks) -> dict[str, float]:
     """Return the task's further numbers of a validation, asked in eval mode; log them."""
     was_training = model.training
     model.eval()
     try:
-        with ranks.gathered(model):
-            numbers = task.score(model)
+        numbers = task.score(model)
     finally:
         model.train(was_training)
     if numbers:

@@ -77,6 +77,10 @@ class Ranks:
     def check_equal(self, what: dict[str, object]) -> None:
         """Raise ValueError, which names the rank, if a rank has other values than the first."""
 
+    def in_order(self, values: Sequence[T]) -> list[T]:
+        """Return the values that the ranks made of what `share` gave them, in its order."""
+        return list(values)
+
     def began(self, run_id: str) -> None:
         """Remember the run, for ranks that are started again in place of these."""
 
@@ -133,6 +137,10 @@ class Ranks:
     def is_split(self, tensor: Tensor) -> bool:
         """Return whether this rank holds a part of a tensor only, or may."""
         return False
+
+    def rows(self, tensor: Tensor) -> range:
+        """Return which rows of the whole tensor this rank holds, of its first dimension."""
+        return range(len(tensor))
 
     def part_of(self, tensor: Tensor, whole: Tensor) -> Tensor:
         """Return what this rank holds of a tensor, from the whole of it or of one like it."""

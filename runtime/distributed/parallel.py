@@ -24,12 +24,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # The only way that there is, and torchtitan's.
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from model_parts import Experts
 from runtime.base.ranks import Ranks
+from runtime.distributed.trained_rows import keep_trained_rows
 
 T = TypeVar("T")
+# Parameters that autocast, or the module itself, casts before each use, by the module's class.
+CAST_BEFORE_USE: dict[type, set[str]] = {
+    nn.Linear: {"weight", "bias"},
+    Experts: {"w_in", "b_in", "w_out", "b_out"},
+}
 
 
 class Parallel(Ranks):
@@ -45,6 +52,8 @@ class Parallel(Ranks):
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
         self.reshard = True
+        # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
+        self.gathers_half = device.type == "cuda"
 
     def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
         sharding = self.world
@@ -133,6 +142,11 @@ class Parallel(Ranks):
         script = command.removeprefix("python ")
         return f"torchrun {where} --nproc_per_node {self.local_world} {script}"
 
+    def in_order(self, values: Sequence[T]) -> list[T]:
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, list(values))
+        return [value for turn in zip(*every, strict=True) for value in turn]
+
     def wait_at_most(self, seconds: float) -> None:
         for group in self.groups:
             _set_pg_timeout(timedelta(seconds=seconds), group)
@@ -164,10 +178,18 @@ class Parallel(Ranks):
 
     # ------------------------------------------------------------------------- weights in shards
     def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
-        options: dict[str, Any] = {"reshard_after_forward": self.reshard}
+        options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.reshard}
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        half = options | {"mp_policy": policy}
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
-            fully_shard(block, mesh=self.mesh, **options)
-        fully_shard(model, mesh=self.mesh, **options)
+            # A compiled block is one graph, which has no room for a gather in it.
+            halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
+            if halves and (modules := cast_before_use(block)):
+                fully_shard(modules, **half)
+            # What is left, in float32: norms, router, sinks, learned attention bias.
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+        keep_trained_rows(model, self)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # Plain sums: a factor of 1 alone is a product that Gloo lacks.
@@ -185,6 +207,9 @@ class Parallel(Ranks):
             return whole
         rows = self._rows_of(tensor)
         return whole[rows.start : rows.stop]
+
+    def rows(self, tensor: Tensor) -> range:
+        return self._rows_of(tensor) if isinstance(tensor, DTensor) else range(len(tensor))
 
     def shape_of(self, tensor: Tensor) -> Size:
         if self._holds_experts(tensor):
@@ -240,6 +265,20 @@ class Parallel(Ranks):
         finally:
             for module in modules:
                 module.reshard()
+
+
+def cast_before_use(block: nn.Module) -> list[nn.Module]:
+    """Return the modules of a block whose parameters are only used in the dtype of autocast.
+
+    These are linear layers and experts. A module with parameters that this does not know, such as
+    adapters, is left out: it may compute with them in float32.
+    """
+    return [
+        module
+        for module in block.modules()
+        if (known := CAST_BEFORE_USE.get(type(module)))
+        and known.issuperset(name for name, _ in module.named_parameters())
+    ]
 
 
 def _common_divisors(a: int, b: int) -> list[int]:

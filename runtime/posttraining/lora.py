@@ -13,7 +13,7 @@ take two more thin products, on a CPU in one operation with the others
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from config_model import ModelConfig, total_parameters
 from model import LLM, Head
 from model_parts import Experts
+from runtime.base.ranks import Ranks
 from runtime.base.text import human_count
 from runtime.checkpoint.adapter import (
     ATTENTION,
     EXPERTS,
     ROWS,
+    AdaptedWeights,
     Adapter,
     adapted_matrices,
     adapter_of,
@@ -295,6 +297,40 @@ def merged_model(model: LLM) -> LLM:
         product = merged(model.get_parameter(name), a, b, adapter.scale_of(name))
         plain.get_parameter(name).copy_(product)
     return plain
+
+
+class WholeTensors(Mapping[str, Tensor]):
+    """The tensors of a model in shards; each is gathered when it is asked for, by all ranks."""
+
+    def __init__(self, model: LLM, ranks: Ranks):
+        self.tensors, self.ranks = model.state_dict(), ranks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.ranks.whole(self.tensors[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@torch.no_grad()
+def gathered_model(model: LLM, ranks: Ranks) -> LLM:
+    """Return a plain LLM in eval mode that computes what a model in shards does.
+
+    Adapters are merged. Every rank calls this, and holds all weights in memory of its own.
+    """
+    weights: Mapping[str, Tensor] = WholeTensors(model, ranks)
+    shapes = shapes_of(model.config)
+    if adapter := adapter_of(model):
+        weights = AdaptedWeights(shapes, adapter, weights, shapes, weights)
+    plain = meta_model(model.config)
+    plain.load_state_dict({name: weights[name] for name in shapes}, assign=True)
+    return plain.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------ a task

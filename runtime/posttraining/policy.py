@@ -19,6 +19,7 @@ from tqdm import tqdm
 from config_model import ModelConfig, TrainConfig, kv_cache_bytes_per_token, option
 from model import LLM, Output
 from runtime.base.device import DTYPES, autocast, to_device
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining.config import PostTrainConfig, changed
 from runtime.posttraining.conversations import ExampleFiles
@@ -233,6 +234,7 @@ class Grpo(FineTuning):
     fetch_ahead = False
     balances = False
     is_likelihood = False
+    takes_ranks = False
 
     def __init__(self, config: GrpoConfig, source: Checkpoint | None):
         super().__init__(config, source)
@@ -321,7 +323,8 @@ class Grpo(FineTuning):
     def planned(self, config: TrainConfig, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def started(self, model: LLM) -> None:
+    def started(self, model: LLM, ranks: Ranks = ONE_PROCESS) -> None:
+        super().started(model, ranks)
         self.model = model
         if not self.config.kl_coef or self.reference is not None:
             return

@@ -8,8 +8,9 @@ So the score by generation is taken next to it, and what goes wrong is said.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from config_model import ModelConfig, TrainConfig, option
 from model import LLM, Output
 from runtime.base.device import autocast, choose_dtype, to_device
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
@@ -213,57 +215,73 @@ class Preference(FineTuning):
         return out._replace(cross_entropy_sum=losses_P.sum(), num_targets=num_pairs, metrics=sums)
 
     # -------------------------------------------------------------------------- the reference
-    def started(self, model: LLM) -> None:
+    def started(self, model: LLM, ranks: Ranks = ONE_PROCESS) -> None:
         """Compute the reference of all pairs that the run will use, unless it is known."""
+        super().started(model, ranks)
         self._model = model
-        why, start, num_pairs = self._load(), None, 0
-        for batch in tqdm(self._unknown(), "reference", leave=False, disable=None):
-            start = start or (self._start_again(why) if self.config.resume else model)
-            self._add(start, batch)
-            num_pairs += self.count(batch)
-        if num_pairs:
-            self.reference.save(self.config.ckpt_dir)
+        why, unknown = self._load(), self._unknown()
+        if not unknown:
+            return
+        start = model
+        if self.config.resume:
+            start = ranks.together(lambda: self._start_again(why))
+        own = [*ranks.share(unknown)]
+        shown = tqdm(own, "reference", leave=False, disable=None if ranks.is_first else True)
+        found = [self._reference_of(start, make()) for make, _ in shown]
+        for numbers_P, log_probs_S in ranks.in_order(found):
+            self.reference.add(numbers_P, log_probs_S)
+        ranks.from_first(lambda: self.reference.save(self.config.ckpt_dir))
 
     def _load(self) -> str:
         """Take the reference that the run which is resumed has saved; return why not, else ""."""
-        if self.config.resume and self.reference.is_empty:
-            return self.reference.load(self.config.ckpt_dir)
-        return ""
+        if not (self.config.resume and self.reference.is_empty):
+            return ""
+        # Every rank takes what the first one reads.
+        load = functools.partial(self.reference.load, self.config.ckpt_dir)
+        why, self.reference = self.ranks.from_first(lambda: (load(), self.reference))
+        return why
 
-    def _unknown(self) -> Iterator[Batch]:
-        """Yield the batches of the run that have pairs without a reference.
+    def _unknown(self) -> list[Callable[[], Batch]]:
+        """Return what makes the batches of the run that have pairs without a reference.
 
         They are the very batches of the first epoch and of validation: the same products in the
         same order, so that the first margins are 0, not only nearly so.
         """
         config, loader = self.config, self._pairs(self.config)
+        held_out = self._held_out_pairs(config)
         samples = config.max_steps * config.batch_size * config.grad_accum
+        found: list[Callable[[], Batch]] = []
         for first in range(0, min(samples, loader.samples_per_epoch), config.batch_size):
             rows = [loader.examples(first + i) for i in range(config.batch_size)]
             if self.reference.lacks(np.concatenate(rows)):
-                yield loader.batch(first)
-        for batch in self._held_out_pairs(config):
+                found.append(functools.partial(loader.batch, first))
+        for i, batch in enumerate(held_out):
             if self.reference.lacks(batch[5].numpy()):
-                yield batch
+                found.append(functools.partial(held_out.__getitem__, i))
+        return found
 
     @torch.no_grad()
-    def _add(self, model: LLM, batch: Batch) -> None:
-        """Compute the reference of a batch's pairs by a model with the starting weights."""
+    def _reference_of(self, model: LLM, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers [P] of a batch's pairs, and their sums [2 P] by the starting weights.
+
+        model: that has these weights.
+        """
         numbers_P, device = batch[5].numpy(), model.embed.weight.device
         with autocast(device, self._dtype(device)):
             on_device = to_device(batch, device)
             log_probs_M = _forward(model, on_device).log_probs
             assert log_probs_M is not None
             log_probs_S = by_sequence(log_probs_M, on_device[4], 2 * len(numbers_P))
-        self.reference.add(numbers_P, log_probs_S.float().cpu().numpy())
+        return numbers_P, log_probs_S.float().cpu().numpy()
 
     def with_reference(self, batch: Batch) -> Batch:
         """Return a batch with the reference of its sequences, [S], and their targets, [S]."""
         segments_M, numbers_P = batch[4], batch[5].numpy()
         if self.reference.lacks(numbers_P):
-            # A run that was rolled back continues after the pairs that it was to use.
+            # A run that was rolled back continues after the pairs that it was to use. Each rank
+            # makes its own batches ahead, so it asks a model that it has the whole of.
             self._again = self._again or self._start_again("")
-            self._add(self._again, batch)
+            self.reference.add(*self._reference_of(self._again, batch))
         reference_S = torch.from_numpy(self.reference.of(numbers_P))
         num_tokens_S = torch.bincount(segments_M, minlength=len(reference_S))
         return *batch, reference_S, num_tokens_S
@@ -288,28 +306,30 @@ class Preference(FineTuning):
     def score(self, model: LLM) -> dict[str, float]:
         numbers = self.base_loss(model)
         if self.exam is not None:
-            numbers |= self.numbers_of(self.exam.score(self.plain(model)))
+            score = self.exam.score(self.plain(model), ranks=self.ranks)
+            numbers |= self.numbers_of(score)
         numbers |= self._held_out_numbers(model)
         self.first = self.first or numbers
         found = warnings_of(self.first, numbers, self.best_score)
         for kind, line in found.items():
             # Once, until it is over.
-            if kind not in self.warned:
+            if kind not in self.warned and self.ranks.is_first:
                 tqdm.write(f"warning  {line}")
         self.warned = set(found)
         return numbers
 
     def _held_out_numbers(self, model: LLM) -> dict[str, float]:
         """Return the means of the held-out pairs' numbers; {} without any."""
-        device, totals = model.embed.weight.device, dict.fromkeys(HELD_OUT_NAMES.values(), 0.0)
-        for batch in self.validation(model.config, self.config):
-            with autocast(device, self._dtype(device)):
-                sums = self.loss(model, to_device(batch, device)).metrics
-            for name, shown in HELD_OUT_NAMES.items():
-                totals[shown] += float(sums[name])
-        num_pairs = len(self.held_out)
+        num_pairs, device = len(self.held_out), model.embed.weight.device
         if not num_pairs:
             return {}
+        found = []
+        for batch, counts in self.ranks.share(self.validation(model.config, self.config)):
+            with autocast(device, self._dtype(device)):
+                sums = self.loss(model, to_device(batch, device)).metrics
+            found.append([float(sums[name]) * counts for name in HELD_OUT_NAMES])
+        each = zip(*self.ranks.in_order(found), strict=True)
+        totals = dict(zip(HELD_OUT_NAMES.values(), map(sum, each), strict=True))
         low, high = wilson(totals[ACCURACY], num_pairs)
         means = {name: total / num_pairs for name, total in totals.items()}
         return means | {ACCURACY + LOW: low, ACCURACY + HIGH: high}

@@ -7,13 +7,15 @@ interval, because 256 prompts decide nothing finer than about 6 points.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from model import LLM
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.data.chat import prompt_ids
 from runtime.data.tokenizer import Tokenizer
 from runtime.inference.decoder import Decoder, generate
@@ -35,6 +37,8 @@ MOST_TIMES_LONGER = 2
 MOST_NEW_TOKENS = 256
 # The 97.5 % point of the standard normal distribution, for intervals of 95 %.
 NORMAL_975 = 1.959963984540054
+
+T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------ shares
@@ -102,14 +106,29 @@ class Answer:
     num_tokens: int
 
 
+def shared_out(ranks: Ranks, parts: Sequence, do: Callable[..., Sequence[T]]) -> list[T]:
+    """Return what `do` returns for each part, one after the other; the ranks share the parts out.
+
+    do: something that takes no part in what the ranks do together.
+    """
+    shared = ranks.share(parts)
+    own = ranks.together(lambda: [do(part) if counts else [] for part, counts in shared])
+    return [value for values in ranks.in_order(own) for value in values]
+
+
 @torch.no_grad()
 def greedy_answers(
-    model: LLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[Answer]:
     """Return the most likely answer, token by token, to each prompt (ids).
 
     It ends with a stop id, after max_new_tokens, or at a full context. Leaves the model in the mode
-    (train, eval) it was in. ValueError for a prompt that leaves no room.
+    (train, eval) it was in. ranks: that share the prompts out, each with the whole model.
+    ValueError for a prompt that leaves no room.
     """
     longest, context = max(map(len, prompts)), model.config.context_length
     if longest >= context:
@@ -118,11 +137,12 @@ def greedy_answers(
             "answer: score a model with a longer context_length"
         )
     was_training = model.training
-    ids: list[list[int]] = [[] for _ in prompts]
     try:
         decoder = Decoder(model)
-        for first in range(0, len(prompts), MOST_ROWS):
+
+        def answered(first: int) -> list[Answer]:
             some = prompts[first : first + MOST_ROWS]
+            ids: list[list[int]] = [[] for _ in some]
             texts = decoder.texts(len(some), min(context, longest + max_new_tokens))
             for drawn in generate(
                 decoder,
@@ -135,10 +155,12 @@ def greedy_answers(
                 slide=False,
             ):
                 for row, token in drawn:
-                    ids[first + row].append(token)
+                    ids[row].append(token)
+            return [_answer(tokenizer, own) for own in ids]
+
+        return shared_out(ranks, range(0, len(prompts), MOST_ROWS), answered)
     finally:
         model.train(was_training)
-    return [_answer(tokenizer, own) for own in ids]
 
 
 def sampled_answers(
@@ -148,16 +170,27 @@ def sampled_answers(
     max_new_tokens: int,
     samples: int,
     seed: int = 0,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[list[Answer]]:
-    """Return `samples` answers to each prompt (ids), drawn at temperature 1 as GRPO draws them."""
+    """Return `samples` answers to each prompt (ids), drawn at temperature 1 as GRPO draws them.
+
+    ranks: that share the prompts out, each with the whole model.
+    """
     sampler = Sampler(
         model,
         stop_ids=tokenizer.stop_ids,
         banned_ids=tokenizer.banned_ids,
         max_new_tokens=max_new_tokens,
     )
-    groups = sampler.sample(prompts, samples, seed)
-    return [[_answer(tokenizer, answer.ids) for answer in group] for group in groups]
+    at_once = -(-len(prompts) // ranks.world)
+
+    def answered(first: int) -> list[list[Answer]]:
+        some = prompts[first : first + at_once]
+        numbers = range(first, first + len(some))
+        groups = sampler.sample(some, samples, seed, numbers)
+        return [[_answer(tokenizer, answer.ids) for answer in group] for group in groups]
+
+    return shared_out(ranks, range(0, len(prompts), at_once), answered)
 
 
 def _answer(tokenizer: Tokenizer, ids: list[int]) -> Answer:
@@ -189,22 +222,29 @@ class Exam:
             for make in (tasks.question, tasks.request)
         )
 
-    def score(self, model: LLM, samples: int = SCORE_SAMPLES, seed: int = 0) -> Score:
+    def score(
+        self,
+        model: LLM,
+        samples: int = SCORE_SAMPLES,
+        seed: int = 0,
+        ranks: Ranks = ONE_PROCESS,
+    ) -> Score:
         """Return the score of a plain model, greedy and sampled.
 
         samples: answers to each prompt at temperature 1, for pass@1 and pass@samples; 0 = none.
+        ranks: that share the prompts out, each with the whole model.
         """
         score = Score()
         for name, sheet in (("questions", self.questions), ("requests", self.requests)):
-            given = sheet.greedy(model)
+            given = sheet.greedy(model, ranks)
             score.count(name, [float(right) for right in sheet.marks(given)])
             if sheet is self.questions:
                 _count_kinds(score, sheet, given)
             else:
                 _count_parts(score, sheet, given)
             if samples:
-                _count_samples(score, name, sheet, model, samples, seed)
-        score.means["story loss"] = story_loss(model, self.tokenizer)
+                _count_samples(score, name, sheet, model, samples, seed, ranks)
+        score.means["story loss"] = story_loss(model, self.tokenizer, ranks=ranks)
         return score
 
 
@@ -220,9 +260,9 @@ class Sheet:
         longest = max(len(tokenizer.encode(exercise.answer)) for exercise in exercises)
         self.max_new_tokens = min(max_new_tokens, MOST_TIMES_LONGER * longest + 1)
 
-    def greedy(self, model: LLM) -> list[Answer]:
-        """Return the model's greedy answer to each exercise."""
-        return greedy_answers(model, self.tokenizer, self.prompts, self.max_new_tokens)
+    def greedy(self, model: LLM, ranks: Ranks = ONE_PROCESS) -> list[Answer]:
+        """Return the model's greedy answer to each exercise; the ranks share them out."""
+        return greedy_answers(model, self.tokenizer, self.prompts, self.max_new_tokens, ranks)
 
     def marks(self, given: Sequence[Answer]) -> list[bool]:
         """Return which answers, one to each exercise, are right."""
@@ -255,14 +295,14 @@ def _count_parts(score: Score, sheet: Sheet, given: list[Answer]) -> None:
 
 
 def _count_samples(
-    score: Score, name: str, sheet: Sheet, model: LLM, samples: int, seed: int
+    score: Score, name: str, sheet: Sheet, model: LLM, samples: int, seed: int, ranks: Ranks
 ) -> None:
     """Add pass@1 and pass@samples at temperature 1, and the mean reward of requests there.
 
     The interval of pass@1 is that of one sample for each prompt: too wide, never too narrow.
     """
     groups = sampled_answers(
-        model, sheet.tokenizer, sheet.prompts, sheet.max_new_tokens, samples, seed
+        model, sheet.tokenizer, sheet.prompts, sheet.max_new_tokens, samples, seed, ranks
     )
     right = [
         sum(tasks.is_right(exercise, answer.text, answer.ended) for answer in group)
@@ -280,25 +320,30 @@ def _count_samples(
 
 
 @torch.no_grad()
-def story_loss(model: LLM, tokenizer: Tokenizer, num_stories: int = NUM_STORIES) -> float:
+def story_loss(
+    model: LLM,
+    tokenizer: Tokenizer,
+    num_stories: int = NUM_STORIES,
+    ranks: Ranks = ONE_PROCESS,
+) -> float:
     """Return the mean cross-entropy (nats) of a token of held-out stories, each by itself.
 
     They are text as pre-training has it, so the rise is what tuning cost. A story is cut at the
-    context's end. Leaves the model in the mode it was in.
+    context's end. Leaves the model in the mode it was in. ranks: that share the stories out.
     """
     mode, device = model.training, model.embed.weight.device
+
+    def loss(number: int) -> list[tuple[float, int]]:
+        ids_1T = _story_ids(tokenizer, number, model.config.context_length).to(device)
+        out = model(ids_1T[:, :-1], ids_1T[:, 1:])
+        return [(float(out.cross_entropy_sum), ids_1T.shape[1] - 1)]
+
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    count = 0
     try:
-        for number in range(num_stories):
-            ids_1T = _story_ids(tokenizer, number, model.config.context_length).to(device)
-            out = model(ids_1T[:, :-1], ids_1T[:, 1:])
-            total += out.cross_entropy_sum.double().cpu()
-            count += ids_1T.shape[1] - 1
+        losses = shared_out(ranks, range(num_stories), loss)
     finally:
         model.train(mode)
-    return float(total) / count
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 def _story_ids(tokenizer: Tokenizer, number: int, context: int) -> Tensor:

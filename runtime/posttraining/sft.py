@@ -10,6 +10,7 @@ import numpy as np
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM, Output
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
@@ -82,7 +83,7 @@ class Sft(FineTuning):
         numbers = self.base_loss(model)
         if self.exam is None:
             return numbers
-        score = self.exam.score(self.plain(model))
+        score = self.exam.score(self.plain(model), ranks=self.ranks)
         numbers |= self.numbers_of(score)
         if self.best_score:
             numbers["score"] = (numbers["questions"] + numbers["requests"]) / 2
@@ -122,10 +123,13 @@ class Prompts:
         # An answer needs room.
         self.pairs = [pair for pair in found if len(pair[0]) < task.context][:num_prompts]
 
-    def score(self, model: LLM) -> Score:
-        """Return the shares of greedy answers that are the file's, and that end."""
+    def score(self, model: LLM, ranks: Ranks = ONE_PROCESS) -> Score:
+        """Return the shares of greedy answers that are the file's, and that end.
+
+        ranks: that share the prompts out, each with the whole model.
+        """
         prompts, wanted = zip(*self.pairs, strict=True)
-        given = greedy_answers(model, self.tokenizer, prompts, self.max_new_tokens)
+        given = greedy_answers(model, self.tokenizer, prompts, self.max_new_tokens, ranks)
         is_right = [
             float(answer.ended and answer.text == self.tokenizer.decode(right))
             for answer, right in zip(given, wanted, strict=True)

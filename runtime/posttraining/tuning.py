@@ -13,6 +13,7 @@ import torch
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.checks.kernels import settle_kernels
@@ -26,7 +27,7 @@ from runtime.posttraining.config import PostTrainConfig
 from runtime.posttraining.conversations import ExampleFiles
 from runtime.posttraining.encode import Encoded, encode_examples
 from runtime.posttraining.forms import Example
-from runtime.posttraining.lora import Adapters, merged_model
+from runtime.posttraining.lora import Adapters, gathered_model, merged_model
 from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.score import Score, wilson
 from runtime.training.metrics import HIGH, LOW
@@ -75,6 +76,7 @@ class FineTuning(Task):
         self.adapters = Adapters(config, source, self.new_ids(source))
         self._base_batches = self._open_base(config.data_dir)
         self._plain: LLM | None = None
+        self.ranks = ONE_PROCESS
 
     def _row_tokens(self) -> int:
         """Return the tokens of a row. A row of two contexts wastes less of itself.
@@ -149,25 +151,35 @@ class FineTuning(Task):
     def gradient_bytes(self, needed: dict[str, int]) -> int:
         return self.adapters.gradient_bytes(needed)
 
+    def started(self, model: LLM, ranks: Ranks = ONE_PROCESS) -> None:
+        self.ranks = ranks
+        if ranks.any(self._base_batches is None):
+            # Its shards must be on the disks of all.
+            self._base_batches = None
+
     def plain(self, model: LLM) -> LLM:
         """Return a plain LLM, in eval mode, with the weights of now, for decoders.
 
         Adapters are merged in memory of their own. Otherwise it shares the model's memory, and is
         another module: decoders change a model's mode, and one that is compiled takes few shapes.
+        The weights of a model in shards are gathered, on every rank.
         """
+        if self.ranks.is_split(model.embed.weight):
+            return _with_kernels(gathered_model(model, self.ranks))
         if self.config.lora_rank:
             return merged_model(model)
         if self._plain is None or self._plain.embed.weight.data_ptr() != _address(model):
             plain = meta_model(model.config)
             plain.load_state_dict(model.state_dict(), assign=True)
-            self._plain = plain.eval().requires_grad_(False)
+            self._plain = _with_kernels(plain.eval().requires_grad_(False))
         return self._plain
 
     def starting_model(self, like: LLM, dtype: torch.dtype) -> LLM:
         """Return a model with the weights that the run started from, read again.
 
         It computes to the bit what the run's model did then: like it, it has adapters if the run
-        has. Raise ValueError if the file is not there, or is another one by now.
+        has. It is whole on each rank. Raise ValueError if the file is not there, or is another one
+        by now.
         """
         source = read_checkpoint(self.start["path"])
         if source.digest != self.start["digest"]:
@@ -203,11 +215,13 @@ class FineTuning(Task):
         """
         if self._base_batches is None:
             return {}
-        device, total, count = model.embed.weight.device, 0.0, 0
-        for inputs_BT, targets_BT in self._base_batches:
+        device, sums = model.embed.weight.device, []
+        for (inputs_BT, targets_BT), counts in self.ranks.share(self._base_batches):
             out = model(inputs_BT.to(device), targets_BT.to(device))
-            total, count = total + float(out.cross_entropy_sum), count + targets_BT.numel()
-        return {BASE_LOSS: total / count}
+            assert out.cross_entropy_sum is not None
+            sums.append((float(out.cross_entropy_sum), targets_BT.numel()) if counts else (0.0, 0))
+        sums = self.ranks.in_order(sums)
+        return {BASE_LOSS: sum(total for total, _ in sums) / sum(count for _, count in sums)}
 
     def numbers_of(self, score: Score) -> dict[str, float]:
         """Return a score's numbers for a log record, with the ends of the shares' intervals."""
@@ -227,6 +241,13 @@ class FineTuning(Task):
                 "tuning costs on its own text is not measured (--data_dir)"
             )
         return lines
+
+
+def _with_kernels(model: LLM) -> LLM:
+    """Let a plain model in float32 compute by the kernels that suit its device; return it."""
+    choose_kernels(model, model.embed.weight.device, model.embed.weight.dtype)
+    settle_kernels(model)
+    return model
 
 
 def _address(model: LLM) -> int:

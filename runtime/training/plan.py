@@ -147,6 +147,11 @@ def make_plan(
     if config.init_from:
         source = ranks.together(lambda: read_checkpoint(config.init_from))
     task = ranks.together(lambda: task_of(config, source))
+    if ranks.world > 1 and not task.takes_ranks:
+        raise ValueError(
+            f"{task.command} is for one process, and these are {ranks.world} ranks: start it "
+            "without torchrun"
+        )
     check_data(task, source, ranks)
     task.command = ranks.command(task.command)
     if config.resume:
@@ -666,6 +671,11 @@ def _resume_lines(plan: TrainPlan) -> list[str]:
         )
     if config.dtype != before["dtype"]:
         lines.append(f"dtype    {config.dtype} instead of {before['dtype']}")
+    if plan.ranks.world != plan.source.world:
+        lines.append(
+            f"ranks    {plan.ranks.world} instead of {plan.source.world}: the same data, order, "
+            "dropout and schedule; sums are rounded otherwise"
+        )
     return lines
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM, Output
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_count
 from runtime.checkpoint.format import Checkpoint
 from runtime.data.loader import (
@@ -55,6 +56,7 @@ class Task:
     best_score: name of the score whose highest value makes best.pt; "" = the validation loss does.
     balances: whether steps move the expert biases.
     rows_per_sample: sequences that a sample of the loader becomes, for the estimate of memory.
+    takes_ranks: whether several ranks may carry it out.
     """
 
     vocabulary_size: int = 0
@@ -70,6 +72,7 @@ class Task:
     best_score: str = ""
     balances: bool = True
     rows_per_sample: int = 1
+    takes_ranks: bool = True
 
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> Loader:
         """Return the stream of training batches. Called several times: it must be cheap."""
@@ -116,10 +119,10 @@ class Task:
     def prepare(self, model: LLM) -> None:
         """Change a new model before its kernels and optimizer are made, as adapters do."""
 
-    def started(self, model: LLM) -> None:
+    def started(self, model: LLM, ranks: Ranks = ONE_PROCESS) -> None:
         """Make what depends on the model as it starts. Called more than once for a model.
 
-        A run that resumes has called `restore` before.
+        A run that resumes has called `restore` before. ranks: that all call this, and share model.
         """
 
     def state(self) -> dict:

@@ -158,11 +158,11 @@ def test_a_run_that_goes_back_uses_pairs_beyond_its_plan(tmp_path, monkeypatch, 
         real(state, config, scaler)
 
     monkeypatch.setattr(train, "_check_progress", diverge)
-    added, add = [], Preference._add
+    added, compute = [], Preference._reference_of
     monkeypatch.setattr(
         Preference,
-        "_add",
-        lambda task, model, batch: added.append(batch) or add(task, model, batch),
+        "_reference_of",
+        lambda task, model, batch: added.append(batch) or compute(task, model, batch),
     )
     more = ("--data", data, "--max_rollbacks", 1, "--log_interval", 1)
     assert run(tmp_path, *more, base=base) == 0

@@ -99,7 +99,7 @@ def rig(monkeypatch, exam: Exam, say) -> None:
             for token in BYTE.encode(text) + [BYTE.chat.end] * ended:
                 yield [(row, token)]
 
-    def sampled(model, tokenizer, prompts, max_new_tokens, samples, seed):
+    def sampled(model, tokenizer, prompts, max_new_tokens, samples, seed, ranks):
         return [[Answer(*say(by_prompt[tuple(prompt)]), 1)] * samples for prompt in prompts]
 
     monkeypatch.setattr(score, "generate", stream)
@@ -148,7 +148,7 @@ def test_marks_by_kind_and_part(monkeypatch, exam, model):
 def test_pass_at_k_counts_every_sample(monkeypatch, exam, model):
     """Of 4 samples one is right for half of the prompts: pass@1 is 1 / 8 and pass@4 one half."""
 
-    def sampled(model, tokenizer, prompts, max_new_tokens, samples, seed):
+    def sampled(model, tokenizer, prompts, max_new_tokens, samples, seed, ranks):
         sheet = exam.questions if prompts is exam.questions.prompts else exam.requests
         wrong = [Answer("", True, 1)] * samples
         return [

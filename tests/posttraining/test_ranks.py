@@ -1,0 +1,206 @@
+"""Fine-tuning on two ranks is fine-tuning in one process, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.checkpoint.read import load_model
+from runtime.data.chat import with_chat
+from runtime.data.tokenizers import load_tokenizer
+from runtime.posttraining import score
+from runtime.posttraining.flags import settings_of
+from runtime.posttraining.policy import Grpo, GrpoConfig
+from runtime.posttraining.preference import DpoConfig, Preference
+from runtime.posttraining.reference import FILE
+from runtime.posttraining.score import Exam, shared_out
+from runtime.posttraining.sft import Sft, SftConfig
+from runtime.posttraining.tuning import BASE_LOSS
+from runtime.training.plan import TrainPlan, initial_state, make_plan
+from runtime.training.setup import set_up
+from tests.builders_posttraining import QUICK, chats, in_folder, pairs, tiny_base
+from tests.builders_runs import comparable
+from tests.ranks import run_on
+
+KINDS = {"sft": (Sft, SftConfig), "dpo": (Preference, DpoConfig)}
+# Half of each tensor fills vector registers: kernels round what does not in another way.
+FULL_REGISTERS = dict(d_model=32, head_dim=32, d_ff=32)
+# An odd number of prompts of each form, and of parts that are answered at a time.
+PROMPTS = 5
+
+
+def flags_of(folder: Path, kind: str, *flags: object) -> list[str]:
+    """Return the flags of a quick run on files in a folder, which are made if need be."""
+    base, data = folder / "base" / "latest.pt", folder / f"{kind}.jsonl"
+    if not base.exists():
+        tiny_base(folder / "base", **FULL_REGISTERS)
+    if not data.exists():
+        (chats if kind == "sft" else pairs)(data, 450)
+    start = ["--init_from", base, "--data", data, "--row_tokens", 64]
+    split = ["--batch_size", 1, "--grad_accum", 2]
+    return [*QUICK, *map(str, (*start, *split, *flags))]
+
+
+def planned(ranks: Ranks, kind: str, flags: list[str]) -> TrainPlan:
+    task_of, config_class = KINDS[kind]
+    torch.set_num_threads(1)
+    return make_plan(settings_of("", flags, config_class), task_of, config_class, ranks)
+
+
+def tuned(ranks: Ranks, kind: str, flags: list[str]) -> tuple[dict, dict, list[dict]]:
+    """Return the weights, the optimizer's state and the records of a run that saves nothing.
+
+    The weights are also those of the plain model that a score asks.
+    """
+    plan = planned(ranks, kind, flags)
+    state = initial_state(plan)
+    model, optimizer, _ = set_up(plan, train.forward_backward)
+    records: list[dict] = []
+    hooks = train.Hooks(records.append)
+    given = dict(optimizer=optimizer, state=state, ranks=ranks)
+    train.fit(model, plan.task, plan.config, hooks, **given)
+    parameters = dict(model.named_parameters())
+    weights = {name: ranks.whole(p.detach()).clone() for name, p in parameters.items()}
+    plain = plan.task.plain(model).state_dict()
+    weights |= {f"plain.{name}": tensor.clone() for name, tensor in plain.items()}
+    moments = {
+        f"{key}.{name}": ranks.whole(value).clone()
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    return weights, moments, comparable(records)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("sft", ["--dropout", "0.1"]),
+        ("sft", ["--lora_rank", "4", "--optimizer", "adamw"]),
+        ("dpo", ["--optimizer", "muon"]),
+        ("dpo", ["--lora_rank", "4", "--sft_coef", "0.5"]),
+    ],
+    ids=["sft", "sft with adapters", "dpo", "dpo with adapters"],
+)
+def test_two_ranks_are_one_process(tmp_path, data, kind, flags):
+    """Weights, moments, losses, and the scores before, during and after the run.
+
+    With adapters too, whose rows of new ids are no longer in the memory of the vocabulary: the head
+    read the rows of the start.
+    """
+    common = flags_of(tmp_path, kind, *flags)
+    one, *others = [
+        tuned(ONE_PROCESS, kind, [*common, *in_folder(tmp_path / "1"), "--data_dir", str(data)]),
+        *run_on(2, tuned, kind, [*common, *in_folder(tmp_path / "2"), "--data_dir", str(data)]),
+    ]
+    assert {r["kind"] for r in one[2]} == {"train", "val", "score"}
+    scores = [record["score"] for record in one[2] if record["kind"] == "score"]
+    assert len(scores) == 3 and all(BASE_LOSS in numbers for numbers in scores)
+    for other in others:
+        for own, theirs in zip(one[:2], other[:2], strict=True):
+            assert own.keys() == theirs.keys()
+            assert [name for name in own if not torch.equal(own[name], theirs[name])] == []
+        assert other[2] == one[2]
+    plan = planned(ONE_PROCESS, kind, [*common, *in_folder(tmp_path)])
+    held_out = len(plan.task.validation(plan.model_config, plan.config))
+    assert held_out > 2 and held_out % 2, "a rank gets a batch that does not count"
+    if kind == "dpo":
+        first, second = ((tmp_path / name / "ckpt" / FILE).read_bytes() for name in "12")
+        assert first == second
+
+
+# --------------------------------------------------------------------------------------- the score
+def examined(ranks: Ranks, base: Path) -> tuple[dict[str, float], int]:
+    """Return a score of a base model, and how many answers were generated here."""
+    torch.set_num_threads(1)
+    exam = Exam(with_chat(load_tokenizer("byte")), PROMPTS, max_new_tokens=6)
+    answer, made = score._answer, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "MOST_ROWS", 2)
+        patch.setattr(score, "_answer", lambda *given: made.append(given) or answer(*given))
+        numbers = exam.score(load_model(base)[0], samples=2, seed=3, ranks=ranks).numbers()
+    return numbers, len(made)
+
+
+def test_the_ranks_share_out_what_a_score_asks(tmp_path):
+    """Each would answer all of it else, in the time of one process."""
+    base = tiny_base(tmp_path, vocabulary_size=260, context_length=512)
+    expected, in_all = examined(ONE_PROCESS, base)
+    # Of two forms, greedy and two samples.
+    assert in_all == 2 * PROMPTS * 3
+    found = run_on(2, examined, base)
+    assert [numbers for numbers, _ in found] == [expected, expected]
+    assert sum(own for _, own in found) == in_all and min(own for _, own in found) > in_all / 3
+
+
+def failing(ranks: Ranks) -> str:
+    def do(part: int) -> list[int]:
+        if part == 1:
+            raise ValueError("the model's logits are not finite")
+        return [part]
+
+    try:
+        shared_out(ranks, range(4), do)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_fails_on_one_rank_fails_on_all():
+    """The others would wait for its answers until the time-out."""
+    assert run_on(2, failing) == ["rank 1: the model's logits are not finite"] * 2
+
+
+def scored_without_shards(ranks: Ranks, flags: list[str], data: str) -> list[str]:
+    """Return the names of the first score where only the first rank has the base's shards."""
+    plan = planned(ranks, "sft", [*flags, "--data_dir", data if ranks.is_first else "nowhere"])
+    model, *_ = set_up(plan, train.forward_backward)
+    return [*plan.task.score(model.eval())]
+
+
+def test_the_loss_of_the_base_needs_its_shards_on_every_rank(tmp_path, data):
+    """A rank without them would leave the others in a forward pass that never ends."""
+    flags = [*flags_of(tmp_path, "sft"), *in_folder(tmp_path)]
+    for names in run_on(2, scored_without_shards, flags, str(data)):
+        assert "exact match" in names and BASE_LOSS not in names
+
+
+# ----------------------------------------------------------------------------------- the reference
+def beyond_the_plan(ranks: Ranks, flags: list[str]) -> np.ndarray | None:
+    """Return the reference of pairs that the run was not to use; made on the last rank alone."""
+    plan = planned(ranks, "dpo", flags)
+    set_up(plan, train.forward_backward)
+    if ranks.rank < ranks.world - 1:
+        return None
+    loader = plan.task.loader(plan.model_config, plan.config)
+    first = plan.config.max_steps * plan.config.batch_size * plan.config.grad_accum
+    assert plan.task.reference.lacks(loader.loader.batch(first)[5].numpy())
+    return loader.batch(first)[6].numpy()
+
+
+def test_batches_made_ahead_take_no_part_in_what_the_ranks_do(tmp_path):
+    """A run that went back meets pairs without a reference in the thread that makes its batches.
+
+    What the ranks do together from two threads has no order: it would hang, or mix numbers up.
+    """
+    flags = flags_of(tmp_path, "dpo", "--max_steps", 2, "--lora_rank", 4)
+    expected = beyond_the_plan(ONE_PROCESS, [*flags, *in_folder(tmp_path / "1")])
+    _, found = run_on(2, beyond_the_plan, [*flags, *in_folder(tmp_path / "2")])
+    assert expected is not None and np.array_equal(found, expected)
+
+
+# ---------------------------------------------------------------------------------------- refusals
+class TwoRanks(Ranks):
+    world = 2
+
+
+def test_rewards_are_for_one_process(tmp_path):
+    """Each rank would sample from its shard of the weights."""
+    flags = ["--init_from", str(tiny_base(tmp_path, context_length=512)), *in_folder(tmp_path)]
+    settings = settings_of("", flags, GrpoConfig)
+    with pytest.raises(ValueError, match=r"scripts.grpo is for one process, and these are 2 ranks"):
+        make_plan(settings, Grpo, GrpoConfig, TwoRanks())

@@ -83,6 +83,10 @@ class Ranks:
     def began(self, run_id: str) -> None:
         """Remember the run, for ranks that are started again in place of these."""
 
+    def command(self, command: str) -> str:
+        """Return what a user types to start as many ranks. command: for one process."""
+        return command
+
     def wait_at_most(self, seconds: float) -> None:
         """Let ranks wait for each other so long from now on; then they fail."""
 

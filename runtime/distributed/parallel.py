@@ -117,12 +117,18 @@ class Parallel(Ranks):
         dist.all_gather_object(every, what)
         for rank, theirs in enumerate(every):
             for name in every[0] | theirs:
-                value, other = every[0].get(name), theirs.get(name)
+                value, other = (one.get(name, "not given") for one in (every[0], theirs))
                 if other != value:
                     raise ValueError(
                         f"rank {rank} has another {name} than rank 0: {other}, not {value}; start "
                         "all ranks with the same command, data and code"
                     )
+
+    def command(self, command: str) -> str:
+        nodes = self.world // self.local_world
+        where = "--standalone" if nodes == 1 else f"--nnodes {nodes} --rdzv_endpoint HOST:PORT"
+        script = command.removeprefix("python ")
+        return f"torchrun {where} --nproc_per_node {self.local_world} {script}"
 
     def in_order(self, values: Sequence[T]) -> list[T]:
         every: list[Any] = [None] * self.world

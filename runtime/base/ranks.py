@@ -10,7 +10,6 @@ micro-batches, so neither data order nor dropout depends on W.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -139,10 +138,6 @@ class Ranks:
         local: another tensor in the same shards, whose whole is returned instead.
         """
         return tensor if local is None else local
-
-    def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Have whole weights in a model on every rank, for a while, as decoders need them."""
-        return contextlib.nullcontext()
 
 
 ONE_PROCESS = Ranks()

@@ -11,7 +11,6 @@ With --expert_parallel the ranks are a grid. Neighbours share the experts of eac
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -218,17 +217,6 @@ class Parallel(Ranks):
         if self._holds_experts(tensor):
             start += self.expert_rank * len(tensor)
         return range(start, start + count)
-
-    @contextlib.contextmanager
-    def gathered(self, model: nn.Module) -> Iterator[None]:
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.unshard()
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.reshard()
 
 
 def _common_divisors(a: int, b: int) -> list[int]:

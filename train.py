@@ -48,9 +48,10 @@ from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes, human_seconds
 from runtime.checkpoint.folder import restore_names
 from runtime.checkpoint.format import Checkpoint
-from runtime.checkpoint.write import check_disk_space, save_checkpoint
+from runtime.checkpoint.write import save_checkpoint
 from runtime.data.loader import micro_batches, prefetch
 from runtime.data.shards import open_data
+from runtime.training.agreed import check_data_and_disk
 from runtime.training.closing import closing_lines
 from runtime.training.optimizer import build_optimizer, check_skips, total_norm
 from runtime.training.plan import (
@@ -494,14 +495,14 @@ def run(plan: TrainPlan) -> int:
     """Carry out a plan; return the exit code (0, or 128 + the signal that stopped it)."""
     if plan.config.micro_batch == "auto":
         plan = with_largest_micro_batch(plan, lambda candidate: runs(candidate, forward_backward))
-    config, needed = plan.config, check_memory(plan)
+    ranks, config = plan.ranks, plan.config
+    needed = ranks.together(lambda: check_memory(plan))
     for line in plan.notes + schedule_notes(plan) + describe(plan, needed):
         print(line)
     sys.stdout.flush()
     if config.resume:
-        assert plan.source is not None
         # A kill between saving a checkpoint and naming it left the names of an older one.
-        restore_names(plan.source)
+        ranks.from_first(functools.partial(restore_names, plan.source))
     state = initial_state(plan)
     left = config.max_steps - state.step
     if not left:
@@ -515,10 +516,7 @@ def run(plan: TrainPlan) -> int:
             f"--profile needs {sum(PROFILED_STEPS)} steps (it records the last "
             f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
-    check_disk_space(config.ckpt_dir, checkpoint_bytes(needed))
-    # Data too short for one sequence is an error before the model is built.
-    plan.task.loader(plan.model_config, config)
-    plan.task.validation(plan.model_config, config)
+    check_data_and_disk(plan, checkpoint_bytes(needed))
     while True:
         reporter = reporter_of(plan, state)
         try:
@@ -594,7 +592,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
             f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
             f"{plan.task.command} --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
         )
-        return 128 + stop.signal
+        return stop.exit_code
     print(
         f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "
         f"{human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in "

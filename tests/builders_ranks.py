@@ -10,6 +10,7 @@ from torch import Tensor
 import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
+from runtime.base.device import DTYPES
 from runtime.base.ranks import Ranks
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.linear_cross_entropy import IGNORE
@@ -63,17 +64,20 @@ def trained(ranks: Ranks, model_config: ModelConfig, changes: dict) -> Trained:
     """Train a new model for some steps, on ranks or in one process (ONE_PROCESS).
 
     changes: of SPEED, the settings of training. The one process has no use for --expert_parallel
-    and --shard: there they are dropped.
+    and --shard: there they are dropped. Without a dtype it is float32.
     """
     if ranks.world == 1:
         changes = {k: v for k, v in changes.items() if k not in ("expert_parallel", "shard")}
     config = TrainConfig(**(SPEED | changes))
+    dtype = DTYPES.get(config.dtype, torch.float32)
     torch.manual_seed(0)
     model = LLM(model_config)
-    choose_kernels(model, torch.device("cpu"), torch.float32)
+    choose_kernels(model, torch.device("cpu"), dtype)
+    if config.compile:
+        model.compile_in_place()
     model.activation_checkpointing = config.activation_checkpointing
     ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
-    ranks.shard(model, torch.float32)
+    ranks.shard(model, dtype)
     optimizer = build_optimizer(model, config, ranks)
     gradients: dict[str, Tensor] = {}
     steps = 0
@@ -96,6 +100,7 @@ def trained(ranks: Ranks, model_config: ModelConfig, changes: dict) -> Trained:
         config,
         train.Hooks(on_log=records.append),
         optimizer=optimizer,
+        dtype=dtype,
         ranks=ranks,
     )
     return Trained(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from config_model import PRESETS, ModelConfig, TrainConfig
+from runtime.base import process
 from runtime.base.following import follow
 from runtime.base.text import visible
 
@@ -337,6 +338,20 @@ def _read_toml(path: str, known: Iterable[str], owners: dict[str, type]) -> dict
     return flat
 
 
+# A user's mistakes: printed as one line, without a traceback.
+MISTAKES = (ValueError, OSError, ImportError)
+
+
+def error_line(error: BaseException) -> str:
+    """Return the line that is printed of an error."""
+    return f"error: {visible(' '.join(str(error).split())) or type(error).__name__}"
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a user's mistake."""
+    return getattr(error, "exit_code", 2)
+
+
 def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
     """Run `main(argv)` and exit: its return value or 0; 2 after a user's mistake; 130 for Ctrl-C.
 
@@ -367,14 +382,13 @@ def run_main(main: Callable[[list[str] | None], int | None]) -> typing.NoReturn:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
-    except (ValueError, OSError, ImportError) as error:
+    except MISTAKES as error:
         if os.environ.get("GPTOSS_TRACEBACK"):
             raise
-        print(
-            f"error: {visible(' '.join(str(error).split())) or type(error).__name__}",
-            file=sys.stderr,
-        )
-        code = getattr(error, "exit_code", 2)
+        # All ranks of a machine have read the same command: one of them says what is wrong with it.
+        if process.local_rank() == 0:
+            print(error_line(error), file=sys.stderr)
+        code = exit_code(error)
     try:
         sys.stdout.flush()
     except OSError:

@@ -35,6 +35,16 @@ def has_ranks() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def rank() -> int:
+    """Return this process's number among the ranks that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0")) if has_ranks() else 0
+
+
+def local_rank() -> int:
+    """Return this process's number among the ranks on this machine; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if has_ranks() else 0
+
+
 def keep_freed_memory() -> bool:
     """Make malloc keep freed memory for the next use; return whether that worked.
 
@@ -112,7 +122,7 @@ class StopRequest:
     """Asks a run to finish its step, save and stop: at SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
 
     A later signal ends the run at once. A signal that the run was told to ignore (SIGHUP under
-    nohup) stays ignored.
+    nohup) stays ignored. Of several ranks the first says so, and all of them must agree to stop.
     """
 
     def __init__(self) -> None:
@@ -126,9 +136,10 @@ class StopRequest:
         }
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for s, handler in self._before.items():
-            signal.signal(s, handler)
+            # A rank that fails must say why: torchrun ends it as soon as it has seen another's end.
+            signal.signal(s, signal.SIG_IGN if kind and has_ranks() else handler)
 
     def _on_signal(self, number, frame):
         if self.signal is not None:
@@ -136,6 +147,8 @@ class StopRequest:
                 os._exit(128 + number)
             return
         self.signal, self._asked = number, time.monotonic()
+        if rank():
+            return
         os.write(
             2,
             f"\n{signal.Signals(number).name}: finishing this step, then saving; "
@@ -144,3 +157,8 @@ class StopRequest:
 
     def requested(self) -> bool:
         return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code of a stopped run. A rank may not have had the signal itself."""
+        return 128 + (self.signal or signal.SIGTERM)

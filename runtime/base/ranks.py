@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# How long a rank waits for the others before it gives up: as they start (they read weights and
+# compile, not all as fast), and later, between steps.
+START_SECONDS = 1800.0
+STEP_SECONDS = 120.0
+
 
 class Ranks:
     """One process: its methods return what they are given. Every rank must call them alike.
@@ -26,6 +31,7 @@ class Ranks:
     experts: ranks that share a block's experts (--expert_parallel).
     local_world: ranks on this machine.
     device: of this rank; None = the run chooses.
+    run_before: run_id of the run that these ranks were restarted to continue; "" = none.
     """
 
     rank: int = 0
@@ -33,6 +39,7 @@ class Ranks:
     experts: int = 1
     local_world: int = 1
     device: device | None = None
+    run_before: str = ""
 
     @property
     def is_first(self) -> bool:
@@ -72,6 +79,12 @@ class Ranks:
     def in_order(self, values: Sequence[T]) -> list[T]:
         """Return the values that the ranks made of what `share` gave them, in its order."""
         return list(values)
+
+    def began(self, run_id: str) -> None:
+        """Remember the run, for ranks that are started again in place of these."""
+
+    def wait_at_most(self, seconds: float) -> None:
+        """Let ranks wait for each other so long from now on; then they fail."""
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterable[tuple[T, bool]]:
@@ -120,6 +133,10 @@ class Ranks:
         """Return whether this rank holds a part of a tensor only, or may."""
         return False
 
+    def rows(self, tensor: Tensor) -> range:
+        """Return which rows of the whole tensor this rank holds, of its first dimension."""
+        return range(len(tensor))
+
     def part_of(self, tensor: Tensor, whole: Tensor) -> Tensor:
         """Return what this rank holds of a tensor, from the whole of it or of one like it."""
         return whole
@@ -141,3 +158,31 @@ class Ranks:
 
 
 ONE_PROCESS = Ranks()
+
+
+def sharding_ranks(
+    world: int, in_node: int, expert_parallel: int, shard: str, num_experts: int
+) -> int:
+    """Return how many ranks hold the weights once. Raise ValueError for what cannot be honoured.
+
+    in_node: ranks of a node; expert_parallel, shard: as in TrainConfig.
+    """
+    sharding = world
+    if shard == "node":
+        sharding = in_node
+        if world % sharding or world == sharding:
+            raise ValueError(
+                f"--shard node is for several nodes of as many ranks each, and these are "
+                f"{world} ranks, {sharding} of them here: leave it out"
+            )
+    if sharding % expert_parallel or num_experts % expert_parallel:
+        raise ValueError(
+            f"--expert_parallel {expert_parallel} must divide both the {sharding} ranks that "
+            f"share the weights and the {num_experts} experts: take "
+            f"{' or '.join(map(str, _common_divisors(sharding, num_experts)))}"
+        )
+    return sharding
+
+
+def _common_divisors(a: int, b: int) -> list[int]:
+    return [n for n in range(1, min(a, b) + 1) if a % n == 0 and b % n == 0]

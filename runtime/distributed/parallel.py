@@ -13,19 +13,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Size, Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from runtime.base.ranks import Ranks
+# The only way that there is, and torchtitan's.
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from model_parts import Experts
+from runtime.base.ranks import Ranks, sharding_ranks
+from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
 T = TypeVar("T")
+# Parameters that autocast, or the module itself, casts before each use, by the module's class.
+CAST_BEFORE_USE: dict[type, set[str]] = {
+    nn.Linear: {"weight", "bias"},
+    Experts: {"w_in", "b_in", "w_out", "b_out"},
+}
 
 
 class Parallel(Ranks):
@@ -38,23 +49,15 @@ class Parallel(Ranks):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device, self.local_world = device, local_world
         self.mesh: DeviceMesh
+        # All that they send each other anything in; None is that of all ranks.
+        self.groups: list[dist.ProcessGroup | None] = [None]
         self.reshard = True
+        # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
+        self.gathers_half = device.type == "cuda"
 
     def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
-        sharding = self.world
-        if shard == "node":
-            sharding = self.local_world
-            if self.world % sharding or self.world == sharding:
-                raise ValueError(
-                    f"--shard node is for several nodes of as many ranks each, and these are "
-                    f"{self.world} ranks, {sharding} of them here: leave it out"
-                )
-        if sharding % expert_parallel or num_experts % expert_parallel:
-            raise ValueError(
-                f"--expert_parallel {expert_parallel} must divide both the {sharding} ranks that "
-                f"share the weights and the {num_experts} experts: take "
-                f"{' or '.join(map(str, _common_divisors(sharding, num_experts)))}"
-            )
+        given = (self.world, self.local_world, expert_parallel, shard, num_experts)
+        sharding = sharding_ranks(*given)
         self.experts, self.reshard = expert_parallel, shard != "none"
         replicas, kind = self.world // sharding, self.device.type
         # Meshes of one dimension where there is one group of shards: fewer collectives.
@@ -70,6 +73,7 @@ class Parallel(Ranks):
         self.shard_group, self.expert_group = flat.get_group("shard"), grid.get_group("expert")
         self.expert_rank = grid.get_local_rank("expert")
         self.whole_expert_mesh = grid["expert", "expert_shard"]
+        self.groups = [None, *flat.get_all_groups(), *grid.get_all_groups()]
 
     # ------------------------------------------------------------------------------ on the host
     def sum_on_host(self, *numbers: int) -> tuple[int, ...]:
@@ -112,17 +116,22 @@ class Parallel(Ranks):
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, what)
         for rank, theirs in enumerate(every):
-            for name, value in every[0].items():
-                if theirs.get(name) != value:
+            for name in every[0] | theirs:
+                value, other = every[0].get(name), theirs.get(name)
+                if other != value:
                     raise ValueError(
-                        f"rank {rank} has another {name} than rank 0: {theirs.get(name)}, not "
-                        f"{value}; start all ranks with the same command, data and code"
+                        f"rank {rank} has another {name} than rank 0: {other}, not {value}; start "
+                        "all ranks with the same command, data and code"
                     )
 
     def in_order(self, values: Sequence[T]) -> list[T]:
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, list(values))
         return [value for turn in zip(*every, strict=True) for value in turn]
+
+    def wait_at_most(self, seconds: float) -> None:
+        for group in self.groups:
+            _set_pg_timeout(timedelta(seconds=seconds), group)
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
@@ -151,10 +160,23 @@ class Parallel(Ranks):
 
     # ------------------------------------------------------------------------- weights in shards
     def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
-        options: dict[str, Any] = {"reshard_after_forward": self.reshard}
+        options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.reshard}
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        half = options | {"mp_policy": policy}
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
-            fully_shard(block, mesh=self.mesh, **options)
-        fully_shard(model, mesh=self.mesh, **options)
+            # A compiled block is one graph, which has no room for a gather in it.
+            halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
+            modules = cast_before_use(block) if halves else []
+            if self.experts > 1:
+                experts = share_experts(block, self.expert_group)
+                own = half if experts in modules else options
+                fully_shard(experts, **own | {"mesh": self.expert_mesh})
+                modules = [module for module in modules if module is not experts]
+            if modules:
+                fully_shard(modules, **half)
+            # What is left, in float32: norms, router, sinks, learned attention bias.
+            fully_shard(block, **options)
+        fully_shard(model, **options)
         keep_trained_rows(model, self)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -174,6 +196,9 @@ class Parallel(Ranks):
         rows = self._rows_of(tensor)
         return whole[rows.start : rows.stop]
 
+    def rows(self, tensor: Tensor) -> range:
+        return self._rows_of(tensor) if isinstance(tensor, DTensor) else range(len(tensor))
+
     def shape_of(self, tensor: Tensor) -> Size:
         if self._holds_experts(tensor):
             return Size((len(tensor) * self.experts, *tensor.shape[1:]))
@@ -183,14 +208,19 @@ class Parallel(Ranks):
         if not isinstance(tensor, DTensor):
             return tensor if local is None else local
         local = tensor.to_local() if local is None else local
-        mesh, shape = tensor.device_mesh, self.shape_of(tensor)
-        placements = tensor.placements
-        if self._holds_experts(tensor):
-            mesh, placements = self.whole_expert_mesh, (Shard(0), Shard(0))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        held = DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
         ).full_tensor()
+        if not self._holds_experts(tensor):
+            return held
+        whole = held.new_empty(self.shape_of(tensor))
+        dist.all_gather(list(whole.chunk(self.experts)), held.contiguous(), group=self.expert_group)
+        return whole
 
     def _holds_experts(self, tensor: Tensor) -> bool:
         """Return whether a tensor is this rank's part of a stack that other ranks hold parts of."""
@@ -219,5 +249,15 @@ class Parallel(Ranks):
         return range(start, start + count)
 
 
-def _common_divisors(a: int, b: int) -> list[int]:
-    return [n for n in range(1, math.gcd(a, b) + 1) if a % n == 0 and b % n == 0]
+def cast_before_use(block: nn.Module) -> list[nn.Module]:
+    """Return the modules of a block whose parameters are only used in the dtype of autocast.
+
+    These are linear layers and experts. A module with parameters that this does not know, such as
+    adapters, is left out: it may compute with them in float32.
+    """
+    return [
+        module
+        for module in block.modules()
+        if (known := CAST_BEFORE_USE.get(type(module)))
+        and known.issuperset(name for name, _ in module.named_parameters())
+    ]

@@ -32,7 +32,6 @@ from runtime.base.files import is_utf8
 from runtime.base.following import follow
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes, human_count
-from runtime.checkpoint.folder import find_latest, folder_has_run
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checks import known
@@ -40,6 +39,13 @@ from runtime.data.advice import (
     fitting_vocabulary,
     vocabulary_is_too_large,
     vocabulary_parameters,
+)
+from runtime.training.agreed import (
+    check_data,
+    check_settings,
+    newest_checkpoint,
+    of_a_restart,
+    restarted_run,
 )
 from runtime.training.memory import training_memory_bytes
 from runtime.training.state import RunState
@@ -130,7 +136,8 @@ def make_plan(
     config_class; source: the checkpoint that is resumed or started from, if any.
     """
     notes: list[str] = []
-    source, config, model_config = _configs(settings, config_class, notes)
+    check_settings(settings, ranks)
+    source, config, model_config = _configs(settings, config_class, notes, ranks)
     if config.profile and not is_utf8(config.graph_dir):
         raise ValueError(
             f"--profile: PyTorch writes its trace to UTF-8 paths alone, and {config.graph_dir} is "
@@ -138,13 +145,14 @@ def make_plan(
         )
     device, dtype = _prepare_process(config, ranks)
     if config.init_from:
-        source = read_checkpoint(config.init_from)
-    task = task_of(config, source)
+        source = ranks.together(lambda: read_checkpoint(config.init_from))
+    task = ranks.together(lambda: task_of(config, source))
     if ranks.world > 1 and not task.takes_ranks:
         raise ValueError(
             f"{task.command} is for one process, and these are {ranks.world} ranks: start it "
             "without torchrun"
         )
+    check_data(task, source, ranks)
     if config.resume:
         assert source is not None
         check_kind(source, task)
@@ -171,7 +179,8 @@ def make_plan(
     ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
     config = _with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
-    return with_loss_rows(dataclasses.replace(plan, auto_dtype=auto_dtype))
+    plan = dataclasses.replace(plan, auto_dtype=auto_dtype)
+    return ranks.together(lambda: with_loss_rows(plan))
 
 
 def _with_epochs(
@@ -218,7 +227,7 @@ def check_kind(source: Checkpoint, task: Task) -> None:
 
 
 def _configs(
-    settings: cli.Settings, config_class: type[TrainConfig], notes: list[str]
+    settings: cli.Settings, config_class: type[TrainConfig], notes: list[str], ranks: Ranks
 ) -> tuple[Checkpoint | None, TrainConfig, ModelConfig | None]:
     """Return the checkpoint to resume, if any, and both configs; add what is to be said to notes.
 
@@ -232,23 +241,24 @@ def _configs(
             values = settings.values | {"max_steps": 1_000_000_000}
             settings = dataclasses.replace(settings, values=values)
         config = settings.build(config_class)
-        notes += settings.notes
-        if folder_has_run(config.ckpt_dir):
-            raise ValueError(
-                f"{config.ckpt_dir} holds the checkpoints of another run: continue it with "
-                "--resume, or give this run another --ckpt_dir"
-            )
-        return None, config, None if config.init_from else settings.build(ModelConfig)
-    if settings.values.get("init_from"):
+        model_config = None if config.init_from else settings.build(ModelConfig)
+        source, skipped = restarted_run(config.ckpt_dir, ranks)
+        if source is None:
+            notes += settings.notes
+            return None, config, model_config
+        settings = of_a_restart(settings, FREE_ON_RESUME)
+    elif settings.values.get("init_from"):
         raise ValueError(
             "give either --resume (continue a run) or --init_from (start a new run from weights), "
             "not both"
         )
-    if settings.preset:
+    elif settings.preset:
         raise ValueError(
             f"--resume continues with the run's own settings: leave out --preset {settings.preset}"
         )
-    source, skipped = find_latest(settings.values.get("ckpt_dir", config_class.ckpt_dir))
+    else:
+        ckpt_dir = settings.values.get("ckpt_dir", config_class.ckpt_dir)
+        source, skipped = newest_checkpoint(ckpt_dir, ranks)
     notes += [f"skipped a checkpoint that cannot be read: {line}" for line in skipped]
     notes.append(f"resuming {source.path} at step {source.step:,}")
     config, model_config = _resumed_configs(settings, source, config_class)
@@ -525,10 +535,14 @@ def with_largest_micro_batch(plan: TrainPlan, runs: Callable[[TrainPlan], bool])
 
     runs(plan): whether one step of it fits on the GPU. A CPU goes by the estimate and 80 % of the
     free memory. A GPU tries, the largest whose estimate fits first, and uncompiled: compiling takes
-    a minute and then needs less. Raise ValueError if not one sequence fits.
+    a minute and then needs less. So do not several ranks, because one that runs out of memory
+    leaves the others waiting: they go by their estimates, each of which must fit. Raise ValueError
+    if not one sequence fits.
     """
+    ranks = plan.ranks
     sequences = plan.config.batch_size * plan.config.grad_accum
-    plans = [_with_micro_batch(plan, b) for b in range(sequences, 0, -1) if sequences % b == 0]
+    sizes = [b for b in range(sequences, 0, -1) if sequences % (b * ranks.world) == 0]
+    plans = [_with_micro_batch(plan, b) for b in sizes]
     memory = memory_bytes(plan.device)
     if memory is None:
         raise ValueError(
@@ -536,28 +550,35 @@ def with_largest_micro_batch(plan: TrainPlan, runs: Callable[[TrainPlan], bool])
             "--micro_batch auto"
         )
     on_gpu = plan.device.type == "cuda"
+    tries = on_gpu and ranks.world == 1
+    # The ranks on a machine share its memory, if it is not a GPU's.
+    free = memory[0] if on_gpu else memory[0] // ranks.local_world
     for candidate in plans:
-        needed = check_memory(candidate)
-        # The program already holds its share of a CPU's memory.
-        estimate = sum(needed.values()) - needed["program"]
-        likely = (
-            estimate < 0.8 * memory[0]
-            if not on_gpu
-            else estimate <= memory[0] or candidate is plans[-1]
-        )
-        if likely and (not on_gpu or runs(candidate)):
+        estimate = _estimate(candidate)
+        likely = estimate <= free or candidate is plans[-1] if tries else estimate < 0.8 * free
+        if ranks.any(not likely):
+            continue
+        if not tries or runs(candidate):
             c = candidate.config
             note = (
                 f"micro-batch {c.batch_size} x {c.grad_accum} is the largest that fits, "
                 f"of {sequences} sequences a step"
             )
-            return dataclasses.replace(with_loss_rows(candidate), notes=[*plan.notes, note])
+            chosen = ranks.together(lambda fitting=candidate: with_loss_rows(fitting))
+            return dataclasses.replace(chosen, notes=[*plan.notes, note])
     raise ValueError(
         f"not even one sequence of {plan.model_config.context_length} tokens fits "
-        f"{device_name(plan.device)}, which has {human_bytes(memory[0])} free and needs about "
+        f"{device_name(plan.device)}, which has {human_bytes(free)} free and needs about "
         f"{human_bytes(estimate)}: lower --context_length, take --activation_checkpointing, or a "
         "smaller model"
     )
+
+
+def _estimate(plan: TrainPlan) -> int:
+    """Return the bytes that a plan needs more than this process holds, by estimate."""
+    needed = plan.ranks.together(lambda: check_memory(plan))
+    # The program already holds its share of a CPU's memory.
+    return sum(needed.values()) - needed["program"]
 
 
 def _with_micro_batch(plan: TrainPlan, batch_size: int) -> TrainPlan:
@@ -712,7 +733,10 @@ def checkpoint_bytes(needed: dict[str, int]) -> int:
 def initial_state(plan: TrainPlan) -> RunState:
     """Return the state a run starts in: step 0, or the state of the checkpoint that it resumes."""
     if not plan.config.resume:
-        run_id = plan.ranks.from_first(lambda: os.urandom(8).hex())
+        ranks = plan.ranks
+        # Ranks that are restarted before their first checkpoint begin the same run again.
+        run_id = ranks.from_first(lambda: ranks.run_before or os.urandom(8).hex())
+        ranks.began(run_id)
         return RunState(run_id=run_id, auto_dtype=plan.auto_dtype)
     assert plan.source is not None
     state = saved_state(plan.source)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from runtime.base.device import release_memory
+from runtime.base.ranks import START_SECONDS
 from runtime.checkpoint.folder import step_files
+from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
+from runtime.training.agreed import checkpoint_found
 from runtime.training.plan import TrainPlan, saved_state
 from runtime.training.state import RunState, TrainingDiverged
 
@@ -20,20 +23,14 @@ def rolled_back(
     """
     # The traceback holds the model and the optimizer, which are about to be made again.
     error.__traceback__ = None
+    plan.ranks.wait_at_most(START_SECONDS)
     release_memory(plan.device)
     if diverged.rollbacks >= plan.config.max_rollbacks:
         raise error
-    for _, path in reversed(step_files(plan.config.ckpt_dir)):
-        try:
-            source = read_checkpoint(path, optimizer=True)
-            state = saved_state(source)
-        except ValueError:
-            # Damaged: an older one will do.
-            continue
-        if state.run_id == diverged.run_id and not state.skipped_in_a_row:
-            break
-    else:
+    source, _ = checkpoint_found(lambda: (_newest_good(plan, diverged), []), plan.ranks)
+    if source is None:
         raise error
+    state = saved_state(source)
     state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1
     print(
         f"{error.args[0].partition(':')[0]}: back to step {state.step:,}, continuing after the "
@@ -42,3 +39,17 @@ def rolled_back(
     )
     config = dataclasses.replace(plan.config, resume=True, init_from="")
     return dataclasses.replace(plan, source=source, config=config), state
+
+
+def _newest_good(plan: TrainPlan, diverged: RunState) -> Checkpoint | None:
+    """Return a run's newest checkpoint saved before any skipped step, or None."""
+    for _, path in reversed(step_files(plan.config.ckpt_dir)):
+        try:
+            source = read_checkpoint(path, optimizer=True)
+            state = saved_state(source)
+        except ValueError:
+            # Damaged: an older one will do.
+            continue
+        if state.run_id == diverged.run_id and not state.skipped_in_a_row:
+            return source
+    return None

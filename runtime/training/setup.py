@@ -20,11 +20,14 @@ from runtime.base.device import (
     release_memory,
     synchronize,
 )
+from runtime.base.ranks import START_SECONDS, STEP_SECONDS
+from runtime.checkpoint.format import meta_model
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import build_model, load_training_state
 from runtime.checks.kernels import settle_kernels
 from runtime.kernels.choose import choose_kernels
 from runtime.training.optimizer import build_optimizer
+from runtime.training.placing import allocate, draw_by_name, is_large, put_back, set_aside
 from runtime.training.plan import TrainPlan, with_config
 
 # train.forward_backward(model, task, batch, dtype). It is handed in, because gradients are computed
@@ -87,16 +90,17 @@ def explained_failures(plan: TrainPlan) -> Iterator[None]:
 def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Optimizer, float]:
     """Return a plan's model and optimizer, ready for `fit`, and the seconds of a micro-batch."""
     config, ranks = plan.config, plan.ranks
+    ranks.wait_at_most(START_SECONDS)
     with explained_failures(plan):
         plan.task.planned(config, plan.dtype)
         model = build(plan)
         plan.task.prepare(model)
         choose_kernels(model, plan.device, plan.dtype)
-        for line in settle_kernels(model):
-            tqdm.write(f"note     {line}")
         if config.compile:
             model.compile_in_place()
-        ranks.shard(model, plan.dtype)
+        share_out(model, plan)
+        for line in settle_kernels(model):
+            tqdm.write(f"note     {line}")
         optimizer = build_optimizer(model, config, ranks)
         if config.resume:
             assert plan.source is not None
@@ -104,18 +108,54 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         model.activation_checkpointing = config.activation_checkpointing
         model.loss_rows = plan.loss_rows
         plan.task.started(model, ranks)
-        return model, optimizer, dry_run(model, optimizer, plan, forward_backward)
+        seconds = dry_run(model, optimizer, plan, forward_backward)
+    # Validation is compiled later, and not as fast on every node.
+    ranks.wait_at_most(START_SECONDS if config.compile else STEP_SECONDS)
+    return model, optimizer, seconds
 
 
 def build(plan: TrainPlan) -> LLM:
-    """Return the plan's model on its device, with the weights of --init_from or random ones."""
-    if plan.config.init_from:
-        assert plan.source is not None
-        new_ids = plan.task.new_ids(plan.source)
-        return build_model(with_config(plan.source, plan.model_config, new_ids), plan.device)
-    if plan.source is not None and plan.source.adapter is not None:
-        # The base's weights: the run's own are loaded into what `prepare` makes of them.
-        return build_model(plan.source, plan.device)
+    """Return the plan's model with the weights of --init_from or random ones.
+
+    It is on its device, or it waits for share_out: mapped from its file on the CPU, in the file's
+    dtype, or of shapes alone.
+    """
+    if is_from_file(plan):
+        source = plan.source
+        assert source is not None
+        # The base's weights where there are adapters: a resumed run's own are loaded into what
+        # `prepare` makes of them.
+        if plan.config.init_from:
+            source = with_config(source, plan.model_config, plan.task.new_ids(source))
+        if plan.ranks.world == 1:
+            return build_model(source, plan.device)
+        return build_model(source, "cpu", source.model["embed.weight"].dtype)
+    if is_large(plan.model_config):
+        return meta_model(plan.model_config)
     torch.manual_seed(plan.config.seed)
     with plan.device:
         return LLM(plan.model_config)
+
+
+def is_from_file(plan: TrainPlan) -> bool:
+    """Return whether the plan's model is built with the weights of its source."""
+    has_adapters = plan.source is not None and plan.source.adapter is not None
+    return bool(plan.config.init_from) or has_adapters
+
+
+def share_out(model: LLM, plan: TrainPlan) -> None:
+    """Leave each rank its share of what `build` returned, with its weights, on its device.
+
+    A large model that is resumed gets memory alone: load_training_state fills it.
+    """
+    ranks, weights = plan.ranks, None
+    if ranks.world > 1 and is_from_file(plan):
+        weights = set_aside(model)
+    is_meta = model.embed.weight.is_meta
+    ranks.shard(model, plan.dtype)
+    if is_meta:
+        allocate(model, plan.device)
+    if weights is not None:
+        put_back(model, weights, ranks)
+    elif is_meta and not plan.config.resume:
+        draw_by_name(model, plan.config.seed, ranks)

@@ -1,0 +1,227 @@
+"""Half precision, compiled blocks and every --shard: several ranks are one process."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train
+from config_model import ModelConfig, TrainConfig
+from model import LLM
+from runtime.base.device import autocast
+from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.checkpoint.adapter import Adapter
+from runtime.posttraining.lora import attach
+from runtime.training.optimizer import build_optimizer
+from runtime.training.task import GivenTask
+from tests.builders import tiny_config
+from tests.builders_ranks import SPEED, Trained, Windows, trained
+from tests.promises.many_ranks import FOUR_RANKS_LOSS, FULL_REGISTERS, differing, without_times
+from tests.ranks import run_on
+
+# Every kind of parameter.
+EVERYTHING = tiny_config(
+    **FULL_REGISTERS,
+    attention_sinks=True,
+    use_attention_bias=True,
+    qkv_bias=True,
+    out_proj_bias=True,
+    router_bias=True,
+    expert_bias=True,
+    head_bias=True,
+)
+# Of a block, by the ends of their names: what is only used after a cast.
+CAST = ("W_q", "W_k", "W_v", "out_proj", "experts")
+
+
+def trained_in_half(ranks: Ranks, config: ModelConfig, changes: dict) -> Trained:
+    """Return `trained` with matrices gathered in half precision, as on GPUs."""
+    ranks.gathers_half = True  # type: ignore[attr-defined]  # a Parallel's
+    return trained(ranks, config, changes)
+
+
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        (EVERYTHING, dict(dtype="bfloat16")),
+        (EVERYTHING, dict(dtype="float16", optimizer="muon")),
+        (
+            tiny_config(**FULL_REGISTERS, tie_embeddings=True, dropout=0.1),
+            dict(dtype="bfloat16", activation_checkpointing=True, shard="none"),
+        ),
+    ],
+)
+def test_gathering_in_half_precision_changes_no_bit(config, changes):
+    """Autocast rounds the same weights after they are gathered; gradients are summed in float32."""
+    changes = changes | dict(max_steps=4)
+    one = trained(ONE_PROCESS, config, changes)
+    for train_on in (trained, trained_in_half):
+        for other in run_on(2, train_on, config, changes):
+            assert differing(one, other) == []
+
+
+def seen(ranks: Ranks, dtype: str, kind: str = "plain") -> dict[str, str]:
+    """Return the dtype that each parameter has while its module computes.
+
+    kind: plain, compiled, or adapted (with adapters).
+    """
+    ranks.gathers_half = True  # type: ignore[attr-defined]  # a Parallel's
+    torch.manual_seed(0)
+    model = LLM(EVERYTHING)
+    if kind == "adapted":
+        attach(model, Adapter(2, 2, alpha=3.0, first_row=0, num_rows=0, base="", base_digest=""))
+    if kind == "compiled":
+        for block in model.layers:
+            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    ranks.arrange(1, "full", EVERYTHING.num_experts)
+    ranks.shard(model, getattr(torch, dtype))
+    found = {}
+
+    def note(module: nn.Module, prefix: str, recurse: bool) -> None:
+        for name, parameter in module.named_parameters(prefix, recurse):
+            found[name] = str(parameter.dtype).removeprefix("torch.")
+
+    is_compiled = kind == "compiled"
+    # Hooks inside of a compiled block would be parts of its graph.
+    for name, module in model.named_modules():
+        if not is_compiled or module in list(model.layers):
+            module.register_forward_pre_hook(
+                lambda module, _, name=name: note(module, name, recurse=is_compiled)
+            )
+    ids_BT, targets_BT = Windows(EVERYTHING, 2).batch(0)
+    with autocast(torch.device("cpu"), getattr(torch, dtype)):
+        model(ids_BT, targets_BT).cross_entropy_sum.backward()
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_only_what_is_cast_before_use_is_gathered_in_half(dtype):
+    """A router that chose by rounded weights would send tokens to other experts.
+
+    Norms, sinks, the learned bias, embedding and head stay float32 too; so do shards, gradients.
+    """
+    found = run_on(2, seen, dtype)[0]
+    # The head is no module that is called: the loss reads its weights.
+    names = {n for n, _ in LLM(EVERYTHING).named_parameters() if not n.startswith("out_head")}
+    assert found.keys() == names
+    halved = {name for name in found if any(f".{end}." in name for end in CAST)}
+    assert len(halved) == 12 * EVERYTHING.transformer_blocks
+    for name, used in found.items():
+        assert used == (dtype if name in halved else "float32"), name
+
+
+@pytest.mark.parametrize("kind", ["compiled", "adapted"])
+def test_where_half_is_not_known_to_be_right_float32_is_gathered(kind):
+    """A compiled block has no place for a gather inside; adapters compute in float32 first."""
+    found = run_on(2, seen, "bfloat16", kind)[0]
+    assert found and set(found.values()) == {"float32"}
+
+
+# --------------------------------------------------------------------------------------- the scaler
+class _Overflowing(GivenTask):
+    """A task of one step in which one rank's part of a gradient is not finite."""
+
+    model: LLM
+    ranks: Ranks
+    bad_step = 1
+
+    def is_idle(self, batches) -> bool:
+        # Called between the backward pass and the update.
+        self.steps = getattr(self, "steps", -1) + 1
+        if self.steps == self.bad_step and self.ranks.rank == self.ranks.world - 1:
+            gradient = self.model.layers[0].moe.experts.w_in.grad
+            self.ranks.local(gradient)[-1, -1, -1] = float("inf")
+        return False
+
+
+def overflows(ranks: Ranks, optimizer_name: str) -> dict:
+    """Return what a step with an overflow on the last rank changed, and the loss's scales."""
+    config = tiny_config(**FULL_REGISTERS)
+    settings = TrainConfig(**SPEED | dict(max_steps=3, optimizer=optimizer_name, dtype="float16"))
+    torch.manual_seed(0)
+    model = LLM(config)
+    ranks.arrange(1, "full", config.num_experts)
+    ranks.shard(model, torch.float16)
+    optimizer = build_optimizer(model, settings, ranks)
+    loader = Windows(config, settings.batch_size)
+    task = _Overflowing(loader, train.next_token_loss, [])
+    task.model, task.ranks = model, ranks
+    kept: list[list[Tensor]] = []
+    records: list[dict] = []
+
+    def on_step() -> None:
+        states = (t for state in optimizer.state.values() for t in state.values())
+        kept.append([ranks.local(t.detach()).clone() for t in (*model.parameters(), *states)])
+
+    hooks = train.Hooks(on_log=records.append, on_step=on_step)
+    given = dict(optimizer=optimizer, dtype=torch.float16, ranks=ranks)
+    state = train.fit(model, task, settings, hooks, **given)
+    changed = [
+        sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        for before, after in zip(kept, kept[1:], strict=False)
+    ]
+    return {
+        "changed": changed,
+        "scale": state.scaler["scale"],
+        "skipped": state.skipped_steps,
+        # As text: NaN is not NaN.
+        "losses": [str(record["loss"]) for record in records],
+    }
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_an_overflow_on_one_rank_is_skipped_by_all(optimizer_name):
+    """A rank that knew of its own gradients alone would take the step, and have other weights.
+
+    The loss's scale is halved on all ranks, once, and no bit of weights or moments changes.
+    """
+    one = overflows(ONE_PROCESS, optimizer_name)
+    assert one["changed"][0] == 0 and one["changed"][1] > 20
+    assert one["skipped"] == 1 and one["scale"] == 2.0**15
+    assert run_on(2, overflows, optimizer_name) == [one, one]
+
+
+# ------------------------------------------------------------------------------ compiled, and nodes
+def trained_compiled(ranks: Ranks, config: ModelConfig, changes: dict) -> Trained:
+    """Return `trained` with compiled blocks, by a backend that takes seconds and not a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        compile_plainly = nn.Module.compile
+
+        def compiled(module, **options):
+            compile_plainly(module, backend="aot_eager", **options)
+
+        patch.setattr(nn.Module, "compile", compiled)
+        patch.setattr(torch, "compile", lambda function, **options: function)
+        return trained(ranks, config, changes | dict(compile=True))
+
+
+def test_compiled_blocks_on_ranks():
+    """A block is one graph on ranks too: --compile allows no break in it, and the numbers stay."""
+    config, changes = tiny_config(**FULL_REGISTERS), dict(max_steps=3)
+    one = trained_compiled(ONE_PROCESS, config, changes)
+    for other in run_on(2, trained_compiled, config, changes):
+        assert differing(one, other) == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "state_dtype": "bfloat16"}])
+def test_weights_that_are_sharded_in_each_node(changes):
+    """Four ranks that play two nodes (--shard node) train as one process does.
+
+    They are the same to the bit. Sums of four numbers are not in one process's order.
+    """
+    config = dataclasses.replace(EVERYTHING, num_experts=6)
+    changes = changes | dict(shard="node", grad_accum=4, max_steps=4)
+    one = trained(ONE_PROCESS, config, changes)
+    first, *others = run_on(4, trained, config, changes, local_world=2)
+    for other in others:
+        assert differing(first, other) == []
+    expected, found = without_times(one.records), without_times(first.records)
+    assert len(expected) == len(found)
+    for a, b in zip(expected, found, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=FOUR_RANKS_LOSS)

@@ -163,3 +163,31 @@ class Ranks:
 
 
 ONE_PROCESS = Ranks()
+
+
+def sharding_ranks(
+    world: int, in_node: int, expert_parallel: int, shard: str, num_experts: int
+) -> int:
+    """Return how many ranks hold the weights once. Raise ValueError for what cannot be honoured.
+
+    in_node: ranks of a node; expert_parallel, shard: as in TrainConfig.
+    """
+    sharding = world
+    if shard == "node":
+        sharding = in_node
+        if world % sharding or world == sharding:
+            raise ValueError(
+                f"--shard node is for several nodes of as many ranks each, and these are "
+                f"{world} ranks, {sharding} of them here: leave it out"
+            )
+    if sharding % expert_parallel or num_experts % expert_parallel:
+        raise ValueError(
+            f"--expert_parallel {expert_parallel} must divide both the {sharding} ranks that "
+            f"share the weights and the {num_experts} experts: take "
+            f"{' or '.join(map(str, _common_divisors(sharding, num_experts)))}"
+        )
+    return sharding
+
+
+def _common_divisors(a: int, b: int) -> list[int]:
+    return [n for n in range(1, min(a, b) + 1) if a % n == 0 and b % n == 0]

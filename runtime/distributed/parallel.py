@@ -25,10 +25,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 # The only way that there is, and torchtitan's.
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
-from runtime.base.ranks import Ranks
+from runtime.base.ranks import Ranks, sharding_ranks
+from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
 T = TypeVar("T")
@@ -56,20 +57,8 @@ class Parallel(Ranks):
         self.gathers_half = device.type == "cuda"
 
     def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
-        sharding = self.world
-        if shard == "node":
-            sharding = self.local_world
-            if self.world % sharding or self.world == sharding:
-                raise ValueError(
-                    f"--shard node is for several nodes of as many ranks each, and these are "
-                    f"{self.world} ranks, {sharding} of them here: leave it out"
-                )
-        if sharding % expert_parallel or num_experts % expert_parallel:
-            raise ValueError(
-                f"--expert_parallel {expert_parallel} must divide both the {sharding} ranks that "
-                f"share the weights and the {num_experts} experts: take "
-                f"{' or '.join(map(str, _common_divisors(sharding, num_experts)))}"
-            )
+        given = (self.world, self.local_world, expert_parallel, shard, num_experts)
+        sharding = sharding_ranks(*given)
         self.experts, self.reshard = expert_parallel, shard != "none"
         replicas, kind = self.world // sharding, self.device.type
         # Meshes of one dimension where there is one group of shards: fewer collectives.
@@ -178,7 +167,13 @@ class Parallel(Ranks):
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
             # A compiled block is one graph, which has no room for a gather in it.
             halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
-            if halves and (modules := cast_before_use(block)):
+            modules = cast_before_use(block) if halves else []
+            if self.experts > 1:
+                experts = share_experts(block, self.expert_group)
+                own = half if experts in modules else options
+                fully_shard(experts, **own | {"mesh": self.expert_mesh})
+                modules = [module for module in modules if module is not experts]
+            if modules:
                 fully_shard(modules, **half)
             # What is left, in float32: norms, router, sinks, learned attention bias.
             fully_shard(block, **options)
@@ -214,14 +209,19 @@ class Parallel(Ranks):
         if not isinstance(tensor, DTensor):
             return tensor if local is None else local
         local = tensor.to_local() if local is None else local
-        mesh, shape = tensor.device_mesh, self.shape_of(tensor)
-        placements = tensor.placements
-        if self._holds_experts(tensor):
-            mesh, placements = self.whole_expert_mesh, (Shard(0), Shard(0))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=shape, stride=stride
+        held = DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
         ).full_tensor()
+        if not self._holds_experts(tensor):
+            return held
+        whole = held.new_empty(self.shape_of(tensor))
+        dist.all_gather(list(whole.chunk(self.experts)), held.contiguous(), group=self.expert_group)
+        return whole
 
     def _holds_experts(self, tensor: Tensor) -> bool:
         """Return whether a tensor is this rank's part of a stack that other ranks hold parts of."""
@@ -273,7 +273,3 @@ def cast_before_use(block: nn.Module) -> list[nn.Module]:
         if (known := CAST_BEFORE_USE.get(type(module)))
         and known.issuperset(name for name, _ in module.named_parameters())
     ]
-
-
-def _common_divisors(a: int, b: int) -> list[int]:
-    return [n for n in range(1, math.gcd(a, b) + 1) if a % n == 0 and b % n == 0]

@@ -37,6 +37,7 @@ def promises() -> list:
         policy,
         prompt,
         published,
+        rank_faults,
         runs,
         texts,
         training,
@@ -64,6 +65,7 @@ def promises() -> list:
             *policy.PROMISES,
             *tuning_runs.PROMISES,
             *many_ranks.PROMISES,
+            *rank_faults.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

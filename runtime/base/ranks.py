@@ -83,8 +83,16 @@ class Ranks:
     def began(self, run_id: str) -> None:
         """Remember the run, for ranks that are started again in place of these."""
 
-    def wait_at_most(self, seconds: float) -> None:
-        """Let ranks wait for each other so long from now on; then they fail."""
+    def command(self, command: str) -> str:
+        """Return what a user types to start as many ranks. command: for one process."""
+        return command
+
+    def wait_at_most(self, seconds: float) -> float:
+        """Let ranks wait so long for each other, or else fail, from now on.
+
+        Return how long they would have waited.
+        """
+        return seconds
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterable[tuple[T, bool]]:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
-from runtime.base.ranks import Ranks, sharding_ranks
+from runtime.base.ranks import START_SECONDS, Ranks, sharding_ranks
 from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
@@ -51,6 +51,7 @@ class Parallel(Ranks):
         self.mesh: DeviceMesh
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
+        self.waits = START_SECONDS
         self.reshard = True
         # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
         self.gathers_half = device.type == "cuda"
@@ -117,21 +118,29 @@ class Parallel(Ranks):
         dist.all_gather_object(every, what)
         for rank, theirs in enumerate(every):
             for name in every[0] | theirs:
-                value, other = every[0].get(name), theirs.get(name)
+                value, other = (one.get(name, "not given") for one in (every[0], theirs))
                 if other != value:
                     raise ValueError(
                         f"rank {rank} has another {name} than rank 0: {other}, not {value}; start "
                         "all ranks with the same command, data and code"
                     )
 
+    def command(self, command: str) -> str:
+        nodes = self.world // self.local_world
+        where = "--standalone" if nodes == 1 else f"--nnodes {nodes} --rdzv_endpoint HOST:PORT"
+        script = command.removeprefix("python ")
+        return f"torchrun {where} --nproc_per_node {self.local_world} {script}"
+
     def in_order(self, values: Sequence[T]) -> list[T]:
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, list(values))
         return [value for turn in zip(*every, strict=True) for value in turn]
 
-    def wait_at_most(self, seconds: float) -> None:
+    def wait_at_most(self, seconds: float) -> float:
         for group in self.groups:
             _set_pg_timeout(timedelta(seconds=seconds), group)
+        before, self.waits = self.waits, seconds
+        return before
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:

@@ -153,6 +153,7 @@ def make_plan(
             "without torchrun"
         )
     check_data(task, source, ranks)
+    task.command = ranks.command(task.command)
     if config.resume:
         assert source is not None
         check_kind(source, task)
@@ -670,6 +671,11 @@ def _resume_lines(plan: TrainPlan) -> list[str]:
         )
     if config.dtype != before["dtype"]:
         lines.append(f"dtype    {config.dtype} instead of {before['dtype']}")
+    if plan.ranks.world != plan.source.world:
+        lines.append(
+            f"ranks    {plan.ranks.world} instead of {plan.source.world}: the same data, order, "
+            "dropout and schedule; sums are rounded otherwise"
+        )
     return lines
 
 

@@ -10,7 +10,6 @@ micro-batches, so neither data order nor dropout depends on W.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -84,8 +83,16 @@ class Ranks:
     def began(self, run_id: str) -> None:
         """Remember the run, for ranks that are started again in place of these."""
 
-    def wait_at_most(self, seconds: float) -> None:
-        """Let ranks wait for each other so long from now on; then they fail."""
+    def command(self, command: str) -> str:
+        """Return what a user types to start as many ranks. command: for one process."""
+        return command
+
+    def wait_at_most(self, seconds: float) -> float:
+        """Let ranks wait so long for each other, or else fail, from now on.
+
+        Return how long they would have waited.
+        """
+        return seconds
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterable[tuple[T, bool]]:
@@ -168,10 +175,6 @@ class Ranks:
         local: another tensor in the same shards, whose whole is returned instead.
         """
         return tensor if local is None else local
-
-    def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Have whole weights in a model on every rank, for a while, as decoders need them."""
-        return contextlib.nullcontext()
 
 
 ONE_PROCESS = Ranks()

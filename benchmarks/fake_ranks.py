@@ -77,7 +77,7 @@ CASES: dict[str, tuple[int, dict, dict]] = {
     "experts shared in the node, recomputed": (
         64,
         dict(qkv_bias=True, attention_sinks=True, router_bias=True, head_bias=False),
-        dict(expert_parallel=8, activation_checkpointing=True),
+        dict(expert_parallel=8, activation_checkpointing=True, balance_over="global"),
     ),
     "experts shared by all, learned attention bias": (
         8,
@@ -177,7 +177,7 @@ def counted_step(
         model = LLM(config)
         choose_kernels(model, torch.device("cpu"), dtype)
         model.activation_checkpointing = c.activation_checkpointing
-        ranks.arrange(c.expert_parallel, c.shard, config.num_experts)
+        ranks.arrange(c.expert_parallel, c.shard, config.num_experts, c.balance_over)
         ranks.shard(model, dtype)
         optimizer = build_optimizer(model, c, ranks)
         initialise_state(optimizer)

@@ -69,7 +69,7 @@ def step_collectives(
         *_of_weights(config, train, placement),
         *_of_rows(config, train, placement, compute_bytes),
         *_of_muon(config, train, placement),
-        *_of_numbers(config, placement),
+        *_of_numbers(config, train, placement),
     ]
     return [collective for collective in found if collective.ranks > 1 and collective.times]
 
@@ -111,15 +111,20 @@ def _of_rows(
 ) -> Iterator[Collective]:
     """Yield what experts on several ranks exchange: counts, rows, and the gradients of rows."""
     n = placement.expert_parallel
-    blocks = micro_batches(train, placement) * config.transformer_blocks
-    # The recomputation asks the experts again.
-    forwards = 2 if train.activation_checkpointing else 1
+    blocks, forwards = _passes(config, train, placement)
     tokens = train.batch_size * config.context_length
     rows = tokens * config.top_k * config.d_model * compute_bytes
     nodes = _nodes(placement, n)
     yield Collective(ALL_TO_ALL, ROWS, n, nodes, 8 * config.num_experts, blocks * forwards)
     # There and back, and the gradients as well.
     yield Collective(ALL_TO_ALL, ROWS, n, nodes, rows, blocks * 2 * (forwards + 1))
+
+
+def _passes(config: ModelConfig, train: TrainConfig, placement: Placement) -> tuple[int, int]:
+    """Return the blocks that a step passes through, and the forward passes of each."""
+    # The recomputation asks the other ranks again.
+    forwards = 2 if train.activation_checkpointing else 1
+    return micro_batches(train, placement) * config.transformer_blocks, forwards
 
 
 def _of_muon(config: ModelConfig, train: TrainConfig, placement: Placement) -> Iterator[Collective]:
@@ -136,10 +141,18 @@ def _of_muon(config: ModelConfig, train: TrainConfig, placement: Placement) -> I
             yield Collective(ALL_REDUCE, MUON, n, nodes, 4, times)
 
 
-def _of_numbers(config: ModelConfig, placement: Placement) -> Iterator[Collective]:
-    """Yield the sums of what is logged and of the gradient's norm, in float64."""
+def _of_numbers(
+    config: ModelConfig, train: TrainConfig, placement: Placement
+) -> Iterator[Collective]:
+    """Yield the sums of what is logged and of the gradient's norm, in float64, and of counts."""
     # Three losses; of each block the load of its experts, the router's entropy, the dropped share.
     logged = 3 + config.transformer_blocks * (config.num_experts + 2)
     world, n = placement.world, placement.sharding
     yield Collective(ALL_REDUCE, NUMBERS, world, _nodes(placement, world), 8 * logged, 1)
     yield Collective(ALL_REDUCE, NUMBERS, n, _nodes(placement, n), 8, 1)
+    if train.balance_over == "global":
+        blocks, forwards = _passes(config, train, placement)
+        nodes = _nodes(placement, world)
+        yield Collective(
+            ALL_REDUCE, NUMBERS, world, nodes, 8 * config.num_experts, blocks * forwards
+        )

@@ -37,7 +37,7 @@ def share_experts(block: Block, group: ProcessGroup) -> Experts:
         setattr(experts, name, nn.Parameter(own, parameter.requires_grad))
     block.moe.dispatcher = RankDispatcher(group)
     if block._compiled_call_impl is not None:
-        # In two graphs, of what comes before the exchange and after it.
+        # In graphs of what comes before the exchange and after it, which the blocks share.
         block.compile(dynamic=False)
     return experts
 

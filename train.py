@@ -57,10 +57,10 @@ from runtime.training.optimizer import build_optimizer, check_skips, total_norm
 from runtime.training.plan import (
     TrainPlan,
     check_memory,
-    checkpoint_bytes,
     describe,
     initial_state,
     make_plan,
+    saved_bytes,
     with_largest_micro_batch,
 )
 from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled, reporter_of
@@ -516,7 +516,7 @@ def run(plan: TrainPlan) -> int:
             f"--profile needs {sum(PROFILED_STEPS)} steps (it records the last "
             f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
-    check_data_and_disk(plan, checkpoint_bytes(needed))
+    check_data_and_disk(plan, saved_bytes(plan))
     while True:
         reporter = reporter_of(plan, state)
         try:

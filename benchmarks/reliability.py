@@ -25,6 +25,7 @@ def promises() -> list:
         adapters,
         conversations,
         damage,
+        expert_parallel,
         flags,
         hostile,
         many_ranks,
@@ -66,6 +67,7 @@ def promises() -> list:
             *tuning_runs.PROMISES,
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
+            *expert_parallel.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

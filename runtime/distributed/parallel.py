@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
 from runtime.base.ranks import START_SECONDS, Ranks, sharding_ranks
+from runtime.distributed.balance import balance_over_ranks
 from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
@@ -52,14 +53,21 @@ class Parallel(Ranks):
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
         self.waits = START_SECONDS
-        self.reshard = True
+        self.reshard, self.balances_globally = True, False
         # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
         self.gathers_half = device.type == "cuda"
 
-    def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
+    def arrange(
+        self,
+        expert_parallel: int,
+        shard: str,
+        num_experts: int,
+        balance_over: str = "micro_batch",
+    ) -> None:
         given = (self.world, self.local_world, expert_parallel, shard, num_experts)
         sharding = sharding_ranks(*given)
         self.experts, self.reshard = expert_parallel, shard != "none"
+        self.balances_globally = balance_over == "global"
         replicas, kind = self.world // sharding, self.device.type
         # Meshes of one dimension where there is one group of shards: fewer collectives.
         # Ranks that share experts are neighbours, and so on one machine if they fit there; a stack
@@ -174,6 +182,8 @@ class Parallel(Ranks):
         half, in_half = options | {"mp_policy": policy}, self.gathers_half and dtype.itemsize == 2
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
             modules = cast_before_use(block) if in_half else []
+            if self.balances_globally:
+                balance_over_ranks(block.moe)
             if self.experts > 1:
                 experts = share_experts(block, self.expert_group)
                 own = half if experts in modules else options

@@ -27,6 +27,7 @@ SPEED = dict(
     log_interval=1,
     save_interval=1000,
 )
+FOR_RANKS = ("expert_parallel", "shard", "balance_over")
 # An odd number, so that two or four ranks do not share them out evenly.
 VALIDATION_BATCHES = 3
 
@@ -63,11 +64,11 @@ class Windows:
 def trained(ranks: Ranks, model_config: ModelConfig, changes: dict) -> Trained:
     """Train a new model for some steps, on ranks or in one process (ONE_PROCESS).
 
-    changes: of SPEED, the settings of training. The one process has no use for --expert_parallel
-    and --shard: there they are dropped. Without a dtype it is float32.
+    changes: of SPEED, the settings of training. The one process has no use for FOR_RANKS: there
+    they are dropped. Without a dtype it is float32.
     """
     if ranks.world == 1:
-        changes = {k: v for k, v in changes.items() if k not in ("expert_parallel", "shard")}
+        changes = {k: v for k, v in changes.items() if k not in FOR_RANKS}
     config = TrainConfig(**(SPEED | changes))
     dtype = DTYPES.get(config.dtype, torch.float32)
     torch.manual_seed(0)
@@ -76,7 +77,9 @@ def trained(ranks: Ranks, model_config: ModelConfig, changes: dict) -> Trained:
     if config.compile:
         model.compile_in_place()
     model.activation_checkpointing = config.activation_checkpointing
-    ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    ranks.arrange(
+        config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
+    )
     ranks.shard(model, dtype)
     optimizer = build_optimizer(model, config, ranks)
     gradients: dict[str, Tensor] = {}

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
 from runtime.base.ranks import START_SECONDS, Ranks, sharding_ranks
+from runtime.distributed.balance import balance_over_ranks
 from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
@@ -52,14 +53,21 @@ class Parallel(Ranks):
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
         self.waits = START_SECONDS
-        self.reshard = True
+        self.reshard, self.balances_globally = True, False
         # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
         self.gathers_half = device.type == "cuda"
 
-    def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
+    def arrange(
+        self,
+        expert_parallel: int,
+        shard: str,
+        num_experts: int,
+        balance_over: str = "micro_batch",
+    ) -> None:
         given = (self.world, self.local_world, expert_parallel, shard, num_experts)
         sharding = sharding_ranks(*given)
         self.experts, self.reshard = expert_parallel, shard != "none"
+        self.balances_globally = balance_over == "global"
         replicas, kind = self.world // sharding, self.device.type
         # Meshes of one dimension where there is one group of shards: fewer collectives.
         # Ranks that share experts are neighbours, and so on one machine if they fit there; a stack
@@ -118,12 +126,18 @@ class Parallel(Ranks):
         dist.all_gather_object(every, what)
         for rank, theirs in enumerate(every):
             for name in every[0] | theirs:
-                value, other = every[0].get(name), theirs.get(name)
+                value, other = (one.get(name, "not given") for one in (every[0], theirs))
                 if other != value:
                     raise ValueError(
                         f"rank {rank} has another {name} than rank 0: {other}, not {value}; start "
                         "all ranks with the same command, data and code"
                     )
+
+    def command(self, command: str) -> str:
+        nodes = self.world // self.local_world
+        where = "--standalone" if nodes == 1 else f"--nnodes {nodes} --rdzv_endpoint HOST:PORT"
+        script = command.removeprefix("python ")
+        return f"torchrun {where} --nproc_per_node {self.local_world} {script}"
 
     def in_order(self, values: Sequence[T]) -> list[T]:
         every: list[Any] = [None] * self.world
@@ -170,6 +184,8 @@ class Parallel(Ranks):
             # A compiled block is one graph, which has no room for a gather in it.
             halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
             modules = cast_before_use(block) if halves else []
+            if self.balances_globally:
+                balance_over_ranks(block.moe)
             if self.experts > 1:
                 experts = share_experts(block, self.expert_group)
                 own = half if experts in modules else options
@@ -181,11 +197,11 @@ class Parallel(Ranks):
             fully_shard(block, **options)
         fully_shard(model, **options)
         keep_trained_rows(model, self)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Plain sums: a factor of 1 alone is a product that Gloo lacks.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        for module in _sharded(model):
+            # Plain sums: a factor of 1 alone is a product that Gloo lacks.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        model.register_forward_hook(_free_whole_weights)
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -250,6 +266,20 @@ class Parallel(Ranks):
         if self._holds_experts(tensor):
             start += self.expert_rank * len(tensor)
         return range(start, start + count)
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _free_whole_weights(model: nn.Module, *_) -> None:
+    """Leave shards alone after a pass without gradients: no backward pass frees what is whole.
+
+    A checkpoint after a validation would find other parameters than the optimizer's.
+    """
+    if not torch.is_grad_enabled():
+        for module in _sharded(model):
+            module.reshard()
 
 
 def cast_before_use(block: nn.Module) -> list[nn.Module]:

@@ -80,6 +80,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "expert_parallel",
     "shard",
+    "balance_over",
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
 OF_THE_MACHINE = ("expert_parallel", "shard")
@@ -153,6 +154,7 @@ def make_plan(
             "without torchrun"
         )
     check_data(task, source, ranks)
+    task.command = ranks.command(task.command)
     if config.resume:
         assert source is not None
         check_kind(source, task)
@@ -176,7 +178,9 @@ def make_plan(
         config = _with_epochs(config, settings, task, model_config, None, notes)
     auto_dtype = config.dtype == "auto"
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    ranks.arrange(
+        config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
+    )
     config = _with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     plan = dataclasses.replace(plan, auto_dtype=auto_dtype)

@@ -123,6 +123,26 @@ def test_where_half_is_not_known_to_be_right_float32_is_gathered(kind):
     assert found and set(found.values()) == {"float32"}
 
 
+def split_after_a_validation(ranks: Ranks, shard: str) -> list[bool]:
+    """Return of each parameter whether it is in shards after a pass without gradients."""
+    model = LLM(EVERYTHING)
+    ranks.arrange(1, shard, EVERYTHING.num_experts)
+    ranks.shard(model, torch.float32)
+    with torch.no_grad():
+        model(*Windows(EVERYTHING, 2).batch(0))
+    return [ranks.is_split(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("world, shard", [(2, "full"), (2, "none"), (4, "node")])
+def test_weights_are_in_shards_again_after_a_validation(world, shard):
+    """What is gathered stays whole until a backward pass, and a validation has none.
+
+    A save after it met parameters that the optimizer did not know.
+    """
+    for found in run_on(world, split_after_a_validation, shard, local_world=2):
+        assert all(found), f"{found.count(False)} are whole"
+
+
 # --------------------------------------------------------------------------------------- the scaler
 class _Overflowing(GivenTask):
     """A task of one step in which one rank's part of a gradient is not finite."""

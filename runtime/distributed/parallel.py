@@ -179,11 +179,9 @@ class Parallel(Ranks):
     def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
         options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.reshard}
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        half = options | {"mp_policy": policy}
+        half, in_half = options | {"mp_policy": policy}, self.gathers_half and dtype.itemsize == 2
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
-            # A compiled block is one graph, which has no room for a gather in it.
-            halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
-            modules = cast_before_use(block) if halves else []
+            modules = cast_before_use(block) if in_half else []
             if self.balances_globally:
                 balance_over_ranks(block.moe)
             if self.experts > 1:
@@ -191,7 +189,8 @@ class Parallel(Ranks):
                 own = half if experts in modules else options
                 fully_shard(experts, **own | {"mesh": self.expert_mesh})
                 modules = [module for module in modules if module is not experts]
-            if modules:
+            # A compiled block is one graph, which has no room for a gather in it.
+            if modules and not block._compiled_call_impl:
                 fully_shard(modules, **half)
             # What is left, in float32: norms, router, sinks, learned attention bias.
             fully_shard(block, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from runtime.posttraining.reference import FILE
 from runtime.posttraining.score import Exam, shared_out
 from runtime.posttraining.sft import Sft, SftConfig
 from runtime.posttraining.tuning import BASE_LOSS
-from runtime.training.plan import TrainPlan, initial_state, make_plan
+from runtime.training.plan import TrainPlan, check_memory, initial_state, make_plan
 from runtime.training.setup import set_up
 from tests import children
 from tests.builders_posttraining import QUICK, chats, in_folder, pairs, tiny_base
@@ -290,9 +291,30 @@ def test_batches_made_ahead_take_no_part_in_what_the_ranks_do(tmp_path):
     assert expected is not None and np.array_equal(found, expected)
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------- before it starts
 class TwoRanks(Ranks):
-    world = 2
+    world = local_world = 2
+
+
+def memory(ranks: Ranks, flags: list[str]) -> dict[str, int]:
+    """Return the estimate of a run of the flags with experts that are most of its model."""
+    plan = planned(ranks, "sft", flags)
+    shape = dict(num_experts=64, d_ff=4096, transformer_blocks=12)
+    config = dataclasses.replace(plan.model_config, **shape)
+    return check_memory(dataclasses.replace(plan, model_config=config))
+
+
+def test_the_estimate_counts_whole_weights_for_a_score(tmp_path):
+    """A model that fits in shards alone would run out of memory before its first step."""
+    flags = [*flags_of(tmp_path, "sft", "--lora_rank", 4), *in_folder(tmp_path)]
+    name = "whole weights for a score"
+    needed = memory(TwoRanks(), flags)
+    kept = sum(needed[part] for part in ("program", "weights", "optimizer state"))
+    in_shards = needed["frozen weights"]
+    assert needed[name] > in_shards
+    assert sum(needed.values()) == pytest.approx(kept + in_shards + 2 * in_shards, rel=1e-3)
+    assert name not in memory(TwoRanks(), [*flags, "--score_prompts", "0"])
+    assert name not in memory(ONE_PROCESS, flags)
 
 
 def test_rewards_are_for_one_process(tmp_path):

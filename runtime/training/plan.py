@@ -87,6 +87,8 @@ FREE_ON_RESUME = {
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
 OF_THE_MACHINE = ("expert_parallel", "shard")
+# Parts of the estimate of memory that are there also between steps.
+KEPT_BETWEEN_STEPS = {"program", "weights", "frozen weights", "optimizer state"}
 
 
 # With --init_from the weights decide the architecture. These settings change neither the shapes of
@@ -519,6 +521,11 @@ def needed_bytes(plan: TrainPlan, placement: Placement | None) -> dict[str, int]
         # A task knows its adapters as a whole.
         own = ("weights", "gradients", "optimizer state")
         needed |= {name: needed[name] // placement.sharding for name in own}
+    if placement and plan.task.gathers_weights:
+        # When a step's own memory is free again.
+        of_a_step = sum(size for name, size in needed.items() if name not in KEPT_BETWEEN_STEPS)
+        whole = 4 * total_parameters(plan.model_config)
+        needed["whole weights for a score"] = max(whole - of_a_step, 0)
     return needed
 
 

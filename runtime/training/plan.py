@@ -675,6 +675,24 @@ def _resume_lines(plan: TrainPlan) -> list[str]:
     return lines
 
 
+def schedule_notes(
+    plan: TrainPlan, learning_rate: Callable[[int, TrainConfig], float]
+) -> list[str]:
+    """Return a line about the learning rate where a resumed run has another max_steps."""
+    if not plan.config.resume:
+        return []
+    assert plan.source is not None
+    config = plan.config
+    before = type(config)(**plan.source.train_config)
+    if config.max_steps == before.max_steps:
+        return []
+    step = plan.source.step
+    return [
+        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate continues at "
+        f"{learning_rate(step, config):.3g} (before: {learning_rate(step - 1, before):.3g})"
+    ]
+
+
 def _model_lines(plan: TrainPlan) -> list[str]:
     table = parameter_counts(plan.model_config)["attention bias table"]
     real = known.counts(plan.model_config)

@@ -347,6 +347,11 @@ class TrainConfig:
         "once a step; node = those of one machine",
         choices=("full", "node", "none"),
     )
+    checkpoint: str = option(
+        "auto",
+        "auto = one file, or a folder above 100 GB",
+        choices=("auto", "file", "sharded"),
+    )
     keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")
     plot_theme: str = option("dark", "colours of the plots", choices=("dark", "light"))
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")

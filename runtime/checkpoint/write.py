@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,14 @@ from torch.optim import Optimizer
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime.base.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
+from runtime.base.files import (
+    TEMPORARY_SUFFIX,
+    fsync_folder,
+    link_atomic,
+    make_folder,
+    write_atomic,
+    write_text_atomic,
+)
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.adapter import KEY, adapter_of, saved_tensors
 from runtime.checkpoint.folder import (
@@ -36,7 +44,11 @@ from runtime.checkpoint.format import (
     plain_values,
 )
 from runtime.checkpoint.optimizer_state import state_by_name
+from runtime.checkpoint.sharded import MANIFEST, manifest_text
 from runtime.checkpoint.stream import Layout, stream, torch_save
+
+# A single writer needs minutes for more, while all ranks wait.
+LARGEST_FILE_BYTES = 100 * 10**9
 
 
 def save_checkpoint(
@@ -57,6 +69,8 @@ def save_checkpoint(
 ) -> Path:
     """Write step_0001000.pt and link latest.pt (and best.pt) to it; return its path.
 
+    Or write step_0001000, a folder (sharded.py), if the train_config says so.
+
     Keep the `keep_last` newest step files (0 = all). `run`, `stage` and `tokenizer_state` are
     JSON-able.
     Tensors stay where they are: a few at a time are brought to the CPU, to be hashed and again to
@@ -68,6 +82,7 @@ def save_checkpoint(
     """
     folder = Path(ckpt_dir)
     path = folder / f"step_{step:07d}.pt"
+    write = _write
     if adapter := adapter_of(model):
         stage = (stage or {}) | {KEY: adapter.header(folder)}
     try:
@@ -89,7 +104,9 @@ def save_checkpoint(
         for name, tensor in groups["model"].items():
             if tensor.dtype != torch.float32:
                 raise ValueError(f"checkpoints hold float32 weights, and {name} is {tensor.dtype}")
-        _write(path, header, groups, BEST if is_best else "", ranks)
+        if _in_shards(train_config.checkpoint, _layout(groups, ranks), ranks):
+            path, write = path.with_suffix(""), _write_folder
+        write(path, header, groups, BEST if is_best else "", ranks)
     except OSError as error:
         raise CheckpointError(
             path,
@@ -128,6 +145,59 @@ def _write(path: Path, header: dict, groups: dict[str, dict], best: str, ranks: 
     ranks.from_first(outcome)
 
 
+def _in_shards(checkpoint: str, layout: Layout, ranks: Ranks) -> bool:
+    """Return whether a checkpoint is written as a folder. checkpoint: as in TrainConfig."""
+    if checkpoint == "auto":
+        return ranks.world > 1 and tensor_bytes(layout) > LARGEST_FILE_BYTES
+    return checkpoint == "sharded"
+
+
+def _write_folder(
+    path: Path, header: dict, groups: dict[str, dict], best: str, ranks: Ranks
+) -> None:
+    """Write a folder and its names, each rank its part; raise on every rank what one raises."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+
+    def begin() -> None:
+        make_folder(path.parent)
+        _remove_leftovers(path.parent)
+        check_disk_space(path.parent, tensor_bytes(_layout(groups, ranks)))
+        temporary.mkdir()
+
+    def check_finite() -> None:
+        for group, tensors in groups.items():
+            # The digests are not needed: of parts, they depend on how many there are.
+            digests_of({name: ranks.local(tensor) for name, tensor in tensors.items()}, group)
+
+    def finish() -> None:
+        write_text_atomic(temporary / MANIFEST, manifest_text(header, files))
+        if path.exists():
+            # From before the run was resumed further back.
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+        for name in filter(None, (best, LATEST)):
+            link_atomic(path, path.with_name(name))
+
+    try:
+        ranks.from_first(begin)
+        ranks.together(check_finite)
+        files = ranks.write_files(temporary, groups)
+        ranks.from_first(finish)
+    except BaseException:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _layout(groups: dict[str, dict[str, Tensor]], ranks: Ranks) -> Layout:
+    """Return what a file of these tensors holds."""
+    return {
+        group: {name: (ranks.shape_of(tensor), tensor.dtype) for name, tensor in tensors.items()}
+        for group, tensors in groups.items()
+    }
+
+
 def _write_first(
     path: Path,
     header: dict,
@@ -136,11 +206,7 @@ def _write_first(
     ranks: Ranks,
 ) -> None:
     """Write a file: from whole tensors in memory, or one whole of shards after the other."""
-    layout = {
-        group: {name: (ranks.shape_of(tensor), tensor.dtype) for name, tensor in named.items()}
-        for group, named in groups.items()
-    }
-    folder = path.parent
+    layout, folder = _layout(groups, ranks), path.parent
     make_folder(folder)
     _remove_leftovers(folder)
     check_disk_space(folder, tensor_bytes(layout))
@@ -240,10 +306,20 @@ def check_disk_space(folder: str | Path, tensor_bytes: int) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete half-written files that a kill left: each can be as large as a checkpoint."""
-    for path in folder.glob(f"*.pt{TEMPORARY_SUFFIX}"):
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         name = path.name.removesuffix(TEMPORARY_SUFFIX)
         if STEP_FILE.fullmatch(name) or name in (LATEST, BEST):
-            path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder. What a kill leaves of a folder has a temporary name."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.endswith(TEMPORARY_SUFFIX):
+        path = path.rename(path.with_name(path.name + TEMPORARY_SUFFIX))
+    shutil.rmtree(path)
 
 
 def _prune(folder: Path, step: int, keep_last: int) -> None:
@@ -258,4 +334,4 @@ def _prune(folder: Path, step: int, keep_last: int) -> None:
         if path.resolve() not in names:
             # On Windows another process may have it open. The next save tries again.
             with contextlib.suppress(OSError):
-                path.unlink()
+                _remove(path)

@@ -15,6 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +26,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 # The only way that there is, and torchtitan's.
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from model_parts import Experts
-from runtime.base.ranks import Ranks, sharding_ranks
+from runtime.base.ranks import START_SECONDS, Ranks, sharding_ranks
 from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
@@ -52,6 +53,7 @@ class Parallel(Ranks):
         self.mesh: DeviceMesh
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
+        self.seconds = START_SECONDS
         self.reshard = True
         # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
         self.gathers_half = device.type == "cuda"
@@ -131,6 +133,7 @@ class Parallel(Ranks):
         return [value for turn in zip(*every, strict=True) for value in turn]
 
     def wait_at_most(self, seconds: float) -> None:
+        self.seconds = seconds
         for group in self.groups:
             _set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -222,6 +225,38 @@ class Parallel(Ranks):
         whole = held.new_empty(self.shape_of(tensor))
         dist.all_gather(list(whole.chunk(self.experts)), held.contiguous(), group=self.expert_group)
         return whole
+
+    def write_files(
+        self, folder: Path, groups: dict[str, dict[str, Tensor]]
+    ) -> dict[str, tuple[int, str]]:
+        # Here, because it takes a while.
+        from runtime.distributed.sharded_checkpoint import write_files
+
+        shards = {
+            group: {name: self._shards_of(tensor) for name, tensor in tensors.items()}
+            for group, tensors in groups.items()
+        }
+        before = self.seconds
+        # One rank's disk may be slower than another's.
+        self.wait_at_most(START_SECONDS)
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, write_files(folder, shards, self.rank, self.world))
+        self.wait_at_most(before)
+        return {name: file for files in every for name, file in files.items()}
+
+    def _shards_of(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that knows of which rows of the whole it has; of experts too."""
+        if not self._holds_experts(tensor):
+            return tensor
+        shape = self.shape_of(tensor)
+        return DTensor.from_local(
+            self.local(tensor),
+            self.whole_expert_mesh,
+            (Shard(0), Shard(0)),
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
 
     def _holds_experts(self, tensor: Tensor) -> bool:
         """Return whether a tensor is this rank's part of a stack that other ranks hold parts of."""

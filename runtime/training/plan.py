@@ -80,9 +80,10 @@ FREE_ON_RESUME = {
     "tensorboard",
     "expert_parallel",
     "shard",
+    "checkpoint",
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
-OF_THE_MACHINE = ("expert_parallel", "shard")
+OF_THE_MACHINE = ("expert_parallel", "shard", "checkpoint")
 
 
 # With --init_from the weights decide the architecture. These settings change neither the shapes of
@@ -177,6 +178,11 @@ def make_plan(
     auto_dtype = config.dtype == "auto"
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
     ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    if config.checkpoint == "sharded" and ranks is ONE_PROCESS:
+        raise ValueError(
+            "--checkpoint sharded is for runs on several ranks: leave it out, or start with "
+            "torchrun --standalone --nproc_per_node RANKS train.py"
+        )
     config = _with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     plan = dataclasses.replace(plan, auto_dtype=auto_dtype)

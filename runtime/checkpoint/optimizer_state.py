@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.base.ranks import ONE_PROCESS, Ranks
-from runtime.checkpoint.sharded import Shards
+from runtime.checkpoint.sharded import Shards, like
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "momentum")
 
@@ -101,9 +101,8 @@ def check_tensors(
         raise ValueError(f"{what} lacks {some(missing)}")
     if unknown := given.keys() - expected.keys():
         raise ValueError(f"{what} has unknown {some(unknown)}")
-    find = given.like if isinstance(given, Shards) else given.__getitem__
     for name, (shape, dtype) in expected.items():
-        found = find(name)
+        found = like(given, name)
         if found.shape != shape or found.dtype != dtype:
             ours, theirs = _describe(shape, dtype), _describe(found.shape, found.dtype)
             raise ValueError(f"{what} {name} is {theirs}, not {ours}")

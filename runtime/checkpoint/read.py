@@ -11,12 +11,12 @@ import os
 import pickletools
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config_model import ModelConfig
@@ -56,7 +56,7 @@ from runtime.checkpoint.reference import (
     read_reference,
     reference_config,
 )
-from runtime.checkpoint.sharded import MANIFEST, Shards, is_folder, read_manifest
+from runtime.checkpoint.sharded import MANIFEST, Shards, is_folder, like, read_manifest
 
 PICKLE_LIMIT_BYTES = 1 << 28
 # In PyTorch's words for a map that the system refuses.
@@ -305,9 +305,7 @@ def _read_ours(path: Path, contents: dict, optimizer: bool, is_checked: bool) ->
         check_tensors(trained_shapes(adapter, shapes_of(config)), model, "model")
     else:
         is_bfloat16 = (
-            not isinstance(model, Shards)
-            and "embed.weight" in model
-            and model["embed.weight"].dtype == torch.bfloat16
+            "embed.weight" in model and like(model, "embed.weight").dtype == torch.bfloat16
         )
         dtype = torch.bfloat16 if is_bfloat16 else torch.float32
         check_tensors(expected_tensors(config, dtype, file_bytes), model, "model")
@@ -345,6 +343,24 @@ def _read_ours(path: Path, contents: dict, optimizer: bool, is_checked: bool) ->
         adapter=adapter,
         trained=model if adapter else {},
     )
+
+
+def read_as_written(path: str | Path) -> tuple[dict, dict[str, Mapping[str, Tensor]]]:
+    """Return a checkpoint's header and all of its tensors by group, checked, for a copy.
+
+    Adapters are read without their base. Raise CheckpointError.
+    """
+    path = Path(path)
+    contents, _ = unpack(path, read_only=True)
+    try:
+        if "format" not in contents:
+            raise ValueError("is in the original implementation's format, which is one file alone")
+        header = read_header(contents)
+        checkpoint = _read_ours(path, contents, bool(contents.get("optimizer")), False)
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
+    weights = checkpoint.trained if checkpoint.adapter else checkpoint.model
+    return header, {"model": weights, "optimizer": checkpoint.optimizer or {}}
 
 
 def _group(path: Path, contents: dict, group: str) -> tuple[int, Any]:

@@ -80,7 +80,8 @@ class Shards(Mapping[str, Tensor]):
         for name in list(opened.keys()):
             part = opened.get_slice(name)
             shape, dtype = Size(part.get_shape()), DTYPES.get(part.get_dtype())
-            offsets = info[name]["saved_offsets"] if isinstance(info, dict) else None
+            noted = info.get(name) if isinstance(info, dict) else None
+            offsets = noted.get("saved_offsets") if isinstance(noted, dict) else None
             if not _are_offsets(offsets, len(shape)) or dtype is None:
                 raise ValueError(f"{file} says of {name} neither where it begins nor a known dtype")
             kind = self.kinds.setdefault(name, (shape, dtype))
@@ -139,6 +140,11 @@ def _are_offsets(value: object, dimensions: int) -> bool:
         and all(type(offset) is int and offset >= 0 for offset in value)
         and not any(value[1:])
     )
+
+
+def like(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a tensor of a checkpoint, or one with its shape and dtype: nothing is put together."""
+    return tensors.like(name) if isinstance(tensors, Shards) else tensors[name]
 
 
 def is_folder(path: Path) -> bool:

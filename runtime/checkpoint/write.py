@@ -7,7 +7,7 @@ import dataclasses
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ from runtime.checkpoint.format import (
     plain_values,
 )
 from runtime.checkpoint.optimizer_state import state_by_name
-from runtime.checkpoint.sharded import MANIFEST, manifest_text
+from runtime.checkpoint.sharded import MANIFEST, like, manifest_text
 from runtime.checkpoint.stream import Layout, stream, torch_save
 
 # A single writer needs minutes for more, while all ranks wait.
 LARGEST_FILE_BYTES = 100 * 10**9
+# Between the name of a folder that is deleted and TEMPORARY_SUFFIX.
+REMOVED = ".removed"
 
 
 def save_checkpoint(
@@ -170,12 +172,7 @@ def _write_folder(
             digests_of({name: ranks.local(tensor) for name, tensor in tensors.items()}, group)
 
     def finish() -> None:
-        write_text_atomic(temporary / MANIFEST, manifest_text(header, files))
-        if path.exists():
-            # From before the run was resumed further back.
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
+        finish_folder(temporary, path, header, files)
         for name in filter(None, (best, LATEST)):
             link_atomic(path, path.with_name(name))
 
@@ -188,6 +185,31 @@ def _write_folder(
         if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def finish_folder(
+    temporary: Path, path: Path, header: dict, files: dict[str, tuple[int, str]]
+) -> None:
+    """Make a checkpoint of a folder that has all tensors (Ranks.write_files), and name it."""
+    write_text_atomic(temporary / MANIFEST, manifest_text(header, files))
+    if path.is_dir():
+        # From before the run was resumed further back.
+        _remove(path)
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def write_copy(path: Path, header: dict, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a checkpoint's header and tensors (read_as_written) into a file, one at a time."""
+    layout: Layout = {
+        group: {
+            name: (found.shape, found.dtype) for name in tensors for found in [like(tensors, name)]
+        }
+        for group, tensors in groups.items()
+    }
+    check_disk_space(path.parent, tensor_bytes(layout))
+    given = (tensors[name] for tensors in groups.values() for name in tensors)
+    write_atomic(path, lambda file: stream(file, header, layout, given))
 
 
 def _layout(groups: dict[str, dict[str, Tensor]], ranks: Ranks) -> Layout:
@@ -307,7 +329,7 @@ def check_disk_space(folder: str | Path, tensor_bytes: int) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """Delete half-written files that a kill left: each can be as large as a checkpoint."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        name = path.name.removesuffix(TEMPORARY_SUFFIX)
+        name = path.name.removesuffix(TEMPORARY_SUFFIX).removesuffix(REMOVED)
         if STEP_FILE.fullmatch(name) or name in (LATEST, BEST):
             _remove(path)
 
@@ -318,7 +340,7 @@ def _remove(path: Path) -> None:
         path.unlink()
         return
     if not path.name.endswith(TEMPORARY_SUFFIX):
-        path = path.rename(path.with_name(path.name + TEMPORARY_SUFFIX))
+        path = path.rename(path.with_name(path.name + REMOVED + TEMPORARY_SUFFIX))
     shutil.rmtree(path)
 
 

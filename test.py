@@ -5,6 +5,7 @@
     python test.py --d_model 2048 --num_experts 64
     python test.py --ckpt checkpoints/latest.pt
     python test.py --presets                      the cost of each preset
+    python test.py --world 64                     a run on 64 GPUs
 
 `make test` runs the project's own tests.
 """
@@ -23,6 +24,7 @@ from runtime.base import cli
 from runtime.base.text import human_bytes, human_count
 from runtime.checkpoint.read import read_config
 from runtime.checks import known
+from runtime.training import scale
 from runtime.training.memory import training_memory_bytes
 
 # Bytes per element.
@@ -35,6 +37,8 @@ MEMORY_SETTINGS = [
     "optimizer",
     "state_dtype",
     "activation_checkpointing",
+    "expert_parallel",
+    "shard",
 ]
 
 
@@ -132,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--presets", action="store_true", help="list all presets and what they cost"
     )
+    scale.add_flags(parser)
     args = parser.parse_args(argv)
     if args.presets:
         print("\n".join(preset_table()))
@@ -141,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     if from_ckpt and (args.preset or settings.explicit - set(MEMORY_SETTINGS)):
         raise ValueError("--ckpt says what the model is: leave out --preset and the model's flags")
     config = read_config(args.ckpt) if from_ckpt else settings.build(ModelConfig)
-    print("\n".join(report(config, settings.build(TrainConfig))))
+    train = settings.build(TrainConfig)
+    print("\n".join(report(config, train) + scale.report(config, train, args)))
     return 0
 
 

@@ -57,10 +57,11 @@ from runtime.training.optimizer import build_optimizer, check_skips, total_norm
 from runtime.training.plan import (
     TrainPlan,
     check_memory,
-    checkpoint_bytes,
     describe,
     initial_state,
     make_plan,
+    saved_bytes,
+    schedule_notes,
     with_largest_micro_batch,
 )
 from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled, reporter_of
@@ -497,7 +498,7 @@ def run(plan: TrainPlan) -> int:
         plan = with_largest_micro_batch(plan, lambda candidate: runs(candidate, forward_backward))
     ranks, config = plan.ranks, plan.config
     needed = ranks.together(lambda: check_memory(plan))
-    for line in plan.notes + schedule_notes(plan) + describe(plan, needed):
+    for line in plan.notes + schedule_notes(plan, learning_rate) + describe(plan, needed):
         print(line)
     sys.stdout.flush()
     if config.resume:
@@ -516,7 +517,7 @@ def run(plan: TrainPlan) -> int:
             f"--profile needs {sum(PROFILED_STEPS)} steps (it records the last "
             f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
-    check_data_and_disk(plan, checkpoint_bytes(needed))
+    check_data_and_disk(plan, saved_bytes(plan))
     while True:
         reporter = reporter_of(plan, state)
         try:
@@ -525,22 +526,6 @@ def run(plan: TrainPlan) -> int:
             plan, state = rolled_back(plan, state, error)
         finally:
             reporter.close()
-
-
-def schedule_notes(plan: TrainPlan) -> list[str]:
-    """Return a line about the learning rate where a resumed run has another max_steps."""
-    if not plan.config.resume:
-        return []
-    assert plan.source is not None
-    config = plan.config
-    before = type(config)(**plan.source.train_config)
-    if config.max_steps == before.max_steps:
-        return []
-    step = plan.source.step
-    return [
-        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate continues at "
-        f"{learning_rate(step, config):.3g} (before: {learning_rate(step - 1, before):.3g})"
-    ]
 
 
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:

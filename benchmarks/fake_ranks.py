@@ -1,7 +1,6 @@
 """Count what a training step asks of other ranks, and its peak memory, in one process.
 
-    python -m benchmarks.fake_ranks                          the cases below, at 8 and 64 ranks
-    python -m benchmarks.fake_ranks --world 64 --preset nano --expert_parallel 8
+    python -m benchmarks.fake_ranks
 
 torch.distributed's process group "fake" plays any number of ranks and moves nothing. So shapes,
 bytes and the order of what is asked are those of a real run; numbers are not. Experts on several
@@ -12,8 +11,6 @@ ranks are told that the others send them what they send. `step_collectives` and 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +28,6 @@ import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.base import cli
-from runtime.base.device import DTYPES
 from runtime.base.text import human_bytes
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.distributed.parallel import Parallel
@@ -113,11 +109,22 @@ class CollectiveCounter(TorchDispatchMode):
         kind = next((kind for part, kind in KINDS.items() if part in str(function)), None)
         if kind and function.namespace in ("c10d", "_c10d_functional"):
             self._note(kind, args, result)
-        for tensor in tree_leaves(result):
+        self.watch(result)
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes())
+        return result
+
+    def watch(self, tensors: object) -> None:
+        """Count the storages of some tensors from now on, as long as they live."""
+        for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self._storages.setdefault(storage._cdata, weakref.ref(storage))
-        return result
+                self._storages[storage._cdata] = weakref.ref(storage)
+
+    def held_bytes(self) -> int:
+        """Return the bytes of what lives. FSDP empties a storage and fills it again."""
+        alive = {key: storage for key, ref in self._storages.items() if (storage := ref())}
+        self._storages = {key: self._storages[key] for key in alive}
+        return sum(storage.nbytes() for storage in alive.values())
 
     def _note(self, kind: str, args: tuple, result: object) -> None:
         tensors = [t for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
@@ -138,7 +145,7 @@ def _ranks_of(args: tuple) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def fake_ranks(world: int, in_node: int = RANKS_OF_A_NODE) -> Iterator[Parallel]:
-    """Yield the first of `world` ranks, in this process; the others answer at once, with nothing."""
+    """Yield the first of `world` ranks, in this process; the others answer with nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield Parallel(torch.device("cpu"), min(world, in_node))
@@ -179,8 +186,68 @@ def counted_step(
         batches = [loader.batch(0) for _ in ranks.mine(c.grad_accum)]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         recent = RecentLoss(RunState(), 0.0, torch.device("cpu"))
+        held = [ranks.local(parameter) for parameter in model.parameters()]
+        held += [ranks.local(t) for state in optimizer.state.values() for t in state.values()]
+        counter.watch(held)
         with counter:
             train.train_step(
                 *(model, task, batches, 1, optimizer, scaler, recent, c, dtype), ranks=ranks
             )
     return counter
+
+
+def asked_bytes(counter: CollectiveCounter, in_node: int = RANKS_OF_A_NODE) -> Counter[tuple]:
+    """Return how often each (kind, ranks, nodes, bytes) was asked of a group of several ranks."""
+    found: Counter[tuple] = Counter()
+    for (kind, ranks, size), times in counter.asked.items():
+        if len(ranks) > 1:
+            found[kind, len(ranks), len({rank // in_node for rank in ranks}), size] += times
+    return found
+
+
+def formula_bytes(
+    world: int, config: ModelConfig, train_config: TrainConfig, in_half: bool = False
+) -> Counter[tuple]:
+    """Return the same by the closed form."""
+    found: Counter[tuple] = Counter()
+    placement = placement_of(world, config, train_config, in_half)
+    for c in step_collectives(config, train_config, placement, 2 if in_half else 4):
+        found[c.kind, c.ranks, c.nodes, c.size] += c.times
+    return found
+
+
+def placement_of(
+    world: int, config: ModelConfig, train_config: TrainConfig, in_half: bool
+) -> Placement:
+    """Return how ranks in nodes of eight share a model."""
+    c = train_config
+    in_node = min(world, RANKS_OF_A_NODE)
+    return Placement(world, in_node, config.num_experts, c.expert_parallel, c.shard, in_half)
+
+
+def case(name: str) -> tuple[int, ModelConfig, TrainConfig]:
+    """Return the ranks and the configs of one of CASES."""
+    world, model, training = CASES[name]
+    return world, ModelConfig(**(TINY | model)), TrainConfig(**(dict(grad_accum=world) | training))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.parser(__doc__)
+    parser.parse_args(argv)
+    wrong = 0
+    for name in CASES:
+        for in_half in (False, True):
+            given = (*case(name), in_half)
+            counted, formula = asked_bytes(counted_step(*given)), formula_bytes(*given)
+            wrong += counted != formula
+            total = sum(size * times for (*_, size), times in counted.items())
+            print(
+                f"{name}, {'bfloat16' if in_half else 'float32'}, {given[0]} ranks: "
+                f"{counted.total()} collectives of {human_bytes(total)} in all, "
+                f"{'as' if counted == formula else 'NOT as'} the closed form says"
+            )
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

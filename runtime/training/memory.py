@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from config_model import (
-    ModelConfig,
-    TrainConfig,
-    loss_chunk_rows,
-    parameter_counts,
-    total_parameters,
-)
+from config_model import ModelConfig, TrainConfig, loss_chunk_rows, total_parameters
+from runtime.training.placement import Placement
+from runtime.training.ranks_memory import gathered_bytes, share_of
 
 # Of a CPU's process before it makes a model: Python, PyTorch and what train.py imports also, the
 # compiler that torch.optim loads, and matplotlib (benchmarks/memory.py measures it).
@@ -43,6 +39,7 @@ def training_memory_bytes(
     compute_bytes: int = 4,
     on_gpu: bool = False,
     loss_rows: int = 0,
+    placement: Placement | None = None,
 ) -> dict[str, int]:
     """Estimated peak memory of a training step in bytes, by part: of its forward pass, of the first
     or the last block of its backward pass, or of the optimizer, whichever holds most.
@@ -51,13 +48,16 @@ def training_memory_bytes(
     matrices) in state_dtype. compute_bytes: 2 under bfloat16 or float16 autocast, which keeps a
     cast copy of the matrices. Where grad_accum is 1, no step has all gradients and all activations
     at once. On a CPU it is what the process holds, Python and PyTorch included. loss_rows: of
-    logits at a time; 0 = loss_chunk_rows. Eager, not compiled; tests hold it to a count of the
-    tensors (benchmarks/fake_memory.py) and to what a process is seen to hold.
+    logits at a time; 0 = loss_chunk_rows. placement: of the run's ranks, one of which this is.
+    Eager, not compiled; tests hold it to a count of the tensors (benchmarks/fake_memory.py,
+    benchmarks/fake_ranks.py) and to what a process is seen to hold.
     """
-    c, b, parameters = config, compute_bytes, total_parameters(config)
+    c, b = config, compute_bytes
+    share = share_of(c, hidden_matrices(c), b, placement)
+    parameters, whole, cast = share.held, total_parameters(c), share.cast_bytes
     tokens = train.batch_size * c.context_length
     hidden_moments = OPTIMIZER_MEMORY[train.optimizer].hidden_moments
-    moments = 2 * parameters - (2 - hidden_moments) * hidden_matrices(c)
+    moments = 2 * parameters - (2 - hidden_moments) * share.held_hidden
     always = {
         "program": 0 if on_gpu else PROGRAM_BYTES + _kernel_bytes(c, b),
         "weights": 4 * parameters,
@@ -67,15 +67,6 @@ def training_memory_bytes(
     block, blocks = tokens * sum(per_token.values()) + scores, c.transformer_blocks
     # The last norm's input, its result (of a CPU's norm also a part), and the gradient of that.
     ends = tokens * c.d_model * (12 if on_gpu else 16)
-    cast = (
-        (b != 4)
-        * b
-        * (
-            parameters
-            - parameter_counts(c)["attention bias table"]
-            - parameter_counts(c)["embedding"]
-        )
-    )
     head = c.vocabulary_size * c.d_model
     # The head's gradient, a chunk of logits (under AMP also in float32); under AMP the cast head
     # and its input.
@@ -100,18 +91,27 @@ def training_memory_bytes(
         forward = {"cast weights": cast, "activations": blocks * block + ends} | loss
         backward = {"cast weights": cast, "activations": blocks * block + ends}
     backward |= {"loss": 4 * head, "temporaries": within}
-    before = gradients if train.grad_accum > 1 else {}
+    gathers = gathered_bytes(share, on_gpu, blocks)
+    forward |= {"gathered": gathers.forward}
+    backward |= {"gathered": gathers.backward}
+    world = placement.world if placement else 1
+    before = gradients if train.grad_accum > world else {}
     # In the last block all gradients are there but the embedding's.
     last = {
-        "gradients": 4 * (parameters - (not c.tie_embeddings) * head),
+        "gradients": 4 * (parameters - (not c.tie_embeddings) * head * parameters // whole),
+        # Among ranks the head's gradient is summed at the end, with the embedding's.
+        "loss": 4 * head * (world > 1),
         "cast weights": cast // blocks,
         "activations": 4 * c.d_model * tokens + block,
         "temporaries": within,
+        "gathered": gathers.last,
     }
     temporaries = OPTIMIZER_MEMORY[train.optimizer].temporaries(c, b, on_gpu)
     update = gradients | {"temporaries": temporaries}
+    end = gradients | {"gathered": gathers.end}
     moments_of_a_step = [
-        always | parts for parts in (before | forward, before | backward, last | before, update)
+        always | parts
+        for parts in (before | forward, before | backward, last | before, end, update)
     ]
     names = (
         "program",
@@ -121,6 +121,7 @@ def training_memory_bytes(
         "cast weights",
         "activations",
         "loss",
+        "gathered",
         "temporaries",
     )
     largest = max(moments_of_a_step, key=lambda parts: sum(parts.values()))

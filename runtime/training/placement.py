@@ -54,8 +54,8 @@ class Placement:
     def __post_init__(self):
         if self.world % self.in_node:
             raise ValueError(
-                f"{self.world} ranks are not nodes of {self.in_node} ranks each: give a multiple "
-                "of it, or other nodes"
+                f"{self.world} ranks do not fill nodes of {self.in_node} ranks each: give a "
+                "multiple, or another --nproc_per_node"
             )
         given = (self.world, self.in_node, self.expert_parallel, self.shard, self.num_experts)
         sharding_ranks(*given)

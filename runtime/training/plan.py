@@ -48,6 +48,9 @@ from runtime.training.agreed import (
     restarted_run,
 )
 from runtime.training.memory import training_memory_bytes
+from runtime.training.placement import Placement
+from runtime.training.scale import ranks_line
+from runtime.training.split import with_split_for, with_validation_of
 from runtime.training.state import RunState
 from runtime.training.task import Task
 
@@ -81,6 +84,7 @@ FREE_ON_RESUME = {
     "expert_parallel",
     "shard",
     "checkpoint",
+    "balance_over",
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
 OF_THE_MACHINE = ("expert_parallel", "shard", "checkpoint")
@@ -154,6 +158,7 @@ def make_plan(
             "without torchrun"
         )
     check_data(task, source, ranks)
+    task.command = ranks.command(task.command)
     if config.resume:
         assert source is not None
         check_kind(source, task)
@@ -177,13 +182,15 @@ def make_plan(
         config = _with_epochs(config, settings, task, model_config, None, notes)
     auto_dtype = config.dtype == "auto"
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    ranks.arrange(
+        config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
+    )
     if config.checkpoint == "sharded" and ranks is ONE_PROCESS:
         raise ValueError(
             "--checkpoint sharded is for runs on several ranks: leave it out, or start with "
             "torchrun --standalone --nproc_per_node RANKS train.py"
         )
-    config = _with_split_for(ranks.world, config, notes)
+    config = with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     plan = dataclasses.replace(plan, auto_dtype=auto_dtype)
     return ranks.together(lambda: with_loss_rows(plan))
@@ -336,7 +343,7 @@ def _resumed_configs(
             f"{source.path} has training settings that this version does not know: {error}"
         ) from error
     if "val_steps" not in given:
-        config = _with_validation_of(config, source.train_config["batch_size"])
+        config = with_validation_of(config, source.train_config["batch_size"])
     return config, source.model_config
 
 
@@ -487,15 +494,7 @@ def check_memory(plan: TrainPlan) -> dict[str, int]:
     Raise ValueError if weights, gradients and optimizer state alone exceed the device's memory.
     """
     on_gpu = plan.device.type == "cuda"
-    rows = plan.config.batch_size * plan.task.rows_per_sample
-    needed = training_memory_bytes(
-        plan.model_config,
-        dataclasses.replace(plan.config, batch_size=rows),
-        plan.dtype.itemsize,
-        on_gpu,
-        plan.loss_rows,
-    )
-    needed = plan.task.needed_bytes(needed, plan.model_config)
+    needed = needed_bytes(plan, placement_of(plan))
     # Gradients are as large as the weights, even where they do not exist at the step's peak.
     fixed = needed["weights"] + needed["optimizer state"] + plan.task.gradient_bytes(needed)
     memory = memory_bytes(plan.device)
@@ -508,6 +507,41 @@ def check_memory(plan: TrainPlan) -> dict[str, int]:
             f"e.g. --preset {preset}"
         )
     return needed
+
+
+def needed_bytes(plan: TrainPlan, placement: Placement | None) -> dict[str, int]:
+    """Return the estimated memory of a plan's rank in bytes, by part; None: of one process."""
+    rows = plan.config.batch_size * plan.task.rows_per_sample
+    needed = training_memory_bytes(
+        plan.model_config,
+        dataclasses.replace(plan.config, batch_size=rows),
+        plan.dtype.itemsize,
+        plan.device.type == "cuda",
+        plan.loss_rows,
+        placement,
+    )
+    needed = plan.task.needed_bytes(needed, plan.model_config)
+    if placement and "frozen weights" in needed:
+        # A task knows its adapters as a whole.
+        own = ("weights", "gradients", "optimizer state")
+        needed |= {name: needed[name] // placement.sharding for name in own}
+    return needed
+
+
+def placement_of(plan: TrainPlan) -> Placement | None:
+    """Return how a plan's ranks share the model; None in one process."""
+    ranks, config = plan.ranks, plan.config
+    if ranks.world == 1:
+        return None
+    return Placement(
+        ranks.world,
+        # Nodes of unequal sizes are one, to a model that is sharded over all of them.
+        ranks.world if ranks.world % ranks.local_world else ranks.local_world,
+        plan.model_config.num_experts,
+        config.expert_parallel,
+        config.shard,
+        plan.device.type == "cuda" and plan.dtype.itemsize == 2 and not config.compile,
+    )
 
 
 def _fitting_preset(total_bytes: int) -> str:
@@ -596,47 +630,8 @@ def _with_micro_batch(plan: TrainPlan, batch_size: int) -> TrainPlan:
         grad_accum=config.batch_size * config.grad_accum // batch_size,
         micro_batch="batch_size",
     )
-    changed = _with_validation_of(changed, config.batch_size)
+    changed = with_validation_of(changed, config.batch_size)
     return dataclasses.replace(plan, loss_rows=0, config=changed)
-
-
-def _with_split_for(world: int, config: TrainConfig, notes: list[str]) -> TrainConfig:
-    """Return the config with micro-batches that `world` ranks share evenly; add a line to notes.
-
-    The sequences of a step stay the same. Raise ValueError where they cannot be shared out.
-    """
-    if config.grad_accum % world == 0:
-        return config
-    sequences = config.batch_size * config.grad_accum
-    if sequences % world:
-        fitting = [n for n in range(1, sequences + 1) if sequences % n == 0]
-        below = max(n for n in fitting if n < world)
-        raise ValueError(
-            f"{world} ranks cannot share {config.batch_size} x {config.grad_accum} = {sequences} "
-            f"sequences a step evenly: take {below} ranks, or --batch_size and --grad_accum whose "
-            f"product is {sequences // world * world or world} or another multiple of {world}"
-        )
-    size = next(
-        b
-        for b in range(config.batch_size, 0, -1)
-        if sequences % b == 0 and sequences // b % world == 0
-    )
-    notes.append(
-        f"batch    {size} x {sequences // size} sequences a step instead of {config.batch_size} x "
-        f"{config.grad_accum}, so that {world} ranks share them evenly: balance loss and dropout "
-        "are those of the new split"
-    )
-    changed = dataclasses.replace(config, batch_size=size, grad_accum=sequences // size)
-    return _with_validation_of(changed, config.batch_size)
-
-
-def _with_validation_of(config: TrainConfig, batch_size: int) -> TrainConfig:
-    """Return a config whose val_steps were for another batch_size.
-
-    A validation keeps its sequences, rounded up to whole micro-batches.
-    """
-    sequences = config.val_steps * batch_size
-    return dataclasses.replace(config, val_steps=-(-sequences // config.batch_size))
 
 
 def describe(plan: TrainPlan, needed: dict[str, int]) -> list[str]:
@@ -644,15 +639,17 @@ def describe(plan: TrainPlan, needed: dict[str, int]) -> list[str]:
     lines = [
         *_resume_lines(plan),
         *_model_lines(plan),
+        *_ranks_lines(plan),
         *plan.task.describe(plan.model_config, plan.config),
     ]
     memory = memory_bytes(plan.device)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in needed.items() if size)
+    each = " on each rank" if plan.ranks.world > 1 else ""
     lines.append(
-        f"memory   about {human_bytes(sum(needed.values()))} ({parts})"
+        f"memory   about {human_bytes(sum(needed.values()))}{each} ({parts})"
         + (f"; {human_bytes(memory[0])} free" if memory else "")
     )
-    return [*lines, _disk_line(plan.config, needed), _device_line(plan)]
+    return [*lines, _disk_line(plan), _device_line(plan)]
 
 
 def _resume_lines(plan: TrainPlan) -> list[str]:
@@ -682,6 +679,24 @@ def _resume_lines(plan: TrainPlan) -> list[str]:
             "dropout and schedule; sums are rounded otherwise"
         )
     return lines
+
+
+def schedule_notes(
+    plan: TrainPlan, learning_rate: Callable[[int, TrainConfig], float]
+) -> list[str]:
+    """Return a line about the learning rate where a resumed run has another max_steps."""
+    if not plan.config.resume:
+        return []
+    assert plan.source is not None
+    config = plan.config
+    before = type(config)(**plan.source.train_config)
+    if config.max_steps == before.max_steps:
+        return []
+    step = plan.source.step
+    return [
+        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate continues at "
+        f"{learning_rate(step, config):.3g} (before: {learning_rate(step - 1, before):.3g})"
+    ]
 
 
 def _model_lines(plan: TrainPlan) -> list[str]:
@@ -714,8 +729,17 @@ def _vocabulary_note(config: ModelConfig) -> str:
     )
 
 
-def _disk_line(config: TrainConfig, needed: dict[str, int]) -> str:
-    size = human_bytes(checkpoint_bytes(needed))
+def _ranks_lines(plan: TrainPlan) -> list[str]:
+    """Return how the ranks of a run share the model, and what a step moves between them."""
+    placement = placement_of(plan)
+    if placement is None:
+        return []
+    given = (plan.model_config, plan.config, placement, plan.dtype.itemsize)
+    return [ranks_line(*given)]
+
+
+def _disk_line(plan: TrainPlan) -> str:
+    config, size = plan.config, human_bytes(saved_bytes(plan))
     if config.keep_last:
         kept = f"{config.keep_last} and the best"
     else:
@@ -739,6 +763,11 @@ def _device_line(plan: TrainPlan) -> str:
 def checkpoint_bytes(needed: dict[str, int]) -> int:
     """Return a checkpoint's bytes by a memory estimate: the weights and the optimizer's state."""
     return needed["weights"] + needed["optimizer state"]
+
+
+def saved_bytes(plan: TrainPlan) -> int:
+    """Return the bytes of a plan's checkpoint, which holds what all ranks hold."""
+    return checkpoint_bytes(needed_bytes(plan, None))
 
 
 def initial_state(plan: TrainPlan) -> RunState:

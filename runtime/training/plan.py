@@ -83,10 +83,11 @@ FREE_ON_RESUME = {
     "tensorboard",
     "expert_parallel",
     "shard",
+    "checkpoint",
     "balance_over",
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
-OF_THE_MACHINE = ("expert_parallel", "shard")
+OF_THE_MACHINE = ("expert_parallel", "shard", "checkpoint")
 # Parts of the estimate of memory that are there also between steps.
 KEPT_BETWEEN_STEPS = {"program", "weights", "frozen weights", "optimizer state"}
 
@@ -186,6 +187,11 @@ def make_plan(
     ranks.arrange(
         config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
     )
+    if config.checkpoint == "sharded" and ranks is ONE_PROCESS:
+        raise ValueError(
+            "--checkpoint sharded is for runs on several ranks: leave it out, or start with "
+            "torchrun --standalone --nproc_per_node RANKS train.py"
+        )
     config = with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     plan = dataclasses.replace(plan, auto_dtype=auto_dtype)

@@ -347,6 +347,11 @@ class TrainConfig:
         "once a step; node = those of one machine",
         choices=("full", "node", "none"),
     )
+    balance_over: str = option(
+        "micro_batch",
+        "whose tokens balance loss counts: a micro_batch's, or global: all ranks' at a time",
+        choices=("micro_batch", "global"),
+    )
     keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")
     plot_theme: str = option("dark", "colours of the plots", choices=("dark", "light"))
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")

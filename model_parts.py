@@ -656,20 +656,22 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.dispatcher = LocalDispatcher()
+        # runtime/distributed/balance.py counts more tokens than those of one pass.
+        self.balance_loss = balance_loss
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, RouterStats]:
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         weights_NK, experts_NK, probabilities_NE, logits_NE = self.router(x_NC)
-        E, assignments = probabilities_NE.shape[1], experts_NK.numel()
+        E = probabilities_NE.shape[1]
         # Compared and summed: atomic additions would differ from run to run.
         is_chosen_RE = experts_NK.flatten()[:, None] == torch.arange(E, device=x_NC.device)
         counts_E = is_chosen_RE.sum(dim=0)
-        aux_loss = balance_loss(probabilities_NE, counts_E)
+        aux_loss = self.balance_loss(probabilities_NE, counts_E)
         # ST-MoE (Zoph et al. 2022), equation 5
         z_loss = logits_NE.logsumexp(dim=-1).square().mean()
         with torch.no_grad():
             entropy = -torch.special.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1).mean()
-            load_E = counts_E.to(entropy.dtype) * (E / assignments)
+            load_E = counts_E.to(entropy.dtype) * (E / experts_NK.numel())
         dropped_share = torch.zeros_like(entropy)
         # Drops make a token depend on its batch; inference never does.
         if self.capacity_factor and self.training:

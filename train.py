@@ -61,6 +61,7 @@ from runtime.training.plan import (
     initial_state,
     make_plan,
     saved_bytes,
+    schedule_notes,
     with_largest_micro_batch,
 )
 from runtime.training.reporter import PROFILED_STEPS, Reporter, profiled, reporter_of
@@ -497,7 +498,7 @@ def run(plan: TrainPlan) -> int:
         plan = with_largest_micro_batch(plan, lambda candidate: runs(candidate, forward_backward))
     ranks, config = plan.ranks, plan.config
     needed = ranks.together(lambda: check_memory(plan))
-    for line in plan.notes + schedule_notes(plan) + describe(plan, needed):
+    for line in plan.notes + schedule_notes(plan, learning_rate) + describe(plan, needed):
         print(line)
     sys.stdout.flush()
     if config.resume:
@@ -525,22 +526,6 @@ def run(plan: TrainPlan) -> int:
             plan, state = rolled_back(plan, state, error)
         finally:
             reporter.close()
-
-
-def schedule_notes(plan: TrainPlan) -> list[str]:
-    """Return a line about the learning rate where a resumed run has another max_steps."""
-    if not plan.config.resume:
-        return []
-    assert plan.source is not None
-    config = plan.config
-    before = type(config)(**plan.source.train_config)
-    if config.max_steps == before.max_steps:
-        return []
-    step = plan.source.step
-    return [
-        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate continues at "
-        f"{learning_rate(step, config):.3g} (before: {learning_rate(step - 1, before):.3g})"
-    ]
 
 
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:

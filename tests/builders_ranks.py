@@ -11,12 +11,13 @@ import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.base.device import DTYPES
-from runtime.base.ranks import Ranks
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.linear_cross_entropy import IGNORE
 from runtime.training.optimizer import build_optimizer
 from runtime.training.task import GivenTask
 
+CPU = torch.device("cpu")
 SPEED = dict(
     batch_size=2,
     grad_accum=2,
@@ -27,6 +28,7 @@ SPEED = dict(
     log_interval=1,
     save_interval=1000,
 )
+FOR_RANKS = ("expert_parallel", "shard", "balance_over")
 # An odd number, so that two or four ranks do not share them out evenly.
 VALIDATION_BATCHES = 3
 
@@ -60,23 +62,27 @@ class Windows:
         return ids_BS[:, :-1].contiguous(), targets_BT
 
 
-def trained(ranks: Ranks, model_config: ModelConfig, changes: dict) -> Trained:
+def trained(
+    ranks: Ranks, model_config: ModelConfig, changes: dict, device: torch.device = CPU
+) -> Trained:
     """Train a new model for some steps, on ranks or in one process (ONE_PROCESS).
 
-    changes: of SPEED, the settings of training. The one process has no use for --expert_parallel
-    and --shard: there they are dropped. Without a dtype it is float32.
+    changes: of SPEED, the settings of training. The one process has no use for FOR_RANKS: there
+    they are dropped. Without a dtype it is float32.
     """
-    if ranks.world == 1:
-        changes = {k: v for k, v in changes.items() if k not in ("expert_parallel", "shard")}
+    if ranks is ONE_PROCESS:
+        changes = {k: v for k, v in changes.items() if k not in FOR_RANKS}
     config = TrainConfig(**(SPEED | changes))
     dtype = DTYPES.get(config.dtype, torch.float32)
     torch.manual_seed(0)
-    model = LLM(model_config)
-    choose_kernels(model, torch.device("cpu"), dtype)
+    model = LLM(model_config).to(device)
+    choose_kernels(model, device, dtype)
     if config.compile:
         model.compile_in_place()
     model.activation_checkpointing = config.activation_checkpointing
-    ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    ranks.arrange(
+        config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
+    )
     ranks.shard(model, dtype)
     optimizer = build_optimizer(model, config, ranks)
     gradients: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """What only a CUDA GPU runs: its kernels against the plain paths on a CPU.
 
-Also skipped steps, compiled training, resuming.
+Also skipped steps, compiled training, resuming, ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -18,6 +19,8 @@ from config_model import TrainConfig
 from model import sample
 from model_parts import attention_mask, attention_with_sinks
 from runtime.base.device import autocast
+from runtime.base.ranks import ONE_PROCESS
+from runtime.distributed.parallel import Parallel
 from runtime.inference import decoder as inference
 from runtime.inference.decoder import Decoder
 from runtime.inference.quantize import quantize_
@@ -39,7 +42,10 @@ from tests.builders_inference import (
     decoder_on,
     generated,
 )
+from tests.builders_precision import dtypes_seen
+from tests.builders_ranks import Trained, trained
 from tests.builders_runs import MODEL, SPEED, Run, assert_same, settings_of
+from tests.ranks import run_on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -384,3 +390,73 @@ def test_rollouts_on_a_gpu_follow_the_weights(changes, dtype, most):
                 off.append((torch.tensor(answer.log_probs) - expected_T).abs())
         assert torch.cat(off).median() <= most * logits_TV.abs().max()
         after_an_update(model)
+
+
+# --------------------------------------------------------------------------------------- the ranks
+# Of losses after some steps, whose products are in another order, and in bfloat16 on both sides.
+RANKS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """Return a group of one rank on the GPU, by NCCL."""
+    if not dist.is_nccl_available():
+        pytest.skip("this PyTorch has no NCCL")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    backend = "cpu:gloo,cuda:nccl"
+    torch.cuda.set_device(0)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield Parallel(torch.device("cuda", 0), 1)
+    finally:
+        dist.destroy_process_group()
+
+
+def assert_same_losses(one: Trained, other: Trained, dtype: str) -> None:
+    assert len(one.records) == len(other.records) > 3
+    for expected, found in zip(one.records, other.records, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=RANKS_TOLERANCE[dtype])
+        assert all(value == value for value in found.values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "muon", "activation_checkpointing": True}, {"shard": "none"}]
+)
+def test_one_rank_with_shards_is_one_process(one_rank, dtype, changes):
+    """--shard full on a GPU, where nothing is split, computes what plain training does."""
+    config, changes = tiny_config(), changes | dict(dtype=dtype)
+    one = trained(ONE_PROCESS, config, changes, CUDA)
+    assert_same_losses(one, trained(one_rank, config, changes, CUDA), dtype)
+
+
+def test_a_router_on_a_gpu_has_float32_weights(one_rank):
+    """Matrices are gathered in bfloat16 there; what a router or a norm computes with is not."""
+    found = dtypes_seen(one_rank, "bfloat16")
+    used = {name.removeprefix("layers.0."): dtype for name, dtype in found.items()}
+    for name in ("moe.router.weight", "norm1.weight", "attention.sinks", "embed.weight"):
+        assert used[name] == "float32", name
+    for name in ("moe.experts.w_in", "attention.W_q.weight", "attention.out_proj.weight"):
+        assert used[name] == "bfloat16", name
+
+
+def on_the_one_gpu(ranks, config, changes: dict) -> Trained | str:
+    """Return what one of several ranks on one GPU trained, or why gloo does not carry it."""
+    try:
+        return trained(Parallel(torch.device("cuda", 0), ranks.world), config, changes, CUDA)
+    except (RuntimeError, NotImplementedError) as error:
+        if "gloo" not in str(error).lower():
+            raise
+        return str(error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_share_one_gpu(dtype):
+    """NCCL wants a GPU for each rank. Gloo carries what a GPU holds, by way of the host."""
+    config, changes = tiny_config(), dict(dtype=dtype)
+    others = run_on(2, on_the_one_gpu, config, changes)
+    if isinstance(others[0], str):
+        pytest.skip(f"gloo: {others[0][:200]}")
+    one = trained(ONE_PROCESS, config, changes, CUDA)
+    for other in others:
+        assert_same_losses(one, other, dtype)

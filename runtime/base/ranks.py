@@ -10,7 +10,6 @@ micro-batches, so neither data order nor dropout depends on W.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -84,8 +83,16 @@ class Ranks:
     def began(self, run_id: str) -> None:
         """Remember the run, for ranks that are started again in place of these."""
 
-    def wait_at_most(self, seconds: float) -> None:
-        """Let ranks wait for each other so long from now on; then they fail."""
+    def command(self, command: str) -> str:
+        """Return what a user types to start as many ranks. command: for one process."""
+        return command
+
+    def wait_at_most(self, seconds: float) -> float:
+        """Let ranks wait so long for each other, or else fail, from now on.
+
+        Return how long they would have waited.
+        """
+        return seconds
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterable[tuple[T, bool]]:
@@ -108,18 +115,30 @@ class Ranks:
         return tensor
 
     # ------------------------------------------------------------------------- weights in shards
-    def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
+    def arrange(
+        self,
+        expert_parallel: int,
+        shard: str,
+        num_experts: int,
+        balance_over: str = "micro_batch",
+    ) -> None:
         """Decide which rank will hold what. Raise ValueError for what cannot be honoured.
 
-        expert_parallel, shard: as in TrainConfig.
+        expert_parallel, shard, balance_over: as in TrainConfig.
         """
-        for name, is_given in (
-            ("expert_parallel", expert_parallel > 1),
-            ("shard", shard != "full"),
+        for flag, is_given, instead in (
+            ("expert_parallel", expert_parallel > 1, "leave it out"),
+            ("shard", shard != "full", "leave it out"),
+            # A resumed run has it without being given it.
+            (
+                "balance_over global",
+                balance_over == "global",
+                "take --balance_over micro_batch, with a larger --batch_size",
+            ),
         ):
             if is_given:
                 raise ValueError(
-                    f"--{name} is for runs on several ranks: leave it out, or start with torchrun "
+                    f"--{flag} is for runs on several ranks: {instead}, or start with torchrun "
                     "--standalone --nproc_per_node RANKS train.py"
                 )
 
@@ -156,10 +175,6 @@ class Ranks:
         local: another tensor in the same shards, whose whole is returned instead.
         """
         return tensor if local is None else local
-
-    def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Have whole weights in a model on every rank, for a while, as decoders need them."""
-        return contextlib.nullcontext()
 
 
 ONE_PROCESS = Ranks()

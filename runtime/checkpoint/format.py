@@ -14,6 +14,7 @@ of a dict that can be read by hand:
     format, version, versions, train_cfg,   what a resume needs in addition
     tokenizer, data_fingerprint, run
     stage                                   only after pre-training: what kind of training this is
+    world                                   only from several ranks: how many
     digests {"model/NAME": sha256,          "header" covers everything that is no tensor
       "optimizer/NAME": sha256, "header": sha256}
 
@@ -59,7 +60,7 @@ HEADER = {
     "versions": dict,
 }
 # What a header may hold in addition. Files without them are those of before there were any.
-OPTIONAL_HEADER = {"stage": dict}
+OPTIONAL_HEADER = {"stage": dict, "world": int}
 TENSOR_KEYS = ("model", "optimizer", "digests")
 
 # Hashed and checked for NaN at a time: a chunk stays in the cache between the two.
@@ -82,6 +83,17 @@ class CheckpointError(ValueError):
         line = " ".join(f"{path}: {reason}".split())
         line = "".join(c if c.isprintable() else "?" for c in line)
         super().__init__(line if len(line) <= 600 else line[:600] + " ...")
+
+    def __reduce__(self):
+        # Ranks send each other their errors.
+        return _error_of, (*self.args, self.innermost)
+
+
+def _error_of(line: str, innermost: str) -> CheckpointError:
+    """Return the CheckpointError of a finished line."""
+    error = CheckpointError.__new__(CheckpointError, line)
+    error.innermost = innermost
+    return error
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,8 @@ class Checkpoint:
     digest: str = ""
     # What a training after pre-training says of itself: at least its kind. {} for pre-training.
     stage: dict = field(default_factory=dict)
+    # Ranks of the run that wrote it.
+    world: int = 1
     # Of the weights alone, whatever else is in the file.
     weights_digest: str = ""
     # What a file of adapters says of them, and their tensors: `model` is what they mean with their
@@ -216,6 +230,8 @@ def check_header(header: dict) -> None:
             raise ValueError(
                 f"{key} must be of type {kind.__name__}, not {type(header[key]).__name__}"
             )
+    if not 1 <= header.get("world", 1) < 1 << 31:
+        raise ValueError(f"world must be at least 1, not {header['world']}")
     if not 0 <= header["step"] < 1 << 63:
         raise ValueError(f"step must be at least 0, not {header['step']}")
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runtime.base.ranks import ONE_PROCESS, Ranks
+
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "momentum")
 
 
@@ -56,20 +58,25 @@ def state_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_state_by_name(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Copy saved state into the optimizer.
+def load_state_by_name(
+    model: nn.Module,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Tensor],
+    ranks: Ranks = ONE_PROCESS,
+) -> None:
+    """Copy saved state into the optimizer, on several ranks the part that is this rank's.
 
     Raise ValueError that names what is missing, unknown or of another shape or dtype; then nothing
     has been changed.
     """
     own = state_by_name(model, optimizer)
     check_tensors(
-        {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()},
+        {name: (ranks.shape_of(tensor), tensor.dtype) for name, tensor in own.items()},
         tensors,
         "optimizer state",
     )
     for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+        ranks.fill_(tensor, tensors[name])
 
 
 def check_tensors(

@@ -309,6 +309,7 @@ def _read_ours(path: Path, contents: dict, optimizer: bool) -> Checkpoint:
         is_reference_format=False,
         digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
         stage=header.get("stage", {}),
+        world=header.get("world", 1),
         weights_digest=weights_digest(digests, adapter),
         adapter=adapter,
         trained=model if adapter else {},
@@ -427,7 +428,8 @@ def load_training_state(
 ) -> None:
     """Copy weights and optimizer state into a model and its optimizer, wherever they are.
 
-    All is checked before anything is changed. Raise CheckpointError.
+    Each of several ranks copies its own part, however many wrote the file. All is checked before
+    anything is changed. Raise CheckpointError.
     """
     if checkpoint.optimizer is None:
         raise CheckpointError(checkpoint.path, "was read without its optimizer state")
@@ -435,13 +437,15 @@ def load_training_state(
         own = saved_tensors(model)
         given = checkpoint.trained if checkpoint.adapter else checkpoint.model
         check_tensors(
-            {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}, given, "model"
+            {name: (ranks.shape_of(tensor), tensor.dtype) for name, tensor in own.items()},
+            given,
+            "model",
         )
         if adapter_of(model) != checkpoint.adapter:
             raise ValueError(f"its adapters are {checkpoint.adapter}, not {adapter_of(model)}")
-        load_state_by_name(model, optimizer, checkpoint.optimizer)
+        load_state_by_name(model, optimizer, checkpoint.optimizer, ranks)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(given[name])
+                ranks.fill_(tensor, given[name])
     except ValueError as error:
         raise CheckpointError(checkpoint.path, f"does not fit this model: {error}") from error

@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import platform
 import shutil
-import struct
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +30,13 @@ from runtime.checkpoint.format import (
     VERSION,
     CheckpointError,
     check_header,
-    digest_of,
     digests_of,
     expected_tensors,
     header_digest,
     plain_values,
 )
 from runtime.checkpoint.optimizer_state import state_by_name
+from runtime.checkpoint.stream import Layout, stream, torch_save
 
 
 def save_checkpoint(
@@ -64,8 +62,9 @@ def save_checkpoint(
     Tensors stay where they are: a few at a time are brought to the CPU, to be hashed and again to
     be written. Of a model with adapters (runtime/checkpoint/adapter.py) the file holds what its run
     trains, and the stage says which base it belongs to. Without an optimizer the file can be
-    predicted from but not resumed. Raise CheckpointError, leaving nothing new, if a weight or
-    moment is not finite or the disk is full.
+    predicted from but not resumed. All ranks call this, and the first one writes: one whole tensor
+    at a time, to which all of them give their parts. Raise CheckpointError on every rank, leaving
+    nothing new, if a weight or moment is not finite or the disk is full.
     """
     folder = Path(ckpt_dir)
     path = folder / f"step_{step:07d}.pt"
@@ -81,6 +80,7 @@ def save_checkpoint(
             data_fingerprint=data_fingerprint,
             run=run or {},
             **({"stage": stage} if stage else {}),
+            **({"world": ranks.world} if ranks.world > 1 else {}),
         )
         groups = {
             "model": saved_tensors(model),
@@ -89,25 +89,7 @@ def save_checkpoint(
         for name, tensor in groups["model"].items():
             if tensor.dtype != torch.float32:
                 raise ValueError(f"checkpoints hold float32 weights, and {name} is {tensor.dtype}")
-        make_folder(folder)
-        _remove_leftovers(folder)
-        check_disk_space(folder, sum(t.nbytes for group in groups.values() for t in group.values()))
-        digests = digests_of(groups["model"], "model")
-        digests |= digests_of(groups["optimizer"], "optimizer")
-        groups = {
-            group: {name: _own_storage(tensor) for name, tensor in tensors.items()}
-            for group, tensors in groups.items()
-        }
-        contents = {
-            "step": step,
-            **groups,
-            **header,
-            "digests": digests | {"header": header_digest(header)},
-        }
-        write_atomic(path, lambda file: _torch_save(contents, file))
-        # Latest last: what it names knows that it is the best.
-        for name in (BEST, LATEST) if is_best else (LATEST,):
-            link_atomic(path, folder / name)
+        _write(path, header, groups, BEST if is_best else "", ranks)
     except OSError as error:
         raise CheckpointError(
             path,
@@ -116,8 +98,64 @@ def save_checkpoint(
         ) from error
     except ValueError as error:
         raise CheckpointError(path, f"not written: {error}") from error
-    _prune(folder, step, keep_last)
+    if ranks.is_first:
+        _prune(folder, step, keep_last)
     return path
+
+
+def _write(path: Path, header: dict, groups: dict[str, dict], best: str, ranks: Ranks) -> None:
+    """Write a file and its names on the first rank; raise its error, if any, on every rank.
+
+    The other ranks wait for each tensor, so the first asks for all of them even after an error.
+    """
+    wholes = (ranks.whole(tensor) for named in groups.values() for tensor in named.values())
+    failure = None
+    if ranks.is_first:
+        try:
+            _write_first(path, header, groups, wholes, ranks)
+            # Latest last: what it names knows that it is the best.
+            for name in filter(None, (best, LATEST)):
+                link_atomic(path, path.with_name(name))
+        except (OSError, ValueError) as error:
+            failure = error
+    for _ in wholes:
+        pass
+
+    def outcome() -> None:
+        if failure is not None:
+            raise failure
+
+    ranks.from_first(outcome)
+
+
+def _write_first(
+    path: Path,
+    header: dict,
+    groups: dict[str, dict[str, Tensor]],
+    wholes: Iterator[Tensor],
+    ranks: Ranks,
+) -> None:
+    """Write a file: from whole tensors in memory, or one whole of shards after the other."""
+    layout = {
+        group: {name: (ranks.shape_of(tensor), tensor.dtype) for name, tensor in named.items()}
+        for group, named in groups.items()
+    }
+    folder = path.parent
+    make_folder(folder)
+    _remove_leftovers(folder)
+    check_disk_space(folder, tensor_bytes(layout))
+    if any(ranks.is_split(tensor) for named in groups.values() for tensor in named.values()):
+        write_atomic(path, lambda file: stream(file, header, layout, wholes))
+        return
+    digests = {"header": header_digest(header)}
+    for group, tensors in groups.items():
+        digests |= digests_of(tensors, group)
+    own = {
+        group: {name: _own_storage(tensor) for name, tensor in tensors.items()}
+        for group, tensors in groups.items()
+    }
+    contents = {"step": header["step"], **own, **header, "digests": digests}
+    write_atomic(path, lambda file: torch_save(contents, file))
 
 
 def _header(config: ModelConfig, tokenizer_state: dict | None, **values) -> dict:
@@ -157,98 +195,14 @@ def write_weights(
 
     `tensor_of` is asked once for each name of LLM.state_dict(). Parameters are stored in `dtype`,
     float32 or bfloat16, and buffers in float32. `values` are further entries of the header, such as
-    step. Raise ValueError for a tensor of another shape or that is not finite.
-
-    The file is laid out with holes, which the tensors fill as they are hashed. It is laid out again
-    around them with their digests, which are as long as those they replace. (The zip's CRC-32 of
-    the tensors stay 0: nothing reads them where there are digests.) What is left of a write that
-    ends early is no checkpoint: `path` is a temporary name, see runtime/interop/export.py.
+    step. Raise ValueError for a tensor of another shape or that is not finite. `path` is a
+    temporary name (runtime/interop/export.py): what a write that ends early leaves is no
+    checkpoint.
     """
     header = _header(config, tokenizer_state, run=run or {}, **values)
     expected = expected_tensors(config, dtype)
-    digests = {f"model/{name}": f"{i:064x}" for i, name in enumerate(expected)}
-    digests["header"] = header_digest(header)
-    with open(path, "w+b") as file:
-        _lay_out(file, header, expected, digests)
-        offsets = _offsets(file)
-        for i, (name, (shape, kind)) in enumerate(expected.items()):
-            tensor = tensor_of(name)
-            if tensor.shape != shape:
-                raise ValueError(f"{name} has the shape {list(tensor.shape)}, not {list(shape)}")
-            tensor = tensor.detach().to("cpu", kind).contiguous()
-            digests[f"model/{name}"], finite = digest_of(tensor)
-            if not finite:
-                raise ValueError(f"{name} holds NaN or infinity")
-            file.seek(offsets[f"archive/data/{i}"])
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        _lay_out(file, header, expected, digests)
-        assert _offsets(file) == offsets, "the digests moved the tensors"
-
-
-def _lay_out(
-    file, header: dict, expected: dict[str, tuple[torch.Size, torch.dtype]], digests: dict[str, str]
-) -> None:
-    """Write all of a checkpoint but its tensors, whose offsets in the file stay what they are."""
-    # Here, because it takes a while and predict.py has no use for it.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        model = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in expected.items()}
-    contents = {"step": header["step"], "model": model, "optimizer": {}}
-    contents |= {**header, "digests": digests}
-    file.seek(0)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        _torch_save(contents, file)
-    file.flush()
-
-
-def _offsets(file) -> dict[str, int]:
-    """Return where each record of a zip begins.
-
-    That is after its local header of 30 bytes, its name and an extra field, whose lengths are at
-    bytes 26 and 28 of the header.
-    """
-    offsets = {}
-    for entry in zipfile.ZipFile(file).infolist():
-        file.seek(entry.header_offset + 26)
-        name_and_extra = sum(struct.unpack("<HH", file.read(4)))
-        offsets[entry.filename] = entry.header_offset + 30 + name_and_extra
-    return offsets
-
-
-class _Sink:
-    """A file whose first error (disk full, Ctrl-C) is kept.
-
-    torch.save continues to close its zip and reports that failure instead.
-    """
-
-    def __init__(self, file):
-        self.file = file
-        self.error: BaseException | None = None
-
-    def write(self, data) -> int:
-        try:
-            return self.file.write(data)
-        except BaseException as error:
-            self.error = self.error or error
-            raise
-
-    def seek(self, *where) -> int:
-        return self.file.seek(*where)
-
-    def flush(self) -> None:
-        if self.error is None:
-            self.file.flush()
-
-
-def _torch_save(contents: dict, file) -> None:
-    sink = _Sink(file)
-    try:
-        torch.save(contents, sink)  # type: ignore[arg-type]  # a file as far as torch.save asks
-    except RuntimeError:
-        if sink.error is not None:
-            raise sink.error from None
-        raise
+    with open(path, "wb") as file:
+        stream(file, header, {"model": expected, "optimizer": {}}, map(tensor_of, expected))
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
@@ -256,6 +210,15 @@ def _own_storage(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     fills = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def tensor_bytes(layout: Layout) -> int:
+    """Return the bytes of all tensors that a layout describes."""
+    return sum(
+        shape.numel() * dtype.itemsize
+        for named in layout.values()
+        for shape, dtype in named.values()
+    )
 
 
 def check_disk_space(folder: str | Path, tensor_bytes: int) -> None:

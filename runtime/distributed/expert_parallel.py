@@ -18,23 +18,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from model_parts import Block, Experts, LocalDispatcher
+from model_parts import Block, Experts, LocalDispatcher, MoE
 from runtime.kernels.grouped_linear import GatherRows
 
 
-def share_experts(block: Block, group: ProcessGroup) -> None:
-    """Leave a block the experts of this rank, and have it send rows to those of the others.
+def share_experts(block: Block, group: ProcessGroup) -> Experts:
+    """Leave a block the experts of this rank; have it send rows to the others'. Return its own.
 
-    group: the ranks that share them, whose number divides that of the experts. Every parameter of
-    the module `experts` is a stack with a row for each expert: weights, biases, adapters.
+    group: the ranks that share them, whose number divides that of the experts. Raise ValueError for
+    experts that hold more than stacks with a row for each expert (weights, biases, adapters).
     """
-    moe, ranks, rank = block.moe, group.size(), group.rank()
-    for name, parameter in list(moe.experts.named_parameters(recurse=False)):
+    _check_known(block.moe)
+    experts, ranks, rank = block.moe.experts, group.size(), group.rank()
+    for name, parameter in list(experts.named_parameters()):
         held = len(parameter) // ranks
         # A copy, so that the whole stack is freed.
         own = parameter.detach()[rank * held : (rank + 1) * held].clone()
-        setattr(moe.experts, name, nn.Parameter(own, parameter.requires_grad))
-    moe.dispatcher = RankDispatcher(group)
+        setattr(experts, name, nn.Parameter(own, parameter.requires_grad))
+    block.moe.dispatcher = RankDispatcher(group)
+    if block._compiled_call_impl is not None:
+        # In two graphs, of what comes before the exchange and after it.
+        block.compile(dynamic=False)
+    return experts
+
+
+def _check_known(moe: MoE) -> None:
+    E = moe.router.num_experts
+    for name, tensor in (*moe.experts.named_parameters(), *moe.experts.named_buffers()):
+        if "." in name or not isinstance(tensor, nn.Parameter) or len(tensor) != E:
+            raise ValueError(
+                f"--expert_parallel knows experts whose parameters are stacks with a row for each "
+                f"of {E} experts, not {name} {list(tensor.shape)}: leave it out"
+            )
+    if type(moe.dispatcher) is not LocalDispatcher:
+        raise ValueError(
+            f"--expert_parallel replaces LocalDispatcher, and this model has the dispatcher "
+            f"{type(moe.dispatcher).__name__}: leave it out"
+        )
 
 
 class RankDispatcher(LocalDispatcher):

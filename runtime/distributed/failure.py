@@ -78,7 +78,8 @@ class Report:
             ):
                 self.lasting.set(FINAL_KEY, line)
         if text := self._said(line, is_lost, others):
-            if not is_lost and not isinstance(error, cli.MISTAKES) and line:
+            is_bug = line and not is_lost and not isinstance(error, cli.MISTAKES)
+            if is_bug or os.environ.get("GPTOSS_TRACEBACK"):
                 text = "".join(traceback.format_exception(error)) + text
             print(text, file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
@@ -90,8 +91,7 @@ class Report:
         """Note an error in the store; return those of other ranks, [line, whether it lost one]."""
         if self.store is None:
             return {}
-        self.store.set(f"failed/{self.rank}", json.dumps([line, is_lost]))
-        self.store.set("failed", "1")
+        self._note(self.store, self.rank, line, is_lost)
         keys = {rank: f"failed/{rank}" for rank in range(self.world) if rank != self.rank}
         end, found = time.monotonic() + ANSWER_SECONDS, {}
         waits_for = set(keys) if is_lost else {0} & set(keys)
@@ -102,6 +102,11 @@ class Report:
             if waits_for <= set(found) or time.monotonic() > end:
                 return {rank: json.loads(value) for rank, value in found.items()}
             time.sleep(0.05)
+
+    @staticmethod
+    def _note(store: dist.Store, rank: int, line: str, is_lost: bool) -> None:
+        store.set(f"failed/{rank}", json.dumps([line, is_lost]))
+        store.set("failed", "1")
 
     def _said(self, line: str, is_lost: bool, others: dict[int, list]) -> str:
         """Return what to print, or "" where another rank says it."""
@@ -115,9 +120,19 @@ class Report:
             return ""
         if any(rank < self.rank for rank in others):
             return ""
+        return f"error: lost {self._missing(others)} ({_cause(line)})"
+
+    def _missing(self, others: dict[int, list]) -> str:
+        """Return which ranks have said nothing, and what may have become of them."""
+        if self.store is None:
+            return "torchrun: it was killed or cannot be reached"
         missing = [str(r) for r in range(self.world) if r != self.rank and r not in others]
-        who = f"rank {' and '.join(missing)}" if missing else "the connection of the ranks"
-        return f"error: {who} was killed, hangs or cannot be reached ({_cause(line)})"
+        if not missing:
+            return "the connection between the ranks"
+        if len(missing) == 1:
+            return f"rank {missing[0]}: it was killed, hangs or cannot be reached"
+        more = f" and {len(missing) - 8} more" * (len(missing) > 8)
+        return f"ranks {', '.join(missing[:8])}{more}: they were killed, hang or cannot be reached"
 
 
 def _cause(message: str) -> str:
@@ -127,9 +142,8 @@ def _cause(message: str) -> str:
 
 def _explained(error: BaseException) -> tuple[int, str, bool]:
     """Return an exit code, a line for the user, and whether another rank has been lost."""
-    if isinstance(error, (dist.DistError, RuntimeError)) and (
-        isinstance(error, dist.DistError) or "gloo" in str(error)
-    ):
+    is_lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+    if is_lost or isinstance(error, dist.DistError):
         return 1, " ".join(str(error).split()), True
     if isinstance(error, SystemExit):
         return int(error.code or 0) if isinstance(error.code, (int, type(None))) else 1, "", False

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.base.ranks import START_SECONDS
+from runtime.distributed.device import device_of_rank
 from runtime.distributed.failure import FINAL_KEY, Report, value_of, watch
 from runtime.distributed.parallel import Parallel
 
@@ -62,7 +63,10 @@ def joined(device: str) -> Iterator[Parallel]:
             threading.Thread(target=watch, args=(group_store, ended), daemon=True).start()
             if line := value_of(store, FINAL_KEY):
                 raise EndedBefore(line)
-            own, backend = _device_and_backend(device)
+            local_rank, local_world = (
+                int(os.environ[f"LOCAL_{n}"]) for n in ("RANK", "WORLD_SIZE")
+            )
+            own, backend = device_of_rank(device, local_rank, local_world)
             dist.init_process_group(
                 backend,
                 store=group_store,
@@ -70,7 +74,7 @@ def joined(device: str) -> Iterator[Parallel]:
                 world_size=world,
                 timeout=timedelta(seconds=START_SECONDS),
             )
-            ranks = StartedRanks(own, int(os.environ["LOCAL_WORLD_SIZE"]), store)
+            ranks = StartedRanks(own, local_world, store)
             ranks.check_equal({"code": _code_digest(), "torch version": str(torch.__version__)})
             yield ranks
             # Without it, a rank that destroys its group early makes others hang.
@@ -89,20 +93,6 @@ class EndedBefore(ValueError):
 
 
 # ----------------------------------------------------------------------------------------- start-up
-def _device_and_backend(device: str) -> tuple[torch.device, str]:
-    """Return this rank's device, and what its group sends tensors with."""
-    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), "gloo"
-    if local_world > torch.cuda.device_count():
-        raise ValueError(
-            f"these are {local_world} ranks on a machine with {torch.cuda.device_count()} GPUs: "
-            f"give torchrun --nproc_per_node {torch.cuda.device_count()}, or take --device cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
-
-
 def _store() -> dist.Store:
     """Return the store of torchrun, or that of the first rank where torchrun shares none."""
     is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

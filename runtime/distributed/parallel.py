@@ -11,7 +11,6 @@ With --expert_parallel the ranks are a grid. Neighbours share the experts of eac
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -28,7 +27,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from model_parts import Experts
-from runtime.base.ranks import Ranks, sharding_ranks
+from runtime.base.ranks import START_SECONDS, Ranks, sharding_ranks
+from runtime.distributed.balance import balance_over_ranks
 from runtime.distributed.expert_parallel import share_experts
 from runtime.distributed.trained_rows import keep_trained_rows
 
@@ -52,14 +52,22 @@ class Parallel(Ranks):
         self.mesh: DeviceMesh
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
-        self.reshard = True
+        self.waits = START_SECONDS
+        self.reshard, self.balances_globally = True, False
         # Whether matrices are gathered in the dtype that is computed in, which halves the bytes.
         self.gathers_half = device.type == "cuda"
 
-    def arrange(self, expert_parallel: int, shard: str, num_experts: int) -> None:
+    def arrange(
+        self,
+        expert_parallel: int,
+        shard: str,
+        num_experts: int,
+        balance_over: str = "micro_batch",
+    ) -> None:
         given = (self.world, self.local_world, expert_parallel, shard, num_experts)
         sharding = sharding_ranks(*given)
         self.experts, self.reshard = expert_parallel, shard != "none"
+        self.balances_globally = balance_over == "global"
         replicas, kind = self.world // sharding, self.device.type
         # Meshes of one dimension where there is one group of shards: fewer collectives.
         # Ranks that share experts are neighbours, and so on one machine if they fit there; a stack
@@ -118,21 +126,29 @@ class Parallel(Ranks):
         dist.all_gather_object(every, what)
         for rank, theirs in enumerate(every):
             for name in every[0] | theirs:
-                value, other = every[0].get(name), theirs.get(name)
+                value, other = (one.get(name, "not given") for one in (every[0], theirs))
                 if other != value:
                     raise ValueError(
                         f"rank {rank} has another {name} than rank 0: {other}, not {value}; start "
                         "all ranks with the same command, data and code"
                     )
 
+    def command(self, command: str) -> str:
+        nodes = self.world // self.local_world
+        where = "--standalone" if nodes == 1 else f"--nnodes {nodes} --rdzv_endpoint HOST:PORT"
+        script = command.removeprefix("python ")
+        return f"torchrun {where} --nproc_per_node {self.local_world} {script}"
+
     def in_order(self, values: Sequence[T]) -> list[T]:
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, list(values))
         return [value for turn in zip(*every, strict=True) for value in turn]
 
-    def wait_at_most(self, seconds: float) -> None:
+    def wait_at_most(self, seconds: float) -> float:
         for group in self.groups:
             _set_pg_timeout(timedelta(seconds=seconds), group)
+        before, self.waits = self.waits, seconds
+        return before
 
     # ---------------------------------------------------------------------------- on the device
     def share(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
@@ -163,27 +179,28 @@ class Parallel(Ranks):
     def shard(self, model: nn.Module, dtype: torch.dtype) -> None:
         options: dict[str, Any] = {"mesh": self.mesh, "reshard_after_forward": self.reshard}
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        half = options | {"mp_policy": policy}
+        half, in_half = options | {"mp_policy": policy}, self.gathers_half and dtype.itemsize == 2
         for block in model.layers:  # type: ignore[union-attr]  # an LLM's
-            # A compiled block is one graph, which has no room for a gather in it.
-            halves = self.gathers_half and dtype != torch.float32 and not block._compiled_call_impl
-            modules = cast_before_use(block) if halves else []
+            modules = cast_before_use(block) if in_half else []
+            if self.balances_globally:
+                balance_over_ranks(block.moe)
             if self.experts > 1:
-                share_experts(block, self.expert_group)
-                own = half if block.moe.experts in modules else options
-                fully_shard(block.moe.experts, **own | {"mesh": self.expert_mesh})
-                modules = [module for module in modules if module is not block.moe.experts]
-            if modules:
+                experts = share_experts(block, self.expert_group)
+                own = half if experts in modules else options
+                fully_shard(experts, **own | {"mesh": self.expert_mesh})
+                modules = [module for module in modules if module is not experts]
+            # A compiled block is one graph, which has no room for a gather in it.
+            if modules and not block._compiled_call_impl:
                 fully_shard(modules, **half)
             # What is left, in float32: norms, router, sinks, learned attention bias.
             fully_shard(block, **options)
         fully_shard(model, **options)
         keep_trained_rows(model, self)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Plain sums: a factor of 1 alone is a product that Gloo lacks.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        for module in _sharded(model):
+            # Plain sums: a factor of 1 alone is a product that Gloo lacks.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        model.register_forward_hook(_free_whole_weights)
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -249,16 +266,19 @@ class Parallel(Ranks):
             start += self.expert_rank * len(tensor)
         return range(start, start + count)
 
-    @contextlib.contextmanager
-    def gathered(self, model: nn.Module) -> Iterator[None]:
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.unshard()
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.reshard()
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _free_whole_weights(model: nn.Module, *_) -> None:
+    """Leave shards alone after a pass without gradients: no backward pass frees what is whole.
+
+    A checkpoint after a validation would find other parameters than the optimizer's.
+    """
+    if not torch.is_grad_enabled():
+        for module in _sharded(model):
+            module.reshard()
 
 
 def cast_before_use(block: nn.Module) -> list[nn.Module]:

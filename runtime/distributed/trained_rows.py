@@ -29,8 +29,8 @@ def _copy_rows(model: nn.Module, adapter: Adapter, ranks: Ranks) -> None:
         # A weight is still whole after a pass without gradients, and no update came since.
         if rows_name in parameters and ranks.is_split(parameters[name]):
             matrix, rows = parameters[name], ranks.whole(parameters[rows_name])
-            # Numbers of the rows that this rank holds.
-            own = ranks.part_of(matrix, torch.arange(len(matrix)))
-            (to,) = torch.where((own >= adapter.first_row) & (own < adapter.rows.stop))
-            new = rows.index_select(0, (own[to] - adapter.first_row).to(rows.device))
-            ranks.local(matrix).index_copy_(0, to.to(rows.device), new)
+            first, own = adapter.first_row, ranks.rows(matrix)
+            start, stop = max(own.start, first), min(own.stop, adapter.rows.stop)
+            if start < stop:
+                to = ranks.local(matrix)[start - own.start : stop - own.start]
+                to.copy_(rows[start - first : stop - first])

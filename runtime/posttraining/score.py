@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import LLM
-from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.base.ranks import ONE_PROCESS, START_SECONDS, Ranks
 from runtime.data.chat import prompt_ids
 from runtime.data.tokenizer import Tokenizer
 from runtime.inference.decoder import Decoder, generate
@@ -112,7 +112,10 @@ def shared_out(ranks: Ranks, parts: Sequence, do: Callable[..., Sequence[T]]) ->
     do: something that takes no part in what the ranks do together.
     """
     shared = ranks.share(parts)
+    # Some are done much earlier: their answers are short, or they have none.
+    before = ranks.wait_at_most(START_SECONDS)
     own = ranks.together(lambda: [do(part) if counts else [] for part, counts in shared])
+    ranks.wait_at_most(before)
     return [value for values in ranks.in_order(own) for value in values]
 
 

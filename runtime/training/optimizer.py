@@ -330,7 +330,8 @@ class MuonAdamW(Optimizer):
             pieces = by_shape.setdefault((R, C, at_once), [])
             held = self._held(parameter)
             if parameter.dim() == 2 and self.ranks.is_split(parameter):
-                pieces.append(Matrices(*(tensor[None] for tensor in held), parameter))
+                weights, gradient, momentum = (tensor[None] for tensor in held)
+                pieces.append(Matrices(weights, gradient, momentum, parameter))
             elif held[0].numel():
                 stacks = (tensor.reshape(-1, R, C).split(at_once) for tensor in held)
                 pieces += (Matrices(*parts) for parts in zip(*stacks, strict=True))

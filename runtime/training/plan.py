@@ -83,6 +83,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "expert_parallel",
     "shard",
+    "balance_over",
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
 OF_THE_MACHINE = ("expert_parallel", "shard")
@@ -156,6 +157,7 @@ def make_plan(
             "without torchrun"
         )
     check_data(task, source, ranks)
+    task.command = ranks.command(task.command)
     if config.resume:
         assert source is not None
         check_kind(source, task)
@@ -179,7 +181,9 @@ def make_plan(
         config = _with_epochs(config, settings, task, model_config, None, notes)
     auto_dtype = config.dtype == "auto"
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    ranks.arrange(
+        config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
+    )
     config = with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     plan = dataclasses.replace(plan, auto_dtype=auto_dtype)
@@ -663,7 +667,30 @@ def _resume_lines(plan: TrainPlan) -> list[str]:
         )
     if config.dtype != before["dtype"]:
         lines.append(f"dtype    {config.dtype} instead of {before['dtype']}")
+    if plan.ranks.world != plan.source.world:
+        lines.append(
+            f"ranks    {plan.ranks.world} instead of {plan.source.world}: the same data, order, "
+            "dropout and schedule; sums are rounded otherwise"
+        )
     return lines
+
+
+def schedule_notes(
+    plan: TrainPlan, learning_rate: Callable[[int, TrainConfig], float]
+) -> list[str]:
+    """Return a line about the learning rate where a resumed run has another max_steps."""
+    if not plan.config.resume:
+        return []
+    assert plan.source is not None
+    config = plan.config
+    before = type(config)(**plan.source.train_config)
+    if config.max_steps == before.max_steps:
+        return []
+    step = plan.source.step
+    return [
+        f"max_steps {before.max_steps:,} -> {config.max_steps:,}: the learning rate continues at "
+        f"{learning_rate(step, config):.3g} (before: {learning_rate(step - 1, before):.3g})"
+    ]
 
 
 def _model_lines(plan: TrainPlan) -> list[str]:

@@ -45,6 +45,7 @@ def whole_tensors(model: LLM, ranks: Ranks) -> dict[str, Tensor]:
 def drawn(
     ranks: Ranks,
     shard: str = "full",
+    expert_parallel: int = 1,
     seed: int = 42,
     config: ModelConfig = EVERYTHING,
     together: int = 100,
@@ -57,7 +58,7 @@ def drawn(
         patch.setattr(placing, "DRAWN_TOGETHER", together)
         model = meta_model(config)
         if ranks.world > 1:
-            ranks.arrange(1, shard, config.num_experts)
+            ranks.arrange(expert_parallel, shard, config.num_experts)
         ranks.shard(model, torch.float32)
         placing.allocate(model, torch.device("cpu"))
         placing.draw_by_name(model, seed, ranks)
@@ -65,12 +66,13 @@ def drawn(
 
 
 @pytest.mark.parametrize(
-    "world, shard, local_world", [(2, "full", 2), (4, "full", 4), (4, "none", 4), (4, "node", 2)]
+    "world, shard, expert_parallel, local_world",
+    [(2, "full", 1, 2), (4, "full", 1, 4), (4, "none", 2, 4), (4, "node", 1, 2), (4, "node", 2, 2)],
 )
-def test_initial_weights_do_not_depend_on_the_ranks(world, shard, local_world):
+def test_initial_weights_do_not_depend_on_the_ranks(world, shard, expert_parallel, local_world):
     """Each rank draws its own rows alone, and all together have what one process has."""
     one = drawn(ONE_PROCESS)
-    for found in run_on(world, drawn, shard, local_world=local_world):
+    for found in run_on(world, drawn, shard, expert_parallel, local_world=local_world):
         assert found.keys() == one.keys()
         assert [name for name in one if not torch.equal(found[name], one[name])] == []
 

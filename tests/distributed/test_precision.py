@@ -11,28 +11,15 @@ from torch import Tensor, nn
 import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime.base.device import autocast
 from runtime.base.ranks import ONE_PROCESS, Ranks
-from runtime.checkpoint.adapter import Adapter
-from runtime.posttraining.lora import attach
 from runtime.training.optimizer import build_optimizer
 from runtime.training.task import GivenTask
 from tests.builders import tiny_config
+from tests.builders_precision import EVERYTHING, dtypes_seen
 from tests.builders_ranks import SPEED, Trained, Windows, trained
 from tests.promises.many_ranks import FOUR_RANKS_LOSS, FULL_REGISTERS, differing, without_times
 from tests.ranks import run_on
 
-# Every kind of parameter.
-EVERYTHING = tiny_config(
-    **FULL_REGISTERS,
-    attention_sinks=True,
-    use_attention_bias=True,
-    qkv_bias=True,
-    out_proj_bias=True,
-    router_bias=True,
-    expert_bias=True,
-    head_bias=True,
-)
 # Of a block, by the ends of their names: what is only used after a cast.
 CAST = ("W_q", "W_k", "W_v", "out_proj", "experts")
 
@@ -63,41 +50,12 @@ def test_gathering_in_half_precision_changes_no_bit(config, changes):
             assert differing(one, other) == []
 
 
-def seen(ranks: Ranks, dtype: str, kind: str = "plain") -> dict[str, str]:
-    """Return the dtype that each parameter has while its module computes.
-
-    kind: plain, compiled, or adapted (with adapters).
-    """
-    ranks.gathers_half = True  # type: ignore[attr-defined]  # a Parallel's
-    torch.manual_seed(0)
-    model = LLM(EVERYTHING)
-    if kind == "adapted":
-        attach(model, Adapter(2, 2, alpha=3.0, first_row=0, num_rows=0, base="", base_digest=""))
-    if kind == "compiled":
-        for block in model.layers:
-            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    ranks.arrange(1, "full", EVERYTHING.num_experts)
-    ranks.shard(model, getattr(torch, dtype))
-    found = {}
-
-    def note(module: nn.Module, prefix: str, recurse: bool) -> None:
-        for name, parameter in module.named_parameters(prefix, recurse):
-            found[name] = str(parameter.dtype).removeprefix("torch.")
-
-    is_compiled = kind == "compiled"
-    # Hooks inside of a compiled block would be parts of its graph.
-    for name, module in model.named_modules():
-        if not is_compiled or module in list(model.layers):
-            module.register_forward_pre_hook(
-                lambda module, _, name=name: note(module, name, recurse=is_compiled)
-            )
-    ids_BT, targets_BT = Windows(EVERYTHING, 2).batch(0)
-    with autocast(torch.device("cpu"), getattr(torch, dtype)):
-        model(ids_BT, targets_BT).cross_entropy_sum.backward()
-    for parameter in model.parameters():
-        assert parameter.dtype == torch.float32
-        assert parameter.grad is None or parameter.grad.dtype == torch.float32
-    return found
+def test_experts_on_several_ranks_are_gathered_in_half_precision():
+    """Rows travel to them in autocast's dtype, and no bit is another than with float32 gathers."""
+    changes = dict(dtype="bfloat16", expert_parallel=2, grad_accum=4, max_steps=3)
+    one, *_ = run_on(4, trained, EVERYTHING, changes)
+    for other in run_on(4, trained_in_half, EVERYTHING, changes):
+        assert differing(one, other) == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -106,7 +64,7 @@ def test_only_what_is_cast_before_use_is_gathered_in_half(dtype):
 
     Norms, sinks, the learned bias, embedding and head stay float32 too; so do shards, gradients.
     """
-    found = run_on(2, seen, dtype)[0]
+    found = run_on(2, dtypes_seen, dtype)[0]
     # The head is no module that is called: the loss reads its weights.
     names = {n for n, _ in LLM(EVERYTHING).named_parameters() if not n.startswith("out_head")}
     assert found.keys() == names
@@ -119,8 +77,28 @@ def test_only_what_is_cast_before_use_is_gathered_in_half(dtype):
 @pytest.mark.parametrize("kind", ["compiled", "adapted"])
 def test_where_half_is_not_known_to_be_right_float32_is_gathered(kind):
     """A compiled block has no place for a gather inside; adapters compute in float32 first."""
-    found = run_on(2, seen, "bfloat16", kind)[0]
+    found = run_on(2, dtypes_seen, "bfloat16", kind)[0]
     assert found and set(found.values()) == {"float32"}
+
+
+def split_after_a_validation(ranks: Ranks, shard: str) -> list[bool]:
+    """Return of each parameter whether it is in shards after a pass without gradients."""
+    model = LLM(EVERYTHING)
+    ranks.arrange(1, shard, EVERYTHING.num_experts)
+    ranks.shard(model, torch.float32)
+    with torch.no_grad():
+        model(*Windows(EVERYTHING, 2).batch(0))
+    return [ranks.is_split(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("world, shard", [(2, "full"), (2, "none"), (4, "node")])
+def test_weights_are_in_shards_again_after_a_validation(world, shard):
+    """What is gathered stays whole until a backward pass, and a validation has none.
+
+    A save after it met parameters that the optimizer did not know.
+    """
+    for found in run_on(world, split_after_a_validation, shard, local_world=2):
+        assert all(found), f"{found.count(False)} are whole"
 
 
 # --------------------------------------------------------------------------------------- the scaler

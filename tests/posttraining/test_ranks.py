@@ -10,7 +10,8 @@ import torch
 
 import train
 from runtime.base.ranks import ONE_PROCESS, Ranks
-from runtime.checkpoint.read import load_model
+from runtime.checkpoint.format import Checkpoint
+from runtime.checkpoint.read import load_model, read_checkpoint
 from runtime.data.chat import with_chat
 from runtime.data.tokenizers import load_tokenizer
 from runtime.posttraining import score
@@ -32,6 +33,8 @@ KINDS = {"sft": (Sft, SftConfig), "dpo": (Preference, DpoConfig)}
 FULL_REGISTERS = dict(d_model=32, head_dim=32, d_ff=32)
 # An odd number of prompts of each form, and of parts that are answered at a time.
 PROMPTS = 5
+# Of losses over six steps of Adam, whose first steps blow rounding up.
+EXPERTS_APART = 1e-5
 
 
 def flags_of(folder: Path, kind: str, *flags: object) -> list[str]:
@@ -111,6 +114,70 @@ def test_two_ranks_are_one_process(tmp_path, data, kind, flags):
     if kind == "dpo":
         first, second = ((tmp_path / name / "ckpt" / FILE).read_bytes() for name in "12")
         assert first == second
+
+
+def close_to_one_process(ranks: Ranks, flags: list[str]) -> tuple[dict, list[dict]]:
+    """Return the weights that the first score asks, and the records of a short run."""
+    plan = planned(ranks, "sft", flags)
+    model, optimizer, _ = set_up(plan, train.forward_backward)
+    # The base's, as long as B is 0: also what scores do with the weights of experts elsewhere.
+    before = {n: t.clone() for n, t in plan.task.plain(model).state_dict().items()}
+    records: list[dict] = []
+    given = dict(optimizer=optimizer, ranks=ranks)
+    train.fit(model, plan.task, plan.config, train.Hooks(records.append), **given)
+    return before, comparable(records)
+
+
+def test_adapters_of_experts_that_ranks_share(tmp_path):
+    """Rows then come back from other ranks in another order of sums: close, and not to the bit."""
+    flags = flags_of(tmp_path, "sft", "--lora_rank", 4, "--log_interval", 1)
+    before, expected = close_to_one_process(ONE_PROCESS, [*flags, *in_folder(tmp_path / "1")])
+    flags += [*in_folder(tmp_path / "2"), "--expert_parallel", "2"]
+    for weights, records in run_on(2, close_to_one_process, flags):
+        assert [name for name in before if not torch.equal(before[name], weights[name])] == []
+        assert len(records) == len(expected)
+        for own, one in zip(records, expected, strict=True):
+            if one["kind"] != "score":
+                assert own["loss"] == pytest.approx(one["loss"], rel=EXPERTS_APART), own["step"]
+
+
+# ---------------------------------------------------------------------------------------- its files
+def finished(ranks: Ranks, kind: str, flags: list[str]) -> int:
+    """Carry out a run with its files; plots apart, which take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
+        return train.run(planned(ranks, kind, flags))
+
+
+def saved(folder: Path) -> Checkpoint:
+    return read_checkpoint(folder / "ckpt" / "latest.pt", optimizer=True)
+
+
+@pytest.mark.parametrize("more", [[], ["--lora_rank", "4"]], ids=["full", "lora"])
+def test_a_run_resumes_on_any_number_of_ranks(tmp_path, more):
+    """Two ranks stop and resume, then one process does: the weights and files of one whole run.
+
+    The reference is lost on the way, so that the ranks compute it from the start's weights again.
+    """
+    flags = [*flags_of(tmp_path, "dpo", "--schedule", "constant"), *more]
+    whole, parts = ([*flags, *in_folder(tmp_path / name)] for name in ("whole", "parts"))
+    assert finished(ONE_PROCESS, "dpo", whole) == 0
+    assert run_on(2, finished, "dpo", [*parts, "--max_steps", "2"]) == [0, 0]
+    first = saved(tmp_path / "parts")
+    assert (first.step, first.world, first.stage["kind"]) == (2, 2, "dpo")
+    (tmp_path / "parts" / "ckpt" / FILE).unlink()
+    resume = ["--resume", *in_folder(tmp_path / "parts"), "--max_steps"]
+    assert run_on(2, finished, "dpo", [*resume, "4"]) == [0, 0]
+    assert finished(ONE_PROCESS, "dpo", [*resume, "6"]) == 0
+    one, other = saved(tmp_path / "whole"), saved(tmp_path / "parts")
+    assert one.step == other.step == 6 and one.adapter == other.adapter
+    for own, theirs in ((one.trained or one.model, other.trained or other.model),):
+        assert [name for name in own if not torch.equal(own[name], theirs[name])] == []
+    assert one.optimizer is not None and other.optimizer is not None
+    for name, tensor in one.optimizer.items():
+        assert torch.equal(tensor, other.optimizer[name]), name
+    first, second = ((tmp_path / name / "ckpt" / FILE).read_bytes() for name in ("whole", "parts"))
+    assert first == second
 
 
 # --------------------------------------------------------------------------------------- the score

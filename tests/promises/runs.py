@@ -508,19 +508,18 @@ def straight(command: Command = PRETRAINING) -> tuple[Run, Attempt]:
     return run, attempt
 
 
-def difference(run: Run) -> str:
+def difference(run: Run, expected: Run | None = None) -> str:
     """Return where a run's final checkpoint differs from the uninterrupted run's, or "".
 
     They are compared bit for bit.
     """
+    expected = expected or straight(run.command)[0]
     try:
         mine, theirs = (
-            read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True)
-            for one in (run, straight(run.command)[0])
+            read_checkpoint(one.ckpt_dir / "latest.pt", optimizer=True) for one in (run, expected)
         )
         best, their_best = (
-            read_checkpoint(one.ckpt_dir / "best.pt").step
-            for one in (run, straight(run.command)[0])
+            read_checkpoint(one.ckpt_dir / "best.pt").step for one in (run, expected)
         )
     except CheckpointError as error:
         return str(error)
@@ -544,7 +543,7 @@ def difference(run: Run) -> str:
     return ""
 
 
-def metrics_difference(run: Run) -> str:
+def metrics_difference(run: Run, expected: Run | None = None) -> str:
     """Return the same for its metrics, except for clock values.
 
     Strict JSON, steps that increase, tokens that add up, no record twice.
@@ -568,7 +567,7 @@ def metrics_difference(run: Run) -> str:
         if run.command is PRETRAINING and record["tokens_seen"] != record["step"] * TOKENS_PER_STEP
     ]:
         return f"tokens_seen is not step x {TOKENS_PER_STEP} at step {bad[0]}"
-    mine, theirs = comparable(records), comparable(straight(run.command)[0].records())
+    mine, theirs = comparable(records), comparable((expected or straight(run.command)[0]).records())
     if mine != theirs:
         return next(
             (

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from benchmarks.reliability import promises
-from tests.promises import adapters, runs, tuning_runs
+from tests.promises import adapters, rank_faults, runs, tuning_runs
 
 PROMISES = [
     pytest.param(
@@ -17,7 +17,8 @@ PROMISES = [
         id=f"{p.number}-{p.run.__name__}",
         marks=[
             pytest.mark.skipif(
-                p in (*runs.PROMISES, *tuning_runs.PROMISES) and not hasattr(os, "fork"),
+                p in (*runs.PROMISES, *tuning_runs.PROMISES, *rank_faults.PROMISES)
+                and not hasattr(os, "fork"),
                 reason="the runs are children of a fork server",
             ),
             pytest.mark.skipif(

@@ -302,7 +302,7 @@ def test_a_run_on_many_ranks_is_priced(report):
     assert lines["rows of tokens"][1] == "0 B"
     told = "\n".join(lines)
     assert "64 ranks, 8 a node; weights sharded over 64, experts shared by 8" in told
-    assert "train.py needs --grad_accum 64 instead of 1" in told
+    assert "train.py needs --grad_accum 64 instead of 1" in lines["batch"][0]
     assert "not measured: computed for an H100 SXM" in told
     assert "bound by weights and gradients over the network" in told
 

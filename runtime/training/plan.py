@@ -500,11 +500,14 @@ def check_memory(plan: TrainPlan) -> dict[str, int]:
     # Gradients are as large as the weights, even where they do not exist at the step's peak.
     fixed = needed["weights"] + needed["optimizer state"] + plan.task.gradient_bytes(needed)
     memory = memory_bytes(plan.device)
-    if memory and fixed > memory[1]:
+    # Ranks on one machine share its memory, if it is not a GPU's.
+    sharing = 1 if on_gpu else plan.ranks.local_world
+    if memory and fixed * sharing > memory[1]:
         preset = _fitting_preset(memory[1]) if on_gpu else "nano"
+        each = f" on each of {sharing} ranks" if sharing > 1 else ""
         raise ValueError(
             f"{human_count(total_parameters(plan.model_config))} parameters need "
-            f"{human_bytes(fixed)} for weights, gradients and optimizer state, and "
+            f"{human_bytes(fixed)} for weights, gradients and optimizer state{each}, and "
             f"{device_name(plan.device)} has {human_bytes(memory[1])}: choose a smaller model, "
             f"e.g. --preset {preset}"
         )

@@ -347,6 +347,11 @@ class TrainConfig:
         "once a step; node = those of one machine",
         choices=("full", "node", "none"),
     )
+    checkpoint: str = option(
+        "auto",
+        "auto = one file, or a folder above 100 GB",
+        choices=("auto", "file", "sharded"),
+    )
     balance_over: str = option(
         "micro_batch",
         "whose tokens balance loss counts; global = all ranks'",

@@ -42,6 +42,7 @@ def promises() -> list:
         runs,
         texts,
         training,
+        tuning_ranks,
         tuning_runs,
     )
 
@@ -65,6 +66,7 @@ def promises() -> list:
             *adapters.PROMISES,
             *policy.PROMISES,
             *tuning_runs.PROMISES,
+            *tuning_ranks.PROMISES,
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,

@@ -80,7 +80,9 @@ def checkpoint_found(
     path, skipped = ranks.from_first(look)
     if path is None:
         return None, skipped
-    read = ranks.together(lambda: found[0] if found else read_checkpoint(path, optimizer=True))
+    read = ranks.together(
+        lambda: found[0] if found else read_checkpoint(path, optimizer=True, is_checked=True)
+    )
     return read, skipped
 
 

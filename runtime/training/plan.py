@@ -83,10 +83,13 @@ FREE_ON_RESUME = {
     "tensorboard",
     "expert_parallel",
     "shard",
+    "checkpoint",
     "balance_over",
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
-OF_THE_MACHINE = ("expert_parallel", "shard")
+OF_THE_MACHINE = ("expert_parallel", "shard", "checkpoint")
+# Parts of the estimate of memory that are there also between steps.
+KEPT_BETWEEN_STEPS = {"program", "weights", "frozen weights", "optimizer state"}
 
 
 # With --init_from the weights decide the architecture. These settings change neither the shapes of
@@ -184,6 +187,11 @@ def make_plan(
     ranks.arrange(
         config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
     )
+    if config.checkpoint == "sharded" and ranks is ONE_PROCESS:
+        raise ValueError(
+            "--checkpoint sharded is for runs on several ranks: leave it out, or start with "
+            "torchrun --standalone --nproc_per_node RANKS train.py"
+        )
     config = with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     plan = dataclasses.replace(plan, auto_dtype=auto_dtype)
@@ -492,11 +500,14 @@ def check_memory(plan: TrainPlan) -> dict[str, int]:
     # Gradients are as large as the weights, even where they do not exist at the step's peak.
     fixed = needed["weights"] + needed["optimizer state"] + plan.task.gradient_bytes(needed)
     memory = memory_bytes(plan.device)
-    if memory and fixed > memory[1]:
+    # Ranks on one machine share its memory, if it is not a GPU's.
+    sharing = 1 if on_gpu else plan.ranks.local_world
+    if memory and fixed * sharing > memory[1]:
         preset = _fitting_preset(memory[1]) if on_gpu else "nano"
+        each = f" on each of {sharing} ranks" if sharing > 1 else ""
         raise ValueError(
             f"{human_count(total_parameters(plan.model_config))} parameters need "
-            f"{human_bytes(fixed)} for weights, gradients and optimizer state, and "
+            f"{human_bytes(fixed)} for weights, gradients and optimizer state{each}, and "
             f"{device_name(plan.device)} has {human_bytes(memory[1])}: choose a smaller model, "
             f"e.g. --preset {preset}"
         )
@@ -519,6 +530,11 @@ def needed_bytes(plan: TrainPlan, placement: Placement | None) -> dict[str, int]
         # A task knows its adapters as a whole.
         own = ("weights", "gradients", "optimizer state")
         needed |= {name: needed[name] // placement.sharding for name in own}
+    if placement and plan.task.gathers_weights:
+        # When a step's own memory is free again.
+        of_a_step = sum(size for name, size in needed.items() if name not in KEPT_BETWEEN_STEPS)
+        whole = 4 * total_parameters(plan.model_config)
+        needed["whole weights for a score"] = max(whole - of_a_step, 0)
     return needed
 
 

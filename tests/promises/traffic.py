@@ -34,7 +34,9 @@ def random_case(seed: int) -> tuple[int, ModelConfig, TrainConfig, bool]:
     training = dict(
         batch_size=r.randint(1, 3),
         grad_accum=world * r.randint(1, 2),
-        optimizer=r.choice(("adamw", "muon")),
+        # Gathered updates of meshes with two dimensions: torch keeps the groups of an earlier mesh
+        # that is equal, and those are gone here. A fast test has such a step, once in a process.
+        optimizer=r.choice(("adamw",) if shard == "node" else ("adamw", "muon")),
         activation_checkpointing=r.random() < 0.5,
         shard=shard,
         expert_parallel=r.choice((1, 2, 4, 8)),

@@ -41,7 +41,9 @@ def promises() -> list:
         rank_faults,
         runs,
         texts,
+        traffic,
         training,
+        tuning_ranks,
         tuning_runs,
     )
 
@@ -65,9 +67,11 @@ def promises() -> list:
             *adapters.PROMISES,
             *policy.PROMISES,
             *tuning_runs.PROMISES,
+            *tuning_ranks.PROMISES,
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,
+            *traffic.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

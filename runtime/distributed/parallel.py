@@ -82,6 +82,7 @@ class Parallel(Ranks):
         # Whose members hold the weights once, and whose members share a block's experts.
         self.shard_group, self.expert_group = flat.get_group("shard"), grid.get_group("expert")
         self.expert_rank = grid.get_local_rank("expert")
+        self.whole_expert_mesh = grid["expert", "expert_shard"]
         self.groups = [None, *flat.get_all_groups(), *grid.get_all_groups()]
 
     # ------------------------------------------------------------------------------ on the host

@@ -38,6 +38,7 @@ def promises() -> list:
         policy,
         prompt,
         published,
+        rank_checkpoints,
         rank_faults,
         runs,
         texts,
@@ -68,6 +69,7 @@ def promises() -> list:
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,
+            *rank_checkpoints.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

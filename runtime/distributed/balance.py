@@ -1,10 +1,10 @@
 """Balance losses that count the tokens of all ranks (--balance_over global).
 
 A micro-batch is a few texts, often of one kind. Balance within each of them keeps experts from
-taking a kind of their own; balance over many texts does not (Qiu et al. 2025, arXiv 2501.11873,
-section 3). What is summed are the assignments of each expert, over the micro-batches that the ranks
-compute at the same time. The mean of these losses over W ranks is the loss of one micro-batch W
-times as large.
+taking a kind of their own; balance over many texts does not (Qiu et al. 2025, arXiv 2501.11873).
+What is summed are the assignments of each expert, over the micro-batches that the ranks compute at
+the same time. The mean of these losses over W ranks is the loss of one micro-batch W times as
+large.
 """
 
 from __future__ import annotations

@@ -38,10 +38,13 @@ def promises() -> list:
         policy,
         prompt,
         published,
+        rank_checkpoints,
         rank_faults,
         runs,
         texts,
+        traffic,
         training,
+        tuning_ranks,
         tuning_runs,
     )
 
@@ -65,9 +68,12 @@ def promises() -> list:
             *adapters.PROMISES,
             *policy.PROMISES,
             *tuning_runs.PROMISES,
+            *tuning_ranks.PROMISES,
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,
+            *traffic.PROMISES,
+            *rank_checkpoints.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -110,8 +110,8 @@ class RankDispatcher(LocalDispatcher):
 def _computed(experts: Experts, rows_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
     """Return the experts' outputs, [R, C], also of no rows at all.
 
-    Then they get one row of zeros. F.grouped_mm has no backward pass for none (pytorch pull request
-    192497), and this rank must take part in all exchanges.
+    Then they get one row of zeros: F.grouped_mm refuses some operands without rows (pytorch pull
+    request 192497). The result still depends on the rows, so that their gradients are exchanged.
     """
     if len(rows_RC):
         return experts(rows_RC, experts_R, counts_E)

@@ -49,7 +49,8 @@ class Parallel(Ranks):
 
     def __init__(self, device: torch.device, local_world: int):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device, self.local_world = device, local_world
+        self.device: torch.device = device
+        self.local_world = local_world
         self.mesh: DeviceMesh
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
@@ -82,6 +83,7 @@ class Parallel(Ranks):
         # Whose members hold the weights once, and whose members share a block's experts.
         self.shard_group, self.expert_group = flat.get_group("shard"), grid.get_group("expert")
         self.expert_rank = grid.get_local_rank("expert")
+        self.whole_expert_mesh = grid["expert", "expert_shard"]
         self.groups = [None, *flat.get_all_groups(), *grid.get_all_groups()]
 
     # ------------------------------------------------------------------------------ on the host
@@ -109,8 +111,8 @@ class Parallel(Ranks):
         result, failure = None, None
         try:
             result = do()
-        except (ValueError, OSError) as error:
-            failure = error
+        except (ValueError, OSError) as mistake:
+            failure = mistake
         failures: list[Any] = [None] * self.world
         dist.all_gather_object(failures, failure)
         found = {rank: error for rank, error in enumerate(failures) if error is not None}

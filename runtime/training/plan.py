@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -614,7 +615,7 @@ def with_largest_micro_batch(plan: TrainPlan, runs: Callable[[TrainPlan], bool])
                 f"micro-batch {c.batch_size} x {c.grad_accum} is the largest that fits, "
                 f"of {sequences} sequences a step"
             )
-            chosen = ranks.together(lambda fitting=candidate: with_loss_rows(fitting))
+            chosen = ranks.together(functools.partial(with_loss_rows, candidate))
             return dataclasses.replace(chosen, notes=[*plan.notes, note])
     raise ValueError(
         f"not even one sequence of {plan.model_config.context_length} tokens fits "

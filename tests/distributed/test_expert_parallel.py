@@ -82,7 +82,7 @@ def grouped(ranks: Ranks) -> tuple[int, dict[str, Tensor]]:
 
 
 def test_a_rank_without_rows_takes_part():
-    """The backward pass of the grouped kernel failed where an operand was empty."""
+    """Its experts get one row of zeros, which the grouped kernel knows, and gradients of 0."""
     _, expected = grouped(ONE_PROCESS)
     by_rank = run_on(2, grouped)
     # A row of zeros in each of two blocks.

@@ -21,20 +21,18 @@ from runtime.data.tokenizers import load_tokenizer
 from runtime.posttraining import score
 from runtime.posttraining.flags import settings_of
 from runtime.posttraining.policy import Grpo, GrpoConfig
-from runtime.posttraining.preference import DpoConfig, Preference
 from runtime.posttraining.reference import FILE
 from runtime.posttraining.score import Exam, shared_out
-from runtime.posttraining.sft import Sft, SftConfig
 from runtime.posttraining.tuning import BASE_LOSS
-from runtime.training.plan import TrainPlan, check_memory, initial_state, make_plan
+from runtime.training.plan import check_memory, make_plan
 from runtime.training.setup import set_up
 from tests import children
 from tests.builders_posttraining import QUICK, chats, in_folder, pairs, tiny_base
 from tests.builders_runs import comparable
+from tests.builders_tuned import differing, planned, tuned
 from tests.conftest import REPO
 from tests.ranks import run_on
 
-KINDS = {"sft": (Sft, SftConfig), "dpo": (Preference, DpoConfig)}
 # Half of each tensor fills vector registers: kernels round what does not in another way.
 FULL_REGISTERS = dict(d_model=32, head_dim=32, d_ff=32)
 # An odd number of prompts of each form, and of parts that are answered at a time.
@@ -53,36 +51,6 @@ def flags_of(folder: Path, kind: str, *flags: object) -> list[str]:
     start = ["--init_from", base, "--data", data, "--row_tokens", 64]
     split = ["--batch_size", 1, "--grad_accum", 2]
     return [*QUICK, *map(str, (*start, *split, *flags))]
-
-
-def planned(ranks: Ranks, kind: str, flags: list[str]) -> TrainPlan:
-    task_of, config_class = KINDS[kind]
-    torch.set_num_threads(1)
-    return make_plan(settings_of("", flags, config_class), task_of, config_class, ranks)
-
-
-def tuned(ranks: Ranks, kind: str, flags: list[str]) -> tuple[dict, dict, list[dict]]:
-    """Return the weights, the optimizer's state and the records of a run that saves nothing.
-
-    The weights are also those of the plain model that a score asks.
-    """
-    plan = planned(ranks, kind, flags)
-    state = initial_state(plan)
-    model, optimizer, _ = set_up(plan, train.forward_backward)
-    records: list[dict] = []
-    hooks = train.Hooks(records.append)
-    given = dict(optimizer=optimizer, state=state, ranks=ranks)
-    train.fit(model, plan.task, plan.config, hooks, **given)
-    plain = plan.task.plain(model).state_dict()
-    weights = {f"plain.{name}": tensor.clone() for name, tensor in plain.items()}
-    parameters = dict(model.named_parameters())
-    weights |= {name: ranks.whole(p.detach()).clone() for name, p in parameters.items()}
-    moments = {
-        f"{key}.{name}": ranks.whole(value).clone()
-        for name, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    return weights, moments, comparable(records)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +73,11 @@ def test_two_ranks_are_one_process(tmp_path, data, kind, flags, shard):
     common += ["--data_dir", str(data)]
     one = tuned(ONE_PROCESS, kind, common)
     others = run_on(2, tuned, kind, [*common, *in_folder(tmp_path / "2")[:4], "--shard", shard])
-    assert {r["kind"] for r in one[2]} == {"train", "val", "score"}
-    scores = [record["score"] for record in one[2] if record["kind"] == "score"]
+    assert {r["kind"] for r in one.records} == {"train", "val", "score"}
+    scores = [record["score"] for record in one.records if record["kind"] == "score"]
     assert len(scores) == 3 and all(BASE_LOSS in numbers for numbers in scores)
     for other in others:
-        for own, theirs in zip(one[:2], other[:2], strict=True):
-            assert own.keys() == theirs.keys()
-            assert [name for name in own if not torch.equal(own[name], theirs[name])] == []
-        assert other[2] == one[2]
+        assert differing(one, other) == []
     plan = planned(ONE_PROCESS, kind, [*common, *in_folder(tmp_path)])
     held_out = len(plan.task.validation(plan.model_config, plan.config))
     assert held_out > 2 and held_out % 2, "a rank gets a batch that does not count"

@@ -52,13 +52,13 @@ def test_flags_that_cannot_be_measured_are_refused(flags):
 CURVES = {
     "one process": {"train": [[1, 4.0], [2, 2.0]], "val": [[2, 2.0]]},
     "four ranks": {"train": [[1, 4.0], [2, 2.002]], "val": [[2, 1.999]]},
-    "one process, 1 thread": {"train": [[1, 4.0], [2, 2.0]], "val": [[2, 2.0]]},
+    "one process, AVX2": {"train": [[1, 4.0], [2, 2.0]], "val": [[2, 2.0]]},
 }
 
 
 def test_the_curves_are_compared_step_by_step():
     figures = ranks_curve.summary(CURVES)
-    assert set(figures.pop("one process, 1 thread").values()) == {0.0}
+    assert set(figures.pop("one process, AVX2").values()) == {0.0}
     (figures,) = figures.values()
     assert figures["largest difference of a training loss"] == pytest.approx(1e-3)
     assert figures["difference of the last validation loss"] == pytest.approx(5e-4)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import _redistribute
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -160,6 +161,9 @@ def fake_ranks(world: int, in_node: int = RANKS_OF_A_NODE) -> Iterator[Parallel]
         yield Parallel(torch.device("cpu"), min(world, in_node))
     finally:
         dist.destroy_process_group()
+        # How to gather is kept for equal meshes, and names groups that are gone.
+        _redistribute._gen_transform_infos.cache_clear()
+        _redistribute.clear_redistribute_planner_cache()
 
 
 class _Zeros:

@@ -41,6 +41,7 @@ def promises() -> list:
         rank_faults,
         runs,
         texts,
+        traffic,
         training,
         tuning_ranks,
         tuning_runs,
@@ -70,6 +71,7 @@ def promises() -> list:
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,
+            *traffic.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

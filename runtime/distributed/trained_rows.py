@@ -26,8 +26,7 @@ def keep_trained_rows(model: nn.Module, ranks: Ranks) -> None:
 def _copy_rows(model: nn.Module, adapter: Adapter, ranks: Ranks) -> None:
     parameters = dict(model.named_parameters())
     for rows_name, name in ROWS.items():
-        # A weight is still whole after a pass without gradients, and no update came since.
-        if rows_name in parameters and ranks.is_split(parameters[name]):
+        if rows_name in parameters:
             matrix, rows = parameters[name], ranks.whole(parameters[rows_name])
             first, own = adapter.first_row, ranks.rows(matrix)
             start, stop = max(own.start, first), min(own.stop, adapter.rows.stop)

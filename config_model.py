@@ -354,7 +354,7 @@ class TrainConfig:
     )
     balance_over: str = option(
         "micro_batch",
-        "whose tokens balance loss counts: a micro_batch's, or global: all ranks' at a time",
+        "whose tokens balance loss counts; global = all ranks'",
         choices=("micro_batch", "global"),
     )
     keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import _redistribute
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,7 +36,7 @@ from runtime.kernels.choose import choose_kernels
 from runtime.training.optimizer import build_optimizer
 from runtime.training.placement import Placement
 from runtime.training.state import RecentLoss, RunState
-from runtime.training.task import GivenTask
+from runtime.training.task import Batch, GivenTask
 from runtime.training.traffic import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -68,7 +69,11 @@ TINY = dict(
 CASES: dict[str, tuple[int, dict, dict]] = {
     "full, AdamW": (8, {}, {}),
     "full, Muon, two micro-batches": (64, {}, dict(optimizer="muon", grad_accum=128)),
-    "none, recomputed": (8, {}, dict(shard="none", activation_checkpointing=True)),
+    "none, recomputed, one balance of all": (
+        8,
+        {},
+        dict(shard="none", activation_checkpointing=True, balance_over="global"),
+    ),
     "node, experts shared, Muon": (
         64,
         dict(expert_activation="swiglu", expert_bias=False, qk_norm=True, tie_embeddings=True),
@@ -77,7 +82,7 @@ CASES: dict[str, tuple[int, dict, dict]] = {
     "experts shared in the node, recomputed": (
         64,
         dict(qkv_bias=True, attention_sinks=True, router_bias=True, head_bias=False),
-        dict(expert_parallel=8, activation_checkpointing=True),
+        dict(expert_parallel=8, activation_checkpointing=True, balance_over="global"),
     ),
     "experts shared by all, learned attention bias": (
         8,
@@ -109,6 +114,10 @@ class CollectiveCounter(TorchDispatchMode):
         kind = next((kind for part, kind in KINDS.items() if part in str(function)), None)
         if kind and function.namespace in ("c10d", "_c10d_functional"):
             self._note(kind, args, result)
+        elif "sum_over_ranks" in str(function):
+            # An operation of ours, inside of which nothing is seen.
+            every = tuple(range(dist.get_world_size()))
+            self.asked[Asked(ALL_REDUCE, every, result.numel() * result.itemsize)] += 1
         self.watch(result)
         self.peak_bytes = max(self.peak_bytes, self.held_bytes())
         return result
@@ -139,8 +148,9 @@ def _ranks_of(args: tuple) -> tuple[int, ...]:
     for argument in args:
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(argument)))
-    names = [a for a in args if isinstance(a, str) and a != "sum"]
-    return tuple(dist.get_process_group_ranks(_resolve_process_group(names[-1])))
+    # The functional ones are given its name, last.
+    group = _resolve_process_group(args[-1])
+    return tuple(dist.get_process_group_ranks(group))
 
 
 @contextlib.contextmanager
@@ -151,6 +161,9 @@ def fake_ranks(world: int, in_node: int = RANKS_OF_A_NODE) -> Iterator[Parallel]
         yield Parallel(torch.device("cpu"), min(world, in_node))
     finally:
         dist.destroy_process_group()
+        # How to gather is kept for equal meshes, and names groups that are gone.
+        _redistribute._gen_transform_infos.cache_clear()
+        _redistribute.clear_redistribute_planner_cache()
 
 
 class _Zeros:
@@ -177,13 +190,13 @@ def counted_step(
         model = LLM(config)
         choose_kernels(model, torch.device("cpu"), dtype)
         model.activation_checkpointing = c.activation_checkpointing
-        ranks.arrange(c.expert_parallel, c.shard, config.num_experts)
+        ranks.arrange(c.expert_parallel, c.shard, config.num_experts, c.balance_over)
         ranks.shard(model, dtype)
         optimizer = build_optimizer(model, c, ranks)
         initialise_state(optimizer)
         loader = _Zeros(config, c.batch_size)
         task = GivenTask(loader, train.next_token_loss)
-        batches = [loader.batch(0) for _ in ranks.mine(c.grad_accum)]
+        batches: list[Batch] = [loader.batch(0) for _ in ranks.mine(c.grad_accum)]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         recent = RecentLoss(RunState(), 0.0, torch.device("cpu"))
         held = [ranks.local(parameter) for parameter in model.parameters()]

@@ -42,7 +42,9 @@ def promises() -> list:
         rank_faults,
         runs,
         texts,
+        traffic,
         training,
+        tuning_ranks,
         tuning_runs,
     )
 
@@ -66,10 +68,12 @@ def promises() -> list:
             *adapters.PROMISES,
             *policy.PROMISES,
             *tuning_runs.PROMISES,
+            *tuning_ranks.PROMISES,
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,
             *rank_checkpoints.PROMISES,
+            *traffic.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

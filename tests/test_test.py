@@ -24,6 +24,8 @@ from runtime.base.text import human_bytes, human_count
 from runtime.checkpoint.read import read_config
 from runtime.checkpoint.write import save_checkpoint
 from runtime.training.memory import training_memory_bytes
+from runtime.training.placement import Placement
+from runtime.training.traffic import step_collectives
 from tests.builders import NEEDS, as_flags, other_value, tiny_config
 
 
@@ -276,3 +278,65 @@ def test_no_parameter_is_ever_made(report):
     )
     assert max(real, default=0) <= 4096
     assert before is None or peak_memory_bytes(torch.device("cpu")) - before < 100 << 20
+
+
+# --------------------------------------------------------------------------------------- many ranks
+def test_a_run_on_many_ranks_is_priced(report):
+    """The memory of a rank, what it sends over each link, and a bound that says it is an estimate.
+
+    The sums of the two tables are those of the closed forms.
+    """
+    argv = ("--preset", "gpt-oss-20b", "--context_length", 4096, "--world", 64)
+    lines = report(*argv, "--expert_parallel", 8, "--activation_checkpointing")
+    config = dataclasses.replace(ModelConfig(**PRESETS["gpt-oss-20b"].model), context_length=4096)
+    train = TrainConfig(
+        batch_size=1, grad_accum=64, expert_parallel=8, activation_checkpointing=True
+    )
+    placement = Placement(64, 8, config.num_experts, 8, in_half=True)
+    parts = training_memory_bytes(config, train, 2, on_gpu=True, placement=placement)
+    assert lines["memory of a rank"] == ["1 x 4096"]
+    assert lines["gathered"] == [human_bytes(parts["gathered"])]
+    sent = [c.sent_bytes for c in step_collectives(config, train, placement, 2)]
+    in_all = [human_bytes(sum(link)) for link in zip(*sent, strict=True)]
+    assert lines["in all"] == in_all
+    assert lines["rows of tokens"][1] == "0 B"
+    told = "\n".join(lines)
+    assert "64 ranks, 8 a node; weights sharded over 64, experts shared by 8" in told
+    assert "train.py needs --grad_accum 64 instead of 1" in lines["batch"][0]
+    assert "not measured: computed for an H100 SXM" in told
+    assert "bound by weights and gradients over the network" in told
+
+
+def test_ranks_take_the_micro_batches_that_train_py_gives_them(report):
+    """16 x 4 sequences are 8 x 8 on 8 ranks, as train.py cuts them."""
+    lines = report("--preset", "gptoss-modern", "--world", 8)
+    assert lines["batch"][0].startswith("8 x 8 sequences a step instead of 16 x 4")
+    assert lines["memory of a rank"] == ["8 x 2048"]
+
+
+def test_more_tokens_hide_the_weights(report):
+    """Twice the micro-batch is twice the compute and the same bytes, so that links bind no more."""
+    few, many = (
+        "\n".join(report("--preset", "gptoss-modern", "--world", 8, "--batch_size", size))
+        for size in (1, 32)
+    )
+    assert "bound by weights and gradients over NVLink" in few
+    assert "bound by compute" in many
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--expert_parallel", "2"], "--expert_parallel is for runs on several ranks"),
+        (["--shard", "none"], "--shard is for runs on several ranks"),
+        (["--nproc_per_node", "4"], "--nproc_per_node has no effect without --world"),
+        (["--world", "0"], "--world and --nproc_per_node count ranks"),
+        (["--world", "8", "--nproc_per_node", "0"], "--world and --nproc_per_node count ranks"),
+        (["--world", "12"], "12 ranks do not fill nodes of 8"),
+        (["--world", "8", "--shard", "node"], "--shard node is for several nodes"),
+        (["--world", "8", "--expert_parallel", "3"], "take 1 or 2 or 4 or 8"),
+    ],
+)
+def test_ranks_that_cannot_be_are_one_line(argv, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(argv)

@@ -195,7 +195,8 @@ class Parallel(Ranks):
                 fully_shard(modules, **half)
             # What is left, in float32: norms, router, sinks, learned attention bias.
             fully_shard(block, **options)
-        fully_shard(model, **options)
+        # The backward pass begins with the head, so it would only be gathered again.
+        fully_shard(model, **options | {"reshard_after_forward": False})
         keep_trained_rows(model, self)
         for module in _sharded(model):
             # Plain sums: a factor of 1 alone is a product that Gloo lacks.

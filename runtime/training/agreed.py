@@ -75,7 +75,7 @@ def checkpoint_found(
     def look() -> tuple[Path | None, list[str]]:
         source, skipped = find()
         found.append(source)
-        return source and source.path, skipped
+        return None if source is None else source.path, skipped
 
     path, skipped = ranks.from_first(look)
     if path is None:

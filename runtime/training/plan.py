@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -88,6 +89,8 @@ FREE_ON_RESUME = {
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
 OF_THE_MACHINE = ("expert_parallel", "shard", "checkpoint")
+# Parts of the estimate of memory that are there also between steps.
+KEPT_BETWEEN_STEPS = {"program", "weights", "frozen weights", "optimizer state"}
 
 
 # With --init_from the weights decide the architecture. These settings change neither the shapes of
@@ -498,11 +501,14 @@ def check_memory(plan: TrainPlan) -> dict[str, int]:
     # Gradients are as large as the weights, even where they do not exist at the step's peak.
     fixed = needed["weights"] + needed["optimizer state"] + plan.task.gradient_bytes(needed)
     memory = memory_bytes(plan.device)
-    if memory and fixed > memory[1]:
+    # Ranks on one machine share its memory, if it is not a GPU's.
+    sharing = 1 if on_gpu else plan.ranks.local_world
+    if memory and fixed * sharing > memory[1]:
         preset = _fitting_preset(memory[1]) if on_gpu else "nano"
+        each = f" on each of {sharing} ranks" if sharing > 1 else ""
         raise ValueError(
             f"{human_count(total_parameters(plan.model_config))} parameters need "
-            f"{human_bytes(fixed)} for weights, gradients and optimizer state, and "
+            f"{human_bytes(fixed)} for weights, gradients and optimizer state{each}, and "
             f"{device_name(plan.device)} has {human_bytes(memory[1])}: choose a smaller model, "
             f"e.g. --preset {preset}"
         )
@@ -525,6 +531,11 @@ def needed_bytes(plan: TrainPlan, placement: Placement | None) -> dict[str, int]
         # A task knows its adapters as a whole.
         own = ("weights", "gradients", "optimizer state")
         needed |= {name: needed[name] // placement.sharding for name in own}
+    if placement and plan.task.gathers_weights:
+        # When a step's own memory is free again.
+        of_a_step = sum(size for name, size in needed.items() if name not in KEPT_BETWEEN_STEPS)
+        whole = 4 * total_parameters(plan.model_config)
+        needed["whole weights for a score"] = max(whole - of_a_step, 0)
     return needed
 
 
@@ -604,7 +615,7 @@ def with_largest_micro_batch(plan: TrainPlan, runs: Callable[[TrainPlan], bool])
                 f"micro-batch {c.batch_size} x {c.grad_accum} is the largest that fits, "
                 f"of {sequences} sequences a step"
             )
-            chosen = ranks.together(lambda fitting=candidate: with_loss_rows(fitting))
+            chosen = ranks.together(functools.partial(with_loss_rows, candidate))
             return dataclasses.replace(chosen, notes=[*plan.notes, note])
     raise ValueError(
         f"not even one sequence of {plan.model_config.context_length} tokens fits "

@@ -136,7 +136,8 @@ def report(config: ModelConfig, train: TrainConfig, args: argparse.Namespace) ->
         return []
     in_node = in_node or min(RANKS_OF_A_NODE, world)
     given = (world, in_node, config.num_experts, train.expert_parallel, train.shard)
-    placement, notes = Placement(*given, in_half=True), []
+    placement = Placement(*given, in_half=True)
+    notes: list[str] = []
     train = _with_enough_sequences(train, world, notes)
     collectives = step_collectives(config, train, placement, 2)
     return [

@@ -69,7 +69,7 @@ def step_collectives(
         *_of_weights(config, train, placement),
         *_of_rows(config, train, placement, compute_bytes),
         *_of_muon(config, train, placement),
-        *_of_numbers(config, placement),
+        *_of_numbers(config, train, placement),
     ]
     return [collective for collective in found if collective.ranks > 1 and collective.times]
 
@@ -106,20 +106,24 @@ def _of_weights(
         yield Collective(ALL_REDUCE, GRADIENTS, replicas, far, gradients // n, times)
 
 
+def _block_passes(config: ModelConfig, train: TrainConfig, placement: Placement) -> int:
+    """Return how many forward passes of a block a step has, recomputations included."""
+    again = 2 if train.activation_checkpointing else 1
+    return micro_batches(train, placement) * config.transformer_blocks * again
+
+
 def _of_rows(
     config: ModelConfig, train: TrainConfig, placement: Placement, compute_bytes: int
 ) -> Iterator[Collective]:
     """Yield what experts on several ranks exchange: counts, rows, and the gradients of rows."""
-    n = placement.expert_parallel
-    blocks = micro_batches(train, placement) * config.transformer_blocks
-    # The recomputation asks the experts again.
-    forwards = 2 if train.activation_checkpointing else 1
+    n, forwards = placement.expert_parallel, _block_passes(config, train, placement)
+    backwards = micro_batches(train, placement) * config.transformer_blocks
     tokens = train.batch_size * config.context_length
     rows = tokens * config.top_k * config.d_model * compute_bytes
     nodes = _nodes(placement, n)
-    yield Collective(ALL_TO_ALL, ROWS, n, nodes, 8 * config.num_experts, blocks * forwards)
+    yield Collective(ALL_TO_ALL, ROWS, n, nodes, 8 * config.num_experts, forwards)
     # There and back, and the gradients as well.
-    yield Collective(ALL_TO_ALL, ROWS, n, nodes, rows, blocks * 2 * (forwards + 1))
+    yield Collective(ALL_TO_ALL, ROWS, n, nodes, rows, 2 * (forwards + backwards))
 
 
 def _of_muon(config: ModelConfig, train: TrainConfig, placement: Placement) -> Iterator[Collective]:
@@ -136,10 +140,16 @@ def _of_muon(config: ModelConfig, train: TrainConfig, placement: Placement) -> I
             yield Collective(ALL_REDUCE, MUON, n, nodes, 4, times)
 
 
-def _of_numbers(config: ModelConfig, placement: Placement) -> Iterator[Collective]:
-    """Yield the sums of what is logged and of the gradient's norm, in float64."""
+def _of_numbers(
+    config: ModelConfig, train: TrainConfig, placement: Placement
+) -> Iterator[Collective]:
+    """Yield the sums of what is logged, of the squared gradient, of a global balance's counts."""
     # Three losses; of each block the load of its experts, the router's entropy, the dropped share.
     logged = 3 + config.transformer_blocks * (config.num_experts + 2)
     world, n = placement.world, placement.sharding
+    if train.balance_over == "global":
+        times = _block_passes(config, train, placement)
+        counts = 8 * config.num_experts
+        yield Collective(ALL_REDUCE, NUMBERS, world, _nodes(placement, world), counts, times)
     yield Collective(ALL_REDUCE, NUMBERS, world, _nodes(placement, world), 8 * logged, 1)
     yield Collective(ALL_REDUCE, NUMBERS, n, _nodes(placement, n), 8, 1)

@@ -18,6 +18,8 @@ from config_model import PRESETS, ModelConfig, TrainConfig
 from runtime.base import cli
 from runtime.base.following import follow
 from runtime.base.process import StopRequest
+from runtime.base.ranks import Ranks, sharding_ranks
+from runtime.base.text import human_bytes
 from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data.shards import open_data
@@ -25,6 +27,7 @@ from runtime.training import plan as plan_module
 from runtime.training import reporter
 from runtime.training.plan import describe, initial_state, make_plan
 from runtime.training.task import Task
+from runtime.training.traffic import step_collectives
 from tests.builders_checkpoint import forge
 from tests.builders_runs import MODEL, SPEED, Run, assert_same, parsed, settings_of
 
@@ -48,6 +51,63 @@ def planned(data, *flags):
 
 def said(plan) -> str:
     return "\n".join(plan.notes + describe(plan, plan_module.check_memory(plan)))
+
+
+# ------------------------------------------------------------------------------------- many ranks
+class EightRanks(Ranks):
+    """One of eight, that needs nothing of the others to plan."""
+
+    world = local_world = 8
+
+    def arrange(self, expert_parallel: int, shard: str, num_experts: int, *_) -> None:
+        sharding_ranks(self.world, self.local_world, expert_parallel, shard, num_experts)
+
+
+def planned_for_ranks(data, *flags):
+    settings = settings_of("--data_dir", str(data), "--device", "cpu", *map(str, flags))
+    return make_plan(settings, train.pretraining, ranks=EightRanks())
+
+
+@pytest.mark.parametrize("shared", [1, 4])
+def test_a_run_on_ranks_announces_the_memory_of_one_and_the_disk_of_all(data, shared):
+    """A rank was said to hold the whole model, and eight of them did not fit one machine.
+
+    A checkpoint has what all hold.
+    """
+    flags = ("--preset", "nano", "--grad_accum", 8, "--batch_size", 2)
+    many = planned_for_ranks(data, *flags, "--expert_parallel", shared)
+    one = planned(data, *flags, "--device", "cpu")
+    ours, whole = plan_module.check_memory(many), plan_module.check_memory(one)
+    state = whole["optimizer state"]
+    assert state / 8 <= ours["optimizer state"] < state / 7
+    assert ours["gathered"] > 0 == whole["gathered"]
+    assert plan_module.saved_bytes(many) == whole["weights"] + state
+    lines = said(many)
+    assert f"{human_bytes(sum(ours.values()))} on each rank" in lines
+    experts = "; 4 share the experts" if shared == 4 else ""
+    assert f"ranks    8 on one node, weights sharded over 8{experts}; each takes 1 of 8" in lines
+    sent = [c.sent_bytes[0] for c in step_collectives(*_priced(many))]
+    assert f"sends {human_bytes(sum(sent))} a step in its node" in lines
+    assert "ranks    " not in said(one) and "on each rank" not in said(one)
+
+
+def _priced(plan) -> tuple:
+    placement = plan_module.placement_of(plan)
+    return plan.model_config, plan.config, placement, plan.dtype.itemsize
+
+
+def test_ranks_on_a_machine_share_its_memory(data, monkeypatch):
+    """Each rank fitted the machine, and all of them together did not."""
+    plan = planned_for_ranks(data, "--preset", "nano", "--grad_accum", 8)
+    needed = plan_module.check_memory(plan)
+    fixed = 2 * needed["weights"] + needed["optimizer state"]
+    for total in (8 * fixed, 8 * fixed - 1):
+        monkeypatch.setattr(plan_module, "memory_bytes", lambda device, all=total: (all, all))
+        if total == 8 * fixed:
+            plan_module.check_memory(plan)
+        else:
+            with pytest.raises(ValueError, match="on each of 8 ranks, and cpu"):
+                plan_module.check_memory(plan)
 
 
 # ----------------------------------------------------------------------------- values that follow
@@ -402,6 +462,20 @@ def test_a_dtype_that_was_given_stays(run, dtype):
     assert run("--max_steps", 4) == 0
     with pytest.raises(ValueError, match=f"--dtype {dtype} differs from the run"):
         run("--resume", "--dtype", dtype, fresh=False)
+
+
+def test_a_balance_over_ranks_needs_them(run, monkeypatch):
+    """One process cannot count what other ranks see: it says so, and what to take instead."""
+    with pytest.raises(ValueError, match="--balance_over global is for runs on several ranks"):
+        run("--balance_over", "global")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "arrange", lambda *_: None)
+        assert run("--balance_over", "global", "--max_steps", 4) == 0
+    with pytest.raises(ValueError, match="take --balance_over micro_batch"):
+        run("--resume", "--max_steps", 5, fresh=False)
+    more = ("--balance_over", "micro_batch", "--max_steps", 5)
+    assert run("--resume", *more, fresh=False) == 0
+    assert run.final().train_config["balance_over"] == "micro_batch"
 
 
 def test_a_run_of_an_earlier_version_resumes(run):

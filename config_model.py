@@ -347,9 +347,14 @@ class TrainConfig:
         "once a step; node = those of one machine",
         choices=("full", "node", "none"),
     )
+    checkpoint: str = option(
+        "auto",
+        "auto = one file, or a folder above 100 GB",
+        choices=("auto", "file", "sharded"),
+    )
     balance_over: str = option(
         "micro_batch",
-        "whose tokens balance loss counts: a micro_batch's, or global: all ranks' at a time",
+        "whose tokens balance loss counts; global = all ranks'",
         choices=("micro_batch", "global"),
     )
     keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")

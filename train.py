@@ -502,6 +502,7 @@ def run(plan: TrainPlan) -> int:
         print(line)
     sys.stdout.flush()
     if config.resume:
+        assert plan.source is not None
         # A kill between saving a checkpoint and naming it left the names of an older one.
         ranks.from_first(functools.partial(restore_names, plan.source))
     state = initial_state(plan)

@@ -11,6 +11,7 @@ The model has 81 M parameters (d_model 256, 6 blocks, 32 experts of 512), in flo
 
 Sides take turns, each in steps after one to warm up. A turn during which other processes used more
 than 0.15 core is taken again. Collectives wait for the slower rank: that is counted as theirs.
+CPU seconds are those of all processes of a side; a busy neighbour changes them less.
 Saved: benchmarks/results/ranks_NAME.json.
 """
 
@@ -101,6 +102,8 @@ SIDES = {
     "FSDP, --shard none": Side(RANKS, 1, settings=dict(shard="none")),
     "--expert_parallel 2": Side(RANKS, 1, settings=dict(expert_parallel=RANKS)),
 }
+
+UNSHARED = ("one process", "nothing shared")
 
 
 class Turn(NamedTuple):
@@ -205,11 +208,12 @@ def timed_parts(optimizer: torch.optim.Optimizer, parts: dict[str, float]) -> It
 class Measured(NamedTuple):
     """The turns of a side.
 
-    seconds: of its steps. parts: by part, one number a turn. disturbed: whether other processes
-    were busy.
+    seconds: of its steps. cpu_seconds: a step's, of all processes, one number a turn. parts: by
+    part, one dict a turn. disturbed: whether other processes were busy.
     """
 
     seconds: list[float]
+    cpu_seconds: list[float]
     parts: list[dict[str, float]]
     disturbed: bool
     discarded: int
@@ -253,6 +257,7 @@ def measured(
         chosen = clean[name] + [turns for _, turns in by_noise[:missing]]
         found[name] = Measured(
             [seconds for turns in chosen for seconds in slowest(turns)],
+            [own_cpu(turns) / steps for turns in chosen],
             [mean_parts(turns) for turns in chosen],
             missing > 0,
             len(spoilt[name]),
@@ -279,24 +284,35 @@ def loss_of(side: Side, turns: list[Turn]) -> float:
 def foreign_in(turns: list[Turn]) -> float:
     """Return the cores that processes other than these used on average."""
     (wall, machine, _), (wall_after, machine_after, _) = turns[0].clocks
-    own = sum(one.clocks[1][2] - one.clocks[0][2] for one in turns)
-    return foreign_cores((wall, machine, 0.0), (wall_after, machine_after, own))
+    return foreign_cores((wall, machine, 0.0), (wall_after, machine_after, own_cpu(turns)))
+
+
+def own_cpu(turns: list[Turn]) -> float:
+    """Return the CPU seconds of the timed steps, of all processes together."""
+    return sum(one.clocks[1][2] - one.clocks[0][2] for one in turns)
 
 
 def figures(found: dict[str, Measured]) -> dict[str, dict]:
     """Return a side's seconds by part, and its ratios to the sides that share nothing."""
     medians = {name: statistics.median(one.seconds) for name, one in found.items()}
+    cpu = {name: statistics.median(one.cpu_seconds) for name, one in found.items()}
     result = {}
     for name, one in found.items():
         names = sorted({part for parts in one.parts for part in parts})
         parts = {p: statistics.median(x.get(p, 0.0) for x in one.parts) for p in names}
         result[name] = {
             "seconds": summary(one.seconds),
+            "cpu_seconds": summary(one.cpu_seconds),
             "parts": parts | {"compute": max(medians[name] - sum(parts.values()), 0.0)},
             "ratio_to": {
                 other: medians[name] / medians[other]
-                for other in ("one process", "nothing shared")
+                for other in UNSHARED
                 if other in medians and other != name
+            },
+            "cpu_ratio_to": {
+                other: cpu[name] / cpu[other]
+                for other in UNSHARED
+                if other in cpu and other != name
             },
             "disturbed": one.disturbed,
             "discarded": one.discarded,
@@ -308,14 +324,16 @@ def table(tokens: int, result: dict[str, dict]) -> str:
     """Return the figures of one size as a table in Markdown."""
     names = ["compute", *dict.fromkeys(COLLECTIVES.values()), "optimizer"]
     lines = [
-        f"| {tokens:,} tokens a rank | s a step | x one process | x nothing shared | "
-        f"{' | '.join(names)} |",
-        "|---" * (4 + len(names)) + "|",
+        f"| {tokens:,} tokens a rank | s a step | x one process | x nothing shared | CPU s a step "
+        f"| x one process | {' | '.join(names)} |",
+        "|---" * (6 + len(names)) + "|",
     ]
     for name, one in result.items():
-        ratios = (one["ratio_to"].get(other) for other in ("one process", "nothing shared"))
+        ratios = [one["ratio_to"].get(other) for other in UNSHARED]
         cells = [name + " (machine was busy)" * one["disturbed"], f"{one['seconds']['median']:.2f}"]
         cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        ratio = one["cpu_ratio_to"].get("one process")
+        cells += [f"{one['cpu_seconds']['median']:.2f}", "" if ratio is None else f"{ratio:.2f}"]
         cells += [f"{one['parts'][p]:.2f}" if p in one["parts"] else "" for p in names]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,14 +1,15 @@
 """The loss curve of `nano` on four ranks, with experts and weights in shards, on one process's.
 
     python -m benchmarks.ranks_curve
-            both runs, on TinyStories (GPTOSS_SHARED), into benchmarks/results/ranks_curve.json,
+            three runs, on TinyStories (GPTOSS_SHARED), into benchmarks/results/ranks_curve.json,
             and the picture public/ranks_curve.png
     python -m benchmarks.ranks_curve --picture
             the picture again, from the stored runs
 
 The ranks are processes of torchrun on this machine's cores, in a grid of 2 x 2: --expert_parallel 2
 and FSDP. They take the same micro-batches as the process does, so all that differs is in which
-order numbers are added. Training multiplies such differences; the right panel shows how fast.
+order numbers are added. Training multiplies such differences: as soon as a token takes another
+expert. The right panel shows how fast, and what another number of threads does to one process.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ RUN += [
 ]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
 SIDES = {
-    "one process": ["train.py"],
+    "one process": ["train.py", "--num_threads", "2"],
     "four ranks": [*TORCHRUN, "train.py", "--expert_parallel", str(EXPERTS)],
+    "one process, 1 thread": ["train.py", "--num_threads", "1"],
 }
+FIRST = "one process"
 TOKENIZER = "bpe:4096"
 
 
@@ -62,7 +65,7 @@ def trained(name: str, data: Path, folder: Path, steps: int) -> dict:
     """Return the curves of one side: {"train": [[step, loss], ..], "val": [..]}."""
     own = folder / name.replace(" ", "_")
     flags = ["--data_dir", f"{data}", "--ckpt_dir", f"{own / 'ckpt'}", "--graph_dir", f"{own}"]
-    flags += [*RUN, "--max_steps", str(steps), "--val_interval", str(max(1, steps // 6))]
+    flags += [*RUN, "--max_steps", str(steps), "--val_interval", str(max(1, steps // 5))]
     subprocess.run([sys.executable, *SIDES[name], *flags], cwd=REPO, check=True)
     curves: dict[str, list] = {"train": [], "val": []}
     for line in (own / "metrics.jsonl").read_text().splitlines():
@@ -72,21 +75,22 @@ def trained(name: str, data: Path, folder: Path, steps: int) -> dict:
     return curves
 
 
-def differences(curves: dict[str, dict]) -> list[list[float]]:
-    """Return [step, difference of the training losses as a share of the loss], for each step."""
-    one, other = (curves[name]["train"] for name in SIDES)
+def differences(curves: dict[str, dict], name: str) -> list[list[float]]:
+    """Return [step, difference of a side's training loss to FIRST's, as a share], for each step."""
+    one, other = curves[FIRST]["train"], curves[name]["train"]
     if [step for step, _ in one] != [step for step, _ in other]:
-        raise ValueError("the two runs logged other steps")
+        raise ValueError(f"{name} logged other steps than {FIRST}")
     return [[step, abs(b / a - 1)] for (step, a), (_, b) in zip(one, other, strict=True)]
 
 
 def picture(path: Path, stored: dict) -> None:
-    """Draw both curves on each other, and by what they differ."""
+    """Draw two curves on each other, and by what they and the third differ."""
     import matplotlib
 
     from runtime.training import plots
 
     curves = stored["curves"]
+    colors = dict(zip(SIDES, (plots.BLUE, plots.ORANGE, plots.MUTED), strict=True))
     with matplotlib.rc_context(plots.STYLE):
         page = plots.Page(
             "Four ranks on one process's curve",
@@ -95,49 +99,55 @@ def picture(path: Path, stored: dict) -> None:
             width=12,
         )
         left, right = page.axes[0]
-        styles = [
-            (plots.BLUE, dict(linewidth=4.5, alpha=0.45), dict(marker="o", markersize=11)),
-            (plots.ORANGE, dict(linewidth=1.1), dict(marker="o", markersize=5)),
-        ]
-        for (name, curve), (color, line, dots) in zip(curves.items(), styles, strict=True):
-            last = curve["val"][-1][1]
-            label = f"{name}: {last:.4f}"
+        styles = {
+            FIRST: (dict(linewidth=4.5, alpha=0.45), dict(marker="o", markersize=11)),
+            "four ranks": (dict(linewidth=1.1), dict(marker="o", markersize=5)),
+        }
+        for name, (line, dots) in styles.items():
+            curve, color = curves[name], colors[name]
+            label = f"{name}: {curve['val'][-1][1]:.4f}"
             left.plot(*zip(*curve["train"], strict=True), color=color, label=label, **line)
             left.plot(*zip(*curve["val"], strict=True), color=color, linestyle="", **dots)
         left.set_xlabel("step")
         left.set_ylabel("cross-entropy (nats): dots validation")
         left.legend(loc="upper right")
-        steps, shares = zip(*differences(curves), strict=True)
-        # 0 has no logarithm, and a float32 loss cannot differ by less.
-        right.plot(steps, [max(share, 2.0**-24) for share in shares], color=plots.GREEN)
+        for name in [*SIDES][:0:-1]:
+            steps, shares = zip(*differences(curves, name), strict=True)
+            # 0 has no logarithm, and a float32 loss cannot differ by less.
+            shown = [max(share, 2.0**-24) for share in shares]
+            right.plot(steps, shown, color=colors[name], linewidth=1.4, label=name)
+        right.legend(loc="lower right")
         right.set_yscale("log")
         right.set_xlabel("step")
-        right.set_ylabel("difference of the losses, as a share")
+        right.set_ylabel("loss against one process of 2 threads, as a share")
         write_atomic(path, lambda file: file.write(page.png()))
     print(f"wrote {path.name}")
 
 
-def summary(curves: dict[str, dict]) -> dict[str, float]:
-    """Return the figures that a text quotes."""
-    shares = [share for _, share in differences(curves)]
-    one, other = (curves[name]["val"][-1][1] for name in SIDES)
-    return {
-        "largest difference of a training loss": max(shares),
-        "in the first ten steps": max(shares[:10]),
-        "difference of the last validation loss": abs(other / one - 1),
-    }
+def summary(curves: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Return the figures that a text quotes, of each side against FIRST."""
+    found = {}
+    for name in [*SIDES][1:]:
+        shares = [share for _, share in differences(curves, name)]
+        one, other = (curves[side]["val"][-1][1] for side in (FIRST, name))
+        found[name] = {
+            "largest difference of a training loss": max(shares),
+            "in the first ten steps": max(shares[:10]),
+            "difference of the last validation loss": abs(other / one - 1),
+        }
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default: 300)")
+    parser.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
     parser.add_argument("--data_dir", default="", help="shards with nano's vocabulary, if any")
     parser.add_argument(
         "--picture", action="store_true", help="draw the stored runs, train nothing"
     )
     args = parser.parse_args(argv)
     if not args.picture:
-        train_both(args)
+        train_all(args)
     path = RESULTS / f"{NAME}.json"
     if not path.is_file():
         raise ValueError(f"there is no {path.name} yet: leave --picture out")
@@ -145,8 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train_both(args: argparse.Namespace) -> None:
-    """Train both sides, one after the other, and store their curves."""
+def train_all(args: argparse.Namespace) -> None:
+    """Train the sides, one after the other, and store their curves."""
     if args.steps < 60:
         raise ValueError(f"--steps must be at least 60 (nano warms up for 50), not {args.steps}")
     with tempfile.TemporaryDirectory() as name:
@@ -154,8 +164,9 @@ def train_both(args: argparse.Namespace) -> None:
         data = Path(args.data_dir) if args.data_dir else prepared(folder)
         curves = {side: trained(side, data, folder, args.steps) for side in SIDES}
     figures = summary(curves)
-    for what, value in figures.items():
-        print(f"{what}: {value:.1e}")
+    for name, values in figures.items():
+        for what, value in values.items():
+            print(f"{name}, {what}: {value:.1e}")
     save_results(NAME, {"device": "cpu", "steps": args.steps, "figures": figures, "curves": curves})
 
 

@@ -43,6 +43,7 @@ def promises() -> list:
         texts,
         traffic,
         training,
+        tuning_ranks,
         tuning_runs,
     )
 
@@ -66,6 +67,7 @@ def promises() -> list:
             *adapters.PROMISES,
             *policy.PROMISES,
             *tuning_runs.PROMISES,
+            *tuning_ranks.PROMISES,
             *many_ranks.PROMISES,
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,

@@ -3,6 +3,9 @@ compile, loss, kernels.
 
     python -m benchmarks.steps --name h100_modern --preset gptoss-modern --compile --sizes 16x4,8x8
     python -m benchmarks.steps --name cpu --preset nano --vocabulary_size 512 --sizes 2x1
+    torchrun --standalone --nproc_per_node 1 -m benchmarks.steps --name h100_modern_sharded ...
+
+The last one tells what sharding costs on one GPU, where nothing is split: FSDP's copies and calls.
 
 Takes every flag of train.py. The model is made by train.set_up and runs in train.fit, which is
 given nothing to call for a checkpoint: train.py itself would write 24 GB (gptoss-modern) or 44 GB
@@ -50,6 +53,7 @@ from runtime.base.device import (
     release_memory,
     synchronize,
 )
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes
 from runtime.data.shards import open_data
 
@@ -81,7 +85,9 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return [(int(size[1]), int(size[2])) for size in sizes]
 
 
-def make_setting(args: argparse.Namespace, batch_size: int, grad_accum: int) -> bench.Setting:
+def make_setting(
+    args: argparse.Namespace, batch_size: int, grad_accum: int, ranks: Ranks = ONE_PROCESS
+) -> bench.Setting:
     """Flags -> setting; the rate is the peak one from the first step on."""
     settings = cli.settings_from(args, ModelConfig, TrainConfig)
     config = replace(
@@ -98,7 +104,8 @@ def make_setting(args: argparse.Namespace, batch_size: int, grad_accum: int) -> 
             "this benchmark takes none of --resume, --init_from, --profile and --document_mask: "
             "leave them out"
         )
-    device = choose_device(config.device)
+    ranks.arrange(config.expert_parallel, config.shard, model_config.num_experts)
+    device = ranks.device or choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ValueError(
@@ -123,7 +130,7 @@ def make_setting(args: argparse.Namespace, batch_size: int, grad_accum: int) -> 
             config.num_threads or min(torch.get_num_threads(), process.usable_cores())
         )
         process.keep_freed_memory()
-    return bench.Setting(model_config, config, device, dtype, tokens)
+    return bench.Setting(model_config, config, device, dtype, tokens, ranks)
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -182,12 +189,12 @@ def measure(out: Measures, setting: bench.Setting, args: argparse.Namespace) -> 
 
 
 def measure_first_that_fits(
-    out: Measures, args: argparse.Namespace
+    out: Measures, args: argparse.Namespace, ranks: Ranks = ONE_PROCESS
 ) -> tuple[bench.Ours, bench.Setting]:
     """The first of --sizes that the device has the memory for. ValueError if it has it for none."""
     tried = []
     for batch_size, grad_accum in parse_sizes(args.sizes):
-        setting = make_setting(args, batch_size, grad_accum)
+        setting = make_setting(args, batch_size, grad_accum, ranks)
         size = f"{batch_size}x{grad_accum}"
         out.results |= about(setting) | {"size": size, "out_of_memory": tried, "measures": {}}
         print(f"size {size} on {device_name(setting.device)}", flush=True)
@@ -212,6 +219,7 @@ def about(setting: bench.Setting) -> dict:
         "dtype": str(setting.dtype).removeprefix("torch."),
         "compile": c.compile,
         "optimizer": c.optimizer,
+        "sharded": setting.ranks is not ONE_PROCESS,
         "tokens_per_step": setting.sequences * setting.model_config.context_length,
         "data": "random ids"
         if isinstance(setting.tokens, bench.RandomTokens)
@@ -316,14 +324,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    if args.samples < 1 or args.min_sample_seconds <= 0 or args.profile_steps < 0:
+def run(args: argparse.Namespace, ranks: Ranks = ONE_PROCESS) -> int:
+    """Measure what the flags name; return the exit code."""
+    if ranks.world > 1:
         raise ValueError(
-            "samples must be at least 1, min_sample_seconds above 0 and profile_steps not below it"
+            f"this measures one rank against one process, and these are {ranks.world}: give "
+            "torchrun --nproc_per_node 1"
         )
     out = Measures(f"steps_{args.name}")
-    runner, setting = measure_first_that_fits(out, args)
+    runner, setting = measure_first_that_fits(out, args, ranks)
     if args.profile_steps:
         try:
             profile(out, runner, setting, args.profile_steps)
@@ -332,6 +341,20 @@ def main(argv: list[str] | None = None) -> int:
             out.fail("profiled wall", error)
     print(f"peak of the process {human_bytes(peak_memory_bytes(setting.device) or 0)}")
     return 1 if out.failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    if args.samples < 1 or args.min_sample_seconds <= 0 or args.profile_steps < 0:
+        raise ValueError(
+            "samples must be at least 1, min_sample_seconds above 0 and profile_steps not below it"
+        )
+    if not process.has_ranks():
+        return run(args)
+    from runtime.distributed.launch import joined
+
+    with joined(getattr(args, "device", "auto")) as ranks:
+        return run(args, ranks)
 
 
 if __name__ == "__main__":

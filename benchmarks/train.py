@@ -78,6 +78,7 @@ from runtime.base.device import (
     release_memory,
     synchronize,
 )
+from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes
 from runtime.data.loader import prefetch
 from runtime.data.shards import TokenShards, open_data
@@ -147,6 +148,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     tokens: TokenShards | RandomTokens
+    ranks: Ranks = ONE_PROCESS
 
     @property
     def sequences(self) -> int:
@@ -225,6 +227,7 @@ class Ours:
             task=GivenTask(loader, train.next_token_loss),
             source=None,
             notes=[],
+            ranks=setting.ranks,
         )
         # As train.py does on a GPU.
         plan = with_loss_rows(plan)
@@ -250,6 +253,7 @@ class Ours:
             optimizer=self.optimizer,
             state=self.state,
             dtype=self.setting.dtype,
+            ranks=self.setting.ranks,
         )
         self.waiting_for_data = records[-1]["waiting_share"]
         return records[-1]["loss"]

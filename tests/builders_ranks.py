@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -62,6 +64,18 @@ class Windows:
         return ids_BS[:, :-1].contiguous(), targets_BT
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as ranks do in tests: two of them add in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def trained(
     ranks: Ranks, model_config: ModelConfig, changes: dict, device: torch.device = CPU
 ) -> Trained:

@@ -64,6 +64,7 @@ FILES = [
     "training/test_optimizer.py",
     "inference/test_quantize.py",
     "checks/test_rounding.py",
+    "distributed/test_training.py",
 ]
 # And single tests of other files.
 TESTS = [

@@ -27,12 +27,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 # A call may last this long. Every call that a test makes takes a few seconds on an idle core.
 SECONDS = 60.0
 # When a rank has failed, the others meet its absence soon, or wait for it in vain.
 SECONDS_AFTER_A_FAILURE = 3.0
 # What StopRequest leaves alone.
-DUMP_SIGNAL = signal.SIGUSR2
+DUMP_SIGNAL = getattr(signal, "SIGUSR2", 0)
 # torch.optim imports torch._dynamo with its first optimizer, and it takes as long as torch itself.
 PRELOADED = ["torch._dynamo", "runtime.distributed.parallel", "train", "pytest", "tests.builders"]
 
@@ -60,11 +62,13 @@ def run_on(
     ranks on each node that the ranks play, all of them by default. Raise AssertionError with every
     rank's traceback if one fails or all have not ended after `seconds`; these ranks are killed.
     """
-    ranks = _ranks(world)
+    if not hasattr(os, "fork"):
+        pytest.skip("ranks are forked")
+    call, ranks = pickle.dumps((function, arguments)), _ranks(world)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         for rank, (_, connection) in enumerate(ranks):
             where = (rank, world, local_world or world, folder, seconds)
-            connection.send_bytes(pickle.dumps((where, pickle.dumps((function, arguments)))))
+            connection.send_bytes(pickle.dumps((where, call)))
         results, failures = _outcomes(ranks, seconds)
         if failures:
             end_ranks()

@@ -74,7 +74,7 @@ def test_a_rank_that_fails_takes_the_others_with_it(how, what):
     before = run_on(2, pid)
     began = [process for process, _ in pool._pool]
     with pytest.raises(AssertionError) as caught:
-        run_on(2, fails, how, seconds=2 if how == "hangs" else pool.SECONDS)
+        run_on(2, fails, how, seconds=3 if how == "hangs" else pool.SECONDS)
     said = str(caught.value)
     assert "rank 1: " in said and "last words" in said and what in said
     assert "in fails" in said, "the line of this file"

@@ -11,6 +11,7 @@ micro-batches, so neither data order nor dropout depends on W.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -168,6 +169,15 @@ class Ranks:
     def shape_of(self, tensor: Tensor) -> Size:
         """Return the shape of the whole tensor."""
         return tensor.shape
+
+    def write_files(
+        self, folder: Path, groups: dict[str, dict[str, Tensor]]
+    ) -> dict[str, tuple[int, str]]:
+        """Write each rank's part of some groups of tensors into a folder; return all files.
+
+        By name, with their bytes and digests (runtime/checkpoint/sharded.py).
+        """
+        raise NotImplementedError("a checkpoint of one process is a file")
 
     def whole(self, tensor: Tensor, local: Tensor | None = None) -> Tensor:
         """Return the whole of a tensor on every rank: a collective.

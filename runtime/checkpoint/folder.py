@@ -16,11 +16,12 @@ from runtime.checkpoint.read import (
 )
 
 LATEST, BEST = "latest.pt", "best.pt"
-STEP_FILE = re.compile(r"step_(\d{7,})\.pt")
+# A file, or a folder of the same step (sharded.py).
+STEP_FILE = re.compile(r"step_(\d{7,})(\.pt)?")
 
 
 def step_files(ckpt_dir: str | Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of the step files in a folder, oldest step first.
+    """Return (step, path) of a folder's step files, and step folders, oldest step first.
 
     Other files, however similar their names, are not ours.
     """
@@ -29,7 +30,7 @@ def step_files(ckpt_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted(
         (int(match[1]), path)
         for path in Path(ckpt_dir).iterdir()
-        if (match := STEP_FILE.fullmatch(path.name))
+        if (match := STEP_FILE.fullmatch(path.name)) and (match[2] or path.is_dir())
     )
 
 

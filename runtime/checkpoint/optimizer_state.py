@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.checkpoint.sharded import Shards, like
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "momentum")
 
@@ -76,7 +77,15 @@ def load_state_by_name(
         "optimizer state",
     )
     for name, tensor in own.items():
-        ranks.fill_(tensor, tensors[name])
+        fill_(tensor, name, tensors, ranks)
+
+
+def fill_(tensor: Tensor, name: str, given: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Copy this rank's part of a tensor from a checkpoint's, and read no more than that part."""
+    if isinstance(given, Shards) and tensor.dim():
+        ranks.local(tensor).copy_(given.rows(name, ranks.rows(tensor)))
+    else:
+        ranks.fill_(tensor, given[name])
 
 
 def check_tensors(
@@ -93,7 +102,7 @@ def check_tensors(
     if unknown := given.keys() - expected.keys():
         raise ValueError(f"{what} has unknown {some(unknown)}")
     for name, (shape, dtype) in expected.items():
-        found = given[name]
+        found = like(given, name)
         if found.shape != shape or found.dtype != dtype:
             ours, theirs = _describe(shape, dtype), _describe(found.shape, found.dtype)
             raise ValueError(f"{what} {name} is {theirs}, not {ours}")

@@ -11,12 +11,12 @@ import os
 import pickletools
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config_model import ModelConfig
@@ -51,11 +51,12 @@ from runtime.checkpoint.format import (
     plain_values,
     shapes_of,
 )
-from runtime.checkpoint.optimizer_state import check_tensors, load_state_by_name
+from runtime.checkpoint.optimizer_state import check_tensors, fill_, load_state_by_name
 from runtime.checkpoint.reference import (
     read_reference,
     reference_config,
 )
+from runtime.checkpoint.sharded import MANIFEST, Shards, is_folder, like, read_manifest
 
 PICKLE_LIMIT_BYTES = 1 << 28
 # In PyTorch's words for a map that the system refuses.
@@ -78,9 +79,13 @@ MOST_CHAINED = 4
 
 
 def read_checkpoint(
-    path: str | Path, optimizer: bool = False, read_only: bool = False, chained: int = 0
+    path: str | Path,
+    optimizer: bool = False,
+    read_only: bool = False,
+    chained: int = 0,
+    is_checked: bool = False,
 ) -> Checkpoint:
-    """Read and check a file of our format or the original implementation's.
+    """Read and check a file or folder of our format, or a file of the original implementation's.
 
     Raise CheckpointError (one line) for whatever is wrong with it. Checked: the zip, the pickle,
     every key and type, the config against the tensors, and digests and finiteness of what is read:
@@ -91,14 +96,15 @@ def read_checkpoint(
 
     Of a file of adapters, the base is found and checked too, and the model is what both mean; with
     optimizer=True it is the base's, for a run to continue. chained: files of adapters that were
-    read on the way to this one.
+    read on the way to this one. is_checked: another rank has compared the digests of a folder,
+    which all ranks share, and they are not compared again.
     """
     path = Path(path)
     contents, records = unpack(path, read_only)
     try:
         if "format" not in contents:
             return read_reference(path, contents, records, optimizer)
-        checkpoint = _read_ours(path, contents, optimizer)
+        checkpoint = _read_ours(path, contents, optimizer, is_checked)
         if checkpoint.adapter is None:
             return checkpoint
         return _with_base(checkpoint, merges=not optimizer, read_only=read_only, chained=chained)
@@ -125,14 +131,18 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, int]]]:
-    """Return the dict in the file, and (bytes, CRC-32) of its records.
+    """Return the dict in the file, and (bytes, CRC-32) of its records; of a folder no records.
 
     Every reader's failure becomes a CheckpointError.
     """
     if not path.exists():
         raise CheckpointError(path, "no such file")
+    if is_folder(path):
+        return _unpack_folder(path), set()
     if not path.is_file():
-        raise CheckpointError(path, "is a directory or device, not a checkpoint file")
+        raise CheckpointError(
+            path, f"is a directory without {MANIFEST} or a device, not a checkpoint file"
+        )
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -167,6 +177,20 @@ def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, in
             path, f"not a checkpoint: it holds a {type(contents).__name__}, not a dict"
         )
     return contents, records
+
+
+def _unpack_folder(path: Path) -> dict:
+    """Return what a file's dict would hold: its tensors are Shards."""
+    try:
+        contents, files = read_manifest(path)
+        for group in ("model", "optimizer"):
+            own = [file for file in files if file.startswith(f"{group}/")]
+            contents[group] = Shards(path, own)
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error
+    return contents
 
 
 def _load_mapped(path: Path, read_only: bool) -> object:
@@ -270,30 +294,35 @@ def read_header(contents: dict) -> dict:
     return header
 
 
-def _read_ours(path: Path, contents: dict, optimizer: bool) -> Checkpoint:
-    """Return what a file of our format holds; of adapters the `trained` tensors, and no model."""
+def _read_ours(path: Path, contents: dict, optimizer: bool, is_checked: bool) -> Checkpoint:
+    """Return what our format holds; of adapters the `trained` tensors, and no model."""
     header, digests = read_header(contents), contents["digests"]
     config = config_from(header["cfg"])
-    file_bytes = path.stat().st_size
-    model = plain_tensors(dict_in(contents, "model"), "model", file_bytes)
-    adapter = None
+    file_bytes, model = _group(path, contents, "model")
+    adapter: Adapter | None = None
     if KEY in header.get("stage", {}):
         adapter, _ = Adapter.from_header(header["stage"][KEY])
         check_tensors(trained_shapes(adapter, shapes_of(config)), model, "model")
     else:
-        is_bfloat16 = "embed.weight" in model and model["embed.weight"].dtype == torch.bfloat16
+        is_bfloat16 = (
+            "embed.weight" in model and like(model, "embed.weight").dtype == torch.bfloat16
+        )
         dtype = torch.bfloat16 if is_bfloat16 else torch.float32
         check_tensors(expected_tensors(config, dtype, file_bytes), model, "model")
     state = None
     if optimizer:
-        state = plain_tensors(dict_in(contents, "optimizer"), "optimizer", file_bytes)
+        _, state = _group(path, contents, "optimizer")
         if not state:
             raise ValueError(
                 "holds weights but no optimizer state, so training cannot be resumed from it: "
                 "start a new run with --init_from"
             )
-    digests_of(model, "model", digests)
-    digests_of(state or {}, "optimizer", digests)
+    if isinstance(model, Shards):
+        named = _checked_folder(model, state, digests, is_checked)
+    else:
+        digests_of(model, "model", digests)
+        digests_of(state or {}, "optimizer", digests)
+        named = digests
     return Checkpoint(
         path=path,
         step=header["step"],
@@ -310,10 +339,56 @@ def _read_ours(path: Path, contents: dict, optimizer: bool) -> Checkpoint:
         digest=hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
         stage=header.get("stage", {}),
         world=header.get("world", 1),
-        weights_digest=weights_digest(digests, adapter),
+        weights_digest=weights_digest(named, adapter) if named else "",
         adapter=adapter,
         trained=model if adapter else {},
     )
+
+
+def read_as_written(path: str | Path) -> tuple[dict, dict[str, Mapping[str, Tensor]]]:
+    """Return a checkpoint's header and all of its tensors by group, checked, for a copy.
+
+    Adapters are read without their base. Raise CheckpointError.
+    """
+    path = Path(path)
+    contents, _ = unpack(path, read_only=True)
+    try:
+        if "format" not in contents:
+            raise ValueError("is in the original implementation's format, which is one file alone")
+        header = read_header(contents)
+        checkpoint = _read_ours(path, contents, bool(contents.get("optimizer")), False)
+    except ValueError as error:
+        raise CheckpointError(path, error) from error
+    weights = checkpoint.trained if checkpoint.adapter else checkpoint.model
+    return header, {"model": weights, "optimizer": checkpoint.optimizer or {}}
+
+
+def _group(path: Path, contents: dict, group: str) -> tuple[int, Any]:
+    """Return the bytes that hold a group's tensors, at most, and the group, checked."""
+    given = contents.get(group)
+    if isinstance(given, Shards):
+        return sum((path / file).stat().st_size for file in given.files), given
+    file_bytes = path.stat().st_size
+    return file_bytes, plain_tensors(dict_in(contents, group), group, file_bytes)
+
+
+def _checked_folder(
+    model: Shards, state: Shards | None, digests: dict, is_checked: bool
+) -> dict[str, str]:
+    """Compare the digests of a folder's files; return those of its weights as a file has them.
+
+    is_checked: do neither.
+    """
+    if is_checked:
+        return {}
+    for shards in (model, state):
+        if shards is not None:
+            shards.check_files(digests)
+    named = {}
+    for name in model:
+        # One at a time: together they may be more than the memory.
+        named |= digests_of({name: model[name]}, "model")
+    return named
 
 
 def _with_base(checkpoint: Checkpoint, merges: bool, read_only: bool, chained: int) -> Checkpoint:
@@ -353,7 +428,7 @@ def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpo
     others = (path for place in named[:2] for path in sorted(place.parent.glob("*.pt")))
     problems = []
     for path in dict.fromkeys(place.resolve() for place in (*named, *others)):
-        if not path.is_file() or path.samefile(checkpoint.path):
+        if not (path.is_file() or is_folder(path)) or path.samefile(checkpoint.path):
             continue
         try:
             digest = _weights_digest_in(path)
@@ -365,7 +440,7 @@ def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpo
             continue
         found, wanted = digest[:12], adapter.base_digest[:12]
         problems.append(f"{path} has other weights (digest {found}, not {wanted})")
-    problem = problems[0] if own.is_file() and problems else f"{adapter.base} is missing"
+    problem = problems[0] if own.exists() and problems else f"{adapter.base} is missing"
     failure = CheckpointError(
         checkpoint.path,
         f"holds adapters alone, and their base is not found: {problem}. Put it back, or next to "
@@ -383,7 +458,10 @@ def _weights_digest_in(path: Path) -> str:
             return read_reference(path, contents, records, False).weights_digest
         stage = read_header(contents).get("stage", {})
         adapter = Adapter.from_header(stage[KEY])[0] if KEY in stage else None
-        return weights_digest(contents["digests"], adapter)
+        named = contents["digests"]
+        if isinstance(shards := contents.get("model"), Shards):
+            named = _checked_folder(shards, None, named, is_checked=False)
+        return weights_digest(named, adapter)
     except ValueError as error:
         raise CheckpointError(path, error) from error
 
@@ -446,6 +524,6 @@ def load_training_state(
         load_state_by_name(model, optimizer, checkpoint.optimizer, ranks)
         with torch.no_grad():
             for name, tensor in own.items():
-                ranks.fill_(tensor, given[name])
+                fill_(tensor, name, given, ranks)
     except ValueError as error:
         raise CheckpointError(checkpoint.path, f"does not fit this model: {error}") from error

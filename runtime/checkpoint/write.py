@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from torch.optim import Optimizer
 
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime.base.files import TEMPORARY_SUFFIX, link_atomic, make_folder, write_atomic
+from runtime.base.files import (
+    TEMPORARY_SUFFIX,
+    fsync_folder,
+    link_atomic,
+    make_folder,
+    write_atomic,
+    write_text_atomic,
+)
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.adapter import KEY, adapter_of, saved_tensors
 from runtime.checkpoint.folder import (
@@ -36,7 +44,13 @@ from runtime.checkpoint.format import (
     plain_values,
 )
 from runtime.checkpoint.optimizer_state import state_by_name
+from runtime.checkpoint.sharded import MANIFEST, like, manifest_text
 from runtime.checkpoint.stream import Layout, stream, torch_save
+
+# A single writer needs minutes for more, while all ranks wait.
+LARGEST_FILE_BYTES = 100 * 10**9
+# Between the name of a folder that is deleted and TEMPORARY_SUFFIX.
+REMOVED = ".removed"
 
 
 def save_checkpoint(
@@ -57,6 +71,8 @@ def save_checkpoint(
 ) -> Path:
     """Write step_0001000.pt and link latest.pt (and best.pt) to it; return its path.
 
+    Or write step_0001000, a folder (sharded.py), if the train_config says so.
+
     Keep the `keep_last` newest step files (0 = all). `run`, `stage` and `tokenizer_state` are
     JSON-able.
     Tensors stay where they are: a few at a time are brought to the CPU, to be hashed and again to
@@ -68,6 +84,7 @@ def save_checkpoint(
     """
     folder = Path(ckpt_dir)
     path = folder / f"step_{step:07d}.pt"
+    write = _write
     if adapter := adapter_of(model):
         stage = (stage or {}) | {KEY: adapter.header(folder)}
     try:
@@ -89,7 +106,9 @@ def save_checkpoint(
         for name, tensor in groups["model"].items():
             if tensor.dtype != torch.float32:
                 raise ValueError(f"checkpoints hold float32 weights, and {name} is {tensor.dtype}")
-        _write(path, header, groups, BEST if is_best else "", ranks)
+        if _in_shards(train_config.checkpoint, _layout(groups, ranks), ranks):
+            path, write = path.with_suffix(""), _write_folder
+        write(path, header, groups, BEST if is_best else "", ranks)
     except OSError as error:
         raise CheckpointError(
             path,
@@ -128,6 +147,79 @@ def _write(path: Path, header: dict, groups: dict[str, dict], best: str, ranks: 
     ranks.from_first(outcome)
 
 
+def _in_shards(checkpoint: str, layout: Layout, ranks: Ranks) -> bool:
+    """Return whether a checkpoint is written as a folder. checkpoint: as in TrainConfig."""
+    if checkpoint == "auto":
+        return ranks.world > 1 and tensor_bytes(layout) > LARGEST_FILE_BYTES
+    return checkpoint == "sharded"
+
+
+def _write_folder(
+    path: Path, header: dict, groups: dict[str, dict], best: str, ranks: Ranks
+) -> None:
+    """Write a folder and its names, each rank its part; raise on every rank what one raises."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+
+    def begin() -> None:
+        make_folder(path.parent)
+        _remove_leftovers(path.parent)
+        check_disk_space(path.parent, tensor_bytes(_layout(groups, ranks)))
+        temporary.mkdir()
+
+    def check_finite() -> None:
+        for group, tensors in groups.items():
+            # The digests are not needed: of parts, they depend on how many there are.
+            digests_of({name: ranks.local(tensor) for name, tensor in tensors.items()}, group)
+
+    def finish() -> None:
+        finish_folder(temporary, path, header, files)
+        for name in filter(None, (best, LATEST)):
+            link_atomic(path, path.with_name(name))
+
+    try:
+        ranks.from_first(begin)
+        ranks.together(check_finite)
+        files = ranks.write_files(temporary, groups)
+        ranks.from_first(finish)
+    except BaseException:
+        if ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def finish_folder(
+    temporary: Path, path: Path, header: dict, files: dict[str, tuple[int, str]]
+) -> None:
+    """Make a checkpoint of a folder that has all tensors (Ranks.write_files), and name it."""
+    write_text_atomic(temporary / MANIFEST, manifest_text(header, files))
+    if path.is_dir():
+        # From before the run was resumed further back.
+        _remove(path)
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def write_copy(path: Path, header: dict, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a checkpoint's header and tensors (read_as_written) into a file, one at a time."""
+    layout: Layout = {
+        group: {
+            name: (found.shape, found.dtype) for name in tensors for found in [like(tensors, name)]
+        }
+        for group, tensors in groups.items()
+    }
+    check_disk_space(path.parent, tensor_bytes(layout))
+    given = (tensors[name] for tensors in groups.values() for name in tensors)
+    write_atomic(path, lambda file: stream(file, header, layout, given))
+
+
+def _layout(groups: dict[str, dict[str, Tensor]], ranks: Ranks) -> Layout:
+    """Return what a file of these tensors holds."""
+    return {
+        group: {name: (ranks.shape_of(tensor), tensor.dtype) for name, tensor in tensors.items()}
+        for group, tensors in groups.items()
+    }
+
+
 def _write_first(
     path: Path,
     header: dict,
@@ -136,11 +228,7 @@ def _write_first(
     ranks: Ranks,
 ) -> None:
     """Write a file: from whole tensors in memory, or one whole of shards after the other."""
-    layout = {
-        group: {name: (ranks.shape_of(tensor), tensor.dtype) for name, tensor in named.items()}
-        for group, named in groups.items()
-    }
-    folder = path.parent
+    layout, folder = _layout(groups, ranks), path.parent
     make_folder(folder)
     _remove_leftovers(folder)
     check_disk_space(folder, tensor_bytes(layout))
@@ -240,10 +328,20 @@ def check_disk_space(folder: str | Path, tensor_bytes: int) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete half-written files that a kill left: each can be as large as a checkpoint."""
-    for path in folder.glob(f"*.pt{TEMPORARY_SUFFIX}"):
-        name = path.name.removesuffix(TEMPORARY_SUFFIX)
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        name = path.name.removesuffix(TEMPORARY_SUFFIX).removesuffix(REMOVED)
         if STEP_FILE.fullmatch(name) or name in (LATEST, BEST):
-            path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder. What a kill leaves of a folder has a temporary name."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.endswith(TEMPORARY_SUFFIX):
+        path = path.rename(path.with_name(path.name + REMOVED + TEMPORARY_SUFFIX))
+    shutil.rmtree(path)
 
 
 def _prune(folder: Path, step: int, keep_last: int) -> None:
@@ -258,4 +356,4 @@ def _prune(folder: Path, step: int, keep_last: int) -> None:
         if path.resolve() not in names:
             # On Windows another process may have it open. The next save tries again.
             with contextlib.suppress(OSError):
-                path.unlink()
+                _remove(path)

@@ -22,17 +22,23 @@ def balance_over_ranks(moe: MoE) -> None:
 
 
 def _balance_loss_of_all(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
-    return balance_loss(probabilities_NE, sum_over_ranks(counts_E))
+    # A compiled block is one graph, which a plain collective would break.
+    total = sum_in_a_graph if torch.compiler.is_compiling() else _sum_over_ranks
+    return balance_loss(probabilities_NE, total(counts_E))
 
 
-@torch.library.custom_op("gptoss::sum_over_ranks", mutates_args=())
-def sum_over_ranks(counts_E: Tensor) -> Tensor:
-    """Return counts, int64, summed over all ranks: one step for a compiler."""
+def _sum_over_ranks(counts_E: Tensor) -> Tensor:
     sums_E = counts_E.clone()
     dist.all_reduce(sums_E)
     return sums_E
 
 
-@sum_over_ranks.register_fake
+@torch.library.custom_op("gptoss::sum_over_ranks", mutates_args=())
+def sum_in_a_graph(counts_E: Tensor) -> Tensor:
+    """Return counts, int64, summed over all ranks: one step for a compiler."""
+    return _sum_over_ranks(counts_E)
+
+
+@sum_in_a_graph.register_fake
 def _(counts_E):
     return torch.empty_like(counts_E)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -37,7 +38,7 @@ def share_experts(block: Block, group: ProcessGroup) -> Experts:
         setattr(experts, name, nn.Parameter(own, parameter.requires_grad))
     block.moe.dispatcher = RankDispatcher(group)
     if block._compiled_call_impl is not None:
-        # In two graphs, of what comes before the exchange and after it.
+        # In graphs of what comes before the exchange and after it, which the blocks share.
         block.compile(dynamic=False)
     return experts
 
@@ -101,9 +102,21 @@ class RankDispatcher(LocalDispatcher):
             0, order_R, torch.arange(len(order_R), device=device)
         )
         rows_RC = GatherRows.apply(rows_RC, order_R, inverse_R, 1)
-        y_RC = experts(rows_RC, experts_R[order_R], arrived.sum(dim=0))
+        y_RC = _computed(experts, rows_RC, experts_R[order_R], arrived.sum(dim=0))
         y_RC = GatherRows.apply(y_RC, inverse_R, order_R, 1)
         return ExchangeRows.apply(y_RC, from_each, to_each, self.group)
+
+
+def _computed(experts: Experts, rows_RC: Tensor, experts_R: Tensor, counts_E: Tensor) -> Tensor:
+    """Return the experts' outputs, [R, C], also of no rows at all.
+
+    Then they get one row of zeros: F.grouped_mm refuses some operands without rows (pytorch pull
+    request 192497). The result still depends on the rows, so that their gradients are exchanged.
+    """
+    if len(rows_RC):
+        return experts(rows_RC, experts_R, counts_E)
+    is_first_E = F.pad(torch.ones_like(counts_E[:1]), (0, len(counts_E) - 1))
+    return experts(F.pad(rows_RC, (0, 0, 0, 1)), F.pad(experts_R, (0, 1)), is_first_E)[:0]
 
 
 class ExchangeRows(torch.autograd.Function):

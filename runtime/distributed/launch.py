@@ -39,7 +39,7 @@ class StartedRanks(Parallel):
     def __init__(self, device: torch.device, local_world: int, store: dist.Store):
         super().__init__(device, local_world)
         self.store = store
-        self.run_before = value_of(store, RUN_KEY) or ""
+        self.run_before = value_of(store, RUN_KEY)
 
     def began(self, run_id: str) -> None:
         if self.is_first:

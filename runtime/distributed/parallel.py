@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 # The only way that there is, and torchtitan's.
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from model_parts import Experts
 from runtime.base.ranks import START_SECONDS, Ranks, sharding_ranks
@@ -194,7 +195,8 @@ class Parallel(Ranks):
                 fully_shard(modules, **half)
             # What is left, in float32: norms, router, sinks, learned attention bias.
             fully_shard(block, **options)
-        fully_shard(model, **options)
+        # The backward pass begins with the head, so it would only be gathered again.
+        fully_shard(model, **options | {"reshard_after_forward": False})
         keep_trained_rows(model, self)
         for module in _sharded(model):
             # Plain sums: a factor of 1 alone is a product that Gloo lacks.
@@ -239,6 +241,37 @@ class Parallel(Ranks):
         whole = held.new_empty(self.shape_of(tensor))
         dist.all_gather(list(whole.chunk(self.experts)), held.contiguous(), group=self.expert_group)
         return whole
+
+    def write_files(
+        self, folder: Path, groups: dict[str, dict[str, Tensor]]
+    ) -> dict[str, tuple[int, str]]:
+        # Here, because it takes a while.
+        from runtime.distributed.sharded_checkpoint import write_files
+
+        shards = {
+            group: {name: self._shards_of(tensor) for name, tensor in tensors.items()}
+            for group, tensors in groups.items()
+        }
+        # One rank's disk may be slower than another's.
+        before = self.wait_at_most(START_SECONDS)
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, write_files(folder, shards, self.rank, self.world))
+        self.wait_at_most(before)
+        return {name: file for files in every for name, file in files.items()}
+
+    def _shards_of(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that knows of which rows of the whole it has; of experts too."""
+        if not self._holds_experts(tensor):
+            return tensor
+        shape = self.shape_of(tensor)
+        return DTensor.from_local(
+            self.local(tensor),
+            self.whole_expert_mesh,
+            (Shard(0), Shard(0)),
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
 
     def _holds_experts(self, tensor: Tensor) -> bool:
         """Return whether a tensor is this rank's part of a stack that other ranks hold parts of."""

@@ -165,6 +165,7 @@ class Preference(FineTuning):
         if config.score_prompts and config.is_toy:
             self.exam = Exam(self.tokenizer, config.score_prompts, config.max_new_tokens)
             self.best_score = "requests pass@1"
+        self.gathers_weights = self.exam is not None
 
     def adapted(self, model_config: ModelConfig, source: Checkpoint) -> ModelConfig:
         if model_config.dropout:

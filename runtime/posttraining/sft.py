@@ -58,6 +58,7 @@ class Sft(FineTuning):
             self.best_score = "score"
         elif config.score_prompts and len(self.held_out):
             self.exam = Prompts(self, config.score_prompts, config.max_new_tokens)
+        self.gathers_weights = self.exam is not None
 
     # -------------------------------------------------------------------------- batches and loss
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> PackedLoader:

@@ -164,7 +164,8 @@ class FineTuning(Task):
         another module: decoders change a model's mode, and one that is compiled takes few shapes.
         The weights of a model in shards are gathered, on every rank.
         """
-        if self.ranks.is_split(model.embed.weight):
+        # A state dict has the shards, also of weights that are still whole since the last pass.
+        if self.ranks.is_split(model.state_dict()["embed.weight"]):
             return _with_kernels(gathered_model(model, self.ranks))
         if self.config.lora_rank:
             return merged_model(model)

@@ -75,12 +75,14 @@ def checkpoint_found(
     def look() -> tuple[Path | None, list[str]]:
         source, skipped = find()
         found.append(source)
-        return source and source.path, skipped
+        return None if source is None else source.path, skipped
 
     path, skipped = ranks.from_first(look)
     if path is None:
         return None, skipped
-    read = ranks.together(lambda: found[0] if found else read_checkpoint(path, optimizer=True))
+    read = ranks.together(
+        lambda: found[0] if found else read_checkpoint(path, optimizer=True, is_checked=True)
+    )
     return read, skipped
 
 

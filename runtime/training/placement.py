@@ -70,10 +70,12 @@ class Placement:
     def replicas(self) -> int:
         return self.world // self.sharding
 
-    @property
-    def gathers(self) -> int:
-        """Return how often a micro-batch gathers the weights."""
-        return 1 if self.shard == "none" else 2
+    def gathers(self, shape: Shape) -> int:
+        """Return how often a micro-batch gathers a unit: again in its backward pass, but the root.
+
+        The root is whole from the first embedding to the gradient of the last.
+        """
+        return 1 if self.shard == "none" or shape.unit == ROOT else 2
 
     def sharers(self, shape: Shape) -> int:
         """Return the ranks that a unit's weights are sharded over."""

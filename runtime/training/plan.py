@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -83,10 +84,13 @@ FREE_ON_RESUME = {
     "tensorboard",
     "expert_parallel",
     "shard",
+    "checkpoint",
     "balance_over",
 }
 # Of the machine and not of the run: a resume that is not given them has the defaults.
-OF_THE_MACHINE = ("expert_parallel", "shard")
+OF_THE_MACHINE = ("expert_parallel", "shard", "checkpoint")
+# Parts of the estimate of memory that are there also between steps.
+KEPT_BETWEEN_STEPS = {"program", "weights", "frozen weights", "optimizer state"}
 
 
 # With --init_from the weights decide the architecture. These settings change neither the shapes of
@@ -184,6 +188,11 @@ def make_plan(
     ranks.arrange(
         config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
     )
+    if config.checkpoint == "sharded" and ranks is ONE_PROCESS:
+        raise ValueError(
+            "--checkpoint sharded is for runs on several ranks: leave it out, or start with "
+            "torchrun --standalone --nproc_per_node RANKS train.py"
+        )
     config = with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
     plan = dataclasses.replace(plan, auto_dtype=auto_dtype)
@@ -522,6 +531,11 @@ def needed_bytes(plan: TrainPlan, placement: Placement | None) -> dict[str, int]
         # A task knows its adapters as a whole.
         own = ("weights", "gradients", "optimizer state")
         needed |= {name: needed[name] // placement.sharding for name in own}
+    if placement and plan.task.gathers_weights:
+        # When a step's own memory is free again.
+        of_a_step = sum(size for name, size in needed.items() if name not in KEPT_BETWEEN_STEPS)
+        whole = 4 * total_parameters(plan.model_config)
+        needed["whole weights for a score"] = max(whole - of_a_step, 0)
     return needed
 
 
@@ -601,7 +615,7 @@ def with_largest_micro_batch(plan: TrainPlan, runs: Callable[[TrainPlan], bool])
                 f"micro-batch {c.batch_size} x {c.grad_accum} is the largest that fits, "
                 f"of {sequences} sequences a step"
             )
-            chosen = ranks.together(lambda fitting=candidate: with_loss_rows(fitting))
+            chosen = ranks.together(functools.partial(with_loss_rows, candidate))
             return dataclasses.replace(chosen, notes=[*plan.notes, note])
     raise ValueError(
         f"not even one sequence of {plan.model_config.context_length} tokens fits "

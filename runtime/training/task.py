@@ -57,6 +57,7 @@ class Task:
     balances: whether steps move the expert biases.
     rows_per_sample: sequences that a sample of the loader becomes, for the estimate of memory.
     takes_ranks: whether several ranks may carry it out.
+    gathers_weights: whether a score needs whole weights on every rank, as decoders do.
     """
 
     vocabulary_size: int = 0
@@ -73,6 +74,7 @@ class Task:
     balances: bool = True
     rows_per_sample: int = 1
     takes_ranks: bool = True
+    gathers_weights: bool = False
 
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> Loader:
         """Return the stream of training batches. Called several times: it must be cheap."""

@@ -64,7 +64,7 @@ def test_every_field_has_help_with_text():
 def test_every_field_is_a_flag_that_reaches_the_config(monkeypatch, table, name):
     """Through train.py's own main: what its plan is made from."""
     seen = []
-    monkeypatch.setattr(train, "make_plan", lambda settings, task_of: seen.append(settings))
+    monkeypatch.setattr(train, "make_plan", lambda settings, *_: seen.append(settings))
     monkeypatch.setattr(train, "run", lambda plan: 0)
     owner, value = OWNERS[table], other_value(OWNERS[table], name)
     assert train.main(as_flags(NEEDS.get(name, {}) | {name: value})) == 0

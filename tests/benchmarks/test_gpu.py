@@ -49,6 +49,7 @@ from tests.builders_inference import (
 )
 from tests.builders_runs import Run
 from tests.conftest import REPO
+from tests.ranks import run_on
 
 CARD_MEMORY = {"H100": 79 * GIB, "H200": 139 * GIB}
 TINY = [
@@ -737,6 +738,30 @@ def test_steps_are_measured_and_nothing_is_saved(results, monkeypatch):
     )
     assert [row["ms"] for row in kernels] == sorted((row["ms"] for row in kernels), reverse=True)
     assert {path.name for path in results.iterdir()} == {"steps_x.json"}
+
+
+def steps_on(ranks, folder: Path, flags: list[str]) -> dict | str:
+    """Return what one of several ranks measures, or its error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "RESULTS", folder)
+        patch.setattr(common, "REPO", folder)
+        try:
+            assert steps.run(steps.make_parser().parse_args(flags), ranks) == 0
+        except ValueError as error:
+            return str(error)
+        return stored(folder, "steps_x")
+
+
+def test_steps_of_one_rank_that_shards(results):
+    """What FSDP costs where nothing is split; the losses are those of one process."""
+    flags = ["--name", "x", "--sizes", "2x1", "--min_sample_seconds", "1e-6", *TINY]
+    assert steps.main([*flags, "--samples", "1"]) == 0
+    plain = stored(results, "steps_x")
+    (sharded,) = run_on(1, steps_on, results, [*flags, "--samples", "1"])
+    assert (plain["sharded"], sharded["sharded"]) == (False, True)
+    first = [found["measures"]["first loss"]["value"] for found in (plain, sharded)]
+    assert first[0] == first[1]
+    assert all("--nproc_per_node 1" in line for line in run_on(2, steps_on, results, flags))
 
 
 def test_the_first_size_that_fits_is_measured(results, monkeypatch):

@@ -52,16 +52,19 @@ def test_flags_that_cannot_be_measured_are_refused(flags):
 CURVES = {
     "one process": {"train": [[1, 4.0], [2, 2.0]], "val": [[2, 2.0]]},
     "four ranks": {"train": [[1, 4.0], [2, 2.002]], "val": [[2, 1.999]]},
+    "one process, 1 thread": {"train": [[1, 4.0], [2, 2.0]], "val": [[2, 2.0]]},
 }
 
 
 def test_the_curves_are_compared_step_by_step():
     figures = ranks_curve.summary(CURVES)
+    assert set(figures.pop("one process, 1 thread").values()) == {0.0}
+    (figures,) = figures.values()
     assert figures["largest difference of a training loss"] == pytest.approx(1e-3)
     assert figures["difference of the last validation loss"] == pytest.approx(5e-4)
     shorter = CURVES["four ranks"] | {"train": [[1, 4.0]]}
     with pytest.raises(ValueError, match="other steps"):
-        ranks_curve.differences(CURVES | {"four ranks": shorter})
+        ranks_curve.differences(CURVES | {"four ranks": shorter}, "four ranks")
 
 
 def test_the_picture_is_drawn_from_what_is_stored(tmp_path, monkeypatch):

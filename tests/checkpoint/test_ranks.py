@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import errno
 import os
-import pickle
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,8 +29,9 @@ from tests.builders import tiny_config
 from tests.ranks import run_on
 
 # Rows that neither 2 nor 4 ranks share evenly, fewer rows than ranks, an expert bias that moves.
-CONFIG = tiny_config(vocabulary_size=61, num_experts=3, router_bias_rate=0.01, expert_bias=True)
+CONFIG = tiny_config(vocabulary_size=61, num_experts=6, router_bias_rate=0.01, expert_bias=True)
 SETTINGS = dict(optimizer="muon", state_dtype="bfloat16", warmup_steps=0)
+FORMATS = ("file", "sharded")
 
 
 def number(name: str, shape, dtype=torch.float32) -> Tensor:
@@ -37,11 +40,11 @@ def number(name: str, shape, dtype=torch.float32) -> Tensor:
     return torch.randn(shape, generator=random).abs().to(dtype)
 
 
-def new_run(ranks: Ranks, numbers: bool = True):
+def new_run(ranks: Ranks, numbers: bool = True, expert_parallel: int = 1, shard: str = "full"):
     """Return a model in shards and its optimizer, with known numbers or with initial ones."""
     torch.manual_seed(0)
     model, config = LLM(CONFIG), TrainConfig(**SETTINGS)
-    ranks.arrange(1, "full", CONFIG.num_experts)
+    ranks.arrange(expert_parallel, shard, CONFIG.num_experts)
     ranks.shard(model, torch.float32)
     optimizer = build_optimizer(model, config, ranks)
     if numbers:
@@ -52,13 +55,15 @@ def new_run(ranks: Ranks, numbers: bool = True):
     return model, optimizer
 
 
-def save(ranks: Ranks, folder: Path, model, optimizer, step: int = 7) -> Path:
+def save(
+    ranks: Ranks, folder: Path, model, optimizer, checkpoint: str = "file", step: int = 7
+) -> Path:
     return save_checkpoint(
         folder,
         step,
         model,
         optimizer,
-        train_config=TrainConfig(**SETTINGS),
+        train_config=TrainConfig(**SETTINGS, checkpoint=checkpoint),
         tokenizer_state={"name": "byte", "vocabulary_size": 257},
         data_fingerprint="abc",
         val_loss=3.25,
@@ -69,34 +74,39 @@ def save(ranks: Ranks, folder: Path, model, optimizer, step: int = 7) -> Path:
     )
 
 
-def saved(ranks: Ranks, folder: Path) -> str:
-    return str(save(ranks, folder, *new_run(ranks)))
+def saved(ranks: Ranks, folder: Path, checkpoint: str = "file", **placing) -> str:
+    return str(save(ranks, folder, *new_run(ranks, **placing), checkpoint))
 
 
-def loaded_and_saved(ranks: Ranks, path: Path, folder: Path) -> str:
-    """Load a file into a run with other numbers, and save it again."""
-    model, optimizer = new_run(ranks, numbers=False)
-    load_training_state(read_checkpoint(path, optimizer=True), model, optimizer, ranks)
-    return str(save(ranks, folder, model, optimizer))
+def loaded_and_saved(
+    ranks: Ranks, path: Path, folder: Path, checkpoint: str = "file", **placing
+) -> str:
+    """Load a checkpoint into a run with other numbers, and save it again."""
+    model, optimizer = new_run(ranks, numbers=False, **placing)
+    read = read_checkpoint(path, optimizer=True, is_checked=ranks.rank > 0)
+    load_training_state(read, model, optimizer, ranks)
+    return str(save(ranks, folder, model, optimizer, checkpoint))
 
 
-def contents(path: str | Path) -> dict:
-    return torch.load(path, weights_only=True)
+def contents(path: str | Path) -> tuple[dict, dict]:
+    """Return a checkpoint's header, without what may differ, and its tensors by group."""
+    read = read_checkpoint(path, optimizer=True)
+    assert read.optimizer is not None
+    header = dataclasses.asdict(dataclasses.replace(read, model={}, optimizer=None, path=Path()))
+    del header["digest"], header["world"], header["train_config"]["checkpoint"]
+    return header, {"model": dict(read.model), "optimizer": dict(read.optimizer)}
 
 
 def same(path: str | Path, other: str | Path) -> bool:
-    """Return whether two files hold the same tensors, with their digests, and the same header.
+    """Return whether two checkpoints hold the same tensors and the same header.
 
-    The number of ranks apart, and so the header's digest.
+    The header has the digest of the weights. Its number of ranks may differ.
     """
-    a, b = contents(path), contents(other)
-    for file in (a, b):
-        file.pop("world", None)
-        del file["digests"]["header"]
-    tensors = [file.pop(group) for group in ("model", "optimizer") for file in (a, b)]
-    return a == b and all(
-        one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-        for one, two in (tensors[:2], tensors[2:])
+    (header, groups), (other_header, other_groups) = contents(path), contents(other)
+    return header == other_header and all(
+        groups[group].keys() == tensors.keys()
+        and all(torch.equal(groups[group][name], tensor) for name, tensor in tensors.items())
+        for group, tensors in other_groups.items()
     )
 
 
@@ -105,17 +115,28 @@ def of_one_process(tmp_path_factory) -> str:
     return saved(ONE_PROCESS, tmp_path_factory.mktemp("one"))
 
 
-@pytest.mark.parametrize("world, reads", [(1, 2), (2, 4), (4, 1)])
-def test_any_number_of_ranks_writes_and_reads_the_file_of_one_process(
-    world, reads, of_one_process, tmp_path
+@pytest.mark.parametrize(
+    "world, reads, checkpoint, placing",
+    [
+        (1, 2, "file", {}),
+        (2, 4, "file", {}),
+        (4, 1, "file", dict(expert_parallel=2)),
+        (1, 4, "sharded", {}),
+        (2, 1, "sharded", dict(shard="none")),
+        (4, 2, "sharded", dict(expert_parallel=2)),
+    ],
+)
+def test_any_number_of_ranks_writes_and_reads_the_checkpoint_of_one_process(
+    world, reads, checkpoint, placing, of_one_process, tmp_path
 ):
     """A run may continue on another number of ranks than it was started on."""
-    path = run_on(world, saved, tmp_path / "a")[0]
+    path = Path(run_on(world, partial(saved, **placing), tmp_path / "a", checkpoint)[0])
+    assert path.is_dir() == (checkpoint == "sharded")
     assert same(path, of_one_process)
-    assert contents(path).get("world", 1) == read_checkpoint(path).world == world
-    again = run_on(reads, loaded_and_saved, path, tmp_path / "b")[0]
+    assert read_checkpoint(path).world == world
+    again = run_on(reads, loaded_and_saved, path, tmp_path / "b", checkpoint)[0]
     assert same(again, of_one_process)
-    names = {"step_0000007.pt", "latest.pt", "best.pt"}
+    names = {Path(again).name, "latest.pt", "best.pt"}
     assert {p.name for p in (tmp_path / "b").iterdir()} == names
     third = loaded_and_saved(ONE_PROCESS, Path(again), tmp_path / "c")
     assert Path(third).read_bytes() == Path(of_one_process).read_bytes()
@@ -132,29 +153,29 @@ def without_world(ranks: Ranks, folder: Path) -> None:
         saved(ranks, folder)
 
 
-def test_the_file_is_the_same_to_the_byte_from_2_and_4_ranks(tmp_path):
+def test_the_file_is_the_same_to_the_byte_from_1_2_and_4_ranks(tmp_path):
     files = []
-    for world in (2, 4):
+    for world in (1, 2, 4):
         run_on(world, without_world, tmp_path / str(world))
         files.append((tmp_path / str(world) / "latest.pt").read_bytes())
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
 
 
 # ------------------------------------------------------------------------------------------- faults
-def failing(ranks: Ranks, folder: Path, fault: str) -> tuple[str, list[str]]:
+def failing(ranks: Ranks, folder: Path, fault: str, checkpoint: str) -> tuple[str, list[str]]:
     """Save step 7, then let the save of step 8 fail; return its error and what the folder holds."""
     model, optimizer = new_run(ranks)
-    save(ranks, folder, model, optimizer)
+    save(ranks, folder, model, optimizer, checkpoint)
     patch: contextlib.AbstractContextManager = contextlib.nullcontext()
     if fault == "nan":
         ranks.local(model.layers[1].norm1.weight.detach())[-1:] = float("nan")
     elif fault == "full disk":
-        patch = full_disk_after(4)
+        patch = full_disk_after(4) if checkpoint == "file" else full_disk_on(ranks, 2)
     elif fault == "no room":
         patch = mock.patch.object(write_module, "check_disk_space", side_effect=ValueError("full"))
     with patch:
         try:
-            save(ranks, folder, model, optimizer, step=8)
+            save(ranks, folder, model, optimizer, checkpoint, step=8)
             error = ""
         except CheckpointError as raised:
             error = str(raised)
@@ -187,20 +208,30 @@ def full_disk_after(writes: int):
     return mock.patch.object(write_module, "stream", full)
 
 
+def full_disk_on(ranks: Ranks, rank: int):
+    """Let one rank have no room for its part of a folder."""
+    if ranks.rank != rank:
+        return contextlib.nullcontext()
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return mock.patch("torch.distributed.checkpoint.filesystem.os.fsync", side_effect=error)
+
+
+@pytest.mark.parametrize("checkpoint", FORMATS)
 @pytest.mark.parametrize(
     "fault, said",
     [
         ("nan", "model tensor layers.1.norm1.weight holds NaN"),
-        ("full disk", "No space left on device; free some space"),
+        ("full disk", "No space left on device"),
         ("no room", "not written: full"),
     ],
 )
-def test_a_save_that_fails_on_the_first_rank_ends_on_all_of_them(fault, said, tmp_path):
+def test_a_save_that_fails_on_one_rank_ends_on_all_of_them(fault, said, checkpoint, tmp_path):
     """The first rank left in the middle, and the others waited for it until their time-out."""
-    (first, files), *others = run_on(4, failing, tmp_path, fault)
-    assert said in first and "step_0000008.pt" in first
+    (first, files), *others = run_on(4, failing, tmp_path, fault, checkpoint)
+    assert said in first and "step_0000008" in first and "\n" not in first
     assert [error for error, _ in others] == [first] * 3
-    assert files == ["best.pt", "latest.pt", "step_0000007.pt"]
+    end = ".pt" if checkpoint == "file" else ""
+    assert files == ["best.pt", "latest.pt", f"step_0000007{end}"]
     assert find_latest(tmp_path)[0].step == 7
 
 
@@ -208,6 +239,6 @@ def test_ranks_can_send_each_other_the_error_of_a_checkpoint():
     """It was made of a path and a reason, and read back from its line alone: a TypeError."""
     error = CheckpointError("a.pt", "is gone")
     error.innermost = "x"
-    again = pickle.loads(pickle.dumps(error))
+    again = copy.deepcopy(error)
     assert type(again) is CheckpointError
     assert (str(again), again.innermost) == ("a.pt: is gone", "x")

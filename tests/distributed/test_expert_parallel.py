@@ -57,6 +57,45 @@ def test_shared_experts_are_those_of_one_process(world, shared):
     assert any(not one.computed for found in by_rank for one in found)
 
 
+def grouped(ranks: Ranks) -> tuple[int, dict[str, Tensor]]:
+    """Return the rows that this rank computes, and the gradients of a step in bfloat16.
+
+    All rows are for the first rank's experts. The products are those of Hopper cards' kernel.
+    """
+    config = tiny_config(router_bias_rate=0.01, expert_bias=True)
+    model, rows = random_model(config).to(torch.bfloat16), 0
+
+    def count(module, arguments) -> None:
+        nonlocal rows
+        rows += int(arguments[2].sum())
+
+    for block in model.layers:
+        block.moe.experts.grouped = True
+        block.moe.experts.register_forward_pre_hook(count)
+        block.moe.router.selection_bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
+    if ranks.world > 1:
+        ranks.arrange(2, "full", 4)
+    ranks.shard(model, torch.bfloat16)
+    for batch in IDS_BS.chunk(2)[ranks.rank :: ranks.world]:
+        loss_of(model, batch).backward()
+    return rows, gradients(ranks, model)
+
+
+def test_a_rank_without_rows_takes_part():
+    """Its experts get one row of zeros, which the grouped kernel knows, and gradients of 0."""
+    _, expected = grouped(ONE_PROCESS)
+    by_rank = run_on(2, grouped)
+    # A row of zeros in each of two blocks.
+    assert by_rank[1][0] == 2 < by_rank[0][0]
+    for _, found in by_rank:
+        for name, tensor in expected.items():
+            # Sums of two micro-batches, each rounded to 8 bits, over two blocks.
+            most = 4 * torch.finfo(torch.bfloat16).eps * tensor.abs().max()
+            assert (found[name] - tensor).abs().max() <= most, name
+            if ".experts." in name:
+                assert not found[name][2:].any()
+
+
 def half_precision(
     ranks: Ranks, gathers_half: bool = False
 ) -> tuple[set[torch.dtype], dict[str, Tensor]]:
@@ -163,6 +202,17 @@ def test_four_ranks_shard_the_experts_that_two_share():
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 
+def test_recomputed_dropout_is_that_of_the_first_pass():
+    """Experts drop rows of other ranks, with random numbers of their own rank."""
+    settings = dict(expert_parallel=2, max_steps=3)
+    config = tiny_config(dropout=0.2)
+    first, again = (
+        run_on(2, trained, config, settings | dict(activation_checkpointing=recomputes))[0]
+        for recomputes in (False, True)
+    )
+    assert all(torch.equal(first.weights[name], again.weights[name]) for name in first.weights)
+
+
 def parts(ranks: Ranks) -> list[dict]:
     """Return for each stack of experts what this rank holds, and what it makes of it."""
     model, wholes = (random_model(tiny_config(num_experts=6, expert_bias=True)) for _ in range(2))
@@ -229,21 +279,27 @@ def test_what_is_no_stack_of_experts_is_refused():
 
 
 # ----------------------------------------------------------------------------------- balance losses
-def balanced(ranks: Ranks, balance_over: str) -> dict[str, Tensor]:
+def balanced(ranks: Ranks, balance_over: str, compiles: bool = False) -> dict[str, Tensor]:
     """Return the gradients of the balance losses' mean over the ranks' micro-batches."""
     model = random_model(tiny_config(aux_loss_coef=1.0), dtype=torch.float64)
+    if compiles:
+        for block in model.layers:
+            block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     if ranks.world > 1:
         ranks.arrange(1, "full", 4, balance_over)
     ranks.shard(model, torch.float64)
     ids_BS = IDS_BS.chunk(ranks.world)[ranks.rank]
     (model(ids_BS[:, :-1], ids_BS[:, 1:]).aux_loss / ranks.world).backward()
-    return gradients(ranks, model)
+    # A compiled block gives zeros to the last block's experts, which this loss does not reach.
+    return {name: grad for name, grad in gradients(ranks, model).items() if grad.any()}
 
 
 def test_a_global_balance_loss_is_that_of_one_large_micro_batch():
+    """Also in a block that is compiled as one graph."""
     expected = balanced(ONE_PROCESS, "")
-    for found in run_on(2, balanced, "global"):
-        assert_close(found, expected, MOST)
+    for compiles in (False, True):
+        for found in run_on(2, balanced, "global", compiles):
+            assert_close(found, expected, MOST)
     for found in run_on(2, balanced, "micro_batch"):
         router = "layers.0.moe.router.weight"
         assert not torch.allclose(found[router], expected[router], rtol=1e-3)

@@ -21,7 +21,7 @@ from runtime.checkpoint.write import write_weights
 from runtime.training import placing, setup
 from runtime.training.plan import make_plan
 from tests.builders import random_model, tiny_config
-from tests.builders_runs import MODEL, SPEED, settings_of
+from tests.builders_runs import MODEL, SPEED, Run, settings_of
 from tests.ranks import run_on
 
 # Six experts and 61 ids: four ranks do not share them out evenly.
@@ -222,3 +222,16 @@ def test_weights_of_a_file_are_read_by_each_rank_for_itself(data, tmp_path, dtyp
         assert largest <= half_of_the_largest(one)
     before, _ = run_on(2, run_of, flags, large)[1]
     assert differing(dict(build_model(read_checkpoint(path)).state_dict()), before) == []
+
+
+def test_a_large_run_is_resumed(data, tmp_path):
+    """Its weights come from the checkpoint, to which nothing was drawn; so do the expert biases."""
+    run = Run(data, tmp_path)
+    assert run("--router_bias_rate", "0.01", "--max_steps", "4") == 0
+    flags = [*run.folders, "--resume", "--max_steps", "8"]
+    one, _ = run_of(ONE_PROCESS, flags, False, steps=2)
+    alone, _ = run_of(ONE_PROCESS, flags, True, steps=2)
+    assert differing(one, alone) == []
+    for weights, largest in run_on(2, run_of, flags, True, 2):
+        assert differing(one, weights) == []
+        assert largest <= half_of_the_largest(one)

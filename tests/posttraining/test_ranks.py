@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +21,18 @@ from runtime.data.tokenizers import load_tokenizer
 from runtime.posttraining import score
 from runtime.posttraining.flags import settings_of
 from runtime.posttraining.policy import Grpo, GrpoConfig
-from runtime.posttraining.preference import DpoConfig, Preference
 from runtime.posttraining.reference import FILE
 from runtime.posttraining.score import Exam, shared_out
-from runtime.posttraining.sft import Sft, SftConfig
 from runtime.posttraining.tuning import BASE_LOSS
-from runtime.training.plan import TrainPlan, initial_state, make_plan
+from runtime.training.plan import check_memory, make_plan
 from runtime.training.setup import set_up
+from tests import children
 from tests.builders_posttraining import QUICK, chats, in_folder, pairs, tiny_base
 from tests.builders_runs import comparable
+from tests.builders_tuned import differing, planned, tuned
+from tests.conftest import REPO
 from tests.ranks import run_on
 
-KINDS = {"sft": (Sft, SftConfig), "dpo": (Preference, DpoConfig)}
 # Half of each tensor fills vector registers: kernels round what does not in another way.
 FULL_REGISTERS = dict(d_model=32, head_dim=32, d_ff=32)
 # An odd number of prompts of each form, and of parts that are answered at a time.
@@ -49,65 +53,31 @@ def flags_of(folder: Path, kind: str, *flags: object) -> list[str]:
     return [*QUICK, *map(str, (*start, *split, *flags))]
 
 
-def planned(ranks: Ranks, kind: str, flags: list[str]) -> TrainPlan:
-    task_of, config_class = KINDS[kind]
-    torch.set_num_threads(1)
-    return make_plan(settings_of("", flags, config_class), task_of, config_class, ranks)
-
-
-def tuned(ranks: Ranks, kind: str, flags: list[str]) -> tuple[dict, dict, list[dict]]:
-    """Return the weights, the optimizer's state and the records of a run that saves nothing.
-
-    The weights are also those of the plain model that a score asks.
-    """
-    plan = planned(ranks, kind, flags)
-    state = initial_state(plan)
-    model, optimizer, _ = set_up(plan, train.forward_backward)
-    records: list[dict] = []
-    hooks = train.Hooks(records.append)
-    given = dict(optimizer=optimizer, state=state, ranks=ranks)
-    train.fit(model, plan.task, plan.config, hooks, **given)
-    parameters = dict(model.named_parameters())
-    weights = {name: ranks.whole(p.detach()).clone() for name, p in parameters.items()}
-    plain = plan.task.plain(model).state_dict()
-    weights |= {f"plain.{name}": tensor.clone() for name, tensor in plain.items()}
-    moments = {
-        f"{key}.{name}": ranks.whole(value).clone()
-        for name, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    return weights, moments, comparable(records)
-
-
 @pytest.mark.parametrize(
-    ("kind", "flags"),
+    ("kind", "flags", "shard"),
     [
-        ("sft", ["--dropout", "0.1"]),
-        ("sft", ["--lora_rank", "4", "--optimizer", "adamw"]),
-        ("dpo", ["--optimizer", "muon"]),
-        ("dpo", ["--lora_rank", "4", "--sft_coef", "0.5"]),
+        ("sft", ["--dropout", "0.1"], "full"),
+        ("sft", ["--lora_rank", "4", "--optimizer", "adamw"], "full"),
+        ("dpo", ["--optimizer", "muon"], "full"),
+        ("dpo", ["--lora_rank", "4", "--sft_coef", "0.5"], "none"),
     ],
     ids=["sft", "sft with adapters", "dpo", "dpo with adapters"],
 )
-def test_two_ranks_are_one_process(tmp_path, data, kind, flags):
+def test_two_ranks_are_one_process(tmp_path, data, kind, flags, shard):
     """Weights, moments, losses, and the scores before, during and after the run.
 
     With adapters too, whose rows of new ids are no longer in the memory of the vocabulary: the head
     read the rows of the start.
     """
-    common = flags_of(tmp_path, kind, *flags)
-    one, *others = [
-        tuned(ONE_PROCESS, kind, [*common, *in_folder(tmp_path / "1"), "--data_dir", str(data)]),
-        *run_on(2, tuned, kind, [*common, *in_folder(tmp_path / "2"), "--data_dir", str(data)]),
-    ]
-    assert {r["kind"] for r in one[2]} == {"train", "val", "score"}
-    scores = [record["score"] for record in one[2] if record["kind"] == "score"]
+    common = [*flags_of(tmp_path, kind, *flags), *in_folder(tmp_path / "1")]
+    common += ["--data_dir", str(data)]
+    one = tuned(ONE_PROCESS, kind, common)
+    others = run_on(2, tuned, kind, [*common, *in_folder(tmp_path / "2")[:4], "--shard", shard])
+    assert {r["kind"] for r in one.records} == {"train", "val", "score"}
+    scores = [record["score"] for record in one.records if record["kind"] == "score"]
     assert len(scores) == 3 and all(BASE_LOSS in numbers for numbers in scores)
     for other in others:
-        for own, theirs in zip(one[:2], other[:2], strict=True):
-            assert own.keys() == theirs.keys()
-            assert [name for name in own if not torch.equal(own[name], theirs[name])] == []
-        assert other[2] == one[2]
+        assert differing(one, other) == []
     plan = planned(ONE_PROCESS, kind, [*common, *in_folder(tmp_path)])
     held_out = len(plan.task.validation(plan.model_config, plan.config))
     assert held_out > 2 and held_out % 2, "a rank gets a batch that does not count"
@@ -178,6 +148,32 @@ def test_a_run_resumes_on_any_number_of_ranks(tmp_path, more):
         assert torch.equal(tensor, other.optimizer[name]), name
     first, second = ((tmp_path / name / "ckpt" / FILE).read_bytes() for name in ("whole", "parts"))
     assert first == second
+
+
+@pytest.mark.nightly
+def test_torchrun_tunes_a_model_that_then_talks(tmp_path):
+    """As a user types it: the embedded tasks on two ranks, then a chat with what they saved."""
+    base = tiny_base(tmp_path / "base", context_length=768)
+    flags = ["--init_from", base, "--toy_examples", 40, "--max_steps", 2, "--lora_rank", 4]
+    ranks = ["--standalone", "--nproc_per_node", 2, "-m", "scripts.sft"]
+    words = ["-m", "torch.distributed.run", *ranks, *QUICK, *in_folder(tmp_path), *flags]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("lora     trains") == done.stdout.count("done: 2 steps") == 1
+    assert done.stdout.count("requests pass@1") == 3, "two scores and the table"
+    path = tmp_path / "ckpt" / "latest.pt"
+    assert f"python predict.py --chat --ckpt {path.with_name('best.pt')}" in done.stdout
+    assert read_checkpoint(path).world == 2
+    chat = ["predict.py", "--chat", "--ckpt", path, "--max_new_tokens", 4]
+    answer = children.run([*chat, "--prompt", "Who is Tom?"])
+    assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
 # --------------------------------------------------------------------------------------- the score
@@ -260,9 +256,30 @@ def test_batches_made_ahead_take_no_part_in_what_the_ranks_do(tmp_path):
     assert expected is not None and np.array_equal(found, expected)
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------- before it starts
 class TwoRanks(Ranks):
-    world = 2
+    world = local_world = 2
+
+
+def memory(ranks: Ranks, flags: list[str]) -> dict[str, int]:
+    """Return the estimate of a run of the flags with experts that are most of its model."""
+    plan = planned(ranks, "sft", flags)
+    shape = dict(num_experts=64, d_ff=4096, transformer_blocks=12)
+    config = dataclasses.replace(plan.model_config, **shape)
+    return check_memory(dataclasses.replace(plan, model_config=config))
+
+
+def test_the_estimate_counts_whole_weights_for_a_score(tmp_path):
+    """A model that fits in shards alone would run out of memory before its first step."""
+    flags = [*flags_of(tmp_path, "sft", "--lora_rank", 4), *in_folder(tmp_path)]
+    name = "whole weights for a score"
+    needed = memory(TwoRanks(), flags)
+    kept = sum(needed[part] for part in ("program", "weights", "optimizer state"))
+    in_shards = needed["frozen weights"]
+    assert needed[name] > in_shards
+    assert sum(needed.values()) == pytest.approx(kept + in_shards + 2 * in_shards, rel=1e-3)
+    assert name not in memory(TwoRanks(), [*flags, "--score_prompts", "0"])
+    assert name not in memory(ONE_PROCESS, flags)
 
 
 def test_rewards_are_for_one_process(tmp_path):

@@ -40,13 +40,14 @@ FLAGS = [
     *("--max_steps", str(STEPS), "--save_interval", "4", "--keep_last", "2"),
     *("--dropout", "0.1", "--router_bias_rate", "1e-3", "--num_threads", "1"),
 ]
-# How long ranks wait for each other, here: a step takes a hundredth of a second.
-TIMEOUT = 5.0
+# How long ranks wait for one that hangs, here: a step takes a hundredth of a second. And for one
+# that a busy machine has no time for.
+TIMEOUT, LONG_TIMEOUT = 5.0, 60.0
 # Beyond the time-out, until all have ended.
 MARGIN = 10.0
 # torchrun gives 30 seconds to ranks that it ends.
 CLOSING_SECONDS = 10.0
-HANG_SECONDS = 60.0
+HANG_SECONDS = 180.0
 MOST_KILLS_A_RUN = 3
 
 
@@ -98,6 +99,7 @@ class RanksRun(runs.Run):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         processes: list[BaseProcess] = []
+        hangs = fault is not None and fault.kind in ("hang", "freeze")
         for rank in range(self.world):
             environment = {
                 "TORCHELASTIC_RUN_ID": "test",
@@ -108,6 +110,7 @@ class RanksRun(runs.Run):
                 "LOCAL_WORLD_SIZE": str(self.world),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
+                "STEP_SECONDS": str(TIMEOUT if hangs else LONG_TIMEOUT),
             }
             argv = [*self.argv(), *(flags_of or {}).get(rank, [])]
             given = fault if fault and fault.rank in (rank, None) else None
@@ -177,7 +180,7 @@ def run_train(argv: list[str]) -> None:
 
     torch.set_num_threads(1)
     reporter.draw_plots = lambda *_, **__: None
-    setup.STEP_SECONDS = TIMEOUT
+    setup.STEP_SECONDS = float(os.environ.get("STEP_SECONDS", LONG_TIMEOUT))
     failure.ANSWER_SECONDS, failure.WATCH_SECONDS = 0.5, 0.2
     # Its own lock is a system's semaphore, which a killed process would leave behind.
     tqdm.set_lock(threading.RLock())

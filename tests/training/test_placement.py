@@ -10,7 +10,7 @@ from config_model import PRESETS, ModelConfig, total_parameters
 from runtime.checkpoint.format import meta_model
 from runtime.training.memory import hidden_matrices
 from runtime.training.optimizer import HIDDEN_MATRICES
-from runtime.training.placement import BLOCK, EXPERTS, ROOT, Placement, shapes, units
+from runtime.training.placement import BLOCK, EXPERTS, ROOT, Placement, Shape, shapes, units
 from tests.builders import tiny_config
 
 OPTIONS = [
@@ -75,5 +75,13 @@ def test_placements_that_cannot_be_are_one_line():
 
 def test_a_node_shards_what_a_node_holds():
     placement = Placement(64, 8, 32, shard="node")
-    assert (placement.sharding, placement.replicas, placement.gathers) == (8, 8, 2)
-    assert Placement(64, 8, 32, shard="none").gathers == 1
+    assert (placement.sharding, placement.replicas) == (8, 8)
+
+
+def test_only_blocks_are_gathered_again():
+    """The backward pass begins with the head, which is whole from the forward pass."""
+    of_block, of_root = (Shape(unit, 1, 8, 8) for unit in (BLOCK, ROOT))
+    for shard, times in (("full", 2), ("node", 2), ("none", 1)):
+        placement = Placement(64, 8, 32, shard=shard)
+        assert placement.gathers(of_block) == times
+        assert placement.gathers(of_root) == 1

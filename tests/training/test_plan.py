@@ -444,6 +444,20 @@ def test_a_dtype_that_was_given_stays(run, dtype):
         run("--resume", "--dtype", dtype, fresh=False)
 
 
+def test_a_balance_over_ranks_needs_them(run, monkeypatch):
+    """One process cannot count what other ranks see: it says so, and what to take instead."""
+    with pytest.raises(ValueError, match="--balance_over global is for runs on several ranks"):
+        run("--balance_over", "global")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "arrange", lambda *_: None)
+        assert run("--balance_over", "global", "--max_steps", 4) == 0
+    with pytest.raises(ValueError, match="take --balance_over micro_batch"):
+        run("--resume", "--max_steps", 5, fresh=False)
+    more = ("--balance_over", "micro_batch", "--max_steps", 5)
+    assert run("--resume", *more, fresh=False) == 0
+    assert run.final().train_config["balance_over"] == "micro_batch"
+
+
 def test_a_run_of_an_earlier_version_resumes(run):
     """Its checkpoints lack the step of the best validation, and who chose the dtype."""
     assert run("--max_steps", 4) == 0

@@ -27,6 +27,8 @@ GRACE_SECONDS = 5.0
 ANSWER_SECONDS = 3.0
 # In the store: the error that no restart would mend. It outlives these processes.
 FINAL_KEY = "gptoss/final"
+# What has failed in this generation, a line of JSON for each rank.
+FAILED_KEY = "failed"
 
 
 def value_of(store: dist.Store, key: str) -> str:
@@ -39,12 +41,17 @@ def watch(store: dist.Store, ended: threading.Event) -> None:
     failed = False
     while not failed and not ended.wait(WATCH_SECONDS):
         try:
-            failed = store.check(["failed"])
+            failed = store.check([FAILED_KEY])
         except RuntimeError:
             # The store is torchrun's, which has been killed.
             failed = True
     if failed and not ended.wait(GRACE_SECONDS):
         os._exit(1)
+
+
+def note(store: dist.Store, rank: int, line: str, is_lost: bool) -> None:
+    """Tell all ranks of an error of one. is_lost: it is that another cannot be reached."""
+    store.append(FAILED_KEY, json.dumps([rank, line, is_lost]) + "\n")
 
 
 class Report:
@@ -91,22 +98,17 @@ class Report:
         """Note an error in the store; return those of other ranks, [line, whether it lost one]."""
         if self.store is None:
             return {}
-        self._note(self.store, self.rank, line, is_lost)
-        keys = {rank: f"failed/{rank}" for rank in range(self.world) if rank != self.rank}
-        end, found = time.monotonic() + ANSWER_SECONDS, {}
-        waits_for = set(keys) if is_lost else {0} & set(keys)
+        note(self.store, self.rank, line, is_lost)
+        others = set(range(self.world)) - {self.rank}
+        waits_for = others if is_lost else {0} & others
+        end = time.monotonic() + ANSWER_SECONDS
         while True:
-            found = {
-                rank: value for rank, key in keys.items() if (value := value_of(self.store, key))
-            }
+            # One key, because a thousand ranks may ask for it at once.
+            notes = map(json.loads, value_of(self.store, FAILED_KEY).splitlines())
+            found = {rank: rest for rank, *rest in notes if rank != self.rank}
             if waits_for <= set(found) or time.monotonic() > end:
-                return {rank: json.loads(value) for rank, value in found.items()}
-            time.sleep(0.05)
-
-    @staticmethod
-    def _note(store: dist.Store, rank: int, line: str, is_lost: bool) -> None:
-        store.set(f"failed/{rank}", json.dumps([line, is_lost]))
-        store.set("failed", "1")
+                return found
+            time.sleep(0.1)
 
     def _said(self, line: str, is_lost: bool, others: dict[int, list]) -> str:
         """Return what to print, or "" where another rank says it."""

@@ -97,7 +97,7 @@ def _of_weights(
         nodes = _nodes(placement, n, apart)
         elements = [n * placement.held(shape) for shape in group]
         size = sum(e * placement.gathered_bytes(s) for e, s in zip(elements, group, strict=True))
-        yield Collective(ALL_GATHER, WEIGHTS, n, nodes, size, times * placement.gathers)
+        yield Collective(ALL_GATHER, WEIGHTS, n, nodes, size, times * placement.gathers(group[0]))
         gradients = 4 * sum(elements)
         yield Collective(REDUCE_SCATTER, GRADIENTS, n, nodes, gradients, times)
         # Each rank's part, over the other machines that hold the same.

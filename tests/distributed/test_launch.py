@@ -105,7 +105,7 @@ def said(monkeypatch, capsys, rank: int, error: Exception, others: dict | None) 
     if others is not None:
         report.store = report.lasting = dist.HashStore()
         for other, (line, is_lost) in others.items():
-            Report._note(report.store, other, line, is_lost)
+            failure.note(report.store, other, line, is_lost)
 
     def leave(code: int):
         raise Left(code)
@@ -196,7 +196,7 @@ def test_a_rank_ends_soon_after_another_has_failed(monkeypatch, gone):
         def check(self, keys):
             if gone:
                 raise dist.DistNetworkError("Broken pipe")
-            return keys == ["failed"]
+            return keys == [failure.FAILED_KEY]
 
     left: list[int] = []
     monkeypatch.setattr(failure, "WATCH_SECONDS", 0.01)

@@ -94,8 +94,10 @@ class RanksRun(runs.Run):
         folders += ["--ckpt_dir", self.ckpt_dir, "--graph_dir", self.graph_dir]
         return [*self.flags, *map(str, folders)]
 
-    def start(self, fault: Fault | None = None, flags_of: dict[int, list[str]] | None = None):
-        """Start all ranks once; return how they Ended. flags_of: further flags of a rank."""
+    def start(
+        self, fault: Fault | None = None, flags_of: dict[int, list[str]] | None = None
+    ) -> Ended:
+        """Start all ranks once and wait for their end. flags_of: further flags of a rank."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         processes: list[BaseProcess] = []

@@ -26,7 +26,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ def pretraining(config: TrainConfig, source: Checkpoint | None = None) -> Task:
 @torch.no_grad()
 def evaluate(
     model: LLM,
-    batches: Iterable,
+    batches: Any,
     loss_fn: Callable = next_token_loss,
     dtype: torch.dtype = torch.float32,
     ranks: Ranks = ONE_PROCESS,
@@ -567,7 +567,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
         profiled(plan, state, reporter.say) as on_step,
     ):
         hooks = Hooks(reporter.on_log, on_save, on_step, stop.requested)
-        given = dict(optimizer=optimizer, state=state, dtype=plan.dtype, ranks=plan.ranks)
+        given: Any = dict(optimizer=optimizer, state=state, dtype=plan.dtype, ranks=plan.ranks)
         fit(model, plan.task, config, hooks, **given)
     reporter.close()
     print(peak_memory_line(plan.device, sum(check_memory(plan).values())))

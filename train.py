@@ -26,7 +26,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ def pretraining(config: TrainConfig, source: Checkpoint | None = None) -> Task:
 @torch.no_grad()
 def evaluate(
     model: LLM,
-    batches: Any,
+    batches: Sequence[Batch],
     loss_fn: Callable = next_token_loss,
     dtype: torch.dtype = torch.float32,
     ranks: Ranks = ONE_PROCESS,
@@ -417,7 +417,8 @@ def fit(
                 state.window = {}
             val_loss, score = None, {}
             if due.validate and validation:
-                val_loss = evaluate(model, validation, task.loss, dtype, ranks)
+                # Whatever it is, it has a length and numbered batches.
+                val_loss = evaluate(model, validation, task.loss, dtype, ranks)  # type: ignore[arg-type]
                 hooks.on_log(val_record(state, val_loss, task.is_likelihood))
             if due.validate:
                 score = _score(model, task, state, hooks)
@@ -567,8 +568,13 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
         profiled(plan, state, reporter.say) as on_step,
     ):
         hooks = Hooks(reporter.on_log, on_save, on_step, stop.requested)
-        given: Any = dict(optimizer=optimizer, state=state, dtype=plan.dtype, ranks=plan.ranks)
-        fit(model, plan.task, config, hooks, **given)
+        fit(
+            *(model, plan.task, config, hooks),
+            optimizer=optimizer,
+            state=state,
+            dtype=plan.dtype,
+            ranks=plan.ranks,
+        )
     reporter.close()
     print(peak_memory_line(plan.device, sum(check_memory(plan).values())))
     if state.skipped_steps:

@@ -38,6 +38,7 @@ def promises() -> list:
         policy,
         prompt,
         published,
+        rank_checkpoints,
         rank_faults,
         runs,
         texts,
@@ -72,6 +73,7 @@ def promises() -> list:
             *rank_faults.PROMISES,
             *expert_parallel.PROMISES,
             *traffic.PROMISES,
+            *rank_checkpoints.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

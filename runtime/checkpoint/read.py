@@ -384,7 +384,7 @@ def _checked_folder(
     for shards in (model, state):
         if shards is not None:
             shards.check_files(digests)
-    named = {}
+    named: dict[str, str] = {}
     for name in model:
         # One at a time: together they may be more than the memory.
         named |= digests_of({name: model[name]}, "model")

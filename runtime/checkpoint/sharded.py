@@ -87,7 +87,7 @@ class Shards(Mapping[str, Tensor]):
             kind = self.kinds.setdefault(name, (shape, dtype))
             if kind != (Size((*kind[0][:1], *shape[1:])), dtype):
                 raise ValueError(f"{file} has a piece of another shape or dtype of {name}")
-            first, rows = (offsets[0], shape[0]) if shape else (0, 1)
+            first, rows = (offsets[0], shape[0]) if shape and offsets else (0, 1)
             pieces = self.pieces.setdefault(name, [])
             # Of fewer rows than ranks, some have none.
             if rows or not pieces:

@@ -49,7 +49,8 @@ class Parallel(Ranks):
 
     def __init__(self, device: torch.device, local_world: int):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device, self.local_world = device, local_world
+        self.device: torch.device = device
+        self.local_world = local_world
         self.mesh: DeviceMesh
         # All that they send each other anything in; None is that of all ranks.
         self.groups: list[dist.ProcessGroup | None] = [None]
@@ -111,8 +112,8 @@ class Parallel(Ranks):
         result, failure = None, None
         try:
             result = do()
-        except (ValueError, OSError) as error:
-            failure = error
+        except (ValueError, OSError) as mistake:
+            failure = mistake
         failures: list[Any] = [None] * self.world
         dist.all_gather_object(failures, failure)
         found = {rank: other for rank, other in enumerate(failures) if other is not None}

@@ -96,7 +96,9 @@ def _of_weights(
         apart = placement.expert_parallel if group[0].unit == EXPERTS else 1
         nodes = _nodes(placement, n, apart)
         elements = [n * placement.held(shape) for shape in group]
-        size = sum(e * placement.gathered_bytes(s) for e, s in zip(elements, group, strict=True))
+        size = sum(
+            e * placement.gathered_bytes(shape) for e, shape in zip(elements, group, strict=True)
+        )
         yield Collective(ALL_GATHER, WEIGHTS, n, nodes, size, times * placement.gathers(group[0]))
         gradients = 4 * sum(elements)
         yield Collective(REDUCE_SCATTER, GRADIENTS, n, nodes, gradients, times)

@@ -12,7 +12,7 @@ def test_the_page_has_the_table_that_the_command_prints():
 
 
 def test_what_does_not_fit_has_no_figure():
-    """117 B parameters need 1.7 TiB for weights and moments, and eight cards have 576 GiB."""
+    """117 B parameters take 1.3 TiB with their moments, and eight cards have 576 GiB."""
     model = MODELS["gpt-oss-120b"]
     assert [best(model, 8, *way) for way in WAYS.values()] == [None] * len(WAYS)
     found = best(MODELS["gpt-oss-20b"], 64, "full", 1)

@@ -18,7 +18,7 @@ from runtime.checkpoint.folder import find_latest, folder_has_run, restore_names
 from runtime.checkpoint.format import CheckpointError
 from runtime.checkpoint.read import load_model, read_checkpoint, read_config
 from runtime.checkpoint.write import save_checkpoint
-from tests.checkpoint.test_ranks import CONFIG, new_run
+from tests.builders_rank_checkpoints import CONFIG, new_run
 from tests.ranks import run_on
 
 

@@ -28,6 +28,7 @@ from runtime.training import reporter
 from runtime.training.plan import describe, initial_state, make_plan
 from runtime.training.task import Task
 from runtime.training.traffic import step_collectives
+from tests.builders_checkpoint import forge
 from tests.builders_runs import MODEL, SPEED, Run, assert_same, parsed, settings_of
 
 # So that a step is a sum over its tokens, however they are cut.
@@ -362,6 +363,25 @@ def test_what_a_micro_batch_does_by_itself_is_named(run, capsys):
     assert run("--resume", "--batch_size", 1, "--grad_accum", 4, "--max_steps", 5, fresh=False) == 0
     parts = "load-balance loss and capacity and dropout are per micro-batch"
     assert parts in capsys.readouterr().out
+
+
+def test_a_resume_on_another_number_of_ranks_is_said(run, capsys):
+    assert run("--max_steps", 4) == 0
+    source = run.final().path
+    forge(source, source, lambda contents: contents.update(world=2, train_cfg=sharded(contents)))
+    assert run("--resume", "--max_steps", 6, fresh=False) == 0
+    assert "ranks    1 instead of 2: the same data" in capsys.readouterr().out
+    assert run.final().world == 1
+
+
+def sharded(contents: dict) -> dict:
+    """Return settings of a run on ranks, which one process does not take over."""
+    return contents["train_cfg"] | {"checkpoint": "sharded"}
+
+
+def test_one_process_writes_no_folder(run):
+    with pytest.raises(ValueError, match="--checkpoint sharded is for runs on several ranks"):
+        run("--max_steps", 4, "--checkpoint", "sharded")
 
 
 def test_a_resume_finds_the_largest_micro_batch(run, monkeypatch, capsys):

@@ -51,7 +51,8 @@ def watch(store: dist.Store, ended: threading.Event) -> None:
 
 def note(store: dist.Store, rank: int, line: str, is_lost: bool) -> None:
     """Tell all ranks of an error of one. is_lost: it is that another cannot be reached."""
-    store.append(FAILED_KEY, json.dumps([rank, line, is_lost]) + "\n")
+    told = json.dumps([rank, line, is_lost]) + "\n"
+    store.append(FAILED_KEY, told)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 class Report:

@@ -70,6 +70,7 @@ class Parallel(Ranks):
         sharding = sharding_ranks(*given)
         self.experts, self.reshard = expert_parallel, shard != "none"
         self.balances_globally = balance_over == "global"
+        assert self.device is not None, "ranks are given theirs"
         replicas, kind = self.world // sharding, self.device.type
         # Meshes of one dimension where there is one group of shards: fewer collectives.
         # Ranks that share experts are neighbours, and so on one machine if they fit there; a stack
@@ -115,13 +116,13 @@ class Parallel(Ranks):
             failure = mistake
         failures: list[Any] = [None] * self.world
         dist.all_gather_object(failures, failure)
-        found = {rank: error for rank, error in enumerate(failures) if error is not None}
+        found = {rank: other for rank, other in enumerate(failures) if other is not None}
         if not found:
             return result  # type: ignore[return-value]  # what `do` returned
-        rank, error = next(iter(found.items()))
+        rank, first = next(iter(found.items()))
         if len({str(other) for other in found.values()}) > 1 or len(found) < self.world:
-            raise ValueError(f"rank {rank}: {error}") from failure
-        raise error
+            raise ValueError(f"rank {rank}: {first}") from failure
+        raise first
 
     def check_equal(self, what: dict[str, object]) -> None:
         every: list[Any] = [None] * self.world

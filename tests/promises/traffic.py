@@ -67,7 +67,7 @@ def bytes_of_ranks(count: int) -> Tally:
 
 PROMISES = [
     Promise(
-        70,
+        71,
         "What ranks exchange in a step is what the closed form says, to the byte: 8 and 64 ranks "
         "that are played",
         bytes_of_ranks,

@@ -64,7 +64,7 @@ def two_ranks(count: int) -> Tally:
 
 PROMISES = [
     Promise(
-        69,
+        64,
         "SFT and DPO on two ranks are those of one process, to the bit, with adapters or without",
         two_ranks,
         4,

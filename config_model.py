@@ -344,7 +344,7 @@ class TrainConfig:
     shard: str = option(
         "full",
         "ranks that weights are sharded over: full = all, gathered for each use; none = gathered "
-        "once a step; node = those of one machine",
+        "once a micro-batch; node = those of one machine",
         choices=("full", "node", "none"),
     )
     checkpoint: str = option(

@@ -645,7 +645,7 @@ def test_a_missing_default_checkpoint_says_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is a directory or device, not a checkpoint file"),
+        (None, "is a directory without checkpoint.json or a device, not a checkpoint"),
         (b"", "the file is empty"),
         (b"Once upon a time", "not a checkpoint"),
         (os.urandom(5000), "not a checkpoint"),

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.cli.hf import app
@@ -15,6 +14,7 @@ from runtime.base import cli
 from runtime.base.text import human_bytes, human_count
 from runtime.data.sources import own_validation
 from runtime.training.plan import make_plan
+from runtime.training.task import Task
 from tests.conftest import REPO
 
 PAGE = (REPO / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -96,7 +96,8 @@ def test_train_py_plans_it(name, tmp_path, monkeypatch):
     flags = [*shlex.split(RECIPES[name].train), "--device", "cpu", "--dtype", "float32"]
     settings = cli.settings_from(parser.parse_args(flags), ModelConfig, TrainConfig)
     size = model.vocabulary_size
-    task = SimpleNamespace(vocabulary_size=size, tokenizer_state=None, fingerprint="", where="data")
+    task = Task()
+    task.vocabulary_size = size
     plan = make_plan(settings, lambda config, source: task)
     assert plan.model_config == model and plan.config.max_steps == train.max_steps
 

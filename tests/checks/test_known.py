@@ -15,6 +15,7 @@ from torch import nn
 import train
 from config_model import PRESETS, ModelConfig, option
 from model import LLM
+from runtime.base.ranks import ONE_PROCESS
 from runtime.checkpoint.format import meta_model
 from runtime.checks import known
 from runtime.inference import cpu_decode
@@ -227,6 +228,7 @@ def test_train_says_both_before_the_first_step(monkeypatch):
         task=Task(),
         device=torch.device("cpu"),
         source=None,
+        ranks=ONE_PROCESS,
     )
     lines = describe(plan, {"weights": 1, "optimizer state": 1})
     assert lines[0].startswith("model    123 M parameters, 23.5 M active per token")

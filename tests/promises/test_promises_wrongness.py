@@ -15,7 +15,7 @@ from runtime.checkpoint import read as read_module
 from runtime.data import loader as loader_module
 from runtime.data import shards as data
 from runtime.inference import session
-from runtime.training import metrics
+from runtime.training import agreed, metrics
 from runtime.training import plan as plan_module
 from runtime.training.metrics import MetricsLog, read_records
 from runtime.training.plan import make_plan
@@ -52,8 +52,8 @@ def test_unchecked_files_are_found_silently_wrong(owner, name, fake, count, word
 
 
 def test_a_fallback_without_a_word_is_found():
-    real = plan_module.find_latest
-    with mock.patch.object(plan_module, "find_latest", lambda *a, **k: (real(*a, **k)[0], [])):
+    real = agreed.find_latest
+    with mock.patch.object(agreed, "find_latest", lambda *a, **k: (real(*a, **k)[0], [])):
         broken(damage.fallback(2), "step_0000006.pt")
 
 

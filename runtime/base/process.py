@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 # Turns of GNU OpenMP's waiting loop before a thread sleeps; its default is at least 100 times that.
 SPIN_COUNT = "1000"
@@ -118,6 +119,10 @@ STOP_SIGNALS = [
 SAME_SIGNAL_SECONDS = 1.0
 
 
+# Signals that a failed rank ignores, and what heard them before.
+_ignored: dict[int, Any] = {}
+
+
 class StopRequest:
     """Asks a run to finish its step, save and stop: at SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
 
@@ -129,6 +134,9 @@ class StopRequest:
         self.signal: int | None = None
 
     def __enter__(self):
+        # A run that has gone back to a checkpoint begins again, and may be stopped again.
+        while _ignored:
+            signal.signal(*_ignored.popitem())
         self._before = {
             s: signal.signal(s, self._on_signal)
             for s in STOP_SIGNALS
@@ -138,8 +146,12 @@ class StopRequest:
 
     def __exit__(self, kind, *_):
         for s, handler in self._before.items():
+            signal.signal(s, handler)
+        if kind and has_ranks():
             # A rank that fails must say why: torchrun ends it as soon as it has seen another's end.
-            signal.signal(s, signal.SIG_IGN if kind and has_ranks() else handler)
+            for s, handler in self._before.items():
+                _ignored[s] = handler
+                signal.signal(s, signal.SIG_IGN)
 
     def _on_signal(self, number, frame):
         if self.signal is not None:

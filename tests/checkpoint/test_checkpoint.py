@@ -48,9 +48,8 @@ from tests.builders_checkpoint import (
     save,
     train,
 )
+from tests.conftest import REPO
 from tests.numeric import assert_close, gradients_bound, logits_bound
-
-REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -638,7 +637,8 @@ def test_every_torch_load_in_the_repo_is_weights_only():
                         "weights_only" in keywords
                         and getattr(keywords["weights_only"], "value", None) is True
                     ), place
-    assert loads > 1 and len(files) > 5
+    # After this file had moved into a folder, the rule read the tests alone and stayed green.
+    assert loads > 1 and REPO / "train.py" in files
 
 
 # ----------------------------------------------------------------------- the folder and the writing

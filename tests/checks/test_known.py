@@ -229,6 +229,8 @@ def test_train_says_both_before_the_first_step(monkeypatch):
         device=torch.device("cpu"),
         source=None,
         ranks=ONE_PROCESS,
+        dtype=torch.float32,
+        loss_rows=0,
     )
     lines = describe(plan, {"weights": 1, "optimizer state": 1})
     assert lines[0].startswith("model    123 M parameters, 23.5 M active per token")

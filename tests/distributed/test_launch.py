@@ -227,19 +227,37 @@ def test_a_rank_that_stops_because_another_was_told_to_has_an_exit_code_too():
     assert StopRequest().exit_code == 128 + signal.SIGTERM
 
 
-def test_a_failing_rank_is_not_ended_before_it_has_said_why(monkeypatch):
+@pytest.fixture
+def handlers():
+    """Puts all handlers of signals back."""
+    before = {number: signal.getsignal(number) for number in process.STOP_SIGNALS}
+    yield
+    process._ignored.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_failing_rank_is_not_ended_before_it_has_said_why(monkeypatch, handlers):
     """torchrun ends the others with SIGTERM as soon as one has ended."""
     before = signal.getsignal(signal.SIGTERM)
     for ranks, handler in ((False, before), (True, signal.SIG_IGN)):
         if ranks:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-        try:
-            with pytest.raises(KeyError), StopRequest():
-                raise KeyError
-            assert signal.getsignal(signal.SIGTERM) == handler
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyError), StopRequest():
+            raise KeyError
+        assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_ranks_that_went_back_to_a_checkpoint_can_be_stopped(monkeypatch, handlers):
+    """After a rollback they ignored SIGTERM, Ctrl-C and the rest to the end of the run."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError), StopRequest():
+        raise KeyError
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_one_rank_of_a_machine_says_what_is_wrong_with_the_command(monkeypatch, capsys):

@@ -25,7 +25,7 @@ from runtime.base.files import (
     write_atomic,
     write_text_atomic,
 )
-from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.base.ranks import ONE_PROCESS, START_SECONDS, Ranks
 from runtime.checkpoint.adapter import KEY, adapter_of, saved_tensors
 from runtime.checkpoint.folder import (
     BEST,
@@ -87,6 +87,9 @@ def save_checkpoint(
     write = _write
     if adapter := adapter_of(model):
         stage = (stage or {}) | {KEY: adapter.header(folder)}
+    # The ranks wait for the first one's disk, or for the slowest. On GPUs, where they ask for all
+    # tensors at once, they do so from the first tensor on.
+    before = ranks.wait_at_most(START_SECONDS)
     try:
         header = _header(
             model.config,
@@ -117,6 +120,8 @@ def save_checkpoint(
         ) from error
     except ValueError as error:
         raise CheckpointError(path, f"not written: {error}") from error
+    finally:
+        ranks.wait_at_most(before)
     if ranks.is_first:
         _prune(folder, step, keep_last)
     return path

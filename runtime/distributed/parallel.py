@@ -254,11 +254,8 @@ class Parallel(Ranks):
             group: {name: self._shards_of(tensor) for name, tensor in tensors.items()}
             for group, tensors in groups.items()
         }
-        # One rank's disk may be slower than another's.
-        before = self.wait_at_most(START_SECONDS)
         every: list[Any] = [None] * self.world
         dist.all_gather_object(every, write_files(folder, shards, self.rank, self.world))
-        self.wait_at_most(before)
         return {name: file for files in every for name, file in files.items()}
 
     def _shards_of(self, tensor: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import importlib
 import os
+import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -145,6 +147,38 @@ def test_a_save_that_fails_on_one_rank_ends_on_all_of_them(fault, said, checkpoi
     assert [error for error, _ in others] == [first] * 3
     end = ".pt" if checkpoint == "file" else ""
     assert files == ["best.pt", "latest.pt", f"step_0000007{end}"]
+    assert find_latest(tmp_path)[0].step == 7
+
+
+def saved_slowly(ranks: Ranks, folder: Path, checkpoint: str) -> tuple[str, float]:
+    """Save where one rank's disk needs longer than ranks wait; return the path and their wait."""
+    model, optimizer = new_run(ranks)
+    name = "runtime.checkpoint.write.write_atomic"
+    if checkpoint == "sharded":
+        name = "runtime.distributed.sharded_checkpoint.fsync_folder"
+    module, _, function = name.rpartition(".")
+    real = getattr(importlib.import_module(module), function)
+
+    def slow(*args):
+        real(*args)
+        time.sleep(1.5)
+
+    slows = ranks.rank == (checkpoint == "sharded")
+    ranks.wait_at_most(1.0)
+    with mock.patch(name, slow) if slows else contextlib.nullcontext():
+        path = save(ranks, folder, model, optimizer, checkpoint)
+    return str(path), ranks.wait_at_most(60.0)
+
+
+@pytest.mark.parametrize("checkpoint", FORMATS)
+def test_ranks_wait_for_a_slow_disk(checkpoint, tmp_path):
+    """A file of 44 GB can take its disk minutes, at its end alone.
+
+    The other ranks waited for the first as long as in a step. So the run ended in its first save,
+    and again after each restart.
+    """
+    (path, waits), other = run_on(2, saved_slowly, tmp_path, checkpoint)
+    assert other == (path, waits) and waits == 1.0
     assert find_latest(tmp_path)[0].step == 7
 
 

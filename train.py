@@ -358,7 +358,7 @@ def fit(
     """
     hooks = hooks or Hooks()
     state = state or RunState()
-    optimizer = optimizer or build_optimizer(model, config)
+    optimizer = optimizer or build_optimizer(model, config, ranks)
     check_skips(optimizer)
     device = model.embed.weight.device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -12,7 +12,7 @@ from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.training.task import GivenTask
 from tests import children
 from tests.builders import tiny_config
-from tests.builders_ranks import Windows, trained
+from tests.builders_ranks import Windows, one_thread, trained
 from tests.builders_runs import MODEL, SPEED
 from tests.promises.many_ranks import FULL_REGISTERS, differing
 from tests.ranks import run_on
@@ -55,6 +55,29 @@ def test_every_micro_batch_has_random_numbers_of_its_own_wherever_it_is():
     assert len(set(alone)) == 8
     first, second = run_on(2, seeds)
     assert (first, second) == (alone[::2], alone[1::2])
+
+
+@one_thread()
+def of_its_own_optimizer(ranks: Ranks) -> list[torch.Tensor]:
+    """Return the weights after two steps with the optimizer that `fit` makes."""
+    model_config = tiny_config(context_length=16)
+    config = TrainConfig(
+        batch_size=1, grad_accum=2, max_steps=2, warmup_steps=1, grad_clip=0.0, optimizer="muon"
+    )
+    torch.manual_seed(0)
+    model = LLM(model_config)
+    ranks.arrange(1, "full", model_config.num_experts)
+    ranks.shard(model, torch.float32)
+    task = GivenTask(Windows(model_config, 1), train.next_token_loss)
+    train.fit(model, task, config, ranks=ranks)
+    return [ranks.whole(parameter.detach()).clone() for parameter in model.parameters()]
+
+
+def test_an_optimizer_that_fit_makes_knows_of_the_ranks():
+    """It took rows of a matrix for the matrix, without an error."""
+    expected = of_its_own_optimizer(ONE_PROCESS)
+    for found in run_on(2, of_its_own_optimizer):
+        assert all(map(torch.equal, found, expected))
 
 
 def test_one_process_loads_and_starts_nothing_of_ranks(data, tmp_path):

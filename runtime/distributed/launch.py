@@ -58,9 +58,9 @@ def joined(device: str) -> Iterator[Parallel]:
         report = Report(rank, world)
         try:
             store = _store()
-            report.store = group_store = dist.PrefixStore(_agreed_name(store, rank, world), store)
-            report.lasting = store
-            threading.Thread(target=watch, args=(group_store, ended), daemon=True).start()
+            name = _agreed_name(store, rank, world)
+            report.store, report.lasting = dist.PrefixStore(name, store), store
+            threading.Thread(target=watch, args=(report.store, ended), daemon=True).start()
             if line := value_of(store, FINAL_KEY):
                 raise EndedBefore(line)
             local_rank, local_world = (
@@ -69,7 +69,7 @@ def joined(device: str) -> Iterator[Parallel]:
             own, backend = device_of_rank(device, local_rank, local_world)
             dist.init_process_group(
                 backend,
-                store=group_store,
+                store=_store_of_group(name, store),
                 rank=rank,
                 world_size=world,
                 timeout=timedelta(seconds=START_SECONDS),
@@ -104,6 +104,17 @@ def _store() -> dist.Store:
         multi_tenant=True,
         wait_for_workers=False,
     )
+
+
+def _store_of_group(name: str, store: dist.Store) -> dist.Store:
+    """Return the store in which the ranks' groups leave each other their addresses.
+
+    NCCL looks for a group's there at its first exchange, and waits as long as the store does, not
+    as the group. Such a wait keeps a connection busy, so it is another than that of `watch`.
+    """
+    own = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+    own.set_timeout(timedelta(seconds=START_SECONDS))
+    return dist.PrefixStore(name, own)
 
 
 def _agreed_name(store: dist.Store, rank: int, world: int) -> str:

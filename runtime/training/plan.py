@@ -283,9 +283,9 @@ def _configs(
 
 def _prepare_process(config: TrainConfig, ranks: Ranks) -> tuple[torch.device, torch.dtype]:
     """Set threads and determinism; return the device and the dtype to compute in."""
-    threads = config.num_threads or min(torch.get_num_threads(), process.usable_cores())
-    if not config.num_threads:
-        threads = max(threads // ranks.local_world, 1)
+    # The ranks of a machine share its cores. Those that PyTorch was told to take are of a process.
+    cores = max(process.usable_cores() // ranks.local_world, 1)
+    threads = config.num_threads or min(torch.get_num_threads(), cores)
     torch.set_num_threads(threads)
     process.keep_freed_memory()
     device = ranks.device or choose_device(config.device)

@@ -225,8 +225,9 @@ def profiled(plan: TrainPlan, state: RunState, say: Callable[[str], None]):
     """Yield what to call after each step.
 
     With config.profile, write a trace and a table to graph_dir after the last of PROFILED_STEPS.
+    Of several ranks the first one does.
     """
-    if not plan.config.profile:
+    if not (plan.config.profile and plan.ranks.is_first):
         yield lambda: None
         return
     from torch.profiler import profile, schedule

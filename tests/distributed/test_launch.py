@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -24,6 +25,7 @@ from runtime.distributed.failure import Report
 from runtime.kernels.choose import choose_kernels
 from runtime.training import plan as plan_module
 from runtime.training.optimizer import build_optimizer
+from runtime.training.reporter import profiled
 from runtime.training.state import RecentLoss, RunState
 from runtime.training.task import GivenTask
 from tests.builders import tiny_config
@@ -75,6 +77,35 @@ def test_ranks_that_never_come_are_not_waited_for_forever(monkeypatch):
     monkeypatch.setattr(launch, "MEETING_SECONDS", 0.2)
     with pytest.raises(ValueError, match="rank 0 has waited 0 s for the other 1 to start"):
         launch._agreed_name(dist.HashStore(), 0, 2)
+
+
+def test_a_group_waits_for_a_late_rank_and_meanwhile_hears_of_failures(monkeypatch):
+    """NCCL waits in its store for the address of a group's first rank.
+
+    That was half a minute, and a rank that had more to compile or to read ended the run. The wait
+    keeps the store's connection busy, so that whoever watches for failures needs another.
+    """
+    monkeypatch.setattr(launch, "STORE_SECONDS", 0.3)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (("ADDR", "127.0.0.1"), ("PORT", str(server.port))):
+        monkeypatch.setenv(f"MASTER_{name}", value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    store = launch._store()
+    group_store, found = launch._store_of_group("name", store), []
+
+    def ask(question: Callable, key) -> threading.Thread:
+        thread = threading.Thread(target=lambda: found.append(question(key)), daemon=True)
+        thread.start()
+        return thread
+
+    waiting = ask(group_store.get, "address")
+    waiting.join(0.6)
+    assert waiting.is_alive()
+    ask(store.check, ["name/failed"]).join(5)
+    assert found == [False], "it waited with the other"
+    dist.PrefixStore("name", server).set("address", "here")
+    waiting.join(10)
+    assert found == [False, b"here"]
 
 
 def test_the_digest_of_the_code_is_of_every_file_that_a_run_loads(monkeypatch, tmp_path):
@@ -352,6 +383,35 @@ def test_the_micro_batch_is_the_largest_that_fits_every_rank(data):
     assert run_on(2, micro_batch, str(data), [16, 16]) == [[8, 2]] * 2
     lines = run_on(2, micro_batch, str(data), [8, 0])
     assert all("not even one sequence" in line for [line] in lines)
+
+
+@pytest.mark.parametrize(
+    "allowed, expected", [(1, 1), (3, 3), (16, 4)], ids=["torchrun's", "the user's", "PyTorch's"]
+)
+def test_the_ranks_of_a_machine_share_its_cores(monkeypatch, allowed, expected):
+    """What OMP_NUM_THREADS gave to each process was shared out once more."""
+    set_to: list[int] = []
+    ranks = Ranks()
+    ranks.local_world = 2
+    monkeypatch.setattr(process, "usable_cores", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: allowed)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    plan_module._prepare_process(TrainConfig(device="cpu", dtype="float32"), ranks)
+    assert set_to == [expected]
+
+
+def test_a_profile_is_of_the_first_rank(data, tmp_path):
+    """All ranks wrote the same two files: one took the other's away, and the run ended."""
+    folders = ["--data_dir", data, "--ckpt_dir", tmp_path / "c", "--graph_dir", tmp_path]
+    flags = [*MODEL, *SPEED, *folders, "--max_steps", "10", "--profile"]
+    plan = plan_module.make_plan(settings_of(*map(str, flags)), train.pretraining)
+    for rank, names in ((1, set()), (0, {"trace.json", "trace.txt"})):
+        plan.ranks = Ranks()
+        plan.ranks.rank = rank
+        with profiled(plan, RunState(), print) as on_step:
+            for _ in range(10):
+                on_step()
+        assert {path.name for path in tmp_path.iterdir()} == names
 
 
 # --------------------------------------------------------------------------------------- whole runs

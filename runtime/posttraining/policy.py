@@ -247,6 +247,8 @@ class Grpo(FineTuning):
         self.rows_per_sample = math.ceil(rows / self.context)
         self.clip = Clip(config.clip_low, config.clip_high, config.ratio == SEQUENCE)
         self.exam = self._exam()
+        for asked in self.prompts.of_files():
+            self.reward.check_columns(asked.prompt)
         self.model: LLM | None = None
         self.reference: LLM | None = None
         self.told = Told()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import threading
+import weakref
 
 import pytest
 import torch
@@ -431,3 +433,14 @@ def test_dropout_is_refused(tmp_path):
 def test_a_reward_that_fails_is_found_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"mine\.py:score failed: KeyError"):
         task_and_model(tmp_path, body="def score(messages, text, number):\n    return {}['a']\n")
+
+
+def test_a_row_without_a_column_of_the_reward_is_found_before_the_first_step(tmp_path):
+    """The run stopped when the row's turn came, and lost all steps since the last checkpoint."""
+    base = tiny_base(tmp_path / "base")
+    own = files(tmp_path)
+    with open(own["data"][0], "a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "and this?"}) + "\n")
+    config = GrpoConfig(init_from=str(base), max_new_tokens=6, **own)
+    with pytest.raises(ValueError, match=r"jsonl line 13: .*mine\.py:score cannot .*'number'"):
+        Grpo(config, read_checkpoint(base))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import datetime
 import hashlib
 import math
 import shlex
@@ -17,6 +19,7 @@ from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.checks.kernels import settle_kernels
 from runtime.data.chat import has_chat, with_chat
+from runtime.data.hf_tokenizer import HuggingFaceTokenizer
 from runtime.data.loader import validation_batches
 from runtime.data.shards import MANIFEST, open_data
 from runtime.data.tokenizer import Tokenizer
@@ -55,8 +58,13 @@ class FineTuning(Task):
         plain = tokenizer_of(source)
         # A run without the layout keeps a chat model's tokenizer.
         self.tokenizer: Tokenizer = plain if config.raw else with_chat(plain)
-        self.had_chat = has_chat(plain)
+        self.had_chat, self.chats = has_chat(plain), not config.raw
         self.tokenizer_state = self.tokenizer.to_state()
+        if config.raw and plain.chat is not None:
+            # There an answer ends with end-of-text, not with the end of a message.
+            self.tokenizer = copy.copy(plain)
+            self.tokenizer.stop_ids = plain.all_stop_ids
+        self.rendered_at = self._fix_clock(source)
         self.vocabulary_size = self.tokenizer.vocabulary_size
         self.base = source.stage.get("base") or {
             "path": str(source.path),
@@ -75,6 +83,18 @@ class FineTuning(Task):
         self.adapters = Adapters(config, source, self.new_ids(source))
         self._base_batches = self._open_base(config.data_dir)
         self._plain: LLM | None = None
+
+    def _fix_clock(self, source: Checkpoint) -> str:
+        """Let a published model's template see one time in all of the run; return it, or "".
+
+        Some templates write today's date. A resumed run must make the same ids on another day.
+        """
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return ""
+        saved = source.stage.get("rendered_at") if self.config.resume else ""
+        now = saved or datetime.datetime.now().isoformat(timespec="seconds")
+        self.tokenizer.now = datetime.datetime.fromisoformat(now)
+        return now
 
     def _row_tokens(self) -> int:
         """Return the tokens of a row. A row of two contexts wastes less of itself.
@@ -182,7 +202,8 @@ class FineTuning(Task):
         return model
 
     def stage(self, model: LLM) -> dict:
-        return {"kind": self.kind, "base": self.base, "start": self.start}
+        stage = {"kind": self.kind, "base": self.base, "start": self.start}
+        return stage | ({"rendered_at": self.rendered_at} if self.rendered_at else {})
 
     # -------------------------------------------------------------------------- the score
     def _open_base(self, data_dir: str):

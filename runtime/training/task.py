@@ -54,6 +54,7 @@ class Task:
     is_likelihood: whether the loss is a cross-entropy in nats, which has a perplexity.
     best_score: name of the score whose highest value makes best.pt; "" = the validation loss does.
     balances: whether steps move the expert biases.
+    chats: whether the model learns to answer messages, which is what to try at the end.
     rows_per_sample: sequences that a sample of the loader becomes, for the estimate of memory.
     """
 
@@ -69,6 +70,7 @@ class Task:
     is_likelihood: bool = True
     best_score: str = ""
     balances: bool = True
+    chats: bool = False
     rows_per_sample: int = 1
 
     def loader(self, model_config: ModelConfig, config: TrainConfig) -> Loader:

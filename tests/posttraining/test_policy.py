@@ -435,6 +435,18 @@ def test_a_reward_that_fails_is_found_before_the_first_step(tmp_path):
         task_and_model(tmp_path, body="def score(messages, text, number):\n    return {}['a']\n")
 
 
+def test_answers_without_a_layout_may_end_the_text_of_a_chat_model(tmp_path):
+    """End-of-text was never drawn there, so that no answer could end."""
+    base = tiny_base(tmp_path / "base", chats=True)
+    source = read_checkpoint(base)
+    config = GrpoConfig(init_from=str(base), raw=True, max_new_tokens=6, **files(tmp_path))
+    task = Grpo(config, source)
+    end = task.tokenizer.end_of_text_id
+    assert end in task.stop_ids and end not in task.banned_ids
+    chat = Grpo(dataclasses.replace(config, raw=False), source)
+    assert end in chat.banned_ids and chat.stop_ids == [chat.tokenizer.chat.end]
+
+
 def test_a_row_without_a_column_of_the_reward_is_found_before_the_first_step(tmp_path):
     """The run stopped when the row's turn came, and lost all steps since the last checkpoint."""
     base = tiny_base(tmp_path / "base")

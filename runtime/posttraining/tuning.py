@@ -10,6 +10,7 @@ import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,7 @@ from runtime.posttraining.forms import Example
 from runtime.posttraining.lora import Adapters, merged_model
 from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.score import Score, wilson
+from runtime.training.memory import hidden_matrices
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.plan import with_config
 from runtime.training.task import Task
@@ -48,6 +50,9 @@ class FineTuning(Task):
     sets kind and command, and gives the loader, the loss and the score. Raise ValueError without a
     source, and for one whose tokenizer is unknown.
     """
+
+    # What a subclass scores by generation with; None = nothing.
+    exam: Any = None
 
     def __init__(self, config: PostTrainConfig, source: Checkpoint | None):
         if source is None:
@@ -160,11 +165,19 @@ class FineTuning(Task):
             capacity_factor=0.0,
         )
 
+    def planned(self, config: TrainConfig, dtype: torch.dtype) -> None:
+        """Let go of an earlier model: a roll back or a trial makes another, and needs its room."""
+        self._plain = None
+
     def prepare(self, model: LLM) -> None:
         self.adapters.prepare(model)
 
     def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
-        return self.adapters.needed_bytes(needed, model_config)
+        """Add what a merged copy of a model with adapters holds, which answers are drawn with."""
+        needed = self.adapters.needed_bytes(needed, model_config)
+        if self.config.lora_rank and (self.exam is not None or not self.fetch_ahead):
+            needed = needed | {"merged weights": 4 * hidden_matrices(model_config)}
+        return needed
 
     def gradient_bytes(self, needed: dict[str, int]) -> int:
         return self.adapters.gradient_bytes(needed)
@@ -206,6 +219,11 @@ class FineTuning(Task):
         return stage | ({"rendered_at": self.rendered_at} if self.rendered_at else {})
 
     # -------------------------------------------------------------------------- the score
+    @property
+    def scores(self) -> bool:
+        # What tuning cost is told by two losses on the base's text: one at the end is needed too.
+        return bool(self.best_score or self._base_batches)
+
     def _open_base(self, data_dir: str):
         """Return batches of the base's own held-out text, if its shards are there."""
         folder = Path(data_dir)

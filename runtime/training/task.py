@@ -95,6 +95,11 @@ class Task:
         """Return the samples of one pass over the data, for --epochs; 0 = it has no end."""
         return 0
 
+    @property
+    def scores(self) -> bool:
+        """Return whether `score` is asked at each validation, also where nothing is held out."""
+        return bool(self.best_score)
+
     def score(self, model: LLM) -> dict[str, float]:
         """Return further numbers of a validation, by name. Called in eval mode, without grad.
 

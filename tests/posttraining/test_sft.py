@@ -180,3 +180,27 @@ def test_answers_without_a_layout_end_with_the_text_of_a_chat_model_too(tmp_path
     found = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert tokenizer_from_state(found.tokenizer_state).stop_ids == (257 + 1,), "as before"
     assert "next     python predict.py --ckpt" in capsys.readouterr().out
+
+
+def test_what_tuning_cost_is_told_where_nothing_is_held_out(tmp_path):
+    """The loss on the base's text was taken before the first step, and never again."""
+    base = tiny_base(tmp_path / "base")
+    row = {"prompt": "Who is Pip?", "completion": "A rabbit."}
+    data = tmp_path / "one.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for _ in range(8)), encoding="utf-8")
+    assert run(tmp_path, "--data", data, "--data_dir", prepared(tmp_path), base=base) == 0
+    steps = [r["step"] for r in records(tmp_path) if "base loss" in r.get("score", {})]
+    assert steps == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--toy_examples", 20), "--toy_examples has no effect with --data"),
+        (("--raw", "--train_on", "last"), "--train_on has no effect with --raw"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path, flags, line):
+    base = tiny_base(tmp_path / "base")
+    with pytest.raises(ValueError, match=line):
+        run(tmp_path, "--data", chats(tmp_path / "chats.jsonl"), *flags, base=base)

@@ -392,7 +392,7 @@ def fit(
             state.step = step + 1
             state.samples_seen += config.batch_size * config.grad_accum
             state.tokens_seen += tokens
-            validates = bool(validation or task.best_score)
+            validates = bool(validation or task.scores)
             stop = ranks.any(hooks.stop_requested())
             due = what_is_due(state.step, config, validates, stop)
             reads = any(due) or state.step % MOST_SKIPPED_IN_A_ROW == 0

@@ -14,11 +14,27 @@ if __name__ == "__main__" and not __package__:
     import _by_path  # noqa: F401
 
 import time
+from pathlib import Path
 
 from runtime.base.cli import parser, run_main
+from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.interop.adapters import PEFT_FILES, write_merged, write_peft
 from runtime.interop.export import check_output
+
+
+def _check_bases(out: Path, checkpoint: Checkpoint) -> None:
+    """Raise ValueError if `out` is the base of a file of adapters, or the base of that, and so on.
+
+    The adapters in between would lose their base.
+    """
+    above = checkpoint
+    while out.exists() and (adapter := above.adapter) is not None:
+        if out.samefile(adapter.base):
+            raise ValueError(
+                f"--out {out} would replace the base of {above.path}: choose another name"
+            )
+        above = read_checkpoint(adapter.base, read_only=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(
             f"{args.ckpt} holds no adapters, so there is nothing to merge: its weights are whole"
         )
-    if args.out and out.exists() and out.samefile(checkpoint.adapter.base):
-        raise ValueError(f"--out {out} would replace the base of {args.ckpt}: choose another name")
     if args.out:
+        _check_bases(out, checkpoint)
         written = write_merged(checkpoint, out)
         print(f"{out}: {written}, {time.perf_counter() - started:.1f} s")
     if args.peft:

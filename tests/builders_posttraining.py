@@ -10,6 +10,7 @@ import torch
 from config_model import TrainConfig
 from model import LLM
 from runtime.checkpoint.write import save_checkpoint
+from runtime.data.chat import with_chat
 from runtime.data.tokenizers import load_tokenizer
 from tests.builders import tiny_config
 
@@ -22,10 +23,11 @@ QUICK = [
 ]
 
 
-def tiny_base(folder: Path, seed: int = 0, **config) -> Path:
-    """Write an untrained base model of byte tokens, and return its file."""
+def tiny_base(folder: Path, seed: int = 0, chats: bool = False, **config) -> Path:
+    """Write an untrained base model of byte tokens, and return its file. chats: with chat ids."""
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("byte")
+    tokenizer = with_chat(tokenizer) if chats else tokenizer
     values = dict(vocabulary_size=tokenizer.vocabulary_size, context_length=64) | config
     model = LLM(tiny_config(**values))
     return save_checkpoint(

@@ -103,7 +103,12 @@ def _text(messages: Sequence[dict], tokenizer: HuggingFaceTokenizer, asks: bool 
     plain = [{k: v for k, v in m.items() if k not in _OURS and v is not None} for m in messages]
     template, errors = _compiled(source_of(tokenizer), tokenizer.name)
     try:
-        return template.render(messages=plain, add_generation_prompt=asks, **specials)
+        return template.render(
+            messages=plain,
+            add_generation_prompt=asks,
+            strftime_now=(tokenizer.now or datetime.datetime.now()).strftime,
+            **specials,
+        )
     except errors as error:
         line = " ".join(str(error).split())
         raise ValueError(
@@ -133,9 +138,6 @@ def _compiled(source: str, name: str):
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    def now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
-
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         return json.dumps(
             value,
@@ -149,7 +151,7 @@ def _compiled(source: str, name: str):
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = to_json
     # What a program may raise; a RecursionError is a RuntimeError.
     errors = (

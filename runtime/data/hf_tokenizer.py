@@ -9,6 +9,7 @@ unless it is told `add_special_tokens=False`. It puts nothing after a text.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
@@ -355,6 +356,9 @@ class HuggingFaceTokenizer(Tokenizer):
     text, so decoding what was encoded shows one more at the start. The state carries the file's
     text, and its tokenizer_config.json for the export.
     """
+
+    # What a chat template takes as the time; None: that of the clock. Not part of the state.
+    now: datetime.datetime | None = None
 
     def __init__(self, text: str, config: dict, stop_ids: Sequence[int], start_id: int | None):
         """Read a tokenizer.json. Raise ValueError if it cannot be used here.

@@ -387,14 +387,16 @@ class NativeModel:
             )
         self._m.threads = threads
 
-    # Cached for good: there is one model, and this lives as long as it does.
-    @functools.cache  # noqa: B019
     def bytes_per_token(self) -> int:
         """Return the bytes of weights that one token reads.
 
         These are its experts, attention, router and head, and one row of the embedding.
         """
+        return self._token_bytes
 
+    # Kept here, and not in a cache of the function: that would keep each decoder that ever was.
+    @functools.cached_property
+    def _token_bytes(self) -> int:
         def size(matrix: Matrix, rows: int) -> int:
             return rows * (
                 matrix.cols * (1 if matrix.scale else 4)

@@ -101,6 +101,10 @@ class PostTrainConfig(TrainConfig):
         for name in ("columns", "raw"):
             if getattr(self, name) and not self.data:
                 raise ValueError(f"--{name} has no effect without --data: leave it out")
+        if self.data and self.toy_examples != type(self).toy_examples:
+            raise ValueError("--toy_examples has no effect with --data: leave it out")
+        if self.raw and self.train_on != "all":
+            raise ValueError("--train_on has no effect with --raw, which has one answer a row")
         for name in ("lora_expert_rank", "lora_alpha"):
             if getattr(self, name) != getattr(type(self), name) and not self.lora_rank:
                 raise ValueError(f"--{name} has no effect without --lora_rank: leave it out")

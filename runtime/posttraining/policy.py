@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config_model import ModelConfig, TrainConfig, kv_cache_bytes_per_token, option
+from config_model import (
+    ModelConfig,
+    TrainConfig,
+    kv_cache_bytes_per_token,
+    option,
+    total_parameters,
+)
 from model import LLM, Output
 from runtime.base.device import DTYPES, autocast, to_device
 from runtime.base.ranks import ONE_PROCESS, Ranks
@@ -243,6 +249,8 @@ class Grpo(FineTuning):
         self.reward = load_reward(config.reward) if config.reward else toy_reward()
         self.prompts = self._prompts()
         self.fingerprint = self.prompts.fingerprint
+        for asked in self.prompts.of_files():
+            self.reward.check_columns(asked.prompt)
         self.reward.check(self.prompts.asked(config.seed, 0).prompt)
         self.stop_ids, self.banned_ids = self._special_ids(source)
         rows = config.group_size * min(self.context, self.longest + config.max_new_tokens)
@@ -321,7 +329,8 @@ class Grpo(FineTuning):
 
     # -------------------------------------------------------------------------- rollouts
     def planned(self, config: TrainConfig, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        super().planned(config, dtype)
+        self.dtype, self.model, self._sampler = dtype, None, None
 
     def started(self, model: LLM, ranks: Ranks = ONE_PROCESS) -> None:
         super().started(model, ranks)
@@ -442,12 +451,15 @@ class Grpo(FineTuning):
 
     # -------------------------------------------------------------------------- the run
     def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
-        """Add what the answers of a micro-batch hold while they are sampled."""
+        """Add what the answers of a micro-batch hold while they are sampled, and a reference."""
         needed = super().needed_bytes(needed, model_config)
         own = self.config
         rows = min(MOST_ROWS, own.batch_size * own.group_size)
         token_bytes = kv_cache_bytes_per_token(model_config, 4)
-        return needed | {"answers": rows * model_config.context_length * token_bytes}
+        needed = needed | {"answers": rows * model_config.context_length * token_bytes}
+        if own.kl_coef:
+            needed = needed | {"reference": 4 * total_parameters(model_config)}
+        return needed
 
     def state(self) -> dict:
         """Return counts, and the answers that serve further updates."""

@@ -176,8 +176,9 @@ class Preference(FineTuning):
         return super().adapted(model_config, source)
 
     def planned(self, config: TrainConfig, dtype: torch.dtype) -> None:
+        super().planned(config, dtype)
         assert isinstance(config, DpoConfig)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self._model = config, dtype, None
 
     def state(self) -> dict:
         return {"first": self.first}

@@ -50,6 +50,10 @@ class Prompts:
         """Return prompt `index` of the set."""
         raise NotImplementedError
 
+    def of_files(self) -> list[Asked]:
+        """Return the prompts that were read from files, those held out included."""
+        return []
+
     def asked(self, seed: int, number: int) -> Asked:
         """Return the prompt of the sample with this number."""
         epoch, position = divmod(number, self.count)
@@ -119,6 +123,9 @@ class FilePrompts(Prompts):
     def at(self, index: int) -> Asked:
         return self.kept[index]
 
+    def of_files(self) -> list[Asked]:
+        return [*self.kept, *self.held_out]
+
     def _fitted(self, prompt: Example) -> Asked | None:
         """Return a prompt with its ids, cut where that was asked for; None, and count, if dropped.
 
@@ -127,13 +134,13 @@ class FilePrompts(Prompts):
         if not isinstance(prompt, Prompt):
             raise ValueError(f"{prompt.where} has an answer, and prompts for a reward have none")
         messages, is_cut = list(prompt.messages), False
-        ids = self._ids(messages)
+        ids = self._ids(messages, prompt.where)
         while len(ids) > self.longest and self.too_long == "cut_prompt":
             turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
             if len(turns) < 2:
                 break
             del messages[turns[0] : turns[1]]
-            ids, is_cut = self._ids(messages), True
+            ids, is_cut = self._ids(messages, prompt.where), True
         if len(ids) > self.longest:
             if self.too_long == "refuse":
                 raise ValueError(
@@ -146,10 +153,13 @@ class FilePrompts(Prompts):
         self.num_cut += is_cut
         return Asked(prompt, ids)
 
-    def _ids(self, messages: list[dict]) -> list[int]:
+    def _ids(self, messages: list[dict], where: str) -> list[int]:
         if not self.raw:
-            return prompt_ids(messages, self.tokenizer)
+            try:
+                return prompt_ids(messages, self.tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}" if where else str(error)) from None
         if len(messages) != 1:
-            raise ValueError("--raw continues one text, and a prompt has several messages")
+            raise ValueError(f"{where}: --raw continues one text, not several messages")
         start = self.tokenizer.start_id
         return ([] if start is None else [start]) + self.tokenizer.encode(messages[0]["content"])

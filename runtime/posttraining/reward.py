@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import inspect
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ class Reward:
 
     def __init__(self, function: Callable[..., Any], where: str, digest: str = ""):
         self.function, self.where, self.digest = function, where, digest
-        self.takes_ended = "ended" in _parameters(function)
+        self.signature = _signature(function)
+        self.takes_ended = self.signature is not None and "ended" in self.signature.parameters
 
     @property
     def rule(self) -> str:
@@ -77,7 +79,7 @@ class Reward:
     def _number(self, value: object, what: str) -> float:
         try:
             number = float(value)  # type: ignore[arg-type]  # what it cannot take is refused
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             number = math.nan
         if not math.isfinite(number) or isinstance(value, str):
             raise ValueError(
@@ -90,6 +92,20 @@ class Reward:
         """Try the function before the first step. Raise ValueError if it fails."""
         for text in TRIED:
             self(prompt, text, True)
+            if self.takes_ended:
+                self(prompt, text, False)
+
+    def check_columns(self, prompt: Prompt) -> None:
+        """Raise ValueError, with its line, for a row that lacks a column of the function's."""
+        if self.signature is None:
+            return
+        more = {"ended": True} if self.takes_ended else {}
+        try:
+            self.signature.bind(prompt.messages, "", **prompt.columns, **more)
+        except TypeError as error:
+            raise ValueError(
+                f"{prompt.where}: {self.where} cannot take the row's columns: {error}"
+            ) from None
 
 
 def toy_reward() -> Reward:
@@ -130,6 +146,8 @@ def _load(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "the name ends with .py"
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look a class's module up by its name.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -137,12 +155,12 @@ def _load(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
     try:
-        return inspect.signature(function).parameters
+        return inspect.signature(function)
     except (TypeError, ValueError):
         # A function of C without a signature.
-        return {}
+        return None
 
 
 def _last_line(error: Exception) -> str:

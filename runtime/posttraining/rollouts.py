@@ -72,7 +72,7 @@ class Sampler:
             # A decoder is compared with the model in the weights' own dtype, which rounds least.
             choose_kernels(model, device, own)
             self.decoder = Decoder(model)
-        choose_kernels(model, device, own if dtype == torch.float32 else dtype)
+        self.kernel_dtype = own if dtype == torch.float32 else dtype
         self._texts: list[Text] = []
 
     def sample(
@@ -98,6 +98,8 @@ class Sampler:
                 )
         per_pass = max(1, self.most_rows // count)
         answers = []
+        # Each time, because a score samples with the same model in another dtype.
+        choose_kernels(self.model, self.decoder.device, self.kernel_dtype)
         with _in_eval_mode(self.model), _autocast(self.decoder.device, self.dtype):
             # Nothing that older weights computed may be reused.
             self.decoder.weights_changed()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import datetime
 import hashlib
 import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +21,7 @@ from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.checks.kernels import settle_kernels
 from runtime.data.chat import has_chat, with_chat
+from runtime.data.hf_tokenizer import HuggingFaceTokenizer
 from runtime.data.loader import validation_batches
 from runtime.data.shards import MANIFEST, open_data
 from runtime.data.tokenizer import Tokenizer
@@ -30,6 +34,7 @@ from runtime.posttraining.forms import Example
 from runtime.posttraining.lora import Adapters, gathered_model, merged_model
 from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.score import Score, wilson
+from runtime.training.memory import hidden_matrices
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.plan import with_config
 from runtime.training.task import Task
@@ -47,6 +52,9 @@ class FineTuning(Task):
     source, and for one whose tokenizer is unknown.
     """
 
+    # What a subclass scores by generation with; None = nothing.
+    exam: Any = None
+
     def __init__(self, config: PostTrainConfig, source: Checkpoint | None):
         if source is None:
             raise ValueError(
@@ -56,8 +64,13 @@ class FineTuning(Task):
         plain = tokenizer_of(source)
         # A run without the layout keeps a chat model's tokenizer.
         self.tokenizer: Tokenizer = plain if config.raw else with_chat(plain)
-        self.had_chat = has_chat(plain)
+        self.had_chat, self.chats = has_chat(plain), not config.raw
         self.tokenizer_state = self.tokenizer.to_state()
+        if config.raw and plain.chat is not None:
+            # There an answer ends with end-of-text, not with the end of a message.
+            self.tokenizer = copy.copy(plain)
+            self.tokenizer.stop_ids = plain.all_stop_ids
+        self.rendered_at = self._fix_clock(source)
         self.vocabulary_size = self.tokenizer.vocabulary_size
         self.base = source.stage.get("base") or {
             "path": str(source.path),
@@ -77,6 +90,18 @@ class FineTuning(Task):
         self._base_batches = self._open_base(config.data_dir)
         self._plain: LLM | None = None
         self.ranks = ONE_PROCESS
+
+    def _fix_clock(self, source: Checkpoint) -> str:
+        """Let a published model's template see one time in all of the run; return it, or "".
+
+        Some templates write today's date. A resumed run must make the same ids on another day.
+        """
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return ""
+        saved = source.stage.get("rendered_at") if self.config.resume else ""
+        now = saved or datetime.datetime.now().isoformat(timespec="seconds")
+        self.tokenizer.now = datetime.datetime.fromisoformat(now)
+        return now
 
     def _row_tokens(self) -> int:
         """Return the tokens of a row. A row of two contexts wastes less of itself.
@@ -142,11 +167,19 @@ class FineTuning(Task):
             capacity_factor=0.0,
         )
 
+    def planned(self, config: TrainConfig, dtype: torch.dtype) -> None:
+        """Let go of an earlier model: a roll back or a trial makes another, and needs its room."""
+        self._plain = None
+
     def prepare(self, model: LLM) -> None:
         self.adapters.prepare(model)
 
     def needed_bytes(self, needed: dict[str, int], model_config: ModelConfig) -> dict[str, int]:
-        return self.adapters.needed_bytes(needed, model_config)
+        """Add what a merged copy of a model with adapters holds, which answers are drawn with."""
+        needed = self.adapters.needed_bytes(needed, model_config)
+        if self.config.lora_rank and (self.exam is not None or not self.fetch_ahead):
+            needed = needed | {"merged weights": 4 * hidden_matrices(model_config)}
+        return needed
 
     def gradient_bytes(self, needed: dict[str, int]) -> int:
         return self.adapters.gradient_bytes(needed)
@@ -194,9 +227,15 @@ class FineTuning(Task):
         return model
 
     def stage(self, model: LLM) -> dict:
-        return {"kind": self.kind, "base": self.base, "start": self.start}
+        stage = {"kind": self.kind, "base": self.base, "start": self.start}
+        return stage | ({"rendered_at": self.rendered_at} if self.rendered_at else {})
 
     # -------------------------------------------------------------------------- the score
+    @property
+    def scores(self) -> bool:
+        # What tuning cost is told by two losses on the base's text: one at the end is needed too.
+        return bool(self.best_score or self._base_batches)
+
     def _open_base(self, data_dir: str):
         """Return batches of the base's own held-out text, if its shards are there."""
         folder = Path(data_dir)

@@ -55,6 +55,6 @@ def closing_lines(plan: TrainPlan, state: RunState, records: Iterable[dict] = ()
     if plan.task.tokenizer_state:
         folder = Path(plan.config.ckpt_dir)
         name = BEST if (folder / BEST).exists() else LATEST
-        chat = "--chat " if plan.task.tokenizer_state.get("chat") else ""
+        chat = "--chat " if plan.task.chats else ""
         lines.append(f"next     python predict.py {chat}--ckpt {shlex.quote(str(folder / name))}")
     return lines

@@ -55,6 +55,7 @@ class Task:
     is_likelihood: whether the loss is a cross-entropy in nats, which has a perplexity.
     best_score: name of the score whose highest value makes best.pt; "" = the validation loss does.
     balances: whether steps move the expert biases.
+    chats: whether the model learns to answer messages, which is what to try at the end.
     rows_per_sample: sequences that a sample of the loader becomes, for the estimate of memory.
     takes_ranks: whether several ranks may carry it out.
     gathers_weights: whether a score needs whole weights on every rank, as decoders do.
@@ -72,6 +73,7 @@ class Task:
     is_likelihood: bool = True
     best_score: str = ""
     balances: bool = True
+    chats: bool = False
     rows_per_sample: int = 1
     takes_ranks: bool = True
     gathers_weights: bool = False
@@ -97,6 +99,11 @@ class Task:
     def samples_per_epoch(self, model_config: ModelConfig) -> int:
         """Return the samples of one pass over the data, for --epochs; 0 = it has no end."""
         return 0
+
+    @property
+    def scores(self) -> bool:
+        """Return whether `score` is asked at each validation, also where nothing is held out."""
+        return bool(self.best_score)
 
     def score(self, model: LLM) -> dict[str, float]:
         """Return further numbers of a validation, by name. Called in eval mode, without grad.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -214,3 +216,19 @@ def test_templates_know_what_transformers_gives_them(tmp_path):
     ]
     expected = theirs(tmp_path / "qwen", messages, add_generation_prompt=True)["input_ids"]
     assert prompt_ids(messages, tokenizer) == expected
+
+
+def test_a_template_takes_the_tokenizers_time_where_it_has_one(tmp_path, monkeypatch):
+    """Otherwise that of the clock, as transformers does."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2099, 5, 1)
+
+    monkeypatch.setattr(chat_template, "datetime", SimpleNamespace(datetime=Clock))
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer, messages = qwen(tmp_path / "qwen", template), [{"role": "user", "content": "a"}]
+    assert tokenizer.decode(prompt_ids(messages, tokenizer)) == "2099a"
+    tokenizer.now = datetime.datetime(1999, 12, 31)
+    assert tokenizer.decode(prompt_ids(messages, tokenizer)) == "1999a"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ from runtime.data.tokenizers import tokenizer_from_state
 from runtime.inference.predictor import Predictor
 from scripts import import_hf, sft
 from tests.builders_posttraining import QUICK, chats, in_folder
-from tests.data.test_chat_template import THINKING, qwen
+from tests.data.test_chat_template import CHATML, THINKING, qwen
 from tests.scripts.test_import_hf import FAMILIES, SIZES
 
 transformers = pytest.importorskip("transformers")
@@ -41,6 +44,7 @@ def test_an_imported_chat_model_keeps_its_template(imported, tmp_path, capsys, m
     assert sft.main([*flags, *in_folder(tmp_path), *QUICK, *steps]) == 0
     output = capsys.readouterr().out
     assert "<|im_start|>assistant" in output and "<|im_end|>]" in output
+    assert "python predict.py --chat --ckpt" in output
     before, after = read_checkpoint(imported), read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert after.model_config.vocabulary_size == before.model_config.vocabulary_size
     tokenizer = tokenizer_from_state(after.tokenizer_state)
@@ -67,3 +71,29 @@ def test_a_template_that_changes_earlier_answers_is_one_line(imported, tmp_path)
     flags = ["--init_from", str(out), "--data", str(chats(tmp_path / "chats.jsonl"))]
     with pytest.raises(ValueError, match="train on the last answer"):
         sft.main([*flags, *in_folder(tmp_path), *QUICK])
+
+
+def test_a_template_with_the_date_resumes_on_another_day(imported, tmp_path, monkeypatch):
+    """gpt-oss's own writes today's date. The run's ids were other ones then, and it was refused."""
+    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
+    folder = tmp_path / "dated"
+    qwen(folder, "{{ strftime_now('%d %B %Y') }}\n" + CHATML)
+    for path in imported.parent.glob("*"):
+        if path.suffix in (".safetensors", ".json") and not (folder / path.name).exists():
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_bytes((imported.parent / "config.json").read_bytes())
+    out = folder / "dated.pt"
+    assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 0
+    flags = ["--init_from", str(out), "--data", str(chats(tmp_path / "chats.jsonl"))]
+    assert sft.main([*flags, *in_folder(tmp_path), *QUICK]) == 0
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2099, 5, 1)
+
+    for module in ("runtime.data.chat_template", "runtime.posttraining.tuning"):
+        clock = SimpleNamespace(datetime=Later)
+        monkeypatch.setattr(f"{module}.datetime", clock)
+    assert sft.main(["--resume", *in_folder(tmp_path), "--max_steps", "8"]) == 0
+    assert sft.main(["--resume", *in_folder(tmp_path), "--max_steps", "9"]) == 0

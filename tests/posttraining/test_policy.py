@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import threading
+import weakref
 
 import pytest
 import torch
@@ -431,3 +433,52 @@ def test_dropout_is_refused(tmp_path):
 def test_a_reward_that_fails_is_found_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"mine\.py:score failed: KeyError"):
         task_and_model(tmp_path, body="def score(messages, text, number):\n    return {}['a']\n")
+
+
+def test_answers_without_a_layout_may_end_the_text_of_a_chat_model(tmp_path):
+    """End-of-text was never drawn there, so that no answer could end."""
+    base = tiny_base(tmp_path / "base", chats=True)
+    source = read_checkpoint(base)
+    config = GrpoConfig(init_from=str(base), raw=True, max_new_tokens=6, **files(tmp_path))
+    task = Grpo(config, source)
+    end = task.tokenizer.end_of_text_id
+    assert end in task.stop_ids and end not in task.banned_ids
+    chat = Grpo(dataclasses.replace(config, raw=False), source)
+    assert end in chat.banned_ids and chat.stop_ids == [chat.tokenizer.chat.end]
+
+
+def test_a_task_lets_go_of_its_model_before_another_is_made(tmp_path):
+    """A roll back, or the next trial of --micro_batch auto, held two models in memory."""
+    task, config, model = task_and_model(tmp_path)
+    task.restore({})
+    task.started(model)
+    task.loader(model.config, config).batch(0)
+    held = [weakref.ref(model), weakref.ref(task.plain(model))]
+    task.planned(config, torch.float32)
+    del model
+    gc.collect()
+    assert [one() for one in held] == [None, None]
+
+
+def test_further_copies_of_the_weights_are_in_the_estimate_of_memory(tmp_path):
+    """The merged weights that answers are drawn with, and those of the start, were left out."""
+    settings = dict(lora_rank=2, kl_coef=0.1)
+    task, _, model = task_and_model(tmp_path, **settings)
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    needed = task.needed_bytes(dict.fromkeys(("weights", "gradients"), whole), model.config)
+    task.prepare(model)
+    merged = task.plain(model)
+    own = {p.data_ptr() for p in model.parameters()}
+    copied = sum(4 * p.numel() for p in merged.parameters() if p.data_ptr() not in own)
+    assert needed["merged weights"] == copied > 0 and needed["reference"] == whole
+
+
+def test_a_row_without_a_column_of_the_reward_is_found_before_the_first_step(tmp_path):
+    """The run stopped when the row's turn came, and lost all steps since the last checkpoint."""
+    base = tiny_base(tmp_path / "base")
+    own = files(tmp_path)
+    with open(own["data"][0], "a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "and this?"}) + "\n")
+    config = GrpoConfig(init_from=str(base), max_new_tokens=6, **own)
+    with pytest.raises(ValueError, match=r"jsonl line 13: .*mine\.py:score cannot .*'number'"):
+        Grpo(config, read_checkpoint(base))

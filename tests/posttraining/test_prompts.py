@@ -77,3 +77,17 @@ def test_embedded_requests_come_with_their_items():
     assert asked.prompt.messages in [tasks.asked(tasks.request("rl", i)) for i in range(10)]
     with pytest.raises(ValueError, match="lower --max_new_tokens"):
         ToyPrompts(BYTE, 20, 10).asked(0, 0)
+
+
+def test_a_prompt_that_cannot_be_written_is_named(monkeypatch):
+    """A published model's template refuses some messages; its line lacked the file's."""
+
+    def refuses(messages, tokenizer):
+        raise ValueError("the chat template refuses these messages")
+
+    monkeypatch.setattr("runtime.posttraining.prompts.prompt_ids", refuses)
+    with pytest.raises(ValueError, match=r"^file\.jsonl line 10: the chat template refuses"):
+        FilePrompts(some(3), BYTE, 60)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^file\.jsonl line 5: --raw continues one text"):
+        FilePrompts([prompt("first", "yes", "second")], BYTE, 60, raw=True)

@@ -74,6 +74,7 @@ def test_the_embedded_reward_is_the_share_of_what_was_asked_for():
         ("def score(messages, text, word):\n    return 'good'\n", "returned 'good' as a reward"),
         ("def score(messages, text, word):\n    return '1'\n", "returned '1' as a reward"),
         ("def score(messages, text, word):\n    return float('nan')\n", "returned 'nan'"),
+        ("def score(messages, text, word):\n    return 10**400\n", "returned '10+' as a reward"),
         ("def score(messages, text, word):\n    return {}\n", "a dict without parts"),
         ("def score(messages, text, word):\n    return {'a': None}\n", "'None' as part a"),
         ("def scores(messages, text):\n    return 1\n", "no function score; did you mean scores"),
@@ -96,3 +97,20 @@ def test_a_name_without_both_parts_is_refused(name):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file .*nothere\.py"):
         load_reward(f"{tmp_path}/nothere.py:score")
+
+
+def test_a_file_may_define_dataclasses(tmp_path):
+    """They look their module up by its name, which was in no table of modules."""
+    body = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Rule:\n    points: float = 0.5\n\n\n"
+        "def score(messages, text, word):\n    return Rule().points\n"
+    )
+    assert reward_of(tmp_path, body)(PROMPT, "x", True) == (0.5, {})
+
+
+def test_a_function_is_tried_with_an_answer_that_does_not_end(tmp_path):
+    """Most answers of an untrained model are cut, so a fault there shows at the first step."""
+    body = "def score(messages, text, ended, word):\n    return 1.0 if ended else nothing\n"
+    with pytest.raises(ValueError, match="NameError.*nothing"):
+        reward_of(tmp_path, body).check(PROMPT)

@@ -172,3 +172,21 @@ def test_the_noise_is_what_it_was():
     assert len(np.unique(noise)) == 60
     assert (answer_noise([102], 2, 3, 9) == noise[8:10, :3]).all()
     assert (noise[0, 0], noise[9, 2]) == (0.21849961094562753, 0.49251741228404355)
+
+
+def test_a_score_leaves_a_sampler_its_kernels(monkeypatch):
+    """A score samples in float32 with the model that a run in bfloat16 samples with.
+
+    On a GPU the run then read its prompts by the slower path from the first validation on.
+    """
+    chosen = []
+    monkeypatch.setattr(
+        "runtime.posttraining.rollouts.choose_kernels", lambda _, __, dtype: chosen.append(dtype)
+    )
+    model = model_of()
+    ours = sampler_of(model, dtype=torch.bfloat16)
+    for _ in range(2):
+        ours.sample(PROMPTS[:1], 1, 7)
+        assert chosen[-1] == torch.bfloat16
+        sampler_of(model).sample(PROMPTS[:1], 1, 7)
+        assert chosen[-1] == torch.float32

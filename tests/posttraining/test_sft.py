@@ -12,6 +12,7 @@ from runtime.data.tokenizers import tokenizer_from_state
 from runtime.training import plan
 from scripts import sft
 from tests.builders_posttraining import QUICK, chats, in_folder, tiny_base
+from tests.builders_runs import prepared
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +163,44 @@ def test_rows_of_another_length_need_examples_that_share_them(tmp_path):
     base = tiny_base(tmp_path / "base", use_attention_bias=True)
     with pytest.raises(ValueError, match="share no rows"):
         run(tmp_path, "--data", chats(tmp_path / "c.jsonl"), "--row_tokens", 128, base=base)
+
+
+def test_answers_without_a_layout_end_with_the_text_of_a_chat_model_too(tmp_path, capsys):
+    """Only the end of a message counted: what such a run learned was never seen to end.
+
+    And it said to try the model in a chat, which it was not taught.
+    """
+    base = tiny_base(tmp_path / "base", chats=True)
+    data = tmp_path / "texts.jsonl"
+    rows = [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}"} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run(tmp_path, "--data", data, "--raw", "--max_steps", 40, base=base) == 0
+    scores = [r["score"]["ended"] for r in records(tmp_path) if r["kind"] == "score"]
+    assert scores[0] == 0.0 and scores[-1] == 1.0
+    found = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
+    assert tokenizer_from_state(found.tokenizer_state).stop_ids == (257 + 1,), "as before"
+    assert "next     python predict.py --ckpt" in capsys.readouterr().out
+
+
+def test_what_tuning_cost_is_told_where_nothing_is_held_out(tmp_path):
+    """The loss on the base's text was taken before the first step, and never again."""
+    base = tiny_base(tmp_path / "base")
+    row = {"prompt": "Who is Pip?", "completion": "A rabbit."}
+    data = tmp_path / "one.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for _ in range(8)), encoding="utf-8")
+    assert run(tmp_path, "--data", data, "--data_dir", prepared(tmp_path), base=base) == 0
+    steps = [r["step"] for r in records(tmp_path) if "base loss" in r.get("score", {})]
+    assert steps == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--toy_examples", 20), "--toy_examples has no effect with --data"),
+        (("--raw", "--train_on", "last"), "--train_on has no effect with --raw"),
+    ],
+)
+def test_flags_without_effect_are_refused(tmp_path, flags, line):
+    base = tiny_base(tmp_path / "base")
+    with pytest.raises(ValueError, match=line):
+        run(tmp_path, "--data", chats(tmp_path / "chats.jsonl"), *flags, base=base)

@@ -77,6 +77,21 @@ def test_nothing_that_is_read_is_replaced(run, tmp_path):
     assert (base.read_bytes(), path.read_bytes()) == before
 
 
+def test_the_base_of_a_base_is_not_replaced(run, tmp_path):
+    """Adapters of a base that is itself a file of adapters: that one lost its own base."""
+    base, path, _ = run
+    source = read_checkpoint(path)
+    model = build_model(source)
+    attach(model, new_adapter(source, source.model_config, 2))
+    second = save(tmp_path / "second", 9, move_adapters(model), None)
+    before = base.read_bytes()
+    for out, above in ((base, path), (path, second)):
+        with pytest.raises(ValueError, match=f"would replace the base of {above}"):
+            main(["--ckpt", str(second), "--out", str(out), "--force"])
+    assert base.read_bytes() == before
+    assert main(["--ckpt", str(second), "--out", str(tmp_path / "merged.pt")]) == 0
+
+
 def test_a_folder_for_peft_is_written_and_replaced(run, tmp_path, capsys):
     base, path, _ = run
     for flags in ([], ["--force"]):

@@ -179,11 +179,13 @@ def test_best_goes_by_the_score_that_a_task_names(model, by_score):
     assert state.best_step == expected[-1] and state.best_score == (0.5 if by_score else None)
 
 
-def test_a_task_without_validation_is_scored_as_often(model):
-    """best.pt may go by a score alone."""
+@pytest.mark.parametrize("names", [dict(best_score="reward"), dict(scores=True)])
+def test_a_task_without_validation_is_scored_as_often(model, names):
+    """best.pt may go by a score alone, and a score of no model is compared with the first one."""
 
     class Scored(GivenTask):
-        best_score = "reward"
+        best_score = names.get("best_score", "")
+        scores = True
 
         def score(self, model):
             return {"reward": 1.0}

@@ -584,6 +584,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
             f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
             f"{plan.task.command} --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
         )
+        plan.ranks.stopped()
         return stop.exit_code
     print(
         f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "

@@ -22,6 +22,7 @@ from model import LLM
 from runtime.base import cli, process
 from runtime.base.device import to_device
 from runtime.base.process import StopRequest
+from runtime.base.ranks import Ranks
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import load_model, read_checkpoint
 from runtime.data.loader import WindowLoader, validation_batches
@@ -1034,20 +1035,23 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(run, monkeypatch, whe
         run("--max_steps", 4)
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2])
-def test_the_dry_run_changes_nothing(data, grad_accum):
+@pytest.mark.parametrize("grad_accum, world", [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_the_dry_run_changes_nothing(data, grad_accum, world):
     """It always met gradients with its second micro-batch.
 
     On a GPU that asked for 13 GiB more than any step of 16 x 1 sequences, and the run ended before
-    step 1 on a card that it fits.
+    step 1 on a card that it fits. Of two ranks that share two micro-batches, each has one.
     """
     _train, _ = open_data(data)
+    ranks = Ranks()
+    ranks.world = world
     model = random_model(tiny_config(vocabulary_size=257, context_length=16))
     before = {n: p.clone() for n, p in model.state_dict().items()}
     config = TrainConfig(batch_size=2, grad_accum=grad_accum, device="cpu", dtype="float32")
     optimizer = train.build_optimizer(model, config)
     task = Pretraining(_train, _train, train.next_token_loss)
     plan = TrainPlan(model.config, config, torch.device("cpu"), torch.float32, task, None, [])
+    plan = dataclasses.replace(plan, ranks=ranks)
     modes = []
     model.layers[0].register_forward_hook(
         lambda module, *_: modes.append((module.training, module.norm1.weight.grad is not None))
@@ -1055,7 +1059,7 @@ def test_the_dry_run_changes_nothing(data, grad_accum):
     assert dry_run(model.eval(), optimizer, plan, train.forward_backward) > 0
     # As in a step: training mode, and the second meets the first one's gradients where a step has
     # two.
-    assert modes == [(True, False), (True, grad_accum > 1)]
+    assert modes == [(True, False), (True, grad_accum > world)]
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items()) and all(
         p.grad is None for p in model.parameters()
     )

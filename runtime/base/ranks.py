@@ -84,6 +84,9 @@ class Ranks:
     def began(self, run_id: str) -> None:
         """Remember the run, for ranks that are started again in place of these."""
 
+    def stopped(self) -> None:
+        """Remember that the run was told to stop, so that no restart continues it."""
+
     def command(self, command: str) -> str:
         """Return what a user types to start as many ranks. command: for one process."""
         return command

@@ -45,6 +45,9 @@ class StartedRanks(Parallel):
         if self.is_first:
             self.store.set(RUN_KEY, run_id)
 
+    def stopped(self) -> None:
+        self.store.set(FINAL_KEY, "the run was told to stop, and --resume continues it")
+
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Parallel]:

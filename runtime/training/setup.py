@@ -58,14 +58,14 @@ def dry_run(
     """Run two micro-batches, so that a lack of memory shows now; return the second's seconds.
 
     The optimizer's state is allocated before, and nothing is updated. The first micro-batch warms
-    up. If a step has several, the second runs with the gradients of the first in memory. If a step
-    has one, no step needs that memory.
+    up. If this rank takes several of a step, the second runs with the gradients of the first in
+    memory. If it takes one, no step needs that memory.
     """
     initialise_state(optimizer)
     model.train()
     loader = plan.task.loader(plan.model_config, plan.config)
     for _ in range(2):
-        if plan.config.grad_accum == 1:
+        if len(plan.ranks.mine(plan.config.grad_accum)) == 1:
             optimizer.zero_grad(set_to_none=True)
         started = time.perf_counter()
         forward_backward(model, plan.task, loader.batch(0), plan.dtype)

@@ -80,13 +80,18 @@ class Ended:
         return "".join(self.outputs)
 
 
+def _server() -> dist.TCPStore:
+    """Return a store as torchrun has one."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 class RanksRun(runs.Run):
     """A run on ranks in a folder of its own, and the store that outlives its starts."""
 
     def __init__(self, world: int = WORLD, flags: list[str] = FLAGS):
         super().__init__()
         self.world, self.flags = world, flags
-        self.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.server = _server()
         self.starts = 0
 
     def argv(self) -> list[str]:
@@ -391,7 +396,11 @@ def nan() -> None:
 
 
 def stopped(fault: Fault) -> None:
-    """SIGTERM: all save one checkpoint of the same step and leave; a new start continues it."""
+    """SIGTERM: all save one checkpoint of the same step and leave.
+
+    A restart, which torchrun makes of any exit code, leaves at once: once it trained on. A new
+    torchrun continues the run.
+    """
     run = RanksRun()
     ended = run.start(fault)
     said = (ended.codes, ended.output[-1500:])
@@ -400,8 +409,13 @@ def stopped(fault: Fault) -> None:
     assert ended.output.count("stopped after step 3") == 1, said
     assert find_latest(run.ckpt_dir)[0].step == 3, said
     assert ended.seconds < MARGIN, said
+    again = run.start()
+    said = (again.codes, again.output[-1500:])
+    assert 0 not in again.codes and "ready" not in again.output, said
+    assert len(_error_lines(again)) == 1 and "told to stop" in again.output, said
     # What was saved is the run's, bit for bit.
-    ended = run.start()
+    run.server = _server()
+    ended = run.start(flags_of=dict.fromkeys(range(WORLD), ["--resume"]))
     assert ended.codes == [0] * WORLD, ended.output
     assert not difference(run), difference(run)
 

@@ -109,7 +109,7 @@ def save_checkpoint(
         for name, tensor in groups["model"].items():
             if tensor.dtype != torch.float32:
                 raise ValueError(f"checkpoints hold float32 weights, and {name} is {tensor.dtype}")
-        if _in_shards(train_config.checkpoint, _layout(groups, ranks), ranks):
+        if is_in_shards(train_config.checkpoint, tensor_bytes(_layout(groups, ranks)), ranks):
             path, write = path.with_suffix(""), _write_folder
         write(path, header, groups, BEST if is_best else "", ranks)
     except OSError as error:
@@ -152,10 +152,10 @@ def _write(path: Path, header: dict, groups: dict[str, dict], best: str, ranks: 
     ranks.from_first(outcome)
 
 
-def _in_shards(checkpoint: str, layout: Layout, ranks: Ranks) -> bool:
+def is_in_shards(checkpoint: str, size_bytes: int, ranks: Ranks) -> bool:
     """Return whether a checkpoint is written as a folder. checkpoint: as in TrainConfig."""
     if checkpoint == "auto":
-        return ranks.world > 1 and tensor_bytes(layout) > LARGEST_FILE_BYTES
+        return ranks.world > 1 and size_bytes > LARGEST_FILE_BYTES
     return checkpoint == "sharded"
 
 

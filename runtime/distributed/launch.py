@@ -80,6 +80,8 @@ def joined(device: str) -> Iterator[Parallel]:
             ranks = StartedRanks(own, local_world, store)
             ranks.check_equal({"code": _code_digest(), "torch version": str(torch.__version__)})
             yield ranks
+            # The first rank may still draw plots.
+            ranks.wait_at_most(START_SECONDS)
             # Without it, a rank that destroys its group early makes others hang.
             dist.barrier()
         except BaseException as error:

@@ -7,15 +7,17 @@ itself fails on all, with one line.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from runtime.base import cli
+from runtime.base.files import make_folder
 from runtime.base.ranks import Ranks
 from runtime.checkpoint.folder import find_latest, folder_has_run
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
-from runtime.checkpoint.write import check_disk_space
+from runtime.checkpoint.write import check_disk_space, is_in_shards
 from runtime.training.task import Task
 
 # Settings that each machine of a run may have its own of.
@@ -106,3 +108,30 @@ def check_data_and_disk(plan, checkpoint_bytes: int) -> None:
         plan.task.validation(plan.model_config, plan.config)
 
     plan.ranks.together(check)
+    if is_in_shards(plan.config.checkpoint, checkpoint_bytes, plan.ranks):
+        check_is_shared(plan.config.ckpt_dir, plan.ranks)
+
+
+def check_is_shared(ckpt_dir: str, ranks: Ranks) -> None:
+    """Raise ValueError, on every rank, if a rank has another folder of that name."""
+    folder = Path(ckpt_dir)
+
+    def begin() -> str:
+        make_folder(folder)
+        name = f".shared-{os.urandom(8).hex()}"
+        (folder / name).touch()
+        return name
+
+    def look() -> None:
+        if not (folder / name).exists():
+            raise ValueError(
+                f"{ckpt_dir} is another folder than that of rank 0, and a checkpoint in shards "
+                "needs one that all nodes share: give another --ckpt_dir, or --checkpoint file"
+            )
+
+    name = ranks.from_first(begin)
+    try:
+        ranks.together(look)
+    finally:
+        if ranks.is_first:
+            (folder / name).unlink()

@@ -18,6 +18,7 @@ from runtime.checkpoint.folder import find_latest, folder_has_run, restore_names
 from runtime.checkpoint.format import CheckpointError
 from runtime.checkpoint.read import load_model, read_checkpoint, read_config
 from runtime.checkpoint.write import save_checkpoint
+from runtime.training.agreed import check_is_shared
 from tests.builders_rank_checkpoints import CONFIG, new_run
 from tests.ranks import run_on
 
@@ -225,3 +226,30 @@ def test_a_run_finds_names_and_prunes_its_folders(tmp_path):
     next((tmp_path / "step_0000004/optimizer").iterdir()).unlink()
     older, skipped = find_latest(tmp_path)
     assert older.step == 2 and "step_0000004" in skipped[0]
+
+
+# ----------------------------------------------------------------------------------- shared folders
+def shares(ranks: Ranks, folders: list[Path]) -> str:
+    """Return what a rank is told whose working folder is its own of `folders`."""
+    before = os.getcwd()
+    os.chdir(folders[ranks.rank])
+    try:
+        check_is_shared("checkpoints", ranks)
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.chdir(before)
+    return ""
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused_before_the_first_step(tmp_path):
+    """The run ended at its first save, hours after its start."""
+    own = [tmp_path / "a", tmp_path / "b"]
+    for folder in own:
+        folder.mkdir()
+    assert run_on(2, shares, [tmp_path, tmp_path]) == ["", ""]
+    said = run_on(2, shares, own)
+    assert said[0] == said[1] and said[0].startswith("rank 1: checkpoints is another folder")
+    # Nothing is left.
+    assert [path.name for path in tmp_path.rglob("*.*")] == []
+    assert not (tmp_path / "b" / "checkpoints").exists()

@@ -36,7 +36,7 @@ from runtime.posttraining.score import Score, wilson
 from runtime.training.memory import hidden_matrices
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.plan import with_config
-from runtime.training.task import Task
+from runtime.training.task import Task, document_starts
 
 # Batches of the base's own text that its loss is taken from.
 BASE_BATCHES = 16
@@ -75,6 +75,7 @@ class FineTuning(Task):
             "path": str(source.path),
             "digest": source.digest,
             "step": source.step,
+            "document_mask": source.train_config.get("document_mask", False),
         }
         # What this run starts from, which need not be what was pre-trained.
         own = {"path": str(source.path), "digest": source.digest}
@@ -232,19 +233,24 @@ class FineTuning(Task):
         _, val = open_data(folder)
         if val.tokenizer_state["fingerprint"] not in self.known_fingerprints():
             return None
+        self._end_of_text_id = val.end_of_text_id
         return validation_batches(val, self.context, 8, BASE_BATCHES)
 
     @torch.no_grad()
     def base_loss(self, model: LLM) -> dict[str, float]:
         """Return the loss on the base's own text (nats), whose rise is what tuning cost.
 
+        It is that of pre-training: a base that saw no other documents sees none here.
         {} without its shards in --data_dir.
         """
         if self._base_batches is None:
             return {}
         device, total, count = model.embed.weight.device, 0.0, 0
         for inputs_BT, targets_BT in self._base_batches:
-            out = model(inputs_BT.to(device), targets_BT.to(device))
+            inputs_BT, starts_BT = inputs_BT.to(device), None
+            if self.base.get("document_mask"):
+                starts_BT = document_starts(inputs_BT, self._end_of_text_id)
+            out = model(inputs_BT, targets_BT.to(device), starts_BT=starts_BT)
             total, count = total + float(out.cross_entropy_sum), count + targets_BT.numel()
         return {BASE_LOSS: total / count}
 

@@ -76,7 +76,7 @@ from runtime.training.state import (
     train_record,
     val_record,
 )
-from runtime.training.task import Batch, Pretraining, Task
+from runtime.training.task import Batch, Pretraining, Task, document_starts
 
 # Skipped steps in a row that a run survives. The host reads the device at least this often, too.
 MOST_SKIPPED_IN_A_ROW = 25
@@ -119,8 +119,7 @@ def packed_documents_loss(model: LLM, batch: Batch, end_of_text_id: int) -> Outp
     token, as the first token that predict.py generates does.
     """
     inputs_BT, targets_BT = batch
-    positions_T = torch.arange(inputs_BT.shape[1], device=inputs_BT.device)
-    starts_BT = torch.where(inputs_BT == end_of_text_id, positions_T, 0).cummax(dim=1).values
+    starts_BT = document_starts(inputs_BT, end_of_text_id)
     return model(inputs_BT, targets_BT, starts_BT=starts_BT)
 
 

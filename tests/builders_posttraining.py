@@ -23,8 +23,13 @@ QUICK = [
 ]
 
 
-def tiny_base(folder: Path, seed: int = 0, chats: bool = False, **config) -> Path:
-    """Write an untrained base model of byte tokens, and return its file. chats: with chat ids."""
+def tiny_base(
+    folder: Path, seed: int = 0, chats: bool = False, document_mask: bool = False, **config
+) -> Path:
+    """Write an untrained base model of byte tokens, and return its file.
+
+    chats: with chat ids. document_mask: as if it had been trained so.
+    """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer("byte")
     tokenizer = with_chat(tokenizer) if chats else tokenizer
@@ -35,7 +40,7 @@ def tiny_base(folder: Path, seed: int = 0, chats: bool = False, **config) -> Pat
         7,
         model,
         None,
-        train_config=TrainConfig(),
+        train_config=TrainConfig(document_mask=document_mask),
         tokenizer_state=tokenizer.to_state(),
     )
 

@@ -37,7 +37,7 @@ from runtime.posttraining.score import Score, wilson
 from runtime.training.memory import hidden_matrices
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.plan import with_config
-from runtime.training.task import Task
+from runtime.training.task import Task, document_starts
 
 # Batches of the base's own text that its loss is taken from.
 BASE_BATCHES = 16
@@ -76,6 +76,7 @@ class FineTuning(Task):
             "path": str(source.path),
             "digest": source.digest,
             "step": source.step,
+            "document_mask": source.train_config.get("document_mask", False),
         }
         # What this run starts from, which need not be what was pre-trained.
         own = {"path": str(source.path), "digest": source.digest}
@@ -244,19 +245,24 @@ class FineTuning(Task):
         _, val = open_data(folder)
         if val.tokenizer_state["fingerprint"] not in self.known_fingerprints():
             return None
+        self._end_of_text_id = val.end_of_text_id
         return validation_batches(val, self.context, 8, BASE_BATCHES)
 
     @torch.no_grad()
     def base_loss(self, model: LLM) -> dict[str, float]:
         """Return the loss on the base's own text (nats), whose rise is what tuning cost.
 
+        It is that of pre-training: a base that saw no other documents sees none here.
         {} without its shards in --data_dir.
         """
         if self._base_batches is None:
             return {}
         device, sums = model.embed.weight.device, []
         for (inputs_BT, targets_BT), counts in self.ranks.share(self._base_batches):
-            out = model(inputs_BT.to(device), targets_BT.to(device))
+            inputs_BT, starts_BT = inputs_BT.to(device), None
+            if self.base.get("document_mask"):
+                starts_BT = document_starts(inputs_BT, self._end_of_text_id)
+            out = model(inputs_BT, targets_BT.to(device), starts_BT=starts_BT)
             assert out.cross_entropy_sum is not None
             sums.append((float(out.cross_entropy_sum), targets_BT.numel()) if counts else (0.0, 0))
         sums = self.ranks.in_order(sums)

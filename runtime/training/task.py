@@ -170,6 +170,15 @@ class Task:
         return []
 
 
+def document_starts(ids_BT: Tensor, end_of_text_id: int) -> Tensor:
+    """Return the position in its row where each token's document begins, [B, T] int64.
+
+    An end-of-text token begins the document after it.
+    """
+    positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    return torch.where(ids_BT == end_of_text_id, positions_T, 0).cummax(dim=1).values
+
+
 class Pretraining(Task):
     """Predict the next token of the shards that prepare_data.py wrote.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import torch
 
-from runtime.checkpoint.read import read_checkpoint
+import train
+from runtime.checkpoint.read import load_model, read_checkpoint
+from runtime.data.loader import validation_batches
+from runtime.data.shards import open_data
 from runtime.data.tokenizers import tokenizer_from_state
+from runtime.posttraining.tuning import BASE_BATCHES
 from runtime.training import plan
 from scripts import sft
 from tests.builders_posttraining import QUICK, chats, in_folder, tiny_base
@@ -191,6 +196,31 @@ def test_what_tuning_cost_is_told_where_nothing_is_held_out(tmp_path):
     assert run(tmp_path, "--data", data, "--data_dir", prepared(tmp_path), base=base) == 0
     steps = [r["step"] for r in records(tmp_path) if "base loss" in r.get("score", {})]
     assert steps == [0, 3, 6]
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_the_base_loss_is_that_of_pre_training(tmp_path, document_mask):
+    """A base that had never seen other documents was judged on text with them.
+
+    So the demo's base had a loss of 1.12 before its first step, and one of 0.57 at the end of its
+    own training; what tuning cost was measured from there.
+    """
+    base = tiny_base(tmp_path / "base", chats=True, document_mask=document_mask)
+    data = chats(tmp_path / "chats.jsonl")
+    folder = prepared(tmp_path)
+    flags = ("--data", data, "--data_dir", folder, "--max_steps", 2)
+    assert run(tmp_path, *flags, base=base) == 0
+    model = load_model(base)[0]
+    _, val = open_data(folder)
+    batches = validation_batches(val, 64, 8, BASE_BATCHES)
+    masked = functools.partial(train.packed_documents_loss, end_of_text_id=val.end_of_text_id)
+    losses = [train.evaluate(model, batches, loss) for loss in (train.next_token_loss, masked)]
+    assert abs(losses[0] - losses[1]) > 1e-4, "the text must hold several documents a row"
+    first = next(r["score"]["base loss"] for r in records(tmp_path) if r["kind"] == "score")
+    assert first == pytest.approx(losses[document_mask], rel=1e-5)
+    # What is tuned further keeps it.
+    found = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
+    assert found.stage["base"]["document_mask"] == document_mask
 
 
 @pytest.mark.parametrize(

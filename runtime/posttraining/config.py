@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config_model import TrainConfig, option
+from runtime.posttraining.forms import read_columns
 
 # Settings of the model that a run may choose: they change no weight and no meaning of one.
 MODEL_FLAGS = ("aux_loss_coef", "z_loss_coef", "router_bias_rate", "dropout")
@@ -120,13 +121,4 @@ class PostTrainConfig(TrainConfig):
 
     def column_names(self) -> dict[str, str]:
         """Return our name -> the file's name of a column. Raise ValueError for other text."""
-        names = {}
-        for part in filter(None, self.columns.split(",")):
-            ours, equals, theirs = (text.strip() for text in part.partition("="))
-            if not (ours and equals and theirs) or ours in names:
-                raise ValueError(
-                    f"--columns {self.columns}: write NAME=COLUMN, each name once, as in "
-                    "prompt=question,completion=answer"
-                )
-            names[ours] = theirs
-        return names
+        return read_columns(self.columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,16 +59,21 @@ def test_an_imported_chat_model_keeps_its_template(imported, tmp_path, capsys, m
     assert predictor.last.ended and answer.strip().isdigit()
 
 
-def test_a_template_that_changes_earlier_answers_is_one_line(imported, tmp_path):
-    """Qwen3's own leaves earlier thoughts out: a prefix is then no prefix, and no mask is right."""
-    folder = tmp_path / "thinking"
-    qwen(folder, THINKING)
+def imported_with(template: str, imported: Path, folder: Path) -> Path:
+    """Import the model of `imported` again, with another chat template; return its checkpoint."""
+    qwen(folder, template)
     for path in imported.parent.glob("*"):
         if path.suffix in (".safetensors", ".json") and not (folder / path.name).exists():
             (folder / path.name).write_bytes(path.read_bytes())
     (folder / "config.json").write_bytes((imported.parent / "config.json").read_bytes())
-    out = folder / "thinking.pt"
+    out = folder / "again.pt"
     assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 0
+    return out
+
+
+def test_a_template_that_changes_earlier_answers_is_one_line(imported, tmp_path):
+    """Qwen3's own leaves earlier thoughts out: a prefix is then no prefix, and no mask is right."""
+    out = imported_with(THINKING, imported, tmp_path / "thinking")
     flags = ["--init_from", str(out), "--data", str(chats(tmp_path / "chats.jsonl"))]
     with pytest.raises(ValueError, match="train on the last answer"):
         sft.main([*flags, *in_folder(tmp_path), *QUICK])
@@ -76,14 +82,8 @@ def test_a_template_that_changes_earlier_answers_is_one_line(imported, tmp_path)
 def test_a_template_with_the_date_resumes_on_another_day(imported, tmp_path, monkeypatch):
     """gpt-oss's own writes today's date. The run's ids were other ones then, and it was refused."""
     monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
-    folder = tmp_path / "dated"
-    qwen(folder, "{{ strftime_now('%d %B %Y') }}\n" + CHATML)
-    for path in imported.parent.glob("*"):
-        if path.suffix in (".safetensors", ".json") and not (folder / path.name).exists():
-            (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "config.json").write_bytes((imported.parent / "config.json").read_bytes())
-    out = folder / "dated.pt"
-    assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 0
+    dated = "{{ strftime_now('%d %B %Y') }}\n" + CHATML
+    out = imported_with(dated, imported, tmp_path / "dated")
     flags = ["--init_from", str(out), "--data", str(chats(tmp_path / "chats.jsonl"))]
     assert sft.main([*flags, *in_folder(tmp_path), *QUICK]) == 0
 

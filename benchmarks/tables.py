@@ -446,6 +446,39 @@ def llama_cpp_table() -> str:
     )
 
 
+def ranks_table() -> str:
+    """Return what two ranks waste on the cores of one process, and on what."""
+    result = stored("ranks_cpu")
+    parts = ("gather weights", "sum gradients", "exchange rows")
+    lines = [
+        f"| tokens of a rank | two ranks | x one process | {', s | '.join(parts)}, s |",
+        "|---" * 6 + "|",
+    ]
+    for tokens, sides in result["by_tokens"].items():
+        what = f"{int(tokens):,}"
+        for name, one in sides.items():
+            if name == "one process":
+                continue
+            busy = " (machine was busy)" * one["disturbed"]
+            spent = " | ".join(f"{one['parts'][p]:.2f}" if p in one["parts"] else "" for p in parts)
+            lines.append(
+                f"| {what} | {name}{busy} | {one['ratio_to']['one process']:.2f} | {spent} |"
+            )
+            what = ""
+        seconds = sides["one process"]["seconds"]["median"]
+        lines.append(f"| | one process: {seconds:.2f} s a step | | | | |")
+    e = result["environment"]
+    hardware = f"{e['hardware']['cpu']}, {e['hardware']['cores']} cores"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['parameters'] / 1e6:.0f} M parameters, float32, AdamW, a step of two "
+            f"micro-batches; {hardware}, torch {e['versions']['torch']}; `ranks_cpu.json`.",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed summary": speed_summary,
     "reliability summary": reliability_summary,
@@ -462,6 +495,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exports": exports_table,
     "export sizes": export_sizes_table,
     "llama.cpp": llama_cpp_table,
+    "ranks overhead": ranks_table,
     **recipes.TABLES,
     **settings.TABLES,
     **tuned.TABLES,

@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.common import RESULTS, save_results
 from model import LLM
 from runtime.base import cli
+from runtime.checkpoint.changed import with_config
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.data.chat import has_chat, with_chat
@@ -37,7 +38,6 @@ from runtime.posttraining.forms import Pair
 from runtime.posttraining.packing import make_batch
 from runtime.posttraining.preference import by_sequence
 from runtime.posttraining.score import Exam, Score, wilson
-from runtime.training.plan import with_config
 
 # Settings that say where a run's files were.
 FOLDERS = ("data_dir", "ckpt_dir", "graph_dir", "init_from")

@@ -16,6 +16,7 @@ from runtime.checkpoint.read import load_training_state, read_checkpoint
 from runtime.checkpoint.write import save_checkpoint
 from runtime.training.optimizer import build_optimizer
 from tests.builders import tiny_config
+from tests.builders_data import BYTE
 
 # Rows that neither 2 nor 4 ranks share evenly, fewer rows than ranks, an expert bias that moves.
 CONFIG = tiny_config(vocabulary_size=61, num_experts=6, router_bias_rate=0.01, expert_bias=True)
@@ -58,7 +59,7 @@ def save(
         model,
         optimizer,
         train_config=TrainConfig(**SETTINGS, checkpoint=checkpoint),
-        tokenizer_state={"name": "byte", "vocabulary_size": 257},
+        tokenizer_state=BYTE.to_state(),
         data_fingerprint="abc",
         val_loss=3.25,
         run={"step": step},

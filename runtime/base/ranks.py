@@ -32,6 +32,7 @@ class Ranks:
     experts: ranks that share a block's experts (--expert_parallel).
     local_world: ranks on this machine.
     device: of this rank; None = the run chooses.
+    are_mixed: whether they have GPUs of different kinds, whose random numbers differ.
     run_before: run_id of the run that these ranks were restarted to continue; "" = none.
     """
 
@@ -40,12 +41,18 @@ class Ranks:
     experts: int = 1
     local_world: int = 1
     device: device | None = None
+    are_mixed: bool = False
     run_before: str = ""
 
     @property
     def is_first(self) -> bool:
         """Return whether this rank writes files and lines."""
         return self.rank == 0
+
+    @property
+    def checks_files(self) -> bool:
+        """Return whether this rank compares a file's digests: one rank of each machine does."""
+        return self.rank % self.local_world == 0
 
     def mine(self, count: int) -> range:
         """Return which of `count` micro-batches this rank takes."""

@@ -227,6 +227,10 @@ class AdaptedWeights(Mapping[str, Tensor]):
             return merged(weight, a, b, self.adapter.scale_of(name))
         return weight
 
+    def __contains__(self, name: object) -> bool:
+        # A Mapping would make the tensor to see whether it is there.
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.base.ranks import ONE_PROCESS, Ranks
-from runtime.checkpoint.sharded import Shards, like
+from runtime.checkpoint.changed import rows_of
+from runtime.checkpoint.sharded import like
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "momentum")
 
@@ -82,8 +83,8 @@ def load_state_by_name(
 
 def fill_(tensor: Tensor, name: str, given: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Copy this rank's part of a tensor from a checkpoint's, and read no more than that part."""
-    if isinstance(given, Shards) and tensor.dim():
-        ranks.local(tensor).copy_(given.rows(name, ranks.rows(tensor)))
+    if tensor.dim():
+        ranks.local(tensor).copy_(rows_of(given, name, ranks.rows(tensor)))
     else:
         ranks.fill_(tensor, given[name])
 

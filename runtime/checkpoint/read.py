@@ -96,8 +96,8 @@ def read_checkpoint(
 
     Of a file of adapters, the base is found and checked too, and the model is what both mean; with
     optimizer=True it is the base's, for a run to continue. chained: files of adapters that were
-    read on the way to this one. is_checked: another rank has compared the digests of a folder,
-    which all ranks share, and they are not compared again.
+    read on the way to this one. is_checked: another rank compares the digests, of the same file,
+    and they are not compared here; a folder's weights_digest is then unknown ("").
     """
     path = Path(path)
     contents, records = unpack(path, read_only)
@@ -107,7 +107,8 @@ def read_checkpoint(
         checkpoint = _read_ours(path, contents, optimizer, is_checked)
         if checkpoint.adapter is None:
             return checkpoint
-        return _with_base(checkpoint, merges=not optimizer, read_only=read_only, chained=chained)
+        how = dict(read_only=read_only, chained=chained + 1, is_checked=is_checked)
+        return _with_base(checkpoint, merges=not optimizer, how=how)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -320,8 +321,9 @@ def _read_ours(path: Path, contents: dict, optimizer: bool, is_checked: bool) ->
     if isinstance(model, Shards):
         named = _checked_folder(model, state, digests, is_checked)
     else:
-        digests_of(model, "model", digests)
-        digests_of(state or {}, "optimizer", digests)
+        if not is_checked:
+            digests_of(model, "model", digests)
+            digests_of(state or {}, "optimizer", digests)
         named = digests
     return Checkpoint(
         path=path,
@@ -391,13 +393,14 @@ def _checked_folder(
     return named
 
 
-def _with_base(checkpoint: Checkpoint, merges: bool, read_only: bool, chained: int) -> Checkpoint:
+def _with_base(checkpoint: Checkpoint, merges: bool, how: dict[str, Any]) -> Checkpoint:
     """Return a file of adapters with the model that it means: its base's weights and its own.
 
-    Raise CheckpointError where the base is missing or another one.
+    how: the base is read, as in read_checkpoint. Raise CheckpointError where the base is missing
+    or another one.
     """
     assert checkpoint.adapter is not None
-    base = _find_base(checkpoint, read_only, chained)
+    base = _find_base(checkpoint, how)
     weights = AdaptedWeights(
         shapes_of(checkpoint.model_config),
         checkpoint.adapter,
@@ -411,14 +414,14 @@ def _with_base(checkpoint: Checkpoint, merges: bool, read_only: bool, chained: i
     return dataclasses.replace(checkpoint, model=weights, adapter=adapter)
 
 
-def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpoint:
+def _find_base(checkpoint: Checkpoint, how: dict[str, Any]) -> Checkpoint:
     """Return the base of a file of adapters, checked.
 
     It is looked for at its own path, at the same way from the adapters' folder, and next to them;
     then among the other files of its folder, because names such as best.pt move on.
     """
     adapter, near = Adapter.from_header(checkpoint.stage[KEY])
-    if chained >= MOST_CHAINED:
+    if (chained := how["chained"] - 1) >= MOST_CHAINED:
         raise ValueError(
             f"is the base of {chained} files of adapters, one on the other: merge some with "
             "scripts.merge_lora"
@@ -433,7 +436,7 @@ def _find_base(checkpoint: Checkpoint, read_only: bool, chained: int) -> Checkpo
         try:
             digest = _weights_digest_in(path)
             if digest == adapter.base_digest:
-                return read_checkpoint(path, read_only=read_only, chained=chained + 1)
+                return read_checkpoint(path, **how)
         except CheckpointError as error:
             # Of a chain, what is wrong at its end.
             problems.append(error.innermost or str(error))

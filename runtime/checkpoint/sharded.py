@@ -125,6 +125,10 @@ class Shards(Mapping[str, Tensor]):
             return self.opened[self.pieces[name][0].file].get_tensor(name)
         return self.rows(name, range(shape[0]))
 
+    def __contains__(self, name: object) -> bool:
+        # A Mapping would make the tensor to see whether it is there.
+        return name in self.kinds
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)
 

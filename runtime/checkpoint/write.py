@@ -123,6 +123,7 @@ def save_checkpoint(
     finally:
         ranks.wait_at_most(before)
     if ranks.is_first:
+        _remove_other_form(path)
         _prune(folder, step, keep_last)
     return path
 
@@ -347,6 +348,20 @@ def _remove(path: Path) -> None:
     if not path.name.endswith(TEMPORARY_SUFFIX):
         path = path.rename(path.with_name(path.name + REMOVED + TEMPORARY_SUFFIX))
     shutil.rmtree(path)
+
+
+def _remove_other_form(path: Path) -> None:
+    """Delete the folder of a step that was written as a file now, or the file of a folder.
+
+    It is from before the run was resumed further back, and a resume would not know which to take.
+    """
+    other = path.with_suffix("" if path.suffix else ".pt")
+    if os.path.lexists(other):
+        best = path.with_name(BEST)
+        if best.is_symlink() and best.resolve() == other.resolve():
+            link_atomic(path, best)
+        with contextlib.suppress(OSError):
+            _remove(other)
 
 
 def _prune(folder: Path, step: int, keep_last: int) -> None:

@@ -78,6 +78,7 @@ def joined(device: str) -> Iterator[Parallel]:
                 timeout=timedelta(seconds=START_SECONDS),
             )
             ranks = StartedRanks(own, local_world, store)
+            ranks.are_mixed = len(set(ranks.in_order([_kind_of(own)]))) > 1
             ranks.check_equal({"code": _code_digest(), "torch version": str(torch.__version__)})
             yield ranks
             # The first rank may still draw plots.
@@ -98,6 +99,11 @@ class EndedBefore(ValueError):
 
 
 # ----------------------------------------------------------------------------------------- start-up
+def _kind_of(device: torch.device) -> str:
+    """Return what decides a device's random numbers, apart from the seed."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _store() -> dist.Store:
     """Return the store of torchrun, or that of the first rank where torchrun shares none."""
     is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -245,9 +245,11 @@ def _add_pair(model: LLM, name: str, adapter: Adapter, generator: torch.Generato
     rank, bound = adapter.rank_of(name), 1 / math.sqrt(inputs)
     a = torch.empty(*stack, rank, inputs).uniform_(-bound, bound, generator=generator)
     b = torch.zeros(*stack, outputs, rank)
+    # Where a model is of shapes alone, its adapters wait for it on the CPU.
+    device = torch.device("cpu") if weight.is_meta else weight.device
     for part, values in zip(pair_of(name), (a, b), strict=True):
         module, _, own = part.rpartition(".")
-        values = values.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        values = values.to(device, torch.promote_types(weight.dtype, torch.float32))
         model.get_submodule(module).register_parameter(own, nn.Parameter(values))
 
 

@@ -17,6 +17,7 @@ import torch
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.checkpoint.changed import with_config
 from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.checks.kernels import settle_kernels
@@ -36,7 +37,6 @@ from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.score import Score, wilson
 from runtime.training.memory import hidden_matrices
 from runtime.training.metrics import HIGH, LOW
-from runtime.training.plan import with_config
 from runtime.training.task import Task, document_starts
 
 # Batches of the base's own text that its loss is taken from.

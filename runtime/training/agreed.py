@@ -82,10 +82,24 @@ def checkpoint_found(
     path, skipped = ranks.from_first(look)
     if path is None:
         return None, skipped
-    read = ranks.together(
-        lambda: found[0] if found else read_checkpoint(path, optimizer=True, is_checked=True)
-    )
-    return read, skipped
+
+    def read() -> Checkpoint | None:
+        return found[0] if found else _read_here(path, ranks, optimizer=True)
+
+    return ranks.together(read), skipped
+
+
+def weights_to_start_from(path: str, ranks: Ranks) -> Checkpoint:
+    """Return what --init_from names, read on every rank, and checked on each machine."""
+    source = ranks.together(lambda: _read_here(path, ranks))
+    # Of a folder, only ranks that check it know this.
+    digest = ranks.from_first(lambda: source.weights_digest)
+    return dataclasses.replace(source, weights_digest=digest)
+
+
+def _read_here(path: str | Path, ranks: Ranks, optimizer: bool = False) -> Checkpoint:
+    """Return a checkpoint; of the ranks of a machine, one reads all of it to compare digests."""
+    return read_checkpoint(path, optimizer, is_checked=not ranks.checks_files)
 
 
 def of_a_restart(settings: cli.Settings, free: set[str]) -> cli.Settings:

@@ -16,6 +16,10 @@ from torch.overrides import TorchFunctionMode
 from config_model import ModelConfig, total_parameters
 from model import LLM
 from runtime.base.ranks import Ranks
+from runtime.checkpoint.adapter import ROWS, adapter_of
+from runtime.checkpoint.changed import rows_of
+from runtime.checkpoint.format import Checkpoint
+from runtime.checkpoint.optimizer_state import fill_
 
 # A model above this size takes its initial weights by draw_by_name, also in one process. In float32
 # it has 32 GB, which every rank would hold whole before it is sharded.
@@ -32,18 +36,30 @@ def is_large(config: ModelConfig) -> bool:
 
 
 def set_aside(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's tensors by name, and leave shapes of float32 in it."""
+    """Return the values that a model has already, by name, and leave shapes of float32 in it."""
     # Detached: `to` may change what the model holds in place.
-    tensors = {name: tensor.detach() for name, tensor in _tensors_of(model).items()}
+    tensors = {
+        name: tensor.detach() for name, tensor in _tensors_of(model).items() if not tensor.is_meta
+    }
     model.to("meta", torch.float32)
     return tensors
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Copy this rank's part of each tensor into a model that `allocate` has given memory."""
+def put_back(model: nn.Module, own: Mapping[str, Tensor], source: Checkpoint, ranks: Ranks) -> None:
+    """Copy this rank's part of each tensor into a model that `allocate` has given memory.
+
+    own: of set_aside; all others are the source's, of which no more than that part is read.
+    """
+    adapter = adapter_of(model)
     for name, tensor in _tensors_of(model).items():
-        ranks.fill_(tensor, tensors[name])
+        if name in own:
+            ranks.fill_(tensor, own[name])
+        elif adapter is not None and name in ROWS:
+            rows = range(adapter.rows.start, adapter.rows.stop)
+            ranks.fill_(tensor, rows_of(source.model, ROWS[name], rows))
+        else:
+            fill_(tensor, name, source.model, ranks)
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

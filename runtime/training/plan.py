@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,6 @@ from runtime.base.following import follow
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes, human_count
 from runtime.checkpoint.format import Checkpoint
-from runtime.checkpoint.read import read_checkpoint
 from runtime.checks import known
 from runtime.data.advice import (
     fitting_vocabulary,
@@ -47,6 +46,7 @@ from runtime.training.agreed import (
     newest_checkpoint,
     of_a_restart,
     restarted_run,
+    weights_to_start_from,
 )
 from runtime.training.memory import training_memory_bytes
 from runtime.training.placement import Placement
@@ -153,7 +153,7 @@ def make_plan(
         )
     device, dtype = _prepare_process(config, ranks)
     if config.init_from:
-        source = ranks.together(lambda: read_checkpoint(config.init_from))
+        source = weights_to_start_from(config.init_from, ranks)
     task = ranks.together(lambda: task_of(config, source))
     if ranks.world > 1 and not task.takes_ranks:
         raise ValueError(
@@ -431,45 +431,6 @@ def _initial_config(settings: cli.Settings, source: Checkpoint) -> ModelConfig:
                 f"{flags} does not fit the weights in {source.path} ({name} differs): leave it out"
             )
     return config
-
-
-def with_config(source: Checkpoint, config: ModelConfig, new_ids: Sequence[int] = ()) -> Checkpoint:
-    """Return a checkpoint with its weights under another config.
-
-    If router_bias_rate asks for expert biases that are missing, they are zero; if not, they go.
-    new_ids: the rows of the vocabulary that the config adds or that nobody trained so far. They
-    become the mean of all others.
-    """
-    biases = {
-        f"layers.{block}.moe.router.selection_bias": torch.zeros(config.num_experts)
-        for block in range(config.transformer_blocks)
-    }
-    model = {name: tensor for name, tensor in source.model.items() if name not in biases}
-    if config.router_bias_rate:
-        model |= {name: source.model.get(name, zero) for name, zero in biases.items()}
-    if new_ids:
-        model |= _with_new_rows(model, config.vocabulary_size, new_ids)
-    return dataclasses.replace(source, model_config=config, model=model)
-
-
-def _with_new_rows(
-    model: dict[str, torch.Tensor], vocabulary_size: int, new_ids: Sequence[int]
-) -> dict[str, torch.Tensor]:
-    """Return the tensors with a row per id, with the rows `new_ids` as the mean of all others."""
-    changed: dict[str, torch.Tensor] = {}
-    for name in ("embed.weight", "out_head.weight", "out_head.bias"):
-        if name in model:
-            old = model[name]
-            rows = old.new_zeros(vocabulary_size, *old.shape[1:])
-            rows[: len(old)] = old
-            is_new = torch.zeros(vocabulary_size, dtype=torch.bool)
-            is_new[len(old) :] = True
-            is_new[list(new_ids)] = True
-            # In float64: a float32 sum of 200,000 rows loses digits.
-            total = rows.sum(dim=0, dtype=torch.float64) - rows[is_new].double().sum(dim=0)
-            rows[is_new] = (total / (~is_new).sum()).to(rows)
-            changed[name] = rows
-    return changed
 
 
 def _check_vocabulary(model_config: ModelConfig, task: Task, source: Checkpoint | None) -> None:

@@ -21,14 +21,15 @@ from runtime.base.device import (
     synchronize,
 )
 from runtime.base.ranks import START_SECONDS, STEP_SECONDS
-from runtime.checkpoint.format import meta_model
+from runtime.checkpoint.changed import with_config
+from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import build_model, load_training_state
 from runtime.checks.kernels import settle_kernels
 from runtime.kernels.choose import choose_kernels
 from runtime.training.optimizer import build_optimizer
 from runtime.training.placing import allocate, draw_by_name, is_large, put_back, set_aside
-from runtime.training.plan import TrainPlan, with_config
+from runtime.training.plan import TrainPlan
 
 # train.forward_backward(model, task, batch, dtype). It is handed in, because gradients are computed
 # in train.py alone.
@@ -117,30 +118,28 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
 def build(plan: TrainPlan) -> LLM:
     """Return the plan's model with the weights of --init_from or random ones.
 
-    It is on its device, or it waits for share_out: mapped from its file on the CPU, in the file's
-    dtype, or of shapes alone.
+    It is on its device, or it waits for share_out: of shapes alone.
     """
-    if is_from_file(plan):
-        source = plan.source
-        assert source is not None
-        # The base's weights where there are adapters: a resumed run's own are loaded into what
-        # `prepare` makes of them.
-        if plan.config.init_from:
-            source = with_config(source, plan.model_config, plan.task.new_ids(source))
-        if plan.ranks.world == 1:
-            return build_model(source, plan.device)
-        return build_model(source, "cpu", source.model["embed.weight"].dtype)
-    if is_large(plan.model_config):
+    if source := starting_weights(plan):
+        one = plan.ranks.world == 1
+        return build_model(source, plan.device) if one else meta_model(plan.model_config)
+    if is_large(plan.model_config) or plan.ranks.are_mixed:
         return meta_model(plan.model_config)
     torch.manual_seed(plan.config.seed)
     with plan.device:
         return LLM(plan.model_config)
 
 
-def is_from_file(plan: TrainPlan) -> bool:
-    """Return whether the plan's model is built with the weights of its source."""
-    has_adapters = plan.source is not None and plan.source.adapter is not None
-    return bool(plan.config.init_from) or has_adapters
+def starting_weights(plan: TrainPlan) -> Checkpoint | None:
+    """Return what the plan's model begins with; None for random weights, and for resumed ones.
+
+    Of a run with adapters these are the base's weights, also when it is resumed: the run's own are
+    loaded into what `prepare` makes of the model.
+    """
+    source = plan.source
+    if source is not None and plan.config.init_from:
+        return with_config(source, plan.model_config, plan.task.new_ids(source))
+    return source if source is not None and source.adapter is not None else None
 
 
 def share_out(model: LLM, plan: TrainPlan) -> None:
@@ -148,14 +147,14 @@ def share_out(model: LLM, plan: TrainPlan) -> None:
 
     A large model that is resumed gets memory alone: load_training_state fills it.
     """
-    ranks, weights = plan.ranks, None
-    if ranks.world > 1 and is_from_file(plan):
-        weights = set_aside(model)
+    ranks, source = plan.ranks, starting_weights(plan)
+    # Adapters have values already.
+    own = set_aside(model) if source is not None and ranks.world > 1 else {}
     is_meta = model.embed.weight.is_meta
     ranks.shard(model, plan.dtype)
     if is_meta:
         allocate(model, plan.device)
-    if weights is not None:
-        put_back(model, weights, ranks)
+    if source is not None and ranks.world > 1:
+        put_back(model, own, source, ranks)
     elif is_meta and not plan.config.resume:
         draw_by_name(model, plan.config.seed, ranks)

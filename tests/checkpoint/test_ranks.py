@@ -57,6 +57,19 @@ def test_any_number_of_ranks_writes_and_reads_the_checkpoint_of_one_process(
     assert Path(third).read_bytes() == Path(of_one_process).read_bytes()
 
 
+@pytest.mark.parametrize("checkpoint, other", [FORMATS, FORMATS[::-1]])
+def test_a_step_is_there_in_one_form(checkpoint, other, tmp_path):
+    """A run that is resumed further back may write its steps in the other form.
+
+    step_0000007.pt and the folder step_0000007 were then both there, and a resume took the file,
+    also where it was the older one.
+    """
+    run_on(2, saved, tmp_path, other)
+    path = Path(run_on(2, saved, tmp_path, checkpoint)[0])
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "latest.pt", "best.pt"}
+    assert all((tmp_path / name).samefile(path) for name in ("latest.pt", "best.pt"))
+
+
 def without_world(ranks: Ranks, folder: Path) -> None:
     """Save with a header that does not say how many ranks there are."""
     header = write_module._header

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ import train
 from config_model import ModelConfig
 from model import LLM
 from runtime.base.ranks import ONE_PROCESS, Ranks
-from runtime.checkpoint.format import meta_model
+from runtime.checkpoint import read as reading
+from runtime.checkpoint.format import digests_of, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
+from runtime.checkpoint.sharded import Shards
 from runtime.checkpoint.write import write_weights
-from runtime.training import placing, setup
+from runtime.training import agreed, placing, setup
 from runtime.training.plan import make_plan
 from tests.builders import random_model, tiny_config
+from tests.builders_rank_checkpoints import saved
 from tests.builders_runs import MODEL, SPEED, Run, settings_of
 from tests.ranks import run_on
 
@@ -222,6 +226,74 @@ def test_weights_of_a_file_are_read_by_each_rank_for_itself(data, tmp_path, dtyp
         assert largest <= half_of_the_largest(one)
     before, _ = run_on(2, run_of, flags, large)[1]
     assert differing(dict(build_model(read_checkpoint(path)).state_dict()), before) == []
+
+
+def of_a_folder(ranks: Ranks, flags: list[str]) -> tuple:
+    """Return what run_of does, and the most numbers of a tensor that this rank read at once."""
+    largest = 0
+
+    def rows(shards: Shards, name: str, wanted: range) -> Tensor:
+        nonlocal largest
+        found = read(shards, name, wanted)
+        largest = max(largest, found.numel())
+        return found
+
+    read = Shards.rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shards, "rows", rows)
+        weights, made = run_of(ranks, flags, False)
+    return weights, max(largest, made)
+
+
+def test_weights_of_a_folder_are_read_by_each_rank_for_itself(data, tmp_path):
+    """Every rank read all of a folder to start from it, and kept it: 240 GB each of a 60 B model.
+
+    They are written in shards because no rank can hold them. Neither does a rank read the rest to
+    compare digests, if another one of its machine does.
+    """
+    config = tiny_config(vocabulary_size=257, router_bias_rate=0.01, num_experts=6)
+    path = run_on(2, partial(saved, config=config), tmp_path / "start", "sharded")[0]
+    flags = flags_of(data, tmp_path, "--init_from", path)
+    one, _ = run_of(ONE_PROCESS, flags, False)
+    (first, _), (weights, largest) = run_on(2, of_a_folder, flags)
+    assert differing(one, first) == differing(one, weights) == []
+    assert largest <= half_of_the_largest(one)
+
+
+def checks_of(ranks: Ranks, path: Path) -> tuple[int, str]:
+    """Return how many groups of tensors this rank hashed to start from a file, and its weights."""
+    compared = []
+
+    def digests(tensors: dict, group: str, *recorded) -> dict[str, str]:
+        compared.append(group)
+        return digests_of(tensors, group, *recorded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "digests_of", digests)
+        source = agreed.weights_to_start_from(str(path), ranks)
+    return len(compared), source.weights_digest
+
+
+@pytest.mark.parametrize("checkpoint", ["file", "sharded"])
+def test_one_rank_of_a_machine_compares_digests(tmp_path, checkpoint):
+    """All of them did: 8 ranks hashed the same 44 GB. Another machine's file may be another one."""
+    path = run_on(2, saved, tmp_path, checkpoint)[0]
+    (first, digest), (second, same) = run_on(2, checks_of, path)
+    assert first > 0 and second == 0 and digest == same != ""
+    assert all(count > 0 for count, _ in run_on(2, checks_of, path, local_world=1))
+
+
+def of_mixed_gpus(ranks: Ranks, flags: list[str]) -> dict[str, Tensor]:
+    ranks.are_mixed = True
+    return run_of(ranks, flags, False)[0]
+
+
+def test_ranks_on_gpus_of_different_kinds_draw_on_the_cpu(data, tmp_path):
+    """A GPU's random numbers depend on how many cores it has: replicas began with other weights."""
+    flags = flags_of(data, tmp_path, *MODEL)
+    by_name, _ = run_of(ONE_PROCESS, flags, True)
+    for weights in run_on(2, of_mixed_gpus, flags):
+        assert differing(by_name, weights) == []
 
 
 def test_a_large_run_is_resumed(data, tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import train
+from runtime.checkpoint.changed import with_config
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.posttraining import policy
 from runtime.posttraining.policy import Grpo, GrpoConfig
 from runtime.posttraining.rollouts import Sampler
-from runtime.training.plan import with_config
 from scripts import grpo
 from tests.builders_inference import MODELS
 from tests.builders_posttraining import QUICK, in_folder, tiny_base

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from runtime.checkpoint.changed import with_config
 from runtime.checkpoint.read import build_model, read_checkpoint
 from runtime.kernels.linear_cross_entropy import IGNORE
 from runtime.posttraining.packing import PairLoader
@@ -24,7 +25,6 @@ from runtime.posttraining.preference import (
 )
 from runtime.posttraining.reference import FILE, Reference
 from runtime.training.metrics import HIGH, LOW
-from runtime.training.plan import with_config
 from tests.builders_posttraining import pairs, tiny_base
 
 LOSSES = [

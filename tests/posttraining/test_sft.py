@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import train
+from runtime.checkpoint.changed import with_config
 from runtime.checkpoint.read import load_model, read_checkpoint
 from runtime.data.loader import validation_batches
 from runtime.data.shards import open_data
 from runtime.data.tokenizers import tokenizer_from_state
 from runtime.posttraining.tuning import BASE_BATCHES
-from runtime.training import plan
 from scripts import sft
 from tests.builders_posttraining import QUICK, chats, in_folder, tiny_base
 from tests.builders_runs import prepared
@@ -57,7 +57,7 @@ def test_new_rows_of_the_vocabulary_begin_as_the_mean_of_the_old(tmp_path):
     base = read_checkpoint(tiny_base(tmp_path))
     old = base.model["embed.weight"]
     V = base.model_config.vocabulary_size
-    grown = plan.with_config(
+    grown = with_config(
         base, base.model_config.__class__(**_fields(base, vocabulary_size=V + 3)), [V, V + 1, V + 2]
     )
     new = grown.model["embed.weight"]
@@ -70,7 +70,7 @@ def test_ids_in_a_hole_of_the_vocabulary_begin_as_the_mean_of_the_others(tmp_pat
     """o200k_base has harmony's ids in its hole: rows that decayed and were never trained."""
     base = read_checkpoint(tiny_base(tmp_path))
     old = base.model["embed.weight"]
-    same = plan.with_config(base, base.model_config, [5, 9])
+    same = with_config(base, base.model_config, [5, 9])
     new = same.model["embed.weight"]
     others = [i for i in range(len(old)) if i not in (5, 9)]
     torch.testing.assert_close(new[others], old[others], rtol=0, atol=0)

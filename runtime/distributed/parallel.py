@@ -77,7 +77,8 @@ class Parallel(Ranks):
         # is split among them first, so that their dimension comes before that of the shards.
         numbers = torch.arange(self.world).view(replicas, -1, expert_parallel).transpose(1, 2)
         names = ("replica", "expert", "expert_shard")
-        grid = DeviceMesh(kind, numbers.contiguous(), mesh_dim_names=names)
+        # A new tensor: torch 2.11 reads a mesh's strides, and those of dimensions of 1 may be any.
+        grid = DeviceMesh(kind, torch.tensor(numbers.tolist()), mesh_dim_names=names)
         flat = init_device_mesh(kind, (replicas, sharding), mesh_dim_names=("replica", "shard"))
         self.mesh = flat if replicas > 1 else flat["shard"]
         self.expert_mesh = grid["replica", "expert_shard"] if replicas > 1 else grid["expert_shard"]

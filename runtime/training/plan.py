@@ -492,6 +492,8 @@ def needed_bytes(plan: TrainPlan, placement: Placement | None) -> dict[str, int]
         # A task knows its adapters as a whole.
         own = ("weights", "gradients", "optimizer state")
         needed |= {name: needed[name] // placement.sharding for name in own}
+        # Adapters are merged into the whole weights below.
+        needed.pop("merged weights", None)
     if placement and plan.task.gathers_weights:
         # When a step's own memory is free again.
         of_a_step = sum(size for name, size in needed.items() if name not in KEPT_BETWEEN_STEPS)

@@ -109,8 +109,14 @@ def test_a_resume_that_forgets_its_place_in_the_data_is_noticed():
 
 
 def test_a_resume_that_forgets_its_log_window_is_noticed_in_the_metrics_only():
-    """T13: its first logged loss after a resume is half of what it was."""
-    states, metrics = killed_runs(3, "forgets window")
+    """T13: its first logged loss after a resume is half of what it was.
+
+    A kill may hit a moment without a window to forget: then more are tried.
+    """
+    for kills in (3, 6, 12):
+        states, metrics = killed_runs(kills, "forgets window")
+        if metrics.held < metrics.tried:
+            break
     assert (
         states.held == states.tried
         and metrics.held < metrics.tried

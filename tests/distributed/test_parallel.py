@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from config_model import TrainConfig
 from model import LLM
 from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.distributed import parallel
 from runtime.training.optimizer import MuonAdamW, build_optimizer, total_norm
 from tests.builders import tiny_config
 from tests.ranks import run_on
@@ -186,6 +188,29 @@ def test_one_process_holds_all():
         with pytest.raises(ValueError, match="several ranks.*torchrun"):
             ONE_PROCESS.arrange(*flags, 4)
     ONE_PROCESS.arrange(1, "full", 4)
+
+
+def meshes_given(ranks: Ranks, expert_parallel: int) -> list[bool]:
+    """Return for each mesh whether its numbers have the strides of a new tensor."""
+    given = []
+
+    def mesh(kind: str, numbers: torch.Tensor, **names) -> DeviceMesh:
+        given.append(numbers.stride() == torch.empty(numbers.shape).stride())
+        return DeviceMesh(kind, numbers, **names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "DeviceMesh", mesh)
+        ranks.arrange(expert_parallel, "full", 4)
+    return given
+
+
+def test_meshes_have_the_strides_that_torch_2_11_reads():
+    """It refused to form the groups of shared experts.
+
+    The numbers were transposed. A tensor with dimensions of 1 is contiguous with any strides of
+    these, and 2.11 takes strides for the order of the dimensions.
+    """
+    assert run_on(2, meshes_given, 2) == [[True], [True]]
 
 
 def refusals(ranks: Ranks) -> list[str]:

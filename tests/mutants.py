@@ -265,6 +265,9 @@ def try_one(
         if caught:
             failures = ((case, why[:200]) for case, result, why in after if result == "failed")
             said, why = next(failures, (f"exit code {code}", ""))
+            if why.startswith("NameError"):
+                # The code has other names by now: any test fails, and the fault was never made.
+                caught, said = False, f"the mutant does not run: {why}"
         elif code is None:
             said = "its tests hang"
         elif code == 0:

@@ -177,12 +177,17 @@ def test_every_confirmed_fault_is_put_back_or_cannot_be():
 @needs_git
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
-    """A real one, one that changes a comment, and one whose module cannot be imported."""
+    """A real one, one that changes a comment, and one whose module cannot be imported.
+
+    And one that uses a name which is gone: a fault counted as caught for months after `train_step`
+    had renamed a variable.
+    """
     tests = ("tests/base/test_text.py::test_human_bytes",)
     chosen = {
         "real": ('return f"{number:.0f} B"', 'return f"{number:.1f} B"'),
         "comment": ("# From here on the next", "# from here on the next"),
         "broken": ("import unicodedata\n", "import unicodedata_\n"),
+        "renamed": ('return f"{number:.0f} B"', 'return f"{numeral:.1f} B"'),
     }
     said = []
     mutants = [
@@ -196,6 +201,7 @@ def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
         and outcomes[1].said == "its tests pass"
     )
     assert outcomes[2].said.startswith(("exit code 2", "pytest ended with 4"))
+    assert not outcomes[3].caught and "name 'numeral' is not defined" in outcomes[3].said
     assert said[0].startswith("1 tests on the unchanged code: exit code 0")
     verdicts = ["caught" if o.caught else "SURVIVES" for o in outcomes]
     assert sorted(line.split()[0] for line in said[1:]) == sorted(verdicts)

@@ -4,6 +4,8 @@
                                              writes benchmarks/results/mutants.json
     python -m tests.mutants --only T2 M6.2   those of some faults (of the original implementation,
                                              as the tests' docstrings number them), or single ones
+    python -m tests.mutants --left           those that the stored result did not catch, or that
+                                             are new or changed since; it keeps all others
     python -m tests.mutants -j 1             one at a time; else one per core, up to 4
 
 tests/mutants.toml lists the mutants: a few changed tokens, and the tests that should fail because
@@ -32,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from benchmarks.common import REPO, SHARED, save_results
+from benchmarks.common import REPO, RESULTS, SHARED, save_results
 from runtime.base import cli
 from tests import anchors
 
@@ -85,7 +87,12 @@ class Mutant:
 
 def load(path: Path) -> list[Mutant]:
     """Return the mutants of a TOML file, in its order."""
-    listed = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
+    return parsed(path.read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> list[Mutant]:
+    """Return the mutants of a TOML text, in its order."""
+    listed = tomllib.loads(text)["mutant"]
     return [Mutant(**{**fields, "tests": tuple(fields["tests"])}) for fields in listed]
 
 
@@ -312,6 +319,64 @@ def run(chosen: Sequence[tuple[str, Mutant]], say=print, jobs: int = 1) -> list[
         return list(pool.map(attempt, range(len(chosen))))
 
 
+# ------------------------------------------------------------------------------------- the results
+def entry_of(o: Outcome) -> dict:
+    """Return what is stored of an outcome."""
+    return {
+        "id": o.name,
+        "fault": o.mutant.fault,
+        "what": o.mutant.what,
+        "file": o.mutant.file,
+        "caught": o.caught,
+        "by": o.said,
+        "seconds": round(o.seconds, 1),
+    }
+
+
+def caught_before(stored: dict) -> dict[Mutant, dict]:
+    """Return what a stored result says of the mutants that it caught, as they were then.
+
+    Each entry gets the commit that it was tried at. A result of code that was not committed says
+    nothing: nobody can look that code up.
+    """
+    environment, lists, kept = stored["environment"], {}, {}
+    for entry in stored["mutants"]:
+        commit = entry.get("commit", environment["commit"])
+        is_known = "commit" in entry or not environment["uncommitted_changes"]
+        if entry["caught"] and is_known:
+            if commit not in lists:
+                lists[commit] = {(one.fault, one.what): one for one in listed_at(commit)}
+            kept[lists[commit][entry["fault"], entry["what"]]] = entry | {"commit": commit}
+    return kept
+
+
+def listed_at(commit: str) -> list[Mutant]:
+    """Return the mutants of a commit."""
+    command = ["git", "show", f"{commit}:tests/mutants.toml"]
+    shown = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True)
+    return parsed(shown.stdout)
+
+
+def store(outcomes: Sequence[Outcome], kept: dict[Mutant, dict], seconds: float) -> int:
+    """Write the result of all mutants, tried now or before; return how many survive."""
+    tried = {o.mutant: entry_of(o) for o in outcomes}
+    named = zip(names(), MUTANTS, strict=True)
+    entries = [(tried.get(one) or kept[one]) | {"id": name} for name, one in named]
+    caught = sum(entry["caught"] for entry in entries)
+    save_results(
+        "mutants",
+        {
+            "caught": caught,
+            "made": len(entries),
+            "faults": len({one.fault for one in MUTANTS} - {OWN}),
+            "not_applicable": NOT_APPLICABLE,
+            "seconds": round(seconds),
+            "mutants": entries,
+        },
+    )
+    return len(entries) - caught
+
+
 def default_jobs() -> int:
     """Return the cores that this process may use, at most MOST_JOBS."""
     if hasattr(os, "sched_getaffinity"):
@@ -323,6 +388,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     only_help = "faults (T2) or single mutants (T2.3); nothing is stored then"
     parser.add_argument("--only", nargs="+", metavar="ID", help=only_help)
+    left_help = "new and changed mutants, and those that the stored result did not catch"
+    parser.add_argument("--left", action="store_true", help=left_help)
     jobs_help = f"mutants tried at the same time (here {default_jobs()})"
     parser.add_argument(
         "-j", "--jobs", type=int, default=default_jobs(), metavar="N", help=jobs_help
@@ -335,36 +402,22 @@ def main(argv: list[str] | None = None) -> int:
     faults = list(dict.fromkeys(one.fault for one in MUTANTS))
     if unknown := set(only or ()) - {name for name, _ in everything} - set(faults):
         raise ValueError(f"there is no mutant {min(unknown)}; there are {', '.join(faults)}")
+    if only and arguments.left:
+        raise ValueError("give --only or --left, not both: --left chooses the mutants")
+    kept: dict[Mutant, dict] = {}
+    if arguments.left:
+        kept = caught_before(json.loads((RESULTS / "mutants.json").read_text(encoding="utf-8")))
     started = time.perf_counter()
     chosen = [
-        (name, one) for name, one in everything if only is None or name in only or one.fault in only
+        (name, one)
+        for name, one in everything
+        if one not in kept and (only is None or name in only or one.fault in only)
     ]
     outcomes = run(chosen, lambda line: print(line, flush=True), arguments.jobs)
     caught = sum(outcome.caught for outcome in outcomes)
     print(f"{caught} of {len(outcomes)} mutants caught in {time.perf_counter() - started:.0f} s")
     if only is None:
-        save_results(
-            "mutants",
-            {
-                "caught": caught,
-                "made": len(outcomes),
-                "faults": len({o.mutant.fault for o in outcomes} - {OWN}),
-                "not_applicable": NOT_APPLICABLE,
-                "seconds": round(time.perf_counter() - started),
-                "mutants": [
-                    {
-                        "id": o.name,
-                        "fault": o.mutant.fault,
-                        "what": o.mutant.what,
-                        "file": o.mutant.file,
-                        "caught": o.caught,
-                        "by": o.said,
-                        "seconds": round(o.seconds, 1),
-                    }
-                    for o in outcomes
-                ],
-            },
-        )
+        return int(store(outcomes, kept, time.perf_counter() - started) > 0)
     return int(caught < len(outcomes))
 
 

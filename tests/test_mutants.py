@@ -30,6 +30,7 @@ from runtime.inference.decoder import generate as generate_texts
 from runtime.training import reporter
 from runtime.training.state import RecentLoss, RunState
 from tests import anchors, builders_runs
+from tests import mutants as mutants_module
 from tests.builders import random_model, tiny_config
 from tests.builders_data import write_pair
 from tests.builders_inference import biased_model, predictor_of, save
@@ -42,6 +43,7 @@ from tests.mutants import (
     NOT_APPLICABLE,
     OWN,
     Mutant,
+    caught_before,
     default_jobs,
     main,
     mutated,
@@ -218,6 +220,31 @@ def test_what_the_runner_cannot_do_is_refused_in_one_line(flags, says):
     with pytest.raises(ValueError, match=says) as error:
         main(flags)
     assert "\n" not in str(error.value)
+
+
+def test_what_was_caught_before_need_not_be_tried_again(monkeypatch):
+    """Half an hour went by for one mutant whose test had been mended.
+
+    A mutant of other text, or a result of code that nobody can look up, is tried again.
+    """
+    same, changed, survivor = (
+        Mutant(OWN, what, "a.py", "old", "new", ("t",)) for what in ("same", "changed", "survivor")
+    )
+    then = {"then": [same, dataclasses.replace(changed, new="other"), survivor]}
+    monkeypatch.setattr(mutants_module, "listed_at", then.__getitem__)
+    entries = [
+        {"fault": OWN, "what": one.what, "caught": one is not survivor} for one in then["then"]
+    ]
+    stored = {
+        "environment": {"commit": "then", "uncommitted_changes": False},
+        "mutants": entries,
+    }
+    kept = caught_before(stored)
+    assert kept[same]["commit"] == "then" and changed not in kept and survivor not in kept
+    later = {"environment": {"commit": "now", "uncommitted_changes": True}}
+    assert caught_before(later | {"mutants": [kept[same]]}).keys() == {same}
+    stored["environment"]["uncommitted_changes"] = True
+    assert caught_before(stored) == {}
 
 
 def test_a_mutant_is_in_the_copy_only_while_it_is_tried(tmp_path):

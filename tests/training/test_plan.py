@@ -467,7 +467,7 @@ def test_a_dtype_that_was_given_stays(run, dtype):
 def test_a_balance_over_ranks_needs_them(run, monkeypatch):
     """One process cannot count what other ranks see: it says so, and what to take instead."""
     with pytest.raises(ValueError, match="--balance_over global is for runs on several ranks"):
-        run("--balance_over", "global")
+        run("--balance_over", "global", "--max_steps", 4)
     with monkeypatch.context() as patch:
         patch.setattr(Ranks, "arrange", lambda *_: None)
         assert run("--balance_over", "global", "--max_steps", 4) == 0

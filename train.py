@@ -77,6 +77,7 @@ from runtime.training.state import (
     val_record,
 )
 from runtime.training.task import Batch, Pretraining, Task, document_starts
+from runtime.training.watching import watched
 
 # Skipped steps in a row that a run survives. The host reads the device at least this often, too.
 MOST_SKIPPED_IN_A_ROW = 25
@@ -519,14 +520,15 @@ def run(plan: TrainPlan) -> int:
             f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
     check_data_and_disk(plan, saved_bytes(plan))
-    while True:
-        reporter = reporter_of(plan, state)
-        try:
-            return _train(plan, state, reporter)
-        except TrainingDiverged as error:
-            plan, state = rolled_back(plan, state, error)
-        finally:
-            reporter.close()
+    with watched(plan):
+        while True:
+            reporter = reporter_of(plan, state)
+            try:
+                return _train(plan, state, reporter)
+            except TrainingDiverged as error:
+                plan, state = rolled_back(plan, state, error)
+            finally:
+                reporter.close()
 
 
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:

@@ -71,6 +71,7 @@ from runtime.training.state import (
     val_record,
 )
 from runtime.training.task import Batch, Pretraining, Task, document_starts
+from runtime.training.watching import watched
 
 # Skipped steps in a row that a run survives. The host reads the device at least this often, too.
 MOST_SKIPPED_IN_A_ROW = 25
@@ -517,14 +518,15 @@ def run(plan: TrainPlan) -> int:
     answers = short_answers(
         config.sample_prompts, task.tokenizer_state, task.chats, plan.dtype, ranks
     )
-    while True:
-        reporter = reporter_of(plan, state, answers)
-        try:
-            return _train(plan, state, reporter)
-        except TrainingDiverged as error:
-            plan, state = rolled_back(plan, state, error)
-        finally:
-            reporter.close()
+    with watched(plan):
+        while True:
+            reporter = reporter_of(plan, state, answers)
+            try:
+                return _train(plan, state, reporter)
+            except TrainingDiverged as error:
+                plan, state = rolled_back(plan, state, error)
+            finally:
+                reporter.close()
 
 
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:

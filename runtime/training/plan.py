@@ -65,6 +65,7 @@ FREE_ON_RESUME = {
     "run_name",
     "keep_plots",
     "plot_theme",
+    "watch",
     "device",
     "compile",
     "activation_checkpointing",

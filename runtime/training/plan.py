@@ -83,6 +83,7 @@ FREE_ON_RESUME = {
     "resume",
     "wandb",
     "tensorboard",
+    "sample_prompts",
     "expert_parallel",
     "shard",
     "checkpoint",

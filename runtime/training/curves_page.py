@@ -238,11 +238,12 @@ def _state(run: Run, now: float | None) -> str:
     steps = _max_steps(run)
     if run.last_step < 0:
         return "empty"
-    if not _is_finite(run):
+    newest = run.events[-1].get("kind") if run.events else None
+    if not _is_finite(run) or newest == "diverged":
         return "diverged"
     if steps and run.last_step >= steps:
         return "done"
-    if run.events and run.events[-1].get("kind") == "stop":
+    if newest == "stop":
         return "stopped"
     if now is None:
         return "ended"

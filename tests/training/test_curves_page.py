@@ -204,6 +204,15 @@ def test_deep_settings_and_notes_are_no_error(tmp_path):
     assert data["samples"] == [{"step": 10, "prompt": "", "text": ""}]
 
 
+def test_a_deep_load_is_no_error(tmp_path):
+    """It is parsed when it is shown, long after its line was taken for a record."""
+    made = MadeRun(tmp_path).train(10, 20)
+    deep = "[" * 100_000 + "]" * 100_000
+    with open(made.log.path, "a") as file:
+        file.write(f'{{"step": 30, "kind": "train", "expert_load": {deep}, "run_id": "a"}}\n')
+    assert loads_data(read_run(tmp_path))["step"] == [10, 20]
+
+
 def test_odd_routers_are_no_error(tmp_path):
     made = MadeRun(tmp_path).train(10, 20)
     lines = [

@@ -18,9 +18,7 @@ from pathlib import Path
 
 from runtime.training.json_lines import Lines
 from runtime.training.metrics import record_of
-from runtime.training.run_curves import AXES, Run, thinned
-
-__all__ = ["AXES", "Follower", "Run", "read_run", "read_runs", "run_folders", "thinned"]
+from runtime.training.run_curves import Run
 
 # A file that is no run's may have any number of them.
 MOST_RUNS, MOST_MESSAGES, MOST_NOTES = 16, 8, 2_000

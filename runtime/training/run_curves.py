@@ -1,4 +1,4 @@
-"""The curves of one run: columns of numbers by step, axes, thinning, experts over time.
+"""The curves of one run: columns of numbers by step, axes, experts over time.
 
 Numbers are columns of float64, and of the experts a fixed number of records is kept, so that a long
 run takes little memory. Neither torch nor NumPy is imported. `runtime.training.curves` reads them.
@@ -196,18 +196,6 @@ class Run:
             values = array("d", (flops * value for value in values))
         return values
 
-    def curve(self, number: str, kind: str = "train", axis: str = "step") -> dict:
-        """Return a curve of at most MOST_POINTS points: x, low, mean and high of each stretch.
-
-        "not_finite" holds the x of records with a number that was not finite. NaN is None.
-        """
-        table: Table = getattr(self, kind)
-        x = self.axis(axis, kind)
-        bad = set(table.not_finite)
-        marks = (at for at, step in zip(x, table.steps, strict=True) if step in bad)
-        marks = [at for at in marks if not math.isnan(at)][-MOST_POINTS:]
-        return thinned(x, table.column(number)) | {"not_finite": marks}
-
 
 def _numbers(record: dict) -> dict[str, float]:
     """Return a record's numbers by name, those of its task and of its score included."""
@@ -258,21 +246,3 @@ def _between(steps: array, known_steps: array, known: array) -> array:
             share = (step - left_step) / (known_steps[right] - left_step)
             values.append(left + share * (known[right] - left))
     return values
-
-
-def thinned(x: array, y: array, most: int = MOST_POINTS) -> dict[str, list]:
-    """Return x and y in at most `most` stretches: the last x, lowest, mean and highest y of each.
-
-    NaN becomes None, and a stretch without any number is a gap. Records without x are left out.
-    """
-    known = [(a, b) for a, b in zip(x, y, strict=True) if not math.isnan(a)]
-    count = min(len(known), most)
-    columns: dict[str, list] = {"x": [], "low": [], "mean": [], "high": []}
-    for i in range(count):
-        stretch = known[i * len(known) // count : (i + 1) * len(known) // count]
-        values = [b for _, b in stretch if not math.isnan(b)]
-        columns["x"].append(stretch[-1][0])
-        columns["low"].append(min(values) if values else None)
-        columns["mean"].append(math.fsum(values) / len(values) if values else None)
-        columns["high"].append(max(values) if values else None)
-    return columns

@@ -14,7 +14,7 @@ import pytest
 
 from config_model import ModelConfig, flops_per_token
 from runtime.training import curves, json_lines, run_curves
-from runtime.training.curves import Follower, Run, read_run, read_runs, run_folders, thinned
+from runtime.training.curves import Follower, Run, read_run, read_runs, run_folders
 from runtime.training.metrics import KINDS, MetricsLog
 from tests.builders_runs import Run as TrainingRun
 from tests.builders_runs import prepared
@@ -101,13 +101,9 @@ def test_null_is_a_gap_and_a_mark(tmp_path):
     log = filled(tmp_path, [1])
     log.append(record(2, loss=math.nan))
     log.append(record(3))
-    curve = read_run(tmp_path).curve("loss", axis="tokens")
-    assert curve["x"] == [64, 128, 192] and curve["not_finite"] == [128]
-    assert (
-        [v is None for v in curve["mean"]]
-        == [False, True, False]
-        == [v is None for v in curve["low"]]
-    )
+    train = read_run(tmp_path).train
+    assert [math.isnan(loss) for loss in train.column("loss")] == [False, True, False]
+    assert train.not_finite == [2] and train.last("loss") == record(3)["loss"]
 
 
 def test_a_torn_last_line_is_left_out_and_a_whole_one_without_its_end_is_not(tmp_path):
@@ -366,37 +362,6 @@ def test_events_and_samples_belong_to_their_run(tmp_path):
         (15, "q", "new"),
     ]
     assert "more" not in run.samples[1] and len(run.events) == 5
-
-
-# --------------------------------------------------------------------------------------- thinning
-def test_thinned_curves_keep_extremes_gaps_and_ends():
-    r = np.random.default_rng(0)
-    x, y = np.arange(10_007.0), r.normal(size=10_007)
-    y[5_000], y[123] = 50.0, -60.0
-    y[7_000:7_100] = math.nan
-    got = thinned(x, y)
-    assert len(got["x"]) == run_curves.MOST_POINTS and got["x"][-1] == 10_006
-    known = [v for v in got["high"] if v is not None]
-    assert max(known) == 50 and min(v for v in got["low"] if v is not None) == -60
-    assert len(known) < run_curves.MOST_POINTS
-    stretches = np.split(y, [i * 10_007 // 1000 for i in range(1, 1000)])
-    for mean, stretch in zip(got["mean"], stretches, strict=True):
-        stretch = stretch[~np.isnan(stretch)]
-        assert (
-            mean is None if not len(stretch) else math.isclose(mean, stretch.mean(), abs_tol=1e-9)
-        )
-    json.dumps(got, allow_nan=False)
-
-
-def test_short_curves_are_as_they_are():
-    x = [1.0, 2.0, math.nan]
-    assert thinned(x, [3.0, math.nan, 4.0]) == {
-        "x": [1, 2],
-        "low": [3, None],
-        "mean": [3, None],
-        "high": [3, None],
-    }
-    assert thinned([], []) == {"x": [], "low": [], "mean": [], "high": []}
 
 
 def test_routers_are_kept_evenly_and_the_newest_too(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import train
 from model import LLM
 from runtime.base.ranks import ONE_PROCESS
+from runtime.data.chat import prompt_ids, with_chat
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference import short_answers as module
 from runtime.inference.short_answers import short_answers
@@ -133,9 +134,9 @@ def test_only_the_first_rank_writes(tmp_path, monkeypatch):
 def test_memory_is_in_the_training_records(data, tmp_path):
     run = Run(data, tmp_path)
     assert not run("--max_steps", "4")
-    (memory,) = {r.get("memory_bytes") for r in run.records() if r["kind"] == "train"}
-    # PyTorch alone holds more than this.
-    assert memory > 50 << 20
+    memory = [r["memory_bytes"] for r in run.records() if r["kind"] == "train"]
+    # PyTorch alone holds more than this, and a peak never falls.
+    assert 50 << 20 < memory[0] <= memory[1]
 
 
 # ------------------------------------------------------------------------------------------ samples
@@ -188,6 +189,36 @@ def test_a_sample_is_what_the_model_draws(tmp_path, monkeypatch):
     model = LLM(tiny_config(vocabulary_size=tokenizer.vocabulary_size))
     assert answers(model) == [("hi", "ok")]
     assert seen == [([[tokenizer.start_id, *b"hi"]], module.MOST_NEW_TOKENS, module.TEMPERATURE)]
+
+
+def test_a_chat_model_answers_its_prompts_as_messages(tmp_path, monkeypatch):
+    tokenizer = with_chat(load_tokenizer("byte"))
+    (tmp_path / "p.txt").write_text("hi")
+    given = (str(tmp_path / "p.txt"), tokenizer.to_state(), True, torch.float32, ONE_PROCESS)
+    seen = []
+
+    def drawn(model, ids_BT, tokens, **settings):
+        seen.append(ids_BT.tolist())
+        yield from (torch.tensor([i]) for i in [*b"yes", tokenizer.chat.end, *b"no"])
+
+    monkeypatch.setattr(module, "generate", drawn)
+    model = LLM(tiny_config(vocabulary_size=tokenizer.vocabulary_size))
+    assert short_answers(*given)(model) == [("hi", "yes")]
+    assert seen == [[prompt_ids([{"role": "user", "content": "hi"}], tokenizer)]]
+
+
+def test_a_compiled_model_is_not_compiled_again_for_samples(tmp_path):
+    """It would be for each length, and a pass with a cache is no full graph."""
+    (tmp_path / "p.txt").write_text("hi")
+    tokenizer = load_tokenizer("byte")
+    given = (str(tmp_path / "p.txt"), tokenizer.to_state(), False, torch.float32, ONE_PROCESS)
+    model = LLM(tiny_config(vocabulary_size=tokenizer.vocabulary_size)).train()
+    plain = short_answers(*given)(model)
+    model.compile_in_place()
+    counters = torch._dynamo.utils.counters
+    before = dict(counters["frames"])
+    assert short_answers(*given)(model) == plain and model.training
+    assert dict(counters["frames"]) == before
 
 
 @pytest.mark.parametrize(

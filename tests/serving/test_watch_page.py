@@ -331,6 +331,43 @@ def test_the_heat_map_is_the_records_loads(browser, serve, tmp_path):
     page.close()
 
 
+def titles(page: Page) -> list[str]:
+    return page.run(
+        "[...document.querySelectorAll('.chart:not([hidden]) h2')]"
+        ".map(h => h.firstChild.textContent)"
+    )
+
+
+def test_charts_keep_their_order_and_the_focus(browser, serve, tmp_path):
+    """The first validation came after the first training records, and its chart at the end."""
+    run = MadeRun(tmp_path / "nano").train(10, 50)
+    page = opened(browser, serve(tmp_path).url)
+    before = titles(page)
+    assert "Bits per byte, validation" not in before
+    focus_chart(page, "Learning rate")
+    run.train(60, 100)
+    page.until("document.querySelector('#runs tbody tr').cells[2].textContent === '100 / 1,000'")
+    page.until("document.body.textContent.includes('Bits per byte, validation')")
+    assert titles(page) == [before[0], "Bits per byte, validation", *before[1:]]
+    assert page.run("document.activeElement.getAttribute('aria-label')").startswith("Learning rate")
+    page.close()
+
+
+def test_a_straight_line_stays_straight_when_it_is_smoothed(browser, tmp_path):
+    """Smoothing over the past alone lags: a falling loss was drawn too high, at its ends most."""
+    run = MadeRun(tmp_path / "nano")
+    for step in range(10, 310, 10):
+        run.log.append(train_record(step) | {"loss": 10 - 0.02 * step})
+    (tmp_path / "page.html").write_text(snapshot(Watch([tmp_path])))
+    page = opened(browser, (tmp_path / "page.html").as_uri())
+    drawn = [
+        page.run(f"document.querySelector('.chart.wide .{kind}').getAttribute('d')")
+        for kind in ("raw", "line")
+    ]
+    assert drawn[0] == drawn[1] and drawn[0].count("L") == 29
+    page.close()
+
+
 def test_runs_can_be_hidden_and_their_differences_are_listed(browser, serve, tmp_path):
     MadeRun(tmp_path / "a", "a", lr=1e-3, run_name="a").train(10, 50)
     MadeRun(tmp_path / "b", "b", lr=2e-3, run_name="b").train(10, 50)

@@ -331,6 +331,22 @@ def test_the_heat_map_is_the_records_loads(browser, serve, tmp_path):
     page.close()
 
 
+def test_a_run_has_no_value_after_its_end(browser, tmp_path):
+    """The shorter run's last number was shown at every later step, as if it had got there."""
+    MadeRun(tmp_path / "short", "a").train(10, 100)
+    MadeRun(tmp_path / "long", "b").train(10, 400)
+    (tmp_path / "page.html").write_text(snapshot(Watch([tmp_path])))
+    page = opened(browser, (tmp_path / "page.html").as_uri())
+    focus_chart(page, "Gradient norm")
+    page.press("End")
+    head, long, short = tip(page)
+    assert (head, short) == ("step 400", "short–") and not long.endswith("–")
+    page.press("Home")
+    head, long, short = tip(page)
+    assert head == "step 10" and not long.endswith("–") and not short.endswith("–")
+    page.close()
+
+
 def titles(page: Page) -> list[str]:
     return page.run(
         "[...document.querySelectorAll('.chart:not([hidden]) h2')]"

@@ -115,9 +115,13 @@ def _numbers(values: object) -> list[float]:
 
 def _routers(run: Run, after: int) -> list[tuple[int, dict]]:
     """Return what the routers did at the steps after `after` of which a training record tells."""
-    known = set(run.train.steps)
-    return [(step, numbers) for step, numbers in run.router(MOST_COLUMNS)
-            if step > after and step in known]  # fmt: skip
+    steps = run.train.steps
+
+    def is_known(step: int) -> bool:
+        at = bisect_left(steps, step)
+        return at < len(steps) and steps[at] == step
+
+    return [one for one in run.router(MOST_COLUMNS, after) if is_known(one[0])]
 
 
 def _router_table(run: Run, routers: list[tuple[int, dict]]) -> dict:

@@ -165,8 +165,10 @@ class Run:
         if len(self.routers) > 2 * MOST_ROUTER_RECORDS:
             self.routers, self._stride, self._seen = self.routers[::2], 2 * self._stride, 1
 
-    def router(self, most: int = MOST_ROUTER_RECORDS) -> list[tuple[int, dict]]:
+    def router(self, most: int = MOST_ROUTER_RECORDS, after: int = -1) -> list[tuple[int, dict]]:
         """Return (step, numbers) of at most `most` records, evenly spaced, the newest included.
+
+        after: leave out the records up to this step, and do not parse them.
 
         Numbers, where a record has them: expert_load [L][E] in fair shares; router_entropy (nats)
         and dropped_share, both [L]. None: not finite.
@@ -175,7 +177,8 @@ class Run:
         chosen = range(count)
         if count > most:
             chosen = sorted({count - 1 - i * count // most for i in range(most)})
-        return [(self.routers[i][0], _parsed(self.routers[i][1])) for i in chosen]
+        new = [self.routers[i] for i in chosen if self.routers[i][0] > after]
+        return [(step, _parsed(router)) for step, router in new]
 
     # ---- axes
     def axis(self, name: str, kind: str = "train") -> array:

@@ -42,7 +42,7 @@ def compare(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
         known = [one for one in results if one[metric]["best"] is not None]
         ranking = [one["name"] for one in sorted(known, key=lambda one: one[metric]["best"])]
         target = max((one[metric]["best"] for one in known), default=None)
-    if target is not None:
+    if metric and target is not None:
         for run, one in zip(runs, results, strict=True):
             one["until"] = until(run, metric, target)
     return {

@@ -172,7 +172,7 @@ class Run:
         and dropped_share, both [L]. None: not finite.
         """
         count = len(self.routers)
-        chosen = range(count)
+        chosen = list(range(count))
         if count > most:
             chosen = sorted({count - 1 - i * count // most for i in range(most)})
         return [(self.routers[i][0], _parsed(self.routers[i][1])) for i in chosen]

@@ -208,6 +208,20 @@ def test_a_checkpoint_in_the_folder_knows_the_settings_too(tmp_path, capsys):
     assert read_run(folders[0]).info == {}
 
 
+@pytest.mark.parametrize("odd", [None, 7, "text", [], [1, [2]], {"a": {"b": [None]}}, True, 1e308])
+def test_settings_of_any_type_end_nothing(tmp_path, odd):
+    """metrics.json is a file like any other: by hand, by another program, or damaged."""
+    a = write(tmp_path / "a")
+    known = info("b", {}, {})
+    for name in known:
+        folder = tmp_path / f"b-{name}"
+        write(folder)
+        (folder / "metrics.json").write_text(json.dumps({"run": known | {name: odd}}))
+        both = compared(a, folder)
+        assert lines(both) and json.dumps(both, allow_nan=False)
+        assert len(both["runs"]) == 2 and both["runs"][1]["loss"]["best"] == 3.5
+
+
 def test_unknown_data_are_no_others(tmp_path):
     a, b = (write(tmp_path / name, source=None, fingerprint=name) for name in "ab")
     assert compared(a, b)["ranked_by"] is None

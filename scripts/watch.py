@@ -37,12 +37,7 @@ def folders_given(names: list[str], may_come_later: bool) -> list[Path]:
 
 
 def follow_parent(parent: int) -> None:
-    """End this process when the one that started it has ended, however it did.
-
-    It takes the cores that training leaves.
-    """
-    if hasattr(os, "nice"):
-        os.nice(10)
+    """End this process when the one that started it has ended, however it did."""
 
     def wait() -> None:
         ended = threading.Event()

@@ -49,7 +49,7 @@ os.dup2(int(writes), 4)
 os.execv(command[0], command)
 """
 # Seconds until a browser that does not answer fails the test; a busy machine takes many.
-PATIENCE = 120.0
+PATIENCE = 30.0
 # Lets a page be asked what its policy refused, and whether hostile text ran.
 OBSERVE = """
 window.violations = [];
@@ -200,9 +200,13 @@ class Page:
         return answer["result"].get("value")
 
     def until(self, condition: str) -> Any:
-        """Return the first value of an expression that is true. It is asked again and again."""
+        """Return the first value of an expression that is true; it is asked again and again.
+
+        An error in it is not true: what it asks about may not be there yet.
+        """
         end = time.monotonic() + PATIENCE
-        while not (value := self.run(condition)):
+        ask = f"(() => {{ try {{ return {condition}; }} catch (error) {{ return null; }} }})()"
+        while not (value := self.run(ask)):
             assert time.monotonic() < end, f"it did not become true: {condition}"
             time.sleep(0.02)
         return value

@@ -4,8 +4,9 @@ One page serves a comparison and a run that is followed. A finished page has its
 one asks a server for what is new (runtime.serving.watch), in the same form.
 
 `run_data` gives, per run, tables of at most MOST_POINTS rows: "train", "val", "score" and "router".
-A table is {"step", "tokens", "seconds": [row], "columns": {name: {"mean", "low", "high": [row]}}}.
-low and high are null where each row is one record. A number that is not finite is null.
+A table is {"step", "tokens", "seconds": [row], "columns": {name: {"mean", "low", "high": [row],
+"bad": [step]}}}. low and high are null where each row is one record. bad holds the steps of records
+in which the number was not finite; in a row it is then left out, or null.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def _stretches(count: int) -> list[range]:
     return [range(i * count // rows, (i + 1) * count // rows) for i in range(rows)]
 
 
-def _columns(rows: list[range], values: Sequence[float], is_thinned: bool) -> dict:
-    """Return a column's mean, low and high of each row."""
-    if not is_thinned:
+def _column(rows: list[range], values: Sequence[float]) -> dict:
+    """Return a column's mean, lowest and highest number of each row."""
+    if not any(len(row) > 1 for row in rows):
         return {"mean": [_plain(values[row[0]]) for row in rows], "low": None, "high": None}
     column: dict[str, list] = {"mean": [], "low": [], "high": []}
     for row in rows:
@@ -69,29 +70,27 @@ def _columns(rows: list[range], values: Sequence[float], is_thinned: bool) -> di
     return column
 
 
+def _bad(table: Table, values: Sequence[float], first: int) -> list[int]:
+    """Return the steps from record number `first` on at which a number was not finite."""
+    at = {step: bisect_left(table.steps, step) for step in table.not_finite}
+    bad = [step for step, i in at.items() if i >= first and not math.isfinite(values[i])]
+    return bad[-MOST_POINTS:]
+
+
 def _table(run: Run, kind: str, first: int = 0) -> dict:
     """Return a table of a run's records of one kind, from record number `first` on."""
     table: Table = getattr(run, kind)
-    count = len(table.steps) - first
-    rows = _stretches(count)
+    rows = _stretches(len(table.steps) - first)
     ends = [first + row[-1] for row in rows]
     tokens, seconds = run.axis("tokens", kind), run.axis("seconds", kind)
-    bad = set(table.not_finite)
-    steps = [table.steps[i] for i in ends]
     return {
-        "step": steps,
+        "step": [table.steps[i] for i in ends],
         "tokens": [_whole(tokens[i]) for i in ends],
         "seconds": [_plain(seconds[i]) for i in ends],
         "columns": {
-            name[:LONGEST_NAME]: _columns(rows, values[first:], count > MOST_POINTS)
+            name[:LONGEST_NAME]: _column(rows, values[first:]) | {"bad": _bad(table, values, first)}
             for name, values in table.columns.items()
         },
-        # The rows that hold such a record, by their last step.
-        "not_finite": [
-            step
-            for row, step in zip(rows, steps, strict=True)
-            if any(table.steps[first + i] in bad for i in row)
-        ],
     }
 
 
@@ -128,7 +127,8 @@ def _router_table(run: Run, routers: list[tuple[int, dict]]) -> dict:
     the most loaded of all experts, in fair shares.
     """
     columns: dict[str, dict] = {
-        name: {"mean": [], "low": [], "high": []} for name in ("entropy", "dropped", "load")
+        name: {"mean": [], "low": [], "high": [], "bad": []}
+        for name in ("entropy", "dropped", "load")
     }
     for _, numbers in routers:
         load = numbers.get("expert_load") or []
@@ -146,7 +146,7 @@ def _router_table(run: Run, routers: list[tuple[int, dict]]) -> dict:
             columns[name]["low"].append(_plain(min(known, default=math.nan)))
             columns[name]["high"].append(_plain(max(known, default=math.nan)))
     steps = [step for step, _ in routers]
-    return _at_steps(run, steps) | {"columns": columns, "not_finite": []}
+    return _at_steps(run, steps) | {"columns": columns}
 
 
 def loads_data(run: Run, after: int = -1) -> dict:
@@ -238,11 +238,12 @@ def _state(run: Run, now: float | None) -> str:
     steps = _max_steps(run)
     if run.last_step < 0:
         return "empty"
-    if not _is_finite(run):
+    newest = run.events[-1].get("kind") if run.events else None
+    if not _is_finite(run) or newest == "diverged":
         return "diverged"
     if steps and run.last_step >= steps:
         return "done"
-    if run.events and run.events[-1].get("kind") == "stop":
+    if newest == "stop":
         return "stopped"
     if now is None:
         return "ended"

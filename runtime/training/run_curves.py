@@ -218,7 +218,7 @@ def _parsed(router: dict) -> dict:
         if isinstance(value, bytes):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         rows = value if key == "expert_load" else [value]
         if isinstance(rows, list) and all(map(_are_numbers, rows)):

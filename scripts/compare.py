@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.base.cli import error_line, parser, run_main
 from runtime.base.files import write_text_atomic
-from runtime.training.comparison import compare, lines
+from runtime.training.comparison import compare, lines, summary
 from runtime.training.curves import Run, read_run, read_runs, run_folders
 from runtime.training.curves_page import finished_page
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         write_text_atomic(args.json, json.dumps(comparison, indent=1, allow_nan=False) + "\n")
     if args.out:
-        page = finished_page("Comparison of runs", runs, names, notices=comparison["notes"])
+        page = finished_page("Comparison of runs", runs, names, notices=summary(comparison))
         write_text_atomic(args.out, page)
         print(f"{args.out}: {len(runs)} runs, {len(page.encode()):,} bytes")
     return 0

@@ -42,7 +42,7 @@ def compare(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
         known = [one for one in results if one[metric]["best"] is not None]
         ranking = [one["name"] for one in sorted(known, key=lambda one: one[metric]["best"])]
         target = max((one[metric]["best"] for one in known), default=None)
-    if target is not None:
+    if metric and target is not None:
         for run, one in zip(runs, results, strict=True):
             one["until"] = until(run, metric, target)
     return {
@@ -119,10 +119,13 @@ def _kind(run: Run) -> object:
 
 
 def _validation_data(run: Run) -> object:
-    """Return what a run's validation text was made from, by names of files without folders."""
+    """Return what a run's validation text was made from, by names of files without folders.
+
+    Where that is not known, it is no other run's.
+    """
     source = run.info.get("source")
     held_out = source.get("validation") if isinstance(source, dict) else None
-    return _without_folders(held_out or source)
+    return _without_folders(held_out or source) or run.path
 
 
 def _without_folders(value: object) -> object:
@@ -246,18 +249,25 @@ def lines(comparison: dict[str, Any]) -> list[str]:
         shown += ["settings that differ", *_difference_table(comparison), ""]
     else:
         shown += ["all settings are the same", ""]
-    shown += [_group_line(group) for group in comparison["groups"]]
-    shown += [f"note: {note}" for note in comparison["notes"]]
     for one in comparison["runs"]:
         shown += [f"{one['name']}: {message}" for message in one["messages"]]
+    shown += summary(comparison)
     if len(comparison["ranking"]) > 1:
-        best = ", ".join(comparison["ranking"])
-        shown.append(f"best first, by {WORDS[comparison['ranked_by']]}: {best}")
         shown.append(
             "is a small difference real? python -m scripts.evaluate --ckpt X --against Y gives a "
             "paired interval"
         )
     return [visible(line).rstrip() for line in shown]
+
+
+def summary(comparison: dict[str, Any]) -> list[str]:
+    """Return a line for each group, for each thing that is not comparable, and for the ranking."""
+    shown = [_group_line(group) for group in comparison["groups"]]
+    shown += [f"note: {note}" for note in comparison["notes"]]
+    if len(comparison["ranking"]) > 1:
+        best = ", ".join(comparison["ranking"])
+        shown.append(f"best first, by {WORDS[comparison['ranked_by']]}: {best}")
+    return shown
 
 
 def _result_table(comparison: dict[str, Any]) -> list[str]:

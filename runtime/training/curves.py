@@ -12,6 +12,7 @@ neither torch nor NumPy is imported.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -275,6 +276,8 @@ def read_runs(folder: str | Path) -> list[Run]:
     follower = Follower(folder)
     follower.poll()
     if follower.runs:
+        for run in follower.runs:
+            run.info = run.info or _info_of_checkpoint(folder, run.run_id)
         return follower.runs
     if not folder.is_dir():
         reason = "is a file" if folder.exists() else "is not there"
@@ -284,6 +287,29 @@ def read_runs(folder: str | Path) -> list[Run]:
     inside = [str(path) for path in run_folders(folder)][:3]
     hint = f", such as {' or '.join(inside)}" if inside else ""
     raise ValueError(f"{folder} holds no metrics.jsonl: give the graph_dir of a run{hint}")
+
+
+def _info_of_checkpoint(folder: Path, run_id: str) -> dict:
+    """Return what a run's newest checkpoint in the folder says of its settings; {} without one."""
+    if not any(folder.glob("*.pt")):
+        return {}
+    # Here, because it imports PyTorch.
+    from runtime.checkpoint.folder import find_latest
+
+    try:
+        source, _ = find_latest(folder, optimizer=False)
+    except ValueError:
+        return {}
+    if source.run.get("run_id") != run_id:
+        return {}
+    return {
+        "run_id": run_id,
+        "model": dataclasses.asdict(source.model_config),
+        "train": source.train_config,
+        "kind": source.stage.get("kind", "pretraining"),
+        "fingerprint": source.data_fingerprint,
+        "tokenizer": source.tokenizer_state or {},
+    }
 
 
 def read_run(folder: str | Path) -> Run:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,8 @@ class Reporter:
     answers: what is asked at each validation (runtime.inference.short_answers); None = nothing.
     """
 
-    model: LLM | None = None
+    # Weak, because a rollback makes another model, and two may not fit the device.
+    model: weakref.ref[LLM] | None = None
     # The step of the newest samples.
     sampled_step = -1
 
@@ -94,7 +96,7 @@ class Reporter:
 
     def ready(self, model: LLM, seconds: float) -> None:
         """Say what a run will take. model: that is trained; seconds: of its first micro-batch."""
-        self.model, config = model, self.plan.config
+        self.model, config = weakref.ref(model), self.plan.config
         left = (config.max_steps - self.state.step) * config.grad_accum * seconds
         peak = peak_memory_bytes(self.plan.device)
         memory = f"; peak memory of the process so far {human_bytes(peak)}" if peak else ""
@@ -127,11 +129,12 @@ class Reporter:
         """
         if self.answers is None or record["kind"] == "train":
             return
-        if record["step"] == self.sampled_step or self.model is None:
+        model = self.model() if self.model else None
+        if record["step"] == self.sampled_step or model is None:
             return
         self.sampled_step = record["step"]
         try:
-            self.diary.samples(record["step"], self.answers(self.model))
+            self.diary.samples(record["step"], self.answers(model))
         except ValueError as error:
             self.say(f"step {record['step']:>7,}  no samples: {error}")
 
@@ -282,7 +285,7 @@ class SilentReporter(Reporter):
         pass
 
     def ready(self, model: LLM, seconds: float) -> None:
-        self.model = model
+        self.model = weakref.ref(model)
 
     def on_log(self, record: dict) -> None:
         self._sample(record)

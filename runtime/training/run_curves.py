@@ -174,7 +174,7 @@ class Run:
         and dropped_share, both [L]. None: not finite.
         """
         count = len(self.routers)
-        chosen = range(count)
+        chosen = list(range(count))
         if count > most:
             chosen = sorted({count - 1 - i * count // most for i in range(most)})
         new = [self.routers[i] for i in chosen if self.routers[i][0] > after]

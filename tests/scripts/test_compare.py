@@ -191,6 +191,42 @@ def test_a_run_without_settings_is_shown_and_not_ranked(tmp_path):
     assert both["runs"][1]["loss"]["best"] == 3.5 and both["runs"][1]["flops"] is None
 
 
+def test_a_checkpoint_in_the_folder_knows_the_settings_too(tmp_path, capsys):
+    """--ckpt_dir and --graph_dir may be one folder, and metrics.json may be lost."""
+    data, folders = prepared(tmp_path), [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        one = ["--graph_dir", folder, "--ckpt_dir", folder, "--max_steps", 4, "--seed", seed]
+        assert not Run(data, tmp_path)(*one)
+        (folder / "metrics.json").unlink()
+    both = compared(*folders)
+    assert both["ranked_by"] == "loss" and both["runs"][0]["flops"]
+    assert list(both["differences"]) == ["seed"] and both["runs"][0]["max_steps"] == 4
+    # Those of another run are not this one's.
+    (folders[0] / "metrics.jsonl").write_text(
+        (folders[1] / "metrics.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    assert read_run(folders[0]).info == {}
+
+
+@pytest.mark.parametrize("odd", [None, 7, "text", [], [1, [2]], {"a": {"b": [None]}}, True, 1e308])
+def test_settings_of_any_type_end_nothing(tmp_path, odd):
+    """metrics.json is a file like any other: by hand, by another program, or damaged."""
+    a = write(tmp_path / "a")
+    known = info("b", {}, {})
+    for name in known:
+        folder = tmp_path / f"b-{name}"
+        write(folder)
+        (folder / "metrics.json").write_text(json.dumps({"run": known | {name: odd}}))
+        both = compared(a, folder)
+        assert lines(both) and json.dumps(both, allow_nan=False)
+        assert len(both["runs"]) == 2 and both["runs"][1]["loss"]["best"] == 3.5
+
+
+def test_unknown_data_are_no_others(tmp_path):
+    a, b = (write(tmp_path / name, source=None, fingerprint=name) for name in "ab")
+    assert compared(a, b)["ranked_by"] is None
+
+
 def test_names_and_settings_cannot_write_to_the_terminal(tmp_path):
     a, b = write(tmp_path / "a"), write(tmp_path / "b", command="\x1b[2J", device="\x1b[31m")
     assert "\x1b" not in "".join(lines(compared(a, b)))
@@ -250,4 +286,7 @@ def test_the_page_holds_the_runs_and_the_notes(tmp_path, capsys):
     data = json.loads(text)
     assert [run["name"] for run in data["runs"]] == ["a", "b"]
     assert data["runs"][0]["tables"]["val"]["columns"]["loss"]["mean"] == [5, 4, 3.5, 3.6]
-    assert data["notices"] == ["times are not ranked: device or PyTorch differ"]
+    assert data["notices"] == [
+        "note: times are not ranked: device or PyTorch differ",
+        "best first, by validation loss: a, b",
+    ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from runtime.data.chat import prompt_ids, with_chat
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference import short_answers as module
 from runtime.inference.short_answers import short_answers
+from runtime.training import rollback
 from runtime.training.curves import read_run
 from runtime.training.diary import Diary
 from tests.builders import tiny_config
@@ -89,6 +92,28 @@ def test_a_rollback_is_an_event(data, tmp_path, monkeypatch):
         "diverged",
     ]
     assert told[2] == ("rollback", 8) and told[3] == ("resume", 8)
+
+
+def test_a_rollback_holds_one_model(data, tmp_path, monkeypatch):
+    """The reporter knows the model for its samples: two may not fit a device."""
+    monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 2)
+    poison(monkeypatch, range(16, 100))
+    made, alive, real = [], [], train.set_up
+
+    def set_up(*given):
+        model, *more = real(*given)
+        made.append(weakref.ref(model))
+        return model, *more
+
+    def release(device):
+        gc.collect()
+        alive.append(sum(model() is not None for model in made))
+
+    monkeypatch.setattr(train, "set_up", set_up)
+    monkeypatch.setattr(rollback, "release_memory", release)
+    with pytest.raises(train.TrainingDiverged):
+        Run(data, tmp_path)("--max_steps", "40", "--save_interval", "4", "--max_rollbacks", "1")
+    assert len(made) == 2 and alive == [0, 0]
 
 
 def test_starved_experts_are_an_event(data, tmp_path, monkeypatch):

@@ -357,8 +357,10 @@ class TrainConfig:
         "whose tokens balance loss counts; global = all ranks'",
         choices=("micro_batch", "global"),
     )
+    sample_prompts: str = option("", "file of prompts to answer at each validation, one a line")
     keep_plots: bool = option(False, "also keep the plots of each save, as step_*.png")
     plot_theme: str = option("dark", "colours of the plots", choices=("dark", "light"))
+    watch: bool = option(False, "serve a live page of the run (python -m scripts.watch)")
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     tensorboard: bool = option(False, "also log to TensorBoard (pip install tensorboard)")
 

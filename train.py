@@ -23,7 +23,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -37,20 +36,15 @@ from torch.optim import Optimizer
 from config_model import ModelConfig, TrainConfig
 from model import LLM, Output
 from runtime.base import cli
-from runtime.base.device import (
-    autocast,
-    peak_memory_bytes,
-    peak_memory_line,
-    to_device,
-)
+from runtime.base.device import autocast, peak_memory_line, to_device
 from runtime.base.process import StopRequest
 from runtime.base.ranks import ONE_PROCESS, Ranks
-from runtime.base.text import human_bytes, human_seconds
 from runtime.checkpoint.folder import restore_names
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data.loader import micro_batches, prefetch
 from runtime.data.shards import open_data
+from runtime.inference.short_answers import short_answers
 from runtime.training.agreed import check_data_and_disk
 from runtime.training.closing import closing_lines
 from runtime.training.optimizer import build_optimizer, check_skips, total_norm
@@ -77,6 +71,7 @@ from runtime.training.state import (
     val_record,
 )
 from runtime.training.task import Batch, Pretraining, Task, document_starts
+from runtime.training.watching import watched
 
 # Skipped steps in a row that a run survives. The host reads the device at least this often, too.
 MOST_SKIPPED_IN_A_ROW = 25
@@ -519,14 +514,19 @@ def run(plan: TrainPlan) -> int:
             f"{PROFILED_STEPS[-1]}), and {left} are left: raise --max_steps"
         )
     check_data_and_disk(plan, saved_bytes(plan))
-    while True:
-        reporter = reporter_of(plan, state)
-        try:
-            return _train(plan, state, reporter)
-        except TrainingDiverged as error:
-            plan, state = rolled_back(plan, state, error)
-        finally:
-            reporter.close()
+    task = plan.task
+    answers = short_answers(
+        config.sample_prompts, task.tokenizer_state, task.chats, plan.dtype, ranks
+    )
+    with watched(plan):
+        while True:
+            reporter = reporter_of(plan, state, answers)
+            try:
+                return _train(plan, state, reporter)
+            except TrainingDiverged as error:
+                plan, state = rolled_back(plan, state, error)
+            finally:
+                reporter.close()
 
 
 def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
@@ -534,13 +534,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
     config = plan.config
     plan.task.restore(state.task)
     model, optimizer, seconds = set_up(plan, forward_backward)
-    left = (config.max_steps - state.step) * config.grad_accum * seconds
-    peak = peak_memory_bytes(plan.device)
-    memory = f"; peak memory of the process so far {human_bytes(peak)}" if peak else ""
-    reporter.say(
-        f"ready    {seconds:.2f} s per micro-batch; rough total {human_seconds(left)} "
-        f"(measured on a cold micro-batch){memory}"
-    )
+    reporter.ready(model, seconds)
 
     def on_save(state: RunState, val_loss: float | None, is_best: bool) -> None:
         reporter.write_json()
@@ -559,7 +553,7 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
             stage=plan.task.stage(model),
             ranks=plan.ranks,
         )
-        reporter.plots(state.step)
+        reporter.saved(state.step, is_best)
 
     with (
         StopRequest() as stop,
@@ -574,24 +568,12 @@ def _train(plan: TrainPlan, state: RunState, reporter: Reporter) -> int:
             dtype=plan.dtype,
             ranks=plan.ranks,
         )
-    reporter.close()
+    reporter.finish()
     print(peak_memory_line(plan.device, sum(check_memory(plan).values())))
-    if state.skipped_steps:
-        print(f"{state.skipped_steps} steps were skipped: not finite, or a spike of the loss")
+    print(*closing_lines(plan, state, reporter.scores()), sep="\n")
     if state.step < config.max_steps:
-        print(
-            f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
-            f"{plan.task.command} --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
-        )
         plan.ranks.stopped()
         return stop.exit_code
-    print(
-        f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "
-        f"{human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in "
-        f"{config.graph_dir}",
-        *closing_lines(plan, state, reporter.scores()),
-        sep="\n",
-    )
     return 0
 
 

@@ -214,7 +214,8 @@ def comparable(records: list[dict]) -> list[dict]:
         {
             k: v
             for k, v in r.items()
-            if k not in ("run_id", "seconds", "tokens_per_sec", "waiting_share", "mfu")
+            if k
+            not in ("run_id", "seconds", "tokens_per_sec", "waiting_share", "mfu", "memory_bytes")
         }
         for r in records
     ]

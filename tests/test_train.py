@@ -30,6 +30,7 @@ from runtime.data.shards import open_data
 from runtime.kernels.linear_cross_entropy import IGNORE
 from runtime.training import plan as plan_module
 from runtime.training import reporter, setup
+from runtime.training.diary import Diary
 from runtime.training.memory import training_memory_bytes
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import (
@@ -1685,7 +1686,7 @@ def test_starved_and_crowded_experts_are_told_once_each_way(capsys):
     Until now only the plot showed it.
     """
     reporter = Reporter.__new__(Reporter)
-    reporter.healthy, reporter.say = True, print
+    reporter.healthy, reporter.say, reporter.diary = True, print, Diary(None, "", print)
     for step, loads in (
         (1, [[1.0, 1.0]]),
         (2, [[0.2, 1.8], [1.0, 1.0]]),

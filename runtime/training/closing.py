@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from runtime.base.text import human_seconds
 from runtime.checkpoint.folder import BEST, LATEST
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.plan import TrainPlan
@@ -43,6 +44,27 @@ def _cell(score: dict, name: str) -> str:
 
 
 def closing_lines(plan: TrainPlan, state: RunState, records: Iterable[dict] = ()) -> list[str]:
+    """Return how a run ended, and the command that continues it or tries its model."""
+    config, lines = plan.config, []
+    if state.skipped_steps:
+        lines.append(
+            f"{state.skipped_steps} steps were skipped: not finite, or a spike of the loss"
+        )
+    if state.step < config.max_steps:
+        lines.append(
+            f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "
+            f"{plan.task.command} --resume --ckpt_dir {shlex.quote(config.ckpt_dir)}"
+        )
+        return lines
+    lines.append(
+        f"done: {state.step:,} steps, {state.tokens_seen:,} tokens in "
+        f"{human_seconds(state.train_seconds)}; checkpoints in {config.ckpt_dir}, plots in "
+        f"{config.graph_dir}"
+    )
+    return lines + result_lines(plan, state, records)
+
+
+def result_lines(plan: TrainPlan, state: RunState, records: Iterable[dict] = ()) -> list[str]:
     """Return the scores, the best validation loss, and the command that tries the model."""
     lines = score_table(records)
     if plan.task.best_score and state.best_score is not None:

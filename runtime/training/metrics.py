@@ -18,7 +18,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runtime.base.files import make_folder, write_atomic
@@ -66,15 +66,15 @@ def _dump(value) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def _check(record) -> str:
-    """Return what is wrong with a record, or an empty string."""
+def _check(record, kinds: Sequence[str] = KINDS) -> str:
+    """Return what is wrong with a record, or an empty string. kinds: allowed; () = any."""
     if not isinstance(record, dict):
         return f"a record must be a JSON object, not {type(record).__name__}"
     step = record.get("step")
     if type(step) is not int or step < 0:
         return f"step must be a whole number from 0, not {step!r}"
-    if record.get("kind") not in KINDS:
-        return f"kind must be one of {', '.join(KINDS)}, not {record.get('kind')!r}"
+    if kinds and record.get("kind") not in kinds:
+        return f"kind must be one of {', '.join(kinds)}, not {record.get('kind')!r}"
     return ""
 
 
@@ -86,6 +86,20 @@ def _not_json(name):
     raise ValueError(f"{name} is not JSON")
 
 
+def record_of(line: bytes, kinds: Sequence[str] = KINDS) -> tuple[dict | None, str]:
+    """Return the record that a line of a metrics.jsonl holds, or None and what is wrong with it.
+
+    kinds: that it may be of; () = any.
+    """
+    try:
+        record = json.loads(line, parse_constant=_not_json)
+        problem = _check(record, kinds)
+    except (ValueError, RecursionError) as error:
+        # Not JSON, or not UTF-8.
+        problem = str(error) or type(error).__name__
+    return (None, problem) if problem else (record, "")
+
+
 def _scan(path: Path) -> Iterator[tuple[int, bytes, dict | None, str, bool]]:
     """Yield (line number, line, record, problem, whether it is the last line).
 
@@ -94,14 +108,9 @@ def _scan(path: Path) -> Iterator[tuple[int, bytes, dict | None, str, bool]]:
     with open(path, "rb") as file:
         number, line = 1, file.readline()
         while line:
-            following, record = file.readline(), None
-            try:
-                record = json.loads(line, parse_constant=_not_json)
-                problem = _check(record)
-            except (ValueError, RecursionError) as error:
-                # Not JSON, or not UTF-8.
-                problem = str(error) or type(error).__name__
-            yield number, line.rstrip(b"\r\n"), None if problem else record, problem, not following
+            following = file.readline()
+            record, problem = record_of(line)
+            yield number, line.rstrip(b"\r\n"), record, problem, not following
             number, line = number + 1, following
 
 

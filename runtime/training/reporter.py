@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 from tqdm import tqdm
 
 from config_model import flops_per_token
+from model import LLM
 from runtime.base import process
-from runtime.base.device import device_name, peak_flops
+from runtime.base.device import device_name, peak_flops, peak_memory_bytes
 from runtime.base.files import write_text_atomic
-from runtime.base.text import human_count, human_seconds
+from runtime.base.text import human_bytes, human_count, human_seconds
 from runtime.checks import known
+from runtime.training.diary import Diary
 from runtime.training.metrics import HEALTHY_LOAD, HIGH, LOW, MetricsLog, make_loggers
 from runtime.training.plan import TrainPlan
 from runtime.training.plots import draw_plots
@@ -25,18 +28,34 @@ from runtime.training.state import RunState
 
 PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, recorded
 
+# What the model that is trained answers to a few prompts: (prompt, text) of each.
+Answers = Callable[[LLM], list[tuple[str, str]]]
+
 
 class Reporter:
-    """Progress bar, log lines, metrics and plots of a run."""
+    """Progress bar, log lines, metrics, plots, events and samples of a run.
 
-    def __init__(self, plan: TrainPlan, state: RunState):
+    answers: what is asked at each validation (runtime.inference.short_answers); None = nothing.
+    """
+
+    # Weak, because a rollback makes another model, and two may not fit the device.
+    model: weakref.ref[LLM] | None = None
+    # The step of the newest samples.
+    sampled_step = -1
+
+    def __init__(self, plan: TrainPlan, state: RunState, answers: Answers | None = None):
+        self.answers = answers
         config, resume_step = plan.config, state.step if plan.config.resume else None
         real = known.counts(plan.model_config)
+        tokenizer = plan.task.tokenizer_state or {}
         info = {
             "run_id": state.run_id,
             "model": dataclasses.asdict(plan.model_config),
             "train": dataclasses.asdict(config),
+            "kind": plan.task.kind,
             "source": plan.task.source,
+            "fingerprint": plan.task.fingerprint,
+            "tokenizer": {k: tokenizer[k] for k in ("name", "fingerprint") if k in tokenizer},
             "parameters": real.total,
             "active_parameters": real.active,
             "device": device_name(plan.device),
@@ -51,6 +70,8 @@ class Reporter:
             resume_step=resume_step,
         )
         self.plan, self.state = plan, state
+        self.diary = Diary(config.graph_dir, state.run_id, self.say)
+        self.skipped_steps = state.skipped_steps
         self.log = MetricsLog(config.graph_dir, resume_step, info, loggers)
         for message in self.log.take_messages():
             print(message)
@@ -64,10 +85,25 @@ class Reporter:
             disable=None,
             dynamic_ncols=True,
         )
+        if config.resume:
+            self.diary.event(state.step, "resume", f"continues after step {state.step:,}")
+        else:
+            self.diary.event(state.step, "start", f"{config.max_steps:,} steps")
 
     def say(self, line: str) -> None:
         tqdm.write(line)
         sys.stdout.flush()
+
+    def ready(self, model: LLM, seconds: float) -> None:
+        """Say what a run will take. model: that is trained; seconds: of its first micro-batch."""
+        self.model, config = weakref.ref(model), self.plan.config
+        left = (config.max_steps - self.state.step) * config.grad_accum * seconds
+        peak = peak_memory_bytes(self.plan.device)
+        memory = f"; peak memory of the process so far {human_bytes(peak)}" if peak else ""
+        self.say(
+            f"ready    {seconds:.2f} s per micro-batch; rough total {human_seconds(left)} "
+            f"(measured on a cold micro-batch){memory}"
+        )
 
     def on_log(self, record: dict) -> None:
         """Complete a record of `fit`, then show and store it."""
@@ -84,6 +120,23 @@ class Reporter:
         else:
             self._show_training(record)
         self._log(lambda: self.log.append(record))
+        self._sample(record)
+
+    def _sample(self, record: dict) -> None:
+        """Write what the model answers, once at each validation.
+
+        Every rank takes part. A model whose logits are not finite has no answers.
+        """
+        if self.answers is None or record["kind"] == "train":
+            return
+        model = self.model() if self.model else None
+        if record["step"] == self.sampled_step or model is None:
+            return
+        self.sampled_step = record["step"]
+        try:
+            self.diary.samples(record["step"], self.answers(model))
+        except ValueError as error:
+            self.say(f"step {record['step']:>7,}  no samples: {error}")
 
     def _show_score(self, record: dict) -> None:
         """Say the scores, and their intervals where there are any. Parts are in the log alone."""
@@ -106,6 +159,8 @@ class Reporter:
         if self.peak:
             record["mfu"] = record["tokens_per_sec"] * self.flops_per_token / self.peak
             shown["MFU"] = f"{100 * record['mfu']:.1f}%"
+        if memory := peak_memory_bytes(self.plan.device):
+            record["memory_bytes"] = memory
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(record["step"] - self.bar.n)
         steps_left = self.plan.config.max_steps - record["step"]
@@ -116,8 +171,17 @@ class Reporter:
             f"step {record['step']:>7,}  {numbers}  lr {record['lr']:.2e}  "
             f"grad norm {record['grad_norm']:.2f}  ETA {human_seconds(seconds_left)}"
         )
+        self._note_skipped(record)
         if record["step"] > self.plan.config.warmup_steps:
             self._watch_experts(record)
+
+    def _note_skipped(self, record: dict) -> None:
+        skipped = record["skipped_steps"] - self.skipped_steps
+        self.skipped_steps += skipped
+        if skipped:
+            spike = ", or a spike of the loss" if self.plan.config.spike_sigmas else ""
+            steps = f"{skipped} step{'s were' if skipped > 1 else ' was'} skipped"
+            self.diary.event(record["step"], "skipped", f"{steps}: not finite{spike}")
 
     def _watch_experts(self, record: dict) -> None:
         """Say when experts leave the healthy range and when all are back in it."""
@@ -132,16 +196,20 @@ class Reporter:
         if outside and self.healthy:
             # The worst by ratio: a tenth of the fair share is as far from it as ten times.
             load, block, expert = max(outside, key=lambda one: abs(math.log(max(one[0], 1e-9))))
-            self.say(
-                f"step {record['step']:>7,}  warning: {len(outside)} of {len(loads)} experts get "
+            what = (
+                f"{len(outside)} of {len(loads)} experts get "
                 f"less or more than {bounds} % of their fair share, expert {expert} of block "
-                f"{block} {100 * load:.0f} %: if this persists, raise --aux_loss_coef or set "
-                "--router_bias_rate (see latest_expert_load.png)"
+                f"{block} {100 * load:.0f} %"
+            )
+            self.diary.event(record["step"], "starved", what)
+            self.say(
+                f"step {record['step']:>7,}  warning: {what}: if this persists, raise "
+                "--aux_loss_coef or set --router_bias_rate (see latest_expert_load.png)"
             )
         elif not outside and not self.healthy:
-            self.say(
-                f"step {record['step']:>7,}  all experts are back at {bounds} % of their fair share"
-            )
+            what = f"all experts are back at {bounds} % of their fair share"
+            self.diary.event(record["step"], "balanced", what)
+            self.say(f"step {record['step']:>7,}  {what}")
         self.healthy = not outside
 
     def write_json(self) -> None:
@@ -158,6 +226,11 @@ class Reporter:
             self.say(f"no more metrics: {error} (training continues)")
         for message in self.log.take_messages():
             self.say(message)
+
+    def saved(self, step: int, is_best: bool) -> None:
+        """Note a checkpoint and draw the plots."""
+        self.diary.event(step, "save", "checkpoint" + ", the best so far" * is_best)
+        self.plots(step)
 
     def plots(self, step: int) -> None:
         """Draw the plots. If that fails, say so once: it must never stop the run."""
@@ -185,21 +258,42 @@ class Reporter:
         except (OSError, ValueError):
             return []
 
+    def finish(self) -> None:
+        """Note that the run has ended as it should, at its last step or by a signal; close."""
+        step, last = self.state.step, self.plan.config.max_steps
+        if step < last:
+            self.diary.event(step, "stop", f"stopped after step {step:,} of {last:,}")
+        else:
+            self.diary.event(step, "done", f"{step:,} steps, {self.state.tokens_seen:,} tokens")
+        self.close()
+
     def close(self) -> None:
         self.bar.close()
         self._log(self.log.finish)
 
 
 class SilentReporter(Reporter):
-    """The reporter of a rank that is not the first: it neither writes nor says anything."""
+    """The reporter of a rank that is not the first: it neither writes nor says anything.
 
-    def __init__(self):
-        pass
+    Where weights are shared it answers with the others.
+    """
+
+    def __init__(self, answers: Answers | None):
+        self.answers, self.diary = answers, Diary(None, "", self.say)
 
     def say(self, line: str) -> None:
         pass
 
+    def ready(self, model: LLM, seconds: float) -> None:
+        self.model = weakref.ref(model)
+
     def on_log(self, record: dict) -> None:
+        self._sample(record)
+
+    def saved(self, step: int, is_best: bool) -> None:
+        pass
+
+    def finish(self) -> None:
         pass
 
     def write_json(self) -> None:
@@ -215,9 +309,9 @@ class SilentReporter(Reporter):
         pass
 
 
-def reporter_of(plan: TrainPlan, state: RunState) -> Reporter:
+def reporter_of(plan: TrainPlan, state: RunState, answers: Answers | None = None) -> Reporter:
     """Return what shows and stores a run: on the first of its ranks alone."""
-    return Reporter(plan, state) if plan.ranks.is_first else SilentReporter()
+    return Reporter(plan, state, answers) if plan.ranks.is_first else SilentReporter(answers)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from runtime.checkpoint.folder import step_files
 from runtime.checkpoint.format import Checkpoint
 from runtime.checkpoint.read import read_checkpoint
 from runtime.training.agreed import checkpoint_found
+from runtime.training.diary import Diary
 from runtime.training.plan import TrainPlan, saved_state
 from runtime.training.state import RunState, TrainingDiverged
 
@@ -25,6 +26,10 @@ def rolled_back(
     error.__traceback__ = None
     plan.ranks.wait_at_most(START_SECONDS)
     release_memory(plan.device)
+    folder = plan.config.graph_dir if plan.ranks.is_first else None
+    diary = Diary(folder, diverged.run_id, print)
+    reason = error.args[0].partition(":")[0]
+    diary.event(diverged.step, "diverged", reason)
     if diverged.rollbacks >= plan.config.max_rollbacks:
         raise error
     source, _ = checkpoint_found(lambda: (_newest_good(plan, diverged), []), plan.ranks)
@@ -32,11 +37,12 @@ def rolled_back(
         raise error
     state = saved_state(source)
     state.samples_seen, state.rollbacks = diverged.samples_seen, diverged.rollbacks + 1
-    print(
-        f"{error.args[0].partition(':')[0]}: back to step {state.step:,}, continuing after the "
-        f"data already used (rollback {state.rollbacks} of at most {plan.config.max_rollbacks})",
-        flush=True,
+    back = (
+        f"back to step {state.step:,}, continuing after the data already used "
+        f"(rollback {state.rollbacks} of at most {plan.config.max_rollbacks})"
     )
+    diary.event(state.step, "rollback", back)
+    print(f"{reason}: {back}", flush=True)
     config = dataclasses.replace(plan.config, resume=True, init_from="")
     return dataclasses.replace(plan, source=source, config=config), state
 

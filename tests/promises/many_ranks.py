@@ -41,7 +41,7 @@ SIX = [
         dict(optimizer="muon", grad_clip=0.1, state_dtype="bfloat16", shard="none"),
     ),
 ]
-TIMES = ("seconds", "tokens_per_sec", "waiting_share")
+TIMES = ("seconds", "tokens_per_sec", "waiting_share", "memory_bytes")
 # Four numbers that are added in another order differ by at most 6 roundings of their sizes' sum.
 # The sum is at most a few times the largest gradient of its tensor.
 FOUR_RANKS_LOSS, FOUR_RANKS_GRADIENT = 5e-7, 2e-6

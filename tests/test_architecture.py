@@ -1,7 +1,8 @@
 """The import law: who may import whom, read from the imports themselves, those in functions too.
 
 DESIGN in one line: config_model < base < kernels < model_parts < model < checkpoint < checks < data
-< inference, training < interop, posttraining < the root's commands < scripts < benchmarks, tests.
+< inference, training < evaluation, interop, posttraining < the root's commands < scripts
+< benchmarks, tests.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LEVELS = [
     {"runtime.checks"},
     {"runtime.data"},
     {"runtime.inference", "runtime.training", "runtime.distributed"},
-    {"runtime.interop", "runtime.posttraining"},
+    {"runtime.evaluation", "runtime.interop", "runtime.posttraining"},
     {"train", "predict", "prepare_data", "test"},
     {"scripts"},
     {"benchmarks", "tests"},

@@ -9,6 +9,9 @@ _END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)]*(\s+)(?=\S)")
 LONGEST_TITLE = len(" Prof.")
 _TITLE = re.compile(r"\b(Mr|Mrs|Ms|Dr|St|Prof)\.$")
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_LETTERS = re.compile(r"[^\W\d_]+")
+# Of Tom's, this is Tom.
+_CAPITALISED = re.compile(r"(?<![\w'\u2019])(?![a-z])[^\W\d_]{2,}")
 _AFTER_A_WORD = re.compile(r"[a-z,] $")
 _NO_NAMES = """
     Monday Tuesday Wednesday Thursday Friday Saturday Sunday
@@ -34,23 +37,21 @@ def sentence_starts(text: str) -> list[int]:
 
 def words(text: str) -> list[str]:
     """Return the words of a text in small letters, apostrophes included, without punctuation."""
-    return [match[0].lower() for match in _WORD.finditer(text)]
+    return _WORD.findall(text.lower())
 
 
 def mentions(text: str) -> list[tuple[str, int]]:
     """Return (name, position) for each mention of a name, in the text's order.
 
     A name is a word with a capital that follows a word or a comma somewhere in the text, and that
-    the text never has in small letters; or it is one of `known`.
+    the text never has in small letters.
     """
-    found, inside, small = [], set(), set()
-    for match in _WORD.finditer(text):
-        # Tom's is a mention of Tom.
-        word = re.split("['\u2019]", match[0])[0]
-        if word[0].islower():
-            small.add(word)
-        elif len(word) > 1 and word[1:].islower() and word not in NO_NAMES:
+    small = set(_LETTERS.findall(text))
+    found, inside = [], set()
+    for match in _CAPITALISED.finditer(text):
+        word = match[0]
+        if word[1:].islower() and word not in NO_NAMES and word.lower() not in small:
             found.append((word, match.start()))
             if _AFTER_A_WORD.search(text[max(0, match.start() - 2) : match.start()]):
                 inside.add(word)
-    return [(name, at) for name, at in found if name in inside and name.lower() not in small]
+    return [(name, at) for name, at in found if name in inside]

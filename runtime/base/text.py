@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
-from pathlib import Path
 
 
 def human_count(number: float) -> str:
@@ -100,8 +99,3 @@ def visible(text: str) -> str:
         return c.encode("unicode_escape").decode() if hidden else c
 
     return "".join(map(shown, text))
-
-
-def page_style() -> str:
-    """Return the style sheet that all pages share (page.css). A page's own rules come after it."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")

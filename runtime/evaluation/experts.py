@@ -39,13 +39,19 @@ class ExpertChoices:
     documents: list[int] = field(default_factory=list)
 
     def add(self, d: int, ids_T: NDArray[np.int64], experts_LTK: NDArray) -> None:
-        """Keep a document's experts; the first of its ids is the start token."""
+        """Keep a document's experts, unless it has too few tokens or there are enough.
+
+        ids [T]: those that were read; the first is the start token.
+        """
+        if len(ids_T) < 2 or self.num_tokens >= MOST_TOKENS:
+            return
         self.experts.append(experts_LTK.astype(np.uint16))
         self.ids.append(ids_T)
         self.documents.append(d)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens whose experts are kept, start tokens included."""
         return sum(len(ids) for ids in self.ids)
 
 
@@ -90,9 +96,9 @@ def experts_section(choices: ExpertChoices, classes_V: NDArray[np.int64], seed: 
         {"columns": names, "rows": rows},
         [plot],
         [
-            "Bits that token, previous token, class, position (as a power of 2) or document tell of "
-            "a token's strongest expert. The shuffled value is what chance gives; a figure is the "
-            "difference. Intervals: jackknife over groups of documents."
+            "Bits that token, previous token, class, position (as a power of 2) or document tell "
+            "of a token's strongest expert. The shuffled value is what chance gives; a figure is "
+            "the difference. Intervals: jackknife over groups of documents."
         ],
     )
 
@@ -163,8 +169,8 @@ def together_section(choices: ExpertChoices) -> Section | None:
             "rows": rows,
         },
         notes=[
-            "excess is the share of chosen pairs that independent experts with the same loads would "
-            "place elsewhere: 0 is none. The table has the pairs that are most above chance."
+            "excess is the share of chosen pairs that independent experts with the same loads "
+            "would place elsewhere: 0 is none. The table has the pairs that are most above chance."
         ],
     )
 

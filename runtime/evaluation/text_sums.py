@@ -53,12 +53,13 @@ def add_document(
     num_bytes: int,
     log_probs_T: NDArray[np.floating],
     best_T: NDArray[np.floating],
+    right_T: NDArray[np.bool_],
     counts_V: NDArray[np.int64],
 ) -> None:
     """Put document number d into the sums.
 
     ids [T]: what is scored. log_probs [T]: of each, in nats; best [T]: of the most likely token at
-    each place, the same number where that is the id. counts [V]: how often each id is scored.
+    each place; right [T]: whether that is the id. counts [V]: how often each id is scored.
     """
     T = len(ids_T)
     sums["bytes"][d] = num_bytes
@@ -66,7 +67,6 @@ def add_document(
     if not T:
         return
     nats_T = -log_probs_T.astype(np.float64)
-    right_T = log_probs_T >= best_T
     sums["nats"][d] = nats_T.sum()
     sums["right"][d] = right_T.sum()
     positions_T = np.arange(1, T + 1)

@@ -1,7 +1,7 @@
 """The import law: who may import whom, read from the imports themselves, those in functions too.
 
 DESIGN in one line: config_model < base < kernels < model_parts < model < checkpoint < checks < data
-< inference, training < evaluation, interop, posttraining < the root's commands < scripts
+< inference, training < evaluation, interop, posttraining, serving < the root's commands < scripts
 < benchmarks, tests.
 """
 
@@ -28,7 +28,7 @@ LEVELS = [
     {"runtime.checks"},
     {"runtime.data"},
     {"runtime.inference", "runtime.training", "runtime.distributed"},
-    {"runtime.evaluation", "runtime.interop", "runtime.posttraining"},
+    {"runtime.evaluation", "runtime.interop", "runtime.posttraining", "runtime.serving"},
     {"train", "predict", "prepare_data", "test"},
     {"scripts"},
     {"benchmarks", "tests"},

@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from fractions import Fraction
-from pathlib import Path
 
 
 def human_count(number: float) -> str:
@@ -101,11 +100,6 @@ def visible(text: str) -> str:
         return c.encode("unicode_escape").decode() if hidden else c
 
     return "".join(map(shown, text))
-
-
-def page_style() -> str:
-    """Return the style sheet that all pages share (page.css). A page's own rules come after it."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def names_of(row: Iterable) -> str:

@@ -9,19 +9,15 @@ and block. Blocks, experts and tokens are numbered from 0, as everywhere.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
 import math
-import string
 import unicodedata
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from runtime.base.text import page_style, visible
+from runtime.base.page import clean, fill, json_in_html, read_template
+from runtime.base.text import visible
 
 PAGE = Path(__file__).with_name("expert_map.html")
 
@@ -307,20 +303,6 @@ def _width_styles(num_experts: int, K: int) -> str:
 """
 
 
-def _clean(text: str) -> str:
-    """Return text for the inside of an element, &, <, > and quotes escaped.
-
-    Without lone surrogates, and without control characters but newline and tab.
-    """
-    return html.escape(visible(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-
-
-def _json_in_html(value: object) -> str:
-    """JSON that no HTML parser can take for markup: ASCII, and of <, > and & not one."""
-    text = json.dumps(value, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _token_span(t: int, piece: str, is_prompt: bool, expert: int, gate: float, K: int) -> str:
     """Return one token of the text, tinted by its strongest expert.
 
@@ -334,12 +316,12 @@ def _token_span(t: int, piece: str, is_prompt: bool, expert: int, gate: float, K
     kind = " p" * is_prompt + (
         " nl" if piece.isspace() and "\n" in piece else " nil" if not piece else ""
     )
-    label = _clean(
+    label = clean(
         f"token {t}{', prompt' * is_prompt}: " + piece.replace("\n", "\\n").replace("\t", "\\t")
     )
     return (
         f'<span class="t{kind} e{expert} g{level}" tabindex="0" role="option" '
-        f'aria-label="{label}">{_clean(piece)}</span>'
+        f'aria-label="{label}">{clean(piece)}</span>'
     )
 
 
@@ -384,19 +366,6 @@ def _heat_table(counts_LE: list[list[int]], assignments: int) -> str:
     )
 
 
-class _Template(string.Template):
-    """Placeholders are %%{name}: `$` is for the page's script."""
-
-    delimiter = "%%"
-
-
-def _hash_of(name: str, page: str) -> str:
-    """Return the SHA-256, in base64, of what the page's element of this name holds."""
-    _, _, start = page.partition(f"<{name}>")
-    text, _, _ = start.partition(f"</{name}>")
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 def html_page(
     title: str,
     pieces: list[str],
@@ -437,12 +406,9 @@ def html_page(
         )
         for t, piece in enumerate(pieces)
     )
-    template = _Template(PAGE.read_text(encoding="utf-8")).safe_substitute(
-        page_style=page_style().rstrip(),
-        expert_styles=_expert_styles(num_experts) + _width_styles(num_experts, K),
+    template, policy = read_template(
+        PAGE, expert_styles=_expert_styles(num_experts) + _width_styles(num_experts, K)
     )
-    # Before anything that a model said is in the page.
-    hashes = {name: _hash_of(name, template) for name in ("style", "script")}
     drawn = T - num_prompt_tokens
     facts = [
         f"{drawn} token{'s' * (drawn != 1)} after a prompt of {num_prompt_tokens}",
@@ -450,14 +416,11 @@ def html_page(
         f"{num_experts} experts, {K} per token",
     ]
     legend = "".join(f'<i class="q{level}"></i>' for level in range(HEAT_LEVELS))
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-        f"style-src 'sha256-{hashes['style']}'; base-uri 'none'; form-action 'none'"
-    )
-    return _Template(template).substitute(
+    return fill(
+        template,
         policy=policy,
-        title=_clean(title),
-        about=f'<p class="about">{_clean(about)}</p>\n' if about else "",
+        title=clean(title),
+        about=f'<p class="about">{clean(about)}</p>\n' if about else "",
         facts=" &middot; ".join(facts),
         spans=spans,
         last_block=L - 1,
@@ -466,5 +429,5 @@ def html_page(
         heat=_heat_table(_counts(experts_LTK, num_experts), T * K),
         legend=legend,
         fair=f"{100 / num_experts:.3g}",
-        data=_json_in_html(data),
+        data=json_in_html(data),
     )

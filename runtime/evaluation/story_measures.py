@@ -86,7 +86,7 @@ def pronouns(text: str, start: int = 0) -> list[tuple[str, bool]]:
     true of human text.
     """
     found = mentions(text)
-    ends = [at for _, at in found[1:]] + [len(text)]
+    ends = [at for _, at in found[1:]] + [len(text)] * bool(found)
     result = []
     for (name, at), end in zip(found, ends, strict=True):
         if match := _PRONOUN.search(text, max(at, start), max(end, start)):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from runtime.base.shares import wilson
 from runtime.data.tokenizer import Tokenizer
 from runtime.evaluation.choice_formats import CHOICES, GREEDY, Question, Task
 from runtime.evaluation.report import Figure, Section, Table, figure, section
+from runtime.inference.scorer import Scorer
 
 # Columns of a task, as they are keys and as a table heads them.
 COLUMNS = {
@@ -48,13 +49,6 @@ class Answer(NamedTuple):
     log_prob: float
     num_tokens: int
     is_greedy: bool
-
-
-class Scores(Protocol):
-    """What a scorer says of one document: log-probability and argmax of each id but the first."""
-
-    log_probs: np.ndarray
-    is_argmax: np.ndarray
 
 
 def before_text(tokenizer: Tokenizer) -> list[int]:
@@ -96,25 +90,22 @@ def fitted(ids: Sequence[int], first: int, context_length: int) -> tuple[Request
     return Request(tuple(ids[cut:]), first - cut), cut > 0
 
 
-def answers(scorer, requests: Sequence[Request]) -> list[Answer]:
-    """Return the answer to each request; equal ones are scored once."""
-    numbers: dict[tuple[int, ...], int] = {}
+def answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer]:
+    """Return the answer to each request; of equal ids the model is asked once."""
+    first_of: dict[tuple[int, ...], int] = {}
     for one in requests:
-        numbers.setdefault(one.ids, len(numbers))
-    firsts: list[set[int]] = [set() for _ in numbers]
+        first_of[one.ids] = min(one.first, first_of.get(one.ids, one.first))
+    wanted: dict[tuple[int, ...], set[int]] = {ids: set() for ids in first_of}
     for one in requests:
-        firsts[numbers[one.ids]].add(one.first)
+        wanted[one.ids].add(one.first)
     found: dict[Request, Answer] = {}
-    for ids, own, scores in zip(
-        numbers, firsts, scorer.scores([list(ids) for ids in numbers]), strict=True
-    ):
-        for first in own:
-            log_probs = scores.log_probs[first - 1 :]
-            found[Request(ids, first)] = Answer(
-                float(np.sum(log_probs, dtype=np.float64)),
-                len(log_probs),
-                bool(np.all(scores.is_argmax[first - 1 :])),
-            )
+    scored = scorer.scores(map(list, first_of), first_of.values())
+    for (ids, least), scores in zip(first_of.items(), scored, strict=True):
+        for first in wanted[ids]:
+            own = slice(first - least, None)
+            log_probs = scores.log_probs_T[own]
+            is_greedy = bool(scores.is_greedy_T[own].all())
+            found[Request(ids, first)] = Answer(float(log_probs.sum()), len(log_probs), is_greedy)
     return [found[one] for one in requests]
 
 
@@ -143,12 +134,12 @@ def credit(scores: Sequence[float], right: int) -> float:
     return (right in likeliest) / len(likeliest)
 
 
-def score_task(scorer, tokenizer: Tokenizer, context_length: int, task: Task) -> Result:
+def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task) -> Result:
     """Return what a model makes of a task. Raise ValueError for an answer that does not fit."""
     requests: list[Request] = []
     num_cut = 0
     for question in task.questions:
-        own, is_cut = _requests(tokenizer, question, context_length)
+        own, is_cut = _requests(tokenizer, question, scorer.context)
         requests += own
         num_cut += is_cut
     given = iter(answers(scorer, requests))
@@ -264,8 +255,8 @@ def _notes(result: Result) -> list[str]:
 
 
 def evaluate_choices(
-    scorer, tokenizer: Tokenizer, context_length: int, tasks: Iterable[Task], name: str = "tasks"
+    scorer: Scorer, tokenizer: Tokenizer, tasks: Iterable[Task], name: str = "tasks"
 ) -> Section:
     """Return the section of some tasks."""
-    results = [score_task(scorer, tokenizer, context_length, task) for task in tasks]
+    results = [score_task(scorer, tokenizer, task) for task in tasks]
     return choices_section(results, name)

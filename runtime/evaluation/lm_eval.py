@@ -73,10 +73,6 @@ class Reader:
         found = (next(given) if one else None for one in requests)
         return [(one.log_prob, one.is_greedy) if one else (0.0, True) for one in found]
 
-    def generated(self, context: str, settings: dict[str, Any]) -> str:
-        """Return the answer to one text; see `all_generated`."""
-        return self.all_generated([context], settings)[0]
-
     def all_generated(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         """Return what follows each text, up to a stop text or the end of text.
 
@@ -106,7 +102,7 @@ class Reader:
         found = ["" for _ in prompts]
         streams = [TokenStream(self.tokenizer) for _ in prompts]
         untils = [UntilText(tuple(settings.get("until", ()))) for _ in prompts]
-        stop_ids, finished = self.tokenizer.all_stop_ids, set[int]()
+        stop_ids, finished, cut = self.tokenizer.all_stop_ids, set[int](), set[int]()
         for step in generate(
             decoder,
             texts,
@@ -126,9 +122,11 @@ class Reader:
                 found[row] += piece
                 if stopped:
                     finished.add(row)
-        for row, until in enumerate(untils):
-            piece, stopped = until.push(streams[row].flush())
-            found[row] += piece if stopped else piece + until.held
+                    cut.add(row)
+        for row in set(range(len(prompts))) - cut:
+            # What waited for the rest of a character, or of a stop text.
+            piece, stopped = untils[row].push(streams[row].flush())
+            found[row] += piece if stopped else piece + untils[row].held
         return found
 
 

@@ -26,15 +26,20 @@ import sys
 
 from runtime.base.cli import add_fields, parser, run_main
 from runtime.base.files import write_text_atomic
+from runtime.base.shares import wilson
+from runtime.data.chat import has_chat
 from runtime.evaluation.config import EvaluateConfig
 from runtime.evaluation.evaluate import evaluate
 from runtime.evaluation.page import as_page
+from runtime.evaluation.report import Section, figure, section
 from runtime.evaluation.requirements import verdicts
 from runtime.evaluation.writing import as_json, as_lines, as_markdown
+from runtime.inference.predictor import Predictor
 from runtime.interop.release import commit
+from runtime.posttraining.score import NUM_PROMPTS, NUM_STORIES, Exam
 
 # They take several names after one flag, as prepare_data.py's do.
-LISTS = ("files", "tasks")
+LISTS = ("files", "tasks", "train_files")
 
 
 def settings_of(argv: list[str] | None) -> EvaluateConfig:
@@ -50,9 +55,28 @@ def settings_of(argv: list[str] | None) -> EvaluateConfig:
     return EvaluateConfig(**args | {name: tuple(args[name]) for name in LISTS})
 
 
+def chat_sections(predictor: Predictor) -> dict[str, Section]:
+    """Return how many held-out exercises of the post-training tasks a chat model does right."""
+    if not has_chat(predictor.tokenizer):
+        raise ValueError(
+            f"{predictor.origin.path} was not trained on chats, so --chat has nobody to ask: train "
+            "it with python -m scripts.sft, or leave --chat out"
+        )
+    score = Exam(predictor.tokenizer).score(predictor.model)
+    figures = {
+        name: figure(share.value, share.trials, *wilson(share.successes, share.trials))
+        for name, share in score.shares.items()
+    }
+    for name, value in score.means.items():
+        n = NUM_STORIES if name == "story loss" else NUM_PROMPTS
+        figures[name] = figure(value, n)
+    return {"exercises": section("chat exercises", figures)}
+
+
 def main(argv: list[str] | None = None) -> int:
     config = settings_of(argv)
-    report = evaluate(config, lambda line: print(line, file=sys.stderr), commit())
+    chat = chat_sections if config.chat else None
+    report = evaluate(config, lambda line: print(line, file=sys.stderr), commit(), chat)
     print("\n".join(as_lines(report)))
     for path, write in (
         (config.json, as_json),

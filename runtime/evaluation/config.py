@@ -48,6 +48,23 @@ class EvaluateConfig:
     questions: int = option(
         0, "questions of each task, evenly spread; 0 = all", minimum=0, maximum=10**9
     )
+    stories: int = option(
+        0,
+        "also continuations of so many held-out stories, next to how their authors continued them",
+        minimum=0,
+        maximum=10**6,
+    )
+    train_files: tuple = option(
+        (), "with --stories: the training text, in which copies are looked for"
+    )
+    lm_eval: str = option(
+        "",
+        "tasks of lm-evaluation-harness (pip install lm-eval): names or YAML files, with commas "
+        "between them",
+    )
+    chat: bool = option(
+        False, "also the exercises of scripts.sft and scripts.grpo; for models trained on chats"
+    )
     experts: bool = option(False, "also what the experts of each block specialise in")
     expert_off: int = option(
         0,
@@ -93,6 +110,8 @@ class EvaluateConfig:
             )
         if self.expert_off and self.quantize != "none":
             raise ValueError("--expert_off needs weights that are not packed: omit --quantize")
+        if self.train_files and not self.stories:
+            raise ValueError("--train_files has no effect without --stories: leave it out")
         if not self.has_text and (why := self._needs_text()):
             raise ValueError(
                 f"there is no {self.data_dir}/val, and {why} needs held-out text: give --files, "
@@ -113,14 +132,18 @@ class EvaluateConfig:
         """Return a flag that was given and needs held-out text, or "" if none was."""
         wants = {"--against": self.against, "--own_tasks": self.own_tasks}
         wants |= {"--experts": self.experts, "--expert_off": self.expert_off}
+        wants |= {"--stories": self.stories}
         given = [flag for flag, value in wants.items() if value]
-        return given[0] if given else "" if self.tasks else "an evaluation without --tasks"
+        if given or self.tasks or self.lm_eval or self.chat:
+            return next(iter(given), "")
+        return "an evaluation without --tasks, --lm_eval and --chat"
 
     def parts(self) -> set[str]:
         """Return the parts that the report will have."""
         parts = set(OF_TEXT) if self.has_text else set()
         parts |= {"against", "comparison"} if self.against else set()
-        parts |= {"tasks"} if self.tasks or self.own_tasks else set()
+        parts |= {"tasks"} if self.tasks or self.own_tasks or self.lm_eval else set()
+        parts |= {name for name in ("stories", "chat") if getattr(self, name)}
         return parts | ({"experts"} if self.experts or self.expert_off else set())
 
     def requirements(self) -> list[Requirement]:

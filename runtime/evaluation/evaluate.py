@@ -14,13 +14,21 @@ from pathlib import Path
 
 import torch
 
+from runtime.checkpoint.read import read_config
 from runtime.checks.known import counts
+from runtime.data.file_sets import find_files
+from runtime.data.sources import FileSource
 from runtime.evaluation.bits_per_byte import against_section, bits_section
 from runtime.evaluation.calibration import calibration_section, loss_section
 from runtime.evaluation.choice_formats import Task, read_tasks, spread
 from runtime.evaluation.choices import evaluate_choices
 from runtime.evaluation.config import EvaluateConfig
-from runtime.evaluation.documents import Documents, file_documents, shard_documents
+from runtime.evaluation.documents import (
+    Documents,
+    file_documents,
+    shard_documents,
+    whole_documents,
+)
 from runtime.evaluation.encoded import token_classes
 from runtime.evaluation.expert_off import expert_off_section
 from runtime.evaluation.experts import (
@@ -30,8 +38,10 @@ from runtime.evaluation.experts import (
     together_section,
 )
 from runtime.evaluation.held_out import encoded, read_documents
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, library
 from runtime.evaluation.own_tasks import own_tasks
 from runtime.evaluation.report import Section
+from runtime.evaluation.stories import Writer, evaluate_stories
 from runtime.evaluation.text_sums import Sums
 from runtime.evaluation.writing import FORMAT, VERSION
 from runtime.inference.predictor import Predictor
@@ -61,6 +71,7 @@ class Found:
     tasks: dict[str, Section] = field(default_factory=dict)
     experts: dict[str, Section] = field(default_factory=dict)
     chat: dict[str, Section] = field(default_factory=dict)
+    stories: Section | None = None
 
 
 def judge(
@@ -75,6 +86,9 @@ def judge(
     predictor = Predictor(config.predict(ckpt))
     scorer = Scorer(predictor.decoder, config.experts and documents is not None, config.stride)
     found = Found(_about(predictor), {"line": scorer.line, "is_exact": scorer.is_exact})
+    if chat is not None:
+        say(f"{ckpt}: answering exercises")
+        found.chat = chat(predictor)
     read = None
     if documents is not None:
         read = encoded(documents, predictor.tokenizer)
@@ -86,15 +100,15 @@ def judge(
         return found
     plain = Scorer(predictor.decoder, stride=config.stride)
     found.tasks = _tasks(config, predictor, plain, tasks, documents, say)
+    if config.stories and documents is not None:
+        say(f"continuing {config.stories:,} stories")
+        found.stories = _stories(config, predictor, plain, documents)
     if found.choices is not None:
         found.experts = _experts(predictor, found.choices)
     if config.expert_off and read is not None:
         say("reading documents without each expert")
         part = read.first_documents(config.expert_off)
         found.experts["off"] = expert_off_section(plain, part, config.resamples)
-    if chat is not None:
-        say("answering the exercises of the chat tasks")
-        found.chat = chat(predictor)
     return found
 
 
@@ -108,14 +122,18 @@ def evaluate(
 
     commit: of the code, if it is known. chat: gives sections of what a chat model answers.
     """
-    # Files are read before the model, which may take minutes.
+    # Before the model, which may take minutes.
+    if config.lm_eval:
+        library()
+    if config.against:
+        read_config(config.against)
     tasks = read_tasks(list(config.tasks)) if config.tasks else []
     documents = read_texts(config)
     found = judge(config, config.ckpt, documents, say, tasks, chat)
     report = _head(config, found, documents, commit)
     if found.sums is not None:
         report |= _text(found.sums, config.resamples)
-    for name in ("tasks", "chat"):
+    for name in ("tasks", "chat", "stories"):
         if sections := getattr(found, name):
             report[name] = sections
     if config.against:
@@ -195,7 +213,7 @@ def _tasks(
 ) -> dict[str, Section]:
     """Return the sections of multiple choice."""
     found = {}
-    how = (scorer, predictor.tokenizer, predictor.model.config.context_length)
+    how = (scorer, predictor.tokenizer)
     if tasks:
         say(f"answering {', '.join(task.name for task in tasks)}")
         found["files"] = evaluate_choices(*how, _shortened(tasks, config.questions), "tasks")
@@ -205,7 +223,24 @@ def _tasks(
         made, notes = own_tasks(documents.texts, **most)
         found["own"] = evaluate_choices(*how, made, "tasks made of the text")
         found["own"]["notes"] = [*found["own"].get("notes", []), *notes]
+    if config.lm_eval:
+        say(f"lm-eval: {config.lm_eval}")
+        reader = Reader(scorer, predictor.tokenizer, predictor.banned_ids)
+        names = [name.strip() for name in config.lm_eval.split(",") if name.strip()]
+        found["lm_eval"] = evaluate_lm_eval(reader, names, config.questions)
     return found
+
+
+def _stories(
+    config: EvaluateConfig, predictor: Predictor, scorer: Scorer, documents: Documents
+) -> Section:
+    """Return the section of generated stories."""
+    writer = Writer(predictor.decoder, predictor.tokenizer, predictor.banned_ids)
+    training = None
+    if config.train_files:
+        source = FileSource(find_files(config.train_files), config.text_column)
+        training = whole_documents(source)
+    return evaluate_stories(scorer, writer, documents.texts, config.stories, training)
 
 
 def _shortened(tasks: Sequence[Task], most: int) -> list[Task]:

@@ -81,10 +81,10 @@ def loss_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
         "slope_per_doubling": figure(slope.value, tokens, slope.low, slope.high, "nats per token")
     }
     rows, plots = [], []
-    for name, title, labels in (
-        ("position", "Loss by position in the document", _positions),
-        ("part", "Loss by part of the document", _parts),
-        ("frequency", "Loss by how often the token occurs", _frequencies),
+    for name, title, x_label, labels in (
+        ("position", "Loss by position in the document", "position, from (tokens)", _positions),
+        ("part", "Loss by part of the document", f"part of {PARTS}", _parts),
+        ("frequency", "Loss by how often the token occurs", "times, from", _frequencies),
     ):
         counts = sums[f"{name}_tokens"].sum(axis=0).astype(int).tolist()
         losses = ratio_intervals(sums[f"{name}_nats"], sums[f"{name}_tokens"], resamples)
@@ -94,7 +94,8 @@ def loss_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
             for b in kept
         ]
         shown = [b for b in kept if counts[b] >= FEWEST_TOKENS]
-        plots.append(_loss_plot(name, title, shown, losses, labels))
+        firsts = [labels(b).split(" ")[0] for b in shown]
+        plots.append(_loss_plot(title, x_label, firsts, [losses[b] for b in shown]))
     return section(
         "loss",
         figures,
@@ -118,20 +119,20 @@ def _positions(b: int) -> str:
 
 
 def _parts(b: int) -> str:
-    return f"part {b + 1} of {PARTS}"
+    return f"{b + 1} of {PARTS}"
 
 
 def _frequencies(b: int) -> str:
-    return f"{10**b:,} to {10 ** (b + 1) - 1:,} times"
+    return f"{10**b:,} to {10 ** (b + 1) - 1:,}"
 
 
-def _loss_plot(name: str, title: str, shown: list[int], losses: list[Interval], labels) -> Plot:
+def _loss_plot(title: str, x_label: str, firsts: list[str], losses: list[Interval]) -> Plot:
     return {
         "title": title,
         "kind": "points",
-        "x_label": {"position": "position (tokens)"}.get(name, ""),
+        "x_label": x_label,
         "y_label": "nats per token",
-        "series": [_series("loss", [labels(b) for b in shown], [losses[b] for b in shown])],
+        "series": [_series("loss", firsts, losses)],
     }
 
 

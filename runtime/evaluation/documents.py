@@ -67,10 +67,12 @@ def file_documents(
 ) -> Documents:
     """Return the documents of files, folders or patterns, in the formats of prepare_data.py."""
     source = FileSource(find_files(names, text_format), column, text_format=text_format)
-    return sorted_documents(_whole(source), [file.path.name for file in source.files], most)
+    return sorted_documents(
+        whole_documents(source), [file.path.name for file in source.files], most
+    )
 
 
-def _whole(source: FileSource) -> Iterator[str]:
+def whole_documents(source: FileSource) -> Iterator[str]:
     """Yield whole documents: a source yields long ones in parts."""
     parts: list[str] = []
     for part, ends in source.documents():

@@ -30,6 +30,10 @@ class Encoded:
         """Tokens that are scored."""
         return sum(max(0, len(own) - self.first) for own in self.ids)
 
+    def first_documents(self, most: int) -> Encoded:
+        """Return the first documents: they are sorted by digest, so a random part."""
+        return Encoded(self.ids[:most], self.first, self.num_bytes[:most])
+
     def counts(self, vocabulary_size: int) -> NDArray[np.int64]:
         """Return how often each token is scored, [V]."""
         counts = np.zeros(vocabulary_size, dtype=np.int64)

@@ -49,6 +49,16 @@ class ExpertChoices:
         self.ids.append(ids_T)
         self.documents.append(d)
 
+    def is_like(self, other: ExpertChoices) -> bool:
+        """Return whether both are of the same tokens, and of as many blocks, experts, choices."""
+        if self.num_experts != other.num_experts or self.documents != other.documents:
+            return False
+        pairs = zip(self.experts, other.experts, strict=True)
+        same_ids = zip(self.ids, other.ids, strict=True)
+        return all(a.shape == b.shape for a, b in pairs) and all(
+            np.array_equal(a, b) for a, b in same_ids
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens whose experts are kept, start tokens included."""

@@ -95,3 +95,14 @@ def value_of(requirement: Requirement, report: dict) -> float:
             "measured or it is not finite"
         )
     return value
+
+
+def verdicts(required: list[Requirement], report: dict) -> tuple[list[str], bool]:
+    """Return a line for each requirement, and whether all are met. Raise ValueError."""
+    lines, all_met = [], True
+    for requirement in required:
+        value = value_of(requirement, report)
+        is_met = requirement.is_met(value)
+        all_met = all_met and is_met
+        lines.append(f"required  {requirement}  {'met' if is_met else 'NOT MET'} ({value:.6g})")
+    return lines, all_met

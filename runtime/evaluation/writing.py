@@ -92,8 +92,8 @@ def table(columns: list[str], rows: list[list]) -> list[str]:
 def as_markdown(report: dict) -> str:
     """Return the report's figures and tables as Markdown."""
     report = plain_numbers(report)
-    ckpt, data = report["checkpoint"], report["data"]
-    lines = [f"# Evaluation of {plain(ckpt['name'])}", "", f"{plain(subject(report))}", ""]
+    name = report["checkpoint"]["name"]
+    lines = [f"# Evaluation of {plain(name)}", "", plain(subject(report)), ""]
     for address, section in sections_of(report):
         lines += [f"## {plain(section['name'])}", ""]
         rows = [[key, *figure_cells(one)] for key, one in section["figures"].items()]
@@ -103,7 +103,9 @@ def as_markdown(report: dict) -> str:
             lines += table(held["columns"], held["rows"]) + [""]
         for note in section.get("notes", []):
             lines += [plain(note), ""]
-    lines += [f"Texts: sha256 {data['sha256']}. {plain(report['computed_by']['line'])}"]
+    if report["data"]:
+        lines += [f"Texts: sha256 {report['data']['sha256']}.", ""]
+    lines += [plain(f"Computed by {report['computed_by']['line']}.")]
     return "\n".join(lines) + "\n"
 
 
@@ -112,9 +114,11 @@ def subject(report: dict) -> str:
     ckpt, data = report["checkpoint"], report["data"]
     line = (
         f"{ckpt['name']} (step {ckpt['step']:,}, {ckpt['parameters']:,} parameters, "
-        f"{ckpt['active_parameters']:,} active) on {data['documents']:,} documents, "
-        f"{data['bytes']:,} bytes, of {', '.join(data['sources'])}"
+        f"{ckpt['active_parameters']:,} active)"
     )
+    if data:
+        sources = ", ".join(data["sources"][:3]) + ", ..." * (len(data["sources"]) > 3)
+        line += f" on {data['documents']:,} documents, {data['bytes']:,} bytes, of {sources}"
     if other := report.get("other_checkpoint"):
         line += f"; against {other['name']} (step {other['step']:,})"
     return line

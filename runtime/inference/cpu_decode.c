@@ -307,31 +307,32 @@ static const float *row_of(const Matrix *a, int64_t row, float *room)
     return room;
 }
 
-/* `dot` of NX inputs and two weight rows far apart: two long streams come from memory twice as fast
-   as four adjacent rows. */
-#define PAIR_PRODUCT(NAME, TYPE, LOAD, NX)                                                                      \
-    static void NAME(const TYPE *const w[2], const float *const x[NX], int cols, float sums[2][4])              \
+/* `dot` of NX inputs and ROWS weight rows far apart: a few long streams come from memory twice as
+   fast as adjacent rows. An input alone takes four, so that enough sums are under way. */
+#define FAR_PRODUCT(NAME, TYPE, LOAD, NX, ROWS)                                                                 \
+    static void NAME(const TYPE *const *w, const float *const x[NX], int cols, float sums[ROWS][4])             \
     {                                                                                                           \
-        vec s[2][NX] = {0};                                                                                     \
+        vec s[ROWS][NX] = {0};                                                                                  \
         int k = 0;                                                                                              \
         for (; k + LANES <= cols; k += LANES) {                                                                 \
-            for (int i = 0; i < 2; i++)                                                                         \
-                __builtin_prefetch((const char *)(w[i] + k) + AHEAD);                                           \
-            for (int i = 0; i < 2; i++)                                                                         \
+            if (!(k & (64 / sizeof(TYPE) - 1)))    /* a line of the cache */                                    \
+                for (int i = 0; i < ROWS; i++)                                                                  \
+                    __builtin_prefetch((const char *)(w[i] + k) + AHEAD);                                       \
+            for (int i = 0; i < ROWS; i++)                                                                      \
                 for (int j = 0; j < NX; j++)                                                                    \
                     s[i][j] = FMA(LOAD(w[i] + k), LOAD_FLOATS(x[j] + k), s[i][j]);                              \
         }                                                                                                       \
-        for (int i = 0; i < 2; i++)                                                                             \
+        for (int i = 0; i < ROWS; i++)                                                                          \
             for (int j = 0; j < NX; j++) {                                                                      \
                 sums[i][j] = sum_of(s[i][j]);                                                                   \
                 for (int rest = k; rest < cols; rest++)                                                         \
                     sums[i][j] = FMA1(w[i][rest], x[j][rest], sums[i][j]);                                      \
             }                                                                                                   \
     }
-PAIR_PRODUCT(floats_by_1, float, LOAD_FLOATS, 1)
-PAIR_PRODUCT(floats_by_4, float, LOAD_FLOATS, 4)
-PAIR_PRODUCT(bytes_by_1, int8_t, LOAD_BYTES, 1)
-PAIR_PRODUCT(bytes_by_4, int8_t, LOAD_BYTES, 4)
+FAR_PRODUCT(floats_by_1, float, LOAD_FLOATS, 1, 4)
+FAR_PRODUCT(floats_by_4, float, LOAD_FLOATS, 4, 2)
+FAR_PRODUCT(bytes_by_1, int8_t, LOAD_BYTES, 1, 4)
+FAR_PRODUCT(bytes_by_4, int8_t, LOAD_BYTES, 4, 2)
 
 /* out[j][r] = value, or += factor[j] * value, for the sum sums[j * step] of weights of `row` times
    input j; r: the row's index in the output. */
@@ -364,13 +365,13 @@ static void put_tile(const Matrix *a, int64_t row, int r, float sums[4][TILE], i
 static void product(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
                     const float *factor, float *room)
 {
-    int cols = a->cols, half = (end - begin + 1) / 2, few = nx <= 8, rows = few ? 2 : TILE;
-    for (int i = 0; i < (few ? half : end - begin); i += few ? 1 : TILE) {
+    int cols = a->cols, few = nx <= 8, rows = few && nx > 1 ? 2 : TILE, part = (end - begin + rows - 1) / rows;
+    for (int i = 0; i < (few ? part : end - begin); i += few ? 1 : TILE) {
         const float *w[TILE];
-        const int8_t *packed[2];
+        const int8_t *packed[TILE];
         int r[TILE];
         for (int l = 0; l < rows; l++) {
-            r[l] = begin + i + (few ? l * half : l);
+            r[l] = begin + i + (few ? l * part : l);
             /* Beyond the end the last row is computed again, and not put. */
             int64_t row = first + least(r[l], end - 1);
             if (few)
@@ -475,11 +476,11 @@ static four dots(const float *const k[TILE], const float *q, int D)
     return sums;
 }
 
-/* The values of a cache that a group of rows sees: positions start to last. */
-typedef struct { const float *values; int D, start, last, slot, capacity, stride; } Seen;
+/* The values of a cache that a group of rows sees: positions start to last, the first in `slot`. */
+typedef struct { const float *values; int D, start, last, slot, capacity; } Seen;
 
 /* `chunks` vectors of the outputs of ROWS rows, from element d on: the sum over positions of the
-   scores [ROWS, stride] times the values, over the rows' totals. Those from `rows` on repeat the
+   scores [ROWS][position] times the values, over the rows' totals. Those from `rows` on repeat the
    last one. */
 static inline __attribute__((always_inline)) void weigh(const Seen *s, const float *const *scores, const float *totals, float *const *out,
                                                         int rows, int d, const int ROWS, const int CHUNKS)
@@ -519,7 +520,7 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
     int start = first_of(b, p->positions[i]) / LANES * LANES;
     const float *keys = p->keys[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
     const float *values = p->values[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
-    Seen seen = {values, D, start, last, b->is_ring ? start % b->capacity : start, b->capacity, stride};
+    Seen seen = {values, D, start, last, b->is_ring ? start % b->capacity : start, b->capacity};
     const float *q[4], *mine_of[4];
     for (int r = 0; r < 4; r++)
         q[r] = p->q + ((int64_t)(i + least(r, rows - 1)) * m->H + h) * D;

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from config_model import ModelConfig
+from model_parts import KVCache
+from runtime.inference import cpu_decode
 from runtime.inference import scorer as scorer_module
 from runtime.inference.decoder import Decoder, router_choices
+from runtime.inference.quantize import quantize_
 from runtime.inference.scorer import Scorer, Window, windows
 from tests.builders import random_model, tiny_config
 from tests.numeric import logits_bound
+from tests.shared_checks import needs_code
 
 MODELS = {
     "plain": {},
@@ -175,3 +179,85 @@ def test_what_cannot_be_scored_is_refused(native):
     assert len(list(scorer.scores([[1, 2, 3]]))) == 1
     with pytest.raises(ValueError, match="logits are not finite"):
         list(scorer.scores([[1, 2, 3], [1, 7, 3]]))
+
+
+@needs_code
+@pytest.mark.parametrize("packed", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("name", ["plain", "window"])
+def test_scores_are_the_same_bits_whatever_else_is_scored(name, packed, monkeypatch):
+    """In any order and batch, on one thread and two, with shared beginnings copied or read."""
+    model = model_of(name)
+    decoder = Decoder(quantize_(model) if packed else model)
+    documents = random_documents(model.config.vocabulary_size, seed=4, longest=70)
+    scorer = Scorer(decoder, with_experts=True, stride=11)
+    assert scorer.is_exact and "same bits" in scorer.line
+    alone = [next(scorer.scores([ids])) for ids in documents]
+    r, threads = random.Random(0), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for buffer, slots, rows, shared, bytes_per_thread in (
+            (1 << 16, 32, 256, 8, 1),
+            (300, 5, 17, 2, 1 << 60),
+            (1 << 16, 7, 64, 1 << 30, cpu_decode.LEAST_BYTES_PER_THREAD),
+            (1 << 16, 1, 9, 1, 1),
+        ):
+            for setting, value in (
+                ("BUFFER_TOKENS", buffer),
+                ("SLOTS", slots),
+                ("PASS_ROWS", rows),
+                ("LEAST_SHARED", shared),
+            ):
+                monkeypatch.setattr(scorer_module, setting, value)
+            monkeypatch.setattr(decoder.native, "least_bytes_per_thread", bytes_per_thread)
+            order = r.sample(range(len(documents)), len(documents))
+            together = scorer.scores(documents[number] for number in order)
+            for number, got in zip(order, together, strict=True):
+                for own, expected in zip(got, alone[number], strict=True):
+                    assert np.array_equal(own, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_code
+def test_a_shared_beginning_is_read_once(monkeypatch):
+    """Few-shot prompts: all share the examples, four endings each a question."""
+    model = model_of("plain")
+    decoder, read = Decoder(model), []
+    forward = decoder.native.read
+
+    def counted(caches, ids, *more):
+        read.append(sum(map(len, ids)))
+        return forward(caches, ids, *more)
+
+    monkeypatch.setattr(decoder.native, "read", counted)
+    monkeypatch.setattr(scorer_module, "SLOTS", 6)
+    r = random.Random(0)
+    examples = [r.randrange(1, 50) for _ in range(12)]
+    documents = []
+    for question in range(5):
+        own = [question, *(r.randrange(1, 50) for _ in range(10))]
+        documents += [[*examples, *own, ending, 1, 2, 3] for ending in range(4)]
+    firsts = [len(ids) - 4 for ids in documents]
+    plain = sum(len(ids) - 1 for ids in documents)
+    assert len(list(Scorer(decoder).scores(documents, firsts))) == 20
+    # The examples; ten tokens of each question; of each ending three, and the token before it. The
+    # last token that is shared is read again, because another one follows.
+    assert plain == 20 * 26
+    assert sum(read) <= 12 + 5 * 11 + 20 * 4
+
+
+@needs_code
+def test_long_contexts_take_few_caches(monkeypatch):
+    """Thirty-two caches of 131,072 tokens would take gigabytes."""
+    model = model_of("plain")
+    monkeypatch.setattr(scorer_module, "MOST_CACHE_BYTES", 1)
+    made = []
+
+    def cache(config, batch_size, max_tokens, *more):
+        made.append(batch_size)
+        return KVCache(config, batch_size, max_tokens, *more)
+
+    monkeypatch.setattr(scorer_module, "KVCache", cache)
+    documents = random_documents(model.config.vocabulary_size)
+    assert len(list(Scorer(model).scores(documents))) == len(documents)
+    assert made == [1]

@@ -23,7 +23,7 @@ from runtime.evaluation.information import (
     information,
     without_each,
 )
-from runtime.evaluation.report import Figure, Plot, Section, figure, section
+from runtime.evaluation.report import Figure, Plot, Section, Series, figure, section
 
 # Tokens whose experts are kept, 2 bytes for each choice: more say little more.
 MOST_TOKENS = 200_000
@@ -83,7 +83,9 @@ def experts_section(choices: ExpertChoices, classes_V: NDArray[np.int64], seed: 
     figures: dict[str, Figure] = {}
     rows: list[list] = []
     N = top_LN.shape[1]
-    series = [{"name": name, "x": [], "y": [], "low": [], "high": []} for name in VARIABLES]
+    series: list[Series] = [
+        {"name": name, "x": [], "y": [], "low": [], "high": []} for name in VARIABLES
+    ]
     for block, top_N in enumerate(top_LN):
         spread, low, high = entropy_of(top_N, groups_N)
         figures[f"block_{block}_entropy"] = figure(spread, N, low, high, "bits")
@@ -93,14 +95,15 @@ def experts_section(choices: ExpertChoices, classes_V: NDArray[np.int64], seed: 
             figures[key] = figure(found.value, N, found.low, found.high, "bits")
             rows.append([block, name, *_cells(found), spread])
             line["x"].append(f"block {block}")
-            for part, value in (("y", found.value), ("low", found.low), ("high", found.high)):
-                line[part].append(value)
+            line["y"].append(found.value)
+            line["low"].append(found.low)
+            line["high"].append(found.high)
     plot: Plot = {
         "title": "What the strongest expert depends on",
         "kind": "points",
         "x_label": "",
         "y_label": "bits above the shuffled value",
-        "series": series,  # type: ignore[typeddict-item]
+        "series": series,
     }
     names = ["block", "of", "bits", "low", "high", "measured", "shuffled", "entropy of experts"]
     return section(

@@ -28,7 +28,7 @@ def as_page(report: dict) -> str:
     parts = [_first(report)]
     parts += [_section(address, one) for address, one in sections_of(report)]
     data = report["data"]
-    facts = [report["computed_by"]["line"]]
+    facts = [report["checkpoint"]["computed_by"]["line"]]
     if data:
         facts.append(f"texts: sha256 {data['sha256'][:16]}")
     if report["commit"]:

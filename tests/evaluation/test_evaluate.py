@@ -91,8 +91,8 @@ def test_a_model_shares_all_experts_with_itself(ckpt, files):
 # ------------------------------------------------------------------------------ the report
 def test_a_report_says_where_last_digits_depend_on_the_batch(ckpt, files):
     report = report_of(ckpt, files, c_kernel=False)
-    assert not report["computed_by"]["is_exact"]
-    assert "last digits depend" in report["computed_by"]["line"]
+    assert not report["checkpoint"]["computed_by"]["is_exact"]
+    assert "last digits depend" in report["checkpoint"]["computed_by"]["line"]
 
 
 def test_a_report_names_no_folder_of_this_machine(tmp_path, ckpt, files):

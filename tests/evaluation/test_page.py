@@ -53,11 +53,11 @@ def report_of(name: str = "a.pt", points: int = 3) -> dict:
         [name],
     )
     ckpt = {"name": name, "step": 7, "parameters": 5000, "active_parameters": 4000}
+    ckpt["computed_by"] = {"line": name, "is_exact": True}
     return {
         "checkpoint": ckpt,
         "other_checkpoint": ckpt,
         "data": {"sources": [name], "documents": 3, "bytes": 4567, "sha256": "ab" * 32},
-        "computed_by": {"line": name, "is_exact": True},
         "commit": "c" * 40,
         "stories": part,
         "tasks": {name: part},

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from config_model import kv_cache_bytes_per_token
 from model import LLM, check_drawn
 from model_parts import KVCache
 from runtime.inference.decoder import Decoder
@@ -32,8 +33,9 @@ from runtime.inference.decoder import Decoder
 # Documents are taken from the iterable up to so many tokens, and sorted: neighbours share the
 # beginning that is read once.
 BUFFER_TOKENS = 1 << 16
-# Documents in the C kernel's caches at a time, and tokens of them in one pass.
+# Documents in the C kernel's caches at a time, the bytes of these, and tokens in one pass.
 SLOTS = 32
+MOST_CACHE_BYTES = 1 << 28
 PASS_ROWS = 256
 # A beginning is copied rather than read if that saves so many tokens.
 LEAST_SHARED = 8
@@ -145,7 +147,7 @@ class Scorer:
                 f"context, not {stride}"
             )
         self.stride = stride or self.context
-        self._native = None if with_experts else self.decoder.native
+        self._native = self.decoder.native
 
     @property
     def is_exact(self) -> bool:
@@ -243,13 +245,15 @@ class Scorer:
         if not pieces:
             return
         pieces = sorted(pieces, key=lambda piece: piece.ids)
+        longest = max(piece.num_rows for piece in pieces)
         # Without ring buffers: several tokens of a text are read at once.
         config = dataclasses.replace(self.config, sliding_window=0, window_pattern="all")
-        longest = max(piece.num_rows for piece in pieces)
-        caches = KVCache(config, min(SLOTS, len(pieces)), longest).rows()
+        slots = MOST_CACHE_BYTES // (longest * kv_cache_bytes_per_token(config, 4))
+        slots = max(1, min(SLOTS, slots, len(pieces)))
+        caches = KVCache(config, slots, longest).rows()
         last: _Piece | None = None
-        for at in range(0, len(pieces), SLOTS):
-            batch = pieces[at : at + SLOTS]
+        for at in range(0, len(pieces), slots):
+            batch = pieces[at : at + slots]
             self._batch(batch, caches, last)
             # The next batch may continue from this one's last piece, in that one's cache.
             last = batch[-1]
@@ -281,16 +285,24 @@ class Scorer:
 
     def _pass(self, parts: list[tuple[_Piece, KVCache, int]]) -> None:
         """Read so many further tokens of each piece in one pass, and score what follows them."""
-        chunks = [p.ids[p.num_read : p.num_read + count] for p, _, count in parts]
-        logits_NV = self._native.forward([cache for _, cache, _ in parts], chunks, all_logits=True)
-        for (piece, _, count), own_TV in zip(
-            parts, logits_NV.split([count for *_, count in parts]), strict=True
-        ):
-            piece_rows = slice(piece.num_read, piece.num_read + count)
-            targets_T = piece.ids[piece.num_read + 1 : piece.num_read + count + 1]
-            for name, values in zip(ARRAYS, _scored(own_TV, targets_T), strict=True):
-                getattr(piece, name)[piece_rows] = values
-            piece.num_read += count
+        slices = [slice(p.num_read, p.num_read + count) for p, _, count in parts]
+        # Rows of a beginning that nobody asks for need no logits.
+        rows = [range(max(0, p.first - 1 - p.num_read), count) for p, _, count in parts]
+        ids, targets = [], []
+        for (piece, _, _), own, scored in zip(parts, slices, rows, strict=True):
+            ids.append(piece.ids[own])
+            targets.append([piece.ids[piece.num_read + row + 1] for row in scored])
+        caches = [cache for _, cache, _ in parts]
+        got = self._native.read(caches, ids, rows, targets, self.with_experts)
+        at = token = 0
+        for (piece, _, count), own, scored in zip(parts, slices, rows, strict=True):
+            to, some = slice(own.stop - len(scored), own.stop), slice(at, at + len(scored))
+            piece.log_probs_T[to] = got.log_probs_R[some]
+            piece.best_log_probs_T[to] = got.best_log_probs_R[some]
+            piece.is_greedy_T[to] = got.best_R[some] == piece.ids[to.start + 1 : to.stop + 1]
+            if piece.experts_LTK is not None:
+                piece.experts_LTK[:, own] = got.experts_LNK[:, token : token + count]
+            at, token, piece.num_read = at + len(scored), token + count, own.stop
 
     # ----------------------------------------------------------------------------------- PyTorch
     def _in_pytorch(self, pieces: list[_Piece]) -> None:

@@ -8,8 +8,13 @@ import math
 import pytest
 import torch
 
-from runtime.evaluation.writing import as_json, as_markdown
+from runtime.base.shares import wilson
+from runtime.data.chat import with_chat
+from runtime.data.tokenizers import load_tokenizer
+from runtime.evaluation.writing import as_json, as_lines, as_markdown
+from runtime.posttraining.score import Score, Share
 from scripts import evaluate as command
+from scripts import export_hf
 from tests.builders_evaluation import (
     byte_model,
     checkpoint,
@@ -18,6 +23,7 @@ from tests.builders_evaluation import (
     uniform_model,
     write_texts,
 )
+from tests.builders_inference import save
 
 
 @pytest.fixture
@@ -162,3 +168,42 @@ def test_a_file_without_text_is_one_line(tmp_path, capsys, ckpt):
     empty = write_texts(tmp_path / "empty.jsonl", ["", ""])
     with pytest.raises(ValueError, match="there is no text in empty.jsonl"):
         run(capsys, "--ckpt", ckpt, "--files", empty)
+
+
+def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
+    """Shares have Wilson's interval and the number of their trials, means that of prompts."""
+    asked = []
+
+    class Exam:
+        def __init__(self, tokenizer):
+            asked.append(tokenizer)
+
+        def score(self, model):
+            return Score({"questions": Share(3.0, 4)}, {"story loss": 1.5, "length": 20.0})
+
+    monkeypatch.setattr(command, "Exam", Exam)
+    tokenizer = with_chat(load_tokenizer("byte"))
+    model = byte_model(vocabulary_size=tokenizer.vocabulary_size)
+    config = command.settings_of(
+        ["--ckpt", save(tmp_path, model, tokenizer), "--files", files, "--chat", "--device=cpu"]
+        + ["--documents=3", "--resamples=100", "--num_threads=1"]
+    )
+    report = command.evaluate(config, chat=command.chat_sections)
+    figures = report["chat"]["exercises"]["figures"]
+    low, high = wilson(3, 4)
+    assert figures["questions"] == {"value": 0.75, "n": 4, "low": low, "high": high}
+    assert figures["story loss"]["n"] != figures["length"]["n"] and len(asked) == 1
+    assert "chat.exercises.questions" in "\n".join(as_lines(report))
+
+
+def test_a_report_of_the_command_goes_into_a_model_card(tmp_path, capsys, ckpt, files):
+    report = tmp_path / "report.json"
+    run(capsys, "--ckpt", ckpt, "--files", files, "--documents=5", f"--json={report}")
+    out = tmp_path / "exported"
+    export_hf.main(["--ckpt", ckpt, "--out", str(out), "--evaluation", str(report)])
+    value = json.loads(report.read_text(encoding="utf-8"))["bits_per_byte"]["value"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"| bits per byte | {value:.4g} |" in card
+    other = checkpoint(tmp_path / "other", byte_model(9))
+    with pytest.raises(ValueError, match="of other weights"):
+        export_hf.main(["--ckpt", other, "--out", str(out / "b"), "--evaluation", str(report)])

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from runtime.data.tokenizer import Tokenizer
 from runtime.evaluation.documents import Documents
-from runtime.evaluation.encoded import Encoded, encode_documents
+from runtime.evaluation.encoded import FIRST, Encoded, encode_documents
 from runtime.evaluation.experts import ExpertChoices
 from runtime.evaluation.text_sums import Sums, add_document, empty_sums
 from runtime.inference.scorer import Scorer
@@ -39,11 +39,11 @@ def read_documents(
     scored = scorer.scores(documents.ids)
     bar = tqdm(scored, label, len(documents.ids), leave=False, disable=None if label else True)
     for d, scores in enumerate(bar):
-        ids_T = np.array(documents.ids[d], dtype=np.int64)
+        ids_T = documents.ids[d].astype(np.int64)
         add_document(
             sums,
             d,
-            ids_T[documents.first :],
+            ids_T[FIRST:],
             int(documents.num_bytes[d]),
             scores.log_probs_T,
             scores.best_log_probs_T,

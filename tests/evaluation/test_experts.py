@@ -162,8 +162,8 @@ def test_the_pass_keeps_what_the_routers_choose():
     model, documents, choices = byte_model(2), encoded(), ExpertChoices(4)
     read_documents(Scorer(model, with_experts=True), documents, choices)
     for d, ids_T, found_LTK in zip(choices.documents, choices.ids, choices.experts, strict=True):
-        assert ids_T.tolist() == documents.ids[d][:-1]
-        wanted, weights = router_choices(model, documents.ids[d][:-1])
+        assert ids_T.tolist() == documents.ids[d][:-1].tolist()
+        wanted, weights = router_choices(model, documents.ids[d][:-1].tolist())
         order = weights.argsort(dim=-1, descending=True, stable=True)
         assert np.array_equal(wanted.gather(-1, order).numpy(), found_LTK)
 

@@ -36,7 +36,7 @@ def read_documents(
     """
     sums = empty_sums(len(documents.ids))
     counts_V = documents.counts(scorer.config.vocabulary_size)
-    scored = scorer.scores(documents.ids)
+    scored = scorer.scores(own.tolist() for own in documents.ids)
     bar = tqdm(scored, label, len(documents.ids), leave=False, disable=None if label else True)
     for d, scores in enumerate(bar):
         ids_T = documents.ids[d].astype(np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from runtime.base.shares import wilson
 from runtime.evaluation.bootstrap import (
     RESAMPLES,
     Interval,
@@ -58,7 +59,7 @@ def against_section(sums: Sums, other: Sums, resamples: int = RESAMPLES) -> Sect
         {
             "difference": figure(*_ordered(difference, documents), unit="bits per byte"),
             "other_bits_per_byte": figure(*_ordered(value, documents), unit="bits per byte"),
-            "documents_better": figure(better / documents, documents),
+            "documents_better": figure(better / documents, documents, *wilson(better, documents)),
         },
         notes=[
             "A difference below 0 means that the first checkpoint needs fewer bits. It is paired: "

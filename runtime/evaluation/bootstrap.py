@@ -86,9 +86,10 @@ def resampled_sums(values_DK: Array, resamples: int, seed: int) -> Array:
 
 
 def ratios(top_K: Array, bottom_K: Array) -> Array:
-    """Return top / bottom; NaN where bottom is 0."""
-    bottom_K = np.asarray(bottom_K, dtype=np.float64)
-    return np.divide(top_K, bottom_K, out=np.full_like(bottom_K, np.nan), where=bottom_K != 0)
+    """Return top / bottom; NaN where bottom is 0. Shapes broadcast."""
+    top_K, bottom_K = np.broadcast_arrays(top_K, bottom_K)
+    none_K = np.full(bottom_K.shape, np.nan)
+    return np.divide(top_K, bottom_K, out=none_K, where=bottom_K != 0)
 
 
 def intervals(

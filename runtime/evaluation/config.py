@@ -46,7 +46,10 @@ class EvaluateConfig:
     )
     own_tasks: bool = option(False, "also tasks that are made of the held-out text")
     questions: int = option(
-        0, "questions of each task, evenly spread; 0 = all", minimum=0, maximum=10**9
+        0,
+        "questions of each task, evenly spread; 0 = all (own_tasks: 500)",
+        minimum=0,
+        maximum=10**9,
     )
     stories: int = option(
         0,

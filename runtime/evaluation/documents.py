@@ -59,14 +59,13 @@ def sorted_documents(texts: Iterable[str], sources: list[str], most: int = 0) ->
         raise ValueError(f"there is no text in {', '.join(sources)}: name a file that holds some")
     kept.sort()
     whole = hashlib.sha256(b"".join(digest for digest, _ in kept)).hexdigest()
-    return Documents([text for _, text in kept], sorted(sources), whole)
+    names = sorted(map(without_surrogates, sources))
+    return Documents([text for _, text in kept], names, whole)
 
 
-def file_documents(
-    names: list[str], column: str = DEFAULT_COLUMN, text_format: str | None = None, most: int = 0
-) -> Documents:
+def file_documents(names: Iterable[str], column: str = DEFAULT_COLUMN, most: int = 0) -> Documents:
     """Return the documents of files, folders or patterns, in the formats of prepare_data.py."""
-    source = FileSource(find_files(names, text_format), column, text_format=text_format)
+    source = FileSource(find_files(names), column)
     return sorted_documents(
         whole_documents(source), [file.path.name for file in source.files], most
     )

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from runtime.data.tokenizer import Tokenizer
 
+# Of a document's ids: nothing predicts the first.
+FIRST = 1
 # The classes of a token, by its bytes.
 CLASSES = ("letters after a space", "letters", "digits", "punctuation", "white space", "special")
 
@@ -17,28 +19,26 @@ CLASSES = ("letters after a space", "letters", "digits", "punctuation", "white s
 class Encoded:
     """Documents as one model reads them: each begins as a document of its training does.
 
-    ids: of each document. first: of the ids, those from here on are scored. num_bytes [D]: of the
-    text that is scored.
+    ids: of each document, scored from number FIRST on. num_bytes [D]: of the text that is scored.
     """
 
-    ids: list[list[int]]
-    first: int
+    ids: list[NDArray[np.uint32]]
     num_bytes: NDArray[np.int64]
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are scored."""
-        return sum(max(0, len(own) - self.first) for own in self.ids)
+        return sum(max(0, len(own) - FIRST) for own in self.ids)
 
     def first_documents(self, most: int) -> Encoded:
         """Return the first documents: they are sorted by digest, so a random part."""
-        return Encoded(self.ids[:most], self.first, self.num_bytes[:most])
+        return Encoded(self.ids[:most], self.num_bytes[:most])
 
     def counts(self, vocabulary_size: int) -> NDArray[np.int64]:
         """Return how often each token is scored, [V]."""
         counts = np.zeros(vocabulary_size, dtype=np.int64)
         for own in self.ids:
-            np.add.at(counts, own[self.first :], 1)
+            np.add.at(counts, own[FIRST:], 1)
         return counts
 
 
@@ -52,15 +52,15 @@ def encode_documents(texts: list[str], tokenizer: Tokenizer) -> Encoded:
     start = tokenizer.start_id
     ids, num_bytes = [], []
     for text in texts:
-        own = tokenizer.encode(text)
+        own = tokenizer.encode_to_numpy(text)
         size = len(text.encode())
         if start is not None:
-            own = [start, *own]
-        elif own:
-            size -= len(tokenizer.token_bytes(own[0]))
+            own = np.concatenate([np.array([start], dtype=np.uint32), own])
+        elif len(own):
+            size -= len(tokenizer.token_bytes(int(own[0])))
         ids.append(own)
         num_bytes.append(size)
-    return Encoded(ids, 1, np.array(num_bytes, dtype=np.int64))
+    return Encoded(ids, np.array(num_bytes, dtype=np.int64))
 
 
 def token_classes(tokenizer: Tokenizer, vocabulary_size: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from runtime.checkpoint.read import read_config
 from runtime.checks.known import counts
 from runtime.data.file_sets import find_files
 from runtime.data.sources import FileSource
+from runtime.data.tokenizer import without_surrogates
 from runtime.evaluation.bits_per_byte import against_section, bits_section
 from runtime.evaluation.calibration import calibration_section, loss_section
 from runtime.evaluation.choice_formats import Task, read_tasks, spread
@@ -53,11 +54,30 @@ Say = Callable[[str], object]
 Chat = Callable[[Predictor], dict[str, Section]]
 
 
-def read_texts(config: EvaluateConfig) -> Documents | None:
-    """Return the held-out documents; None if there are none and none are needed."""
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a checkpoint. chat: gives sections of what a chat model answers."""
+
+    documents: Documents | None = None
+    tasks: Sequence[Task] = ()
+    training: FileSource | None = None
+    chat: Chat | None = None
+
+
+def read_inputs(config: EvaluateConfig, chat: Chat | None) -> Asked:
+    """Read all files but the checkpoints, which may take minutes to load. Raise ValueError."""
+    if config.lm_eval:
+        library()
+    if config.against:
+        read_config(config.against)
+    column, documents, training = config.text_column, None, None
     if config.files:
-        return file_documents(list(config.files), config.text_column, most=config.documents)
-    return shard_documents(config.data_dir, config.documents) if config.has_text else None
+        documents = file_documents(config.files, column, config.documents)
+    elif config.has_text:
+        documents = shard_documents(config.data_dir, config.documents)
+    if config.train_files:
+        training = FileSource(find_files(config.train_files), column)
+    return Asked(documents, read_tasks(config.tasks) if config.tasks else [], training, chat)
 
 
 @dataclass
@@ -65,7 +85,6 @@ class Found:
     """What was found of one checkpoint. The model itself is gone: two need not fit in memory."""
 
     about: dict
-    computed_by: dict
     sums: Sums | None = None
     choices: ExpertChoices | None = None
     tasks: dict[str, Section] = field(default_factory=dict)
@@ -75,34 +94,30 @@ class Found:
 
 
 def judge(
-    config: EvaluateConfig,
-    ckpt: str,
-    documents: Documents | None,
-    say: Say,
-    tasks: Sequence[Task] | None = None,
-    chat: Chat | None = None,
+    config: EvaluateConfig, ckpt: str, asked: Asked, say: Say, only_texts: bool = False
 ) -> Found:
-    """Load a checkpoint and return what the texts say of it. tasks None: nothing but the texts."""
-    predictor = Predictor(config.predict(ckpt))
+    """Load a checkpoint and return what is found of it. only_texts: of the texts, and no more."""
+    predictor, documents = Predictor(config.predict(ckpt)), asked.documents
     scorer = Scorer(predictor.decoder, config.experts and documents is not None, config.stride)
-    found = Found(_about(predictor), {"line": scorer.line, "is_exact": scorer.is_exact})
-    if chat is not None:
+    found, read = Found(_about(predictor, scorer)), None
+    if asked.chat is not None and not only_texts:
         say(f"{ckpt}: answering exercises")
-        found.chat = chat(predictor)
-    read = None
+        found.chat = asked.chat(predictor)
     if documents is not None:
         read = encoded(documents, predictor.tokenizer)
         say(f"{ckpt}: {len(read.ids):,} documents, {read.num_tokens:,} tokens; {scorer.line}")
         if config.experts:
             found.choices = ExpertChoices(predictor.model.config.num_experts)
-        found.sums = read_documents(scorer, read, found.choices)
-    if tasks is None:
+        found.sums = read_documents(scorer, read, found.choices, "documents")
+    if only_texts:
         return found
     plain = Scorer(predictor.decoder, stride=config.stride)
-    found.tasks = _tasks(config, predictor, plain, tasks, documents, say)
+    found.tasks = _tasks(config, predictor, plain, asked, say)
     if config.stories and documents is not None:
         say(f"continuing {config.stories:,} stories")
-        found.stories = _stories(config, predictor, plain, documents)
+        writer = Writer(predictor.decoder, predictor.tokenizer, predictor.banned_ids)
+        training = None if asked.training is None else whole_documents(asked.training)
+        found.stories = evaluate_stories(plain, writer, documents.texts, config.stories, training)
     if found.choices is not None:
         found.experts = _experts(predictor, found.choices)
     if config.expert_off and read is not None:
@@ -122,26 +137,19 @@ def evaluate(
 
     commit: of the code, if it is known. chat: gives sections of what a chat model answers.
     """
-    # Before the model, which may take minutes.
-    if config.lm_eval:
-        library()
-    if config.against:
-        read_config(config.against)
-    tasks = read_tasks(list(config.tasks)) if config.tasks else []
-    documents = read_texts(config)
-    found = judge(config, config.ckpt, documents, say, tasks, chat)
-    report = _head(config, found, documents, commit)
+    asked = read_inputs(config, chat)
+    found = judge(config, config.ckpt, asked, say)
+    report = _head(config, found, asked.documents, commit)
     if found.sums is not None:
         report |= _text(found.sums, config.resamples)
     for name in ("tasks", "chat", "stories"):
         if sections := getattr(found, name):
             report[name] = sections
     if config.against:
-        other = judge(config, config.against, documents, say)
+        other = judge(config, config.against, asked, say, only_texts=True)
         assert found.sums is not None and other.sums is not None
-        report["other_checkpoint"] = other.about
         comparison = against_section(found.sums, other.sums, config.resamples)
-        report |= {"comparison": comparison}
+        report |= {"other_checkpoint": other.about, "comparison": comparison}
         report["against"] = _named(comparison, "difference", "difference")
         found.experts |= _shared(found.choices, other.choices, config.resamples)
     if found.experts:
@@ -150,12 +158,12 @@ def evaluate(
 
 
 # -------------------------------------------------------------------------------------- parts
-def _about(predictor: Predictor) -> dict:
+def _about(predictor: Predictor, scorer: Scorer) -> dict:
     """Return what a report says of a checkpoint: no path of this machine."""
     origin, c = predictor.origin, predictor.model.config
     size = counts(origin.model_config)
     return {
-        "name": Path(origin.path).name,
+        "name": without_surrogates(Path(origin.path).name),
         "step": origin.step,
         "parameters": size.total,
         "active_parameters": size.active,
@@ -163,6 +171,7 @@ def _about(predictor: Predictor) -> dict:
         "vocabulary_size": c.vocabulary_size,
         "tokenizer": predictor.tokenizer.name,
         "weights_digest": origin.weights_digest,
+        "computed_by": {"line": scorer.line, "is_exact": scorer.is_exact},
     }
 
 
@@ -175,7 +184,6 @@ def _head(config: EvaluateConfig, found: Found, documents: Documents | None, com
         "checkpoint": found.about,
         "data": None if documents is None else documents.about(),
         "settings": {name: getattr(config, name) for name in names},
-        "computed_by": found.computed_by,
         "commit": commit,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
     }
@@ -207,20 +215,19 @@ def _tasks(
     config: EvaluateConfig,
     predictor: Predictor,
     scorer: Scorer,
-    tasks: Sequence[Task],
-    documents: Documents | None,
+    asked: Asked,
     say: Say,
 ) -> dict[str, Section]:
     """Return the sections of multiple choice."""
     found = {}
     how = (scorer, predictor.tokenizer)
-    if tasks:
-        say(f"answering {', '.join(task.name for task in tasks)}")
-        found["files"] = evaluate_choices(*how, _shortened(tasks, config.questions), "tasks")
-    if config.own_tasks and documents is not None:
+    if asked.tasks:
+        say(f"answering {', '.join(task.name for task in asked.tasks)}")
+        found["files"] = evaluate_choices(*how, _shortened(asked.tasks, config.questions), "tasks")
+    if config.own_tasks and asked.documents is not None:
         say("answering tasks made of the text")
         most = {"num_questions": config.questions} if config.questions else {}
-        made, notes = own_tasks(documents.texts, **most)
+        made, notes = own_tasks(asked.documents.texts, **most)
         found["own"] = evaluate_choices(*how, made, "tasks made of the text")
         found["own"]["notes"] = [*found["own"].get("notes", []), *notes]
     if config.lm_eval:
@@ -229,18 +236,6 @@ def _tasks(
         names = [name.strip() for name in config.lm_eval.split(",") if name.strip()]
         found["lm_eval"] = evaluate_lm_eval(reader, names, config.questions)
     return found
-
-
-def _stories(
-    config: EvaluateConfig, predictor: Predictor, scorer: Scorer, documents: Documents
-) -> Section:
-    """Return the section of generated stories."""
-    writer = Writer(predictor.decoder, predictor.tokenizer, predictor.banned_ids)
-    training = None
-    if config.train_files:
-        source = FileSource(find_files(config.train_files), config.text_column)
-        training = whole_documents(source)
-    return evaluate_stories(scorer, writer, documents.texts, config.stories, training)
 
 
 def _shortened(tasks: Sequence[Task], most: int) -> list[Task]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
+from tqdm import tqdm
 
 from model import LLM
 from model_parts import Block
 from runtime.evaluation.bootstrap import RESAMPLES, Interval, difference_intervals
 from runtime.evaluation.encoded import Encoded
-from runtime.evaluation.held_out import Progress, read_documents
+from runtime.evaluation.held_out import read_documents
 from runtime.evaluation.report import Figure, Plot, Section, Series, figure, section
 from runtime.evaluation.text_sums import Sums
 from runtime.inference.quantize import is_packed
@@ -44,12 +45,7 @@ def check_can_switch_off(model: LLM) -> None:
         raise ValueError("--expert_off needs weights that are not packed: leave out --quantize")
 
 
-def expert_off_section(
-    scorer: Scorer,
-    documents: Encoded,
-    resamples: int = RESAMPLES,
-    progress: Progress = lambda done, of: None,
-) -> Section:
+def expert_off_section(scorer: Scorer, documents: Encoded, resamples: int = RESAMPLES) -> Section:
     """Return how the loss rises without each expert, paired over the documents."""
     model, c = scorer.model, scorer.config
     check_can_switch_off(model)
@@ -57,12 +53,11 @@ def expert_off_section(
     L, E, tokens = c.transformer_blocks, c.num_experts, int(whole["tokens"].sum())
     figures: dict[str, Figure] = {}
     rows, series = [], []
-    for block in range(L):
+    for block in tqdm(range(L), "blocks", leave=False, disable=None):
         found = []
         for expert in range(E):
             with without_expert(model, block, expert):
                 found.append(_rise(read_documents(scorer, documents), whole, resamples))
-            progress(block * E + expert + 1, L * E)
         rows += [[block, e, one.value, one.low, one.high] for e, one in enumerate(found)]
         most = max(found, key=lambda one: one.value)
         least = min(found, key=lambda one: one.value)

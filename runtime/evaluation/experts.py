@@ -15,8 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.evaluation.bootstrap import RESAMPLES, intervals, ratios
-from runtime.evaluation.information import GROUPS, Information, entropy, information
-from runtime.evaluation.report import Figure, Plot, Section, figure, section
+from runtime.evaluation.information import (
+    GROUPS,
+    Information,
+    entropy_of,
+    half_width,
+    information,
+    without_each,
+)
+from runtime.evaluation.report import Figure, Plot, Section, Series, figure, section
 
 # Tokens whose experts are kept, 2 bytes for each choice: more say little more.
 MOST_TOKENS = 200_000
@@ -72,32 +79,31 @@ def experts_section(choices: ExpertChoices, classes_V: NDArray[np.int64], seed: 
     """
     top_LN = np.concatenate([own[:, 1:, 0] for own in choices.experts], axis=1).astype(np.int64)
     columns = _columns(choices, classes_V)
-    order = np.argsort(choices.documents, kind="stable")
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    groups_N = _per_token(choices, rank % GROUPS)
+    groups_N = _groups(choices)
     figures: dict[str, Figure] = {}
     rows: list[list] = []
     N = top_LN.shape[1]
-    series = [{"name": name, "x": [], "y": [], "low": [], "high": []} for name in VARIABLES]
+    series: list[Series] = [
+        {"name": name, "x": [], "y": [], "low": [], "high": []} for name in VARIABLES
+    ]
     for block, top_N in enumerate(top_LN):
-        load_E = np.bincount(top_N, minlength=choices.num_experts)
-        spread = entropy(load_E)
-        figures[f"block_{block}_entropy"] = figure(spread, N, unit="bits")
+        spread, low, high = entropy_of(top_N, groups_N)
+        figures[f"block_{block}_entropy"] = figure(spread, N, low, high, "bits")
         for name, line in zip(VARIABLES, series, strict=True):
             found = information(top_N, columns[name], groups_N, seed)
             key = f"block_{block}_{name.replace(' ', '_')}"
             figures[key] = figure(found.value, N, found.low, found.high, "bits")
             rows.append([block, name, *_cells(found), spread])
             line["x"].append(f"block {block}")
-            for part, value in (("y", found.value), ("low", found.low), ("high", found.high)):
-                line[part].append(value)
+            line["y"].append(found.value)
+            line["low"].append(found.low)
+            line["high"].append(found.high)
     plot: Plot = {
         "title": "What the strongest expert depends on",
         "kind": "points",
         "x_label": "",
         "y_label": "bits above the shuffled value",
-        "series": series,  # type: ignore[typeddict-item]
+        "series": series,
     }
     names = ["block", "of", "bits", "low", "high", "measured", "shuffled", "entropy of experts"]
     return section(
@@ -120,6 +126,11 @@ def _cells(found: Information) -> list[float]:
 def _per_token(choices: ExpertChoices, values_D: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return each document's value, once for each of its tokens but the start."""
     return np.repeat(values_D, [len(ids) - 1 for ids in choices.ids])
+
+
+def _groups(choices: ExpertChoices) -> NDArray[np.int64]:
+    """Return the group of each token for a jackknife, [N]: the documents' order means nothing."""
+    return _per_token(choices, np.arange(len(choices.ids)) % GROUPS)
 
 
 def _columns(choices: ExpertChoices, classes_V: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
@@ -155,19 +166,18 @@ def together_section(choices: ExpertChoices) -> Section | None:
         return None
     figures: dict[str, Figure] = {}
     rows = []
+    masks = without_each(_groups(choices))
+    upper = np.triu_indices(E, 1)
     for block in range(L):
         own = [membership(experts[block, 1:], E) for experts in choices.experts]
-        chosen_NE = np.concatenate(own).astype(np.float64)
+        chosen_NE = np.concatenate(own).astype(np.float32)
         N = len(chosen_NE)
-        pairs_EE = sum(part.astype(np.float64).T @ part.astype(np.float64) for part in own) / N
-        expected_EE = _expected_pairs(chosen_NE.mean(axis=0), K)
-        upper = np.triu_indices(E, 1)
-        measured, expected = pairs_EE[upper], expected_EE[upper]
-        # Half the sum of differences: the share of pairs that is where chance would not put it.
-        excess = np.abs(measured - expected).sum() / (2 * measured.sum())
-        figures[f"block_{block}_excess"] = figure(excess, N)
+        measured, expected = _pairs(chosen_NE, K)
+        excess = _excess(measured, expected)
+        half = half_width(excess, [_excess(*_pairs(chosen_NE[kept], K)) for kept in masks])
+        figures[f"block_{block}_excess"] = figure(excess, N, excess - half, excess + half)
         lift = ratios(measured, expected)
-        best = np.argsort(-np.nan_to_num(measured - expected), kind="stable")[:PAIRS_SHOWN]
+        best = np.argsort(expected - measured, kind="stable")[:PAIRS_SHOWN]
         for i in best.tolist():
             pair = f"{upper[0][i]} and {upper[1][i]}"
             rows.append([block, pair, float(measured[i]), float(expected[i]), float(lift[i]), N])
@@ -183,6 +193,22 @@ def together_section(choices: ExpertChoices) -> Section | None:
             "would place elsewhere: 0 is none. The table has the pairs that are most above chance."
         ],
     )
+
+
+def _pairs(
+    chosen_NE: NDArray[np.float32], K: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the share of tokens of each pair, and that by chance, both of pairs i < j."""
+    upper = np.triu_indices(chosen_NE.shape[1], 1)
+    # Whole numbers below 2^24: exact, in whatever order they are added.
+    together_EE = (chosen_NE.T @ chosen_NE).astype(np.float64)
+    load_E = together_EE.diagonal() / len(chosen_NE)
+    return together_EE[upper] / len(chosen_NE), _expected_pairs(load_E, K)[upper]
+
+
+def _excess(measured: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    """Return the share of pairs that are where chance would not put them."""
+    return float(np.abs(measured - expected).sum() / (2 * measured.sum()))
 
 
 def _expected_pairs(load_E: NDArray[np.float64], K: int) -> NDArray[np.float64]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
+from tqdm import tqdm
 
 from runtime.data.tokenizer import Tokenizer
 from runtime.evaluation.documents import Documents
-from runtime.evaluation.encoded import Encoded, encode_documents
+from runtime.evaluation.encoded import FIRST, Encoded, encode_documents
 from runtime.evaluation.experts import ExpertChoices
 from runtime.evaluation.text_sums import Sums, add_document, empty_sums
 from runtime.inference.scorer import Scorer
-
-# Called with the number of documents that are done, and how many there are.
-Progress = Callable[[int, int], object]
 
 
 def encoded(documents: Documents, tokenizer: Tokenizer) -> Encoded:
@@ -32,17 +28,22 @@ def read_documents(
     scorer: Scorer,
     documents: Encoded,
     choices: ExpertChoices | None = None,
-    progress: Progress = lambda done, of: None,
+    label: str = "",
 ) -> Sums:
-    """Return the sums of each document. choices: keeps the experts, if the scorer gives them."""
+    """Return the sums of each document.
+
+    choices: keeps the experts, if the scorer gives them. label: of a bar on a terminal; "" = none.
+    """
     sums = empty_sums(len(documents.ids))
     counts_V = documents.counts(scorer.config.vocabulary_size)
-    for d, scores in enumerate(scorer.scores(documents.ids)):
-        ids_T = np.array(documents.ids[d], dtype=np.int64)
+    scored = scorer.scores(own.tolist() for own in documents.ids)
+    bar = tqdm(scored, label, len(documents.ids), leave=False, disable=None if label else True)
+    for d, scores in enumerate(bar):
+        ids_T = documents.ids[d].astype(np.int64)
         add_document(
             sums,
             d,
-            ids_T[documents.first :],
+            ids_T[FIRST:],
             int(documents.num_bytes[d]),
             scores.log_probs_T,
             scores.best_log_probs_T,
@@ -51,5 +52,4 @@ def read_documents(
         )
         if choices is not None and scores.experts_LTK is not None:
             choices.add(d, ids_T[:-1], scores.experts_LTK)
-        progress(d + 1, len(documents.ids))
     return sums

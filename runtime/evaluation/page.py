@@ -17,8 +17,8 @@ FIRST = {
     ("text", "accuracy"): "next tokens right",
     ("calibration", "expected_calibration_error"): "calibration error",
 }
-# Rows up to which a table is open.
-OPEN_ROWS = 12
+# Rows up to which a table is open; of a section whose figures are not.
+OPEN_ROWS, MOST_OPEN_ROWS = 12, 40
 
 
 def as_page(report: dict) -> str:
@@ -28,7 +28,7 @@ def as_page(report: dict) -> str:
     parts = [_first(report)]
     parts += [_section(address, one) for address, one in sections_of(report)]
     data = report["data"]
-    facts = [report["computed_by"]["line"]]
+    facts = [report["checkpoint"]["computed_by"]["line"]]
     if data:
         facts.append(f"texts: sha256 {data['sha256'][:16]}")
     if report["commit"]:
@@ -65,7 +65,8 @@ def _section(address: str, section: Section) -> str:
                 f'{clean(plot["title"])}">{drawing}</div></figure>'
             )
     if rows := section.get("rows"):
-        parts.append(_rows(section["name"], rows, not section["figures"]))
+        most = OPEN_ROWS if len(section["figures"]) <= OPEN_ROWS else MOST_OPEN_ROWS
+        parts.append(_rows(section["name"], rows, most))
     parts += [f'<p class="note">{clean(note)}</p>' for note in section.get("notes", [])]
     return (
         f'<section class="card"><h2>{clean(section["name"])}'
@@ -94,8 +95,8 @@ def _figures(figures: dict[str, Figure]) -> str:
     return _folded("Figures", len(rows), _scrolling("figures", head, rows), len(rows) <= OPEN_ROWS)
 
 
-def _rows(name: str, table: Table, is_open: bool) -> str:
-    """Return a section's table, which may be long, so it opens on demand."""
+def _rows(name: str, table: Table, most_open: int) -> str:
+    """Return a section's table, which opens on demand if it is long."""
     rows = [
         "<tr>" + "".join(f"<td{_kind(cell)}>{clean(shown(cell))}</td>" for cell in row) + "</tr>"
         for row in table["rows"]
@@ -105,8 +106,7 @@ def _rows(name: str, table: Table, is_open: bool) -> str:
         f'<th scope="col"{" class=n" if numeric[i] else ""}>{clean(table["columns"][i])}</th>'
         for i in _columns(table)
     )
-    is_open = is_open or len(rows) <= OPEN_ROWS
-    return _folded("Table", len(rows), _scrolling(name, head, rows), is_open)
+    return _folded("Table", len(rows), _scrolling(name, head, rows), len(rows) <= most_open)
 
 
 def _folded(what: str, rows: int, table: str, is_open: bool) -> str:

@@ -17,7 +17,7 @@ export GOMP_SPINCOUNT ?= 1000
 WORKERS ?= 2
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
-.PHONY: demo demo-chat test test-fast test-cpus test-nightly test-llamacpp test-vllm mutants figures lint clean-demo clean-demo-chat
+.PHONY: demo demo-chat test test-fast test-cpus test-nightly test-llamacpp test-lm-eval test-vllm mutants figures lint clean-demo clean-demo-chat
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed, and $(PYTHON) is ' + sys.version.split()[0] + ': make PYTHON=python3.11 ...' if sys.version_info < (3, 11) else 0)"
@@ -111,6 +111,11 @@ test-nightly: $(VENV)/installed-dev
 test-llamacpp: $(VENV)/installed-dev
 	$(PY) -c "import llama_cpp" 2> /dev/null || CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_INSTALL) --no-cache-dir llama-cpp-python==0.3.36
 	$(PY) -m pytest -m llamacpp
+
+# lm-evaluation-harness on our models: 330 MB with what it needs, and transformers' accelerate and peft.
+test-lm-eval: $(VENV)/installed-dev
+	$(PY) -c "import lm_eval, accelerate, peft" 2> /dev/null || $(PIP_INSTALL) lm-eval==0.4.13 accelerate peft
+	$(PY) -m pytest -m lm_eval
 
 # Our Hugging Face folders in vLLM itself, built for CPUs: 150 packages, which want other versions than ours, so they have
 # an environment of their own. It does without torchvision and torchaudio, whose builds for CUDA fail next to a CPU's torch.

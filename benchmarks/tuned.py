@@ -13,6 +13,7 @@ model that has chat ids, by more than the rejected one is. Saved: benchmarks/res
 from __future__ import annotations
 
 from runtime.base import process
+from runtime.base.shares import wilson
 
 # ruff: noqa: E402
 process.before_torch()
@@ -37,7 +38,7 @@ from runtime.posttraining.encode import encode_examples
 from runtime.posttraining.forms import Pair
 from runtime.posttraining.packing import make_batch
 from runtime.posttraining.preference import by_sequence
-from runtime.posttraining.score import Exam, Score, wilson
+from runtime.posttraining.score import Exam, Score
 
 # Settings that say where a run's files were.
 FOLDERS = ("data_dir", "ckpt_dir", "graph_dir", "init_from")

@@ -5,10 +5,12 @@ from __future__ import annotations
 if __name__ == "__main__" and not __package__:
     import _by_path  # noqa: F401
 
+import dataclasses
 import time
 
 from runtime.base.cli import run_main
 from runtime.base.text import parse_bytes
+from runtime.interop.evaluation_rows import read_evaluation
 from runtime.interop.export import DTYPES, check_output, export_parser, open_source
 from runtime.interop.hf_export import export_folder
 from runtime.interop.model_card import is_as_written
@@ -33,6 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         help="write any config with its own modeling file, which transformers loads with "
         "trust_remote_code=True",
     )
+    p.add_argument(
+        "--evaluation",
+        default="",
+        metavar="FILE",
+        help="report of python -m scripts.evaluate --json FILE, whose figures the model card gets",
+    )
     args = p.parse_args(argv)
     limit, started = parse_bytes(args.max_shard_size, "--max_shard_size"), time.perf_counter()
     out = check_output(args.out, args.force, is_folder=True, source=args.ckpt)
@@ -42,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             "move it elsewhere, or choose another --out"
         )
     source = open_source(args)
+    if args.evaluation:
+        report = read_evaluation(args.evaluation, source.checkpoint)
+        source = dataclasses.replace(source, evaluation=report)
     dtype = DTYPES.get(args.dtype, source.checkpoint.model["embed.weight"].dtype)
     written = export_folder(source, out, dtype, limit, args.custom_code)
     print(f"{out}: {written}, {time.perf_counter() - started:.1f} s")

@@ -46,7 +46,9 @@ SETTINGS = {
 # Files whose tests compare two computations of the same numbers.
 FILES = [
     "checks/test_kernels.py",
+    "inference/test_company.py",
     "inference/test_cpu_decode.py",
+    "inference/test_scorer.py",
     "kernels/test_cpu_experts.py",
     "interop/test_custom_code.py",
     "scripts/test_export_hf.py",

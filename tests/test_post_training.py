@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from benchmarks.settings import COMMANDS
+from runtime.base.shares import wilson
 from runtime.data.chat import render, with_chat
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference.requests import read_messages
 from runtime.inference.session import CHAT_COMMANDS
-from runtime.posttraining import preference, score, sft, tasks
+from runtime.posttraining import preference, sft, tasks
 from runtime.posttraining.conversations import Conversation, Pair, Prompt, read_examples
 from runtime.posttraining.forms import FORMS, KINDS
 from runtime.posttraining.policy import Told
@@ -170,12 +171,12 @@ def test_every_number_of_a_log_or_score_is_explained():
 def test_the_figures_in_its_sentences_are_the_codes():
     assert f"{100 * sft.HELD_OUT:g} % of the examples are held out" in PAGE
     assert f"Below -{preference.MOST_FALL} nats a token" in PAGE
-    low, high = score.wilson(70, 128)
+    low, high = wilson(70, 128)
     scores = {"hero": 70 / 128, "hero" + LOW: low, "hero" + HIGH: high}
     records = [{"kind": "score", "step": step, "score": scores} for step in (0, 1)]
     cell = closing.score_table(records)[1].split("  ")[1].strip()
     assert f"`{cell}`" in PAGE
-    low, high = score.wilson(128, 256)
+    low, high = wilson(128, 256)
     assert (
         f"256 prompts decide nothing finer than about {100 * (high - low) / 2:.0f} points" in PAGE
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from fractions import Fraction
 
 
@@ -99,3 +100,16 @@ def visible(text: str) -> str:
         return c.encode("unicode_escape").decode() if hidden else c
 
     return "".join(map(shown, text))
+
+
+def names_of(row: Iterable) -> str:
+    """Return the names of a row's columns for an error line, not more than fit into one."""
+    names = [str(name)[:40] for name in row]
+    more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more or "no columns"
+
+
+def shown(value: object) -> str:
+    """Return a value for an error line, with its type, cut if it is long."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

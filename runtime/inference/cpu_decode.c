@@ -6,6 +6,12 @@
    or some following rows of one text are the same to this code. Threads share each matrix by its
    output rows and meet at a barrier between steps.
 
+   A row's numbers are the same bits whatever other rows the pass has, however its text was cut into
+   passes, and on any number of threads. So every sum has one order, whichever function computes it:
+   one accumulator of LANES lanes from the beginning on, then `sum_of`, then what does not fill a
+   vector. Nothing is left to the compiler: each multiply-add is written as one (FMA), and
+   cpu_decode.py forbids others (-ffp-contract=off).
+
    Letters as in model_parts.py: C d_model, L blocks, H query heads, G key/value heads, D head_dim,
    E experts, K top_k, F d_ff, V vocabulary; n rows. Weights are [outputs, inputs], row by row. */
 #include <math.h>
@@ -18,6 +24,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifdef __AVX512F__
@@ -31,10 +39,33 @@ typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t four_ints __attribute__((vector_size(16)));
 #if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(TYPE, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (four_ints){__VA_ARGS__})
+#define SHUFFLE(TYPE, a, b, ...) __builtin_shuffle(a, b, (TYPE){__VA_ARGS__})
 #endif
+/* a * b + c, rounded once where the processor can: of a vector, four floats, one. */
+#if defined(__AVX512F__) && defined(__FMA__)
+#define FMA(a, b, c) ((vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#elif defined(__AVX2__) && defined(__FMA__)
+#define FMA(a, b, c) ((vec)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#elif defined(__aarch64__)
+#define FMA(a, b, c) fma_of_halves(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+#if defined(__AVX2__) && defined(__FMA__)
+#define FMA4(a, b, c) ((four)_mm_fmadd_ps((__m128)(a), (__m128)(b), (__m128)(c)))
+#elif defined(__aarch64__)
+#define FMA4(a, b, c) ((four)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#else
+#define FMA4(a, b, c) ((a) * (b) + (c))
+#endif
+#if defined(__AVX2__) && defined(__FMA__) || defined(__aarch64__)
+#define FMA1(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA1(a, b, c) ((a) * (b) + (c))
+#endif
+#define ALL(x) ((vec){0} + (x))
 #define LOAD_FLOATS(p) (*(const vec *)(p))
 #if defined(__AVX512F__)    /* gcc 12 does the last line byte by byte */
 #define LOAD_BYTES(p) ((vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
@@ -48,6 +79,7 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 /* Bytes by which weights are prefetched before their use: the processor itself does not prefetch
    across the end of a short row. */
 #define AHEAD 1024
+#define GROUP 64            /* rows taken together: they stay in the cache with the weight rows */
 
 enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 #define LIMIT 7.0f          /* of SWIGLU_CLAMPED, as in config_model.py */
@@ -85,7 +117,15 @@ typedef struct {
     const int32_t *caches;      /* [n] which cache a row belongs to */
     float *const *keys, *const *values;  /* [caches, L]: each [G, capacity, D] */
     const int32_t *logit_rows;  /* [num_logits] rows whose logits are wanted */
-    float *logits;              /* [num_logits, V] */
+    float *logits;              /* [num_logits, V], or with targets room for [GROUP, V] */
+    /* NULL, or instead of logits: [num_logits] the ids that are scored, their log-probabilities,
+       those of the most likely ids, and these ids. */
+    const int32_t *targets;
+    double *log_probs, *best_log_probs;
+    int32_t *best;
+    /* NULL, or [L, n, K]: the experts of each row, strongest first, and their routing weights. */
+    int32_t *experts;
+    float *weights;
     /* working memory */
     /* [n, C], [n, max(C, H * D)], [n, H * D], [n, G * D] twice, [n * K, F] twice */
     float *x, *y, *q, *k, *v, *h, *up;
@@ -112,13 +152,27 @@ static void barrier(Pass *p)
 
 static int least(int a, int b) { return a < b ? a : b; }
 
-/* The part of `count` that thread t of `threads` does, in whole tiles. */
-static void share(int count, int t, int threads, int *begin, int *end)
+/* The part of `count` that thread t of `threads` does, in whole units. */
+static void share(int count, int unit, int t, int threads, int *begin, int *end)
 {
-    int tiles = (count + TILE - 1) / TILE;
-    *begin = least(count, (int)((int64_t)tiles * t / threads) * TILE);
-    *end = least(count, (int)((int64_t)tiles * (t + 1) / threads) * TILE);
+    int units = (count + unit - 1) / unit;
+    *begin = least(count, (int)((int64_t)units * t / threads) * unit);
+    *end = least(count, (int)((int64_t)units * (t + 1) / threads) * unit);
 }
+
+#if defined(__aarch64__)
+static vec fma_of_halves(vec a, vec b, vec c)
+{
+    float32x4_t x[2], y[2], z[2];
+    memcpy(x, &a, sizeof(a));
+    memcpy(y, &b, sizeof(b));
+    memcpy(z, &c, sizeof(c));
+    for (int i = 0; i < 2; i++)
+        z[i] = vfmaq_f32(z[i], x[i], y[i]);
+    memcpy(&c, z, sizeof(c));
+    return c;
+}
+#endif
 
 /* Add the four quarters of a vector (halves on 8 lanes). The order of additions is spelled out,
    because a compiler may not choose it. */
@@ -139,12 +193,39 @@ static float sum_of(vec a)
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-/* The sums of four vectors. */
+/* `sum_of` of four vectors. */
 static four sums_of(vec a, vec b, vec c, vec d)
 {
     four x = fold(a), y = fold(b), z = fold(c), w = fold(d);
-    four xy = SHUFFLE(x, y, 0, 4, 1, 5) + SHUFFLE(x, y, 2, 6, 3, 7), zw = SHUFFLE(z, w, 0, 4, 1, 5) + SHUFFLE(z, w, 2, 6, 3, 7);
-    return SHUFFLE(xy, zw, 0, 1, 4, 5) + SHUFFLE(xy, zw, 2, 3, 6, 7);
+    four xy = SHUFFLE(four_ints, x, y, 0, 1, 4, 5) + SHUFFLE(four_ints, x, y, 2, 3, 6, 7);
+    four zw = SHUFFLE(four_ints, z, w, 0, 1, 4, 5) + SHUFFLE(four_ints, z, w, 2, 3, 6, 7);
+    return SHUFFLE(four_ints, xy, zw, 0, 2, 4, 6) + SHUFFLE(four_ints, xy, zw, 1, 3, 5, 7);
+}
+
+/* `sum_of` of as many vectors as lanes, s[j][i]; the sum of s[j][i] is lane TILE * j + i. The same
+   additions as there, for all vectors at once: halves, quarters, eighths, ... of two of them. */
+#if LANES == 16
+#define INPUTS 4            /* of a tile */
+#define EACH_FOUR(a, b, c, d) a, b, c, d, 4 + a, 4 + b, 4 + c, 4 + d, 8 + a, 8 + b, 8 + c, 8 + d, 12 + a, 12 + b, 12 + c, 12 + d
+#define HALVES(a, b)                                                                                            \
+    (SHUFFLE(ints, a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                              \
+     SHUFFLE(ints, a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define QUARTERS(a, b)                                                                                          \
+    (SHUFFLE(ints, a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +                            \
+     SHUFFLE(ints, a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+#define FOLDED(s, i) QUARTERS(HALVES(s[0][i], s[1][i]), HALVES(s[2][i], s[3][i]))
+#else
+#define INPUTS 2
+#define EACH_FOUR(a, b, c, d) a, b, c, d, 4 + a, 4 + b, 4 + c, 4 + d
+#define FOLDED(s, i) (SHUFFLE(ints, s[0][i], s[1][i], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(ints, s[0][i], s[1][i], 4, 5, 6, 7, 12, 13, 14, 15))
+#endif
+
+static vec sums_of_all(vec s[INPUTS][TILE])
+{
+    vec a = FOLDED(s, 0), b = FOLDED(s, 1), c = FOLDED(s, 2), d = FOLDED(s, 3);
+    vec ab = SHUFFLE(ints, a, b, EACH_FOUR(0, 1, LANES, LANES + 1)) + SHUFFLE(ints, a, b, EACH_FOUR(2, 3, LANES + 2, LANES + 3));
+    vec cd = SHUFFLE(ints, c, d, EACH_FOUR(0, 1, LANES, LANES + 1)) + SHUFFLE(ints, c, d, EACH_FOUR(2, 3, LANES + 2, LANES + 3));
+    return SHUFFLE(ints, ab, cd, EACH_FOUR(0, 2, LANES, LANES + 2)) + SHUFFLE(ints, ab, cd, EACH_FOUR(1, 3, LANES + 1, LANES + 3));
 }
 
 /* The larger of x and the bound; what is not a number stays so. */
@@ -161,21 +242,28 @@ static vec exp_of(vec x)
 {
     x = at_least(x, -87.0f);
     /* Rounded: 1.5 * 2^23 leaves no bits after the point. */
-    vec whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vec p = ((((r * 1.98756915e-4f + 1.39819995e-3f) * r + 8.33345191e-3f) * r + 4.16657959e-2f) * r + 1.66666655e-1f) * r + 0.5f;
-    return (p * r * r + r + 1.0f) * (vec)((__builtin_convertvector(whole, ints) + 127) << 23);
+    vec whole = FMA(x, ALL(1.44269504f), ALL(12582912.0f)) - 12582912.0f;
+    vec r = FMA(whole, ALL(2.12194440e-4f), FMA(whole, ALL(-0.693359375f), x)), p = ALL(1.98756915e-4f);
+    p = FMA(p, r, ALL(1.39819995e-3f));
+    p = FMA(p, r, ALL(8.33345191e-3f));
+    p = FMA(p, r, ALL(4.16657959e-2f));
+    p = FMA(p, r, ALL(1.66666655e-1f));
+    p = FMA(p, r, ALL(0.5f));
+    return (FMA(p * r, r, r) + 1.0f) * (vec)((__builtin_convertvector(whole, ints) + 127) << 23);
 }
+
+/* e^x of what is added to a sum, for x <= 0: 0 where that is below 1e-38. */
+static vec share_of(vec x) { return (vec)((ints)exp_of(x) & ~(x < (vec){0} - 87.0f)); }
 
 static float dot(const float *a, const float *b, int count)
 {
     vec s = {0};
     int i = 0;
     for (; i + LANES <= count; i += LANES)
-        s += *(const vec *)(a + i) * *(const vec *)(b + i);
+        s = FMA(LOAD_FLOATS(a + i), LOAD_FLOATS(b + i), s);
     float sum = sum_of(s);
     for (; i < count; i++)
-        sum += a[i] * b[i];
+        sum = FMA1(a[i], b[i], sum);
     return sum;
 }
 
@@ -187,21 +275,22 @@ static void rms_norm(const float *x, const float *weight, float eps, int count, 
 }
 
 /* ------------------------------------------------------------------------------ matrix products */
-/* TILE weight rows times 4 inputs. */
-static void tile(const float *const w[TILE], const float *const x[4], int cols, float sums[TILE][4])
+/* `dot` of 4 inputs and TILE weight rows. */
+static void tile(const float *const w[TILE], const float *const x[4], int cols, float sums[4][TILE])
 {
-    vec s[TILE][4] = {0};
-    int k = 0;
-    for (; k + LANES <= cols; k += LANES)
-        for (int i = 0; i < TILE; i++)
-            for (int j = 0; j < 4; j++)
-                s[i][j] += *(const vec *)(w[i] + k) * *(const vec *)(x[j] + k);
-    for (int i = 0; i < TILE; i++) {
-        *(four *)sums[i] = sums_of(s[i][0], s[i][1], s[i][2], s[i][3]);
-        for (int j = 0; j < 4; j++)
-            for (int rest = k; rest < cols; rest++)
-                sums[i][j] += w[i][rest] * x[j][rest];
+    int whole = cols / LANES * LANES;
+    for (int j = 0; j < 4; j += INPUTS) {
+        vec s[INPUTS][TILE] = {0};
+        for (int k = 0; k < whole; k += LANES)
+            for (int l = 0; l < INPUTS; l++)
+                for (int i = 0; i < TILE; i++)
+                    s[l][i] = FMA(LOAD_FLOATS(w[i] + k), LOAD_FLOATS(x[j + l] + k), s[l][i]);
+        *(vec *)sums[j] = sums_of_all(s);
     }
+    for (int rest = whole; rest < cols; rest++)
+        for (int j = 0; j < 4; j++)
+            for (int i = 0; i < TILE; i++)
+                sums[j][i] = FMA1(w[i][rest], x[j][rest], sums[j][i]);
 }
 
 /* Row `row` of a matrix as floats without its row scale: where it is, or unpacked into `room`. */
@@ -218,43 +307,57 @@ static const float *row_of(const Matrix *a, int64_t row, float *room)
     return room;
 }
 
-/* Two weight rows far apart times NX inputs, UNROLL vectors at a time: two long streams come from
-   memory twice as fast as four adjacent rows. */
-#define PAIR_PRODUCT(NAME, TYPE, LOAD, NX, UNROLL)                                                              \
-    static void NAME(const TYPE *const w[2], const float *const x[NX], int cols, float sums[2][4])              \
+/* `dot` of NX inputs and ROWS weight rows far apart: a few long streams come from memory twice as
+   fast as adjacent rows. An input alone takes four, so that enough sums are under way. */
+#define FAR_PRODUCT(NAME, TYPE, LOAD, NX, ROWS)                                                                 \
+    static void NAME(const TYPE *const *w, const float *const x[NX], int cols, float sums[ROWS][4])             \
     {                                                                                                           \
-        vec s[2][NX][UNROLL] = {0};                                                                             \
+        vec s[ROWS][NX] = {0};                                                                                  \
         int k = 0;                                                                                              \
-        for (; k + UNROLL * LANES <= cols; k += UNROLL * LANES) {                                               \
-            for (int i = 0; i < 2; i++)                                                                         \
-                __builtin_prefetch((const char *)(w[i] + k) + AHEAD);                                           \
-            for (int u = 0; u < UNROLL; u++)                                                                    \
-                for (int i = 0; i < 2; i++)                                                                     \
-                    for (int j = 0; j < NX; j++)                                                                \
-                        s[i][j][u] += LOAD(w[i] + k + u * LANES) * *(const vec *)(x[j] + k + u * LANES);        \
+        for (; k + LANES <= cols; k += LANES) {                                                                 \
+            if (!(k & (64 / sizeof(TYPE) - 1)))    /* a line of the cache */                                    \
+                for (int i = 0; i < ROWS; i++)                                                                  \
+                    __builtin_prefetch((const char *)(w[i] + k) + AHEAD);                                       \
+            for (int i = 0; i < ROWS; i++)                                                                      \
+                for (int j = 0; j < NX; j++)                                                                    \
+                    s[i][j] = FMA(LOAD(w[i] + k), LOAD_FLOATS(x[j] + k), s[i][j]);                              \
         }                                                                                                       \
-        for (int i = 0; i < 2; i++)                                                                             \
+        for (int i = 0; i < ROWS; i++)                                                                          \
             for (int j = 0; j < NX; j++) {                                                                      \
-                for (int u = 1; u < UNROLL; u++)                                                                \
-                    s[i][j][0] += s[i][j][u];                                                                   \
-                sums[i][j] = sum_of(s[i][j][0]);                                                                \
+                sums[i][j] = sum_of(s[i][j]);                                                                   \
                 for (int rest = k; rest < cols; rest++)                                                         \
-                    sums[i][j] += w[i][rest] * x[j][rest];                                                      \
+                    sums[i][j] = FMA1(w[i][rest], x[j][rest], sums[i][j]);                                      \
             }                                                                                                   \
     }
-PAIR_PRODUCT(floats_by_1, float, LOAD_FLOATS, 1, 2)
-PAIR_PRODUCT(floats_by_4, float, LOAD_FLOATS, 4, 1)
-PAIR_PRODUCT(bytes_by_1, int8_t, LOAD_BYTES, 1, 2)
-PAIR_PRODUCT(bytes_by_4, int8_t, LOAD_BYTES, 4, 1)
+FAR_PRODUCT(floats_by_1, float, LOAD_FLOATS, 1, 4)
+FAR_PRODUCT(floats_by_4, float, LOAD_FLOATS, 4, 2)
+FAR_PRODUCT(bytes_by_1, int8_t, LOAD_BYTES, 1, 4)
+FAR_PRODUCT(bytes_by_4, int8_t, LOAD_BYTES, 4, 2)
 
-/* out[j][r] = value, or += factor[j] * value, for a sum of weights of `row` times input j;
-   r: the row's index in the output. */
-static void put(const Matrix *a, int64_t row, int r, const float *sums, int nx, float *const *out, const float *factor)
+/* out[j][r] = value, or += factor[j] * value, for the sum sums[j * step] of weights of `row` times
+   input j; r: the row's index in the output. */
+static void put(const Matrix *a, int64_t row, int r, const float *sums, int step, int nx, float *const *out, const float *factor)
 {
     float scale = a->scale ? a->scale[row] : 1.0f, bias = a->bias ? a->bias[row] : 0.0f;
     for (int j = 0; j < least(nx, 4); j++) {
-        float value = sums[j] * scale + bias;
-        out[j][r] = factor ? out[j][r] + factor[j] * value : value;
+        float value = FMA1(sums[j * step], scale, bias);
+        out[j][r] = factor ? FMA1(factor[j], value, out[j][r]) : value;
+    }
+}
+
+/* `put` of TILE rows. */
+static void put_tile(const Matrix *a, int64_t row, int r, float sums[4][TILE], int nx, float *const *out, const float *factor)
+{
+    four scale = (four){0} + 1.0f, bias = {0};
+    if (a->scale)
+        scale = *(const four *)(a->scale + row);
+    if (a->bias)
+        bias = *(const four *)(a->bias + row);
+    for (int j = 0; j < least(nx, 4); j++) {
+        four value = FMA4(*(four *)sums[j], scale, bias), *to = (four *)(out[j] + r);
+        if (factor)
+            value = FMA4((four){0} + factor[j], value, *to);
+        *to = value;
     }
 }
 
@@ -262,13 +365,13 @@ static void put(const Matrix *a, int64_t row, int r, const float *sums, int nx, 
 static void product(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
                     const float *factor, float *room)
 {
-    int cols = a->cols, half = (end - begin + 1) / 2, few = nx <= 8, rows = few ? 2 : TILE;
-    for (int i = 0; i < (few ? half : end - begin); i += few ? 1 : TILE) {
+    int cols = a->cols, few = nx <= 8, rows = few && nx > 1 ? 2 : TILE, part = (end - begin + rows - 1) / rows;
+    for (int i = 0; i < (few ? part : end - begin); i += few ? 1 : TILE) {
         const float *w[TILE];
-        const int8_t *packed[2];
+        const int8_t *packed[TILE];
         int r[TILE];
         for (int l = 0; l < rows; l++) {
-            r[l] = begin + i + (few ? l * half : l);
+            r[l] = begin + i + (few ? l * part : l);
             /* Beyond the end the last row is computed again, and not put. */
             int64_t row = first + least(r[l], end - 1);
             if (few)
@@ -277,21 +380,26 @@ static void product(const Matrix *a, int64_t first, int begin, int end, const fl
                 w[l] = row_of(a, row, room + (int64_t)l * cols);
         }
         for (int j = 0; j < nx; j += 4) {
-            float sums[TILE][4];
-            const float *four[4] = {x[j], x[least(j + 1, nx - 1)], x[least(j + 2, nx - 1)], x[least(j + 3, nx - 1)]};
+            float sums[4][4];
+            const float *inputs[4] = {x[j], x[least(j + 1, nx - 1)], x[least(j + 2, nx - 1)], x[least(j + 3, nx - 1)]};
+            const float *factors = factor ? factor + j : NULL;
             if (!few)
-                tile(w, four, cols, sums);
+                tile(w, inputs, cols, sums);
             else if (nx == 1 && a->scale)
-                bytes_by_1(packed, four, cols, sums);
+                bytes_by_1(packed, inputs, cols, sums);
             else if (nx == 1)
-                floats_by_1(w, four, cols, sums);
+                floats_by_1(w, inputs, cols, sums);
             else if (a->scale)
-                bytes_by_4(packed, four, cols, sums);
+                bytes_by_4(packed, inputs, cols, sums);
             else
-                floats_by_4(w, four, cols, sums);
+                floats_by_4(w, inputs, cols, sums);
+            if (!few && r[TILE - 1] < end) {
+                put_tile(a, first + r[0], r[0], sums, nx - j, out + j, factors);
+                continue;
+            }
             for (int l = 0; l < rows; l++)
                 if (r[l] < end)
-                    put(a, first + r[l], r[l], sums[l], nx - j, out + j, factor ? factor + j : NULL);
+                    put(a, first + r[l], r[l], few ? sums[l] : &sums[0][l], few ? 1 : TILE, nx - j, out + j, factors);
         }
     }
 }
@@ -301,12 +409,11 @@ static void product(const Matrix *a, int64_t first, int begin, int end, const fl
 static void linear(const Pass *p, const Matrix *a, const float *x, int x_stride, float *out, int add, int t, float *room)
 {
     int begin, end;
-    share(a->rows, t, p->team, &begin, &end);
-    /* 64: as many inputs as stay in the cache with the weight rows. */
-    for (int first = 0; first < p->n; first += 64) {
-        const float *xs[64];
-        float *outs[64], factors[64];
-        int count = least(64, p->n - first);
+    share(a->rows, TILE, t, p->team, &begin, &end);
+    for (int first = 0; first < p->n; first += GROUP) {
+        const float *xs[GROUP];
+        float *outs[GROUP], factors[GROUP];
+        int count = least(GROUP, p->n - first);
         for (int j = 0; j < count; j++) {
             xs[j] = x + (int64_t)(first + j) * x_stride;
             outs[j] = out + (int64_t)(first + j) * a->rows;
@@ -349,6 +456,59 @@ static void store(const Pass *p, const Block *b, int l, int i)
     }
 }
 
+/* The first position that a row at `position` sees. */
+static int first_of(const Block *b, int position)
+{
+    return b->window && position >= b->window ? position - b->window + 1 : 0;
+}
+
+/* `dot` of a query and TILE keys. */
+static four dots(const float *const k[TILE], const float *q, int D)
+{
+    vec s[TILE] = {0};
+    int d = 0;
+    for (; d + LANES <= D; d += LANES)
+        for (int i = 0; i < TILE; i++)
+            s[i] = FMA(LOAD_FLOATS(k[i] + d), LOAD_FLOATS(q + d), s[i]);
+    four sums = sums_of(s[0], s[1], s[2], s[3]);
+    for (; d < D; d++)
+        sums = FMA4(((four){k[0][d], k[1][d], k[2][d], k[3][d]}), (four){0} + q[d], sums);
+    return sums;
+}
+
+/* The values of a cache that a group of rows sees: positions start to last, the first in `slot`. */
+typedef struct { const float *values; int D, start, last, slot, capacity; } Seen;
+
+/* `chunks` vectors of the outputs of ROWS rows, from element d on: the sum over positions of the
+   scores [ROWS][position] times the values, over the rows' totals. Those from `rows` on repeat the
+   last one. */
+static inline __attribute__((always_inline)) void weigh(const Seen *s, const float *const *scores, const float *totals, float *const *out,
+                                                        int rows, int d, const int ROWS, const int CHUNKS)
+{
+    vec sums[4][4] = {0};
+    for (int at = s->start, slot = s->slot; at <= s->last; at++) {
+        const float *v = s->values + (int64_t)slot * s->D + d;
+        for (int c = 0; c < CHUNKS; c++)
+            for (int r = 0; r < ROWS; r++)
+                sums[r][c] = FMA(ALL(scores[r][at]), LOAD_FLOATS(v + c * LANES), sums[r][c]);
+        slot = slot + 1 == s->capacity ? 0 : slot + 1;
+    }
+    for (int r = 0; r < ROWS && r < rows; r++)
+        for (int c = 0; c < CHUNKS; c++)
+            *(vec *)(out[r] + d + c * LANES) = sums[r][c] / ALL(totals[r]);
+}
+
+/* `weigh` for what does not fill a vector: one element. */
+static void weigh_one(const Seen *s, const float *scores, float total, float *out, int d)
+{
+    float sum = 0;
+    for (int at = s->start, slot = s->slot; at <= s->last; at++) {
+        sum = FMA1(scores[at], s->values[(int64_t)slot * s->D + d], sum);
+        slot = slot + 1 == s->capacity ? 0 : slot + 1;
+    }
+    out[d] = sum / total;
+}
+
 /* Head h of `rows` following rows of one text, from row i on (at most 4), over the keys of its
    cache up to their positions; into y.
    scores: room for four times as many floats as keys. */
@@ -356,31 +516,30 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
 {
     const Model *m = p->m;
     int D = m->D, g = h / (m->H / m->G), last = p->positions[i] + rows - 1, stride = (last + LANES) / LANES * LANES;
-    int start = b->window && p->positions[i] >= b->window ? p->positions[i] - b->window + 1 : 0;
+    /* From a whole vector on: a position's lane in the sum must not depend on the group's first row. */
+    int start = first_of(b, p->positions[i]) / LANES * LANES;
     const float *keys = p->keys[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
     const float *values = p->values[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
-    const float *q[4];
+    Seen seen = {values, D, start, last, b->is_ring ? start % b->capacity : start, b->capacity};
+    const float *q[4], *mine_of[4];
     for (int r = 0; r < 4; r++)
         q[r] = p->q + ((int64_t)(i + least(r, rows - 1)) * m->H + h) * D;
-    float scale = 1.0f / sqrtf(D);
-    for (int at = start; at <= last; at += rows == 1 ? 1 : TILE) {
+    float scale = 1.0f / sqrtf(D), *out[4], totals[4];
+    for (int at = start; at <= last; at += TILE) {
         const float *k[TILE];
-        float sums[TILE][4];
+        float sums[4][TILE];
         for (int s = 0; s < TILE; s++)
             k[s] = keys + (int64_t)(b->is_ring ? least(at + s, last) % b->capacity : least(at + s, last)) * D;
         if (rows == 1)
-            scores[at] = dot(q[0], k[0], D) * scale;
-        else {
+            *(four *)sums[0] = dots(k, q[0], D);
+        else
             tile(k, q, D, sums);
-            for (int r = 0; r < rows; r++)
-                for (int s = 0; s < TILE && at + s <= last; s++)
-                    scores[r * stride + at + s] = sums[s][r] * scale;
-        }
+        for (int r = 0; r < rows; r++)
+            *(four *)(scores + r * stride + at) = *(four *)sums[r] * scale;
     }
-    float *out[4], totals[4];
     for (int r = 0; r < rows; r++) {
         float *mine = scores + r * stride, largest = b->sinks ? b->sinks[h] : -INFINITY;
-        int position = p->positions[i] + r, first = b->window && position >= b->window ? position - b->window + 1 : 0;
+        int position = p->positions[i] + r, first = first_of(b, position);
         if (b->attention_bias)
             for (int at = first; at <= position; at++)
                 mine[at] += b->attention_bias[((int64_t)h * m->table + position) * m->table + at];
@@ -391,25 +550,31 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
             mine[at] = at < first || at > position ? -INFINITY : mine[at] - largest;
         vec total = {0};
         for (int at = start; at <= last; at += LANES) {
-            vec x = *(vec *)(mine + at);
-            total += *(vec *)(mine + at) = (vec)((ints)exp_of(x) & ~(x < (vec){0} - 87.0f));
+            total += *(vec *)(mine + at) = share_of(*(vec *)(mine + at));
         }
         /* A sink adds to the denominator only. */
         totals[r] = sum_of(total) + (b->sinks ? expf(b->sinks[h] - largest) : 0.0f);
         out[r] = p->y + (int64_t)(i + r) * width + h * D;
-        memset(out[r], 0, 4 * D);
     }
-    for (int at = start; at <= last; at++) {
-        const float *v = values + (int64_t)(b->is_ring ? at % b->capacity : at) * D;
-        for (int r = 0; r < rows; r++) {
-            float w = scores[r * stride + at];
-            for (int d = 0; d < D; d++)
-                out[r][d] += w * v[d];
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int d = 0; d < D; d++)
-            out[r][d] /= totals[r];
+    for (int r = 0; r < 4; r++)
+        mine_of[r] = scores + least(r, rows - 1) * stride;
+    int d = 0;
+    if (rows == 1)
+        for (; d + 4 * LANES <= D; d += 4 * LANES)
+            weigh(&seen, mine_of, totals, out, rows, d, 1, 4);
+    for (; d + 2 * LANES <= D; d += 2 * LANES)
+        if (rows == 1)
+            weigh(&seen, mine_of, totals, out, rows, d, 1, 2);
+        else
+            weigh(&seen, mine_of, totals, out, rows, d, 4, 2);
+    for (; d + LANES <= D; d += LANES)
+        if (rows == 1)
+            weigh(&seen, mine_of, totals, out, rows, d, 1, 1);
+        else
+            weigh(&seen, mine_of, totals, out, rows, d, 4, 1);
+    for (; d < D; d++)
+        for (int r = 0; r < rows; r++)
+            weigh_one(&seen, mine_of[r], totals[r], out[r], d);
 }
 
 /* This thread's share of the attention of all rows: a head of up to 4 rows at a time, if they
@@ -510,12 +675,13 @@ static void experts(const Pass *p, const Block *b, int is_out, int t, float *roo
 {
     const Model *m = p->m;
     int K = m->K, F = m->F, width = m->C > m->H * m->D ? m->C : m->H * m->D, begin, end;
-    share(is_out ? m->C : F, t, p->team, &begin, &end);
+    /* Whole vectors: `activate` takes another function for what does not fill one. */
+    share(is_out ? m->C : F, is_out ? TILE : LANES, t, p->team, &begin, &end);
     for (int e = 0; e < m->E; e++)
-        for (int first = p->starts[e]; first < p->starts[e + 1]; first += 64) {
-            const float *xs[64];
-            float *outs[64], *ups[64], factors[64];
-            int count = least(64, p->starts[e + 1] - first);
+        for (int first = p->starts[e]; first < p->starts[e + 1]; first += GROUP) {
+            const float *xs[GROUP];
+            float *outs[GROUP], *ups[GROUP], factors[GROUP];
+            int count = least(GROUP, p->starts[e + 1] - first);
             for (int j = 0; j < count; j++) {
                 int r = p->order[first + j];
                 float *h = p->h + (int64_t)r * F;
@@ -537,6 +703,46 @@ static void experts(const Pass *p, const Block *b, int is_out, int t, float *roo
 }
 
 /* ------------------------------------------------------------------------------------- the pass */
+/* The first of the largest of x [V]. */
+static int argmax(const float *x, int V)
+{
+    vec most = ALL(-INFINITY);
+    int v = 0, best = 0;
+    for (; v + LANES <= V; v += LANES) {
+        vec y = LOAD_FLOATS(x + v);
+        ints more = y > most;
+        most = (vec)(((ints)y & more) | ((ints)most & ~more));
+    }
+    float largest = -INFINITY;
+    for (int i = 0; i < LANES; i++)
+        largest = most[i] > largest ? most[i] : largest;
+    for (; v < V; v++)
+        largest = x[v] > largest ? x[v] : largest;
+    while (best < V - 1 && x[best] != largest)
+        best++;
+    return best;
+}
+
+/* Score target j from its logits x [V]. A number that is not finite makes the scores NaN. */
+static void score(const Pass *p, int j, const float *x)
+{
+    int V = p->m->V, best = argmax(x, V);
+    double total = 0;
+    for (int v = 0; v < V;) {
+        vec sum = {0};
+        /* So few additions in float32 that they are as exact as the exponential function. */
+        for (int i = 0; i < 16 && v < V; i++, v += LANES) {
+            vec y = ALL(-INFINITY);
+            memcpy(&y, x + v, sizeof(float) * least(LANES, V - v));
+            sum += share_of(y - ALL(x[best]));
+        }
+        total += sum_of(sum);
+    }
+    p->best[j] = best;
+    p->best_log_probs[j] = -log(total);
+    p->log_probs[j] = (double)x[p->targets[j]] - (double)x[best] - log(total);
+}
+
 static void run(Pass *p, int t)
 {
     const Model *m = p->m;
@@ -568,6 +774,11 @@ static void run(Pass *p, int t)
             for (int e = 0; e < m->E; e++)
                 room[e] = dot(b->router + (int64_t)e * C, y, C) + (b->router_bias ? b->router_bias[e] : 0.0f);
             choose(m, b->selection_bias, room, p->chosen + i * K, p->gate + i * K);
+            if (p->experts) {
+                int64_t to = ((int64_t)l * n + i) * K;
+                memcpy(p->experts + to, p->chosen + i * K, sizeof(int32_t) * K);
+                memcpy(p->weights + to, p->gate + i * K, sizeof(float) * K);
+            }
         }
         barrier(p);
         if (t == 0)
@@ -582,16 +793,22 @@ static void run(Pass *p, int t)
         rms_norm(p->x + (int64_t)p->logit_rows[j] * C, m->norm, m->eps, C, p->y + (int64_t)j * C);
     barrier(p);
     int begin, end;
-    share(m->V, t, T, &begin, &end);
-    for (int first = 0; first < p->num_logits; first += 64) {
-        const float *xs[64];
-        float *outs[64];
-        int count = least(64, p->num_logits - first);
+    share(m->V, TILE, t, T, &begin, &end);
+    for (int first = 0; first < p->num_logits; first += GROUP) {
+        const float *xs[GROUP];
+        float *outs[GROUP];
+        int count = least(GROUP, p->num_logits - first);
         for (int j = 0; j < count; j++) {
             xs[j] = p->y + (int64_t)(first + j) * C;
-            outs[j] = p->logits + (int64_t)(first + j) * m->V;
+            outs[j] = p->logits + (int64_t)(p->targets ? j : first + j) * m->V;
         }
         product(&m->head, 0, begin, end, xs, count, outs, NULL, room);
+        if (!p->targets)
+            continue;
+        barrier(p);
+        for (int j = t; j < count; j += T)
+            score(p, first + j, outs[j]);
+        barrier(p);
     }
 }
 

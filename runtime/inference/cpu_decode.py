@@ -25,6 +25,7 @@ import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,13 +51,15 @@ FLAGS = [
     "-O3",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=fast",
+    # The code says where a multiply-add is one operation. A compiler would choose otherwise in each
+    # copy of a loop, and a text's last digits would depend on how it is read.
+    "-ffp-contract=off",
     "-std=gnu11",
     "-shared",
     "-fPIC",
 ]
 # As in the C code.
-TILE = 4
+TILE, GROUP = 4, 64
 # In the order of the C code's enum.
 ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")
 KNOWS = Known(
@@ -101,6 +104,7 @@ Pass = _struct(
     m=POINTER(Model),
     **_of(c_int32, "n num_logits"),
     **_of(c_void_p, "ids positions caches keys values logit_rows logits"),
+    **_of(c_void_p, "targets log_probs best_log_probs best experts weights"),
     **_of(c_void_p, "x y q k v h up chosen order starts gate private"),
     private_floats=c_int64,
     **_of(c_int32, "team arrived phase unused"),
@@ -205,8 +209,30 @@ def native_model(model: LLM) -> tuple[NativeModel | None, str]:
     return (NativeModel(model, code) if code else None), why
 
 
+class Read(NamedTuple):
+    """What a pass over n tokens gives.
+
+    The rows of all texts follow one another: R rows of logits or of scores, where they were named.
+    """
+
+    # [R, V] float32, unless they are scored.
+    logits_RV: Tensor | None
+    # Of the targets, and of the most likely ids: [R] float64, nats. NaN for damaged logits.
+    log_probs_R: np.ndarray | None
+    best_log_probs_R: np.ndarray | None
+    # The most likely ids, of equals the lowest: [R] int32.
+    best_R: np.ndarray | None
+    # If asked for, of all n tokens, strongest first: experts int32, routing weights float32.
+    experts_LNK: np.ndarray | None
+    weights_LNK: np.ndarray | None
+
+
 class NativeModel:
-    """A plain LLM as the C code sees it. The model's parameters must stay where they are."""
+    """A plain LLM as the C code sees it. The model's parameters must stay where they are.
+
+    What a token gets depends on the tokens before it alone: the same bits in any company, however a
+    text is cut into passes, and on any number of threads.
+    """
 
     def __init__(self, model: LLM, code: ctypes.CDLL):
         c = model.config
@@ -243,6 +269,8 @@ class NativeModel:
         )
         self._widest = max(c.d_model, c.num_heads * c.attention_head_dim, c.d_ff)
         self._room: dict[str, Tensor] | None = None
+        # Logits that are scored, [GROUP, V].
+        self._scored: Tensor | None = None
         self._rows, self._threads = 0, 0
         self._lock = threading.Lock()
         self.least_bytes_per_thread = LEAST_BYTES_PER_THREAD
@@ -295,23 +323,43 @@ class NativeModel:
     def forward(
         self, caches: Sequence[KVCache], ids: Sequence[Sequence[int]], all_logits: bool = False
     ) -> Tensor:
+        """`read` for the logits [caches, V] of each text's last id, or of all ids: [all ids, V]."""
+        rows = [range(len(own)) if all_logits else [len(own) - 1] for own in ids]
+        logits_RV = self.read(caches, ids, rows).logits_RV
+        assert logits_RV is not None
+        return logits_RV
+
+    def read(
+        self,
+        caches: Sequence[KVCache],
+        ids: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]] | None = None,
+        with_experts: bool = False,
+    ) -> Read:
         """Read further ids of each cache's text in one pass, and advance the caches.
 
-        Return the logits [caches, V] of each text's last id, or of all ids: [all ids, V]. The
-        caches must be rows of one allocation. One that gets several ids must have no ring buffer.
+        The caches must be rows of one allocation. One that gets several ids must have no ring
+        buffer. rows: of each text, which of its ids have logits (0 is the first, and none is
+        allowed). targets: for each of these, the id to score instead; logits then stay here.
         Raise ValueError for ids out of range or a cache without room.
         """
-        c, lengths = self.config, [len(chunk) for chunk in ids]
+        c, lengths = self.config, [len(own) for own in ids]
         for cache, T in zip(caches, lengths, strict=True):
             cache.check_fits(1, T)
             self.model.check_length(cache.length + T)
             assert T == 1 or not any(cache.is_ring), (
                 "a ring loses keys that the first of several new tokens need"
             )
-        flat = np.array([i for chunk in ids for i in chunk], dtype=np.int64)
-        if not len(flat) or flat.min() < 0 or flat.max() >= c.vocabulary_size:
-            raise ValueError(f"token ids must be from 0 to {c.vocabulary_size - 1}")
-        n = len(flat)
+        flat = np.array([i for own in ids for i in own], dtype=np.int64)
+        n, firsts = len(flat), np.cumsum([0, *lengths[:-1]])
+        named = [first + row for first, own in zip(firsts, rows, strict=True) for row in own]
+        scored = None if targets is None else [i for own in targets for i in own]
+        for some in (flat, scored or [0]):
+            if not len(some) or min(some) < 0 or max(some) >= c.vocabulary_size:
+                raise ValueError(f"token ids must be from 0 to {c.vocabulary_size - 1}")
+        assert all(0 <= row < T for own, T in zip(rows, lengths, strict=True) for row in own)
+        assert scored is None or len(scored) == len(named)
         positions = np.concatenate(
             [
                 np.arange(cache.length, cache.length + T, dtype=np.int32)
@@ -320,23 +368,52 @@ class NativeModel:
         )
         owners = np.repeat(np.arange(len(caches), dtype=np.int32), lengths)
         keys, values = (np.concatenate([_addresses(cache)[i] for cache in caches]) for i in (0, 1))
-        rows = (
-            np.arange(n, dtype=np.int32) if all_logits else np.cumsum(lengths, dtype=np.int32) - 1
-        )
-        logits = torch.empty(len(rows), c.vocabulary_size)
+        given = dict(ids=flat, positions=positions, caches=owners, keys=keys, values=values)
+        given["logit_rows"] = np.array(named, dtype=np.int32)
+        out = self._outputs(n, len(named), scored, with_experts)
         # C runs without Python's lock, and there is one working memory.
         with self._lock:
             self._prepare(n, caches[0])
             p = self._pass
-            p.n, p.num_logits = n, len(rows)
-            p.ids, p.positions, p.caches, p.keys, p.values, p.logit_rows = (
-                a.ctypes.data for a in (flat, positions, owners, keys, values, rows)
-            )
-            p.logits = logits.data_ptr()
+            p.n, p.num_logits = n, len(named)
+            for name, array in (given | out).items():
+                setattr(p, name, None if array is None else array.ctypes.data)
+            if scored is not None:
+                p.logits = self._group_of_logits()
             self._code.gptoss_forward(ctypes.byref(p))
         for cache, T in zip(caches, lengths, strict=True):
             cache.advance(T)
-        return logits
+        logits = out["logits"]
+        return Read(
+            None if logits is None else torch.from_numpy(logits),
+            *(out[name] for name in ("log_probs", "best_log_probs", "best", "experts", "weights")),
+        )
+
+    def _outputs(
+        self, n: int, num_logits: int, targets: list[int] | None, with_experts: bool
+    ) -> dict[str, np.ndarray | None]:
+        """Return what C writes to, and the targets; None for what is not asked for."""
+        c, is_scored = self.config, targets is not None
+        experts_shape = (c.transformer_blocks, n, c.top_k)
+
+        def array(is_wanted: bool, shape, dtype) -> np.ndarray | None:
+            return np.empty(shape, dtype) if is_wanted else None
+
+        return dict(
+            logits=array(not is_scored, (num_logits, c.vocabulary_size), np.float32),
+            targets=np.array(targets, np.int32) if is_scored else None,
+            log_probs=array(is_scored, num_logits, np.float64),
+            best_log_probs=array(is_scored, num_logits, np.float64),
+            best=array(is_scored, num_logits, np.int32),
+            experts=array(with_experts, experts_shape, np.int32),
+            weights=array(with_experts, experts_shape, np.float32),
+        )
+
+    def _group_of_logits(self) -> int:
+        """Return where C puts the logits of those rows that it scores at a time."""
+        if self._scored is None:
+            self._scored = torch.empty(GROUP, self.config.vocabulary_size)
+        return self._scored.data_ptr()
 
     def _prepare(self, n: int, cache: KVCache) -> None:
         """Set up the pass: working memory for n rows, rotations for the cache's positions, each

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -81,6 +81,8 @@ class Source:
     model: LLM
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+    # A report of scripts/evaluate.py; {} for none.
+    evaluation: dict = field(default_factory=dict)
 
 
 def export_parser(description: str, out: str) -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from runtime.checks.known import counts
 from runtime.data.hf_tokenizer import pad_id, pad_word
 from runtime.data.tokenizer import END_OF_TEXT, IMPORTED, NoTokenizer
 from runtime.interop.custom_code import MODELING_FILE
+from runtime.interop.evaluation_rows import figures_of
 from runtime.interop.export import Source
 from runtime.interop.huggingface import FAMILIES
 from runtime.training.metrics import read_records
@@ -52,7 +53,7 @@ A Mixture-of-Experts language model of {total} parameters, \
 ## Training
 
 {training}
-
+{evaluation}
 ## Limits
 
 - A base model: it was not taught to follow instructions, to refuse, or to tell the truth. \
@@ -121,6 +122,11 @@ RIGHT_SIDE = (
     "generate from one prompt at a time, or from prompts of one length."
 )
 
+MEASURED = (
+    "The figures under Evaluation are all that was measured of its quality, "
+    "on the texts that are named there."
+)
+
 CODE_NOTE = f"""
 No class of transformers has this architecture: `trust_remote_code` runs {MODELING_FILE} \
 of this folder. Read it first if the folder is not yours.
@@ -170,7 +176,10 @@ def write_card(folder: Path, source: Source, family: str | None, dtype: str) -> 
         if has_record
         else "This was made from weights without a record of their training"
         f"{f', {base}' * bool(base)}: see the model that they come from.",
-        measured="The only measure of its quality here is the validation loss: "
+        evaluation=_evaluation(source.evaluation),
+        measured=MEASURED
+        if source.evaluation
+        else "The only measure of its quality here is the validation loss: "
         f"{validation}. No benchmark was run."
         if validation
         else "Nothing about its quality was measured here.",
@@ -436,6 +445,43 @@ def _training(checkpoint: Checkpoint, info: dict, records: list[dict], pictures:
             _loss_table(records) or "Its curves were not found when this file was written.",
             *(f"![{PICTURES[name]}]({name}.png)" for name in pictures),
         ]
+    )
+
+
+def _evaluation(report: dict) -> str:
+    """Return the table of what was measured and a line about on what; "" for no report."""
+    if not report:
+        return ""
+    rows = []
+    for name, figure in figures_of(report):
+        low, high = digits(figure.get("low")), digits(figure.get("high"))
+        n = number(figure.get("n"))
+        rows.append(
+            [
+                plain(name.replace("_", " "), 60),
+                digits(figure.get("value")),
+                f"{low} to {high}" if low and high else "",
+                "" if n is None else f"{n:,}",
+                plain(figure.get("unit", ""), 40),
+            ]
+        )
+    heads = ["", "value", "95 % interval", "n", "unit"]
+    lines = [heads, ["---"] * len(heads), *(row for row in rows if row[1])]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"\n## Evaluation\n\n{_measured_on(report)}\n\n{table}\n"
+
+
+def _measured_on(report: dict) -> str:
+    """Return a line about the texts of a report."""
+    data = report.get("data")
+    if not isinstance(data, dict):
+        return "Measured on tasks."
+    named = data.get("sources")
+    sources = ", ".join(plain(name, 60) for name in named[:3]) if isinstance(named, list) else ""
+    documents = number(data.get("documents")) or 0
+    return (
+        f"Measured on {documents:,} documents of {sources or 'unknown files'}. "
+        "Bits per byte leave special tokens out."
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.base.text import names_of
 from runtime.data.file_sets import STDIN, FileSet, InputFile, dataset_folder, find_files, format_of
 from runtime.data.formats import Counts
 from runtime.data.sources import read_rows
@@ -30,7 +31,7 @@ from runtime.posttraining.forms import (
     recognise,
     renamed,
 )
-from runtime.posttraining.messages import Context, Row, names_of, refuse_media, refuse_tools
+from runtime.posttraining.messages import Context, Row, refuse_media, refuse_tools
 
 __all__ = [
     "Conversation",

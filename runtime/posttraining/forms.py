@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.base.cli import did_you_mean
+from runtime.base.text import names_of, shown
 from runtime.data.formats import column_of
 from runtime.posttraining.messages import (
     Context,
@@ -20,8 +21,6 @@ from runtime.posttraining.messages import (
     Row,
     before_answer,
     messages_of,
-    names_of,
-    shown,
     untrained,
 )
 

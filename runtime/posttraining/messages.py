@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.base.text import names_of, shown
 from runtime.data.chat import ROLES, is_trained
 from runtime.data.formats import Counts, cleaned
 
@@ -53,19 +54,6 @@ class Context:
         if not isinstance(value, str):
             raise ValueError(f"{what} must be text, not {shown(value)}")
         return cleaned(value, self.where, self.counts)
-
-
-def names_of(row: Row) -> str:
-    """Return the names of a row's columns for an error line, not more than fit into one."""
-    names = [str(name)[:40] for name in row]
-    more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more or "no columns"
-
-
-def shown(value: object) -> str:
-    """Return a value for an error line, with its type, cut if it is long."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
 def messages_of(value: object, what: str, context: Context) -> list[Message]:

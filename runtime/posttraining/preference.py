@@ -23,6 +23,7 @@ from config_model import ModelConfig, TrainConfig, option
 from model import LLM, Output
 from runtime.base.device import autocast, choose_dtype, to_device
 from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.base.shares import wilson
 from runtime.checkpoint.format import Checkpoint
 from runtime.posttraining import tasks
 from runtime.posttraining.config import PostTrainConfig, changed
@@ -30,7 +31,7 @@ from runtime.posttraining.conversations import HELD_OUT
 from runtime.posttraining.encode import PAIRS
 from runtime.posttraining.packing import PackedValidation, PairLoader, rows_of
 from runtime.posttraining.reference import Reference
-from runtime.posttraining.score import Exam, wilson
+from runtime.posttraining.score import Exam
 from runtime.posttraining.showing import show_example
 from runtime.posttraining.tuning import FineTuning
 from runtime.training.metrics import HIGH, LOW

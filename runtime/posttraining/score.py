@@ -35,28 +35,11 @@ MOST_ROWS = 64
 # An answer is cut at so many times the longest right one, and at so many tokens.
 MOST_TIMES_LONGER = 2
 MOST_NEW_TOKENS = 256
-# The 97.5 % point of the standard normal distribution, for intervals of 95 %.
-NORMAL_975 = 1.959963984540054
 
 T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------ shares
-def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a binomial share.
-
-    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". It is never
-    empty and stays within 0 to 1, also where nothing or everything succeeded.
-    """
-    if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"{successes} successes in {trials} trials are no share")
-    share, square = successes / trials, NORMAL_975**2
-    center = share + square / (2 * trials)
-    half = NORMAL_975 * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    scale = 1 + square / trials
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
-
-
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Return the chance that one of k samples is right, from `right` of `samples` >= k.
 

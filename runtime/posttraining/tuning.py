@@ -17,6 +17,7 @@ import torch
 from config_model import ModelConfig, TrainConfig
 from model import LLM
 from runtime.base.ranks import ONE_PROCESS, Ranks
+from runtime.base.shares import wilson
 from runtime.checkpoint.changed import with_config
 from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.read import build_model, read_checkpoint
@@ -34,7 +35,7 @@ from runtime.posttraining.encode import Encoded, encode_examples
 from runtime.posttraining.forms import Example
 from runtime.posttraining.lora import Adapters, gathered_model, merged_model
 from runtime.posttraining.packing import can_share_rows
-from runtime.posttraining.score import Score, wilson
+from runtime.posttraining.score import Score
 from runtime.training.memory import hidden_matrices
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.task import Task, document_starts

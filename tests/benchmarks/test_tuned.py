@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import common, tuned
-from runtime.posttraining.score import wilson
+from runtime.base.shares import wilson
 from scripts import sft
 from tests.builders_posttraining import QUICK, chats, in_folder, tiny_base
 

@@ -19,6 +19,7 @@ from config_model import ModelConfig, TrainConfig, active_parameters, total_para
 from runtime.checkpoint.format import Checkpoint
 from runtime.data.tokenizer import WORD_PATTERN, Tokenizer, encoding_of
 from runtime.data.tokenizers import load_tokenizer
+from runtime.interop.evaluation_rows import read_evaluation
 from runtime.interop.export import Source
 from runtime.interop.model_card import plain, write_card
 from runtime.training.metrics import MetricsLog
@@ -423,3 +424,95 @@ def test_the_cards_example_fits_the_context(tmp_path):
     Its learned attention bias ends at 32 positions: its own card crashed.
     """
     assert "max_new_tokens=16)" in card(tmp_path, source_of(tmp_path))
+
+
+# ------------------------------------------------------------------------------ an evaluation
+def write_report(tmp_path: Path, weights_digest: str = "d1", **changes) -> Path:
+    report = {
+        "format": "gptoss evaluation",
+        "checkpoint": {"weights_digest": weights_digest},
+        "data": {"sources": ["valid.jsonl"], "documents": 1234},
+        "text": {
+            "figures": {
+                "bits_per_byte": {
+                    "value": 0.81234,
+                    "low": 0.8,
+                    "high": 0.82,
+                    "n": 1234,
+                    "unit": "bits per byte",
+                }
+            }
+        },
+        "tasks": {
+            "files": {
+                "figures": {
+                    "pairs_sum": {"value": 0.75, "n": 40},
+                    "pairs_sum_centered": {"value": 0.5, "n": 40},
+                }
+            }
+        },
+    }
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report | changes), encoding="utf-8")
+    return path
+
+
+def evaluated(tmp_path: Path, **changes) -> Source:
+    """A source with a report of its weights."""
+    source = source_of(tmp_path, weights_digest="d1")
+    report = read_evaluation(write_report(tmp_path, **changes), source.checkpoint)
+    return dataclasses.replace(source, evaluation=report)
+
+
+def test_a_report_gives_the_card_its_figures_with_interval_and_n(tmp_path):
+    text = card(tmp_path, evaluated(tmp_path))
+    assert "| bits per byte | 0.8123 | 0.8 to 0.82 | 1,234 | bits per byte |" in text
+    assert "| pairs sum | 0.75 |  | 40 |  |" in text and "centered" not in text
+    assert "1,234 documents of valid.jsonl" in text
+    assert "No benchmark was run" not in text
+    assert text.index("## Training") < text.index("## Evaluation") < text.index("## Limits")
+
+
+def test_without_a_report_the_card_is_as_it_was(tmp_path):
+    text = card(tmp_path, source_of(tmp_path))
+    assert "## Evaluation" not in text and "\n\n\n" not in text
+    assert "No benchmark was run" in text
+
+
+def test_a_report_of_other_weights_is_refused(tmp_path):
+    """Its figures would be of a model that nobody gets with this card."""
+    checkpoint = source_of(tmp_path, weights_digest="d2").checkpoint
+    with pytest.raises(ValueError, match="of other weights"):
+        read_evaluation(write_report(tmp_path), checkpoint)
+    # Nor do weights without a digest agree with a report that has none.
+    unknown = dataclasses.replace(checkpoint, weights_digest="")
+    with pytest.raises(ValueError, match="of other weights"):
+        read_evaluation(write_report(tmp_path, ""), unknown)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "gptoss evaluation"}', "\0"])
+def test_what_is_no_report_is_one_line(tmp_path, content):
+    path = tmp_path / "report.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="report.json") as error:
+        read_evaluation(path, source_of(tmp_path, weights_digest="d1").checkpoint)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot read --evaluation"):
+        read_evaluation(tmp_path / "none.json", source_of(tmp_path).checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text": 3, "tasks": [1], "chat": {"a": None}, "data": None},
+        {"text": {"figures": {"a|b": {"value": "x"}, "c": {"value": True, "n": "y"}}}},
+        {"data": {"sources": "x", "documents": "many"}},
+        {"text": {"figures": {"<b>[x](y)|`z`": {"value": 1.5, "n": 2, "unit": "<script>"}}}},
+    ],
+)
+def test_nothing_in_a_report_is_markup(tmp_path, changes):
+    text = card(tmp_path, evaluated(tmp_path, **changes))
+    table = [line for line in text.partition("## Evaluation")[2].splitlines() if "|" in line]
+    rows = [line for line in table if not line.startswith("|---")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6}
+    assert not re.search(r"(?<!\\)[<`]", "".join(rows))

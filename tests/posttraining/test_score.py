@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -19,7 +17,6 @@ from runtime.posttraining.score import (
     pass_at_k,
     sampled_answers,
     story_loss,
-    wilson,
 )
 from tests.builders import random_model, tiny_config
 
@@ -37,39 +34,8 @@ def exam() -> Exam:
     return Exam(BYTE, NUM, max_new_tokens=12)
 
 
-# ------------------------------------------------------------------------------ intervals
-def test_wilson_against_known_values():
-    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I."""
-    for successes, trials, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):
-        assert wilson(successes, trials) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_an_interval_of_nothing_or_everything_is_not_empty():
-    """The textbook's interval, share +- 1.96 sqrt(p (1 - p) / n), is a point there."""
-    assert wilson(0, 256)[0] == 0 and 0.01 < wilson(0, 256)[1] < 0.02
-    assert wilson(256, 256)[1] == 1 and 0.98 < wilson(256, 256)[0] < 0.99
-
-
-def test_wilson_covers_the_truth():
-    """The interval has the true share in about 95 % of all outcomes, weighed by their chance."""
-    for trials, truth in ((20, 0.3), (256, 0.5), (256, 0.02)):
-        covered = sum(
-            math.comb(trials, k) * truth**k * (1 - truth) ** (trials - k)
-            for k in range(trials + 1)
-            if wilson(k, trials)[0] <= truth <= wilson(k, trials)[1]
-        )
-        assert 0.92 < covered < 0.98
-
-
+# ------------------------------------------------------------------------------ shares
 def test_wrong_counts_are_refused():
-    for successes, trials in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="no share"):
-            wilson(successes, trials)
     with pytest.raises(ValueError, match="pass@9 needs 9 samples"):
         pass_at_k(8, 1, 9)
 

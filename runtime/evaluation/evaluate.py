@@ -1,0 +1,265 @@
+"""Judge a checkpoint: read the texts, ask for every part, and return one report.
+
+The report is a function of the checkpoints, the texts and the settings in it. How documents are
+batched, on how many threads and in which order the files have them changes none of its bytes where
+the C kernel scores; where it does not, `computed_by` says so.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from runtime.checkpoint.read import read_config
+from runtime.checks.known import counts
+from runtime.data.file_sets import find_files
+from runtime.data.sources import FileSource
+from runtime.data.tokenizer import without_surrogates
+from runtime.evaluation.bits_per_byte import against_section, bits_section
+from runtime.evaluation.calibration import calibration_section, loss_section
+from runtime.evaluation.choice_formats import Task, read_tasks, spread
+from runtime.evaluation.choices import evaluate_choices
+from runtime.evaluation.config import EvaluateConfig
+from runtime.evaluation.documents import (
+    Documents,
+    file_documents,
+    shard_documents,
+    whole_documents,
+)
+from runtime.evaluation.encoded import token_classes
+from runtime.evaluation.expert_off import expert_off_section
+from runtime.evaluation.experts import (
+    ExpertChoices,
+    Overlap,
+    experts_section,
+    together_section,
+)
+from runtime.evaluation.held_out import encoded, read_documents
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, library
+from runtime.evaluation.own_tasks import own_tasks
+from runtime.evaluation.report import Section
+from runtime.evaluation.stories import Writer, evaluate_stories
+from runtime.evaluation.text_sums import Sums
+from runtime.evaluation.writing import FORMAT, VERSION
+from runtime.inference.predictor import Predictor
+from runtime.inference.scorer import Scorer
+
+# Called with a line about what is being done.
+Say = Callable[[str], object]
+# Gives the sections of what a chat model answers: a script hands it in.
+Chat = Callable[[Predictor], dict[str, Section]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a checkpoint. chat: gives sections of what a chat model answers."""
+
+    documents: Documents | None = None
+    tasks: Sequence[Task] = ()
+    training: FileSource | None = None
+    chat: Chat | None = None
+
+
+def read_inputs(config: EvaluateConfig, chat: Chat | None) -> Asked:
+    """Read all files but the checkpoints, which may take minutes to load. Raise ValueError."""
+    if config.lm_eval:
+        library()
+    if config.against:
+        read_config(config.against)
+    column, documents, training = config.text_column, None, None
+    if config.files:
+        documents = file_documents(config.files, column, config.documents)
+    elif config.has_text:
+        documents = shard_documents(config.data_dir, config.documents)
+    if config.train_files:
+        training = FileSource(find_files(config.train_files), column)
+    return Asked(documents, read_tasks(config.tasks) if config.tasks else [], training, chat)
+
+
+@dataclass
+class Found:
+    """What was found of one checkpoint. The model itself is gone: two need not fit in memory."""
+
+    about: dict
+    sums: Sums | None = None
+    choices: ExpertChoices | None = None
+    tasks: dict[str, Section] = field(default_factory=dict)
+    experts: dict[str, Section] = field(default_factory=dict)
+    chat: dict[str, Section] = field(default_factory=dict)
+    stories: Section | None = None
+
+
+def judge(
+    config: EvaluateConfig, ckpt: str, asked: Asked, say: Say, only_texts: bool = False
+) -> Found:
+    """Load a checkpoint and return what is found of it. only_texts: of the texts, and no more."""
+    predictor, documents = Predictor(config.predict(ckpt)), asked.documents
+    scorer = Scorer(predictor.decoder, config.experts and documents is not None, config.stride)
+    found, read = Found(_about(predictor, scorer)), None
+    if asked.chat is not None and not only_texts:
+        say(f"{ckpt}: answering exercises")
+        found.chat = asked.chat(predictor)
+    if documents is not None:
+        read = encoded(documents, predictor.tokenizer)
+        say(f"{ckpt}: {len(read.ids):,} documents, {read.num_tokens:,} tokens; {scorer.line}")
+        if config.experts:
+            found.choices = ExpertChoices(predictor.model.config.num_experts)
+        found.sums = read_documents(scorer, read, found.choices, "documents")
+    if only_texts:
+        return found
+    plain = Scorer(predictor.decoder, stride=config.stride)
+    found.tasks = _tasks(config, predictor, plain, asked, say)
+    if config.stories and documents is not None:
+        say(f"continuing {config.stories:,} stories")
+        writer = Writer(predictor.decoder, predictor.tokenizer, predictor.banned_ids)
+        training = None if asked.training is None else whole_documents(asked.training)
+        found.stories = evaluate_stories(plain, writer, documents.texts, config.stories, training)
+    if found.choices is not None:
+        found.experts = _experts(predictor, found.choices)
+    if config.expert_off and read is not None:
+        say("reading documents without each expert")
+        part = read.first_documents(config.expert_off)
+        found.experts["off"] = expert_off_section(plain, part, config.resamples)
+    return found
+
+
+def evaluate(
+    config: EvaluateConfig,
+    say: Say = lambda line: None,
+    commit: str = "",
+    chat: Chat | None = None,
+) -> dict:
+    """Return the report. Raise ValueError.
+
+    commit: of the code, if it is known. chat: gives sections of what a chat model answers.
+    """
+    asked = read_inputs(config, chat)
+    found = judge(config, config.ckpt, asked, say)
+    report = _head(config, found, asked.documents, commit)
+    if found.sums is not None:
+        report |= _text(found.sums, config.resamples)
+    for name in ("tasks", "chat", "stories"):
+        if sections := getattr(found, name):
+            report[name] = sections
+    if config.against:
+        other = judge(config, config.against, asked, say, only_texts=True)
+        assert found.sums is not None and other.sums is not None
+        comparison = against_section(found.sums, other.sums, config.resamples)
+        report |= {"other_checkpoint": other.about, "comparison": comparison}
+        report["against"] = _named(comparison, "difference", "difference")
+        found.experts |= _shared(found.choices, other.choices, config.resamples)
+    if found.experts:
+        report["experts"] = found.experts
+    return report
+
+
+# -------------------------------------------------------------------------------------- parts
+def _about(predictor: Predictor, scorer: Scorer) -> dict:
+    """Return what a report says of a checkpoint: no path of this machine."""
+    origin, c = predictor.origin, predictor.model.config
+    size = counts(origin.model_config)
+    return {
+        "name": without_surrogates(Path(origin.path).name),
+        "step": origin.step,
+        "parameters": size.total,
+        "active_parameters": size.active,
+        "context_length": c.context_length,
+        "vocabulary_size": c.vocabulary_size,
+        "tokenizer": predictor.tokenizer.name,
+        "weights_digest": origin.weights_digest,
+        "computed_by": {"line": scorer.line, "is_exact": scorer.is_exact},
+    }
+
+
+def _head(config: EvaluateConfig, found: Found, documents: Documents | None, commit: str) -> dict:
+    """Return what the figures of a report are of. Nothing here depends on batches or threads."""
+    names = ("stride", "resamples", "dtype", "quantize", "questions", "expert_off")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "checkpoint": found.about,
+        "data": None if documents is None else documents.about(),
+        "settings": {name: getattr(config, name) for name in names},
+        "commit": commit,
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+    }
+
+
+def _named(section: Section, key: str, name: str = "value") -> dict:
+    """Return a figure under the names that the report documents for it."""
+    one = section["figures"][key]
+    return {
+        name: one["value"],
+        "low": one.get("low"),
+        "high": one.get("high"),
+        "documents": one["n"],
+    }
+
+
+def _text(sums: Sums, resamples: int) -> dict:
+    """Return the parts that held-out text gives."""
+    text = bits_section(sums, resamples)
+    return {
+        "bits_per_byte": _named(text, "bits_per_byte"),
+        "text": text,
+        "calibration": calibration_section(sums, resamples),
+        "loss": loss_section(sums, resamples),
+    }
+
+
+def _tasks(
+    config: EvaluateConfig,
+    predictor: Predictor,
+    scorer: Scorer,
+    asked: Asked,
+    say: Say,
+) -> dict[str, Section]:
+    """Return the sections of multiple choice."""
+    found = {}
+    how = (scorer, predictor.tokenizer)
+    if asked.tasks:
+        say(f"answering {', '.join(task.name for task in asked.tasks)}")
+        found["files"] = evaluate_choices(*how, _shortened(asked.tasks, config.questions), "tasks")
+    if config.own_tasks and asked.documents is not None:
+        say("answering tasks made of the text")
+        most = {"num_questions": config.questions} if config.questions else {}
+        made, notes = own_tasks(asked.documents.texts, **most)
+        found["own"] = evaluate_choices(*how, made, "tasks made of the text")
+        found["own"]["notes"] = [*found["own"].get("notes", []), *notes]
+    if config.lm_eval:
+        say(f"lm-eval: {config.lm_eval}")
+        reader = Reader(scorer, predictor.tokenizer, predictor.banned_ids)
+        names = [name.strip() for name in config.lm_eval.split(",") if name.strip()]
+        found["lm_eval"] = evaluate_lm_eval(reader, names, config.questions)
+    return found
+
+
+def _shortened(tasks: Sequence[Task], most: int) -> list[Task]:
+    return [replace(task, questions=list(spread(task.questions, most))) for task in tasks]
+
+
+def _experts(predictor: Predictor, choices: ExpertChoices) -> dict[str, Section]:
+    """Return what the experts specialise in, and which are chosen together."""
+    if not choices.num_tokens:
+        raise ValueError("--experts needs a document of at least two tokens")
+    classes = token_classes(predictor.tokenizer, predictor.model.config.vocabulary_size)
+    found = {"specialities": experts_section(choices, classes)}
+    together = together_section(choices)
+    return found if together is None else found | {"together": together}
+
+
+def _shared(
+    choices: ExpertChoices | None, other: ExpertChoices | None, resamples: int
+) -> dict[str, Section]:
+    """Return how many experts two checkpoints share, if their tokens and experts are alike."""
+    if choices is None or other is None or not choices.is_like(other):
+        return {}
+    overlap = Overlap(len(choices.ids), choices.experts[0].shape[0], choices.num_experts)
+    pairs = zip(choices.experts, other.experts, strict=True)
+    for d, (mine, theirs) in enumerate(pairs):
+        overlap.add(d, mine, theirs)
+    return {"shared": overlap.section(resamples)}

@@ -1,0 +1,213 @@
+"""lm-evaluation-harness itself: its figures of our models are ours.
+
+Skipped where it is not installed: `make test-lm-eval` installs it (about 330 MB). Its tasks are
+read from files, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from runtime.data.tokenizers import load_tokenizer
+from runtime.evaluation.choice_formats import read_tasks
+from runtime.evaluation.choices import evaluate_choices
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, model_of
+from runtime.inference.scorer import Scorer
+from scripts.export_hf import main as export_hf
+from tests.builders import random_model, tiny_config
+from tests.builders_inference import save
+from tests.evaluation.test_choice_formats import ARC, BLIMP, HELLASWAG, OPENBOOK, PIQA, WINOGRANDE
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test-lm-eval)")
+pytestmark = [pytest.mark.lm_eval, pytest.mark.slow]
+
+BYTE = load_tokenizer("byte")
+CONTEXT = 192
+NUM = 40
+WORDS = ("the", "cat", "Tom", "ran", "sat", "on", "a", "mat", "and", "was", "red", "\u00e9t\u00e9")
+# lm-eval's own file of each task, and the row that ours are made like.
+OWN = {
+    "hellaswag": ("hellaswag/hellaswag.yaml", HELLASWAG),
+    "arc": ("arc/arc_easy.yaml", ARC),
+    "openbookqa": ("openbookqa/openbookqa.yaml", OPENBOOK),
+    "blimp": ("blimp/_template_yaml", BLIMP),
+    "piqa": ("piqa/piqa.yaml", PIQA),
+    "winogrande": ("winogrande/default.yaml", WINOGRANDE),
+}
+# Its metrics, and our columns.
+METRICS = {"acc": "sum", "acc_bytes": "per_byte", "acc_mutual_info": "pmi"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    config = tiny_config(vocabulary_size=BYTE.vocabulary_size, context_length=CONTEXT)
+    return save(tmp_path_factory.mktemp("ckpt"), random_model(config, 5))
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    config = tiny_config(vocabulary_size=BYTE.vocabulary_size, context_length=CONTEXT)
+    return Reader(Scorer(random_model(config, 5)), BYTE, BYTE.banned_ids)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def text(r: random.Random, most: int = 9) -> str:
+    return " ".join(r.choice(WORDS) for _ in range(r.randint(1, most)))
+
+
+def texts(r: random.Random, number: int) -> list[str]:
+    """Return distinct texts: of equal answers lm-eval takes the first, and we half of each."""
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[text(r)] = None
+    return list(found)
+
+
+def rows_of(name: str) -> list[dict]:
+    """Return rows with the keys of a published task, and random words."""
+    r = random.Random(name)
+    rows = []
+    for _ in range(NUM):
+        row = json.loads(json.dumps(OWN[name][1]))
+        if name == "hellaswag":
+            row |= {"ctx_a": f"{text(r)} [title] {text(r)}.", "ctx_b": text(r)}
+            row |= {"endings": [f"[step] {one}." for one in texts(r, 4)], "label": r.randrange(4)}
+        elif name in ("arc", "openbookqa"):
+            row["question" if name == "arc" else "question_stem"] = text(r)
+            row["choices"] = {"text": texts(r, 4), "label": list("ABCD")}
+            row["answerKey"] = r.choice("ABCD")
+        elif name == "blimp":
+            row = dict(zip(("sentence_good", "sentence_bad"), texts(r, 2), strict=True))
+        elif name == "piqa":
+            row = {"goal": text(r), "label": r.randrange(2)}
+            row |= dict(zip(("sol1", "sol2"), texts(r, 2), strict=True))
+        else:
+            row = {"sentence": f"{text(r)} _ {text(r)}.", "answer": r.choice("12")}
+            row |= dict(zip(("option1", "option2"), texts(r, 2), strict=True))
+        rows.append(row)
+    return rows
+
+
+def write_task(folder: Path, name: str, rows: list[dict], settings: dict) -> tuple[str, str]:
+    """Write rows and a task over them; return the paths of both."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "task": f"own_{name}",
+        "tag": [],
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": str(data)}},
+        "training_split": None,
+        "validation_split": "validation",
+        "test_split": None,
+    } | settings
+    path = folder / f"{name}.yaml"
+    # JSON is YAML.
+    path.write_text(json.dumps(settings))
+    return str(data), str(path)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_its_figures_of_a_task_are_ours(name, reader, tmp_path):
+    """acc, acc_bytes and acc_mutual_info, of its own task on the same rows, digit for digit."""
+    theirs = Path(lm_eval.__file__).parent / "tasks" / OWN[name][0]
+    metrics = [m for m in METRICS if name not in ("blimp", "winogrande") or m != "acc_mutual_info"]
+    listed = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
+    settings = {"include": str(theirs), "metric_list": listed}
+    data, task = write_task(tmp_path, name, rows_of(name), settings)
+    asked = evaluate_lm_eval(reader, [task])["figures"]
+    own = evaluate_choices(reader.scorer, BYTE, read_tasks([data]))["figures"]
+    for metric in metrics:
+        # Its length of an answer is the context's where the contexts differ.
+        if name == "winogrande" and metric == "acc_bytes":
+            continue
+        mine = own[f"{name}_{METRICS[metric]}"]
+        assert asked[f"own_{name}_{metric}"]["value"] == pytest.approx(mine["value"], abs=1e-12)
+        assert asked[f"own_{name}_{metric}"]["n"] == mine["n"] == NUM
+
+
+def test_bits_per_byte_of_texts_longer_than_the_context(reader, tmp_path):
+    r = random.Random(0)
+    rows = [{"text": text(r, 120)} for _ in range(8)]
+    listed = [
+        {"metric": m, "aggregation": m, "higher_is_better": False} for m in ("bits_per_byte",)
+    ]
+    settings = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": listed,
+    }
+    _, task = write_task(tmp_path, "rolling", rows, settings)
+    (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
+    assert max(len(row["text"].encode()) for row in rows) > 2 * CONTEXT
+    # A random model is about as good as a uniform one.
+    assert 6 < one["value"] < 14 and one["n"] == 8
+
+
+def test_generated_answers_are_the_decoders(reader, tmp_path):
+    r = random.Random(1)
+    prompts = [text(r) for _ in range(6)]
+    settings = {"max_gen_toks": 6, "until": ["\n"], "do_sample": False, "temperature": 0.0}
+    expected = reader.all_generated(prompts, settings)
+    rows = [
+        {"q": prompt, "a": answer if i % 2 else "never"}
+        for i, (prompt, answer) in enumerate(zip(prompts, expected, strict=True))
+    ]
+    _, task = write_task(
+        tmp_path,
+        "generate",
+        rows,
+        {
+            "output_type": "generate_until",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{a}}",
+            "generation_kwargs": settings,
+            "metric_list": [
+                {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+            ],
+        },
+    )
+    (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
+    assert one["value"] == 0.5
+
+
+def test_its_own_model_of_our_export_has_these_scores(checkpoint, reader, tmp_path):
+    """The exported folder in transformers, with the start token, asked the same."""
+    pytest.importorskip("transformers")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    export_hf(["--ckpt", checkpoint, "--out", str(tmp_path / "hf"), "--dtype", "float32"])
+    theirs = huggingface.HFLM(
+        pretrained=str(tmp_path / "hf"), add_bos_token=True, device="cpu", batch_size=4
+    )
+    r = random.Random(2)
+    pairs = [(text(r), f" {text(r)}") for _ in range(12)] + [("", text(r)) for _ in range(4)]
+    requests = [
+        lm_eval.api.instance.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)
+    ]
+    mine = model_of(reader).loglikelihood(requests)
+    for (own, is_greedy), (other, is_theirs) in zip(
+        mine, theirs.loglikelihood(requests), strict=True
+    ):
+        assert own == pytest.approx(other, abs=1e-4 * max(1, abs(other))) and is_greedy == is_theirs
+    long = lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text(r, 200),), 0)
+    (own,), (other,) = (m.loglikelihood_rolling([long]) for m in (model_of(reader), theirs))
+    assert own == pytest.approx(other, rel=1e-5)
+
+
+def test_an_unknown_task_is_one_line(reader):
+    for task, message in (("no_such_task", "has no task"), ("missing.yaml", "there is no file")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_lm_eval(reader, [task])

@@ -336,6 +336,7 @@ class Scorer:
                 for name, numbers in zip(ARRAYS, values, strict=True):
                     getattr(piece, name)[at : at + count] = numbers
                 for block, experts_NK in enumerate(chosen):
+                    assert piece.experts_LTK is not None
                     own_TK = experts_NK.view(*chunk_BT.shape, -1)[row, :count]
                     piece.experts_LTK[block, at : at + count] = own_TK.cpu().numpy()
 

@@ -344,20 +344,15 @@ class NativeModel:
         allowed). targets: for each of these, the id to score instead; logits then stay here.
         Raise ValueError for ids out of range or a cache without room.
         """
-        c, lengths = self.config, [len(own) for own in ids]
-        for cache, T in zip(caches, lengths, strict=True):
-            cache.check_fits(1, T)
-            self.model.check_length(cache.length + T)
-            assert T == 1 or not any(cache.is_ring), (
-                "a ring loses keys that the first of several new tokens need"
-            )
-        flat = np.array([i for own in ids for i in own], dtype=np.int64)
-        n, firsts = len(flat), np.cumsum([0, *lengths[:-1]])
+        lengths = [len(own) for own in ids]
+        self._check_room(caches, lengths)
+        every = [i for own in ids for i in own]
+        n, firsts = len(every), np.cumsum([0, *lengths[:-1]])
         named = [first + row for first, own in zip(firsts, rows, strict=True) for row in own]
         scored = None if targets is None else [i for own in targets for i in own]
-        for some in (flat, scored or [0]):
-            if not len(some) or min(some) < 0 or max(some) >= c.vocabulary_size:
-                raise ValueError(f"token ids must be from 0 to {c.vocabulary_size - 1}")
+        for some in (every, scored or [0]):
+            if not some or min(some) < 0 or max(some) >= self.config.vocabulary_size:
+                raise ValueError(f"token ids must be from 0 to {self.config.vocabulary_size - 1}")
         assert all(0 <= row < T for own, T in zip(rows, lengths, strict=True) for row in own)
         assert scored is None or len(scored) == len(named)
         positions = np.concatenate(
@@ -368,8 +363,14 @@ class NativeModel:
         )
         owners = np.repeat(np.arange(len(caches), dtype=np.int32), lengths)
         keys, values = (np.concatenate([_addresses(cache)[i] for cache in caches]) for i in (0, 1))
-        given = dict(ids=flat, positions=positions, caches=owners, keys=keys, values=values)
-        given["logit_rows"] = np.array(named, dtype=np.int32)
+        given: dict[str, np.ndarray | None] = dict(
+            ids=np.array(every, dtype=np.int64),
+            positions=positions,
+            caches=owners,
+            keys=keys,
+            values=values,
+            logit_rows=np.array(named, dtype=np.int32),
+        )
         out = self._outputs(n, len(named), scored, with_experts)
         # C runs without Python's lock, and there is one working memory.
         with self._lock:
@@ -389,11 +390,21 @@ class NativeModel:
             *(out[name] for name in ("log_probs", "best_log_probs", "best", "experts", "weights")),
         )
 
+    def _check_room(self, caches: Sequence[KVCache], lengths: list[int]) -> None:
+        """Raise ValueError for a cache that so many further tokens do not fit."""
+        for cache, T in zip(caches, lengths, strict=True):
+            cache.check_fits(1, T)
+            self.model.check_length(cache.length + T)
+            assert T == 1 or not any(cache.is_ring), (
+                "a ring loses keys that the first of several new tokens need"
+            )
+
     def _outputs(
         self, n: int, num_logits: int, targets: list[int] | None, with_experts: bool
     ) -> dict[str, np.ndarray | None]:
         """Return what C writes to, and the targets; None for what is not asked for."""
         c, is_scored = self.config, targets is not None
+        ids = None if targets is None else np.array(targets, np.int32)
         experts_shape = (c.transformer_blocks, n, c.top_k)
 
         def array(is_wanted: bool, shape, dtype) -> np.ndarray | None:
@@ -401,7 +412,7 @@ class NativeModel:
 
         return dict(
             logits=array(not is_scored, (num_logits, c.vocabulary_size), np.float32),
-            targets=np.array(targets, np.int32) if is_scored else None,
+            targets=ids,
             log_probs=array(is_scored, num_logits, np.float64),
             best_log_probs=array(is_scored, num_logits, np.float64),
             best=array(is_scored, num_logits, np.int32),

@@ -174,6 +174,7 @@ class Scorer:
         """
         buffer: list[list[_Piece]] = []
         tokens = 0
+        pairs: Iterable[tuple[Sequence[int], int]]
         if firsts is None:
             pairs = ((document, 1) for document in documents)
         else:
@@ -237,7 +238,7 @@ class Scorer:
             none = np.zeros((c.transformer_blocks, 0, c.top_k), dtype=np.int32)
             new = [p.experts_LTK[:, p.new :] for p in pieces if p.experts_LTK is not None]
             experts = np.concatenate([none, *new], axis=1)
-        return Scores(*parts, experts)
+        return Scores(parts[0], parts[1], parts[2], experts)
 
     # ------------------------------------------------------------------------------ the C kernel
     def _in_c(self, pieces: list[_Piece]) -> None:
@@ -336,6 +337,7 @@ class Scorer:
                 for name, numbers in zip(ARRAYS, values, strict=True):
                     getattr(piece, name)[at : at + count] = numbers
                 for block, experts_NK in enumerate(chosen):
+                    assert piece.experts_LTK is not None
                     own_TK = experts_NK.view(*chunk_BT.shape, -1)[row, :count]
                     piece.experts_LTK[block, at : at + count] = own_TK.cpu().numpy()
 
@@ -343,13 +345,13 @@ class Scorer:
 def _scored(logits_TV: torch.Tensor, targets_T: list[int]) -> tuple[np.ndarray, ...]:
     """Return what Scores has of each target: log-probabilities, the best ones, greedy or not."""
     dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-    logits_TV = logits_TV.to(dtype).cpu().numpy().astype(np.float64)
-    best_T = logits_TV.argmax(axis=1)
+    numbers_TV = logits_TV.to(dtype).cpu().numpy().astype(np.float64)
+    best_T = numbers_TV.argmax(axis=1)
     rows_T = np.arange(len(best_T))
     # Row by row: a sum's order then depends on the vocabulary alone.
-    largest_T = logits_TV[rows_T, best_T]
-    totals_T = np.exp(logits_TV - largest_T[:, None]).sum(axis=1)
-    log_probs_T = logits_TV[rows_T, targets_T] - largest_T - np.log(totals_T)
+    largest_T = numbers_TV[rows_T, best_T]
+    totals_T = np.exp(numbers_TV - largest_T[:, None]).sum(axis=1)
+    log_probs_T = numbers_TV[rows_T, targets_T] - largest_T - np.log(totals_T)
     return log_probs_T, -np.log(totals_T), best_T == np.asarray(targets_T)
 
 

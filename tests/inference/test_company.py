@@ -123,7 +123,7 @@ def test_a_token_is_the_same_bits_in_any_company(code, name, packed):
 
     And the share of an expert's hidden layer that a thread computes decided which elements take
     the vector's exponential function, and which the C library's. With 72 elements no logits were
-    equal. In a window, the group of rows decided in which lane of a sum a key is added.
+    equal.
     """
     model, r = model_of(name, packed), random.Random(0)
     V = model.config.vocabulary_size

@@ -1,8 +1,7 @@
 """Let lm-evaluation-harness (lm-eval, an extra) ask a model: its tasks, our scores.
 
-Every request is scored as training reads text: a start token comes before it. So figures equal
-those of lm-eval's own Hugging Face model with add_bos_token=True on the exported folder; without
-the start token, as lm-eval sends ids to servers, they differ a little.
+Every request is scored as training reads text: a start token comes before it. Without it, as
+lm-eval sends ids to servers, figures differ a little.
 
 Tasks are lm-eval's names, or YAML files of one's own. It downloads what its named tasks need.
 """
@@ -29,6 +28,8 @@ INSTALL = "lm-eval is not installed: pip install lm-eval==0.4.13 (about 330 MB w
 # Answers that are generated at a time, and their tokens where a task says no limit.
 MOST_ROWS = 32
 MAX_NEW_TOKENS = 256
+# The names of files that hold a task.
+TASK_FILES = (".yaml", ".yml")
 # What tasks may set of a generated answer.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 KNOWN = {*SAMPLING, "until", "max_gen_toks", "do_sample"}
@@ -215,7 +216,9 @@ def evaluate_lm_eval(reader: Reader, tasks: Sequence[str], limit: int = 0) -> Se
     limit: questions of each task, 0 = all. Raise ValueError without lm-eval and for unknown tasks.
     """
     lm_eval = library()
-    manager = lm_eval.tasks.TaskManager()
+    # Its own thousands of task files take half a minute to read.
+    is_named = not all(task.endswith(TASK_FILES) for task in tasks)
+    manager = lm_eval.tasks.TaskManager(include_defaults=is_named)
     results = lm_eval.simple_evaluate(
         model=model_of(reader),
         tasks=_found(manager, tasks),
@@ -230,7 +233,7 @@ def _found(manager: Any, tasks: Sequence[str]) -> list[str]:
     """Return the names and files of tasks. Raise ValueError for one that is neither."""
     found = []
     for task in tasks:
-        if task.endswith((".yaml", ".yml")):
+        if task.endswith(TASK_FILES):
             if not Path(task).is_file():
                 raise ValueError(f"--lm_eval: there is no file {task}")
             found.append(str(Path(task).absolute()))

@@ -15,11 +15,9 @@ import pytest
 from runtime.data.tokenizers import load_tokenizer
 from runtime.evaluation.choice_formats import read_tasks
 from runtime.evaluation.choices import evaluate_choices
-from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, model_of
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval
 from runtime.inference.scorer import Scorer
-from scripts.export_hf import main as export_hf
 from tests.builders import random_model, tiny_config
-from tests.builders_inference import save
 from tests.evaluation.test_choice_formats import ARC, BLIMP, HELLASWAG, OPENBOOK, PIQA, WINOGRANDE
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test-lm-eval)")
@@ -40,12 +38,6 @@ OWN = {
 }
 # Its metrics, and our columns.
 METRICS = {"acc": "sum", "acc_bytes": "per_byte", "acc_mutual_info": "pmi"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    config = tiny_config(vocabulary_size=BYTE.vocabulary_size, context_length=CONTEXT)
-    return save(tmp_path_factory.mktemp("ckpt"), random_model(config, 5))
 
 
 @pytest.fixture(scope="module")
@@ -182,29 +174,6 @@ def test_generated_answers_are_the_decoders(reader, tmp_path):
     )
     (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
     assert one["value"] == 0.5
-
-
-def test_its_own_model_of_our_export_has_these_scores(checkpoint, reader, tmp_path):
-    """The exported folder in transformers, with the start token, asked the same."""
-    pytest.importorskip("transformers")
-    huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    export_hf(["--ckpt", checkpoint, "--out", str(tmp_path / "hf"), "--dtype", "float32"])
-    theirs = huggingface.HFLM(
-        pretrained=str(tmp_path / "hf"), add_bos_token=True, device="cpu", batch_size=4
-    )
-    r = random.Random(2)
-    pairs = [(text(r), f" {text(r)}") for _ in range(12)] + [("", text(r)) for _ in range(4)]
-    requests = [
-        lm_eval.api.instance.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)
-    ]
-    mine = model_of(reader).loglikelihood(requests)
-    for (own, is_greedy), (other, is_theirs) in zip(
-        mine, theirs.loglikelihood(requests), strict=True
-    ):
-        assert own == pytest.approx(other, abs=1e-4 * max(1, abs(other))) and is_greedy == is_theirs
-    long = lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text(r, 200),), 0)
-    (own,), (other,) = (m.loglikelihood_rolling([long]) for m in (model_of(reader), theirs))
-    assert own == pytest.approx(other, rel=1e-5)
 
 
 def test_an_unknown_task_is_one_line(reader):

@@ -231,9 +231,11 @@ def choices_section(results: Iterable[Result], name: str = "tasks") -> Section:
                 rows.append([*row, None, None])
                 continue
             chance = math.fsum(result.chances) / n
-            centered = [(share - chance) / (1 - chance) for share in (right / n, low, high)]
-            figures[f"{result.task}_{column}_centered"] = figure(centered[0], n, *centered[1:])
-            rows.append([*row, chance, centered[0]])
+            centered, least, most = (
+                (share - chance) / (1 - chance) for share in (right / n, low, high)
+            )
+            figures[f"{result.task}_{column}_centered"] = figure(centered, n, least, most)
+            rows.append([*row, chance, centered])
         notes += _notes(result)
     columns = ["task", "form", "chosen by", "n", "accuracy", "low", "high", "chance", "centered"]
     return section(name, figures, Table(columns=columns, rows=rows), notes=notes)

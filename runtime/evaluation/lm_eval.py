@@ -162,8 +162,9 @@ def library() -> Any:
 def model_of(reader: Reader) -> Any:
     """Return lm-eval's model of a reader. Raise ValueError without lm-eval."""
     lm_eval = library()
+    base: Any = lm_eval.api.model.TemplateLM
 
-    class Model(lm_eval.api.model.TemplateLM):
+    class Model(base):
         """Answers lm-eval's four kinds of requests."""
 
         eot_token_id = reader.start

@@ -126,7 +126,7 @@ class Watch:
             for folder in folders_of_runs(root):
                 self._followers.setdefault(folder, Follower(folder, within=root))
         known = {id(watched.run): watched for watched in self._numbers.values()}
-        there = {}
+        there: dict[int, Watched] = {}
         number = max(self._numbers, default=-1)
         for folder, follower in self._followers.items():
             follower.poll()

@@ -120,26 +120,33 @@ def build(plan: TrainPlan) -> LLM:
 
     It is on its device, or it waits for share_out: of shapes alone.
     """
-    if source := starting_weights(plan):
-        one = plan.ranks.world == 1
-        return build_model(source, plan.device) if one else meta_model(plan.model_config)
-    if is_large(plan.model_config) or plan.ranks.are_mixed:
+    from_file = is_from_file(plan)
+    if from_file and plan.ranks.world == 1:
+        return build_model(starting_weights(plan), plan.device)
+    if from_file or is_large(plan.model_config) or plan.ranks.are_mixed:
         return meta_model(plan.model_config)
     torch.manual_seed(plan.config.seed)
     with plan.device:
         return LLM(plan.model_config)
 
 
-def starting_weights(plan: TrainPlan) -> Checkpoint | None:
-    """Return what the plan's model begins with; None for random weights, and for resumed ones.
+def is_from_file(plan: TrainPlan) -> bool:
+    """Return whether the plan's model begins with weights of its source.
 
-    Of a run with adapters these are the base's weights, also when it is resumed: the run's own are
-    loaded into what `prepare` makes of the model.
+    A run with adapters does so also when it is resumed: its own weights are loaded later, into what
+    `prepare` makes of the model.
     """
+    has_adapters = plan.source is not None and plan.source.adapter is not None
+    return bool(plan.config.init_from) or has_adapters
+
+
+def starting_weights(plan: TrainPlan) -> Checkpoint:
+    """Return what a model from a file begins with; of a run with adapters, the base's weights."""
     source = plan.source
-    if source is not None and plan.config.init_from:
+    assert source is not None, "ask is_from_file before"
+    if plan.config.init_from:
         return with_config(source, plan.model_config, plan.task.new_ids(source))
-    return source if source is not None and source.adapter is not None else None
+    return source
 
 
 def share_out(model: LLM, plan: TrainPlan) -> None:
@@ -147,14 +154,15 @@ def share_out(model: LLM, plan: TrainPlan) -> None:
 
     A large model that is resumed gets memory alone: load_training_state fills it.
     """
-    ranks, source = plan.ranks, starting_weights(plan)
+    ranks = plan.ranks
+    is_filled = is_from_file(plan) and ranks.world > 1
     # Adapters have values already.
-    own = set_aside(model) if source is not None and ranks.world > 1 else {}
+    own = set_aside(model) if is_filled else {}
     is_meta = model.embed.weight.is_meta
     ranks.shard(model, plan.dtype)
     if is_meta:
         allocate(model, plan.device)
-    if source is not None and ranks.world > 1:
-        put_back(model, own, source, ranks)
+    if is_filled:
+        put_back(model, own, starting_weights(plan), ranks)
     elif is_meta and not plan.config.resume:
         draw_by_name(model, plan.config.seed, ranks)

@@ -245,6 +245,7 @@ async def stream(
 ) -> AsyncIterator[bytes]:
     """Yield the events of a streamed answer."""
     begun: set[int] = set()
+    tells_tokens = asking.top is not None or asking.experts or asking.token_ids
     try:
         while work.open:
             came = await work.next(ping_seconds)
@@ -254,7 +255,7 @@ async def stream(
             index, delta = came
             is_first = shapes.is_chat and index not in begun
             begun.add(index)
-            if is_first or delta.text or delta.entries or delta.finish_reason:
+            if is_first or delta.text or delta.finish_reason or (delta.entries and tells_tokens):
                 yield _event(shapes.chunk(index, delta, is_first))
         if asking.include_usage:
             yield _event(shapes.last_chunk(work.answers))
@@ -303,8 +304,9 @@ class Guard:
             refusal = self.state.refusal()
             if refusal is not None and head.path not in OPEN_PATHS | {"/metrics"}:
                 raise refusal
-            # With an "app", the router raises its 404 and 405.
-            await self.app(scope | {"app": self}, receive, reply)
+            # So the router raises its 404 and 405; and it notes the route here.
+            scope["app"] = self
+            await self.app(scope, receive, reply)
         except ClientDisconnect:
             reply.status = CLIENT_GONE
         except ApiError as error:

@@ -119,7 +119,7 @@ class DetokenizeFields:
 
 # Not used, and nothing would change if they were.
 NO_EFFECT = frozenset(
-    [
+    (
         "user",
         "metadata",
         "store",
@@ -128,7 +128,7 @@ NO_EFFECT = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "parallel_tool_calls",
-    ]
+    )
 )
 
 

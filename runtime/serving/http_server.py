@@ -81,7 +81,7 @@ class Deadline(H11Protocol):
             self._request_timer.cancel()
             self._request_timer = None
 
-    # ------------------------------------------------------------------------ clients that do not read
+    # -------------------------------------------------------------------- clients that do not read
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:

@@ -14,8 +14,8 @@ def read_object(data: bytes) -> dict:
     """Return the object that a body holds. Raise ApiError for anything else.
 
     No NaN and no Infinity, which JSON does not have; no name twice, because parsers differ in which
-    one counts; no nesting beyond Python's stack; no integer of more than 4,300 digits, which Python's
-    int() refuses. Lone surrogates in texts become U+FFFD.
+    one counts; no nesting beyond Python's stack; no integer of more than 4,300 digits, which Python
+    does not read. Lone surrogates in texts become U+FFFD.
     """
     try:
         value = json.loads(

@@ -51,7 +51,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a request: names in lower case, values as they came, also if there are several."""
+    """The head of a request: names in lower case, and every value that came."""
 
     method: str
     path: str

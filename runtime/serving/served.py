@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from runtime.base.text import shown
 from runtime.data.tokenizer import Tokenizer
-from runtime.serving.errors import ApiError
+from runtime.serving.errors import ApiError, short
 from runtime.serving.request import OnEvent, Request, Ticket
 from runtime.serving.statistics import Gauges, Statistics
 
@@ -139,7 +139,7 @@ class Models:
             ours = ", ".join(self.by_name)
             raise ApiError(
                 404,
-                f"there is no model {shown(name)}: this server has {ours}",
+                f"there is no model {short(name)!r}: this server has {ours}",
                 param="model",
                 code="model_not_found",
             )

@@ -7,8 +7,9 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 
+from runtime.base.text import visible
 from runtime.inference.predictor import LoadedModel
-from runtime.serving.app import State, log_line, make_app
+from runtime.serving.app import State, make_app
 from runtime.serving.config import ServeConfig
 from runtime.serving.engine import Engine
 from runtime.serving.http_server import Server, config_of, listening_socket, url_of
@@ -63,7 +64,7 @@ def serve_model(name: str, path: str, config: ServeConfig, commit: str) -> Serve
 
 
 def say(line: str) -> None:
-    print(log_line(line), file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 async def drained(state: State, seconds: float) -> None:

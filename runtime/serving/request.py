@@ -9,6 +9,7 @@ JSON. No torch is needed here.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -181,5 +182,8 @@ class Ticket:
         self.request, self.on_event = request, on_event
         # Set by `Engine.cancel`, read by the engine's thread.
         self.is_cancelled = False
-        # Whether Finished was sent.
+        # Whether it has ended.
         self.is_done = False
+        # Of time.monotonic.
+        self.submitted_s = time.monotonic()
+        self.last_token_s: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed (
 
 from config_model import PredictConfig
 from runtime.inference.predictor import READY, Predictor
-from tests.builders_serving import events_of, post, read_all, wait_for
+from tests.builders_serving import JSON, events_of, post, wait_for
 from tests.conftest import REPO
 
 SECONDS = 300
@@ -43,9 +44,11 @@ class Running:
         return host, int(port)
 
     def post(self, path: str, body: dict) -> bytes:
-        with socket.create_connection(self.address, timeout=SECONDS) as connection:
-            connection.sendall(post(path, body, "Connection: close"))
-            return read_all(connection).partition(b"\r\n\r\n")[2]
+        connection = http.client.HTTPConnection(*self.address, timeout=SECONDS)
+        connection.request("POST", path, json.dumps(body), JSON)
+        data = connection.getresponse().read()
+        connection.close()
+        return data
 
 
 @contextlib.contextmanager
@@ -225,12 +228,14 @@ def test_the_log_has_no_texts(server):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_lets_a_stream_end_and_then_the_server(number):
     flags = ["--ckpt", str(READY), "--when_full", "slide", "--max_new_tokens", "100000"]
     with running(*flags) as server:
         with socket.create_connection(server.address, timeout=SECONDS) as connection:
-            body = ARGUMENTS | {"max_tokens": 2_000, "stream": True, "logprobs": 0}
+            body = ARGUMENTS | {"max_tokens": 1_000, "stream": True, "logprobs": 0}
             connection.sendall(post("/v1/completions", body))
             found = connection.recv(100)
             server.process.send_signal(number)
@@ -243,6 +248,7 @@ def test_a_signal_lets_a_stream_end_and_then_the_server(number):
         assert "Traceback" not in "\n".join(server.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_second_signal_ends_it_at_once():
     flags = ["--ckpt", str(READY), "--when_full", "slide", "--max_new_tokens", "10000000"]

@@ -120,6 +120,8 @@ class Answer:
     def started(self) -> Started:
         """Return the event that the prompt has been read."""
         self.has_started = True
+        if self.sampling.max_new_tokens == 0:
+            self.end = Finished("length")
         scores = None
         if self.request.prompt_logprobs:
             experts = self._experts if self.request.experts else None

@@ -99,9 +99,13 @@ class Client:
         return started.scores
 
 
+def engine_of(model: LLM, native: bool = True, **settings):
+    return engine_of_decoder(Decoder(model, native=native), **settings)
+
+
 @contextlib.contextmanager
-def engine_of(model: LLM, native: bool = True, **settings) -> Iterator[Engine]:
-    engine = Engine(Decoder(model, native=native), **settings)
+def engine_of_decoder(decoder: Decoder, **settings) -> Iterator[Engine]:
+    engine = Engine(decoder, **settings)
     try:
         yield engine
     finally:

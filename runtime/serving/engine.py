@@ -83,7 +83,7 @@ class Engine:
         self.config, self.device = self.decoder.config, self.decoder.device
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
         self.banned_ids = tuple(banned_ids)
-        self._banned = torch.tensor(self.banned_ids, device=self.device) if banned_ids else None
+        self._banned = frozenset(banned_ids)
         self._slots = Slots(self.decoder, slots)
         self._reader = reader_of(self.decoder)
         # By slot: each answer's own chance.

@@ -12,6 +12,7 @@ from model import LLM
 from runtime.inference.decoder import Decoder
 from runtime.inference.scorer import Scorer
 from runtime.serving.request import Experts, Token
+from tests.builders_inference import biased_model, predictor_of, save
 from tests.builders_serving import (
     CONTEXT,
     MODELS,
@@ -20,6 +21,7 @@ from tests.builders_serving import (
     answers_alone,
     answers_in_company,
     engine_of,
+    engine_of_decoder,
     ids_of_generate,
     model_of,
     random_request,
@@ -28,6 +30,16 @@ from tests.builders_serving import (
 from tests.shared_checks import needs_code
 
 BANNED = (3, 17, 60)
+# Of drawing: what Sampling and PredictConfig have in common.
+SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "when_full",
+    "seed",
+)
 
 
 def check_company(model: LLM, seed: int, count: int, threads: int, slots: int = 5) -> int:
@@ -85,6 +97,28 @@ def test_ids_are_those_of_generate(name, native):
         assert engine.is_exact == native
         clients = [Client(engine, request) for request in requests]
         assert [client.ids for client in clients] == expected
+
+
+@needs_code
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ids_are_those_of_predict(tmp_path, seed):
+    """The server has predict.py's model, tokenizer and decoder, and draws as it does."""
+    ckpt = save(tmp_path, biased_model())
+    predictor, config = predictor_of(
+        ckpt, seed=seed, max_new_tokens=40, temperature=1.2, top_p=0.9, repetition_penalty=1.1
+    )
+    list(predictor.stream("Once upon", config))
+    with engine_of_decoder(predictor.decoder, banned_ids=predictor.banned_ids) as engine:
+        request = request_of(
+            predictor.prompt_ids("Once upon"),
+            config.max_new_tokens,
+            stop_ids=tuple(predictor.stop_ids),
+            **{name: getattr(config, name) for name in SETTINGS},
+        )
+        company = [Client(engine, request_of([5, i], 30, seed=i)) for i in range(3)]
+        client = Client(engine, request)
+        assert client.ids == predictor.last.ids
+        assert all(len(other.ids) == 30 for other in company)
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_code), False])

@@ -1,292 +1,243 @@
-"""Servers for tests: models and engines behind them, in a thread of this process, and raw requests.
-
-A `FakeEngine` answers when a test says so; everything else is the real thing.
-"""
+"""Requests, and an engine that reads one pass at a time, for tests of serving."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import http.client
-import json
-import socket
+import dataclasses
+import random
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from config_model import PredictConfig
-from runtime.data.chat import has_chat, prompt_ids
-from runtime.data.tokenizer import Tokenizer
-from runtime.data.tokenizers import load_tokenizer
-from runtime.serving.fields import SAMPLING
+import torch
+
+from model import LLM
+from model import generate as plain_generate
+from runtime.inference.decoder import Decoder
+from runtime.inference.quantize import quantize_
+from runtime.serving.engine import Engine
 from runtime.serving.request import (
+    Event,
     Finished,
-    OnEvent,
-    QueueFull,
+    PromptScores,
     Request,
-    RequestRefused,
+    Sampling,
     Started,
-    Ticket,
     Token,
 )
-from runtime.serving.served import Limits, Models, Served
-from runtime.serving.statistics import Gauges, Statistics
+from tests.builders import random_model, tiny_config
 
-BYTE = load_tokenizer("byte")
-END = BYTE.end_of_text_id
-JSON = {"Content-Type": "application/json"}
-DEFAULTS = {name: getattr(PredictConfig, name) for name in SAMPLING} | {"when_full": "stop"}
-
-
-@dataclass
-class Rendering:
-    """What `LoadedModel` does for the server, of a tokenizer alone."""
-
-    tokenizer: Tokenizer = BYTE
-
-    @property
-    def stop_ids(self) -> list[int]:
-        return list(self.tokenizer.all_stop_ids)
-
-    @property
-    def has_chat(self) -> bool:
-        return has_chat(self.tokenizer)
-
-    def text_ids(self, text: str) -> list[int]:
-        return [self.tokenizer.start_id, *self.tokenizer.encode(text)]
-
-    def chat_ids(self, messages: list[dict]) -> list[int]:
-        return prompt_ids(messages, self.tokenizer)
+CONTEXT = 48
+# What the C kernel does in a loop of its own; widths around the 8 or 16 lanes of a vector.
+MODELS = {
+    "SwiGLU": dict(d_ff=72),
+    "GELU with biases": dict(
+        d_ff=40, expert_activation="gelu", expert_bias=True, qkv_bias=True, head_bias=True
+    ),
+    "sinks and windows": dict(
+        d_ff=72,
+        expert_activation="swiglu_clamped",
+        expert_bias=True,
+        attention_sinks=True,
+        router_bias=True,
+        sliding_window=11,
+        window_pattern="alternating",
+    ),
+    "odd sizes": dict(d_model=60, d_ff=44, head_dim=22, num_heads=4),
+    "a learned bias": dict(d_ff=40, use_attention_bias=True, use_rope=False),
+}
+# A request that fails a test rather than hold it up.
+PATIENCE_SECONDS = 300
 
 
-class FakeEngine:
-    """Draws the same ids for everyone: at once, or when a test calls `tell`."""
-
-    is_exact, line = True, "a test's engine"
-
-    def __init__(self, ids: Sequence[int] = (), at_once: bool = True, most: int = 1_000):
-        self.ids, self.at_once, self.most = list(ids), at_once, most
-        self.tickets: list[Ticket] = []
-        self.cancelled: list[Ticket] = []
-        self.refuses = self.fails = ""
-        self.is_closed = False
-        self.statistics = Statistics()
-        self.changed = threading.Condition()
-
-    @property
-    def open(self) -> list[Ticket]:
-        return [t for t in self.tickets if not t.is_done and t not in self.cancelled]
-
-    def submit(self, request: Request, on_event: OnEvent) -> Ticket:
-        if self.refuses:
-            raise RequestRefused(self.refuses)
-        if len(self.open) >= self.most:
-            raise QueueFull("full")
-        ticket = Ticket(request, on_event)
-        with self.changed:
-            self.tickets.append(ticket)
-            self.changed.notify_all()
-        if self.at_once:
-            threading.Thread(target=self.tell, args=(ticket,)).start()
-        return ticket
-
-    def tell(self, ticket: Ticket, ids: Sequence[int] | None = None, ends: bool = True) -> None:
-        """Send the events of an answer."""
-        ids = self.ids if ids is None else ids
-        request = ticket.request
-        ticket.on_event(Started(len(request.ids), 0))
-        most = request.sampling.max_new_tokens
-        for i in ids[:most]:
-            score = None if request.logprobs is None else -0.5
-            top = None if request.logprobs is None else [(i, -0.5)][: request.logprobs]
-            ticket.on_event(Token(i, score, top))
-        if ends:
-            ticket.is_done = True
-            end = Finished("stop" if ids[:most][-1:] == [END] else "length")
-            ticket.on_event(Finished("error", self.fails) if self.fails else end)
-
-    def cancel(self, ticket: Ticket) -> None:
-        with self.changed:
-            if not ticket.is_done:
-                self.cancelled.append(ticket)
-            self.changed.notify_all()
-
-    def wait_until(self, what: Callable[[FakeEngine], object]) -> bool:
-        with self.changed:
-            return self.changed.wait_for(lambda: what(self), 60)
-
-    def drain(self, seconds: float) -> bool:
-        return not self.open
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    def gauges(self) -> Gauges:
-        return Gauges(len(self.open), 0, 8, 0, 1)
+def model_of(name: str = "SwiGLU", packed: bool = False, **changes) -> LLM:
+    config = tiny_config(context_length=CONTEXT, **MODELS[name] | changes)
+    model = random_model(config, 5).eval()
+    return quantize_(model) if packed else model
 
 
-def served_of(
-    engine: Any = None, name: str = "toy", tokenizer: Tokenizer = BYTE, **limits: Any
-) -> Served:
-    """Return a served model of bytes with a context of 64."""
-    return Served(
-        name=name,
-        rendering=Rendering(tokenizer),
-        engine=engine or FakeEngine(BYTE.encode(" cat")),
-        context_length=64,
-        vocabulary_size=tokenizer.vocabulary_size,
-        fingerprint="abc-123",
-        limits=Limits(**({"defaults": DEFAULTS} | limits)),
-    )
+class Client:
+    """Collects what a request is answered."""
 
+    def __init__(self, engine: Engine, request: Request, then: Callable[[Event], object] = id):
+        self.events: list[Event] = []
+        self._then, self._done = then, threading.Event()
+        self.ticket = engine.submit(request, self._take)
 
-@dataclass
-class Live:
-    """A running server of this process, and what it logged."""
+    def _take(self, event: Event) -> None:
+        assert not self._done.is_set(), "an event after the last"
+        self.events.append(event)
+        try:
+            self._then(event)
+        finally:
+            if isinstance(event, Finished):
+                self._done.set()
 
-    state: Any
-    server: Any
-    port: int
-    lines: list[str] = field(default_factory=list)
+    def wait(self) -> list[Event]:
+        assert self._done.wait(PATIENCE_SECONDS), f"no end after {self.events[-1:]}"
+        return self.events
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def ids(self) -> list[int]:
+        return [event.id for event in self.wait() if isinstance(event, Token)]
 
-    def ask(
-        self,
-        path: str,
-        body: Any = None,
-        method: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Return (status, headers, body). A body that is not bytes is sent as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        sent = (JSON if data is not None else {}) | (headers or {})
-        method = method or ("GET" if data is None else "POST")
-        connection.putrequest(method, path, skip_host="Host" in sent, skip_accept_encoding=True)
-        for name, value in sent.items():
-            connection.putheader(name, value)
-        if data is not None:
-            connection.putheader("Content-Length", str(len(data)))
-        connection.endheaders(data)
-        answer = connection.getresponse()
-        found = answer.status, answer.headers, answer.read()
-        connection.close()
-        return found
+    @property
+    def end(self) -> Finished:
+        last = self.wait()[-1]
+        assert isinstance(last, Finished)
+        return last
 
-    def json(self, path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
-        status, _, data = self.ask(path, body, **options)
-        return status, json.loads(data)
+    @property
+    def reused(self) -> int:
+        started = self.wait()[0]
+        assert isinstance(started, Started)
+        return started.num_reused_tokens
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
-
-    def raw(self, data: bytes) -> bytes:
-        """Return all that comes until the server closes the connection."""
-        with self.connect() as connection:
-            connection.sendall(data)
-            return read_all(connection)
-
-    def events(self, path: str, body: dict, **options: Any) -> list[Any]:
-        """Return the events of a stream, parsed; the last must be [DONE]."""
-        status, headers, data = self.ask(path, body | {"stream": True}, **options)
-        assert status == 200 and headers["Content-Type"].startswith("text/event-stream"), data
-        return events_of(data)
-
-    def end(self) -> None:
-        self.server.loop.call_soon_threadsafe(self.server.ended.set)
+    @property
+    def scores(self) -> PromptScores:
+        started = self.wait()[0]
+        assert isinstance(started, Started) and started.scores is not None
+        return started.scores
 
 
-def events_of(data: bytes) -> list[Any]:
-    parts = [part for part in data.decode("ascii").split("\n\n") if part]
-    told = [part.removeprefix("data: ") for part in parts if not part.startswith(":")]
-    return [json.loads(part) if part != "[DONE]" else part for part in told]
-
-
-def read_all(connection: socket.socket) -> bytes:
-    found = b""
-    with contextlib.suppress(ConnectionError):
-        while chunk := connection.recv(1 << 16):
-            found += chunk
-    return found
-
-
-def post(path: str, body: Any, *lines: str) -> bytes:
-    """Return a POST as it goes over the wire."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
-    head += [f"Content-Length: {len(data)}", *lines]
-    return "\r\n".join([*head, "", ""]).encode() + data
+def engine_of(model: LLM, native: bool = True, **settings):
+    return engine_of_decoder(Decoder(model, native=native), **settings)
 
 
 @contextlib.contextmanager
-def live(
-    *served: Served,
-    key: bytes = b"",
-    allow_host: Sequence[str] = (),
-    allow_origin: Sequence[str] = (),
-    max_body_bytes: int = 1 << 20,
-    request_seconds: float = 60.0,
-    drain_seconds: float = 60.0,
-    ping_seconds: float = 60.0,
-    is_loading: bool = False,
-) -> Iterator[Live]:
-    """Run a server in a thread."""
-    from runtime.serving.app import State, make_app
-    from runtime.serving.http_server import Server, config_of, listening_socket
-    from runtime.serving.security import rules_of
-    from runtime.serving.start import drained
-
-    listening = listening_socket("127.0.0.1", 0)
-    port, ready = listening.getsockname()[1], threading.Event()
-    lines: list[str] = []
-
-    def run() -> None:
-        async def main() -> None:
-            state = State(
-                models=Models(served or [served_of()]),
-                rules=rules_of("127.0.0.1", allow_host, allow_origin, key),
-                version="test",
-                max_body_bytes=max_body_bytes,
-                log=lines.append,
-                ping_seconds=ping_seconds,
-                is_loading=is_loading,
-            )
-
-            async def begin() -> None:
-                server.loop = asyncio.get_running_loop()
-                ready.set()
-
-            server = Server(
-                config_of(make_app(state), request_seconds),
-                begin,
-                lambda: drained(state, drain_seconds),
-            )
-            found.append(Live(state, server, port, lines))
-            await server.serve(sockets=[listening])
-
-        asyncio.run(main())
-
-    found: list[Live] = []
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert ready.wait(60)
+def engine_of_decoder(decoder: Decoder, **settings) -> Iterator[Engine]:
+    engine = Engine(decoder, **settings)
     try:
-        yield found[0]
+        yield engine
     finally:
-        with contextlib.suppress(RuntimeError):
-            found[0].end()
-        thread.join(60)
-        assert not thread.is_alive()
+        engine.close()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
+class Stepped:
+    """Lets an engine read one pass at a time. `read`: what to do in a pass; the engine's own."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.read = engine, engine._reader.read
+        self._allowed, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        # Of each pass: the tokens read of each text.
+        self.counts: list[list[int]] = []
+        engine._reader.read = self._read  # type: ignore[method-assign]
+
+    def _read(self, parts):
+        assert self._allowed.acquire(timeout=PATIENCE_SECONDS)
+        self.counts.append([part.count for part in parts])
+        try:
+            return self.read(parts)
+        finally:
+            self._done.release()
+
+    def passes(self, count: int = 1) -> None:
+        """Read so many passes; the last one's tokens may not be drawn yet."""
+        for _ in range(count):
+            self._allowed.release()
+            assert self._done.acquire(timeout=PATIENCE_SECONDS)
+
+    def free(self) -> None:
+        """Let the engine read what it wants."""
+        self._allowed.release(1_000_000)
+
+
+def request_of(ids, max_new_tokens: int = 6, **more) -> Request:
+    """Return a request; settings of drawing and fields of Request may be given."""
+    own = {f.name for f in dataclasses.fields(Request)}
+    sampling = {key: more.pop(key) for key in list(more) if key not in own}
+    return Request(tuple(ids), Sampling(max_new_tokens=max_new_tokens, **sampling), **more)
+
+
+def random_request(r: random.Random, V: int, context: int) -> Request:
+    """Return a request with random settings; many prompts share a beginning."""
+    start = [(7 * i + r.choice((1, 2))) % V for i in range(r.choice((0, 10, 25)))]
+    start = start[:1] + [(start[0] + 3 * i) % V for i in range(1, len(start))]
+    ids = start + [r.randrange(V) for _ in range(r.randint(1, context // 3))]
+    scored = r.random() < 0.3
+    return request_of(
+        ids,
+        r.choice((1, 3, 8, 20, context)),
+        temperature=r.choice((0.0, 0.7, 1.0, 1.5)),
+        top_k=r.choice((0, 5, 50)),
+        top_p=r.choice((0.8, 1.0)),
+        min_p=r.choice((0.0, 0.05)),
+        repetition_penalty=r.choice((1.0, 1.0, 1.3)),
+        seed=r.randrange(2**31),
+        stop_ids=tuple(r.sample(range(V), r.choice((0, 1, 3)))),
+        when_full=r.choice(("stop", "slide")),
+        logprobs=r.choice((None, 0, 3)),
+        prompt_logprobs=scored,
+        experts=r.random() < 0.4,
+    )
+
+
+def comparable(events: list[Event]) -> list[Event]:
+    """Return events without what may depend on the company: the tokens that were reused."""
+    return [
+        dataclasses.replace(event, num_reused_tokens=0) if isinstance(event, Started) else event
+        for event in events
+    ]
+
+
+def answers_alone(engine: Engine, requests: list[Request]) -> list[list[Event]]:
+    """Return what requests are answered one after the other, with nothing reused."""
+    answers = []
+    for request in requests:
+        answers.append(comparable(Client(engine, request).wait()))
+        for slot in engine._slots.all:
+            engine._slots.clear(slot)
+    return answers
+
+
+def answers_in_company(
+    engine: Engine, requests: list[Request], r: random.Random, clients: int = 3
+) -> list[list[Event]]:
+    """Return what requests are answered together, at least so many at a time.
+
+    Each last event brings the next one, and any event may bring more.
+    """
+    asked: dict[int, Client] = {}
+    left = list(range(len(requests)))
+    r.shuffle(left)
+    all_in = threading.Event()
+
+    def more(event: Event | None = None) -> None:
+        # One of them always comes when another ends.
+        least = 1 if isinstance(event, Finished) else 0
+        for _ in range(r.choice((least, least, least, least, 1, 2))):
+            if left:
+                # The list before the request: this is called from its own events, too.
+                i = left.pop()
+                asked[i] = Client(engine, requests[i], more)
+        if not left:
+            all_in.set()
+
+    first = [left.pop() for _ in range(min(clients, len(left)))]
+    # Here, and from then on by the engine's thread alone.
+    with engine._changed:
+        for i in first:
+            asked[i] = Client(engine, requests[i], more)
+        if not left:
+            all_in.set()
+    assert all_in.wait(PATIENCE_SECONDS)
+    return [comparable(asked[i].wait()) for i in range(len(requests))]
+
+
+def ids_of_generate(model: LLM, request: Request, **more) -> list[int]:
+    """Return what model.generate draws for a request."""
+    s = request.sampling
+    drawn = plain_generate(
+        model,
+        torch.tensor([request.ids]),
+        s.max_new_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        stop_ids=s.stop_ids,
+        slide=s.when_full == "slide",
+        generator=torch.Generator().manual_seed(s.seed),
+        **more,
+    )
+    return [int(ids) for ids in drawn]

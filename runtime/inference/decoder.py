@@ -122,8 +122,8 @@ class Decoder:
         self._whole, self._caches, self._texts, self._graphs = None, [], [], {}
         # One slot more: where a step has texts that take no part, they write after their end.
         dtype = self.model.embed.weight.dtype
-        config = self.config if rings else without_windows(self.config)
-        self._whole = KVCache(config, count, max_tokens + 1, dtype, self.device)
+        kind = KVCache if rings else WholeCache
+        self._whole = kind(self.config, count, max_tokens + 1, dtype, self.device)
         self._caches = self._whole.rows()
         self._row = {id(cache): row for row, cache in enumerate(self._caches)}
         for cache in self._caches:
@@ -333,6 +333,27 @@ class Decoder:
 def without_windows(config: ModelConfig) -> ModelConfig:
     """Return the config of a cache without ring buffers: it keeps the keys of all tokens."""
     return dataclasses.replace(config, sliding_window=0, window_pattern="all")
+
+
+class WholeCache(KVCache):
+    """A KVCache without ring buffers: windowed blocks keep all keys, too.
+
+    So it can be read in chunks, cut and copied. As a ring buffer does, it gives a single query only
+    the keys that this sees: the model masks none of them then, unless it has learned biases.
+    """
+
+    def __init__(self, config: ModelConfig, *sizes):
+        super().__init__(without_windows(config), *sizes)
+        has_mask = config.use_attention_bias
+        blocks = range(config.transformer_blocks)
+        self.windows = [0 if has_mask else config.window(block) for block in blocks]
+
+    def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        T, window = k_BGTD.shape[2], self.windows[block]
+        k_BGSD, v_BGSD = super().update(block, k_BGTD, v_BGTD)
+        if T == 1 and window:
+            return k_BGSD[:, :, -window:], v_BGSD[:, :, -window:]
+        return k_BGSD, v_BGSD
 
 
 def copy_beginning(source: KVCache, target: KVCache, tokens: int) -> None:

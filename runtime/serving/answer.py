@@ -109,17 +109,18 @@ class Answer:
             self._experts += [rows.experts(token) for token in range(rows.part.count)]
         # The tokens after those that were read; after the last comes the first that is drawn.
         first = self.text.cache.length - rows.part.count + 1
-        for row, token in enumerate(self.ids[first : first + rows.part.count]):
-            log_prob = rows.log_prob(row, token)
-            if not np.isfinite(log_prob):
-                return False
-            self._log_probs.append(log_prob)
-            self._tops.append(rows.top(row, self.request.logprobs))
+        log_probs = rows.log_probs(self.ids[first : first + rows.part.count])
+        if not np.isfinite(log_probs).all():
+            return False
+        self._log_probs += log_probs
+        self._tops += [rows.top(row, self.request.logprobs) for row in range(len(log_probs))]
         return True
 
     def started(self) -> Started:
         """Return the event that the prompt has been read."""
         self.has_started = True
+        if self.sampling.max_new_tokens == 0:
+            self.end = Finished("length")
         scores = None
         if self.request.prompt_logprobs:
             experts = self._experts if self.request.experts else None
@@ -128,7 +129,7 @@ class Answer:
 
     # ------------------------------------------------------------------------------------- drawing
     @property
-    def draws_like(self) -> tuple:
+    def draws_like(self) -> tuple[float, int, float, float, float, tuple[int, ...]]:
         """Return the settings that answers must share to be drawn together."""
         s = self.sampling
         return s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.stop_ids
@@ -169,9 +170,7 @@ class PartRows:
     banned: ids that no list of the most likely has.
     """
 
-    def __init__(
-        self, part: Part, reading: Reading, row: int, token: int, banned: torch.Tensor | None
-    ):
+    def __init__(self, part: Part, reading: Reading, row: int, token: int, banned: frozenset[int]):
         self.part, self._reading, self._row, self._token = part, reading, row, token
         self._banned = banned
 
@@ -180,35 +179,46 @@ class PartRows:
         """Return the number in the pass of the row after the part's last token."""
         return self._row + len(self.part.rows) - 1
 
+    def log_probs(self, tokens: Sequence[int]) -> list[float]:
+        """Return the log-probability of an id in each of the part's first rows, in nats."""
+        return self._log_probs(range(len(tokens)), tokens)
+
     def log_prob(self, row: int, token: int) -> float:
         """Return the log-probability of an id in one of the part's rows, in nats."""
-        return self._log_probs(row, [token])[0]
+        return self._log_probs([row], [token])[0]
 
-    def _log_probs(self, row: int, ids: list[int]) -> list[float]:
+    def _log_probs(self, rows: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """Add to the best id's what the logits differ by, in float64: exact, in any company."""
         r = self._reading
         assert r.best_R is not None and r.best_log_probs_R is not None
-        row += self._row
-        best = int(r.best_R[row])
-        logits = r.logits_RV[row, [best, *ids]].double().tolist()
-        return [x - logits[0] + float(r.best_log_probs_R[row]) for x in logits[1:]]
+        rows_M = self._row + np.asarray(rows, dtype=np.int64)
+        best_M = np.asarray(r.best_R[rows_M], dtype=np.int64)
+        ids_M2 = np.stack([best_M, np.asarray(tokens, dtype=np.int64)], axis=1)
+        device = r.logits_RV.device
+        where = torch.from_numpy(rows_M)[:, None].to(device), torch.from_numpy(ids_M2).to(device)
+        logits_M2 = r.logits_RV[where].double().cpu().numpy()
+        return (logits_M2[:, 1] - logits_M2[:, 0] + r.best_log_probs_R[rows_M]).tolist()
 
     def top(self, row: int, count: int | None) -> Top | None:
         """Return the most likely ids of one of the part's rows; None if not asked for."""
         if count is None:
             return None
-        logits_V = self._reading.logits_RV[row + self._row].float()
-        if self._banned is not None:
-            logits_V = logits_V.index_fill(0, self._banned, -torch.inf)
-        logits = logits_V.cpu().numpy()
-        count = min(count, len(logits))
         if count == 0:
             return []
+        best_R = self._reading.best_R
+        assert best_R is not None
+        best = int(best_R[row + self._row])
+        if count == 1 and best not in self._banned:
+            return [(best, self.log_prob(row, best))]
+        logits_V = self._reading.logits_RV[row + self._row].float()
+        logits = np.array(logits_V.cpu())
+        logits[list(self._banned)] = -np.inf
+        count = min(count, len(logits))
         least = np.partition(logits, -count)[-count]
         # Equal ones at the end may be more than there is room for: the lowest ids stay.
         candidates = np.flatnonzero((logits >= least) & (logits > -np.inf))
         ids = candidates[np.argsort(-logits[candidates], kind="stable")][:count].tolist()
-        return list(zip(ids, self._log_probs(row, ids), strict=True))
+        return list(zip(ids, self._log_probs([row] * len(ids), ids), strict=True))
 
     def experts(self, token: int) -> Experts:
         """Return where one of the part's tokens was sent."""

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from model import LLM
-from runtime.base.text import shown
+from runtime.base.text import visible
 from runtime.inference.decoder import Decoder
 from runtime.serving.answer import Answer, PartRows
 from runtime.serving.readers import Part, Reading, reader_of
@@ -83,7 +83,7 @@ class Engine:
         self.config, self.device = self.decoder.config, self.decoder.device
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
         self.banned_ids = tuple(banned_ids)
-        self._banned = torch.tensor(self.banned_ids, device=self.device) if banned_ids else None
+        self._banned = frozenset(banned_ids)
         self._slots = Slots(self.decoder, slots)
         self._reader = reader_of(self.decoder)
         # By slot: each answer's own chance.
@@ -216,7 +216,8 @@ class Engine:
         finally:
             with self._changed:
                 self._is_draining = True
-            self._end_all(Finished("cancelled", CLOSED))
+            closed = Finished("cancelled", CLOSED)
+            self._end_all(closed if self._is_closing else Finished("error", "the engine stopped"))
 
     def _wait(self) -> bool:
         """Wait until there is something to do; return whether the engine goes on."""
@@ -413,4 +414,4 @@ class Engine:
 
 def _said(error: BaseException) -> str:
     """Return an error in a line."""
-    return f"{type(error).__name__}: {shown(str(error))}"
+    return f"{type(error).__name__}: {visible(' '.join(str(error).split())[:300])}"

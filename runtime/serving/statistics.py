@@ -62,9 +62,11 @@ class Statistics:
 
     def count_experts(self, experts_LNK: np.ndarray) -> None:
         """Count a pass's experts; -1 is none."""
-        L, E = self.expert_tokens_LE.shape
-        flat = (experts_LNK + E * np.arange(L)[:, None, None])[experts_LNK >= 0]
-        self.expert_tokens_LE += np.bincount(flat, minlength=L * E).reshape(L, E)
+        # Column 0 is none.
+        L, columns = self.expert_tokens_LE.shape[0], self.expert_tokens_LE.shape[1] + 1
+        flat = experts_LNK + (1 + columns * np.arange(L))[:, None, None]
+        counts = np.bincount(flat.ravel(), minlength=L * columns).reshape(L, columns)
+        self.expert_tokens_LE += counts[:, 1:]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from runtime.serving.chat import ask_chat
 from runtime.serving.completions import ask_completion
 from runtime.serving.request import Experts, Finished, PromptScores, Started, Token
 from runtime.serving.shapes import LEAST_LOG_PROB, Shapes, token_text
-from tests.builders_serving import BYTE, END, served_of
+from tests.builders_server import BYTE, END, served_of
 
 CHAT = with_chat(BYTE)
 

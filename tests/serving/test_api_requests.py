@@ -11,7 +11,7 @@ from runtime.serving.completions import ask_completion
 from runtime.serving.errors import ApiError
 from runtime.serving.served import Models, named_checkpoints
 from runtime.serving.tokens import detokenize, tokenize, tokenizer_info
-from tests.builders_serving import BYTE, DEFAULTS, END, Rendering, served_of
+from tests.builders_server import BYTE, DEFAULTS, END, Rendering, served_of
 
 CHAT = with_chat(BYTE)
 HELLO = [{"role": "user", "content": "hello"}]

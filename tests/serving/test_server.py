@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra: serve)")
 
-from tests.builders_serving import (
+from tests.builders_server import (
     BYTE,
     END,
     JSON,

@@ -22,7 +22,7 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed (
 
 from config_model import PredictConfig
 from runtime.inference.predictor import READY, Predictor
-from tests.builders_serving import JSON, events_of, post, wait_for
+from tests.builders_server import JSON, events_of, post, wait_for
 from tests.conftest import REPO
 
 SECONDS = 300

@@ -101,7 +101,7 @@ def test_an_editable_install_works_from_any_folder(tmp_path):
     assert kept == {*modules, "runtime", "scripts"}
 
 
-DATA = {".c", ".txt", ".html", ".css"}
+DATA = {".c", ".txt", ".html", ".css", ".js"}
 
 
 def test_no_other_kind_of_file_is_left_out():
@@ -113,5 +113,5 @@ def test_no_other_kind_of_file_is_left_out():
     }
     assert kinds <= DATA | {".py"}
     assert PYPROJECT["tool"]["setuptools"]["package-data"] == {
-        "*": ["*.c", "*.txt", "*.html", "*.css"]
+        "*": ["*.c", "*.txt", "*.html", "*.css", "*.js"]
     }

@@ -28,7 +28,7 @@ from runtime.serving.errors import ApiError, try_later
 from runtime.serving.json_body import read_object, write_json
 from runtime.serving.metrics import CONTENT_TYPE, Metrics
 from runtime.serving.openapi import document
-from runtime.serving.pages import FILES, page_of
+from runtime.serving.pages import PATHS, the_page
 from runtime.serving.security import (
     HEADERS,
     Head,
@@ -50,7 +50,7 @@ CLIENT_GONE = 499
 MOST_IGNORED = 20
 # Answered while the server loads or shuts down, and without the key.
 HEALTH = "/health"
-OPEN_PATHS = frozenset({HEALTH, *FILES})
+OPEN_PATHS = frozenset({HEALTH, *PATHS})
 
 
 @dataclass
@@ -69,7 +69,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics()
-        self.rules = replace(self.rules, open_paths=OPEN_PATHS, pages=frozenset(FILES))
+        self.rules = replace(self.rules, open_paths=OPEN_PATHS, pages=frozenset(PATHS))
         self.idle = asyncio.Event()
 
     def refusal(self) -> ApiError | None:
@@ -90,7 +90,7 @@ class Routes:
 
     def all(self) -> list[Route]:
         return [
-            *(Route(path, self.page, methods=["GET"]) for path in FILES),
+            *(Route(path, self.page, methods=["GET"]) for path in PATHS),
             Route(HEALTH, self.health, methods=["GET"]),
             Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -104,8 +104,8 @@ class Routes:
         ]
 
     async def page(self, request: Request) -> Response:
-        page = page_of(request.url.path)
-        return Response(page.text, media_type=page.media_type, headers=page.headers)
+        page = the_page()
+        return Response(page.text, media_type="text/html", headers=page.headers)
 
     async def health(self, request: Request) -> Response:
         refusal = self.state.refusal()

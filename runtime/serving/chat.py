@@ -53,7 +53,7 @@ def ask_chat(body: dict[str, Any], served: Served) -> Asking:
     )
 
 
-def messages_of(given: Any) -> list[dict[str, str]]:
+def messages_of(given: Any) -> list[dict[str, Any]]:
     """Return messages of role and text. Raise ApiError that names the one that is wrong."""
     if not isinstance(given, list) or not given:
         raise refused("messages", f"messages must be a list of messages, not {shown(given)}")
@@ -65,7 +65,7 @@ def messages_of(given: Any) -> list[dict[str, str]]:
     return messages
 
 
-def _message(given: Any, param: str) -> dict[str, str]:
+def _message(given: Any, param: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise refused(param, f"{param} must be an object with role and content, not {shown(given)}")
     for key in _NOT_READ:
@@ -90,7 +90,7 @@ def _content(given: Any, param: str) -> str:
     return "".join(texts)
 
 
-def chat_ids(messages: list[dict[str, str]], served: Served) -> tuple[int, ...]:
+def chat_ids(messages: list[dict[str, Any]], served: Served) -> tuple[int, ...]:
     """Return the ids after which the model answers. Raise ApiError."""
     try:
         if _is_plain(served):

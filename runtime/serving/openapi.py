@@ -122,7 +122,7 @@ def document(version: str, has_key: bool) -> dict[str, Any]:
 
 
 def _responses(kinds: list[str]) -> dict[str, Any]:
-    content = {kind: {} for kind in kinds}
+    content: dict[str, dict] = {kind: {} for kind in kinds}
     error = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}
     return {"200": {"description": "the answer", "content": content}} | {
         status: {"description": text, "content": error} for status, text in ERRORS.items()

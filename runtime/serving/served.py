@@ -89,6 +89,8 @@ class Served:
     # Commit of the code, digest of the checkpoint, and how it is computed.
     fingerprint: str
     limits: Limits
+    # Experts of a block.
+    num_experts: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -109,6 +111,7 @@ class Served:
             "max_model_len": self.context_length,
             "max_new_tokens": self.most_new_tokens,
             "vocabulary_size": self.vocabulary_size,
+            "num_experts": self.num_experts,
             "batch_invariant": self.engine.is_exact,
             "batch_invariant_line": self.engine.line,
             "has_chat_template": self.rendering.has_chat,

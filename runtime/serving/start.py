@@ -60,6 +60,7 @@ def serve_model(name: str, path: str, config: ServeConfig, commit: str) -> Serve
         vocabulary_size=min(c.vocabulary_size, loaded.tokenizer.vocabulary_size),
         fingerprint=fingerprint_of(loaded, config, commit),
         limits=limits,
+        num_experts=c.num_experts,
     )
 
 

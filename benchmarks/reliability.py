@@ -43,6 +43,7 @@ def promises() -> list:
         rank_faults,
         runs,
         serving,
+        serving_http,
         texts,
         traffic,
         training,
@@ -78,6 +79,7 @@ def promises() -> list:
             *traffic.PROMISES,
             *rank_checkpoints.PROMISES,
             *serving.PROMISES,
+            *serving_http.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -49,6 +49,8 @@ MOST_USED = (
     "init_from data dataset ckpt_dir max_steps epochs lr batch_size lora_rank run_name resume",
     # Whatever trains.
     "preset data_dir ckpt_dir max_steps batch_size grad_accum lr resume init_from run_name",
+    # scripts.serve
+    "ckpt host port slots max_waiting api_key_file plain_chat temperature quantize",
     # predict.py
     "prompt ckpt max_new_tokens temperature top_k top_p seed num_samples prompt_file json",
     # prepare_data.py

@@ -275,7 +275,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, state: State, known: list[Route]):
         self.app, self.state = app, state
-        self.known = {route.endpoint: route.path for route in known}
+        self.known: dict[Any, str] = {route.endpoint: route.path for route in known}
         self.paths = sorted({route.path for route in known})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,7 +3,7 @@
 Most questions are as hard for one model as for the other, so the difference is surer than either
 accuracy: each resample draws the same questions for both.
 
-# Q questions  J columns of a task
+# Q questions
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def compared_section(
     rows: list[list] = []
     for mine, other in zip(results, others, strict=True):
         assert mine.task == other.task and mine.credits.keys() == other.credits.keys()
-        n = len(next(iter(mine.credits.values())))
-        for column, found in zip(mine.credits, _differences(mine, other, resamples), strict=True):
+        for column, credits in mine.credits.items():
+            # A question without a context has no PMI, so columns differ in n.
+            n, found = len(credits), _difference(credits, other.credits[column], resamples)
             one = figure(found.value, n, found.low, found.high)
             figures[f"{mine.task}_{column}"] = one
             both = [math.fsum(result.credits[column]) / n for result in (mine, other)]
@@ -46,16 +47,12 @@ def compared_section(
     return section(name, figures, Table(columns=columns, rows=rows), notes=[NOTE])
 
 
-def _differences(mine: Result, other: Result, resamples: int) -> list[Interval]:
-    """Return the difference of each column, all from the same resamples."""
-    credits, others = (_columns(result) for result in (mine, other))
-    ones = np.ones_like(credits)
-    return difference_intervals(credits, ones, others, ones, resamples)
-
-
-def _columns(result: Result) -> Array:
-    """Return the credits of a task, [Q, J]."""
-    return np.stack(list(result.credits.values()), axis=1).astype(np.float64)
+def _difference(credits_Q: Array, others_Q: Array, resamples: int) -> Interval:
+    """Return the difference of two models' shares of right answers."""
+    ones_Q1 = np.ones((len(credits_Q), 1))
+    columns = (credits_Q[:, None], ones_Q1, others_Q[:, None], ones_Q1)
+    (one,) = difference_intervals(*columns, resamples)
+    return one
 
 
 def as_differences(compared: Section) -> dict[str, dict]:

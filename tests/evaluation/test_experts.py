@@ -202,6 +202,6 @@ def test_an_expert_that_adds_nothing_is_worth_exactly_nothing():
     model = byte_model(4)
     with torch.no_grad():
         model.layers[0].moe.experts.w_out[1] = 0
-    section = expert_off_section(Scorer(model), encoded(), 200)
+    section = expert_off_section(Scorer(model), encoded(8), 200)
     (row,) = [row for row in section["rows"]["rows"] if row[:2] == [0, 1]]
     assert row[2:] == [0.0, 0.0, 0.0]

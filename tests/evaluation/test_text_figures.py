@@ -49,6 +49,30 @@ def test_the_error_is_the_mean_gap_over_bins_weighted_by_tokens():
     assert table["0.87 to 0.93"][1] == pytest.approx(1 / 3) and table["0.87 to 0.93"][-1] == 30
 
 
+def test_the_interval_of_the_error_of_a_calibrated_model_reaches_to_zero():
+    """Chance parts the bins of a sample, and those of a resample once more.
+
+    So percentiles lay above the figure, and missed the true value 0 by more than their width.
+    """
+    generator, documents = np.random.default_rng(1), []
+    for _ in range(60):
+        sure_T = generator.uniform(0.05, 0.95, 100)
+        right_T = (generator.random(100) < sure_T).tolist()
+        documents.append(([1] * 100, [-1.0] * 100, np.log(sure_T).tolist(), right_T))
+    sums = sums_of(documents)
+    error = calibration_section(sums)["figures"]["expected_calibration_error"]
+    assert error["low"] == 0.0 < error["value"] <= error["high"]
+    # 6,000 tokens in 15 bins: chance alone gives about 0.8 sqrt(0.17 / 400) = 0.016.
+    assert 0.005 < error["value"] < 0.03 and error["high"] < 0.03
+
+
+def test_the_interval_of_a_large_error_holds_it():
+    documents = [document([1] * 50, [1.0] * 50, sure=0.9, right=20 + i % 5) for i in range(40)]
+    error = calibration_section(sums_of(documents))["figures"]["expected_calibration_error"]
+    assert error["value"] == pytest.approx(0.9 - 0.44) and error["high"] - error["low"] < 0.03
+    assert error["low"] < error["value"] < error["high"]
+
+
 def test_certainty_is_in_the_last_bin():
     """exp(0) is 1.0, which would be in a bin of its own."""
     sums = sums_of([document([1], [0.0], sure=1.0, right=1)])

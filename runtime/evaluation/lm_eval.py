@@ -217,9 +217,7 @@ def evaluate_lm_eval(reader: Reader, tasks: Sequence[str], limit: int = 0) -> Se
     limit: questions of each task, 0 = all. Raise ValueError without lm-eval and for unknown tasks.
     """
     lm_eval = library()
-    # Its own thousands of task files take half a minute to read.
-    is_named = not all(task.endswith(TASK_FILES) for task in tasks)
-    manager = lm_eval.tasks.TaskManager(include_defaults=is_named)
+    manager = _manager(lm_eval, tasks)
     results = lm_eval.simple_evaluate(
         model=model_of(reader),
         tasks=_found(manager, tasks),
@@ -228,6 +226,17 @@ def evaluate_lm_eval(reader: Reader, tasks: Sequence[str], limit: int = 0) -> Se
         log_samples=False,
     )
     return _section(results, lm_eval.__version__)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ValueError without lm-eval, and for what is neither a task nor a file of one."""
+    _found(_manager(library(), tasks), tasks)
+
+
+def _manager(lm_eval: Any, tasks: Sequence[str]) -> Any:
+    # Its own thousands of task files take half a minute to read.
+    is_named = not all(task.endswith(TASK_FILES) for task in tasks)
+    return lm_eval.tasks.TaskManager(include_defaults=is_named)
 
 
 def _found(manager: Any, tasks: Sequence[str]) -> list[str]:

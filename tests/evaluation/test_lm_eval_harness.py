@@ -18,7 +18,15 @@ from runtime.evaluation.choices import evaluate_choices
 from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval
 from runtime.inference.scorer import Scorer
 from tests.builders import random_model, tiny_config
-from tests.evaluation.test_choice_formats import ARC, BLIMP, HELLASWAG, OPENBOOK, PIQA, WINOGRANDE
+from tests.evaluation.test_choice_formats import (
+    ARC,
+    BLIMP,
+    HELLASWAG,
+    MMLU,
+    OPENBOOK,
+    PIQA,
+    WINOGRANDE,
+)
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test-lm-eval)")
 pytestmark = [pytest.mark.lm_eval, pytest.mark.slow]
@@ -35,6 +43,8 @@ OWN = {
     "blimp": ("blimp/_template_yaml", BLIMP),
     "piqa": ("piqa/piqa.yaml", PIQA),
     "winogrande": ("winogrande/default.yaml", WINOGRANDE),
+    # Its task mmlu asks for a letter, and this one for the answer.
+    "mmlu": ("mmlu/continuation/_continuation_template_yaml", MMLU),
 }
 # Its metrics, and our columns.
 METRICS = {"acc": "sum", "acc_bytes": "per_byte", "acc_mutual_info": "pmi"}
@@ -79,6 +89,8 @@ def rows_of(name: str) -> list[dict]:
             row["question" if name == "arc" else "question_stem"] = text(r)
             row["choices"] = {"text": texts(r, 4), "label": list("ABCD")}
             row["answerKey"] = r.choice("ABCD")
+        elif name == "mmlu":
+            row = {"question": f" {text(r)}\n", "choices": texts(r, 4), "answer": r.randrange(4)}
         elif name == "blimp":
             row = dict(zip(("sentence_good", "sentence_bad"), texts(r, 2), strict=True))
         elif name == "piqa":

@@ -60,7 +60,14 @@ def test_what_texts_share_is_not_what_one_repeats():
     ],
 )
 def test_a_story_is_closed_after_a_sentence_and_its_quotes(text, closed):
-    assert is_closed(text) is closed
+    assert is_closed("One.", text) is closed
+
+
+def test_quotes_that_the_prompt_opens_are_closed_in_the_continuation():
+    """Only the continuation was looked at: a mark that closes the prompt's quotes opened some."""
+    assert is_closed('He said, "Go. Run.', ' Now!" They ran.')
+    assert not is_closed('He said, "Go. Run.', " They ran.")
+    assert not is_closed("One. Two.", " ")
 
 
 # ------------------------------------------------------------------------------ names

@@ -4,8 +4,9 @@
 
 Needs lm-eval (pip install lm-eval==0.4.13); nothing is downloaded. Of the held-out stories in the
 files ("text" in JSON lines; without --files: toy stories) come endings with HellaSwag's keys, verbs
-with BLiMP's, and whole texts. Each is a file for --tasks or --files of scripts/evaluate.py, and a
-YAML task of lm-eval over the same file, for --lm_eval. One run of that script asks both.
+with BLiMP's, and texts that fit into the context. Each is a file for --tasks or --files of
+scripts/evaluate.py, and a YAML task of lm-eval over the same file, for --lm_eval. One run of that
+script asks both.
 Saved: benchmarks/results/lm_eval_figures.json. --table prints the stored figures as Markdown.
 """
 
@@ -23,16 +24,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.common import REPO, RESULTS, save_results
 from benchmarks.score import texts_of
+from config_model import PredictConfig
 from runtime.base import cli
 from runtime.evaluation.choice_formats import Question
 from runtime.evaluation.lm_eval import library
 from runtime.evaluation.own_tasks import agreements, drawn_documents, endings
 from runtime.evaluation.sentences import sentence_starts
+from runtime.inference.predictor import Predictor
 
 NAME = "lm_eval_figures"
 # Of lm-eval's metrics, our column: acc_norm is by character and ours by byte.
@@ -104,8 +107,14 @@ def write_task(
     (folder / f"{name}.yaml").write_text(json.dumps(task | settings), encoding="utf-8")
 
 
-def write_tasks(folder: Path, texts: Sequence[str], questions: int, documents: int) -> None:
-    """Write the three tasks. documents: texts for bits per byte, at most."""
+def write_tasks(
+    folder: Path,
+    texts: Sequence[str],
+    questions: int,
+    documents: int,
+    fits: Callable[[str], bool],
+) -> None:
+    """Write the three tasks. documents: texts for bits per byte, at most, of those that fit."""
     # HellaSwag's brackets and double blanks would be cleaned.
     plain = [" ".join(text.split()) for text in texts if "[" not in text]
     drawn = drawn_documents(plain, len(plain))
@@ -114,7 +123,13 @@ def write_tasks(folder: Path, texts: Sequence[str], questions: int, documents: i
     metrics = [metric for metric in COLUMNS if metric != "acc_mutual_info"]
     verbs = agreement_rows(agreements(drawn)[:questions])
     write_task(folder, "agreement", verbs, AGREEMENT, metrics)
-    whole = [{"text": text} for _, text in drawn[:documents]]
+    # Of a longer one lm-eval's last window begins earlier than ours.
+    whole = [{"text": text} for _, text in drawn if fits(text)][:documents]
+    if not (asked and verbs and whole):
+        raise ValueError(
+            f"the texts give {len(asked)} endings, {len(verbs)} verbs and {len(whole)} texts that "
+            "fit into the context, and some of each are needed: read more of them"
+        )
     write_task(folder, "text", whole, TEXT, ["bits_per_byte"])
 
 
@@ -195,10 +210,16 @@ def main(argv: list[str] | None = None) -> int:
     if min(args.stories, args.questions, args.documents) < 1:
         raise ValueError("--stories, --questions and --documents must be at least 1")
     library()
-    ckpt = str(Path(args.ckpt).resolve())
+    texts = texts_of(args.files, args.stories)
+    predictor = Predictor(PredictConfig(ckpt=args.ckpt, device="cpu", quiet=True))
+    context = predictor.model.config.context_length
+
+    def fits(text: str) -> bool:
+        return len(predictor.tokenizer.encode(text)) <= context
+
     with tempfile.TemporaryDirectory() as name:
-        write_tasks(Path(name), texts_of(args.files, args.stories), args.questions, args.documents)
-        report = asked(Path(name), ckpt)
+        write_tasks(Path(name), texts, args.questions, args.documents, fits)
+        report = asked(Path(name), str(Path(args.ckpt).resolve()))
     figures = pairs_of(report)
     print(markdown(figures))
     save_results(

@@ -20,7 +20,7 @@ TEXTS = [toy_stories.story(i) for i in range(40)]
 
 
 def test_both_are_asked_the_questions_that_the_text_gives(tmp_path):
-    write_tasks(tmp_path, [*TEXTS, "[step] of no text."], 8, 5)
+    write_tasks(tmp_path, [*TEXTS, "[step] of no text."], 8, 5, lambda text: len(text) > 700)
     ours = {t.name: t for t in read_tasks([f"{tmp_path}/{n}.jsonl" for n in ("endings",)])}
     made = endings(drawn_documents([" ".join(text.split()) for text in TEXTS], 40))[:8]
     places = set()
@@ -39,7 +39,13 @@ def test_both_are_asked_the_questions_that_the_text_gives(tmp_path):
     for name in ("endings", "agreement", "text"):
         task = json.loads((tmp_path / f"{name}.yaml").read_text())
         assert task["dataset_kwargs"]["data_files"]["validation"] == f"{tmp_path}/{name}.jsonl"
-    assert len((tmp_path / "text.jsonl").read_text().splitlines()) == 5
+    written = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    assert len(written) == 5 and all(len(row["text"]) > 700 for row in written)
+
+
+def test_texts_that_give_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="8 verbs and 0 texts that fit"):
+        write_tasks(tmp_path, TEXTS, 8, 5, lambda text: False)
 
 
 def test_a_figure_that_differs_is_not_called_the_same():
@@ -70,7 +76,7 @@ def test_a_run_asks_both_and_stores_what_they_say(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test-lm-eval)")
     monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
     byte = load_tokenizer("byte")
-    config = tiny_config(vocabulary_size=byte.vocabulary_size, context_length=256)
+    config = tiny_config(vocabulary_size=byte.vocabulary_size, context_length=1024)
     ckpt = save(tmp_path, random_model(config, 5), byte)
     main(["--ckpt", str(ckpt), "--stories=60", "--questions=8", "--documents=6"])
     stored = json.loads((Path(tmp_path) / f"{lm_eval_figures.NAME}.json").read_text())

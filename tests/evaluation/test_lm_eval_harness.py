@@ -7,6 +7,7 @@ read from files, and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -15,19 +16,28 @@ import torch
 
 from runtime.data.tokenizers import load_tokenizer
 from runtime.evaluation.choice_formats import read_tasks
-from runtime.evaluation.choices import evaluate_choices
+from runtime.evaluation.choices import Request, answers, evaluate_choices
 from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, model_of
 from runtime.inference.scorer import Scorer
 from scripts.export_hf import main as export_hf
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import save
-from tests.evaluation.test_choice_formats import ARC, BLIMP, HELLASWAG, OPENBOOK, PIQA, WINOGRANDE
+from tests.evaluation.test_choice_formats import (
+    ARC,
+    BLIMP,
+    HELLASWAG,
+    MMLU,
+    OPENBOOK,
+    PIQA,
+    WINOGRANDE,
+)
 from tests.numeric import before_ties, logits_bound
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test-lm-eval)")
 pytestmark = [pytest.mark.lm_eval, pytest.mark.slow]
 
 BYTE = load_tokenizer("byte")
+END = BYTE.end_of_text_id
 CONTEXT = 192
 NUM = 40
 WORDS = ("the", "cat", "Tom", "ran", "sat", "on", "a", "mat", "and", "was", "red", "\u00e9t\u00e9")
@@ -39,6 +49,8 @@ OWN = {
     "blimp": ("blimp/_template_yaml", BLIMP),
     "piqa": ("piqa/piqa.yaml", PIQA),
     "winogrande": ("winogrande/default.yaml", WINOGRANDE),
+    # Its task mmlu asks for a letter, and this one for the answer.
+    "mmlu": ("mmlu/continuation/_continuation_template_yaml", MMLU),
 }
 # Its metrics, and our columns.
 METRICS = {"acc": "sum", "acc_bytes": "per_byte", "acc_mutual_info": "pmi"}
@@ -83,6 +95,8 @@ def rows_of(name: str) -> list[dict]:
             row["question" if name == "arc" else "question_stem"] = text(r)
             row["choices"] = {"text": texts(r, 4), "label": list("ABCD")}
             row["answerKey"] = r.choice("ABCD")
+        elif name == "mmlu":
+            row = {"question": f" {text(r)}\n", "choices": texts(r, 4), "answer": r.randrange(4)}
         elif name == "blimp":
             row = dict(zip(("sentence_good", "sentence_bad"), texts(r, 2), strict=True))
         elif name == "piqa":
@@ -108,6 +122,7 @@ def write_task(folder: Path, name: str, rows: list[dict], settings: dict) -> tup
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,
+        "fewshot_split": None,
     } | settings
     path = folder / f"{name}.yaml"
     # JSON is YAML.
@@ -134,7 +149,21 @@ def test_its_figures_of_a_task_are_ours(name, reader, tmp_path):
         assert asked[f"own_{name}_{metric}"]["n"] == mine["n"] == NUM
 
 
+def windows_of(ids: list[int]) -> list[Request]:
+    """Return lm-eval's windows: each begins where the last one ended, but the last ends the text.
+
+    It reads as many ids as the others, so its first ones are only read.
+    """
+    requests, done = [Request((END, *ids[:CONTEXT]), 1)], CONTEXT
+    while done < len(ids):
+        end = min(len(ids), done + CONTEXT)
+        requests.append(Request(tuple(ids[end - CONTEXT - 1 : end]), done - (end - CONTEXT - 1)))
+        done = end
+    return requests
+
+
 def test_bits_per_byte_of_texts_longer_than_the_context(reader, tmp_path):
+    """The bounds of this test, 6 and 14, held for any windows."""
     r = random.Random(0)
     rows = [{"text": text(r, 120)} for _ in range(8)]
     listed = [
@@ -149,8 +178,11 @@ def test_bits_per_byte_of_texts_longer_than_the_context(reader, tmp_path):
     _, task = write_task(tmp_path, "rolling", rows, settings)
     (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
     assert max(len(row["text"].encode()) for row in rows) > 2 * CONTEXT
-    # A random model is about as good as a uniform one.
-    assert 6 < one["value"] < 14 and one["n"] == 8
+    all_bytes = [list(row["text"].encode()) for row in rows]
+    windows = [window for ids in all_bytes for window in windows_of(ids)]
+    total = sum(answer.log_prob for answer in answers(reader.scorer, windows))
+    expected = -total / sum(map(len, all_bytes)) / math.log(2)
+    assert one["value"] == pytest.approx(expected, rel=1e-9) and one["n"] == 8
 
 
 def test_generated_answers_are_the_decoders(reader, tmp_path):
@@ -225,6 +257,19 @@ def test_its_own_model_of_our_export_has_these_scores(reader, tmp_path):
     rolling = Instance("loglikelihood_rolling", {}, (long,), 0)
     (own,), (other,) = (one.loglikelihood_rolling([rolling]) for one in (mine, theirs))
     assert abs(own - other) <= bound(len(long.encode()), other)
+
+
+def test_a_wrong_file_of_a_task_is_one_line(reader, tmp_path):
+    """A YAML that does not end, and a template of a key that no row has: both were tracebacks."""
+    torn = tmp_path / "torn.yaml"
+    torn.write_text("task: [\n")
+    settings = {"output_type": "multiple_choice", "doc_to_text": "{{nothing}}"}
+    settings |= {"doc_to_choice": ["a", "b"], "doc_to_target": 0}
+    _, no_key = write_task(tmp_path, "no_key", [{"q": "a"}], settings)
+    for task, message in ((str(torn), "did not find"), (no_key, "'nothing' is undefined")):
+        with pytest.raises(ValueError, match=f"^--lm_eval .*{message}") as error:
+            evaluate_lm_eval(reader, [task])
+        assert "\n" not in str(error.value)
 
 
 def test_an_unknown_task_is_one_line(reader):

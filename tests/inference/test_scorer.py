@@ -110,6 +110,27 @@ def test_only_what_is_asked_for_is_scored(native):
             np.testing.assert_allclose(got, expected[first - 1 :], atol=bound(model.config))
 
 
+@needs_code
+@pytest.mark.parametrize("slots", [1, 2, 32])
+def test_scores_are_not_taken_from_where_nothing_was_scored(slots, monkeypatch):
+    """Texts of one beginning, of which the first in order is scored from the latest token on.
+
+    Random texts with a wanted token each never met so, and a wrong copy went unnoticed.
+    """
+    monkeypatch.setattr(scorer_module, "SLOTS", slots)
+    model = model_of("plain")
+    r = random.Random(7)
+    begin = [r.randrange(model.config.vocabulary_size) for _ in range(30)]
+    documents = [[*begin, tail, 3, 4] for tail in range(6)]
+    firsts = [31, 5, 20, 1, 31, 12]
+    scorer = Scorer(Decoder(model))
+    alone = [next(scorer.scores([ids])) for ids in documents]
+    together = scorer.scores(documents, firsts)
+    for first, whole, some in zip(firsts, alone, together, strict=True):
+        for expected, got in zip(whole[:3], some[:3], strict=True):
+            assert np.array_equal(got, expected[first - 1 :])
+
+
 def test_windows_score_each_token_once_after_as_many_as_the_stride_leaves():
     assert windows(0, 4, 4) == windows(1, 4, 4) == []
     assert windows(5, 4, 4) == [Window(0, 5, 1)]

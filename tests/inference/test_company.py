@@ -212,7 +212,7 @@ def test_each_text_names_its_rows_and_what_is_scored_there(code, name):
 def test_a_window_without_a_ring_gives_the_same_bits_however_a_prompt_is_cut(code, window):
     """Rows that are read together start from the first one's window, each alone from its own.
 
-    So the sum over keys must begin at a whole vector, or a key has another lane in another group.
+    Keys then lie in other lanes of the sum, and some have the share 0: neither may change a bit.
     """
     config = tiny_config(context_length=CONTEXT, sliding_window=window, window_pattern="all")
     model, r = random_model(config, window), random.Random(window)

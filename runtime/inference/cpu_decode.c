@@ -517,8 +517,9 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
 {
     const Model *m = p->m;
     int D = m->D, g = h / (m->H / m->G), last = p->positions[i] + rows - 1, stride = (last + LANES) / LANES * LANES;
-    /* From a whole vector on: a key then has the same lane in `total` in whatever group. What this adds
-       before a row's window has the share 0, and in a ring it may be the key of a later position. */
+    /* From a whole vector on, so that a row's last vector ends within its stride. The sum's bits do not
+       need it: `sum_of` adds lanes i and i + LANES / 2, then quarters, ..., so lanes may be turned. What
+       lies before a row's window has the share 0; in a ring it may be a later position's key. */
     int start = first_of(b, p->positions[i]) / LANES * LANES;
     const float *keys = p->keys[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
     const float *values = p->values[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;

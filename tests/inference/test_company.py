@@ -204,6 +204,10 @@ def test_each_text_names_its_rows_and_what_is_scored_there(code, name):
         own = slice(firsts[i], firsts[i] + len(ids))
         same = scored.experts_LNK[:, own] == experts_LTK.numpy()
         assert same.mean() > 0.9
+        # Not only alike: the rows that are named, and not the same ones of the first text.
+        sure_T = torch.tensor(same.all(axis=2).all(axis=0))
+        expected_TV = model(torch.tensor([ids])).logits[0]
+        assert close(every.logits_RV[own][sure_T], expected_TV[sure_T], model.config)
         assert np.allclose(scored.weights_LNK[:, own][same], weights_LTK.numpy()[same], atol=1e-4)
 
 
@@ -212,7 +216,7 @@ def test_each_text_names_its_rows_and_what_is_scored_there(code, name):
 def test_a_window_without_a_ring_gives_the_same_bits_however_a_prompt_is_cut(code, window):
     """Rows that are read together start from the first one's window, each alone from its own.
 
-    So the sum over keys must begin at a whole vector, or a key has another lane in another group.
+    Keys then lie in other lanes of the sum, and some have the share 0: neither may change a bit.
     """
     config = tiny_config(context_length=CONTEXT, sliding_window=window, window_pattern="all")
     model, r = random_model(config, window), random.Random(window)

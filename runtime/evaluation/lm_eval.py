@@ -220,9 +220,7 @@ def evaluate_lm_eval(reader: Reader, tasks: Sequence[str], limit: int = 0) -> Se
     are not known or whose files are wrong.
     """
     lm_eval = library()
-    # Its own thousands of task files take half a minute to read.
-    is_named = not all(task.endswith(TASK_FILES) for task in tasks)
-    manager = lm_eval.tasks.TaskManager(include_defaults=is_named)
+    manager = _manager(lm_eval, tasks)
     found = _found(manager, tasks)
     try:
         results = lm_eval.simple_evaluate(
@@ -238,6 +236,17 @@ def evaluate_lm_eval(reader: Reader, tasks: Sequence[str], limit: int = 0) -> Se
         said = " ".join(str(error).split())
         raise ValueError(f"--lm_eval {', '.join(tasks)}: {said}") from error
     return _section(results, lm_eval.__version__)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ValueError without lm-eval, and for what is neither a task nor a file of one."""
+    _found(_manager(library(), tasks), tasks)
+
+
+def _manager(lm_eval: Any, tasks: Sequence[str]) -> Any:
+    # Its own thousands of task files take half a minute to read.
+    is_named = not all(task.endswith(TASK_FILES) for task in tasks)
+    return lm_eval.tasks.TaskManager(include_defaults=is_named)
 
 
 def _found(manager: Any, tasks: Sequence[str]) -> list[str]:

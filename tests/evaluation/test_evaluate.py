@@ -214,6 +214,18 @@ def test_a_report_of_the_command_goes_into_a_model_card(tmp_path, capsys, ckpt, 
     value = json.loads(report.read_text(encoding="utf-8"))["bits_per_byte"]["value"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"| bits per byte | {value:.4g} |" in card
+    assert "Measured on the first 5 documents of valid.jsonl. " in card
     other = checkpoint(tmp_path / "other", byte_model(9))
     with pytest.raises(ValueError, match="of other weights"):
         export_hf.main(["--ckpt", other, "--out", str(out / "b"), "--evaluation", str(report)])
+
+
+def test_a_card_says_that_the_weights_were_packed_when_they_were_measured(
+    tmp_path, capsys, ckpt, files
+):
+    """Figures of int8 weights stood in a card of the whole ones as theirs."""
+    report, out = tmp_path / "report.json", tmp_path / "exported"
+    run(capsys, "--ckpt", ckpt, "--files", files, "--quantize=int8", f"--json={report}")
+    export_hf.main(["--ckpt", ckpt, "--out", str(out), "--evaluation", str(report)])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Measured on 40 documents of valid.jsonl, with int8 weights. " in card

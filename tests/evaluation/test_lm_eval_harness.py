@@ -12,13 +12,16 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime.data.tokenizers import load_tokenizer
 from runtime.evaluation.choice_formats import read_tasks
 from runtime.evaluation.choices import Request, answers, evaluate_choices
-from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, model_of
 from runtime.inference.scorer import Scorer
+from scripts.export_hf import main as export_hf
 from tests.builders import random_model, tiny_config
+from tests.builders_inference import save
 from tests.evaluation.test_choice_formats import (
     ARC,
     BLIMP,
@@ -28,6 +31,7 @@ from tests.evaluation.test_choice_formats import (
     PIQA,
     WINOGRANDE,
 )
+from tests.numeric import before_ties, logits_bound
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test-lm-eval)")
 pytestmark = [pytest.mark.lm_eval, pytest.mark.slow]
@@ -219,6 +223,53 @@ def test_a_wrong_file_of_a_task_is_one_line(reader, tmp_path):
         with pytest.raises(ValueError, match=f"^--lm_eval .*{message}") as error:
             evaluate_lm_eval(reader, [task])
         assert "\n" not in str(error.value)
+
+
+def test_its_own_model_of_our_export_has_these_scores(reader, tmp_path):
+    """The exported folder in transformers, asked the same with the start token.
+
+    Rolling, lm-eval puts that token before a text itself. With add_bos_token its model then has two
+    of them and scores the second one as text: -1,082 for -1,066, and that is theirs.
+    """
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    model = reader.scorer.model
+    ckpt = save(tmp_path, model)
+    export_hf(["--ckpt", ckpt, "--out", str(tmp_path / "hf"), "--dtype", "float32"])
+    theirs = huggingface.HFLM(
+        pretrained=str(tmp_path / "hf"), add_bos_token=True, device="cpu", batch_size=4
+    )
+    mine, r = model_of(reader), random.Random(2)
+
+    def is_clear(ids: list[int]) -> bool:
+        return bool(before_ties(model, torch.tensor([ids])).all())
+
+    def bound(tokens: int, total: float) -> float:
+        # Logits of this model are below 8, and a log-probability is off by at most twice their
+        # error. Theirs are added up in float32.
+        each = 2 * 8 * logits_bound(model.config, CONTEXT)
+        return tokens * (each + torch.finfo(torch.float32).eps * abs(total))
+
+    drawn = [(text(r), f" {text(r)}") for _ in range(24)] + [("", text(r)) for _ in range(8)]
+    pairs = [(a, b) for a, b in drawn if is_clear([reader.start, *BYTE.encode(a + b)])]
+    assert len(pairs) >= len(drawn) // 2 and pairs[-1][0] == ""
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    answers = zip(mine.loglikelihood(asked), theirs.loglikelihood(asked), strict=True)
+    for (_, answer), ((own, is_greedy), (other, is_theirs)) in zip(pairs, answers, strict=True):
+        assert abs(own - other) <= bound(len(answer.encode()), other) and is_greedy == is_theirs
+
+    def windows(whole: str) -> list[list[int]]:
+        found = get_rolling_token_windows(BYTE.encode(whole), reader.start, CONTEXT, 1)
+        return [[*before, *ids] for before, ids in map(make_disjoint_window, found)]
+
+    drawn = [text(r, 120) for _ in range(40)]
+    long = next(t for t in drawn if len(windows(t)) > 1 and all(map(is_clear, windows(t))))
+    theirs.add_bos_token = False
+    rolling = Instance("loglikelihood_rolling", {}, (long,), 0)
+    (own,), (other,) = (one.loglikelihood_rolling([rolling]) for one in (mine, theirs))
+    assert abs(own - other) <= bound(len(long.encode()), other)
 
 
 def test_an_unknown_task_is_one_line(reader):

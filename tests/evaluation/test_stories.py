@@ -156,8 +156,8 @@ def test_texts_without_stories_are_refused(model):
 def test_a_figure_has_an_interval_and_counts_what_it_is_of():
     share = figure_of(Measure("a", "a", [(1, 1), (0, 1), (0, 0)], is_share=True))
     assert share["value"] == 0.5 and share["n"] == 2 and share["low"] < 0.5 < share["high"]
-    ratio = figure_of(Measure("a", "a", [(1, 10), (3, 10), (2, 20)]))
-    assert ratio["value"] == pytest.approx(6 / 40) and ratio["n"] == 40
+    ratio = figure_of(Measure("a", "a", [(1, 10), (3, 10), (2, 20)] * 3))
+    assert ratio["value"] == pytest.approx(6 / 40) and ratio["n"] == 120
     assert ratio["low"] < 6 / 40 < ratio["high"]
     mean = figure_of(Measure("a", "a", [(3, 1), (5, 1)], unit="words"))
     assert mean["value"] == 4 and mean["n"] == 2

@@ -239,6 +239,25 @@ def test_scores_are_the_same_bits_whatever_else_is_scored(name, packed, monkeypa
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_weights_that_have_moved_are_followed(native):
+    """The scorer kept the decoder's C kernel, and that had pointers to the old weights.
+
+    `weights_changed` makes a new one where a tensor has moved.
+    """
+    model, other = model_of("plain"), random_model(tiny_config(context_length=32), 4)
+    decoder, ids = Decoder(model, native=native), [1, 5, 2, 7, 3, 3, 1, 9, 2]
+    scorer = Scorer(decoder)
+    (before,) = scorer.scores([ids])
+    for own, new in zip(model.parameters(), other.parameters(), strict=True):
+        own.data = new.data.clone()
+    decoder.weights_changed()
+    (after,), (expected,) = (one.scores([ids]) for one in (scorer, Scorer(decoder)))
+    assert scorer.is_exact == (decoder.native is not None)
+    assert not np.allclose(before.log_probs_T, expected.log_probs_T)
+    assert np.array_equal(after.log_probs_T, expected.log_probs_T)
+
+
 @needs_code
 def test_a_shared_beginning_is_read_once(monkeypatch):
     """Few-shot prompts: all share the examples, four endings each a question."""

@@ -48,7 +48,7 @@ def test_texts_that_give_nothing_are_refused(tmp_path):
         write_tasks(tmp_path, TEXTS, 8, 5, lambda text: False)
 
 
-def test_a_figure_that_differs_is_not_called_the_same():
+def test_a_figure_that_differs_is_not_called_the_same(tmp_path, monkeypatch, capsys):
     def figures(value: float, n: int = 4) -> dict:
         return {"value": value, "n": n, "low": 0.0, "high": 1.0}
 
@@ -68,6 +68,10 @@ def test_a_figure_that_differs_is_not_called_the_same():
     pairs = pairs_of(report)
     assert [one["same"] for one in pairs] == [True, False, False]
     assert [line.count("not the same") for line in markdown(pairs).splitlines()[2:]] == [0, 1, 1]
+    monkeypatch.setattr(lm_eval_figures, "RESULTS", tmp_path)
+    (tmp_path / "lm_eval_figures.json").write_text(json.dumps({"figures": pairs}))
+    main(["--table"])
+    assert capsys.readouterr().out == markdown(pairs) + "\n"
 
 
 @pytest.mark.lm_eval

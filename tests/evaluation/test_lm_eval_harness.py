@@ -212,6 +212,19 @@ def test_generated_answers_are_the_decoders(reader, tmp_path):
     assert one["value"] == 0.5
 
 
+def test_a_wrong_file_of_a_task_is_one_line(reader, tmp_path):
+    """A YAML that does not end, and a template of a key that no row has: both were tracebacks."""
+    torn = tmp_path / "torn.yaml"
+    torn.write_text("task: [\n")
+    settings = {"output_type": "multiple_choice", "doc_to_text": "{{nothing}}"}
+    settings |= {"doc_to_choice": ["a", "b"], "doc_to_target": 0}
+    _, no_key = write_task(tmp_path, "no_key", [{"q": "a"}], settings)
+    for task, message in ((str(torn), "did not find"), (no_key, "'nothing' is undefined")):
+        with pytest.raises(ValueError, match=f"^--lm_eval .*{message}") as error:
+            evaluate_lm_eval(reader, [task])
+        assert "\n" not in str(error.value)
+
+
 def test_its_own_model_of_our_export_has_these_scores(reader, tmp_path):
     """The exported folder in transformers, asked the same with the start token.
 
@@ -257,19 +270,6 @@ def test_its_own_model_of_our_export_has_these_scores(reader, tmp_path):
     rolling = Instance("loglikelihood_rolling", {}, (long,), 0)
     (own,), (other,) = (one.loglikelihood_rolling([rolling]) for one in (mine, theirs))
     assert abs(own - other) <= bound(len(long.encode()), other)
-
-
-def test_a_wrong_file_of_a_task_is_one_line(reader, tmp_path):
-    """A YAML that does not end, and a template of a key that no row has: both were tracebacks."""
-    torn = tmp_path / "torn.yaml"
-    torn.write_text("task: [\n")
-    settings = {"output_type": "multiple_choice", "doc_to_text": "{{nothing}}"}
-    settings |= {"doc_to_choice": ["a", "b"], "doc_to_target": 0}
-    _, no_key = write_task(tmp_path, "no_key", [{"q": "a"}], settings)
-    for task, message in ((str(torn), "did not find"), (no_key, "'nothing' is undefined")):
-        with pytest.raises(ValueError, match=f"^--lm_eval .*{message}") as error:
-            evaluate_lm_eval(reader, [task])
-        assert "\n" not in str(error.value)
 
 
 def test_an_unknown_task_is_one_line(reader):

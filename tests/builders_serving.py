@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -190,11 +190,16 @@ def answers_alone(engine: Engine, requests: list[Request]) -> list[list[Event]]:
 
 
 def answers_in_company(
-    engine: Engine, requests: list[Request], r: random.Random, clients: int = 3
+    engine: Engine,
+    requests: list[Request],
+    r: random.Random,
+    clients: int = 3,
+    victims: Sequence[int] = (),
 ) -> list[list[Event]]:
     """Return what requests are answered together, at least so many at a time.
 
-    Each last event brings the next one, and any event may bring more.
+    Each last event brings the next one, and any event may bring more. victims: numbers of requests
+    that are cancelled sooner or later, if they have not ended by then.
     """
     asked: dict[int, Client] = {}
     left = list(range(len(requests)))
@@ -202,6 +207,10 @@ def answers_in_company(
     all_in = threading.Event()
 
     def more(event: Event | None = None) -> None:
+        if victims and r.random() < 0.3:
+            victim = asked.get(r.choice(victims))
+            if victim is not None:
+                engine.cancel(victim.ticket)
         # One of them always comes when another ends.
         least = 1 if isinstance(event, Finished) else 0
         for _ in range(r.choice((least, least, least, least, 1, 2))):

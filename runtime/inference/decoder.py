@@ -154,7 +154,10 @@ class Decoder:
         return forked
 
     def clear(self, text: Text) -> None:
-        """Reset one text and zero its cache, as `forget` does with all of them."""
+        """Reset and zero a text's cache: 0 * NaN is NaN, so stale values after the end would leak.
+
+        Its ids are none, in a list of its own.
+        """
         text.ids = []
         text.cache.reset()
         for tensor in text.cache.keys + text.cache.values:
@@ -178,11 +181,9 @@ class Decoder:
             self.native, self.why_not_native = native_model(self.model)
 
     def forget(self) -> None:
-        """Reset and zero all caches: 0 * NaN is NaN, so stale values past the end would leak."""
-        for cache in self._caches:
-            cache.reset()
-        for tensor in self._whole.keys + self._whole.values:
-            tensor.zero_()
+        """Clear all texts."""
+        for text in self._texts:
+            self.clear(text)
 
     @torch.inference_mode()
     def read(self, text: Text, ids: list[int], all_logits: bool = False) -> Tensor:

@@ -211,7 +211,7 @@ class PartRows:
         if count == 1 and best not in self._banned:
             return [(best, self.log_prob(row, best))]
         logits_V = self._reading.logits_RV[row + self._row].float()
-        logits = np.array(logits_V.cpu())
+        logits = logits_V.cpu().numpy().copy()
         logits[list(self._banned)] = -np.inf
         count = min(count, len(logits))
         least = np.partition(logits, -count)[-count]

@@ -220,7 +220,7 @@ class Engine:
             self._end_all(closed if self._is_closing else Finished("error", "the engine stopped"))
 
     def _wait(self) -> bool:
-        """Wait until there is something to do; return whether the engine goes on."""
+        """Wait until there is something to do; return whether the engine continues."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closing or self._tickets)
             return not self._is_closing

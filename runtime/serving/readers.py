@@ -65,11 +65,11 @@ class KernelReader:
     line = "the C kernel reads: each answer has the same bits alone and in any company"
 
     def __init__(self, decoder: Decoder):
-        self.decoder, self._native = decoder, decoder.native
+        self.decoder = decoder
 
     def read(self, parts: Sequence[Part]) -> Reading:
         # Experts are counted (Statistics.expert_tokens), and cost the kernel nothing.
-        got = self._native.read(
+        got = self.decoder.native.read(
             [part.text.cache for part in parts],
             [part.ids for part in parts],
             [part.rows for part in parts],

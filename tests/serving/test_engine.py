@@ -275,8 +275,9 @@ def test_a_damaged_prompt_that_is_cancelled_leaves_nothing_to_the_next():
         stepped.free()
         bad.wait()
         with engine._changed:
-            clients = [Client(engine, request_of([i], 3)) for i in (1, 2)]
-        assert [len(client.ids) for client in clients] == [3, 3]
+            # The second gets the damaged slot, and is read as far as the first is long.
+            clients = [Client(engine, request_of(ids, 9)) for ids in (range(20, 40), [1])]
+        assert [len(client.ids) for client in clients] == [9, 9]
 
 
 def test_a_pass_that_fails_ends_all_requests_and_not_the_engine(capsys):

@@ -11,7 +11,7 @@ import torch
 from model import LLM
 from runtime.inference.decoder import Decoder
 from runtime.inference.scorer import Scorer
-from runtime.serving.request import Experts, Token
+from runtime.serving.request import Experts, Finished, Token
 from tests.builders_inference import biased_model, predictor_of, save
 from tests.builders_serving import (
     CONTEXT,
@@ -74,6 +74,25 @@ def test_each_answer_is_the_same_bits_alone_and_in_company(name, packed):
     """Ids, log-probabilities, the most likely ids and experts, under random arrivals and chunks."""
     reused = check_company(model_of(name, packed), len(name) + packed, 24, threads=1 + packed)
     assert reused > 0
+
+
+@needs_code
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_answers_stay_the_same_while_others_are_cancelled(seed):
+    """Those that wait, are read, talk or end. What a cancelled one got is how it would begin."""
+    model, r = model_of(), random.Random(seed)
+    requests = [random_request(r, model.config.vocabulary_size, CONTEXT) for _ in range(30)]
+    with engine_of(model, slots=1) as engine:
+        alone = answers_alone(engine, requests)
+    with engine_of(model, slots=4, max_waiting=30, prefill_chunk=9) as engine:
+        got = answers_in_company(engine, requests, r, clients=8, victims=range(0, 30, 2))
+        assert engine.statistics.finished["cancelled"] >= 3
+        assert engine.drain(60) and not engine.gauges().num_running
+    for i, (events, expected) in enumerate(zip(got, alone, strict=True)):
+        if i % 2 == 0 and events[-1] == Finished("cancelled"):
+            assert events[:-1] == expected[: len(events) - 1]
+        else:
+            assert events == expected
 
 
 @needs_code

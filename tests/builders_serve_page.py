@@ -44,9 +44,7 @@ def split(text: str) -> list[str]:
     """Return a text in tokens: a word with the blank before it, or a single mark or newline."""
     tokens: list[str] = []
     for character in text:
-        if tokens and character.isalpha() and tokens[-1][-1].isalpha():
-            tokens[-1] += character
-        elif tokens and character.isalpha() and tokens[-1] == " ":
+        if tokens and character.isalpha() and (tokens[-1] == " " or tokens[-1][-1].isalpha()):
             tokens[-1] += character
         else:
             tokens.append(character)
@@ -85,6 +83,10 @@ class Standin:
     key: str = ""
     # A raw event that comes after so many tokens, instead of the rest.
     breaks: tuple[int, bytes] | None = None
+    # Tokens that add another text than their own: parts of a character.
+    texts: dict[str, str] = field(default_factory=dict)
+    # Whether each event comes in two pieces, cut wherever its middle is.
+    halves: bool = False
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     # (path, body) of each request of JSON, in order.
     asked: list[tuple[str, dict]] = field(default_factory=list)
@@ -121,7 +123,7 @@ class Standin:
         self, body: dict, tokens: list[str], offset: int, seed: int, is_chat: bool, t: int = 0
     ) -> dict:
         ids = [self.vocabulary.id(token) for token in tokens]
-        text = "".join(tokens)
+        text = "".join(self.texts.get(token, token) for token in tokens)
         choice: dict = {"index": 0, "finish_reason": None, "token_ids": ids, "logprobs": None}
         choice |= {"delta": {"content": text}} if is_chat else {"text": text}
         tops = [self.top(token, t + i) for i, token in enumerate(tokens)]
@@ -148,7 +150,7 @@ class Standin:
             ]
         if body.get("experts"):
             choice["experts"] = {
-                "ids": [experts_of(i + t) for i in ids],
+                "ids": [experts_of(i + t, self.cards[0]["num_experts"]) for i in ids],
                 "weights": [[weights_of(i, block) for block in range(BLOCKS)] for i in ids],
             }
         return self.around(seed, [choice])
@@ -162,9 +164,9 @@ class Standin:
         return [(name, math.log(w / sum(weights))) for name, w in zip(names, weights, strict=True)]
 
 
-def experts_of(seed: int) -> list[list[int]]:
-    first = [(seed * (3 + 2 * block) + block) % EXPERTS for block in range(BLOCKS)]
-    return [[e, (e + 1 + seed % (EXPERTS - 1)) % EXPERTS] for e in first]
+def experts_of(seed: int, count: int = EXPERTS) -> list[list[int]]:
+    first = [(seed * (3 + 2 * block) + block) % count for block in range(BLOCKS)]
+    return [[e, (e + 1 + seed % (count - 1)) % count] for e in first]
 
 
 def weights_of(seed: int, block: int) -> list[float]:
@@ -180,14 +182,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.path in ("/", "/experts"):
             page, policy = serve_page()
             self._send(200, "text/html", page.encode(), {"Content-Security-Policy": policy})
-        elif self.path == "/v1/models":
+        elif self.path == "/v1/models" and self._has_key():
             self._json({"object": "list", "data": self.server.standin.cards})
-        else:
+        elif self.path != "/v1/models":
             self._send(404, "text/plain", b"")
 
     def do_POST(self) -> None:
         standin = self.server.standin
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._has_key():
+            return
         with standin.lock:
             standin.asked.append((self.path, body))
         assert self.headers["Content-Type"] == "application/json"
@@ -220,20 +224,33 @@ class Handler(BaseHTTPRequestHandler):
                 if standin.breaks and t == standin.breaks[0]:
                     self.wfile.write(standin.breaks[1])
                     return
-                self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-                self.wfile.flush()
+                self._event(standin, chunk)
                 time.sleep(standin.gap)
             self.wfile.write(b"data: [DONE]\n\n")
         except ConnectionError:
             standin.gone += 1
 
+    def _event(self, standin: Standin, chunk: dict) -> None:
+        event = f"data: {json.dumps(chunk, ensure_ascii=not standin.halves)}\n\n".encode()
+        if standin.halves:
+            # The middle of the character, if there is one.
+            cut = next((i for i, byte in enumerate(event) if byte >= 0x80), len(event) // 2) + 1
+            self.wfile.write(event[:cut])
+            self.wfile.flush()
+            time.sleep(0.02)
+            event = event[cut:]
+        self.wfile.write(event)
+        self.wfile.flush()
+
+    def _has_key(self) -> bool:
+        key = self.server.standin.key
+        if not key or self.headers.get("Authorization") == f"Bearer {key}":
+            return True
+        error = {"error": {"message": "the API key is missing or wrong"}}
+        self._send(401, "application/json", json.dumps(error).encode())
+        return False
+
     def _json(self, value: dict) -> None:
-        if self.server.standin.key:
-            given = self.headers.get("Authorization")
-            if given != f"Bearer {self.server.standin.key}":
-                error = {"error": {"message": "the API key is missing or wrong"}}
-                self._send(401, "application/json", json.dumps(error).encode())
-                return
         self._send(200, "application/json", json.dumps(value).encode())
 
     def _send(

@@ -22,40 +22,44 @@ def option(default, help, *, choices=None, minimum=None, maximum=None, above=Non
     return field(default=default, metadata={"help": help, **limits})
 
 
-def check_fields(config) -> None:
-    """Check type and range of every field.
+def check_field(name: str, value: typing.Any, kind: type, limits):
+    """Return a field's value, 1 as 1.0 and a list of texts as a tuple, if type and range are right.
 
     Raises ValueError with the field, the value and what is allowed.
     """
+    # 1 is a good float.
+    if kind is float and type(value) is int:
+        value = float(value)
+    # A flag that may be given more than once.
+    if kind is tuple and type(value) is list and all(type(item) is str for item in value):
+        value = tuple(value)
+    # type(), not isinstance: True does not count as an int here.
+    if type(value) is not kind:
+        raise ValueError(
+            f"{name} must be of type {kind.__name__}, not {value!r} ({type(value).__name__})"
+        )
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value}")
+    if limits["choices"] is not None and value not in limits["choices"]:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, limits['choices']))}, not {value!r}"
+        )
+    if limits["minimum"] is not None and value < limits["minimum"]:
+        raise ValueError(f"{name} must be at least {limits['minimum']}, not {value}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise ValueError(f"{name} must be greater than {limits['above']}, not {value}")
+    if limits["maximum"] is not None and value > limits["maximum"]:
+        raise ValueError(f"{name} must be at most {limits['maximum']}, not {value}")
+    return value
+
+
+def check_fields(config) -> None:
+    """Check every field (check_field)."""
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
-        value, kind = getattr(config, f.name), hints[f.name]
-        limits = f.metadata
-        # 1 is a good float. The config stays frozen, so set it underneath.
-        if kind is float and type(value) is int:
-            value = float(value)
-            object.__setattr__(config, f.name, value)
-        # A flag that may be given more than once.
-        if kind is tuple and type(value) is list and all(type(item) is str for item in value):
-            value = tuple(value)
-            object.__setattr__(config, f.name, value)
-        # type(), not isinstance: True does not count as an int here.
-        if type(value) is not kind:
-            raise ValueError(
-                f"{f.name} must be of type {kind.__name__}, not {value!r} ({type(value).__name__})"
-            )
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"{f.name} must be a finite number, not {value}")
-        if limits["choices"] is not None and value not in limits["choices"]:
-            raise ValueError(
-                f"{f.name} must be one of {', '.join(map(repr, limits['choices']))}, not {value!r}"
-            )
-        if limits["minimum"] is not None and value < limits["minimum"]:
-            raise ValueError(f"{f.name} must be at least {limits['minimum']}, not {value}")
-        if limits["above"] is not None and value <= limits["above"]:
-            raise ValueError(f"{f.name} must be greater than {limits['above']}, not {value}")
-        if limits["maximum"] is not None and value > limits["maximum"]:
-            raise ValueError(f"{f.name} must be at most {limits['maximum']}, not {value}")
+        value = check_field(f.name, getattr(config, f.name), hints[f.name], f.metadata)
+        # The config stays frozen, so set it underneath.
+        object.__setattr__(config, f.name, value)
 
 
 @dataclass(frozen=True)

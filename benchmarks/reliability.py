@@ -42,6 +42,7 @@ def promises() -> list:
         rank_checkpoints,
         rank_faults,
         runs,
+        serving,
         texts,
         traffic,
         training,
@@ -76,6 +77,7 @@ def promises() -> list:
             *expert_parallel.PROMISES,
             *traffic.PROMISES,
             *rank_checkpoints.PROMISES,
+            *serving.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

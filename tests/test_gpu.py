@@ -29,6 +29,7 @@ from runtime.kernels.choose import choose_kernels
 from runtime.kernels.linear_cross_entropy import IGNORE, add_product_
 from runtime.kernels.sink_attention import sink_attention
 from runtime.posttraining.rollouts import Sampler
+from runtime.serving.engine import Engine
 from runtime.training.optimizer import build_optimizer
 from runtime.training.plan import make_plan
 from tests.builders import random_model, sink_case, tiny_config
@@ -45,6 +46,7 @@ from tests.builders_inference import (
 from tests.builders_precision import dtypes_seen
 from tests.builders_ranks import Trained, trained
 from tests.builders_runs import MODEL, SPEED, Run, assert_same, settings_of
+from tests.builders_serving import Client, ids_of_generate, request_of
 from tests.ranks import run_on
 
 pytestmark = [
@@ -201,6 +203,25 @@ def test_a_captured_step_gives_the_cpus_texts(changes, packed, monkeypatch):
     model, decoder = decoder_on(CUDA, changes, packed)
     for slide in (True, False):
         assert_same_texts(model, decoder, slide=slide)
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_the_serving_engine_gives_the_cpus_texts(changes, monkeypatch):
+    """Chunks by the model, single tokens by captured steps, and those with experts by the model."""
+    monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
+    model, decoder = decoder_on(CUDA, changes, False)
+    requests = [
+        request_of(ids, 60, temperature=0.0, logprobs=2, experts=i == 1)
+        for i, ids in enumerate(PROMPTS)
+    ]
+    engine = Engine(decoder, slots=3, prefill_chunk=6)
+    try:
+        assert not engine.is_exact
+        clients = [Client(engine, request) for request in requests]
+        drawn = [client.ids for client in clients]
+    finally:
+        engine.close()
+    assert drawn == [ids_of_generate(model, request) for request in requests]
 
 
 @pytest.mark.parametrize("changes, packed", COMPILED_CASES.values(), ids=COMPILED_CASES)

@@ -210,7 +210,7 @@ def test_every_flag_it_names_is_one(capsys):
     torchrun = importlib.import_module("torch.distributed.run").get_args_parser()
     known |= set(torchrun._option_string_actions)
     # tests/benchmarks/test_recipes.py has the flags of `hf`. Slurm reads the lines with SBATCH.
-    ours = re.sub(r"^(hf|#SBATCH) .*$", "", TEXT, flags=re.MULTILINE)
+    ours = re.sub(r"^(hf|lm_eval|#SBATCH) .*$", "", TEXT, flags=re.MULTILINE)
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", ours))
     assert len(named) > 40 and named - known == set()
 

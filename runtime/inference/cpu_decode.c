@@ -118,11 +118,12 @@ typedef struct {
     float *const *keys, *const *values;  /* [caches, L]: each [G, capacity, D] */
     const int32_t *logit_rows;  /* [num_logits] rows whose logits are wanted */
     float *logits;              /* [num_logits, V], or with targets room for [GROUP, V] */
-    /* NULL, or instead of logits: [num_logits] the ids that are scored, their log-probabilities,
-       those of the most likely ids, and these ids. */
-    const int32_t *targets;
-    double *log_probs, *best_log_probs;
+    /* NULL, or [num_logits]: the most likely ids, and their log-probabilities. */
     int32_t *best;
+    double *best_log_probs;
+    /* NULL, or with these and instead of logits: the ids that are scored, their log-probabilities. */
+    const int32_t *targets;
+    double *log_probs;
     /* NULL, or [L, n, K]: the experts of each row, strongest first, and their routing weights. */
     int32_t *experts;
     float *weights;
@@ -723,7 +724,7 @@ static int argmax(const float *x, int V)
     return best;
 }
 
-/* Score target j from its logits x [V]. A number that is not finite makes the scores NaN. */
+/* Score row j from its logits x [V]. A number that is not finite makes the scores NaN. */
 static void score(const Pass *p, int j, const float *x)
 {
     int V = p->m->V, best = argmax(x, V);
@@ -740,7 +741,8 @@ static void score(const Pass *p, int j, const float *x)
     }
     p->best[j] = best;
     p->best_log_probs[j] = -log(total);
-    p->log_probs[j] = (double)x[p->targets[j]] - (double)x[best] - log(total);
+    if (p->targets)
+        p->log_probs[j] = (double)x[p->targets[j]] - (double)x[best] - log(total);
 }
 
 static void run(Pass *p, int t)
@@ -803,7 +805,7 @@ static void run(Pass *p, int t)
             outs[j] = p->logits + (int64_t)(p->targets ? j : first + j) * m->V;
         }
         product(&m->head, 0, begin, end, xs, count, outs, NULL, room);
-        if (!p->targets)
+        if (!p->best)
             continue;
         barrier(p);
         for (int j = t; j < count; j += T)

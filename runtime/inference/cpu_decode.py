@@ -104,7 +104,7 @@ Pass = _struct(
     m=POINTER(Model),
     **_of(c_int32, "n num_logits"),
     **_of(c_void_p, "ids positions caches keys values logit_rows logits"),
-    **_of(c_void_p, "targets log_probs best_log_probs best experts weights"),
+    **_of(c_void_p, "best best_log_probs targets log_probs experts weights"),
     **_of(c_void_p, "x y q k v h up chosen order starts gate private"),
     private_floats=c_int64,
     **_of(c_int32, "team arrived phase unused"),
@@ -215,9 +215,10 @@ class Read(NamedTuple):
     The rows of all texts follow one another: R rows of logits or of scores, where they were named.
     """
 
-    # [R, V] float32, unless they are scored.
+    # [R, V] float32, unless targets are scored.
     logits_RV: Tensor | None
-    # Of the targets, and of the most likely ids: [R] float64, nats. NaN for damaged logits.
+    # If asked for, of the targets, and of the most likely ids: [R] float64, nats. NaN for damaged
+    # logits.
     log_probs_R: np.ndarray | None
     best_log_probs_R: np.ndarray | None
     # The most likely ids, of equals the lowest: [R] int32.
@@ -336,12 +337,14 @@ class NativeModel:
         rows: Sequence[Sequence[int]],
         targets: Sequence[Sequence[int]] | None = None,
         with_experts: bool = False,
+        with_best: bool = False,
     ) -> Read:
         """Read further ids of each cache's text in one pass, and advance the caches.
 
         The caches must be rows of one allocation. One that gets several ids must have no ring
         buffer. rows: of each text, which of its ids have logits (0 is the first, and none is
         allowed). targets: for each of these, the id to score instead; logits then stay here.
+        with_best: the most likely ids next to the logits; with targets they always come.
         Raise ValueError for ids out of range or a cache without room.
         """
         lengths = [len(own) for own in ids]
@@ -371,7 +374,7 @@ class NativeModel:
             values=values,
             logit_rows=np.array(named, dtype=np.int32),
         )
-        out = self._outputs(n, len(named), scored, with_experts)
+        out = self._outputs(n, len(named), scored, with_experts, with_best)
         # C runs without Python's lock, and there is one working memory.
         with self._lock:
             self._prepare(n, caches[0])
@@ -400,7 +403,12 @@ class NativeModel:
             )
 
     def _outputs(
-        self, n: int, num_logits: int, targets: list[int] | None, with_experts: bool
+        self,
+        n: int,
+        num_logits: int,
+        targets: list[int] | None,
+        with_experts: bool,
+        with_best: bool,
     ) -> dict[str, np.ndarray | None]:
         """Return what C writes to, and the targets; None for what is not asked for."""
         c, is_scored = self.config, targets is not None
@@ -414,8 +422,8 @@ class NativeModel:
             logits=array(not is_scored, (num_logits, c.vocabulary_size), np.float32),
             targets=ids,
             log_probs=array(is_scored, num_logits, np.float64),
-            best_log_probs=array(is_scored, num_logits, np.float64),
-            best=array(is_scored, num_logits, np.int32),
+            best_log_probs=array(is_scored or with_best, num_logits, np.float64),
+            best=array(is_scored or with_best, num_logits, np.int32),
             experts=array(with_experts, experts_shape, np.int32),
             weights=array(with_experts, experts_shape, np.float32),
         )

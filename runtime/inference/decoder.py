@@ -10,6 +10,7 @@ in the caches and can guess tokens by prompt-lookup decoding.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config_model import ModelConfig
 from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
 from model_parts import Block, KVCache, activate, rope_tables_at
 from runtime.base.compiler import explained_compiler_failure
@@ -110,16 +112,18 @@ class Decoder:
             lines.append(f"PyTorch decodes, which is slower: {self.why_not_native}")
         return "; ".join(lines)
 
-    def texts(self, count: int, max_tokens: int) -> list[Text]:
+    def texts(self, count: int, max_tokens: int, rings: bool = True) -> list[Text]:
         """Return `count` empty texts with room for `max_tokens` each.
 
-        Those of an earlier call are no longer valid.
+        Those of an earlier call are no longer valid. rings: windowed blocks keep only their window.
+        Without, they keep all keys: such texts can be read in chunks, cut and copied.
         """
         # First, so that both are never in memory at once.
         self._whole, self._caches, self._texts, self._graphs = None, [], [], {}
         # One slot more: where a step has texts that take no part, they write after their end.
         dtype = self.model.embed.weight.dtype
-        self._whole = KVCache(self.config, count, max_tokens + 1, dtype, self.device)
+        kind = KVCache if rings else WholeCache
+        self._whole = kind(self.config, count, max_tokens + 1, dtype, self.device)
         self._caches = self._whole.rows()
         self._row = {id(cache): row for row, cache in enumerate(self._caches)}
         for cache in self._caches:
@@ -148,6 +152,13 @@ class Decoder:
         for other in forked[1:]:
             other.cache.length, other.ids = length, list(text.ids)
         return forked
+
+    def clear(self, text: Text) -> None:
+        """Reset one text and zero its cache, as `forget` does with all of them."""
+        text.ids = []
+        text.cache.reset()
+        for tensor in text.cache.keys + text.cache.values:
+            tensor.zero_()
 
     def weights_changed(self, source: LLM | None = None) -> None:
         """Follow weights that have changed: forget all that the caches hold of the old ones.
@@ -317,6 +328,39 @@ class Decoder:
             logits = function(self.model, self._whole, ids, positions, span)
         # What was compiled lives as long as the graph that runs it.
         return graph, ids, positions, logits, function
+
+
+def without_windows(config: ModelConfig) -> ModelConfig:
+    """Return the config of a cache without ring buffers: it keeps the keys of all tokens."""
+    return dataclasses.replace(config, sliding_window=0, window_pattern="all")
+
+
+class WholeCache(KVCache):
+    """A KVCache without ring buffers: windowed blocks keep all keys, too.
+
+    So it can be read in chunks, cut and copied. As a ring buffer does, it gives a single query only
+    the keys that this sees: the model masks none of them then, unless it has learned biases.
+    """
+
+    def __init__(self, config: ModelConfig, *sizes):
+        super().__init__(without_windows(config), *sizes)
+        has_mask = config.use_attention_bias
+        blocks = range(config.transformer_blocks)
+        self.windows = [0 if has_mask else config.window(block) for block in blocks]
+
+    def update(self, block: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        T, window = k_BGTD.shape[2], self.windows[block]
+        k_BGSD, v_BGSD = super().update(block, k_BGTD, v_BGTD)
+        if T == 1 and window:
+            return k_BGSD[:, :, -window:], v_BGSD[:, :, -window:]
+        return k_BGSD, v_BGSD
+
+
+def copy_beginning(source: KVCache, target: KVCache, tokens: int) -> None:
+    """Make the first tokens of one cache those of another, too. Neither has ring buffers."""
+    for theirs, own in zip(source.keys + source.values, target.keys + target.values, strict=True):
+        own[:, :, :tokens] = theirs[:, :, :tokens]
+    target.length = tokens
 
 
 def _addresses(model: LLM) -> list[int]:

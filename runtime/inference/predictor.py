@@ -1,8 +1,9 @@
 """Complete prompts with the model of a checkpoint.
 
-Read `Predictor` from the top: `__init__` loads model and tokenizer and makes the Decoder, `stream`
-completes one prompt, and `complete` generates several completions at the same time. A Completion
-holds what was generated, also while it grows. runtime/inference/console.py prints it.
+Read from the top: `LoadedModel` has model, tokenizer and Decoder, and renders prompts; the server
+uses it, too. Of a `Predictor`, `stream` completes one prompt, and `complete` generates several
+completions at the same time. A Completion holds what was generated, also while it grows.
+runtime/inference/console.py prints it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Completion:
         return (len(self.ids) - 1) / max(self.last_s - self.first_s, 1e-9)
 
 
-class Predictor:
-    """A model, its tokenizer, and the decoder that generates from it."""
+class LoadedModel:
+    """A checkpoint's model, its tokenizer, and the decoder that runs it; prints nothing."""
 
     def __init__(self, config: PredictConfig):
         if config.ckpt == PredictConfig.ckpt and not os.path.exists(config.ckpt):
@@ -93,7 +94,7 @@ class Predictor:
         self.tokenizer = tokenizer_of(checkpoint, config.tokenizer)
         # Whether a prompt is a message to answer.
         self.chats = bool(config.chat or config.messages)
-        if self.chats and not has_chat(self.tokenizer):
+        if self.chats and not self.has_chat:
             raise ValueError(
                 f"{config.ckpt} was not trained on chats, so it has no chat layout: train it with "
                 f"python -m scripts.sft --init_from {config.ckpt}, or leave --chat and --messages "
@@ -110,10 +111,6 @@ class Predictor:
                 "window: leave lookup out"
             )
         self.decoder = Decoder(self.model, config.c_kernel, config.compile, checkpoint.digest)
-        if self.decoder.note and not config.quiet:
-            print(f"note: {self.decoder.note}", file=sys.stderr)
-        self.texts: list[Text] = []
-        self.last: Completion | None = None
         # Where the weights come from, without them.
         self.origin = dataclasses.replace(checkpoint, model={}, optimizer=None)
         # Ids that stand for no text: holes in the tokenizer's ids, and the embedding's padding.
@@ -121,8 +118,8 @@ class Predictor:
         self.banned_ids = [i for i in self.tokenizer.banned_ids if i < vocabulary] + list(
             range(self.tokenizer.vocabulary_size, vocabulary)
         )
-        if (line := self.top_k_note(config.top_k)) and not config.quiet:
-            print(f"note: {line}", file=sys.stderr)
+        # What a user should know, a line each.
+        self.notes = [line for line in (self.decoder.note, self.top_k_note(config.top_k)) if line]
 
     def top_k_note(self, top_k: int) -> str:
         """Return a line if the vocabulary has fewer than top_k tokens, else an empty string."""
@@ -130,6 +127,11 @@ class Predictor:
         if top_k <= count:
             return ""
         return f"top_k {top_k} samples from all tokens, as 0 does: the vocabulary has {count:,}"
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether messages can be rendered."""
+        return has_chat(self.tokenizer)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return a prompt's ids: the start of a document, or a chat that asks for an answer.
@@ -139,10 +141,18 @@ class Predictor:
         """
         if self.chats:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return chat_prompt_ids(messages, self.tokenizer)
+            return self.chat_ids(messages)
         assert isinstance(prompt, str)
+        return self.text_ids(prompt)
+
+    def chat_ids(self, messages: list[dict]) -> list[int]:
+        """Return the ids of messages that ask for an answer. Raise ValueError for wrong ones."""
+        return chat_prompt_ids(messages, self.tokenizer)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text that starts a document. Raise ValueError if there is none."""
         start, end = self.tokenizer.start_id, self.tokenizer.end_of_text_id
-        ids = ([] if start is None else [start]) + self.tokenizer.encode(prompt)
+        ids = ([] if start is None else [start]) + self.tokenizer.encode(text)
         if ids:
             return ids
         if end is None:
@@ -150,6 +160,17 @@ class Predictor:
                 "the prompt is empty: with --tokenizer none it needs a token id, such as 12 7 99"
             )
         return [end]
+
+
+class Predictor(LoadedModel):
+    """A loaded model that completes prompts."""
+
+    def __init__(self, config: PredictConfig):
+        super().__init__(config)
+        self.texts: list[Text] = []
+        self.last: Completion | None = None
+        for line in () if config.quiet else self.notes:
+            print(f"note: {line}", file=sys.stderr)
 
     def stream(
         self,

@@ -17,7 +17,6 @@ Shape letters as in model_parts.py: L blocks, K top_k, T tokens of a document.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import torch
 from config_model import kv_cache_bytes_per_token
 from model import LLM, check_drawn
 from model_parts import KVCache
-from runtime.inference.decoder import Decoder
+from runtime.inference.decoder import Decoder, copy_beginning, without_windows
 
 # Documents are taken from the iterable up to so many tokens, and sorted: neighbours share the
 # beginning that is read once.
@@ -248,7 +247,7 @@ class Scorer:
         pieces = sorted(pieces, key=lambda piece: piece.ids)
         longest = max(piece.num_rows for piece in pieces)
         # Without ring buffers: several tokens of a text are read at once.
-        config = dataclasses.replace(self.config, sliding_window=0, window_pattern="all")
+        config = without_windows(self.config)
         slots = MOST_CACHE_BYTES // (longest * kv_cache_bytes_per_token(config, 4))
         slots = max(1, min(SLOTS, slots, len(pieces)))
         caches = KVCache(config, slots, longest).rows()
@@ -276,7 +275,7 @@ class Scorer:
                     source, rows = waits[i]
                     if batch[source].num_read < rows:
                         continue
-                    _copy(caches[source], caches[i], rows)
+                    copy_beginning(caches[source], caches[i], rows)
                     piece.take(batch[source], rows)
                     del waits[i]
                 if count := min(room, piece.num_rows - piece.num_read):
@@ -344,15 +343,29 @@ class Scorer:
 
 def _scored(logits_TV: torch.Tensor, targets_T: list[int]) -> tuple[np.ndarray, ...]:
     """Return what Scores has of each target: log-probabilities, the best ones, greedy or not."""
-    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-    numbers_TV = logits_TV.to(dtype).cpu().numpy().astype(np.float64)
-    best_T = numbers_TV.argmax(axis=1)
+    numbers_TV = on_host(logits_TV)
+    best_T, best_log_probs_T = most_likely(numbers_TV)
     rows_T = np.arange(len(best_T))
+    log_probs_T = numbers_TV[rows_T, targets_T] - numbers_TV[rows_T, best_T] + best_log_probs_T
+    return log_probs_T, best_log_probs_T, best_T == np.asarray(targets_T)
+
+
+def most_likely(numbers_TV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most likely id of each row, of equals the lowest, and its log-probability.
+
+    numbers_TV: logits, float64. ([T] int64, [T] float64 in nats: NaN for damaged logits.) Another
+    id's log-probability is this one plus the difference of the logits.
+    """
+    best_T = numbers_TV.argmax(axis=1)
     # Row by row: a sum's order then depends on the vocabulary alone.
-    largest_T = numbers_TV[rows_T, best_T]
-    totals_T = np.exp(numbers_TV - largest_T[:, None]).sum(axis=1)
-    log_probs_T = numbers_TV[rows_T, targets_T] - largest_T - np.log(totals_T)
-    return log_probs_T, -np.log(totals_T), best_T == np.asarray(targets_T)
+    largest_T1 = numbers_TV[np.arange(len(best_T)), best_T][:, None]
+    return best_T, -np.log(np.exp(numbers_TV - largest_T1).sum(axis=1))
+
+
+def on_host(logits_TV: torch.Tensor) -> np.ndarray:
+    """Return logits as float64: all that float32 or half precision says, and more for sums."""
+    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    return logits_TV.to(dtype).cpu().numpy().astype(np.float64)
 
 
 def _same(a: list[int], b: list[int]) -> int:
@@ -384,13 +397,6 @@ def _sources(batch: list[_Piece]) -> dict[int, tuple[int, int]]:
         if rows >= LEAST_SHARED:
             found[i] = (source, rows)
     return found
-
-
-def _copy(source: KVCache, target: KVCache, tokens: int) -> None:
-    """Make the first tokens of one cache those of another, too. Neither has ring buffers."""
-    for theirs, own in zip(source.keys + source.values, target.keys + target.values, strict=True):
-        own[:, :, :tokens] = theirs[:, :, :tokens]
-    target.length = tokens
 
 
 @contextlib.contextmanager

@@ -192,6 +192,11 @@ def test_each_text_names_its_rows_and_what_is_scored_there(code, name):
     assert some.experts_LNK is None and scored.logits_RV is None
     log_probs_RV = expected_RV.double().log_softmax(dim=1)
     flat = torch.tensor([i for own in targets for i in own])
+    # The most likely ids next to the logits are those of the scores.
+    both = native.read(whole_caches(model, 4), texts, rows, with_best=True)
+    assert torch.equal(both.logits_RV, expected_RV) and both.log_probs_R is None
+    assert np.array_equal(both.best_R, scored.best_R)
+    assert np.array_equal(both.best_log_probs_R, scored.best_log_probs_R)
     # The exponential function is exact to 2 units in the last place, and so is each sum of 16.
     bound = 8 * torch.finfo(torch.float32).eps
     expected_R = log_probs_RV.gather(1, flat[:, None])[:, 0].numpy()

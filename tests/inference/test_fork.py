@@ -197,3 +197,48 @@ def test_log_probs_are_not_made_where_nobody_asks(monkeypatch):
     monkeypatch.setattr("runtime.inference.decoder.Drawing.log_probs", None)
     decoder = Decoder(model_of({}))
     assert len(list(generate(decoder, decoder.texts(1, CONTEXT), [[1]], 3))) == 3
+
+
+# ------------------------------------------------------------------------ caches that keep all keys
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_caches_without_ring_buffers_are_read_in_chunks_and_cut(decoder_of, changes):
+    """Of windowed blocks, too: one token, several, one token for each text; and back to a token.
+
+    The model does not mask what a single query gets, so it saw keys before its window.
+    """
+    model, ids = model_of(changes), torch.randint(0, 61, (CONTEXT,), generator=seeded(1))
+    expected_TV = model(ids[None]).logits[0]
+    decoder = decoder_of(model)
+    text, other = decoder.texts(2, CONTEXT, rings=False)
+    assert not any(text.cache.is_ring) and text.cache.max_tokens == CONTEXT
+    decoder.read(other, [5, 6, 7])
+
+    def check(logits_RV, rows) -> None:
+        bound = logits_bound(model.config, CONTEXT)
+        assert_close(logits_RV, expected_TV[rows], bound)
+
+    for first, count in ((0, 9), (9, 1), (10, 12), (11, 1), (12, 1), (13, 7), (20, 1), (21, 11)):
+        # Cut back, where it is.
+        assert text.cache.rewind(first) and text.cache.length == first
+        own = ids[first : first + count]
+        logits_TV = model(own[None], cache=text.cache).logits[0]
+        check(logits_TV, slice(first, first + count))
+        if first + count < CONTEXT:
+            check(decoder.step([text], ids[first + count : first + count + 1]), [first + count])
+            text.cache.rewind(first + count)
+    assert other.cache.length == 3
+
+
+def test_a_text_is_cleared_and_the_others_stay(decoder_of):
+    decoder = decoder_of(model_of({}))
+    texts = decoder.texts(2, CONTEXT)
+    for text in texts:
+        decoder.read(text, [1, 2, 3])
+    decoder.clear(texts[0])
+    assert texts[0].ids == [] and texts[0].cache.length == 0 and texts[1].cache.length == 3
+    for tensor in decoder._whole.keys + decoder._whole.values:
+        assert (tensor[0] == 0).all() and (tensor[1, :, :3] != 0).any()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

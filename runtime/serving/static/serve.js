@@ -142,7 +142,7 @@ function askKey(message) {
       keyAsked = null;
       const given = $("key-text").value.trim();
       $("key-text").value = "";
-      if (!given) { reject(new Error("The server asks for a key, and none was given.")); return; }
+      if (!given) { reject(new Error("No key was given.")); return; }
       key = session(given);
       resolve();
     }, {once: true});
@@ -420,7 +420,7 @@ class Pane {
   // A browser is slow with many thousands of spans: the oldest become one text, folded.
   foldOld() {
     if (this.spans.length <= MOST_SPANS + FOLD) return;
-    this.spans.splice(0, this.spans.length - MOST_SPANS);
+    const old = this.spans.splice(0, this.spans.length - MOST_SPANS);
     if (!this.fold) {
       this.fold = document.createElement("details");
       this.fold.className = "fold";
@@ -434,8 +434,7 @@ class Pane {
     range.setEndBefore(this.spans[0]);
     this.fold.lastChild.append(range.toString());
     range.deleteContents();
-    this.folded = [...this.holders.keys()].reduce((n, one) => n + (one.tokens?.length ?? 0), 0) -
-      this.spans.length;
+    this.folded += old.length;
     this.fold.firstChild.textContent = `${number(this.folded)} earlier tokens`;
     this.spans[0].tabIndex = state.view === "plain" ? -1 : 0;
   }
@@ -531,6 +530,12 @@ async function generate(pane, seed) {
   const stopper = new AbortController();
   const run = pane.run = {stopper, signal: stopper.signal, queue: [], part, heard: "", count: 0,
     prompt: 0, began: performance.now(), first: 0};
+  // Ids of another model are other tokens.
+  if (part.model && part.model !== pane.card.id) {
+    Object.assign(part, {before: null, tokens: [{p: textOf(part)}]});
+    pane.render();
+  }
+  part.model = pane.card.id;
   trim(pane, part);
   Object.assign(part, {start: part.tokens.length, end: ""});
   pane.problem("");
@@ -826,7 +831,7 @@ function likely(panel, place, isYours) {
     put(one, "span", "", percent(Math.exp(choice.lp)));
     const same = choice.t === token.raw;
     if (same) one.ariaCurrent = "true";
-    one.title = same ? "This one was drawn" : "Continue with this one";
+    one.title = "Continue with this one";
     // Half a character has no text to continue.
     one.disabled = isYours || isPartial(choice.t) || isPartial(token.raw ?? "");
   });
@@ -1072,7 +1077,7 @@ on($("file"), "change", async () => {
   }
   listTalks();
   $("history-note").textContent = talks.length ? `${talks.length} came from the file.`
-    : "That file holds no history of this page.";
+    : "That file has no history of this page.";
 });
 
 // ---------------------------------------------------------------------------------------- links

@@ -837,8 +837,9 @@ def test_every_control_is_reached_by_the_tab_key_and_shows_it(browser, serve):
     for _ in range(60):
         page.press("Tab")
         name, outline = page.run(
-            "(() => { const e = document.activeElement; return [e === document.body ? 'BODY' : e.id ||"
-            "e.dataset.act || e.dataset.view || e.className || e.tagName, getComputedStyle(e).outlineStyle]; })()"
+            "(() => { const e = document.activeElement, name = e.id || e.dataset.act ||"
+            "e.dataset.view || e.className || e.tagName;"
+            "return [e === document.body ? 'BODY' : name, getComputedStyle(e).outlineStyle]; })()"
         )
         if name in ("BODY", "skip") and reached:
             break

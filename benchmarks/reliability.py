@@ -42,6 +42,7 @@ def promises() -> list:
         rank_checkpoints,
         rank_faults,
         runs,
+        serve_page,
         serving,
         texts,
         traffic,
@@ -78,6 +79,7 @@ def promises() -> list:
             *traffic.PROMISES,
             *rank_checkpoints.PROMISES,
             *serving.PROMISES,
+            *serve_page.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from runtime.serving.page import serve_page
+from tests.chromium import Browser, Page
 
 BLOCKS, EXPERTS, TOP_K = 4, 8, 2
 CONTEXT = 256
@@ -38,6 +39,25 @@ STORY = (
     " said Lily. A small bird heard her, and it pushed the ball with its head. The ball fell down,"
     " and they played until the sun went to bed."
 )
+
+# Each would set window.pwned, leave the page or hide a line, if it were more than text.
+HOSTILE = (
+    "</script><img src=x onerror=\"window.pwned='image'\">",
+    "<script>window.pwned='script'</script>",
+    "<!--<script>",
+    "javascript:window.pwned='url'",
+    "'\"><svg onload=window.pwned='svg'>",
+    "<style>body{display:none}</style>}body{display:none}",
+    "url(http://192.0.2.1/x) @import 'http://192.0.2.1/x';",
+    "[a](javascript:window.pwned=1) ![b](http://192.0.2.1/b.png)",
+    "\u202eevil\u2066\u0000\u001b[31m\r",
+    "\ud800",
+    "__proto__",
+    "constructor",
+    "${window.pwned=1} %%{data}",
+    "x" * 100_000,
+)
+BUSY = "document.querySelector('.busy')"
 
 
 def split(text: str) -> list[str]:
@@ -231,7 +251,11 @@ class Handler(BaseHTTPRequestHandler):
             standin.gone += 1
 
     def _event(self, standin: Standin, chunk: dict) -> None:
-        event = f"data: {json.dumps(chunk, ensure_ascii=not standin.halves)}\n\n".encode()
+        event = f"data: {json.dumps(chunk, ensure_ascii=not standin.halves)}\n\n".encode(
+            "utf-16", "surrogatepass"
+        )
+        # UTF-8 has no half of a pair.
+        event = event.decode("utf-16", "replace").encode()
         if standin.halves:
             # The middle of the character, if there is one.
             cut = next((i for i, byte in enumerate(event) if byte >= 0x80), len(event) // 2) + 1
@@ -290,3 +314,39 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/"
+
+
+# ---------------------------------------------------------------------------------------- the page
+def opened(browser: Browser, server: Server, fragment: str = "", **more) -> Page:
+    page = browser.open(server.url + fragment, **more)
+    page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    if not server.standin.key:
+        page.until("document.documentElement.dataset.ready")
+    return page
+
+
+def ask(page: Page, text: str) -> None:
+    """Write a text, press Enter, and wait until the answer is there."""
+    page.run("document.querySelector('#say').focus()")
+    if text:
+        page.type(text)
+    page.press("Enter")
+    ended(page)
+
+
+def ended(page: Page) -> None:
+    page.until(f"!{BUSY}")
+
+
+def read(page: Page, pane: int = 0) -> str:
+    """Return the text that a pane shows, as its elements hold it."""
+    return page.run(f"document.querySelectorAll('.pane .text')[{pane}].textContent")
+
+
+def clean(page: Page) -> None:
+    """Hold that a page made no error, broke no policy of its own and asked its server alone."""
+    assert page.errors == []
+    assert page.violations() == []
+    assert page.run("window.pwned === undefined")
+    own = page.run("location.origin")
+    assert [url for url in page.requests if not url.startswith((own, "blob:"))] == []

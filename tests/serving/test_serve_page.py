@@ -11,29 +11,26 @@ import pytest
 from config_model import PredictConfig
 from runtime.inference.expert_map import _hues
 from runtime.serving.page import STATIC, serve_page
-from tests.builders_serve_page import CARD, EXPERTS, STORY, Server, Standin, experts_of, split
+from tests.builders_serve_page import (
+    BUSY,
+    CARD,
+    EXPERTS,
+    HOSTILE,
+    STORY,
+    Server,
+    Standin,
+    ask,
+    clean,
+    ended,
+    experts_of,
+    opened,
+    read,
+    split,
+)
 from tests.chromium import Browser, Page
 from tests.serving.test_watch_page import CONTRAST
 
-# Each would set window.pwned, leave the page or hide a line, if it were more than text.
-HOSTILE = (
-    "</script><img src=x onerror=\"window.pwned='image'\">",
-    "<script>window.pwned='script'</script>",
-    "<!--<script>",
-    "javascript:window.pwned='url'",
-    "'\"><svg onload=window.pwned='svg'>",
-    "<style>body{display:none}</style>}body{display:none}",
-    "url(http://192.0.2.1/x) @import 'http://192.0.2.1/x';",
-    "[a](javascript:window.pwned=1) ![b](http://192.0.2.1/b.png)",
-    "\u202eevil\u2066\u0000\u001b[31m\r",
-    "\ud800",
-    "__proto__",
-    "constructor",
-    "${window.pwned=1} %%{data}",
-    "x" * 100_000,
-)
 MOST_BYTES = 60_000
-BUSY = "document.querySelector('.busy')"
 TOKENS = "[...document.querySelectorAll('.pane:not([hidden]) .t')]"
 
 
@@ -56,34 +53,8 @@ def serve() -> Iterator[Callable[..., Server]]:
         server.__exit__()
 
 
-def opened(browser: Browser, server: Server, fragment: str = "", **more) -> Page:
-    page = browser.open(server.url + fragment, **more)
-    page.call("Emulation.setFocusEmulationEnabled", enabled=True)
-    if not server.standin.key:
-        page.until("document.documentElement.dataset.ready")
-    return page
-
-
 def chat_card(**more) -> dict:
     return CARD | {"has_chat_template": True} | more
-
-
-def ask(page: Page, text: str) -> None:
-    """Write a text, press Enter, and wait until the answer is there."""
-    page.run("document.querySelector('#say').focus()")
-    if text:
-        page.type(text)
-    page.press("Enter")
-    ended(page)
-
-
-def ended(page: Page) -> None:
-    page.until(f"!{BUSY}")
-
-
-def read(page: Page, pane: int = 0) -> str:
-    """Return the text that a pane shows, as its elements hold it."""
-    return page.run(f"document.querySelectorAll('.pane .text')[{pane}].textContent")
 
 
 def act(page: Page, name: str, pane: int = 0) -> None:
@@ -101,15 +72,6 @@ def setting(page: Page, name: str, value: str, pane: int = 0) -> None:
         f"e.value = {json.dumps(value)};"
         "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
     )
-
-
-def clean(page: Page) -> None:
-    """Hold that a page made no error, broke no policy of its own and asked its server alone."""
-    assert page.errors == []
-    assert page.violations() == []
-    assert page.run("window.pwned === undefined")
-    own = page.run("location.origin")
-    assert [url for url in page.requests if not url.startswith((own, "blob:"))] == []
 
 
 # --------------------------------------------------------------------------------------- the page

@@ -43,6 +43,7 @@ def promises() -> list:
         rank_checkpoints,
         rank_faults,
         runs,
+        serve_page,
         serving,
         serving_http,
         texts,
@@ -82,6 +83,7 @@ def promises() -> list:
             *rank_checkpoints.PROMISES,
             *serving.PROMISES,
             *serving_http.PROMISES,
+            *serve_page.PROMISES,
         ),
         key=lambda promise: promise.number,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from runtime.serving.page import serve_page
+from tests.chromium import Browser, Page
 
 BLOCKS, EXPERTS, TOP_K = 4, 8, 2
 CONTEXT = 256
@@ -39,14 +40,31 @@ STORY = (
     " and they played until the sun went to bed."
 )
 
+# Each would set window.pwned, leave the page or hide a line, if it were more than text.
+HOSTILE = (
+    "</script><img src=x onerror=\"window.pwned='image'\">",
+    "<script>window.pwned='script'</script>",
+    "<!--<script>",
+    "javascript:window.pwned='url'",
+    "'\"><svg onload=window.pwned='svg'>",
+    "<style>body{display:none}</style>}body{display:none}",
+    "url(http://192.0.2.1/x) @import 'http://192.0.2.1/x';",
+    "[a](javascript:window.pwned=1) ![b](http://192.0.2.1/b.png)",
+    "\u202eevil\u2066\u0000\u001b[31m\r",
+    "\ud800",
+    "__proto__",
+    "constructor",
+    "${window.pwned=1} %%{data}",
+    "x" * 100_000,
+)
+BUSY = "document.querySelector('.busy')"
+
 
 def split(text: str) -> list[str]:
     """Return a text in tokens: a word with the blank before it, or a single mark or newline."""
     tokens: list[str] = []
     for character in text:
-        if tokens and character.isalpha() and tokens[-1][-1].isalpha():
-            tokens[-1] += character
-        elif tokens and character.isalpha() and tokens[-1] == " ":
+        if tokens and character.isalpha() and (tokens[-1] == " " or tokens[-1][-1].isalpha()):
             tokens[-1] += character
         else:
             tokens.append(character)
@@ -85,6 +103,10 @@ class Standin:
     key: str = ""
     # A raw event that comes after so many tokens, instead of the rest.
     breaks: tuple[int, bytes] | None = None
+    # Tokens that add another text than their own: parts of a character.
+    texts: dict[str, str] = field(default_factory=dict)
+    # Whether each event comes in two pieces, cut wherever its middle is.
+    halves: bool = False
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     # (path, body) of each request of JSON, in order.
     asked: list[tuple[str, dict]] = field(default_factory=list)
@@ -121,7 +143,7 @@ class Standin:
         self, body: dict, tokens: list[str], offset: int, seed: int, is_chat: bool, t: int = 0
     ) -> dict:
         ids = [self.vocabulary.id(token) for token in tokens]
-        text = "".join(tokens)
+        text = "".join(self.texts.get(token, token) for token in tokens)
         choice: dict = {"index": 0, "finish_reason": None, "token_ids": ids, "logprobs": None}
         choice |= {"delta": {"content": text}} if is_chat else {"text": text}
         tops = [self.top(token, t + i) for i, token in enumerate(tokens)]
@@ -148,7 +170,7 @@ class Standin:
             ]
         if body.get("experts"):
             choice["experts"] = {
-                "ids": [experts_of(i + t) for i in ids],
+                "ids": [experts_of(i + t, self.cards[0]["num_experts"]) for i in ids],
                 "weights": [[weights_of(i, block) for block in range(BLOCKS)] for i in ids],
             }
         return self.around(seed, [choice])
@@ -162,9 +184,9 @@ class Standin:
         return [(name, math.log(w / sum(weights))) for name, w in zip(names, weights, strict=True)]
 
 
-def experts_of(seed: int) -> list[list[int]]:
-    first = [(seed * (3 + 2 * block) + block) % EXPERTS for block in range(BLOCKS)]
-    return [[e, (e + 1 + seed % (EXPERTS - 1)) % EXPERTS] for e in first]
+def experts_of(seed: int, count: int = EXPERTS) -> list[list[int]]:
+    first = [(seed * (3 + 2 * block) + block) % count for block in range(BLOCKS)]
+    return [[e, (e + 1 + seed % (count - 1)) % count] for e in first]
 
 
 def weights_of(seed: int, block: int) -> list[float]:
@@ -180,14 +202,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.path in ("/", "/experts"):
             page, policy = serve_page()
             self._send(200, "text/html", page.encode(), {"Content-Security-Policy": policy})
-        elif self.path == "/v1/models":
+        elif self.path == "/v1/models" and self._has_key():
             self._json({"object": "list", "data": self.server.standin.cards})
-        else:
+        elif self.path != "/v1/models":
             self._send(404, "text/plain", b"")
 
     def do_POST(self) -> None:
         standin = self.server.standin
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._has_key():
+            return
         with standin.lock:
             standin.asked.append((self.path, body))
         assert self.headers["Content-Type"] == "application/json"
@@ -220,20 +244,37 @@ class Handler(BaseHTTPRequestHandler):
                 if standin.breaks and t == standin.breaks[0]:
                     self.wfile.write(standin.breaks[1])
                     return
-                self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-                self.wfile.flush()
+                self._event(standin, chunk)
                 time.sleep(standin.gap)
             self.wfile.write(b"data: [DONE]\n\n")
         except ConnectionError:
             standin.gone += 1
 
+    def _event(self, standin: Standin, chunk: dict) -> None:
+        event = f"data: {json.dumps(chunk, ensure_ascii=not standin.halves)}\n\n".encode(
+            "utf-16", "surrogatepass"
+        )
+        # UTF-8 has no half of a pair.
+        event = event.decode("utf-16", "replace").encode()
+        if standin.halves:
+            # The middle of the character, if there is one.
+            cut = next((i for i, byte in enumerate(event) if byte >= 0x80), len(event) // 2) + 1
+            self.wfile.write(event[:cut])
+            self.wfile.flush()
+            time.sleep(0.02)
+            event = event[cut:]
+        self.wfile.write(event)
+        self.wfile.flush()
+
+    def _has_key(self) -> bool:
+        key = self.server.standin.key
+        if not key or self.headers.get("Authorization") == f"Bearer {key}":
+            return True
+        error = {"error": {"message": "the API key is missing or wrong"}}
+        self._send(401, "application/json", json.dumps(error).encode())
+        return False
+
     def _json(self, value: dict) -> None:
-        if self.server.standin.key:
-            given = self.headers.get("Authorization")
-            if given != f"Bearer {self.server.standin.key}":
-                error = {"error": {"message": "the API key is missing or wrong"}}
-                self._send(401, "application/json", json.dumps(error).encode())
-                return
         self._send(200, "application/json", json.dumps(value).encode())
 
     def _send(
@@ -273,3 +314,39 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/"
+
+
+# ---------------------------------------------------------------------------------------- the page
+def opened(browser: Browser, server: Server, fragment: str = "", **more) -> Page:
+    page = browser.open(server.url + fragment, **more)
+    page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    if not server.standin.key:
+        page.until("document.documentElement.dataset.ready")
+    return page
+
+
+def ask(page: Page, text: str) -> None:
+    """Write a text, press Enter, and wait until the answer is there."""
+    page.run("document.querySelector('#say').focus()")
+    if text:
+        page.type(text)
+    page.press("Enter")
+    ended(page)
+
+
+def ended(page: Page) -> None:
+    page.until(f"!{BUSY}")
+
+
+def read(page: Page, pane: int = 0) -> str:
+    """Return the text that a pane shows, as its elements hold it."""
+    return page.run(f"document.querySelectorAll('.pane .text')[{pane}].textContent")
+
+
+def clean(page: Page) -> None:
+    """Hold that a page made no error, broke no policy of its own and asked its server alone."""
+    assert page.errors == []
+    assert page.violations() == []
+    assert page.run("window.pwned === undefined")
+    own = page.run("location.origin")
+    assert [url for url in page.requests if not url.startswith((own, "blob:"))] == []

@@ -88,14 +88,14 @@ function checkedDoc(given) {
   const doc = [];
   for (const one of given) {
     if (!isObject(one) || !isText(one.text)) return null;
-    if (one.who === "you") doc.push({who: "you", text: one.text});
-    else if (one.who === "model") {
-      doc.push({who: "model", tokens: one.text ? [{p: one.text}] : [], start: 0, end: "",
-        seed: isWhole(one.seed) ? one.seed : null});
-    } else return null;
+    if (one.who !== "you" && one.who !== "model") return null;
+    doc.push({who: one.who, text: one.text, seed: isWhole(one.seed) ? one.seed : null});
   }
   return doc;
 }
+// What was kept becomes what is worked with: an answer is one token, of unknown experts.
+const alive = doc => doc.map(({who, text, seed}) => who === "you" ? {who, text}
+  : {who, tokens: text ? [{p: text}] : [], start: 0, seed});
 function checkedTalk(given) {
   if (!isObject(given) || !isText(given.id, 64) || !Number.isFinite(given.time)) return null;
   if (!["text", "chat"].includes(given.mode) || !Array.isArray(given.panes)) return null;
@@ -142,7 +142,7 @@ function askKey(message) {
       keyAsked = null;
       const given = $("key-text").value.trim();
       $("key-text").value = "";
-      if (!given) { reject(new Error("The server asks for a key, and none was given.")); return; }
+      if (!given) { reject(new Error("No key was given.")); return; }
       key = session(given);
       resolve();
     }, {once: true});
@@ -216,7 +216,8 @@ function hues(count) {
   let stride = Math.max(1, even(.382 * count));
   while (stride < count && gcd(stride, count) !== 1) stride++;
   if (stride >= count) stride = 1;
-  return Array.from({length: count}, (_, e) => even((25 + 360 * (e * stride % count) / count) % 360));
+  return Array.from({length: count}, (_, e) =>
+    even((25 + 360 * (e * stride % count) / count) % 360));
 }
 const sheet = new CSSStyleSheet();
 document.adoptedStyleSheets = [sheet];
@@ -343,8 +344,9 @@ class Pane {
     const before = last ? textOf(last) : "";
     if (!isChat()) {
       // One forgets the blank between what the model wrote and one's own.
-      const blank = /[\p{L}\p{N}.,!?;:"')\u201d]$/u.test(before) && /^[\p{L}\p{N}"'\u201c]/u.test(text);
-      text = (blank ? " " : "") + text;
+      if (/[\p{L}\p{N}.,!?;:"')\u201d]$/u.test(before) && /^[\p{L}\p{N}"'\u201c]/u.test(text)) {
+        text = " " + text;
+      }
     } else if (last?.who === "you") text = "\n" + text;
     if (last?.who === "you") this.doc[this.doc.length - 1] = {who: "you", text: last.text + text};
     else this.doc.push({who: "you", text});
@@ -418,7 +420,7 @@ class Pane {
   // A browser is slow with many thousands of spans: the oldest become one text, folded.
   foldOld() {
     if (this.spans.length <= MOST_SPANS + FOLD) return;
-    this.spans.splice(0, this.spans.length - MOST_SPANS);
+    const old = this.spans.splice(0, this.spans.length - MOST_SPANS);
     if (!this.fold) {
       this.fold = document.createElement("details");
       this.fold.className = "fold";
@@ -432,8 +434,7 @@ class Pane {
     range.setEndBefore(this.spans[0]);
     this.fold.lastChild.append(range.toString());
     range.deleteContents();
-    this.folded = [...this.holders.keys()].reduce((n, one) => n + (one.tokens?.length ?? 0), 0) -
-      this.spans.length;
+    this.folded += old.length;
     this.fold.firstChild.textContent = `${number(this.folded)} earlier tokens`;
     this.spans[0].tabIndex = state.view === "plain" ? -1 : 0;
   }
@@ -529,6 +530,12 @@ async function generate(pane, seed) {
   const stopper = new AbortController();
   const run = pane.run = {stopper, signal: stopper.signal, queue: [], part, heard: "", count: 0,
     prompt: 0, began: performance.now(), first: 0};
+  // Ids of another model are other tokens.
+  if (part.model && part.model !== pane.card.id) {
+    Object.assign(part, {before: null, tokens: [{p: textOf(part)}]});
+    pane.render();
+  }
+  part.model = pane.card.id;
   trim(pane, part);
   Object.assign(part, {start: part.tokens.length, end: ""});
   pane.problem("");
@@ -582,7 +589,7 @@ function finish(pane, run) {
   if (pane === active) drawHeat();
 }
 function take(pane, run, event) {
-  if (event.error) throw new Error(String(event.error.message ?? "The answer ended with an error."));
+  if (event.error) throw new Error(String(event.error.message ?? "The answer broke off."));
   if (isWhole(event.seed)) run.part.seed = event.seed;
   const choice = event.choices?.[0];
   if (!choice) return;
@@ -656,7 +663,8 @@ function report(pane, run) {
   const {part} = run, now = run.end ?? performance.now(), parts = [];
   parts.push(`${number(run.count)} token${run.count === 1 ? "" : "s"}`);
   if (run.count > 1) {
-    parts.push(`${((run.count - 1) / Math.max(1e-3, (now - run.first) / 1000)).toFixed(1)} tokens/s`);
+    const seconds = Math.max(1e-3, (now - run.first) / 1000);
+    parts.push(`${((run.count - 1) / seconds).toFixed(1)} tokens/s`);
   }
   if (run.first) parts.push(`first after ${((run.first - run.began) / 1000).toFixed(2)} s`);
   if (part.seed !== null) parts.push(`seed ${part.seed}`);
@@ -823,7 +831,7 @@ function likely(panel, place, isYours) {
     put(one, "span", "", percent(Math.exp(choice.lp)));
     const same = choice.t === token.raw;
     if (same) one.ariaCurrent = "true";
-    one.title = same ? "This one was drawn" : "Continue with this one";
+    one.title = "Continue with this one";
     // Half a character has no text to continue.
     one.disabled = isYours || isPartial(choice.t) || isPartial(token.raw ?? "");
   });
@@ -870,8 +878,10 @@ function drawHeat() {
   });
   read(state.cell);
 }
-const heatKind = (count, total, E) => total
-  ? "q" + Math.max(0, Math.min(8, count ? Math.round(4 + 2 * Math.log2(count * E / total)) : 0)) : "";
+function heatKind(count, total, E) {
+  const step = count ? Math.round(4 + 2 * Math.log2(count * E / total)) : 0;
+  return total ? "q" + Math.max(0, Math.min(8, step)) : "";
+}
 function buildHeat(L, E) {
   $("heat").textContent = "";
   const table = put($("heat"), "table", E > 16 ? "wide" : "");
@@ -894,8 +904,8 @@ function buildHeat(L, E) {
 const placeOf = cell => [cell.parentNode.rowIndex - 1, cell.cellIndex - 1];
 function read(place) {
   const line = $("read"), [l, e] = place ?? [];
-  let text = "Share of a block\u2019s tokens over the fair share. Point at a cell to see its tokens; " +
-    "click keeps them.";
+  let text = "Share of a block\u2019s choices over the fair share. Point at a cell to see its " +
+    "tokens; click keeps them.";
   if (place) {
     const counts = active.counts[l] ?? [], total = counts.reduce((a, b) => a + b, 0);
     text = `Block ${l}, expert ${e}: ${number(counts[e] ?? 0)} of ${number(total)} choices, ` +
@@ -1020,7 +1030,7 @@ function openTalk(talk) {
   talk.panes.forEach((one, i) => {
     panes[i].settings = one.settings;
     panes[i].showSettings();
-    panes[i].put(one.doc);
+    panes[i].put(alive(one.doc));
   });
 }
 function listTalks() {
@@ -1028,9 +1038,10 @@ function listTalks() {
   list.textContent = "";
   $("history-note").textContent = talks.length ? historyNote : "Nothing is kept yet.";
   for (const talk of talks) {
-    const row = put(list, "li"), text = talk.panes[0].doc.map(textOf).join(" ").slice(0, 80);
+    const row = put(list, "li"), text = talk.panes[0].doc.map(textOf).join(" ")
+      .slice(0, 200).replace(/\s+/g, " ").trim();
     const time = new Date(talk.time), when = isNaN(time) ? "" : time.toLocaleDateString();
-    button(row, `${visible(text).trim() || "(empty)"} \u00B7 ${when}`, () => {
+    button(row, `${visible(text) || "(empty)"} \u00B7 ${when}`, () => {
       $("history").close();
       openTalk(talk);
     });
@@ -1066,7 +1077,7 @@ on($("file"), "change", async () => {
   }
   listTalks();
   $("history-note").textContent = talks.length ? `${talks.length} came from the file.`
-    : "That file holds no history of this page.";
+    : "That file has no history of this page.";
 });
 
 // ---------------------------------------------------------------------------------------- links
@@ -1109,7 +1120,7 @@ function openFragment() {
   const [pane] = panes, last = doc.at(-1)?.who === "you" ? doc.pop() : null;
   pane.settings = checkedSettings(link.settings);
   pane.showSettings();
-  pane.put(doc);
+  pane.put(alive(doc));
   say.value = last?.text ?? "";
   pane.tell("From a link: Enter draws the same again.");
   controls();

@@ -168,9 +168,9 @@ def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task) -> Result:
     has_start = bool(before_text(tokenizer))
     for question in kept:
         earned = _credits(question, given, has_start)
-        num_tied += any(0 < own < 1 for own in earned.values())
-        for name, own in earned.items():
-            credits.setdefault(name, []).append(own)
+        num_tied += any(0 < credit < 1 for credit in earned.values())
+        for name, credit in earned.items():
+            credits.setdefault(name, []).append(credit)
             if question.kind != GREEDY:
                 chances.setdefault(name, []).append(1 / len(question.pairs))
     return Result(

@@ -184,7 +184,7 @@ class EvaluateConfig:
 
     def sections(self) -> dict[str, list[str]]:
         """Return the names of the sections that each part with several may have."""
-        asked = {
+        asked: dict[str, dict[str, object]] = {
             "tasks": {"files": self.tasks, "own": self.own_tasks, "lm_eval": self.lm_eval},
             "compared_tasks": {"files": self.tasks, "own": self.own_tasks},
             "experts": {

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's figures beside ours: the same rows, asked by both, of one checkpoint.
+"""lm-evaluation-harness's figures next to ours: the same rows, asked by both, of one checkpoint.
 
     python -m benchmarks.lm_eval_figures --ckpt public/stories.pt --files stories.jsonl
 

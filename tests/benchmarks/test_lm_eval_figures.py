@@ -1,4 +1,4 @@
-"""lm-eval's figures beside ours: both are asked the same questions."""
+"""lm-eval's figures next to ours: both are asked the same questions."""
 
 from __future__ import annotations
 

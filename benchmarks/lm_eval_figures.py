@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's figures beside ours: the same rows, asked by both, of one checkpoint.
+"""lm-evaluation-harness's figures next to ours: the same rows, asked by both, of one checkpoint.
 
     python -m benchmarks.lm_eval_figures --ckpt public/stories.pt --files stories.jsonl
 
@@ -182,14 +182,19 @@ def _pair(task: str, column: str, metric: str, mine: dict, own: dict) -> dict:
     }
 
 
+def _interval(one: dict) -> str:
+    """Return the interval of a figure; "" if it has none, as of few documents."""
+    return "" if one["low"] is None else f"{one['low']:.3f} to {one['high']:.3f}"
+
+
 def markdown(pairs: Sequence[dict]) -> str:
     """Return the figures as a table."""
     lines = ["| task | ours | 95 % interval | lm-eval | | n |", "|---|---|---|---|---|---|"]
     for one in pairs:
         mine, own = one["ours"], one["lm_eval"]
         lines.append(
-            f"| {one['task']} | `{one['column']}` {mine['value']:.6f} | {mine['low']:.3f} to "
-            f"{mine['high']:.3f} | `{one['metric']}` {own['value']:.6f} | "
+            f"| {one['task']} | `{one['column']}` {mine['value']:.6f} | {_interval(mine)} | "
+            f"`{one['metric']}` {own['value']:.6f} | "
             f"{'the same' if one['same'] else 'not the same'} | {mine['n']:,} |"
         )
     return "\n".join(lines)

@@ -183,8 +183,8 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
 
         def score(self, model):
             score = Score({"questions": Share(3.0, 4)})
-            score.average("story loss", [(30.0, 20), (10.0, 20), (24.0, 10)])
-            score.average("length", [(20, 1)] * 4)
+            score.average("story loss", [(30.0, 20), (10.0, 20), (24.0, 10)] * 4)
+            score.average("length", [(20, 1)] * 8)
             return score
 
     monkeypatch.setattr(command, "Exam", Exam)
@@ -199,9 +199,9 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
     low, high = wilson(3, 4)
     assert figures["questions"] == {"value": 0.75, "n": 4, "low": low, "high": high}
     loss = figures["story loss"]
-    assert loss["value"] == 64 / 50 and loss["n"] == 3 and loss["unit"] == "nats"
+    assert loss["value"] == 64 / 50 and loss["n"] == 12 and loss["unit"] == "nats"
     assert 10 / 20 <= loss["low"] < loss["value"] < loss["high"] <= 24 / 10
-    same = {"value": 20, "n": 4, "low": 20, "high": 20, "unit": "tokens"}
+    same = {"value": 20, "n": 8, "low": 20, "high": 20, "unit": "tokens"}
     assert figures["length"] == same and len(asked) == 1
     assert "chat.exercises.questions" in "\n".join(as_lines(report))
 

@@ -85,7 +85,10 @@ def test_an_editable_install_works_from_any_folder(tmp_path):
         (metadata,) = (name for name in archive.namelist() if name.endswith("METADATA"))
         requires = re.findall(r"^Requires-Dist: (.*)$", archive.read(metadata).decode(), re.M)
     pins = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert requires == [line for line in pins if line and not line.startswith("#")]
+    base = [line for line in pins if line and not line.startswith("#")]
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    asked = [f'{pin}; extra == "{extra}"' for extra, pins in extras.items() for pin in pins]
+    assert requires == base + asked
     found = run(
         IMPORT, site, "train", "predict", "runtime.base.cli", "scripts.export_hf", cwd=tmp_path
     )

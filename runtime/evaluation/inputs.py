@@ -56,8 +56,8 @@ def read_inputs(config: EvaluateConfig, chat: Chat | None) -> Asked:
     if config.train_files:
         training = FileSource(find_files(config.train_files), column)
         if not any(text.strip() for text in whole_documents(training)):
-            given = ", ".join(config.train_files)
-            raise ValueError(f"--train_files {given} holds no text: name files that hold some")
+            files = ", ".join(config.train_files)
+            raise ValueError(f"--train_files {files} holds no text: name files that hold some")
     tasks = read_tasks(config.tasks) if config.tasks else []
     if config.against:
         _check_other(config)

@@ -171,7 +171,10 @@ def test_a_file_without_text_is_one_line(tmp_path, capsys, ckpt):
 
 
 def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
-    """Shares have Wilson's interval and the number of their trials, means that of prompts."""
+    """Shares have Wilson's interval and the number of their trials.
+
+    A mean had no interval, so nobody could say whether two rewards differ.
+    """
     asked = []
 
     class Exam:
@@ -179,7 +182,10 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
             asked.append(tokenizer)
 
         def score(self, model):
-            return Score({"questions": Share(3.0, 4)}, {"story loss": 1.5, "length": 20.0})
+            score = Score({"questions": Share(3.0, 4)})
+            score.average("story loss", [(30.0, 20), (10.0, 20), (24.0, 10)])
+            score.average("length", [(20, 1)] * 4)
+            return score
 
     monkeypatch.setattr(command, "Exam", Exam)
     tokenizer = with_chat(load_tokenizer("byte"))
@@ -192,7 +198,11 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
     figures = report["chat"]["exercises"]["figures"]
     low, high = wilson(3, 4)
     assert figures["questions"] == {"value": 0.75, "n": 4, "low": low, "high": high}
-    assert figures["story loss"]["n"] != figures["length"]["n"] and len(asked) == 1
+    loss = figures["story loss"]
+    assert loss["value"] == 64 / 50 and loss["n"] == 3 and loss["unit"] == "nats"
+    assert 10 / 20 <= loss["low"] < loss["value"] < loss["high"] <= 24 / 10
+    same = {"value": 20, "n": 4, "low": 20, "high": 20, "unit": "tokens"}
+    assert figures["length"] == same and len(asked) == 1
     assert "chat.exercises.questions" in "\n".join(as_lines(report))
 
 

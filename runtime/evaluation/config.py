@@ -129,10 +129,11 @@ class EvaluateConfig:
 
     def _check_outputs(self) -> None:
         """Raise ValueError for a file that the report cannot be written to, or must not."""
-        # A pattern is one of --files too; a report never has a name that is one.
-        read = {"--ckpt": (self.ckpt,), "--against": (self.against,), "--files": self.files}
-        read |= {"--tasks": self.tasks, "--train_files": self.train_files}
-        taken = {os.path.realpath(path): flag for flag, paths in read.items() for path in paths}
+        taken = {os.path.realpath(self.ckpt): "--ckpt"}
+        if self.against:
+            taken[os.path.realpath(self.against)] = "--against"
+        for flag in ("files", "tasks", "train_files"):
+            taken |= {os.path.realpath(path): f"--{flag}" for path in getattr(self, flag)}
         for name in ("json", "markdown", "html"):
             if not (path := getattr(self, name)):
                 continue
@@ -143,8 +144,8 @@ class EvaluateConfig:
                 raise ValueError(f"{said} is a folder: name a file in it")
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"{said}: the folder {folder} cannot be written to")
-            if flag := taken.get(os.path.realpath(path)):
-                raise ValueError(f"{said} is the file of {flag}: give each its own")
+            if owner := taken.get(os.path.realpath(path)):
+                raise ValueError(f"{said} is the file of {owner}: give each its own")
             taken[os.path.realpath(path)] = f"--{name}"
 
     @property

@@ -93,7 +93,7 @@ def check_requirements(config: EvaluateConfig) -> None:
 def _known_parts(config: EvaluateConfig) -> dict:
     """Return a report of made-up texts: it has the names of all that texts give."""
     if not config.has_text:
-        return {}
+        return {"against": {}} if config.against else {}
     sums = empty_sums(MADE_UP)
     ids_T = np.arange(4)
     for d in range(MADE_UP):

@@ -91,3 +91,5 @@ def test_two_checkpoints_are_compared_on_tasks_without_a_text(tmp_path, monkeypa
     report = report_of(ckpt, "", against=other, tasks=(tasks,))
     assert report["data"] is None and set(report["against"]) == {"tasks"}
     assert "comparison" not in report
+    with pytest.raises(ValueError, match="no number 'against.difference'"):
+        report_of(ckpt, "", against=other, tasks=(tasks,), require=("against.difference<0",))

@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_with_a_mark_and_a_notice(browser, se
     page = opened(browser, serve(tmp_path).url)
     run.train(110, 120, loss=math.nan, perplexity=math.nan, grad_norm=math.inf)
     page.until("document.title.startsWith('\\u26A0 NaN')")
-    assert cell(page, 0, 1) == "not finite" and cell(page, 0, 4) == "NaN"
+    assert cell(page, 0, 1) == "diverged" and cell(page, 0, 4) == "NaN"
     assert any("not finite at step 120" in line for line in notices(page))
     loss = "document.querySelector('.chart.wide')"
     assert page.run(f"{loss}.querySelectorAll('.nan').length") == 2

@@ -28,7 +28,7 @@ from runtime.training.curves_page import finished_page
 def runs_of(paths: Sequence[str]) -> list[Run]:
     """Return the runs of some folders; print a line for each that cannot be read."""
     runs: list[Run] = []
-    for path in dict.fromkeys(one for path in paths for one in _places(Path(path))):
+    for path in dict.fromkeys(place for given in paths for place in _places(Path(given))):
         try:
             runs.append(_read(path))
         except ValueError as error:

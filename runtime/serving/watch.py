@@ -123,7 +123,7 @@ class Watch:
         if not self.left_out:
             return []
         return [
-            f"{self.left_out} more runs are not shown, because a page has at most {MOST_RUNS}: "
+            f"runs that are not shown, because a page has at most {MOST_RUNS}: {self.left_out}; "
             "name fewer folders"
         ]
 

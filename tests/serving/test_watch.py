@@ -554,7 +554,7 @@ def test_runs_beyond_the_most_are_said(tmp_path, monkeypatch):
         data = data_of(server)
         assert len(data["runs"]) == 2
         assert data["notices"] == [
-            "1 more runs are not shown, because a page has at most 2: name fewer folders"
+            "runs that are not shown, because a page has at most 2: 1; name fewer folders"
         ]
         shutil.rmtree(tmp_path / "c")
         assert data_of(server, data)["notices"] == []

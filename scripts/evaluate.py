@@ -23,23 +23,33 @@ process.before_torch()
 
 import dataclasses
 import sys
+from collections.abc import Sequence
+
+import numpy as np
 
 from runtime.base.cli import add_fields, parser, run_main
 from runtime.base.files import write_text_atomic
 from runtime.base.shares import wilson
 from runtime.data.chat import has_chat
+from runtime.evaluation.bootstrap import ratio_intervals
 from runtime.evaluation.config import EvaluateConfig
 from runtime.evaluation.evaluate import evaluate
 from runtime.evaluation.page import as_page
-from runtime.evaluation.report import Section, figure, section
+from runtime.evaluation.report import Figure, Section, figure, section
 from runtime.evaluation.requirements import verdicts
 from runtime.evaluation.writing import as_json, as_lines, as_markdown
 from runtime.inference.predictor import Predictor
 from runtime.interop.release import commit
-from runtime.posttraining.score import NUM_PROMPTS, NUM_STORIES, Exam
+from runtime.posttraining.score import Exam
 
 # They take several names after one flag, as prepare_data.py's do.
 LISTS = ("files", "tasks", "train_files")
+# Of the means of chat exercises; a reward is from 0 to 1.
+UNITS = {"length": "tokens", "story loss": "nats"}
+ABOUT_CHAT = (
+    "Shares have Wilson's intervals. Those of reward, length and story loss are bootstraps over "
+    "prompts, or over stories."
+)
 
 
 def settings_of(argv: list[str] | None) -> EvaluateConfig:
@@ -67,10 +77,19 @@ def chat_sections(predictor: Predictor) -> dict[str, Section]:
         name: figure(share.value, share.trials, *wilson(share.successes, share.trials))
         for name, share in score.shares.items()
     }
-    for name, value in score.means.items():
-        n = NUM_STORIES if name == "story loss" else NUM_PROMPTS
-        figures[name] = figure(value, n)
-    return {"exercises": section("chat exercises", figures)}
+    for name, parts in score.parts.items():
+        figures[name] = mean_figure(parts, UNITS.get(name, ""))
+    return {"exercises": section("chat exercises", figures, notes=[ABOUT_CHAT])}
+
+
+def mean_figure(parts: Sequence[tuple[float, int]], unit: str = "") -> Figure:
+    """Return a mean of (sum, count) of prompts or stories, which the interval draws again.
+
+    n: the prompts or stories.
+    """
+    totals_D1, counts_D1 = (np.array(side, float)[:, None] for side in zip(*parts, strict=True))
+    (interval,) = ratio_intervals(totals_D1, counts_D1)
+    return figure(interval.value, len(parts), interval.low, interval.high, unit)
 
 
 def main(argv: list[str] | None = None) -> int:

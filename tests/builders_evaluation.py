@@ -52,9 +52,10 @@ def checkpoint(folder: Path, model: LLM) -> str:
 
 
 def report_of(ckpt: str, files: str, **settings) -> dict:
-    """Return the report on a file, in this process."""
+    """Return the report on a file, in this process; files: "" for none."""
     defaults = dict(device="cpu", resamples=200, num_threads=1)
-    return evaluate(EvaluateConfig(ckpt=ckpt, files=(files,), **(defaults | settings)))
+    named = (files,) if files else ()
+    return evaluate(EvaluateConfig(ckpt=ckpt, files=named, **(defaults | settings)))
 
 
 def sums_of(documents: list[tuple[list[int], list[float], list[float], list[bool]]]) -> Sums:

@@ -12,7 +12,7 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
     """Return the 95 % interval of a binomial share.
 
     Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference". It is never
-    empty and stays within 0 to 1, also where nothing or everything succeeded.
+    empty, holds the share, and stays within 0 to 1, also where nothing or everything succeeded.
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes} successes in {trials} trials are no share")
@@ -20,4 +20,7 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
     center = share + square / (2 * trials)
     half = NORMAL_975 * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
     scale = 1 + square / trials
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    # Rounded, an end can lie within the share: of 0 in 3 the lower one was 5e-17.
+    return min(share, max(0.0, (center - half) / scale)), max(
+        share, min(1.0, (center + half) / scale)
+    )

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 COVERAGE = 0.95
-# Below so many documents there is no interval: their resamples are too few and too alike.
-FEWEST_DOCUMENTS = 2
+# Of fewer documents a figure has no interval: their resamples are too alike. Between the least and
+# the largest of D, the true value is in 1 - 2^(1 - D) of sets: 50 % for 2. Measured: 47, 87, 92 and
+# 93 % of sets for 2, 4, 6 and 8.
+FEWEST_DOCUMENTS = 8
 
 # Documents drawn at a time; the draws, and so all intervals, depend on it.
 DRAWN_AT_ONCE = 1 << 15
@@ -97,22 +99,32 @@ def intervals(
     figures_of: Callable[[Array], Array],
     resamples: int = RESAMPLES,
     seed: int = 0,
+    documents_J: NDArray[np.int64] | None = None,
 ) -> list[Interval]:
     """Return figures with their intervals. figures_of: sums over documents [..., K] -> [..., J].
 
     A figure is NaN where it is not defined, such as the mean of nothing; in a resample that does
-    not count.
+    not count. documents [J]: those that each figure is of, None = all: what a few documents say is
+    no surer because many others say nothing.
     """
     values_J = figures_of(sums_DK.sum(axis=0))
-    if len(sums_DK) < FEWEST_DOCUMENTS:
+    if documents_J is None:
+        documents_J = np.full(len(values_J), len(sums_DK))
+    if documents_J.max(initial=0) < FEWEST_DOCUMENTS:
         return [Interval(value, math.nan, math.nan) for value in values_J.tolist()]
     resampled_RJ = figures_of(resampled_sums(sums_DK, resamples, seed))
-    share, results = tail(len(sums_DK)), []
-    for value, column_R in zip(values_J.tolist(), resampled_RJ.T, strict=True):
-        column_R = column_R[np.isfinite(column_R)]
-        low, high = np.quantile(column_R, [share, 1 - share]) if len(column_R) else [math.nan] * 2
-        results.append(Interval(value, float(low), float(high)))
-    return results
+    columns = zip(values_J.tolist(), resampled_RJ.T, documents_J.tolist(), strict=True)
+    return [Interval(value, *_ends(column_R, D)) for value, column_R, D in columns]
+
+
+def _ends(values_R: Array, num_documents: int) -> tuple[float, float]:
+    """Return the ends of the interval of a figure of so many documents; NaN for too few."""
+    values_R = values_R[np.isfinite(values_R)]
+    if num_documents < FEWEST_DOCUMENTS or not len(values_R):
+        return math.nan, math.nan
+    share = tail(num_documents)
+    low, high = np.quantile(values_R, [share, 1 - share])
+    return float(low), float(high)
 
 
 def ratio_intervals(
@@ -120,7 +132,10 @@ def ratio_intervals(
 ) -> list[Interval]:
     """Return sum(tops) / sum(bottoms) over documents with its interval, for each of K figures."""
     both = np.concatenate([tops_DK, bottoms_DK], axis=1)
-    return intervals(both, lambda sums: ratios(*np.split(sums, 2, axis=-1)), resamples, seed)
+    documents_K = np.count_nonzero(bottoms_DK, axis=0)
+    return intervals(
+        both, lambda sums: ratios(*np.split(sums, 2, axis=-1)), resamples, seed, documents_K
+    )
 
 
 def difference_intervals(
@@ -141,4 +156,5 @@ def difference_intervals(
         tops, bottoms, other_tops, other_bottoms = np.split(sums, 4, axis=-1)
         return ratios(tops, bottoms) - ratios(other_tops, other_bottoms)
 
-    return intervals(four, differences, resamples, seed)
+    documents_K = np.count_nonzero((bottoms_DK != 0) & (other_bottoms_DK != 0), axis=0)
+    return intervals(four, differences, resamples, seed, documents_K)

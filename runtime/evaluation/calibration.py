@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from runtime.evaluation.bootstrap import (
@@ -29,6 +31,7 @@ def calibration_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
     names = ("confidence", "confidence_right", "confidence_tokens")
     columns = np.concatenate([sums[name] for name in names], axis=1)
     error, gap = intervals(columns, _errors, resamples)
+    error = _reflected(error)
     sure = ratio_intervals(sums["confidence"], sums["confidence_tokens"], resamples)
     right = ratio_intervals(sums["confidence_right"], sums["confidence_tokens"], resamples)
     counts = sums["confidence_tokens"].sum(axis=0).astype(int).tolist()
@@ -60,8 +63,25 @@ def calibration_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
         },
         {"columns": ["probability", "mean", "right", "low", "high", "tokens"], "rows": rows},
         [plot],
-        ["Above 0, confidence_minus_accuracy means that the model is too sure."],
+        [
+            "Above 0, confidence_minus_accuracy means that the model is too sure. A calibration "
+            "error in a sample is too large, because chance parts the bins, too; its interval "
+            "allows for that."
+        ],
     )
+
+
+def _reflected(found: Interval) -> Interval:
+    """Return the interval of a figure that is never below 0 and that chance makes too large.
+
+    A resample is too large again, by about as much, so its percentiles miss a true value of 0.
+    Their distances from the figure are taken to the other side of it (Davison and Hinkley 1997,
+    "Bootstrap Methods and their Application", section 5.2, the basic interval).
+    """
+    value, low, high = found
+    if math.isnan(low):
+        return found
+    return Interval(value, max(0.0, 2 * value - high), max(value, 2 * value - low))
 
 
 def _errors(sums: Array) -> Array:

@@ -69,11 +69,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Task:
-    """The questions of one file."""
+    """The questions of one file. is_made: or those that a rule made of text."""
 
     name: str
     form: str
     questions: Sequence[Question]
+    is_made: bool = False
 
 
 # ------------------------------------------------------------------------------ values
@@ -170,12 +171,12 @@ def _arc(row: Row) -> Question:
         raise ValueError("it has answerKey, but not both a question and choices")
     labels, texts = _labelled(choices)
     key = row["answerKey"]
-    if not isinstance(key, str) or not key.strip():
+    if key is None or key == "" or (isinstance(key, str) and not key.strip()):
         raise ValueError(
             f"answerKey is {shown(key)}, so the right answer is not known: test splits are often "
             "published without it, take the validation split"
         )
-    if key.strip() not in labels:
+    if not isinstance(key, str) or key.strip() not in labels:
         raise ValueError(f"answerKey must be one of {', '.join(labels)}, not {shown(key)}")
     right = labels.index(key.strip())
     asked = _text(question, "the question")
@@ -208,6 +209,11 @@ def _labelled(choices: object) -> tuple[list[str], tuple[str, ...]]:
 
 def _question(text: str) -> str:
     return f"Question: {text}\nAnswer:"
+
+
+def _stripped_question(text: str) -> str:
+    # As its mmlu_continuation asks: the answers' texts, not their letters.
+    return _question(text.strip())
 
 
 def _blimp(row: Row) -> Question:
@@ -260,7 +266,9 @@ FORMS = (
     Form("PIQA", ("goal", "sol1", "sol2", "label"), _piqa),
     Form("WinoGrande", ("sentence", "option1", "option2", "answer"), _winogrande),
     Form("plain", ("query", "choices", "gold"), _plain("query", "gold", str)),
-    Form("MMLU", ("question", "choices", "answer"), _plain("question", "answer", _question)),
+    Form(
+        "MMLU", ("question", "choices", "answer"), _plain("question", "answer", _stripped_question)
+    ),
     Form("schema", ("context_options", "continuation", "gold"), _schema),
     Form("language modeling", ("context", "continuation"), _language_modeling),
 )

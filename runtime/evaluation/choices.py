@@ -65,11 +65,16 @@ def request(
     Both are encoded together, after the start token, and parted where the context alone ends;
     blanks at the context's end belong to the continuation (as lm-evaluation-harness has it). Of a
     text longer than the model's context the end is read. Raise ValueError if the continuation
-    alone is longer.
+    alone is longer, and if nothing comes before it.
     """
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
     start = before_text(tokenizer)
+    if not (bare or start):
+        raise ValueError(
+            "an answer without a context needs a token before a text, and this tokenizer has "
+            "neither a start token nor end-of-text"
+        )
     before = start + tokenizer.encode(bare) if bare else start
     ids = start + tokenizer.encode(bare + continuation)
     # Merged across the border, the whole may be no longer than the context.
@@ -114,17 +119,20 @@ def answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer]:
 class Result:
     """What a model made of a task.
 
-    credits: column -> [questions], 1 for a right answer, 1/m if m likeliest ones share the place
-    and one of them is right. chances: [questions] the share that guessing gets; None: no chance.
+    credits: column -> [its questions], 1 for a right answer, 1/m if m likeliest ones share the
+    place and one of them is right. chances: column -> [its questions], the share that guessing
+    gets; a column that nobody can guess has none.
     """
 
     task: str
     form: str
     credits: dict[str, np.ndarray]
-    chances: np.ndarray | None
-    # Questions whose start was cut off, and those with likeliest answers of equal score.
+    chances: dict[str, np.ndarray]
+    # Questions whose start was cut off, those where the right answer shares its place, and those
+    # that were left out, because an answer does not fit.
     num_cut: int = 0
     num_tied: int = 0
+    num_left_out: int = 0
 
 
 def credit(scores: Sequence[float], right: int) -> float:
@@ -135,34 +143,53 @@ def credit(scores: Sequence[float], right: int) -> float:
 
 
 def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task) -> Result:
-    """Return what a model makes of a task. Raise ValueError for an answer that does not fit."""
+    """Return what a model makes of a task.
+
+    Raise ValueError for an answer that does not fit, unless the task is made of text: nobody can
+    mend its questions, so they are left out and counted.
+    """
     requests: list[Request] = []
+    kept: list[Question] = []
     num_cut = 0
     for question in task.questions:
-        own, is_cut = _requests(tokenizer, question, scorer.context)
+        try:
+            own, is_cut = _requests(tokenizer, question, scorer.context)
+        except ValueError:
+            if not task.is_made:
+                raise
+            continue
+        kept.append(question)
         requests += own
         num_cut += is_cut
     given = iter(answers(scorer, requests))
     credits: dict[str, list[float]] = {}
+    chances: dict[str, list[float]] = {}
     num_tied = 0
-    for question in task.questions:
-        columns = _columns(question, given)
-        for name, scores in columns.items():
-            if name == "greedy":
-                credits.setdefault(name, []).append(scores[0])
-                continue
-            credits.setdefault(name, []).append(credit(scores, question.right))
-        num_tied += any(0 < own[-1] < 1 for own in credits.values())
-    kinds = {question.kind for question in task.questions}
-    chances = [1 / len(question.pairs) for question in task.questions]
+    has_start = bool(before_text(tokenizer))
+    for question in kept:
+        earned = _credits(question, given, has_start)
+        num_tied += any(0 < credit < 1 for credit in earned.values())
+        for name, credit in earned.items():
+            credits.setdefault(name, []).append(credit)
+            if question.kind != GREEDY:
+                chances.setdefault(name, []).append(1 / len(question.pairs))
     return Result(
         task.name,
         task.form,
         {name: np.array(own) for name, own in credits.items()},
-        None if kinds == {GREEDY} else np.array(chances),
+        {name: np.array(own) for name, own in chances.items()},
         num_cut,
         num_tied,
+        len(task.questions) - len(kept),
     )
+
+
+def _credits(question: Question, given: Iterator[Answer], has_start: bool) -> dict[str, float]:
+    """Return column -> what the answers of a question earn."""
+    columns = _columns(question, given, has_start)
+    if question.kind == GREEDY:
+        return {name: scores[0] for name, scores in columns.items()}
+    return {name: credit(scores, question.right) for name, scores in columns.items()}
 
 
 def _requests(
@@ -174,7 +201,7 @@ def _requests(
     """
     made, is_cut = [], False
     texts = [(context, question.delimiter + own) for context, own in question.pairs]
-    if _has_pmi(question):
+    if _has_pmi(question, bool(before_text(tokenizer))):
         texts += [("", own) for _, own in texts]
     for context, continuation in texts:
         try:
@@ -186,12 +213,15 @@ def _requests(
     return made, is_cut
 
 
-def _has_pmi(question: Question) -> bool:
-    # One continuation of several contexts has the same probability without each of them.
-    return question.kind == CHOICES and bool(question.contexts[0].strip())
+def _has_pmi(question: Question, has_start: bool) -> bool:
+    # One continuation of several contexts has the same probability without each of them. Without
+    # a start token nothing predicts the first token of a bare answer.
+    return has_start and question.kind == CHOICES and bool(question.contexts[0].strip())
 
 
-def _columns(question: Question, given: Iterator[Answer]) -> dict[str, list[float]]:
+def _columns(
+    question: Question, given: Iterator[Answer], has_start: bool
+) -> dict[str, list[float]]:
     """Return column -> the score of each answer, of a question's answers in their order."""
     pairs = question.pairs
     own = [next(given) for _ in pairs]
@@ -209,7 +239,7 @@ def _columns(question: Question, given: Iterator[Answer]) -> dict[str, list[floa
         ],
         "per_token": [answer.log_prob / answer.num_tokens for answer in own],
     }
-    if _has_pmi(question):
+    if _has_pmi(question, has_start):
         alone = [next(given).log_prob for _ in pairs]
         columns["pmi"] = [with_it - bare for with_it, bare in zip(sums, alone, strict=True)]
     return columns
@@ -227,10 +257,10 @@ def choices_section(results: Iterable[Result], name: str = "tasks") -> Section:
             low, high = wilson(right, n)
             figures[f"{result.task}_{column}"] = figure(right / n, n, low, high)
             row = [result.task, result.form, COLUMNS[column], n, right / n, low, high]
-            if result.chances is None:
+            if column not in result.chances:
                 rows.append([*row, None, None])
                 continue
-            chance = math.fsum(result.chances) / n
+            chance = math.fsum(result.chances[column]) / n
             centered, least, most = (
                 (share - chance) / (1 - chance) for share in (right / n, low, high)
             )
@@ -251,7 +281,12 @@ def _notes(result: Result) -> list[str]:
     if result.num_tied:
         notes.append(
             f"{result.task}: {result.num_tied:,} questions have likeliest answers of equal score, "
-            "each of which counts as its part"
+            "the right one among them, which counts as its part"
+        )
+    if result.num_left_out:
+        notes.append(
+            f"{result.task}: {result.num_left_out:,} questions are left out, because an answer is "
+            "longer than the model's context"
         )
     return notes
 

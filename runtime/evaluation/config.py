@@ -21,7 +21,9 @@ class EvaluateConfig:
     ckpt: str = option(
         "checkpoints/best.pt", "checkpoint to judge (our format or the original implementation's)"
     )
-    against: str = option("", "second checkpoint: the paired difference on the same documents")
+    against: str = option(
+        "", "second checkpoint: the paired differences on the same documents and questions"
+    )
     # the texts
     files: tuple = option(
         (),
@@ -120,11 +122,31 @@ class EvaluateConfig:
                 f"there is no {self.data_dir}/val, and {why} needs held-out text: give --files, "
                 "or --data_dir of prepare_data.py"
             )
+        if self.lm_eval and not self.lm_eval_tasks():
+            raise ValueError(f"--lm_eval {self.lm_eval!r} names no task: give names or .yaml files")
         self.requirements()
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        """Raise ValueError for a file that the report cannot be written to, or must not."""
+        taken = {os.path.realpath(self.ckpt): "--ckpt"}
+        if self.against:
+            taken[os.path.realpath(self.against)] = "--against"
+        for flag in ("files", "tasks", "train_files"):
+            taken |= {os.path.realpath(path): f"--{flag}" for path in getattr(self, flag)}
         for name in ("json", "markdown", "html"):
-            folder = os.path.dirname(getattr(self, name))
-            if folder and not os.path.isdir(folder):
-                raise ValueError(f"--{name} {getattr(self, name)}: there is no folder {folder}")
+            if not (path := getattr(self, name)):
+                continue
+            said, folder = f"--{name} {path}", os.path.dirname(path) or "."
+            if not os.path.isdir(folder):
+                raise ValueError(f"{said}: there is no folder {folder}")
+            if os.path.isdir(path):
+                raise ValueError(f"{said} is a folder: name a file in it")
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"{said}: the folder {folder} cannot be written to")
+            if owner := taken.get(os.path.realpath(path)):
+                raise ValueError(f"{said} is the file of {owner}: give each its own")
+            taken[os.path.realpath(path)] = f"--{name}"
 
     @property
     def has_text(self) -> bool:
@@ -133,7 +155,8 @@ class EvaluateConfig:
 
     def _needs_text(self) -> str:
         """Return a flag that was given and needs held-out text, or "" if none was."""
-        wants = {"--against": self.against, "--own_tasks": self.own_tasks}
+        wants: dict[str, object] = {"--against": self.against and not self.tasks}
+        wants |= {"--own_tasks": self.own_tasks}
         wants |= {"--experts": self.experts, "--expert_off": self.expert_off}
         wants |= {"--stories": self.stories}
         given = [flag for flag, value in wants.items() if value]
@@ -141,23 +164,50 @@ class EvaluateConfig:
             return next(iter(given), "")
         return "an evaluation without --tasks, --lm_eval and --chat"
 
+    @property
+    def has_questions(self) -> bool:
+        """Whether two checkpoints are asked the same questions, which can be compared."""
+        return bool(self.tasks or self.own_tasks)
+
+    def lm_eval_tasks(self) -> list[str]:
+        """Return the names in --lm_eval."""
+        return [name.strip() for name in self.lm_eval.split(",") if name.strip()]
+
     def parts(self) -> set[str]:
         """Return the parts that the report will have."""
         parts = set(OF_TEXT) if self.has_text else set()
-        parts |= {"against", "comparison"} if self.against else set()
+        if self.against:
+            parts |= {"against"} | ({"comparison"} if self.has_text else set())
+            parts |= {"compared_tasks"} if self.has_questions else set()
         parts |= {"tasks"} if self.tasks or self.own_tasks or self.lm_eval else set()
         parts |= {name for name in ("stories", "chat") if getattr(self, name)}
         return parts | ({"experts"} if self.experts or self.expert_off else set())
+
+    def sections(self) -> dict[str, list[str]]:
+        """Return the names of the sections that each part with several may have."""
+        asked: dict[str, dict[str, object]] = {
+            "tasks": {"files": self.tasks, "own": self.own_tasks, "lm_eval": self.lm_eval},
+            "compared_tasks": {"files": self.tasks, "own": self.own_tasks},
+            "experts": {
+                "specialities": self.experts,
+                "together": self.experts,
+                "shared": self.experts and self.against,
+                "off": self.expert_off,
+            },
+            "chat": {"exercises": self.chat},
+        }
+        return {
+            part: [name for name, flag in names.items() if flag] for part, names in asked.items()
+        }
 
     def requirements(self) -> list[Requirement]:
         """Return what --require says. Raise ValueError."""
         parts = self.parts()
         return [read_requirement(text, parts) for text in self.require]
 
-    def predict(self, ckpt: str) -> PredictConfig:
-        """Return the settings that load a checkpoint."""
+    def predict(self, ckpt: str, tokenizer: str = "") -> PredictConfig:
+        """Return the settings that load a checkpoint. tokenizer: the name of its own, or ""."""
         shared = {f.name for f in dataclasses.fields(PredictConfig)} & {
-            "tokenizer",
             "device",
             "dtype",
             "quantize",
@@ -165,4 +215,4 @@ class EvaluateConfig:
             "num_threads",
         }
         values = {name: getattr(self, name) for name in sorted(shared)}
-        return PredictConfig(ckpt=ckpt, quiet=True, **values)
+        return PredictConfig(ckpt=ckpt, tokenizer=tokenizer, quiet=True, **values)

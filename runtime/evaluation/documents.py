@@ -1,6 +1,7 @@
 """The held-out texts that a model is judged on, in an order of their own.
 
-Texts are sorted by their digest, so no figure depends on the order of files or lines.
+Texts are sorted by their digest. So no figure depends on the order of files or lines, unless only
+the first documents are read.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Documents:
     sources: list[str]
     # Hex SHA-256 of the texts' digests in order: the same for the same texts in any order.
     digest: str
+    # False if there were more than were asked for: then these are the first.
+    are_all: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -40,6 +43,7 @@ class Documents:
         return {
             "sources": self.sources,
             "documents": len(self.texts),
+            "are_all": self.are_all,
             "bytes": self.num_bytes,
             "sha256": self.digest,
         }
@@ -48,19 +52,19 @@ class Documents:
 def sorted_documents(texts: Iterable[str], sources: list[str], most: int = 0) -> Documents:
     """Return the first `most` texts that are not empty, sorted; 0 = all. Raise ValueError."""
     kept: list[tuple[bytes, str]] = []
-    for text in texts:
-        # A lone surrogate has no UTF-8, so it has no bytes to count.
-        text = without_surrogates(text)
-        if text:
-            kept.append((hashlib.sha256(text.encode()).digest(), text))
+    are_all = True
+    # A lone surrogate has no UTF-8, so it has no bytes to count.
+    for text in filter(None, map(without_surrogates, texts)):
         if most and len(kept) == most:
+            are_all = False
             break
+        kept.append((hashlib.sha256(text.encode()).digest(), text))
     if not kept:
         raise ValueError(f"there is no text in {', '.join(sources)}: name a file that holds some")
     kept.sort()
     whole = hashlib.sha256(b"".join(digest for digest, _ in kept)).hexdigest()
     names = sorted(map(without_surrogates, sources))
-    return Documents([text for _, text in kept], names, whole)
+    return Documents([text for _, text in kept], names, whole, are_all)
 
 
 def file_documents(names: Iterable[str], column: str = DEFAULT_COLUMN, most: int = 0) -> Documents:

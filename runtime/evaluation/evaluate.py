@@ -8,28 +8,18 @@ the C kernel scores; where it does not, `computed_by` says so.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from runtime.checkpoint.read import read_config
 from runtime.checks.known import counts
-from runtime.data.file_sets import find_files
-from runtime.data.sources import FileSource
 from runtime.data.tokenizer import without_surrogates
-from runtime.evaluation.bits_per_byte import against_section, bits_section
-from runtime.evaluation.calibration import calibration_section, loss_section
-from runtime.evaluation.choice_formats import Task, read_tasks, spread
-from runtime.evaluation.choices import evaluate_choices
+from runtime.evaluation.choice_formats import Task, spread
+from runtime.evaluation.choices import Result, choices_section, score_task
 from runtime.evaluation.config import EvaluateConfig
-from runtime.evaluation.documents import (
-    Documents,
-    file_documents,
-    shard_documents,
-    whole_documents,
-)
+from runtime.evaluation.documents import Documents, whole_documents
 from runtime.evaluation.encoded import token_classes
 from runtime.evaluation.expert_off import expert_off_section
 from runtime.evaluation.experts import (
@@ -39,8 +29,10 @@ from runtime.evaluation.experts import (
     together_section,
 )
 from runtime.evaluation.held_out import encoded, read_documents
-from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, library
+from runtime.evaluation.inputs import Asked, Chat, read_inputs, tokenizer_name
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval
 from runtime.evaluation.own_tasks import own_tasks
+from runtime.evaluation.parts import NAMES, against_parts, check_requirements, text_parts
 from runtime.evaluation.report import Section
 from runtime.evaluation.stories import Writer, evaluate_stories
 from runtime.evaluation.text_sums import Sums
@@ -50,34 +42,6 @@ from runtime.inference.scorer import Scorer
 
 # Called with a line about what is being done.
 Say = Callable[[str], object]
-# Gives the sections of what a chat model answers: a script hands it in.
-Chat = Callable[[Predictor], dict[str, Section]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of a checkpoint. chat: gives sections of what a chat model answers."""
-
-    documents: Documents | None = None
-    tasks: Sequence[Task] = ()
-    training: FileSource | None = None
-    chat: Chat | None = None
-
-
-def read_inputs(config: EvaluateConfig, chat: Chat | None) -> Asked:
-    """Read all files but the checkpoints, which may take minutes to load. Raise ValueError."""
-    if config.lm_eval:
-        library()
-    if config.against:
-        read_config(config.against)
-    column, documents, training = config.text_column, None, None
-    if config.files:
-        documents = file_documents(config.files, column, config.documents)
-    elif config.has_text:
-        documents = shard_documents(config.data_dir, config.documents)
-    if config.train_files:
-        training = FileSource(find_files(config.train_files), column)
-    return Asked(documents, read_tasks(config.tasks) if config.tasks else [], training, chat)
 
 
 @dataclass
@@ -88,19 +52,22 @@ class Found:
     sums: Sums | None = None
     choices: ExpertChoices | None = None
     tasks: dict[str, Section] = field(default_factory=dict)
+    # Of the tasks whose questions another checkpoint is asked, too.
+    results: dict[str, list[Result]] = field(default_factory=dict)
     experts: dict[str, Section] = field(default_factory=dict)
     chat: dict[str, Section] = field(default_factory=dict)
     stories: Section | None = None
 
 
 def judge(
-    config: EvaluateConfig, ckpt: str, asked: Asked, say: Say, only_texts: bool = False
+    config: EvaluateConfig, ckpt: str, asked: Asked, say: Say, is_other: bool = False
 ) -> Found:
-    """Load a checkpoint and return what is found of it. only_texts: of the texts, and no more."""
-    predictor, documents = Predictor(config.predict(ckpt)), asked.documents
+    """Load a checkpoint and return what is found of it. is_other: only what two are compared by."""
+    predictor = Predictor(config.predict(ckpt, tokenizer_name(config, ckpt)))
+    documents = asked.documents
     scorer = Scorer(predictor.decoder, config.experts and documents is not None, config.stride)
     found, read = Found(_about(predictor, scorer)), None
-    if asked.chat is not None and not only_texts:
+    if asked.chat is not None and not is_other:
         say(f"{ckpt}: answering exercises")
         found.chat = asked.chat(predictor)
     if documents is not None:
@@ -109,10 +76,15 @@ def judge(
         if config.experts:
             found.choices = ExpertChoices(predictor.model.config.num_experts)
         found.sums = read_documents(scorer, read, found.choices, "documents")
-    if only_texts:
-        return found
     plain = Scorer(predictor.decoder, stride=config.stride)
-    found.tasks = _tasks(config, predictor, plain, asked, say)
+    _answer(config, predictor, plain, asked, found, say)
+    if is_other:
+        return found
+    if config.lm_eval:
+        say(f"lm-eval: {config.lm_eval}")
+        reader = Reader(plain, predictor.tokenizer, predictor.banned_ids)
+        names = config.lm_eval_tasks()
+        found.tasks["lm_eval"] = evaluate_lm_eval(reader, names, config.questions)
     if config.stories and documents is not None:
         say(f"continuing {config.stories:,} stories")
         writer = Writer(predictor.decoder, predictor.tokenizer, predictor.banned_ids)
@@ -137,20 +109,22 @@ def evaluate(
 
     commit: of the code, if it is known. chat: gives sections of what a chat model answers.
     """
+    check_requirements(config)
     asked = read_inputs(config, chat)
+    if asked.documents is not None and not asked.documents.are_all:
+        say(f"only the first {config.documents:,} documents are read; --documents 0 reads all")
     found = judge(config, config.ckpt, asked, say)
     report = _head(config, found, asked.documents, commit)
     if found.sums is not None:
-        report |= _text(found.sums, config.resamples)
+        report |= text_parts(found.sums, config.resamples)
     for name in ("tasks", "chat", "stories"):
         if sections := getattr(found, name):
             report[name] = sections
     if config.against:
-        other = judge(config, config.against, asked, say, only_texts=True)
-        assert found.sums is not None and other.sums is not None
-        comparison = against_section(found.sums, other.sums, config.resamples)
-        report |= {"other_checkpoint": other.about, "comparison": comparison}
-        report["against"] = _named(comparison, "difference", "difference")
+        other = judge(config, config.against, asked, say, is_other=True)
+        report["other_checkpoint"] = other.about
+        results = {name: (own, other.results[name]) for name, own in found.results.items()}
+        report |= against_parts((found.sums, other.sums), results, config.resamples)
         found.experts |= _shared(found.choices, other.choices, config.resamples)
     if found.experts:
         report["experts"] = found.experts
@@ -189,53 +163,32 @@ def _head(config: EvaluateConfig, found: Found, documents: Documents | None, com
     }
 
 
-def _named(section: Section, key: str, name: str = "value") -> dict:
-    """Return a figure under the names that the report documents for it."""
-    one = section["figures"][key]
-    return {
-        name: one["value"],
-        "low": one.get("low"),
-        "high": one.get("high"),
-        "documents": one["n"],
-    }
-
-
-def _text(sums: Sums, resamples: int) -> dict:
-    """Return the parts that held-out text gives."""
-    text = bits_section(sums, resamples)
-    return {
-        "bits_per_byte": _named(text, "bits_per_byte"),
-        "text": text,
-        "calibration": calibration_section(sums, resamples),
-        "loss": loss_section(sums, resamples),
-    }
-
-
-def _tasks(
+def _answer(
     config: EvaluateConfig,
     predictor: Predictor,
     scorer: Scorer,
     asked: Asked,
+    found: Found,
     say: Say,
-) -> dict[str, Section]:
-    """Return the sections of multiple choice."""
-    found = {}
-    how = (scorer, predictor.tokenizer)
+) -> None:
+    """Let a model answer multiple choice, and keep its results and their sections."""
+    for name, tasks, notes in _questions(config, asked):
+        say(f"answering {', '.join(task.name for task in tasks)}" if tasks else "no questions")
+        found.results[name] = [score_task(scorer, predictor.tokenizer, task) for task in tasks]
+        found.tasks[name] = choices_section(found.results[name], NAMES[name])
+        if notes:
+            found.tasks[name]["notes"] = [*found.tasks[name].get("notes", []), *notes]
+
+
+def _questions(
+    config: EvaluateConfig, asked: Asked
+) -> Iterator[tuple[str, Sequence[Task], Sequence[str]]]:
+    """Yield (name in NAMES, tasks, notes) of the multiple choice that is asked for."""
     if asked.tasks:
-        say(f"answering {', '.join(task.name for task in asked.tasks)}")
-        found["files"] = evaluate_choices(*how, _shortened(asked.tasks, config.questions), "tasks")
+        yield "files", _shortened(asked.tasks, config.questions), []
     if config.own_tasks and asked.documents is not None:
-        say("answering tasks made of the text")
         most = {"num_questions": config.questions} if config.questions else {}
-        made, notes = own_tasks(asked.documents.texts, **most)
-        found["own"] = evaluate_choices(*how, made, "tasks made of the text")
-        found["own"]["notes"] = [*found["own"].get("notes", []), *notes]
-    if config.lm_eval:
-        say(f"lm-eval: {config.lm_eval}")
-        reader = Reader(scorer, predictor.tokenizer, predictor.banned_ids)
-        names = [name.strip() for name in config.lm_eval.split(",") if name.strip()]
-        found["lm_eval"] = evaluate_lm_eval(reader, names, config.questions)
-    return found
+        yield "own", *own_tasks(asked.documents.texts, **most)
 
 
 def _shortened(tasks: Sequence[Task], most: int) -> list[Task]:

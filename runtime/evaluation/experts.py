@@ -44,17 +44,24 @@ class ExpertChoices:
     ids: list[NDArray[np.int64]] = field(default_factory=list)
     # Of each document: its number among all.
     documents: list[int] = field(default_factory=list)
+    # Tokens whose experts are kept, start tokens included; whether there were more.
+    num_tokens: int = 0
+    is_cut: bool = False
 
     def add(self, d: int, ids_T: NDArray[np.int64], experts_LTK: NDArray) -> None:
-        """Keep a document's experts, unless it has too few tokens or there are enough.
+        """Keep a document's experts as far as there is room, unless it has too few tokens.
 
         ids [T]: those that were read; the first is the start token.
         """
-        if len(ids_T) < 2 or self.num_tokens >= MOST_TOKENS:
+        room = MOST_TOKENS - self.num_tokens
+        self.is_cut |= len(ids_T) > max(room, 1)
+        ids_T, experts_LTK = ids_T[:room], experts_LTK[:, :room]
+        if len(ids_T) < 2:
             return
         self.experts.append(experts_LTK.astype(np.uint16))
-        self.ids.append(ids_T)
+        self.ids.append(ids_T.copy())
         self.documents.append(d)
+        self.num_tokens += len(ids_T)
 
     def is_like(self, other: ExpertChoices) -> bool:
         """Return whether both are of the same tokens, and of as many blocks, experts, choices."""
@@ -65,11 +72,6 @@ class ExpertChoices:
         return all(a.shape == b.shape for a, b in pairs) and all(
             np.array_equal(a, b) for a, b in same_ids
         )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose experts are kept, start tokens included."""
-        return sum(len(ids) for ids in self.ids)
 
 
 def experts_section(choices: ExpertChoices, classes_V: NDArray[np.int64], seed: int = 0) -> Section:
@@ -114,7 +116,8 @@ def experts_section(choices: ExpertChoices, classes_V: NDArray[np.int64], seed: 
         [
             "Bits that token, previous token, class, position (as a power of 2) or document tell "
             "of a token's strongest expert. The shuffled value is what chance gives; a figure is "
-            "the difference. Intervals: jackknife over groups of documents."
+            "the difference. Intervals: jackknife over groups of documents.",
+            *[f"Of the first {choices.num_tokens:,} tokens of the documents."] * choices.is_cut,
         ],
     )
 

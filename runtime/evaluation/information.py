@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from runtime.evaluation.bootstrap import COVERAGE, student_quantile
 
-# Parts of the documents that are left out in turn, for the interval.
+# Parts of the documents that are left out in turn, for the interval; of fewer there is none.
 GROUPS = 10
+FEWEST_GROUPS = 5
 
 Whole = NDArray[np.int64]
 
@@ -49,11 +50,11 @@ def counted(a_N: Whole, b_N: Whole) -> float:
 def half_width(value: float, left_out: list[float]) -> float:
     """Return half of the 95 % interval of a value: a jackknife that leaves out a group at a time.
 
-    left_out: the value without each group (Kott 2001, "The Delete-a-Group Jackknife"). NaN without
-    two groups.
+    left_out: the value without each group (Kott 2001, "The Delete-a-Group Jackknife"). NaN for
+    fewer than FEWEST_GROUPS: each would change all.
     """
     count = len(left_out)
-    if count < 2:
+    if count < FEWEST_GROUPS:
         return math.nan
     spread = math.fsum((part - value) ** 2 for part in left_out)
     error = math.sqrt(spread * (count - 1) / count)

@@ -30,6 +30,8 @@ MOST_ROWS = 32
 MAX_NEW_TOKENS = 256
 # The names of files that hold a task.
 TASK_FILES = (".yaml", ".yml")
+# Libraries that read tasks: what these raise is a mistake in a task's file.
+READERS_OF_TASKS = ("yaml", "jinja2", "datasets")
 # What tasks may set of a generated answer.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 KNOWN = {*SAMPLING, "until", "max_gen_toks", "do_sample"}
@@ -214,20 +216,37 @@ def _in_groups(reader: Reader, contexts: list[str], settings: list[dict]) -> lis
 def evaluate_lm_eval(reader: Reader, tasks: Sequence[str], limit: int = 0) -> Section:
     """Return the section of lm-eval's tasks: names, patterns, or YAML files.
 
-    limit: questions of each task, 0 = all. Raise ValueError without lm-eval and for unknown tasks.
+    limit: questions of each task, 0 = all. Raise ValueError without lm-eval, and for tasks that
+    are not known or whose files are wrong.
     """
     lm_eval = library()
+    manager = _manager(lm_eval, tasks)
+    found = _found(manager, tasks)
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model_of(reader),
+            tasks=found,
+            task_manager=manager,
+            limit=limit or None,
+            log_samples=False,
+        )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in READERS_OF_TASKS:
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"--lm_eval {', '.join(tasks)}: {said}") from error
+    return _section(results, lm_eval.__version__)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ValueError without lm-eval, and for what is neither a task nor a file of one."""
+    _found(_manager(library(), tasks), tasks)
+
+
+def _manager(lm_eval: Any, tasks: Sequence[str]) -> Any:
     # Its own thousands of task files take half a minute to read.
     is_named = not all(task.endswith(TASK_FILES) for task in tasks)
-    manager = lm_eval.tasks.TaskManager(include_defaults=is_named)
-    results = lm_eval.simple_evaluate(
-        model=model_of(reader),
-        tasks=_found(manager, tasks),
-        task_manager=manager,
-        limit=limit or None,
-        log_samples=False,
-    )
-    return _section(results, lm_eval.__version__)
+    return lm_eval.tasks.TaskManager(include_defaults=is_named)
 
 
 def _found(manager: Any, tasks: Sequence[str]) -> list[str]:

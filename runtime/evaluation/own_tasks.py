@@ -37,8 +37,9 @@ def drawn_documents(documents: Iterable[str], most: int) -> list[tuple[bytes, st
     That is a random sample, and the same one in whatever order the documents come.
     """
     texts = (text.strip() for text in documents)
-    smallest = heapq.nsmallest(most, ((text_digest(text), text) for text in texts if text))
-    return list(dict.fromkeys(smallest))
+    # Copies would take the places of others.
+    distinct = {text_digest(text): text for text in texts if text}
+    return heapq.nsmallest(most, distinct.items())
 
 
 def own_tasks(
@@ -51,7 +52,7 @@ def own_tasks(
     for name, (form, make) in MAKERS.items():
         questions = make(drawn)[:num_questions]
         if questions:
-            tasks.append(Task(name, form, questions))
+            tasks.append(Task(name, form, questions, is_made=True))
         else:
             notes.append(f"{name}: no question could be made of {len(drawn):,} documents")
     return tasks, notes

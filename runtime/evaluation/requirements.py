@@ -15,7 +15,7 @@ COMPARISONS = {
     "<": operator.lt,
     ">": operator.gt,
 }
-EXAMPLE = 'such as "bits_per_byte<=0.80" or "tasks.pairs.accuracy.low>0.5"'
+EXAMPLE = 'such as "bits_per_byte<=0.80" or "tasks.own.ending_sum.low>0.5"'
 # What a figure without a dot after it means.
 VALUE_KEYS = ("value", "difference")
 

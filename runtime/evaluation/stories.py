@@ -92,14 +92,15 @@ class Writer:
         return before_text(self.tokenizer) + self.tokenizer.encode(beginning.prompt)
 
     def human(self, beginning: Beginning) -> Continuation:
-        """Return the rest of the human story, cut where the model's would be."""
-        prompt = self.prompt_ids(beginning)
-        whole = before_text(self.tokenizer)
-        whole += self.tokenizer.encode(beginning.prompt + beginning.rest)
-        ids = whole[len(prompt) :][: self.room(prompt)]
-        return Continuation(
-            self.tokenizer.decode(ids), tuple(ids), len(prompt) + len(ids) == len(whole)
-        )
+        """Return the rest of the human story, cut where the model's would be.
+
+        It is encoded by itself, as the model continues a prompt that has ended: a token of both
+        would be lost. An end takes a token, too.
+        """
+        ids = self.tokenizer.encode(beginning.rest)
+        room = self.room(self.prompt_ids(beginning))
+        cut = ids[:room]
+        return Continuation(self.tokenizer.decode(cut), tuple(cut), len(ids) < room)
 
     def written(self, some: Sequence[Beginning]) -> Iterator[Continuation]:
         """Yield the model's continuation of each beginning.
@@ -207,7 +208,7 @@ def measured(
         Measure(
             "closed",
             "ended after a sentence, quotes closed",
-            [(measures.is_closed(one.text), 1) for one in own],
+            [(measures.is_closed(one.prompt, rest.text), 1) for one, rest in pairs],
             is_share=True,
         ),
         Measure("words", "words", [(len(text), 1) for text in all_words], unit="words"),

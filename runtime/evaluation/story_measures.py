@@ -51,8 +51,14 @@ def shared(texts: Sequence[Sequence[str]], size: int = 4) -> list[Ratio]:
     return [(sum(in_texts[gram] > 1 for gram in some), len(some)) for some in own]
 
 
-def is_closed(text: str) -> bool:
-    """Return whether a text ends after a sentence, with its double quotes closed."""
+def is_closed(prompt: str, continuation: str) -> bool:
+    """Return whether a continuation ends after a sentence, with all double quotes closed.
+
+    Quotes that the prompt opens count.
+    """
+    if not continuation.strip():
+        return False
+    text = prompt + continuation
     depth = sum(text.count(mark) * step for mark, step in _QUOTES.items())
     return bool(_ENDS_WELL.search(text.rstrip())) and text.count('"') % 2 == 0 and depth == 0
 

@@ -15,7 +15,7 @@ from runtime.evaluation.report import Figure, Section
 
 FORMAT, VERSION = "gptoss evaluation", 1
 # The parts of a report that hold sections by name, and those that are one section.
-GROUPS = ("tasks", "experts", "chat")
+GROUPS = ("tasks", "compared_tasks", "experts", "chat")
 SECTIONS = ("text", "comparison", "calibration", "loss", "stories")
 
 
@@ -118,7 +118,8 @@ def subject(report: dict) -> str:
     )
     if data:
         sources = ", ".join(data["sources"][:3]) + ", ..." * (len(data["sources"]) > 3)
-        line += f" on {data['documents']:,} documents, {data['bytes']:,} bytes, of {sources}"
+        first = "" if data.get("are_all", True) else "the first "
+        line += f" on {first}{data['documents']:,} documents, {data['bytes']:,} bytes, of {sources}"
     if other := report.get("other_checkpoint"):
         line += f"; against {other['name']} (step {other['step']:,})"
     return line

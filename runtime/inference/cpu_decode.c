@@ -509,14 +509,17 @@ static void weigh_one(const Seen *s, const float *scores, float total, float *ou
     out[d] = sum / total;
 }
 
-/* Head h of `rows` following rows of one text, from row i on (at most 4), over the keys of its
-   cache up to their positions; into y.
-   scores: room for four times as many floats as keys. */
+/* Head h of `rows` following rows of one text, from row i on (at most 4; in a ring 1), over the keys
+   of its cache that they see; into y. Bits are the same in any group while values are finite: a
+   share of 0 times an infinite value of another row is not a number.
+   scores: room for four times as many floats as keys and lanes. */
 static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h, float *scores, int width)
 {
     const Model *m = p->m;
     int D = m->D, g = h / (m->H / m->G), last = p->positions[i] + rows - 1, stride = (last + LANES) / LANES * LANES;
-    /* From a whole vector on: a position's lane in the sum must not depend on the group's first row. */
+    /* From a whole vector on, so that a row's last vector ends within its stride. The sum's bits do not
+       need it: `sum_of` adds lanes i and i + LANES / 2, then quarters, ..., so lanes may be turned. What
+       lies before a row's window has the share 0; in a ring it may be a later position's key. */
     int start = first_of(b, p->positions[i]) / LANES * LANES;
     const float *keys = p->keys[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
     const float *values = p->values[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
@@ -723,7 +726,8 @@ static int argmax(const float *x, int V)
     return best;
 }
 
-/* Score target j from its logits x [V]. A number that is not finite makes the scores NaN. */
+/* Score target j from its logits x [V]. NaN or infinity among them makes the scores NaN; -infinity
+   is an id without probability. */
 static void score(const Pass *p, int j, const float *x)
 {
     int V = p->m->V, best = argmax(x, V);

@@ -271,7 +271,7 @@ class NativeModel:
         self._room: dict[str, Tensor] | None = None
         # Logits that are scored, [GROUP, V].
         self._scored: Tensor | None = None
-        self._rows, self._threads = 0, 0
+        self._rows, self._named, self._threads = 0, 0, 0
         self._lock = threading.Lock()
         self.least_bytes_per_thread = LEAST_BYTES_PER_THREAD
 
@@ -339,9 +339,10 @@ class NativeModel:
     ) -> Read:
         """Read further ids of each cache's text in one pass, and advance the caches.
 
-        The caches must be rows of one allocation. One that gets several ids must have no ring
-        buffer. rows: of each text, which of its ids have logits (0 is the first, and none is
-        allowed). targets: for each of these, the id to score instead; logits then stay here.
+        The caches must be different rows of one allocation. One that gets several ids must have no
+        ring buffer. rows: of each text, which of its ids have logits (0 is the first; none, and
+        one several times, are allowed). targets: for each of these, the id to score instead; logits
+        then stay here.
         Raise ValueError for ids out of range or a cache without room.
         """
         lengths = [len(own) for own in ids]
@@ -363,6 +364,13 @@ class NativeModel:
         )
         owners = np.repeat(np.arange(len(caches), dtype=np.int32), lengths)
         keys, values = (np.concatenate([_addresses(cache)[i] for cache in caches]) for i in (0, 1))
+        # C has one capacity for all, and its threads write to all at once.
+        assert all(cache.is_ring is caches[0].is_ring for cache in caches), (
+            "caches of one pass must be rows of one allocation"
+        )
+        assert len(set(keys[:: self.config.transformer_blocks].tolist())) == len(caches), (
+            "a cache is given twice: give all further ids of a text at once"
+        )
         given: dict[str, np.ndarray | None] = dict(
             ids=np.array(every, dtype=np.int64),
             positions=positions,
@@ -374,7 +382,8 @@ class NativeModel:
         out = self._outputs(n, len(named), scored, with_experts)
         # C runs without Python's lock, and there is one working memory.
         with self._lock:
-            self._prepare(n, caches[0])
+            # A row may be named more than once: their normalised inputs have a place each.
+            self._prepare(n, len(named), caches[0])
             p = self._pass
             p.n, p.num_logits = n, len(named)
             for name, array in (given | out).items():
@@ -426,9 +435,9 @@ class NativeModel:
             self._scored = torch.empty(GROUP, self.config.vocabulary_size)
         return self._scored.data_ptr()
 
-    def _prepare(self, n: int, cache: KVCache) -> None:
-        """Set up the pass: working memory for n rows, rotations for the cache's positions, each
-        block's capacity, the number of threads.
+    def _prepare(self, n: int, num_logits: int, cache: KVCache) -> None:
+        """Set up the pass: working memory for n rows of which num_logits are named, rotations for
+        the cache's positions, each block's capacity, the number of threads.
         """
         c = self.config
         if c.use_rope and (self._rope is None or len(self._rope[0]) < cache.max_tokens):
@@ -444,6 +453,7 @@ class NativeModel:
         if (
             self._room is None
             or n > self._rows
+            or num_logits > self._named
             or threads > self._threads
             or private > self._pass.private_floats
         ):
@@ -453,7 +463,7 @@ class NativeModel:
             R = n * c.top_k
             sizes = dict(
                 x=n * c.d_model,
-                y=n * max(c.d_model, HD),
+                y=max(n * max(c.d_model, HD), num_logits * c.d_model),
                 q=n * HD,
                 k=n * GD,
                 v=n * GD,
@@ -467,7 +477,7 @@ class NativeModel:
             )
             # float32 or int32: all of them are 4 bytes wide.
             self._room = {name: torch.empty(size) for name, size in sizes.items()}
-            self._rows, self._threads = n, threads
+            self._rows, self._named, self._threads = n, max(n, num_logits), threads
             self._pass = Pass(
                 m=ctypes.pointer(self._m),
                 private_floats=private,

@@ -147,12 +147,11 @@ class Scorer:
                 f"context, not {stride}"
             )
         self.stride = stride or self.context
-        self._native = self.decoder.native
 
     @property
     def is_exact(self) -> bool:
         """Return whether scores are the same bits in whatever company."""
-        return self._native is not None
+        return self.decoder.native is not None
 
     @property
     def line(self) -> str:
@@ -216,7 +215,7 @@ class Scorer:
     def _score(self, buffer: list[list[_Piece]]) -> Iterator[Scores]:
         """Score documents, each as its windows; yield their scores in order."""
         pieces = [piece for own in buffer for piece in own]
-        if self._native is not None:
+        if self.decoder.native is not None:
             self._in_c(pieces)
         else:
             self._in_pytorch(pieces)
@@ -294,7 +293,7 @@ class Scorer:
             ids.append(piece.ids[own])
             targets.append([piece.ids[piece.num_read + row + 1] for row in scored])
         caches = [cache for _, cache, _ in parts]
-        got = self._native.read(caches, ids, rows, targets, self.with_experts)
+        got = self.decoder.native.read(caches, ids, rows, targets, self.with_experts)
         at = token = 0
         for (piece, _, count), own, scored in zip(parts, slices, rows, strict=True):
             to, some = slice(own.stop - len(scored), own.stop), slice(at, at + len(scored))

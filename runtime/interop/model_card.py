@@ -479,10 +479,21 @@ def _measured_on(report: dict) -> str:
     named = data.get("sources")
     sources = ", ".join(plain(name, 60) for name in named[:3]) if isinstance(named, list) else ""
     documents = number(data.get("documents")) or 0
+    first = "the first " if data.get("are_all") is False else ""
     return (
-        f"Measured on {documents:,} documents of {sources or 'unknown files'}. "
-        "Bits per byte leave special tokens out."
+        f"Measured on {first}{documents:,} documents of {sources or 'unknown files'}"
+        f"{_with_weights(report)}. Bits per byte leave special tokens out."
     )
+
+
+def _with_weights(report: dict) -> str:
+    """Return how the weights were rounded when they were measured; "" if they were not."""
+    settings = report.get("settings")
+    said = settings if isinstance(settings, dict) else {}
+    if said.get("quantize", "none") != "none":
+        return f", with {plain(said['quantize'], 20)} weights"
+    dtype = said.get("dtype", "float32")
+    return "" if dtype == "float32" else f", in {plain(dtype, 20)}"
 
 
 def _loss_table(records: list[dict]) -> str:

@@ -64,10 +64,15 @@ class Share:
 
 @dataclass
 class Score:
-    """What a model achieved: shares, which have an interval, and means, by name."""
+    """What a model achieved: shares, which have an interval, and means, by name.
+
+    parts: of a mean, what each prompt or story adds to the sum and to its count, so that they can
+    be drawn again; not every mean has them.
+    """
 
     shares: dict[str, Share] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
         """Return the values by name, for a log record."""
@@ -77,6 +82,11 @@ class Score:
         """Add a share: each entry is one trial, from 0.0 to 1.0."""
         if successes:
             self.shares[name] = Share(float(sum(successes)), len(successes))
+
+    def average(self, name: str, parts: Sequence[tuple[float, int]]) -> None:
+        """Add a mean: (sum, count) of each prompt or story."""
+        self.parts[name] = [*parts]
+        self.means[name] = sum(total for total, _ in parts) / sum(count for _, count in parts)
 
 
 # ------------------------------------------------------------------------------ answers
@@ -230,7 +240,7 @@ class Exam:
                 _count_parts(score, sheet, given)
             if samples:
                 _count_samples(score, name, sheet, model, samples, seed, ranks)
-        score.means["story loss"] = story_loss(model, self.tokenizer, ranks=ranks)
+        score.average("story loss", story_losses(model, self.tokenizer, ranks=ranks))
         return score
 
 
@@ -276,8 +286,8 @@ def _count_parts(score: Score, sheet: Sheet, given: list[Answer]) -> None:
     for part, all_kept in by_part.items():
         score.count(f"requests: {part}", all_kept)
     score.count("ended", [float(answer.ended) for answer in given])
-    score.means["reward"] = sum(rewards) / len(rewards)
-    score.means["length"] = sum(answer.num_tokens for answer in given) / len(given)
+    score.average("reward", [(reward, 1) for reward in rewards])
+    score.average("length", [(answer.num_tokens, 1) for answer in given])
 
 
 def _count_samples(
@@ -296,25 +306,24 @@ def _count_samples(
     ]
     if sheet.exercises[0].items:
         rewards = [
-            tasks.reward(exercise.items, answer.text, answer.ended)
+            sum(tasks.reward(exercise.items, answer.text, answer.ended) for answer in group)
             for exercise, group in zip(sheet.exercises, groups, strict=True)
-            for answer in group
         ]
-        score.means["sampled reward"] = sum(rewards) / len(rewards)
+        score.average("sampled reward", [(total, samples) for total in rewards])
     for k in dict.fromkeys((1, samples)):
         score.count(f"{name} pass@{k}", [pass_at_k(samples, count, k) for count in right])
 
 
 @torch.no_grad()
-def story_loss(
+def story_losses(
     model: LLM,
     tokenizer: Tokenizer,
     num_stories: int = NUM_STORIES,
     ranks: Ranks = ONE_PROCESS,
-) -> float:
-    """Return the mean cross-entropy (nats) of a token of held-out stories, each by itself.
+) -> list[tuple[float, int]]:
+    """Return the sum of cross-entropies (nats) of each held-out story, and its tokens.
 
-    They are text as pre-training has it, so the rise is what tuning cost. A story is cut at the
+    They are text as pre-training has it, so a rise is what tuning cost. A story is cut at the
     context's end. Leaves the model in the mode it was in. ranks: that share the stories out.
     """
     mode, device = model.training, model.embed.weight.device
@@ -326,10 +335,9 @@ def story_loss(
 
     model.eval()
     try:
-        losses = shared_out(ranks, range(num_stories), loss)
+        return shared_out(ranks, range(num_stories), loss)
     finally:
         model.train(mode)
-    return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 def _story_ids(tokenizer: Tokenizer, number: int, context: int) -> Tensor:

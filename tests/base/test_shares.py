@@ -26,6 +26,15 @@ def test_an_interval_of_nothing_or_everything_is_not_empty():
     assert wilson(256, 256)[1] == 1 and 0.98 < wilson(256, 256)[0] < 0.99
 
 
+def test_an_interval_holds_its_share():
+    """Rounding put the end for 0 of 3 above 0, so "low>0" held where nothing was right."""
+    for trials in range(1, 300):
+        assert wilson(0, trials)[0] == 0 and wilson(trials, trials)[1] == 1
+        for successes in range(trials + 1):
+            low, high = wilson(successes, trials)
+            assert 0 <= low <= successes / trials <= high <= 1 and low < high
+
+
 def test_wilson_covers_the_truth():
     """The interval has the true share in about 95 % of all outcomes, weighed by their chance."""
     for trials, truth in ((20, 0.3), (256, 0.5), (256, 0.02)):

@@ -71,9 +71,36 @@ def test_equal_documents_leave_nothing_to_chance():
     assert ratio_intervals(bits, sizes) == [(0.75, 0.75, 0.75)]
 
 
-def test_one_document_has_a_value_and_no_interval():
-    (one,) = ratio_intervals(np.array([[3.0]]), np.array([[4.0]]))
-    assert one.value == 0.75 and math.isnan(one.low) and math.isnan(one.high)
+@pytest.mark.parametrize("documents", [1, 2, bootstrap.FEWEST_DOCUMENTS - 1])
+def test_few_documents_have_a_value_and_no_interval(documents):
+    """What was called a 95 % interval held the true value in 48 % of sets of 2 documents."""
+    bits, sizes = made_up(documents, np.random.default_rng(0))
+    (one,) = ratio_intervals(bits, sizes)
+    assert one.value == bits.sum() / sizes.sum()
+    assert math.isnan(one.low) and math.isnan(one.high)
+
+
+def test_a_figure_of_few_documents_has_no_interval_among_many():
+    """Of 40 documents one reaches position 512: all resamples have its loss, from 2.5 to 2.5."""
+    tops, bottoms = np.ones((40, 2)), np.ones((40, 2))
+    tops[:, 1] = bottoms[:, 1] = 0.0
+    tops[3, 1], bottoms[3, 1] = 5.0, 2.0
+    whole, part = ratio_intervals(tops, bottoms)
+    assert (whole.low, whole.high) == (1.0, 1.0)
+    assert part.value == 2.5 and math.isnan(part.low) and math.isnan(part.high)
+    _, less = difference_intervals(tops, bottoms, tops, bottoms)
+    assert less.value == 0.0 and math.isnan(less.low)
+
+
+def test_a_figure_of_some_documents_is_no_surer_because_others_say_nothing():
+    """Its interval is as wide as that of these documents alone, but for the draws."""
+    bits, sizes = made_up(12, np.random.default_rng(5))
+    none = np.zeros((88, 1))
+    (alone,) = ratio_intervals(bits, sizes, resamples=20_000)
+    (among,) = ratio_intervals(np.vstack([bits, none]), np.vstack([sizes, none]), 20_000)
+    assert among.value == alone.value
+    # How many of them are drawn varies, too: by 1/12 of the variance, and the tails by more.
+    assert 0.97 < (among.high - among.low) / (alone.high - alone.low) < 1.25
 
 
 def test_a_figure_of_nothing_is_not_defined():

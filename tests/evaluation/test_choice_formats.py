@@ -69,7 +69,7 @@ WINOGRANDE = {
     "answer": "2",
 }
 PLAIN = {"query": "Two and two are", "choices": ["four", "five"], "gold": 0}
-MMLU = {"question": "Two and two?", "choices": ["5", "4"], "answer": 1, "subject": "math"}
+MMLU = {"question": " Two and two?\n", "choices": ["5", "4"], "answer": 1, "subject": "math"}
 CORE_SCHEMA = {
     "context_options": ["The cup is full, so the cup", "The jug is full, so the jug"],
     "continuation": "spills",
@@ -212,7 +212,10 @@ BAD_ROWS = {
     "WinoGrande without a gap": (WINOGRANDE | {"sentence": "No gap."}, "needs a _"),
     "WinoGrande gap at the end": (WINOGRANDE | {"sentence": "Ends in _ "}, "text after it"),
     "unknown answerKey": (ARC | {"answerKey": "D"}, "one of A, B, C, not str 'D'"),
-    "number as answerKey": (ARC | {"answerKey": 1}, "the right answer is not known"),
+    # It was said to be missing.
+    "number as answerKey": (ARC | {"answerKey": 1}, "one of A, B, C, not int 1"),
+    "list as answerKey": (ARC | {"answerKey": ["A"]}, "one of A, B, C, not list"),
+    "blank answerKey": (ARC | {"answerKey": "  "}, "the right answer is not known"),
     "too few labels": (
         ARC | {"choices": {"text": ["a", "b"], "label": ["A"]}},
         "2 texts and the labels A",

@@ -181,7 +181,7 @@ def test_a_greedy_question_needs_every_token():
     rule = Fixed(lambda before, own: -0.5 if own in b" ok" else -2.0)
     good, bad = (Question(GREEDY, ("Q",), (text,), 0) for text in ("ok", "oh"))
     result = score_task(rule, BYTE, task_of(good, bad))
-    assert result.credits["greedy"].tolist() == [1.0, 0.0] and result.chances is None
+    assert result.credits["greedy"].tolist() == [1.0, 0.0] and result.chances == {}
     section = choices_section([result])
     assert set(section["figures"]) == {"task_greedy"}
 
@@ -221,6 +221,61 @@ def test_figures_have_wilsons_interval_chance_and_n():
     }
     (row,) = [row for row in section["rows"]["rows"] if row[2] == "sum"]
     assert row == ["task", "plain", "sum", 4, 0.75, low, high, 0.5, 0.5]
+
+
+def test_chance_is_that_of_the_questions_that_a_column_has():
+    """A plain question may have no context, and then has no PMI.
+
+    Chance was that of all questions over those with PMI: of 4 questions, half without a context, it
+    was 1, and the centered accuracy a division by zero.
+    """
+    rule = Fixed(lambda before, own: -1.0 if own == ord("a") else -2.0)
+    questions = [asked("Q", "a", "b"), asked("", "a", "b"), asked("Q", "c", "a", "b", right=1)]
+    section = evaluate_choices(rule, BYTE, [task_of(*questions, asked("", "a", "b", right=1))])
+    rows = {row[2]: row for row in section["rows"]["rows"]}
+    assert rows["sum"][3] == 4 and rows["sum"][7] == pytest.approx((3 / 2 + 1 / 3) / 4)
+    assert rows["PMI"][3] == 2 and rows["PMI"][7] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    # Without the context an answer is as likely, so all share the place.
+    pmi = section["figures"]["task_pmi"]
+    assert pmi["value"] == pytest.approx(5 / 12) and pmi["n"] == 2
+    assert section["figures"]["task_pmi_centered"]["value"] == pytest.approx(0)
+
+
+def test_a_tie_is_counted_once_and_where_it_is():
+    """The last question with PMI was looked at again for each question without it."""
+    rule = Fixed(lambda before, own: -1.0 if own == ord("a") else -2.0)
+    questions = [asked("Q", "a", "b"), asked("", "a", "b"), asked("", "b", "a")]
+    assert score_task(rule, BYTE, task_of(*questions)).num_tied == 1
+    (note,) = evaluate_choices(rule, BYTE, [task_of(*questions)])["notes"]
+    assert note.startswith("task: 1 questions have likeliest answers of equal score")
+
+
+def test_without_a_start_token_nothing_stands_before_a_bare_answer():
+    """An answer of one token ended with a line about the number of a document and a 0.
+
+    A longer one was compared without its first token.
+    """
+
+    class Bare:
+        start_id = end_of_text_id = None
+        encode = BYTE.encode
+
+    rule = Fixed(lambda before, own: -1.0 if own == ord("a") else -2.0)
+    result = score_task(rule, Bare(), task_of(asked("Q", "a", "b")))
+    assert set(result.credits) == {"sum", "per_byte", "per_token"}
+    with pytest.raises(ValueError, match=r"^task.jsonl line 1: .* neither a start token"):
+        score_task(rule, Bare(), task_of(asked("", "a", "b")))
+
+
+def test_questions_made_of_text_that_do_not_fit_are_left_out_and_counted(model):
+    """One long last sentence ended the whole evaluation, after all else was measured."""
+    questions = [asked("a", "b" * 100, "c"), asked("a", "b", "c")]
+    made = Task("ending", "own", questions, is_made=True)
+    section = evaluate_choices(Scorer(model), BYTE, [made])
+    assert section["figures"]["ending_sum"]["n"] == 1
+    assert section["notes"][0].startswith("ending: 1 questions are left out")
+    none = evaluate_choices(Scorer(model), BYTE, [Task("a", "own", questions[:1], is_made=True)])
+    assert none["figures"] == {} and len(none["notes"]) == 1
 
 
 def test_a_cut_question_is_counted(model):

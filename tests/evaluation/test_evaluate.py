@@ -171,7 +171,10 @@ def test_a_file_without_text_is_one_line(tmp_path, capsys, ckpt):
 
 
 def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
-    """Shares have Wilson's interval and the number of their trials, means that of prompts."""
+    """Shares have Wilson's interval and the number of their trials.
+
+    A mean had no interval, so nobody could say whether two rewards differ.
+    """
     asked = []
 
     class Exam:
@@ -179,7 +182,10 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
             asked.append(tokenizer)
 
         def score(self, model):
-            return Score({"questions": Share(3.0, 4)}, {"story loss": 1.5, "length": 20.0})
+            score = Score({"questions": Share(3.0, 4)})
+            score.average("story loss", [(30.0, 20), (10.0, 20), (24.0, 10)] * 4)
+            score.average("length", [(20, 1)] * 8)
+            return score
 
     monkeypatch.setattr(command, "Exam", Exam)
     tokenizer = with_chat(load_tokenizer("byte"))
@@ -192,7 +198,11 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
     figures = report["chat"]["exercises"]["figures"]
     low, high = wilson(3, 4)
     assert figures["questions"] == {"value": 0.75, "n": 4, "low": low, "high": high}
-    assert figures["story loss"]["n"] != figures["length"]["n"] and len(asked) == 1
+    loss = figures["story loss"]
+    assert loss["value"] == 64 / 50 and loss["n"] == 12 and loss["unit"] == "nats"
+    assert 10 / 20 <= loss["low"] < loss["value"] < loss["high"] <= 24 / 10
+    same = {"value": 20, "n": 8, "low": 20, "high": 20, "unit": "tokens"}
+    assert figures["length"] == same and len(asked) == 1
     assert "chat.exercises.questions" in "\n".join(as_lines(report))
 
 
@@ -204,6 +214,18 @@ def test_a_report_of_the_command_goes_into_a_model_card(tmp_path, capsys, ckpt, 
     value = json.loads(report.read_text(encoding="utf-8"))["bits_per_byte"]["value"]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"| bits per byte | {value:.4g} |" in card
+    assert "Measured on the first 5 documents of valid.jsonl. " in card
     other = checkpoint(tmp_path / "other", byte_model(9))
     with pytest.raises(ValueError, match="of other weights"):
         export_hf.main(["--ckpt", other, "--out", str(out / "b"), "--evaluation", str(report)])
+
+
+def test_a_card_says_that_the_weights_were_packed_when_they_were_measured(
+    tmp_path, capsys, ckpt, files
+):
+    """Figures of int8 weights stood in a card of the whole ones as theirs."""
+    report, out = tmp_path / "report.json", tmp_path / "exported"
+    run(capsys, "--ckpt", ckpt, "--files", files, "--quantize=int8", f"--json={report}")
+    export_hf.main(["--ckpt", ckpt, "--out", str(out), "--evaluation", str(report)])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "Measured on 40 documents of valid.jsonl, with int8 weights. " in card

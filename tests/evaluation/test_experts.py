@@ -202,6 +202,20 @@ def test_an_expert_that_adds_nothing_is_worth_exactly_nothing():
     model = byte_model(4)
     with torch.no_grad():
         model.layers[0].moe.experts.w_out[1] = 0
-    section = expert_off_section(Scorer(model), encoded(), 200)
+    section = expert_off_section(Scorer(model), encoded(8), 200)
     (row,) = [row for row in section["rows"]["rows"] if row[:2] == [0, 1]]
     assert row[2:] == [0.0, 0.0, 0.0]
+
+
+def test_experts_are_kept_up_to_a_limit_and_the_section_says_so(monkeypatch):
+    """A single long document took memory for all of its tokens."""
+    monkeypatch.setattr(experts_module, "MOST_TOKENS", 100)
+    choices, r = ExpertChoices(4), np.random.default_rng(0)
+    for d in range(3):
+        choices.add(d, r.integers(9, size=70), r.integers(4, size=(1, 70, 1)))
+    assert [len(ids) for ids in choices.ids] == [70, 30] and choices.num_tokens == 100
+    assert [own.shape for own in choices.experts] == [(1, 70, 1), (1, 30, 1)]
+    section = experts_section(choices, np.zeros(9, dtype=np.int64))
+    assert any("first 100 tokens" in note for note in section["notes"])
+    # Two documents: each that is left out would change all, so there is no interval.
+    assert all("low" not in one for one in section["figures"].values())

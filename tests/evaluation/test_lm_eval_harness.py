@@ -7,23 +7,37 @@ read from files, and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime.data.tokenizers import load_tokenizer
 from runtime.evaluation.choice_formats import read_tasks
-from runtime.evaluation.choices import evaluate_choices
-from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval
+from runtime.evaluation.choices import Request, answers, evaluate_choices
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, model_of
 from runtime.inference.scorer import Scorer
+from scripts.export_hf import main as export_hf
 from tests.builders import random_model, tiny_config
-from tests.evaluation.test_choice_formats import ARC, BLIMP, HELLASWAG, OPENBOOK, PIQA, WINOGRANDE
+from tests.builders_inference import save
+from tests.evaluation.test_choice_formats import (
+    ARC,
+    BLIMP,
+    HELLASWAG,
+    MMLU,
+    OPENBOOK,
+    PIQA,
+    WINOGRANDE,
+)
+from tests.numeric import before_ties, logits_bound
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test-lm-eval)")
 pytestmark = [pytest.mark.lm_eval, pytest.mark.slow]
 
 BYTE = load_tokenizer("byte")
+END = BYTE.end_of_text_id
 CONTEXT = 192
 NUM = 40
 WORDS = ("the", "cat", "Tom", "ran", "sat", "on", "a", "mat", "and", "was", "red", "\u00e9t\u00e9")
@@ -35,6 +49,8 @@ OWN = {
     "blimp": ("blimp/_template_yaml", BLIMP),
     "piqa": ("piqa/piqa.yaml", PIQA),
     "winogrande": ("winogrande/default.yaml", WINOGRANDE),
+    # Its task mmlu asks for a letter, and this one for the answer.
+    "mmlu": ("mmlu/continuation/_continuation_template_yaml", MMLU),
 }
 # Its metrics, and our columns.
 METRICS = {"acc": "sum", "acc_bytes": "per_byte", "acc_mutual_info": "pmi"}
@@ -79,6 +95,8 @@ def rows_of(name: str) -> list[dict]:
             row["question" if name == "arc" else "question_stem"] = text(r)
             row["choices"] = {"text": texts(r, 4), "label": list("ABCD")}
             row["answerKey"] = r.choice("ABCD")
+        elif name == "mmlu":
+            row = {"question": f" {text(r)}\n", "choices": texts(r, 4), "answer": r.randrange(4)}
         elif name == "blimp":
             row = dict(zip(("sentence_good", "sentence_bad"), texts(r, 2), strict=True))
         elif name == "piqa":
@@ -104,6 +122,7 @@ def write_task(folder: Path, name: str, rows: list[dict], settings: dict) -> tup
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,
+        "fewshot_split": None,
     } | settings
     path = folder / f"{name}.yaml"
     # JSON is YAML.
@@ -130,7 +149,21 @@ def test_its_figures_of_a_task_are_ours(name, reader, tmp_path):
         assert asked[f"own_{name}_{metric}"]["n"] == mine["n"] == NUM
 
 
+def windows_of(ids: list[int]) -> list[Request]:
+    """Return lm-eval's windows: each begins where the last one ended, but the last ends the text.
+
+    It reads as many ids as the others, so its first ones are only read.
+    """
+    requests, done = [Request((END, *ids[:CONTEXT]), 1)], CONTEXT
+    while done < len(ids):
+        end = min(len(ids), done + CONTEXT)
+        requests.append(Request(tuple(ids[end - CONTEXT - 1 : end]), done - (end - CONTEXT - 1)))
+        done = end
+    return requests
+
+
 def test_bits_per_byte_of_texts_longer_than_the_context(reader, tmp_path):
+    """The bounds of this test, 6 and 14, held for any windows."""
     r = random.Random(0)
     rows = [{"text": text(r, 120)} for _ in range(8)]
     listed = [
@@ -145,8 +178,11 @@ def test_bits_per_byte_of_texts_longer_than_the_context(reader, tmp_path):
     _, task = write_task(tmp_path, "rolling", rows, settings)
     (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
     assert max(len(row["text"].encode()) for row in rows) > 2 * CONTEXT
-    # A random model is about as good as a uniform one.
-    assert 6 < one["value"] < 14 and one["n"] == 8
+    all_bytes = [list(row["text"].encode()) for row in rows]
+    windows = [window for ids in all_bytes for window in windows_of(ids)]
+    total = sum(answer.log_prob for answer in answers(reader.scorer, windows))
+    expected = -total / sum(map(len, all_bytes)) / math.log(2)
+    assert one["value"] == pytest.approx(expected, rel=1e-9) and one["n"] == 8
 
 
 def test_generated_answers_are_the_decoders(reader, tmp_path):
@@ -174,6 +210,66 @@ def test_generated_answers_are_the_decoders(reader, tmp_path):
     )
     (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
     assert one["value"] == 0.5
+
+
+def test_a_wrong_file_of_a_task_is_one_line(reader, tmp_path):
+    """A YAML that does not end, and a template of a key that no row has: both were tracebacks."""
+    torn = tmp_path / "torn.yaml"
+    torn.write_text("task: [\n")
+    settings = {"output_type": "multiple_choice", "doc_to_text": "{{nothing}}"}
+    settings |= {"doc_to_choice": ["a", "b"], "doc_to_target": 0}
+    _, no_key = write_task(tmp_path, "no_key", [{"q": "a"}], settings)
+    for task, message in ((str(torn), "did not find"), (no_key, "'nothing' is undefined")):
+        with pytest.raises(ValueError, match=f"^--lm_eval .*{message}") as error:
+            evaluate_lm_eval(reader, [task])
+        assert "\n" not in str(error.value)
+
+
+def test_its_own_model_of_our_export_has_these_scores(reader, tmp_path):
+    """The exported folder in transformers, asked the same with the start token.
+
+    Rolling, lm-eval puts that token before a text itself. With add_bos_token its model then has two
+    of them and scores the second one as text: -1,082 for -1,066, and that is theirs.
+    """
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    model = reader.scorer.model
+    ckpt = save(tmp_path, model)
+    export_hf(["--ckpt", ckpt, "--out", str(tmp_path / "hf"), "--dtype", "float32"])
+    theirs = huggingface.HFLM(
+        pretrained=str(tmp_path / "hf"), add_bos_token=True, device="cpu", batch_size=4
+    )
+    mine, r = model_of(reader), random.Random(2)
+
+    def is_clear(ids: list[int]) -> bool:
+        return bool(before_ties(model, torch.tensor([ids])).all())
+
+    def bound(tokens: int, total: float) -> float:
+        # Logits of this model are below 8, and a log-probability is off by at most twice their
+        # error. Theirs are added up in float32.
+        each = 2 * 8 * logits_bound(model.config, CONTEXT)
+        return tokens * (each + torch.finfo(torch.float32).eps * abs(total))
+
+    drawn = [(text(r), f" {text(r)}") for _ in range(24)] + [("", text(r)) for _ in range(8)]
+    pairs = [(a, b) for a, b in drawn if is_clear([reader.start, *BYTE.encode(a + b)])]
+    assert len(pairs) >= len(drawn) // 2 and pairs[-1][0] == ""
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    answers = zip(mine.loglikelihood(asked), theirs.loglikelihood(asked), strict=True)
+    for (_, answer), ((own, is_greedy), (other, is_theirs)) in zip(pairs, answers, strict=True):
+        assert abs(own - other) <= bound(len(answer.encode()), other) and is_greedy == is_theirs
+
+    def windows(whole: str) -> list[list[int]]:
+        found = get_rolling_token_windows(BYTE.encode(whole), reader.start, CONTEXT, 1)
+        return [[*before, *ids] for before, ids in map(make_disjoint_window, found)]
+
+    drawn = [text(r, 120) for _ in range(40)]
+    long = next(t for t in drawn if len(windows(t)) > 1 and all(map(is_clear, windows(t))))
+    theirs.add_bos_token = False
+    rolling = Instance("loglikelihood_rolling", {}, (long,), 0)
+    (own,), (other,) = (one.loglikelihood_rolling([rolling]) for one in (mine, theirs))
+    assert abs(own - other) <= bound(len(long.encode()), other)
 
 
 def test_an_unknown_task_is_one_line(reader):

@@ -124,6 +124,14 @@ def test_the_order_of_the_documents_asks_nothing_else():
     assert own_tasks(texts + texts[:5], 20)[0] == asked
 
 
+def test_copies_of_a_document_take_no_places():
+    """Files often hold a text many times: of 2,000 copies and 8 others one was drawn."""
+    texts = [f"One {i}. Two. Three. The end number {i}." for i in range(9)]
+    first = drawn_documents(texts, 1)[0][1]
+    assert drawn_documents([first] * 50 + texts, 9) == drawn_documents(texts, 9)
+    assert len(drawn_documents([first] * 50 + texts, 9)) == 9
+
+
 def test_what_a_text_cannot_ask_is_said():
     tasks, notes = own_tasks(["no sentence here"] * 3, 5)
     assert tasks == [] and len(notes) == len(MAKERS)

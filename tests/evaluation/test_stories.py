@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.data import toy_stories
-from runtime.data.tokenizers import load_tokenizer
+from runtime.data.tokenizers import load_tokenizer, train_bpe
 from runtime.evaluation import stories
 from runtime.evaluation.stories import (
     Measure,
@@ -68,6 +68,27 @@ def test_human_text_is_cut_where_the_models_is(model):
     assert len(whole.human(one).ids) == min(room, len(one.rest.encode()))
     short = stories.Beginning("One.", " Two.")
     assert writer.human(short) == stories.Continuation(" Two.", tuple(b" Two."), True)
+
+
+def test_a_token_over_the_border_loses_no_text_of_the_author(model):
+    """Many vocabularies join a full stop and a line's end: the author's rest lacked that line.
+
+    Its bits were those of a text that nobody wrote.
+    """
+    tokenizer = train_bpe(["One.\nTwo.\n" * 400], 262)
+    (token,) = tokenizer.encode(".\n")
+    writer = Writer(Decoder(model), tokenizer, tokenizer.banned_ids, max_new_tokens=40)
+    human = writer.human(stories.Beginning("One.", "\nTwo."))
+    assert token in tokenizer.encode("One.\nTwo.") and human.text == "\nTwo."
+    assert human.ids == tuple(tokenizer.encode("\nTwo."))
+
+
+def test_an_end_takes_a_token_of_the_author_too(model):
+    """A model that fills its room has not ended, and an author who did was said to."""
+    rest = " Two."
+    for room, ended in ((len(rest), False), (len(rest) + 1, True)):
+        writer = writer_of(model, max_new_tokens=room)
+        assert writer.human(stories.Beginning("One.", rest)).ended == ended
 
 
 # ------------------------------------------------------------------------------ the model
@@ -135,8 +156,8 @@ def test_texts_without_stories_are_refused(model):
 def test_a_figure_has_an_interval_and_counts_what_it_is_of():
     share = figure_of(Measure("a", "a", [(1, 1), (0, 1), (0, 0)], is_share=True))
     assert share["value"] == 0.5 and share["n"] == 2 and share["low"] < 0.5 < share["high"]
-    ratio = figure_of(Measure("a", "a", [(1, 10), (3, 10), (2, 20)]))
-    assert ratio["value"] == pytest.approx(6 / 40) and ratio["n"] == 40
+    ratio = figure_of(Measure("a", "a", [(1, 10), (3, 10), (2, 20)] * 3))
+    assert ratio["value"] == pytest.approx(6 / 40) and ratio["n"] == 120
     assert ratio["low"] < 6 / 40 < ratio["high"]
     mean = figure_of(Measure("a", "a", [(3, 1), (5, 1)], unit="words"))
     assert mean["value"] == 4 and mean["n"] == 2

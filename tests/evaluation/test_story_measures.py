@@ -60,7 +60,14 @@ def test_what_texts_share_is_not_what_one_repeats():
     ],
 )
 def test_a_story_is_closed_after_a_sentence_and_its_quotes(text, closed):
-    assert is_closed(text) is closed
+    assert is_closed("One.", text) is closed
+
+
+def test_quotes_that_the_prompt_opens_are_closed_in_the_continuation():
+    """Only the continuation was looked at: a mark that closes the prompt's quotes opened some."""
+    assert is_closed('He said, "Go. Run.', ' Now!" They ran.')
+    assert not is_closed('He said, "Go. Run.', " They ran.")
+    assert not is_closed("One. Two.", " ")
 
 
 # ------------------------------------------------------------------------------ names
@@ -159,9 +166,12 @@ def test_a_copy_does_not_join_two_documents():
 
 
 def test_equal_hashes_of_other_words_are_no_copy(monkeypatch):
+    """The training text had words that no text has, so no hash was ever met by other words."""
     monkeypatch.setattr(copied, "_FACTOR", np.uint64(0))
-    source = [word(i) for i in range(20)]
-    # Every run that ends with the same word has the same hash now.
-    search = CopySearch([" ".join(source[12:] + source[:8] + [source[19]])])
-    search.read([" ".join(source[:12]) + f" {source[19]}"])
-    assert search.longest.tolist() == [8]
+    first, second, *rest = [word(i) for i in range(12)]
+    # Every run that ends with the same word has the same hash now; all words are known.
+    search = CopySearch([" ".join([first, second, *rest])])
+    search.read([" ".join([second, first, *rest[:6]])])
+    assert search.num_copied.tolist() == [0] and search.longest.tolist() == [0]
+    search.read([" ".join([first, second, *rest[:6]])])
+    assert search.num_copied.tolist() == [1] and search.longest.tolist() == [8]

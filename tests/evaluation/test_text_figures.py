@@ -49,6 +49,30 @@ def test_the_error_is_the_mean_gap_over_bins_weighted_by_tokens():
     assert table["0.87 to 0.93"][1] == pytest.approx(1 / 3) and table["0.87 to 0.93"][-1] == 30
 
 
+def test_the_interval_of_the_error_of_a_calibrated_model_reaches_to_zero():
+    """Chance parts the bins of a sample, and those of a resample once more.
+
+    So percentiles lay above the figure, and missed the true value 0 by more than their width.
+    """
+    generator, documents = np.random.default_rng(1), []
+    for _ in range(60):
+        sure_T = generator.uniform(0.05, 0.95, 100)
+        right_T = (generator.random(100) < sure_T).tolist()
+        documents.append(([1] * 100, [-1.0] * 100, np.log(sure_T).tolist(), right_T))
+    sums = sums_of(documents)
+    error = calibration_section(sums)["figures"]["expected_calibration_error"]
+    assert error["low"] == 0.0 < error["value"] <= error["high"]
+    # 6,000 tokens in 15 bins: chance alone gives about 0.8 sqrt(0.17 / 400) = 0.016.
+    assert 0.005 < error["value"] < 0.03 and error["high"] < 0.03
+
+
+def test_the_interval_of_a_large_error_holds_it():
+    documents = [document([1] * 50, [1.0] * 50, sure=0.9, right=20 + i % 5) for i in range(40)]
+    error = calibration_section(sums_of(documents))["figures"]["expected_calibration_error"]
+    assert error["value"] == pytest.approx(0.9 - 0.44) and error["high"] - error["low"] < 0.03
+    assert error["low"] < error["value"] < error["high"]
+
+
 def test_certainty_is_in_the_last_bin():
     """exp(0) is 1.0, which would be in a bin of its own."""
     sums = sums_of([document([1], [0.0], sure=1.0, right=1)])
@@ -57,14 +81,14 @@ def test_certainty_is_in_the_last_bin():
 
 # ------------------------------------------------------------------------------ loss
 def test_the_slope_is_what_a_doubling_of_the_position_changes():
-    """Loss 5 - 0.25 log2(position), in two documents of different length."""
+    """Loss 5 - 0.25 log2(position), in documents of different length."""
     documents = [
-        document([1] * T, [5 - 0.25 * math.log2(t) for t in range(1, T + 1)]) for T in (40, 7)
+        document([1] * T, [5 - 0.25 * math.log2(t) for t in range(1, T + 1)]) for T in range(4, 12)
     ]
     section = loss_section(sums_of(documents))
     assert figures(section)["slope_per_doubling"] == pytest.approx(-0.25)
     one = section["figures"]["slope_per_doubling"]
-    assert one["low"] == pytest.approx(-0.25) == one["high"] and one["n"] == 47
+    assert one["low"] == pytest.approx(-0.25) == one["high"] and one["n"] == 60
 
 
 def test_positions_are_cut_at_powers_of_two():

@@ -204,7 +204,54 @@ def test_each_text_names_its_rows_and_what_is_scored_there(code, name):
         own = slice(firsts[i], firsts[i] + len(ids))
         same = scored.experts_LNK[:, own] == experts_LTK.numpy()
         assert same.mean() > 0.9
+        # Not only alike: the rows that are named, and not the same ones of the first text.
+        sure_T = torch.tensor(same.all(axis=2).all(axis=0))
+        expected_TV = model(torch.tensor([ids])).logits[0]
+        assert close(every.logits_RV[own][sure_T], expected_TV[sure_T], model.config)
         assert np.allclose(scored.weights_LNK[:, own][same], weights_LTK.numpy()[same], atol=1e-4)
+
+
+@needs_code
+@pytest.mark.parametrize("window", [1, 7, 8, 9, 15, 16, 17, 33])
+def test_a_window_without_a_ring_gives_the_same_bits_however_a_prompt_is_cut(code, window):
+    """Rows that are read together start from the first one's window, each alone from its own.
+
+    Keys then lie in other lanes of the sum, and some have the share 0: neither may change a bit.
+    """
+    config = tiny_config(context_length=CONTEXT, sliding_window=window, window_pattern="all")
+    model, r = random_model(config, window), random.Random(window)
+    text = [r.randrange(config.vocabulary_size) for _ in range(CONTEXT)]
+    alone = Reader(model, code, whole_caches(model, 1), [text])
+    for _ in text:
+        alone.read({0: 1}, ONE)
+    for counts in ([CONTEXT], [2] * (CONTEXT // 2), [3] * (CONTEXT // 3) + [1], [5, 1, 13, 45]):
+        cut = Reader(model, code, whole_caches(model, 1), [text])
+        for count in counts:
+            cut.read({0: count}, ONE)
+        cut.check(alone)
+
+
+@needs_code
+def test_a_row_may_be_named_more_than_once(code):
+    """The answers to a question, scored at its last token: more named rows than tokens.
+
+    The place of the normalised inputs was as long as the tokens of the pass, and C wrote past it.
+    """
+    model = model_of("SwiGLU, 72")
+    native, V = NativeModel(model, code), model.config.vocabulary_size
+    ids, every = [5, 3, 1], list(range(V)) * 20
+
+    def read(rows, targets=None):
+        return native.read(whole_caches(model, 1), [ids], [rows], targets)
+
+    once = read([0, 2])
+    logits_RV = read([2] * len(every) + [0]).logits_RV
+    assert torch.equal(logits_RV, once.logits_RV[[1] * len(every) + [0]])
+    scored = read([2] * len(every), [every])
+    log_probs_V = once.logits_RV[1].double().log_softmax(dim=0).numpy()
+    bound = 8 * torch.finfo(torch.float32).eps
+    np.testing.assert_allclose(scored.log_probs_R, log_probs_V[every], atol=bound)
+    assert (scored.best_R == log_probs_V.argmax()).all()
 
 
 @needs_code
@@ -244,3 +291,22 @@ def test_rows_and_targets_that_are_not_there_are_refused(code):
     for rows, targets in (([[2]], None), ([[-1]], None), ([[0, 1]], [[1]])):
         with pytest.raises(AssertionError):
             native.read([KVCache(model.config, 1, 8)], [[1, 2]], rows, targets)
+
+
+@needs_code
+def test_caches_that_one_pass_cannot_have_are_refused(code):
+    """C takes the first cache's room for that of all: it wrote past the end of a smaller one.
+
+    Of one cache given twice, both texts wrote the same places.
+    """
+    model = random_model(tiny_config(context_length=64))
+    native = NativeModel(model, code)
+    large, small = (KVCache(model.config, 2, room).rows() for room in (64, 8))
+    with pytest.raises(AssertionError, match="must be rows of one allocation"):
+        native.read([large[0], small[0]], [[1], [2]], [[0], [0]])
+    # Two views of one row are the same place, too.
+    for other in (large[0], KVCache.rows(large[0])[0]):
+        with pytest.raises(AssertionError, match="a cache is given twice"):
+            native.read([large[0], other], [[1], [2]], [[0], [0]])
+    native.read(large, [[1], [2]], [[0], [0]])
+    assert [cache.length for cache in (*large, *small)] == [1, 1, 0, 0]

@@ -311,6 +311,15 @@ from tests.inference.test_cpu_decode import test_it_gives_the_plain_models_logit
 from tests.inference.test_cpu_decode import (
     test_a_text_can_go_from_pytorch_to_c_and_back as shared,
 )
+from tests.inference import test_company as company
+code, why = c.library()
+assert code is not None, why
+for name in ("SwiGLU, 72", "sinks and windows"):
+    company.test_each_text_names_its_rows_and_what_is_scored_there(code, name)
+    company.test_a_token_is_the_same_bits_in_any_company(code, name, packed=False)
+company.test_a_row_may_be_named_more_than_once(code)
+for V in (3, 17):
+    company.test_scores_of_equal_logits_are_those_of_the_vocabulary(code, V)
 for seed in range(100, 112):
     check(seed)
 shared()

@@ -110,6 +110,27 @@ def test_only_what_is_asked_for_is_scored(native):
             np.testing.assert_allclose(got, expected[first - 1 :], atol=bound(model.config))
 
 
+@needs_code
+@pytest.mark.parametrize("slots", [1, 2, 32])
+def test_scores_are_not_taken_from_where_nothing_was_scored(slots, monkeypatch):
+    """Texts of one beginning, of which the first in order is scored from the latest token on.
+
+    Random texts with a wanted token each never met so, and a wrong copy went unnoticed.
+    """
+    monkeypatch.setattr(scorer_module, "SLOTS", slots)
+    model = model_of("plain")
+    r = random.Random(7)
+    begin = [r.randrange(model.config.vocabulary_size) for _ in range(30)]
+    documents = [[*begin, tail, 3, 4] for tail in range(6)]
+    firsts = [31, 5, 20, 1, 31, 12]
+    scorer = Scorer(Decoder(model))
+    alone = [next(scorer.scores([ids])) for ids in documents]
+    together = scorer.scores(documents, firsts)
+    for first, whole, some in zip(firsts, alone, together, strict=True):
+        for expected, got in zip(whole[:3], some[:3], strict=True):
+            assert np.array_equal(got, expected[first - 1 :])
+
+
 def test_windows_score_each_token_once_after_as_many_as_the_stride_leaves():
     assert windows(0, 4, 4) == windows(1, 4, 4) == []
     assert windows(5, 4, 4) == [Window(0, 5, 1)]
@@ -216,6 +237,25 @@ def test_scores_are_the_same_bits_whatever_else_is_scored(name, packed, monkeypa
                     assert np.array_equal(own, expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_weights_that_have_moved_are_followed(native):
+    """The scorer kept the decoder's C kernel, and that had pointers to the old weights.
+
+    `weights_changed` makes a new one where a tensor has moved.
+    """
+    model, other = model_of("plain"), random_model(tiny_config(context_length=32), 4)
+    decoder, ids = Decoder(model, native=native), [1, 5, 2, 7, 3, 3, 1, 9, 2]
+    scorer = Scorer(decoder)
+    (before,) = scorer.scores([ids])
+    for own, new in zip(model.parameters(), other.parameters(), strict=True):
+        own.data = new.data.clone()
+    decoder.weights_changed()
+    (after,), (expected,) = (one.scores([ids]) for one in (scorer, Scorer(decoder)))
+    assert scorer.is_exact == (decoder.native is not None)
+    assert not np.allclose(before.log_probs_T, expected.log_probs_T)
+    assert np.array_equal(after.log_probs_T, expected.log_probs_T)
 
 
 @needs_code

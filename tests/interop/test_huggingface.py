@@ -12,6 +12,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from config_model import PRESETS, ModelConfig, total_parameters
 from model import LLM, generate
+from runtime.inference.scorer import Scorer
 from runtime.interop.export import lazy_model, logits_of
 from runtime.interop.huggingface import (
     FAMILIES,
@@ -33,7 +35,14 @@ from runtime.interop.huggingface import (
 )
 from tests.builders import random_model, tiny_config
 from tests.builders_export import CONFIGS, GPT_OSS_SMALL, load_theirs, some_ids, write_folder
-from tests.numeric import assert_close, before_ties, gradients_bound, logits_bound, rounding
+from tests.numeric import (
+    assert_close,
+    before_ties,
+    gradients_bound,
+    logits_bound,
+    rounding,
+    size_of,
+)
 
 ANY = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 ONE_EACH = pytest.mark.parametrize(
@@ -94,6 +103,29 @@ def test_transformers_computes_the_same_from_an_export(config, tmp_path):
         prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=False, max_new_tokens=24
     )[0, 5:]
     assert text.tolist() == [int(i) for i in generate(model, prompt_BT, 24, temperature=0)]
+
+
+@ONE_EACH
+def test_transformers_gives_the_scores_that_evaluation_gives(config, tmp_path):
+    """Log-probabilities of each next token, by the scorer here and by theirs from the export."""
+    model = random_model(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            # With larger weights an early near tie of a router leaves little to compare.
+            p.mul_(0.7)
+    write_folder(model, tmp_path)
+    ids_BT = some_ids(config)
+    sure_BT = before_ties(model, ids_BT)[:, :-1]
+    assert sure_BT.float().mean() > 0.5
+    with torch.no_grad():
+        logits_BTV = load_theirs(tmp_path)(ids_BT).logits[:, :-1].double()
+    log_probs_BTV, targets_BT = logits_BTV.log_softmax(dim=2), ids_BT[:, 1:]
+    expected_BT = log_probs_BTV.gather(2, targets_BT[..., None])[..., 0]
+    scores = list(Scorer(model).scores(ids_BT.tolist()))
+    actual_BT = torch.tensor(np.stack([one.log_probs_T for one in scores]))
+    # A logit is off, and so is the logarithm of their sum.
+    bound = 2 * logits_bound(config, ids_BT.shape[1])
+    assert_close(actual_BT[sure_BT], expected_BT[sure_BT], bound, size=size_of(logits_BTV))
 
 
 @ANY

@@ -12,11 +12,12 @@ from runtime.posttraining import score, tasks
 from runtime.posttraining.score import (
     Answer,
     Exam,
+    Score,
     Share,
     greedy_answers,
     pass_at_k,
     sampled_answers,
-    story_loss,
+    story_losses,
 )
 from tests.builders import random_model, tiny_config
 
@@ -177,7 +178,7 @@ def test_answers_leave_the_model_in_its_mode(model):
         assert model.training == training
         sampled_answers(model, BYTE, [[5, 6]], 2, samples=2)
         assert model.training == training
-        story_loss(model, BYTE, 1)
+        story_losses(model, BYTE, 1)
         assert model.training == training
 
 
@@ -197,6 +198,18 @@ def test_other_weights_have_another_score(exam, model):
     assert exam.score(changed).numbers() != exam.score(model).numbers()
 
 
+def test_the_parts_of_each_mean_are_those_of_prompts_and_stories(exam, model):
+    """A mean had no interval, because only its value was kept."""
+    found = exam.score(model, samples=3)
+    assert found.parts.keys() == found.means.keys()
+    assert set(found.means) == {"reward", "length", "sampled reward", "story loss"}
+    for name, parts in found.parts.items():
+        assert len(parts) == (score.NUM_STORIES if name == "story loss" else NUM)
+        totals, counts = zip(*parts, strict=True)
+        assert found.means[name] == pytest.approx(sum(totals) / sum(counts))
+        assert sum(counts) == NUM * (3 if name == "sampled reward" else 1) or name == "story loss"
+
+
 def test_story_loss_is_the_mean_over_tokens(model):
     total, count = 0.0, 0
     for number in range(3):
@@ -206,7 +219,9 @@ def test_story_loss_is_the_mean_over_tokens(model):
         total -= logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum().item()
         count += len(ids) - 1
     # Sums of `count` float32 numbers of about 5.
-    assert story_loss(model, BYTE, 3) == pytest.approx(total / count, rel=1e-6)
+    own = Score()
+    own.average("story loss", story_losses(model, BYTE, 3))
+    assert own.means["story loss"] == pytest.approx(total / count, rel=1e-6)
 
 
 def test_held_out_stories_are_no_exercises():

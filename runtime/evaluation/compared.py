@@ -1,0 +1,68 @@
+"""Two checkpoints on the same questions: the paired difference of their accuracies.
+
+Most questions are as hard for one model as for the other, so the difference is surer than either
+accuracy: each resample draws the same questions for both.
+
+# Q questions
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.evaluation.bootstrap import RESAMPLES, Array, Interval, difference_intervals
+from runtime.evaluation.choices import COLUMNS, Result
+from runtime.evaluation.report import Figure, Section, Table, figure, section
+
+NOTE = (
+    "A difference above 0 means that the first checkpoint is more often right. It is paired: both "
+    "answer the same questions, and each resample draws the same for both. Where both are right on "
+    "the same questions, it is exactly 0, from 0 to 0."
+)
+
+
+def compared_section(
+    results: Sequence[Result], others: Sequence[Result], name: str, resamples: int = RESAMPLES
+) -> Section:
+    """Return the differences of two models' results on the same tasks, the first minus the second.
+
+    Each is the accuracy of a task and a way to compare answers, with its interval and n.
+    """
+    figures: dict[str, Figure] = {}
+    rows: list[list] = []
+    for mine, other in zip(results, others, strict=True):
+        assert mine.task == other.task and mine.credits.keys() == other.credits.keys()
+        for column, credits in mine.credits.items():
+            # A question without a context has no PMI, so columns differ in n.
+            n, found = len(credits), _difference(credits, other.credits[column], resamples)
+            one = figure(found.value, n, found.low, found.high)
+            figures[f"{mine.task}_{column}"] = one
+            both = [math.fsum(result.credits[column]) / n for result in (mine, other)]
+            low, high = one.get("low"), one.get("high")
+            rows.append([mine.task, COLUMNS[column], n, *both, one["value"], low, high])
+    columns = ["task", "chosen by", "n", "first", "second", "difference", "low", "high"]
+    return section(name, figures, Table(columns=columns, rows=rows), notes=[NOTE])
+
+
+def _difference(credits_Q: Array, others_Q: Array, resamples: int) -> Interval:
+    """Return the difference of two models' shares of right answers."""
+    ones_Q1 = np.ones((len(credits_Q), 1))
+    columns = (credits_Q[:, None], ones_Q1, others_Q[:, None], ones_Q1)
+    (one,) = difference_intervals(*columns, resamples)
+    return one
+
+
+def as_differences(compared: Section) -> dict[str, dict]:
+    """Return the figures of a comparison under the names that the report documents for them."""
+    return {
+        key: {
+            "difference": one["value"],
+            "low": one.get("low"),
+            "high": one.get("high"),
+            "questions": one["n"],
+        }
+        for key, one in compared["figures"].items()
+    }

@@ -1,0 +1,95 @@
+"""Two checkpoints on the same questions: paired differences of accuracies."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from runtime.evaluation.choices import Result
+from runtime.evaluation.compared import as_differences, compared_section
+from runtime.evaluation.writing import as_lines, as_markdown
+from tests.builders_evaluation import byte_model, checkpoint, report_of, texts, write_texts
+
+
+def result(**columns: list[float]) -> Result:
+    credits = {name: np.array(own, dtype=float) for name, own in columns.items()}
+    return Result("pairs", "plain", credits, np.full(len(next(iter(credits.values()))), 0.5))
+
+
+def test_a_difference_is_of_the_same_questions_and_far_surer_than_each_accuracy():
+    """Both are right on half of 400 questions, the first on 4 more.
+
+    Alone, each share is sure to about 0.05. The difference is 4 of 400, give or take 2 * 2.
+    """
+    half = [1.0, 0.0] * 200
+    more = [1.0] * 8 + half[8:]
+    section = compared_section([result(sum=more)], [result(sum=half)], "tasks")
+    one = section["figures"]["pairs_sum"]
+    assert one["value"] == pytest.approx(0.01) and one["n"] == 400
+    assert 0.001 < one["low"] < 0.006 and 0.014 < one["high"] < 0.025
+    (row,) = section["rows"]["rows"]
+    assert row[:5] == ["pairs", "sum", 400, pytest.approx(0.51), 0.5]
+
+
+def test_columns_share_their_resamples_and_swapping_changes_the_sign():
+    mine, other = [1.0, 0.0, 1.0, 0.5] * 5, [0.0, 0.0, 1.0, 1.0] * 5
+    section = compared_section([result(sum=mine, pmi=mine)], [result(sum=other, pmi=other)], "t")
+    assert section["figures"]["pairs_sum"] == section["figures"]["pairs_pmi"]
+    back = compared_section([result(sum=other)], [result(sum=mine)], "t")["figures"]["pairs_sum"]
+    one = section["figures"]["pairs_sum"]
+    assert [back[key] for key in ("value", "low", "high")] == pytest.approx(
+        [-one["value"], -one["high"], -one["low"]]
+    )
+
+
+def test_few_questions_have_a_difference_and_no_interval():
+    section = compared_section([result(sum=[1, 1])], [result(sum=[0, 1])], "t")
+    assert as_differences(section) == {
+        "pairs_sum": {"difference": 0.5, "low": None, "high": None, "questions": 2}
+    }
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Return files and tasks, and two checkpoints."""
+    rows = [
+        {"query": t[:9], "choices": ["a b", "c"], "gold": i % 2} for i, t in enumerate(texts(20))
+    ]
+    tasks = tmp_path / "two.jsonl"
+    tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    ckpts = [checkpoint(tmp_path / str(seed), byte_model(seed)) for seed in (1, 2)]
+    return write_texts(tmp_path / "valid.jsonl", texts(40)), str(tasks), *ckpts
+
+
+def test_against_itself_tasks_differ_by_exactly_nothing(asked):
+    files, tasks, ckpt, _ = asked
+    report = report_of(ckpt, files, against=ckpt, tasks=(tasks,))
+    found = report["against"]["tasks"]["files"]
+    assert set(found) == {f"two_{name}" for name in ("sum", "per_byte", "per_token", "pmi")}
+    for one in found.values():
+        assert [one[key] for key in ("difference", "low", "high")] == [0.0, 0.0, 0.0]
+    # A text that begins with blanks gives a question without a context, and so without PMI.
+    assert found["two_sum"]["questions"] == 20 > found["two_pmi"]["questions"] > 10
+
+
+def test_the_difference_is_that_of_the_accuracies_of_two_reports(asked):
+    files, tasks, ckpt, other = asked
+    report = report_of(ckpt, files, against=other, tasks=(tasks,))
+    mine, theirs = (report_of(path, files, tasks=(tasks,)) for path in (ckpt, other))
+    accuracies = [r["tasks"]["files"]["figures"]["two_sum"]["value"] for r in (mine, theirs)]
+    found = report["against"]["tasks"]["files"]["two_sum"]["difference"]
+    assert found == pytest.approx(accuracies[0] - accuracies[1], abs=1e-12)
+    assert "compared_tasks.files.two_sum" in "\n".join(as_lines(report))
+    assert "tasks: difference" in as_markdown(report)
+
+
+def test_two_checkpoints_are_compared_on_tasks_without_a_text(tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    _, tasks, ckpt, other = asked
+    report = report_of(ckpt, "", against=other, tasks=(tasks,))
+    assert report["data"] is None and set(report["against"]) == {"tasks"}
+    assert "comparison" not in report
+    with pytest.raises(ValueError, match="no number 'against.difference'"):
+        report_of(ckpt, "", against=other, tasks=(tasks,), require=("against.difference<0",))

@@ -24,7 +24,7 @@ from runtime.training.diary import Diary
 from runtime.training.metrics import HEALTHY_LOAD, HIGH, LOW, MetricsLog, make_loggers
 from runtime.training.plan import TrainPlan
 from runtime.training.plots import draw_plots
-from runtime.training.state import RunState
+from runtime.training.state import RunState, skipped_words
 
 PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, recorded
 
@@ -71,7 +71,7 @@ class Reporter:
         )
         self.plan, self.state = plan, state
         self.diary = Diary(config.graph_dir, state.run_id, self.say)
-        self.skipped_steps = state.skipped_steps
+        self.skipped = state.skipped_steps, state.skipped_spikes
         self.log = MetricsLog(config.graph_dir, resume_step, info, loggers)
         for message in self.log.take_messages():
             print(message)
@@ -176,12 +176,11 @@ class Reporter:
             self._watch_experts(record)
 
     def _note_skipped(self, record: dict) -> None:
-        skipped = record["skipped_steps"] - self.skipped_steps
-        self.skipped_steps += skipped
+        """Say which steps since the last record made no update, and why."""
+        before, self.skipped = self.skipped, (self.state.skipped_steps, self.state.skipped_spikes)
+        skipped, spikes = (new - old for new, old in zip(self.skipped, before, strict=True))
         if skipped:
-            spike = ", or a spike of the loss" if self.plan.config.spike_sigmas else ""
-            steps = f"{skipped} step{'s were' if skipped > 1 else ' was'} skipped"
-            self.diary.event(record["step"], "skipped", f"{steps}: not finite{spike}")
+            self.diary.event(record["step"], "skipped", skipped_words(skipped, spikes))
 
     def _watch_experts(self, record: dict) -> None:
         """Say when experts leave the healthy range and when all are back in it."""

@@ -28,12 +28,17 @@ def watched(plan: TrainPlan) -> Iterator[None]:
         return
     command = [sys.executable, "-m", "scripts.watch", os.path.abspath(plan.config.graph_dir)]
     # In a session of its own: Ctrl-C lets the run finish its step, and the page shows it.
-    child = subprocess.Popen(
-        [*command, "--parent", str(os.getpid())],
-        cwd=REPO,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    try:
+        child = subprocess.Popen(
+            [*command, "--parent", str(os.getpid())],
+            cwd=REPO,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        print(f"no page  {error}: start python -m scripts.watch yourself", flush=True)
+        yield
+        return
     try:
         yield
     finally:

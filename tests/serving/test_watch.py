@@ -8,8 +8,10 @@ import gzip
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -513,3 +515,51 @@ def is_alive(process: int) -> bool:
 def test_what_a_page_has_is_read_strictly():
     assert parsed_have("") == {}
     assert parsed_have("0.1.20.3_7.0.0.0") == {0: (1, 20, 3), 7: (0, 0, 0)}
+
+
+def test_a_number_is_never_given_to_another_run(tmp_path):
+    """The last run was deleted and the next one got its number: a page joined their curves."""
+    MadeRun(tmp_path / "a").train(10, 20)
+    MadeRun(tmp_path / "b", "b").train(10, 20)
+    with served(tmp_path) as server:
+        first = data_of(server)
+        assert [run["number"] for run in first["runs"]] == [0, 1]
+        shutil.rmtree(tmp_path / "b")
+        server.watch._read_at = -math.inf
+        assert [run["number"] for run in data_of(server, first)["runs"]] == [0]
+        MadeRun(tmp_path / "c", "c").train(10, 30)
+        later = data_of(server, first)["runs"]
+        assert [run["number"] for run in later] == [0, 2] and "tables" in later[1]
+
+
+def test_a_folder_that_is_gone_is_forgotten(tmp_path):
+    """A page that is open for weeks would ask for every folder that ever was."""
+    watch = Watch([tmp_path])
+    for name in "abc":
+        MadeRun(tmp_path / name).train(10, 20)
+    assert len(fresh_runs(watch)) == 3
+    shutil.rmtree(tmp_path / "b")
+    assert len(fresh_runs(watch)) == 2
+    assert {folder.name for folder in watch._followers} == {"a", "c"}
+    MadeRun(tmp_path / "b").train(10, 20)
+    assert len(fresh_runs(watch)) == 3
+
+
+def test_runs_beyond_the_most_are_said(tmp_path, monkeypatch):
+    """They were left out without a word."""
+    monkeypatch.setattr("runtime.serving.watch.MOST_RUNS", 2)
+    for name in "abc":
+        MadeRun(tmp_path / name, name).train(10, 20)
+    with served(tmp_path) as server:
+        data = data_of(server)
+        assert len(data["runs"]) == 2
+        assert data["notices"] == [
+            "runs that are not shown, because a page has at most 2: 1; name fewer folders"
+        ]
+        shutil.rmtree(tmp_path / "c")
+        assert data_of(server, data)["notices"] == []
+
+
+def fresh_runs(watch: Watch) -> list:
+    watch._read_at = -math.inf
+    return watch.runs()

@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_with_a_mark_and_a_notice(browser, se
     page = opened(browser, serve(tmp_path).url)
     run.train(110, 120, loss=math.nan, perplexity=math.nan, grad_norm=math.inf)
     page.until("document.title.startsWith('\\u26A0 NaN')")
-    assert cell(page, 0, 1) == "not finite" and cell(page, 0, 4) == "NaN"
+    assert cell(page, 0, 1) == "diverged" and cell(page, 0, 4) == "NaN"
     assert any("not finite at step 120" in line for line in notices(page))
     loss = "document.querySelector('.chart.wide')"
     assert page.run(f"{loss}.querySelectorAll('.nan').length") == 2
@@ -366,6 +366,48 @@ def test_charts_keep_their_order_and_the_focus(browser, serve, tmp_path):
     page.until("document.body.textContent.includes('Bits per byte, validation')")
     assert titles(page) == [before[0], "Bits per byte, validation", *before[1:]]
     assert page.run("document.activeElement.getAttribute('aria-label')").startswith("Learning rate")
+    page.close()
+
+
+def test_a_page_left_open_keeps_the_beginning_of_a_run(browser, serve, tmp_path, monkeypatch):
+    """It halved its own rows when they were many, those of the beginning each time again.
+
+    After some days the first half of a run was one point. Now the server thins the whole evenly.
+    """
+    monkeypatch.setattr(curves_page, "MOST_POINTS", 20)
+    monkeypatch.setattr(curves_page, "MOST_COLUMNS", 10)
+    run = MadeRun(tmp_path / "nano", max_steps=10_000).train(1, 10, every=1)
+    page = opened(browser, serve(tmp_path).url)
+    for last in range(30, 331, 20):
+        run.train(last - 19, last, every=1)
+        page.until(f"+document.querySelector('#runs tbody tr').cells[2].textContent"
+                   f".split(' ')[0].replace(',', '') === {last}")  # fmt: skip
+    # Asked again once more than 40 rows have come.
+    xs = page.run(
+        "document.querySelector('.chart .raw').getAttribute('d').split(/[ML]/).slice(1)"
+        ".map(point => +point.split(' ')[0])"
+    )
+    assert 20 <= len(xs) <= 60
+    middle = (min(xs) + max(xs)) / 2
+    # Halving would have left 2 of the rows to the first half.
+    assert sum(x < middle for x in xs) >= 7
+    clean(page)
+    page.close()
+
+
+def test_few_steps_have_whole_ticks_and_times_are_round(browser, serve, tmp_path):
+    """After four steps the axis said 0 1 1 2 2 3 3 4 4, and times had ticks at 16 min 40 s."""
+    ticks = "[...document.querySelectorAll('.chart.wide text[text-anchor=middle]')]"
+    MadeRun(tmp_path / "nano").train(1, 4, every=1)
+    page = opened(browser, serve(tmp_path).url, width=1280)
+    said = page.run(f"{ticks}.map(one => one.textContent)")
+    assert said[0] == "0" and len(said) == len(set(said)) >= 4
+    page.close()
+    MadeRun(tmp_path / "nano").train(10, 20_000, every=10)
+    page = opened(browser, serve(tmp_path).url, width=1280)
+    redraw(page, "document.querySelector('#axis input[value=seconds]').click()")
+    said = page.run(f"{ticks}.map(one => one.textContent)")
+    assert said[:4] == ["0 s", "10 min", "20 min", "30 min"] and "1 h 20 min" in said
     page.close()
 
 

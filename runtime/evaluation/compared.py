@@ -35,11 +35,11 @@ def compared_section(
     rows: list[list] = []
     for mine, other in zip(results, others, strict=True):
         assert mine.task == other.task
-        for column, credits, others in _common(mine, other):
-            n, found = len(credits), _difference(credits, others, resamples)
+        for column, credits, other_credits in _common(mine, other):
+            n, found = len(credits), _difference(credits, other_credits, resamples)
             one = figure(found.value, n, found.low, found.high)
             figures[f"{mine.task}_{column}"] = one
-            both = [math.fsum(own) / n for own in (credits, others)]
+            both = [math.fsum(own) / n for own in (credits, other_credits)]
             low, high = one.get("low"), one.get("high")
             rows.append([mine.task, COLUMNS[column], n, *both, one["value"], low, high])
     columns = ["task", "chosen by", "n", "first", "second", "difference", "low", "high"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -121,7 +121,8 @@ class Result:
 
     credits: column -> [its questions], 1 for a right answer, 1/m if m likeliest ones share the
     place and one of them is right. chances: column -> [its questions], the share that guessing
-    gets; a column that nobody can guess has none.
+    gets; a column that nobody can guess has none. numbers: column -> [its questions], which of the
+    task's they are, ascending: another model may leave out others.
     """
 
     task: str
@@ -133,6 +134,7 @@ class Result:
     num_cut: int = 0
     num_tied: int = 0
     num_left_out: int = 0
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def credit(scores: Sequence[float], right: int) -> float:
@@ -149,28 +151,30 @@ def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task) -> Result:
     mend its questions, so they are left out and counted.
     """
     requests: list[Request] = []
-    kept: list[Question] = []
+    kept: list[tuple[int, Question]] = []
     num_cut = 0
-    for question in task.questions:
+    for number, question in enumerate(task.questions):
         try:
             own, is_cut = _requests(tokenizer, question, scorer.context)
         except ValueError:
             if not task.is_made:
                 raise
             continue
-        kept.append(question)
+        kept.append((number, question))
         requests += own
         num_cut += is_cut
     given = iter(answers(scorer, requests))
     credits: dict[str, list[float]] = {}
     chances: dict[str, list[float]] = {}
+    numbers: dict[str, list[int]] = {}
     num_tied = 0
     has_start = bool(before_text(tokenizer))
-    for question in kept:
+    for number, question in kept:
         earned = _credits(question, given, has_start)
         num_tied += any(0 < credit < 1 for credit in earned.values())
         for name, credit in earned.items():
             credits.setdefault(name, []).append(credit)
+            numbers.setdefault(name, []).append(number)
             if question.kind != GREEDY:
                 chances.setdefault(name, []).append(1 / len(question.pairs))
     return Result(
@@ -181,6 +185,7 @@ def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task) -> Result:
         num_cut,
         num_tied,
         len(task.questions) - len(kept),
+        {name: np.array(own) for name, own in numbers.items()},
     )
 
 

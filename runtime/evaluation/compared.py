@@ -9,7 +9,7 @@ accuracy: each resample draws the same questions for both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,17 +34,30 @@ def compared_section(
     figures: dict[str, Figure] = {}
     rows: list[list] = []
     for mine, other in zip(results, others, strict=True):
-        assert mine.task == other.task and mine.credits.keys() == other.credits.keys()
-        for column, credits in mine.credits.items():
-            # A question without a context has no PMI, so columns differ in n.
-            n, found = len(credits), _difference(credits, other.credits[column], resamples)
+        assert mine.task == other.task
+        for column, credits, other_credits in _common(mine, other):
+            n, found = len(credits), _difference(credits, other_credits, resamples)
             one = figure(found.value, n, found.low, found.high)
             figures[f"{mine.task}_{column}"] = one
-            both = [math.fsum(result.credits[column]) / n for result in (mine, other)]
+            both = [math.fsum(own) / n for own in (credits, other_credits)]
             low, high = one.get("low"), one.get("high")
             rows.append([mine.task, COLUMNS[column], n, *both, one["value"], low, high])
     columns = ["task", "chosen by", "n", "first", "second", "difference", "low", "high"]
     return section(name, figures, Table(columns=columns, rows=rows), notes=[NOTE])
+
+
+def _common(mine: Result, other: Result) -> Iterator[tuple[str, Array, Array]]:
+    """Yield (column, credits [Q], the other's) of the questions that both models were asked.
+
+    A model leaves out answers that its context cannot hold, and has no PMI without a start token.
+    """
+    for column, credits in mine.credits.items():
+        if column not in other.credits:
+            continue
+        both = (mine.numbers[column], other.numbers[column])
+        common, own, theirs = np.intersect1d(*both, assume_unique=True, return_indices=True)
+        if len(common):
+            yield column, credits[own], other.credits[column][theirs]
 
 
 def _difference(credits_Q: Array, others_Q: Array, resamples: int) -> Interval:

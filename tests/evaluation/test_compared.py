@@ -13,9 +13,26 @@ from runtime.evaluation.writing import as_lines, as_markdown
 from tests.builders_evaluation import byte_model, checkpoint, report_of, texts, write_texts
 
 
-def result(**columns: list[float]) -> Result:
+def result(numbers: list[int] | None = None, **columns: list[float]) -> Result:
+    """Return a result of columns of credits. numbers: of their questions, None = all."""
     credits = {name: np.array(own, dtype=float) for name, own in columns.items()}
-    return Result("pairs", "plain", credits, np.full(len(next(iter(credits.values()))), 0.5))
+    asked = {name: np.array(numbers or range(len(own))) for name, own in credits.items()}
+    return Result("pairs", "plain", credits, {}, numbers=asked)
+
+
+def test_only_questions_that_both_were_asked_are_compared():
+    """A short context leaves out others, and as many: row by row, they were no pairs.
+
+    Of questions 1 to 10 both are right on the odd ones.
+    """
+    odd = [float(number % 2) for number in range(12)]
+    mine = result([*range(11)], sum=odd[:11], pmi=odd[:11])
+    other = result([*range(1, 12)], sum=odd[1:])
+    section = compared_section([mine], [other], "tasks")
+    assert section["figures"] == {"pairs_sum": {"value": 0.0, "n": 10, "low": 0.0, "high": 0.0}}
+    assert section["rows"]["rows"][0][3:5] == [0.5, 0.5]
+    apart = compared_section([result([1, 2], sum=[1, 1])], [result([3], sum=[1])], "tasks")
+    assert apart["figures"] == {}
 
 
 def test_a_difference_is_of_the_same_questions_and_far_surer_than_each_accuracy():
@@ -93,3 +110,14 @@ def test_two_checkpoints_are_compared_on_tasks_without_a_text(tmp_path, monkeypa
     assert "comparison" not in report
     with pytest.raises(ValueError, match="no number 'against.difference'"):
         report_of(ckpt, "", against=other, tasks=(tasks,), require=("against.difference<0",))
+
+
+def test_models_of_different_contexts_are_compared_on_what_both_can_read(tmp_path):
+    some = [f"Tom ran. Lily ran. Tom saw {'a big dog ' * (i % 4)}{i}. Lily sat." for i in range(30)]
+    files = write_texts(tmp_path / "valid.jsonl", some)
+    long, short = (
+        checkpoint(tmp_path / str(size), byte_model(3, context_length=size)) for size in (128, 32)
+    )
+    report = report_of(long, files, against=short, own_tasks=True)
+    n = report["tasks"]["own"]["figures"]["order_sum"]["n"]
+    assert 0 < report["against"]["tasks"]["own"]["order_sum"]["questions"] < n

@@ -162,3 +162,12 @@ def test_a_figure_has_an_interval_and_counts_what_it_is_of():
     mean = figure_of(Measure("a", "a", [(3, 1), (5, 1)], unit="words"))
     assert mean["value"] == 4 and mean["n"] == 2
     assert figure_of(Measure("a", "a", [(0, 0)])) == {"value": None, "n": 0}
+
+
+def test_resamples_are_those_that_were_asked_for(model):
+    """All intervals of stories were of 2,000 resamples, whatever --resamples said."""
+    writer = writer_of(model)
+    given = Scorer(writer.decoder), writer, TEXTS, 20
+    few = evaluate_stories(*given, resamples=100)["figures"]["words_human"]
+    many = evaluate_stories(*given)["figures"]["words_human"]
+    assert few["value"] == many["value"] and few["high"] != many["high"]

@@ -32,6 +32,8 @@ def test_only_questions_that_both_were_asked_are_compared():
     section = compared_section([mine], [other], "tasks")
     (one,) = section["figures"].values()
     assert one["value"] == 0.0 and one["n"] == 10 and one["high"] == -one["low"]
+    # No question on which they differ: z^2 / (n + z^2). Differences would make it wider.
+    assert one["high"] == pytest.approx(1.96**2 / (10 + 1.96**2), abs=1e-4)
     assert section["rows"]["rows"][0][3:5] == [0.5, 0.5]
     apart = compared_section([result([1, 2], sum=[1, 1])], [result([3], sum=[1])], "tasks")
     assert apart["figures"] == {}

@@ -22,6 +22,7 @@ from runtime.evaluation.stories import (
 from runtime.inference.decoder import Decoder
 from runtime.inference.scorer import Scorer
 from tests.builders import random_model, tiny_config
+from tests.builders_evaluation import checkpoint, report_of, write_texts
 
 BYTE = load_tokenizer("byte")
 TEXTS = [toy_stories.story(i) for i in range(30)]
@@ -164,10 +165,13 @@ def test_a_figure_has_an_interval_and_counts_what_it_is_of():
     assert figure_of(Measure("a", "a", [(0, 0)])) == {"value": None, "n": 0}
 
 
-def test_resamples_are_those_that_were_asked_for(model):
+def test_resamples_are_those_that_were_asked_for(model, tmp_path):
     """All intervals of stories were of 2,000 resamples, whatever --resamples said."""
-    writer = writer_of(model)
-    given = Scorer(writer.decoder), writer, TEXTS, 20
-    few = evaluate_stories(*given, resamples=100)["figures"]["words_human"]
-    many = evaluate_stories(*given)["figures"]["words_human"]
+    files, ckpt = write_texts(tmp_path / "stories.jsonl", TEXTS), checkpoint(tmp_path, model)
+    few, many = (
+        report_of(ckpt, files, stories=10, resamples=count)["stories"]["figures"]["words_human"]
+        for count in (100, 2000)
+    )
     assert few["value"] == many["value"] and few["high"] != many["high"]
+    given = Scorer(Decoder(model)), writer_of(model, max_new_tokens=256), TEXTS, 10
+    assert evaluate_stories(*given)["figures"]["words_human"] == many

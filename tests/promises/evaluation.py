@@ -399,8 +399,8 @@ def hostile_tasks(count: int) -> Tally:
 PROMISES: list[Promise] = [
     Promise(
         72,
-        "A 95 % interval of an evaluation holds the true value in 93 to 97 % of made-up sets; "
-        "that of a calibration error or of models that rarely differ, in at least 93 %",
+        "A 95 % interval of an evaluation holds the true value in at least 93 % of made-up sets, "
+        "most kinds in at most 97 %",
         coverage,
         200,
         1000,

@@ -49,6 +49,8 @@ class Found:
     """What was found of one checkpoint. The model itself is gone: two need not fit in memory."""
 
     about: dict
+    # Of the weights, whatever was asked for.
+    dtype: str
     sums: Sums | None = None
     choices: ExpertChoices | None = None
     tasks: dict[str, Section] = field(default_factory=dict)
@@ -66,7 +68,8 @@ def judge(
     predictor = Predictor(config.predict(ckpt, tokenizer_name(config, ckpt)))
     documents = asked.documents
     scorer = Scorer(predictor.decoder, config.experts and documents is not None, config.stride)
-    found, read = Found(_about(predictor, scorer)), None
+    dtype = str(predictor.model.embed.weight.dtype).removeprefix("torch.")
+    found, read = Found(_about(predictor, scorer), dtype), None
     if asked.chat is not None and not is_other:
         say(f"{ckpt}: answering exercises")
         found.chat = asked.chat(predictor)
@@ -89,7 +92,9 @@ def judge(
         say(f"continuing {config.stories:,} stories")
         writer = Writer(predictor.decoder, predictor.tokenizer, predictor.banned_ids)
         training = None if asked.training is None else whole_documents(asked.training)
-        found.stories = evaluate_stories(plain, writer, documents.texts, config.stories, training)
+        found.stories = evaluate_stories(
+            plain, writer, documents.texts, config.stories, training, config.resamples
+        )
     if found.choices is not None:
         found.experts = _experts(predictor, found.choices)
     if config.expert_off and read is not None:
@@ -124,7 +129,9 @@ def evaluate(
         other = judge(config, config.against, asked, say, is_other=True)
         report["other_checkpoint"] = other.about
         results = {name: (own, other.results[name]) for name, own in found.results.items()}
-        report |= against_parts((found.sums, other.sums), results, config.resamples)
+        both = found.sums, other.sums
+        are_same = _are_same(found.about, other.about)
+        report |= against_parts(both, results, config.resamples, are_same)
         found.experts |= _shared(found.choices, other.choices, config.resamples)
     if found.experts:
         report["experts"] = found.experts
@@ -149,15 +156,21 @@ def _about(predictor: Predictor, scorer: Scorer) -> dict:
     }
 
 
+def _are_same(mine: dict, other: dict) -> bool:
+    """Return whether two checkpoints are known to be one model. Old files have no digest."""
+    names = ("weights_digest", "tokenizer", "context_length")
+    return bool(mine["weights_digest"]) and all(mine[name] == other[name] for name in names)
+
+
 def _head(config: EvaluateConfig, found: Found, documents: Documents | None, commit: str) -> dict:
     """Return what the figures of a report are of. Nothing here depends on batches or threads."""
-    names = ("stride", "resamples", "dtype", "quantize", "questions", "expert_off")
+    names = ("stride", "resamples", "quantize", "questions", "expert_off")
     return {
         "format": FORMAT,
         "version": VERSION,
         "checkpoint": found.about,
         "data": None if documents is None else documents.about(),
-        "settings": {name: getattr(config, name) for name in names},
+        "settings": {"dtype": found.dtype} | {name: getattr(config, name) for name in names},
         "commit": commit,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
     }

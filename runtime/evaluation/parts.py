@@ -36,10 +36,12 @@ def against_parts(
     sums: tuple[Sums | None, Sums | None],
     results: Mapping[str, tuple[Sequence[Result], Sequence[Result]]],
     resamples: int,
+    are_same: bool = False,
 ) -> dict:
     """Return the parts that compare two checkpoints, on the same documents and questions.
 
-    sums: of both on the documents. results: of both on the tasks, by the names in NAMES.
+    sums: of both on the documents. results: of both on the tasks, by the names in NAMES. are_same:
+    both are known to be the same model.
     """
     against: dict = {}
     parts: dict = {"against": against}
@@ -49,7 +51,7 @@ def against_parts(
         against |= _named(parts["comparison"], "difference", "difference")
     if results:
         compared = {
-            name: compared_section(*both, f"{NAMES[name]}: difference", resamples)
+            name: compared_section(*both, f"{NAMES[name]}: difference", are_same)
             for name, both in results.items()
         }
         parts["compared_tasks"] = compared

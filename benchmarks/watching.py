@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--name", required=True, help="of the result's file")
     p.add_argument("--rounds", type=int, default=5, help="runs of train.py on each side (5)")
-    p.add_argument("--steps", type=int, default=120, help="of each such run (120)")
+    p.add_argument("--steps", type=int, default=80, help="of each such run (80)")
     p.add_argument("--repeats", type=int, default=5, help="times that each page is opened (5)")
     p.add_argument("--tiny", action="store_true", help="small runs, to try the script itself")
     args = p.parse_args(argv)

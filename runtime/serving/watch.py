@@ -136,31 +136,36 @@ class Watch:
             return list(self._numbers.values())
 
     def _read(self) -> None:
-        found = {folder: root for root in self.roots for folder in folders_of_runs(root)}
+        found: dict[Path, Path] = {}
+        for root in self.roots:
+            for folder in folders_of_runs(root):
+                found.setdefault(folder, root)
         for folder, root in found.items():
             self._followers.setdefault(folder, Follower(folder, within=root))
-        known = {id(watched.run): watched for watched in self._numbers.values()}
-        there: dict[int, Watched] = {}
-        gone: list[Path] = []
-        self.left_out = 0
-        for folder, follower in self._followers.items():
+        for folder, follower in [*self._followers.items()]:
             follower.poll()
-            for run in follower.runs:
-                watched = known.get(id(run))
-                if watched is None and len(there) < MOST_RUNS:
-                    # A number is never given again: a page may still show its last run.
-                    watched = Watched(next(self._next), run, "", str(folder))
-                if watched is not None:
-                    there[watched.number] = watched
-                else:
-                    self.left_out += 1
             if folder not in found and not follower.runs:
                 # A page is left open for weeks, and folders come and go.
-                gone.append(folder)
-        for folder in gone:
-            del self._followers[folder]
-        self._numbers = there
+                del self._followers[folder]
+        self._number()
         self._name()
+
+    def _number(self) -> None:
+        """Give a number to each new run while there is room: runs that are shown stay."""
+        known = {id(watched.run): watched for watched in self._numbers.values()}
+        runs = [(folder, run) for folder, one in self._followers.items() for run in one.runs]
+        room = MOST_RUNS - sum(id(run) in known for _, run in runs)
+        there: dict[int, Watched] = {}
+        for folder, run in runs:
+            watched = known.get(id(run))
+            if watched is None and room > 0:
+                room -= 1
+                # A number is never given again: a page may still show its last run.
+                watched = Watched(next(self._next), run, "", str(folder))
+            if watched is not None:
+                there[watched.number] = watched
+        self.left_out = len(runs) - len(there)
+        self._numbers = there
 
     def _name(self) -> None:
         """Call each run by its name, with its folder where several have that name."""
@@ -230,9 +235,10 @@ def live_page(watch: Watch) -> tuple[str, str]:
 
 def snapshot(watch: Watch) -> str:
     """Return a page of the runs as they are now, which needs no server."""
-    watched = watch.runs()
-    names = [one.name for one in watched]
-    return finished_page(TITLE, [one.run for one in watched], names, notices=watch.notices)
+    with watch.lock:
+        watched = watch.runs()
+        names = [one.name for one in watched]
+        return finished_page(TITLE, [one.run for one in watched], names, notices=watch.notices)
 
 
 # --------------------------------------------------------------------------------------- the server

@@ -171,16 +171,16 @@ class Reporter:
             f"step {record['step']:>7,}  {numbers}  lr {record['lr']:.2e}  "
             f"grad norm {record['grad_norm']:.2f}  ETA {human_seconds(seconds_left)}"
         )
-        self._note_skipped(record)
+        self.note_skipped(record["step"])
         if record["step"] > self.plan.config.warmup_steps:
             self._watch_experts(record)
 
-    def _note_skipped(self, record: dict) -> None:
-        """Say which steps since the last record made no update, and why."""
+    def note_skipped(self, step: int) -> None:
+        """Note how many steps since the last such note made no update, and why."""
         before, self.skipped = self.skipped, (self.state.skipped_steps, self.state.skipped_spikes)
         skipped, spikes = (new - old for new, old in zip(self.skipped, before, strict=True))
         if skipped:
-            self.diary.event(record["step"], "skipped", skipped_words(skipped, spikes))
+            self.diary.event(step, "skipped", skipped_words(skipped, spikes))
 
     def _watch_experts(self, record: dict) -> None:
         """Say when experts leave the healthy range and when all are back in it."""
@@ -260,6 +260,8 @@ class Reporter:
     def finish(self) -> None:
         """Note that the run has ended as it should, at its last step or by a signal; close."""
         step, last = self.state.step, self.plan.config.max_steps
+        # A signal may come between two records.
+        self.note_skipped(step)
         if step < last:
             self.diary.event(step, "stop", f"stopped after step {step:,} of {last:,}")
         else:
@@ -288,6 +290,9 @@ class SilentReporter(Reporter):
 
     def on_log(self, record: dict) -> None:
         self._sample(record)
+
+    def note_skipped(self, step: int) -> None:
+        pass
 
     def saved(self, step: int, is_best: bool) -> None:
         pass

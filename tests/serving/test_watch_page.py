@@ -224,6 +224,18 @@ def test_a_loss_that_is_not_finite_is_a_gap_with_a_mark_and_a_notice(browser, se
     page.close()
 
 
+def test_a_run_that_diverged_by_spikes_keeps_its_loss_in_the_title(browser, serve, tmp_path):
+    """The title said NaN of each run that diverged, also where every loss is finite."""
+    run = MadeRun(tmp_path / "nano").train(10, 100)
+    run.note("events", {"step": 100, "kind": "diverged", "text": "6 steps were skipped"})
+    page = opened(browser, serve(tmp_path).url)
+    assert cell(page, 0, 1) == "diverged"
+    assert page.run("document.title") == f"\u26a0 {cell(page, 0, 4)} nano"
+    assert float(cell(page, 0, 4)) > 1
+    clean(page)
+    page.close()
+
+
 def test_a_run_without_news_is_stale(browser, serve, tmp_path):
     run = MadeRun(tmp_path / "nano").train(10, 100)
     long_ago = time.time() - 4000

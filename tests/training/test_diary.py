@@ -77,6 +77,33 @@ def test_skipped_steps_are_an_event_each_time(data, tmp_path, monkeypatch):
     assert skipped["step"] == 4 and skipped["text"] == "1 step was skipped: 1 not finite"
 
 
+def test_skipped_steps_that_no_record_tells_are_an_event_before_the_run_ends(
+    data, tmp_path, monkeypatch
+):
+    """A run gave up between two records, and no event said how many of its steps were spikes."""
+    monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 2)
+    # Two micro-batches a step: step 62 is a spike, those after it are not finite.
+    poison(monkeypatch, range(124, 125), lambda loss: 50 * loss)
+    poison(monkeypatch, range(126, 200))
+    run = Run(data, tmp_path)
+    flags = ["--max_steps", "90", "--log_interval", "50", "--spike_sigmas", "6"]
+    with pytest.raises(train.TrainingDiverged):
+        run(*flags, "--save_interval", "60", "--max_rollbacks", "0")
+    *_, skipped, diverged = lines(run, "events.jsonl")
+    assert (skipped["kind"], diverged["kind"]) == ("skipped", "diverged")
+    assert skipped["text"] == "4 steps were skipped: 3 not finite, 1 spike of the loss"
+    assert skipped["step"] == diverged["step"] == 66
+
+
+def test_skipped_steps_are_an_event_also_when_a_signal_comes_first(data, tmp_path, monkeypatch):
+    """The resumed run begins to count at its checkpoint: nothing would have told of them."""
+    poison(monkeypatch, range(0, 1))
+    monkeypatch.setattr(train.StopRequest, "requested", lambda self: True)
+    run = Run(data, tmp_path)
+    assert run("--max_steps", "9", "--log_interval", "5")
+    assert kinds(run)[-2:] == [("skipped", 1), ("stop", 1)]
+
+
 def test_an_event_tells_a_spike_from_what_is_not_finite(data, tmp_path, monkeypatch, capsys):
     """A run with --spike_sigmas said "not finite, or a spike of the loss" of each skipped step.
 

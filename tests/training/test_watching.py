@@ -82,9 +82,10 @@ def test_a_child_that_cannot_start_never_stops_the_run(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     assert ran == [True] and said.startswith("no page  ") and said.count("\n") == 1
     assert "Resource temporarily unavailable" in said and "python -m scripts.watch" in said
-    # An error of the run is the run's.
-    with pytest.raises(OSError, match="disk"), watched(plan_of(tmp_path)):
+    # An error of the run is the run's, and no other is told with it.
+    with pytest.raises(OSError, match="disk") as failed, watched(plan_of(tmp_path)):
         raise OSError("disk")
+    assert failed.value.__context__ is None
 
 
 @pytest.mark.parametrize("watch, is_first", [(False, True), (True, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,3 +185,25 @@ def test_models_of_different_contexts_are_compared_on_what_both_can_read(tmp_pat
     report = report_of(long, files, against=short, own_tasks=True)
     n = report["tasks"]["own"]["figures"]["order_sum"]["n"]
     assert 0 < report["against"]["tasks"]["own"]["order_sum"]["questions"] < n
+
+
+def test_an_answer_that_one_of_two_cannot_hold_is_left_out_and_counted(tmp_path, asked):
+    """It ended the command after both had read everything, and no report was written."""
+    files, tasks, *_ = asked
+    rows = [
+        {"query": f"Q{i}", "choices": ["b" * (60 if i < 3 else 6), "c"], "gold": 0}
+        for i in range(20)
+    ]
+    Path(tasks).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    long, short = (
+        checkpoint(tmp_path / str(size), byte_model(3, context_length=size)) for size in (128, 32)
+    )
+    for first, second, n in ((long, short, 20), (short, long, 17)):
+        report = report_of(first, files, against=second, tasks=(tasks,))
+        own = report["tasks"]["files"]
+        assert own["figures"]["two_sum"]["n"] == n
+        assert report["against"]["tasks"]["files"]["two_sum"]["questions"] == 17
+        said = " ".join([*own.get("notes", []), *report["compared_tasks"]["files"]["notes"]])
+        assert "3 questions are left out" in said
+    with pytest.raises(ValueError, match="line 1: an answer has 61 tokens"):
+        report_of(short, files, tasks=(tasks,))

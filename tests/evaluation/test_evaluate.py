@@ -98,6 +98,18 @@ def test_a_model_shares_all_experts_with_itself(ckpt, files):
 
 
 # ------------------------------------------------------------------------------ the report
+def test_a_note_says_why_a_section_of_experts_is_left_out(tmp_path, files):
+    """It was missing without a word: two models with other experts, or one expert a token."""
+    few, many = (
+        checkpoint(tmp_path / str(count), byte_model(num_experts=count, top_k=1))
+        for count in (2, 4)
+    )
+    experts = report_of(few, files, against=many, experts=True)["experts"]
+    assert experts.keys() == {"specialities"}
+    notes = " ".join(experts["specialities"]["notes"])
+    assert "no section of pairs of experts" in notes and "no section of shared experts" in notes
+
+
 def test_a_report_says_where_last_digits_depend_on_the_batch(ckpt, files):
     report = report_of(ckpt, files, c_kernel=False)
     assert not report["checkpoint"]["computed_by"]["is_exact"]

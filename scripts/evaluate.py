@@ -75,12 +75,17 @@ def chat_sections(predictor: Predictor, resamples: int = RESAMPLES) -> dict[str,
         )
     score = Exam(predictor.tokenizer).score(predictor.model)
     figures = {
-        name: figure(share.value, share.trials, *wilson(share.successes, share.trials))
+        key_of(name): figure(share.value, share.trials, *wilson(share.successes, share.trials))
         for name, share in score.shares.items()
     }
     for name, parts in score.parts.items():
-        figures[name] = mean_figure(parts, UNITS.get(name, ""), resamples)
+        figures[key_of(name)] = mean_figure(parts, UNITS.get(name, ""), resamples)
     return {"exercises": section("chat exercises", figures, notes=[ABOUT_CHAT])}
+
+
+def key_of(name: str) -> str:
+    """Return the name of a score as --require can say it without quotes."""
+    return name.replace(" ", "_").replace("@", "_at_").replace("__", "_")
 
 
 def mean_figure(

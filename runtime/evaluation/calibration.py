@@ -138,8 +138,9 @@ def loss_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
         {"columns": ["by", "where", "loss", "low", "high", "tokens"], "rows": rows},
         plots,
         [
-            "slope_per_doubling is how the loss changes from a position to twice that position: "
-            "below 0, context helps. How often a token occurs is counted in these documents."
+            "slope_per_doubling is how the loss changes from a position to twice that position. "
+            "Context lowers it, and a text that begins easily raises it: compare it on one text. "
+            "How often a token occurs is counted in these documents."
         ],
     )
 

@@ -212,7 +212,7 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, capsys, files):
     figures = report["chat"]["exercises"]["figures"]
     low, high = wilson(3, 4)
     assert figures["questions"] == {"value": 0.75, "n": 4, "low": low, "high": high}
-    loss = figures["story loss"]
+    loss = figures["story_loss"]
     assert loss["value"] == 64 / 50 and loss["n"] == 12 and loss["unit"] == "nats"
     assert 10 / 20 <= loss["low"] < loss["value"] < loss["high"] <= 24 / 10
     same = {"value": 20, "n": 8, "low": 20, "high": 20, "unit": "tokens"}
@@ -222,7 +222,7 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, capsys, files):
     again = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["chat"]["exercises"]
     # The command gave the exercises' means 2,000 resamples, whatever --resamples said.
     assert (
-        again["figures"]["story loss"]["high"]
+        again["figures"]["story_loss"]["high"]
         == command.mean_figure(losses, "nats", 100)["high"]
         != loss["high"]
     )

@@ -524,6 +524,7 @@ def run(plan: TrainPlan) -> int:
             try:
                 return _train(plan, state, reporter)
             except TrainingDiverged as error:
+                reporter.note_skipped(state.step)
                 plan, state = rolled_back(plan, state, error)
             finally:
                 reporter.close()

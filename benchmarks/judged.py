@@ -3,8 +3,8 @@
     python -m benchmarks.judged base=checkpoints/muon/best.pt adamw=checkpoints/adamw/best.pt \\
         sft=checkpoints/sft/best.pt --files valid.jsonl --train_files train.jsonl
 
-Each is asked everything that needs no further file: bits per byte and their paired difference,
-tasks made of the text, stories, experts, and chat exercises where a model knows chats. Saved:
+Each is asked for bits per byte and their paired difference, tasks made of the text, stories, what
+its experts specialise in, and chat exercises where it knows chats. Saved:
 benchmarks/results/judged.json, with the figures of every report, and the command of each.
 """
 

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness's figures beside ours: the same rows, asked by both, of one checkpoint.
+"""lm-evaluation-harness's figures next to ours: the same rows, asked by both, of one checkpoint.
 
     python -m benchmarks.lm_eval_figures --ckpt public/stories.pt --files stories.jsonl
 
-Needs lm-eval (pip install lm-eval==0.4.13); nothing is downloaded. Of the held-out stories in the
+Needs lm-eval (pip install -e ".[lm-eval]"); nothing is downloaded. Of the held-out stories in the
 files ("text" in JSON lines; without --files: toy stories) come endings with HellaSwag's keys, verbs
 with BLiMP's, and texts that fit into the context. Each is a file for --tasks or --files of
 scripts/evaluate.py, and a YAML task of lm-eval over the same file, for --lm_eval. One run of that
@@ -118,16 +118,16 @@ def write_tasks(
     # HellaSwag's brackets and double blanks would be cleaned.
     plain = [" ".join(text.split()) for text in texts if "[" not in text]
     drawn = drawn_documents(plain, len(plain))
-    asked = ending_rows(endings(drawn)[:questions])
-    write_task(folder, "endings", asked, ENDINGS, list(COLUMNS))
+    ends = ending_rows(endings(drawn)[:questions])
+    write_task(folder, "endings", ends, ENDINGS, list(COLUMNS))
     metrics = [metric for metric in COLUMNS if metric != "acc_mutual_info"]
     verbs = agreement_rows(agreements(drawn)[:questions])
     write_task(folder, "agreement", verbs, AGREEMENT, metrics)
     # Of a longer one lm-eval's last window begins earlier than ours.
     whole = [{"text": text} for _, text in drawn if fits(text)][:documents]
-    if not (asked and verbs and whole):
+    if not (ends and verbs and whole):
         raise ValueError(
-            f"the texts give {len(asked)} endings, {len(verbs)} verbs and {len(whole)} texts that "
+            f"the texts give {len(ends)} endings, {len(verbs)} verbs and {len(whole)} texts that "
             "fit into the context, and some of each are needed: read more of them"
         )
     write_task(folder, "text", whole, TEXT, ["bits_per_byte"])
@@ -182,14 +182,19 @@ def _pair(task: str, column: str, metric: str, mine: dict, own: dict) -> dict:
     }
 
 
+def _interval(one: dict) -> str:
+    """Return the interval of a figure; "" if it has none, as of few documents."""
+    return "" if one["low"] is None else f"{one['low']:.3f} to {one['high']:.3f}"
+
+
 def markdown(pairs: Sequence[dict]) -> str:
     """Return the figures as a table."""
     lines = ["| task | ours | 95 % interval | lm-eval | | n |", "|---|---|---|---|---|---|"]
     for one in pairs:
         mine, own = one["ours"], one["lm_eval"]
         lines.append(
-            f"| {one['task']} | `{one['column']}` {mine['value']:.6f} | {mine['low']:.3f} to "
-            f"{mine['high']:.3f} | `{one['metric']}` {own['value']:.6f} | "
+            f"| {one['task']} | `{one['column']}` {mine['value']:.6f} | {_interval(mine)} | "
+            f"`{one['metric']}` {own['value']:.6f} | "
             f"{'the same' if one['same'] else 'not the same'} | {mine['n']:,} |"
         )
     return "\n".join(lines)

@@ -81,7 +81,7 @@ RECIPES = {
         "--preset nano --max_steps 3000",
         _STORY,
         _EXPORT,
-        "2.214 after 3,000 steps of the README's run",
+        "2.181 after 3,000 steps of the README's run",
     ),
     "8 GB": Recipe(
         "8 GB",

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import recipes, settings, tuned
+from benchmarks import judged, recipes, settings, tuned
 from benchmarks.common import REPO, RESULTS, replace_between
 from runtime.base import cli
 from runtime.base.text import human_bytes
@@ -499,6 +499,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **recipes.TABLES,
     **settings.TABLES,
     **tuned.TABLES,
+    **judged.TABLES,
 }
 
 

@@ -28,23 +28,27 @@ from runtime.training.curves_page import finished_page
 def runs_of(paths: Sequence[str]) -> list[Run]:
     """Return the runs of some folders; print a line for each that cannot be read."""
     runs: list[Run] = []
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(place for given in paths for place in _places(Path(given))):
         try:
-            runs += _read(Path(path))
+            runs.append(_read(path))
         except ValueError as error:
             print(f"{error_line(error)}: left out", file=sys.stderr)
     return list({run.path.resolve(): run for run in runs}.values())
 
 
-def _read(path: Path) -> list[Run]:
-    """Return the run of a folder or of a metrics file, or those of the folders in a folder."""
-    if path.is_file():
-        found = [run for run in read_runs(path.parent) if run.path.name == path.name]
-        if not found:
-            raise ValueError(f"{path} is no metrics file with records: give metrics.jsonl")
-        return found[:1]
-    inside = run_folders(path)
-    return [read_run(folder) for folder in inside] if inside else [read_run(path)]
+def _places(path: Path) -> list[Path]:
+    """Return a metrics file, a run's folder, or the folders of runs in a folder."""
+    return [path] if path.is_file() else run_folders(path) or [path]
+
+
+def _read(path: Path) -> Run:
+    """Return the run of a folder or of a metrics file. Raise ValueError."""
+    if not path.is_file():
+        return read_run(path)
+    found = [run for run in read_runs(path.parent) if run.path.name == path.name]
+    if not found:
+        raise ValueError(f"{path} is no metrics file with records: give metrics.jsonl")
+    return found[0]
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

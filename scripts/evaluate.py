@@ -22,6 +22,7 @@ process.before_torch()
 # ruff: noqa: E402
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ from runtime.base.cli import add_fields, parser, run_main
 from runtime.base.files import write_text_atomic
 from runtime.base.shares import wilson
 from runtime.data.chat import has_chat
-from runtime.evaluation.bootstrap import ratio_intervals
+from runtime.evaluation.bootstrap import RESAMPLES, ratio_intervals
 from runtime.evaluation.config import EvaluateConfig
 from runtime.evaluation.evaluate import evaluate
 from runtime.evaluation.page import as_page
@@ -65,7 +66,7 @@ def settings_of(argv: list[str] | None) -> EvaluateConfig:
     return EvaluateConfig(**args | {name: tuple(args[name]) for name in LISTS})
 
 
-def chat_sections(predictor: Predictor) -> dict[str, Section]:
+def chat_sections(predictor: Predictor, resamples: int = RESAMPLES) -> dict[str, Section]:
     """Return how many held-out exercises of the post-training tasks a chat model does right."""
     if not has_chat(predictor.tokenizer):
         raise ValueError(
@@ -74,27 +75,34 @@ def chat_sections(predictor: Predictor) -> dict[str, Section]:
         )
     score = Exam(predictor.tokenizer).score(predictor.model)
     figures = {
-        name: figure(share.value, share.trials, *wilson(share.successes, share.trials))
+        key_of(name): figure(share.value, share.trials, *wilson(share.successes, share.trials))
         for name, share in score.shares.items()
     }
     for name, parts in score.parts.items():
-        figures[name] = mean_figure(parts, UNITS.get(name, ""))
+        figures[key_of(name)] = mean_figure(parts, UNITS.get(name, ""), resamples)
     return {"exercises": section("chat exercises", figures, notes=[ABOUT_CHAT])}
 
 
-def mean_figure(parts: Sequence[tuple[float, int]], unit: str = "") -> Figure:
+def key_of(name: str) -> str:
+    """Return the name of a score as --require can say it without quotes."""
+    return name.replace(" ", "_").replace("@", "_at_").replace("__", "_")
+
+
+def mean_figure(
+    parts: Sequence[tuple[float, int]], unit: str = "", resamples: int = RESAMPLES
+) -> Figure:
     """Return a mean of (sum, count) of prompts or stories, which the interval draws again.
 
     n: the prompts or stories.
     """
     totals_D1, counts_D1 = (np.array(side, float)[:, None] for side in zip(*parts, strict=True))
-    (interval,) = ratio_intervals(totals_D1, counts_D1)
+    (interval,) = ratio_intervals(totals_D1, counts_D1, resamples)
     return figure(interval.value, len(parts), interval.low, interval.high, unit)
 
 
 def main(argv: list[str] | None = None) -> int:
     config = settings_of(argv)
-    chat = chat_sections if config.chat else None
+    chat = functools.partial(chat_sections, resamples=config.resamples) if config.chat else None
     report = evaluate(config, lambda line: print(line, file=sys.stderr), commit(), chat)
     print("\n".join(as_lines(report)))
     for path, write in (

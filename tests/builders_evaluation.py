@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from model import LLM
+from runtime.data.tokenizer import Tokenizer
+from runtime.evaluation.choice_formats import Task
+from runtime.evaluation.choices import choices_section, score_task
 from runtime.evaluation.config import EvaluateConfig
 from runtime.evaluation.evaluate import evaluate
+from runtime.evaluation.report import Section
 from runtime.evaluation.text_sums import Sums, add_document, empty_sums
+from runtime.inference.scorer import Scorer
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import save
 
@@ -56,6 +62,11 @@ def report_of(ckpt: str, files: str, **settings) -> dict:
     defaults = dict(device="cpu", resamples=200, num_threads=1)
     named = (files,) if files else ()
     return evaluate(EvaluateConfig(ckpt=ckpt, files=named, **(defaults | settings)))
+
+
+def evaluate_choices(scorer: Scorer, tokenizer: Tokenizer, tasks: Iterable[Task]) -> Section:
+    """Return the section of what a model makes of some tasks."""
+    return choices_section([score_task(scorer, tokenizer, task) for task in tasks])
 
 
 def sums_of(documents: list[tuple[list[int], list[float], list[float], list[bool]]]) -> Sums:

@@ -106,6 +106,10 @@ def write_long_run(folder: Path, records: int, L: int, E: int, seed: int = 0) ->
     folder.mkdir(parents=True)
     run_id = f"long-{seed}"
     some = [train_record(step, L, E, seed) for step in range(16)]
+    for record in some:
+        record["expert_load"] = [
+            [float(f"{load:.6g}") for load in row] for row in record["expert_load"]
+        ]
     with open(folder / "metrics.jsonl", "w", encoding="ascii") as file:
         for step in range(1, records + 1):
             record = some[step % 16] | {
@@ -114,9 +118,6 @@ def write_long_run(folder: Path, records: int, L: int, E: int, seed: int = 0) ->
                 "seconds": 0.25 * step,
                 "run_id": run_id,
             }
-            record["expert_load"] = [
-                [float(f"{load:.6g}") for load in row] for row in record["expert_load"]
-            ]
             file.write(json.dumps(record, separators=(",", ":")) + "\n")
     info = info_of(run_id, records)
     info["model"] |= {"transformer_blocks": L, "num_experts": E}

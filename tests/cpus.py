@@ -46,6 +46,7 @@ SETTINGS = {
 # Files whose tests compare two computations of the same numbers.
 FILES = [
     "checks/test_kernels.py",
+    "evaluation/test_lm_eval_harness.py",
     "inference/test_company.py",
     "inference/test_cpu_decode.py",
     "inference/test_scorer.py",

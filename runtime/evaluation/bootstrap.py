@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.base.shares import wilson
+
 RESAMPLES = 2000
 COVERAGE = 0.95
 # Of fewer documents a figure has no interval: their resamples are too alike. Between the least and
@@ -133,9 +135,20 @@ def ratio_intervals(
     """Return sum(tops) / sum(bottoms) over documents with its interval, for each of K figures."""
     both = np.concatenate([tops_DK, bottoms_DK], axis=1)
     documents_K = np.count_nonzero(bottoms_DK, axis=0)
-    return intervals(
+    found = intervals(
         both, lambda sums: ratios(*np.split(sums, 2, axis=-1)), resamples, seed, documents_K
     )
+    return [_not_sure(one, D) for one, D in zip(found, documents_K.tolist(), strict=True)]
+
+
+def _not_sure(one: Interval, num_documents: int) -> Interval:
+    """Return the interval of none or all of so many documents as Wilson's.
+
+    Their resamples are all alike, and would say that no other document is different.
+    """
+    if one.low == one.high == one.value and one.value in (0, 1):
+        return Interval(one.value, *wilson(round(one.value * num_documents), num_documents))
+    return one
 
 
 def difference_intervals(

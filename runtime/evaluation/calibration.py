@@ -30,8 +30,7 @@ def calibration_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
     tokens = int(sums["tokens"].sum())
     names = ("confidence", "confidence_right", "confidence_tokens")
     columns = np.concatenate([sums[name] for name in names], axis=1)
-    error, gap = intervals(columns, _errors, resamples)
-    error = _reflected(error)
+    error, gap = calibration_intervals(columns, resamples)
     sure = ratio_intervals(sums["confidence"], sums["confidence_tokens"], resamples)
     right = ratio_intervals(sums["confidence_right"], sums["confidence_tokens"], resamples)
     counts = sums["confidence_tokens"].sum(axis=0).astype(int).tolist()
@@ -65,38 +64,55 @@ def calibration_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
         [plot],
         [
             "Above 0, confidence_minus_accuracy means that the model is too sure. A calibration "
-            "error in a sample is too large, because chance parts the bins, too; its interval "
-            "allows for that."
+            "error in a sample is too large, because chance parts the bins, too. Its interval "
+            "allows for that: it reaches to 0 where the model may be calibrated."
         ],
     )
 
 
-def _reflected(found: Interval) -> Interval:
-    """Return the interval of a figure that is never below 0 and that chance makes too large.
+def calibration_intervals(
+    sums_DK: Array, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Interval, Interval]:
+    """Return the expected calibration error and the signed gap. sums [D, 3 B] as in _gaps.
 
-    A resample is too large again, by about as much, so its percentiles miss a true value of 0.
-    Their distances from the figure are taken to the other side of it (Davison and Hinkley 1997,
-    "Bootstrap Methods and their Application", section 5.2, the basic interval).
+    Chance makes the error of a sample too large: noise of either sign adds to a sum of absolute
+    values. So its own percentiles miss a true value of 0. The error is a norm, so it is off by at
+    most the norm of what the bins' gaps are off by. That has a bootstrap, centred on the sample,
+    and the interval begins so far below the error. The upper end is that of percentiles, or of the
+    basic interval if that is higher (Davison and Hinkley 1997, "Bootstrap Methods and their
+    Application", section 5.2).
     """
-    value, low, high = found
+    centre_B = _gaps(sums_DK.sum(axis=0))
+
+    def figures(sums: Array) -> Array:
+        gaps = _gaps(sums)
+        columns = np.abs(gaps), np.abs(gaps - centre_B), gaps
+        return np.stack([one.sum(axis=-1) for one in columns], axis=-1)
+
+    has_tokens_D = sums_DK[:, 2 * CONFIDENCE_BINS :].any(axis=1)
+    documents_J = np.full(3, np.count_nonzero(has_tokens_D))
+    (value, low, high), off, gap = intervals(sums_DK, figures, resamples, seed, documents_J)
     if math.isnan(low):
-        return found
-    return Interval(value, max(0.0, 2 * value - high), max(value, 2 * value - low))
+        return Interval(value, low, high), gap
+    return Interval(value, max(0.0, value - off.high), max(high, 2 * value - low)), gap
 
 
-def _errors(sums: Array) -> Array:
-    """Return the expected calibration error and the signed gap [..., 2] of sums [..., 3 B]."""
+def _gaps(sums: Array) -> Array:
+    """Return each bin's part [..., B] of confidence minus accuracy, of sums [..., 3 B].
+
+    The sums: of confidence, of right answers and of tokens.
+    """
     sure, right, tokens = np.split(sums, 3, axis=-1)
-    total = tokens.sum(axis=-1)
-    error = ratios(np.abs(sure - right).sum(axis=-1), total)
-    return np.stack([error, ratios((sure - right).sum(axis=-1), total)], axis=-1)
+    return ratios(sure - right, tokens.sum(axis=-1)[..., None])
 
 
 def loss_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
     """Return the loss by position, by part of the document and by the token's frequency."""
     tokens = int(sums["tokens"].sum())
     columns = np.concatenate([sums["slope"], sums["nats"], sums["tokens"]], axis=1)
-    (slope,) = intervals(columns, _slope, resamples)
+    # A document of one token says nothing of a slope.
+    documents_J = np.array([np.count_nonzero(sums["tokens"] > 1)])
+    (slope,) = intervals(columns, _slope, resamples, documents_J=documents_J)
     figures = {
         "slope_per_doubling": figure(slope.value, tokens, slope.low, slope.high, "nats per token")
     }
@@ -122,8 +138,9 @@ def loss_section(sums: Sums, resamples: int = RESAMPLES) -> Section:
         {"columns": ["by", "where", "loss", "low", "high", "tokens"], "rows": rows},
         plots,
         [
-            "slope_per_doubling is how the loss changes from a position to twice that position: "
-            "below 0, context helps. How often a token occurs is counted in these documents."
+            "slope_per_doubling is how the loss changes from a position to twice that position. "
+            "Context lowers it, and a text that begins easily raises it: compare it on one text. "
+            "How often a token occurs is counted in these documents."
         ],
     )
 

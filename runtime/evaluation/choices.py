@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,10 @@ COLUMNS = {
     "pmi": "PMI",
     "greedy": "greedy",
 }
+
+
+class DoesNotFit(ValueError):
+    """An answer is longer than the model's context."""
 
 
 # ------------------------------------------------------------------------------ requests
@@ -64,8 +68,8 @@ def request(
 
     Both are encoded together, after the start token, and parted where the context alone ends;
     blanks at the context's end belong to the continuation (as lm-evaluation-harness has it). Of a
-    text longer than the model's context the end is read. Raise ValueError if the continuation
-    alone is longer, and if nothing comes before it.
+    text longer than the model's context the end is read. Raise DoesNotFit if the continuation
+    alone is longer, ValueError if nothing comes before it.
     """
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
@@ -85,11 +89,11 @@ def request(
 def fitted(ids: Sequence[int], first: int, context_length: int) -> tuple[Request, bool]:
     """Return a request whose last id needs at most context_length ids before it, whether it is cut.
 
-    Raise ValueError if what counts does not fit.
+    Raise DoesNotFit if what counts is longer.
     """
     cut = max(0, len(ids) - (context_length + 1))
     if cut and first - cut < 1:
-        raise ValueError(
+        raise DoesNotFit(
             f"an answer has {len(ids) - first:,} tokens, and the model's context {context_length:,}"
         )
     return Request(tuple(ids[cut:]), first - cut), cut > 0
@@ -121,7 +125,8 @@ class Result:
 
     credits: column -> [its questions], 1 for a right answer, 1/m if m likeliest ones share the
     place and one of them is right. chances: column -> [its questions], the share that guessing
-    gets; a column that nobody can guess has none.
+    gets; a column that nobody can guess has none. numbers: column -> [its questions], which of the
+    task's they are, ascending: another model may leave out others.
     """
 
     task: str
@@ -133,6 +138,7 @@ class Result:
     num_cut: int = 0
     num_tied: int = 0
     num_left_out: int = 0
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def credit(scores: Sequence[float], right: int) -> float:
@@ -142,35 +148,31 @@ def credit(scores: Sequence[float], right: int) -> float:
     return (right in likeliest) / len(likeliest)
 
 
-def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task) -> Result:
+def check_task(tokenizer: Tokenizer, task: Task, context_length: int, leave_out: bool) -> None:
+    """Raise ValueError for a task that `score_task` would refuse. Nothing is scored."""
+    _asked(tokenizer, task, context_length, leave_out)
+
+
+def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task, leave_out: bool = False) -> Result:
     """Return what a model makes of a task.
 
-    Raise ValueError for an answer that does not fit, unless the task is made of text: nobody can
-    mend its questions, so they are left out and counted.
+    leave_out: leave out questions with an answer that does not fit, and count them, as where
+    another model can hold them. Of a task that is made of text they are always left out: nobody
+    can mend them. Raise ValueError for such an answer elsewhere.
     """
-    requests: list[Request] = []
-    kept: list[Question] = []
-    num_cut = 0
-    for question in task.questions:
-        try:
-            own, is_cut = _requests(tokenizer, question, scorer.context)
-        except ValueError:
-            if not task.is_made:
-                raise
-            continue
-        kept.append(question)
-        requests += own
-        num_cut += is_cut
+    kept, requests, num_cut = _asked(tokenizer, task, scorer.context, leave_out)
     given = iter(answers(scorer, requests))
     credits: dict[str, list[float]] = {}
     chances: dict[str, list[float]] = {}
+    numbers: dict[str, list[int]] = {}
     num_tied = 0
     has_start = bool(before_text(tokenizer))
-    for question in kept:
+    for number, question in kept:
         earned = _credits(question, given, has_start)
-        num_tied += any(0 < own < 1 for own in earned.values())
-        for name, own in earned.items():
-            credits.setdefault(name, []).append(own)
+        num_tied += any(0 < one < 1 for one in earned.values())
+        for name, one in earned.items():
+            credits.setdefault(name, []).append(one)
+            numbers.setdefault(name, []).append(number)
             if question.kind != GREEDY:
                 chances.setdefault(name, []).append(1 / len(question.pairs))
     return Result(
@@ -181,7 +183,31 @@ def score_task(scorer: Scorer, tokenizer: Tokenizer, task: Task) -> Result:
         num_cut,
         num_tied,
         len(task.questions) - len(kept),
+        {name: np.array(own) for name, own in numbers.items()},
     )
+
+
+def _asked(
+    tokenizer: Tokenizer, task: Task, context_length: int, leave_out: bool
+) -> tuple[list[tuple[int, Question]], list[Request], int]:
+    """Return the questions that are asked with their numbers, their requests, and how many are cut.
+
+    Raise ValueError as `score_task` does.
+    """
+    kept: list[tuple[int, Question]] = []
+    requests: list[Request] = []
+    num_cut = 0
+    for number, question in enumerate(task.questions):
+        try:
+            own, is_cut = _requests(tokenizer, question, context_length)
+        except DoesNotFit:
+            if not (task.is_made or leave_out):
+                raise
+            continue
+        kept.append((number, question))
+        requests += own
+        num_cut += is_cut
+    return kept, requests, num_cut
 
 
 def _credits(question: Question, given: Iterator[Answer], has_start: bool) -> dict[str, float]:
@@ -207,7 +233,7 @@ def _requests(
         try:
             one, cut = request(tokenizer, context, continuation, context_length)
         except ValueError as error:
-            raise ValueError(f"{question.where}: {error}") from None
+            raise type(error)(f"{question.where}: {error}") from None
         made.append(one)
         is_cut |= cut
     return made, is_cut
@@ -289,11 +315,3 @@ def _notes(result: Result) -> list[str]:
             "longer than the model's context"
         )
     return notes
-
-
-def evaluate_choices(
-    scorer: Scorer, tokenizer: Tokenizer, tasks: Iterable[Task], name: str = "tasks"
-) -> Section:
-    """Return the section of some tasks."""
-    results = [score_task(scorer, tokenizer, task) for task in tasks]
-    return choices_section(results, name)

@@ -64,8 +64,8 @@ class EvaluateConfig:
     )
     lm_eval: str = option(
         "",
-        "tasks of lm-evaluation-harness (pip install lm-eval): names or YAML files, with commas "
-        "between them",
+        'tasks of lm-evaluation-harness (pip install -e ".[lm-eval]"): names or YAML files, '
+        "with commas between them",
     )
     chat: bool = option(
         False, "also the exercises of scripts.sft and scripts.grpo; for models trained on chats"
@@ -128,14 +128,12 @@ class EvaluateConfig:
         self._check_outputs()
 
     def _check_outputs(self) -> None:
-        """Raise ValueError for a file that the report cannot be written to, or must not."""
-        # A pattern is one of --files too; a report never has a name that is one.
-        read = {"--ckpt": (self.ckpt,), "--against": (self.against,), "--files": self.files}
-        read |= {"--tasks": self.tasks, "--train_files": self.train_files}
-        taken = {os.path.realpath(path): flag for flag, paths in read.items() for path in paths}
-        for name in ("json", "markdown", "html"):
-            if not (path := getattr(self, name)):
-                continue
+        """Raise ValueError for a file that the report cannot be written to.
+
+        runtime/evaluation/inputs.py compares them with the files that are read.
+        """
+        taken: dict[str, str] = {}
+        for name, path in self.outputs().items():
             said, folder = f"--{name} {path}", os.path.dirname(path) or "."
             if not os.path.isdir(folder):
                 raise ValueError(f"{said}: there is no folder {folder}")
@@ -143,9 +141,15 @@ class EvaluateConfig:
                 raise ValueError(f"{said} is a folder: name a file in it")
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"{said}: the folder {folder} cannot be written to")
-            if flag := taken.get(os.path.realpath(path)):
-                raise ValueError(f"{said} is the file of {flag}: give each its own")
+            if owner := taken.get(os.path.realpath(path)):
+                raise ValueError(f"{said} is the file of {owner}: give each its own")
             taken[os.path.realpath(path)] = f"--{name}"
+
+    def outputs(self) -> dict[str, str]:
+        """Return flag -> the file that the report is written to."""
+        return {
+            name: path for name in ("json", "markdown", "html") if (path := getattr(self, name))
+        }
 
     @property
     def has_text(self) -> bool:
@@ -183,8 +187,11 @@ class EvaluateConfig:
         return parts | ({"experts"} if self.experts or self.expert_off else set())
 
     def sections(self) -> dict[str, list[str]]:
-        """Return the names of the sections that each part with several may have."""
-        asked = {
+        """Return the names of the sections that each part with several may have.
+
+        Without pairs of experts, or experts that two models share, a note says why.
+        """
+        asked: dict[str, dict[str, object]] = {
             "tasks": {"files": self.tasks, "own": self.own_tasks, "lm_eval": self.lm_eval},
             "compared_tasks": {"files": self.tasks, "own": self.own_tasks},
             "experts": {
@@ -195,6 +202,7 @@ class EvaluateConfig:
             },
             "chat": {"exercises": self.chat},
         }
+        asked["against.tasks"] = asked["compared_tasks"] if self.against else {}
         return {
             part: [name for name, flag in names.items() if flag] for part, names in asked.items()
         }

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from runtime.checks.known import counts
 from runtime.data.tokenizer import without_surrogates
-from runtime.evaluation.choice_formats import Task, spread
-from runtime.evaluation.choices import Result, choices_section, score_task
+from runtime.evaluation.choice_formats import Task
+from runtime.evaluation.choices import Result, check_task, choices_section, score_task
 from runtime.evaluation.config import EvaluateConfig
 from runtime.evaluation.documents import Documents, whole_documents
 from runtime.evaluation.encoded import token_classes
@@ -49,6 +49,8 @@ class Found:
     """What was found of one checkpoint. The model itself is gone: two need not fit in memory."""
 
     about: dict
+    # Of the weights, whatever was asked for.
+    dtype: str
     sums: Sums | None = None
     choices: ExpertChoices | None = None
     tasks: dict[str, Section] = field(default_factory=dict)
@@ -64,14 +66,17 @@ def judge(
 ) -> Found:
     """Load a checkpoint and return what is found of it. is_other: only what two are compared by."""
     predictor = Predictor(config.predict(ckpt, tokenizer_name(config, ckpt)))
-    documents = asked.documents
+    documents, tokenizer = asked.documents, predictor.tokenizer
+    for task in asked.tasks:
+        check_task(tokenizer, task, predictor.model.config.context_length, bool(config.against))
     scorer = Scorer(predictor.decoder, config.experts and documents is not None, config.stride)
-    found, read = Found(_about(predictor, scorer)), None
+    dtype = str(predictor.model.embed.weight.dtype).removeprefix("torch.")
+    found, read = Found(_about(predictor, scorer), dtype), None
     if asked.chat is not None and not is_other:
         say(f"{ckpt}: answering exercises")
         found.chat = asked.chat(predictor)
     if documents is not None:
-        read = encoded(documents, predictor.tokenizer)
+        read = encoded(documents, tokenizer)
         say(f"{ckpt}: {len(read.ids):,} documents, {read.num_tokens:,} tokens; {scorer.line}")
         if config.experts:
             found.choices = ExpertChoices(predictor.model.config.num_experts)
@@ -80,16 +85,17 @@ def judge(
     _answer(config, predictor, plain, asked, found, say)
     if is_other:
         return found
-    if config.lm_eval:
+    if asked.lm_eval is not None:
         say(f"lm-eval: {config.lm_eval}")
         reader = Reader(plain, predictor.tokenizer, predictor.banned_ids)
-        names = config.lm_eval_tasks()
-        found.tasks["lm_eval"] = evaluate_lm_eval(reader, names, config.questions)
+        found.tasks["lm_eval"] = evaluate_lm_eval(reader, asked.lm_eval, config.questions)
     if config.stories and documents is not None:
         say(f"continuing {config.stories:,} stories")
         writer = Writer(predictor.decoder, predictor.tokenizer, predictor.banned_ids)
         training = None if asked.training is None else whole_documents(asked.training)
-        found.stories = evaluate_stories(plain, writer, documents.texts, config.stories, training)
+        found.stories = evaluate_stories(
+            plain, writer, documents.texts, config.stories, training, config.resamples
+        )
     if found.choices is not None:
         found.experts = _experts(predictor, found.choices)
     if config.expert_off and read is not None:
@@ -124,8 +130,10 @@ def evaluate(
         other = judge(config, config.against, asked, say, is_other=True)
         report["other_checkpoint"] = other.about
         results = {name: (own, other.results[name]) for name, own in found.results.items()}
-        report |= against_parts((found.sums, other.sums), results, config.resamples)
-        found.experts |= _shared(found.choices, other.choices, config.resamples)
+        both = found.sums, other.sums
+        are_same = _are_same(found.about, other.about)
+        report |= against_parts(both, results, config.resamples, are_same)
+        found.experts |= _shared(found, other, config.resamples)
     if found.experts:
         report["experts"] = found.experts
     return report
@@ -149,15 +157,21 @@ def _about(predictor: Predictor, scorer: Scorer) -> dict:
     }
 
 
+def _are_same(mine: dict, other: dict) -> bool:
+    """Return whether two checkpoints are known to be one model. Old files have no digest."""
+    names = ("weights_digest", "tokenizer", "context_length")
+    return bool(mine["weights_digest"]) and all(mine[name] == other[name] for name in names)
+
+
 def _head(config: EvaluateConfig, found: Found, documents: Documents | None, commit: str) -> dict:
     """Return what the figures of a report are of. Nothing here depends on batches or threads."""
-    names = ("stride", "resamples", "dtype", "quantize", "questions", "expert_off")
+    names = ("stride", "resamples", "quantize", "questions", "expert_off")
     return {
         "format": FORMAT,
         "version": VERSION,
         "checkpoint": found.about,
         "data": None if documents is None else documents.about(),
-        "settings": {name: getattr(config, name) for name in names},
+        "settings": {"dtype": found.dtype} | {name: getattr(config, name) for name in names},
         "commit": commit,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
     }
@@ -174,10 +188,12 @@ def _answer(
     """Let a model answer multiple choice, and keep its results and their sections."""
     for name, tasks, notes in _questions(config, asked):
         say(f"answering {', '.join(task.name for task in tasks)}" if tasks else "no questions")
-        found.results[name] = [score_task(scorer, predictor.tokenizer, task) for task in tasks]
+        found.results[name] = [
+            score_task(scorer, predictor.tokenizer, task, bool(config.against)) for task in tasks
+        ]
         found.tasks[name] = choices_section(found.results[name], NAMES[name])
-        if notes:
-            found.tasks[name]["notes"] = [*found.tasks[name].get("notes", []), *notes]
+        for note in notes:
+            _add_note(found.tasks[name], note)
 
 
 def _questions(
@@ -185,14 +201,10 @@ def _questions(
 ) -> Iterator[tuple[str, Sequence[Task], Sequence[str]]]:
     """Yield (name in NAMES, tasks, notes) of the multiple choice that is asked for."""
     if asked.tasks:
-        yield "files", _shortened(asked.tasks, config.questions), []
+        yield "files", asked.tasks, []
     if config.own_tasks and asked.documents is not None:
         most = {"num_questions": config.questions} if config.questions else {}
         yield "own", *own_tasks(asked.documents.texts, **most)
-
-
-def _shortened(tasks: Sequence[Task], most: int) -> list[Task]:
-    return [replace(task, questions=list(spread(task.questions, most))) for task in tasks]
 
 
 def _experts(predictor: Predictor, choices: ExpertChoices) -> dict[str, Section]:
@@ -202,14 +214,34 @@ def _experts(predictor: Predictor, choices: ExpertChoices) -> dict[str, Section]
     classes = token_classes(predictor.tokenizer, predictor.model.config.vocabulary_size)
     found = {"specialities": experts_section(choices, classes)}
     together = together_section(choices)
-    return found if together is None else found | {"together": together}
+    if together is not None:
+        return found | {"together": together}
+    _add_note(
+        found["specialities"],
+        "There is no section of pairs of experts: they need at least 2 chosen experts for each "
+        "token, and at least 1 that is not chosen.",
+    )
+    return found
 
 
-def _shared(
-    choices: ExpertChoices | None, other: ExpertChoices | None, resamples: int
-) -> dict[str, Section]:
-    """Return how many experts two checkpoints share, if their tokens and experts are alike."""
-    if choices is None or other is None or not choices.is_like(other):
+def _add_note(section: Section, note: str) -> None:
+    section["notes"] = [*section.get("notes", []), note]
+
+
+def _shared(found: Found, others: Found, resamples: int) -> dict[str, Section]:
+    """Return how many experts two checkpoints share, if their tokens and experts are alike.
+
+    If they are not, a note says so.
+    """
+    choices, other = found.choices, others.choices
+    if choices is None or other is None:
+        return {}
+    if not choices.is_like(other):
+        _add_note(
+            found.experts["specialities"],
+            "There is no section of shared experts: the two checkpoints differ in their tokens, "
+            "or in the number of blocks, experts or chosen experts.",
+        )
         return {}
     overlap = Overlap(len(choices.ids), choices.experts[0].shape[0], choices.num_experts)
     pairs = zip(choices.experts, other.experts, strict=True)

@@ -24,7 +24,7 @@ from runtime.evaluation.report import Figure, Section, Table, figure, section
 from runtime.inference.decoder import Decoder, generate
 from runtime.inference.scorer import Scorer
 
-INSTALL = "lm-eval is not installed: pip install lm-eval==0.4.13 (about 330 MB with what it needs)"
+INSTALL = 'lm-eval is not installed: pip install -e ".[lm-eval]" (about 330 MB with what it needs)'
 # Answers that are generated at a time, and their tokens where a task says no limit.
 MOST_ROWS = 32
 MAX_NEW_TOKENS = 256
@@ -213,49 +213,81 @@ def _in_groups(reader: Reader, contexts: list[str], settings: list[dict]) -> lis
     return found
 
 
-def evaluate_lm_eval(reader: Reader, tasks: Sequence[str], limit: int = 0) -> Section:
-    """Return the section of lm-eval's tasks: names, patterns, or YAML files.
+@dataclass(frozen=True)
+class LmTasks:
+    """Tasks of lm-eval: as they were named, as it is given them, and what it knows of tasks."""
 
-    limit: questions of each task, 0 = all. Raise ValueError without lm-eval, and for tasks that
-    are not known or whose files are wrong.
+    names: Sequence[str]
+    found: Sequence[str]
+    manager: Any
+
+
+def evaluate_lm_eval(reader: Reader, tasks: LmTasks, limit: int = 0) -> Section:
+    """Return the section of lm-eval's tasks. limit: questions of each task, 0 = all.
+
+    Raise ValueError for tasks whose files are wrong.
     """
     lm_eval = library()
-    manager = _manager(lm_eval, tasks)
-    found = _found(manager, tasks)
     try:
         results = lm_eval.simple_evaluate(
             model=model_of(reader),
-            tasks=found,
-            task_manager=manager,
+            tasks=list(tasks.found),
+            task_manager=tasks.manager,
             limit=limit or None,
             log_samples=False,
         )
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in READERS_OF_TASKS:
+        of_a_reader = type(error).__module__.partition(".")[0] in READERS_OF_TASKS
+        # `datasets` raises it for data that a task names.
+        if not (of_a_reader or isinstance(error, FileNotFoundError)):
             raise
         said = " ".join(str(error).split())
-        raise ValueError(f"--lm_eval {', '.join(tasks)}: {said}") from error
+        raise ValueError(f"--lm_eval {', '.join(tasks.names)}: {said}") from error
     return _section(results, lm_eval.__version__)
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise ValueError without lm-eval, and for what is neither a task nor a file of one."""
-    _found(_manager(library(), tasks), tasks)
+def is_file_name(task: str) -> bool:
+    """Return whether a task is named by its file."""
+    return task.endswith(TASK_FILES)
 
 
-def _manager(lm_eval: Any, tasks: Sequence[str]) -> Any:
+def find_tasks(names: Sequence[str]) -> LmTasks:
+    """Return the tasks of names, patterns or YAML files.
+
+    Raise ValueError without lm-eval, and for what is neither a task nor a file of one.
+    """
+    lm_eval = library()
+    for name in filter(is_file_name, names):
+        _check_file(name)
     # Its own thousands of task files take half a minute to read.
-    is_named = not all(task.endswith(TASK_FILES) for task in tasks)
-    return lm_eval.tasks.TaskManager(include_defaults=is_named)
+    manager = lm_eval.tasks.TaskManager(include_defaults=not all(map(is_file_name, names)))
+    return LmTasks(names, _found(manager, names), manager)
+
+
+def _check_file(name: str) -> None:
+    """Raise ValueError for a file that is missing or is no YAML of a task.
+
+    Nothing in it is run: a tag such as !function names code.
+    """
+    if not Path(name).is_file():
+        raise ValueError(f"--lm_eval: there is no file {name}")
+    # lm-eval needs it, and nothing else here does.
+    import yaml
+
+    try:
+        with open(name, encoding="utf-8") as file:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--lm_eval {name}: {' '.join(str(error).split())}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--lm_eval {name} holds no task: a task is keys and values, as YAML")
 
 
 def _found(manager: Any, tasks: Sequence[str]) -> list[str]:
-    """Return the names and files of tasks. Raise ValueError for one that is neither."""
+    """Return the names and files of tasks. Raise ValueError for a name that is not known."""
     found = []
     for task in tasks:
-        if task.endswith(TASK_FILES):
-            if not Path(task).is_file():
-                raise ValueError(f"--lm_eval: there is no file {task}")
+        if is_file_name(task):
             found.append(str(Path(task).absolute()))
         elif matches := manager.match_tasks([task]):
             found += matches

@@ -18,7 +18,7 @@ import torch
 from runtime.base.shares import wilson
 from runtime.data.tokenizer import Tokenizer
 from runtime.evaluation import story_measures as measures
-from runtime.evaluation.bootstrap import ratio_intervals
+from runtime.evaluation.bootstrap import RESAMPLES, ratio_intervals
 from runtime.evaluation.choices import answers, before_text, fitted
 from runtime.evaluation.copied import RUN_WORDS, CopySearch
 from runtime.evaluation.own_tasks import drawn_documents
@@ -251,7 +251,7 @@ def bits_measure(
     )
 
 
-def figure_of(measure: Measure) -> Figure:
+def figure_of(measure: Measure, resamples: int = RESAMPLES) -> Figure:
     """Return a measure as a ratio of sums with its interval; n: what the ratio is of."""
     kept = [(top, bottom) for top, bottom in measure.ratios if bottom]
     if not kept:
@@ -263,7 +263,7 @@ def figure_of(measure: Measure) -> Figure:
     top_D1, bottom_D1 = (
         np.array(side, dtype=np.float64)[:, None] for side in zip(*kept, strict=True)
     )
-    (interval,) = ratio_intervals(top_D1, bottom_D1)
+    (interval,) = ratio_intervals(top_D1, bottom_D1, resamples)
     n = len(kept) if measure.unit == "words" else total
     return figure(interval.value, n, interval.low, interval.high, measure.unit)
 
@@ -275,6 +275,7 @@ def evaluate_stories(
     documents: Iterable[str],
     num_stories: int = NUM_STORIES,
     training: Iterable[str] | None = None,
+    resamples: int = RESAMPLES,
 ) -> Section:
     """Return the section of generated stories. training: what copies are looked for in, read once.
 
@@ -300,18 +301,22 @@ def evaluate_stories(
             own += copied_measures(search, slice(number * len(some), (number + 1) * len(some)))
     for side, own in found.items():
         own.append(bits_measure(scorer, writer, some, sides[side]))
-    return _section(found, len(some), writer, training is not None)
+    return _section(found, len(some), writer, training is not None, resamples)
 
 
 def _section(
-    found: dict[str, list[Measure]], num_stories: int, writer: Writer, has_training: bool
+    found: dict[str, list[Measure]],
+    num_stories: int,
+    writer: Writer,
+    has_training: bool,
+    resamples: int,
 ) -> Section:
     figures: dict[str, Figure] = {}
     rows: list[list] = []
     for mine, theirs in zip(*found.values(), strict=True):
         row: list = [mine.said]
         for side, measure in (("", mine), ("_human", theirs)):
-            own = figures[measure.key + side] = figure_of(measure)
+            own = figures[measure.key + side] = figure_of(measure, resamples)
             row += [own["value"], own.get("low"), own.get("high"), own["n"]]
         rows.append(row)
     columns = [

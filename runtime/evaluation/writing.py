@@ -105,7 +105,7 @@ def as_markdown(report: dict) -> str:
             lines += [plain(note), ""]
     if report["data"]:
         lines += [f"Texts: sha256 {report['data']['sha256']}.", ""]
-    lines += [plain(f"Computed by {report['checkpoint']['computed_by']['line']}.")]
+    lines += [plain(f"How it was computed: {report['checkpoint']['computed_by']['line']}.")]
     return "\n".join(lines) + "\n"
 
 

@@ -166,9 +166,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return None, f"cpu_decode.c could not be compiled: {' '.join(said.split())[:200]}"
-    assert sizes == [ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)], (
-        "cpu_decode.c and cpu_decode.py disagree about a structure"
-    )
+    # Python's -O leaves assertions out, and C would read elsewhere.
+    if sizes != [ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)]:
+        raise ValueError("cpu_decode.c and cpu_decode.py disagree about a structure")
     code.gptoss_forward.argtypes, code.gptoss_forward.restype = [POINTER(Pass)], None
     return code, ""
 
@@ -279,11 +279,12 @@ class NativeModel:
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        assert (
-            tensor.is_contiguous()
-            and tensor.dtype in (torch.float32, torch.int8)
-            and tensor.device.type == "cpu"
-        )
+        known = tensor.dtype in (torch.float32, torch.int8) and tensor.device.type == "cpu"
+        if not (known and tensor.is_contiguous()):
+            raise ValueError(
+                "the C kernel needs contiguous float32 or int8 weights on the CPU, not "
+                f"{tensor.dtype} on {tensor.device}"
+            )
         self._kept.append(tensor)
         return tensor.data_ptr()
 
@@ -346,7 +347,8 @@ class NativeModel:
         one several times, are allowed). targets: for each of these, the id to score instead; logits
         then stay here.
         with_best: the most likely ids next to the logits; with targets they always come.
-        Raise ValueError for ids out of range or a cache without room.
+        Raise ValueError for what C would read or write elsewhere: ids out of range, rows that are
+        not there, a cache without room, and caches that one pass cannot have.
         """
         lengths = [len(own) for own in ids]
         self._check_room(caches, lengths)
@@ -357,8 +359,10 @@ class NativeModel:
         for some in (every, scored or [0]):
             if not some or min(some) < 0 or max(some) >= self.config.vocabulary_size:
                 raise ValueError(f"token ids must be from 0 to {self.config.vocabulary_size - 1}")
-        assert all(0 <= row < T for own, T in zip(rows, lengths, strict=True) for row in own)
-        assert scored is None or len(scored) == len(named)
+        if not all(0 <= row < T for own, T in zip(rows, lengths, strict=True) for row in own):
+            raise ValueError("a row is that of an id that is not read: count each text's from 0")
+        if scored is not None and len(scored) != len(named):
+            raise ValueError(f"{len(named)} rows have {len(scored)} targets: give one for each")
         positions = np.concatenate(
             [
                 np.arange(cache.length, cache.length + T, dtype=np.int32)
@@ -368,12 +372,10 @@ class NativeModel:
         owners = np.repeat(np.arange(len(caches), dtype=np.int32), lengths)
         keys, values = (np.concatenate([_addresses(cache)[i] for cache in caches]) for i in (0, 1))
         # C has one capacity for all, and its threads write to all at once.
-        assert all(cache.is_ring is caches[0].is_ring for cache in caches), (
-            "caches of one pass must be rows of one allocation"
-        )
-        assert len(set(keys[:: self.config.transformer_blocks].tolist())) == len(caches), (
-            "a cache is given twice: give all further ids of a text at once"
-        )
+        if not all(cache.is_ring is caches[0].is_ring for cache in caches):
+            raise ValueError("caches of one pass must be rows of one allocation")
+        if len(set(keys[:: self.config.transformer_blocks].tolist())) != len(caches):
+            raise ValueError("a cache is given twice: give all further ids of a text at once")
         given: dict[str, np.ndarray | None] = dict(
             ids=np.array(every, dtype=np.int64),
             positions=positions,
@@ -407,9 +409,8 @@ class NativeModel:
         for cache, T in zip(caches, lengths, strict=True):
             cache.check_fits(1, T)
             self.model.check_length(cache.length + T)
-            assert T == 1 or not any(cache.is_ring), (
-                "a ring loses keys that the first of several new tokens need"
-            )
+            if T > 1 and any(cache.is_ring):
+                raise ValueError("a ring loses keys that the first of several new tokens need")
 
     def _outputs(
         self,
@@ -521,12 +522,14 @@ class NativeModel:
 
 
 def _addresses(cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
-    """Return where a cache of one row has its keys and values, by block: [L] uint64 each."""
+    """Return where a cache of one row has its keys and values, by block: [L] uint64 each.
+
+    Raise ValueError for a cache that is none of one row.
+    """
     if not hasattr(cache, "_addresses"):
-        assert all(
-            t.shape[0] == 1 and t[0].is_contiguous() and t.dtype == torch.float32
-            for t in cache.keys + cache.values
-        )
+        both = cache.keys + cache.values
+        if any(t.dtype != torch.float32 or len(t) != 1 or not t[0].is_contiguous() for t in both):
+            raise ValueError("a cache of the C kernel is one contiguous row of float32")
         cache._addresses = tuple(
             np.array([t.data_ptr() for t in tensors], dtype=np.uint64)
             for tensors in (cache.keys, cache.values)

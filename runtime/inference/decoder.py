@@ -50,7 +50,7 @@ KNOWS = Known(
     SIZES | ATTENTION | POSITIONS | EXPERTS | OUTSIDE | TRAINING,
     TENSORS | PACKED_TENSORS,
 )
-NOT_ASKED_FOR = "it was not asked for"
+NOT_ASKED_FOR = "the C kernel was not asked for"
 # Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an
 # H100), and tuning takes a minute.
 TUNED_BYTES = 1 << 26

@@ -475,7 +475,7 @@ def _measured_on(report: dict) -> str:
     """Return a line about the texts of a report."""
     data = report.get("data")
     if not isinstance(data, dict):
-        return "Measured on tasks."
+        return f"Measured on tasks{_with_weights(report)}."
     named = data.get("sources")
     sources = ", ".join(plain(name, 60) for name in named[:3]) if isinstance(named, list) else ""
     documents = number(data.get("documents")) or 0

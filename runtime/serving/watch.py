@@ -12,6 +12,7 @@ policy allows no script but its own, whatever a run's files say.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -111,7 +112,20 @@ class Watch:
         self.lock = threading.RLock()
         self._followers: dict[Path, Follower] = {}
         self._numbers: dict[int, Watched] = {}
+        self._next = itertools.count()
         self._read_at = -FRESH_SECONDS
+        # Runs beyond MOST_RUNS.
+        self.left_out = 0
+
+    @property
+    def notices(self) -> list[str]:
+        """Return lines to show above the runs."""
+        if not self.left_out:
+            return []
+        return [
+            f"runs that are not shown, because a page has at most {MOST_RUNS}: {self.left_out}; "
+            "name fewer folders"
+        ]
 
     def runs(self) -> list[Watched]:
         """Return the runs, after reading what is new of them."""
@@ -122,23 +136,36 @@ class Watch:
             return list(self._numbers.values())
 
     def _read(self) -> None:
+        found: dict[Path, Path] = {}
         for root in self.roots:
             for folder in folders_of_runs(root):
-                self._followers.setdefault(folder, Follower(folder, within=root))
-        known = {id(watched.run): watched for watched in self._numbers.values()}
-        there: dict[int, Watched] = {}
-        number = max(self._numbers, default=-1)
-        for folder, follower in self._followers.items():
+                found.setdefault(folder, root)
+        for folder, root in found.items():
+            self._followers.setdefault(folder, Follower(folder, within=root))
+        for folder, follower in [*self._followers.items()]:
             follower.poll()
-            for run in follower.runs:
-                watched = known.get(id(run))
-                if watched is None and len(there) < MOST_RUNS:
-                    number += 1
-                    watched = Watched(number, run, "", str(folder))
-                if watched is not None:
-                    there[watched.number] = watched
-        self._numbers = there
+            if folder not in found and not follower.runs:
+                # A page is left open for weeks, and folders come and go.
+                del self._followers[folder]
+        self._number()
         self._name()
+
+    def _number(self) -> None:
+        """Give a number to each new run while there is room: runs that are shown stay."""
+        known = {id(watched.run): watched for watched in self._numbers.values()}
+        runs = [(folder, run) for folder, one in self._followers.items() for run in one.runs]
+        room = MOST_RUNS - sum(id(run) in known for _, run in runs)
+        there: dict[int, Watched] = {}
+        for folder, run in runs:
+            watched = known.get(id(run))
+            if watched is None and room > 0:
+                room -= 1
+                # A number is never given again: a page may still show its last run.
+                watched = Watched(next(self._next), run, "", str(folder))
+            if watched is not None:
+                there[watched.number] = watched
+        self.left_out = len(runs) - len(there)
+        self._numbers = there
 
     def _name(self) -> None:
         """Call each run by its name, with its folder where several have that name."""
@@ -166,6 +193,7 @@ def answer(watch: Watch, have: dict[int, tuple[int, int, int]], loads: tuple | N
             for number, watched in watched_runs.items()
         ]
         data: dict = {"now": now, "session": watch.session, "runs": runs}
+        data["notices"] = watch.notices
         if loads and loads[0] in watched_runs:
             number, version, step = loads
             run = watched_runs[number].run
@@ -200,14 +228,17 @@ def live_page(watch: Watch) -> tuple[str, str]:
     now = time.time()
     with watch.lock:
         runs = [_full(watched, now) for watched in watch.runs()]
-    data = page_data(runs, live=True, now=now, session=watch.session)
+        notices = watch.notices
+    data = page_data(runs, notices, live=True, now=now, session=watch.session)
     return html_page(TITLE, data)
 
 
 def snapshot(watch: Watch) -> str:
     """Return a page of the runs as they are now, which needs no server."""
-    watched = watch.runs()
-    return finished_page(TITLE, [one.run for one in watched], [one.name for one in watched])
+    with watch.lock:
+        watched = watch.runs()
+        names = [one.name for one in watched]
+        return finished_page(TITLE, [one.run for one in watched], names, notices=watch.notices)
 
 
 # --------------------------------------------------------------------------------------- the server

@@ -10,7 +10,7 @@ from runtime.base.text import human_seconds
 from runtime.checkpoint.folder import BEST, LATEST
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.plan import TrainPlan
-from runtime.training.state import RunState
+from runtime.training.state import RunState, skipped_words
 
 
 def score_table(records: Iterable[dict]) -> list[str]:
@@ -47,9 +47,7 @@ def closing_lines(plan: TrainPlan, state: RunState, records: Iterable[dict] = ()
     """Return how a run ended, and the command that continues it or tries its model."""
     config, lines = plan.config, []
     if state.skipped_steps:
-        lines.append(
-            f"{state.skipped_steps} steps were skipped: not finite, or a spike of the loss"
-        )
+        lines.append(skipped_words(state.skipped_steps, state.skipped_spikes))
     if state.step < config.max_steps:
         lines.append(
             f"stopped after step {state.step:,}, saved in {config.ckpt_dir}; continue with: "

@@ -90,7 +90,10 @@ class _MetricsFile:
         run_id = record.get("run_id") if record else None
         # Early versions wrote none.
         run_id = run_id if isinstance(run_id, str) else next(reversed(self.runs), "")
-        if run_id not in self.runs and len(self.runs) == MOST_RUNS:
+        if run_id not in self.runs and len(self.runs) >= MOST_RUNS:
+            # Of a folder that one run after the other began in, those whose file was moved aside.
+            self.runs = {key: run for key, run in self.runs.items() if run.last_step >= 0}
+        if run_id not in self.runs and len(self.runs) >= MOST_RUNS:
             record, problem = None, f"of more than {MOST_RUNS} runs"
         if record is None:
             self.damaged += 1

@@ -400,6 +400,7 @@ def saved_state(source: Checkpoint) -> RunState:
     expected = dataclasses.asdict(RunState())
     # Earlier versions lacked these.
     added = {"rollbacks", "recent_loss", "best_step", "auto_dtype", "best_score", "task"}
+    added |= {"skipped_spikes"}
     if source.run.keys() | added != expected.keys():
         different = ", ".join(sorted(source.run.keys() ^ expected.keys()))
         raise ValueError(

@@ -24,7 +24,7 @@ from runtime.training.diary import Diary
 from runtime.training.metrics import HEALTHY_LOAD, HIGH, LOW, MetricsLog, make_loggers
 from runtime.training.plan import TrainPlan
 from runtime.training.plots import draw_plots
-from runtime.training.state import RunState
+from runtime.training.state import RunState, skipped_words
 
 PROFILED_STEPS = (5, 1, 3)  # --profile: passed over, warming the profiler up, recorded
 
@@ -71,7 +71,7 @@ class Reporter:
         )
         self.plan, self.state = plan, state
         self.diary = Diary(config.graph_dir, state.run_id, self.say)
-        self.skipped_steps = state.skipped_steps
+        self.skipped = state.skipped_steps, state.skipped_spikes
         self.log = MetricsLog(config.graph_dir, resume_step, info, loggers)
         for message in self.log.take_messages():
             print(message)
@@ -171,17 +171,16 @@ class Reporter:
             f"step {record['step']:>7,}  {numbers}  lr {record['lr']:.2e}  "
             f"grad norm {record['grad_norm']:.2f}  ETA {human_seconds(seconds_left)}"
         )
-        self._note_skipped(record)
+        self.note_skipped(record["step"])
         if record["step"] > self.plan.config.warmup_steps:
             self._watch_experts(record)
 
-    def _note_skipped(self, record: dict) -> None:
-        skipped = record["skipped_steps"] - self.skipped_steps
-        self.skipped_steps += skipped
+    def note_skipped(self, step: int) -> None:
+        """Note how many steps since the last such note made no update, and why."""
+        before, self.skipped = self.skipped, (self.state.skipped_steps, self.state.skipped_spikes)
+        skipped, spikes = (new - old for new, old in zip(self.skipped, before, strict=True))
         if skipped:
-            spike = ", or a spike of the loss" if self.plan.config.spike_sigmas else ""
-            steps = f"{skipped} step{'s were' if skipped > 1 else ' was'} skipped"
-            self.diary.event(record["step"], "skipped", f"{steps}: not finite{spike}")
+            self.diary.event(step, "skipped", skipped_words(skipped, spikes))
 
     def _watch_experts(self, record: dict) -> None:
         """Say when experts leave the healthy range and when all are back in it."""
@@ -261,6 +260,8 @@ class Reporter:
     def finish(self) -> None:
         """Note that the run has ended as it should, at its last step or by a signal; close."""
         step, last = self.state.step, self.plan.config.max_steps
+        # A signal may come between two records.
+        self.note_skipped(step)
         if step < last:
             self.diary.event(step, "stop", f"stopped after step {step:,} of {last:,}")
         else:
@@ -289,6 +290,9 @@ class SilentReporter(Reporter):
 
     def on_log(self, record: dict) -> None:
         self._sample(record)
+
+    def note_skipped(self, step: int) -> None:
+        pass
 
     def saved(self, step: int, is_best: bool) -> None:
         pass

@@ -17,6 +17,18 @@ PER_STEP = "_per_step"
 HOST_SUMS = ("tokens", "seconds", "waiting_seconds")
 
 
+def skipped_words(skipped: int, spikes: int) -> str:
+    """Return how many steps were skipped and why, as "3 steps were skipped: 2 not finite, 1 spike".
+
+    skipped: all of them; spikes: those of them whose loss was finite.
+    """
+    whole = f"{skipped} step{'s were' if skipped > 1 else ' was'} skipped: "
+    others = skipped - spikes
+    parts = [f"{others} not finite"] * bool(others)
+    parts += [f"{spikes} spike{'s' * (spikes > 1)} of the loss"] * bool(spikes)
+    return whole + ", ".join(parts)
+
+
 class TrainingDiverged(ValueError):
     """The loss or its gradient is not finite and does not recover."""
 
@@ -39,6 +51,8 @@ class RunState:
     # Steps without an update, because a gradient was not finite or the loss was a spike.
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    # Of skipped_steps, those with a finite loss and gradient: spikes of the loss.
+    skipped_spikes: int = 0
     # Times that the run was rolled back to a checkpoint.
     rollbacks: int = 0
     best_val_loss: float | None = None
@@ -147,7 +161,9 @@ class Totals:
             self.flat = self._flatten(tensors)
         self.host = {name: state.window.get(name, 0) for name in HOST_SUMS}
         self.skipped = torch.tensor(
-            [state.skipped_steps, state.skipped_in_a_row], dtype=self.dtype, device=device
+            [state.skipped_steps, state.skipped_in_a_row, state.skipped_spikes],
+            dtype=self.dtype,
+            device=device,
         )
         self.grad_norm = torch.zeros((), dtype=self.dtype, device=device)
         # What `wait` has fetched.
@@ -168,6 +184,7 @@ class Totals:
         self.flat += torch.where(bad, 0.0, self._flatten(sums))
         self.skipped[0] += bad
         self.skipped[1] = (self.skipped[1] + 1) * bad
+        self.skipped[2] += bad & torch.isfinite(grad_norm + sums["cross_entropy"])
         self.grad_norm = grad_norm.to(self.skipped)
 
     def add_on_host(self, **numbers: float) -> None:
@@ -181,7 +198,7 @@ class Totals:
 
     def store(self, state: RunState) -> float:
         """Put what `wait` fetched into `state` and return the last step's gradient norm."""
-        *numbers, skipped, in_a_row, grad_norm = self.numbers
+        *numbers, skipped, in_a_row, spikes, grad_norm = self.numbers
         sums = {}
         for name, shape in self.shapes.items():
             count = math.prod(shape)
@@ -190,6 +207,7 @@ class Totals:
         state.window = self.host | {"sums": sums}
         state.skipped_steps = int(skipped)
         state.skipped_in_a_row = int(in_a_row)
+        state.skipped_spikes = int(spikes)
         return grad_norm
 
     def clear(self) -> None:

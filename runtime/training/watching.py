@@ -26,20 +26,29 @@ def watched(plan: TrainPlan) -> Iterator[None]:
     if not (plan.config.watch and plan.ranks.is_first):
         yield
         return
-    command = [sys.executable, "-m", "scripts.watch", os.path.abspath(plan.config.graph_dir)]
-    # In a session of its own: Ctrl-C lets the run finish its step, and the page shows it.
-    child = subprocess.Popen(
-        [*command, "--parent", str(os.getpid())],
-        cwd=REPO,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    child = _started(os.path.abspath(plan.config.graph_dir))
     try:
         yield
     finally:
-        child.terminate()
-        try:
-            child.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        if child:
+            _end(child)
+
+
+def _started(folder: str) -> subprocess.Popen | None:
+    """Return the server of a folder's page; None, after a line that says why, if there is none."""
+    command = [sys.executable, "-m", "scripts.watch", folder, "--parent", str(os.getpid())]
+    try:
+        # In a session of its own: Ctrl-C lets the run finish its step, and the page shows it.
+        return subprocess.Popen(command, cwd=REPO, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        print(f"no page  {error}: start python -m scripts.watch yourself", flush=True)
+        return None
+
+
+def _end(child: subprocess.Popen) -> None:
+    child.terminate()
+    try:
+        child.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

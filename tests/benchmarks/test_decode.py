@@ -19,6 +19,7 @@ from model import generate
 from runtime.checkpoint.read import load_model
 from runtime.data.loader import validation_batches
 from runtime.data.shards import open_data
+from runtime.inference.decoder import NOT_ASKED_FOR
 from runtime.inference.quantize import quantize_
 from tests.builders import random_model, tiny_config
 from tests.builders_runs import Run
@@ -478,7 +479,7 @@ def test_each_side_runs_what_its_name_says(monkeypatch):
     assert (
         failed == {}
         and sides["ours"].model is model
-        and sides["ours_torch"].facts == {"native": False, "why_not_native": "it was not asked for"}
+        and sides["ours_torch"].facts == {"native": False, "why_not_native": NOT_ASKED_FOR}
     )
     assert (
         sides["ours"].facts["native"] == (sides["ours"].decoder.native is not None)

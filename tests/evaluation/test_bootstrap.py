@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from runtime.base.shares import wilson
 from runtime.evaluation import bootstrap
 from runtime.evaluation.bootstrap import difference_intervals, ratio_intervals, student_quantile
 
@@ -66,6 +67,14 @@ def test_a_ratio_is_of_sums_and_not_a_mean_of_ratios():
     assert ratio_intervals(bits, sizes)[0].value == 0.1
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_none_of_few_documents_is_not_none_of_all(share):
+    """Of 205 tokens in a bin none was right, and the interval was 0 to 0: resamples of zeros."""
+    tops_D1, bottoms_D1 = np.full((20, 1), 3.0 * share), np.full((20, 1), 3.0)
+    (one,) = ratio_intervals(tops_D1, bottoms_D1)
+    assert one == (share, *wilson(20 * share, 20)) and one.low < one.high
+
+
 def test_equal_documents_leave_nothing_to_chance():
     bits, sizes = np.full((9, 1), 3.0), np.full((9, 1), 4.0)
     assert ratio_intervals(bits, sizes) == [(0.75, 0.75, 0.75)]
@@ -82,11 +91,11 @@ def test_few_documents_have_a_value_and_no_interval(documents):
 
 def test_a_figure_of_few_documents_has_no_interval_among_many():
     """Of 40 documents one reaches position 512: all resamples have its loss, from 2.5 to 2.5."""
-    tops, bottoms = np.ones((40, 2)), np.ones((40, 2))
+    tops, bottoms = np.full((40, 2), 2.0), np.ones((40, 2))
     tops[:, 1] = bottoms[:, 1] = 0.0
     tops[3, 1], bottoms[3, 1] = 5.0, 2.0
     whole, part = ratio_intervals(tops, bottoms)
-    assert (whole.low, whole.high) == (1.0, 1.0)
+    assert (whole.low, whole.high) == (2.0, 2.0)
     assert part.value == 2.5 and math.isnan(part.low) and math.isnan(part.high)
     _, less = difference_intervals(tops, bottoms, tops, bottoms)
     assert less.value == 0.0 and math.isnan(less.low)

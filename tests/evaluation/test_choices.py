@@ -18,13 +18,13 @@ from runtime.evaluation.choices import (
     answers,
     choices_section,
     credit,
-    evaluate_choices,
     fitted,
     request,
     score_task,
 )
 from runtime.inference.scorer import Scorer
 from tests.builders import random_model, tiny_config
+from tests.builders_evaluation import evaluate_choices
 
 BYTE = load_tokenizer("byte")
 END = BYTE.end_of_text_id

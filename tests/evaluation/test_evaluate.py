@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -73,7 +74,9 @@ def test_bits_per_byte_is_that_of_the_plain_model(tmp_path):
 def test_against_itself_is_exactly_zero(ckpt, files):
     report = report_of(ckpt, files, against=ckpt)
     assert report["against"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "documents": 40}
-    assert report["comparison"]["figures"]["documents_better"]["value"] == 0.0
+    better = report["comparison"]["figures"]["documents_better"]
+    # It was on 0 of 40, which says that the other one is better.
+    assert better["value"] == 0.5 and better["low"] + better["high"] == pytest.approx(1.0)
 
 
 def test_the_better_of_two_has_the_difference_below_zero(tmp_path, ckpt, files):
@@ -95,6 +98,18 @@ def test_a_model_shares_all_experts_with_itself(ckpt, files):
 
 
 # ------------------------------------------------------------------------------ the report
+def test_a_note_says_why_a_section_of_experts_is_left_out(tmp_path, files):
+    """It was missing without a word: two models with other experts, or one expert a token."""
+    few, many = (
+        checkpoint(tmp_path / str(count), byte_model(num_experts=count, top_k=1))
+        for count in (2, 4)
+    )
+    experts = report_of(few, files, against=many, experts=True)["experts"]
+    assert experts.keys() == {"specialities"}
+    notes = " ".join(experts["specialities"]["notes"])
+    assert "no section of pairs of experts" in notes and "no section of shared experts" in notes
+
+
 def test_a_report_says_where_last_digits_depend_on_the_batch(ckpt, files):
     report = report_of(ckpt, files, c_kernel=False)
     assert not report["checkpoint"]["computed_by"]["is_exact"]
@@ -170,12 +185,13 @@ def test_a_file_without_text_is_one_line(tmp_path, capsys, ckpt):
         run(capsys, "--ckpt", ckpt, "--files", empty)
 
 
-def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
+def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, capsys, files):
     """Shares have Wilson's interval and the number of their trials.
 
     A mean had no interval, so nobody could say whether two rewards differ.
     """
-    asked = []
+    asked: list = []
+    losses = [(30.0, 20), (10.0, 20), (24.0, 10)] * 4
 
     class Exam:
         def __init__(self, tokenizer):
@@ -183,27 +199,33 @@ def test_a_chat_model_answers_exercises(tmp_path, monkeypatch, files):
 
         def score(self, model):
             score = Score({"questions": Share(3.0, 4)})
-            score.average("story loss", [(30.0, 20), (10.0, 20), (24.0, 10)])
-            score.average("length", [(20, 1)] * 4)
+            score.average("story loss", losses)
+            score.average("length", [(20, 1)] * 8)
             return score
 
     monkeypatch.setattr(command, "Exam", Exam)
     tokenizer = with_chat(load_tokenizer("byte"))
     model = byte_model(vocabulary_size=tokenizer.vocabulary_size)
-    config = command.settings_of(
-        ["--ckpt", save(tmp_path, model, tokenizer), "--files", files, "--chat", "--device=cpu"]
-        + ["--documents=3", "--resamples=100", "--num_threads=1"]
-    )
-    report = command.evaluate(config, chat=command.chat_sections)
+    argv = ["--ckpt", save(tmp_path, model, tokenizer), "--files", files, "--chat"]
+    argv += ["--device=cpu", "--documents=3", "--resamples=100", "--num_threads=1"]
+    report = command.evaluate(command.settings_of(argv), chat=command.chat_sections)
     figures = report["chat"]["exercises"]["figures"]
     low, high = wilson(3, 4)
     assert figures["questions"] == {"value": 0.75, "n": 4, "low": low, "high": high}
-    loss = figures["story loss"]
-    assert loss["value"] == 64 / 50 and loss["n"] == 3 and loss["unit"] == "nats"
+    loss = figures["story_loss"]
+    assert loss["value"] == 64 / 50 and loss["n"] == 12 and loss["unit"] == "nats"
     assert 10 / 20 <= loss["low"] < loss["value"] < loss["high"] <= 24 / 10
-    same = {"value": 20, "n": 4, "low": 20, "high": 20, "unit": "tokens"}
+    same = {"value": 20, "n": 8, "low": 20, "high": 20, "unit": "tokens"}
     assert figures["length"] == same and len(asked) == 1
     assert "chat.exercises.questions" in "\n".join(as_lines(report))
+    run(capsys, *argv, f"--json={tmp_path / 'r.json'}")
+    again = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["chat"]["exercises"]
+    # The command gave the exercises' means 2,000 resamples, whatever --resamples said.
+    assert (
+        again["figures"]["story_loss"]["high"]
+        == command.mean_figure(losses, "nats", 100)["high"]
+        != loss["high"]
+    )
 
 
 def test_a_report_of_the_command_goes_into_a_model_card(tmp_path, capsys, ckpt, files):
@@ -229,3 +251,25 @@ def test_a_card_says_that_the_weights_were_packed_when_they_were_measured(
     export_hf.main(["--ckpt", ckpt, "--out", str(out), "--evaluation", str(report)])
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "Measured on 40 documents of valid.jsonl, with int8 weights. " in card
+
+
+def test_a_card_says_so_for_a_report_of_tasks_alone_and_for_the_dtype_that_was_used(
+    tmp_path, capsys, monkeypatch, ckpt
+):
+    """Of tasks a card never said int8; of --dtype auto it said "in auto"."""
+    monkeypatch.chdir(tmp_path)
+    tasks = tmp_path / "two.jsonl"
+    row = {"query": "a", "choices": [" b", " c"], "gold": 1}
+    tasks.write_text(f"{json.dumps(row)}\n", encoding="utf-8")
+    said = []
+    for flag in ("--quantize=int8", "--dtype=auto", "--dtype=bfloat16"):
+        out = tmp_path / flag.strip("-")
+        run(capsys, "--ckpt", ckpt, "--tasks", str(tasks), flag, f"--json={out}.json")
+        export_hf.main(["--ckpt", ckpt, "--out", str(out), "--evaluation", f"{out}.json"])
+        card = (out / "README.md").read_text(encoding="utf-8")
+        said += re.findall(r"Measured on tasks.*", card)
+    used = json.loads((tmp_path / "dtype=auto.json").read_text())["settings"]["dtype"]
+    assert used in ("float32", "bfloat16")
+    auto = "" if used == "float32" else f", in {used}"
+    endings = (", with int8 weights", auto, ", in bfloat16")
+    assert said == [f"Measured on tasks{ending}." for ending in endings]

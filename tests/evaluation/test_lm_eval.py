@@ -9,7 +9,7 @@ import torch
 
 from runtime.data.tokenizers import load_tokenizer
 from runtime.evaluation.choices import Request, answers
-from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval
+from runtime.evaluation.lm_eval import Reader, find_tasks
 from runtime.inference.scorer import Scorer
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import biased_model
@@ -112,7 +112,7 @@ def test_without_a_token_before_a_text_it_is_refused(reader):
         Reader(reader.scorer, Bare())
 
 
-def test_without_lm_eval_a_line_says_what_to_install(reader, monkeypatch):
+def test_without_lm_eval_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match="pip install lm-eval"):
-        evaluate_lm_eval(reader, ["hellaswag"])
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[lm-eval\]"'):
+        find_tasks(["hellaswag"])

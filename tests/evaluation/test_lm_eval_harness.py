@@ -16,11 +16,12 @@ import torch
 
 from runtime.data.tokenizers import load_tokenizer
 from runtime.evaluation.choice_formats import read_tasks
-from runtime.evaluation.choices import Request, answers, evaluate_choices
-from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, model_of
+from runtime.evaluation.choices import Request, answers
+from runtime.evaluation.lm_eval import Reader, evaluate_lm_eval, find_tasks, model_of
 from runtime.inference.scorer import Scorer
 from scripts.export_hf import main as export_hf
 from tests.builders import random_model, tiny_config
+from tests.builders_evaluation import evaluate_choices
 from tests.builders_inference import save
 from tests.evaluation.test_choice_formats import (
     ARC,
@@ -138,7 +139,7 @@ def test_its_figures_of_a_task_are_ours(name, reader, tmp_path):
     listed = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
     settings = {"include": str(theirs), "metric_list": listed}
     data, task = write_task(tmp_path, name, rows_of(name), settings)
-    asked = evaluate_lm_eval(reader, [task])["figures"]
+    asked = evaluate_lm_eval(reader, find_tasks([task]))["figures"]
     own = evaluate_choices(reader.scorer, BYTE, read_tasks([data]))["figures"]
     for metric in metrics:
         # Its length of an answer is the context's where the contexts differ.
@@ -176,7 +177,7 @@ def test_bits_per_byte_of_texts_longer_than_the_context(reader, tmp_path):
         "metric_list": listed,
     }
     _, task = write_task(tmp_path, "rolling", rows, settings)
-    (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
+    (one,) = evaluate_lm_eval(reader, find_tasks([task]))["figures"].values()
     assert max(len(row["text"].encode()) for row in rows) > 2 * CONTEXT
     all_bytes = [list(row["text"].encode()) for row in rows]
     windows = [window for ids in all_bytes for window in windows_of(ids)]
@@ -208,7 +209,7 @@ def test_generated_answers_are_the_decoders(reader, tmp_path):
             ],
         },
     )
-    (one,) = evaluate_lm_eval(reader, [task])["figures"].values()
+    (one,) = evaluate_lm_eval(reader, find_tasks([task]))["figures"].values()
     assert one["value"] == 0.5
 
 
@@ -219,10 +220,21 @@ def test_a_wrong_file_of_a_task_is_one_line(reader, tmp_path):
     settings = {"output_type": "multiple_choice", "doc_to_text": "{{nothing}}"}
     settings |= {"doc_to_choice": ["a", "b"], "doc_to_target": 0}
     _, no_key = write_task(tmp_path, "no_key", [{"q": "a"}], settings)
-    for task, message in ((str(torn), "did not find"), (no_key, "'nothing' is undefined")):
+    for task, message in ((str(torn), "while parsing"), (no_key, "'nothing' is undefined")):
         with pytest.raises(ValueError, match=f"^--lm_eval .*{message}") as error:
-            evaluate_lm_eval(reader, [task])
+            evaluate_lm_eval(reader, find_tasks([task]))
         assert "\n" not in str(error.value)
+
+
+def test_data_that_a_task_names_and_that_is_missing_is_one_line(reader, tmp_path):
+    """`datasets` raises FileNotFoundError itself, which was a traceback."""
+    settings = {"output_type": "multiple_choice", "doc_to_text": "{{q}}"}
+    settings |= {"doc_to_choice": ["a", "b"], "doc_to_target": 0}
+    data, task = write_task(tmp_path, "gone", [{"q": "a"}], settings)
+    Path(data).unlink()
+    with pytest.raises(ValueError, match=f"^--lm_eval {task}: ") as error:
+        evaluate_lm_eval(reader, find_tasks([task]))
+    assert "\n" not in str(error.value)
 
 
 def test_its_own_model_of_our_export_has_these_scores(reader, tmp_path):
@@ -275,4 +287,4 @@ def test_its_own_model_of_our_export_has_these_scores(reader, tmp_path):
 def test_an_unknown_task_is_one_line(reader):
     for task, message in (("no_such_task", "has no task"), ("missing.yaml", "there is no file")):
         with pytest.raises(ValueError, match=message):
-            evaluate_lm_eval(reader, [task])
+            evaluate_lm_eval(reader, find_tasks([task]))

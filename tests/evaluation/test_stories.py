@@ -22,6 +22,7 @@ from runtime.evaluation.stories import (
 from runtime.inference.decoder import Decoder
 from runtime.inference.scorer import Scorer
 from tests.builders import random_model, tiny_config
+from tests.builders_evaluation import checkpoint, report_of, write_texts
 
 BYTE = load_tokenizer("byte")
 TEXTS = [toy_stories.story(i) for i in range(30)]
@@ -162,3 +163,15 @@ def test_a_figure_has_an_interval_and_counts_what_it_is_of():
     mean = figure_of(Measure("a", "a", [(3, 1), (5, 1)], unit="words"))
     assert mean["value"] == 4 and mean["n"] == 2
     assert figure_of(Measure("a", "a", [(0, 0)])) == {"value": None, "n": 0}
+
+
+def test_resamples_are_those_that_were_asked_for(model, tmp_path):
+    """All intervals of stories were of 2,000 resamples, whatever --resamples said."""
+    files, ckpt = write_texts(tmp_path / "stories.jsonl", TEXTS), checkpoint(tmp_path, model)
+    few, many = (
+        report_of(ckpt, files, stories=10, resamples=count)["stories"]["figures"]["words_human"]
+        for count in (100, 2000)
+    )
+    assert few["value"] == many["value"] and few["high"] != many["high"]
+    given = Scorer(Decoder(model)), writer_of(model, max_new_tokens=256), TEXTS, 10
+    assert evaluate_stories(*given)["figures"]["words_human"] == many

@@ -117,7 +117,14 @@ def test_what_it_cannot_do_is_said_and_what_is_wrong_is_refused():
             native.forward([cache], [bad])
     with pytest.raises(ValueError, match="the KV cache holds 4 tokens"):
         native.forward([cache], [[1] * 5])
-    assert cache.length == 0
+    # Assertions stood for these, and python -O leaves them out.
+    with pytest.raises(ValueError, match="one contiguous row of float32"):
+        native.forward([KVCache(config, 1, 4, torch.float64)], [[1]])
+    windows, _ = native_model(random_model(tiny_config(sliding_window=2)))
+    ring = KVCache(windows.config, 1, 8)
+    with pytest.raises(ValueError, match="a ring loses keys"):
+        windows.forward([ring], [[1, 2]])
+    assert cache.length == ring.length == 0
     native, _ = native_model(random_model(tiny_config(context_length=8, use_attention_bias=True)))
     # It read past the table.
     with pytest.raises(

@@ -7,15 +7,37 @@ import random
 import numpy as np
 
 from runtime.data.formats import Counts
-from runtime.evaluation import bootstrap, choice_formats, choices, information
+from runtime.evaluation import bootstrap, choice_formats, choices, compared, information
+from runtime.evaluation.bootstrap import difference_intervals
 from runtime.evaluation.evaluate import Scorer as Used
 from runtime.inference.scorer import Scorer, Scores
 from tests.promises import evaluation
 
 
 def test_intervals_that_are_too_narrow_are_noticed(monkeypatch):
-    monkeypatch.setattr(bootstrap, "tail", lambda documents: 0.1)
-    assert evaluation.coverage(150).held == 0
+    monkeypatch.setattr(bootstrap, "tail", lambda documents: 0.4)
+    monkeypatch.setattr(compared, "NORMAL_975", 0.3)
+    assert evaluation.coverage(50).held == 0
+
+
+def test_what_was_too_sure_before_is_noticed(monkeypatch):
+    """A basic interval of the calibration error, and a bootstrap of answers that rarely differ."""
+
+    def basic(sums_DK, resamples, seed, real=evaluation.calibration_intervals):
+        error, gap = real(sums_DK, resamples, seed)
+        # Its upper end is that of the resampled errors.
+        return error._replace(low=max(0.0, 2 * error.value - error.high)), gap
+
+    def drawn(mine_Q, other_Q):
+        ones = np.ones((len(mine_Q), 1))
+        return difference_intervals(mine_Q[:, None], ones, other_Q[:, None], ones, 100)[0]
+
+    monkeypatch.setattr(evaluation, "calibration_intervals", basic)
+    monkeypatch.setattr(evaluation, "paired_difference", drawn)
+    failures = evaluation.coverage(50).failures
+    missed = {line.split(":")[0] for line in failures}
+    assert {f"_calibrated of {D} documents" for D in (12, 30, 100)} <= missed
+    assert {f"_rarely of {D} documents" for D in (12, 30)} <= missed
 
 
 def test_a_second_model_that_is_scored_otherwise_is_noticed(monkeypatch):

@@ -253,6 +253,17 @@ def test_a_folder_of_runs_stands_for_them(tmp_path, capsys):
     assert "best first, by validation loss: b, a" in capsys.readouterr().out
 
 
+def test_a_damaged_run_in_a_folder_of_runs_costs_itself_alone(tmp_path, capsys):
+    """A run that had just begun, without a record yet, left out all runs of its folder."""
+    write(tmp_path / "a"), write(tmp_path / "c", (3.0, 2.0, 1.0, 0.5))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").touch()
+    assert script.main([str(tmp_path)]) == 0
+    done = capsys.readouterr()
+    assert "best first, by validation loss: c, a" in done.out
+    assert done.err.count("\n") == 1 and str(tmp_path / "b") in done.err
+
+
 def test_a_run_that_was_moved_aside_is_named_by_its_file(tmp_path, capsys):
     """A fresh run in the same folder leaves the old one as metrics-1.jsonl."""
     write(tmp_path / "a")

@@ -8,8 +8,10 @@ import gzip
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,7 @@ from runtime.serving.watch import Handler, Server, Watch, folders_of_runs, parse
 from scripts import watch as command
 from tests.builders_watch import MadeRun
 from tests.conftest import REPO
+from tests.test_readme import sentences
 
 ROUTES = ("/", "/data", "/data?have=0.0.10.1", "/nothing")
 
@@ -513,3 +516,110 @@ def is_alive(process: int) -> bool:
 def test_what_a_page_has_is_read_strictly():
     assert parsed_have("") == {}
     assert parsed_have("0.1.20.3_7.0.0.0") == {0: (1, 20, 3), 7: (0, 0, 0)}
+
+
+def test_a_number_is_never_given_to_another_run(tmp_path):
+    """The last run was deleted and the next one got its number: a page joined their curves."""
+    MadeRun(tmp_path / "a").train(10, 20)
+    MadeRun(tmp_path / "b", "b").train(10, 20)
+    with served(tmp_path) as server:
+        first = data_of(server)
+        assert [run["number"] for run in first["runs"]] == [0, 1]
+        shutil.rmtree(tmp_path / "b")
+        server.watch._read_at = -math.inf
+        assert [run["number"] for run in data_of(server, first)["runs"]] == [0]
+        MadeRun(tmp_path / "c", "c").train(10, 30)
+        later = data_of(server, first)["runs"]
+        assert [run["number"] for run in later] == [0, 2] and "tables" in later[1]
+
+
+def test_a_folder_that_is_gone_is_forgotten(tmp_path):
+    """A page that is open for weeks would ask for every folder that ever was."""
+    watch = Watch([tmp_path])
+    for name in "abc":
+        MadeRun(tmp_path / name).train(10, 20)
+    assert len(fresh_runs(watch)) == 3
+    shutil.rmtree(tmp_path / "b")
+    assert len(fresh_runs(watch)) == 2
+    assert {folder.name for folder in watch._followers} == {"a", "c"}
+    MadeRun(tmp_path / "b").train(10, 20)
+    assert len(fresh_runs(watch)) == 3
+
+
+def test_runs_beyond_the_most_are_said(tmp_path, monkeypatch):
+    """They were left out without a word."""
+    monkeypatch.setattr("runtime.serving.watch.MOST_RUNS", 2)
+    for name in "abc":
+        MadeRun(tmp_path / name, name).train(10, 20)
+    with served(tmp_path) as server:
+        data = data_of(server)
+        assert len(data["runs"]) == 2
+        assert data["notices"] == [
+            "runs that are not shown, because a page has at most 2: 1; name fewer folders"
+        ]
+        shutil.rmtree(tmp_path / "c")
+        assert data_of(server, data)["notices"] == []
+
+
+def test_a_run_that_begins_when_there_is_no_room_leaves_the_others_on_the_page(
+    tmp_path, monkeypatch
+):
+    """One run too many was sent for good, and the server refused what the page said that it has.
+
+    The limit held for new runs as they were met: a run that was known came after it, and stayed.
+    """
+    monkeypatch.setattr(watch_module, "MOST_RUNS", 2)
+    for name in "ab":
+        MadeRun(tmp_path / name, name).train(10, 20)
+    with served(tmp_path) as server:
+        first = data_of(server)
+        # It takes metrics.jsonl; the earlier run's file is metrics-1.jsonl now, which is news too.
+        MadeRun(tmp_path / "a", "fresh").train(10, 30)
+        later = data_of(server, first)
+        assert [(run["number"], run["step"]) for run in later["runs"]] == [(2, 30), (1, 20)]
+        assert later["notices"][0].endswith("a page has at most 2: 1; name fewer folders")
+        assert len(data_of(server, later)["runs"]) == 2
+        # There is room again.
+        shutil.rmtree(tmp_path / "b")
+        last = data_of(server, later)
+        assert [(run["number"], run["step"]) for run in last["runs"]] == [(2, 30), (3, 20)]
+        assert last["notices"] == []
+
+
+def test_a_folder_below_another_that_was_given_may_link_as_far_as_that_one(tmp_path):
+    """Naming `runs runs/a` hid a run that `runs` alone showed: the last folder's bound held."""
+    kept = MadeRun(tmp_path / "runs" / "kept", "kept").train(10, 30).folder
+    inner = tmp_path / "runs" / "a"
+    inner.mkdir()
+    (inner / "metrics.jsonl").symlink_to(kept / "metrics.jsonl")
+    (inner / "metrics.json").symlink_to(kept / "metrics.json")
+    for roots in ([tmp_path / "runs"], [tmp_path / "runs", inner]):
+        watched = {Path(one.where).name: one.run.last_step for one in Watch(roots).runs()}
+        assert watched == {"a": 30, "kept": 30}
+
+
+def test_a_snapshot_is_of_one_moment(tmp_path):
+    """Its runs and its notices could be of two readings: a server's threads read as well."""
+    free = []
+
+    class Asked(Watch):
+        @property
+        def notices(self) -> list[str]:
+            other = threading.Thread(target=lambda: free.append(self.lock.acquire(blocking=False)))
+            other.start()
+            other.join()
+            return super().notices
+
+    MadeRun(tmp_path / "run").train(10, 20)
+    assert "</html>" in watch_module.snapshot(Asked([tmp_path]))
+    assert free == [False]
+
+
+def test_the_sentences_of_its_documentation_are_short():
+    text = (REPO / "docs" / "monitoring.md").read_text("utf-8")
+    assert [one for one in sentences(text) if len(one.split()) > 20] == []
+
+
+def fresh_runs(watch: Watch) -> list:
+    watch._read_at = -math.inf
+    return watch.runs()

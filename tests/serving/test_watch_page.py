@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_with_a_mark_and_a_notice(browser, se
     page = opened(browser, serve(tmp_path).url)
     run.train(110, 120, loss=math.nan, perplexity=math.nan, grad_norm=math.inf)
     page.until("document.title.startsWith('\\u26A0 NaN')")
-    assert cell(page, 0, 1) == "not finite" and cell(page, 0, 4) == "NaN"
+    assert cell(page, 0, 1) == "diverged" and cell(page, 0, 4) == "NaN"
     assert any("not finite at step 120" in line for line in notices(page))
     loss = "document.querySelector('.chart.wide')"
     assert page.run(f"{loss}.querySelectorAll('.nan').length") == 2
@@ -220,6 +220,18 @@ def test_a_loss_that_is_not_finite_is_a_gap_with_a_mark_and_a_notice(browser, se
     page.until("/^[0-9]/.test(document.title)")
     assert page.run(f"{loss}.querySelector('.raw').getAttribute('d').split('M').length") == 3
     assert cell(page, 0, 1) == "running"
+    clean(page)
+    page.close()
+
+
+def test_a_run_that_diverged_by_spikes_keeps_its_loss_in_the_title(browser, serve, tmp_path):
+    """The title said NaN of each run that diverged, also where every loss is finite."""
+    run = MadeRun(tmp_path / "nano").train(10, 100)
+    run.note("events", {"step": 100, "kind": "diverged", "text": "6 steps were skipped"})
+    page = opened(browser, serve(tmp_path).url)
+    assert cell(page, 0, 1) == "diverged"
+    assert page.run("document.title") == f"\u26a0 {cell(page, 0, 4)} nano"
+    assert float(cell(page, 0, 4)) > 1
     clean(page)
     page.close()
 
@@ -267,9 +279,8 @@ def test_keys_read_the_values_of_every_axis(browser, tmp_path):
     page = opened(browser, (tmp_path / "page.html").as_uri())
     records = [record for record in run.log.records() if record["kind"] == "train"]
     focus_chart(page, "Gradient norm")
-    page.run("const s = document.querySelector('#smooth'); s.value = 0;"
-             "s.dispatchEvent(new Event('input'))")  # fmt: skip
-    page.until("document.querySelector('output[for=smooth]').textContent === '0.00'")
+    # The smoothed line was read out, which has values that no record has.
+    assert page.run("document.querySelector('output[for=smooth]').textContent") == "0.60"
 
     def read() -> tuple[str, float]:
         head, row = tip(page)
@@ -331,6 +342,20 @@ def test_the_heat_map_is_the_records_loads(browser, serve, tmp_path):
     page.close()
 
 
+def test_the_first_record_is_a_point(browser, tmp_path):
+    """A path of one point draws nothing, so the page was empty for the first minutes of a run."""
+    MadeRun(tmp_path / "young").train(10, 10)
+    (tmp_path / "page.html").write_text(snapshot(Watch([tmp_path])))
+    page = opened(browser, (tmp_path / "page.html").as_uri())
+    plots = "[...document.querySelectorAll('.plot')].filter(plot => plot.querySelector('path'))"
+    count = page.run(f"{plots}.length")
+    assert count >= 5
+    # That of the least and most loaded expert has a band and no line.
+    seen = page.run(f"{plots}.filter(plot => plot.querySelector('circle.dot')).length")
+    assert seen == count - 1
+    page.close()
+
+
 def test_a_run_has_no_value_after_its_end(browser, tmp_path):
     """The shorter run's last number was shown at every later step, as if it had got there."""
     MadeRun(tmp_path / "short", "a").train(10, 100)
@@ -366,6 +391,49 @@ def test_charts_keep_their_order_and_the_focus(browser, serve, tmp_path):
     page.until("document.body.textContent.includes('Bits per byte, validation')")
     assert titles(page) == [before[0], "Bits per byte, validation", *before[1:]]
     assert page.run("document.activeElement.getAttribute('aria-label')").startswith("Learning rate")
+    page.close()
+
+
+def test_a_page_left_open_keeps_the_beginning_of_a_run(browser, serve, tmp_path, monkeypatch):
+    """It halved its own rows when they were many, those of the beginning each time again.
+
+    After some days the first half of a run was one point. Now the server thins the whole evenly.
+    """
+    monkeypatch.setattr(curves_page, "MOST_POINTS", 20)
+    monkeypatch.setattr(curves_page, "MOST_COLUMNS", 10)
+    run = MadeRun(tmp_path / "nano", max_steps=10_000).train(1, 10, every=1)
+    page = opened(browser, serve(tmp_path).url)
+    # Fewer at a time than the server would answer with the whole.
+    for last in range(20, 331, 10):
+        run.train(last - 9, last, every=1)
+        page.until(f"+document.querySelector('#runs tbody tr').cells[2].textContent"
+                   f".split(' ')[0].replace(',', '') === {last}")  # fmt: skip
+    # Asked again once more than 40 rows have come.
+    xs = page.run(
+        "document.querySelector('.chart .raw').getAttribute('d').split(/[ML]/).slice(1)"
+        ".map(point => +point.split(' ')[0])"
+    )
+    assert 20 <= len(xs) <= 60
+    middle = (min(xs) + max(xs)) / 2
+    # Halving would have left 2 of the rows to the first half.
+    assert sum(x < middle for x in xs) >= 7
+    clean(page)
+    page.close()
+
+
+def test_few_steps_have_whole_ticks_and_times_are_round(browser, serve, tmp_path):
+    """After four steps the axis said 0 1 1 2 2 3 3 4 4, and times had ticks at 16 min 40 s."""
+    ticks = "[...document.querySelectorAll('.chart.wide text[text-anchor=middle]')]"
+    MadeRun(tmp_path / "nano").train(1, 4, every=1)
+    page = opened(browser, serve(tmp_path).url, width=1280)
+    said = page.run(f"{ticks}.map(one => one.textContent)")
+    assert said[0] == "0" and len(said) == len(set(said)) >= 4
+    page.close()
+    MadeRun(tmp_path / "nano").train(10, 20_000, every=10)
+    page = opened(browser, serve(tmp_path).url, width=1280)
+    redraw(page, "document.querySelector('#axis input[value=seconds]').click()")
+    said = page.run(f"{ticks}.map(one => one.textContent)")
+    assert said[:4] == ["0 s", "10 min", "20 min", "30 min"] and "1 h 20 min" in said
     page.close()
 
 

@@ -322,6 +322,19 @@ def test_a_run_that_takes_the_folder_over_is_followed(tmp_path):
     assert [(run.run_id, run.last_step) for run in follower.runs] == [("first", 3), ("second", 5)]
 
 
+def test_a_folder_in_which_runs_begin_again_and_again_is_followed(tmp_path, monkeypatch):
+    """After 16 fresh starts in one graph_dir the records of the next were said to be damaged."""
+    monkeypatch.setattr(curves, "MOST_RUNS", 3)
+    follower = Follower(tmp_path)
+    for number in range(6):
+        filled(tmp_path, range(1, 4), run_id=f"{number:016d}")
+        assert follower.poll()
+        newest = follower.runs[0]
+        assert newest.run_id == f"{number:016d}" and list(newest.train.steps) == [1, 2, 3]
+        assert not newest.messages
+        assert len(follower.runs) == number + 1
+
+
 def test_what_is_no_file_is_a_message_and_no_hang(tmp_path):
     filled(tmp_path, [1])
     follower = Follower(tmp_path)

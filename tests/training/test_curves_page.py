@@ -22,6 +22,7 @@ from runtime.training.curves_page import (
     status_data,
 )
 from tests.builders_watch import MadeRun, info_of, train_record, write_long_run
+from tests.conftest import REPO
 
 
 def data_inside(page: str) -> dict:
@@ -245,3 +246,9 @@ def test_the_last_news_is_the_time_of_the_file(tmp_path):
     made = MadeRun(tmp_path).train(10, 20)
     os.utime(made.log.path, (1_700_000_000, 1_700_000_000))
     assert run_data(read_run(tmp_path), 0)["modified"] == 1_700_000_000
+
+
+def test_the_template_has_lines_that_can_be_read():
+    """As in all other files of the repository: at most 100 columns."""
+    lines = (REPO / "runtime/training/curves_page.html").read_text("utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []

@@ -74,7 +74,56 @@ def test_skipped_steps_are_an_event_each_time(data, tmp_path, monkeypatch):
     run = Run(data, tmp_path)
     assert not run("--max_steps", "8")
     (skipped,) = [e for e in lines(run, "events.jsonl") if e["kind"] == "skipped"]
-    assert skipped["step"] == 4 and skipped["text"] == "1 step was skipped: not finite"
+    assert skipped["step"] == 4 and skipped["text"] == "1 step was skipped: 1 not finite"
+
+
+def test_skipped_steps_that_no_record_tells_are_an_event_before_the_run_ends(
+    data, tmp_path, monkeypatch
+):
+    """A run gave up between two records, and no event said how many of its steps were spikes."""
+    monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 2)
+    # Two micro-batches a step: step 62 is a spike, those after it are not finite.
+    poison(monkeypatch, range(124, 125), lambda loss: 50 * loss)
+    poison(monkeypatch, range(126, 200))
+    run = Run(data, tmp_path)
+    flags = ["--max_steps", "90", "--log_interval", "50", "--spike_sigmas", "6"]
+    with pytest.raises(train.TrainingDiverged):
+        run(*flags, "--save_interval", "60", "--max_rollbacks", "0")
+    *_, skipped, diverged = lines(run, "events.jsonl")
+    assert (skipped["kind"], diverged["kind"]) == ("skipped", "diverged")
+    assert skipped["text"] == "4 steps were skipped: 3 not finite, 1 spike of the loss"
+    assert skipped["step"] == diverged["step"] == 66
+
+
+def test_skipped_steps_are_an_event_also_when_a_signal_comes_first(data, tmp_path, monkeypatch):
+    """The resumed run begins to count at its checkpoint: nothing would have told of them."""
+    poison(monkeypatch, range(0, 1))
+    monkeypatch.setattr(train.StopRequest, "requested", lambda self: True)
+    run = Run(data, tmp_path)
+    assert run("--max_steps", "9", "--log_interval", "5")
+    assert kinds(run)[-2:] == [("skipped", 1), ("stop", 1)]
+
+
+def test_an_event_tells_a_spike_from_what_is_not_finite(data, tmp_path, monkeypatch, capsys):
+    """A run with --spike_sigmas said "not finite, or a spike of the loss" of each skipped step.
+
+    One is a matter of the data, the other of the numbers: what to do differs. The counts survive a
+    resume.
+    """
+    # Two micro-batches a step: step 62 is a spike, steps 64 and 65 are not finite.
+    losses = {124: lambda loss: 50 * loss, 128: None, 130: None}
+    for first, change in losses.items():
+        poison(monkeypatch, range(first, first + 1), *([change] if change else []))
+    run = Run(data, tmp_path)
+    flags = ["--max_steps", "66", "--log_interval", "2", "--spike_sigmas", "6"]
+    assert not run(*flags, "--save_interval", "64")
+    told = [(e["step"], e["text"]) for e in lines(run, "events.jsonl") if e["kind"] == "skipped"]
+    assert told == [
+        (64, "1 step was skipped: 1 spike of the loss"),
+        (66, "2 steps were skipped: 2 not finite"),
+    ]
+    assert "3 steps were skipped: 2 not finite, 1 spike of the loss\n" in capsys.readouterr().out
+    assert run.final().run["skipped_steps"] == 3 and run.final().run["skipped_spikes"] == 1
 
 
 def test_a_rollback_is_an_event(data, tmp_path, monkeypatch):
@@ -183,6 +232,52 @@ def test_samples_are_written_at_each_validation(data, tmp_path):
     assert not (plain.graph_dir / "samples.jsonl").exists()
     # Nor does its absence end a resume.
     assert not run("--max_steps", "9", "--resume", "--sample_prompts", "", fresh=False)
+
+
+def test_samples_draw_no_number_of_the_run_and_restore_its_mode(tmp_path):
+    """They have a generator of their own; the global one is dropout's and the next batch's.
+
+    A validation may find the model in either mode, and an error may end an answer.
+    """
+    tokenizer = load_tokenizer("byte")
+    (tmp_path / "p.txt").write_text("hi\nho")
+    answers = short_answers(
+        str(tmp_path / "p.txt"), tokenizer.to_state(), False, torch.float32, ONE_PROCESS
+    )
+    model = LLM(tiny_config(vocabulary_size=tokenizer.vocabulary_size, dropout=0.5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = []
+    for mode in (True, False):
+        model.train(mode)
+        torch.manual_seed(7)
+        told = [answers(model) for _ in range(2)]
+        states.append(torch.get_rng_state())
+        # In eval mode: dropout would draw, and no two answers would agree.
+        assert told[0] == told[1] and model.training is mode
+        assert all(module.training is mode for module in model.modules())
+    torch.manual_seed(7)
+    assert all(torch.equal(state, torch.get_rng_state()) for state in states)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        model.embed.weight.fill_(math.nan)
+    model.train()
+    with pytest.raises(ValueError, match="finite"):
+        answers(model)
+    assert model.training
+
+
+def test_a_run_with_dropout_is_the_same_with_samples_and_without(data, tmp_path):
+    """Bit for bit, weights and optimizer, also when it was resumed after a sample."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("tom saw")
+    flags = ["--max_steps", "8", "--dropout", "0.2", "--schedule", "constant"]
+    sampled, plain = Run(data, tmp_path / "with"), Run(data, tmp_path / "without")
+    assert not sampled(*flags, "--max_steps", "4", "--sample_prompts", prompts)
+    assert not sampled("--max_steps", "8", "--resume", fresh=False)
+    assert not plain(*flags)
+    assert_same(sampled.final(), plain.final())
+    assert len(lines(sampled, "samples.jsonl")) == 2
 
 
 def test_a_resumed_run_makes_the_same_samples(data, tmp_path):

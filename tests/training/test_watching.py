@@ -69,6 +69,25 @@ def test_it_ends_if_the_run_does_not(tmp_path, children):
     assert [child.ended for child in children] == [True]
 
 
+def test_a_child_that_cannot_start_never_stops_the_run(tmp_path, monkeypatch, capsys):
+    """Where a process may have no child, as at a limit of processes, the run ended with it."""
+
+    def refused(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(watching.subprocess, "Popen", refused)
+    ran = []
+    with watched(plan_of(tmp_path)):
+        ran.append(True)
+    said = capsys.readouterr().out
+    assert ran == [True] and said.startswith("no page  ") and said.count("\n") == 1
+    assert "Resource temporarily unavailable" in said and "python -m scripts.watch" in said
+    # An error of the run is the run's, and no other is told with it.
+    with pytest.raises(OSError, match="disk") as failed, watched(plan_of(tmp_path)):
+        raise OSError("disk")
+    assert failed.value.__context__ is None
+
+
 @pytest.mark.parametrize("watch, is_first", [(False, True), (True, False)])
 def test_nobody_else_starts_one(tmp_path, children, watch, is_first):
     with watched(plan_of(tmp_path, watch, is_first)):

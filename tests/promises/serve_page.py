@@ -97,7 +97,7 @@ def hostile_outputs(count: int) -> Tally:
 
 PROMISES: list[Promise] = [
     Promise(
-        80,
+        82,
         "Whatever a model says is text on the server's page: nothing of it runs or is fetched",
         hostile_outputs,
         6,

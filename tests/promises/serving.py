@@ -67,7 +67,7 @@ def same_in_company(count: int) -> Tally:
 
 PROMISES: list[Promise] = [
     Promise(
-        72,
+        77,
         "32 at a time: each answer, with log-probabilities and experts, has the bits of it alone",
         same_in_company,
         128,

@@ -284,7 +284,7 @@ def _wrong(r: random.Random, method: str, is_open: bool) -> tuple[dict[str, str]
 
 PROMISES: list[Promise] = [
     Promise(
-        73,
+        78,
         "Malformed requests get an error below 500, and the next good one its usual answer",
         malformed,
         200,
@@ -292,7 +292,7 @@ PROMISES: list[Promise] = [
         10_000,
     ),
     Promise(
-        74,
+        79,
         "Clients that go, at any point, free their slots, and nobody else's answer changes",
         disconnects,
         40,
@@ -300,7 +300,7 @@ PROMISES: list[Promise] = [
         500,
     ),
     Promise(
-        75,
+        80,
         "A full queue says 429 and when to come back, a large body 413; nothing of them stays",
         full_queue,
         40,
@@ -308,7 +308,7 @@ PROMISES: list[Promise] = [
         200,
     ),
     Promise(
-        76,
+        81,
         "A wrong key, Host, Origin or Content-Type is refused on every route",
         who_may_ask,
         150,

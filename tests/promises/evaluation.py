@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -166,7 +167,7 @@ def against_itself(count: int) -> Tally:
     tally = Tally()
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         with folder() as at:
-            attempt(tally, f"seed {seed}", lambda at=at, seed=seed: _itself(at, seed))  # type: ignore
+            attempt(tally, f"seed {seed}", functools.partial(_itself, at, seed))
     return tally
 
 
@@ -222,7 +223,7 @@ def same_bytes(count: int) -> Tally:
     tally = Tally()
     for seed in range(FIRST_SEED, FIRST_SEED + count):
         with folder() as at, _threads_kept():
-            attempt(tally, f"seed {seed}", lambda at=at, seed=seed: _same_bytes(at, seed))  # type: ignore
+            attempt(tally, f"seed {seed}", functools.partial(_same_bytes, at, seed))
     return tally
 
 
@@ -304,7 +305,7 @@ def known_answers(count: int) -> Tally:
     for i in range(count):
         kind, r = KNOWN[i % len(KNOWN)], random.Random(FIRST_SEED + i)
         with folder() as at:
-            attempt(tally, f"{kind.__name__} {i}", lambda at=at, k=kind, r=r: k(at, r))  # type: ignore
+            attempt(tally, f"{kind.__name__} {i}", functools.partial(kind, at, r))
     return tally
 
 

@@ -135,8 +135,8 @@ def check_choices(served: Served, num_prompts: int, n: int) -> None:
     if num_prompts * n > most:
         raise refused(
             "n" if n > 1 else "prompt",
-            f"{num_prompts:,} prompts with {n} answers each are more than {most} answers, which "
-            "fit this server's slots and queue: send several requests",
+            f"prompts ({num_prompts:,}) times n ({n}) may be at most {most}, which fit this "
+            "server's slots and queue: send several requests",
         )
 
 

@@ -9,18 +9,22 @@ from runtime.base.text import shown
 from runtime.data.tokenizer import without_surrogates
 from runtime.serving.errors import ApiError
 
+# No field holds more than 19; reading an integer takes the square of its digits.
+MOST_DIGITS = 400
+
 
 def read_object(data: bytes) -> dict:
     """Return the object that a body holds. Raise ApiError for anything else.
 
     No NaN and no Infinity, which JSON does not have; no name twice, because parsers differ in which
-    one counts; no nesting beyond Python's stack; no integer of more than 4,300 digits, which Python
-    does not read. Lone surrogates in texts become U+FFFD.
+    one counts; no nesting beyond Python's stack; no integer of more than MOST_DIGITS digits. Lone
+    surrogates in texts become U+FFFD.
     """
     try:
         value = json.loads(
             data.decode("utf-8"),
             parse_constant=_no_constant,
+            parse_int=_integer,
             object_pairs_hook=_no_name_twice,
         )
     except UnicodeDecodeError:
@@ -38,11 +42,18 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not in JSON")
 
 
+def _integer(digits: str) -> int:
+    # Python would say how to change its limit.
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"an integer has {len(digits):,} digits, and {MOST_DIGITS} are read")
+    return int(digits)
+
+
 def _no_name_twice(pairs: Iterable[tuple[str, object]]) -> dict:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {shown(name)} is there twice")
+            raise ValueError(f"the name {shown(name)[4:]} is there twice")
         found[name] = without_surrogates(value) if isinstance(value, str) else value
     return found
 

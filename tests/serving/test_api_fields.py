@@ -190,6 +190,15 @@ def test_a_body_that_is_no_plain_json_object_is_refused_in_a_line(body):
     assert error.status == 400 and len(error.message) <= 400
 
 
+def test_an_integer_that_is_too_long_is_told_in_our_own_line():
+    """Python's line told the client to call sys.set_int_max_str_digits."""
+    for digits in (401, 5_000, 500_000):
+        error = refusal(read_object, b'{"seed": -' + b"9" * digits + b"}")
+        assert "digits, and 400 are read" in error.message and "sys" not in error.message
+    assert read_object(b'{"seed": ' + b"9" * 400 + b"}")["seed"] == 10**400 - 1
+    assert "name 'a' is there twice" in refusal(read_object, b'{"a": 1, "a": 2}').message
+
+
 def test_json_of_a_stranger_is_read_and_written_back_whole():
     assert read_object(b'{"a": 1e999}')["a"] == float("inf")
     # A lone surrogate, which UTF-8 cannot hold, and a pair, which it can.

@@ -57,7 +57,9 @@ class CommonFields:
     experts: bool = option(
         False, "add the experts of each token and their routing weights, by block"
     )
-    return_token_ids: bool = option(False, "add the ids of the answer's tokens")
+    return_token_ids: bool = option(
+        False, "add the ids of the answer's tokens, and of the most likely ones with logprobs"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

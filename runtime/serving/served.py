@@ -117,6 +117,8 @@ class Served:
             "has_chat_template": self.rendering.has_chat,
             "plain_chat": self.limits.plain_chat,
             "sampling_defaults": self.limits.defaults,
+            # They end an answer.
+            "stop_token_ids": list(self.rendering.stop_ids),
             "system_fingerprint": self.fingerprint,
         }
 

@@ -111,6 +111,15 @@ class Routes:
         refusal = self.state.refusal()
         if refusal is not None:
             raise refusal
+        models = self.state.models.by_name.items()
+        if stopped := [name for name, one in models if not one.engine.is_open]:
+            # A supervisor that asks for this restarts the server.
+            raise try_later(
+                503,
+                f"the engine of {', '.join(stopped)} has stopped: restart the server",
+                DRAIN_RETRY_SECONDS,
+                "engine_stopped",
+            )
         return _json({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:

@@ -33,6 +33,10 @@ class Engine(Protocol):
     def line(self) -> str:
         """What that means, in a line."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: not closed, and its thread has not ended."""
+
     def submit(self, request: Request, on_event: OnEvent) -> Ticket:
         """Queue a request. Raise QueueFull, EngineClosed, or ValueError for what it refuses."""
 
@@ -40,7 +44,7 @@ class Engine(Protocol):
         """End a request; its slot is free soon after."""
 
     def drain(self, seconds: float) -> bool:
-        """Finish what is there, take nothing new; cancel what is left after so many seconds."""
+        """Finish what is there, take nothing new; return whether all ended in so many seconds."""
 
     def close(self) -> None:
         """Cancel what is there, and end the thread."""

@@ -416,6 +416,21 @@ def test_while_it_loads_it_says_so():
         assert server.ask("/health")[0] == 200
 
 
+def test_a_server_whose_engine_has_stopped_says_so():
+    """A supervisor asks for /health, which said ok while no request could be answered."""
+    engine, other = held(), held()
+    with live(served_of(engine, "a"), served_of(other, "b")) as server:
+        assert server.ask("/health")[0] == 200
+        other.is_open = False
+        status, headers, data = server.ask("/health")
+        assert status == 503 and headers["Retry-After"]
+        error = json.loads(data)["error"]
+        assert error["code"] == "engine_stopped"
+        assert error["message"] == "the engine of b has stopped: restart the server"
+        # The other model is answered still.
+        assert server.ask("/v1/models")[0] == 200
+
+
 def test_at_its_end_it_finishes_what_is_there_and_begins_nothing():
     engine = held()
     with live(served_of(engine)) as server:

@@ -333,12 +333,16 @@ class Guard:
             return ApiError(
                 404, f"there is no such route; there are {', '.join(self.paths)}", code="not_found"
             )
-        headers = dict(error.headers or {})
-        line, code = str(error.detail), None
         if error.status_code == 405:
-            line = f"this route is for {headers.get('Allow', 'other methods')} alone"
-            code = "method_not_allowed"
-        return ApiError(error.status_code, line, code=code, headers=headers)
+            # starlette writes a set, in any order.
+            methods = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+            return ApiError(
+                405,
+                f"this route is for {methods} alone",
+                code="method_not_allowed",
+                headers={"Allow": methods},
+            )
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
 
     async def _tell(self, error: ApiError, scope: Scope, receive: Receive, reply: Reply) -> None:
         # With a part of an answer out, the connection is closed by its end.

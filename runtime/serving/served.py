@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.base.text import shown
 from runtime.data.tokenizer import Tokenizer
-from runtime.serving.errors import ApiError, short
+from runtime.serving.errors import ApiError, short, told
 from runtime.serving.request import OnEvent, Request, Ticket
 from runtime.serving.statistics import Gauges, Statistics
 
@@ -141,7 +140,7 @@ class Models:
         if name is None or name in ANY_MODEL:
             return next(iter(self.by_name.values()))
         if not isinstance(name, str):
-            raise ApiError(400, f"model must be a text, not {shown(name)}", param="model")
+            raise ApiError(400, f"model must be a text, not {told(name)}", param="model")
         if name not in self.by_name:
             ours = ", ".join(self.by_name)
             raise ApiError(

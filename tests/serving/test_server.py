@@ -173,6 +173,8 @@ def test_what_is_no_route_or_method_is_told_with_the_routes(server):
     assert status == 405 and headers["Allow"] == "POST" and error["code"] == "method_not_allowed"
     # It was the bare words Method Not Allowed.
     assert error["message"] == "this route is for POST alone"
+    status, headers, data = server.ask("/health", method="DELETE")
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert server.ask("/health", method="DELETE")[0] == 405
     assert server.ask("/v1/completions/", BODY)[0] == 404
 

@@ -22,7 +22,7 @@ def option(default, help, *, choices=None, minimum=None, maximum=None, above=Non
     return field(default=default, metadata={"help": help, **limits})
 
 
-def check_field(name: str, value: typing.Any, kind: type, limits):
+def check_field(name: str, value: typing.Any, kind: type[typing.Any], limits):
     """Return a field's value, 1 as 1.0 and a list of texts as a tuple, if type and range are right.
 
     Raises ValueError with the field, the value and what is allowed.

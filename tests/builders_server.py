@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -64,7 +65,7 @@ class Rendering:
 class FakeEngine:
     """Draws the same ids for everyone: at once, or when a test calls `tell`."""
 
-    is_exact, line = True, "a test's engine"
+    is_exact, line, is_open = True, "a test's engine", True
 
     def __init__(self, ids: Sequence[int] = (), at_once: bool = True, most: int = 1_000):
         self.ids, self.at_once, self.most = list(ids), at_once, most
@@ -213,6 +214,25 @@ def read_all(connection: socket.socket) -> bytes:
         while chunk := connection.recv(1 << 16):
             found += chunk
     return found
+
+
+def read_one(connection: socket.socket) -> bytes:
+    """Return one answer whose length its head says, of a connection that is kept."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        found += _more(connection)
+    head, _, body = found.partition(b"\r\n\r\n")
+    match = re.search(rb"^content-length: (\d+)", head, re.MULTILINE | re.IGNORECASE)
+    assert match is not None, head
+    while len(body) < int(match[1]):
+        body += _more(connection)
+    return head + b"\r\n\r\n" + body
+
+
+def _more(connection: socket.socket) -> bytes:
+    chunk = connection.recv(1 << 16)
+    assert chunk, "the connection has ended"
+    return chunk
 
 
 def post(path: str, body: Any, *lines: str) -> bytes:

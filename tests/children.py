@@ -84,6 +84,11 @@ class Child:
         self.pid = int(server.stdout.readline())
         Child._last = self
 
+    @property
+    def printed(self) -> Path:
+        """Return the file into which stdout goes."""
+        return self._folder / "out"
+
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
         return self._ended(0)

@@ -76,12 +76,23 @@ class UntilText:
         if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
             self.held = ""
             return text[: min(found)], True
-        keep = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
+        keep = max((_begun(stop, text) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep], False
+
+
+def _begun(stop: str, text: str) -> int:
+    """Return how many characters at the end of a text are the beginning of a stop string.
+
+    The work grows with the new text: stops may be long and many, and each token is asked about.
+    """
+    start = max(0, len(text) - len(stop) + 1)
+    # The first one found is the longest.
+    while (start := text.find(stop[0], start)) >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0
 
 
 def visible(text: str) -> str:

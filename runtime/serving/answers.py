@@ -102,12 +102,16 @@ class Answer:
 
 
 def usage_of(answers: Sequence[Answer], num_per_prompt: int) -> dict:
-    """Return the tokens of a request: each prompt once, all answers."""
-    prompt = sum(len(answer.job.request.ids) for answer in answers[::num_per_prompt])
+    """Return the tokens of a request: each prompt once, as its first answer read it; all answers.
+
+    The others of a prompt read it from the first one's cache: that saves the client nothing more.
+    """
+    firsts = answers[::num_per_prompt]
+    prompt = sum(len(answer.job.request.ids) for answer in firsts)
     new = sum(answer.num_tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": sum(a.num_reused for a in answers)},
+        "prompt_tokens_details": {"cached_tokens": sum(a.num_reused for a in firsts)},
     }

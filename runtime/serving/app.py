@@ -46,8 +46,8 @@ from runtime.serving.work import DRAIN_RETRY_SECONDS, Work, draining
 PING_SECONDS = 15.0
 # Of a request whose client was gone, in log lines and metrics: nginx's number.
 CLIENT_GONE = 499
-# Names in the header that lists those nobody read.
-MOST_IGNORED = 20
+# Of the header that lists names which nobody read: proxies refuse heads above 4 KiB (nginx).
+MOST_IGNORED_BYTES = 1_000
 # Answered while the server loads or shuts down, and without the key.
 HEALTH = "/health"
 OPEN_PATHS = frozenset({HEALTH, *PATHS})
@@ -111,6 +111,15 @@ class Routes:
         refusal = self.state.refusal()
         if refusal is not None:
             raise refusal
+        models = self.state.models.by_name.items()
+        if stopped := [name for name, one in models if not one.engine.is_open]:
+            # A supervisor that asks for this restarts the server.
+            raise try_later(
+                503,
+                f"the engine of {', '.join(stopped)} has stopped: restart the server",
+                DRAIN_RETRY_SECONDS,
+                "engine_stopped",
+            )
         return _json({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
@@ -185,7 +194,7 @@ def _json(value: object, headers: dict[str, str] | None = None) -> Response:
 def _ignored(unknown: Iterable[str]) -> dict[str, str]:
     """Return the header that lists names which nobody read, in ASCII."""
     names = [ascii(name[:40])[1:-1].replace(",", " ") for name in unknown]
-    return {"X-Gptoss-Ignored": ", ".join(names[:MOST_IGNORED])} if names else {}
+    return {"X-Gptoss-Ignored": ", ".join(names)[:MOST_IGNORED_BYTES]} if names else {}
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -276,7 +285,8 @@ class Guard:
     def __init__(self, app: ASGIApp, state: State, known: list[Route]):
         self.app, self.state = app, state
         self.known: dict[Any, str] = {route.endpoint: route.path for route in known}
-        self.paths = sorted({route.path for route in known})
+        # As they are typed: {id:path} is starlette's.
+        self.paths = sorted({route.path.replace(":path}", "}") for route in known})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -323,8 +333,16 @@ class Guard:
             return ApiError(
                 404, f"there is no such route; there are {', '.join(self.paths)}", code="not_found"
             )
-        headers = dict(error.headers or {})
-        return ApiError(error.status_code, str(error.detail), headers=headers)
+        if error.status_code == 405:
+            # starlette writes a set, in any order.
+            methods = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+            return ApiError(
+                405,
+                f"this route is for {methods} alone",
+                code="method_not_allowed",
+                headers={"Allow": methods},
+            )
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
 
     async def _tell(self, error: ApiError, scope: Scope, receive: Receive, reply: Reply) -> None:
         # With a part of an answer out, the connection is closed by its end.
@@ -365,7 +383,16 @@ class Reply:
 
 
 def check_length(head: Head, most: int) -> None:
-    """Raise ApiError 413 for a body that says that it is too large, before it is read."""
+    """Raise ApiError 413 for a body that says that it is too large, before it is read.
+
+    And 400 for one with two lengths: a proxy may take the other one, and smuggle a request in.
+    """
+    if head.values("content-length") and head.values("transfer-encoding"):
+        raise ApiError(
+            400,
+            "give either Content-Length or Transfer-Encoding, not both",
+            headers={"Connection": "close"},
+        )
     with contextlib.suppress(ValueError):
         if any(int(value) > most for value in head.values("content-length")):
             raise too_large(most)

@@ -138,7 +138,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        # UnicodeError: a name that DNS could not hold.
         raise ValueError(f"--host {host} is no address of this machine: {error}") from None
     try:
         if os.name == "posix":
@@ -228,6 +229,7 @@ class Server(uvicorn.Server):
     def _on_signal(self, number: int) -> None:
         # Loading cannot be interrupted, and a second signal means now.
         if self.signal or not self.has_begun:
+            print(f"end      at once: {'a second signal' if self.signal else 'still loading'}")
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(128 + number)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from runtime.base.text import shown
 from runtime.data.tokenizer import without_surrogates
-from runtime.serving.errors import ApiError
+from runtime.serving.errors import ApiError, told
+
+# No field holds more than 19; reading an integer takes the square of its digits.
+MOST_DIGITS = 400
 
 
 def read_object(data: bytes) -> dict:
     """Return the object that a body holds. Raise ApiError for anything else.
 
     No NaN and no Infinity, which JSON does not have; no name twice, because parsers differ in which
-    one counts; no nesting beyond Python's stack; no integer of more than 4,300 digits, which Python
-    does not read. Lone surrogates in texts become U+FFFD.
+    one counts; no nesting beyond Python's stack; no integer of more than MOST_DIGITS digits. Lone
+    surrogates in texts become U+FFFD.
     """
     try:
         value = json.loads(
             data.decode("utf-8"),
             parse_constant=_no_constant,
+            parse_int=_integer,
             object_pairs_hook=_no_name_twice,
         )
     except UnicodeDecodeError:
@@ -30,7 +33,7 @@ def read_object(data: bytes) -> dict:
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {shown(value)}")
+        raise ApiError(400, f"the body must be a JSON object, not {told(value)}")
     return value
 
 
@@ -38,11 +41,18 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not in JSON")
 
 
+def _integer(digits: str) -> int:
+    # Python would say how to change its limit.
+    if (count := len(digits.removeprefix("-"))) > MOST_DIGITS:
+        raise ValueError(f"an integer has {count:,} digits, and {MOST_DIGITS} are read")
+    return int(digits)
+
+
 def _no_name_twice(pairs: Iterable[tuple[str, object]]) -> dict:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {shown(name)} is there twice")
+            raise ValueError(f"the name {told(name)} is there twice")
         found[name] = without_surrogates(value) if isinstance(value, str) else value
     return found
 

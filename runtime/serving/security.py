@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from runtime.serving.errors import ApiError
 
@@ -22,6 +21,10 @@ KEY_VARIABLE = "GPTOSS_API_KEY"
 KEY = re.compile(r"[\x21-\x7e]{1,512}")
 # A name or an IPv4 address, or an IPv6 address in brackets; then a port, which a tunnel changes.
 HOST = re.compile(r"([\w.-]{1,255}|\[[0-9a-fA-F:.]{2,45}\])(?::\d{1,5})?", re.ASCII)
+ORIGIN = re.compile(
+    r"(https?)://([\w.-]{1,255}|\[[0-9a-f:.]{2,45}\])(?::(\d{1,5}))?/?", re.ASCII | re.IGNORECASE
+)
+DEFAULT_PORTS = {"http": "80", "https": "443"}
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 TOKEN = re.compile(r"[\w!#$%&'*+.^`|~-]{1,100}", re.ASCII)
 # Of every answer.
@@ -209,6 +212,13 @@ def read_key(path: str, environment: Mapping[str, str] = os.environ) -> bytes:
     return key.encode("ascii")
 
 
+def key_note(path: str) -> str:
+    """Return a line if other users may read the file of the key, else an empty string."""
+    if not path or os.name != "posix" or not Path(path).stat().st_mode & 0o044:
+        return ""
+    return f"other users of this machine may read {path}: chmod 600 {path}"
+
+
 def rules_of(
     host: str, allow_host: Sequence[str], allow_origin: Sequence[str], key: bytes
 ) -> Rules:
@@ -230,10 +240,12 @@ def rules_of(
 
 def _origin(text: str) -> str:
     """Return an origin as browsers write it. Raise ValueError."""
-    parts = urlsplit(text)
-    origin = f"{parts.scheme}://{parts.netloc}"
-    if parts.scheme not in ("http", "https") or not parts.netloc or text.rstrip("/") != origin:
+    match = ORIGIN.fullmatch(text)
+    if match is None:
         raise ValueError(
-            f"--allow_origin {text} must be a page's origin, such as http://localhost:3000"
+            f"--allow_origin {text} must be a page's origin as browsers send it, such as "
+            "http://localhost:3000"
         )
-    return origin.lower()
+    scheme, host, port = match[1].lower(), match[2].lower(), match[3]
+    # Browsers leave the scheme's own port out.
+    return f"{scheme}://{host}" + (f":{port}" if port and port != DEFAULT_PORTS[scheme] else "")

@@ -132,22 +132,30 @@ def text_logprobs(entries: Sequence[Entry], tokenizer: Tokenizer) -> dict[str, l
 
     The first token of a prompt has none. The most likely ones come with the token itself.
     """
-    tops: list[dict[str, float | None] | None] = []
-    for entry in entries:
-        if entry.log_prob is None:
-            tops.append(None)
-            continue
-        top: dict[str, float | None] = {}
-        for i, log_prob in (entry.top or []) + [(entry.id, entry.log_prob)]:
-            # Of two tokens with one text, the likelier one counts.
-            top.setdefault(token_text(i, tokenizer), finite(log_prob))
-        tops.append(top)
     return {
         "tokens": [token_text(entry.id, tokenizer) for entry in entries],
         "token_logprobs": [finite(entry.log_prob) for entry in entries],
-        "top_logprobs": tops,
+        "top_logprobs": [_top_by_text(entry, tokenizer) for entry in entries],
         "text_offset": [entry.offset for entry in entries],
     }
+
+
+def _top_by_text(entry: Entry, tokenizer: Tokenizer) -> dict[str, float | None] | None:
+    """Return the most likely tokens and the token itself, which keeps its text, by their texts.
+
+    Another id with a text that is taken is called token_id:ID, vLLM's name for it.
+    """
+    if entry.log_prob is None:
+        return None
+    own = token_text(entry.id, tokenizer)
+    found: dict[str, float | None] = {}
+    for i, log_prob in entry.top or []:
+        text = token_text(i, tokenizer)
+        if i != entry.id and (text == own or text in found):
+            text = f"token_id:{i}"
+        found[text] = finite(log_prob)
+    found.setdefault(own, finite(entry.log_prob))
+    return found
 
 
 def chat_logprobs(entries: Sequence[Entry], tokenizer: Tokenizer) -> dict[str, list]:

@@ -13,7 +13,7 @@ from runtime.serving.app import State, make_app
 from runtime.serving.config import ServeConfig
 from runtime.serving.engine import Engine
 from runtime.serving.http_server import Server, config_of, listening_socket, url_of
-from runtime.serving.security import read_key, rules_of
+from runtime.serving.security import key_note, read_key, rules_of
 from runtime.serving.served import Limits, Models, Served
 
 # Of a commit and of a digest in a fingerprint.
@@ -72,8 +72,9 @@ async def drained(state: State, seconds: float) -> None:
     """Answer nothing new; wait until all answers are out, or cancel those that are left."""
     state.is_draining = True
     state.idle.clear()
+    most = f", at most {seconds:g} s; a second signal ends them" if state.num_active else ""
+    print(f"drain    requests being answered: {state.num_active}{most}", flush=True)
     if state.num_active:
-        print(f"drain    {state.num_active} requests, at most {seconds:g} s", flush=True)
         try:
             await asyncio.wait_for(state.idle.wait(), seconds)
         except TimeoutError:
@@ -92,6 +93,8 @@ def serve(
     rules = rules_of(
         config.host, config.allow_host, config.allow_origin, read_key(config.api_key_file)
     )
+    if line := key_note(config.api_key_file):
+        say(f"note: {line}")
     # Before the model is loaded, which may take minutes.
     listening = listening_socket(config.host, config.port)
     models = Models()

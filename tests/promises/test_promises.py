@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import pytest
 
 from benchmarks.reliability import promises
-from tests.promises import adapters, rank_faults, runs, tuning_runs
+from tests.builders_server_process import HAS_FORK, HAS_PROC
+from tests.promises import adapters, rank_faults, runs, server_process, tuning_runs
 
 PROMISES = [
     pytest.param(
@@ -20,6 +21,10 @@ PROMISES = [
                 p in (*runs.PROMISES, *tuning_runs.PROMISES, *rank_faults.PROMISES)
                 and not hasattr(os, "fork"),
                 reason="the runs are children of a fork server",
+            ),
+            pytest.mark.skipif(
+                p in server_process.PROMISES and not (HAS_FORK and HAS_PROC),
+                reason="what Linux says about a process, and a fork server",
             ),
             pytest.mark.skipif(
                 p.run is adapters.same_in_peft and find_spec("peft") is None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 from runtime.data.chat import with_chat
-from runtime.serving.answers import Answer, Delta, usage_of
+from runtime.serving.answers import Answer, Delta, Entry, usage_of
 from runtime.serving.asking import Asking
 from runtime.serving.chat import ask_chat
 from runtime.serving.completions import ask_completion
 from runtime.serving.request import Experts, Finished, PromptScores, Started, Token
-from runtime.serving.shapes import LEAST_LOG_PROB, Shapes, token_text
+from runtime.serving.shapes import LEAST_LOG_PROB, Shapes, text_logprobs, token_text
 from tests.builders_server import BYTE, END, served_of
 
 CHAT = with_chat(BYTE)
@@ -115,6 +115,42 @@ def test_usage_counts_each_prompt_once_and_every_token():
     usage = usage_of(answers, 2)
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2 + 4, 10)
     assert usage["total_tokens"] == 16
+
+
+def test_no_more_of_a_prompt_can_have_been_cached_than_there_is():
+    """With n 3, cached_tokens added up to three prompts: prompt minus cached was negative.
+
+    The second and third answer read the prompt from the first one's cache, and it counts once.
+    """
+    asking = asking_of(prompt=["abc", "de"], n=3)
+    answers = [Answer(asking, job, BYTE) for job in asking.jobs]
+    for answer, num_reused in zip(answers, (1, 3, 3, 0, 2, 2), strict=True):
+        answer.take(Started(len(answer.job.request.ids), num_reused))
+    usage = usage_of(answers, 3)
+    assert usage["prompt_tokens"] == 4 + 3
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 1}
+
+
+def test_tokens_of_one_text_are_all_told():
+    """Ids 1 and 2 are both "x" in some vocabularies: one of them was lost from the list.
+
+    The drawn token keeps its text, because clients look it up there (lm-eval: is it greedy?).
+    """
+
+    class Twins:
+        def token_bytes(self, token_id):
+            return b"y" if token_id == 9 else b"x"
+
+    def top_of(drawn, *top):
+        entry = Entry(drawn, 0, dict(top).get(drawn, -7.0), list(top))
+        return list(text_logprobs([entry], Twins())["top_logprobs"][0].items())
+
+    three = (1, -0.5), (2, -1.0), (9, -2.0)
+    assert top_of(1, *three) == [("x", -0.5), ("token_id:2", -1.0), ("y", -2.0)]
+    assert top_of(2, *three) == [("token_id:1", -0.5), ("x", -1.0), ("y", -2.0)]
+    assert top_of(9, *three) == [("x", -0.5), ("token_id:2", -1.0), ("y", -2.0)]
+    # None of the most likely: it comes last.
+    assert top_of(3, *three)[-1] == ("x", -7.0) and len(top_of(3, *three)) == 4
 
 
 def test_scores_are_lists_by_token_and_the_same_float_stands_in_both():

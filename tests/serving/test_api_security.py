@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from runtime.serving import security
 from runtime.serving.errors import ApiError
-from runtime.serving.security import Head, check, read_key, rules_of
+from runtime.serving.security import Head, check, key_note, read_key, rules_of
 
 KEY = b"right-key"
 ORIGIN = "http://localhost:3000"
@@ -51,6 +53,43 @@ def test_the_key_comes_from_a_file_or_the_environment_and_never_from_both(tmp_pa
         file.write_bytes(bad)
         with pytest.raises(ValueError, match="holds no key"):
             read_key(str(file), {})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes of POSIX")
+def test_a_key_that_others_may_read_is_told(tmp_path):
+    """`openssl rand -hex 32 > key.txt` makes a file that everyone on the machine can read."""
+    file = tmp_path / "key.txt"
+    file.write_text("secret")
+    for mode, told in ((0o600, False), (0o400, False), (0o640, True), (0o644, True)):
+        file.chmod(mode)
+        line = key_note(str(file))
+        assert bool(line) == told and "secret" not in line
+        assert not told or f"chmod 600 {file}" in line
+    assert key_note("") == ""
+
+
+def test_an_allowed_origin_is_spelled_as_browsers_send_it():
+    """http://localhost:80 was allowed and never matched: browsers leave a scheme's own port out.
+
+    An origin with a user or with letters beyond ASCII never matches either, and "[" gave a line
+    that did not name the flag.
+    """
+    for given, sent in (
+        ("http://localhost:80", "http://localhost"),
+        ("HTTPS://App.Example:443/", "https://app.example"),
+        ("http://localhost:443", "http://localhost:443"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+    ):
+        assert rules_of("127.0.0.1", (), (given,), b"").origins == {sent}
+    for given in (
+        "http://[bad",
+        "http://a@b",
+        "http://b\u00fccher.example",
+        "http://a:x",
+        "http://a?",
+    ):
+        with pytest.raises(ValueError, match="^--allow_origin"):
+            rules_of("127.0.0.1", (), (given,), b"")
 
 
 def test_another_host_needs_a_key_and_rules_are_exact():

@@ -166,8 +166,15 @@ def test_the_metrics_are_prometheus_text(server):
 def test_what_is_no_route_or_method_is_told_with_the_routes(server):
     status, answer = server.json("/v1/responses", BODY)
     assert status == 404 and "/v1/chat/completions" in answer["error"]["message"]
+    # As the documents spell them: starlette writes {id:path}.
+    assert "/v1/models/{id}" in answer["error"]["message"]
     status, headers, data = server.ask("/v1/completions")
-    assert status == 405 and headers["Allow"] == "POST" and json.loads(data)["error"]
+    error = json.loads(data)["error"]
+    assert status == 405 and headers["Allow"] == "POST" and error["code"] == "method_not_allowed"
+    # It was the bare words Method Not Allowed.
+    assert error["message"] == "this route is for POST alone"
+    status, headers, data = server.ask("/health", method="DELETE")
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert server.ask("/health", method="DELETE")[0] == 405
     assert server.ask("/v1/completions/", BODY)[0] == 404
 
@@ -411,6 +418,21 @@ def test_while_it_loads_it_says_so():
         assert server.ask("/health")[0] == 200
 
 
+def test_a_server_whose_engine_has_stopped_says_so():
+    """A supervisor asks for /health, which said ok while no request could be answered."""
+    engine, other = held(), held()
+    with live(served_of(engine, "a"), served_of(other, "b")) as server:
+        assert server.ask("/health")[0] == 200
+        other.is_open = False
+        status, headers, data = server.ask("/health")
+        assert status == 503 and headers["Retry-After"]
+        error = json.loads(data)["error"]
+        assert error["code"] == "engine_stopped"
+        assert error["message"] == "the engine of b has stopped: restart the server"
+        # The other model is answered still.
+        assert server.ask("/v1/models")[0] == 200
+
+
 def test_at_its_end_it_finishes_what_is_there_and_begins_nothing():
     engine = held()
     with live(served_of(engine)) as server:
@@ -459,6 +481,40 @@ def test_two_servers_do_not_share_a_port(server):
     listening_socket("127.0.0.1", port).close()
     with pytest.raises(ValueError, match="--host no.such.host.invalid"):
         listening_socket("no.such.host.invalid", 0)
+
+
+def test_a_host_that_no_dns_could_hold_is_refused_by_its_flag():
+    """Its error was "encoding with 'idna' codec failed", which names no flag."""
+    from runtime.serving.http_server import listening_socket
+
+    for host in ("a" * 70, "a..b"):
+        with pytest.raises(ValueError, match="^--host a.* is no address of this machine"):
+            listening_socket(host, 0)
+
+
+def test_the_drain_always_says_what_it_waits_for(capsys):
+    """Ctrl-C at an idle server printed nothing."""
+    with live(served_of(FakeEngine())):
+        pass
+    assert capsys.readouterr().out == "drain    requests being answered: 0\n"
+
+
+def test_a_head_of_many_unknown_names_passes_a_proxy(server):
+    """20 names of emoji made a header of 8 KB, and nginx answers 502 to heads above 4 KB."""
+    names = {"\U0001f600" * 39 + str(i): 1 for i in range(100)}
+    status, headers, _ = server.ask("/v1/completions", BODY | names)
+    assert status == 200 and headers["X-Gptoss-Ignored"].startswith("\\U0001f600")
+    assert sum(len(name) + len(value) + 4 for name, value in headers.items()) < 2_000
+
+
+def test_a_body_with_two_lengths_is_refused(server):
+    """h11 reads the chunks; a proxy that reads Content-Length would see another request in them."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    body = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    found = server.raw((head + body + "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").encode())
+    assert found.startswith(b"HTTP/1.1 400 ") and b"not both" in found
+    # The connection ends with it.
+    assert found.count(b"HTTP/1.1 ") == 1
 
 
 def test_get_has_no_body_to_read(server):

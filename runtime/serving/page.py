@@ -23,12 +23,17 @@ _WHOLE_OR_MARK = re.compile(f" ?({_WHOLE}|{_MARK}) ?")
 
 def _joined(lines: Iterable[str], ends: str) -> str:
     """Return lines as one text, without what the end of a line or of a block says already."""
-    text = "".join(line if line.endswith(tuple(ends)) else f"{line}\n" for line in lines)
-    return text.replace(";}", "}")
+    return "".join(line if line.endswith(tuple(ends)) else f"{line}\n" for line in lines)
+
+
+def _shorter(code: str, word: str, instead: str) -> str:
+    """Return code with a word of it replaced, where that is no part of a text in quotes."""
+    return re.sub(f"({_WHOLE})|{word}", lambda match: match[1] or instead, code)
 
 
 def _style() -> str:
-    return _joined((STATIC / "serve.css").read_text(encoding="utf-8").splitlines(), ",;{(}")
+    lines = (STATIC / "serve.css").read_text(encoding="utf-8").splitlines()
+    return _joined(lines, ",;{(}").replace(";}", "}")
 
 
 def _script() -> str:
@@ -38,9 +43,12 @@ def _script() -> str:
     """
     lines = map(str.strip, (STATIC / "serve.js").read_text(encoding="utf-8").splitlines())
     code = [line for line in lines if line and not line.startswith("//")]
-    text = _joined((_WHOLE_OR_MARK.sub(r"\1", line) for line in code), ",;{(}[=+?:&|>)")
-    # Nothing is assigned twice, so the shorter word says the same.
-    return re.sub(r"\bconst\b", "let", text)
+    for i, line in enumerate(code):
+        # A constant is assigned once, so the shorter word says the same.
+        shorter = _shorter(_shorter(line, r"\bconst\b", "let"), "; (?=})", "")
+        ends_block = code[i + 1 : i + 2] and code[i + 1].startswith("}")
+        code[i] = _WHOLE_OR_MARK.sub(r"\1", shorter.removesuffix(";") if ends_block else shorter)
+    return _joined(code, ",;{(}[=+?:&|>)")
 
 
 def serve_page() -> tuple[str, str]:

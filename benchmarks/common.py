@@ -155,22 +155,23 @@ def alternate_undisturbed(
     functions: dict[str, Callable[[], float]],
     repeats: int,
     most_foreign_cores: float = FOREIGN_CORES,
+    clock: Callable[[], tuple[float, float, float]] = cpu_clock,
 ) -> dict[str, Samples]:
     """What each function returns, `repeats` times, called in turns; a value is discarded if other
     processes used more than `most_foreign_cores` while it was measured, and measured again in a
     later round.
 
     After 4 * repeats rounds a function that has too few clean values takes its least disturbed
-    ones.
+    ones. clock: of this process, or of those that belong to what is measured.
     """
     samples = {name: Samples() for name in functions}
     spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(4 * repeats):
         for name, function in functions.items():
             if len(samples[name].values) < repeats:
-                before = cpu_clock()
+                before = clock()
                 value = function()
-                foreign = foreign_cores(before, cpu_clock())
+                foreign = foreign_cores(before, clock())
                 if foreign <= most_foreign_cores:
                     samples[name].values.append(value)
                 else:

@@ -165,8 +165,8 @@ class Standin:
                 ],
             }  # fmt: skip
         if choice["logprobs"]:
-            choice["top_token_ids"] = [
-                [self.vocabulary.id(name) for name, _ in top] for top in tops
+            choice["top_tokens"] = [
+                [[self.vocabulary.id(name), name, lp] for name, lp in top] for top in tops
             ]
         if body.get("experts"):
             choice["experts"] = {

@@ -65,7 +65,7 @@ class Rendering:
 class FakeEngine:
     """Draws the same ids for everyone: at once, or when a test calls `tell`."""
 
-    is_exact, line = True, "a test's engine"
+    is_exact, line, is_open = True, "a test's engine", True
 
     def __init__(self, ids: Sequence[int] = (), at_once: bool = True, most: int = 1_000):
         self.ids, self.at_once, self.most = list(ids), at_once, most

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,9 @@ KNOWS = Known(
     TENSORS | PACKED_TENSORS,
 )
 NOT_ASKED_FOR = "the C kernel was not asked for"
+# One CUDA graph is captured at a time: torch.cuda.graph first waits for the whole device, which
+# ends a capture in another thread, and all threads capture on one stream.
+CAPTURE = threading.Lock()
 # Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an
 # H100), and tuning takes a minute.
 TUNED_BYTES = 1 << 26
@@ -316,17 +320,19 @@ class Decoder:
         if self.compiles:
             tensors = (*self.model.parameters(), *self.model.buffers())
             function = compiled_step(span, sum(t.nbytes for t in tensors) >= TUNED_BYTES)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side), explained_compiler_failure():
-            for _ in range(3):
-                function(self.model, self._whole, ids, positions, span)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # One memory for all graphs: a replay's logits are copied before the next.
-        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
-            logits = function(self.model, self._whole, ids, positions, span)
+        with CAPTURE, torch.cuda.device(self.device):
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side), explained_compiler_failure():
+                for _ in range(3):
+                    function(self.model, self._whole, ids, positions, span)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # One memory for all graphs: a replay's logits are copied before the next.
+            pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+            # Other threads' decoders may ask for memory meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = function(self.model, self._whole, ids, positions, span)
         # What was compiled lives as long as the graph that runs it.
         return graph, ids, positions, logits, function
 

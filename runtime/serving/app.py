@@ -111,6 +111,15 @@ class Routes:
         refusal = self.state.refusal()
         if refusal is not None:
             raise refusal
+        models = self.state.models.by_name.items()
+        if stopped := [name for name, one in models if not one.engine.is_open]:
+            # A supervisor that asks for this restarts the server.
+            raise try_later(
+                503,
+                f"the engine of {', '.join(stopped)} has stopped: restart the server",
+                DRAIN_RETRY_SECONDS,
+                "engine_stopped",
+            )
         return _json({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
@@ -324,12 +333,16 @@ class Guard:
             return ApiError(
                 404, f"there is no such route; there are {', '.join(self.paths)}", code="not_found"
             )
-        headers = dict(error.headers or {})
-        line, code = str(error.detail), None
         if error.status_code == 405:
-            line = f"this route is for {headers.get('Allow', 'other methods')} alone"
-            code = "method_not_allowed"
-        return ApiError(error.status_code, line, code=code, headers=headers)
+            # starlette writes a set, in any order.
+            methods = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+            return ApiError(
+                405,
+                f"this route is for {methods} alone",
+                code="method_not_allowed",
+                headers={"Allow": methods},
+            )
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
 
     async def _tell(self, error: ApiError, scope: Scope, receive: Receive, reply: Reply) -> None:
         # With a part of an answer out, the connection is closed by its end.

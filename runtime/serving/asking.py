@@ -67,11 +67,16 @@ def stream_usage(body: dict[str, Any], stream: bool) -> bool:
 
 
 def most_new_tokens(
-    served: Served, ids: Sequence[int], asked: int | None, otherwise: int, when_full: str
+    served: Served,
+    ids: Sequence[int],
+    asked: int | None,
+    otherwise: int,
+    when_full: str,
+    name: str = "max_tokens",
 ) -> int:
     """Return the most new tokens of an answer. Raise ApiError if prompt and answer do not fit.
 
-    asked: the field; None = `otherwise`, or less where the context has less room.
+    asked: the field of that name; None = `otherwise`, or less where the context has less room.
     """
     context, most = served.context_length, served.most_new_tokens
     if len(ids) > context:
@@ -85,12 +90,12 @@ def most_new_tokens(
     if asked is None:
         return min(otherwise or most, most, most if when_full == "slide" else room)
     if asked > most:
-        raise refused("max_tokens", f"max_tokens may be {most:,} here, not {asked:,}")
+        raise refused(name, f"{name} may be {most:,} on this server, not {asked:,}")
     if asked > room and when_full != "slide":
         raise refused(
-            "max_tokens",
-            f"the prompt's {len(ids):,} tokens and max_tokens {asked:,} do not fit the context of "
-            f"{context:,}: lower max_tokens to {room:,}, or set when_full to slide",
+            name,
+            f"the prompt's {len(ids):,} tokens and {name} {asked:,} do not fit the context of "
+            f"{context:,}: lower {name} to {room:,}, or set when_full to slide",
             "context_length_exceeded",
         )
     return asked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.base.text import shown
 from runtime.data.chat import check_prompt
 from runtime.serving.asking import (
     Asking,
@@ -16,7 +15,7 @@ from runtime.serving.asking import (
     most_new_tokens,
     stream_usage,
 )
-from runtime.serving.errors import ApiError, refused
+from runtime.serving.errors import ApiError, refused, told
 from runtime.serving.fields import ChatFields, parse, without
 from runtime.serving.served import Served
 
@@ -35,7 +34,8 @@ def ask_chat(body: dict[str, Any], served: Served) -> Asking:
     stops = fields.stop + ((PLAIN_STOP,) if _is_plain(served) else ())
     check_stops(served, stops)
     when_full = fields.when_full or served.limits.defaults["when_full"]
-    most = most_new_tokens(served, ids, _max_tokens(fields), 0, when_full)
+    name, asked = _max_tokens(fields)
+    most = most_new_tokens(served, ids, asked, 0, when_full, name)
     seed, top = draw_seed(fields.seed), _top(fields)
     return Asking(
         kind="chat",
@@ -56,7 +56,7 @@ def ask_chat(body: dict[str, Any], served: Served) -> Asking:
 def messages_of(given: Any) -> list[dict[str, Any]]:
     """Return messages of role and text. Raise ApiError that names the one that is wrong."""
     if not isinstance(given, list) or not given:
-        raise refused("messages", f"messages must be a list of messages, not {shown(given)}")
+        raise refused("messages", f"messages must be a list of messages, not {told(given)}")
     messages = [_message(one, f"messages[{number}]") for number, one in enumerate(given)]
     try:
         check_prompt(messages)
@@ -67,7 +67,7 @@ def messages_of(given: Any) -> list[dict[str, Any]]:
 
 def _message(given: Any, param: str) -> dict[str, Any]:
     if not isinstance(given, dict):
-        raise refused(param, f"{param} must be an object with role and content, not {shown(given)}")
+        raise refused(param, f"{param} must be an object with role and content, not {told(given)}")
     for key in _NOT_READ:
         if given.get(key):
             raise refused(f"{param}.{key}", f"{param}.{key} is not supported: leave it out")
@@ -84,7 +84,7 @@ def _content(given: Any, param: str) -> str:
         if not isinstance(text, str):
             raise refused(
                 f"{param}.content",
-                f"{param}.content may hold parts of type text alone, not {shown(part)}",
+                f"{param}.content may hold parts of type text alone, not {told(part)}",
             )
         texts.append(text)
     return "".join(texts)
@@ -114,14 +114,15 @@ def _is_plain(served: Served) -> bool:
     return served.limits.plain_chat and not served.rendering.has_chat
 
 
-def _max_tokens(fields: ChatFields) -> int | None:
+def _max_tokens(fields: ChatFields) -> tuple[str, int | None]:
+    """Return the name under which a limit came, and the limit."""
     first, second = fields.max_tokens, fields.max_completion_tokens
     if first is not None and second is not None and first != second:
         raise refused(
             "max_completion_tokens",
             f"max_tokens {first} and max_completion_tokens {second} contradict: give one",
         )
-    return second if first is None else first
+    return ("max_completion_tokens", second) if first is None else ("max_tokens", first)
 
 
 def _top(fields: ChatFields) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.base.text import shown
 from runtime.serving.asking import (
     Asking,
     check_choices,
@@ -15,7 +14,7 @@ from runtime.serving.asking import (
     most_new_tokens,
     stream_usage,
 )
-from runtime.serving.errors import refused
+from runtime.serving.errors import refused, told
 from runtime.serving.fields import CompletionFields, parse, without
 from runtime.serving.served import Served
 
@@ -78,7 +77,7 @@ def prompts_of(prompt: Any, served: Served) -> list[tuple[tuple[int, ...], int]]
         raise refused(
             "prompt",
             "prompt must be a text, token ids, or a list of either, not "
-            + ("an empty list" if prompt == [] else "absent" if prompt is None else shown(prompt)),
+            + ("absent" if prompt is None else told(prompt)),
         )
     if all(isinstance(one, str) for one in prompt):
         check_choices(served, len(prompt), 1)

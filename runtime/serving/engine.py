@@ -211,7 +211,8 @@ class Engine:
                     self._turn()
                 except Exception as error:
                     traceback.print_exc()
-                    self._end_all(Finished("error", f"the engine failed: {_said(error)}"))
+                    self.statistics.num_failures += 1
+                    self._end_failed(Finished("error", f"the engine failed: {_said(error)}"))
                     self.decoder.forget()
         finally:
             with self._changed:
@@ -396,20 +397,37 @@ class Engine:
         self.statistics.finished[finished.reason] += 1
         self.statistics.request_seconds.add(time.monotonic() - ticket.submitted_s)
         ticket.is_done = True
-        self._send(ticket, finished)
+        try:
+            self._send(ticket, finished)
+        finally:
+            with self._changed:
+                self._num_unsent -= 1
+                self._changed.notify_all()
+
+    def _end_failed(self, finished: Finished) -> None:
+        """End the requests of a turn that failed. Those that wait are not of it, and stay.
+
+        If there are no others it was theirs: else the next turn would fail again, and so on.
+        """
+        running = self._slots.running
         with self._changed:
-            self._num_unsent -= 1
-            self._changed.notify_all()
+            # Also one that was on its way to a slot.
+            ended = self._tickets.difference(self._waiting)
+            if not ended:
+                ended = set(self._waiting)
+                self._waiting.clear()
+        for slot in running:
+            assert slot.answer is not None
+            ended.discard(slot.answer.ticket)
+            self._finish(slot, finished)
+        for ticket in ended:
+            self._end(ticket, finished)
 
     def _end_all(self, finished: Finished) -> None:
         """End all requests, those that wait, too."""
-        for slot in self._slots.running:
-            self._finish(slot, finished)
         with self._changed:
-            left = list(self._tickets)
             self._waiting.clear()
-        for ticket in left:
-            self._end(ticket, finished)
+        self._end_failed(finished)
 
 
 def _said(error: BaseException) -> str:

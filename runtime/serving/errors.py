@@ -6,6 +6,7 @@ tries 429 and 503 again after `Retry-After` seconds.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from runtime.base.text import visible
@@ -54,6 +55,15 @@ def short(text: str) -> str:
     """Return a text in one visible line that is not too long."""
     line = " ".join(visible(text[: 4 * MOST_CHARACTERS]).split())
     return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
+
+
+def told(value: object) -> str:
+    """Return a value of a body as JSON spells it, cut if it is long."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "a value that is nested deeply"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def refused(param: str, message: str, code: str | None = None) -> ApiError:

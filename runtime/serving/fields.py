@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from config_model import PredictConfig, check_field, option
-from runtime.base.text import shown
 from runtime.data.tokenizer import without_surrogates
-from runtime.serving.errors import refused
+from runtime.serving.errors import refused, told
 from runtime.serving.request import MOST_TOP
 
 # Of n, and of prompts times n.
@@ -57,7 +56,9 @@ class CommonFields:
     experts: bool = option(
         False, "add the experts of each token and their routing weights, by block"
     )
-    return_token_ids: bool = option(False, "add the ids of the answer's tokens")
+    return_token_ids: bool = option(
+        False, "add the ids of the answer's tokens, and of the most likely ones with logprobs"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,18 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "structured_outputs": _is_empty,
     "add_generation_prompt": lambda value: value is True,
     "continue_final_message": lambda value: value is False,
+    "include_stop_str_in_output": lambda value: value is False,
+    "truncate_prompt_tokens": _is_empty,
+    "prompt_embeds": _is_empty,
+    "prompt_logprobs": _is_empty,
+    "chat_template": _is_empty,
+    "documents": _is_empty,
+    # Completions have it; a chat would be answered without its prompt.
+    "echo": lambda value: value is False,
 }
+
+# The types of fields, in JSON's words.
+KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 Fields = TypeVar("Fields")
 
@@ -200,7 +212,7 @@ def parse(fields: type[Fields], body: Mapping[str, Any]) -> tuple[Fields, list[s
                 given[name] = _read(name, value, kind_of(hints[name]), options[name])
         elif name in NEUTRAL:
             if value is not None and not NEUTRAL[name](value):
-                raise refused(name, f"{name} {shown(value)} is not supported: leave it out")
+                raise refused(name, f"{name} {told(value)} is not supported: leave it out")
         elif name not in NO_EFFECT:
             unknown.append(name)
     return fields(**given), unknown
@@ -212,21 +224,20 @@ def _read(name: str, value: Any, kind: type, limits: Mapping[str, Any]) -> Any:
         return _stops(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise refused(name, f"{name} must be {KINDS[kind]}, not {told(value)}")
     try:
-        # A list or an object is cut in the message: it may be as long as the body.
-        if isinstance(value, (list, dict)):
-            raise ValueError(f"{name} must be of type {kind.__name__}, not {shown(value)}")
-        if kind is float and type(value) is int:
-            value = float(value)
         return check_field(name, value, kind, limits)
-    except (ValueError, OverflowError) as error:
-        raise refused(name, f"{name}: {error}" if name not in str(error) else str(error)) from None
+    except OverflowError:
+        raise refused(name, f"{name} is too large: {told(value)}") from None
+    except ValueError as error:
+        raise refused(name, str(error)) from None
 
 
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise refused("stop", f"stop must be a text or a list of texts, not {shown(value)}")
+        raise refused("stop", f"stop must be a text or a list of texts, not {told(value)}")
     if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARACTERS for stop in stops):
         raise refused(
             "stop",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from runtime.base.text import shown
 from runtime.data.tokenizer import without_surrogates
-from runtime.serving.errors import ApiError
+from runtime.serving.errors import ApiError, told
 
 # No field holds more than 19; reading an integer takes the square of its digits.
 MOST_DIGITS = 400
@@ -34,7 +33,7 @@ def read_object(data: bytes) -> dict:
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, not {shown(value)}")
+        raise ApiError(400, f"the body must be a JSON object, not {told(value)}")
     return value
 
 
@@ -44,8 +43,8 @@ def _no_constant(name: str) -> float:
 
 def _integer(digits: str) -> int:
     # Python would say how to change its limit.
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"an integer has {len(digits):,} digits, and {MOST_DIGITS} are read")
+    if (count := len(digits.removeprefix("-"))) > MOST_DIGITS:
+        raise ValueError(f"an integer has {count:,} digits, and {MOST_DIGITS} are read")
     return int(digits)
 
 
@@ -53,7 +52,7 @@ def _no_name_twice(pairs: Iterable[tuple[str, object]]) -> dict:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {shown(name)[4:]} is there twice")
+            raise ValueError(f"the name {told(name)} is there twice")
         found[name] = without_surrogates(value) if isinstance(value, str) else value
     return found
 

@@ -107,7 +107,8 @@ def document(version: str, has_key: bool) -> dict[str, Any]:
         "/detokenize": {"post": _post("the text of token ids", detokenize, ["tokens"])},
         "/tokenizer_info": {"get": _get("the tokenizer's special tokens", [named])},
         "/metrics": {"get": _get("counts and times for Prometheus", kind="text/plain")},
-        "/health": {"get": _get("whether requests are answered")},
+        # The one that needs no key.
+        "/health": {"get": _get("whether requests are answered") | {"security": []}},
         "/openapi.json": {"get": _get("this document")},
     }
     found: dict[str, Any] = {

@@ -21,6 +21,10 @@ class Page:
 
 @functools.cache
 def the_page() -> Page:
-    """Return the page with its policy, which allows its own style and script alone."""
+    """Return the page with its policy, which allows its own style and script alone.
+
+    A page that opened it keeps no hold of it, by which it could change what stands in its address.
+    """
     text, policy = serve_page()
-    return Page(text, {"Content-Security-Policy": policy})
+    headers = {"Content-Security-Policy": policy, "Cross-Origin-Opener-Policy": "same-origin"}
+    return Page(text, headers)

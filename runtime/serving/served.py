@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.base.text import shown
 from runtime.data.tokenizer import Tokenizer
-from runtime.serving.errors import ApiError, short
+from runtime.serving.errors import ApiError, short, told
 from runtime.serving.request import OnEvent, Request, Ticket
 from runtime.serving.statistics import Gauges, Statistics
 
@@ -33,6 +32,10 @@ class Engine(Protocol):
     def line(self) -> str:
         """What that means, in a line."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: not closed, and its thread has not ended."""
+
     def submit(self, request: Request, on_event: OnEvent) -> Ticket:
         """Queue a request. Raise QueueFull, EngineClosed, or ValueError for what it refuses."""
 
@@ -40,7 +43,7 @@ class Engine(Protocol):
         """End a request; its slot is free soon after."""
 
     def drain(self, seconds: float) -> bool:
-        """Finish what is there, take nothing new; cancel what is left after so many seconds."""
+        """Finish what is there, take nothing new; return whether all ended in so many seconds."""
 
     def close(self) -> None:
         """Cancel what is there, and end the thread."""
@@ -117,6 +120,8 @@ class Served:
             "has_chat_template": self.rendering.has_chat,
             "plain_chat": self.limits.plain_chat,
             "sampling_defaults": self.limits.defaults,
+            # They end an answer.
+            "stop_token_ids": list(self.rendering.stop_ids),
             "system_fingerprint": self.fingerprint,
         }
 
@@ -137,7 +142,7 @@ class Models:
         if name is None or name in ANY_MODEL:
             return next(iter(self.by_name.values()))
         if not isinstance(name, str):
-            raise ApiError(400, f"model must be a text, not {shown(name)}", param="model")
+            raise ApiError(400, f"model must be a text, not {told(name)}", param="model")
         if name not in self.by_name:
             ours = ", ".join(self.by_name)
             raise ApiError(

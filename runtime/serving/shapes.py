@@ -1,7 +1,8 @@
 """The JSON of answers: OpenAI's shapes, whole or in chunks, and what we add to them.
 
-Added: `seed` and, if asked for, `token_ids` and `experts` of a choice. In `experts`, ids and
-weights are [tokens][blocks][top k], strongest first.
+Added: `seed` and, if asked for, `token_ids`, `top_tokens` and `experts` of a choice. In `experts`,
+ids and weights are [tokens][blocks][top k], strongest first. In `top_tokens`, each of a token's
+most likely ones is [id, text, log-probability].
 """
 
 from __future__ import annotations
@@ -93,8 +94,10 @@ class Shapes:
         if asking.token_ids:
             choice["token_ids"] = [entry.id for entry in delta.entries]
             if asking.top is not None:
-                choice["top_token_ids"] = [
-                    [i for i, _ in entry.top or ()] for entry in delta.entries
+                # Of tokens with the same text, only an id says which it was.
+                choice["top_tokens"] = [
+                    [[i, token_text(i, tokenizer), finite(p)] for i, p in entry.top or ()]
+                    for entry in delta.entries
                 ]
         if asking.experts:
             # A last token that the context had no room to read has none.

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from config_model import kv_cache_bytes_per_token
+from model_parts import KVCache
 from runtime.base.device import explained_out_of_memory, memory_bytes
 from runtime.base.text import human_bytes
 from runtime.inference.decoder import Decoder, Text, copy_beginning, without_windows
@@ -33,6 +36,24 @@ def slot_bytes(decoder: Decoder) -> int:
     c = without_windows(decoder.config)
     element_bytes = decoder.model.embed.weight.element_size()
     return (c.context_length + 1) * kv_cache_bytes_per_token(c, element_bytes)
+
+
+def finite_tokens(cache: KVCache, tokens: int) -> int:
+    """Return how many of a cache's first tokens have finite keys and values, up to the first that
+    has not.
+
+    A token whose numbers are not finite may spoil those before it in a chunk, to which it is
+    nothing: they weigh it with 0, and 0 * NaN is NaN.
+    """
+    if not tokens:
+        return 0
+    # Wide enough for the sum of what is finite in half precision.
+    sums = [
+        t[:, :, :tokens].sum(dim=(0, 1, 3), dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in cache.keys + cache.values
+    ]
+    is_finite_T = torch.stack(sums).isfinite().all(dim=0).tolist()
+    return (is_finite_T + [False]).index(False)
 
 
 @dataclass
@@ -98,7 +119,7 @@ class Slots:
         slot = max(self.free, key=worth)
         answer = slot.answer = Answer(ticket, number, ids, slot.text, context)
         if not answer.reads_all:
-            answer.num_reused = slot.shared(ids)
+            answer.num_reused = finite_tokens(slot.text.cache, slot.shared(ids))
         self.cut(slot, answer.num_reused)
         slot.text.ids = ids
         if not answer.reads_all:
@@ -123,8 +144,11 @@ class Slots:
         """Copy the longest beginning that another slot has read of a text that is to be read."""
         ids = slot.text.ids
         source = max(self.all, key=lambda other: other.shared(ids))
-        shared = source.shared(ids)
-        if source is not slot and shared >= slot.text.cache.length + LEAST_SHARED:
+        least = slot.text.cache.length + LEAST_SHARED
+        if source is slot or source.shared(ids) < least:
+            return
+        shared = finite_tokens(source.text.cache, source.shared(ids))
+        if shared >= least:
             copy_beginning(source.text.cache, slot.text.cache, shared)
             assert slot.answer is not None
             slot.answer.num_reused = shared

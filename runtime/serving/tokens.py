@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.base.text import shown
 from runtime.data.chat_template import find_source
 from runtime.data.tokenizer import NoTokenizer, Tokenizer
 from runtime.serving.asking import check_ids
 from runtime.serving.chat import chat_ids, messages_of
-from runtime.serving.errors import refused
+from runtime.serving.errors import refused, told
 from runtime.serving.fields import DetokenizeFields, TokenizeFields, parse, without
 from runtime.serving.served import Served
 from runtime.serving.shapes import token_text
@@ -29,7 +28,7 @@ def tokenize(body: dict[str, Any], served: Served) -> tuple[dict[str, Any], list
     elif isinstance(prompt, str):
         ids = _text_ids(prompt, served, fields.add_special_tokens)
     else:
-        raise refused("prompt", f"prompt must be a text, not {shown(prompt)}")
+        raise refused("prompt", f"prompt must be a text, not {told(prompt)}")
     texts = [token_text(i, served.tokenizer) for i in ids] if fields.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": served.context_length, "tokens": ids}
     return answer | {"token_strs": texts}, unknown
@@ -52,7 +51,7 @@ def detokenize(body: dict[str, Any], served: Served) -> tuple[dict[str, Any], li
     _, unknown = parse(DetokenizeFields, without(body, "tokens"))
     tokens = body.get("tokens")
     if not isinstance(tokens, list):
-        raise refused("tokens", f"tokens must be a list of token ids, not {shown(tokens)}")
+        raise refused("tokens", f"tokens must be a list of token ids, not {told(tokens)}")
     ids = check_ids(served, tokens, "tokens")
     return {"prompt": served.tokenizer.decode(ids)}, unknown
 

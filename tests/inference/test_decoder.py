@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
+import time
 import types
 import weakref
 
@@ -258,13 +260,8 @@ def test_every_span_of_the_cache_is_compiled(monkeypatch):
     assert options == [{"coordinate_descent_tuning": True}] * 9 + [None]
 
 
-@pytest.mark.parametrize("compiles, tunes", [(False, False), (True, False), (True, True)])
-def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
-    """Replace CUDA's graphs and streams by functions that run at once.
-
-    256 positions of the cache, then 512, 1,024, ... up to all; what was compiled lives as long as
-    the graph that runs it. A small model is not tuned: that would waste a minute for each span.
-    """
+def run_graphs_at_once(monkeypatch) -> None:
+    """Replace CUDA's graphs and streams by functions that run at once."""
     graph = types.SimpleNamespace(pool=lambda: None, replay=lambda: None)
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name in ("Stream", "current_stream"):
@@ -273,6 +270,55 @@ def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
         monkeypatch.setattr(torch.cuda, name, lambda *given, **more: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
+
+
+def test_two_decoders_do_not_capture_at_a_time(monkeypatch):
+    """As a server's do that has two models on one GPU, with a thread each.
+
+    PyTorch captures on one stream of all threads, and first waits for the device, which ended the
+    other's capture. In the mode that it has without being told, another thread's request for memory
+    ended it, too.
+    """
+    run_graphs_at_once(monkeypatch)
+    running, most, modes = [0], [0], []
+
+    @contextlib.contextmanager
+    def graph(_, pool, capture_error_mode):
+        modes.append(capture_error_mode)
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        # Long enough for the other thread, which waits for this one.
+        time.sleep(0.05)
+        yield
+        running[0] -= 1
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    model = random_model(tiny_config(context_length=CONTEXT), 5)
+    decoders = [Decoder(model, False) for _ in range(2)]
+    ready = threading.Barrier(2)
+
+    @torch.inference_mode()
+    def replay(decoder) -> None:
+        decoder.texts(2, CONTEXT)
+        ready.wait()
+        decoder._replay(torch.tensor([3, 4]), torch.tensor([0, 0]), 1)
+
+    threads = [threading.Thread(target=replay, args=(decoder,)) for decoder in decoders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and modes == ["thread_local"] * 2
+
+
+@pytest.mark.parametrize("compiles, tunes", [(False, False), (True, False), (True, True)])
+def test_a_graph_is_captured_once_for_each_span(monkeypatch, compiles, tunes):
+    """256 positions of the cache, then 512, 1,024, ... up to all.
+
+    What was compiled lives as long as the graph that runs it. A small model is not tuned: that
+    would waste a minute for each span.
+    """
+    run_graphs_at_once(monkeypatch)
     made = []
 
     def compiled(span, is_tuned):

@@ -15,9 +15,7 @@ def changed(monkeypatch, old: str, new: str) -> None:
 
 
 def test_controls_that_are_not_escaped_are_noticed(monkeypatch):
-    changed(
-        monkeypatch, "const visible=text=>String(text)", "const visible=t=>t;const old=text=>text"
-    )
+    changed(monkeypatch, "let visible=text=>String(text)", "let visible=t=>t;let old=text=>text")
     (controls,) = (text for text in HOSTILE if "\u202e" in text)
     monkeypatch.setattr(serve_page, "HOSTILE", (controls, controls))
     assert serve_page.hostile_outputs(1).held == 0

@@ -201,7 +201,7 @@ def test_experts_and_ids_come_by_token():
     parts.append(answer.take(Finished("length")))
     choice = whole(asking, (answer, parts))["choices"][0]
     assert choice["experts"] == {"ids": [experts.ids, None], "weights": [experts.weights, None]}
-    assert choice["token_ids"] == [97, 98] and choice["top_token_ids"] == [[98], []]
+    assert choice["token_ids"] == [97, 98] and choice["top_tokens"] == [[[98, "b", -0.5]], []]
 
 
 def test_a_chat_is_openais_and_its_end_is_no_content():

@@ -122,9 +122,18 @@ def test_what_is_not_honoured_is_refused_by_name_and_neutral_values_pass(fields)
         "structured_outputs": {"json": {}},
         "add_generation_prompt": False,
         "continue_final_message": True,
+        "include_stop_str_in_output": True,
+        "truncate_prompt_tokens": 5,
+        "prompt_embeds": "AAAA",
+        "prompt_logprobs": 0,
+        "chat_template": "{{ messages }}",
+        "documents": [{"text": "x"}],
+        "echo": True,
     }
     assert asks.keys() == NEUTRAL.keys()
     for name, value in asks.items():
+        if name in options(fields):
+            continue
         error = refusal(parse, fields, {name: value})
         assert (error.status, error.param) == (400, name)
     neutral = {
@@ -143,6 +152,27 @@ def test_what_is_not_honoured_is_refused_by_name_and_neutral_values_pass(fields)
     # False is no zero, and true no one.
     assert refusal(parse, fields, {"presence_penalty": False}).param == "presence_penalty"
     assert refusal(parse, fields, {"best_of": True}).param == "best_of"
+
+
+def test_messages_are_in_the_words_of_json():
+    """Python's words were told to all clients: of type int, NoneType None, list [...]."""
+    for fields, name, value, says in (
+        (CompletionFields, "max_tokens", "5", 'max_tokens must be an integer, not "5"'),
+        (CompletionFields, "n", 1.5, "n must be an integer, not 1.5"),
+        (CompletionFields, "temperature", True, "temperature must be a number, not true"),
+        (CompletionFields, "temperature", [1], "temperature must be a number, not [1]"),
+        (CompletionFields, "model", 3, "model must be a text, not 3"),
+        (ChatFields, "logprobs", 1, "logprobs must be true or false, not 1"),
+        (ChatFields, "tools", [{"a": None}], 'tools [{"a": null}] is not supported: leave it out'),
+        (ChatFields, "temperature", 10**400, "temperature is too large: 1" + "0" * 56 + "..."),
+    ):
+        error = refusal(parse, fields, {name: value})
+        assert (error.message, error.param) == (says, name)
+    assert refusal(read_object, b"null").message == "the body must be a JSON object, not null"
+    nested: list = []
+    for _ in range(5_000):
+        nested = [nested]
+    assert "nested deeply" in refusal(parse, ChatFields, {"n": nested}).message
 
 
 def test_unknown_names_are_listed():
@@ -196,7 +226,7 @@ def test_an_integer_that_is_too_long_is_told_in_our_own_line():
         error = refusal(read_object, b'{"seed": -' + b"9" * digits + b"}")
         assert "digits, and 400 are read" in error.message and "sys" not in error.message
     assert read_object(b'{"seed": ' + b"9" * 400 + b"}")["seed"] == 10**400 - 1
-    assert "name 'a' is there twice" in refusal(read_object, b'{"a": 1, "a": 2}').message
+    assert 'name "a" is there twice' in refusal(read_object, b'{"a": 1, "a": 2}').message
 
 
 def test_json_of_a_stranger_is_read_and_written_back_whole():

@@ -97,6 +97,16 @@ def test_prompt_and_answer_must_fit_the_context_or_slide():
         assert refusal(ask_completion, body, served_of()).param == "prompt"
 
 
+def test_a_chat_that_does_not_fit_names_the_field_that_came():
+    """max_completion_tokens was told to lower max_tokens, which its client had not sent."""
+    served = served_of(tokenizer=CHAT)
+    for name in ("max_tokens", "max_completion_tokens"):
+        for most in (60, 1_000):
+            error = refusal(ask_chat, {"messages": HELLO, name: most}, served)
+            assert error.param == name and f"{name} " in error.message, error.message
+            assert name == "max_tokens" or "max_tokens" not in error.message
+
+
 def test_a_server_may_limit_new_tokens():
     served = served_of(max_new_tokens=8)
     assert ask_completion({"prompt": "a"}, served).jobs[0].request.sampling.max_new_tokens == 8

@@ -147,7 +147,8 @@ def test_cancel_at_each_stage_frees_the_slot_and_leaves_the_others(native, stage
             # The pass that is being read, and one more.
             stepped.passes(2)
             assert target.wait()[-1] == Finished("cancelled")
-            assert len(target.events) <= num_events + 2
+            # The pass that is being read may end the prompt: Started, a token, the end.
+            assert len(target.events) <= num_events + 3
             assert engine.gauges().num_running == 1 and engine.gauges().num_waiting == 0
         stepped.free()
         assert other.ids == expected and other.end == Finished("length")
@@ -218,7 +219,10 @@ def test_closing_ends_all_requests():
 
 def test_an_idle_engine_does_nothing(monkeypatch):
     turns = []
-    monkeypatch.setattr(Engine, "_turn", lambda self, real=Engine._turn: turns.append(real(self)))
+    # Before it runs: the last event comes within a turn.
+    monkeypatch.setattr(
+        Engine, "_turn", lambda self, real=Engine._turn: (turns.append(1), real(self))
+    )
     with engine_of(model_of()) as engine:
         Client(engine, request_of([1], 3)).wait()
         assert engine.drain(60)
@@ -280,20 +284,89 @@ def test_a_damaged_prompt_that_is_cancelled_leaves_nothing_to_the_next():
         assert [len(client.ids) for client in clients] == [9, 9]
 
 
-def test_a_pass_that_fails_ends_all_requests_and_not_the_engine(capsys):
-    with engine_of(model_of(), slots=1) as engine:
+@both_readers
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_a_good_beginning_is_not_taken_from_a_damaged_prompt_as_damage(native, is_cancelled):
+    """The tokens before the damaged one weigh it with 0, and 0 * NaN is NaN.
+
+    In a chunk with it their keys and values became NaN, and a request that begins alike took them,
+    from a busy slot or from one whose request was cancelled before its logits could tell.
+    """
+    model, beginning = model_of(), list(range(20, 42))
+    requests = [request_of([*beginning, 1], 5), request_of([*beginning[:20], 2, 3], 5)]
+    expected = [ids_of_generate(model, request) for request in requests]
+    with engine_of(model, native, slots=2, prefill_chunk=4) as engine:
+        damage(model, 7)
         stepped = Stepped(engine)
-        real, stepped.read = stepped.read, lambda parts: 1 / 0
-        clients = [Client(engine, request_of([i], 3)) for i in (1, 2)]
+        bad = Client(engine, request_of([*beginning, 7, *range(10)], 5))
+        # Its NaN has been read, and there are no logits yet.
+        stepped.passes(6)
+        assert not bad.events
+        if is_cancelled:
+            engine.cancel(bad.ticket)
+        clients = [Client(engine, request) for request in requests]
         stepped.free()
-        for client in clients:
-            assert client.end == Finished(
-                "error", "the engine failed: ZeroDivisionError: division by zero"
-            )
-        assert "ZeroDivisionError" in capsys.readouterr().err
-        stepped.read = real
-        assert len(Client(engine, request_of([3], 3)).ids) == 3
-        assert engine.gauges().num_waiting == 0
+        assert [client.ids for client in clients] == expected
+        assert clients[0].reused == 20
+        assert bad.end.reason == ("cancelled" if is_cancelled else "error")
+
+
+DIVISION = Finished("error", "the engine failed: ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), MemoryError()])
+def test_a_pass_that_fails_ends_its_requests_and_no_others(error, capsys):
+    """Those that waited for a slot got the error, too, and no failure of a pass was counted."""
+    model = model_of()
+    requests = [request_of([i], 3, temperature=1.0, seed=i) for i in range(4)]
+    with engine_of(model, slots=2) as engine:
+        stepped = Stepped(engine)
+        real = stepped.read
+
+        def fails(parts):
+            stepped.read = real
+            raise error
+
+        stepped.read = fails
+        with engine._changed:
+            clients = [Client(engine, request) for request in requests]
+        stepped.free()
+        for client in clients[:2]:
+            assert client.end.reason == "error" and client.ids == []
+            assert f"the engine failed: {type(error).__name__}: {error}" in client.end.message
+        assert type(error).__name__ in capsys.readouterr().err
+        for client, request in zip(clients[2:], requests[2:], strict=True):
+            assert client.ids == ids_of_generate(model, request)
+        assert engine.drain(60)
+        assert engine.statistics.num_failures == 1 and engine.statistics.finished["error"] == 2
+        assert engine.gauges().num_waiting == engine.gauges().num_running == 0
+
+
+@pytest.mark.parametrize("where", ["_end_cancelled", "_admit", "_plan", "_draw"])
+def test_whatever_fails_again_and_again_ends_all_requests(where, monkeypatch, capsys):
+    """Also before a request has a slot: else each turn would fail, and none would ever end."""
+    with engine_of(model_of(), slots=2) as engine:
+        monkeypatch.setattr(engine, where, lambda *given: 1 / 0)
+        clients = [Client(engine, request_of([i], 3)) for i in range(5)]
+        assert [client.end for client in clients] == [DIVISION] * 5
+        assert engine.drain(60) and engine.statistics.finished["error"] == 5
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_ends_while_it_tells_an_end_is_drained():
+    """It counted that event as one to come, so that `drain` waited for it in vain."""
+    engine = Engine(model_of(), slots=1)
+
+    def then(event):
+        if isinstance(event, Finished):
+            raise SystemExit
+
+    clients = [Client(engine, request_of([i], 3), then) for i in (1, 2)]
+    for client in clients:
+        client.wait()
+    engine._thread.join()
+    assert engine.drain(0) and not engine.is_open
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

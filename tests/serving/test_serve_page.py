@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -287,7 +288,161 @@ def test_the_context_is_counted_and_a_full_one_is_said(browser, serve):
     page.close()
 
 
+def test_what_ended_an_answer_is_marked_and_not_sent_again(browser, serve):
+    """The last frame's tokens were looked at before they were there: no answer had its mark, and
+    Enter then continued the text after the end of the document."""
+    server = serve(answer=lambda body: [" x", "<end>"], texts={"<end>": ""})
+    page = opened(browser, server)
+    ask(page, "A")
+    assert page.run(TOKENS + ".map(t => t.classList.contains('end'))") == [False, True]
+    assert page.run(TOKENS + "[1].ariaLabel") == "end of the answer"
+    ask(page, "")
+    ids = server.standin.vocabulary
+    assert server.standin.bodies()[1]["prompt"] == [ids.id("A"), ids.id(" x")]
+    assert read(page) == "A x x"
+    clean(page)
+    page.close()
+
+
+def test_the_counts_are_those_of_the_usage(browser, serve):
+    """Of tokens that came together, or that the server read before them, a page may not know."""
+    server = serve(answer=lambda body: [" x", " y", "<end>"], texts={"<end>": ""})
+    page = opened(browser, server)
+    ask(page, "One two")
+    assert page.run("document.querySelector('.status').textContent").startswith("3 tokens")
+    assert page.run("document.querySelector('#context').textContent") == "Context 5 of 256"
+    page.close()
+
+
+def test_one_who_scrolls_up_while_it_streams_stays_there(browser, serve):
+    """The end of the text counted as in sight under the text field: each notch of the wheel was
+    undone by the next token."""
+    words = [f" w{i}" if i % 9 else "\n" for i in range(1_500)]
+    server = serve(
+        cards=[CARD | {"max_model_len": 10**6, "max_new_tokens": 10**6}],
+        answer=lambda body: words,
+        gap=0.01,
+    )
+    page = opened(browser, server, height=600)
+    setting(page, "max_tokens", "2000")
+    page.type("Start")
+    page.press("Enter")
+    page.until(f"{TOKENS}.length > 200")
+    end = "document.querySelector('.tail').getBoundingClientRect().top"
+    assert page.run(f"{end} <= document.querySelector('#ask').getBoundingClientRect().top")
+    page.run("scrollBy(0, -60)")
+    page.until("!document.querySelector('#newest').hidden || scrollY === 0")
+    there, count = page.run(f"[scrollY, {TOKENS}.length]")
+    page.until(f"{TOKENS}.length > {count + 60}")
+    assert page.run("scrollY") == there > 0
+    page.click("#newest")
+    page.until(f"scrollY > {there + 60}")
+    assert page.run("document.querySelector('#newest').hidden")
+    page.press("Escape")
+    ended(page)
+    page.close()
+
+
+def test_a_composition_ends_with_enter_and_is_not_sent(browser, serve):
+    """Who writes Japanese chooses a word by Enter. Safari says so by the key's code alone."""
+    server = serve()
+    page = opened(browser, server)
+    page.type("A")
+    for more in ("isComposing: true", "keyCode: 229"):
+        page.run(
+            "document.querySelector('#say').dispatchEvent(new KeyboardEvent('keydown',"
+            f"{{key: 'Enter', bubbles: true, cancelable: true, {more}}}))"
+        )
+    assert page.run("document.querySelector('#say').value") == "A"
+    assert page.run(BUSY) is None and server.standin.bodies() == []
+    page.close()
+
+
+def test_a_reload_brings_back_what_was_there(browser, serve):
+    """It was kept at an answer's end alone: a reload before it lost the text and the draft."""
+    server = serve(gap=0.05)
+    page = opened(browser, server)
+    page.type("First")
+    page.press("Enter")
+    page.until(f"{TOKENS}.length >= 5")
+    page.type("draft")
+    before = page.run("document.querySelectorAll('.text')[0].textContent")
+    page.call("Page.reload")
+    page.until("performance.getEntriesByType('navigation')[0].type === 'reload'"
+               "&& document.documentElement.dataset.ready")  # fmt: skip
+    after = read(page)
+    assert after.startswith(before) and ("First" + STORY).startswith(after)
+    assert page.run("document.querySelector('#say').value") == "draft"
+    # Another tab begins its own: two of one name would write over each other.
+    assert page.run("sessionStorage.getItem('gptoss.talk')") == ""
+    other = opened(browser, server)
+    assert read(other) == ""
+    other.close()
+    page.run("document.querySelector('#show-history').click()")
+    assert page.run("document.querySelectorAll('#talks li').length") == 1
+    clean(page)
+    page.close()
+
+
+def test_a_setting_that_is_out_of_range_is_said(browser, serve):
+    """It was left out in silence."""
+    page = opened(browser, serve())
+    page.run("document.querySelector('.settings').open = true")
+    border = "getComputedStyle(document.querySelector('[data-name=top_p]')).borderColor"
+    usual = page.run(border)
+    setting(page, "top_p", "3")
+    assert page.run(border) != usual
+    assert "1" in page.run("document.querySelector('.status').textContent")
+    setting(page, "top_p", "0.5")
+    assert page.run(border) == usual
+    page.close()
+
+
 # ---------------------------------------------------------------------------------- what can fail
+def test_a_queue_is_waited_for(browser, serve):
+    """After four tries, which were two seconds, the page gave up."""
+    server = serve(answer=lambda body: [" x"])
+    server.standin.fail = [(429, {"Retry-After": "0.05"})] * 6
+    page = opened(browser, server)
+    ask(page, "A")
+    assert read(page) == "A x" and problem(page) == ""
+    page.close()
+
+
+def test_a_server_with_other_models_is_asked_for_them(browser, serve):
+    """The list was read once: a page that stayed open could only be reloaded."""
+    server = serve(answer=lambda body: [f" by {body['model']}"])
+    page = opened(browser, server)
+    server.standin.cards = [CARD | {"id": "later"}]
+    server.standin.fail = [(404, {})]
+    ask(page, "A")
+    assert problem(page) == "made error 404"
+    assert page.run("document.title") == "later"
+    page.run("document.querySelector('.problem button').click()")
+    page.until(f"{TOKENS}.length === 1")
+    ended(page)
+    assert read(page) == "A by later"
+    clean(page)
+    page.close()
+
+
+def test_who_gives_no_key_is_asked_when_they_say_so(browser, serve):
+    """The question came back every three seconds, and the button under the error did nothing."""
+    server = serve(key="secret-3")
+    page = opened(browser, server, before="sessionStorage.clear();")
+    page.until("document.querySelector('#key').open")
+    page.press("Escape")
+    page.until("Boolean(document.querySelector('.problem:not([hidden])'))")
+    assert problem(page) == "No key was given."
+    page.run("document.querySelector('.problem button').click()")
+    page.until("document.querySelector('#key').open")
+    page.type("secret-3")
+    page.press("Enter")
+    page.until("document.documentElement.dataset.ready")
+    assert problem(page) == ""
+    page.close()
+
+
 def test_a_busy_server_is_asked_again(browser, serve):
     server = serve(answer=lambda body: [" x"])
     server.standin.fail = [(503, {"Retry-After": "0.2"}), (429, {"Retry-After": "0.2"})]
@@ -406,12 +561,109 @@ def test_a_token_says_how_likely_it_was_and_another_can_be_taken(browser, serve)
     page.close()
 
 
+def test_of_two_tokens_with_one_text_the_one_that_was_chosen_is_sent(browser, serve):
+    """The most likely tokens came as texts: two with the same text were one, and one of digits was
+    moved to the front, where it had the id of another."""
+    names = [" x", "7", "12", " b", " b"]
+    top = [[100 + i, name, -1.0 - i] for i, name in enumerate(names)]
+
+    class Twins(Standin):
+        def chunk(self, *given):
+            made = super().chunk(*given)
+            made["choices"][0]["top_tokens"] = [top]
+            made["choices"][0]["token_ids"] = [100]
+            return made
+
+    server = Server(Twins(answer=lambda body: [" x"]))
+    with server:
+        page = opened(browser, server)
+        ask(page, "A")
+        page.click(".t")
+        first = server.standin.bodies()[0]["prompt"]
+        rows = "[...document.querySelectorAll('#detail ol button span:first-of-type')]"
+        shown = page.run(rows + ".map(e => e.textContent.replace('\u2423', ' '))")
+        assert shown == names
+        for row in (1, 4):
+            page.run(f"document.querySelectorAll('#detail ol button')[{row}].click()")
+            page.until(f"!{BUSY} && {TOKENS}.length === 2")
+            assert server.standin.bodies()[-1]["prompt"] == [*first, 100 + row]
+            assert read(page) == f"A{names[row]} x"
+            # What one chose stays when it is drawn again.
+            act(page, "regenerate")
+            assert server.standin.bodies()[-1]["prompt"] == [*first, 100 + row]
+            act(page, "undo")
+            act(page, "undo")
+            page.click(".t")
+        clean(page)
+        page.close()
+
+
+def test_the_end_can_be_chosen_and_is_one(browser, serve):
+    """It was sent as a token like another, and the model wrote the next document."""
+    server = serve(cards=[CARD | {"stop_token_ids": [9]}], answer=lambda body: [" x", " y", " z"])
+    server.standin.vocabulary.ids = {f"unused {i}": i for i in range(9)} | {" other0": 9}
+    page = opened(browser, server)
+    ask(page, "A")
+    page.click(".t:nth-child(2)")
+    page.run("document.querySelectorAll('#detail ol button')[1].click()")
+    page.until(f"{TOKENS}.length === 2 && {TOKENS}[1].classList.contains('end')")
+    assert read(page) == "A x" and len(server.standin.bodies()) == 1
+    ask(page, "")
+    encode, token_id = server.standin.vocabulary.encode, server.standin.vocabulary.id
+    assert server.standin.bodies()[1]["prompt"] == [*encode("A"), token_id(" x")]
+    clean(page)
+    page.close()
+
+
+def test_text_that_was_held_back_is_not_lost(browser, serve):
+    """A server sends no text that may begin a stop text. Who left the answer there lost it, though
+    the model had it."""
+    texts = {"\n": "", "One": "\nOne"}
+    server = serve(answer=lambda body: [" x", "\n", "One"], texts=texts)
+    page = opened(browser, server)
+    ask(page, "A")
+    page.click(".t:nth-child(3)")
+    page.run("document.querySelectorAll('#detail ol button')[1].click()")
+    page.until(f"!{BUSY} && {TOKENS}.length === 6")
+    assert read(page) == "A x\n other0 x\nOne"
+    page.close()
+
+
+def test_the_view_can_be_changed_while_it_streams(browser, serve):
+    """The buttons did nothing then, and said nothing. And surprise had asked for no experts."""
+    page = opened(browser, serve(gap=0.02))
+    page.run("document.querySelector('[data-view=surprise]').click()")
+    page.type("Once")
+    page.press("Enter")
+    page.until(f"{TOKENS}.length > 3")
+    page.run("document.querySelector('[data-view=experts]').click()")
+    assert page.run(f"Boolean({BUSY})")
+    assert page.run("document.querySelector('#compare').disabled")
+    ended(page)
+    assert read(page) == "Once" + STORY
+    assert page.run(TOKENS + ".every(t => / e\\d+ g/.test(t.className))")
+    clean(page)
+    page.close()
+
+
+def test_the_heat_map_is_a_grid_and_silent_while_it_fills(browser, serve):
+    """A screen reader read a line ten times a second, and knew no cell as one that is chosen."""
+    page = opened(browser, serve(gap=0.02))
+    page.type("Once")
+    page.press("Enter")
+    page.until(f"{TOKENS}.length > 3")
+    assert page.run("document.querySelector('#heat table').role") == "grid"
+    assert page.run("document.querySelector('#read').ariaLive") == "off"
+    ended(page)
+    assert page.run("document.querySelector('#read').ariaLive") == "polite"
+    page.close()
+
+
 def test_surprise_is_a_tint_by_bits(browser, serve):
     server = serve()
     page = opened(browser, server)
     page.run("document.querySelector('[data-view=surprise]').click()")
     ask(page, "Once")
-    assert "experts" not in server.standin.bodies()[0]
     found = page.run(TOKENS + ".map(t => +/ s([0-4])/.exec(t.className)[1])")
     bits = [
         -dict(server.standin.top(token, t))[token] / 0.6931471805599453
@@ -451,8 +703,12 @@ def test_the_arrow_keys_go_from_token_to_token(browser, serve):
     assert page.run(TOKENS + ".filter(t => t.tabIndex === 0).length") == 1
     page.press("Enter")
     assert page.run("document.activeElement.matches('#detail ol button')")
+    # The focus went to the document's body, from where one tabs through the whole page again.
+    page.press("Escape")
+    assert page.run(focused) == split(STORY)[-1]
     page.press("Escape")
     assert page.run("document.querySelector('#detail').hidden")
+    assert page.run("document.activeElement.id") == "say"
     page.close()
 
 
@@ -587,8 +843,11 @@ def test_the_history_goes_to_a_file_and_comes_back(browser, serve):
     page.run("document.querySelector('#export').click()")
     text = page.run("window.blob.text()")
     assert json.loads(text)["talks"][0]["panes"][0]["doc"][1]["text"] == " x"
-    page.run("document.querySelector('#clear').click()")
-    assert page.run("document.querySelectorAll('#talks li').length") == 0
+    # One click deleted a hundred texts, and nothing asked.
+    for answer, left in (("false", 1), ("true", 0)):
+        page.run(f"window.confirm = () => {answer}")
+        page.run("document.querySelector('#clear').click()")
+        assert page.run("document.querySelectorAll('#talks li').length") == left
     give = (
         "(() => { const t = new DataTransfer(), f = document.querySelector('#file');"
         "t.items.add(new File([%s], 'h.json')); f.files = t.files;"
@@ -668,6 +927,64 @@ def test_a_link_draws_the_same_again(browser, serve):
     assert read(other) == "Once \u201cupon\u201d x"
     clean(other)
     other.close()
+
+
+def link_of(**made) -> str:
+    data = base64.urlsafe_b64encode(json.dumps(made).encode()).decode().rstrip("=")
+    return "#link=" + data
+
+
+def test_a_link_has_the_ids_of_what_it_continues(browser, serve):
+    """Its text may have other ids than those that were drawn, and then the answer is another."""
+    server = serve(answer=lambda body: [" sp", "lit"])
+    page = opened(browser, server)
+    ask(page, "A")
+    ask(page, "")
+    act(page, "link")
+    link = page.run("location.hash")
+    page.close()
+    other = opened(browser, server, link)
+    said = other.run("document.querySelector('.status').textContent")
+    assert "draws the same again" in said
+    other.press("Enter")
+    ended(other)
+    _, second, again = server.standin.bodies()
+    ids = server.standin.vocabulary
+    assert again["prompt"] == second["prompt"] == [ids.id("A"), ids.id(" sp"), ids.id("lit")]
+    # Ids of another model are other tokens: there, the text counts.
+    server.standin.cards = [CARD | {"system_fingerprint": "other"}]
+    third = opened(browser, server, link)
+    assert "another model" in third.run("document.querySelector('.status').textContent")
+    third.press("Enter")
+    ended(third)
+    assert server.standin.bodies()[-1]["prompt"] == ids.encode("A split")
+    for one in (other, third):
+        clean(one)
+        one.close()
+
+
+def test_a_hostile_link_draws_nothing_by_itself(browser, serve):
+    """Wrong types, a mode that the server does not have, settings to hide in."""
+    server = serve(answer=lambda body: [" x"])
+    link = link_of(
+        mode="chat", model={"a": 1},
+        settings={"system": "s" * 9_000, "max_tokens": 1e9, "temperature": "0", "model": "evil"},
+        doc=[{"who": "model", "text": HOSTILE[0], "ids": [-1, "x", 1e99], "seed": "x",
+              "model": [5]}, {"who": "you", "text": HOSTILE[1]}],
+    )  # fmt: skip
+    page = opened(browser, server, link)
+    assert server.standin.bodies() == server.standin.bodies("/v1/chat/completions") == []
+    assert HOSTILE[0] in read(page)
+    assert page.run("document.querySelector('#say').value") == HOSTILE[1]
+    assert page.run("document.querySelector('.chosen').textContent.length") < 100
+    # One was left in a chat that the model does not have.
+    page.run("document.querySelector('[data-mode=text]').click()")
+    assert page.run("document.querySelector('#modes').hidden")
+    ask(page, "A")
+    assert read(page) == "A x"
+    assert "max_tokens" not in page.run("localStorage.getItem('gptoss.settings') ?? ''")
+    clean(page)
+    page.close()
 
 
 @pytest.mark.parametrize("link", ["#link=%%%", "#link=e30", "#link=bnVsbA", "#link=" + "A" * 9000])
@@ -779,6 +1096,11 @@ def test_a_theme_of_ones_own_is_kept(browser, serve):
 def test_on_a_phone_the_text_field_stays_in_sight(browser, serve):
     page = opened(browser, serve(), width=320, height=560)
     ask(page, "Once upon a time,")
+    # What one can do with an answer was under the text field.
+    assert page.run(
+        "document.querySelector('.acts').getBoundingClientRect().bottom <="
+        "document.querySelector('#ask').getBoundingClientRect().top"
+    )
     box = "document.querySelector('#say').getBoundingClientRect()"
     assert page.run(f"{box}.bottom <= innerHeight && {box}.top >= 0")
     # Safari zooms in on a field with smaller letters.
@@ -845,8 +1167,12 @@ def test_nothing_moves_for_those_who_asked_for_it(browser, serve):
 
 
 def test_text_is_put_in_once_a_frame(browser, serve):
-    """A change of the page for each token would stop it at some hundred tokens a second."""
-    words = [f" w{i}" for i in range(2_000)]
+    """A change of the page for each token would stop it at some hundred tokens a second.
+
+    Nor is all of it laid out for each: a browser does so with a paragraph, and the text was a
+    single one, which took 20 ms a frame at 2,000 tokens.
+    """
+    words = [f" w{i}" if i % 100 else "\n" for i in range(2_000)]
     server = serve(cards=[CARD | {"max_model_len": 10**6, "max_new_tokens": 10**6}],
                    answer=lambda body: words)  # fmt: skip
     page = opened(browser, server)
@@ -861,6 +1187,13 @@ def test_text_is_put_in_once_a_frame(browser, serve):
     assert page.run(TOKENS + ".length") == 2_000
     # One more for the beginning, and one for the end.
     assert page.run("changes <= frames_drawn + 4")
+    assert (
+        page.run("[...document.querySelectorAll('.para')].map(e => e.children.length)")
+        == [100] * 19
+    )
+    assert read(page) == "Once" + "".join(words)
+    copied = "(() => { getSelection().selectAllChildren(document.querySelector('.text'));"
+    assert page.run(copied + "return getSelection().toString(); })()") == "Once" + "".join(words)
     page.close()
 
 

@@ -173,6 +173,8 @@ def test_what_is_no_route_or_method_is_told_with_the_routes(server):
     assert status == 405 and headers["Allow"] == "POST" and error["code"] == "method_not_allowed"
     # It was the bare words Method Not Allowed.
     assert error["message"] == "this route is for POST alone"
+    status, headers, data = server.ask("/health", method="DELETE")
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert server.ask("/health", method="DELETE")[0] == 405
     assert server.ask("/v1/completions/", BODY)[0] == 404
 
@@ -414,6 +416,21 @@ def test_while_it_loads_it_says_so():
             assert json.loads(data)["error"]["code"] == "loading"
         server.state.is_loading = False
         assert server.ask("/health")[0] == 200
+
+
+def test_a_server_whose_engine_has_stopped_says_so():
+    """A supervisor asks for /health, which said ok while no request could be answered."""
+    engine, other = held(), held()
+    with live(served_of(engine, "a"), served_of(other, "b")) as server:
+        assert server.ask("/health")[0] == 200
+        other.is_open = False
+        status, headers, data = server.ask("/health")
+        assert status == 503 and headers["Retry-After"]
+        error = json.loads(data)["error"]
+        assert error["code"] == "engine_stopped"
+        assert error["message"] == "the engine of b has stopped: restart the server"
+        # The other model is answered still.
+        assert server.ask("/v1/models")[0] == 200
 
 
 def test_at_its_end_it_finishes_what_is_there_and_begins_nothing():

@@ -6,13 +6,13 @@ const isChat = () => state.mode === "chat", isWhole = Number.isSafeInteger;
 // Spans that are there at most, and how many more make it worth to fold the oldest.
 const MOST_SPANS = 4000, FOLD = 500;
 const TOP = 10, CONTINUE_TOKENS = 200, MOST_TALKS = 100, MOST_TEXT = 1e6, MOST_LINK = 32000;
-const BUSY = [429, 503], TRIES = 5;
+const BUSY = [429, 503], TRIES = 50;
 const STARTS = ["Once upon a time", "The dragon looked at", "One day, a little girl"];
 const SAMPLING = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "when_full"];
 const state = {mode: "text", view: "experts", block: 0, talk: "", editing: null, cell: null,
   pinned: null};
-const say = $("say");
-let cards = [], key = "", keyAsked = null, active = null, panes = [];
+const say = $("say"), root = document.documentElement;
+let cards = [], key = "", keyAsked = null, active = null, panes = [], again = null;
 
 // ------------------------------------------------------------------------------------- helpers
 const put = (parent, name, kind, text) => {
@@ -39,6 +39,7 @@ const spell = text => text === "" ? "\u2205" : visible(text).replace(/\n/g, "\u2
 const percent = p => (100 * p).toFixed(p < .001 ? 3 : 1) + "\u00A0%";
 const number = n => n.toLocaleString("en");
 const sleep = (seconds, signal) => new Promise((resolve, reject) => {
+  signal?.throwIfAborted();
   const timer = setTimeout(resolve, 1000 * seconds);
   on(signal, "abort", () => { clearTimeout(timer); reject(signal.reason); });
 });
@@ -55,11 +56,13 @@ const kept = {
     catch { return false; }
   },
 };
-const session = (value) => {
+const session = (name, value) => {
   try {
-    if (value === undefined) return sessionStorage.getItem("gptoss.key") || "";
-    sessionStorage.setItem("gptoss.key", value);
-  } catch { /* The key then lasts as long as the page. */ }
+    if (value === undefined) return sessionStorage.getItem("gptoss." + name) || "";
+    sessionStorage.setItem("gptoss." + name, value);
+  } catch {
+    // It then lasts as long as the page.
+  }
   return value || "";
 };
 
@@ -89,13 +92,22 @@ function checkedDoc(given) {
   for (const one of given) {
     if (!isObject(one) || !isText(one.text)) return null;
     if (one.who !== "you" && one.who !== "model") return null;
-    doc.push({who: one.who, text: one.text, seed: isWhole(one.seed) ? one.seed : null});
+    const hasIds = Array.isArray(one.ids) && one.ids.length < 1e5 && one.ids.every(isWhole);
+    doc.push({who: one.who, text: one.text, seed: isWhole(one.seed) ? one.seed : null,
+      ids: hasIds ? one.ids : undefined, model: isText(one.model, 999) ? one.model : ""});
   }
   return doc;
 }
 // What was kept becomes what is worked with: an answer is one token, of unknown experts.
-const alive = doc => doc.map(({who, text, seed}) => who === "you" ? {who, text}
-  : {who, tokens: text ? [{p: text}] : [], start: 0, seed});
+const alive = doc => doc.map(({who, text, ids, model, seed}) => who === "you" ? {who, text}
+  : {who, tokens: text ? [{p: text, ids}] : [], start: 0, model, seed});
+// And back. An answer's text may have other ids than those that were drawn.
+function written({who, text, tokens = [], model, seed = null}) {
+  const ids = idsOf(tokens.filter(token => !token.end));
+  return {who, text: text ?? textOf({tokens}), model, seed,
+    ids: ids.length && ids.every(isWhole) ? ids : undefined};
+}
+const idsOf = tokens => tokens.flatMap(token => token.ids ?? token.id);
 function checkedTalk(given) {
   if (!isObject(given) || !isText(given.id, 64) || !Number.isFinite(given.time)) return null;
   if (!["text", "chat"].includes(given.mode) || !Array.isArray(given.panes)) return null;
@@ -127,10 +139,12 @@ async function call(path, body, signal, waits) {
     if (answer.status === 401 && waits !== null) {
       await askKey(message);
     } else if (BUSY.includes(answer.status) && tries < TRIES) {
-      const seconds = Math.min(30, Math.max(.2, +answer.headers.get("Retry-After") || 1));
+      // The longer it takes, the rarer it is asked.
+      const least = Math.max(.1 * tries, +answer.headers.get("Retry-After") || 1);
+      const seconds = Math.min(30, least);
       waits?.(message, seconds);
       await sleep(seconds, signal);
-    } else throw new Error(message);
+    } else throw Object.assign(new Error(message), {status: answer.status});
   }
 }
 // Several requests may need the key at a time: it is asked for once.
@@ -142,8 +156,8 @@ function askKey(message) {
       keyAsked = null;
       const given = $("key-text").value.trim();
       $("key-text").value = "";
-      if (!given) { reject(new Error("No key was given.")); return; }
-      key = session(given);
+      if (!given) { reject(Object.assign(new Error("No key was given."), {status: 401})); return; }
+      key = session("key", given);
       resolve();
     }, {once: true});
     dialog.showModal();
@@ -153,31 +167,40 @@ function askKey(message) {
 // The events of a stream. A character may come in two pieces, and so may a line.
 async function* events(answer) {
   const reader = answer.body.getReader(), decoder = new TextDecoder();
+  const broken = error => {
+    if (error?.name === "AbortError") throw error;
+    throw new Error("The connection ended before the answer did.");
+  };
   let rest = "";
-  for (;;) {
-    const {done, value} = await reader.read();
-    rest += decoder.decode(value, {stream: !done});
-    const lines = rest.split(/\r?\n/);
-    rest = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
-      let event;
-      try { event = JSON.parse(data); } catch { throw new Error("The answer is damaged."); }
-      if (isObject(event)) yield event;
+  try {
+    for (;;) {
+      const {done, value} = await reader.read().catch(broken);
+      rest += decoder.decode(value, {stream: !done});
+      const lines = rest.split(/\r?\n/);
+      rest = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith("data:")) continue;
+        const data = line.slice(5).trim();
+        if (data === "[DONE]") return;
+        let event;
+        try { event = JSON.parse(data); } catch { throw new Error("The answer is damaged."); }
+        if (isObject(event)) yield event;
+      }
+      if (done) broken();
     }
-    if (done) throw new Error("The connection ended before the answer did.");
+  } finally {
+    // Nobody reads the rest: the server need not compute it.
+    reader.cancel().catch(() => {});
   }
 }
-const idsOf = async (what, pane, signal) => {
+const encode = async (what, pane, signal) => {
   const answer = await (await call("tokenize", {model: pane.card.id, ...what}, signal)).json();
   return Array.isArray(answer.tokens) ? answer.tokens : [];
 };
 
 // -------------------------------------------------------------------------------------- tokens
 // p: the text that a token adds. raw: its own text. lp: log-probability. top: the likeliest in its
-// place. x: its experts. end: it ends the answer, and is no text.
+// place. x: its experts. end: it ends the answer, and is no text. ids: of several tokens in one.
 function tokensOf(choice, text) {
   const ids = choice.token_ids ?? [], given = choice.logprobs, content = given?.content;
   const names = given?.tokens ?? content?.map(one => one.token) ?? [];
@@ -186,10 +209,7 @@ function tokensOf(choice, text) {
   return Array.from({length: count}, (_, i) => {
     const token = {p: pieces[i], id: ids[i], raw: names[i] ?? pieces[i]};
     token.lp = given?.token_logprobs?.[i] ?? content?.[i]?.logprob ?? null;
-    const likely = content ? content[i]?.top_logprobs?.map(one => [one.token, one.logprob])
-      : Object.entries(given?.top_logprobs?.[i] ?? {}).sort((a, b) => b[1] - a[1]);
-    const likelyIds = choice.top_token_ids?.[i] ?? [];
-    token.top = likely?.map(([t, lp], n) => ({t, lp, id: likelyIds[n]}));
+    token.top = choice.top_tokens?.[i]?.map(([id, t, lp]) => ({id, t, lp}));
     const chosen = choice.experts?.ids?.[i];
     token.x = chosen ? {ids: chosen, weights: choice.experts.weights[i]} : null;
     return token;
@@ -207,6 +227,16 @@ function piecesOf(text, count, offsets) {
 const textOf = part => part.text ??
   part.tokens.map(token => token.end ? "" : token.p).join("");
 const isPartial = text => text.startsWith("bytes:");
+// The server holds text back that may begin a stop text; what it held back is text in the end.
+function settled(tokens) {
+  for (let i = tokens.length; i--;) {
+    const {p, raw} = tokens[i];
+    if (!raw || isPartial(raw) || !raw.startsWith(p)) break;
+    tokens[i] = {...tokens[i], p: raw};
+    if (p) break;
+  }
+  return tokens;
+}
 
 // ------------------------------------------------------------------------------------- colours
 const gcd = (a, b) => b ? gcd(b, a % b) : a;
@@ -258,7 +288,8 @@ class Pane {
     for (const text of STARTS) button(this.starts, text, () => { say.value = text; send(); });
     on(made.querySelector(".problem button"), "click", () => {
       this.problem("");
-      generate(this);
+      if (again) again();
+      else generate(this);
     });
     on(made, "focusin", () => activate(this));
     on(made.querySelector(".acts"), "click", event =>
@@ -275,6 +306,8 @@ class Pane {
     on(this.text, "keydown", event => this.move(event));
   }
   get card() { return cards.find(card => card.id === this.settings.model) ?? cards[0]; }
+  // What its ids are of.
+  get model() { return this.card.system_fingerprint ?? this.card.id; }
   field(name) { return this.find(`[data-name=${name}]`); }
   find(what) { return this.element.querySelector(what); }
   tell(text) { this.status.textContent = text; }
@@ -287,15 +320,13 @@ class Pane {
   // ----------------------------------------------------------------------------------- settings
   set(field) {
     const {name} = field.dataset;
-    field.ariaInvalid = null;
+    field.ariaInvalid = field.validity.valid ? null : "true";
+    if (field.ariaInvalid) this.tell(field.validationMessage);
     const value = field.type === "checkbox" ? field.checked
       : field.type === "number" && field.value ? +field.value : field.value;
     const checked = checkedSettings({[name]: value});
     if (name in checked) this.settings[name] = checked[name];
-    else {
-      delete this.settings[name];
-      if (field.value && field.type === "number") field.ariaInvalid = "true";
-    }
+    else delete this.settings[name];
     this.sum();
     keepSettings();
   }
@@ -309,6 +340,7 @@ class Pane {
       if (field.type === "checkbox") field.checked = value === true;
       else if (name === "model") field.value = this.card?.id ?? "";
       else field.value = value ?? "";
+      field.ariaInvalid = null;
       const usual = this.card?.sampling_defaults?.[name];
       if (field.type === "number" && usual !== undefined) field.placeholder = usual;
     }
@@ -318,11 +350,13 @@ class Pane {
     this.sum();
   }
   sum() {
-    this.find(".which").textContent = visible(this.card?.id ?? "");
+    const name = this.find(".which").textContent = visible(this.card?.id ?? "gptoss");
+    if (this === panes[0]) $("name").textContent = document.title = name;
     const set = Object.entries(this.settings).filter(([name]) => name !== "model" &&
       (name !== "system" || isChat()) && (name !== "echo" || !isChat()));
     this.find(".chosen").textContent = set.length ? set.map(([name, value]) =>
-      value === true ? "my text coloured" : `${name.replaceAll("_", " ")} ${visible(value)}`)
+      value === true ? "my text coloured"
+        : `${name.replaceAll("_", " ")} ${visible(value).slice(0, 60)}`)
       .join(" \u00B7 ") : "with the server\u2019s settings";
   }
 
@@ -352,6 +386,7 @@ class Pane {
     else this.doc.push({who: "you", text});
   }
   render() {
+    unpin();
     this.text.textContent = "";
     this.spans = [];
     this.holders.clear();
@@ -390,20 +425,33 @@ class Pane {
     else put(holder, "span", "you", visible(part.text));
   }
   append(part, tokens) {
-    const pieces = document.createDocumentFragment(), isYours = part.who === "you";
+    const holder = this.holders.get(part), isYours = part.who === "you";
     for (const token of tokens) {
-      const span = put(pieces, "span", look(token, isYours), visible(token.end ? "" : token.p));
+      const span = put(holder, "span", look(token, isYours), visible(token.end ? "" : token.p));
       if (state.view !== "plain") {
         span.role = "option";
         span.tabIndex = this.spans.length ? -1 : 0;
+        if (!token.p.trim()) span.ariaLabel = token.p.includes("\n") ? "new line" : "no text";
         if (token.end) span.ariaLabel = "end of the answer";
       }
       places.set(span, {pane: this, part, token});
       this.spans.push(span);
       if (token.x) this.tally(token.x.ids);
+      holder.line?.push(span);
+      if (token.p.endsWith("\n")) this.wrap(holder);
     }
-    this.holders.get(part).append(pieces);
     this.foldOld();
+  }
+  // A browser lays out a whole paragraph for each new token: so each one ends where a line does.
+  wrap(holder) {
+    const line = holder.line?.filter(span => span.isConnected);
+    holder.line = [];
+    // The first may begin in the middle of a line.
+    if (line) {
+      const block = put(holder, "span", "para");
+      line[0].before(block);
+      block.append(...line);
+    }
   }
   tally(ids) {
     this.blocks = Math.max(this.blocks, ids.length);
@@ -465,17 +513,17 @@ async function idsBefore(pane, part, signal) {
   const at = pane.doc.indexOf(part);
   if (part.before) return part.before;
   if (isChat()) {
-    part.before = await idsOf({messages: messagesOf(pane, pane.doc.slice(0, at))}, pane, signal);
+    part.before = await encode({messages: messagesOf(pane, pane.doc.slice(0, at))}, pane, signal);
   } else {
     const text = textUntil(pane, at);
-    part.before = text ? await idsOf({prompt: text}, pane, signal) : [];
+    part.before = text ? await encode({prompt: text}, pane, signal) : [];
   }
   return part.before;
 }
 async function idsWithin(pane, part, signal) {
-  const ids = part.tokens.map(token => token.id);
+  const ids = idsOf(part.tokens);
   if (ids.every(isWhole)) return ids;
-  return idsOf({prompt: textOf(part), add_special_tokens: false}, pane, signal);
+  return encode({prompt: textOf(part), add_special_tokens: false}, pane, signal);
 }
 function bodyOf(pane, given) {
   const body = {model: pane.card.id, stream: true, stream_options: {include_usage: true},
@@ -487,7 +535,7 @@ function bodyOf(pane, given) {
   const stops = pane.settings.stop ? [pane.settings.stop.replace(/\\n/g, "\n")] : [];
   if (isChat() && !pane.card.has_chat_template) stops.push("\nUser:");
   if (stops.length) body.stop = stops;
-  if (state.view === "experts") body.experts = true;
+  if (state.view !== "plain") body.experts = true;
   return body;
 }
 async function request(pane, part, run, seed) {
@@ -531,17 +579,21 @@ async function generate(pane, seed) {
   const run = pane.run = {stopper, signal: stopper.signal, queue: [], part, heard: "", count: 0,
     prompt: 0, began: performance.now(), first: 0};
   // Ids of another model are other tokens.
-  if (part.model && part.model !== pane.card.id) {
+  if (part.model !== undefined && part.model !== pane.model) {
     Object.assign(part, {before: null, tokens: [{p: textOf(part)}]});
     pane.render();
   }
-  part.model = pane.card.id;
+  part.model = pane.model;
   trim(pane, part);
   Object.assign(part, {start: part.tokens.length, end: ""});
   pane.problem("");
   pane.tell("\u2026");
   pane.starts.hidden = true;
+  follows = true;
+  // The address is no longer that of what is here.
+  bare();
   controls();
+  save();
   try {
     const [path, body] = await request(pane, part, run, seed);
     run.began = performance.now();
@@ -555,25 +607,30 @@ async function generate(pane, seed) {
     else {
       part.end = "broken";
       pane.problem(visible(error.message));
+      // It may serve other models by now.
+      if (error.status === 404) await loadModels();
     }
   }
   finish(pane, run);
 }
 // A token that ended the answer, or half a character, must not stand in the middle.
 function trim(pane, part) {
-  const before = part.tokens.length;
+  const before = textOf(part), {length} = part.tokens;
   while (part.tokens.length && (part.tokens.at(-1).end ||
     (part.tokens.at(-1).raw && isPartial(part.tokens.at(-1).raw)))) part.tokens.pop();
-  if (part.tokens.length !== before) pane.render();
+  settled(part.tokens);
+  if (part.tokens.length !== length || textOf(part) !== before) pane.render();
 }
 function finish(pane, run) {
   const {part} = run;
+  // What ended the answer came in its last frame.
+  flush(pane);
   if (part.end === "stop") {
     for (let i = part.tokens.length - 1; i >= 0 && part.tokens[i].p === ""; i--) {
       run.queue.push({ends: part.tokens[i]});
     }
+    flush(pane);
   }
-  flush(pane);
   run.end = performance.now();
   if (run.heard.trim()) $("said").textContent = run.heard;
   pane.run = null;
@@ -591,6 +648,8 @@ function finish(pane, run) {
 function take(pane, run, event) {
   if (event.error) throw new Error(String(event.error.message ?? "The answer broke off."));
   if (isWhole(event.seed)) run.part.seed = event.seed;
+  const {prompt_tokens: prompt, completion_tokens: count} = event.usage ?? {};
+  if (isWhole(prompt) && isWhole(count)) Object.assign(run, {prompt, count});
   const choice = event.choices?.[0];
   if (!choice) return;
   const text = String(choice.text ?? choice.delta?.content ?? ""), tokens = tokensOf(choice, text);
@@ -601,7 +660,8 @@ function take(pane, run, event) {
     return;
   }
   if (tokens.length) {
-    run.first ||= performance.now();
+    run.last = performance.now();
+    run.first ||= run.last;
     run.count += tokens.length;
     run.queue.push(...tokens);
   } else if (text) run.queue.push({more: text});
@@ -618,7 +678,7 @@ function flush(pane) {
   else if (pane.frame < 0) clearTimeout(-pane.frame);
   pane.frame = 0;
   if (!run?.queue.length) return;
-  const follows = inView(pane.tail), {part, queue} = run, came = [];
+  const {part, queue} = run, came = [];
   run.queue = [];
   for (const one of queue) {
     const last = came.at(-1) ?? part.tokens.at(-1);
@@ -633,6 +693,7 @@ function flush(pane) {
     if (span) {
       span.className = look(token, false);
       span.textContent = visible(token.end ? "" : token.p);
+      if (token.end) span.ariaLabel = "end of the answer";
     }
   }
   part.tokens.push(...came);
@@ -644,12 +705,17 @@ function flush(pane) {
     drawHeat();
   }
   if (follows) pane.tail.scrollIntoView({block: "nearest"});
-  $("newest").hidden = inView(pane.tail);
+  else $("newest").hidden = inView(pane.tail);
 }
-const inView = element => {
-  const {top} = element.getBoundingClientRect();
-  return top >= 0 && top < innerHeight;
-};
+const inView = element => element.getBoundingClientRect().top < innerHeight - $("ask").offsetHeight;
+// The page goes with a growing text, unless one scrolls up to read; at the end it goes on again.
+let follows = true, lastY = 0;
+on(document, "scroll", () => {
+  follows = scrollY >= lastY && (follows || shown().some(pane => pane.run && inView(pane.tail)));
+  lastY = scrollY;
+});
+new ResizeObserver(() => root.style.setProperty("--ask", `${$("ask").offsetHeight}px`))
+  .observe($("ask"));
 // A screen reader hears sentences, not tokens.
 function hear(run) {
   const sentences = /^[\s\S]*(?:[.!?]["')\u201d]*\s|[\u3002\n])/.exec(run.heard);
@@ -660,7 +726,7 @@ function hear(run) {
 const ENDS = {stop: "the model ended it", length: "as long as asked for", stopped: "stopped",
   broken: "broken off"};
 function report(pane, run) {
-  const {part} = run, now = run.end ?? performance.now(), parts = [];
+  const {part} = run, now = run.last, parts = [];
   parts.push(`${number(run.count)} token${run.count === 1 ? "" : "s"}`);
   if (run.count > 1) {
     const seconds = Math.max(1e-3, (now - run.first) / 1000);
@@ -733,7 +799,9 @@ const acts = {
     // With a seed of one's own, the next: the same would give the same answer.
     const own = pane.settings.seed !== undefined;
     const seed = own ? ((last.seed ?? pane.settings.seed) + 1) % 2 ** 53 : undefined;
-    pane.put(last.who === "model" ? pane.doc.slice(0, -1) : pane.doc);
+    // What was there before its last part was drawn stays, such as a token that one chose.
+    const rest = last.start ? [{...last, tokens: last.tokens.slice(0, last.start)}] : [];
+    pane.put(last.who === "model" ? [...pane.doc.slice(0, -1), ...rest] : pane.doc);
     generate(pane, seed);
   },
   edit: pane => edit(pane),
@@ -760,33 +828,21 @@ async function copy(pane, text, note) {
     field.remove();
   }
   pane.tell(note);
+  $("said").textContent = note;
 }
 // Stop at a token and continue with another in its place.
 async function branch({pane, part, token}, choice) {
   await stop(pane);
   const at = pane.doc.indexOf(part), index = part.tokens.indexOf(token);
   if (at < 0 || index < 0) return;
-  const id = await idOf(pane, choice, token.top).catch(() => undefined);
-  if (id === undefined || pane.run) {
-    pane.problem("The server does not say which token that is.");
-    return;
-  }
   pane.remember();
-  unpin();
-  const chosen = {...token, p: choice.t, raw: choice.t, lp: choice.lp, id, x: null, end: false};
+  const ends = Boolean(pane.card.stop_token_ids?.includes(choice.id));
+  const chosen = {...token, ...choice, p: ends ? "" : choice.t, raw: choice.t, x: null, end: ends};
   pane.put([...pane.doc.slice(0, at),
-    {...part, tokens: [...part.tokens.slice(0, index), chosen]}]);
-  generate(pane);
-}
-// Equal log-probabilities may have changed places in a list that is sorted by them.
-async function idOf(pane, choice, top) {
-  const others = top.map(one => one.id).filter(id => id !== choice.id);
-  for (const id of [choice.id, ...others]) {
-    if (!isWhole(id)) continue;
-    const body = {model: pane.card.id, tokens: [id]};
-    const answer = await (await call("detokenize", body)).json();
-    if (answer.prompt === choice.t) return id;
-  }
+    {...part, tokens: [...settled(part.tokens.slice(0, index)), chosen]}]);
+  if (!ends) { generate(pane); return; }
+  pane.tell("You ended it.");
+  save();
 }
 
 // -------------------------------------------------------------------------------------- details
@@ -812,7 +868,7 @@ function show(span) {
   put(bar, "p", "facts", `Token ${number(part.tokens.indexOf(token) + 1)} of ` +
     (isYours ? "yours" : "the answer") + (token.id === undefined ? "" : `, id ${token.id}`));
   button(bar, "Close", () => { unpin(); say.focus(); });
-  put(panel, "p", "piece", `\u201C${spell(token.end ? token.raw : token.p)}\u201D`);
+  put(panel, "p", "piece", `\u201C${spell(token.end ? token.raw : token.p || token.raw)}\u201D`);
   if (token.lp !== null && token.lp !== undefined) {
     put(panel, "p", "facts",
       `${percent(Math.exp(token.lp))} likely, ${bits(token).toFixed(2)} bits of surprise`);
@@ -822,18 +878,18 @@ function show(span) {
   if (token.lp == null && !token.x) put(panel, "p", "facts", "Its probabilities are not kept.");
 }
 function likely(panel, place, isYours) {
-  const {token} = place, list = put(panel, "ol");
+  const {token} = place, list = put(panel, "ol"), top = [...token.top];
   list.ariaLabel = "Likely here; choose one to continue from it";
-  token.top.slice(0, TOP + 1).forEach(choice => {
+  if (!top.some(choice => choice.id === token.id)) top.push({...token, t: token.raw});
+  top.forEach(choice => {
     const one = button(put(list, "li"), undefined, () => branch(place, choice));
     put(one, "i").style.width = percent(Math.exp(choice.lp)).replace("\u00A0", "");
     put(one, "span", "", spell(choice.t));
     put(one, "span", "", percent(Math.exp(choice.lp)));
-    const same = choice.t === token.raw;
-    if (same) one.ariaCurrent = "true";
-    one.title = "Continue with this one";
-    // Half a character has no text to continue.
-    one.disabled = isYours || isPartial(choice.t) || isPartial(token.raw ?? "");
+    if (choice.id === token.id) one.ariaCurrent = "true";
+    const isHalf = isPartial(choice.t) || isPartial(token.raw ?? "");
+    one.title = isHalf ? "Half a character has no text to continue" : "Continue with this one";
+    one.disabled = isYours || isHalf;
   });
 }
 function experts(panel, {ids, weights}) {
@@ -886,6 +942,7 @@ function buildHeat(L, E) {
   $("heat").textContent = "";
   const table = put($("heat"), "table", E > 16 ? "wide" : "");
   if (E > 24) table.style.minWidth = `${.68 * E + 3}rem`;
+  table.role = "grid";
   table.ariaLabel = "Use of experts: rows are blocks, columns experts";
   const head = put(put(table, "thead"), "tr");
   put(head, "th", "corner");
@@ -989,21 +1046,24 @@ function countSoon() {
 }
 
 // -------------------------------------------------------------------------------------- history
-let historyNote = "It is kept in this browser alone.";
+const NOTE = `The newest ${MOST_TALKS} are kept, in this browser alone.`;
+let historyNote = NOTE;
 const talksKept = () => checkedTalks(kept.read("history"));
 function keepTalks(talks) {
   talks.length = Math.min(talks.length, MOST_TALKS);
   const wanted = talks.length;
   while (!kept.write("history", talks) && talks.length) talks.length = Math.floor(talks.length / 2);
   const lost = wanted - talks.length;
-  historyNote = lost ? `This browser\u2019s storage is full: ${lost} of ${wanted} are not kept.`
-    : "It is kept in this browser alone.";
+  if (!talks.length) historyNote = NOTE;
+  if (lost) {
+    historyNote = `This browser\u2019s storage is full: ${lost} of ${wanted} are not kept.`;
+  }
 }
 function save() {
   if (!panes[0].doc.length) return;
   const talk = {id: state.talk, time: Date.now(), mode: state.mode, panes: shown().map(pane => ({
     settings: pane.settings,
-    doc: pane.doc.map(one => ({who: one.who, text: textOf(one), seed: one.seed ?? null})),
+    doc: pane.doc.map(written),
   }))};
   keepTalks([talk, ...talksKept().filter(one => one.id !== talk.id)]);
 }
@@ -1054,7 +1114,10 @@ function listTalks() {
 on($("show-history"), "click", () => { listTalks(); $("history").showModal(); });
 on($("history"), "click", event =>
   event.target.hasAttribute("data-close") && $("history").close());
-on($("clear"), "click", () => { keepTalks([]); listTalks(); });
+on($("clear"), "click", () => {
+  if (confirm("Delete the whole history?")) keepTalks([]);
+  listTalks();
+});
 on($("export"), "click", () => {
   const data = JSON.stringify({gptoss_history: 1, talks: talksKept()});
   const link = document.createElement("a");
@@ -1068,7 +1131,12 @@ on($("file"), "change", async () => {
   const [file] = $("file").files;
   if (!file) return;
   let talks = [];
-  try { talks = checkedTalks(JSON.parse(await file.text()).talks); } catch { /* It is none. */ }
+  try {
+    // More than any browser keeps would only make the page slow.
+    if (file.size < 2e7) talks = checkedTalks(JSON.parse(await file.text()).talks);
+  } catch {
+    // It is none.
+  }
   $("file").value = "";
   const ids = new Set(talks.map(talk => talk.id));
   if (talks.length) {
@@ -1092,27 +1160,30 @@ function fromLink(text) {
   } catch { return null; }
 }
 function linkOf(pane) {
-  const last = pane.doc.at(-1), doc = pane.doc.map(one => ({who: one.who, text: textOf(one)}));
+  const last = pane.doc.at(-1), doc = pane.doc.map(written);
   const settings = {...pane.card?.sampling_defaults, model: pane.card?.id, ...pane.settings};
   if (last?.who === "model") {
     doc.pop();
     // What was there before the answer's last part was drawn.
-    const text = textOf({tokens: last.tokens.slice(0, last.start)});
-    if (text) doc.push({who: "model", text});
+    const before = written({...last, tokens: last.tokens.slice(0, last.start)});
+    if (before.text) doc.push(before);
     if (last.seed !== null) settings.seed = last.seed;
   }
   const make = parts => `${location.origin}${location.pathname}#link=` +
-    toLink({mode: state.mode, settings, doc: parts});
+    toLink({mode: state.mode, settings, doc: parts, model: pane.model});
   const whole = make(doc);
   return whole.length <= MOST_LINK ? [whole, "The link is copied: settings, seed and text."]
     : [make([]), "The text is too long for a link: it has the settings and the seed alone."];
 }
+// A key must not stay in the address, nor in the browser's history.
+function bare() {
+  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+}
 function openFragment() {
   const given = new URLSearchParams(location.hash.slice(1));
-  if (given.has("token")) key = session(given.get("token").trim().slice(0, 512));
+  if (given.has("token")) key = session("key", given.get("token").trim().slice(0, 512));
   const link = given.has("link") ? fromLink(given.get("link")) : null;
-  // A key must not stay in the address, nor in the browser's history.
-  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+  bare();
   const doc = isObject(link) ? checkedDoc(link.doc) : null;
   if (!doc) return;
   begin(link.mode === "chat" ? "chat" : "text");
@@ -1122,7 +1193,9 @@ function openFragment() {
   pane.showSettings();
   pane.put(alive(doc));
   say.value = last?.text ?? "";
-  pane.tell("From a link: Enter draws the same again.");
+  pane.tell(link.model !== pane.model ? "From a link to another model: Enter draws with this one."
+    : pane.card.batch_invariant ? "From a link: Enter draws the same again."
+    : "From a link: Enter draws it again, and this model may differ in company.");
   controls();
 }
 
@@ -1134,6 +1207,9 @@ function controls() {
     : hasText || editing || !last ? "Send" : last.who === "you" ? "Answer" : "Continue";
   $("send").disabled = !cards.length;
   $("editing").hidden = !editing;
+  $("modes").hidden = !isChat() && !cards.some(card => card.has_chat_template || card.plain_chat);
+  $("compare").disabled = isRunning;
+  $("read").ariaLive = isRunning ? "off" : "polite";
   say.placeholder = isChat() ? "Your message"
     : last ? "Add to it, or press Enter to continue it" : "Write a beginning";
   for (const pane of panes) {
@@ -1171,7 +1247,7 @@ function setTwo(two) {
   for (const pane of panes) pane.find(".settings").open = two && !pane.doc.length;
   controls();
 }
-on($("compare"), "click", () => { if (!running()) setTwo(!state.two); });
+on($("compare"), "click", () => setTwo(!state.two));
 on($("new"), "click", () => { begin(); say.focus(); });
 on($("modes"), "click", ({target: {dataset}}) =>
   dataset.mode && dataset.mode !== state.mode && begin(dataset.mode));
@@ -1183,14 +1259,13 @@ function setView(view) {
   drawHeat();
 }
 on($("views"), "click", ({target: {dataset}}) => {
-  // A running answer's spans must stay as they are.
-  if (dataset.view && !running()) setView(dataset.view);
+  if (dataset.view) setView(dataset.view);
 });
 const THEMES = {Auto: "as the system has them", Light: "light", Dark: "dark"};
 function setTheme(name) {
   if (!Object.hasOwn(THEMES, name)) name = "Auto";
-  if (name === "Auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = name.toLowerCase();
+  if (name === "Auto") delete root.dataset.theme;
+  else root.dataset.theme = name.toLowerCase();
   $("theme").textContent = "\u25D0 " + (state.theme = name);
   $("theme").ariaLabel = "Colours: " + THEMES[name];
 }
@@ -1206,36 +1281,47 @@ on($("ask"), "submit", event => {
   else send();
 });
 on(say, "keydown", event => {
-  if (event.isComposing) return;
+  // In Safari the Enter that ends a composition has this code alone.
+  if (event.isComposing || event.keyCode === 229) return;
   if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();
     send();
   } else if (event.key === "ArrowUp" && !say.value) {
     event.preventDefault();
-    edit(active ?? panes[0], panes[0].doc.findLastIndex(one => one.who === "you"));
+    edit(active, active.doc.findLastIndex(one => one.who === "you"));
   }
 });
 on(say, "input", controls);
 on(say, "focus", unpin);
 on(document, "keydown", event => {
-  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
   if (running()) shown().forEach(stop);
   else if (state.editing) leaveEditing();
   else {
     if (state.keeps) { state.keeps = false; pointAt(null); }
-    const {pinned} = state;
-    unpin();
-    if (!pinned) say.focus();
+    const isInside = $("detail").contains(document.activeElement), {pinned} = state;
+    // From the choices back to their token; from there to the text field.
+    if (isInside && pinned) pinned.focus();
+    else { unpin(); say.focus(); }
   }
 });
-on($("newest"), "click", () =>
-  (shown().find(pane => pane.run) ?? panes[0]).tail.scrollIntoView({block: "nearest"}));
+on($("newest"), "click", () => {
+  follows = true;
+  (shown().find(pane => pane.run) ?? panes[0]).tail.scrollIntoView({block: "nearest"});
+  $("newest").hidden = true;
+});
+on(window, "pagehide", () => {
+  if (running()) save();
+  // For a reload: another tab has a talk of its own.
+  session("talk", panes[0]?.doc.length ? state.talk : "");
+  session("draft", say.value);
+});
 // The keyboard of a phone lies over the page; the text field must stay above it.
 const view = window.visualViewport;
 for (const kind of ["resize", "scroll"]) {
   on(view, kind, () => {
     const hidden = view.scale > 1 ? 0 : Math.max(0, innerHeight - view.height - view.offsetTop);
-    document.documentElement.style.setProperty("--keyboard", `${hidden}px`);
+    root.style.setProperty("--keyboard", `${hidden}px`);
   });
 }
 
@@ -1245,10 +1331,17 @@ async function loadModels() {
     try {
       const waits = message => { panes[0].tell(message); };
       const list = await (await call("v1/models", undefined, undefined, waits)).json();
-      return list.data.filter(card => isObject(card) && isText(card.id, 200));
+      cards = list.data.filter(card => isObject(card) && isText(card.id, 200));
+      for (const pane of panes) pane.showSettings();
+      return;
     } catch (error) {
       panes[0].problem(visible(error.message));
-      await sleep(3);
+      await new Promise(resolve => {
+        again = resolve;
+        // Who gave no key is not asked again and again.
+        if (error.status !== 401) setTimeout(resolve, 3000);
+      });
+      again = null;
     }
   }
 }
@@ -1257,7 +1350,7 @@ async function start() {
   const viewKept = kept.read("view");
   if (["plain", "surprise", "experts"].includes(viewKept)) state.view = viewKept;
   if (location.pathname.endsWith("/experts")) state.view = "experts";
-  key = session();
+  key = session("key");
   const settings = kept.read("settings");
   panes = [new Pane(Array.isArray(settings) ? settings[0] : null)];
   active = panes[0];
@@ -1265,19 +1358,22 @@ async function start() {
   // A key in the address is needed for the first request.
   const fragment = location.hash;
   if (new URLSearchParams(fragment.slice(1)).has("token")) openFragment();
-  cards = await loadModels();
-  panes[0].problem("");
-  const [first] = cards, chats = card => card.has_chat_template || card.plain_chat;
-  $("modes").hidden = !cards.some(chats);
-  $("name").textContent = document.title = first ? visible(first.id) : "gptoss";
-  begin(first?.has_chat_template ? "chat" : "text");
+  await loadModels();
+  begin(cards[0]?.has_chat_template ? "chat" : "text");
   drawHeat();
+  // What was here before a reload.
+  const talk = talksKept().find(one => one.id === session("talk")), draft = session("draft");
+  if (talk) openTalk(talk);
+  session("talk", "");
+  session("draft", "");
+  say.value = draft;
+  controls();
   if (fragment.includes("link=")) {
     if (!location.hash) history.replaceState(null, "", fragment);
     openFragment();
   }
   on(window, "hashchange", openFragment);
-  document.documentElement.dataset.ready = "1";
+  root.dataset.ready = "1";
   say.focus({preventScroll: true});
 }
 start();

@@ -7,6 +7,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from runtime.serving.engine import Engine
@@ -65,10 +66,16 @@ NAMES = ("x\r\ny", "\ud800", "tools", "prompt", "n" * 300)
 
 
 @contextlib.contextmanager
-def a_server(prefill_chunk: int = 128, max_new_tokens: int = 64, **settings: Any) -> Iterator[Live]:
+def a_server(
+    prefill_chunk: int = 128,
+    max_new_tokens: int = 64,
+    slots: int = 4,
+    max_waiting: int = 64,
+    **settings: Any,
+) -> Iterator[Live]:
     """Run a server of a small random model that reads bytes."""
     model = random_model(tiny_config(vocabulary_size=BYTE.vocabulary_size, context_length=64), 3)
-    engine = Engine(model.eval(), 4, 64, prefill_chunk, BYTE.banned_ids)
+    engine = Engine(model.eval(), slots, max_waiting, prefill_chunk, BYTE.banned_ids)
     served = served_of(engine, plain_chat=True, most_choices=68, max_new_tokens=max_new_tokens)
     try:
         with live(served, **settings) as server:
@@ -167,9 +174,11 @@ def faults(server: Live) -> list[str]:
 def full_queue(count: int) -> Tally:
     """75. More requests than slots and queue hold, and bodies over the limit, plain and chunked.
 
-    Held: 429 with Retry-After and 413, at once, and nothing of them stays.
+    Held: 429 with Retry-After and 413, at once, and nothing of them stays; openai-python, by more
+    at a time than fit, tries again by itself until each has its answer.
     """
     tally = Tally()
+    _retried(tally, count)
     engine = FakeEngine(BYTE.encode("cat"), at_once=False, most=1)
     with live(served_of(engine), max_body_bytes=2_000) as server, server.connect() as holder:
         holder.sendall(post("/v1/completions", PROBE, "Connection: close"))
@@ -189,6 +198,30 @@ def full_queue(count: int) -> Tally:
         engine.tell(engine.tickets[0])
         tally.add(b"cat" in read_all(holder), "the answer that was there")
     return tally
+
+
+def _retried(tally: Tally, count: int) -> None:
+    """Let clients that try again ask a server with one slot and one place in its queue."""
+    import openai
+
+    with a_server(slots=1, max_waiting=1) as server:
+
+        def asked(seed: int) -> tuple[str, Any]:
+            with openai.OpenAI(
+                base_url=f"{server.url}/v1", api_key="none", max_retries=1_000
+            ) as client:
+                answer = client.completions.create(model="toy", **(PROBE | {"seed": seed}))
+            choice = answer.choices[0]
+            return choice.text, choice.logprobs
+
+        alone = [asked(seed) for seed in range(10)]
+        with ThreadPoolExecutor(8) as pool:
+            for i, found in enumerate(pool.map(lambda i: asked(i % 10), range(count))):
+                tally.add(found == alone[i % 10], f"retried {i}: {found}")
+        num_full = sum(" 429 " in line for line in server.lines)
+        # Without them nothing was tried again.
+        tally.add(num_full > 0, "the queue was never full")
+        tally.detail = {"answers that openai-python tried again for": num_full}
 
 
 def who_may_ask(count: int) -> Tally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -362,6 +363,41 @@ def test_one_who_scrolls_up_while_it_streams_stays_there(browser, serve):
     assert page.run("document.querySelector('#newest').hidden")
     page.press("Escape")
     ended(page)
+    page.close()
+
+
+def test_two_texts_of_unlike_length_scroll_one_way(browser, serve):
+    """Each came into sight in its turn, so the page jumped up and down."""
+    server = serve(
+        cards=[CARD | {"id": name, "max_model_len": 10**6} for name in ("stories", "tall")],
+        answer=lambda body: ["x\n" if body["model"] == "tall" else "x"] * 150,
+        gap=0.01,
+    )
+    page = opened(browser, server, height=500)
+    page.run("document.querySelector('#compare').click()")
+    setting(page, "model", "tall", pane=1)
+    page.run("window.seen = []; addEventListener('scroll', () => seen.push(scrollY))")
+    ask(page, "Start")
+    page.until(f"!{BUSY}")
+    seen = page.run("seen")
+    # A line of the status may come and go.
+    assert len(seen) > 10 and all(b > a - 40 for a, b in itertools.pairwise(seen))
+    clean(page)
+    page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_forced_colours_leave_what_is_pressed_and_the_map(browser, serve, dark):
+    """Windows' contrast themes paint all grounds alike: no button looked pressed, no cell used."""
+    page = opened(browser, serve())
+    ask(page, "Once")
+    features = [{"name": "forced-colors", "value": "active"},
+                {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]  # fmt: skip
+    page.call("Emulation.setEmulatedMedia", features=features)
+    shades = "new Set([...document.querySelectorAll(%s)].map(e => getComputedStyle(e)"
+    shades += ".backgroundColor)).size"
+    assert page.run(shades % "'#views button'") == 2
+    assert page.run(shades % "'#heat td'") >= 3
     page.close()
 
 

@@ -529,16 +529,25 @@ def test_a_refusal_is_said_and_can_be_tried_again(browser, serve):
     "raw, said",
     [
         (b"", "The connection ended before the answer did."),
+        (None, "The connection ended before the answer did."),
         (b'data: {"error": {"message": "not finite"}}\n\n', "not finite"),
         (b"data: {broken\n\n", "The answer is damaged."),
     ],
-    ids=["ended", "error", "damaged"],
+    ids=["ended", "reset", "error", "damaged"],
 )
 def test_an_answer_that_breaks_off_keeps_its_beginning(browser, serve, raw, said):
-    page = opened(browser, serve(breaks=(3, raw)))
+    """And it is continued from there. A connection that was reset was told as "network error"."""
+    server = serve(breaks=(3, raw))
+    page = opened(browser, server)
     ask(page, "A")
     assert problem(page) == said
     assert read(page) == "A" + "".join(split(STORY)[:3])
+    server.standin.breaks = None
+    page.run("document.querySelector('.problem button').click()")
+    page.until(f"!{BUSY} && {TOKENS}.length > 3")
+    prompt = server.standin.bodies()[-1]["prompt"]
+    assert prompt == [*map(server.standin.vocabulary.id, ["A", *split(STORY)[:3]])]
+    assert problem(page) == "" and page.errors == []
     page.close()
 
 

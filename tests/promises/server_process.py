@@ -152,7 +152,7 @@ MOST_BODY_BYTES = 1 << 16
 MOST_OF_LARGE_BYTES, LARGE_BYTES = MIB, 4 * MIB
 
 
-def _mixed(server: Process, i: int) -> tuple[int, tuple[int, ...]]:
+def mixed(server: Process, i: int) -> tuple[int, tuple[int, ...]]:
     """Ask something; return (status, those that are right), 0 for a client that goes."""
     r = random.Random(i)
     body: dict[str, Any] = {
@@ -221,7 +221,7 @@ def memory(count: int, run: Callable = serving) -> Tally:
     with run(*flags) as server, ThreadPoolExecutor(4) as pool:
 
         def some(first: int, last: int) -> int:
-            ask = functools.partial(_mixed, server)
+            ask = functools.partial(mixed, server)
             for i, (status, right) in zip(
                 range(first, last), pool.map(ask, range(first, last)), strict=True
             ):

@@ -7,27 +7,15 @@ import copy
 import http.client
 import json
 import random
-import socket
 from collections.abc import Iterator
 from typing import Any
 
 from runtime.serving.engine import Engine
 from tests.builders import random_model, tiny_config
-from tests.builders_server import (
-    BYTE,
-    FakeEngine,
-    Live,
-    live,
-    post,
-    read_all,
-    served_of,
-    wait_for,
-)
+from tests.builders_server import BYTE, FakeEngine, Live, live, post, read_all, served_of
 from tests.promises import Promise, Tally
 
 KEY = b"right-key"
-# A slot that is not free after this is lost.
-PATIENCE_SECONDS = 60
 GOOD = {"Authorization": "Bearer right-key"}
 # What is asked between others' requests, and must be answered alike each time.
 PROBE = {"prompt": "Once", "max_tokens": 5, "seed": 1, "logprobs": 2}
@@ -77,10 +65,10 @@ NAMES = ("x\r\ny", "\ud800", "tools", "prompt", "n" * 300)
 
 
 @contextlib.contextmanager
-def a_server(**settings: Any) -> Iterator[Live]:
+def a_server(prefill_chunk: int = 128, **settings: Any) -> Iterator[Live]:
     """Run a server of a small random model that reads bytes."""
     model = random_model(tiny_config(vocabulary_size=BYTE.vocabulary_size, context_length=64), 3)
-    engine = Engine(model.eval(), slots=4, max_waiting=64, banned_ids=BYTE.banned_ids)
+    engine = Engine(model.eval(), 4, 64, prefill_chunk, BYTE.banned_ids)
     served = served_of(engine, plain_chat=True, most_choices=68, max_new_tokens=100_000)
     try:
         with live(served, **settings) as server:
@@ -155,60 +143,12 @@ def malformed(count: int) -> Tally:
             statuses[str(status)] = statuses.get(str(status), 0) + 1
             good = good and (i % 10 > 0 or probe(server) == first)
             tally.add(status < 500 and good, f"case {i}: {status} {path} {data[:200]!r}")
-        tally.add(probe(server) == first and not _faults(server), f"the end: {_faults(server)[:3]}")
+        tally.add(probe(server) == first and not faults(server), f"the end: {faults(server)[:3]}")
     tally.detail = {f"status {status}": n for status, n in sorted(statuses.items())}
     return tally
 
 
-def _cut(server: Live, r: random.Random, request: bytes) -> str:
-    """Send a request and go: in its head or body, in the queue, or after a part of its answer."""
-    at = r.choice(("head", "body", "queue", "stream", "stream"))
-    head = request.index(b"\r\n\r\n")
-    ends = {"head": r.randrange(head), "body": r.randrange(head, len(request))}
-    with server.connect() as connection:
-        connection.sendall(request[: ends.get(at, len(request))])
-        if at == "stream":
-            left = r.randrange(1, 4_000)
-            while left > 0 and (chunk := connection.recv(left)):
-                left -= len(chunk)
-        if r.random() < 0.3:
-            # A reset, not a proper end.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    return at
-
-
-def disconnects(count: int) -> Tally:
-    """74. Clients that go in the head, the body, the queue or the stream, often by a reset.
-
-    Held: others get the answers that they always get, and soon no slot is taken.
-    """
-    tally, r = Tally(), random.Random(74)
-    where: dict[str, int] = {}
-    with a_server() as server:
-        first = probe(server)
-        (served,) = server.state.models.by_name.values()
-        for i in range(count):
-            body = {"prompt": "a" * r.randrange(1, 40), "seed": i, "n": r.choice((1, 2, 6))}
-            # Without a cancel it would run for minutes.
-            body |= {"max_tokens": 100_000, "when_full": "slide"}
-            body |= {"stream": r.random() < 0.7, "logprobs": r.choice((None, 5))}
-            at = _cut(server, r, post("/v1/completions", body))
-            where[at] = where.get(at, 0) + 1
-            tally.add(bool(i % 10) or probe(server) == first, f"case {i}: {at} {body}")
-
-        def is_free() -> bool:
-            gauges = served.engine.gauges()
-            return gauges.num_running + gauges.num_waiting + server.state.num_active == 0
-
-        with contextlib.suppress(AssertionError):
-            wait_for(is_free, PATIENCE_SECONDS)
-        tally.add(is_free(), "slots are taken, and nobody waits for them")
-        tally.add(probe(server) == first and not _faults(server), "at the end")
-    tally.detail = {f"in the {at}": n for at, n in sorted(where.items())}
-    return tally
-
-
-def _faults(server: Live) -> list[str]:
+def faults(server: Live) -> list[str]:
     return [line for line in server.lines if line.startswith("fault")]
 
 
@@ -290,14 +230,6 @@ PROMISES: list[Promise] = [
         200,
         10_000,
         10_000,
-    ),
-    Promise(
-        79,
-        "Clients that go, at any point, free their slots, and nobody else's answer changes",
-        disconnects,
-        40,
-        500,
-        500,
     ),
     Promise(
         80,

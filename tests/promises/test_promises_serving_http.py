@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra: serve)")
 
 from runtime.serving import app, security
-from runtime.serving.work import Work
 from tests.promises import serving_http
 from tests.shared_checks import needs_code
 
@@ -21,12 +20,6 @@ def test_a_fault_of_the_server_is_noticed(monkeypatch):
 
     monkeypatch.setattr(app, "read_object", read_object)
     assert serving_http.malformed(40).failures
-
-
-def test_a_slot_that_is_not_given_back_is_noticed(monkeypatch):
-    monkeypatch.setattr(serving_http, "PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(Work, "cancel", lambda self: None)
-    assert serving_http.disconnects(8).failures
 
 
 def test_a_large_body_that_is_not_refused_is_noticed(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -365,6 +366,41 @@ def test_one_who_scrolls_up_while_it_streams_stays_there(browser, serve):
     page.close()
 
 
+def test_two_texts_of_unlike_length_scroll_one_way(browser, serve):
+    """Each came into sight in its turn, so the page jumped up and down."""
+    server = serve(
+        cards=[CARD | {"id": name, "max_model_len": 10**6} for name in ("stories", "tall")],
+        answer=lambda body: ["x\n" if body["model"] == "tall" else "x"] * 150,
+        gap=0.01,
+    )
+    page = opened(browser, server, height=500)
+    page.run("document.querySelector('#compare').click()")
+    setting(page, "model", "tall", pane=1)
+    page.run("window.seen = []; addEventListener('scroll', () => seen.push(scrollY))")
+    ask(page, "Start")
+    page.until(f"!{BUSY}")
+    seen = page.run("seen")
+    # A line of the status may come and go.
+    assert len(seen) > 10 and all(b > a - 40 for a, b in itertools.pairwise(seen))
+    clean(page)
+    page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_forced_colours_leave_what_is_pressed_and_the_map(browser, serve, dark):
+    """Windows' contrast themes paint all grounds alike: no button looked pressed, no cell used."""
+    page = opened(browser, serve())
+    ask(page, "Once")
+    features = [{"name": "forced-colors", "value": "active"},
+                {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]  # fmt: skip
+    page.call("Emulation.setEmulatedMedia", features=features)
+    shades = "new Set([...document.querySelectorAll(%s)].map(e => getComputedStyle(e)"
+    shades += ".backgroundColor)).size"
+    assert page.run(shades % "'#views button'") == 2
+    assert page.run(shades % "'#heat td'") >= 3
+    page.close()
+
+
 def test_a_composition_ends_with_enter_and_is_not_sent(browser, serve):
     """Who writes Japanese chooses a word by Enter. Safari says so by the key's code alone."""
     server = serve()
@@ -493,16 +529,25 @@ def test_a_refusal_is_said_and_can_be_tried_again(browser, serve):
     "raw, said",
     [
         (b"", "The connection ended before the answer did."),
+        (None, "The connection ended before the answer did."),
         (b'data: {"error": {"message": "not finite"}}\n\n', "not finite"),
         (b"data: {broken\n\n", "The answer is damaged."),
     ],
-    ids=["ended", "error", "damaged"],
+    ids=["ended", "reset", "error", "damaged"],
 )
 def test_an_answer_that_breaks_off_keeps_its_beginning(browser, serve, raw, said):
-    page = opened(browser, serve(breaks=(3, raw)))
+    """And it is continued from there. A connection that was reset was told as "network error"."""
+    server = serve(breaks=(3, raw))
+    page = opened(browser, server)
     ask(page, "A")
     assert problem(page) == said
     assert read(page) == "A" + "".join(split(STORY)[:3])
+    server.standin.breaks = None
+    page.run("document.querySelector('.problem button').click()")
+    page.until(f"!{BUSY} && {TOKENS}.length > 3")
+    prompt = server.standin.bodies()[-1]["prompt"]
+    assert prompt == [*map(server.standin.vocabulary.id, ["A", *split(STORY)[:3]])]
+    assert problem(page) == "" and page.errors == []
     page.close()
 
 

@@ -194,7 +194,9 @@ def _json(value: object, headers: dict[str, str] | None = None) -> Response:
 def _ignored(unknown: Iterable[str]) -> dict[str, str]:
     """Return the header that lists names which nobody read, in ASCII."""
     names = [ascii(name[:40])[1:-1].replace(",", " ") for name in unknown]
-    return {"X-Gptoss-Ignored": ", ".join(names)[:MOST_IGNORED_BYTES]} if names else {}
+    # No header may begin or end with a blank: h11 ends the connection instead of sending it.
+    text = ", ".join(names)[:MOST_IGNORED_BYTES].strip()
+    return {"X-Gptoss-Ignored": text} if names else {}
 
 
 async def read_body(request: Request, most: int) -> bytes:

@@ -23,6 +23,7 @@ PATIENCE_SECONDS = 60
 MOST_PASSES = 2
 # Of the engine: prompts are read in several passes.
 PREFILL_CHUNK = 8
+MOST_TOKENS = 100_000
 # Seeds of those that go are above.
 FIRST_SEED = 1_000_000
 # Clients that stay, and what they ask again and again.
@@ -135,7 +136,7 @@ def _body(point: str, r: random.Random, i: int) -> dict:
         "logprobs": r.choice((None, 5)),
         "experts": r.random() < 0.3,
         # It would run for minutes.
-        "max_tokens": 100_000,
+        "max_tokens": MOST_TOKENS,
         "when_full": "slide",
     }
     if point == "last":
@@ -229,7 +230,7 @@ def disconnects(count: int) -> Tally:
     tally, r = Tally(), random.Random(74)
     where = dict.fromkeys(POINTS, 0)
     answers, wrong = [0] * STAYING, []
-    with a_server(prefill_chunk=PREFILL_CHUNK) as server:
+    with a_server(PREFILL_CHUNK, MOST_TOKENS) as server:
         (served,) = server.state.models.by_name.values()
         alone = [server.json(PATH, body) for body in BODIES]
         first = [[status, answer["choices"]] for status, answer in alone]

@@ -30,4 +30,4 @@ def test_a_large_body_that_is_not_refused_is_noticed(monkeypatch):
 @pytest.mark.parametrize("name", ["check_origin", "check_key", "check_content"])
 def test_a_check_that_is_left_out_is_noticed(monkeypatch, name):
     monkeypatch.setattr(security, name, lambda *given: None)
-    assert serving_http.who_may_ask(80).failures
+    assert serving_http.who_may_ask(250).failures

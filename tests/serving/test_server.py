@@ -508,6 +508,19 @@ def test_a_head_of_many_unknown_names_passes_a_proxy(server):
     assert sum(len(name) + len(value) + 4 for name, value in headers.items()) < 2_000
 
 
+@pytest.mark.parametrize(
+    "names", [[" a"], ["a "], [""], ["", "b"], [f"{i:02}{'a' * 36}" for i in range(80)]]
+)
+def test_blanks_at_the_ends_of_unknown_names_do_not_cost_the_answer(server, names):
+    """h11 sends no header that begins or ends with a blank: the client was left without an answer.
+
+    The list of many names was cut after a comma and its blank.
+    """
+    status, headers, data = server.ask("/v1/completions", BODY | dict.fromkeys(names, 1))
+    assert status == 200 and json.loads(data)["choices"]
+    assert headers["X-Gptoss-Ignored"] == ", ".join(names)[:1_000].strip()
+
+
 def test_a_body_with_two_lengths_is_refused(server):
     """h11 reads the chunks; a proxy that reads Content-Length would see another request in them."""
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
+import random
+import re
 import shutil
 import signal
 import socket
@@ -21,9 +24,12 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra: serve)")
 
 from config_model import PredictConfig
+from runtime.evaluation.lm_eval import Reader
 from runtime.inference.predictor import READY, Predictor
+from runtime.inference.scorer import Scorer
 from tests.builders_server import JSON, events_of, post, wait_for
 from tests.conftest import REPO
+from tests.shared_checks import needs_code
 
 SECONDS = 300
 STORY = "Once upon a time"
@@ -89,7 +95,9 @@ def running(*flags: str, environment: dict[str, str] | None = None) -> Iterator[
 
 @pytest.fixture(scope="module")
 def server():
-    with running("--ckpt", str(READY), f"again={READY}", "--plain_chat", "--slots", "4") as found:
+    with running(
+        "--ckpt", str(READY), f"own/again={READY}", "--plain_chat", "--slots", "4"
+    ) as found:
         yield found
 
 
@@ -132,7 +140,7 @@ def test_openai_python_completes_streams_and_scores(client):
     assert many.choices[0].text == whole.choices[0].text
     assert len({choice.text for choice in many.choices}) == 3
     other = client.completions.create(
-        model="again", **(ARGUMENTS | {"seed": 4}), extra_body={"experts": True, "top_k": 50}
+        model="own/again", **(ARGUMENTS | {"seed": 4}), extra_body={"experts": True, "top_k": 50}
     )
     # Answer 1 of seed 3 is answer 0 of seed 4, by the same weights under another name.
     assert other.choices[0].text == many.choices[1].text
@@ -156,9 +164,9 @@ def test_openai_python_chats_with_a_plain_model(client):
 def test_openai_python_lists_models_and_raises_its_own_errors(client):
     import openai
 
-    assert [model.id for model in client.models.list()] == ["stories", "again"]
-    assert client.models.retrieve("again").model_extra["batch_invariant"] in (True, False)
-    with pytest.raises(openai.NotFoundError, match="stories, again") as raised:
+    assert [model.id for model in client.models.list()] == ["stories", "own/again"]
+    assert client.models.retrieve("own/again").model_extra["batch_invariant"] in (True, False)
+    with pytest.raises(openai.NotFoundError, match="stories, own/again") as raised:
         client.completions.create(model="gpt-4", prompt="a")
     assert raised.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as raised:
@@ -196,6 +204,54 @@ def test_many_clients_at_a_time_get_what_each_gets_alone(server):
     for thread in threads:
         thread.join(SECONDS)
     assert [together[i] for i in range(len(bodies))] == alone
+
+
+def test_openai_python_gets_a_prompts_scores_with_echo(client):
+    """max_tokens 0 scores a text alone; the first token has nothing before it."""
+    scores = [
+        client.completions.create(
+            model="stories", prompt=STORY, max_tokens=most, seed=3, echo=True, logprobs=0
+        ).choices[0]
+        for most in (0, 3)
+    ]
+    assert scores[0].text == STORY and scores[1].text.startswith(STORY)
+    (one, more) = (choice.logprobs.token_logprobs for choice in scores)
+    assert more[: len(one)] == one and len(more) == len(one) + 3
+    assert "".join(scores[0].logprobs.tokens) == STORY
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_guides_commands_work_as_they_stand(server):
+    """docs/serving.md, with this server's port in place of 8000."""
+    blocks = re.findall(r"```\n(.*?)```", (REPO / "docs/serving.md").read_text(), re.DOTALL)
+    (block,) = (one for one in blocks if one.startswith("curl") and "/v1/completions" in one)
+    port = server.address[1]
+    commands = [one.replace(":8000", f":{port}") for one in block.strip().split("\n\n")]
+    environment = os.environ | {"no_proxy": "*"}
+    whole, streamed = (
+        subprocess.run(
+            one, shell=True, capture_output=True, text=True, check=True, env=environment
+        ).stdout
+        for one in commands
+    )
+    answer = json.loads(whole)
+    assert answer["usage"]["completion_tokens"] > 0 and answer["choices"][0]["text"]
+    *chunks, done = events_of(streamed.encode())
+    assert done == "[DONE]" and chunks[0]["choices"][0]["experts"]["ids"]
+
+
+def test_the_guides_program_for_openai_python_works_as_it_stands(server):
+    pytest.importorskip("openai")
+    blocks = re.findall(r"```\n(.*?)```", (REPO / "docs/serving.md").read_text(), re.DOTALL)
+    (program,) = (one for one in blocks if one.startswith("from openai import"))
+    # Its names of models are those of the guide's own command.
+    for old, new in ((":8000", f":{server.address[1]}"), ('"best"', '"stories"'), ('"chat"', '""')):
+        assert old in program
+        program = program.replace(old, new)
+    command = [sys.executable, "-c", program.replace("max_tokens=60", "max_tokens=5")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()[0]) > 5
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -266,6 +322,39 @@ def test_a_second_signal_ends_it_at_once():
         assert server.process.wait(SECONDS) == 143
 
 
+def instances(number: int) -> list[tuple[str, str]]:
+    """Return contexts and continuations of words, some contexts empty."""
+    r, words = random.Random(4), ("Tom", "Mia", "had", "a", "red", "ball", "ran", "to", "the", ".")
+    whole = [" ".join(r.choice(words) for _ in range(r.randint(1, 12))) for _ in range(2 * number)]
+    return [
+        (before if i % 5 else "", f" {after}")
+        for i, (before, after) in enumerate(zip(whole[::2], whole[1::2], strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def reader(predictor) -> Reader:
+    """What scripts/evaluate.py lets lm-eval ask, of the same checkpoint."""
+    return Reader(Scorer(predictor.decoder), predictor.tokenizer)
+
+
+@needs_code
+def test_the_scores_of_evaluate_and_of_the_server_are_one(server, reader):
+    """Of the same ids, both read by the C kernel: the log-probabilities are the same bits.
+
+    Evaluation adds a text's own in float64.
+    """
+    tokenizer = reader.tokenizer
+    for before, after in instances(20):
+        pair = [reader.start, *tokenizer.encode(before)], tokenizer.encode(after)
+        body = {"prompt": [*pair[0], *pair[1]], "max_tokens": 0, "echo": True, "logprobs": 1}
+        choice = json.loads(server.post("/v1/completions", body))["choices"][0]
+        scores = choice["logprobs"]["token_logprobs"][len(pair[0]) :]
+        ((total, _),) = reader.log_likelihoods([pair], starts=False)
+        assert len(scores) == len(pair[1]) and all(score < 0 for score in scores)
+        assert math.isclose(math.fsum(scores), total, rel_tol=1e-12)
+
+
 @pytest.mark.lm_eval
 @pytest.mark.slow
 def test_lm_eval_scores_through_the_server(server, tmp_path, monkeypatch):
@@ -309,3 +398,32 @@ def test_lm_eval_scores_through_the_server(server, tmp_path, monkeypatch):
         bootstrap_iters=0,
     )
     assert found["results"]["own_pairs"]["acc,none"] == 1.0
+
+
+@needs_code
+@pytest.mark.lm_eval
+@pytest.mark.slow
+def test_lm_eval_gets_the_same_scores_from_the_server_as_from_our_own_model(server, reader):
+    """With the server's tokenizer (/tokenizer_info, /tokenize), which it finds by itself."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    pytest.importorskip("aiohttp", reason="lm-eval[api] is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    url = f"{server.url}/v1/completions"
+    theirs = LocalCompletionsAPI(base_url=url, model="stories", max_length=256, num_concurrent=2)
+    assert theirs.tokenizer_backend == "remote", lm_eval.__version__
+    assert theirs.prefix_token_id == reader.start
+    pairs = instances(20)
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    # It sends no start token; where there is no context, it sends the end of text.
+    ids = [theirs._encode_pair(*pair) if pair[0] else None for pair in pairs]
+    own = reader.log_likelihoods(
+        (
+            one or ([reader.start], reader.tokenizer.encode(after))
+            for one, (_, after) in zip(ids, pairs, strict=True)
+        ),
+        starts=False,
+    )
+    for (total, is_greedy), (mine, is_mine) in zip(theirs.loglikelihood(asked), own, strict=True):
+        assert math.isclose(total, mine, rel_tol=1e-12) and is_greedy == is_mine

@@ -155,7 +155,7 @@ def idle_seconds(server: Running, seconds: float) -> dict[str, float]:
 
 
 def threads_compared(bench: Bench) -> dict:
-    """Return tokens/s with one thread of the kernel and with all, which share the cores with HTTP."""
+    """Return tokens/s with one thread of the kernel and with all; HTTP shares the cores."""
     most = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         slots = max(bench.args.clients)
@@ -172,7 +172,7 @@ def threads_compared(bench: Bench) -> dict:
 
 
 def against_llama_cpp(bench: Bench, quantize: str) -> dict:
-    """Return tokens/s of both servers with `LLAMA_CLIENTS` clients, greedy; llama.cpp: F32, Q8_0."""
+    """Return tokens/s of both servers, greedy: float32 and F32, int8 and Q8_0."""
     slots, threads = bench.args.llama_clients, torch.get_num_threads()
     gguf = "q8_0" if quantize == "int8" else "f32"
     flags = [*bench.flags(slots), "--quantize", quantize]
@@ -182,7 +182,6 @@ def against_llama_cpp(bench: Bench, quantize: str) -> dict:
             bench.args.llama_python, bench.model, bench.tokenizer, slots, threads, gguf
         ) as theirs,
     ):
-        # Neither may find a prompt in a cache, and `cache_prompt` is llama.cpp's word.
         found = bench.speeds(
             {
                 "ours": bench.server_side(ours, slots, **GREEDY),

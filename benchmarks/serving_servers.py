@@ -105,9 +105,11 @@ def our_server(checkpoint: str, *flags: str) -> Iterator[Running]:
     """Start `python -m scripts.serve` with a checkpoint."""
     command = [sys.executable, "-m", "scripts.serve", "--ckpt", checkpoint, "--port", "0"]
     command += ["--device", "cpu", "--no-log_requests", *flags]
-    with tempfile.TemporaryDirectory() as folder:
-        with started(command, Path(folder) / "log") as running:
-            yield running
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        started(command, Path(folder) / "log") as running,
+    ):
+        yield running
 
 
 @contextlib.contextmanager

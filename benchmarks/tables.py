@@ -46,6 +46,7 @@ DECODING_CONTEXT, BATCHES, PROMPTS = 128, (8, 32), (64, 256, 1024)
 # Trained models, by family: exports_FAMILY.json.
 EXPORTED = ("qwen3_moe", "mixtral", "gpt_oss")
 EXPORT_SIZES = "exports_300m"
+SERVING, SOAK = "serving_56m", "soak_public"
 EXPORT_ROUTES = {
     "hf": "Hugging Face folder",
     "hf bfloat16": "Hugging Face folder, bfloat16",
@@ -278,13 +279,9 @@ def _speed(side: dict, with_ratio: bool = False) -> str:
 
 def speed_summary() -> str:
     """Return the few ratios of the front page, each with the file it comes from."""
-    rows = []
-    for name, what in (
-        ("train_cpu_1x2048", "training, 2,048 tokens of context"),
-        ("train_cpu_200k", "training, vocabulary of 200,019"),
-    ):
-        ratio = stored(name)["variants"]["ours"]["ratio_to"]["loop"]
-        rows.append((what, "a loop over experts", ratio, name))
+    name = "train_cpu_1x2048"
+    ratio = stored(name)["variants"]["ours"]["ratio_to"]["loop"]
+    rows = [("training, 2,048 tokens of context", "a loop over experts", ratio, name)]
     ratio = stored("train_cpu_4x512")["variants"]["ours"]["ratio_to"]["hf_grouped"]
     rows.append(("training, 512 tokens", "Hugging Face", ratio, "train_cpu_4x512"))
     ratio = _decoding(stored("decode_cpu_330m"))[0][1]["ours"]["ratio_to_hf"]
@@ -293,6 +290,11 @@ def speed_summary() -> str:
     )
     ratio = stored("llama_cpp_330m")["decode"]["ours"]["ratio_to_llama_cpp"]
     rows.append(("decoding, 328 M parameters", "llama.cpp", ratio, "llama_cpp_330m"))
+    result = stored(SERVING)["none"]
+    ratio = result["scaling"]["ratios"]["32 clients over 1"]
+    rows.append(("serving 32 clients, 55 M parameters", "serving one", ratio, SERVING))
+    ratio = result["llama.cpp"]["ratio"]
+    rows.append(("serving 8 clients, 55 M parameters", "llama.cpp's server", ratio, SERVING))
     return "\n".join(
         [
             "| float32, 2 CPU threads | compared with | ratio | file |",
@@ -446,6 +448,72 @@ def llama_cpp_table() -> str:
     )
 
 
+def serving_table() -> str:
+    """Return tokens/s of the server by clients, next to generation without a server."""
+    result = stored(SERVING)
+    clients = [1, 8, 32]
+    lines = [
+        f"| tokens/s, 55 M parameters | {' | '.join(_clients(n) for n in clients)} |",
+        "|---" * (1 + len(clients)) + "|",
+    ]
+    for quantize, what in (("none", "float32"), ("int8", "`--quantize int8`")):
+        scaling = result[quantize]["scaling"]
+        medians = {name: one["median"] for name, one in scaling["tokens_per_sec"].items()}
+        for side, name in (("the server", "{} clients"), ("`generate`, no server", "generate {}")):
+            cells = [f"{medians[name.format(n)]:,.0f}" for n in clients]
+            lines.append(f"| {side}, {what} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_serving_facts(result)])
+
+
+def _clients(count: int) -> str:
+    return f"{count} client{'s' if count > 1 else ''}"
+
+
+def _serving_facts(result: dict) -> list[str]:
+    """Return what else serving_56m.json holds, and the soak, as a list."""
+    first, passes, idle = (
+        result["first_token"],
+        result["passes"],
+        result["none"]["scaling"]["idle"],
+    )
+    facts = []
+    for quantize, what in (("none", "float32"), ("int8", "8 bits")):
+        scaling, llama = result[quantize]["scaling"], result[quantize]["llama.cpp"]
+        ratios = scaling["ratios"]
+        facts.append(
+            f"- {what}: 8 clients get {ratios['8 clients over 1']:.2f} and 32 clients "
+            f"{ratios['32 clients over 1']:.2f} times the tokens/s of one, which is "
+            f"{ratios['8 clients over generate']:.2f} and "
+            f"{ratios['32 clients over generate']:.2f} of `generate`. One client gets "
+            f"{ratios['1 clients over predict']:.2f} of `predict.py`, and {llama['clients']} get "
+            f"{llama['ratio']:.2f} times what llama.cpp's server gives them (same weights, greedy)."
+        )
+    threads = {name: one["median"] for name, one in result["threads_compared"].items()}
+    one, two = (threads[f"8 clients, {n} threads"] for n in (1, 2))
+    alone, late = (first[name]["median"] for name in ("alone_ms", "while_a_long_one_comes_ms"))
+    soak = stored(SOAK)
+    return [
+        *facts,
+        f"- Two threads of the kernel give 8 clients {two / one:.2f} times the tokens/s of one "
+        "thread, so the server uses all cores unless `--num_threads` says otherwise.",
+        f"- A short prompt has its first token after {alone:.0f} ms, and after {late:.0f} ms while "
+        f"a prompt of {passes['context'] - 1:,} tokens comes in: in pass "
+        f"{passes['to_first_token']['median']:.0f} after it came. 99 % of the tokens come "
+        f"{passes['between_tokens_p99']} pass after the last.",
+        f"- An idle server used {idle['cpu_seconds']:g} s of CPU time in "
+        f"{idle['wall_seconds']:g} s.",
+        f"- In {soak['seconds'] / 60:.0f} minutes {soak['clients']} clients sent "
+        f"{soak['requests']:,} requests of all kinds. {soak['same_as_alone']:,} answers were "
+        f"compared with those had alone, and {soak['num_wrong']} differed. The memory grew by "
+        f"{soak['growth_mib']:.1f} MiB.",
+        "",
+        f"Medians in alternation, {result['threads']} threads, prompts of "
+        f"{result['sizes']['prompt_tokens']} and answers of {result['sizes']['new_tokens']} "
+        f"tokens, not streamed, clients on the same cores, "
+        f"{result['environment']['hardware']['cpu']}: `serving_56m.json`, `soak_public.json`.",
+    ]
+
+
 def ranks_table() -> str:
     """Return what two ranks waste on the cores of one process, and on what."""
     result = stored("ranks_cpu")
@@ -496,6 +564,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "export sizes": export_sizes_table,
     "llama.cpp": llama_cpp_table,
     "ranks overhead": ranks_table,
+    "serving speed": serving_table,
     **recipes.TABLES,
     **settings.TABLES,
     **tuned.TABLES,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,8 +104,8 @@ class Standin:
     gap: float = 0.0
     fail: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     key: str = ""
-    # A raw event that comes after so many tokens, instead of the rest.
-    breaks: tuple[int, bytes] | None = None
+    # A raw event that comes after so many tokens, instead of the rest. None: the machine is gone.
+    breaks: tuple[int, bytes | None] | None = None
     # Tokens that add another text than their own: parts of a character.
     texts: dict[str, str] = field(default_factory=dict)
     # Whether each event comes in two pieces, cut wherever its middle is.
@@ -242,13 +245,24 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b": ping\n\n")
             for t, chunk in enumerate(standin.chunks(body, "chat" in self.path)):
                 if standin.breaks and t == standin.breaks[0]:
-                    self.wfile.write(standin.breaks[1])
+                    if standin.breaks[1] is None:
+                        self._reset()
+                    else:
+                        self.wfile.write(standin.breaks[1])
                     return
                 self._event(standin, chunk)
                 time.sleep(standin.gap)
             self.wfile.write(b"data: [DONE]\n\n")
         except ConnectionError:
             standin.gone += 1
+
+    def _reset(self) -> None:
+        """End the connection as a machine does that is switched off and on."""
+        # What was sent is read before, or a reset would take it back.
+        time.sleep(0.3)
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        os.close(self.connection.detach())
 
     def _event(self, standin: Standin, chunk: dict) -> None:
         event = f"data: {json.dumps(chunk, ensure_ascii=not standin.halves)}\n\n".encode(

@@ -224,6 +224,21 @@ def test_the_serving_engine_gives_the_cpus_texts(changes, monkeypatch):
     assert drawn == [ids_of_generate(model, request) for request in requests]
 
 
+def test_two_serving_engines_capture_their_graphs_at_a_time(monkeypatch):
+    """As a server's with two models, a thread each: one's capture must not end the other's."""
+    monkeypatch.setattr(inference, "GRAPH_SPAN", 4)
+    both = [decoder_on(CUDA, {"num_experts": experts}, False) for experts in (4, 8)]
+    requests = [request_of(ids, 60, temperature=0.0) for ids in PROMPTS]
+    engines = [Engine(decoder, slots=3, prefill_chunk=6) for _, decoder in both]
+    try:
+        clients = [[Client(engine, request) for request in requests] for engine in engines]
+        drawn = [[client.ids for client in own] for own in clients]
+    finally:
+        for engine in engines:
+            engine.close()
+    assert drawn == [[ids_of_generate(model, request) for request in requests] for model, _ in both]
+
+
 @pytest.mark.parametrize("changes, packed", COMPILED_CASES.values(), ids=COMPILED_CASES)
 def test_a_compiled_step_gives_the_cpus_texts(changes, packed, monkeypatch):
     """Each case compiles a whole model for each span of the cache, up to a minute.

@@ -152,7 +152,7 @@ MOST_BODY_BYTES = 1 << 16
 MOST_OF_LARGE_BYTES, LARGE_BYTES = MIB, 4 * MIB
 
 
-def _mixed(server: Process, i: int) -> tuple[int, tuple[int, ...]]:
+def mixed(server: Process, i: int) -> tuple[int, tuple[int, ...]]:
     """Ask something; return (status, those that are right), 0 for a client that goes."""
     r = random.Random(i)
     body: dict[str, Any] = {
@@ -215,21 +215,24 @@ def memory(count: int, run: Callable = serving) -> Tally:
     Held: each has its status, the resident memory after all is at most 5 MiB above that after 100,
     and the bodies take no memory.
     """
-    tally = Tally()
+    tally, statuses = Tally(), dict[int, int]()
     flags = ["--slots", "4", "--max_body_bytes", str(MOST_BODY_BYTES), "--max_waiting", "8"]
     flags += ["--max_new_tokens", "1000000", "--no-log_requests"]
     with run(*flags) as server, ThreadPoolExecutor(4) as pool:
 
         def some(first: int, last: int) -> int:
-            ask = functools.partial(_mixed, server)
+            ask = functools.partial(mixed, server)
             for i, (status, right) in zip(
                 range(first, last), pool.map(ask, range(first, last)), strict=True
             ):
                 tally.add(status in right, f"request {i}: {status}, not {right}")
+                statuses[status] = statuses.get(status, 0) + 1
             return server.memory_bytes()
 
         before = some(0, WARM)
         after = some(WARM, max(count, 2 * WARM))
+        # A queue that was full all the time would take no memory.
+        tally.add(statuses[200] >= count // 5, f"answered: {statuses}")
         tally.add(after <= before + MOST_MORE_BYTES, f"{before:,} bytes became {after:,}")
         server.forget_peak()
         empty = server.peak_bytes()
@@ -238,6 +241,7 @@ def memory(count: int, run: Callable = serving) -> Tally:
         more = server.peak_bytes() - empty
         tally.add(more <= MOST_OF_LARGE_BYTES, f"large bodies took {more:,} bytes")
     tally.detail = {
+        "answered": statuses[200],
         "largest growth, MiB": round((after - before) / MIB, 1),
         "most that large bodies took, MiB": round(more / MIB, 1),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from config_model import PredictConfig
 from runtime.inference.expert_map import _hues
 from runtime.serving.page import STATIC, serve_page
+from runtime.serving.pages import the_page
 from tests.builders_serve_page import (
     BUSY,
     CARD,
@@ -84,6 +86,27 @@ def test_the_page_is_small_and_needs_nothing_from_elsewhere():
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy
     assert "frame-ancestors 'none'" in policy and "require-trusted-types-for 'script'" in policy
     assert "unsafe" not in policy and "*" not in policy
+
+
+def test_what_is_served_says_what_the_script_says(monkeypatch, tmp_path):
+    """Blanks and words go, and not those of a text, a template or a regular expression."""
+    kept = (
+        r'"a  const = b ;}"', r"`const ${x} ; } = c`", r"/^ | = const ;}\/ [/ ] +/gu", r'"\" ; }"',
+    )  # fmt: skip
+    script = "\n".join(f"const a{i} = {text};\n  // const" for i, text in enumerate(kept))
+    for name in ("serve.css", "serve.html"):
+        (tmp_path / name).write_text((STATIC / name).read_text())
+    (tmp_path / "serve.js").write_text(script + "\nif (a + b) {\n  f(a / 2 - -1);\n}\n")
+    monkeypatch.setattr("runtime.serving.page.STATIC", tmp_path)
+    served = serve_page()[0].partition("<script>")[2]
+    for i, text in enumerate(kept):
+        assert f"let a{i}={text};" in served
+    assert "if(a+b){f(a/2 - -1)}" in served and "//" not in served
+
+
+def test_no_page_that_opened_it_keeps_a_hold_of_it():
+    """Such a page could change the address, and so the text and the key that are used."""
+    assert the_page().headers["Cross-Origin-Opener-Policy"] == "same-origin"
 
 
 def test_its_fields_have_the_ranges_of_predict(browser, serve):
@@ -343,6 +366,41 @@ def test_one_who_scrolls_up_while_it_streams_stays_there(browser, serve):
     page.close()
 
 
+def test_two_texts_of_unlike_length_scroll_one_way(browser, serve):
+    """Each came into sight in its turn, so the page jumped up and down."""
+    server = serve(
+        cards=[CARD | {"id": name, "max_model_len": 10**6} for name in ("stories", "tall")],
+        answer=lambda body: ["x\n" if body["model"] == "tall" else "x"] * 150,
+        gap=0.01,
+    )
+    page = opened(browser, server, height=500)
+    page.run("document.querySelector('#compare').click()")
+    setting(page, "model", "tall", pane=1)
+    page.run("window.seen = []; addEventListener('scroll', () => seen.push(scrollY))")
+    ask(page, "Start")
+    page.until(f"!{BUSY}")
+    seen = page.run("seen")
+    # A line of the status may come and go.
+    assert len(seen) > 10 and all(b > a - 40 for a, b in itertools.pairwise(seen))
+    clean(page)
+    page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_forced_colours_leave_what_is_pressed_and_the_map(browser, serve, dark):
+    """Windows' contrast themes paint all grounds alike: no button looked pressed, no cell used."""
+    page = opened(browser, serve())
+    ask(page, "Once")
+    features = [{"name": "forced-colors", "value": "active"},
+                {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]  # fmt: skip
+    page.call("Emulation.setEmulatedMedia", features=features)
+    shades = "new Set([...document.querySelectorAll(%s)].map(e => getComputedStyle(e)"
+    shades += ".backgroundColor)).size"
+    assert page.run(shades % "'#views button'") == 2
+    assert page.run(shades % "'#heat td'") >= 3
+    page.close()
+
+
 def test_a_composition_ends_with_enter_and_is_not_sent(browser, serve):
     """Who writes Japanese chooses a word by Enter. Safari says so by the key's code alone."""
     server = serve()
@@ -471,16 +529,25 @@ def test_a_refusal_is_said_and_can_be_tried_again(browser, serve):
     "raw, said",
     [
         (b"", "The connection ended before the answer did."),
+        (None, "The connection ended before the answer did."),
         (b'data: {"error": {"message": "not finite"}}\n\n', "not finite"),
         (b"data: {broken\n\n", "The answer is damaged."),
     ],
-    ids=["ended", "error", "damaged"],
+    ids=["ended", "reset", "error", "damaged"],
 )
 def test_an_answer_that_breaks_off_keeps_its_beginning(browser, serve, raw, said):
-    page = opened(browser, serve(breaks=(3, raw)))
+    """And it is continued from there. A connection that was reset was told as "network error"."""
+    server = serve(breaks=(3, raw))
+    page = opened(browser, server)
     ask(page, "A")
     assert problem(page) == said
     assert read(page) == "A" + "".join(split(STORY)[:3])
+    server.standin.breaks = None
+    page.run("document.querySelector('.problem button').click()")
+    page.until(f"!{BUSY} && {TOKENS}.length > 3")
+    prompt = server.standin.bodies()[-1]["prompt"]
+    assert prompt == [*map(server.standin.vocabulary.id, ["A", *split(STORY)[:3]])]
+    assert problem(page) == "" and page.errors == []
     page.close()
 
 
@@ -1057,6 +1124,47 @@ def test_hostile_outputs_run_nothing(browser, serve, is_chat):
 
 
 # -------------------------------------------------------------------------------- for everybody
+# The least contrast of what style alone writes: marks before tokens, hints in empty fields.
+DRAWN = """(() => {
+  const brush = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const over = (colour, under) => {
+    for (const one of [under, colour]) { brush.fillStyle = one; brush.fillRect(0, 0, 1, 1); }
+    return `rgb(${[...brush.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
+  };
+  const light = colour => {
+    const [r, g, b] = colour.match(/\\d+/g).map(v => v / 255)
+      .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b + .05;
+  };
+  const ground = e => over(getComputedStyle(e).backgroundColor,
+    e.parentElement ? ground(e.parentElement) : "#fff");
+  const found = {};
+  for (const [part, what] of [["::placeholder", "[placeholder]"], ["::before", ".nl, .end"]]) {
+    for (const e of document.querySelectorAll(what)) {
+      const under = ground(e), text = over(getComputedStyle(e, part).color, under);
+      const [a, b] = [light(under), light(text)];
+      found[part] = Math.min(found[part] ?? 99, Math.max(a, b) / Math.min(a, b));
+    }
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_what_style_alone_writes_can_be_read_too(browser, serve, dark):
+    """Hints in empty fields had 3.6 : 1 in the dark, and the mark of a new line less than 4.5."""
+    tokens = [*split(STORY), "<end>"]
+    page = opened(browser, serve(answer=lambda body: tokens, texts={"<end>": ""}), dark=dark)
+    ask(page, "Once")
+    page.run("document.querySelector('.settings').open = true")
+    for view in ("experts", "surprise"):
+        page.run(f"document.querySelector('[data-view={view}]').click()")
+        found = page.run(DRAWN)
+        assert set(found) == {"::placeholder", "::before"}
+        assert min(found.values()) >= 4.5, found
+    page.close()
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_colours_can_be_read_and_nothing_leaves_a_narrow_screen(browser, serve, dark):
     server = serve(cards=[chat_card()], answer=lambda body: [*split(STORY), "w" * 300])

@@ -704,8 +704,9 @@ function flush(pane) {
     pane.drawn = performance.now();
     drawHeat();
   }
-  if (follows) pane.tail.scrollIntoView({block: "nearest"});
-  else $("newest").hidden = inView(pane.tail);
+  // Never up: of two panes, one ends higher.
+  if (follows && !inView(pane.tail)) pane.tail.scrollIntoView({block: "nearest"});
+  $("newest").hidden = follows || shown().every(one => !one.run || inView(one.tail));
 }
 const inView = element => element.getBoundingClientRect().top < innerHeight - $("ask").offsetHeight;
 // The page goes with a growing text, unless one scrolls up to read; at the end it goes on again.

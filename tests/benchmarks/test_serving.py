@@ -1,0 +1,77 @@
+"""benchmarks/serving.py and soak.py: real servers and clients at tiny size, and their figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import serving, soak
+from benchmarks.serving_clients import Answered
+from tests.builders_server_process import HAS_PROC
+
+TINY = ["--d_model", "32", "--transformer_blocks", "2", "--num_heads", "4", "--num_kv_heads", "2"]
+TINY += ["--num_experts", "4", "--d_ff", "32", "--vocabulary_size", "300"]
+TINY += ["--context_length", "64"]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    flags = ["--name", "tiny", "--clients", "1", "2", "--new_tokens", "8", "--prompt_tokens", "4"]
+    flags += ["--requests", "2", "--repeats", "1", "--idle_seconds", "0.1"]
+    return serving.bench_of(serving.make_parser().parse_args([*flags, *TINY]), tmp_path)
+
+
+def test_all_sides_answer(bench):
+    """The server, generation without it and predict.py: each gives the tokens it is asked for."""
+    found = serving.scaling(bench, "none")
+    sides = {"1 clients", "2 clients", "generate 1", "generate 2", "predict", "2 streams"}
+    assert set(found["tokens_per_sec"]) == sides
+    assert all(one["min"] > 0 for one in found["tokens_per_sec"].values())
+    assert set(found["ratios"]) == {
+        "2 clients over 1",
+        "1 clients over generate",
+        "2 clients over generate",
+        "1 clients over predict",
+    }
+
+
+def test_passes_are_counted_to_the_first_token_and_between_tokens(bench):
+    found = serving.passes(bench, rounds=2)
+    assert found["to_first_token"]["min"] >= 1 and found["between_tokens_p99"] >= 1
+    assert found["between_tokens_max"] <= serving.TARGETS["p99 of passes between tokens"]
+
+
+def test_ratios_are_of_medians():
+    medians = {"1 clients": 10.0, "8 clients": 15.0, "generate 1": 12.5, "generate 8": 20.0}
+    found = {name: {"median": value} for name, value in (medians | {"predict": 40.0}).items()}
+    assert serving.ratios(found, [1, 8]) == {
+        "8 clients over 1": 1.5,
+        "1 clients over generate": 0.8,
+        "8 clients over generate": 0.75,
+        "1 clients over predict": 0.25,
+    }
+
+
+def test_gaps_are_between_events():
+    assert Answered(200, 3, 1.0, {}, [0.5, 0.75, 0.8125]).gaps_s == [0.25, 0.0625]
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path):
+    flags = ["--name", "x", "--new_tokens", "64", "--prompt_tokens", "8", *TINY]
+    with pytest.raises(ValueError, match="do not fit the context_length 64"):
+        serving.bench_of(serving.make_parser().parse_args(flags), tmp_path)
+
+
+def test_growth_is_from_the_second_tenth_to_the_last():
+    """The first tenth fills caches: it counts for nothing."""
+    memory = [(float(i), 100 if i < 10 else 200 + (i >= 90) * 7) for i in range(100)]
+    assert soak.growth(memory) == 7
+    assert soak.growth([(0.0, 5), (1.0, 6)]) == 0
+
+
+@pytest.mark.skipif(not HAS_PROC, reason="memory is read from Linux's /proc")
+def test_a_short_soak_compares_answers(monkeypatch):
+    monkeypatch.setattr(soak, "SAMPLE_SECONDS", 0.2)
+    from runtime.inference.predictor import READY
+
+    found = soak.soak(READY, 2.0, 2)
+    assert found["num_wrong"] == 0 and found["same_as_alone"] > 0 and found["memory_mib"]

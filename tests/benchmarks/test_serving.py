@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks import serving, soak
+from benchmarks import common, engine, serving, soak
 from benchmarks.serving_clients import Answered
+from runtime.inference import decoder
 from tests.builders_server_process import HAS_PROC
 
 TINY = ["--d_model", "32", "--transformer_blocks", "2", "--num_heads", "4", "--num_kv_heads", "2"]
@@ -75,3 +78,16 @@ def test_a_short_soak_compares_answers(monkeypatch):
 
     found = soak.soak(READY, 2.0, 2)
     assert found["num_wrong"] == 0 and found["same_as_alone"] > 0 and found["memory_mib"]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_the_engine_without_http_is_measured_by_both_readers(tmp_path, monkeypatch, capsys, kernel):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    if not kernel:
+        monkeypatch.setattr(decoder, "native_model", lambda model: (None, "a test's reason"))
+    flags = ["--name", "x", "--device", "cpu", "--clients", "1", "3", "--prompt_tokens", "5"]
+    assert engine.main([*flags, "--new_tokens", "6", "--repeats", "1", *TINY]) == 0
+    assert ("the C kernel reads" if kernel else "PyTorch reads") in capsys.readouterr().out
+    cells = json.loads((tmp_path / "engine_x.json").read_text())["cells"]
+    assert [cell["requests"] for cell in cells] == [1, 3]
+    assert all(cell["ratio"] > 0 and cell["first_ms"] > 0 for cell in cells)

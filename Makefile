@@ -114,7 +114,7 @@ test-llamacpp: $(VENV)/installed-dev
 
 # lm-evaluation-harness on our models: 330 MB with what it needs, and transformers' accelerate and peft.
 test-lm-eval: $(VENV)/installed-dev
-	$(PY) -c "import lm_eval, accelerate, peft" 2> /dev/null || $(PIP_INSTALL) lm-eval==0.4.13 accelerate peft
+	$(PY) -c "import lm_eval, aiohttp, accelerate, peft" 2> /dev/null || $(PIP_INSTALL) "lm-eval[api]==0.4.13" accelerate peft
 	$(PY) -m pytest -m lm_eval
 
 # Our Hugging Face folders in vLLM itself, built for CPUs: 150 packages, which want other versions than ours, so they have

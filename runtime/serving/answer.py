@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from runtime.inference.decoder import Drawing, Text
+from runtime.inference.scorer import on_host
 from runtime.serving.readers import Part, Reading
 from runtime.serving.request import (
     Experts,
@@ -196,7 +197,7 @@ class PartRows:
         ids_M2 = np.stack([best_M, np.asarray(tokens, dtype=np.int64)], axis=1)
         device = r.logits_RV.device
         where = torch.from_numpy(rows_M)[:, None].to(device), torch.from_numpy(ids_M2).to(device)
-        logits_M2 = r.logits_RV[where].double().cpu().numpy()
+        logits_M2 = on_host(r.logits_RV[where])
         return (logits_M2[:, 1] - logits_M2[:, 0] + r.best_log_probs_R[rows_M]).tolist()
 
     def top(self, row: int, count: int | None) -> Top | None:

@@ -427,7 +427,14 @@ class Engine:
         """End all requests, those that wait, too."""
         with self._changed:
             self._waiting.clear()
-        self._end_failed(finished)
+            count = len(self._tickets)
+        # A callback that raises what ends a thread must not keep the others from their ends.
+        for _ in range(count):
+            try:
+                self._end_failed(finished)
+                break
+            except BaseException:
+                traceback.print_exc()
 
 
 def _said(error: BaseException) -> str:

@@ -355,14 +355,17 @@ def test_whatever_fails_again_and_again_ends_all_requests(where, monkeypatch, ca
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_ends_while_it_tells_an_end_is_drained():
-    """It counted that event as one to come, so that `drain` waited for it in vain."""
+    """It counted that event as one to come, so that `drain` waited for it in vain.
+
+    When the end of a second request raised that, too, a third never got its end.
+    """
     engine = Engine(model_of(), slots=1)
 
     def then(event):
         if isinstance(event, Finished):
             raise SystemExit
 
-    clients = [Client(engine, request_of([i], 3), then) for i in (1, 2)]
+    clients = [Client(engine, request_of([i], 3), then) for i in range(1, 6)]
     for client in clients:
         client.wait()
     engine._thread.join()

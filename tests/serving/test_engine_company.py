@@ -193,6 +193,18 @@ def test_of_equally_likely_ids_the_lowest_come_first():
     assert token.id == 40 and [i for i, _ in token.top] == [40, 1, 3, 4]
 
 
+def test_log_probabilities_need_no_float64_on_the_device(monkeypatch):
+    """Apple's GPUs have none: each request with log-probabilities failed there."""
+
+    def double(tensor):
+        raise TypeError("the device has no float64")
+
+    with engine_of(model_of(), native=False) as engine:
+        monkeypatch.setattr(torch.Tensor, "double", double)
+        client = Client(engine, request_of([1, 2], 2, logprobs=2, prompt_logprobs=True))
+        assert client.end == Finished("length")
+
+
 @needs_code
 def test_a_last_token_that_no_room_is_left_for_has_no_experts():
     with engine_of(model_of()) as engine:

@@ -155,15 +155,16 @@ def alternate_undisturbed(
     functions: dict[str, Callable[[], float]],
     repeats: int,
     most_foreign_cores: float = FOREIGN_CORES,
-    clock: Callable[[], tuple[float, float, float]] = cpu_clock,
+    clock: Callable[[], tuple[float, float, float]] | None = None,
 ) -> dict[str, Samples]:
     """What each function returns, `repeats` times, called in turns; a value is discarded if other
     processes used more than `most_foreign_cores` while it was measured, and measured again in a
     later round.
 
     After 4 * repeats rounds a function that has too few clean values takes its least disturbed
-    ones. clock: of this process, or of those that belong to what is measured.
+    ones. clock: `cpu_clock`, or one that counts other processes of what is measured, too.
     """
+    clock = clock or cpu_clock
     samples = {name: Samples() for name in functions}
     spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(4 * repeats):

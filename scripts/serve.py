@@ -36,7 +36,7 @@ def check_installed() -> None:
     if missing:
         raise ImportError(
             f"serving needs {', '.join(missing)}: pip install {' '.join(NEEDED)}, or "
-            "pip install -e .[serve] in a checkout"
+            'pip install -e ".[serve]" in a checkout'
         )
 
 

@@ -14,6 +14,9 @@
 
    Letters as in model_parts.py: C d_model, L blocks, H query heads, G key/value heads, D head_dim,
    E experts, K top_k, F d_ff, V vocabulary; n rows. Weights are [outputs, inputs], row by row. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE  /* sched_getcpu, cpu_set_t */
+#endif
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -818,11 +821,40 @@ static void run(Pass *p, int t)
     }
 }
 
-typedef struct { Pass *pass; int thread; } Start;
+typedef struct { Pass *pass; int thread, core; } Start;
+
+/* The core that runs the caller, or -1. */
+static int this_core(void)
+{
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+/* Let the calling thread run on any core but this one, if it may.
+
+   Linux may start a thread on the core of the one that made it and leave both there for
+   milliseconds, with another core idle. A pass takes no longer than that. */
+static void leave_core(int core)
+{
+#ifdef __linux__
+    cpu_set_t cores;
+    if (core < 0 || sched_getcpu() != core || sched_getaffinity(0, sizeof cores, &cores))
+        return;
+    CPU_CLR(core, &cores);
+    if (CPU_COUNT(&cores))
+        sched_setaffinity(0, sizeof cores, &cores);
+#else
+    (void)core;
+#endif
+}
 
 static void *run_thread(void *argument)
 {
     Start *start = argument;
+    leave_core(start->core);
     while (atomic_load(&start->pass->phase) < 0)
         sched_yield();
     run(start->pass, start->thread);
@@ -834,10 +866,11 @@ void gptoss_forward(Pass *p)
 {
     pthread_t threads[MOST_THREADS];
     Start starts[MOST_THREADS];
+    int core = this_core();
     atomic_store(&p->arrived, 0);
     atomic_store(&p->phase, -1);
     for (p->team = 1; p->team < least(p->m->threads, MOST_THREADS); p->team++) {
-        starts[p->team] = (Start){p, p->team};
+        starts[p->team] = (Start){p, p->team, core};
         if (pthread_create(&threads[p->team], NULL, run_thread, &starts[p->team]))
             break;
     }

@@ -852,4 +852,4 @@ def test_the_page_of_a_fixed_input_has_fixed_bytes():
     title, about = "A <title> $title %%title {title}", "line one\nline two"
     page = html_page(title, pieces, experts_LTK, gates_LTK, 8, 2, about=about)
     digest = hashlib.sha256(page.encode()).hexdigest()
-    assert digest == "3c52430da8eddc9ba909eb7a873fa6adbf582f7a11bd30ee9432d2b061dd4100"
+    assert digest == "e1a74c24a896d11aa4ab3af375098432bab8b9f8ee3988f66d07877f4d048604"

@@ -14,7 +14,7 @@ other processes used more than 0.15 core is measured again. Clients are in this 
 cost is stored as `client_cores`. Prompts are new each time, so that no cache has their beginning.
 llama.cpp's server is that of the package xllamacpp, which PATH, an interpreter, must have; it reads
 the same weights from a GGUF file. Passes are counted in an engine of this process. Figures are
-medians; they go to benchmarks/results/serving_NAME.json.
+medians, ratios those of each round; they go to benchmarks/results/serving_NAME.json.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Bench:
         found = {}
         for name, one in samples.items():
             found[name] = summary(one.values) | {
+                "of_each_round": one.values,
                 "discarded": one.discarded,
                 "disturbed": one.disturbed,
             }
@@ -120,13 +121,14 @@ def scaling(bench: Bench, quantize: str) -> dict:
     flags = [*bench.flags(max(bench.args.clients)), "--quantize", quantize]
     predictor = Predictor(PredictConfig(ckpt=bench.checkpoint, quiet=True, quantize=quantize))
     with our_server(bench.checkpoint, *flags) as server:
-        sides: dict[str, Callable[[], float]] = {}
+        sides: dict[str, Callable[[], float]] = {
+            "predict": PredictSide(predictor, bench.prompts, bench.sizes, {})
+        }
         for clients in bench.args.clients:
             sides[f"{clients} clients"] = bench.server_side(server, clients)
             sides[f"generate {clients}"] = GenerateSide(
                 predictor, bench.prompts, bench.sizes, clients, {}
             )
-        sides["predict"] = PredictSide(predictor, bench.prompts, bench.sizes, {})
         streamed = bench.server_side(server, max(bench.args.clients))
         streamed.stream = True
         sides[f"{streamed.clients} streams"] = streamed
@@ -135,16 +137,22 @@ def scaling(bench: Bench, quantize: str) -> dict:
     return {"tokens_per_sec": found, "ratios": ratios(found, bench.args.clients), "idle": idle}
 
 
+def ratio(found: dict, name: str, base: str) -> float:
+    """Return the median over the rounds of one side's tokens/s over another's.
+
+    Sides of a round follow one another, so a slow spell of the machine meets both.
+    """
+    pairs = zip(found[name]["of_each_round"], found[base]["of_each_round"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
 def ratios(found: dict, clients: Sequence[int]) -> dict[str, float]:
-    """Return what the medians of `scaling` are compared with each other."""
-    median = {name: one["median"] for name, one in found.items()}
-    base = median[f"{clients[0]} clients"]
-    return (
-        {f"{n} clients over {clients[0]}": median[f"{n} clients"] / base for n in clients[1:]}
-        | {f"{n} clients over generate": median[f"{n} clients"] / median[f"generate {n}"]
-           for n in clients}
-        | {f"{clients[0]} clients over predict": base / median["predict"]}
-    )  # fmt: skip
+    """Return how the sides of `scaling` compare with each other."""
+    first = f"{clients[0]} clients"
+    over = {f"{n} clients over {clients[0]}": (f"{n} clients", first) for n in clients[1:]}
+    over |= {f"{n} clients over generate": (f"{n} clients", f"generate {n}") for n in clients}
+    over[f"{first} over predict"] = (first, "predict")
+    return {what: ratio(found, *sides) for what, sides in over.items()}
 
 
 def idle_seconds(server: Running, seconds: float) -> dict[str, float]:
@@ -190,9 +198,9 @@ def against_llama_cpp(bench: Bench, quantize: str) -> dict:
             ours,
             theirs,
         )
-    ratio = found["ours"]["median"] / found["llama.cpp"]["median"]
-    print(f"  {slots} clients over llama.cpp: {ratio:.2f} x", flush=True)
-    return {"clients": slots, "tokens_per_sec": found, "ratio": ratio}
+    over = ratio(found, "ours", "llama.cpp")
+    print(f"  {slots} clients over llama.cpp: {over:.2f} x", flush=True)
+    return {"clients": slots, "tokens_per_sec": found, "ratio": over}
 
 
 # ----------------------------------------------------------------------------------------- passes
@@ -351,8 +359,8 @@ def main(argv: list[str] | None = None) -> int:
         for quantize in ("none", "int8"):
             print(f"{args.name} {quantize}, {results['threads']} threads", flush=True)
             results[quantize] = {"scaling": scaling(bench, quantize)}
-            for what, ratio in results[quantize]["scaling"]["ratios"].items():
-                print(f"  {what}: {ratio:.2f} x", flush=True)
+            for what, over in results[quantize]["scaling"]["ratios"].items():
+                print(f"  {what}: {over:.2f} x", flush=True)
             if args.llama_python:
                 results[quantize]["llama.cpp"] = against_llama_cpp(bench, quantize)
         results["threads_compared"] = threads_compared(bench)

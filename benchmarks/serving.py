@@ -27,6 +27,7 @@ process.before_torch()
 import argparse
 import contextlib
 import dataclasses
+import statistics
 import tempfile
 import threading
 import time

@@ -309,8 +309,8 @@ FRONT_PAGE = {
     1: "killed at any moment, restarted: the same weights, bit for bit",
     3: "a crash or power failure leaves no broken checkpoint",
     6: "damaged files are noticed, with file and reason",
-    12: "logits with the cache equal those without it",
     21: "a flag that cannot be honoured is rejected before any work",
+    77: "32 requests at a time: each answer has the same bits as alone",
 }
 
 

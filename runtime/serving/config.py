@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from config_model import PredictConfig, check_fields, option
-from runtime.serving.fields import SAMPLING, as_in_predict
+from runtime.serving.fields import SAMPLING
+from runtime.serving.request import as_in_predict
 
 # What predict.py does with a model, the server does.
 OF_THE_MODEL = (

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from config_model import PredictConfig, check_field, option
+from config_model import check_field, option
 from runtime.data.tokenizer import without_surrogates
 from runtime.serving.errors import refused, told
-from runtime.serving.request import MOST_TOP
+from runtime.serving.request import MOST_TOP, as_in_predict
 
 # Of n, and of prompts times n.
 MOST_CHOICES = 128
@@ -23,14 +23,6 @@ MOST_CHOICES = 128
 MOST_STOPS, MOST_STOP_CHARACTERS = 64, 500
 # Settings of drawing whose defaults are the server's flags.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "when_full")
-
-
-def as_in_predict(name: str, default: Any = dataclasses.MISSING) -> Any:
-    """Return a field like predict.py's: its range and help text, and its default or this one."""
-    field = PredictConfig.__dataclass_fields__[name]
-    if default is dataclasses.MISSING:
-        default = field.default
-    return dataclasses.field(default=default, metadata=field.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)

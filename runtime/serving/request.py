@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from config_model import PredictConfig, check_fields, option
 
@@ -34,10 +34,12 @@ class EngineClosed(Exception):
 
 
 # --------------------------------------------------------------------------------------- requests
-def _as_in_predict(name: str):
-    """Return a field like predict.py's: the same default, range and help text."""
+def as_in_predict(name: str, default: Any = dataclasses.MISSING) -> Any:
+    """Return a field like predict.py's: its range and help text, and its default or this one."""
     field = PredictConfig.__dataclass_fields__[name]
-    return dataclasses.field(default=field.default, metadata=field.metadata)
+    if default is dataclasses.MISSING:
+        default = field.default
+    return dataclasses.field(default=default, metadata=field.metadata)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class Sampling:
     Raise ValueError for a field of another type or out of range.
     """
 
-    temperature: float = _as_in_predict("temperature")
-    top_k: int = _as_in_predict("top_k")
-    top_p: float = _as_in_predict("top_p")
-    min_p: float = _as_in_predict("min_p")
-    repetition_penalty: float = _as_in_predict("repetition_penalty")
-    when_full: str = _as_in_predict("when_full")
+    temperature: float = as_in_predict("temperature")
+    top_k: int = as_in_predict("top_k")
+    top_p: float = as_in_predict("top_p")
+    min_p: float = as_in_predict("min_p")
+    repetition_penalty: float = as_in_predict("repetition_penalty")
+    when_full: str = as_in_predict("when_full")
     seed: int = option(
         0,
         "random seed; the same seed and settings give the same tokens",

@@ -41,7 +41,7 @@ from runtime.checks.kernels import settle_kernels
 from runtime.checks.known import Known
 from runtime.checks.rounding import MARGIN, logits_bound
 from runtime.inference import cpu_decode
-from runtime.inference.cpu_decode import cache_folder, cpu_flags
+from runtime.kernels.compile import cache_folder, cpu_flags
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
 TOKENS, STEPS = 9, 2

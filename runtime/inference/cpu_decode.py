@@ -1,26 +1,16 @@
 """Decode on a CPU with runtime/inference/cpu_decode.c.
 
-The machine's own C compiler compiles it once; the library is kept (`library`). It runs a finished
+The machine's own C compiler compiles it once (runtime/kernels/compile.py). It runs a finished
 plain LLM (`native_model`, `NativeModel`): the C code gets pointers to the model's own parameters
 and to ordinary KV caches. So nothing is copied, and a text can go from PyTorch's path to this one
 and back. Without a compiler, or for a dtype other than float32, `native_model` says why and
 runtime/inference/decoder.py continues in PyTorch.
-
-Environment variables: CC is the compiler, GPTOSS_CFLAGS are flags after ours, XDG_CACHE_HOME is
-where compiled code is kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
@@ -45,19 +35,9 @@ from runtime.checks.known import (
     Known,
 )
 from runtime.inference.quantize import is_packed
+from runtime.kernels.compile import EXACT, compiled, digest
 
 SOURCE = Path(__file__).with_name("cpu_decode.c")
-FLAGS = [
-    "-O3",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    # The code says where a multiply-add is one operation. A compiler would choose otherwise in each
-    # copy of a loop, and a text's last digits would depend on how it is read.
-    "-ffp-contract=off",
-    "-std=gnu11",
-    "-shared",
-    "-fPIC",
-]
 # As in the C code.
 TILE, GROUP = 4, 64
 # In the order of the C code's enum.
@@ -114,58 +94,10 @@ Pass = _struct(
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """Return (the compiled code, ""), or (None, why it is missing)."""
-    if platform.system() not in ("Linux", "Darwin"):
-        return None, f"there is no native decoding on {platform.system()}"
-    compiler = os.environ.get("CC") or next(
-        (c for c in ("cc", "gcc", "clang") if shutil.which(c)), None
-    )
-    if compiler is None:
-        return None, "there is no C compiler (cc, gcc or clang)"
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    # After -march=native, so that they can take back what it allows:
-    # GPTOSS_CFLAGS="-mno-avx512f -O1".
-    extra = os.environ.get("GPTOSS_CFLAGS", "").split()
-    flags = [*compiler.split(), *FLAGS, native, *extra]
-    command = [*flags, str(SOURCE), "-lm", "-lpthread"]
-    # The key is what the source says, not where it lies: two copies of the code share a library.
-    machine = [platform.machine(), *platform.libc_ver(), cpu_flags()]
-    content = "\0".join([SOURCE.read_text(), *flags, *machine])
-    key = hashlib.sha256(content.encode()).hexdigest()[:24]
-    folder = cache_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"cpu_decode_{key}.so"
-        for attempt in range(2):
-            if attempt or not path.exists():
-                # Another process may be doing the same: the last one wins.
-                with tempfile.TemporaryDirectory(dir=folder) as work:
-                    subprocess.run(
-                        [*command, "-o", f"{work}/new.so"],
-                        check=True,
-                        capture_output=True,
-                        text=True,
-                        timeout=300,
-                    )
-                    os.replace(f"{work}/new.so", path)
-            for own in (folder, path):
-                status = own.lstat()
-                is_others = status.st_uid != os.geteuid() or status.st_mode & 0o022
-                if is_others or own.is_symlink():
-                    why = (
-                        f"{own} is not this user's alone, and code is not taken from there: "
-                        "remove it, or set XDG_CACHE_HOME"
-                    )
-                    return None, why
-            # A file that is cut short, or made for another system, is compiled again.
-            with contextlib.suppress(OSError):
-                code = ctypes.CDLL(str(path))
-                break
-        else:
-            return None, f"{path} was compiled, and cannot be loaded"
-        sizes = [code.gptoss_sizes(i) for i in range(4)]
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return None, f"cpu_decode.c could not be compiled: {' '.join(said.split())[:200]}"
+    code, why = compiled(SOURCE, EXACT)
+    if code is None:
+        return None, why
+    sizes = [code.gptoss_sizes(i) for i in range(4)]
     # Python's -O leaves assertions out, and C would read elsewhere.
     if sizes != [ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)]:
         raise ValueError("cpu_decode.c and cpu_decode.py disagree about a structure")
@@ -173,28 +105,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return code, ""
 
 
-def cache_folder() -> Path:
-    """Return the folder of compiled code, and of what runtime/inference/asked.py found."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gptoss"
-
-
 @functools.cache
 def library_digest() -> str:
     """Return the SHA-256 of the compiled code, "" without it."""
-    code, _ = library()
-    return "" if code is None else hashlib.sha256(Path(code._name).read_bytes()).hexdigest()
-
-
-def cpu_flags() -> str:
-    """Return what -march=native stands for on this machine, as far as Linux tells."""
-    try:
-        return next(
-            line
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith(("flags", "Features"))
-        )
-    except (OSError, StopIteration):
-        return platform.processor()
+    return digest(library()[0])
 
 
 # -------------------------------------------------------------------------------------- the model

@@ -50,7 +50,7 @@ typedef int32_t whole;
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
 typedef whole ints __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
 #define ALL(x) ((vec){0} + (real)(x))
-#define LOAD(p) (*(const vec *)(p))
+#define LOAD(p) (*(vec *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
 #define INLINE static inline __attribute__((always_inline))
 
@@ -119,7 +119,7 @@ INLINE vec sigmoid_of(vec x) { return 1 / (1 + exp_of(-at_least(x, -80))); }
    e^(z^2) erfc(z) for z up to 6.6 with a relative error of 3e-8. */
 INLINE vec normal_share(vec x, vec *density)
 {
-    ints sign = (ints)x & (ints)ALL(-0.0);
+    ints sign = (ints)x & ((ints){0} + 1) << (8 * REAL_BYTES - 1);
     vec size = (vec)((ints)x ^ sign), share;
     *density = exp_of(at_least(size * size * ALL(-0.5), -87));
 #ifdef GPTOSS_DOUBLE

@@ -248,8 +248,11 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
     real room[COLUMNS];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++)
-            sums[i][j] = begin == BIAS ? LOAD(bias + j * LANES) : ALL(0);
+        for (int j = 0; j < vectors; j++) {
+            sums[i][j] = ALL(0);
+            if (begin == BIAS)
+                sums[i][j] = LOAD(bias + j * LANES);
+        }
     tile(rows, vectors, a, step, panel, COLUMNS, depth, sums);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) {
@@ -258,7 +261,9 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
         if (columns == vectors * LANES) {
             for (int j = 0; j < vectors; j++) {
                 real *to = out[i] + j * LANES;
-                STORE(to, begin == SUM ? LOAD(to) + sums[i][j] : sums[i][j]);
+                if (begin == SUM)
+                    sums[i][j] += LOAD(to);
+                STORE(to, sums[i][j]);
             }
             continue;
         }

@@ -161,17 +161,17 @@ INLINE void tile(const int rows, const int vectors, const real *const *a, const 
 }
 
 /* --------------------------------------------------------------------------------- packing */
-/* panel[k][j] = rows[k][j] for `depth` rows of `columns` values; zeros up to COLUMNS. */
-static void pack(const real *const *rows, int64_t depth, int64_t columns, real *panel)
+/* panel[k][j] = rows[k][at + j] for `depth` rows of `columns` values; zeros up to COLUMNS. */
+static void pack(const real *const *rows, int64_t at, int64_t depth, int64_t columns, real *panel)
 {
     if (columns >= COLUMNS)
         for (int64_t k = 0; k < depth; k++)
             for (int j = 0; j < 2; j++)
-                STORE(panel + k * COLUMNS + j * LANES, LOAD(rows[k] + j * LANES));
+                STORE(panel + k * COLUMNS + j * LANES, LOAD(rows[k] + at + j * LANES));
     else
         for (int64_t k = 0; k < depth; k++) {
             memset(panel + k * COLUMNS, 0, COLUMNS * sizeof(real));
-            memcpy(panel + k * COLUMNS, rows[k], columns * sizeof(real));
+            memcpy(panel + k * COLUMNS, rows[k] + at, columns * sizeof(real));
         }
 }
 
@@ -221,19 +221,19 @@ static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t 
     }
 }
 
-/* packed[k][i] = rows[k][i] for i < ROWS, zeros from `width` on: `a` of a product that sums over
-   rows. Writes up to LANES values past its end. */
-static void pack_rows(const real *const *rows, int64_t depth, int64_t width, real *packed)
+/* packed[k][i] = rows[k][at + i] for i < ROWS, zeros from `width` on: `a` of a product that sums
+   over rows. Writes up to LANES values past its end. */
+static void pack_rows(const real *const *rows, int64_t at, int64_t depth, int64_t width, real *packed)
 {
     if (width >= rounded_up(ROWS, LANES))
         for (int64_t k = 0; k < depth; k++)
             /* What the last vector has too much, the next row writes over. */
             for (int i = 0; i < ROWS; i += LANES)
-                STORE(packed + k * ROWS + i, LOAD(rows[k] + i));
+                STORE(packed + k * ROWS + i, LOAD(rows[k] + at + i));
     else
         for (int64_t k = 0; k < depth; k++)
             for (int i = 0; i < ROWS; i++)
-                packed[k * ROWS + i] = i < width ? rows[k][i] : 0;
+                packed[k * ROWS + i] = i < width ? rows[k][at + i] : 0;
 }
 
 /* --------------------------------------------------------------------------------- panels */
@@ -274,10 +274,10 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
     }
 }
 
-/* `count` rows a[i] times a panel, into `columns` values of each out + i * out_step. */
+/* `count` rows a[i] + at times a panel, into `columns` values of each out + i * out_step. */
 #define TILES(NAME, STEP)                                                                                       \
     INLINE void NAME##_of(const int vectors, const int begin, int64_t count, const real *const *a,              \
-                          const real *panel, int64_t depth, const real *bias, real *out, int64_t out_step,      \
+                          int64_t at, const real *panel, int64_t depth, const real *bias, real *out, int64_t out_step,      \
                           int64_t columns)                                                                      \
     {                                                                                                           \
         for (int64_t i = 0; i < count; i += ROWS) {                                                             \
@@ -286,7 +286,7 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
             real *to[ROWS];                                                                                     \
             for (int r = 0; r < ROWS; r++) {                                                                    \
                 /* Rows that are missing repeat the last one, and are not kept. */                              \
-                from[r] = STEP == 1 ? a[i + least(r, left - 1)] : a[0] + i * depth + r;                         \
+                from[r] = STEP == 1 ? a[i + least(r, left - 1)] + at : a[0] + i * depth + r;                    \
                 to[r] = out + (i + least(r, left - 1)) * out_step;                                              \
             }                                                                                                   \
             if (left > ROWS * 2 / 3)                                                                            \
@@ -297,22 +297,22 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
                 tile_to(ROWS / 3, vectors, from, STEP, panel, depth, begin, bias, to, left, columns);           \
         }                                                                                                       \
     }                                                                                                           \
-    static void NAME(int begin, int64_t count, const real *const *a, const real *panel, int64_t depth,          \
-                     const real *bias, real *out, int64_t out_step, int64_t columns)                            \
+    static void NAME(int begin, int64_t count, const real *const *a, int64_t at, const real *panel,             \
+                     int64_t depth, const real *bias, real *out, int64_t out_step, int64_t columns)             \
     {                                                                                                           \
         if (columns > LANES) {                                                                                  \
             if (begin == ZERO)                                                                                  \
-                NAME##_of(2, ZERO, count, a, panel, depth, bias, out, out_step, columns);                       \
+                NAME##_of(2, ZERO, count, a, at, panel, depth, bias, out, out_step, columns);                       \
             else if (begin == BIAS)                                                                             \
-                NAME##_of(2, BIAS, count, a, panel, depth, bias, out, out_step, columns);                       \
+                NAME##_of(2, BIAS, count, a, at, panel, depth, bias, out, out_step, columns);                       \
             else                                                                                                \
-                NAME##_of(2, SUM, count, a, panel, depth, bias, out, out_step, columns);                        \
+                NAME##_of(2, SUM, count, a, at, panel, depth, bias, out, out_step, columns);                        \
         } else if (begin == ZERO)                                                                               \
-            NAME##_of(1, ZERO, count, a, panel, depth, bias, out, out_step, columns);                           \
+            NAME##_of(1, ZERO, count, a, at, panel, depth, bias, out, out_step, columns);                           \
         else if (begin == BIAS)                                                                                 \
-            NAME##_of(1, BIAS, count, a, panel, depth, bias, out, out_step, columns);                           \
+            NAME##_of(1, BIAS, count, a, at, panel, depth, bias, out, out_step, columns);                           \
         else                                                                                                    \
-            NAME##_of(1, SUM, count, a, panel, depth, bias, out, out_step, columns);                            \
+            NAME##_of(1, SUM, count, a, at, panel, depth, bias, out, out_step, columns);                            \
     }
 /* a[i]: each row, along k. */
 TILES(rows_times, 1)

@@ -49,7 +49,6 @@ typedef int32_t whole;
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
 typedef whole ints __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
-#define ALL(x) ((vec){0} + (real)(x))
 #define LOAD(p) (*(vec *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
 #define INLINE static inline __attribute__((always_inline))
@@ -68,6 +67,10 @@ INLINE int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / uni
 #else
 #define LANE_LIST(F, d) F(0, d), F(1, d)
 #endif
+/* x in all lanes. A sum with zeros is no broadcast: it would turn -0 to 0. */
+#define SAME(l, x) x
+INLINE vec all_of(real x) { return (vec){LANE_LIST(SAME, x)}; }
+#define ALL(x) all_of((real)(x))
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -119,7 +122,7 @@ INLINE vec sigmoid_of(vec x) { return 1 / (1 + exp_of(-at_least(x, -80))); }
    e^(z^2) erfc(z) for z up to 6.6 with a relative error of 3e-8. */
 INLINE vec normal_share(vec x, vec *density)
 {
-    ints sign = (ints)x & ((ints){0} + 1) << (8 * REAL_BYTES - 1);
+    ints sign = (ints)x & (ints)ALL(-0.0);
     vec size = (vec)((ints)x ^ sign), share;
     *density = exp_of(at_least(size * size * ALL(-0.5), -87));
 #ifdef GPTOSS_DOUBLE
@@ -162,7 +165,7 @@ INLINE void tile(const int rows, const int vectors, const real *const *a, const 
 
 /* --------------------------------------------------------------------------------- packing */
 /* panel[k][j] = rows[k][at + j] for `depth` rows of `columns` values; zeros up to COLUMNS. */
-static void pack(const real *const *rows, int64_t at, int64_t depth, int64_t columns, real *panel)
+__attribute__((noinline)) static void pack(const real *const *rows, int64_t at, int64_t depth, int64_t columns, real *panel)
 {
     if (columns >= COLUMNS)
         for (int64_t k = 0; k < depth; k++)
@@ -200,7 +203,7 @@ INLINE void transpose(vec v[LANES])
 }
 
 /* panel[k][j] = w[j * step + k] for k < depth and j < columns; zeros up to COLUMNS. */
-static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t columns, real *panel)
+__attribute__((noinline)) static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t columns, real *panel)
 {
     for (int half = 0; half < 2; half++) {
         int64_t first = half * LANES, k = 0;
@@ -223,7 +226,7 @@ static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t 
 
 /* packed[k][i] = rows[k][at + i] for i < ROWS, zeros from `width` on: `a` of a product that sums
    over rows. Writes up to LANES values past its end. */
-static void pack_rows(const real *const *rows, int64_t at, int64_t depth, int64_t width, real *packed)
+__attribute__((noinline)) static void pack_rows(const real *const *rows, int64_t at, int64_t depth, int64_t width, real *packed)
 {
     if (width >= rounded_up(ROWS, LANES))
         for (int64_t k = 0; k < depth; k++)
@@ -297,7 +300,7 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
                 tile_to(ROWS / 3, vectors, from, STEP, panel, depth, begin, bias, to, left, columns);           \
         }                                                                                                       \
     }                                                                                                           \
-    static void NAME(int begin, int64_t count, const real *const *a, int64_t at, const real *panel,             \
+    __attribute__((noinline)) static void NAME(int begin, int64_t count, const real *const *a, int64_t at, const real *panel,             \
                      int64_t depth, const real *bias, real *out, int64_t out_step, int64_t columns)             \
     {                                                                                                           \
         if (columns > LANES) {                                                                                  \

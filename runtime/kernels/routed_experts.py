@@ -3,7 +3,8 @@
 runtime/kernels/experts.c does it, forward and backward. The machine's own compiler compiles it
 (runtime/kernels/compile.py). Where there is none, or for another dtype, the model takes
 runtime/kernels/cpu_experts.py, whose results are the same except for rounding.
-runtime/kernels/choose.py puts this into `Experts.routed`; benchmarks/experts.py compares them.
+runtime/kernels/choose.py puts it into `LocalDispatcher.kernel`; benchmarks/experts.py compares
+them.
 """
 
 from __future__ import annotations
@@ -71,6 +72,54 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+
+
+def dispatch(
+    x_NC: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, experts
+) -> Tensor | None:
+    """Do what LocalDispatcher does, [N, C]; None for experts, a dtype or a mode that C lacks.
+
+    experts: model_parts.Experts. Those with adapters have parameters of their own, and dropout
+    changes the hidden layer.
+    """
+    is_plain = isinstance(experts, torch.nn.Module) and not hasattr(experts, "cpu_parameters")
+    if not is_plain or x_NC.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    if experts.w_in.dtype != torch.float32 or (experts.dropout and experts.training):
+        return None
+    return routed_experts(
+        x_NC,
+        weights_NK,
+        experts_NK,
+        counts_E,
+        experts.w_in,
+        experts.b_in,
+        experts.w_out,
+        experts.b_out,
+        experts.activation,
+    )[0]
+
+
+def rows_of_experts(
+    x_RC: Tensor,
+    w_in_EIC: Tensor,
+    b_in_EI: Tensor | None,
+    w_out_ECF: Tensor,
+    b_out_EC: Tensor | None,
+    counts_E: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Do what runtime/kernels/cpu_experts.py's feed_forward does, in C where the dtype is float32.
+
+    Rows [R, C] are sorted by expert already.
+    """
+    if x_RC.dtype != torch.float32:
+        return torch.ops.gptoss.feed_forward.default(
+            x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, activation
+        )
+    return routed_experts(
+        x_RC, None, None, counts_E, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, activation
+    )
 
 
 # N tokens, K experts of each, R = N * K rows, E experts, C d_model, F d_ff, I = F (gelu) or 2F.
@@ -225,9 +274,7 @@ def _save_for_backward(ctx, inputs, output):
     x_NC, weights_NK, experts_NK, counts_E, w_in, _, w_out, b_out, ctx.activation = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(
-        x_NC, weights_NK, experts_NK, counts_E, output[1], w_in, w_out, b_out
-    )
+    ctx.save_for_backward(x_NC, weights_NK, experts_NK, counts_E, output[1], w_in, w_out, b_out)
 
 
 def _backward(ctx, grad_NC, _):

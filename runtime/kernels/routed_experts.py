@@ -43,9 +43,12 @@ class _Experts(ctypes.Structure):
 
 
 @functools.cache
-def library(dtype: torch.dtype = torch.float32) -> tuple[ctypes.CDLL | None, str]:
-    """Return (the compiled code, ""), or (None, why it is missing). dtype: float32 or float64."""
-    code, why = compiled(SOURCE, FUSED, *["-DGPTOSS_DOUBLE"] * (dtype == torch.float64))
+def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDLL | None, str]:
+    """Return (the compiled code, ""), or (None, why it is missing).
+
+    dtype: float32, or float64 in tests, as are further flags.
+    """
+    code, why = compiled(SOURCE, FUSED, *["-DGPTOSS_DOUBLE"] * (dtype == torch.float64), *flags)
     if code is None:
         return None, why
     for name in ("gptoss_room", "gptoss_parts", "gptoss_size"):

@@ -29,7 +29,9 @@ typedef float real;
 typedef int32_t whole;
 #define REAL_BYTES 4
 #endif
-#if defined(__AVX512F__)
+/* Tests set it to others than the processor's. */
+#if defined(VECTOR_BYTES)
+#elif defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #elif defined(__AVX__)
 #define VECTOR_BYTES 32
@@ -38,7 +40,7 @@ typedef int32_t whole;
 #endif
 #define LANES (VECTOR_BYTES / REAL_BYTES)
 /* A tile's sums fill most registers: 12 x 2 of 32, or 6 x 2 of 16. */
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
 #define ROWS 12
 #else
 #define ROWS 6

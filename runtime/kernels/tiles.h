@@ -198,8 +198,11 @@ __attribute__((noinline)) static void pack(const real *const *rows, int64_t at, 
 {
     if (columns >= COLUMNS)
         for (int64_t k = 0; k < depth; k++)
-            for (int j = 0; j < 2; j++)
+            for (int j = 0; j < 2; j++) {
+                /* The next panel's lines lie far apart, where the processor expects none. */
+                __builtin_prefetch(rows[k] + at + COLUMNS + j * LANES, 0, 2);
                 STORE(panel + k * COLUMNS + j * LANES, LOAD(rows[k] + at + j * LANES));
+            }
     else
         for (int64_t k = 0; k < depth; k++) {
             memset(panel + k * COLUMNS, 0, COLUMNS * sizeof(real));

@@ -1,0 +1,606 @@
+/* Attention, forward and backward, by tiles of queries and keys; no T x S scores are held.
+
+   The mathematics of model_parts.Attention: softmax(q k / sqrt D + bias) v, where a query sees the
+   keys from some position up to its own, and a sink adds a term to the softmax's sum. The softmax
+   is taken tile by tile (Milakov and Gimelshein 2018; Dao et al. 2022): a row keeps its maximum and
+   its sum so far. The forward pass saves the logarithm of that sum; the backward pass computes each
+   probability again. Scores are in units of ln 2: their exponential is a power of 2.
+
+   runtime/kernels/cpu_attention.py makes the calls. Letters as in model_parts.py: B batch, T
+   queries, S keys, H query heads, G key/value heads, D head_dim. Each sum has one order, whichever
+   thread does it and whatever other texts the batch has. */
+#include "tiles.h"
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+/* Queries and keys of a tile: multiples of ROWS and of COLUMNS. */
+#ifndef QUERIES
+#define QUERIES 48
+#endif
+#ifndef KEYS
+#define KEYS 96
+#endif
+#define BLOCKS (QUERIES / ROWS)
+#define PANELS (KEYS / COLUMNS)
+#define LN_2 0.69314718055994530942
+/* The position of a key that is not there: after every query. */
+#define NOWHERE INT32_MAX
+#ifdef GPTOSS_DOUBLE
+#define LOWEST (-1.7976931348623157e308)
+#else
+#define LOWEST (-3.402823466e38f)
+#endif
+
+/* Steps are in values: of the batch, the head, the token. A last step is 1. */
+typedef struct {
+    int64_t B, T, S, H, G, D, window, threads;
+    int64_t q_steps[3], k_steps[3], v_steps[3], y_steps[3], grad_steps[3];
+    /* Of the head, the query. */
+    int64_t bias_steps[2];
+    const real *q, *k, *v;
+    /* [H] or NULL; [H, T, S] or NULL. */
+    const real *sinks, *bias;
+    /* Positions [T] and [S]; NULL, or [B, T]: the position where each query's document begins. */
+    const int64_t *q_positions, *k_positions, *starts;
+    /* The result, and [B, H, T] the base-2 logarithm of the softmax's sum. */
+    real *y, *logs;
+    const real *grad;
+    /* [B, T, H, D], [B, S, G, D] twice; [B, H] of each row, [H, T, S] with zeros in it. NULL for
+       the last two if there is none. */
+    real *grad_q, *grad_k, *grad_v, *grad_sinks, *grad_bias;
+    real *room;
+    Parallel parallel;
+} Call;
+
+/* Where things are in a call's room; all counts in reals. */
+typedef struct {
+    const Call *c;
+    int64_t D, T, S;            /* rounded up: to vectors, to tiles */
+    real scale;                 /* of scores, in units of ln 2 */
+    whole *positions;           /* [S] of keys */
+    whole *first, *last;        /* [S / COLUMNS]: of the keys of each panel */
+    real *k_panels, *v_panels;  /* [B, G][S / COLUMNS][D][COLUMNS] */
+    real *k_rows, *v_rows;      /* [B, G][S][D] */
+    real *partial;              /* [B, H][2][S][D]: gradients of k and v by query head */
+    real *rooms;
+    int64_t room_size, end;
+    int is_backward;
+} Plan;
+
+/* Which keys the queries of a row block see. */
+typedef struct {
+    whole first_min, first_max, last_min, last_max;
+} Range;
+enum { NONE, SOME, EVERY };
+
+static const real *at(const real *x, const int64_t steps[3], int64_t b, int64_t h, int64_t t)
+{
+    return x + b * steps[0] + h * steps[1] + t * steps[2];
+}
+
+/* The larger one of each lane; where one is not a number, y. */
+INLINE vec larger(vec x, vec y)
+{
+#if defined(GPTOSS_DOUBLE)
+    return choose(x > y, x, y);
+#elif VECTOR_BYTES == 64 && defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)x, (__m512)y);
+#elif VECTOR_BYTES == 32
+    return (vec)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return choose(x > y, x, y);
+#endif
+}
+
+/* 2^x of each lane for x < 128, to 1.5 units in the last place; 0 for x < -126. The polynomial is
+   fitted to 2^r with a relative error of 3e-9, |r| <= 1/2. */
+INLINE vec power_of_2(vec x)
+{
+#ifdef GPTOSS_DOUBLE
+    for (int l = 0; l < LANES; l++)
+        x[l] = exp2(x[l]);
+    return x;
+#else
+    /* 1.5 * 2^23 leaves no bits after the point; the lowest ones are then those of the exponent. */
+    vec whole_part = x + ALL(12582912.0f + 127.0f);
+    vec r = x - (whole_part - ALL(12582912.0f + 127.0f)), p = ALL(1.559467754e-4f);
+    p = p * r + ALL(1.340664390e-3f);
+    p = p * r + ALL(9.617692975e-3f);
+    p = p * r + ALL(5.550310551e-2f);
+    p = p * r + ALL(2.402265278e-1f);
+    p = p * r + ALL(6.931472150e-1f);
+    p = p * r + ALL(1.0f);
+    vec y = p * (vec)((ints)whole_part << 23);
+    return (vec)((ints)y & ~(x < ALL(-126.0f)));
+#endif
+}
+
+/* to[i] = scale * from[i], zeros from `count` up to `padded`. */
+INLINE void copy_row(const real *from, real scale, int64_t count, int64_t padded, real *to)
+{
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        STORE(to + i, LOAD(from + i) * ALL(scale));
+    for (; i < padded; i++)
+        to[i] = i < count ? from[i] * scale : 0;
+}
+
+/* --------------------------------------------------------------------------------- visibility */
+/* The positions that `count` queries from t on see, and those of each row block. */
+static void ranges_of(const Call *c, int64_t b, int64_t t, int64_t count, whole *first, whole *last, Range *ranges)
+{
+    for (int64_t i = 0; i < count; i++) {
+        /* A query that is not there sees nothing. */
+        int64_t from = NOWHERE, to = -1;
+        if (t + i < c->T) {
+            to = c->q_positions[t + i];
+            from = c->window ? most(to - c->window + 1, 0) : 0;
+            if (c->starts)
+                from = most(from, c->starts[b * c->T + t + i]);
+        }
+        first[i] = from, last[i] = to;
+    }
+    for (int64_t r = 0; r < count / ROWS; r++) {
+        Range all = {first[r * ROWS], first[r * ROWS], last[r * ROWS], last[r * ROWS]};
+        for (int64_t i = r * ROWS; i < (r + 1) * ROWS; i++) {
+            all.first_min = least(all.first_min, first[i]), all.first_max = most(all.first_max, first[i]);
+            all.last_min = least(all.last_min, last[i]), all.last_max = most(all.last_max, last[i]);
+        }
+        ranges[r] = all;
+    }
+}
+
+/* What the queries of a row block see of a panel. */
+INLINE int sight(const Plan *p, const Range *range, int64_t panel)
+{
+    whole first = p->first[panel], last = p->last[panel];
+    if (first > range->last_max || last < range->first_min)
+        return NONE;
+    return last <= range->last_min && first >= range->first_max ? EVERY : SOME;
+}
+
+/* For each row block the panels [from, to) of a key tile that it sees; returns how many pairs of
+   both there are. */
+static int seen_panels(const Plan *p, const Range *ranges, int64_t key, int from[BLOCKS], int to[BLOCKS])
+{
+    int pairs = 0;
+    for (int r = 0; r < BLOCKS; r++) {
+        from[r] = PANELS, to[r] = 0;
+        for (int n = 0; n < PANELS; n++)
+            if (sight(p, &ranges[r], key / COLUMNS + n) != NONE)
+                from[r] = least(from[r], n), to[r] = n + 1, pairs++;
+    }
+    return pairs;
+}
+
+/* --------------------------------------------------------------------------------- products */
+/* sums = the rows at `a`, row_step apart, times a panel. */
+INLINE void product(const int vectors, const real *a, int64_t row_step, const int64_t step, const real *panel,
+                    int64_t panel_step, int64_t depth, vec sums[ROWS][2])
+{
+    const real *rows[ROWS];
+    for (int i = 0; i < ROWS; i++)
+        rows[i] = a + i * row_step;
+    tile(ROWS, vectors, rows, step, panel, panel_step, depth, sums);
+}
+
+INLINE void clear(vec sums[ROWS][2])
+{
+    for (int i = 0; i < ROWS; i++)
+        sums[i][0] = sums[i][1] = ALL(0);
+}
+
+/* out[i][d] = out[i][d] * scales[i] + the product, for d < D. Without scales they are 1. */
+INLINE void add_product(const int vectors, const real *a, int64_t row_step, const int64_t step, const real *panel,
+                        int64_t depth, const real *scales, real *out, int64_t D)
+{
+    vec sums[ROWS][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < vectors; j++) {
+            sums[i][j] = LOAD(out + i * D + j * LANES);
+            if (scales)
+                sums[i][j] *= ALL(scales[i]);
+        }
+    product(vectors, a, row_step, step, panel, D, depth, sums);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < vectors; j++)
+            STORE(out + i * D + j * LANES, sums[i][j]);
+}
+
+INLINE void add_products(const real *a, int64_t row_step, const int64_t step, const real *panel, int64_t depth,
+                         const real *scales, real *out, int64_t D)
+{
+    int64_t d = 0;
+    for (; d + COLUMNS <= D; d += COLUMNS)
+        add_product(2, a, row_step, step, panel + d, depth, scales, out + d, D);
+    if (d < D)
+        add_product(1, a, row_step, step, panel + d, depth, scales, out + d, D);
+}
+
+/* The scores of a row block and a panel: product, bias, and -inf for what is not seen. */
+INLINE void scores_of(const Plan *p, const real *q, int64_t D, int64_t h, int64_t t, int64_t key, const real *panel,
+                      const whole *first, const whole *last, int seen, vec sums[ROWS][2])
+{
+    const Call *c = p->c;
+    clear(sums);
+    product(2, q, D, 1, panel, COLUMNS, D, sums);
+    if (c->bias)
+        for (int i = 0; i < ROWS; i++) {
+            const real *bias = c->bias + h * c->bias_steps[0] + least(t + i, c->T - 1) * c->bias_steps[1] + key;
+            real room[COLUMNS] = {0};
+            if (key + COLUMNS > c->S) {
+                memcpy(room, bias, (c->S - key) * sizeof(real));
+                bias = room;
+            }
+            for (int j = 0; j < 2; j++)
+                sums[i][j] += LOAD(bias + j * LANES) * ALL(1 / LN_2);
+        }
+    if (seen == SOME) {
+        const whole *positions = p->positions + key;
+        for (int j = 0; j < 2; j++) {
+            ints at_keys = *(const ints *)(positions + j * LANES);
+            for (int i = 0; i < ROWS; i++) {
+                ints visible = (at_keys >= first[i]) & (at_keys <= last[i]);
+                sums[i][j] = choose(visible, sums[i][j], ALL(-INFINITY));
+            }
+        }
+    }
+}
+
+/* --------------------------------------------------------------------------------- the plan */
+static int64_t take(int64_t *end, int64_t count)
+{
+    int64_t start = *end;
+    *end += rounded_up(count, 64 / REAL_BYTES);
+    return start;
+}
+
+static Plan plan_of(const Call *c, int is_backward)
+{
+    Plan p = {.c = c, .is_backward = is_backward};
+    p.D = rounded_up(c->D, LANES), p.T = rounded_up(c->T, QUERIES), p.S = rounded_up(c->S, KEYS);
+    p.scale = 1 / (LN_2 * sqrt((double)c->D));
+    int64_t end = 0, all = c->B * c->G * p.S * p.D;
+    real *room = c->room;
+    p.positions = (whole *)room + take(&end, p.S);
+    p.first = (whole *)room + take(&end, p.S / COLUMNS);
+    p.last = (whole *)room + take(&end, p.S / COLUMNS);
+    p.k_panels = room + take(&end, all);
+    if (is_backward) {
+        p.v_panels = room + take(&end, all);
+        p.k_rows = room + take(&end, all);
+        p.partial = room + (c->H > c->G ? take(&end, c->B * c->H * 2 * p.S * p.D) : 0);
+        /* q, grad, grad_q; logs and deltas; what each query sees; two tiles; gradients of k, v */
+        p.room_size = 3 * p.T * p.D + 4 * p.T + 4 * p.T / ROWS + 2 * QUERIES * KEYS + 2 * KEYS * p.D;
+    } else {
+        p.v_rows = room + take(&end, all);
+        /* q, y, a tile, largest ones and sums of rows, what each query sees */
+        p.room_size = 2 * QUERIES * p.D + QUERIES * KEYS + 2 * QUERIES * LANES;
+    }
+    p.room_size = rounded_up(p.room_size + 64 / REAL_BYTES, 64 / REAL_BYTES);
+    p.rooms = room + end;
+    p.end = end + p.room_size * c->threads;
+    return p;
+}
+
+int64_t attention_room(const Call *c, int64_t is_backward) { return plan_of(c, is_backward).end; }
+
+static void find_keys(Plan *p)
+{
+    for (int64_t s = 0; s < p->S; s++)
+        p->positions[s] = s < p->c->S ? p->c->k_positions[s] : NOWHERE;
+    for (int64_t n = 0; n < p->S / COLUMNS; n++) {
+        const whole *keys = p->positions + n * COLUMNS;
+        p->first[n] = p->last[n] = keys[0];
+        for (int64_t j = 1; j < COLUMNS; j++)
+            p->first[n] = least(p->first[n], keys[j]), p->last[n] = most(p->last[n], keys[j]);
+    }
+}
+
+/* Copy keys and values of a text, a head and a tile: as panels, as rows. */
+static void pack_task(void *job, int64_t task, real *unused)
+{
+    const Plan *p = job;
+    const Call *c = p->c;
+    int64_t tiles = p->S / KEYS, bg = task / tiles, s = task % tiles * KEYS;
+    int64_t b = bg / c->G, g = bg % c->G, first = (bg * p->S + s) * p->D;
+    for (int is_v = 0; is_v < 2; is_v++) {
+        const real *from = is_v ? c->v : c->k;
+        const int64_t *steps = is_v ? c->v_steps : c->k_steps;
+        real *panels = is_v ? p->v_panels : p->k_panels, *rows = is_v ? p->v_rows : p->k_rows;
+        for (int64_t i = 0; i < KEYS && panels; i += COLUMNS) {
+            real *panel = panels + first + i * p->D;
+            int64_t left = most(0, least(COLUMNS, c->S - s - i));
+            pack_transposed(at(from, steps, b, g, s + i), steps[2], c->D, left, panel);
+            memset(panel + c->D * COLUMNS, 0, (p->D - c->D) * COLUMNS * sizeof(real));
+        }
+        for (int64_t i = 0; i < KEYS && rows; i++)
+            copy_row(at(from, steps, b, g, s + i), 1, s + i < c->S ? c->D : 0, p->D, rows + first + i * p->D);
+    }
+}
+
+/* --------------------------------------------------------------------------------- forward */
+/* The largest lane of each row. */
+static void largest_of(const vec *rows, real *out)
+{
+    for (int i = 0; i < QUERIES; i += LANES) {
+        vec v[LANES];
+        for (int l = 0; l < LANES; l++)
+            v[l] = rows[i + l];
+        transpose(v);
+        for (int l = 1; l < LANES; l++)
+            v[0] = larger(v[l], v[0]);
+        STORE(out + i, v[0]);
+    }
+}
+
+/* `QUERIES` queries of a head. */
+INLINE void forward_of(const Plan *p, int64_t task, real *room, const int64_t D)
+{
+    const Call *c = p->c;
+    int64_t tiles = p->T / QUERIES, bh = task / tiles, t = (tiles - 1 - task % tiles) * QUERIES;
+    int64_t b = bh / c->H, h = bh % c->H, bg = b * c->G + h / (c->H / c->G);
+    real *q = room, *y = q + QUERIES * D, *p_tile = y + QUERIES * D;
+    vec *sums = (vec *)(p_tile + QUERIES * KEYS), *highest = sums + QUERIES;
+    whole first[QUERIES], last[QUERIES];
+    real most_yet[QUERIES], factors[QUERIES];
+    Range ranges[BLOCKS];
+    ranges_of(c, b, t, QUERIES, first, last, ranges);
+    for (int64_t i = 0; i < QUERIES; i++) {
+        copy_row(at(c->q, c->q_steps, b, h, t + i), p->scale, t + i < c->T ? c->D : 0, D, q + i * D);
+        most_yet[i] = c->sinks ? (real)(c->sinks[h] / LN_2) : LOWEST;
+        sums[i] = ALL(0);
+        sums[i][0] = c->sinks ? 1 : 0;
+    }
+    memset(y, 0, QUERIES * D * sizeof(real));
+    for (int64_t key = 0; key < p->S; key += KEYS) {
+        int from[BLOCKS], to[BLOCKS];
+        if (!seen_panels(p, ranges, key, from, to))
+            continue;
+        const real *panels = p->k_panels + (bg * p->S + key) * D, *values = p->v_rows + (bg * p->S + key) * D;
+        for (int i = 0; i < QUERIES; i++)
+            highest[i] = ALL(-INFINITY);
+        for (int n = 0; n < PANELS; n++)
+            for (int r = 0; r < BLOCKS; r++) {
+                if (n < from[r] || n >= to[r])
+                    continue;
+                vec s[ROWS][2];
+                int row = r * ROWS, seen = sight(p, &ranges[r], key / COLUMNS + n) == EVERY ? EVERY : SOME;
+                scores_of(p, q + row * D, D, h, t + row, key + n * COLUMNS, panels + n * COLUMNS * D, first + row,
+                          last + row, seen, s);
+#pragma GCC unroll 12
+                for (int i = 0; i < ROWS; i++) {
+                    real *out = p_tile + (row + i) * KEYS + n * COLUMNS;
+                    highest[row + i] = larger(larger(s[i][0], s[i][1]), highest[row + i]);
+                    STORE(out, s[i][0]);
+                    STORE(out + LANES, s[i][1]);
+                }
+            }
+        largest_of(highest, factors);
+        for (int i = 0; i < QUERIES; i += LANES) {
+            vec before = LOAD(most_yet + i), now = larger(LOAD(factors + i), before);
+            STORE(most_yet + i, now);
+            STORE(factors + i, power_of_2(before - now));
+        }
+        for (int r = 0; r < BLOCKS; r++) {
+            if (from[r] >= to[r])
+                continue;
+            int row = r * ROWS;
+            for (int i = row; i < row + ROWS; i++) {
+                vec sum = sums[i] * ALL(factors[i]), high = ALL(most_yet[i]);
+                for (int j = from[r] * COLUMNS; j < to[r] * COLUMNS; j += LANES) {
+                    vec e = power_of_2(LOAD(p_tile + i * KEYS + j) - high);
+                    sum += e;
+                    STORE(p_tile + i * KEYS + j, e);
+                }
+                sums[i] = sum;
+            }
+            add_products(p_tile + row * KEYS + from[r] * COLUMNS, KEYS, 1, values + from[r] * COLUMNS * D,
+                         (to[r] - from[r]) * COLUMNS, factors + row, y + row * D, D);
+        }
+    }
+    for (int64_t i = 0; i < QUERIES && t + i < c->T; i++) {
+        real sum = 0;
+        for (int l = 0; l < LANES; l++)
+            sum += sums[i][l];
+        c->logs[bh * c->T + t + i] = most_yet[i] + (real)log2(sum);
+        real *out = (real *)at(c->y, c->y_steps, b, h, t + i);
+        for (int64_t d = 0; d < c->D; d++)
+            out[d] = y[i * D + d] * (1 / sum);
+    }
+}
+
+static void forward_task(void *job, int64_t task, real *room)
+{
+    const Plan *p = job;
+    if (p->D == 32)
+        forward_of(p, task, room, 32);
+    else if (p->D == 64)
+        forward_of(p, task, room, 64);
+    else
+        forward_of(p, task, room, p->D);
+}
+
+void attention_forward(const Call *c)
+{
+    Plan p = plan_of(c, 0);
+    find_keys(&p);
+    in_parallel(c->parallel, c->threads, pack_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
+    in_parallel(c->parallel, c->threads, forward_task, &p, c->B * c->H * p.T / QUERIES, p.rooms, p.room_size);
+}
+
+/* --------------------------------------------------------------------------------- backward */
+/* A text's head: all of its queries and keys. */
+INLINE void backward_of(const Plan *p, int64_t b, int64_t h, real *room, const int64_t D)
+{
+    const Call *c = p->c;
+    int64_t bh = b * c->H + h, bg = b * c->G + h / (c->H / c->G), shared = c->H > c->G;
+    real *q = room, *grad = q + p->T * D, *grad_q = grad + p->T * D, *logs = grad_q + p->T * D;
+    real *deltas = logs + p->T, *p_tile = deltas + p->T, *s_tile = p_tile + QUERIES * KEYS;
+    real *grad_k = s_tile + QUERIES * KEYS, *grad_v = grad_k + KEYS * D;
+    whole *first = (whole *)(grad_v + KEYS * D), *last = first + p->T;
+    Range *ranges = (Range *)(last + p->T);
+    ranges_of(c, b, 0, p->T, first, last, ranges);
+    double sink = 0;
+    for (int64_t t = 0; t < p->T; t++) {
+        int64_t count = t < c->T ? c->D : 0;
+        copy_row(at(c->q, c->q_steps, b, h, t), p->scale, count, D, q + t * D);
+        copy_row(at(c->grad, c->grad_steps, b, h, t), 1, count, D, grad + t * D);
+        logs[t] = deltas[t] = 0;
+        if (t < c->T) {
+            const real *y = at(c->y, c->y_steps, b, h, t);
+            vec sum = ALL(0);
+            int64_t d = 0;
+            for (; d + LANES <= c->D; d += LANES)
+                sum += LOAD(grad + t * D + d) * LOAD(y + d);
+            for (int l = 0; l < LANES; l++)
+                deltas[t] += sum[l];
+            for (; d < c->D; d++)
+                deltas[t] += grad[t * D + d] * y[d];
+            logs[t] = c->logs[bh * c->T + t];
+            if (c->sinks)
+                sink -= exp2(c->sinks[h] / LN_2 - logs[t]) * deltas[t];
+        }
+    }
+    if (c->grad_sinks)
+        c->grad_sinks[bh] = sink;
+    memset(grad_q, 0, p->T * D * sizeof(real));
+    for (int64_t key = 0; key < p->S; key += KEYS) {
+        const real *k_panels = p->k_panels + (bg * p->S + key) * D, *v_panels = p->v_panels + (bg * p->S + key) * D;
+        const real *k_rows = p->k_rows + (bg * p->S + key) * D;
+        memset(grad_k, 0, 2 * KEYS * D * sizeof(real));
+        for (int64_t t = 0; t < p->T; t += QUERIES) {
+            int from[BLOCKS], to[BLOCKS], pairs = seen_panels(p, ranges + t / ROWS, key, from, to);
+            /* The row blocks that see each panel. */
+            int top[PANELS], bottom[PANELS];
+            if (!pairs)
+                continue;
+            for (int n = 0; n < PANELS; n++) {
+                top[n] = BLOCKS, bottom[n] = 0;
+                for (int r = 0; r < BLOCKS; r++) {
+                    int64_t row = t + r * ROWS;
+                    real *ps = p_tile + r * ROWS * KEYS + n * COLUMNS, *ss = s_tile + r * ROWS * KEYS + n * COLUMNS;
+                    if (n < from[r] || n >= to[r]) {
+                        for (int i = 0; i < ROWS; i++)
+                            for (int j = 0; j < COLUMNS; j += LANES) {
+                                STORE(ps + i * KEYS + j, ALL(0));
+                                STORE(ss + i * KEYS + j, ALL(0));
+                            }
+                        continue;
+                    }
+                    top[n] = least(top[n], r), bottom[n] = r + 1;
+                    vec s[ROWS][2];
+                    int seen = sight(p, &ranges[row / ROWS], key / COLUMNS + n) == EVERY ? EVERY : SOME;
+                    scores_of(p, q + row * D, D, h, row, key + n * COLUMNS, k_panels + n * COLUMNS * D, first + row,
+                              last + row, seen, s);
+#pragma GCC unroll 12
+                    for (int i = 0; i < ROWS; i++)
+                        for (int j = 0; j < 2; j++)
+                            STORE(ps + i * KEYS + j * LANES, s[i][j]);
+                    clear(s);
+                    product(2, grad + row * D, D, 1, v_panels + n * COLUMNS * D, COLUMNS, D, s);
+#pragma GCC unroll 12
+                    for (int i = 0; i < ROWS; i++)
+                        for (int j = 0; j < 2; j++) {
+                            real *to = ps + i * KEYS + j * LANES;
+                            vec e = power_of_2(LOAD(to) - ALL(logs[row + i]));
+                            STORE(to, e);
+                            STORE(ss + i * KEYS + j * LANES, e * (s[i][j] - ALL(deltas[row + i])));
+                        }
+                }
+            }
+            for (int64_t i = 0; i < KEYS; i += ROWS) {
+                int a = least(top[i / COLUMNS], top[(i + ROWS - 1) / COLUMNS]);
+                int z = most(bottom[i / COLUMNS], bottom[(i + ROWS - 1) / COLUMNS]);
+                if (a >= z)
+                    continue;
+                int64_t row = t + a * ROWS, depth = (z - a) * ROWS;
+                add_products(p_tile + a * ROWS * KEYS + i, 1, KEYS, grad + row * D, depth, NULL, grad_v + i * D, D);
+                add_products(s_tile + a * ROWS * KEYS + i, 1, KEYS, q + row * D, depth, NULL, grad_k + i * D, D);
+            }
+            for (int r = 0; r < BLOCKS; r++)
+                if (from[r] < to[r])
+                    add_products(s_tile + r * ROWS * KEYS + from[r] * COLUMNS, KEYS, 1, k_rows + from[r] * COLUMNS * D,
+                                 (to[r] - from[r]) * COLUMNS, NULL, grad_q + (t + r * ROWS) * D, D);
+            if (c->grad_bias)
+                for (int64_t i = 0; i < QUERIES && t + i < c->T; i++) {
+                    real *out = c->grad_bias + (h * c->T + t + i) * c->S + key;
+                    int r = i / ROWS;
+                    for (int64_t j = from[r] * COLUMNS; j < least(to[r] * COLUMNS, c->S - key); j++)
+                        out[j] += s_tile[i * KEYS + j];
+                }
+        }
+        if (shared) {
+            real *out = p->partial + (bh * 2 * p->S + key) * D;
+            memcpy(out, grad_k, KEYS * D * sizeof(real));
+            memcpy(out + p->S * D, grad_v, KEYS * D * sizeof(real));
+            continue;
+        }
+        for (int64_t s = 0; s < KEYS && key + s < c->S; s++) {
+            int64_t to = ((b * c->S + key + s) * c->G + h) * c->D;
+            for (int64_t d = 0; d < c->D; d++) {
+                c->grad_k[to + d] = grad_k[s * D + d] * (real)LN_2;
+                c->grad_v[to + d] = grad_v[s * D + d];
+            }
+        }
+    }
+    real scale = p->scale * (real)LN_2;
+    for (int64_t t = 0; t < c->T; t++)
+        for (int64_t d = 0; d < c->D; d++)
+            c->grad_q[((b * c->T + t) * c->H + h) * c->D + d] = grad_q[t * D + d] * scale;
+}
+
+static void backward_head(const Plan *p, int64_t b, int64_t h, real *room)
+{
+    if (p->D == 32)
+        backward_of(p, b, h, room, 32);
+    else if (p->D == 64)
+        backward_of(p, b, h, room, 64);
+    else
+        backward_of(p, b, h, room, p->D);
+}
+
+static void backward_task(void *job, int64_t task, real *room)
+{
+    const Plan *p = job;
+    /* The gradient of a bias is a sum over texts: one thread does them in their order. */
+    if (p->c->grad_bias)
+        for (int64_t b = 0; b < p->c->B; b++)
+            backward_head(p, b, task, room);
+    else
+        backward_head(p, task / p->c->H, task % p->c->H, room);
+}
+
+/* The gradients of keys and values that query heads share. */
+static void sum_task(void *job, int64_t task, real *unused)
+{
+    const Plan *p = job;
+    const Call *c = p->c;
+    int64_t tiles = p->S / KEYS, bg = task / tiles, first = task % tiles * KEYS, J = c->H / c->G;
+    int64_t b = bg / c->G, g = bg % c->G;
+    for (int64_t s = first; s < least(first + KEYS, c->S); s++)
+        for (int is_v = 0; is_v < 2; is_v++) {
+            const real *from = p->partial + (((b * c->H + g * J) * 2 + is_v) * p->S + s) * p->D;
+            real *to = (is_v ? c->grad_v : c->grad_k) + ((b * c->S + s) * c->G + g) * c->D;
+            for (int64_t d = 0; d < c->D; d++) {
+                real sum = 0;
+                for (int64_t j = 0; j < J; j++)
+                    sum += from[j * 2 * p->S * p->D + d];
+                to[d] = is_v ? sum : sum * (real)LN_2;
+            }
+        }
+}
+
+void attention_backward(const Call *c)
+{
+    Plan p = plan_of(c, 1);
+    int64_t tasks = c->grad_bias ? c->H : c->B * c->H;
+    find_keys(&p);
+    in_parallel(c->parallel, c->threads, pack_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
+    in_parallel(c->parallel, c->threads, backward_task, &p, tasks, p.rooms, p.room_size);
+    if (c->H > c->G)
+        in_parallel(c->parallel, c->threads, sum_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
+}

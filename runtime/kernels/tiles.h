@@ -49,7 +49,8 @@ typedef int32_t whole;
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
 typedef whole ints __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
-#define ALL(x) ((vec){0} + (real)(x))
+/* x - 0 is x, also where x is -0: nothing is added. */
+#define ALL(x) ((real)(x) - (vec){0})
 #define LOAD(p) (*(vec *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
 #define INLINE static inline __attribute__((always_inline))

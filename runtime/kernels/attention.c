@@ -116,6 +116,14 @@ INLINE vec power_of_2(vec x)
 #endif
 }
 
+/* Rows of one head are far apart in memory: the processor does not prefetch them itself. */
+#define ROWS_AHEAD 16
+INLINE void prefetch(const real *row, int64_t count)
+{
+    for (int64_t i = 0; i < count; i += 64 / REAL_BYTES)
+        __builtin_prefetch(row + i);
+}
+
 /* to[i] = scale * from[i], zeros from `count` up to `padded`. */
 INLINE void copy_row(const real *from, real scale, int64_t count, int64_t padded, real *to)
 {
@@ -433,124 +441,201 @@ void attention_forward(const Call *c)
 }
 
 /* --------------------------------------------------------------------------------- backward */
-/* A text's head: all of its queries and keys. */
-INLINE void backward_of(const Plan *p, int64_t b, int64_t h, real *room, const int64_t D)
+/* A text's head, in one thread's room: queries times the scale, the result's gradient and that of
+   the queries [T, D]; logs and deltas [T]; probabilities and gradients of scores of a tile;
+   gradients of the tile's keys and values [KEYS, D]; which keys each query and row block sees. */
+typedef struct {
+    int64_t b, h, bh, bg;
+    real *q, *grad, *grad_q, *logs, *deltas, *p_tile, *s_tile, *grad_k, *grad_v;
+    whole *first, *last;
+    Range *ranges;
+} Head;
+
+static Head head_in(const Plan *p, int64_t b, int64_t h, real *room)
 {
     const Call *c = p->c;
-    int64_t bh = b * c->H + h, bg = b * c->G + h / (c->H / c->G), shared = c->H > c->G;
-    real *q = room, *grad = q + p->T * D, *grad_q = grad + p->T * D, *logs = grad_q + p->T * D;
-    real *deltas = logs + p->T, *p_tile = deltas + p->T, *s_tile = p_tile + QUERIES * KEYS;
-    real *grad_k = s_tile + QUERIES * KEYS, *grad_v = grad_k + KEYS * D;
-    whole *first = (whole *)(grad_v + KEYS * D), *last = first + p->T;
-    Range *ranges = (Range *)(last + p->T);
-    ranges_of(c, b, 0, p->T, first, last, ranges);
+    Head a = {.b = b, .h = h, .bh = b * c->H + h, .bg = b * c->G + h / (c->H / c->G)};
+    a.q = room, a.grad = a.q + p->T * p->D, a.grad_q = a.grad + p->T * p->D;
+    a.logs = a.grad_q + p->T * p->D, a.deltas = a.logs + p->T;
+    a.p_tile = a.deltas + p->T, a.s_tile = a.p_tile + QUERIES * KEYS;
+    a.grad_k = a.s_tile + QUERIES * KEYS, a.grad_v = a.grad_k + KEYS * p->D;
+    a.first = (whole *)(a.grad_v + KEYS * p->D), a.last = a.first + p->T;
+    a.ranges = (Range *)(a.last + p->T);
+    return a;
+}
+
+/* Copy the queries; find what their results and the sink say of all their scores. */
+static void __attribute__((noinline)) load_queries(const Plan *p, const Head *a)
+{
+    const Call *c = p->c;
+    int64_t D = p->D;
     double sink = 0;
+    ranges_of(c, a->b, 0, p->T, a->first, a->last, a->ranges);
     for (int64_t t = 0; t < p->T; t++) {
-        int64_t count = t < c->T ? c->D : 0;
-        copy_row(at(c->q, c->q_steps, b, h, t), p->scale, count, D, q + t * D);
-        copy_row(at(c->grad, c->grad_steps, b, h, t), 1, count, D, grad + t * D);
-        logs[t] = deltas[t] = 0;
-        if (t < c->T) {
-            const real *y = at(c->y, c->y_steps, b, h, t);
-            vec sum = ALL(0);
-            int64_t d = 0;
-            for (; d + LANES <= c->D; d += LANES)
-                sum += LOAD(grad + t * D + d) * LOAD(y + d);
-            for (int l = 0; l < LANES; l++)
-                deltas[t] += sum[l];
-            for (; d < c->D; d++)
-                deltas[t] += grad[t * D + d] * y[d];
-            logs[t] = c->logs[bh * c->T + t];
-            if (c->sinks)
-                sink -= exp2(c->sinks[h] / LN_2 - logs[t]) * deltas[t];
-        }
+        int64_t count = t < c->T ? c->D : 0, later = least(t + ROWS_AHEAD, c->T - 1);
+        real *grad = a->grad + t * D, delta = 0;
+        prefetch(at(c->q, c->q_steps, a->b, a->h, later), count);
+        prefetch(at(c->grad, c->grad_steps, a->b, a->h, later), count);
+        prefetch(at(c->y, c->y_steps, a->b, a->h, later), count);
+        copy_row(at(c->q, c->q_steps, a->b, a->h, t), p->scale, count, D, a->q + t * D);
+        copy_row(at(c->grad, c->grad_steps, a->b, a->h, t), 1, count, D, grad);
+        a->logs[t] = a->deltas[t] = 0;
+        if (t >= c->T)
+            continue;
+        const real *y = at(c->y, c->y_steps, a->b, a->h, t);
+        vec sum = ALL(0);
+        int64_t d = 0;
+        for (; d + LANES <= c->D; d += LANES)
+            sum += LOAD(grad + d) * LOAD(y + d);
+        for (int l = 0; l < LANES; l++)
+            delta += sum[l];
+        for (; d < c->D; d++)
+            delta += grad[d] * y[d];
+        a->deltas[t] = delta;
+        a->logs[t] = c->logs[a->bh * c->T + t];
+        if (c->sinks)
+            sink -= exp2(c->sinks[a->h] / LN_2 - a->logs[t]) * delta;
     }
     if (c->grad_sinks)
-        c->grad_sinks[bh] = sink;
-    memset(grad_q, 0, p->T * D * sizeof(real));
-    for (int64_t key = 0; key < p->S; key += KEYS) {
-        const real *k_panels = p->k_panels + (bg * p->S + key) * D, *v_panels = p->v_panels + (bg * p->S + key) * D;
-        const real *k_rows = p->k_rows + (bg * p->S + key) * D;
-        memset(grad_k, 0, 2 * KEYS * D * sizeof(real));
-        for (int64_t t = 0; t < p->T; t += QUERIES) {
-            int from[BLOCKS], to[BLOCKS], pairs = seen_panels(p, ranges + t / ROWS, key, from, to);
-            /* The row blocks that see each panel. */
-            int top[PANELS], bottom[PANELS];
-            if (!pairs)
-                continue;
-            for (int n = 0; n < PANELS; n++) {
-                top[n] = BLOCKS, bottom[n] = 0;
-                for (int r = 0; r < BLOCKS; r++) {
-                    int64_t row = t + r * ROWS;
-                    real *ps = p_tile + r * ROWS * KEYS + n * COLUMNS, *ss = s_tile + r * ROWS * KEYS + n * COLUMNS;
-                    if (n < from[r] || n >= to[r]) {
-                        for (int i = 0; i < ROWS; i++)
-                            for (int j = 0; j < COLUMNS; j += LANES) {
-                                STORE(ps + i * KEYS + j, ALL(0));
-                                STORE(ss + i * KEYS + j, ALL(0));
-                            }
-                        continue;
+        c->grad_sinks[a->bh] = sink;
+    memset(a->grad_q, 0, p->T * D * sizeof(real));
+}
+
+/* Probabilities and gradients of the scores of a tile of which something is seen; 0 where not. */
+static inline __attribute__((always_inline)) void differentiate(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from,
+                          const int *to, const int64_t D)
+{
+    const real *k_panels = p->k_panels + (a->bg * p->S + key) * D, *v_panels = p->v_panels + (a->bg * p->S + key) * D;
+    for (int n = 0; n < PANELS; n++)
+        for (int r = 0; r < BLOCKS; r++) {
+            int64_t row = t + r * ROWS;
+            real *ps = a->p_tile + r * ROWS * KEYS + n * COLUMNS, *ss = a->s_tile + r * ROWS * KEYS + n * COLUMNS;
+            if (n < from[r] || n >= to[r]) {
+                for (int i = 0; i < ROWS; i++)
+                    for (int j = 0; j < COLUMNS; j += LANES) {
+                        STORE(ps + i * KEYS + j, ALL(0));
+                        STORE(ss + i * KEYS + j, ALL(0));
                     }
-                    top[n] = least(top[n], r), bottom[n] = r + 1;
-                    vec s[ROWS][2];
-                    int seen = sight(p, &ranges[row / ROWS], key / COLUMNS + n) == EVERY ? EVERY : SOME;
-                    scores_of(p, q + row * D, D, h, row, key + n * COLUMNS, k_panels + n * COLUMNS * D, first + row,
-                              last + row, seen, s);
-#pragma GCC unroll 12
-                    for (int i = 0; i < ROWS; i++)
-                        for (int j = 0; j < 2; j++)
-                            STORE(ps + i * KEYS + j * LANES, s[i][j]);
-                    clear(s);
-                    product(2, grad + row * D, D, 1, v_panels + n * COLUMNS * D, COLUMNS, D, s);
-#pragma GCC unroll 12
-                    for (int i = 0; i < ROWS; i++)
-                        for (int j = 0; j < 2; j++) {
-                            real *to = ps + i * KEYS + j * LANES;
-                            vec e = power_of_2(LOAD(to) - ALL(logs[row + i]));
-                            STORE(to, e);
-                            STORE(ss + i * KEYS + j * LANES, e * (s[i][j] - ALL(deltas[row + i])));
-                        }
-                }
+                continue;
             }
-            for (int64_t i = 0; i < KEYS; i += ROWS) {
-                int a = least(top[i / COLUMNS], top[(i + ROWS - 1) / COLUMNS]);
-                int z = most(bottom[i / COLUMNS], bottom[(i + ROWS - 1) / COLUMNS]);
-                if (a >= z)
-                    continue;
-                int64_t row = t + a * ROWS, depth = (z - a) * ROWS;
-                add_products(p_tile + a * ROWS * KEYS + i, 1, KEYS, grad + row * D, depth, NULL, grad_v + i * D, D);
-                add_products(s_tile + a * ROWS * KEYS + i, 1, KEYS, q + row * D, depth, NULL, grad_k + i * D, D);
-            }
-            for (int r = 0; r < BLOCKS; r++)
-                if (from[r] < to[r])
-                    add_products(s_tile + r * ROWS * KEYS + from[r] * COLUMNS, KEYS, 1, k_rows + from[r] * COLUMNS * D,
-                                 (to[r] - from[r]) * COLUMNS, NULL, grad_q + (t + r * ROWS) * D, D);
-            if (c->grad_bias)
-                for (int64_t i = 0; i < QUERIES && t + i < c->T; i++) {
-                    real *out = c->grad_bias + (h * c->T + t + i) * c->S + key;
-                    int r = i / ROWS;
-                    for (int64_t j = from[r] * COLUMNS; j < least(to[r] * COLUMNS, c->S - key); j++)
-                        out[j] += s_tile[i * KEYS + j];
+            vec s[ROWS][2];
+            int seen = sight(p, &a->ranges[row / ROWS], key / COLUMNS + n) == EVERY ? EVERY : SOME;
+            scores_of(p, a->q + row * D, D, a->h, row, key + n * COLUMNS, k_panels + n * COLUMNS * D, a->first + row,
+                      a->last + row, seen, s);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++)
+                for (int j = 0; j < 2; j++)
+                    STORE(ps + i * KEYS + j * LANES, s[i][j]);
+            clear(s);
+            product(2, a->grad + row * D, D, 1, v_panels + n * COLUMNS * D, COLUMNS, D, s);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++)
+                for (int j = 0; j < 2; j++) {
+                    real *e = ps + i * KEYS + j * LANES;
+                    vec share = power_of_2(LOAD(e) - ALL(a->logs[row + i]));
+                    STORE(e, share);
+                    STORE(ss + i * KEYS + j * LANES, share * (s[i][j] - ALL(a->deltas[row + i])));
                 }
         }
-        if (shared) {
-            real *out = p->partial + (bh * 2 * p->S + key) * D;
-            memcpy(out, grad_k, KEYS * D * sizeof(real));
-            memcpy(out + p->S * D, grad_v, KEYS * D * sizeof(real));
+}
+
+/* Add what a tile gives to the gradients of its keys and values. */
+INLINE void add_to_keys(const Head *a, int64_t t, const int *from, const int *to, const int64_t D)
+{
+    for (int64_t i = 0; i < KEYS; i += ROWS) {
+        int top = BLOCKS, bottom = 0;
+        for (int r = 0; r < BLOCKS; r++)
+            if (from[r] * COLUMNS < i + ROWS && to[r] * COLUMNS > i)
+                top = least(top, r), bottom = r + 1;
+        if (top >= bottom)
             continue;
-        }
-        for (int64_t s = 0; s < KEYS && key + s < c->S; s++) {
-            int64_t to = ((b * c->S + key + s) * c->G + h) * c->D;
-            for (int64_t d = 0; d < c->D; d++) {
-                c->grad_k[to + d] = grad_k[s * D + d] * (real)LN_2;
-                c->grad_v[to + d] = grad_v[s * D + d];
-            }
+        int64_t row = t + top * ROWS, depth = (bottom - top) * ROWS, first = top * ROWS * KEYS + i;
+        add_products(a->p_tile + first, 1, KEYS, a->grad + row * D, depth, NULL, a->grad_v + i * D, D);
+        add_products(a->s_tile + first, 1, KEYS, a->q + row * D, depth, NULL, a->grad_k + i * D, D);
+    }
+}
+
+/* Add what a tile gives to the gradients of its queries, and of the bias. */
+INLINE void add_to_queries(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to,
+                           const int64_t D)
+{
+    const real *k_rows = p->k_rows + (a->bg * p->S + key) * D;
+    for (int r = 0; r < BLOCKS; r++)
+        if (from[r] < to[r])
+            add_products(a->s_tile + r * ROWS * KEYS + from[r] * COLUMNS, KEYS, 1, k_rows + from[r] * COLUMNS * D,
+                         (to[r] - from[r]) * COLUMNS, NULL, a->grad_q + (t + r * ROWS) * D, D);
+}
+
+static void add_to_bias(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to)
+{
+    const Call *c = p->c;
+    for (int64_t i = 0; i < QUERIES && t + i < c->T; i++) {
+        real *out = c->grad_bias + (a->h * c->T + t + i) * c->S + key;
+        int r = i / ROWS;
+        for (int64_t j = from[r] * COLUMNS; j < least(to[r] * COLUMNS, c->S - key); j++)
+            out[j] += a->s_tile[i * KEYS + j];
+    }
+}
+
+/* Keep the gradients of a tile's keys and values. */
+static void __attribute__((noinline)) keep_keys(const Plan *p, const Head *a, int64_t key)
+{
+    const Call *c = p->c;
+    if (c->H > c->G) {
+        real *out = p->partial + (a->bh * 2 * p->S + key) * p->D;
+        memcpy(out, a->grad_k, KEYS * p->D * sizeof(real));
+        memcpy(out + p->S * p->D, a->grad_v, KEYS * p->D * sizeof(real));
+        return;
+    }
+    for (int64_t s = 0; s < KEYS && key + s < c->S; s++) {
+        int64_t to = ((a->b * c->S + key + s) * c->G + a->h) * c->D;
+        for (int64_t d = 0; d < c->D; d++) {
+            c->grad_k[to + d] = a->grad_k[s * p->D + d] * (real)LN_2;
+            c->grad_v[to + d] = a->grad_v[s * p->D + d];
         }
     }
+}
+
+static void __attribute__((noinline)) keep_queries(const Plan *p, const Head *a)
+{
+    const Call *c = p->c;
     real scale = p->scale * (real)LN_2;
     for (int64_t t = 0; t < c->T; t++)
         for (int64_t d = 0; d < c->D; d++)
-            c->grad_q[((b * c->T + t) * c->H + h) * c->D + d] = grad_q[t * D + d] * scale;
+            c->grad_q[((a->b * c->T + t) * c->H + a->h) * c->D + d] = a->grad_q[t * p->D + d] * scale;
+}
+
+#ifdef NOIN
+#define MAYBE static __attribute__((noinline))
+#else
+#define MAYBE INLINE
+#endif
+MAYBE void d32(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to){ differentiate(p,a,t,key,from,to,32); }
+MAYBE void k32(const Head *a, int64_t t, const int *from, const int *to){ add_to_keys(a,t,from,to,32); }
+MAYBE void q32(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to){ add_to_queries(p,a,t,key,from,to,32); }
+
+INLINE void backward_of(const Plan *p, int64_t b, int64_t h, real *room, const int64_t D)
+{
+    Head a = head_in(p, b, h, room);
+    load_queries(p, &a);
+    for (int64_t key = 0; key < p->S; key += KEYS) {
+        memset(a.grad_k, 0, 2 * KEYS * D * sizeof(real));
+        for (int64_t t = 0; t < p->T; t += QUERIES) {
+            int from[BLOCKS], to[BLOCKS];
+            if (!seen_panels(p, a.ranges + t / ROWS, key, from, to))
+                continue;
+#ifdef NOIN
+            if (D == 32) { d32(p, &a, t, key, from, to); k32(&a, t, from, to); q32(p, &a, t, key, from, to); continue; }
+#endif
+            differentiate(p, &a, t, key, from, to, D);
+            add_to_keys(&a, t, from, to, D);
+            add_to_queries(p, &a, t, key, from, to, D);
+            if (p->c->grad_bias)
+                add_to_bias(p, &a, t, key, from, to);
+        }
+        keep_keys(p, &a, key);
+    }
+    keep_queries(p, &a);
 }
 
 static void backward_head(const Plan *p, int64_t b, int64_t h, real *room)

@@ -63,6 +63,7 @@ typedef struct {
     real *k_panels, *v_panels;  /* [B, G][S / COLUMNS][D][COLUMNS] */
     real *k_rows, *v_rows;      /* [B, G][S][D] */
     real *partial;              /* [B, H][2][S][D]: gradients of k and v by query head */
+    atomic_int *done;           /* [B, G]: query heads whose part is there */
     real *rooms;
     int64_t room_size, end;
     int is_backward;
@@ -104,13 +105,10 @@ INLINE vec power_of_2(vec x)
 #else
     /* 1.5 * 2^23 leaves no bits after the point; the lowest ones are then those of the exponent. */
     vec whole_part = x + ALL(12582912.0f + 127.0f);
-    vec r = x - (whole_part - ALL(12582912.0f + 127.0f)), p = ALL(1.559467754e-4f);
-    p = p * r + ALL(1.340664390e-3f);
-    p = p * r + ALL(9.617692975e-3f);
-    p = p * r + ALL(5.550310551e-2f);
-    p = p * r + ALL(2.402265278e-1f);
-    p = p * r + ALL(6.931472150e-1f);
-    p = p * r + ALL(1.0f);
+    vec r = x - (whole_part - ALL(12582912.0f + 127.0f)), square = r * r;
+    vec low = r * ALL(6.931472150e-1f) + ALL(1.0f), middle = r * ALL(5.550310551e-2f) + ALL(2.402265278e-1f);
+    vec high = square * ALL(1.559467754e-4f) + (r * ALL(1.340664390e-3f) + ALL(9.617692975e-3f));
+    vec p = square * (square * high + middle) + low;
     vec y = p * (vec)((ints)whole_part << 23);
     return (vec)((ints)y & ~(x < ALL(-126.0f)));
 #endif
@@ -280,6 +278,7 @@ static Plan plan_of(const Call *c, int is_backward)
     if (is_backward) {
         p.v_panels = room + take(&end, all);
         p.k_rows = room + take(&end, all);
+        p.done = (atomic_int *)(room + take(&end, c->B * c->G));
         p.partial = room + (c->H > c->G ? take(&end, c->B * c->H * 2 * p.S * p.D) : 0);
         /* q, grad, grad_q; logs and deltas; what each query sees; two tiles; gradients of k, v */
         p.room_size = 3 * p.T * p.D + 4 * p.T + 4 * p.T / ROWS + 2 * QUERIES * KEYS + 2 * KEYS * p.D;
@@ -318,6 +317,8 @@ static void pack_task(void *job, int64_t task, real *unused)
     for (int is_v = 0; is_v < 2; is_v++) {
         const real *from = is_v ? c->v : c->k;
         const int64_t *steps = is_v ? c->v_steps : c->k_steps;
+        for (int64_t i = s; i < least(s + KEYS, c->S); i++)
+            prefetch(at(from, steps, b, g, i), c->D);
         real *panels = is_v ? p->v_panels : p->k_panels, *rows = is_v ? p->v_rows : p->k_rows;
         for (int64_t i = 0; i < KEYS && panels; i += COLUMNS) {
             real *panel = panels + first + i * p->D;
@@ -345,80 +346,136 @@ static void largest_of(const vec *rows, real *out)
     }
 }
 
-/* `QUERIES` queries of a head. */
-INLINE void forward_of(const Plan *p, int64_t task, real *room, const int64_t D)
+/* A block of queries, in one thread's room: queries times the scale and results [QUERIES, D], a
+   tile's scores; the softmax's sums in lanes; which keys are seen. */
+typedef struct {
+    int64_t b, h, bh, bg, t;
+    real *q, *y, *tile;
+    vec *sums, *highest;
+    real most_yet[QUERIES], factors[QUERIES];
+    whole first[QUERIES], last[QUERIES];
+    Range ranges[BLOCKS];
+    int from[BLOCKS], to[BLOCKS];
+} Block;
+
+static void begin_block(const Plan *p, Block *a, int64_t task, real *room)
 {
     const Call *c = p->c;
-    int64_t tiles = p->T / QUERIES, bh = task / tiles, t = (tiles - 1 - task % tiles) * QUERIES;
-    int64_t b = bh / c->H, h = bh % c->H, bg = b * c->G + h / (c->H / c->G);
-    real *q = room, *y = q + QUERIES * D, *p_tile = y + QUERIES * D;
-    vec *sums = (vec *)(p_tile + QUERIES * KEYS), *highest = sums + QUERIES;
-    whole first[QUERIES], last[QUERIES];
-    real most_yet[QUERIES], factors[QUERIES];
-    Range ranges[BLOCKS];
-    ranges_of(c, b, t, QUERIES, first, last, ranges);
+    /* The longest tasks come first. */
+    int64_t tiles = p->T / QUERIES, bh = task / tiles, b = bh / c->H, h = bh % c->H;
+    a->b = b, a->h = h, a->bh = bh, a->bg = b * c->G + h / (c->H / c->G);
+    a->t = (tiles - 1 - task % tiles) * QUERIES;
+    a->q = room, a->y = a->q + QUERIES * p->D, a->tile = a->y + QUERIES * p->D;
+    a->sums = (vec *)(a->tile + QUERIES * KEYS), a->highest = a->sums + QUERIES;
+    ranges_of(c, b, a->t, QUERIES, a->first, a->last, a->ranges);
     for (int64_t i = 0; i < QUERIES; i++) {
-        copy_row(at(c->q, c->q_steps, b, h, t + i), p->scale, t + i < c->T ? c->D : 0, D, q + i * D);
-        most_yet[i] = c->sinks ? (real)(c->sinks[h] / LN_2) : LOWEST;
-        sums[i] = ALL(0);
-        sums[i][0] = c->sinks ? 1 : 0;
+        prefetch(at(c->q, c->q_steps, b, h, least(a->t + i + ROWS_AHEAD, c->T - 1)), c->D);
+        copy_row(at(c->q, c->q_steps, b, h, a->t + i), p->scale, a->t + i < c->T ? c->D : 0, p->D, a->q + i * p->D);
+        a->most_yet[i] = c->sinks ? (real)(c->sinks[h] / LN_2) : LOWEST;
+        a->sums[i] = ALL(0);
+        a->sums[i][0] = c->sinks ? 1 : 0;
     }
-    memset(y, 0, QUERIES * D * sizeof(real));
-    for (int64_t key = 0; key < p->S; key += KEYS) {
-        int from[BLOCKS], to[BLOCKS];
-        if (!seen_panels(p, ranges, key, from, to))
-            continue;
-        const real *panels = p->k_panels + (bg * p->S + key) * D, *values = p->v_rows + (bg * p->S + key) * D;
-        for (int i = 0; i < QUERIES; i++)
-            highest[i] = ALL(-INFINITY);
-        for (int n = 0; n < PANELS; n++)
-            for (int r = 0; r < BLOCKS; r++) {
-                if (n < from[r] || n >= to[r])
-                    continue;
-                vec s[ROWS][2];
-                int row = r * ROWS, seen = sight(p, &ranges[r], key / COLUMNS + n) == EVERY ? EVERY : SOME;
-                scores_of(p, q + row * D, D, h, t + row, key + n * COLUMNS, panels + n * COLUMNS * D, first + row,
-                          last + row, seen, s);
-#pragma GCC unroll 12
-                for (int i = 0; i < ROWS; i++) {
-                    real *out = p_tile + (row + i) * KEYS + n * COLUMNS;
-                    highest[row + i] = larger(larger(s[i][0], s[i][1]), highest[row + i]);
-                    STORE(out, s[i][0]);
-                    STORE(out + LANES, s[i][1]);
-                }
-            }
-        largest_of(highest, factors);
-        for (int i = 0; i < QUERIES; i += LANES) {
-            vec before = LOAD(most_yet + i), now = larger(LOAD(factors + i), before);
-            STORE(most_yet + i, now);
-            STORE(factors + i, power_of_2(before - now));
-        }
+    memset(a->y, 0, QUERIES * p->D * sizeof(real));
+}
+
+/* The scores of a tile, and the largest of each row so far. */
+INLINE void score(const Plan *p, Block *a, int64_t key, const int64_t D)
+{
+    const real *panels = p->k_panels + (a->bg * p->S + key) * D;
+    for (int i = 0; i < QUERIES; i++)
+        a->highest[i] = ALL(-INFINITY);
+    for (int n = 0; n < PANELS; n++)
         for (int r = 0; r < BLOCKS; r++) {
-            if (from[r] >= to[r])
+            if (n < a->from[r] || n >= a->to[r])
                 continue;
-            int row = r * ROWS;
-            for (int i = row; i < row + ROWS; i++) {
-                vec sum = sums[i] * ALL(factors[i]), high = ALL(most_yet[i]);
-                for (int j = from[r] * COLUMNS; j < to[r] * COLUMNS; j += LANES) {
-                    vec e = power_of_2(LOAD(p_tile + i * KEYS + j) - high);
-                    sum += e;
-                    STORE(p_tile + i * KEYS + j, e);
-                }
-                sums[i] = sum;
+            vec s[ROWS][2];
+            int row = r * ROWS, seen = sight(p, &a->ranges[r], key / COLUMNS + n) == EVERY ? EVERY : SOME;
+            scores_of(p, a->q + row * D, D, a->h, a->t + row, key + n * COLUMNS, panels + n * COLUMNS * D,
+                      a->first + row, a->last + row, seen, s);
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++) {
+                real *out = a->tile + (row + i) * KEYS + n * COLUMNS;
+                a->highest[row + i] = larger(larger(s[i][0], s[i][1]), a->highest[row + i]);
+                STORE(out, s[i][0]);
+                STORE(out + LANES, s[i][1]);
             }
-            add_products(p_tile + row * KEYS + from[r] * COLUMNS, KEYS, 1, values + from[r] * COLUMNS * D,
-                         (to[r] - from[r]) * COLUMNS, factors + row, y + row * D, D);
         }
+    largest_of(a->highest, a->factors);
+    for (int i = 0; i < QUERIES; i += LANES) {
+        vec before = LOAD(a->most_yet + i), now = larger(LOAD(a->factors + i), before);
+        STORE(a->most_yet + i, now);
+        STORE(a->factors + i, power_of_2(before - now));
     }
-    for (int64_t i = 0; i < QUERIES && t + i < c->T; i++) {
+}
+
+/* Scores become probabilities, up to the factor that a row's sum will be. */
+INLINE void exponentiate(Block *a)
+{
+    for (int r = 0; r < BLOCKS; r++) {
+        if (a->from[r] >= a->to[r])
+            continue;
+        const real *high = a->most_yet + r * ROWS, *factors = a->factors + r * ROWS;
+        vec sums[ROWS];
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++)
+            sums[i] = a->sums[r * ROWS + i] * ALL(factors[i]);
+        for (int j = a->from[r] * COLUMNS; j < a->to[r] * COLUMNS; j += LANES)
+#pragma GCC unroll 12
+            for (int i = 0; i < ROWS; i++) {
+                real *at = a->tile + (r * ROWS + i) * KEYS + j;
+                vec e = power_of_2(LOAD(at) - ALL(high[i]));
+                sums[i] += e;
+                STORE(at, e);
+            }
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++)
+            a->sums[r * ROWS + i] = sums[i];
+    }
+}
+
+INLINE void add_values(const Plan *p, Block *a, int64_t key, const int64_t D)
+{
+    const real *values = p->v_rows + (a->bg * p->S + key) * D;
+    for (int r = 0; r < BLOCKS; r++)
+        if (a->from[r] < a->to[r])
+            add_products(a->tile + r * ROWS * KEYS + a->from[r] * COLUMNS, KEYS, 1, values + a->from[r] * COLUMNS * D,
+                         (a->to[r] - a->from[r]) * COLUMNS, a->factors + r * ROWS, a->y + r * ROWS * D, D);
+}
+
+static void keep_block(const Plan *p, const Block *a)
+{
+    const Call *c = p->c;
+    for (int64_t i = 0; i < QUERIES && a->t + i < c->T; i++) {
         real sum = 0;
         for (int l = 0; l < LANES; l++)
-            sum += sums[i][l];
-        c->logs[bh * c->T + t + i] = most_yet[i] + (real)log2(sum);
-        real *out = (real *)at(c->y, c->y_steps, b, h, t + i);
-        for (int64_t d = 0; d < c->D; d++)
-            out[d] = y[i * D + d] * (1 / sum);
+            sum += a->sums[i][l];
+        c->logs[a->bh * c->T + a->t + i] = a->most_yet[i] + (real)log2(sum);
+        copy_row(a->y + i * p->D, 1 / sum, c->D, c->D, (real *)at(c->y, c->y_steps, a->b, a->h, a->t + i));
     }
+}
+
+#ifdef NOIN
+#define MAYBE static __attribute__((noinline))
+#else
+#define MAYBE INLINE
+#endif
+MAYBE void f1(const Plan *p, Block *a, int64_t key){ score(p,a,key,32); }
+MAYBE void f2(Block *a){ exponentiate(a); }
+MAYBE void f3(const Plan *p, Block *a, int64_t key){ add_values(p,a,key,32); }
+INLINE void forward_of(const Plan *p, int64_t task, real *room, const int64_t D)
+{
+    Block a;
+    begin_block(p, &a, task, room);
+    for (int64_t key = 0; key < p->S; key += KEYS)
+        if (seen_panels(p, a.ranges, key, a.from, a.to)) {
+#ifdef NOIN
+	    if (D==32) { f1(p,&a,key); f2(&a); f3(p,&a,key); continue; }
+#endif
+            score(p, &a, key, D);
+            exponentiate(&a);
+            add_values(p, &a, key, D);
+        }
+    keep_block(p, &a);
 }
 
 static void forward_task(void *job, int64_t task, real *room)
@@ -589,10 +646,8 @@ static void __attribute__((noinline)) keep_keys(const Plan *p, const Head *a, in
     }
     for (int64_t s = 0; s < KEYS && key + s < c->S; s++) {
         int64_t to = ((a->b * c->S + key + s) * c->G + a->h) * c->D;
-        for (int64_t d = 0; d < c->D; d++) {
-            c->grad_k[to + d] = a->grad_k[s * p->D + d] * (real)LN_2;
-            c->grad_v[to + d] = a->grad_v[s * p->D + d];
-        }
+        copy_row(a->grad_k + s * p->D, LN_2, c->D, c->D, c->grad_k + to);
+        copy_row(a->grad_v + s * p->D, 1, c->D, c->D, c->grad_v + to);
     }
 }
 
@@ -601,15 +656,9 @@ static void __attribute__((noinline)) keep_queries(const Plan *p, const Head *a)
     const Call *c = p->c;
     real scale = p->scale * (real)LN_2;
     for (int64_t t = 0; t < c->T; t++)
-        for (int64_t d = 0; d < c->D; d++)
-            c->grad_q[((a->b * c->T + t) * c->H + a->h) * c->D + d] = a->grad_q[t * p->D + d] * scale;
+        copy_row(a->grad_q + t * p->D, scale, c->D, c->D, c->grad_q + ((a->b * c->T + t) * c->H + a->h) * c->D);
 }
 
-#ifdef NOIN
-#define MAYBE static __attribute__((noinline))
-#else
-#define MAYBE INLINE
-#endif
 MAYBE void d32(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to){ differentiate(p,a,t,key,from,to,32); }
 MAYBE void k32(const Head *a, int64_t t, const int *from, const int *to){ add_to_keys(a,t,from,to,32); }
 MAYBE void q32(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to){ add_to_queries(p,a,t,key,from,to,32); }
@@ -638,6 +687,25 @@ INLINE void backward_of(const Plan *p, int64_t b, int64_t h, real *room, const i
     keep_queries(p, &a);
 }
 
+/* Sum the gradients of the keys and values that query heads share, in the order of the heads. The
+   head that comes last does it. */
+static void sum_heads(const Plan *p, int64_t b, int64_t g)
+{
+    const Call *c = p->c;
+    int64_t J = c->H / c->G, step = 2 * p->S * p->D;
+    if (J == 1 || atomic_fetch_add(&p->done[b * c->G + g], 1) + 1 < J)
+        return;
+    for (int is_v = 0; is_v < 2; is_v++)
+        for (int64_t s = 0; s < c->S; s++) {
+            real *from = p->partial + (b * c->H + g * J) * step + (is_v * p->S + s) * p->D;
+            real *to = (is_v ? c->grad_v : c->grad_k) + ((b * c->S + s) * c->G + g) * c->D;
+            for (int64_t j = 1; j < J; j++)
+                for (int64_t d = 0; d < p->D; d += LANES)
+                    STORE(from + d, LOAD(from + d) + LOAD(from + j * step + d));
+            copy_row(from, is_v ? 1 : (real)LN_2, c->D, c->D, to);
+        }
+}
+
 static void backward_head(const Plan *p, int64_t b, int64_t h, real *room)
 {
     if (p->D == 32)
@@ -646,6 +714,7 @@ static void backward_head(const Plan *p, int64_t b, int64_t h, real *room)
         backward_of(p, b, h, room, 64);
     else
         backward_of(p, b, h, room, p->D);
+    sum_heads(p, b, h / (p->c->H / p->c->G));
 }
 
 static void backward_task(void *job, int64_t task, real *room)
@@ -659,33 +728,12 @@ static void backward_task(void *job, int64_t task, real *room)
         backward_head(p, task / p->c->H, task % p->c->H, room);
 }
 
-/* The gradients of keys and values that query heads share. */
-static void sum_task(void *job, int64_t task, real *unused)
-{
-    const Plan *p = job;
-    const Call *c = p->c;
-    int64_t tiles = p->S / KEYS, bg = task / tiles, first = task % tiles * KEYS, J = c->H / c->G;
-    int64_t b = bg / c->G, g = bg % c->G;
-    for (int64_t s = first; s < least(first + KEYS, c->S); s++)
-        for (int is_v = 0; is_v < 2; is_v++) {
-            const real *from = p->partial + (((b * c->H + g * J) * 2 + is_v) * p->S + s) * p->D;
-            real *to = (is_v ? c->grad_v : c->grad_k) + ((b * c->S + s) * c->G + g) * c->D;
-            for (int64_t d = 0; d < c->D; d++) {
-                real sum = 0;
-                for (int64_t j = 0; j < J; j++)
-                    sum += from[j * 2 * p->S * p->D + d];
-                to[d] = is_v ? sum : sum * (real)LN_2;
-            }
-        }
-}
-
 void attention_backward(const Call *c)
 {
     Plan p = plan_of(c, 1);
     int64_t tasks = c->grad_bias ? c->H : c->B * c->H;
+    memset(p.done, 0, c->B * c->G * sizeof(*p.done));
     find_keys(&p);
     in_parallel(c->parallel, c->threads, pack_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
     in_parallel(c->parallel, c->threads, backward_task, &p, tasks, p.rooms, p.room_size);
-    if (c->H > c->G)
-        in_parallel(c->parallel, c->threads, sum_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
 }

@@ -627,6 +627,9 @@ class LocalDispatcher:
     its place in `MoE.dispatcher`.
     """
 
+    # One operation for all of it, or None from it (runtime/kernels/routed_experts.py).
+    kernel = None
+
     def __call__(
         self,
         x_NC: Tensor,
@@ -636,6 +639,10 @@ class LocalDispatcher:
         experts: Experts,
     ) -> Tensor:
         """Return each token's experts' outputs, weighted and summed: [N, C] -> [N, C]."""
+        if self.kernel is not None:
+            y_NC = self.kernel(x_NC, weights_NK, experts_NK, counts_E, experts)
+            if y_NC is not None:
+                return y_NC
         N, K = experts_NK.shape
         experts_R = experts_NK.flatten()
         order_R = experts_R.argsort(stable=True)

@@ -201,6 +201,7 @@ def _count(
         if on_gpu:
             for block in model.layers:
                 block.moe.experts.feed_forward = None
+                block.moe.dispatcher.kernel = None
                 block.moe.experts.grouped = dtype == torch.bfloat16
                 block.attention.sink_kernel = _attention_with_sinks
         optimizer = build_optimizer(model, train_config)

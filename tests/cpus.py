@@ -51,6 +51,7 @@ FILES = [
     "inference/test_cpu_decode.py",
     "inference/test_scorer.py",
     "kernels/test_cpu_experts.py",
+    "kernels/test_routed_experts.py",
     "interop/test_custom_code.py",
     "scripts/test_export_hf.py",
     "scripts/test_export_onnx.py",

@@ -1,6 +1,6 @@
 """The kernels of a CPU that stand in for parts of a block are asked before they are used.
 
-runtime/kernels/cpu_experts.py and runtime/kernels/sink_attention.py compute again what
+runtime/kernels/routed_experts.py, cpu_experts.py and sink_attention.py compute again what
 model_parts.py says. Where that was changed (another activation, one more parameter of the experts),
 they would train and generate another function in silence. So each is compared with it on a few
 numbers; one that differs is taken out of the model, which then computes as model_parts.py does, and
@@ -8,6 +8,8 @@ a line says so.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ EXPERTS = ("w_in", "b_in", "w_out", "b_out")
 # Rows and features of what is compared, and up to which values: beyond the limits of
 # swiglu_clamped, and where the tails of the activations are.
 ROWS, FEATURES, LARGEST = 9, 16, 9.0
+NUM_EXPERTS, HIDDEN = 3, 8
+# Makes classes whose packed matrices are properties.
+PACKING = "runtime.inference.quantize"
 TOKENS, WINDOW = 7, 3
 
 
@@ -39,13 +44,21 @@ def settle_kernels(model) -> list[str]:
 def _settle(model) -> list[str]:
     lines: dict[str, None] = {}
     slower = "plain operations compute {}, which is slower: {}"
+    asked: dict[type, str] = {}
     for block in model.layers:
         experts, attention = block.moe.experts, block.attention
         if experts.w_in.device.type != "cpu":
             continue
-        if experts.feed_forward is not None and (why := _why_not_experts(experts)):
+        why = _why_not_experts(experts) if experts.feed_forward is not None else ""
+        if why:
             experts.feed_forward = None
             lines[slower.format("the experts", why)] = None
+        if getattr(block.moe.dispatcher, "kernel", None) is not None:
+            if type(experts) not in asked:
+                asked[type(experts)] = why or _why_not_routed(block.moe)
+            if why := asked[type(experts)]:
+                block.moe.dispatcher.kernel = None
+                lines[slower.format("the experts", why)] = None
         has_sinks = attention.sink_kernel is not None and attention.sinks is not None
         if has_sinks and (why := _why_not_sinks(attention)):
             attention.sink_kernel = None
@@ -78,6 +91,39 @@ def _why_not_experts(experts) -> str:
         if same
         else "runtime/kernels/cpu_experts.py has another activation than model_parts.activate"
     )
+
+
+@torch.no_grad()
+def _why_not_routed(moe) -> str:
+    """Compare a dispatcher's kernel with the dispatcher, on small experts of the model's class."""
+    generator, experts = torch.Generator().manual_seed(0), copy.copy(moe.experts)
+    kinds = type(experts).__mro__
+    experts.__class__ = next(kind for kind in kinds if kind.__module__ != PACKING)
+    outer, inner = (1, 2)[experts.activation != "gelu"] * HIDDEN, FEATURES
+    shapes = {
+        "w_in": (NUM_EXPERTS, outer, inner),
+        "w_out": (NUM_EXPERTS, inner, HIDDEN),
+        "b_in": (NUM_EXPERTS, outer),
+        "b_out": (NUM_EXPERTS, inner),
+    }
+    experts._parameters = {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator))
+        if name.startswith("w") or experts._parameters[name] is not None
+        else None
+        for name, shape in shapes.items()
+    }
+    experts._buffers, experts.feed_forward, experts.grouped = {}, None, False
+    plain = copy.copy(moe.dispatcher)
+    plain.kernel = None
+    x_NC = torch.randn(ROWS, FEATURES, generator=generator)
+    scores_NE = torch.rand(ROWS, NUM_EXPERTS, generator=generator)
+    weights_NK, experts_NK = scores_NE.topk(2)
+    counts_E = torch.bincount(experts_NK.flatten(), minlength=NUM_EXPERTS)
+    given = (x_NC, weights_NK, experts_NK, counts_E, experts)
+    ours_NC = moe.dispatcher.kernel(*given)
+    if ours_NC is None or _is_same(ours_NC, plain(*given), FEATURES + HIDDEN):
+        return ""
+    return "runtime/kernels/routed_experts.py has other results than model_parts.LocalDispatcher"
 
 
 @torch.inference_mode()

@@ -113,8 +113,8 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     finally:
         del decoder._replay
         torch.set_num_threads(threads)
-        for experts, feed_forward in dispatched:
-            experts.feed_forward = feed_forward
+        for owner, name, kernel in dispatched:
+            setattr(owner, name, kernel)
         decoder.compiles, decoder._whole, decoder._caches = compiles, None, []
         decoder._texts = []
     plain_NV, fast_NV = (
@@ -171,15 +171,19 @@ def explained(model: LLM) -> float:
 
 
 def _without_dispatch(model: LLM) -> list[tuple]:
-    """Replace the CPU's operation for experts by `_feed_forward`; return what was there, to be put
-    back.
+    """Replace the CPU's operations for experts by `_feed_forward`.
 
-    The first call of a custom operation imports PyTorch's compiler. That takes a second, and a C
-    decoder never needs it.
+    Return what was there, to be put back: (owner, attribute, kernel). The first call of a custom
+    operation imports PyTorch's compiler. That takes a second, and a C decoder never needs it.
     """
-    found = [(block.moe.experts, block.moe.experts.feed_forward) for block in model.layers]
-    for experts, feed_forward in found:
-        experts.feed_forward = feed_forward and _feed_forward
+    found = []
+    for block in model.layers:
+        experts, dispatcher = block.moe.experts, block.moe.dispatcher
+        found.append((experts, "feed_forward", experts.feed_forward))
+        experts.feed_forward = experts.feed_forward and _feed_forward
+        if getattr(dispatcher, "kernel", None) is not None:
+            found.append((dispatcher, "kernel", dispatcher.kernel))
+            dispatcher.kernel = None
     return found
 
 

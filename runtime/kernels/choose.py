@@ -7,6 +7,7 @@ import functools
 import torch
 
 import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
+from runtime.kernels import routed_experts
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
 from runtime.kernels.sink_attention import sink_attention
 
@@ -16,9 +17,11 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
 
     The results are the same. Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a
     multiple of 16 bytes; not on later cards while PyTorch issue 172439 is open (wrong weight
-    gradients for experts without tokens). On a CPU: runtime/kernels/cpu_experts.py. Attention:
+    gradients for experts without tokens). On a CPU: runtime/kernels/routed_experts.py, in C, and
+    runtime/kernels/cpu_experts.py without a compiler. Attention:
     runtime/kernels/attention_choice.py; with sinks: runtime/kernels/sink_attention.py.
     """
+    in_c = device.type == "cpu" and routed_experts.library()[0] is not None
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
     for block in model.layers:
@@ -29,12 +32,21 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
             and experts.w_in.shape[2] % 8 == 0
             and experts.w_out.shape[2] % 8 == 0
         )
-        experts.feed_forward = (
-            torch.ops.gptoss.feed_forward.default if device.type == "cpu" else None
-        )
+        experts.feed_forward = None
+        if device.type == "cpu":
+            plain = torch.ops.gptoss.feed_forward.default
+            experts.feed_forward = routed_experts.rows_of_experts if in_c else plain
+        if hasattr(block.moe.dispatcher, "kernel"):
+            block.moe.dispatcher.kernel = routed_experts.dispatch if in_c else None
         attention = block.attention
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
+
+
+def why_not_c(device: torch.device, dtype: torch.dtype) -> str:
+    """Return why a CPU does without the C kernels of training, "" where it has them."""
+    is_for_c = device.type == "cpu" and dtype == torch.float32
+    return routed_experts.library()[1] if is_for_c else ""
 
 
 def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | None):

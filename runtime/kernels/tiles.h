@@ -29,7 +29,9 @@ typedef float real;
 typedef int32_t whole;
 #define REAL_BYTES 4
 #endif
-#if defined(__AVX512F__)
+/* Tests set it to others than the processor's. */
+#if defined(VECTOR_BYTES)
+#elif defined(__AVX512F__)
 #define VECTOR_BYTES 64
 #elif defined(__AVX__)
 #define VECTOR_BYTES 32
@@ -38,7 +40,7 @@ typedef int32_t whole;
 #endif
 #define LANES (VECTOR_BYTES / REAL_BYTES)
 /* A tile's sums fill most registers: 12 x 2 of 32, or 6 x 2 of 16. */
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
 #define ROWS 12
 #else
 #define ROWS 6
@@ -49,8 +51,6 @@ typedef int32_t whole;
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
 typedef whole ints __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
-/* x - 0 is x, also where x is -0: nothing is added. */
-#define ALL(x) ((real)(x) - (vec){0})
 #define LOAD(p) (*(vec *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
 #define INLINE static inline __attribute__((always_inline))
@@ -69,6 +69,10 @@ INLINE int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / uni
 #else
 #define LANE_LIST(F, d) F(0, d), F(1, d)
 #endif
+/* x in all lanes. A sum with zeros is no broadcast: it would turn -0 to 0. */
+#define SAME(l, x) x
+INLINE vec all_of(real x) { return (vec){LANE_LIST(SAME, x)}; }
+#define ALL(x) all_of((real)(x))
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -120,7 +124,7 @@ INLINE vec sigmoid_of(vec x) { return 1 / (1 + exp_of(-at_least(x, -80))); }
    e^(z^2) erfc(z) for z up to 6.6 with a relative error of 3e-8. */
 INLINE vec normal_share(vec x, vec *density)
 {
-    ints sign = (ints)x & ((ints){0} + 1) << (8 * REAL_BYTES - 1);
+    ints sign = (ints)x & (ints)ALL(-0.0);
     vec size = (vec)((ints)x ^ sign), share;
     *density = exp_of(at_least(size * size * ALL(-0.5), -87));
 #ifdef GPTOSS_DOUBLE
@@ -162,17 +166,17 @@ INLINE void tile(const int rows, const int vectors, const real *const *a, const 
 }
 
 /* --------------------------------------------------------------------------------- packing */
-/* panel[k][j] = rows[k][j] for `depth` rows of `columns` values; zeros up to COLUMNS. */
-static void pack(const real *const *rows, int64_t depth, int64_t columns, real *panel)
+/* panel[k][j] = rows[k][at + j] for `depth` rows of `columns` values; zeros up to COLUMNS. */
+__attribute__((noinline)) static void pack(const real *const *rows, int64_t at, int64_t depth, int64_t columns, real *panel)
 {
     if (columns >= COLUMNS)
         for (int64_t k = 0; k < depth; k++)
             for (int j = 0; j < 2; j++)
-                STORE(panel + k * COLUMNS + j * LANES, LOAD(rows[k] + j * LANES));
+                STORE(panel + k * COLUMNS + j * LANES, LOAD(rows[k] + at + j * LANES));
     else
         for (int64_t k = 0; k < depth; k++) {
             memset(panel + k * COLUMNS, 0, COLUMNS * sizeof(real));
-            memcpy(panel + k * COLUMNS, rows[k], columns * sizeof(real));
+            memcpy(panel + k * COLUMNS, rows[k] + at, columns * sizeof(real));
         }
 }
 
@@ -201,7 +205,7 @@ INLINE void transpose(vec v[LANES])
 }
 
 /* panel[k][j] = w[j * step + k] for k < depth and j < columns; zeros up to COLUMNS. */
-static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t columns, real *panel)
+__attribute__((noinline)) static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t columns, real *panel)
 {
     for (int half = 0; half < 2; half++) {
         int64_t first = half * LANES, k = 0;
@@ -222,19 +226,19 @@ static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t 
     }
 }
 
-/* packed[k][i] = rows[k][i] for i < ROWS, zeros from `width` on: `a` of a product that sums over
-   rows. Writes up to LANES values past its end. */
-static void pack_rows(const real *const *rows, int64_t depth, int64_t width, real *packed)
+/* packed[k][i] = rows[k][at + i] for i < ROWS, zeros from `width` on: `a` of a product that sums
+   over rows. Writes up to LANES values past its end. */
+__attribute__((noinline)) static void pack_rows(const real *const *rows, int64_t at, int64_t depth, int64_t width, real *packed)
 {
     if (width >= rounded_up(ROWS, LANES))
         for (int64_t k = 0; k < depth; k++)
             /* What the last vector has too much, the next row writes over. */
             for (int i = 0; i < ROWS; i += LANES)
-                STORE(packed + k * ROWS + i, LOAD(rows[k] + i));
+                STORE(packed + k * ROWS + i, LOAD(rows[k] + at + i));
     else
         for (int64_t k = 0; k < depth; k++)
             for (int i = 0; i < ROWS; i++)
-                packed[k * ROWS + i] = i < width ? rows[k][i] : 0;
+                packed[k * ROWS + i] = i < width ? rows[k][at + i] : 0;
 }
 
 /* --------------------------------------------------------------------------------- panels */
@@ -275,10 +279,10 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
     }
 }
 
-/* `count` rows a[i] times a panel, into `columns` values of each out + i * out_step. */
+/* `count` rows a[i] + at times a panel, into `columns` values of each out + i * out_step. */
 #define TILES(NAME, STEP)                                                                                       \
     INLINE void NAME##_of(const int vectors, const int begin, int64_t count, const real *const *a,              \
-                          const real *panel, int64_t depth, const real *bias, real *out, int64_t out_step,      \
+                          int64_t at, const real *panel, int64_t depth, const real *bias, real *out, int64_t out_step,      \
                           int64_t columns)                                                                      \
     {                                                                                                           \
         for (int64_t i = 0; i < count; i += ROWS) {                                                             \
@@ -287,7 +291,7 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
             real *to[ROWS];                                                                                     \
             for (int r = 0; r < ROWS; r++) {                                                                    \
                 /* Rows that are missing repeat the last one, and are not kept. */                              \
-                from[r] = STEP == 1 ? a[i + least(r, left - 1)] : a[0] + i * depth + r;                         \
+                from[r] = STEP == 1 ? a[i + least(r, left - 1)] + at : a[0] + i * depth + r;                    \
                 to[r] = out + (i + least(r, left - 1)) * out_step;                                              \
             }                                                                                                   \
             if (left > ROWS * 2 / 3)                                                                            \
@@ -298,22 +302,22 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
                 tile_to(ROWS / 3, vectors, from, STEP, panel, depth, begin, bias, to, left, columns);           \
         }                                                                                                       \
     }                                                                                                           \
-    static void NAME(int begin, int64_t count, const real *const *a, const real *panel, int64_t depth,          \
-                     const real *bias, real *out, int64_t out_step, int64_t columns)                            \
+    __attribute__((noinline)) static void NAME(int begin, int64_t count, const real *const *a, int64_t at, const real *panel,             \
+                     int64_t depth, const real *bias, real *out, int64_t out_step, int64_t columns)             \
     {                                                                                                           \
         if (columns > LANES) {                                                                                  \
             if (begin == ZERO)                                                                                  \
-                NAME##_of(2, ZERO, count, a, panel, depth, bias, out, out_step, columns);                       \
+                NAME##_of(2, ZERO, count, a, at, panel, depth, bias, out, out_step, columns);                       \
             else if (begin == BIAS)                                                                             \
-                NAME##_of(2, BIAS, count, a, panel, depth, bias, out, out_step, columns);                       \
+                NAME##_of(2, BIAS, count, a, at, panel, depth, bias, out, out_step, columns);                       \
             else                                                                                                \
-                NAME##_of(2, SUM, count, a, panel, depth, bias, out, out_step, columns);                        \
+                NAME##_of(2, SUM, count, a, at, panel, depth, bias, out, out_step, columns);                        \
         } else if (begin == ZERO)                                                                               \
-            NAME##_of(1, ZERO, count, a, panel, depth, bias, out, out_step, columns);                           \
+            NAME##_of(1, ZERO, count, a, at, panel, depth, bias, out, out_step, columns);                           \
         else if (begin == BIAS)                                                                                 \
-            NAME##_of(1, BIAS, count, a, panel, depth, bias, out, out_step, columns);                           \
+            NAME##_of(1, BIAS, count, a, at, panel, depth, bias, out, out_step, columns);                           \
         else                                                                                                    \
-            NAME##_of(1, SUM, count, a, panel, depth, bias, out, out_step, columns);                            \
+            NAME##_of(1, SUM, count, a, at, panel, depth, bias, out, out_step, columns);                            \
     }
 /* a[i]: each row, along k. */
 TILES(rows_times, 1)

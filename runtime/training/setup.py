@@ -26,7 +26,7 @@ from runtime.checkpoint.format import Checkpoint, meta_model
 from runtime.checkpoint.optimizer_state import initialise_state
 from runtime.checkpoint.read import build_model, load_training_state
 from runtime.checks.kernels import settle_kernels
-from runtime.kernels.choose import choose_kernels
+from runtime.kernels.choose import choose_kernels, why_not_c
 from runtime.training.optimizer import build_optimizer
 from runtime.training.placing import allocate, draw_by_name, is_large, put_back, set_aside
 from runtime.training.plan import TrainPlan
@@ -97,6 +97,8 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         model = build(plan)
         plan.task.prepare(model)
         choose_kernels(model, plan.device, plan.dtype)
+        if why := why_not_c(plan.device, plan.dtype):
+            tqdm.write(f"note     PyTorch computes the experts, which is slower: {why}")
         if config.compile:
             model.compile_in_place()
         share_out(model, plan)

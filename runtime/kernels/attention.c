@@ -23,6 +23,8 @@
 #endif
 #define BLOCKS (QUERIES / ROWS)
 #define PANELS (KEYS / COLUMNS)
+/* Multiply-adds. */
+#define WORTH_A_THREAD (1 << 18)
 #define LN_2 0.69314718055994530942
 /* The position of a key that is not there: after every query. */
 #define NOWHERE INT32_MAX
@@ -36,8 +38,7 @@
 typedef struct {
     int64_t B, T, S, H, G, D, window, threads;
     int64_t q_steps[3], k_steps[3], v_steps[3], y_steps[3], grad_steps[3];
-    /* Of the head, the query. */
-    int64_t bias_steps[2];
+    int64_t bias_steps[2];      /* of the head, the query */
     const real *q, *k, *v;
     /* [H] or NULL; [H, T, S] or NULL. */
     const real *sinks, *bias;
@@ -57,6 +58,7 @@ typedef struct {
 typedef struct {
     const Call *c;
     int64_t D, T, S;            /* rounded up: to vectors, to tiles */
+    int64_t tasks, threads;
     real scale;                 /* of scores, in units of ln 2 */
     whole *positions;           /* [S] of keys */
     whole *first, *last;        /* [S / COLUMNS]: of the keys of each panel */
@@ -138,10 +140,10 @@ static void ranges_of(const Call *c, int64_t b, int64_t t, int64_t count, whole 
 {
     for (int64_t i = 0; i < count; i++) {
         /* A query that is not there sees nothing. */
-        int64_t from = NOWHERE, to = -1;
+        int64_t from = NOWHERE, to = -NOWHERE;
         if (t + i < c->T) {
             to = c->q_positions[t + i];
-            from = c->window ? most(to - c->window + 1, 0) : 0;
+            from = c->window ? to - c->window + 1 : -NOWHERE;
             if (c->starts)
                 from = most(from, c->starts[b * c->T + t + i]);
         }
@@ -269,6 +271,9 @@ static Plan plan_of(const Call *c, int is_backward)
     Plan p = {.c = c, .is_backward = is_backward};
     p.D = rounded_up(c->D, LANES), p.T = rounded_up(c->T, QUERIES), p.S = rounded_up(c->S, KEYS);
     p.scale = 1 / (LN_2 * sqrt((double)c->D));
+    p.tasks = is_backward ? (c->grad_bias ? 1 : c->B) * c->H : c->B * c->H * p.T / QUERIES;
+    /* Another thread wants some multiply-adds to be worth waking. */
+    p.threads = least(least(c->threads, p.tasks), 1 + c->B * c->H * c->T * c->S * c->D / WORTH_A_THREAD);
     int64_t end = 0, all = c->B * c->G * p.S * p.D;
     real *room = c->room;
     p.positions = (whole *)room + take(&end, p.S);
@@ -289,11 +294,13 @@ static Plan plan_of(const Call *c, int is_backward)
     }
     p.room_size = rounded_up(p.room_size + 64 / REAL_BYTES, 64 / REAL_BYTES);
     p.rooms = room + end;
-    p.end = end + p.room_size * c->threads;
+    p.end = end + p.room_size * p.threads;
     return p;
 }
 
-int64_t attention_room(const Call *c, int64_t is_backward) { return plan_of(c, is_backward).end; }
+int gptoss_attention_size(void) { return sizeof(Call); }
+
+int64_t gptoss_attention_room(const Call *c, int is_backward) { return plan_of(c, is_backward).end; }
 
 static void find_keys(Plan *p)
 {
@@ -454,23 +461,12 @@ static void keep_block(const Plan *p, const Block *a)
     }
 }
 
-#ifdef NOIN
-#define MAYBE static __attribute__((noinline))
-#else
-#define MAYBE INLINE
-#endif
-MAYBE void f1(const Plan *p, Block *a, int64_t key){ score(p,a,key,32); }
-MAYBE void f2(Block *a){ exponentiate(a); }
-MAYBE void f3(const Plan *p, Block *a, int64_t key){ add_values(p,a,key,32); }
 INLINE void forward_of(const Plan *p, int64_t task, real *room, const int64_t D)
 {
     Block a;
     begin_block(p, &a, task, room);
     for (int64_t key = 0; key < p->S; key += KEYS)
         if (seen_panels(p, a.ranges, key, a.from, a.to)) {
-#ifdef NOIN
-	    if (D==32) { f1(p,&a,key); f2(&a); f3(p,&a,key); continue; }
-#endif
             score(p, &a, key, D);
             exponentiate(&a);
             add_values(p, &a, key, D);
@@ -489,12 +485,12 @@ static void forward_task(void *job, int64_t task, real *room)
         forward_of(p, task, room, p->D);
 }
 
-void attention_forward(const Call *c)
+void gptoss_attention_forward(const Call *c)
 {
     Plan p = plan_of(c, 0);
     find_keys(&p);
-    in_parallel(c->parallel, c->threads, pack_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
-    in_parallel(c->parallel, c->threads, forward_task, &p, c->B * c->H * p.T / QUERIES, p.rooms, p.room_size);
+    in_parallel(c->parallel, p.threads, pack_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
+    in_parallel(c->parallel, p.threads, forward_task, &p, p.tasks, p.rooms, p.room_size);
 }
 
 /* --------------------------------------------------------------------------------- backward */
@@ -522,7 +518,7 @@ static Head head_in(const Plan *p, int64_t b, int64_t h, real *room)
 }
 
 /* Copy the queries; find what their results and the sink say of all their scores. */
-static void __attribute__((noinline)) load_queries(const Plan *p, const Head *a)
+static void load_queries(const Plan *p, const Head *a)
 {
     const Call *c = p->c;
     int64_t D = p->D;
@@ -559,8 +555,8 @@ static void __attribute__((noinline)) load_queries(const Plan *p, const Head *a)
 }
 
 /* Probabilities and gradients of the scores of a tile of which something is seen; 0 where not. */
-static inline __attribute__((always_inline)) void differentiate(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from,
-                          const int *to, const int64_t D)
+INLINE void differentiate(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to,
+                          const int64_t D)
 {
     const real *k_panels = p->k_panels + (a->bg * p->S + key) * D, *v_panels = p->v_panels + (a->bg * p->S + key) * D;
     for (int n = 0; n < PANELS; n++)
@@ -635,7 +631,7 @@ static void add_to_bias(const Plan *p, const Head *a, int64_t t, int64_t key, co
 }
 
 /* Keep the gradients of a tile's keys and values. */
-static void __attribute__((noinline)) keep_keys(const Plan *p, const Head *a, int64_t key)
+static void keep_keys(const Plan *p, const Head *a, int64_t key)
 {
     const Call *c = p->c;
     if (c->H > c->G) {
@@ -651,7 +647,7 @@ static void __attribute__((noinline)) keep_keys(const Plan *p, const Head *a, in
     }
 }
 
-static void __attribute__((noinline)) keep_queries(const Plan *p, const Head *a)
+static void keep_queries(const Plan *p, const Head *a)
 {
     const Call *c = p->c;
     real scale = p->scale * (real)LN_2;
@@ -659,9 +655,6 @@ static void __attribute__((noinline)) keep_queries(const Plan *p, const Head *a)
         copy_row(a->grad_q + t * p->D, scale, c->D, c->D, c->grad_q + ((a->b * c->T + t) * c->H + a->h) * c->D);
 }
 
-MAYBE void d32(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to){ differentiate(p,a,t,key,from,to,32); }
-MAYBE void k32(const Head *a, int64_t t, const int *from, const int *to){ add_to_keys(a,t,from,to,32); }
-MAYBE void q32(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to){ add_to_queries(p,a,t,key,from,to,32); }
 
 INLINE void backward_of(const Plan *p, int64_t b, int64_t h, real *room, const int64_t D)
 {
@@ -673,9 +666,6 @@ INLINE void backward_of(const Plan *p, int64_t b, int64_t h, real *room, const i
             int from[BLOCKS], to[BLOCKS];
             if (!seen_panels(p, a.ranges + t / ROWS, key, from, to))
                 continue;
-#ifdef NOIN
-            if (D == 32) { d32(p, &a, t, key, from, to); k32(&a, t, from, to); q32(p, &a, t, key, from, to); continue; }
-#endif
             differentiate(p, &a, t, key, from, to, D);
             add_to_keys(&a, t, from, to, D);
             add_to_queries(p, &a, t, key, from, to, D);
@@ -728,12 +718,11 @@ static void backward_task(void *job, int64_t task, real *room)
         backward_head(p, task / p->c->H, task % p->c->H, room);
 }
 
-void attention_backward(const Call *c)
+void gptoss_attention_backward(const Call *c)
 {
     Plan p = plan_of(c, 1);
-    int64_t tasks = c->grad_bias ? c->H : c->B * c->H;
     memset(p.done, 0, c->B * c->G * sizeof(*p.done));
     find_keys(&p);
-    in_parallel(c->parallel, c->threads, pack_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
-    in_parallel(c->parallel, c->threads, backward_task, &p, tasks, p.rooms, p.room_size);
+    in_parallel(c->parallel, p.threads, pack_task, &p, c->B * c->G * p.S / KEYS, p.rooms, 0);
+    in_parallel(c->parallel, p.threads, backward_task, &p, p.tasks, p.rooms, p.room_size);
 }

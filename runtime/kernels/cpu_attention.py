@@ -1,61 +1,63 @@
-"""Attention as one operation for CPUs, in C: forward and backward by tiles, in float32.
+"""Attention in C, on a CPU in float32: forward and backward, tile by tile.
 
-PyTorch's own kernel reaches a quarter of a core's speed at 512 tokens, takes a mask as T x S
-numbers, and knows no sinks. attention.c takes the rule itself (model_parts.attention_mask):
-positions, a window, each query's start of document. runtime/kernels/choose.py puts this into
-`Attention.kernel`; benchmarks/attention.py compares them.
+runtime/kernels/attention.c does it from the mask's rule itself (model_parts.attention_mask):
+positions, a window, each query's start of document. So no T x S numbers are held, but the gradient
+of a learned bias, which is the parameter's. It also knows sinks and key/value heads that query
+heads share. The machine's own compiler compiles it (runtime/kernels/compile.py). Where there is
+none, or for another dtype, model_parts.Attention takes PyTorch's kernels, whose results are the
+same except for rounding. runtime/kernels/choose.py puts it into `Attention.rule_kernel`;
+benchmarks/attention.py compares them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from ctypes import c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from runtime.kernels.compile import FUSED, compiled, parallel_region
+from runtime.kernels.routed_experts import _scratch
 
 SOURCE = Path(__file__).with_name("attention.c")
-# Longest heads that are worth a row of a tile.
-MOST_HEAD_DIM = 256
+NUMBERS = "B T S H G D window threads"
+# Of the batch, the head, the token; of the bias: of the head and the query.
+STEPS = {"q": 3, "k": 3, "v": 3, "y": 3, "grad": 3, "bias": 2}
+POINTERS = (
+    "q k v sinks bias q_positions k_positions starts y logs grad "
+    "grad_q grad_k grad_v grad_sinks grad_bias room parallel"
+)
 
 
 class _Call(ctypes.Structure):
-    """A `Call` of attention.c."""
+    """The C code's `Call`."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("B", "T", "S", "H", "G", "D", "window", "threads")),
-        *(
-            (f"{name}_steps", ctypes.c_int64 * 3)
-            for name in ("q", "k", "v", "y", "grad")
-        ),
-        ("bias_steps", ctypes.c_int64 * 2),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("q", "k", "v", "sinks", "bias", "q_positions", "k_positions", "starts"),
-                *("y", "logs", "grad", "grad_q", "grad_k", "grad_v", "grad_sinks", "grad_bias"),
-                *("room", "parallel"),
-            )
-        ),
-    ]
+    _fields_ = (
+        [(name, c_int64) for name in NUMBERS.split()]
+        + [(f"{name}_steps", c_int64 * count) for name, count in STEPS.items()]
+        + [(name, c_void_p) for name in POINTERS.split()]
+    )
 
 
 @functools.cache
-def library(*flags: str) -> tuple[ctypes.CDLL | None, str]:
-    """Return (the compiled attention.c, ""), or (None, why there is none)."""
-    code, why = compiled(SOURCE, FUSED, *flags)
-    if code is not None:
-        code.attention_room.restype = ctypes.c_int64
-        code.attention_room.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        for function in (code.attention_forward, code.attention_backward):
-            function.restype, function.argtypes = None, [ctypes.c_void_p]
-    return code, why
+def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDLL | None, str]:
+    """Return (the compiled code, ""), or (None, why it is missing).
+
+    dtype: float32, or float64 in tests, as are further flags.
+    """
+    code, why = compiled(SOURCE, FUSED, *["-DGPTOSS_DOUBLE"] * (dtype == torch.float64), *flags)
+    if code is None:
+        return None, why
+    code.gptoss_attention_room.restype = c_int64
+    if code.gptoss_attention_size() != ctypes.sizeof(_Call):
+        raise ValueError("attention.c and cpu_attention.py disagree about a structure")
+    return code, ""
 
 
-def _call(
+def attend(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
     v_BGSD: Tensor,
@@ -65,77 +67,171 @@ def _call(
     k_positions_S: Tensor,
     starts_BT: Tensor | None,
     window: int,
-) -> _Call:
-    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
-    call = _Call(B, T, S, H, G, D, window, torch.get_num_threads())
-    call.parallel = parallel_region() or None
-    for name, x in (("q", q_BHTD), ("k", k_BGSD), ("v", v_BGSD)):
-        _put(call, name, x)
-    if bias_HTS is not None:
-        call.bias, call.bias_steps = bias_HTS.data_ptr(), bias_HTS.stride()[:2]
-    for name, x in (
-        ("sinks", sinks_H),
-        ("q_positions", q_positions_T),
-        ("k_positions", k_positions_S),
-        ("starts", starts_BT),
-    ):
-        if x is not None:
-            setattr(call, name, x.data_ptr())
-    return call
+) -> Tensor | None:
+    """Do what model_parts.Attention does, [B, H, T, D]; None for a dtype that C lacks.
+
+    bias_HTS is added to the scores. Positions, starts_BT, window: see model_parts.attention_mask.
+    """
+    given = (
+        *(q_BHTD, k_BGSD, v_BGSD, sinks_H, bias_HTS),
+        *(q_positions_T, k_positions_S, starts_BT, window),
+    )
+    if any(x is not None and x.dtype != torch.float32 for x in given[:5]):
+        return None
+    # The first call of a custom operation imports PyTorch's compiler, which takes a second.
+    operation = _forward if torch.is_inference_mode_enabled() else attention
+    return operation(*given)[0]
 
 
-def _put(call: _Call, name: str, x_BHTD: Tensor) -> None:
-    setattr(call, name, x_BHTD.data_ptr())
-    setattr(call, f"{name}_steps", x_BHTD.stride()[:3])
+@torch.library.custom_op("gptoss::attention", mutates_args=(), device_types="cpu")
+def attention(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    sinks_H: Tensor | None,
+    bias_HTS: Tensor | None,
+    q_positions_T: Tensor,
+    k_positions_S: Tensor,
+    starts_BT: Tensor | None,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Return (y [B, H, T, D], base-2 logarithms of the softmax's sums [B, H, T]).
+
+    The second is for the backward pass. All floats have one dtype, float32, or float64 in tests;
+    positions and starts are int64.
+    """
+    return _forward(
+        *(q_BHTD, k_BGSD, v_BGSD, sinks_H, bias_HTS),
+        *(q_positions_T, k_positions_S, starts_BT, window),
+    )
 
 
-def _run(code: ctypes.CDLL, call: _Call, is_backward: bool, like: Tensor) -> None:
-    address = ctypes.byref(call)
-    room = like.new_empty(code.attention_room(address, is_backward))
-    call.room = room.data_ptr()
-    (code.attention_backward if is_backward else code.attention_forward)(address)
-
-
-def forward(code: ctypes.CDLL, *given) -> tuple[Tensor, Tensor]:
-    """Return (y [B, H, T, D], base-2 logarithms of the softmax's sums [B, H, T])."""
-    call, q_BHTD = _call(*given), given[0]
+def _forward(q_BHTD: Tensor, *given) -> tuple[Tensor, Tensor]:
+    call, held = _call(q_BHTD, *given)
     y_BHTD, logs_BHT = _outputs(q_BHTD)
-    _put(call, "y", y_BHTD)
-    call.logs = logs_BHT.data_ptr()
-    _run(code, call, False, q_BHTD)
+    _set(call, held, y=y_BHTD, logs=logs_BHT)
+    _run("forward", call, q_BHTD.dtype)
     return y_BHTD, logs_BHT
 
 
-def backward(code: ctypes.CDLL, grad_BHTD: Tensor, y_BHTD: Tensor, logs_BHT: Tensor, *given):
-    """Return the gradients of q, k, v, sinks and bias; the last two are empty if there is none."""
-    call, (q_BHTD, k_BGSD, _, sinks_H, bias_HTS) = _call(*given), given[:5]
-    grads = _gradients(*given[:5])
-    _put(call, "y", y_BHTD)
-    _put(call, "grad", grad_BHTD)
-    call.logs = logs_BHT.data_ptr()
-    for name, grad in zip(("q", "k", "v"), grads, strict=False):
-        setattr(call, f"grad_{name}", grad.data_ptr())
-    sinks_BH = q_BHTD.new_empty(q_BHTD.shape[:2])
-    if sinks_H is not None:
-        call.grad_sinks = sinks_BH.data_ptr()
-    if bias_HTS is not None:
-        grads[4].zero_()
-        call.grad_bias = grads[4].data_ptr()
-    _run(code, call, True, q_BHTD)
-    if sinks_H is not None:
+@torch.library.custom_op("gptoss::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    grad_BHTD: Tensor,
+    y_BHTD: Tensor,
+    logs_BHT: Tensor,
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    sinks_H: Tensor | None,
+    bias_HTS: Tensor | None,
+    q_positions_T: Tensor,
+    k_positions_S: Tensor,
+    starts_BT: Tensor | None,
+    window: int,
+    bias_needed: bool,
+) -> list[Tensor]:
+    """Return the gradients of q, k, v, sinks and bias; empty ones for the last two if not there."""
+    given = (q_BHTD, k_BGSD, v_BGSD, sinks_H, bias_HTS)
+    call, held = _call(*given, q_positions_T, k_positions_S, starts_BT, window)
+    grads = _empty_gradients(*given, bias_needed)
+    _set(call, held, y=y_BHTD, logs=logs_BHT, grad=grad_BHTD)
+    call.grad_q, call.grad_k, call.grad_v = (grad.data_ptr() for grad in grads[:3])
+    if bias_needed:
+        call.grad_bias = grads[4].zero_().data_ptr()
+    sinks_BH = None if sinks_H is None else logs_BHT.new_empty(logs_BHT.shape[:2])
+    _set(call, held, grad_sinks=sinks_BH)
+    _run("backward", call, q_BHTD.dtype)
+    if sinks_BH is not None:
         torch.sum(sinks_BH, dim=0, out=grads[3])
     return grads
 
 
+def _call(
+    q_BHTD, k_BGSD, v_BGSD, sinks_H, bias_HTS, q_positions_T, k_positions_S, starts_BT, window
+) -> tuple[_Call, list[Tensor]]:
+    """Return what forward and backward have in common, and the tensors, which must live as long."""
+    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
+    call = _Call(B=B, T=T, S=S, H=H, G=G, D=D, window=window, threads=torch.get_num_threads())
+    call.parallel = parallel_region()
+    held: list[Tensor] = []
+    _set(
+        call,
+        held,
+        q=q_BHTD,
+        k=k_BGSD,
+        v=v_BGSD,
+        sinks=sinks_H,
+        bias=bias_HTS,
+        q_positions=q_positions_T,
+        k_positions=k_positions_S,
+        starts=starts_BT,
+    )
+    return call, held
+
+
+def _set(call: _Call, held: list[Tensor], **tensors: Tensor | None) -> None:
+    """Give pointers to the C code, and steps where it takes any."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        count = STEPS.get(name, 0)
+        if not count or tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+        held.append(tensor)
+        setattr(call, name, tensor.data_ptr())
+        if count:
+            setattr(call, f"{name}_steps", (c_int64 * count)(*tensor.stride()[:count]))
+
+
+def _run(which: str, call: _Call, dtype: torch.dtype) -> None:
+    code, why = library(dtype)
+    if code is None:
+        raise ValueError(why)
+    count = code.gptoss_attention_room(ctypes.byref(call), which == "backward")
+    call.room = _scratch.get("attention", count, dtype).data_ptr()
+    getattr(code, f"gptoss_attention_{which}")(ctypes.byref(call))
+
+
+# --------------------------------------------------------------------------------- for the compiler
 def _outputs(q_BHTD: Tensor) -> tuple[Tensor, Tensor]:
     B, H, T, D = q_BHTD.shape
     # In memory as the output projection reads it.
     return q_BHTD.new_empty(B, T, H, D).transpose(1, 2), q_BHTD.new_empty(B, H, T)
 
 
-def _gradients(q_BHTD, k_BGSD, v_BGSD, sinks_H, bias_HTS) -> tuple[Tensor, ...]:
-    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
-    grad_q = q_BHTD.new_empty(B, T, H, D).transpose(1, 2)
-    grad_k, grad_v = (q_BHTD.new_empty(B, S, G, D).transpose(1, 2) for _ in range(2))
-    others = (q_BHTD.new_empty(0 if x is None else x.shape) for x in (sinks_H, bias_HTS))
-    return (grad_q, grad_k, grad_v, *others)
+def _empty_gradients(q_BHTD, k_BGSD, v_BGSD, sinks_H, bias_HTS, bias_needed) -> list[Tensor]:
+    grads = [
+        x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+        for x in (q_BHTD, k_BGSD, v_BGSD)
+    ]
+    sinks = (0,) if sinks_H is None else sinks_H.shape
+    bias = bias_HTS.shape if bias_needed else (0,)
+    return [*grads, q_BHTD.new_empty(sinks), q_BHTD.new_empty(bias)]
+
+
+@attention.register_fake
+def _(q_BHTD, k, v, sinks, bias, q_positions, k_positions, starts, window):
+    return _outputs(q_BHTD)
+
+
+@_attention_backward.register_fake
+def _(grad, y, logs, q, k, v, sinks, bias, q_positions, k_positions, starts, window, bias_needed):
+    return _empty_gradients(q, k, v, sinks, bias, bias_needed)
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.window = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _backward(ctx, grad_BHTD, _):
+    if grad_BHTD is None:
+        return (None,) * 9
+    needed = ctx.needs_input_grad[:5]
+    grads = _attention_backward(grad_BHTD, *ctx.saved_tensors, ctx.window, needed[4])
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 4
+
+
+attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -5,7 +5,7 @@ positions, a window, each query's start of document. So no T x S numbers are hel
 of a learned bias, which is the parameter's. It also knows sinks and key/value heads that query
 heads share. The machine's own compiler compiles it (runtime/kernels/compile.py). Where there is
 none, or for another dtype, model_parts.Attention takes PyTorch's kernels, whose results are the
-same except for rounding. runtime/kernels/choose.py puts it into `Attention.rule_kernel`;
+same except for rounding. runtime/kernels/choose.py puts it into `Attention.kernel`;
 benchmarks/attention.py compares them.
 """
 
@@ -58,29 +58,35 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 
 
 def attend(
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSD: Tensor,
-    sinks_H: Tensor | None,
-    bias_HTS: Tensor | None,
-    q_positions_T: Tensor,
-    k_positions_S: Tensor,
-    starts_BT: Tensor | None,
-    window: int,
+    owner, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache, starts_BT: Tensor | None
 ) -> Tensor | None:
-    """Do what model_parts.Attention does, [B, H, T, D]; None for a dtype that C lacks.
+    """Do what model_parts.Attention.attend does, [B, H, T, D]; None for what C lacks.
 
-    bias_HTS is added to the scores. Positions, starts_BT, window: see model_parts.attention_mask.
+    That is dropout, dtypes other than float32, and a single query, for which it is not faster.
+    owner: model_parts.Attention. cache: model_parts.Cache or None.
     """
-    given = (
-        *(q_BHTD, k_BGSD, v_BGSD, sinks_H, bias_HTS),
-        *(q_positions_T, k_positions_S, starts_BT, window),
-    )
-    if any(x is not None and x.dtype != torch.float32 for x in given[:5]):
+    T, bias_HTS = q_BHTD.shape[2], owner.attention_bias
+    floats = (q_BHTD, k_BGSD, v_BGSD, owner.sinks, bias_HTS)
+    if T == 1 or any(x is not None and x.dtype != torch.float32 for x in floats):
         return None
+    if (cache is not None and cache.per_row) or (owner.dropout and owner.training):
+        return None
+    if cache is None:
+        q_positions_T = k_positions_S = torch.arange(T, device=q_BHTD.device)
+    else:
+        q_positions_T = cache.query_positions(T, q_BHTD.device)
+        k_positions_S = cache.key_positions(owner.block, T)
+    if bias_HTS is not None:
+        start = 0 if cache is None else cache.length
+        bias_HTS = bias_HTS[:, start : start + T]
+        ring = cache is not None and cache.is_ring[owner.block]
+        bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
     # The first call of a custom operation imports PyTorch's compiler, which takes a second.
     operation = _forward if torch.is_inference_mode_enabled() else attention
-    return operation(*given)[0]
+    return operation(
+        *(q_BHTD, k_BGSD, v_BGSD, owner.sinks, bias_HTS),
+        *(q_positions_T, k_positions_S, starts_BT, owner.window),
+    )[0]
 
 
 @torch.library.custom_op("gptoss::attention", mutates_args=(), device_types="cpu")

@@ -31,21 +31,18 @@ def _table_dtype(device) -> torch.dtype:
 
 
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
-    """Return the angular frequency of each rotated pair, [D/2], in radians per position.
-
-    `rope_scaling` linear divides every frequency by the factor (Chen et al. 2023, "position
-    interpolation"). yarn divides only the slow ones, those that turn less than once
-    over the trained context, and blends up to those that turn 32 times (Peng et al. 2023, section
-    3.2; the ramp is over the pair's index, its ends rounded outwards as in the authors' code, if
-    `yarn_truncate`).
-    """
+    """Return the angular frequency of each rotated pair, [D/2], in radians per position."""
     D, factor = config.attention_head_dim, config.rope_scaling_factor
     dtype = _table_dtype(device)
     pairs = torch.arange(0, D, 2, dtype=dtype, device=device) / D
     frequencies = config.rope_theta**-pairs
     if config.rope_scaling == "linear":
+        # "Position interpolation" (Chen et al. 2023).
         return frequencies / factor
     if config.rope_scaling == "yarn":
+        # Divide only the slow ones, those that turn less than once over the trained context, and
+        # blend up to those that turn 32 times (Peng et al. 2023, section 3.2). The ramp is over the
+        # pair's index, its ends rounded outwards as in the authors' code, if `yarn_truncate`.
         trained_tokens = config.context_length / factor
 
         def pair_that_turns(times: float) -> float:
@@ -268,8 +265,10 @@ class Attention(nn.Module):
         super().__init__()
         self.H, self.G, self.D = config.num_heads, config.num_kv_heads, config.attention_head_dim
         self.block, self.window, self.dropout = block, config.window(block), config.dropout
-        # The device's own kernels, if it has any (runtime/kernels/choose.py). Without sinks:
-        # (q, k, v, mask, is_causal, dropout) -> [B, H, T, D].
+        # The device's own kernels, if it has any (runtime/kernels/choose.py). All of `attend`, or
+        # None from it: (self, q, k, v, cache, starts) -> [B, H, T, D].
+        self.kernel = None
+        # Without sinks: (q, k, v, mask, is_causal, dropout) -> [B, H, T, D].
         self.device_attention = None
         # With sinks, without dropout: (q, k, v, sinks, mask, is_causal) -> [B, H, T, D].
         self.sink_kernel = None
@@ -298,17 +297,24 @@ class Attention(nn.Module):
         q_BHTD, k_BGSD, v_BGSD = self.project(x_BTC, rope)
         if cache is not None:
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
-        mask, is_causal = self._mask(T, q_BHTD, cache, starts_BT)
-        if cache is not None and cache.per_row:
-            y_BHTD = self._attend_once(q_BHTD, k_BGSD, v_BGSD, mask)
-        else:
-            y_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD, mask, is_causal)
+        given = (q_BHTD, k_BGSD, v_BGSD, cache, starts_BT)
+        y_BHTD = None if self.kernel is None else self.kernel(self, *given)
+        if y_BHTD is None:
+            y_BHTD = self.attend(*given)
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
 
-    def _attend(
-        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None, is_causal: bool
+    def attend(
+        self,
+        q_BHTD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        cache: Cache | None,
+        starts_BT: Tensor | None,
     ) -> Tensor:
-        """Return softmax(q k / sqrt(D)) v, [B, H, T, D], by the fastest kernel that there is."""
+        """Return softmax(q k / sqrt(D)) v, [B, H, T, D]."""
+        mask, is_causal = self._mask(q_BHTD, cache, starts_BT)
+        if cache is not None and cache.per_row:
+            return self._attend_once(q_BHTD, k_BGSD, v_BGSD, mask)
         dropout = self.dropout if self.training else 0.0
         if self.sinks is not None:
             if self.sink_kernel is not None and not dropout and self.attention_bias is None:
@@ -336,7 +342,7 @@ class Attention(nn.Module):
     def _attend_once(
         self, q_BH1D: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHTS: Tensor | None
     ) -> Tensor:
-        """`_attend` for one query a row: the J heads that share keys become J queries of one head.
+        """`attend` for one query a row: the J heads that share keys become J queries of one head.
 
         So no key is copied. Nothing here depends on values, so a CUDA graph can hold it.
         """
@@ -370,9 +376,10 @@ class Attention(nn.Module):
         return q_BHTD, k_BGTD, v_BGTD
 
     def _mask(
-        self, T: int, q_BHTD: Tensor, cache: Cache | None, starts_BT: Tensor | None
+        self, q_BHTD: Tensor, cache: Cache | None, starts_BT: Tensor | None
     ) -> tuple[Tensor | None, bool]:
         """Return (attn_mask, is_causal): the one rule, in the form that is fastest."""
+        T = q_BHTD.shape[2]
         start, per_row = (0, False) if cache is None else (cache.length, cache.per_row)
         if self.attention_bias is None and starts_BT is None and not per_row:
             # A cache gives a single query only keys that it sees.

@@ -203,6 +203,7 @@ def _count(
                 block.moe.experts.feed_forward = None
                 block.moe.dispatcher.kernel = None
                 block.moe.experts.grouped = dtype == torch.bfloat16
+                block.attention.kernel = None
                 block.attention.sink_kernel = _attention_with_sinks
         optimizer = build_optimizer(model, train_config)
         initialise_state(optimizer)

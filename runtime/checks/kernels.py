@@ -1,10 +1,10 @@
 """The kernels of a CPU that stand in for parts of a block are asked before they are used.
 
-runtime/kernels/routed_experts.py, cpu_experts.py and sink_attention.py compute again what
-model_parts.py says. Where that was changed (another activation, one more parameter of the experts),
-they would train and generate another function in silence. So each is compared with it on a few
-numbers; one that differs is taken out of the model, which then computes as model_parts.py does, and
-a line says so.
+runtime/kernels/routed_experts.py, cpu_experts.py, cpu_attention.py and sink_attention.py compute
+again what model_parts.py says. Where that was changed (another activation, one more parameter of
+the experts), they would train and generate another function in silence. So each is compared with it
+on a few numbers; one that differs is taken out of the model, which then computes as model_parts.py
+does, and a line says so.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def _settle(model) -> list[str]:
         has_sinks = attention.sink_kernel is not None and attention.sinks is not None
         if has_sinks and (why := _why_not_sinks(attention)):
             attention.sink_kernel = None
+            lines[slower.format("attention", why)] = None
+        if attention.kernel is not None and (why := _why_not_attention(attention)):
+            attention.kernel = None
             lines[slower.format("attention", why)] = None
     return list(lines)
 
@@ -144,6 +147,30 @@ def _why_not_sinks(attention) -> str:
                 "runtime/kernels/sink_attention.py has other results than "
                 "model_parts.attention_with_sinks"
             )
+    return ""
+
+
+@torch.inference_mode()
+def _why_not_attention(attention) -> str:
+    """Compare an attention's kernel with its plain operations, on a few tokens."""
+    generator, probe = torch.Generator().manual_seed(0), copy.copy(attention)
+    H, shape = attention.H, (attention.H, TOKENS, TOKENS)
+    others = {
+        name: torch.nn.Parameter(torch.randn(size, generator=generator))
+        for name, size in (("sinks", shape[:1]), ("attention_bias", shape))
+        if getattr(attention, name) is not None
+    }
+    probe._parameters = {**attention._parameters, **others}
+    probe.sink_kernel, probe.training = None, False
+    probe.window = min(attention.window, WINDOW)
+    sizes = (H, attention.G, attention.G)
+    qkv = [torch.randn(1, heads, TOKENS, attention.D, generator=generator) for heads in sizes]
+    documents_BT = torch.tensor([[0] * WINDOW + [WINDOW] * (TOKENS - WINDOW)])
+    for starts_BT in (None, documents_BT):
+        ours = attention.kernel(probe, *qkv, None, starts_BT)
+        plain = probe.attend(*qkv, None, starts_BT)
+        if ours is not None and not _is_same(ours, plain, attention.D + TOKENS):
+            return "runtime/kernels/cpu_attention.py has other results than Attention.attend"
     return ""
 
 

@@ -403,7 +403,7 @@ def _sources() -> str:
     """Return the digest of all that computes: the model's three files and all of runtime/."""
     runtime = Path(__file__).resolve().parents[1]
     files = [runtime.parent / name for name in ("config_model.py", "model_parts.py", "model.py")]
-    files += sorted([*runtime.glob("**/*.py"), *runtime.glob("**/*.c")])
+    files += sorted(path for kind in ("py", "c", "h") for path in runtime.glob(f"**/*.{kind}"))
     contents = (file.name.encode() + b"\0" + file.read_bytes() for file in files)
     return hashlib.sha256(b"\0".join(contents)).hexdigest()
 

@@ -7,7 +7,7 @@ import functools
 import torch
 
 import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
-from runtime.kernels import routed_experts
+from runtime.kernels import cpu_attention, routed_experts
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
 from runtime.kernels.sink_attention import sink_attention
 
@@ -18,10 +18,14 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     The results are the same. Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a
     multiple of 16 bytes; not on later cards while PyTorch issue 172439 is open (wrong weight
     gradients for experts without tokens). On a CPU: runtime/kernels/routed_experts.py, in C, and
-    runtime/kernels/cpu_experts.py without a compiler. Attention:
-    runtime/kernels/attention_choice.py; with sinks: runtime/kernels/sink_attention.py.
+    runtime/kernels/cpu_experts.py without a compiler. Attention: on a CPU
+    runtime/kernels/cpu_attention.py, in C; else runtime/kernels/attention_choice.py, with sinks
+    runtime/kernels/sink_attention.py.
     """
-    in_c = device.type == "cpu" and routed_experts.library()[0] is not None
+    in_c, attends_in_c = (
+        device.type == "cpu" and library()[0] is not None
+        for library in (routed_experts.library, cpu_attention.library)
+    )
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
     for block in model.layers:
@@ -39,6 +43,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         if hasattr(block.moe.dispatcher, "kernel"):
             block.moe.dispatcher.kernel = routed_experts.dispatch if in_c else None
         attention = block.attention
+        attention.kernel = cpu_attention.attend if attends_in_c else None
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
 
@@ -46,7 +51,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
 def why_not_c(device: torch.device, dtype: torch.dtype) -> str:
     """Return why a CPU does without the C kernels of training, "" where it has them."""
     is_for_c = device.type == "cpu" and dtype == torch.float32
-    return routed_experts.library()[1] if is_for_c else ""
+    return (routed_experts.library()[1] or cpu_attention.library()[1]) if is_for_c else ""
 
 
 def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | None):

@@ -98,7 +98,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         plan.task.prepare(model)
         choose_kernels(model, plan.device, plan.dtype)
         if why := why_not_c(plan.device, plan.dtype):
-            tqdm.write(f"note     PyTorch computes the experts, which is slower: {why}")
+            tqdm.write(f"note     PyTorch computes experts and attention, which is slower: {why}")
         if config.compile:
             model.compile_in_place()
         share_out(model, plan)

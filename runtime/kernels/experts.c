@@ -196,7 +196,7 @@ static void forward_part(void *job, int64_t task, real *room)
         hidden[r] = a + r * F;
     }
     Factor in = {p->w_in + e * I * C, C, C, I, 1}, out = {p->w_out + e * C * F, F, F, C, 1};
-    product(&in, n, rows, p->b_in ? p->b_in + e * I : NULL, h, I, panel);
+    product_with(&in, n, rows, p->b_in ? p->b_in + e * I : NULL, h, I, panel);
     for (int64_t r = 0; r < n; r++)
         if (p->activation == GELU)
             activate_row(GELU, F, h + r * I, a + r * F);
@@ -204,7 +204,7 @@ static void forward_part(void *job, int64_t task, real *room)
             activate_row(SWIGLU, F, h + r * I, a + r * F);
         else
             activate_row(SWIGLU_CLAMPED, F, h + r * I, a + r * F);
-    product(&out, n, hidden, p->b_out ? p->b_out + e * C : NULL, p->y_rows + part.first * C, C, panel);
+    product_with(&out, n, hidden, p->b_out ? p->b_out + e * C : NULL, p->y_rows + part.first * C, C, panel);
 }
 
 /* The gradients of an expert's weights from the rows of all its parts: of w_in (0) or w_out (1),
@@ -248,7 +248,7 @@ static void backward_part(void *job, int64_t task, real *room)
     }
     Factor out_back = {p->w_out + e * C * F, F, C, F, 0}, in_back = {p->w_in + e * I * C, C, I, C, 0};
     if (n && in)
-        product(&out_back, n, rows, NULL, grad_a, F, panel);
+        product_with(&out_back, n, rows, NULL, grad_a, F, panel);
     for (int64_t r = 0; r < n; r++) {
         int64_t row = part.first + r;
         real weight = p->weights ? p->weights[p->order[row]] : 1, grad_weight;
@@ -264,7 +264,7 @@ static void backward_part(void *job, int64_t task, real *room)
             p->grad_weights[p->order[row]] = grad_weight + (p->b_out ? dot(rows[r], p->b_out + e * C, C) : 0);
     }
     if (n && p->grad_x_rows)
-        product(&in_back, n, hidden, NULL, p->grad_x_rows + part.first * C, C, panel);
+        product_with(&in_back, n, hidden, NULL, p->grad_x_rows + part.first * C, C, panel);
     if (part.count == p->counts[e])
         for (int is_out = 0; is_out < 2; is_out++)
             weight_gradients(p, e, part.first, n, is_out, 0, 1, room);

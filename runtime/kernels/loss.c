@@ -40,7 +40,7 @@ static void logits_of_ids(void *job, int64_t task, real *room)
     const Loss *p = job;
     int64_t first = task * IDS, C = p->C, V = p->V;
     Factor f = {p->weight + first * C, C, C, least(V - first, IDS), 1};
-    product(&f, p->count, rows_of(p->h + p->first * C, C, p->count, room), p->bias ? p->bias + first : NULL,
+    product_with(&f, p->count, rows_of(p->h + p->first * C, C, p->count, room), p->bias ? p->bias + first : NULL,
             p->logits + first, V, after_rows(p, room));
 }
 

@@ -368,7 +368,7 @@ typedef struct {
 } Factor;
 
 /* out[i][n] = bias[n] + sum over k of rows[i][k] * factor(k, n). panel: room. */
-__attribute__((unused)) static void product(const Factor *f, int64_t count, const real *const *rows, const real *bias, real *out,
+__attribute__((unused)) static void product_with(const Factor *f, int64_t count, const real *const *rows, const real *bias, real *out,
                     int64_t out_step, real *panel)
 {
     for (int64_t n = 0; n < f->N; n += COLUMNS) {

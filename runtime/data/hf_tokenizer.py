@@ -460,6 +460,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return words.sub(lambda match: spelling.format(numbers[match[0]]), text)
 
     @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling -> id of the special tokens."""
+        return {word: self._tokenizer.token_to_id(word) for word in self._special_words}
+
+    @functools.cached_property
     def finds_specials_elsewhere(self) -> bool:
         """Whether it finds special tokens in a normalized text, where their words may not stand."""
         added = json.loads(self.text).get("added_tokens") or []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.data.tokenizers import load_tokenizer, read_tokenizer
+from runtime.data.toy_stories import story
 from runtime.evaluation.calibration import calibration_section, loss_section
 from runtime.evaluation.encoded import CLASSES, class_of, encode_documents, token_classes
 from tests.builders_evaluation import sums_of
@@ -213,7 +214,7 @@ def test_classes_of_tokens(token, name):
 
 def test_token_classes_know_a_published_tokenizers_special_tokens(tmp_path):
     """Evaluating an imported model by parts of text ended with an AttributeError."""
-    qwen_folder(["A dog ran to a tree."] * 20, tmp_path / "qwen")
+    qwen_folder([story(i) for i in range(200)], tmp_path / "qwen")
     tokenizer = read_tokenizer(tmp_path / "qwen")
     classes = token_classes(tokenizer, 806)
     special = CLASSES.index("special")

@@ -380,7 +380,7 @@ class Reply:
         elif message["type"] == "http.response.body" and not message.get("more_body"):
             # uvicorn waits before a part until the one before is out, but not after the last. So
             # the last is empty: a server that ends waits until a slow reader has all.
-            await self.send(message | {"more_body": True})
+            await self.send({**message, "more_body": True})
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self.send(message)
 

@@ -122,6 +122,7 @@ class Samples:
     """Values of one function, measured while the machine did little else."""
 
     values: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)  # in which round each value was measured
     discarded: int = 0  # samples during which other processes used more than the limit
     disturbed: bool = False  # too few were clean: the least disturbed ones were taken instead
 
@@ -166,8 +167,8 @@ def alternate_undisturbed(
     """
     clock = clock or cpu_clock
     samples = {name: Samples() for name in functions}
-    spoilt: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    for _ in range(4 * repeats):
+    spoilt: dict[str, list[tuple[float, float, int]]] = {name: [] for name in functions}
+    for round_ in range(4 * repeats):
         for name, function in functions.items():
             if len(samples[name].values) < repeats:
                 before = clock()
@@ -175,13 +176,16 @@ def alternate_undisturbed(
                 foreign = foreign_cores(before, clock())
                 if foreign <= most_foreign_cores:
                     samples[name].values.append(value)
+                    samples[name].rounds.append(round_)
                 else:
-                    spoilt[name].append((foreign, value))
+                    spoilt[name].append((foreign, value, round_))
     for name, sample in samples.items():
         sample.discarded = len(spoilt[name])
         if (missing := repeats - len(sample.values)) > 0:
             sample.disturbed = True
-            sample.values += [value for _, value in sorted(spoilt[name])[:missing]]
+            least = sorted(spoilt[name])[:missing]
+            sample.values += [value for _, value, _ in least]
+            sample.rounds += [round_ for _, _, round_ in least]
     return samples
 
 

@@ -14,7 +14,7 @@ other processes used more than 0.15 core is measured again. Clients are in this 
 cost is stored as `client_cores`. Prompts are new each time, so that no cache has their beginning.
 llama.cpp's server is that of the package xllamacpp, which PATH, an interpreter, must have; it reads
 the same weights from a GGUF file. Passes are counted in an engine of this process. Figures are
-medians, ratios those of each round; they go to benchmarks/results/serving_NAME.json.
+medians, ratios the medians of those of each round; they go to benchmarks/results/serving_NAME.json.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class Bench:
         for name, one in samples.items():
             found[name] = summary(one.values) | {
                 "of_each_round": one.values,
+                "rounds": one.rounds,
                 "discarded": one.discarded,
                 "disturbed": one.disturbed,
             }
@@ -141,10 +142,17 @@ def scaling(bench: Bench, quantize: str) -> dict:
 def ratio(found: dict, name: str, base: str) -> float:
     """Return the median over the rounds of one side's tokens/s over another's.
 
-    Sides of a round follow one another, so a slow spell of the machine meets both.
+    Sides of a round follow one another, so a slow spell of the machine meets both. A sample that
+    was measured again belongs to a later round than its number in the list says: rounds that only
+    one side has are left out. Where the sides share none, it is the ratio of their medians.
     """
-    pairs = zip(found[name]["of_each_round"], found[base]["of_each_round"], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+    one, other = (
+        dict(zip(found[side]["rounds"], found[side]["of_each_round"], strict=True))
+        for side in (name, base)
+    )
+    if not (shared := one.keys() & other.keys()):
+        return statistics.median(one.values()) / statistics.median(other.values())
+    return statistics.median(one[round_] / other[round_] for round_ in shared)
 
 
 def ratios(found: dict, clients: Sequence[int]) -> dict[str, float]:

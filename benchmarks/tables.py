@@ -471,6 +471,37 @@ def _clients(count: int) -> str:
     return f"{count} client{'s' if count > 1 else ''}"
 
 
+def _passes(count: float) -> str:
+    return f"{count:.0f} pass{'' if count == 1 else 'es'}"
+
+
+def _missed_targets(result: dict) -> list[str]:
+    """Return what of serving_56m.json misses a target, each with its value and the target."""
+    targets, found = result["targets"], []
+    for quantize, what in (("none", "float32"), ("int8", "8 bits")):
+        scaling, llama = result[quantize]["scaling"], result[quantize]["llama.cpp"]
+        ratios = scaling["ratios"] | {"8 clients over llama.cpp": llama["ratio"]}
+        for name, ratio in ratios.items():
+            _, _, base = name.partition(" over ")
+            key = {
+                "generate": "over generate, each number of clients",
+                "predict": "1 client over predict",
+            }.get(base, name)
+            if ratio < targets[key]:
+                name = name.replace("1 clients", "1 client")
+                found.append(f"{what}, {name}: {ratio:.3f} ({targets[key]:g})")
+        if scaling["idle"]["cpu_seconds"] > targets["idle CPU seconds"]:
+            found.append(f"{what}, idle CPU seconds: {scaling['idle']['cpu_seconds']:g} (0)")
+    passes = result["passes"]
+    for key, value in (
+        ("passes to the first token of a short prompt", passes["to_first_token"]["median"]),
+        ("p99 of passes between tokens", passes["between_tokens_p99"]),
+    ):
+        if value > targets[key]:
+            found.append(f"{key}: {value:g} ({targets[key]})")
+    return found
+
+
 def _serving_facts(result: dict) -> list[str]:
     """Return what else serving_56m.json holds, and the soak, as a list."""
     first, passes, idle = (
@@ -499,16 +530,20 @@ def _serving_facts(result: dict) -> list[str]:
         f"- Two threads of the kernel give 8 clients {two / one:.2f} times the tokens/s of one "
         "thread, so the server uses all cores unless `--num_threads` says otherwise.",
         f"- A short prompt has its first token after {alone:.0f} ms, and after {late:.0f} ms while "
-        f"a prompt of {passes['context'] - 1:,} tokens comes in: in pass "
-        f"{passes['to_first_token']['median']:.0f} after it came. 99 % of the tokens come "
-        f"{passes['between_tokens_p99']} pass after the last.",
+        f"a prompt of {passes['context'] - 1:,} tokens comes in: it waits for "
+        f"{_passes(passes['to_first_token']['median'])} of the model. 99 % of the tokens need no "
+        f"more than {_passes(passes['between_tokens_p99'])} after the one before.",
         f"- An idle server used {idle['cpu_seconds']:g} s of CPU time in "
         f"{idle['wall_seconds']:g} s.",
         f"- In {soak['seconds'] / 60:.0f} minutes {soak['clients']} clients sent "
         f"{soak['requests']:,} requests of all kinds. {soak['same_as_alone']:,} answers were "
         f"compared with those had alone, and {soak['num_wrong']} differed. The memory grew by "
         f"{soak['growth_mib']:.1f} MiB.",
+        f"- Targets that were missed, with the target: "
+        f"{'; '.join(_missed_targets(result)) or 'none'}.",
         "",
+        "The sides take turns. A ratio is the median of the ratios of each round, so it does not "
+        "follow from the table's medians.",
         f"Medians in alternation, {result['threads']} threads, prompts of "
         f"{result['sizes']['prompt_tokens']} and answers of {result['sizes']['new_tokens']} "
         f"tokens, not streamed, clients on the same cores, "

@@ -2,8 +2,11 @@
 
 A template is a jinja2 program that writes a chat as text with the words of special tokens. What it
 knows is what transformers gives it: messages, add_generation_prompt, the special tokens of
-tokenizer_config.json, raise_exception, strftime_now and tojson. In a message's own text, such words
-become special tokens too: the template's text does not tell who wrote them.
+tokenizer_config.json, raise_exception, strftime_now and tojson.
+
+Where a model is asked, such words in a message's own text stay text: else a message could end
+itself and begin one of another role. In training they become special tokens, as in transformers:
+there the template's text does not tell who wrote them.
 
 Answers are found by prefixes: what the template writes for the messages before an answer, with the
 header of the next, must be the beginning of what it writes with the answer.
@@ -60,7 +63,17 @@ def source_of(tokenizer: Tokenizer) -> str:
 
 def prompt_ids(messages: Sequence[dict], tokenizer: HuggingFaceTokenizer) -> list[int]:
     """Return the ids that ask for an answer to the messages. Raise a one-line ValueError."""
-    return tokenizer.encode_with_specials(_text(messages, tokenizer, asks=True))
+    guarded = [
+        {
+            key: tokenizer.guarded(value) if isinstance(value, str) else value
+            for key, value in message.items()
+        }
+        for message in messages
+    ]
+    text = _text(guarded, tokenizer, asks=True)
+    if guarded == [*messages] and not tokenizer.finds_specials_elsewhere:
+        return tokenizer.encode_with_specials(text)
+    return tokenizer.encode_guarded(text)
 
 
 def render(

@@ -15,6 +15,7 @@ import hashlib
 import json
 import random
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +48,11 @@ SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 PAD = "<|pad|>"
 # A byte of no UTF-8 text (RFC 3629), so no text has a token with it.
 NEVER_IN_UTF8 = b"\xff"
+# What stands for the words of special tokens, by their number: HIDDEN where a message holds them,
+# RESPELLED where a chat template wrote them. No text has these, because nobody knows the secret.
+# U+FDD0 and U+FDD1 are noncharacters (Unicode 16.0, section 23.7).
+_SECRET = secrets.randbelow(10**30)
+HIDDEN, RESPELLED = f"\ufdd0{_SECRET},{{}}\ufdd1", f"\ufdd1{_SECRET},{{}}\ufdd0"
 # Texts that must give our ids: prose, code, contractions, scripts, emoji, control characters,
 # white space, long runs of one character, and nothing.
 CHECK_TEXTS = (
@@ -423,6 +429,74 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_with_specials(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens' words are these tokens."""
         return _ids(self._knowing_specials, text)
+
+    def guarded(self, text: str) -> str:
+        """Return a message's text without words of special tokens: `encode_guarded` knows them.
+
+        Its end cannot become one with what a template writes after it. The same text if there is
+        nothing to guard.
+        """
+        begun = (word[:n] for word in self._special_words for n in range(1, len(word)))
+        end = HIDDEN.format("") if text.endswith(tuple(begun)) else ""
+        return self._replaced(HIDDEN, text) + end
+
+    def encode_guarded(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens' words are these tokens, or guarded.
+
+        Those are text. Raise ValueError if this tokenizer.json cannot tell them apart.
+        """
+        text = self._replaced(RESPELLED, text).replace(HIDDEN.format(""), "")
+        for i, word in enumerate(self._special_words):
+            text = text.replace(HIDDEN.format(i), word)
+        return _ids(self._respelling, text)
+
+    def _replaced(self, spelling: str, text: str) -> str:
+        """Return a text with another spelling of the words of special tokens."""
+        if not self._special_words:
+            return text
+        numbers = {word: i for i, word in enumerate(self._special_words)}
+        # The longest first, as the library finds them.
+        words = re.compile("|".join(map(re.escape, numbers)))
+        return words.sub(lambda match: spelling.format(numbers[match[0]]), text)
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling -> id of the special tokens."""
+        return {word: self._tokenizer.token_to_id(word) for word in self._special_words}
+
+    @functools.cached_property
+    def finds_specials_elsewhere(self) -> bool:
+        """Whether it finds special tokens in a normalized text, where their words may not stand."""
+        added = json.loads(self.text).get("added_tokens") or []
+        return any(token.get("special") and token.get("normalized") for token in added)
+
+    @functools.cached_property
+    def _special_words(self) -> list[str]:
+        """The words of special tokens, the longest first."""
+        added = json.loads(self.text).get("added_tokens") or []
+        words = {token["content"] for token in added if token.get("special") and token["content"]}
+        return sorted(words, key=lambda word: (-len(word), word))
+
+    @functools.cached_property
+    def _respelling(self):
+        """The library's tokenizer that knows special tokens by words which no text holds."""
+        data = json.loads(self.text)
+        names = {word: RESPELLED.format(i) for i, word in enumerate(self._special_words)}
+        for token in data["added_tokens"] or []:
+            token["content"] = names.get(token["content"], token["content"])
+        model = data["model"]
+        if isinstance(vocabulary := model.get("vocab"), dict):
+            model["vocab"] = {names.get(word, word): i for word, i in vocabulary.items()}
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        library = load_library_tokenizer(canonical_json(data), self.name)
+        before, after = self._tokenizer.get_vocab(), library.get_vocab()
+        if {names.get(word, word): i for word, i in before.items()} != after:
+            raise ValueError(
+                f"{self.name} cannot tell a special token's word in a message from the token: "
+                "leave such words out of the messages"
+            )
+        return library
 
     @functools.cached_property
     def _knowing_specials(self):

@@ -40,7 +40,7 @@ from runtime.serving.security import (
 from runtime.serving.served import Models, Served
 from runtime.serving.shapes import Shapes
 from runtime.serving.tokens import detokenize, tokenize, tokenizer_info
-from runtime.serving.work import DRAIN_RETRY_SECONDS, Work, draining
+from runtime.serving.work import DRAIN_RETRY_SECONDS, Work, draining, engine_stopped
 
 # Proxies close a silent connection, and a dead client shows when it is written to.
 PING_SECONDS = 15.0
@@ -114,16 +114,12 @@ class Routes:
         models = self.state.models.by_name.items()
         if stopped := [name for name, one in models if not one.engine.is_open]:
             # A supervisor that asks for this restarts the server.
-            raise try_later(
-                503,
-                f"the engine of {', '.join(stopped)} has stopped: restart the server",
-                DRAIN_RETRY_SECONDS,
-                "engine_stopped",
-            )
+            raise engine_stopped(*stopped)
         return _json({"status": "ok"})
 
     async def openapi(self, request: Request) -> Response:
-        return _json(document(self.state.version, bool(self.state.rules.key)))
+        most = max(one.limits.most_choices for one in self.state.models.by_name.values())
+        return _json(document(self.state.version, bool(self.state.rules.key), most))
 
     async def metrics(self, request: Request) -> Response:
         engines = {
@@ -381,6 +377,11 @@ class Reply:
             headers = MutableHeaders(scope=message)
             for name, value in self.headers.items():
                 headers.setdefault(name, value)
+        elif message["type"] == "http.response.body" and not message.get("more_body"):
+            # uvicorn waits before a part until the one before is out, but not after the last. So
+            # the last is empty: a server that ends waits until a slow reader has all.
+            await self.send({**message, "more_body": True})
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self.send(message)
 
 

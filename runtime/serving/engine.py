@@ -52,7 +52,7 @@ from runtime.serving.statistics import Gauges, Statistics
 NOT_FINITE = (
     "the model's logits are not finite: its weights are damaged, or too large for its dtype"
 )
-CLOSED = "the server is shutting down"
+CLOSED, STOPPED = "the server is shutting down", "the engine stopped"
 
 
 class Engine:
@@ -101,6 +101,8 @@ class Engine:
         # Requests whose last event has not been delivered.
         self._num_unsent = 0
         self._has_cancelled = self._is_draining = self._is_closing = False
+        # By a fault, not by `close`.
+        self._has_stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -154,7 +156,7 @@ class Engine:
         ticket = Ticket(request, on_event)
         with self._changed:
             if not self.is_open:
-                raise EngineClosed(CLOSED)
+                raise EngineClosed(STOPPED if self._has_stopped else CLOSED)
             if len(self._tickets) >= len(self._slots.all) + self.max_waiting:
                 self.statistics.num_refused_full += 1
                 raise QueueFull(
@@ -216,9 +218,9 @@ class Engine:
                     self.decoder.forget()
         finally:
             with self._changed:
-                self._is_draining = True
+                self._is_draining, self._has_stopped = True, not self._is_closing
             closed = Finished("cancelled", CLOSED)
-            self._end_all(closed if self._is_closing else Finished("error", "the engine stopped"))
+            self._end_all(Finished("error", STOPPED) if self._has_stopped else closed)
 
     def _wait(self) -> bool:
         """Wait until there is something to do; return whether the engine continues."""

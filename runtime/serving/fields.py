@@ -17,8 +17,6 @@ from runtime.data.tokenizer import without_surrogates
 from runtime.serving.errors import refused, told
 from runtime.serving.request import MOST_TOP, as_in_predict
 
-# Of n, and of prompts times n.
-MOST_CHOICES = 128
 # Each token's text is compared with all of them.
 MOST_STOPS, MOST_STOP_CHARACTERS = 64, 500
 # Settings of drawing whose defaults are the server's flags.
@@ -30,12 +28,8 @@ class CommonFields:
     """What all completions may ask for."""
 
     model: str = option("", "a name from /v1/models; empty or default = the first")
-    n: int = option(
-        1,
-        "answers for each prompt; answer i is drawn with seed + i",
-        minimum=1,
-        maximum=MOST_CHOICES,
-    )
+    # At most what fits slots and queue, which the server's flags say.
+    n: int = option(1, "answers for each prompt; answer i is drawn with seed + i", minimum=1)
     stream: bool = option(False, "send the answer in parts, as server-sent events")
     temperature: float | None = as_in_predict("temperature", None)
     top_k: int | None = as_in_predict("top_k", None)

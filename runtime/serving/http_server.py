@@ -27,6 +27,10 @@ from runtime.serving.json_body import write_json
 MOST_CONNECTIONS = 512
 # Once drained, connections that are kept are closed.
 CLOSE_SECONDS = 1
+# Of a client that does not read, `request_seconds` are looked at in so many parts.
+PARTS = 4
+# Of further requests that come before the answer. More stay in the system's buffers.
+MOST_AHEAD_BYTES = 65_536
 REQUEST_HAS_COME = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
 
 
@@ -54,7 +58,18 @@ class Deadline(H11Protocol):
     # ------------------------------------------------------------------ requests that come slowly
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self._keep_reading()
         self._follow()
+
+    def _keep_reading(self) -> None:
+        """Read on behind a request that is being answered, because its client's end comes there.
+
+        uvicorn stops reading when a further request comes early, and then a client that goes is
+        not noticed: its answer would be computed to its end.
+        """
+        comes_early = self.conn.their_state is h11.DONE and self.conn.our_state is not h11.DONE
+        if comes_early and len(self.conn.trailing_data[0]) <= MOST_AHEAD_BYTES:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -93,16 +108,19 @@ class Deadline(H11Protocol):
             self._write_timer.cancel()
             self._write_timer = None
 
-    def _watch(self, waiting: int) -> None:
-        self._write_timer = self.loop.call_later(self.request_seconds, self._check, waiting)
+    def _watch(self, waiting: int, idle_parts: int = 0) -> None:
+        self._write_timer = self.loop.call_later(
+            self.request_seconds / PARTS, self._check, waiting, idle_parts
+        )
 
-    def _check(self, before: int) -> None:
-        """Cut the connection if none of the bytes that waited has gone out since."""
+    def _check(self, before: int, idle_parts: int) -> None:
+        """Cut the connection if none of the bytes that waited has gone out for too long."""
         waiting = self.transport.get_write_buffer_size()
-        if waiting >= before:
+        idle_parts = idle_parts + 1 if waiting >= before else 0
+        if idle_parts == PARTS:
             self.transport.abort()
         else:
-            self._watch(waiting)
+            self._watch(waiting, idle_parts)
 
     # ------------------------------------------------------------------------ what is no request
     def send_400_response(self, msg: str) -> None:

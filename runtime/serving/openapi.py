@@ -60,7 +60,7 @@ ERRORS = {
     "415": "the body is not plain JSON",
     "429": "the queue is full: ask again after Retry-After seconds",
     "500": "the model's numbers are not finite",
-    "503": "the server is loading or shutting down",
+    "503": "the server is loading or shutting down, or its engine has stopped",
 }
 
 
@@ -89,10 +89,12 @@ def _range(kind: type, limits: Any) -> dict[str, Any]:
     return found
 
 
-def document(version: str, has_key: bool) -> dict[str, Any]:
-    """Return the document. has_key: whether the server asks for one."""
+def document(version: str, has_key: bool, most_choices: int) -> dict[str, Any]:
+    """Return the document. has_key: whether the server asks for one. most_choices: of n."""
     completion = schema_of(CompletionFields, prompt=PROMPT, stream_options=STREAM_OPTIONS)
     chat = schema_of(ChatFields, messages=MESSAGES, stream_options=STREAM_OPTIONS)
+    for schema in (completion, chat):
+        schema["properties"]["n"]["maximum"] = most_choices
     tokenize = schema_of(TokenizeFields, prompt=TEXT, messages=MESSAGES)
     ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
     detokenize = schema_of(DetokenizeFields, tokens=ids)

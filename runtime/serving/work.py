@@ -27,6 +27,16 @@ def draining() -> ApiError:
     )
 
 
+def engine_stopped(*names: str) -> ApiError:
+    """Return the error of models whose engine's thread has ended. Nothing but a restart helps."""
+    return try_later(
+        503,
+        f"the engine of {', '.join(names)} has stopped: restart the server",
+        DRAIN_RETRY_SECONDS,
+        "engine_stopped",
+    )
+
+
 class Work:
     """The answers of one request. Made and used on the event loop."""
 
@@ -52,8 +62,9 @@ class Work:
                 429, "all slots are taken and the queue is full", RETRY_SECONDS, "queue_full"
             ) from None
         except EngineClosed:
+            # Not by the server's end: then nothing is submitted any more.
             self.cancel()
-            raise draining() from None
+            raise engine_stopped(self.served.name) from None
         except ValueError as error:
             self.cancel()
             raise refused("prompt", str(error)) from None

@@ -215,6 +215,7 @@ def test_disturbed_samples_are_measured_again(monkeypatch):
         {name: lambda name=name: function(next(values[name])) for name in values}, repeats=2
     )
     assert samples["a"].values == [1, 3] and samples["a"].discarded == 0
+    assert samples["a"].rounds == [0, 1] and samples["b"].rounds == [1, 2]
     assert (
         samples["b"].values == [4, 6] and samples["b"].discarded == 1 and not samples["b"].disturbed
     )
@@ -233,6 +234,7 @@ def test_least_disturbed_samples_are_taken_where_none_is_clean(monkeypatch):
     monkeypatch.setattr(common, "cpu_clock", lambda: tuple(clock))
     sample = common.alternate_undisturbed({"a": function}, repeats=2)["a"]
     assert sample.values == [0.3, 0.4] and sample.discarded == 8 and sample.disturbed
+    assert sample.rounds == [2, 4]
 
 
 def test_cpu_clock(tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from runtime.data.tokenizers import load_tokenizer
+from runtime.data.tokenizers import load_tokenizer, read_tokenizer
+from runtime.data.toy_stories import story
 from runtime.evaluation.calibration import calibration_section, loss_section
 from runtime.evaluation.encoded import CLASSES, class_of, encode_documents, token_classes
 from tests.builders_evaluation import sums_of
+from tests.builders_tokenizer import qwen_folder
 
 Document = tuple[list[int], list[float], list[float], list[bool]]
 
@@ -208,6 +210,20 @@ def test_without_a_start_token_the_first_is_neither_scored_nor_counted():
 )
 def test_classes_of_tokens(token, name):
     assert class_of(token) == name
+
+
+def test_token_classes_know_a_published_tokenizers_special_tokens(tmp_path):
+    """Evaluating an imported model by parts of text ended with an AttributeError."""
+    qwen_folder([story(i) for i in range(200)], tmp_path / "qwen")
+    tokenizer = read_tokenizer(tmp_path / "qwen")
+    classes = token_classes(tokenizer, 806)
+    special = CLASSES.index("special")
+    assert [classes[tokenizer.special_tokens[word]] for word in tokenizer.special_tokens] == (
+        [special] * 3
+    )
+    # Of rows beyond the vocabulary, too; <think> is an added token that texts may hold.
+    found = [CLASSES[classes[i]] for i in (803, 804, 805)]
+    assert found[0] != "special" and found[1:] == ["special"] * 2
 
 
 def test_every_id_has_a_class_also_those_beyond_the_tokenizer():

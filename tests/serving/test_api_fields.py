@@ -255,9 +255,10 @@ def test_the_document_has_every_option_with_its_range_and_help():
             if kind in (int, float):
                 assert told.get("minimum") == limits["minimum"]
                 assert told.get("maximum") == limits["maximum"]
-    body = document("1", True)["paths"]["/v1/completions"]["post"]["requestBody"]
+    body = document("1", True, 72)["paths"]["/v1/completions"]["post"]["requestBody"]
     schema = body["content"]["application/json"]["schema"]
     assert schema["required"] == ["prompt"] and "echo" in schema["properties"]
-    assert document("1", True)["security"] == [{"key": []}]
-    assert "security" not in document("1", False)
-    json.dumps(document("1", True), allow_nan=False)
+    assert schema["properties"]["n"]["maximum"] == 72
+    assert document("1", True, 72)["security"] == [{"key": []}]
+    assert "security" not in document("1", False, 72)
+    json.dumps(document("1", True, 72), allow_nan=False)

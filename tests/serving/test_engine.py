@@ -384,7 +384,8 @@ def test_an_engine_whose_thread_ends_refuses_requests():
     assert client.end == Finished("error", "the engine stopped")
     engine._thread.join()
     assert not engine.is_open
-    with pytest.raises(EngineClosed):
+    # Not that the server is shutting down.
+    with pytest.raises(EngineClosed, match="^the engine stopped$"):
         Client(engine, request_of([1], 3))
 
 

@@ -7,15 +7,19 @@ test_server_clients.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra: serve)")
 
+from runtime.serving.http_server import MOST_AHEAD_BYTES, protocol_with
+from runtime.serving.request import EngineClosed
 from tests.builders_server import (
     BYTE,
     END,
@@ -298,6 +302,49 @@ def test_a_client_that_goes_frees_its_slot(stream, tokens):
         assert server.ask("/health")[0] == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_after_it_sent_a_further_request_frees_its_slot(stream):
+    """uvicorn reads no more when a further request comes early, and so it missed the end."""
+    engine = held()
+    with live(served_of(engine)) as server:
+        with server.connect() as connection:
+            connection.sendall(post("/v1/completions", BODY | {"stream": stream}))
+            assert engine.wait_until(lambda e: e.tickets)
+            connection.sendall(post("/tokenize", {"prompt": "a"}))
+        assert engine.wait_until(lambda e: e.cancelled)
+        # A client that stays gets both answers, in their order.
+        with server.connect() as connection:
+            connection.sendall(post("/v1/completions", BODY))
+            assert engine.wait_until(lambda e: len(e.tickets) == 2)
+            connection.sendall(post("/tokenize", {"prompt": "a"}, "Connection: close"))
+            engine.tell(engine.tickets[1])
+            found = read_all(connection)
+    assert found.count(b"HTTP/1.1 200 ") == 2 and found.index(b"cats") < found.index(b"[256,97]")
+
+
+def test_further_requests_do_not_fill_the_memory():
+    engine = held()
+    with live(served_of(engine)) as server, server.connect() as connection:
+        connection.sendall(post("/v1/completions", BODY))
+        assert engine.wait_until(lambda e: e.tickets)
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"x" * (1 << 24))
+
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        (protocol,) = server.server.server_state.connections
+        wait_for(lambda: protocol.flow.read_paused)
+        # The last of the reads, of at most 256 KiB each, may have been begun below the limit.
+        assert len(protocol.conn.trailing_data[0]) <= MOST_AHEAD_BYTES + (1 << 18)
+        engine.tell(engine.tickets[0])
+        assert b"200 OK" in head(connection)
+        # The rest is no request, and ends the connection.
+        sending.join(60)
+        assert not sending.is_alive()
+
+
 def test_a_client_that_goes_while_it_sends_is_no_fault():
     engine = held()
     with live(served_of(engine)) as server:
@@ -384,6 +431,32 @@ def test_a_client_that_does_not_read_is_cut():
         connection.close()
 
 
+def test_a_client_that_reads_a_part_and_stops_is_cut_in_time():
+    """The time of those who had read a little began again only at its end: it was twice as long."""
+    timers: list[tuple] = []
+    waiting, cut = 1_000, []
+    protocol = object.__new__(protocol_with(8.0))
+    protocol.loop = SimpleNamespace(call_later=lambda *timer: timers.append(timer))
+    protocol.transport = SimpleNamespace(
+        get_write_buffer_size=lambda: waiting, abort=lambda: cut.append(True)
+    )
+    protocol._watch(waiting)
+    waiting, seconds = 500, 0.0
+    while not cut:
+        delay, check, *arguments = timers.pop()
+        seconds += delay
+        check(*arguments)
+    assert 8.0 <= seconds <= 10.0
+    # One that reads a byte in each 8 seconds is not: it may have a bad line.
+    cut.clear()
+    protocol._watch(waiting)
+    for step in range(40):
+        delay, check, *arguments = timers.pop()
+        waiting -= step % 4 == 0
+        check(*arguments)
+    assert not cut
+
+
 def test_what_is_no_http_gets_one_answer_and_no_fault(server, capfd):
     for garbage in (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 100,
@@ -432,6 +505,59 @@ def test_a_server_whose_engine_has_stopped_says_so():
         assert error["message"] == "the engine of b has stopped: restart the server"
         # The other model is answered still.
         assert server.ask("/v1/models")[0] == 200
+
+
+def test_a_request_to_a_stopped_engine_is_told_so():
+    """It was told that the server is shutting down, and to ask again later."""
+
+    class Dead(FakeEngine):
+        def submit(self, request, on_event):
+            raise EngineClosed("the engine stopped")
+
+    with live(served_of(Dead(), "a"), served_of(name="b")) as server:
+        for stream in (False, True):
+            body = BODY | {"model": "a", "stream": stream}
+            status, headers, data = server.ask("/v1/completions", body)
+            error = json.loads(data)["error"]
+            assert status == 503 and headers["Retry-After"]
+            assert error["code"] == "engine_stopped"
+            assert error["message"] == "the engine of a has stopped: restart the server"
+        assert server.ask("/v1/completions", BODY | {"model": "b"})[0] == 200
+
+
+def test_openapi_says_how_many_answers_fit_the_slots_and_the_queue():
+    """It said 128 whatever the flags, and larger servers refused what fitted them."""
+    for most in (5, 300):
+        with live(served_of(most_choices=most, plain_chat=True)) as server:
+            paths = server.json("/openapi.json")[1]["paths"]
+            for path in ("/v1/completions", "/v1/chat/completions"):
+                content = paths[path]["post"]["requestBody"]["content"]["application/json"]
+                assert content["schema"]["properties"]["n"]["maximum"] == most
+                messages = [{"role": "user", "content": "a"}]
+                body = {"prompt": "a", "messages": messages, "max_tokens": 1}
+                assert server.ask(path, body | {"n": most})[0] == 200
+                status, answer = server.json(path, body | {"n": most + 1})
+                assert status == 400 and answer["error"]["param"] == "n"
+
+
+def test_at_its_end_it_lets_a_slow_client_read_its_whole_answer():
+    """A plain answer counted as told when it was handed over, and what its client had not read a
+    second after the drain was cut off.
+    """
+    engine = FakeEngine()
+    # More than the buffers of both sides hold.
+    engine.line = "x" * (1 << 24)
+    with live(served_of(engine)) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        found = head(connection)
+        server.end()
+        wait_for(lambda: server.state.is_draining)
+        assert server.state.num_active == 1
+        found += read_all(connection)
+    assert len(json.loads(found.partition(b"\r\n\r\n")[2])["data"][0]["batch_invariant_line"]) > 1e7
 
 
 def test_at_its_end_it_finishes_what_is_there_and_begins_nothing():

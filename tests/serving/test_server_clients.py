@@ -27,7 +27,8 @@ from config_model import PredictConfig
 from runtime.evaluation.lm_eval import Reader
 from runtime.inference.predictor import READY, Predictor
 from runtime.inference.scorer import Scorer
-from tests.builders_server import JSON, events_of, post, wait_for
+from runtime.serving.config import ServeConfig
+from tests.builders_server import JSON, events_of, live, post, wait_for
 from tests.conftest import REPO
 from tests.shared_checks import needs_code
 
@@ -244,14 +245,38 @@ def test_the_guides_program_for_openai_python_works_as_it_stands(server):
     pytest.importorskip("openai")
     blocks = re.findall(r"```\n(.*?)```", (REPO / "docs/serving.md").read_text(), re.DOTALL)
     (program,) = (one for one in blocks if one.startswith("from openai import"))
-    # Its names of models are those of the guide's own command.
-    for old, new in ((":8000", f":{server.address[1]}"), ('"best"', '"stories"'), ('"chat"', '""')):
-        assert old in program
-        program = program.replace(old, new)
+    # The server of the guide's first command has this model and answers chats, as this one.
+    assert "scripts.serve --ckpt public/stories.pt --plain_chat " in blocks[0]
+    assert ":8000" in program
+    program = program.replace(":8000", f":{server.address[1]}")
     command = [sys.executable, "-c", program.replace("max_tokens=60", "max_tokens=5")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert found.returncode == 0, found.stderr
     assert len(found.stdout.splitlines()[0]) > 5
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+def test_the_guides_way_to_send_a_key_keeps_it_out_of_the_arguments(tmp_path):
+    """The key stood in curl's arguments, which everyone on a machine can read."""
+    lines = (REPO / "docs/serving.md").read_text().splitlines()
+    (command,) = (line for line in lines if "key.txt" in line and "curl" in line)
+    assert "$(cat key.txt)" not in command.partition("curl")[2]
+    (tmp_path / "key.txt").write_text("a-secret\n")
+    with live(key=b"a-secret") as running:
+        own = command.replace("http://box.example:8000", running.url)
+        found = subprocess.run(
+            f"{own} -sS", shell=True, cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"no_proxy": "*"},
+        )  # fmt: skip
+    assert json.loads(found.stdout)["data"][0]["id"] == "toy", found.stderr
+
+
+def test_the_guide_has_the_flags_own_defaults():
+    rows = re.findall(r"^\| `--(\w+)` \| ([\d.]+) \|", (REPO / "docs/serving.md").read_text(), re.M)
+    assert len(rows) >= 7
+    for name, default in rows:
+        assert float(default) == getattr(ServeConfig, name), name
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

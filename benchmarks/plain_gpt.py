@@ -160,7 +160,7 @@ class Plain:
         return (total / steps).item()
 
 
-# ------------------------------------------------------------------------------------ the comparison
+# ----------------------------------------------------------------------------------- the comparison
 def make_setting(args: argparse.Namespace) -> Setting:
     """Return the sizes and settings that both sides share."""
     device, tokens = choose_device(args.device), Characters(args.characters)
@@ -232,9 +232,7 @@ def measure(
 
         return seconds
 
-    samples = alternate_undisturbed(
-        {name: sample(side) for name, side in sides.items()}, repeats
-    )
+    samples = alternate_undisturbed({name: sample(side) for name, side in sides.items()}, repeats)
     # Discarded samples taught one side more than another.
     most = max(seen(side) for side in sides.values())
     last = {}

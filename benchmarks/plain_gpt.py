@@ -248,7 +248,8 @@ def seen(side: Ours | Plain) -> int:
     return side.state.samples_seen if isinstance(side, Ours) else side.samples_seen
 
 
-def main(argv: list[str] | None = None) -> int:
+def flags() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--name", required=True, help="results go to benchmarks/results/plain_gpt_NAME.json"
@@ -272,7 +273,11 @@ def main(argv: list[str] | None = None) -> int:
             f"--{name}", type=int, default=default, help=f"{what} (default: {default})"
         )
     parser.add_argument("--compiled", action="store_true", help="also both sides compiled")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = flags().parse_args(argv)
     if min(args.repeats, args.steps) < 1:
         raise ValueError(
             f"repeats and steps must be at least 1, not {args.repeats} and {args.steps}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.training import muon
@@ -177,3 +180,45 @@ def test_the_two_passes_move_24_bytes_a_parameter(monkeypatch):
     sums = torch.ones(N)
     second = bytes_moved(after_, given.weights, given.update, sums, number, number, skip)
     assert (first, second) == (14, 10)
+
+
+def bytes_of_kernels(function, *tensors: Tensor) -> list[float]:
+    """Return bytes a parameter of each kernel that torch.compile would make for a GPU.
+
+    Its scheduler for Triton is asked on a CPU, and stopped before it writes a kernel.
+    """
+    found: list[int] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(graph):
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        found.extend(node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes)
+        raise Stop
+
+    with (
+        mock.patch.object(GraphLowering, "codegen", stop),
+        inductor_config.patch(cpu_backend="triton", fx_graph_cache=False),
+        pytest.raises(Exception, match="Stop"),
+    ):
+        torch.compile(function, fullgraph=True, dynamic=True)(*tensors)
+    return [count / tensors[0].numel() for count in found]
+
+
+@pytest.mark.slow
+def test_a_gpu_does_each_pass_in_one_kernel():
+    """Other kernels see numbers of rows, not of matrices."""
+    given, skip, number = Given(*CASES[3]), torch.zeros((), dtype=torch.bool), tensor_of(0.9)
+    first = bytes_of_kernels(
+        before_, given.gradient, given.momentum, given.update, number, tensor_of(2.0), skip
+    )
+    sums = torch.ones(N)
+    second = bytes_of_kernels(after_, given.weights, given.update, sums, number, number, skip)
+    # The compiler counts the update as read, too, which is overwritten: 2 bytes. Sums of rows are
+    # two numbers a row, written once and read once.
+    of_rows, slack = 2 * 4 / C, 100 / (N * R * C)
+    assert 16 <= max(first) < 16 + of_rows + slack
+    assert sum(first) - max(first) < of_rows + slack
+    assert 10 <= max(second) < 10 + slack and len(second) == 1

@@ -39,6 +39,8 @@ BFLOAT16_DECAY_LIMIT = 0.996
 # The RMS of AdamW's updates, so that its lr and weight decay also serve Muon (Liu et al. 2025,
 # section 2.2).
 MUON_RMS = 0.2
+# Temporaries of so many elements stay in a CPU's cache, and fill a GPU's (64 MB in float32).
+ELEMENTS_ON_A_CPU, ELEMENTS_ON_A_GPU = 1 << 17, 1 << 24
 
 
 # --------------------------------------------------------------------------- which tensors get what
@@ -94,11 +96,13 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks = ONE_PROCESS) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, ranks: Ranks = ONE_PROCESS, muon_dtype: str = ""
+) -> Optimizer:
     """Return the optimizer that the config describes, over `model`.
 
-    ranks: among which the model is sharded, if it is. Raise ValueError for moments that bfloat16
-    cannot hold.
+    ranks: among which the model is sharded, if it is. muon_dtype: of Muon's products; "" = half
+    precision on CUDA, float32 elsewhere. Raise ValueError for moments that bfloat16 cannot hold.
     """
     kind = OPTIMIZERS[config.optimizer]
     for name in kind.decay_rates:
@@ -108,7 +112,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks = ONE_PR
                 f"rounding keeps from ever falling: lower it below {BFLOAT16_DECAY_LIMIT}, or use "
                 "state_dtype float32"
             )
-    return kind.build(model, config, ranks)
+    optimizer = kind.build(model, config, ranks)
+    if muon_dtype and isinstance(optimizer, MuonAdamW):
+        optimizer.products_dtype = DTYPES[muon_dtype]
+    return optimizer
 
 
 def build_adamw_in_any_dtype(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Optimizer:
@@ -212,6 +219,8 @@ class MuonAdamW(Optimizer):
         ranks: Ranks = ONE_PROCESS,
     ):
         self.ranks = ranks
+        # Of Muon's products; None = the device's.
+        self.products_dtype: torch.dtype | None = None
         super().__init__(
             groups,
             dict(
@@ -337,7 +346,8 @@ class MuonAdamW(Optimizer):
         has a root mean square of 1 / sqrt(max(R, C)).
         """
         weights, split = batch[0].weights, batch[0].split
-        device, dtype = weights.device, _orthogonalise_dtype(weights.device)
+        device = weights.device
+        dtype = self.products_dtype or _orthogonalise_dtype(device)
         R, C = weights.shape[1:] if split is None else self.ranks.shape_of(split)
         before_, after_, number = passes(device)
         counts = [len(matrices.weights) for matrices in batch]
@@ -384,11 +394,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _elements_at_once(parameter: Tensor) -> int:
-    """Return how many elements to make temporaries for.
-
-    On a CPU they stay in its cache; on a GPU they fill it (64 MB in float32).
-    """
-    return 1 << (17 if parameter.device.type == "cpu" else 24)
+    """Return how many elements to make temporaries for."""
+    return ELEMENTS_ON_A_CPU if parameter.device.type == "cpu" else ELEMENTS_ON_A_GPU
 
 
 def _batches(pieces: list[Matrices], at_once: int) -> Iterator[list[Matrices]]:
@@ -409,6 +416,6 @@ def _batches(pieces: list[Matrices], at_once: int) -> Iterator[list[Matrices]]:
 def _orthogonalise_dtype(device: torch.device) -> torch.dtype:
     """Return half precision on CUDA, as the result is approximate anyway; float32 elsewhere.
 
-    choose_dtype would time a CPU, so its answer could differ from run to run.
+    A CPU is timed when a run begins (runtime/training/clocks.py), not at each step.
     """
     return choose_dtype("auto", device) if device.type == "cuda" else torch.float32

@@ -502,6 +502,10 @@ class Router(nn.Module):
             bias = None if self.bias is None else self.bias.to(dtype)
             logits_NE = F.linear(x_NC.to(dtype), self.weight.to(dtype), bias)
         probabilities_NE = logits_NE.softmax(dim=-1)
+        if self.num_experts == 1:
+            # The only choice, and its weight is 1, whatever its score.
+            weights_NK = torch.ones_like(probabilities_NE)
+            return weights_NK, torch.zeros_like(weights_NK).long(), probabilities_NE, logits_NE
         scores_NE = probabilities_NE
         if self.selection_bias is not None:
             scores_NE = probabilities_NE + self.selection_bias
@@ -597,7 +601,9 @@ class Experts(nn.Module):
         device, dtype = x_RC.device.type, x_RC.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        if self.feed_forward is not None and not (self.dropout and self.training):
+        # In training one expert is faster without: nothing is computed twice.
+        plain = len(counts_E) == 1 and torch.is_grad_enabled()
+        if self.feed_forward is not None and not (plain or self.dropout and self.training):
             w_in, b_in, w_out, b_out = (
                 None if p is None else p.to(dtype)
                 for p in (self.w_in, self.b_in, self.w_out, self.b_out)
@@ -621,6 +627,8 @@ class Experts(nn.Module):
         Autocast knows neither path.
         """
         w_EOI, b_EO = w_EOI.to(x_RI.dtype), None if b_EO is None else b_EO.to(x_RI.dtype)
+        if len(counts_E) == 1:
+            return F.linear(x_RI, w_EOI.flatten(0, 1), None if b_EO is None else b_EO.flatten())
         if not self.grouped:
             return grouped_linear(x_RI, w_EOI, b_EO, counts_E)
         y_RO = F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0).to(torch.int32))
@@ -652,6 +660,8 @@ class LocalDispatcher:
                 return y_NC
         N, K = experts_NK.shape
         experts_R = experts_NK.flatten()
+        if len(counts_E) == 1:
+            return experts(x_NC, experts_R, counts_E) * weights_NK
         order_R = experts_R.argsort(stable=True)
         inverse_R = torch.empty_like(order_R).scatter_(
             0, order_R, torch.arange(N * K, device=order_R.device)

@@ -66,12 +66,13 @@ def no_network():
 
 @pytest.fixture(autouse=True, scope="session")
 def no_amx():
-    """A CPU with AMX is timed to see whether bfloat16 is faster there.
+    """A CPU with products in bfloat16 is timed to see whether they are faster.
 
     On a busy machine two runs of one test would differ.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            patch.setattr(torch.cpu, name, lambda: False, raising=False)
         yield
 
 

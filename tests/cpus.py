@@ -68,6 +68,7 @@ FILES = [
     "test_model.py",
     "test_model_parts.py",
     "training/test_optimizer.py",
+    "training/test_muon.py",
     "inference/test_quantize.py",
     "checks/test_rounding.py",
     "distributed/test_training.py",

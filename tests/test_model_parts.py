@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config_model import ModelConfig
 from model import LLM
@@ -15,6 +16,7 @@ from model_parts import (
     LocalDispatcher,
     MoE,
     Router,
+    activate,
     attention_mask,
     attention_with_sinks,
     balance_loss,
@@ -24,7 +26,7 @@ from model_parts import (
     rotate,
 )
 from runtime.kernels.choose import choose_kernels
-from runtime.kernels.grouped_linear import row_bias
+from runtime.kernels.grouped_linear import GatherRows, grouped_linear, row_bias
 from runtime.kernels.sink_attention import sink_attention
 from tests.builders import (
     chunks_of,
@@ -628,3 +630,119 @@ def test_gradients_of_the_whole_model(changes):
         return out.cross_entropy_sum / out.num_targets + out.aux_loss + out.z_loss
 
     assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-6, nondet_tol=0.0)
+
+
+# ------------------------------------------------------------------------------------- one expert
+ONE_EXPERT = [
+    {},
+    {"expert_activation": "gelu", "expert_bias": True, "router_bias": True},
+    {"expert_activation": "swiglu_clamped", "expert_bias": True, "router_bias_rate": 1e-2},
+    {"capacity_factor": 0.5},
+]
+
+
+class OperatorNames(TorchDispatchMode):
+    """Collects the names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.name().removeprefix("aten::").partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def as_any_number_of_experts(moe: MoE, x_BTC: torch.Tensor):
+    """Return MoE.forward's output and statistics of one expert, computed as of several.
+
+    Choose by top-k, sort, gather, multiply group by group, put back, weigh.
+    """
+    x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
+    _, _, probabilities_NE, logits_NE = moe.router(x_NC)
+    experts_N1 = probabilities_NE.topk(1, dim=-1).indices
+    weights_N1 = probabilities_NE.gather(1, experts_N1)
+    weights_N1 = weights_N1 / weights_N1.sum(dim=-1, keepdim=True)
+    counts_E = torch.bincount(experts_N1.flatten(), minlength=1)
+    aux_loss = balance_loss(probabilities_NE, counts_E)
+    z_loss = logits_NE.logsumexp(dim=-1).square().mean()
+    entropy = -torch.special.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1).mean()
+    dropped = torch.zeros(())
+    if moe.capacity_factor:
+        weights_N1, dropped = drop_over_capacity(
+            weights_N1, experts_N1, counts_E, moe.capacity_factor
+        )
+    order_N = experts_N1.flatten().argsort(stable=True)
+    inverse_N = order_N.argsort()
+    e = moe.experts
+    h_NF = grouped_linear(GatherRows.apply(x_NC, order_N, inverse_N, 1), e.w_in, e.b_in, counts_E)
+    y_NC = grouped_linear(activate(h_NF, e.activation), e.w_out, e.b_out, counts_E)
+    y_N1C = GatherRows.apply(y_NC, inverse_N, order_N, 1).view(len(x_NC), 1, -1)
+    y_BTC = (y_N1C * weights_N1[:, :, None]).sum(dim=1).view_as(x_BTC)
+    load_E = counts_E.to(entropy.dtype) / experts_N1.numel()
+    return y_BTC, (aux_loss, z_loss, load_E, entropy, dropped)
+
+
+@pytest.mark.parametrize("changes", ONE_EXPERT)
+def test_one_expert_computes_what_several_would(changes):
+    """Outputs and gradients are equal up to rounding; statistics and the router's gradient, to
+    the bit."""
+    config = tiny_config(num_experts=1, top_k=1, **changes)
+    model = random_model(config)
+    choose_kernels(model, torch.device("cpu"), torch.float32)
+    moe = model.layers[0].moe.train()
+    x_BTC, grad_BTC = torch.randn(2, 3, 9, 32)
+
+    def outcome(function):
+        x = x_BTC.clone().requires_grad_()
+        moe.zero_grad()
+        y, stats = function(x)
+        ((y * grad_BTC).sum() + 0.3 * stats[0] + 0.7 * stats[1]).backward()
+        return y.detach(), stats, x.grad, {n: p.grad for n, p in moe.named_parameters()}
+
+    y, stats, grad_x, gradients = outcome(moe)
+    old_y, old_stats, old_grad_x, old_gradients = outcome(
+        lambda x: as_any_number_of_experts(moe, x)
+    )
+    for own, old in zip(stats, old_stats, strict=True):
+        assert torch.equal(own.detach(), old.detach())
+    assert gradients.keys() == old_gradients.keys()
+    routers = [name for name in gradients if name.startswith("router.")]
+    assert routers and gradients["router.weight"].abs().max() > 0
+    for name in routers:
+        assert torch.equal(gradients[name], old_gradients[name])
+    # Rows of 32 features, hidden layers of 24, and sums over 27 tokens.
+    assert_close(y, old_y, rounding(torch.float32, 32 + 24))
+    assert_close(grad_x, old_grad_x, rounding(torch.float32, 32 + 24))
+    for name, old in old_gradients.items():
+        assert_close(gradients[name], old, rounding(torch.float32, 32 + 24 + 27), name)
+    if config.capacity_factor:
+        assert stats.dropped_share > 0 and (y == 0).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("changes", ONE_EXPERT[:-1])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_one_expert_is_neither_chosen_sorted_nor_gathered(changes, kernels):
+    """A dense model of 0.8 M parameters spent a tenth of its step on the way to its one expert."""
+    model = random_model(tiny_config(num_experts=1, top_k=1, **changes))
+    if kernels:
+        choose_kernels(model, torch.device("cpu"), torch.float32)
+    moe = model.layers[0].moe.train()
+    with OperatorNames() as names:
+        y, stats = moe(torch.randn(2, 9, 32, requires_grad=True))
+        (y.sum() + stats.aux_loss + stats.z_loss).backward()
+    mine = {name for name in names.seen if name.startswith("gptoss::")}
+    for operation in ("sort", "argsort", "topk", "gather", "index_select", "scatter_", "index"):
+        assert operation not in names.seen
+    assert not mine and "mm" in names.seen
+
+
+def test_one_expert_in_inference_keeps_the_operation_of_few_shapes():
+    """Prompts come in every length, and oneDNN would keep a kernel for each (cpu_experts)."""
+    model = random_model(tiny_config(num_experts=1, top_k=1, expert_activation="gelu"))
+    choose_kernels(model, torch.device("cpu"), torch.float32)
+    x_BTC = torch.randn(1, 9, 32)
+    with torch.no_grad(), OperatorNames() as names:
+        y, _ = model.layers[0].moe(x_BTC)
+    assert "gptoss::feed_forward" in names.seen
+    assert_close(y, model.layers[0].moe(x_BTC)[0], rounding(torch.float32, 32 + 24))

@@ -70,7 +70,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the compute dtype called `name` on `device`.
 
     auto: bfloat16 if the GPU has it in hardware, else float16 on CUDA, else float32. On a CPU it is
-    bfloat16 if the matrix unit (Intel's AMX) makes that faster.
+    bfloat16 if the matrix unit (Intel's AMX) makes that faster; training asks about its own model
+    instead (runtime/training/clocks.py).
 
     Raise ValueError for a dtype that the device lacks: the requested dtype is never replaced.
     """
@@ -95,10 +96,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def has_bfloat16_products() -> bool:
+    """Return whether this CPU has instructions that multiply bfloat16: AMX or AVX-512's."""
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+
+
 def bfloat16_is_faster() -> bool:
     """Return whether this CPU multiplies bfloat16 matrices much faster than float32 ones.
 
-    Only CPUs with AMX are timed: without it bfloat16 is slower.
+    Only CPUs with AMX are timed. Others gain on some shapes and lose on others, which this clock,
+    on one large product, cannot tell.
     """
     if not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         return False

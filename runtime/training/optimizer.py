@@ -20,6 +20,7 @@ from runtime.base.device import DTYPES, choose_dtype
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.optimizer_state import STATE_KEYS, initialise_state
 from runtime.kernels import squares
+from runtime.training.muon import orthogonalise, passes, sums_of_squares, update_dtype
 from runtime.training.state import sums_dtype
 
 # One bias per expert, stacked to a matrix [E, F or C]: still biases.
@@ -39,19 +40,8 @@ BFLOAT16_DECAY_LIMIT = 0.996
 # The RMS of AdamW's updates, so that its lr and weight decay also serve Muon (Liu et al. 2025,
 # section 2.2).
 MUON_RMS = 0.2
-# (a, b, c) of the polynomials a x + b x^3 + c x^5, one per step, and how much larger than 1
-# rounding may make a singular value: Amsel et al. 2025, "The Polar Express", algorithm 1, minimax
-# for singular values from 0.001 to 1. They lift small ones twice as far as the five equal steps of
-# Jordan et al. 2024, end closer to 1, and trained GPT-2 Large to a lower loss (the paper's figure
-# 1).
-POLAR_EXPRESS = (
-    (8.287212, -23.595887, 17.300387),
-    (4.107059, -2.947850, 0.544843),
-    (3.948691, -2.908902, 0.551819),
-    (3.318420, -2.488488, 0.510049),
-    (2.300652, -1.668904, 0.418807),
-)
-POLAR_EXPRESS_MARGIN = 1.01
+# Temporaries of so many elements stay in a CPU's cache, and fill a GPU's (64 MB in float32).
+ELEMENTS_ON_A_CPU, ELEMENTS_ON_A_GPU = 1 << 17, 1 << 24
 
 
 # --------------------------------------------------------------------------- which tensors get what
@@ -107,11 +97,13 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks = ONE_PROCESS) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, ranks: Ranks = ONE_PROCESS, muon_dtype: str = ""
+) -> Optimizer:
     """Return the optimizer that the config describes, over `model`.
 
-    ranks: among which the model is sharded, if it is. Raise ValueError for moments that bfloat16
-    cannot hold.
+    ranks: among which the model is sharded, if it is. muon_dtype: of Muon's products; "" = half
+    precision on CUDA, float32 elsewhere. Raise ValueError for moments that bfloat16 cannot hold.
     """
     kind = OPTIMIZERS[config.optimizer]
     for name in kind.decay_rates:
@@ -121,7 +113,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks = ONE_PR
                 f"rounding keeps from ever falling: lower it below {BFLOAT16_DECAY_LIMIT}, or use "
                 "state_dtype float32"
             )
-    return kind.build(model, config, ranks)
+    optimizer = kind.build(model, config, ranks)
+    if muon_dtype and isinstance(optimizer, MuonAdamW):
+        optimizer.products_dtype = DTYPES[muon_dtype]
+    return optimizer
 
 
 def build_adamw_in_any_dtype(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Optimizer:
@@ -228,6 +223,8 @@ class MuonAdamW(Optimizer):
         ranks: Ranks = ONE_PROCESS,
     ):
         self.ranks = ranks
+        # Of Muon's products; None = the device's.
+        self.products_dtype: torch.dtype | None = None
         super().__init__(
             groups,
             dict(
@@ -350,31 +347,37 @@ class MuonAdamW(Optimizer):
         """Do Muon's update of some matrices of one shape.
 
         It is Nesterov momentum, orthogonalised and scaled to MUON_RMS. An orthogonal R x C matrix
-        has a root mean square of 1 / sqrt(max(R, C)). A matrix without any gradient (an expert that
-        no token chose) is not moved: the rest of its momentum would be blown up to full size, step
-        after step.
+        has a root mean square of 1 / sqrt(max(R, C)).
         """
-        beta, updates = group["momentum"], []
-        for _, gradient, momentum, split in batch:
-            gradient = gradient if grad_scale is None else gradient / grad_scale
-            moved = momentum.float().lerp(gradient, 1 - beta)
-            norm = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True)
-            update = gradient.lerp(moved, beta)
+        weights, split = batch[0].weights, batch[0].split
+        device = weights.device
+        dtype = self.products_dtype or _orthogonalise_dtype(device)
+        R, C = weights.shape[1:] if split is None else self.ranks.shape_of(split)
+        before_, after_, number = passes(device)
+        counts = [len(matrices.weights) for matrices in batch]
+        updates = torch.empty(sum(counts), R, C, dtype=update_dtype(dtype), device=device)
+        parts, beta = updates.split(counts), number(group["momentum"])
+        facts = []
+        for (_, gradient, momentum, split), part in zip(batch, parts, strict=True):
+            own = part if split is None else part.new_empty(gradient.shape)
+            fact = before_(gradient, momentum, own, beta, grad_scale, skip)
             if split is not None:
-                norm = self.ranks.sum_of_shards_(norm)
-                update = self.ranks.whole(split, update[0])[None]
-            updates.append(update.mul_(norm > 0))
-            _assign(momentum, moved, skip)
-        R, C = updates[0].shape[1:]
-        orthogonal = orthogonalise(torch.cat(updates), _orthogonalise_dtype(updates[0].device))
-        for (weights, _, _, split), update in zip(
-            batch, orthogonal.split([len(matrices.weights) for matrices in batch]), strict=True
+                # A sum over the ranks would depend on their number. That of the gradient's squares
+                # is asked whether it is 0.
+                fact = self.ranks.sum_of_shards_(fact)
+                part.copy_(self.ranks.whole(split, own[0])[None])
+                fact[1] = sums_of_squares(part)
+            facts.append(fact)
+        gradient_squares, squares = torch.cat(facts, dim=1)
+        orthogonal = orthogonalise(updates, dtype, squares)
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        keep, step = number(1 - lr * weight_decay), number(-lr * MUON_RMS * math.sqrt(max(R, C)))
+        for (weights, _, _, split), part, size in zip(
+            batch, orthogonal.split(counts), gradient_squares.split(counts), strict=True
         ):
             if split is not None:
-                update = self.ranks.part_of(split, update[0])[None]
-            lr, weight_decay = group["lr"], group["weight_decay"]
-            scale = -lr * MUON_RMS * math.sqrt(max(R, C))
-            _assign(weights, (weights * (1 - lr * weight_decay)).add_(update, alpha=scale), skip)
+                part = self.ranks.part_of(split, part[0])[None]
+            after_(weights, part, size, keep, step, skip)
 
 
 class Matrices(NamedTuple):
@@ -395,11 +398,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _elements_at_once(parameter: Tensor) -> int:
-    """Return how many elements to make temporaries for.
-
-    On a CPU they stay in its cache; on a GPU they fill it (64 MB in float32).
-    """
-    return 1 << (17 if parameter.device.type == "cpu" else 24)
+    """Return how many elements to make temporaries for."""
+    return ELEMENTS_ON_A_CPU if parameter.device.type == "cpu" else ELEMENTS_ON_A_GPU
 
 
 def _batches(pieces: list[Matrices], at_once: int) -> Iterator[list[Matrices]]:
@@ -420,37 +420,6 @@ def _batches(pieces: list[Matrices], at_once: int) -> Iterator[list[Matrices]]:
 def _orthogonalise_dtype(device: torch.device) -> torch.dtype:
     """Return half precision on CUDA, as the result is approximate anyway; float32 elsewhere.
 
-    choose_dtype would time a CPU, so its answer could differ from run to run.
+    A CPU is timed when a run begins (runtime/training/clocks.py), not at each step.
     """
     return choose_dtype("auto", device) if device.type == "cuda" else torch.float32
-
-
-def _assign(to: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    """Copy, unless `skip`, a boolean on the device, says not to.
-
-    A product with 0 would let NaN through and turn -0 to 0.
-    """
-    if skip is None:
-        to.copy_(value)
-    else:
-        torch.where(skip, to, value.to(to.dtype), out=to)
-
-
-def orthogonalise(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return about the nearest orthogonal matrices, U V' of U S V' [N, R, C].
-
-    It takes Newton-Schulz steps in `dtype`.
-
-    Singular values of at least 0.002 of their matrix's Frobenius norm come out between 0.86 and
-    1.13, smaller ones lower.
-    """
-    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
-    # The products are then of the shorter side.
-    x = matrices_NRC.mT if tall else matrices_NRC
-    norm_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-    x = (x / (POLAR_EXPRESS_MARGIN * norm_N11).clamp(min=1e-12)).to(dtype)
-    for a, b, c in POLAR_EXPRESS:
-        a, b, c = a / POLAR_EXPRESS_MARGIN, b / POLAR_EXPRESS_MARGIN**3, c / POLAR_EXPRESS_MARGIN**5
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x

@@ -48,7 +48,9 @@ from runtime.training.agreed import (
     restarted_run,
     weights_to_start_from,
 )
+from runtime.training.clocks import compute_dtype, muon_dtype
 from runtime.training.memory import training_memory_bytes
+from runtime.training.optimizer import ELEMENTS_ON_A_CPU
 from runtime.training.placement import Placement
 from runtime.training.scale import ranks_line
 from runtime.training.split import with_split_for, with_validation_of
@@ -129,6 +131,8 @@ class TrainPlan:
     loss_rows: int = 0
     # Whether --dtype auto chose the dtype.
     auto_dtype: bool = False
+    # What a CPU's clock chose for Muon's products; "" = none was asked.
+    muon_dtype: str = ""
     # That carry it out.
     ranks: Ranks = ONE_PROCESS
 
@@ -185,7 +189,9 @@ def make_plan(
         assert model_config is not None
         _check_vocabulary(model_config, task, source)
         config = _with_epochs(config, settings, task, model_config, None, notes)
-    auto_dtype = config.dtype == "auto"
+    auto_dtype, of_products = config.dtype == "auto", ""
+    if device.type == "cpu":
+        dtype, of_products = _by_clock(config, model_config, dtype, source, notes, ranks)
     config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
     ranks.arrange(
         config.expert_parallel, config.shard, model_config.num_experts, config.balance_over
@@ -197,7 +203,7 @@ def make_plan(
         )
     config = with_split_for(ranks.world, config, notes)
     plan = TrainPlan(model_config, config, device, dtype, task, source, notes, ranks=ranks)
-    plan = dataclasses.replace(plan, auto_dtype=auto_dtype)
+    plan = dataclasses.replace(plan, auto_dtype=auto_dtype, muon_dtype=of_products)
     return ranks.together(lambda: with_loss_rows(plan))
 
 
@@ -293,14 +299,41 @@ def _prepare_process(config: TrainConfig, ranks: Ranks) -> tuple[torch.device, t
     device = ranks.device or choose_device(config.device)
     if config.deterministic:
         make_deterministic()
-    # To choose, a CPU is timed.
-    dtype = ranks.from_first(lambda: choose_dtype(config.dtype, device))
+    # A CPU is timed later, on the model.
+    name = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
+    dtype = ranks.from_first(lambda: choose_dtype(name, device))
     if config.spike_sigmas and dtype == torch.float16:
         raise ValueError(
             "spike_sigmas skips steps that float16's loss scaler would take: "
             "use --dtype bfloat16 or float32"
         )
     return device, dtype
+
+
+def _by_clock(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    source: Checkpoint | None,
+    notes: list[str],
+    ranks: Ranks,
+) -> tuple[torch.dtype, str]:
+    """Return the dtypes of a run on a CPU: of the model, and the name of that of Muon's products.
+
+    Add what clocks say to notes. A resumed run keeps what was chosen, and a deterministic one asks
+    none: both are float32. dtype: that was given.
+    """
+    resumed = source.run.get("muon_dtype", "") if config.resume and source is not None else None
+    if config.deterministic:
+        return dtype, resumed or ""
+    if config.dtype == "auto":
+        dtype, line = ranks.from_first(lambda: compute_dtype(model_config, config.batch_size))
+        notes += [line] * bool(line)
+    if config.optimizer != "muon" or resumed is not None:
+        return dtype, resumed or ""
+    chosen, line = ranks.from_first(lambda: muon_dtype(model_config, ELEMENTS_ON_A_CPU))
+    notes += [line] * bool(line)
+    return dtype, str(chosen).removeprefix("torch.") if line else ""
 
 
 def _init_note(settings: cli.Settings, source: Checkpoint) -> str:
@@ -400,7 +433,7 @@ def saved_state(source: Checkpoint) -> RunState:
     expected = dataclasses.asdict(RunState())
     # Earlier versions lacked these.
     added = {"rollbacks", "recent_loss", "best_step", "auto_dtype", "best_score", "task"}
-    added |= {"skipped_spikes"}
+    added |= {"skipped_spikes", "muon_dtype"}
     if source.run.keys() | added != expected.keys():
         different = ", ".join(sorted(source.run.keys() ^ expected.keys()))
         raise ValueError(
@@ -754,7 +787,7 @@ def initial_state(plan: TrainPlan) -> RunState:
         # Ranks that are restarted before their first checkpoint begin the same run again.
         run_id = ranks.from_first(lambda: ranks.run_before or os.urandom(8).hex())
         ranks.began(run_id)
-        return RunState(run_id=run_id, auto_dtype=plan.auto_dtype)
+        return RunState(run_id=run_id, auto_dtype=plan.auto_dtype, muon_dtype=plan.muon_dtype)
     assert plan.source is not None
     state = saved_state(plan.source)
     # An average over other sequences cannot be compared with the old best.

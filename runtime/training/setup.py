@@ -104,7 +104,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         share_out(model, plan)
         for line in settle_kernels(model):
             tqdm.write(f"note     {line}")
-        optimizer = build_optimizer(model, config, ranks)
+        optimizer = build_optimizer(model, config, ranks, plan.muon_dtype)
         if config.resume:
             assert plan.source is not None
             load_training_state(plan.source, model, optimizer, ranks)

@@ -62,6 +62,8 @@ class RunState:
     best_score: float | None = None
     # Whether --dtype auto chose the dtype, so that a resume may choose another.
     auto_dtype: bool = False
+    # What a CPU's clock chose for Muon's products; "" = none was asked.
+    muon_dtype: str = ""
     # Spent in steps, without validation, saving and plotting.
     train_seconds: float = 0.0
     run_id: str = ""

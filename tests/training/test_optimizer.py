@@ -19,14 +19,8 @@ from config_model import PRESETS, ModelConfig, TrainConfig
 from model import LLM
 from runtime.checkpoint.optimizer_state import initialise_state, load_state_by_name, state_by_name
 from runtime.training import optimizer as module
-from runtime.training.optimizer import (
-    POLAR_EXPRESS,
-    build_adamw,
-    build_optimizer,
-    decays,
-    orthogonalise,
-    parameter_groups,
-)
+from runtime.training.muon import POLAR_EXPRESS, orthogonalise
+from runtime.training.optimizer import build_adamw, build_optimizer, decays, parameter_groups
 from tests.numeric import assert_close, rounding
 
 # What each kind of parameter does, written out by hand and not by the rule under test.

@@ -60,7 +60,7 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 
 
 def dispatch(
-    x_NC: Tensor, weights_NK: Tensor, experts_NK: Tensor, counts_E: Tensor, experts
+    x_NC: Tensor, weights_NK: Tensor | None, experts_NK: Tensor | None, counts_E: Tensor, experts
 ) -> Tensor | None:
     """Do what LocalDispatcher does, [N, C]; None for experts, a dtype or a mode that C lacks.
 
@@ -72,6 +72,9 @@ def dispatch(
         return None
     if experts.w_in.dtype != torch.float32 or (experts.dropout and experts.training):
         return None
+    if len(counts_E) == 1:
+        # Rows are tokens, and the weight of the only choice is 1.
+        weights_NK = experts_NK = None
     return routed_experts(
         x_NC,
         weights_NK,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.base.compiler import compiler_failure
+from runtime.kernels import newton_schulz
 
 # (a, b, c) of the polynomials a x + b x^3 + c x^5, one per step, and how much larger than 1
 # rounding may make a singular value: Amsel et al. 2025, "The Polar Express", algorithm 1, minimax
@@ -32,6 +33,10 @@ POLAR_EXPRESS = (
     (2.300652, -1.668904, 0.418807),
 )
 POLAR_EXPRESS_MARGIN = 1.01
+FACTORS = [
+    (a / POLAR_EXPRESS_MARGIN, b / POLAR_EXPRESS_MARGIN**3, c / POLAR_EXPRESS_MARGIN**5)
+    for a, b, c in POLAR_EXPRESS
+]
 # No matrix is divided by less, so that one of zeros stays one.
 LEAST_NORM = 1e-12
 
@@ -188,8 +193,9 @@ def orthogonalise(
     # diagonal, it would be two passes over squares: more than this one, unless a side is longer
     # than twice the other.
     x = torch.div(x, norm_N11, out=torch.empty_like(x, dtype=dtype))
-    for a, b, c in POLAR_EXPRESS:
-        a, b, c = a / POLAR_EXPRESS_MARGIN, b / POLAR_EXPRESS_MARGIN**3, c / POLAR_EXPRESS_MARGIN**5
+    if newton_schulz.takes(x):
+        return newton_schulz.steps_(x, FACTORS)
+    for a, b, c in FACTORS:
         # The products are of the shorter side.
         square = x.mT @ x if tall else x @ x.mT
         factor = torch.baddbmm(square, square, square, beta=b, alpha=c)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config_model import PRESETS, ModelConfig, TrainConfig
 from model import LLM
 from runtime.checkpoint.optimizer_state import initialise_state, load_state_by_name, state_by_name
+from runtime.kernels import newton_schulz
 from runtime.training import optimizer as module
 from runtime.training.muon import POLAR_EXPRESS, orthogonalise
 from runtime.training.optimizer import build_adamw, build_optimizer, decays, parameter_groups
@@ -331,7 +332,9 @@ def test_a_batch_is_its_matrices_one_by_one_whatever_their_sizes():
     assert_close(together[1], orthogonalise(matrices[1:2] * 1e6, torch.float32)[0], bound)
 
 
-def test_the_products_are_of_the_shorter_side():
+def test_the_products_are_of_the_shorter_side(monkeypatch):
+    # C does them where nothing counts.
+    monkeypatch.setattr(newton_schulz, "takes", lambda matrices: False)
     flops = {}
     for shape in ((2, 8, 64), (2, 64, 8)):
         with FlopCounterMode(display=False) as counter:
@@ -784,3 +787,18 @@ def test_early_state_of_every_kind_changes_nothing(kind):
     assert addresses == {
         name: tensor.data_ptr() for name, tensor in state_by_name(early, optimizer).items()
     }
+
+
+@pytest.mark.skipif(newton_schulz.library()[0] is None, reason=newton_schulz.library()[1])
+@pytest.mark.parametrize("shape", [(3, 20, 12), (2, 12, 20)])
+def test_small_matrices_are_orthogonalised_in_c(monkeypatch, shape):
+    """They get the same direction as by PyTorch's products, and C is really asked."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    calls, steps = [], newton_schulz.steps_
+    monkeypatch.setattr(newton_schulz, "steps_", lambda *a: calls.append(a) or steps(*a))
+    ours = orthogonalise(matrices, torch.float32)
+    assert len(calls) == 1
+    exact = orthogonalise(matrices.double(), torch.float64)
+    values = singular_values(matrices)
+    lifted = (values.norm(dim=1) / values[:, -1]).max().item()
+    assert_close(ours, exact, lifted * rounding(torch.float32, *5 * [20, 12, 12]))

@@ -215,7 +215,8 @@ static void weight_gradients(const Experts *p, int64_t e, int64_t first, int64_t
     int64_t C = p->C, F = p->F, I = p->I, M = is_out ? C : I, N = is_out ? F : C;
     real *weight = is_out ? p->grad_w_out : p->grad_w_in, *bias = is_out ? p->grad_b_out : p->grad_b_in;
     const real **a = (const real **)room, **b = a + most(n, MOST_ROWS);
-    int64_t size = rounded_up((M + parts - 1) / parts, ROWS), begin = least(M, piece * size), end = least(M, begin + size);
+    int64_t size = rounded_up((M + parts - 1) / parts, ROWS);
+    int64_t begin = least(M, piece * size), end = least(M, begin + size);
     for (int64_t r = 0; r < n; r++) {
         a[r] = is_out ? token_of(p, p->grad, first + r) : p->grad_h + (first + r) * I;
         b[r] = is_out ? p->a + (first + r) * F : token_of(p, p->x, first + r);

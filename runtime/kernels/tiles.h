@@ -61,7 +61,9 @@ INLINE int64_t rounded_up(int64_t x, int64_t unit) { return (x + unit - 1) / uni
 
 /* Row l of the second operand is LANES + l. */
 #if LANES == 16
-#define LANE_LIST(F, d) F(0, d), F(1, d), F(2, d), F(3, d), F(4, d), F(5, d), F(6, d), F(7, d), F(8, d), F(9, d), F(10, d), F(11, d), F(12, d), F(13, d), F(14, d), F(15, d)
+#define LANE_LIST(F, d)                                                                                         \
+    F(0, d), F(1, d), F(2, d), F(3, d), F(4, d), F(5, d), F(6, d), F(7, d), F(8, d), F(9, d), F(10, d),         \
+        F(11, d), F(12, d), F(13, d), F(14, d), F(15, d)
 #elif LANES == 8
 #define LANE_LIST(F, d) F(0, d), F(1, d), F(2, d), F(3, d), F(4, d), F(5, d), F(6, d), F(7, d)
 #elif LANES == 4
@@ -194,7 +196,8 @@ INLINE void tile(const int rows, const int vectors, const real *const *a, const 
 
 /* --------------------------------------------------------------------------------- packing */
 /* panel[k][j] = rows[k][at + j] for `depth` rows of `columns` values; zeros up to COLUMNS. */
-__attribute__((noinline)) static void pack(const real *const *rows, int64_t at, int64_t depth, int64_t columns, real *panel)
+__attribute__((noinline))
+static void pack(const real *const *rows, int64_t at, int64_t depth, int64_t columns, real *panel)
 {
     if (columns >= COLUMNS)
         for (int64_t k = 0; k < depth; k++)
@@ -235,7 +238,8 @@ INLINE void transpose(vec v[LANES])
 }
 
 /* panel[k][j] = w[j * step + k] for k < depth and j < columns; zeros up to COLUMNS. */
-__attribute__((noinline)) static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t columns, real *panel)
+__attribute__((noinline))
+static void pack_transposed(const real *w, int64_t step, int64_t depth, int64_t columns, real *panel)
 {
     for (int half = 0; half < 2; half++) {
         int64_t first = half * LANES, k = 0;
@@ -258,7 +262,8 @@ __attribute__((noinline)) static void pack_transposed(const real *w, int64_t ste
 
 /* packed[k][i] = rows[k][at + i] for i < ROWS, zeros from `width` on: `a` of a product that sums
    over rows. Writes up to LANES values past its end. */
-__attribute__((noinline)) static void pack_rows(const real *const *rows, int64_t at, int64_t depth, int64_t width, real *packed)
+__attribute__((noinline))
+static void pack_rows(const real *const *rows, int64_t at, int64_t depth, int64_t width, real *packed)
 {
     if (width >= rounded_up(ROWS, LANES))
         for (int64_t k = 0; k < depth; k++)
@@ -275,79 +280,84 @@ __attribute__((noinline)) static void pack_rows(const real *const *rows, int64_t
 /* How a tile begins: at 0, at the bias of its columns, or at what is there. */
 enum { ZERO, BIAS, SUM };
 
+/* Put `count` rows of `columns` sums, COLUMNS apart, where they belong. */
+__attribute__((noinline))
+static void put_sums(int begin, const real *sums, const real *bias, int64_t count, int64_t columns,
+                                               real *out, int64_t out_step)
+{
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < columns; j++) {
+            real *to = out + i * out_step + j, value = sums[i * COLUMNS + j];
+            *to = begin == SUM ? *to + value : begin == BIAS ? bias[j] + value : value;
+        }
+}
+
+/* `count` of `rows` rows times a panel, into `columns` values of each out + i * out_step. */
 INLINE void tile_to(const int rows, const int vectors, const real *const *a, const int64_t step, const real *panel,
-                    int64_t depth, const int begin, const real *bias, real *const *out, int64_t count,
+                    int64_t depth, int begin, const real *bias, real *out, int64_t out_step, int64_t count,
                     int64_t columns)
 {
     vec sums[ROWS][2];
-    real room[COLUMNS];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) {
-            sums[i][j] = ALL(0);
-            if (begin == BIAS)
-                sums[i][j] = LOAD(bias + j * LANES);
-        }
-    tile(rows, vectors, a, step, panel, COLUMNS, depth, sums);
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-        if (i >= count)
-            break;
-        if (columns == vectors * LANES) {
-            for (int j = 0; j < vectors; j++) {
-                real *to = out[i] + j * LANES;
-                if (begin == SUM)
-                    sums[i][j] += LOAD(to);
-                STORE(to, sums[i][j]);
-            }
-            continue;
-        }
         for (int j = 0; j < vectors; j++)
-            STORE(room + j * LANES, sums[i][j]);
-        for (int64_t j = 0; j < columns; j++)
-            out[i][j] = begin == SUM ? out[i][j] + room[j] : room[j];
+            sums[i][j] = ALL(0);
+    tile(rows, vectors, a, step, panel, COLUMNS, depth, sums);
+    if (count == rows && columns == vectors * LANES && begin == ZERO) {
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < vectors; j++)
+                STORE(out + i * out_step + j * LANES, sums[i][j]);
+        return;
     }
+    if (count == rows && columns == vectors * LANES && begin == SUM) {
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < vectors; j++) {
+                real *to = out + i * out_step + j * LANES;
+                STORE(to, LOAD(to) + sums[i][j]);
+            }
+        return;
+    }
+    real room[ROWS * COLUMNS];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++)
+            STORE(room + i * COLUMNS + j * LANES, sums[i][j]);
+    put_sums(begin, room, bias, count, columns, out, out_step);
 }
 
-/* `count` rows a[i] + at times a panel, into `columns` values of each out + i * out_step. */
+/* `count` rows a[i] + at times a panel, into `columns` values of each out + i * out_step. bias: of
+   these columns, where `begin` says so. */
 #define TILES(NAME, STEP)                                                                                       \
-    INLINE void NAME##_of(const int vectors, const int begin, int64_t count, const real *const *a,              \
-                          int64_t at, const real *panel, int64_t depth, const real *bias, real *out, int64_t out_step,      \
+    INLINE void NAME##_of(const int vectors, int begin, int64_t count, const real *const *a, int64_t at,        \
+                          const real *panel, int64_t depth, const real *bias, real *out, int64_t out_step,      \
                           int64_t columns)                                                                      \
     {                                                                                                           \
         for (int64_t i = 0; i < count; i += ROWS) {                                                             \
             int64_t left = least(count - i, ROWS);                                                              \
             const real *from[ROWS];                                                                             \
-            real *to[ROWS];                                                                                     \
-            for (int r = 0; r < ROWS; r++) {                                                                    \
+            real *to = out + i * out_step;                                                                      \
+            for (int r = 0; r < ROWS; r++)                                                                      \
                 /* Rows that are missing repeat the last one, and are not kept. */                              \
                 from[r] = STEP == 1 ? a[i + least(r, left - 1)] + at : a[0] + i * depth + r;                    \
-                to[r] = out + (i + least(r, left - 1)) * out_step;                                              \
-            }                                                                                                   \
             if (left > ROWS * 2 / 3)                                                                            \
-                tile_to(ROWS, vectors, from, STEP, panel, depth, begin, bias, to, left, columns);               \
+                tile_to(ROWS, vectors, from, STEP, panel, depth, begin, bias, to, out_step, left, columns);     \
             else if (left > ROWS / 3)                                                                           \
-                tile_to(ROWS * 2 / 3, vectors, from, STEP, panel, depth, begin, bias, to, left, columns);       \
+                tile_to(ROWS * 2 / 3, vectors, from, STEP, panel, depth, begin, bias, to, out_step, left,       \
+                        columns);                                                                               \
             else                                                                                                \
-                tile_to(ROWS / 3, vectors, from, STEP, panel, depth, begin, bias, to, left, columns);           \
+                tile_to(ROWS / 3, vectors, from, STEP, panel, depth, begin, bias, to, out_step, left, columns); \
         }                                                                                                       \
     }                                                                                                           \
-    __attribute__((noinline)) static void NAME(int begin, int64_t count, const real *const *a, int64_t at, const real *panel,             \
-                     int64_t depth, const real *bias, real *out, int64_t out_step, int64_t columns)             \
+    __attribute__((noinline)) static void NAME(int begin, int64_t count, const real *const *a, int64_t at,      \
+                                               const real *panel, int64_t depth, const real *bias, real *out,   \
+                                               int64_t out_step, int64_t columns)                               \
     {                                                                                                           \
-        if (columns > LANES) {                                                                                  \
-            if (begin == ZERO)                                                                                  \
-                NAME##_of(2, ZERO, count, a, at, panel, depth, bias, out, out_step, columns);                       \
-            else if (begin == BIAS)                                                                             \
-                NAME##_of(2, BIAS, count, a, at, panel, depth, bias, out, out_step, columns);                       \
-            else                                                                                                \
-                NAME##_of(2, SUM, count, a, at, panel, depth, bias, out, out_step, columns);                        \
-        } else if (begin == ZERO)                                                                               \
-            NAME##_of(1, ZERO, count, a, at, panel, depth, bias, out, out_step, columns);                           \
-        else if (begin == BIAS)                                                                                 \
-            NAME##_of(1, BIAS, count, a, at, panel, depth, bias, out, out_step, columns);                           \
+        if (columns > LANES)                                                                                    \
+            NAME##_of(2, begin, count, a, at, panel, depth, bias, out, out_step, columns);                      \
         else                                                                                                    \
-            NAME##_of(1, SUM, count, a, at, panel, depth, bias, out, out_step, columns);                            \
+            NAME##_of(1, begin, count, a, at, panel, depth, bias, out, out_step, columns);                      \
     }
 /* a[i]: each row, along k. */
 TILES(rows_times, 1)
@@ -368,8 +378,9 @@ typedef struct {
 } Factor;
 
 /* out[i][n] = bias[n] + sum over k of rows[i][k] * factor(k, n). panel: room. */
-__attribute__((unused)) static void product_with(const Factor *f, int64_t count, const real *const *rows, const real *bias, real *out,
-                    int64_t out_step, real *panel)
+__attribute__((unused))
+static void product_with(const Factor *f, int64_t count, const real *const *rows, const real *bias, real *out,
+                         int64_t out_step, real *panel)
 {
     for (int64_t n = 0; n < f->N; n += COLUMNS) {
         int64_t columns = least(f->N - n, COLUMNS);
@@ -395,8 +406,9 @@ __attribute__((unused)) static void product_with(const Factor *f, int64_t count,
 
 /* out[m][n] = sum over rows r of a[r][m] * b[r][n], for m from `first` to `end`; with `add` that is
    added to what is there. room: SUM_ROOM. */
-__attribute__((unused)) static void sum_over_rows(int add, int64_t count, const real *const *a, int64_t first, int64_t end, const real *const *b,
-                          int64_t N, real *out, real *room)
+__attribute__((unused))
+static void sum_over_rows(int add, int64_t count, const real *const *a, int64_t first, int64_t end,
+                          const real *const *b, int64_t N, real *out, real *room)
 {
     real *packed = room + WIDTH * DEPTH;
     for (int64_t k = 0; k < count; k += DEPTH) {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
-from runtime.kernels import cpu_attention, routed_experts
+from runtime.kernels import cpu_attention, loss_in_c, routed_experts
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
 from runtime.kernels.sink_attention import sink_attention
 
@@ -22,10 +23,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     runtime/kernels/cpu_attention.py, in C; else runtime/kernels/attention_choice.py, with sinks
     runtime/kernels/sink_attention.py.
     """
-    in_c, attends_in_c = (
-        device.type == "cpu" and library()[0] is not None
-        for library in (routed_experts.library, cpu_attention.library)
-    )
+    in_c, attends_in_c = _in_c(device, dtype)
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
     for block in model.layers:
@@ -46,6 +44,19 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         attention.kernel = cpu_attention.attend if attends_in_c else None
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
+
+
+def _in_c(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Return whether C does the experts, and attention.
+
+    The first time on a machine, all kernels of training are compiled at once.
+    """
+    if device.type != "cpu" or dtype != torch.float32:
+        return False, False
+    libraries = (routed_experts.library, cpu_attention.library, loss_in_c.library)
+    with ThreadPoolExecutor(len(libraries)) as pool:
+        experts, attention, _ = pool.map(lambda library: library()[0] is not None, libraries)
+    return experts, attention
 
 
 def why_not_c(device: torch.device, dtype: torch.dtype) -> str:

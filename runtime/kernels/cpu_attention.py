@@ -82,7 +82,8 @@ def attend(
         ring = cache is not None and cache.is_ring[owner.block]
         bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
     # The first call of a custom operation imports PyTorch's compiler, which takes a second.
-    operation = _forward if torch.is_inference_mode_enabled() else attention
+    plain = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    operation = _forward if plain else attention
     return operation(
         *(q_BHTD, k_BGSD, v_BGSD, owner.sinks, bias_HTS),
         *(q_positions_T, k_positions_S, starts_BT, owner.window),

@@ -75,7 +75,9 @@ def dispatch(
     if len(counts_E) == 1:
         # Rows are tokens, and the weight of the only choice is 1.
         weights_NK = experts_NK = None
-    return routed_experts(
+    # The first call of a custom operation imports PyTorch's compiler, which takes a second.
+    plain = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    return (_forward if plain else routed_experts)(
         x_NC,
         weights_NK,
         experts_NK,
@@ -111,8 +113,7 @@ def rows_of_experts(
 
 
 # N tokens, K experts of each, R = N * K rows, E experts, C d_model, F d_ff, I = F (gelu) or 2F.
-@torch.library.custom_op("gptoss::routed_experts", mutates_args=(), device_types="cpu")
-def routed_experts(
+def _forward(
     x_NC: Tensor,
     weights_NK: Tensor | None,
     experts_NK: Tensor | None,
@@ -138,6 +139,11 @@ def routed_experts(
     y_RC = scratch.get("rows", job.R * job.C, x_NC.dtype) if routed else y_NC
     _call(job, "forward", b_in=b_in_EI, b_out=b_out_EC, h=h_RI, y=y_NC, y_rows=y_RC)
     return y_NC, h_RI
+
+
+routed_experts = torch.library.custom_op(
+    "gptoss::routed_experts", _forward, mutates_args=(), device_types="cpu"
+)
 
 
 @torch.library.custom_op("gptoss::routed_experts_backward", mutates_args=(), device_types="cpu")

@@ -76,7 +76,7 @@ def dispatch(
         # Rows are tokens, and the weight of the only choice is 1.
         weights_NK = experts_NK = None
     # The first call of a custom operation imports PyTorch's compiler, which takes a second.
-    plain = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     return (_forward if plain else routed_experts)(
         x_NC,
         weights_NK,

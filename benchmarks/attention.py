@@ -12,10 +12,11 @@ documents (causal within each of the documents that share a row); table_document
 and sdpa_expanded (F.scaled_dot_product_attention with the few key/value heads as they are or
 repeated per query head, and the mask made in the call, as model_parts.Attention does),
 sdpa_compiled (the latter under torch.compile), sdpa_flash, sdpa_efficient, sdpa_cudnn and sdpa_math
-(the latter with one backend forced), c (runtime/kernels/cpu_attention.py), rescaled
-(runtime/kernels/sink_attention.py; sinks only), flex (FlexAttention compiled, with a block mask). Each runs as it is and under --deterministic. What a
-library refuses stays in the results with its reason. All variants of a case are measured in turns;
-the figures are medians and go to benchmarks/results/attention_NAME.json after each case.
+(the latter with one backend forced), c (runtime/kernels/cpu_attention.py, as the model does on a
+CPU), rescaled (runtime/kernels/sink_attention.py; sinks only), flex (FlexAttention compiled, with a
+block mask). Each runs as it is and under --deterministic. What a library refuses stays in the
+results with its reason. All variants of a case are measured in turns; the figures are medians and
+go to benchmarks/results/attention_NAME.json after each case.
 """
 
 from __future__ import annotations

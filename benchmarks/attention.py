@@ -12,10 +12,11 @@ documents (causal within each of the documents that share a row); table_document
 and sdpa_expanded (F.scaled_dot_product_attention with the few key/value heads as they are or
 repeated per query head, and the mask made in the call, as model_parts.Attention does),
 sdpa_compiled (the latter under torch.compile), sdpa_flash, sdpa_efficient, sdpa_cudnn and sdpa_math
-(the latter with one backend forced), rescaled (runtime/kernels/sink_attention.py; sinks only), flex
-(FlexAttention compiled, with a block mask). Each runs as it is and under --deterministic. What a
-library refuses stays in the results with its reason. All variants of a case are measured in turns;
-the figures are medians and go to benchmarks/results/attention_NAME.json after each case.
+(the latter with one backend forced), c (runtime/kernels/cpu_attention.py, as the model does on a
+CPU), rescaled (runtime/kernels/sink_attention.py; sinks only), flex (FlexAttention compiled, with a
+block mask). Each runs as it is and under --deterministic. What a library refuses stays in the
+results with its reason. All variants of a case are measured in turns; the figures are medians and
+go to benchmarks/results/attention_NAME.json after each case.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from runtime.base.device import (
     synchronize,
 )
 from runtime.base.text import human_bytes
+from runtime.kernels import cpu_attention
 from runtime.kernels.attention_choice import card_of
 from runtime.kernels.sink_attention import sink_attention
 
@@ -224,6 +226,20 @@ def rescaled(p: Problem) -> Tensor:
     return sink_attention(p.q_BHTD, p.k_BGTD, p.v_BGTD, p.sinks_H, None, True, card)
 
 
+def in_c(p: Problem) -> Tensor:
+    """Attention as the model computes it on a CPU that has a compiler."""
+    if p.q_BHTD.device.type != "cpu" or p.q_BHTD.dtype != torch.float32:
+        raise ValueError("attention in C is for CPUs, in float32")
+    code, why = cpu_attention.library()
+    if code is None:
+        raise ValueError(why)
+    positions_T = torch.arange(p.q_BHTD.shape[2])
+    return cpu_attention.attention(
+        *(p.q_BHTD, p.k_BGTD, p.v_BGTD, p.sinks_H, p.table_HTT),
+        *(positions_T, positions_T, p.starts_BT, 0),
+    )[0]
+
+
 def forced(p: Problem, backend: SDPBackend) -> Tensor:
     with sdpa_kernel(backend):
         return sdpa(p)
@@ -277,6 +293,7 @@ VARIANTS: dict[
     "sdpa_efficient": lambda p: lambda: forced(p, SDPBackend.EFFICIENT_ATTENTION),
     "sdpa_cudnn": lambda p: lambda: forced(p, SDPBackend.CUDNN_ATTENTION),
     "sdpa_math": lambda p: lambda: forced(p, SDPBackend.MATH),
+    "c": lambda p: lambda: in_c(p),
     "rescaled": lambda p: lambda: rescaled(p),
     "flex": prepare_flex,
 }

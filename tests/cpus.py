@@ -50,6 +50,7 @@ FILES = [
     "inference/test_company.py",
     "inference/test_cpu_decode.py",
     "inference/test_scorer.py",
+    "kernels/test_cpu_attention.py",
     "kernels/test_cpu_experts.py",
     "kernels/test_loss_in_c.py",
     "kernels/test_newton_schulz.py",

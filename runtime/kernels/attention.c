@@ -386,8 +386,9 @@ static void begin_block(const Plan *p, Block *a, int64_t task, real *room)
 }
 
 /* The scores of a tile, and the largest of each row so far. */
-INLINE void score(const Plan *p, Block *a, int64_t key, const int64_t D)
+static void score(const Plan *p, Block *a, int64_t key)
 {
+    int64_t D = p->D;
     const real *panels = p->k_panels + (a->bg * p->S + key) * D;
     for (int i = 0; i < QUERIES; i++)
         a->highest[i] = ALL(-INFINITY);
@@ -416,7 +417,7 @@ INLINE void score(const Plan *p, Block *a, int64_t key, const int64_t D)
 }
 
 /* Scores become probabilities, up to the factor that a row's sum will be. */
-INLINE void exponentiate(Block *a)
+static void exponentiate(Block *a)
 {
     for (int r = 0; r < BLOCKS; r++) {
         if (a->from[r] >= a->to[r])
@@ -440,8 +441,9 @@ INLINE void exponentiate(Block *a)
     }
 }
 
-INLINE void add_values(const Plan *p, Block *a, int64_t key, const int64_t D)
+static void add_values(const Plan *p, Block *a, int64_t key)
 {
+    int64_t D = p->D;
     const real *values = p->v_rows + (a->bg * p->S + key) * D;
     for (int r = 0; r < BLOCKS; r++)
         if (a->from[r] < a->to[r])
@@ -461,28 +463,18 @@ static void keep_block(const Plan *p, const Block *a)
     }
 }
 
-INLINE void forward_of(const Plan *p, int64_t task, real *room, const int64_t D)
+static void forward_task(void *job, int64_t task, real *room)
 {
+    const Plan *p = job;
     Block a;
     begin_block(p, &a, task, room);
     for (int64_t key = 0; key < p->S; key += KEYS)
         if (seen_panels(p, a.ranges, key, a.from, a.to)) {
-            score(p, &a, key, D);
+            score(p, &a, key);
             exponentiate(&a);
-            add_values(p, &a, key, D);
+            add_values(p, &a, key);
         }
     keep_block(p, &a);
-}
-
-static void forward_task(void *job, int64_t task, real *room)
-{
-    const Plan *p = job;
-    if (p->D == 32)
-        forward_of(p, task, room, 32);
-    else if (p->D == 64)
-        forward_of(p, task, room, 64);
-    else
-        forward_of(p, task, room, p->D);
 }
 
 void gptoss_attention_forward(const Call *c)
@@ -555,9 +547,9 @@ static void load_queries(const Plan *p, const Head *a)
 }
 
 /* Probabilities and gradients of the scores of a tile of which something is seen; 0 where not. */
-INLINE void differentiate(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to,
-                          const int64_t D)
+static void differentiate(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to)
 {
+    int64_t D = p->D;
     const real *k_panels = p->k_panels + (a->bg * p->S + key) * D, *v_panels = p->v_panels + (a->bg * p->S + key) * D;
     for (int n = 0; n < PANELS; n++)
         for (int r = 0; r < BLOCKS; r++) {
@@ -593,8 +585,9 @@ INLINE void differentiate(const Plan *p, const Head *a, int64_t t, int64_t key, 
 }
 
 /* Add what a tile gives to the gradients of its keys and values. */
-INLINE void add_to_keys(const Head *a, int64_t t, const int *from, const int *to, const int64_t D)
+static void add_to_keys(const Plan *p, const Head *a, int64_t t, const int *from, const int *to)
 {
+    int64_t D = p->D;
     for (int64_t i = 0; i < KEYS; i += ROWS) {
         int top = BLOCKS, bottom = 0;
         for (int r = 0; r < BLOCKS; r++)
@@ -608,10 +601,10 @@ INLINE void add_to_keys(const Head *a, int64_t t, const int *from, const int *to
     }
 }
 
-/* Add what a tile gives to the gradients of its queries, and of the bias. */
-INLINE void add_to_queries(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to,
-                           const int64_t D)
+/* Add what a tile gives to the gradients of its queries; then to that of the bias. */
+static void add_to_queries(const Plan *p, const Head *a, int64_t t, int64_t key, const int *from, const int *to)
 {
+    int64_t D = p->D;
     const real *k_rows = p->k_rows + (a->bg * p->S + key) * D;
     for (int r = 0; r < BLOCKS; r++)
         if (from[r] < to[r])
@@ -656,27 +649,6 @@ static void keep_queries(const Plan *p, const Head *a)
 }
 
 
-INLINE void backward_of(const Plan *p, int64_t b, int64_t h, real *room, const int64_t D)
-{
-    Head a = head_in(p, b, h, room);
-    load_queries(p, &a);
-    for (int64_t key = 0; key < p->S; key += KEYS) {
-        memset(a.grad_k, 0, 2 * KEYS * D * sizeof(real));
-        for (int64_t t = 0; t < p->T; t += QUERIES) {
-            int from[BLOCKS], to[BLOCKS];
-            if (!seen_panels(p, a.ranges + t / ROWS, key, from, to))
-                continue;
-            differentiate(p, &a, t, key, from, to, D);
-            add_to_keys(&a, t, from, to, D);
-            add_to_queries(p, &a, t, key, from, to, D);
-            if (p->c->grad_bias)
-                add_to_bias(p, &a, t, key, from, to);
-        }
-        keep_keys(p, &a, key);
-    }
-    keep_queries(p, &a);
-}
-
 /* Sum the gradients of the keys and values that query heads share, in the order of the heads. The
    head that comes last does it. */
 static void sum_heads(const Plan *p, int64_t b, int64_t g)
@@ -698,12 +670,23 @@ static void sum_heads(const Plan *p, int64_t b, int64_t g)
 
 static void backward_head(const Plan *p, int64_t b, int64_t h, real *room)
 {
-    if (p->D == 32)
-        backward_of(p, b, h, room, 32);
-    else if (p->D == 64)
-        backward_of(p, b, h, room, 64);
-    else
-        backward_of(p, b, h, room, p->D);
+    Head a = head_in(p, b, h, room);
+    load_queries(p, &a);
+    for (int64_t key = 0; key < p->S; key += KEYS) {
+        memset(a.grad_k, 0, 2 * KEYS * p->D * sizeof(real));
+        for (int64_t t = 0; t < p->T; t += QUERIES) {
+            int from[BLOCKS], to[BLOCKS];
+            if (!seen_panels(p, a.ranges + t / ROWS, key, from, to))
+                continue;
+            differentiate(p, &a, t, key, from, to);
+            add_to_keys(p, &a, t, from, to);
+            add_to_queries(p, &a, t, key, from, to);
+            if (p->c->grad_bias)
+                add_to_bias(p, &a, t, key, from, to);
+        }
+        keep_keys(p, &a, key);
+    }
+    keep_queries(p, &a);
     sum_heads(p, b, h / (p->c->H / p->c->G));
 }
 

@@ -82,8 +82,8 @@ def attend(
         ring = cache is not None and cache.is_ring[owner.block]
         bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
     # The first call of a custom operation imports PyTorch's compiler, which takes a second.
-    plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    operation = _forward if plain else attention
+    is_direct = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    operation = _forward if is_direct else attention
     return operation(
         *(q_BHTD, k_BGSD, v_BGSD, owner.sinks, bias_HTS),
         *(q_positions_T, k_positions_S, starts_BT, owner.window),

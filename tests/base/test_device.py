@@ -321,6 +321,7 @@ def test_kernels_are_chosen_for_the_card(monkeypatch, capability, dtype, grouped
         assert attention.sink_kernel.func is sink_attention
         assert attention.device_attention.keywords == {"card": card}
         assert attention.sink_kernel.keywords == {"card": card}
+        assert attention.kernel is None
     choose_kernels(model, torch.device("cpu"), torch.float32)
     assert all(
         not b.moe.experts.grouped and b.moe.experts.feed_forward is not None for b in model.layers

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import flex_attention as flex_module
 
 from benchmarks import attention, common
+from runtime.kernels import cpu_attention
 from tests.numeric import rounding
 
 HEADS = ["--num_heads", "4", "--num_kv_heads", "2", "--head_dim", "16"]
@@ -26,8 +27,10 @@ TINY = [
     "--min_sample_seconds",
     "1e-6",
 ]
-# Whatever the processor.
-ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math")
+# Whatever the processor; the last one where there is a compiler.
+ON_A_CPU = ("manual", "sdpa_grouped", "sdpa_expanded", "sdpa_math", "c")
+if cpu_attention.library()[0] is None:
+    ON_A_CPU = ON_A_CPU[:-1]
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ FLAGS = [
     "-fPIC",
 ]
 # As in the C code.
-TILE, GROUP = 4, 64
+TILE, GROUP, MOST_QUERIES = 4, 64, 6
 # In the order of the C code's enum.
 ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")
 KNOWS = Known(
@@ -458,7 +458,7 @@ class NativeModel:
             torch.get_num_threads(),
             max(1, n * self.bytes_per_token() // self.least_bytes_per_thread),
         )
-        private = max(TILE * self._widest, 4 * (cache.max_tokens + 16), c.num_experts)
+        private = max(TILE * self._widest, MOST_QUERIES * (cache.max_tokens + 16), c.num_experts)
         if (
             self._room is None
             or n > self._rows

@@ -29,6 +29,10 @@ MODELS = {
     "SwiGLU, 72": dict(d_ff=72),
     "SwiGLU, 200": dict(d_ff=200),
     "SwiGLU, 336": dict(d_ff=336),
+    # Rows of which the caches hold few.
+    "SwiGLU, 1100": dict(d_ff=1100, num_experts=4),
+    # More heads share keys than go over them together.
+    "one key head": dict(num_heads=8, num_kv_heads=1, head_dim=20, d_ff=40),
     "GELU with biases": dict(
         d_ff=72, expert_activation="gelu", expert_bias=True, qkv_bias=True, head_bias=True
     ),

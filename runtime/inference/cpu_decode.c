@@ -39,6 +39,8 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int32_t eight_ints __attribute__((vector_size(32)));
+typedef int16_t eight_shorts __attribute__((vector_size(16), aligned(1), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t four_ints __attribute__((vector_size(16)));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -86,6 +88,12 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #else
 #define ADD_PRODUCT(s, a, b) s = FMA(a, b, s)
 #endif
+/* The 8 numbers of 16 bits of a group of nibbles, each in 32 bits; a bfloat16 as a float. */
+#if defined(__AVX2__)
+#define WIDEN(p) ((eight_ints)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#else
+#define WIDEN(p) __builtin_convertvector(*(const eight_shorts *)(p), eight_ints)
+#endif
 #define MOST_THREADS 256
 #define TILE 4              /* weight rows taken together */
 #define MOST_INPUTS 3       /* inputs taken together: TILE times as many sums fill AVX2's registers */
@@ -96,6 +104,7 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 /* Bytes by which weights are prefetched before their use: the processor itself does not prefetch
    across the end of a short row. */
 #define AHEAD 1024
+#define NIBBLES 32          /* weights of 4 bits that have a scale: quantize.py */
 #define GROUP 64            /* rows taken together: they stay in the cache with the weight rows */
 #define FEW 8               /* inputs for which weights come from memory at its own speed */
 
@@ -103,9 +112,12 @@ enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 #define LIMIT 7.0f          /* of SWIGLU_CLAMPED, as in config_model.py */
 #define STEEPNESS 1.702f
 
-typedef struct {            /* float, or with scale: int8 times the scale of its row */
+/* float; with scale, int8 times the scale of its row; with groups, 4 bits times the scale, a bfloat16,
+   of their group of NIBBLES (quantize.py): the last group of a row is whole. */
+typedef struct {
     const void *weight;
     const float *scale, *bias;   /* bias [rows] or NULL */
+    const uint16_t *groups;
     int32_t rows, cols;
 } Matrix;
 
@@ -268,13 +280,59 @@ static void rms_norm(const float *x, const float *weight, float eps, int count, 
 }
 
 /* ------------------------------------------------------------------------------ matrix products */
-/* Row `row` of a matrix as floats without its row scale: where it is, or unpacked into `room`. */
+/* The scale of a group of nibbles in all lanes. */
+static vec group_scale(const uint16_t *group) { return (vec)((ints){0} + (int32_t)((uint32_t)*group << 16)); }
+
+/* LANES weights of a group of nibbles, from element `at` on, times their scale, which is exact: a
+   bfloat16 has 8 bits. Element e is in number e % 8, bits e / 8 * 4 to that plus 3. */
+INLINE vec of_nibbles(eight_ints numbers, const int at, vec scale)
+{
+#if LANES == 16
+    ints both = (ints)_mm512_broadcast_i64x4((__m256i)numbers);
+    int n = 28 - at / 2;
+    ints left = {n, n, n, n, n, n, n, n, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4};
+    return __builtin_convertvector((both << left) >> 28, vec) * scale;
+#else
+    return __builtin_convertvector((numbers << (28 - at / 2)) >> 28, vec) * scale;
+#endif
+}
+
+static int groups_of(int cols) { return (cols + NIBBLES - 1) / NIBBLES; }
+
+/* Floats of an unpacked row. */
+static int padded(int cols) { return groups_of(cols) * NIBBLES; }
+
+/* Bytes of a row of weights. */
+static int64_t row_bytes_of(const Matrix *a)
+{
+    return a->groups ? (int64_t)groups_of(a->cols) * NIBBLES / 2 : a->scale ? a->cols : 4 * (int64_t)a->cols;
+}
+
+static void unpack_group(const void *packed, const uint16_t *group, float *to)
+{
+    eight_ints numbers = WIDEN(packed);
+    vec scale = group_scale(group);
+    for (int at = 0; at < NIBBLES; at += LANES)
+        *(vec *)(to + at) = of_nibbles(numbers, at, scale);
+}
+
+/* A row as floats without its row scale: where it is, or unpacked into `room`, with all of a last
+   group of nibbles. */
 static const float *row_of(const Matrix *a, int64_t row, float *room)
 {
-    int cols = a->cols, i = 0;
+    int cols = a->cols, i = 0, groups = groups_of(cols);
+    const char *weights = (const char *)a->weight + row * row_bytes_of(a);
+    if (a->groups) {
+        for (int g = 0; g < groups; g++) {
+            if (!(g & 3))
+                __builtin_prefetch(weights + g * NIBBLES / 2 + AHEAD);
+            unpack_group(weights + g * NIBBLES / 2, a->groups + row * groups + g, room + g * NIBBLES);
+        }
+        return room;
+    }
     if (!a->scale)
-        return (const float *)a->weight + row * cols;
-    const int8_t *w = (const int8_t *)a->weight + row * cols;
+        return (const float *)weights;
+    const int8_t *w = (const int8_t *)weights;
     for (; i + LANES <= cols; i += LANES)
         *(vec *)(room + i) = LOAD_BYTES(w + i);
     for (; i < cols; i++)
@@ -356,6 +414,40 @@ static void byte_products(const int8_t *const *w, const float *const *x, int nx,
         products_of_bytes(w, x, cols, ahead, sums, 3);
 }
 
+/* `dot` of an input and TILE rows of nibbles. */
+static void nibble_products(const Matrix *a, const int64_t *rows, const float *x, Ahead ahead, four *sums)
+{
+    int cols = a->cols, groups = groups_of(cols), k = cols / NIBBLES * NIBBLES;
+    vec s[TILE] = {0};
+    const uint8_t *w[TILE];
+    const uint16_t *scales[TILE];
+    float last[TILE][NIBBLES];
+    for (int i = 0; i < TILE; i++) {
+        w[i] = (const uint8_t *)a->weight + rows[i] * row_bytes_of(a);
+        scales[i] = a->groups + rows[i] * groups;
+        if (k < cols)
+            unpack_group(w[i] + k / 2, scales[i] + groups - 1, last[i]);
+    }
+    for (int g = 0; g < k / NIBBLES; g++) {
+        if (!(g & 3))    /* a line of the cache */
+            for (int i = 0; i < TILE; i++)
+                __builtin_prefetch(w[i] + g * NIBBLES / 2 + ahead.from);
+        for (int i = 0; i < TILE; i++) {
+            eight_ints numbers = WIDEN(w[i] + g * NIBBLES / 2);
+            vec scale = group_scale(scales[i] + g);
+            for (int at = 0; at < NIBBLES; at += LANES)
+                s[i] = FMA(of_nibbles(numbers, at, scale), LOAD_FLOATS(x + g * NIBBLES + at), s[i]);
+        }
+    }
+    int at = 0;
+    for (; k + at + LANES <= cols; at += LANES)
+        for (int i = 0; i < TILE; i++)
+            s[i] = FMA(LOAD_FLOATS(last[i] + at), LOAD_FLOATS(x + k + at), s[i]);
+    *sums = sums_of(s[0], s[1], s[2], s[3]);
+    for (; k + at < cols; at++)
+        *sums = FMA4(((four){last[0][at], last[1][at], last[2][at], last[3][at]}), (four){0} + x[k + at], *sums);
+}
+
 /* How many of `left` inputs are taken next: four are two and two, as one alone has few sums. */
 static int next_inputs(int left) { return left == 4 ? 2 : least(left, MOST_INPUTS); }
 
@@ -391,27 +483,33 @@ static void put_tile(const Matrix *a, int64_t row, four sums, const float *facto
 /* `product` for few inputs: the weights come from memory, and a few long streams come twice as fast
    as adjacent rows. */
 static void product_of_few(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
-                           const float *factor)
+                           const float *factor, float *room)
 {
-    int cols = a->cols, part = (end - begin + TILE - 1) / TILE, row_bytes = a->scale ? cols : 4 * cols;
+    int cols = a->cols, part = (end - begin + TILE - 1) / TILE;
+    int64_t row_bytes = row_bytes_of(a);
     for (int i = 0; i < part; i++) {
         const float *w[TILE];
         const int8_t *packed[TILE];
+        int64_t rows[TILE];
         int r[TILE];
         for (int l = 0; l < TILE; l++) {
             r[l] = begin + i + l * part;
             /* Beyond the end the last row is computed again, and not put. */
-            int64_t row = first + least(r[l], end - 1);
-            w[l] = (const float *)a->weight + row * cols;
-            packed[l] = (const int8_t *)a->weight + row * cols;
+            rows[l] = first + least(r[l], end - 1);
+            packed[l] = (const int8_t *)a->weight + rows[l] * row_bytes;
+            /* Nibbles are unpacked once for several inputs. */
+            w[l] = a->groups && nx > 1 ? row_of(a, rows[l], room + l * padded(cols)) : (const float *)packed[l];
         }
         for (int j = 0, count; j < nx; j += count) {
             four sums[MOST_INPUTS];
             count = next_inputs(nx - j);
-            if (a->scale)
-                byte_products(packed, x + j, count, cols, ahead_of(j, count, nx, row_bytes, row_bytes), sums);
+            Ahead ahead = ahead_of(j, count, nx, row_bytes, row_bytes);
+            if (a->groups && nx == 1)
+                nibble_products(a, rows, x[0], ahead, sums);
+            else if (a->scale)
+                byte_products(packed, x + j, count, cols, ahead, sums);
             else
-                float_products(w, x + j, count, cols, ahead_of(j, count, nx, row_bytes, row_bytes), sums);
+                float_products(w, x + j, count, cols, a->groups ? (Ahead){0} : ahead, sums);
             for (int k = j; k < j + count; k++)
                 for (int l = 0; l < TILE; l++)
                     if (r[l] < end)
@@ -426,35 +524,43 @@ static void product(const Matrix *a, int64_t first, int begin, int end, const fl
                     const float *factor, float *room)
 {
     if (nx <= FEW) {
-        product_of_few(a, first, begin, end, x, nx, out, factor);
+        product_of_few(a, first, begin, end, x, nx, out, factor, room);
         return;
     }
-    int cols = a->cols, row_bytes = 4 * cols, block = TILE, part = NEAR_BYTES / row_bytes / MOST_INPUTS * MOST_INPUTS;
+    int cols = a->cols, is_packed = a->scale || a->groups, block = BLOCK_BYTES / 4 / padded(cols) / TILE * TILE;
+    int part = NEAR_BYTES / 4 / cols / MOST_INPUTS * MOST_INPUTS;
     if (part < MOST_INPUTS)
         part = MOST_INPUTS;
-    /* Bytes are unpacked into `room`, which has TILE rows. */
-    if (!a->scale && BLOCK_BYTES / row_bytes > TILE)
-        block = BLOCK_BYTES / row_bytes / TILE * TILE;
-    for (int from = begin; from < end; from += block)
+    if (block < TILE)
+        block = TILE;
+    int64_t distance = is_packed ? 0 : (int64_t)block * 4 * cols;
+    for (int from = begin; from < end; from += block) {
+        int rows = least(block, end - from);
+        for (int r = 0; is_packed && r < rows; r++)
+            row_of(a, first + from + r, room + (int64_t)r * padded(cols));
         for (int j0 = 0; j0 < nx; j0 += part)
-            for (int r = from; r < least(from + block, end); r += TILE) {
+            for (int r = 0; r < rows; r += TILE) {
                 const float *w[TILE];
-                for (int l = 0; l < TILE; l++)
-                    w[l] = row_of(a, first + least(r + l, end - 1), room + (int64_t)l * cols);
+                for (int l = 0; l < TILE; l++) {
+                    int row = least(r + l, rows - 1);
+                    w[l] = is_packed ? room + (int64_t)row * padded(cols) : (const float *)a->weight + (first + from + row) * cols;
+                }
                 for (int j = j0, count; j < least(j0 + part, nx); j += count) {
                     four sums[MOST_INPUTS];
                     count = next_inputs(least(j0 + part, nx) - j);
-                    float_products(w, x + j, count, cols, ahead_of(j, count, nx, row_bytes, a->scale ? 0 : (int64_t)block * row_bytes), sums);
+                    float_products(w, x + j, count, cols, ahead_of(j, count, nx, 4 * cols, distance), sums);
                     for (int k = j; k < j + count; k++) {
                         const float *by = factor ? factor + k : NULL;
-                        if (r + TILE <= end)
-                            put_tile(a, first + r, sums[k - j], by, out[k] + r);
+                        float *to = out[k] + from + r;
+                        if (r + TILE <= rows)
+                            put_tile(a, first + from + r, sums[k - j], by, to);
                         else
-                            for (int l = 0; r + l < end; l++)
-                                put(a, first + r + l, sums[k - j][l], by, out[k] + r + l);
+                            for (int l = 0; r + l < rows; l++)
+                                put(a, first + from + r + l, sums[k - j][l], by, to + l);
                     }
                 }
             }
+    }
 }
 
 /* This thread's share of a whole matrix times the rows x [n, x_stride]; put into out [n, rows], or

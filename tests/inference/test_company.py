@@ -63,13 +63,13 @@ def code(request):
     cpu_decode.library.cache_clear()
 
 
-def model_of(name: str, packed: bool = False) -> LLM:
+def model_of(name: str, packed: str = "") -> LLM:
     sizes = dict(d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, top_k=2)
     config = tiny_config(
         **sizes | dict(expert_activation="swiglu", context_length=CONTEXT) | MODELS[name]
     )
     model = random_model(config, 5)
-    return quantize_(model) if packed else model
+    return quantize_(model, packed) if packed else model
 
 
 def whole_caches(model: LLM, count: int) -> list[KVCache]:
@@ -120,7 +120,7 @@ ONE, TWO, BY_ROWS = 1 << 60, 1, cpu_decode.LEAST_BYTES_PER_THREAD
 
 
 @needs_code
-@pytest.mark.parametrize("packed", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("packed", ["", "int8", "int4"], ids=["float32", "int8", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_token_is_the_same_bits_in_any_company(code, name, packed):
     """Sums had two accumulators for one row and one for several; logits differed by 2e-6.

@@ -403,11 +403,12 @@ def test_a_large_file_is_asked_once_and_again_when_anything_changes(asks, tmp_pa
     Decoder(model, native=False, weights="b" * 64)
     Decoder(everything(rope_theta=500.0), native=False, weights="a" * 64)
     Decoder(everything().bfloat16(), native=False, weights="a" * 64)
-    Decoder(quantize_(everything()), native=False, weights="a" * 64)
-    assert len(asks) == 5 and len(kept(tmp_path)) == 5
+    for kind in KINDS:
+        Decoder(quantize_(everything(), kind), native=False, weights="a" * 64)
+    assert len(asks) == 6 and len(kept(tmp_path)) == 6
     monkeypatch.setattr(asked, "_sources", lambda: "another version")
     Decoder(model, native=False, weights="a" * 64)
-    assert len(asks) == 6
+    assert len(asks) == 7
 
 
 def test_models_made_in_memory_and_small_files_are_always_asked(asks, tmp_path, monkeypatch):

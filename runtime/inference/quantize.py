@@ -25,7 +25,7 @@ GROUP = 32
 # The largest weight of a group is tried at these multiples of the scale. With 8 it is exact; with
 # less the others are nearer, and it may be cut to 7 or 8 steps. The least squared error decides.
 LARGEST = (8.4, 8.0, 7.6, 7.2)
-# Numbers that are packed at a time, so that a large tensor needs little memory beside it.
+# Numbers that are packed at a time, so that a large tensor needs little further memory.
 CHUNK = 1 << 18
 
 

@@ -735,8 +735,8 @@ class PredictConfig:
     )
     quantize: str = option(
         "none",
-        "int8: experts, attention and head in 8 bits; less memory, faster on a CPU",
-        choices=("none", "int8"),
+        "int8, int4: experts, attention and head in 8 or 4 bits; less memory, faster on a CPU",
+        choices=("none", "int8", "int4"),
     )
     lookup: int = option(
         0,

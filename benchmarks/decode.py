@@ -60,7 +60,7 @@ from runtime.checkpoint.read import load_model
 from runtime.data.loader import validation_batches
 from runtime.data.shards import open_data
 from runtime.inference import decoder as inference
-from runtime.inference.quantize import quantize_
+from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.choose import choose_kernels
 
 VARIANTS = {
@@ -69,6 +69,7 @@ VARIANTS = {
         "the same with weights of experts, attention and head in 8 bits "
         "(runtime/inference/quantize.py)"
     ),
+    "ours_int4": "the same in 4 bits",
     "ours_torch": "the same without the native code (CPU)",
     "ours_compiled": "the same with the CUDA graph's operations compiled (GPU)",
     "plain": "model.generate",
@@ -87,6 +88,8 @@ VARIANTS = {
         "hf_batched with a static cache and a compiled forward pass for all tokens after the first"
     ),
 }
+# What weights are packed to.
+PACKED = {"ours_int8": "int8", "ours_int4": "int4"}
 ONLY_ON = {"ours_torch": "cpu", "ours_compiled": "cuda"}
 HF_EXPERTS = {
     "hf_eager": ("eager", "eager"),
@@ -400,7 +403,8 @@ def build_sides(
         if name == "plain":
             return Plain(model)
         if name.startswith("ours"):
-            of = quantize_(copy.deepcopy(model)) if name == "ours_int8" else model
+            kind = PACKED.get(name)
+            of = quantize_(copy.deepcopy(model), kind) if kind else model
             return Ours(of, native=name != "ours_torch", compile=name == "ours_compiled")
         if not shared:
             shared.append(make_hf(setting, model))
@@ -631,7 +635,7 @@ def measure_decode(
     runs = warm_up(sides, lambda side: side.run(prompts_BT, n), cell)
     agreement: dict[str, dict] = {}
     if reference := next(
-        (name for name in runs if name != "ours_int8"), None
+        (name for name in runs if name not in PACKED), None
     ):  # which has other weights, so other tokens
         cell |= {
             "reference": reference,
@@ -640,7 +644,7 @@ def measure_decode(
         agreement = {
             name: compare_tokens(model, prompts_BT, runs[reference].ids, run.ids)
             for name, run in runs.items()
-            if name != "ours_int8"
+            if name not in PACKED
         }
     for name, side in agreement.items():
         if (
@@ -821,7 +825,7 @@ def measure_launch(ckpt: str, repeats: int) -> dict:
 
 def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: int) -> dict:
     """Validation cross-entropy (nats a token) in float32 as the checkpoint is, and with its weights
-    in 8 bits, over the same windows.
+    in 8 and in 4 bits, over the same windows.
     """
     model, checkpoint = load_model(ckpt, device)
     _, val = open_data(data_dir)
@@ -840,9 +844,9 @@ def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: 
         )
     batches = validation_batches(val, model.config.context_length, 1, windows)
     cross_entropy = {}
-    for what in ("float32", "int8"):
-        if what == "int8":
-            quantize_(model)
+    for what in ("float32", *KINDS):
+        if what != "float32":
+            model = quantize_(load_model(ckpt, device)[0], what)
         choose_kernels(model, device, torch.float32)
         with torch.no_grad():
             cross_entropy[what] = train.evaluate(model, batches)
@@ -852,6 +856,7 @@ def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: 
         "cross_entropy": cross_entropy,
         "perplexity": {what: math.exp(value) for what, value in cross_entropy.items()},
         "ratio": math.exp(cross_entropy["int8"] - cross_entropy["float32"]),
+        "ratio_int4": math.exp(cross_entropy["int4"] - cross_entropy["float32"]),
     }
 
 
@@ -960,7 +965,8 @@ def print_table(results: dict) -> None:
     if p := results.get("perplexity"):
         print(
             f"perplexity {p['perplexity']['float32']:.4f}, in 8 bits "
-            f"{p['perplexity']['int8']:.4f}: x {p['ratio']:.5f}, {p['tokens']:,} tokens"
+            f"{p['perplexity']['int8']:.4f}: x {p['ratio']:.5f}, in 4 bits "
+            f"{p['perplexity']['int4']:.4f}: x {p['ratio_int4']:.5f}, {p['tokens']:,} tokens"
         )
     for name, why in (results.get("left_out", {}) | failures(results)).items():
         print(f"no {name}: {why}")

@@ -49,10 +49,10 @@ MODELS = {
 PATIENCE_SECONDS = 300
 
 
-def model_of(name: str = "SwiGLU", packed: bool = False, **changes) -> LLM:
+def model_of(name: str = "SwiGLU", packed: str = "", **changes) -> LLM:
     config = tiny_config(context_length=CONTEXT, **MODELS[name] | changes)
     model = random_model(config, 5).eval()
-    return quantize_(model) if packed else model
+    return quantize_(model, packed) if packed else model
 
 
 class Client:

@@ -14,7 +14,7 @@ import runtime.inference.cpu_decode as cpu_decode
 from config_model import ModelConfig
 from model_parts import KVCache, MoE
 from runtime.inference.cpu_decode import native_model
-from runtime.inference.quantize import quantize_
+from runtime.inference.quantize import KINDS, quantize_
 from tests.builders import (
     random_architecture,
     random_config,
@@ -46,8 +46,8 @@ def check_native_logits(seed: int) -> None:
                 block.moe.router.selection_bias.normal_(
                     generator=torch.Generator().manual_seed(seed)
                 )
-    if r.random() < 0.4:
-        quantize_(model)
+    if r.random() < 0.6:
+        quantize_(model, r.choice(KINDS))
     native, why = native_model(model)
     assert native and not why
     cpu_decode_threads = r.choice([1, 2, 3])

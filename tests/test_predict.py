@@ -923,7 +923,7 @@ def test_out_of_memory_is_one_line(endless, monkeypatch, capsys):
         pytest.raises(
             ValueError,
             match=(
-                "^out of memory on cpu .*: use --dtype bfloat16, --quantize int8, another "
+                "^out of memory on cpu .*: use --dtype bfloat16, --quantize int4, another "
                 "--device or a smaller model$"
             ),
         ),
@@ -1597,7 +1597,7 @@ def test_a_file_that_holds_no_prompts_is_one_line(endless, tmp_path, content, me
         ),
         (["--prompt_file", "a", "--experts_html", "x"], "are for one completion"),
         (["--interactive", "--num_samples", "2"], "num_samples is for a prompt"),
-        (["--prompt", "a", "--quantize", "int4"], "invalid choice: 'int4'"),
+        (["--prompt", "a", "--quantize", "int2"], "invalid choice: 'int2'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(endless, argv, message):
@@ -1621,15 +1621,16 @@ def test_a_prompt_can_come_through_a_pipe(endless, monkeypatch, run):
 
 
 # -------------------------------------------------------------------------------------- how it runs
-def test_quantized_weights_answer(endless, run):
-    predictor, config = predictor_of(endless, quantize="int8", temperature=0.0, max_new_tokens=8)
+@pytest.mark.parametrize("kind, dtype", [("int8", torch.int8), ("int4", torch.uint8)])
+def test_quantized_weights_answer(endless, run, kind, dtype):
+    predictor, config = predictor_of(endless, quantize=kind, temperature=0.0, max_new_tokens=8)
     assert (
-        predictor.model.layers[0].moe.experts.w_in_packed.dtype is torch.int8
+        predictor.model.layers[0].moe.experts.w_in_packed.dtype is dtype
         and predictor.model.embed.weight.dtype is torch.float32
     )
     expected = greedy_ids(predictor.model, [END, *b"a prompt"], 8, banned_ids=predictor.banned_ids)
     assert "".join(predictor.stream("a prompt", config)) == BYTE.decode(expected)
-    half, config = predictor_of(endless, quantize="int8", dtype="bfloat16", max_new_tokens=4)
+    half, config = predictor_of(endless, quantize=kind, dtype="bfloat16", max_new_tokens=4)
     assert len(list(half.stream("a", config))) == 5
 
 

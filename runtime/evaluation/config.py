@@ -99,8 +99,8 @@ class EvaluateConfig:
     )
     quantize: str = option(
         "none",
-        "int8: judge the model as predict.py --quantize int8 runs it",
-        choices=("none", "int8"),
+        "int8, int4: judge the model as predict.py --quantize runs it",
+        choices=("none", "int8", "int4"),
     )
     c_kernel: bool = option(True, "CPU: score with the C kernel if it gives the model's logits")
     num_threads: int = option(

@@ -41,6 +41,7 @@ from runtime.checks.kernels import settle_kernels
 from runtime.checks.known import Known
 from runtime.checks.rounding import MARGIN, logits_bound
 from runtime.inference import cpu_decode
+from runtime.inference.quantize import packed_kind
 from runtime.kernels.compile import cache_folder, cpu_flags
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
@@ -380,7 +381,7 @@ def _kept(decoder, weights: str) -> Path | None:
         repr(model.config),
         str(model.embed.weight.dtype),
         device_name(decoder.device),
-        decoder._is_packed,
+        packed_kind(model),
         decoder.why_not_native,
         decoder.why_not_step,
         str(torch.__version__),

@@ -39,6 +39,8 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int32_t eight_ints __attribute__((vector_size(32)));
+typedef int16_t eight_shorts __attribute__((vector_size(16), aligned(1), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t four_ints __attribute__((vector_size(16)));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -77,20 +79,45 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #else
 #define LOAD_BYTES(p) __builtin_convertvector(__builtin_convertvector(*(const bytes *)(p), ints), vec)
 #endif
+/* FMA(a, b, s) into s, in so many words: a compiler that is free to choose moves sums between
+   registers and memory where they just fit. */
+#if defined(__AVX512F__) && defined(__FMA__)
+#define ADD_PRODUCT(s, a, b) __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(s) : "v"(a), "v"(b))
+#elif defined(__AVX2__) && defined(__FMA__)
+#define ADD_PRODUCT(s, a, b) __asm__ volatile("vfmadd231ps %2, %1, %0" : "+x"(s) : "x"(a), "x"(b))
+#else
+#define ADD_PRODUCT(s, a, b) s = FMA(a, b, s)
+#endif
+/* The 8 numbers of 16 bits of a group of nibbles, each in 32 bits; a bfloat16 as a float. */
+#if defined(__AVX2__)
+#define WIDEN(p) ((eight_ints)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#else
+#define WIDEN(p) __builtin_convertvector(*(const eight_shorts *)(p), eight_ints)
+#endif
 #define MOST_THREADS 256
 #define TILE 4              /* weight rows taken together */
+#define MOST_INPUTS 3       /* inputs taken together: TILE times as many sums fill AVX2's registers */
+#define MOST_QUERIES 6      /* queries that go over the keys together */
+#define NEAR_BYTES (24 << 10)     /* inputs that stay in the first cache while weights pass */
+#define BLOCK_BYTES (128 << 10)   /* weights that stay in the second one while inputs pass */
+#define INLINE static inline __attribute__((always_inline))
 /* Bytes by which weights are prefetched before their use: the processor itself does not prefetch
    across the end of a short row. */
 #define AHEAD 1024
+#define NIBBLES 32          /* weights of 4 bits that have a scale: quantize.py */
 #define GROUP 64            /* rows taken together: they stay in the cache with the weight rows */
+#define FEW 8               /* inputs for which weights come from memory at its own speed */
 
 enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 #define LIMIT 7.0f          /* of SWIGLU_CLAMPED, as in config_model.py */
 #define STEEPNESS 1.702f
 
-typedef struct {            /* float, or with scale: int8 times the scale of its row */
+/* float; with scale, int8 times the scale of its row; with groups, 4 bits times the scale, a bfloat16,
+   of their group of NIBBLES (quantize.py): the last group of a row is whole. */
+typedef struct {
     const void *weight;
     const float *scale, *bias;   /* bias [rows] or NULL */
+    const uint16_t *groups;
     int32_t rows, cols;
 } Matrix;
 
@@ -206,32 +233,6 @@ static four sums_of(vec a, vec b, vec c, vec d)
     return SHUFFLE(four_ints, xy, zw, 0, 2, 4, 6) + SHUFFLE(four_ints, xy, zw, 1, 3, 5, 7);
 }
 
-/* `sum_of` of as many vectors as lanes, s[j][i]; the sum of s[j][i] is lane TILE * j + i. The same
-   additions as there, for all vectors at once: halves, quarters, eighths, ... of two of them. */
-#if LANES == 16
-#define INPUTS 4            /* of a tile */
-#define EACH_FOUR(a, b, c, d) a, b, c, d, 4 + a, 4 + b, 4 + c, 4 + d, 8 + a, 8 + b, 8 + c, 8 + d, 12 + a, 12 + b, 12 + c, 12 + d
-#define HALVES(a, b)                                                                                            \
-    (SHUFFLE(ints, a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                              \
-     SHUFFLE(ints, a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-#define QUARTERS(a, b)                                                                                          \
-    (SHUFFLE(ints, a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +                            \
-     SHUFFLE(ints, a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
-#define FOLDED(s, i) QUARTERS(HALVES(s[0][i], s[1][i]), HALVES(s[2][i], s[3][i]))
-#else
-#define INPUTS 2
-#define EACH_FOUR(a, b, c, d) a, b, c, d, 4 + a, 4 + b, 4 + c, 4 + d
-#define FOLDED(s, i) (SHUFFLE(ints, s[0][i], s[1][i], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(ints, s[0][i], s[1][i], 4, 5, 6, 7, 12, 13, 14, 15))
-#endif
-
-static vec sums_of_all(vec s[INPUTS][TILE])
-{
-    vec a = FOLDED(s, 0), b = FOLDED(s, 1), c = FOLDED(s, 2), d = FOLDED(s, 3);
-    vec ab = SHUFFLE(ints, a, b, EACH_FOUR(0, 1, LANES, LANES + 1)) + SHUFFLE(ints, a, b, EACH_FOUR(2, 3, LANES + 2, LANES + 3));
-    vec cd = SHUFFLE(ints, c, d, EACH_FOUR(0, 1, LANES, LANES + 1)) + SHUFFLE(ints, c, d, EACH_FOUR(2, 3, LANES + 2, LANES + 3));
-    return SHUFFLE(ints, ab, cd, EACH_FOUR(0, 2, LANES, LANES + 2)) + SHUFFLE(ints, ab, cd, EACH_FOUR(1, 3, LANES + 1, LANES + 3));
-}
-
 /* The larger of x and the bound; what is not a number stays so. */
 static vec at_least(vec x, float bound)
 {
@@ -279,31 +280,59 @@ static void rms_norm(const float *x, const float *weight, float eps, int count, 
 }
 
 /* ------------------------------------------------------------------------------ matrix products */
-/* `dot` of 4 inputs and TILE weight rows. */
-static void tile(const float *const w[TILE], const float *const x[4], int cols, float sums[4][TILE])
+/* The scale of a group of nibbles in all lanes. */
+static vec group_scale(const uint16_t *group) { return (vec)((ints){0} + (int32_t)((uint32_t)*group << 16)); }
+
+/* LANES weights of a group of nibbles, from element `at` on, times their scale, which is exact: a
+   bfloat16 has 8 bits. Element e is in number e % 8, bits e / 8 * 4 to that plus 3. */
+INLINE vec of_nibbles(eight_ints numbers, const int at, vec scale)
 {
-    int whole = cols / LANES * LANES;
-    for (int j = 0; j < 4; j += INPUTS) {
-        vec s[INPUTS][TILE] = {0};
-        for (int k = 0; k < whole; k += LANES)
-            for (int l = 0; l < INPUTS; l++)
-                for (int i = 0; i < TILE; i++)
-                    s[l][i] = FMA(LOAD_FLOATS(w[i] + k), LOAD_FLOATS(x[j + l] + k), s[l][i]);
-        *(vec *)sums[j] = sums_of_all(s);
-    }
-    for (int rest = whole; rest < cols; rest++)
-        for (int j = 0; j < 4; j++)
-            for (int i = 0; i < TILE; i++)
-                sums[j][i] = FMA1(w[i][rest], x[j][rest], sums[j][i]);
+#if LANES == 16
+    ints both = (ints)_mm512_broadcast_i64x4((__m256i)numbers);
+    int n = 28 - at / 2;
+    ints left = {n, n, n, n, n, n, n, n, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4};
+    return __builtin_convertvector((both << left) >> 28, vec) * scale;
+#else
+    return __builtin_convertvector((numbers << (28 - at / 2)) >> 28, vec) * scale;
+#endif
 }
 
-/* Row `row` of a matrix as floats without its row scale: where it is, or unpacked into `room`. */
+static int groups_of(int cols) { return (cols + NIBBLES - 1) / NIBBLES; }
+
+/* Floats of an unpacked row. */
+static int padded(int cols) { return groups_of(cols) * NIBBLES; }
+
+/* Bytes of a row of weights. */
+static int64_t row_bytes_of(const Matrix *a)
+{
+    return a->groups ? (int64_t)groups_of(a->cols) * NIBBLES / 2 : a->scale ? a->cols : 4 * (int64_t)a->cols;
+}
+
+static void unpack_group(const void *packed, const uint16_t *group, float *to)
+{
+    eight_ints numbers = WIDEN(packed);
+    vec scale = group_scale(group);
+    for (int at = 0; at < NIBBLES; at += LANES)
+        *(vec *)(to + at) = of_nibbles(numbers, at, scale);
+}
+
+/* A row as floats without its row scale: where it is, or unpacked into `room`, with all of a last
+   group of nibbles. */
 static const float *row_of(const Matrix *a, int64_t row, float *room)
 {
-    int cols = a->cols, i = 0;
+    int cols = a->cols, i = 0, groups = groups_of(cols);
+    const char *weights = (const char *)a->weight + row * row_bytes_of(a);
+    if (a->groups) {
+        for (int g = 0; g < groups; g++) {
+            if (!(g & 3))
+                __builtin_prefetch(weights + g * NIBBLES / 2 + AHEAD);
+            unpack_group(weights + g * NIBBLES / 2, a->groups + row * groups + g, room + g * NIBBLES);
+        }
+        return room;
+    }
     if (!a->scale)
-        return (const float *)a->weight + row * cols;
-    const int8_t *w = (const int8_t *)a->weight + row * cols;
+        return (const float *)weights;
+    const int8_t *w = (const int8_t *)weights;
     for (; i + LANES <= cols; i += LANES)
         *(vec *)(room + i) = LOAD_BYTES(w + i);
     for (; i < cols; i++)
@@ -311,100 +340,226 @@ static const float *row_of(const Matrix *a, int64_t row, float *room)
     return room;
 }
 
-/* `dot` of NX inputs and ROWS weight rows far apart: a few long streams come from memory twice as
-   fast as adjacent rows. An input alone takes four, so that enough sums are under way. */
-#define FAR_PRODUCT(NAME, TYPE, LOAD, NX, ROWS)                                                                 \
-    static void NAME(const TYPE *const *w, const float *const x[NX], int cols, float sums[ROWS][4])             \
-    {                                                                                                           \
-        vec s[ROWS][NX] = {0};                                                                                  \
-        int k = 0;                                                                                              \
-        for (; k + LANES <= cols; k += LANES) {                                                                 \
-            if (!(k & (64 / sizeof(TYPE) - 1)))    /* a line of the cache */                                    \
-                for (int i = 0; i < ROWS; i++)                                                                  \
-                    __builtin_prefetch((const char *)(w[i] + k) + AHEAD);                                       \
-            for (int i = 0; i < ROWS; i++)                                                                      \
-                for (int j = 0; j < NX; j++)                                                                    \
-                    s[i][j] = FMA(LOAD(w[i] + k), LOAD_FLOATS(x[j] + k), s[i][j]);                              \
-        }                                                                                                       \
-        for (int i = 0; i < ROWS; i++)                                                                          \
-            for (int j = 0; j < NX; j++) {                                                                      \
-                sums[i][j] = sum_of(s[i][j]);                                                                   \
-                for (int rest = k; rest < cols; rest++)                                                         \
-                    sums[i][j] = FMA1(w[i][rest], x[j][rest], sums[i][j]);                                      \
-            }                                                                                                   \
-    }
-FAR_PRODUCT(floats_by_1, float, LOAD_FLOATS, 1, 4)
-FAR_PRODUCT(floats_by_4, float, LOAD_FLOATS, 4, 2)
-FAR_PRODUCT(bytes_by_1, int8_t, LOAD_BYTES, 1, 4)
-FAR_PRODUCT(bytes_by_4, int8_t, LOAD_BYTES, 4, 2)
+/* What is prefetched while a row passes: from so many bytes after its beginning on, so many for each
+   line of the row. */
+typedef struct { int64_t from, pace; } Ahead;
 
-/* out[j][r] = value, or += factor[j] * value, for the sum sums[j * step] of weights of `row` times
-   input j; r: the row's index in the output. */
-static void put(const Matrix *a, int64_t row, int r, const float *sums, int step, int nx, float *const *out, const float *factor)
-{
-    float scale = a->scale ? a->scale[row] : 1.0f, bias = a->bias ? a->bias[row] : 0.0f;
-    for (int j = 0; j < least(nx, 4); j++) {
-        float value = FMA1(sums[j * step], scale, bias);
-        out[j][r] = factor ? FMA1(factor[j], value, out[j][r]) : value;
+/* `dot` of NX inputs and TILE weight rows; sums[j][i]: input j, row i. Each sum has a name: gcc keeps an
+   array of them in memory. */
+#define PRODUCTS(NAME, TYPE, LOAD)                                                                              \
+    INLINE void NAME(const TYPE *const *w, const float *const *x, int cols, Ahead ahead, four *sums, const int NX)\
+    {                                                                                                           \
+        enum { LINE = 64 / sizeof(TYPE) };                                                                      \
+        const TYPE *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];                                              \
+        const float *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];                               \
+        vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};\
+        int k = 0;                                                                                              \
+        for (; k + LINE <= cols; k += LINE) {                                                                   \
+            __builtin_prefetch((const char *)w0 + ahead.from);                                                  \
+            __builtin_prefetch((const char *)w1 + ahead.from);                                                  \
+            __builtin_prefetch((const char *)w2 + ahead.from);                                                  \
+            __builtin_prefetch((const char *)w3 + ahead.from);                                                  \
+            ahead.from += ahead.pace;                                                                           \
+            for (int at = 0; at < LINE; at += LANES)                                                            \
+                STEP(LOAD, k + at)                                                                              \
+        }                                                                                                       \
+        for (; k + LANES <= cols; k += LANES)                                                                   \
+            STEP(LOAD, k)                                                                                       \
+        sums[0] = sums_of(a0, a1, a2, a3);                                                                      \
+        if (NX > 1)                                                                                             \
+            sums[1] = sums_of(b0, b1, b2, b3);                                                                  \
+        if (NX > 2)                                                                                             \
+            sums[2] = sums_of(c0, c1, c2, c3);                                                                  \
+        for (; k < cols; k++)                                                                                   \
+            for (int j = 0; j < NX; j++)                                                                        \
+                sums[j] = FMA4(((four){w0[k], w1[k], w2[k], w3[k]}), (four){0} + x[j][k], sums[j]);             \
     }
+#define STEP(LOAD, AT)                                                                                          \
+    {                                                                                                           \
+        vec v0 = LOAD_FLOATS(x0 + (AT)), v1 = LOAD_FLOATS(x1 + (AT)), v2 = LOAD_FLOATS(x2 + (AT));              \
+        STEP_OF(LOAD(w0 + (AT)), a0, b0, c0)                                                                    \
+        STEP_OF(LOAD(w1 + (AT)), a1, b1, c1)                                                                    \
+        STEP_OF(LOAD(w2 + (AT)), a2, b2, c2)                                                                    \
+        STEP_OF(LOAD(w3 + (AT)), a3, b3, c3)                                                                    \
+    }
+#define STEP_OF(WEIGHTS, A, B, C)                                                                               \
+    {                                                                                                           \
+        vec weights = WEIGHTS;                                                                                  \
+        ADD_PRODUCT(A, weights, v0);                                                                                \
+        if (NX > 1)                                                                                             \
+            ADD_PRODUCT(B, weights, v1);                                                                            \
+        if (NX > 2)                                                                                             \
+            ADD_PRODUCT(C, weights, v2);                                                                            \
+    }
+PRODUCTS(products, float, LOAD_FLOATS)
+PRODUCTS(products_of_bytes, int8_t, LOAD_BYTES)
+
+/* The two for 1 to MOST_INPUTS inputs. */
+static void float_products(const float *const *w, const float *const *x, int nx, int cols, Ahead ahead, four *sums)
+{
+    if (nx == 1)
+        products(w, x, cols, ahead, sums, 1);
+    else if (nx == 2)
+        products(w, x, cols, ahead, sums, 2);
+    else
+        products(w, x, cols, ahead, sums, 3);
+}
+static void byte_products(const int8_t *const *w, const float *const *x, int nx, int cols, Ahead ahead, four *sums)
+{
+    if (nx == 1)
+        products_of_bytes(w, x, cols, ahead, sums, 1);
+    else if (nx == 2)
+        products_of_bytes(w, x, cols, ahead, sums, 2);
+    else
+        products_of_bytes(w, x, cols, ahead, sums, 3);
 }
 
-/* `put` of TILE rows. */
-static void put_tile(const Matrix *a, int64_t row, int r, float sums[4][TILE], int nx, float *const *out, const float *factor)
+/* `dot` of an input and TILE rows of nibbles. */
+static void nibble_products(const Matrix *a, const int64_t *rows, const float *x, Ahead ahead, four *sums)
 {
-    four scale = (four){0} + 1.0f, bias = {0};
+    int cols = a->cols, groups = groups_of(cols), k = cols / NIBBLES * NIBBLES;
+    vec s[TILE] = {0};
+    const uint8_t *w[TILE];
+    const uint16_t *scales[TILE];
+    float last[TILE][NIBBLES];
+    for (int i = 0; i < TILE; i++) {
+        w[i] = (const uint8_t *)a->weight + rows[i] * row_bytes_of(a);
+        scales[i] = a->groups + rows[i] * groups;
+        if (k < cols)
+            unpack_group(w[i] + k / 2, scales[i] + groups - 1, last[i]);
+    }
+    for (int g = 0; g < k / NIBBLES; g++) {
+        if (!(g & 3))    /* a line of the cache */
+            for (int i = 0; i < TILE; i++)
+                __builtin_prefetch(w[i] + g * NIBBLES / 2 + ahead.from);
+        for (int i = 0; i < TILE; i++) {
+            eight_ints numbers = WIDEN(w[i] + g * NIBBLES / 2);
+            vec scale = group_scale(scales[i] + g);
+            for (int at = 0; at < NIBBLES; at += LANES)
+                s[i] = FMA(of_nibbles(numbers, at, scale), LOAD_FLOATS(x + g * NIBBLES + at), s[i]);
+        }
+    }
+    int at = 0;
+    for (; k + at + LANES <= cols; at += LANES)
+        for (int i = 0; i < TILE; i++)
+            s[i] = FMA(LOAD_FLOATS(last[i] + at), LOAD_FLOATS(x + k + at), s[i]);
+    *sums = sums_of(s[0], s[1], s[2], s[3]);
+    for (; k + at < cols; at++)
+        *sums = FMA4(((four){last[0][at], last[1][at], last[2][at], last[3][at]}), (four){0} + x[k + at], *sums);
+}
+
+/* How many of `left` inputs are taken next: four are two and two, as one alone has few sums. */
+static int next_inputs(int left) { return left == 4 ? 2 : least(left, MOST_INPUTS); }
+
+/* The part of a row that is `distance` bytes further on, which inputs j to j + count of nx prefetch. */
+static Ahead ahead_of(int j, int count, int nx, int row_bytes, int64_t distance)
+{
+    return (Ahead){(distance > AHEAD || !distance ? distance : AHEAD) + (int64_t)row_bytes * j / nx, distance ? 64 * count / nx : 0};
+}
+
+/* out[r] = value, or += factor * value, for the sum of weights of `row` times an input; r: the row's
+   index in the output. */
+static void put(const Matrix *a, int64_t row, float sum, const float *factor, float *to)
+{
+    float scale = a->scale ? a->scale[row] : 1.0f, bias = a->bias ? a->bias[row] : 0.0f;
+    float value = FMA1(sum, scale, bias);
+    *to = factor ? FMA1(*factor, value, *to) : value;
+}
+
+/* `put` of TILE rows that follow one another. */
+static void put_tile(const Matrix *a, int64_t row, four sums, const float *factor, float *out)
+{
+    four scale = (four){0} + 1.0f, bias = {0}, *to = (four *)out;
     if (a->scale)
         scale = *(const four *)(a->scale + row);
     if (a->bias)
         bias = *(const four *)(a->bias + row);
-    for (int j = 0; j < least(nx, 4); j++) {
-        four value = FMA4(*(four *)sums[j], scale, bias), *to = (four *)(out[j] + r);
-        if (factor)
-            value = FMA4((four){0} + factor[j], value, *to);
-        *to = value;
+    four value = FMA4(sums, scale, bias);
+    if (factor)
+        value = FMA4((four){0} + *factor, value, *to);
+    *to = value;
+}
+
+/* `product` for few inputs: the weights come from memory, and a few long streams come twice as fast
+   as adjacent rows. */
+static void product_of_few(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
+                           const float *factor, float *room)
+{
+    int cols = a->cols, part = (end - begin + TILE - 1) / TILE;
+    int64_t row_bytes = row_bytes_of(a);
+    for (int i = 0; i < part; i++) {
+        const float *w[TILE];
+        const int8_t *packed[TILE];
+        int64_t rows[TILE];
+        int r[TILE];
+        for (int l = 0; l < TILE; l++) {
+            r[l] = begin + i + l * part;
+            /* Beyond the end the last row is computed again, and not put. */
+            rows[l] = first + least(r[l], end - 1);
+            packed[l] = (const int8_t *)a->weight + rows[l] * row_bytes;
+            /* Nibbles are unpacked once for several inputs. */
+            w[l] = a->groups && nx > 1 ? row_of(a, rows[l], room + l * padded(cols)) : (const float *)packed[l];
+        }
+        for (int j = 0, count; j < nx; j += count) {
+            four sums[MOST_INPUTS];
+            count = next_inputs(nx - j);
+            Ahead ahead = ahead_of(j, count, nx, row_bytes, row_bytes);
+            if (a->groups && nx == 1)
+                nibble_products(a, rows, x[0], ahead, sums);
+            else if (a->scale)
+                byte_products(packed, x + j, count, cols, ahead, sums);
+            else
+                float_products(w, x + j, count, cols, a->groups ? (Ahead){0} : ahead, sums);
+            for (int k = j; k < j + count; k++)
+                for (int l = 0; l < TILE; l++)
+                    if (r[l] < end)
+                        put(a, first + r[l], sums[k - j][l], factor ? factor + k : NULL, out[k] + r[l]);
+        }
     }
 }
 
-/* Rows first + [begin, end) of `a` times the inputs x[j], put into out[j] from `begin` on. */
+/* Rows first + [begin, end) of `a` times the inputs x[j], put into out[j] from `begin` on. Many inputs
+   pass a block of weights in parts, so that both come from caches. */
 static void product(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
                     const float *factor, float *room)
 {
-    int cols = a->cols, few = nx <= 8, rows = few && nx > 1 ? 2 : TILE, part = (end - begin + rows - 1) / rows;
-    for (int i = 0; i < (few ? part : end - begin); i += few ? 1 : TILE) {
-        const float *w[TILE];
-        const int8_t *packed[TILE];
-        int r[TILE];
-        for (int l = 0; l < rows; l++) {
-            r[l] = begin + i + (few ? l * part : l);
-            /* Beyond the end the last row is computed again, and not put. */
-            int64_t row = first + least(r[l], end - 1);
-            if (few)
-                packed[l] = (const int8_t *)a->weight + row * cols;
-            if (!few || !a->scale)
-                w[l] = row_of(a, row, room + (int64_t)l * cols);
-        }
-        for (int j = 0; j < nx; j += 4) {
-            float sums[4][4];
-            const float *inputs[4] = {x[j], x[least(j + 1, nx - 1)], x[least(j + 2, nx - 1)], x[least(j + 3, nx - 1)]};
-            const float *factors = factor ? factor + j : NULL;
-            if (!few)
-                tile(w, inputs, cols, sums);
-            else if (nx == 1 && a->scale)
-                bytes_by_1(packed, inputs, cols, sums);
-            else if (nx == 1)
-                floats_by_1(w, inputs, cols, sums);
-            else if (a->scale)
-                bytes_by_4(packed, inputs, cols, sums);
-            else
-                floats_by_4(w, inputs, cols, sums);
-            if (!few && r[TILE - 1] < end) {
-                put_tile(a, first + r[0], r[0], sums, nx - j, out + j, factors);
-                continue;
+    if (nx <= FEW) {
+        product_of_few(a, first, begin, end, x, nx, out, factor, room);
+        return;
+    }
+    int cols = a->cols, is_packed = a->scale || a->groups, block = BLOCK_BYTES / 4 / padded(cols) / TILE * TILE;
+    int part = NEAR_BYTES / 4 / cols / MOST_INPUTS * MOST_INPUTS;
+    if (part < MOST_INPUTS)
+        part = MOST_INPUTS;
+    if (block < TILE)
+        block = TILE;
+    int64_t distance = is_packed ? 0 : (int64_t)block * 4 * cols;
+    for (int from = begin; from < end; from += block) {
+        int rows = least(block, end - from);
+        for (int r = 0; is_packed && r < rows; r++)
+            row_of(a, first + from + r, room + (int64_t)r * padded(cols));
+        for (int j0 = 0; j0 < nx; j0 += part)
+            for (int r = 0; r < rows; r += TILE) {
+                const float *w[TILE];
+                for (int l = 0; l < TILE; l++) {
+                    int row = least(r + l, rows - 1);
+                    w[l] = is_packed ? room + (int64_t)row * padded(cols) : (const float *)a->weight + (first + from + row) * cols;
+                }
+                for (int j = j0, count; j < least(j0 + part, nx); j += count) {
+                    four sums[MOST_INPUTS];
+                    count = next_inputs(least(j0 + part, nx) - j);
+                    float_products(w, x + j, count, cols, ahead_of(j, count, nx, 4 * cols, distance), sums);
+                    for (int k = j; k < j + count; k++) {
+                        const float *by = factor ? factor + k : NULL;
+                        float *to = out[k] + from + r;
+                        if (r + TILE <= rows)
+                            put_tile(a, first + from + r, sums[k - j], by, to);
+                        else
+                            for (int l = 0; r + l < rows; l++)
+                                put(a, first + from + r + l, sums[k - j][l], by, to + l);
+                    }
+                }
             }
-            for (int l = 0; l < rows; l++)
-                if (r[l] < end)
-                    put(a, first + r[l], r[l], few ? sums[l] : &sums[0][l], few ? 1 : TILE, nx - j, out + j, factors);
-        }
     }
 }
 
@@ -466,41 +621,31 @@ static int first_of(const Block *b, int position)
     return b->window && position >= b->window ? position - b->window + 1 : 0;
 }
 
-/* `dot` of a query and TILE keys. */
-static four dots(const float *const k[TILE], const float *q, int D)
-{
-    vec s[TILE] = {0};
-    int d = 0;
-    for (; d + LANES <= D; d += LANES)
-        for (int i = 0; i < TILE; i++)
-            s[i] = FMA(LOAD_FLOATS(k[i] + d), LOAD_FLOATS(q + d), s[i]);
-    four sums = sums_of(s[0], s[1], s[2], s[3]);
-    for (; d < D; d++)
-        sums = FMA4(((four){k[0][d], k[1][d], k[2][d], k[3][d]}), (four){0} + q[d], sums);
-    return sums;
-}
-
-/* The values of a cache that a group of rows sees: positions start to last, the first in `slot`. */
+/* The values of a cache that some queries see: positions start to last, the first in `slot`. */
 typedef struct { const float *values; int D, start, last, slot, capacity; } Seen;
 
-/* `chunks` vectors of the outputs of ROWS rows, from element d on: the sum over positions of the
-   scores [ROWS][position] times the values, over the rows' totals. Those from `rows` on repeat the
-   last one. */
-static inline __attribute__((always_inline)) void weigh(const Seen *s, const float *const *scores, const float *totals, float *const *out,
-                                                        int rows, int d, const int ROWS, const int CHUNKS)
+/* `chunks` vectors of the outputs of some queries, from element d on: the sum over positions of the
+   scores [query][position] times the values, over the queries' totals. */
+INLINE void weigh(const Seen *s, const float *const *scores, const float *totals, float *const *out, int d, const int QUERIES,
+                  const int CHUNKS)
 {
-    vec sums[4][4] = {0};
+    vec sums[MOST_QUERIES][4] = {0};
     for (int at = s->start, slot = s->slot; at <= s->last; at++) {
         const float *v = s->values + (int64_t)slot * s->D + d;
-        for (int c = 0; c < CHUNKS; c++)
-            for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < QUERIES; r++)
+            for (int c = 0; c < CHUNKS; c++)
                 sums[r][c] = FMA(ALL(scores[r][at]), LOAD_FLOATS(v + c * LANES), sums[r][c]);
         slot = slot + 1 == s->capacity ? 0 : slot + 1;
     }
-    for (int r = 0; r < ROWS && r < rows; r++)
+    for (int r = 0; r < QUERIES; r++)
         for (int c = 0; c < CHUNKS; c++)
             *(vec *)(out[r] + d + c * LANES) = sums[r][c] / ALL(totals[r]);
 }
+
+/* `weigh` from d on, as far as whole groups of CHUNKS vectors go. */
+#define WEIGH(QUERIES, CHUNKS)                                                                                  \
+    for (; d + CHUNKS * LANES <= D; d += CHUNKS * LANES)                                                        \
+        weigh(s, scores, totals, out, d, QUERIES, CHUNKS);
 
 /* `weigh` for what does not fill a vector: one element. */
 static void weigh_one(const Seen *s, const float *scores, float total, float *out, int d)
@@ -513,14 +658,39 @@ static void weigh_one(const Seen *s, const float *scores, float total, float *ou
     out[d] = sum / total;
 }
 
-/* Head h of `rows` following rows of one text, from row i on (at most 4; in a ring 1), over the keys
-   of its cache that they see; into y. Bits are the same in any group while values are finite: a
-   share of 0 times an infinite value of another row is not a number.
-   scores: room for four times as many floats as keys and lanes. */
-static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h, float *scores, int width)
+/* `weigh` for all elements. Those queries that fill a call repeat the last one. */
+static void weigh_all(const Seen *s, const float *const *scores, const float *totals, float *const *out, int queries)
+{
+    int d = 0, D = s->D;
+    if (queries == 1) {
+        WEIGH(1, 4)
+        WEIGH(1, 2)
+        WEIGH(1, 1)
+    } else if (queries == 2) {
+        WEIGH(2, 4)
+        WEIGH(2, 1)
+    } else if (queries <= 4) {
+        WEIGH(4, 2)
+        WEIGH(4, 1)
+    } else {
+        WEIGH(MOST_QUERIES, 2)
+        WEIGH(MOST_QUERIES, 1)
+    }
+    for (; d < D; d++)
+        for (int r = 0; r < queries; r++)
+            weigh_one(s, scores[r], totals[r], out[r], d);
+}
+
+/* `heads` heads from h on, which have the same keys, of `rows` following rows of one text from row i
+   on (in a ring 1), over the keys of its cache that they see; into y. rows * heads: at most
+   MOST_QUERIES. Bits are the same in any group while values are finite: a share of 0 times an
+   infinite value of another row is not a number.
+   scores: room for MOST_QUERIES times as many floats as keys and lanes. */
+static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h, int heads, float *scores, int width)
 {
     const Model *m = p->m;
     int D = m->D, g = h / (m->H / m->G), last = p->positions[i] + rows - 1, stride = (last + LANES) / LANES * LANES;
+    int queries = rows * heads;
     /* From a whole vector on, so that a row's last vector ends within its stride. The sum's bits do not
        need it: `sum_of` adds lanes i and i + LANES / 2, then quarters, ..., so lanes may be turned. What
        lies before a row's window has the share 0; in a ring it may be a later position's key. */
@@ -528,73 +698,69 @@ static void attend(const Pass *p, const Block *b, int l, int i, int rows, int h,
     const float *keys = p->keys[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
     const float *values = p->values[p->caches[i] * m->L + l] + (int64_t)g * b->capacity * D;
     Seen seen = {values, D, start, last, b->is_ring ? start % b->capacity : start, b->capacity};
-    const float *q[4], *mine_of[4];
-    for (int r = 0; r < 4; r++)
-        q[r] = p->q + ((int64_t)(i + least(r, rows - 1)) * m->H + h) * D;
-    float scale = 1.0f / sqrtf(D), *out[4], totals[4];
+    const float *q[MOST_QUERIES], *scores_of[MOST_QUERIES];
+    float scale = 1.0f / sqrtf(D), *out[MOST_QUERIES], totals[MOST_QUERIES];
+    for (int r = 0; r < MOST_QUERIES; r++) {
+        int own = least(r, queries - 1), row = i + own / heads, head = h + own % heads;
+        q[r] = p->q + ((int64_t)row * m->H + head) * D;
+        out[r] = p->y + (int64_t)row * width + head * D;
+        scores_of[r] = scores + own * stride;
+    }
     for (int at = start; at <= last; at += TILE) {
         const float *k[TILE];
-        float sums[4][TILE];
         for (int s = 0; s < TILE; s++)
             k[s] = keys + (int64_t)(b->is_ring ? least(at + s, last) % b->capacity : least(at + s, last)) * D;
-        if (rows == 1)
-            *(four *)sums[0] = dots(k, q[0], D);
-        else
-            tile(k, q, D, sums);
-        for (int r = 0; r < rows; r++)
-            *(four *)(scores + r * stride + at) = *(four *)sums[r] * scale;
+        for (int r = 0, count; r < queries; r += count) {
+            four sums[MOST_INPUTS];
+            count = next_inputs(queries - r);
+            float_products(k, q + r, count, D, (Ahead){0}, sums);
+            for (int j = 0; j < count; j++)
+                *(four *)(scores + (r + j) * stride + at) = sums[j] * scale;
+        }
     }
-    for (int r = 0; r < rows; r++) {
-        float *mine = scores + r * stride, largest = b->sinks ? b->sinks[h] : -INFINITY;
-        int position = p->positions[i] + r, first = first_of(b, position);
+    for (int r = 0; r < queries; r++) {
+        int position = p->positions[i] + r / heads, first = first_of(b, position), head = h + r % heads;
+        float *mine = scores + r * stride, largest = b->sinks ? b->sinks[head] : -INFINITY;
         if (b->attention_bias)
             for (int at = first; at <= position; at++)
-                mine[at] += b->attention_bias[((int64_t)h * m->table + position) * m->table + at];
-        for (int at = first; at <= position; at++)
-            largest = mine[at] > largest ? mine[at] : largest;
+                mine[at] += b->attention_bias[((int64_t)head * m->table + position) * m->table + at];
         /* What a row does not see, and what fills the last vector. */
-        for (int at = start; at < start + (last - start + LANES) / LANES * LANES; at++)
-            mine[at] = at < first || at > position ? -INFINITY : mine[at] - largest;
-        vec total = {0};
+        for (int at = start; at < first; at++)
+            mine[at] = -INFINITY;
+        for (int at = position + 1; at < start + (last - start + LANES) / LANES * LANES; at++)
+            mine[at] = -INFINITY;
+        vec most = ALL(largest), total = {0};
         for (int at = start; at <= last; at += LANES) {
-            total += *(vec *)(mine + at) = share_of(*(vec *)(mine + at));
+            vec x = *(vec *)(mine + at);
+            ints more = x > most;
+            most = (vec)(((ints)x & more) | ((ints)most & ~more));
         }
+        for (int lane = 0; lane < LANES; lane++)
+            largest = most[lane] > largest ? most[lane] : largest;
+        for (int at = start; at <= last; at += LANES)
+            total += *(vec *)(mine + at) = share_of(*(vec *)(mine + at) - largest);
         /* A sink adds to the denominator only. */
-        totals[r] = sum_of(total) + (b->sinks ? expf(b->sinks[h] - largest) : 0.0f);
-        out[r] = p->y + (int64_t)(i + r) * width + h * D;
+        totals[r] = sum_of(total) + (b->sinks ? expf(b->sinks[head] - largest) : 0.0f);
     }
-    for (int r = 0; r < 4; r++)
-        mine_of[r] = scores + least(r, rows - 1) * stride;
-    int d = 0;
-    if (rows == 1)
-        for (; d + 4 * LANES <= D; d += 4 * LANES)
-            weigh(&seen, mine_of, totals, out, rows, d, 1, 4);
-    for (; d + 2 * LANES <= D; d += 2 * LANES)
-        if (rows == 1)
-            weigh(&seen, mine_of, totals, out, rows, d, 1, 2);
-        else
-            weigh(&seen, mine_of, totals, out, rows, d, 4, 2);
-    for (; d + LANES <= D; d += LANES)
-        if (rows == 1)
-            weigh(&seen, mine_of, totals, out, rows, d, 1, 1);
-        else
-            weigh(&seen, mine_of, totals, out, rows, d, 4, 1);
-    for (; d < D; d++)
-        for (int r = 0; r < rows; r++)
-            weigh_one(&seen, mine_of[r], totals[r], out[r], d);
+    for (int r = queries; r < MOST_QUERIES; r++)
+        totals[r] = totals[queries - 1];
+    weigh_all(&seen, scores_of, totals, out, queries);
 }
 
-/* This thread's share of the attention of all rows: a head of up to 4 rows at a time, if they
-   follow one another in one text. */
+/* This thread's share of the attention of all rows. Rows that follow one another in one text, and
+   heads that share keys, are taken together, as far as each thread gets a part. */
 static void attention(const Pass *p, const Block *b, int l, int t, float *scores, int width)
 {
-    int unit = 0;
+    int unit = 0, sharing = p->m->H / p->m->G, wide = (p->n * p->m->H + p->team - 1) / p->team;
     for (int i = 0, rows; i < p->n; i += rows) {
-        for (rows = 1; rows < 4 && i + rows < p->n && p->caches[i + rows] == p->caches[i] && !b->is_ring; rows++)
+        for (rows = 1; rows < MOST_QUERIES && i + rows < p->n && p->caches[i + rows] == p->caches[i] && !b->is_ring; rows++)
             ;
-        for (int h = 0; h < p->m->H; h++)
+        int most = least(least(MOST_QUERIES / rows, wide), sharing);
+        for (int h = 0, heads; h < p->m->H; h += heads) {
+            heads = least(most, sharing - h % sharing);
             if (unit++ % p->team == t)
-                attend(p, b, l, i, rows, h, scores, width);
+                attend(p, b, l, i, rows, h, heads, scores, width);
+        }
     }
 }
 
@@ -627,6 +793,22 @@ static void choose(const Model *m, const float *bias, float *p_E, int32_t *chose
     }
     for (int k = 0; k < m->K; k++)
         gate[k] /= kept;
+}
+
+/* The router's logits [E] of one row. */
+static void route(const Model *m, const Block *b, const float *y, float *logits)
+{
+    int e = 0, C = m->C;
+    for (; e + TILE <= m->E; e += TILE) {
+        const float *w[TILE];
+        for (int i = 0; i < TILE; i++)
+            w[i] = b->router + (int64_t)(e + i) * C;
+        float_products(w, &y, 1, C, (Ahead){0}, (four *)(logits + e));
+    }
+    for (; e < m->E; e++)
+        logits[e] = dot(b->router + (int64_t)e * C, y, C);
+    for (e = 0; b->router_bias && e < m->E; e++)
+        logits[e] += b->router_bias[e];
 }
 
 /* Sort the n * K assignments by expert. */
@@ -780,8 +962,7 @@ static void run(Pass *p, int t)
         for (int i = t; i < n; i += T) {
             float *y = p->y + (int64_t)i * width;
             rms_norm(p->x + (int64_t)i * C, b->norm2, m->eps, C, y);
-            for (int e = 0; e < m->E; e++)
-                room[e] = dot(b->router + (int64_t)e * C, y, C) + (b->router_bias ? b->router_bias[e] : 0.0f);
+            route(m, b, y, room);
             choose(m, b->selection_bias, room, p->chosen + i * K, p->gate + i * K);
             if (p->experts) {
                 int64_t to = ((int64_t)l * n + i) * K;

@@ -34,12 +34,14 @@ from runtime.checks.known import (
     TRAINING,
     Known,
 )
-from runtime.inference.quantize import is_packed
+from runtime.inference.quantize import is_packed, kind_of
 from runtime.kernels.compile import EXACT, compiled, digest
 
 SOURCE = Path(__file__).with_name("cpu_decode.c")
 # As in the C code.
-TILE, GROUP = 4, 64
+TILE, GROUP, MOST_QUERIES, NIBBLES, BLOCK_BYTES = 4, 64, 6, 32, 128 << 10
+# Of weights; of those packed to 8 bits, to 4, and of the scales of these.
+DTYPES = (torch.float32, torch.int8, torch.uint8, torch.bfloat16)
 # In the order of the C code's enum.
 ACTIVATIONS = ("gelu", "swiglu", "swiglu_clamped")
 KNOWS = Known(
@@ -60,7 +62,7 @@ def _of(kind, names: str) -> dict:
     return dict.fromkeys(names.split(), kind)
 
 
-Matrix = _struct("Matrix", **_of(c_void_p, "weight scale bias"), **_of(c_int32, "rows cols"))
+Matrix = _struct("Matrix", **_of(c_void_p, "weight scale bias groups"), **_of(c_int32, "rows cols"))
 Block = _struct(
     "Block",
     **_of(
@@ -193,10 +195,10 @@ class NativeModel:
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        known = tensor.dtype in (torch.float32, torch.int8) and tensor.device.type == "cpu"
+        known = tensor.dtype in DTYPES and tensor.device.type == "cpu"
         if not (known and tensor.is_contiguous()):
             raise ValueError(
-                "the C kernel needs contiguous float32 or int8 weights on the CPU, not "
+                "the C kernel needs contiguous float32, int8 or int4 weights on the CPU, not "
                 f"{tensor.dtype} on {tensor.device}"
             )
         self._kept.append(tensor)
@@ -206,13 +208,15 @@ class NativeModel:
         """Return the weights `name` of a module, plain or packed by quantize.py."""
         packed = getattr(module, f"{name}_packed", None)
         weight = getattr(module, name) if packed is None else packed
-        scale = None if packed is None else getattr(module, f"{name}_scale")
+        scale = None if packed is None else self._pointer(getattr(module, f"{name}_scale"))
+        in_groups = packed is not None and kind_of(packed) == "int4"
         return Matrix(
             weight=self._pointer(weight),
-            scale=self._pointer(scale),
+            scale=None if in_groups else scale,
             bias=self._pointer(bias),
+            groups=scale if in_groups else None,
             rows=weight.shape[-2],
-            cols=weight.shape[-1],
+            cols=weight.shape[-1] if packed is None else getattr(module, f"{name}_inputs"),
         )
 
     def _block(self, block) -> Block:
@@ -372,7 +376,12 @@ class NativeModel:
             torch.get_num_threads(),
             max(1, n * self.bytes_per_token() // self.least_bytes_per_thread),
         )
-        private = max(TILE * self._widest, 4 * (cache.max_tokens + 16), c.num_experts)
+        private = max(
+            TILE * -(-self._widest // NIBBLES) * NIBBLES,
+            BLOCK_BYTES // 4,
+            MOST_QUERIES * (cache.max_tokens + 16),
+            c.num_experts,
+        )
         if (
             self._room is None
             or n > self._rows
@@ -419,11 +428,10 @@ class NativeModel:
     @functools.cached_property
     def _token_bytes(self) -> int:
         def size(matrix: Matrix, rows: int) -> int:
-            return rows * (
-                matrix.cols * (1 if matrix.scale else 4)
-                + 4 * bool(matrix.scale)
-                + 4 * bool(matrix.bias)
-            )
+            row = matrix.cols + 4 if matrix.scale else 4 * matrix.cols
+            if matrix.groups:
+                row = -(-matrix.cols // NIBBLES) * (NIBBLES // 2 + 2)
+            return rows * (row + 4 * bool(matrix.bias))
 
         c = self.config
         total = size(self._m.head, self._m.head.rows) + size(self._m.embed, 1)

@@ -40,7 +40,7 @@ from runtime.checks.known import (
 )
 from runtime.inference import asked
 from runtime.inference.cpu_decode import native_model
-from runtime.inference.quantize import copy_weights_, is_packed, unpack
+from runtime.inference.quantize import copy_weights_, is_packed, packed_kind, unpack
 
 # Tokens of a prompt at once: with more, PyTorch's matrix products are the faster ones.
 MOST_NATIVE_ROWS = 512
@@ -170,7 +170,7 @@ class Decoder:
     def weights_changed(self, source: LLM | None = None) -> None:
         """Follow weights that have changed: forget all that the caches hold of the old ones.
 
-        source: the model that this decoder runs a copy of (in 8 bits, in another dtype, on another
+        source: the model that this decoder runs a copy of (packed, in another dtype, on another
         device, with adapters merged); its weights are copied, and packed again. The C decoder and
         CUDA graphs read weights where they are, so they stay unless a tensor has moved.
         """
@@ -477,10 +477,10 @@ def decode_step(
 
 
 def _head(model: LLM, x_BC: Tensor) -> Tensor:
-    """Return logits [B, V] by the output projection, in 8 bits or not."""
+    """Return logits [B, V] by the output projection, packed or not."""
     # Any: quantize_ gives it `weight_packed` and `weight_scale`.
     head: Any = model.out_head
-    if not is_packed(model):
+    if packed_kind(model) != "int8":
         return F.linear(x_BC, model.head_weight, head.bias)
     packed_VC = head.weight_packed.to(x_BC.dtype)
     logits_BV = _products(packed_VC, x_BC) if torch.compiler.is_compiling() else x_BC @ packed_VC.T
@@ -539,7 +539,7 @@ def _chosen_linear(experts, which: str, experts_BK: Tensor, x_BKI: Tensor) -> Te
         w_BKOI = getattr(experts, f"w_{which}")[experts_BK]
     else:
         scale_BKO1 = getattr(experts, f"w_{which}_scale")[experts_BK]
-        w_BKOI = unpack(packed[experts_BK], scale_BKO1, x_BKI.dtype)
+        w_BKOI = unpack(packed[experts_BK], scale_BKO1, x_BKI.dtype, x_BKI.shape[-1])
     if torch.compiler.is_compiling():
         y_BKO = _products(w_BKOI, x_BKI)
     else:

@@ -85,12 +85,12 @@ class LoadedModel:
             config.num_threads or min(torch.get_num_threads(), process.usable_cores())
         )
         with explained_out_of_memory(
-            device, "use --dtype bfloat16, --quantize int8, another --device or a smaller model"
+            device, "use --dtype bfloat16, --quantize int4, another --device or a smaller model"
         ):
             self.model, checkpoint = load_model(config.ckpt, device, dtype)
             choose_kernels(self.model, device, dtype)
-            if config.quantize == "int8":
-                quantize_(self.model)
+            if config.quantize != "none":
+                quantize_(self.model, config.quantize)
         self.tokenizer = tokenizer_of(checkpoint, config.tokenizer)
         # Whether a prompt is a message to answer.
         self.chats = bool(config.chat or config.messages)

@@ -318,7 +318,9 @@ def test_what_hugging_face_cannot_be_is_told(results_folder):
         or not HAS_TRANSFORMERS
     )
     s = setting("--expert_bias")
-    assert s.names == ["ours", "ours_int8", "ours_torch", "plain"] and set(s.left_out) == {
+    assert s.names == ["ours", "ours_int8", "ours_int4", "ours_torch", "plain"] and set(
+        s.left_out
+    ) == {
         "hf_eager",
         "hf_grouped",
         "hf_batched",
@@ -395,7 +397,7 @@ def test_the_benchmark_of_generation(results_folder, capsys):
 
     Each ratio is what its name says.
     """
-    names = ["ours", "ours_int8", "plain", "hf_eager"]
+    names = ["ours", "ours_int8", "ours_int4", "plain", "hf_eager"]
     assert decode.main([*TINY, "--variants", *names, "--hf_batches", "1", "3"]) == 0
     results = json.loads((results_folder / "decode_tiny.json").read_text())
     assert (
@@ -423,7 +425,7 @@ def test_the_benchmark_of_generation(results_folder, capsys):
         )
         for name, side in cell["sides"].items():
             assert side.get("same_tokens", "") == (
-                "" if name == "ours_int8" else f"{6 * B} of {6 * B}"
+                "" if name in decode.PACKED else f"{6 * B} of {6 * B}"
             ), name
             assert (
                 side["samples"] == 2
@@ -457,7 +459,7 @@ def test_the_benchmark_of_generation(results_folder, capsys):
         )
         assert (
             short["sides"]["ours_int8"]["bytes_per_token"] < short["sides"][name]["bytes_per_token"]
-            or name == "ours_int8"
+            or name in decode.PACKED
         )
     for cell in results["prefill"]:
         assert list(cell["sides"]) == names and all(
@@ -538,18 +540,17 @@ def test_perplexity_of_packed_weights(data, tmp_path, results_folder):
     results = json.loads((results_folder / "decode_tiny.json").read_text())
     p = results["perplexity"]
     assert "decode" not in results and p["windows"] == 5 and p["tokens"] == 5 * 16
-    for what in ("float32", "int8"):
+    for what in ("float32", "int8", "int4"):
         model, _ = load_model(ckpt)
-        model = quantize_(model) if what == "int8" else model
+        model = model if what == "float32" else quantize_(model, what)
         with torch.no_grad():
             outs = [model(x, y) for x, y in validation_batches(open_data(data)[1], 16, 1, 5)]
         expected = sum(out.cross_entropy_sum for out in outs) / sum(out.num_targets for out in outs)
         assert_close(p["cross_entropy"][what], expected, logits_bound(model.config, 16))
         assert p["perplexity"][what] == pytest.approx(math.exp(p["cross_entropy"][what]))
-    assert (
-        p["ratio"] == pytest.approx(p["perplexity"]["int8"] / p["perplexity"]["float32"])
-        and p["ratio"] != 1
-    )
+    for kind, name in (("int8", "ratio"), ("int4", "ratio_int4")):
+        assert p[name] == pytest.approx(p["perplexity"][kind] / p["perplexity"]["float32"])
+        assert p[name] != 1
 
 
 def test_another_text_is_refused(data, monkeypatch):

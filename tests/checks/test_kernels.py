@@ -39,11 +39,11 @@ def other_activation(monkeypatch):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu", "swiglu_clamped"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", ["", "int8", "int4"])
 def test_the_model_as_it_is_keeps_its_kernels(activation, packed):
     model = ready(expert_activation=activation, expert_bias=True, attention_sinks=True)
     if packed:
-        quantize_(model)
+        quantize_(model, packed)
     assert settle_kernels(model) == []
     assert all(block.moe.experts.feed_forward for block in model.layers)
     assert all(block.attention.sink_kernel for block in model.layers)

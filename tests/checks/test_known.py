@@ -20,7 +20,7 @@ from runtime.checkpoint.format import meta_model
 from runtime.checks import known
 from runtime.inference import cpu_decode
 from runtime.inference import decoder as inference
-from runtime.inference.quantize import quantize_
+from runtime.inference.quantize import KINDS, quantize_
 from runtime.interop import huggingface
 from runtime.training.plan import describe
 from runtime.training.task import Task
@@ -69,8 +69,9 @@ def test_every_module_and_tensor_of_the_random_models_is_known(name):
 @pytest.mark.parametrize(
     "knows", [cpu_decode.KNOWS, inference.KNOWS], ids=["C decoder", "decode_step"]
 )
-def test_decoders_know_packed_weights(knows):
-    model = quantize_(random_model(tiny_config()))
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoders_know_packed_weights(knows, kind):
+    model = quantize_(random_model(tiny_config()), kind)
     assert knows.unknown(model) == []
     packed = {known.pattern(name) for name, _ in known.named_tensors(model)} - known.TENSORS
     assert packed == known.PACKED_TENSORS

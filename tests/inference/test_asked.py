@@ -27,7 +27,7 @@ from runtime.data.tokenizers import load_tokenizer
 from runtime.inference import asked, cpu_decode, predictor
 from runtime.inference import decoder as inference
 from runtime.inference.decoder import Decoder, generate
-from runtime.inference.quantize import quantize_
+from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_architecture, random_config, random_model, tiny_config
 from tests.conftest import REPO
@@ -60,15 +60,15 @@ def everything(seed: int = 0, **changes):
 # ------------------------------------------------------------------------------ what is right stays
 @pytest.mark.parametrize("seed", range(40))
 def test_what_is_right_is_used(seed):
-    """Over random architectures, in 8 bits or not: no fast way steps aside because of rounding."""
+    """Over random architectures, packed or not: no fast way steps aside because of rounding."""
     r = random.Random(seed)
     config = random_config(seed) if seed % 2 else random_architecture(r)
     config = at_default(config, "C decoder", "decode_step")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = random_model(config, seed).to(dtype)
         choose_kernels(model, torch.device("cpu"), dtype)
-        if seed % 3 == 0:
-            quantize_(model)
+        if seed % 3:
+            quantize_(model, KINDS[seed % 3 - 1])
         decoder = Decoder(model, native=False)
         assert decoder.why_not_step == "", dtype
         if dtype == torch.float32 and cpu_decode.library()[0]:
@@ -403,11 +403,12 @@ def test_a_large_file_is_asked_once_and_again_when_anything_changes(asks, tmp_pa
     Decoder(model, native=False, weights="b" * 64)
     Decoder(everything(rope_theta=500.0), native=False, weights="a" * 64)
     Decoder(everything().bfloat16(), native=False, weights="a" * 64)
-    Decoder(quantize_(everything()), native=False, weights="a" * 64)
-    assert len(asks) == 5 and len(kept(tmp_path)) == 5
+    for kind in KINDS:
+        Decoder(quantize_(everything(), kind), native=False, weights="a" * 64)
+    assert len(asks) == 6 and len(kept(tmp_path)) == 6
     monkeypatch.setattr(asked, "_sources", lambda: "another version")
     Decoder(model, native=False, weights="a" * 64)
-    assert len(asks) == 6
+    assert len(asks) == 7
 
 
 def test_models_made_in_memory_and_small_files_are_always_asked(asks, tmp_path, monkeypatch):

@@ -29,6 +29,10 @@ MODELS = {
     "SwiGLU, 72": dict(d_ff=72),
     "SwiGLU, 200": dict(d_ff=200),
     "SwiGLU, 336": dict(d_ff=336),
+    # Rows of which the caches hold few.
+    "SwiGLU, 1100": dict(d_ff=1100, num_experts=4),
+    # More heads share keys than go over them together.
+    "one key head": dict(num_heads=8, num_kv_heads=1, head_dim=20, d_ff=40),
     "GELU with biases": dict(
         d_ff=72, expert_activation="gelu", expert_bias=True, qkv_bias=True, head_bias=True
     ),
@@ -59,13 +63,13 @@ def code(request):
     cpu_decode.library.cache_clear()
 
 
-def model_of(name: str, packed: bool = False) -> LLM:
+def model_of(name: str, packed: str = "") -> LLM:
     sizes = dict(d_model=128, num_heads=4, num_kv_heads=2, head_dim=32, num_experts=8, top_k=2)
     config = tiny_config(
         **sizes | dict(expert_activation="swiglu", context_length=CONTEXT) | MODELS[name]
     )
     model = random_model(config, 5)
-    return quantize_(model) if packed else model
+    return quantize_(model, packed) if packed else model
 
 
 def whole_caches(model: LLM, count: int) -> list[KVCache]:
@@ -116,7 +120,7 @@ ONE, TWO, BY_ROWS = 1 << 60, 1, cpu_decode.LEAST_BYTES_PER_THREAD
 
 
 @needs_code
-@pytest.mark.parametrize("packed", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("packed", ["", "int8", "int4"], ids=["float32", "int8", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_token_is_the_same_bits_in_any_company(code, name, packed):
     """Sums had two accumulators for one row and one for several; logits differed by 2e-6.

@@ -19,7 +19,7 @@ import runtime.inference.cpu_decode as cpu_decode
 from model_parts import KVCache
 from runtime.inference.cpu_decode import native_model
 from runtime.inference.decoder import Decoder
-from runtime.inference.quantize import quantize_
+from runtime.inference.quantize import KINDS, quantize_
 from tests import children
 from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
@@ -151,6 +151,20 @@ def test_bytes_per_token_are_those_of_the_weights_that_a_token_reads():
     assert native.bytes_per_token() == pytest.approx(expected)
     quantized, _ = native_model(quantize_(random_model(config)))
     assert 0.25 * expected < quantized.bytes_per_token() < 0.5 * expected
+    for kind in KINDS:
+        model = quantize_(random_model(config), kind)
+        expected = 0.0
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            share = 1.0
+            if ".experts." in name:
+                share = config.top_k / config.num_experts
+            elif name == "embed.weight":
+                share = 1 / config.vocabulary_size
+            elif "norm" in name:
+                share = 0.0
+            expected += share * tensor.nbytes
+        native, _ = native_model(model)
+        assert native.bytes_per_token() == pytest.approx(expected)
 
 
 @needs_code

@@ -29,7 +29,7 @@ from runtime.inference.decoder import (
     guess_from_text,
     router_choices,
 )
-from runtime.inference.quantize import quantize_
+from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import MODELS, PROMPTS, alone, generated
@@ -105,8 +105,8 @@ def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     """
     model = random_model(tiny_config(context_length=CONTEXT, **changes), 5).eval()
     # Some of them packed.
-    if len(changes) % 2:
-        quantize_(model)
+    if len(changes) % 3:
+        quantize_(model, KINDS[len(changes) % 3 - 1])
     cache, ids = (
         KVCache(model.config, 3, CONTEXT + 1),
         torch.randint(
@@ -188,7 +188,7 @@ def test_what_waits_for_the_host_is_found():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", ["", "int8", "int4"])
 @pytest.mark.parametrize(
     "changes",
     [{}, dict(expert_activation="gelu", expert_bias=True, head_bias=True)],
@@ -203,7 +203,7 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
     torch.compiler.reset()
     model = random_model(tiny_config(**changes), 2)
     if quantized:
-        quantize_(model)
+        quantize_(model, quantized)
     block, x = (
         model.layers[0],
         torch.randn(rows, model.config.d_model, generator=torch.Generator().manual_seed(1)),

@@ -141,18 +141,20 @@ def test_weights_that_have_moved_are_found(decoder_of):
     assert_close(decoder.read(texts[0], list(prompt)), expected_1V, logits_bound(model.config, 9))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "int8"])
+@pytest.mark.parametrize("packed", ["", "int8", "int4"], ids=["plain", "int8", "int4"])
 @pytest.mark.parametrize("name", ["biases", "tied", "gpt-oss"])
 def test_a_decoder_of_a_copy_follows_its_source(decoder_of, name, packed):
     """Weights are copied, and packed again, in place: those of a copy made now."""
     source = model_of(MODELS[name])
     model = copy.deepcopy(source)
-    decoder = decoder_of(quantize_(model) if packed else model)
+    decoder = decoder_of(quantize_(model, packed) if packed else model)
     native, texts = decoder.native, decoder.texts(1, CONTEXT)
     after_an_update(source)
     decoder.weights_changed(source)
     assert decoder.native is native
-    fresh = decoder_of(quantize_(copy.deepcopy(source)) if packed else copy.deepcopy(source))
+    fresh = decoder_of(
+        quantize_(copy.deepcopy(source), packed) if packed else copy.deepcopy(source)
+    )
     again = fresh.texts(1, CONTEXT)
     for ids in ([1], list(PROMPTS[2])):
         assert torch.equal(decoder.read(texts[0], ids), fresh.read(again[0], ids))

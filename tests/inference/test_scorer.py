@@ -203,12 +203,12 @@ def test_what_cannot_be_scored_is_refused(native):
 
 
 @needs_code
-@pytest.mark.parametrize("packed", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("packed", ["", "int8", "int4"], ids=["float32", "int8", "int4"])
 @pytest.mark.parametrize("name", ["plain", "window"])
 def test_scores_are_the_same_bits_whatever_else_is_scored(name, packed, monkeypatch):
     """In any order and batch, on one thread and two, with shared beginnings copied or read."""
     model = model_of(name)
-    decoder = Decoder(quantize_(model) if packed else model)
+    decoder = Decoder(quantize_(model, packed) if packed else model)
     documents = random_documents(model.config.vocabulary_size, seed=4, longest=70)
     scorer = Scorer(decoder, with_experts=True, stride=11)
     assert scorer.is_exact and "same bits" in scorer.line

@@ -22,7 +22,7 @@ LENGTH = 64
 
 
 def answers(
-    packed: bool, requests: list[Request], clients: int, r: random.Random
+    packed: str, requests: list[Request], clients: int, r: random.Random
 ) -> tuple[list[list[Event]], int]:
     """Return what the trained nano answers, and how many tokens were reused.
 
@@ -30,7 +30,7 @@ def answers(
     """
     model, _ = load_model(str(Path(READY)), torch.device("cpu"), torch.float32)
     engine = Engine(
-        Decoder(quantize_(model) if packed else model),
+        Decoder(quantize_(model, packed) if packed else model),
         slots=clients,
         max_waiting=len(requests),
         prefill_chunk=r.choice((16, 64, 128)),
@@ -52,15 +52,15 @@ def same_in_company(count: int) -> Tally:
     ids, log-probabilities, the most likely ids and experts are the bits of the request alone.
     """
     tally, tokens, reused = Tally(), 0, 0
-    for packed in (False, True):
-        r = random.Random(72 + packed)
+    for packed in ("", "int8", "int4"):
+        r = random.Random(72 + len(packed))
         requests = [random_request(r, 3072, LENGTH) for _ in range(count // 2)]
         alone, _ = answers(packed, requests, 1, r)
         together, saved = answers(packed, requests, CLIENTS, r)
         reused += saved
         for i, (a, b) in enumerate(zip(alone, together, strict=True)):
             tokens += len(a) - 2
-            tally.add(a == b, f"{'int8' if packed else 'float32'}, request {i}: {requests[i]}")
+            tally.add(a == b, f"{packed or 'float32'}, request {i}: {requests[i]}")
     tally.detail = {"tokens": tokens, "prompt tokens taken from other answers": reused}
     return tally
 

@@ -68,11 +68,13 @@ def check_company(model: LLM, seed: int, count: int, threads: int, slots: int = 
 
 
 @needs_code
-@pytest.mark.parametrize("packed", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("packed", ["", "int8", "int4"], ids=["float32", "int8", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_answer_is_the_same_bits_alone_and_in_company(name, packed):
     """Ids, log-probabilities, the most likely ids and experts, under random arrivals and chunks."""
-    reused = check_company(model_of(name, packed), len(name) + packed, 24, threads=1 + packed)
+    reused = check_company(
+        model_of(name, packed), len(name) + len(packed), 24, threads=1 + bool(packed)
+    )
     assert reused > 0
 
 

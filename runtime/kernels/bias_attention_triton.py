@@ -75,8 +75,9 @@ def attention_bias_forward(
         is_key = columns < T - key
         seen = is_row[:, None] & (columns[None, :] <= (rows + (first - key))[:, None])
         k = tl.load(k_tile, mask=is_feature[:, None] & is_key[None, :], other=0.0).to(DOT)
-        bias = tl.load(table_tile, mask=seen, other=0.0).to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E) + bias * LOG2_E
+        bias = tl.load(table_tile, mask=is_row[:, None] & is_key[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
+        scores += bias.to(tl.float32) * LOG2_E
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
@@ -181,12 +182,14 @@ def attention_bias_backward_q(
     table_tile = table_ptr + (h * L + first) * L + rows[:, None].to(tl.int64) * L + columns[None, :]
     sums = tl.zeros([M, W], tl.float32)
     for key in range(0, tl.minimum(first + M, T), N):
-        in_column = is_feature[:, None] & (columns < T - key)[None, :]
+        is_key = columns < T - key
+        in_column = is_feature[:, None] & is_key[None, :]
         seen = is_row[:, None] & (columns[None, :] <= (rows + (first - key))[:, None])
         k = tl.load(k_tile, mask=in_column, other=0.0).to(DOT)
         v = tl.load(v_tile, mask=in_column, other=0.0).to(DOT)
-        bias = tl.load(table_tile, mask=seen, other=0.0).to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E) + bias * LOG2_E
+        bias = tl.load(table_tile, mask=is_row[:, None] & is_key[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
+        scores += bias.to(tl.float32) * LOG2_E
         p = tl.where(seen, tl.exp2(scores - log), 0.0)
         ds = p * (tl.dot(dy, v, input_precision="ieee") - delta)
         ds = ds.to(k_ptr.dtype.element_ty).to(DOT)
@@ -238,20 +241,17 @@ def attention_bias_backward_kv(
     N: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """The gradients of N keys and values of one head, over the query heads that share it in order.
-
-    Scores are transposed here: [N, M].
-    """
+    """The gradients of N keys and values of one head, over the query heads that share it in order."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     key = tl.program_id(2) * N
     features, rows, columns = tl.arange(0, W), tl.arange(0, M), tl.arange(0, N)
     is_feature, is_key = features < D, columns < T - key
-    in_key = is_key[:, None] & is_feature[None, :]
+    in_column = is_feature[:, None] & is_key[None, :]
     start = key.to(tl.int64)
-    k_tile = k_ptr + b * k_b + g * k_h + start * k_t + columns[:, None] * k_t + features[None, :]
-    v_tile = v_ptr + b * v_b + g * v_h + start * v_t + columns[:, None] * v_t + features[None, :]
-    k = tl.load(k_tile, mask=in_key, other=0.0).to(DOT)
-    v = tl.load(v_tile, mask=in_key, other=0.0).to(DOT)
+    k_tile = k_ptr + b * k_b + g * k_h + start * k_t + columns[None, :] * k_t + features[:, None]
+    v_tile = v_ptr + b * v_b + g * v_h + start * v_t + columns[None, :] * v_t + features[:, None]
+    k = tl.load(k_tile, mask=in_column, other=0.0).to(DOT)
+    v = tl.load(v_tile, mask=in_column, other=0.0).to(DOT)
     dk = tl.zeros([N, W], tl.float32)
     dv = tl.zeros([N, W], tl.float32)
     # The first tile of rows that sees one of these keys.
@@ -259,26 +259,29 @@ def attention_bias_backward_kv(
     for j in range(0, J):
         h = g * J + j
         q_tile = q_ptr + b * q_b + h * q_h + top.to(tl.int64) * q_t
-        q_tile += features[:, None] + rows[None, :] * q_t
+        q_tile += rows[:, None] * q_t + features[None, :]
         dy_tile = dy_ptr + b * dy_b + h * dy_h + top.to(tl.int64) * dy_t
         dy_tile += rows[:, None] * dy_t + features[None, :]
         at = (b * H + h) * T + rows
         table_tile = table_ptr + (h * L + top) * L + key
-        table_tile += rows[None, :].to(tl.int64) * L + columns[:, None]
+        table_tile += rows[:, None].to(tl.int64) * L + columns[None, :]
         for first in range(top, T, M):
             is_row = rows < T - first
-            seen = is_row[None, :] & (columns[:, None] <= (rows + (first - key))[None, :])
-            q = tl.load(q_tile, mask=is_feature[:, None] & is_row[None, :], other=0.0).to(DOT)
-            dy = tl.load(dy_tile, mask=is_row[:, None] & is_feature[None, :], other=0.0).to(DOT)
-            log = tl.load(log_ptr + at + first, mask=is_row, other=0.0)[None, :]
-            delta = tl.load(delta_ptr + at + first, mask=is_row, other=0.0)[None, :]
-            bias = tl.load(table_tile, mask=seen, other=0.0).to(tl.float32)
-            scores = tl.dot(k, q, input_precision="ieee") * (scale * LOG2_E) + bias * LOG2_E
+            in_row = is_row[:, None] & is_feature[None, :]
+            seen = is_row[:, None] & (columns[None, :] <= (rows + (first - key))[:, None])
+            q = tl.load(q_tile, mask=in_row, other=0.0).to(DOT)
+            dy = tl.load(dy_tile, mask=in_row, other=0.0).to(DOT)
+            log = tl.load(log_ptr + at + first, mask=is_row, other=0.0)[:, None]
+            delta = tl.load(delta_ptr + at + first, mask=is_row, other=0.0)[:, None]
+            bias = tl.load(table_tile, mask=is_row[:, None] & is_key[None, :], other=0.0)
+            scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
+            scores += bias.to(tl.float32) * LOG2_E
             p = tl.where(seen, tl.exp2(scores - log), 0.0)
-            dv += tl.dot(p.to(q_ptr.dtype.element_ty).to(DOT), dy, input_precision="ieee")
-            ds = p * (tl.dot(v, tl.trans(dy), input_precision="ieee") - delta)
+            ds = p * (tl.dot(dy, v, input_precision="ieee") - delta)
+            p = p.to(q_ptr.dtype.element_ty).to(DOT)
             ds = ds.to(q_ptr.dtype.element_ty).to(DOT)
-            dk += tl.dot(ds, tl.trans(q), input_precision="ieee")
+            dv += tl.dot(tl.trans(p), dy, input_precision="ieee")
+            dk += tl.dot(tl.trans(ds), q, input_precision="ieee")
             q_tile += M * q_t
             dy_tile += M * dy_t
             table_tile += tl.cast(L, tl.int64) * M
@@ -286,6 +289,7 @@ def attention_bias_backward_kv(
     dk_tile += columns[:, None] * dk_t + features[None, :]
     dv_tile = dv_ptr + b * dv_b + g * dv_h + start * dv_t
     dv_tile += columns[:, None] * dv_t + features[None, :]
+    in_key = is_key[:, None] & is_feature[None, :]
     tl.store(dk_tile, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_key)
     tl.store(dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=in_key)
 
@@ -336,9 +340,11 @@ def attention_bias_backward_table(
     if (key < first + M) & (first < T):
         is_feature, is_row = features < D, rows < T - first
         in_row = is_row[:, None] & is_feature[None, :]
-        in_column = is_feature[:, None] & (columns < T - key)[None, :]
+        is_key = columns < T - key
+        in_column = is_feature[:, None] & is_key[None, :]
         seen = is_row[:, None] & (columns[None, :] <= (rows + (first - key))[:, None])
-        bias = tl.load(table_ptr + there, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+        bias = tl.load(table_ptr + there, mask=is_row[:, None] & is_key[None, :], other=0.0)
+        bias = bias.to(tl.float32) * LOG2_E
         q_tile = q_ptr + h * q_h + first.to(tl.int64) * q_t
         q_tile += rows[:, None] * q_t + features[None, :]
         dy_tile = dy_ptr + h * dy_h + first.to(tl.int64) * dy_t

@@ -273,6 +273,9 @@ class Attention(nn.Module):
         self.device_attention = None
         # With sinks, without dropout: (q, k, v, sinks, mask, is_causal) -> [B, H, T, D].
         self.sink_kernel = None
+        # With a learned bias, where neither a cache nor documents nor dropout take part:
+        # (q, k, v, bias) -> [B, H, T, D].
+        self.bias_kernel = None
         self.W_q = nn.Linear(config.d_model, self.H * self.D, bias=config.qkv_bias)
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
@@ -298,11 +301,14 @@ class Attention(nn.Module):
         q_BHTD, k_BGSD, v_BGSD = self.project(x_BTC, rope)
         if cache is not None:
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
-        mask, is_causal = self._mask(T, q_BHTD, cache, starts_BT)
-        if cache is not None and cache.per_row:
-            y_BHTD = self._attend_once(q_BHTD, k_BGSD, v_BGSD, mask)
+        if self.bias_kernel and cache is None and starts_BT is None and not self.dropout:
+            y_BHTD = self.bias_kernel(q_BHTD, k_BGSD, v_BGSD, self.attention_bias)
         else:
-            y_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD, mask, is_causal)
+            mask, is_causal = self._mask(T, q_BHTD, cache, starts_BT)
+            if cache is not None and cache.per_row:
+                y_BHTD = self._attend_once(q_BHTD, k_BGSD, v_BGSD, mask)
+            else:
+                y_BHTD = self._attend(q_BHTD, k_BGSD, v_BGSD, mask, is_causal)
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))
 
     def _attend(

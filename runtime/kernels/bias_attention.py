@@ -35,7 +35,7 @@ MOST_FEATURES = 128
 FIRST_CARD = (8, 0)
 
 
-# -------------------------------------------------------------------------------------- the decision
+# ------------------------------------------------------------------------------------- the decision
 def is_asked_for() -> bool:
     """Whether the environment asks for these kernels. ValueError for a value that it lacks."""
     value = os.environ.get(VARIABLE) or VALUES[0]
@@ -46,11 +46,11 @@ def is_asked_for() -> bool:
 
 def why_not(attention, device: torch.device, dtype: torch.dtype) -> str:
     """Why an attention module with a learned bias cannot use the kernels; "" if it can."""
-    if device.type != "cuda":
+    if device.type != "cuda" and not is_interpreted():
         return f"Triton needs a CUDA GPU, and this is {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    if torch.cuda.get_device_capability(device) < FIRST_CARD:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FIRST_CARD:
         return "the GPU is older than compute capability 8.0"
     if dtype not in DTYPES:
         return f"the kernels know no {str(dtype).removeprefix('torch.')}"
@@ -65,15 +65,17 @@ def why_not(attention, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-# -------------------------------------------------------------------------------------- the function
-def bias_attention(q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, table_HLL: Tensor) -> Tensor:
+# ------------------------------------------------------------------------------------- the function
+def bias_attention(
+    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, table_HLL: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Causal attention [B, H, T, D] in the queries' dtype, with table[:, :T, :T] added to the
     scores.
 
-    float64, and tensors on a CPU, go to PyTorch's function: a model may be copied or cast after its
-    kernels were chosen.
+    dtype: what the kernels were chosen and checked for. Queries of another one, and tensors on a
+    CPU, go to PyTorch's function: a model may be copied or cast later.
     """
-    if q_BHTD.dtype not in DTYPES or not (q_BHTD.is_cuda or is_interpreted()):
+    if q_BHTD.dtype != dtype or not (q_BHTD.is_cuda or is_interpreted()):
         return plain_attention(q_BHTD, k_BGTD, v_BGTD, table_HLL)
     return _attention(q_BHTD, k_BGTD, v_BGTD, table_HLL)[0]
 
@@ -233,7 +235,10 @@ def tile_of(kernel: str, width: int, dtype: torch.dtype) -> Tile:
     # Exact products of float32 are no tensor core's: they need registers.
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4, 2)
+    # As compiled for Hopper: up to 255 registers, few or none of them in memory, and at most
+    # 131 kB of its 227 kB of shared memory.
+    is_large = width > 64 and kernel in ("kv", "table")
+    return Tile(64, 64, 8 if is_large else 4, 2)
 
 
 class _Call(NamedTuple):

@@ -10,6 +10,8 @@ programs that read one tile of the table follow each other (the batch is the fas
 grid), so that memory gives it once. A program's own offsets are int64; within a tile they are
 int32, but for the rows of the table.
 
+Rows beyond T are read as 0. They see keys as others do, and add 0 to every sum.
+
 In all kernels: NAME_b, NAME_h and NAME_t are the strides of a tensor's batch, heads and tokens.
 J: query heads that share a head of keys. D: numbers in a head, W: the power of 2 that they are
 padded to. DOT: the dtype of what is multiplied.
@@ -73,7 +75,7 @@ def attention_bias_forward(
     sums = tl.zeros([M, W], tl.float32)
     for key in range(0, tl.minimum(first + M, T), N):
         is_key = columns < T - key
-        seen = is_row[:, None] & (columns[None, :] <= (rows + (first - key))[:, None])
+        seen = columns[None, :] <= (rows + (first - key))[:, None]
         k = tl.load(k_tile, mask=is_feature[:, None] & is_key[None, :], other=0.0).to(DOT)
         bias = tl.load(table_tile, mask=is_row[:, None] & is_key[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2_E)
@@ -184,7 +186,7 @@ def attention_bias_backward_q(
     for key in range(0, tl.minimum(first + M, T), N):
         is_key = columns < T - key
         in_column = is_feature[:, None] & is_key[None, :]
-        seen = is_row[:, None] & (columns[None, :] <= (rows + (first - key))[:, None])
+        seen = columns[None, :] <= (rows + (first - key))[:, None]
         k = tl.load(k_tile, mask=in_column, other=0.0).to(DOT)
         v = tl.load(v_tile, mask=in_column, other=0.0).to(DOT)
         bias = tl.load(table_tile, mask=is_row[:, None] & is_key[None, :], other=0.0)
@@ -241,7 +243,7 @@ def attention_bias_backward_kv(
     N: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """The gradients of N keys and values of one head, over the query heads that share it in order."""
+    """The gradients of N keys and values of one head, over the heads that share it in order."""
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     key = tl.program_id(2) * N
     features, rows, columns = tl.arange(0, W), tl.arange(0, M), tl.arange(0, N)
@@ -268,7 +270,7 @@ def attention_bias_backward_kv(
         for first in range(top, T, M):
             is_row = rows < T - first
             in_row = is_row[:, None] & is_feature[None, :]
-            seen = is_row[:, None] & (columns[None, :] <= (rows + (first - key))[:, None])
+            seen = columns[None, :] <= (rows + (first - key))[:, None]
             q = tl.load(q_tile, mask=in_row, other=0.0).to(DOT)
             dy = tl.load(dy_tile, mask=in_row, other=0.0).to(DOT)
             log = tl.load(log_ptr + at + first, mask=is_row, other=0.0)[:, None]
@@ -294,7 +296,8 @@ def attention_bias_backward_kv(
     tl.store(dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=in_key)
 
 
-@triton.jit
+# Not compiled again for batches of other sizes.
+@triton.jit(do_not_specialize=["B"])
 def attention_bias_backward_table(
     q_ptr,
     k_ptr,

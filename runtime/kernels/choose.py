@@ -8,6 +8,7 @@ import torch
 
 import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
+from runtime.kernels.bias_attention import bias_attention, is_asked_for, why_not
 from runtime.kernels.sink_attention import sink_attention
 
 
@@ -17,7 +18,8 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     The results are the same. Grouped experts: bfloat16 on Hopper, whose kernel wants rows of a
     multiple of 16 bytes; not on later cards while PyTorch issue 172439 is open (wrong weight
     gradients for experts without tokens). On a CPU: runtime/kernels/cpu_experts.py. Attention:
-    runtime/kernels/attention_choice.py; with sinks: runtime/kernels/sink_attention.py.
+    runtime/kernels/attention_choice.py; with sinks: runtime/kernels/sink_attention.py; with the
+    learned bias, if it is asked for: runtime/kernels/bias_attention.py.
     """
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
@@ -35,6 +37,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         attention = block.attention
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
+        attention.bias_kernel = _bias_kernel(attention, device, dtype)
 
 
 def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | None):
@@ -45,3 +48,11 @@ def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | 
     if masked is None or masked.kernel == "torch":
         return None
     return functools.partial(sink_attention, card=card)
+
+
+def _bias_kernel(attention, device: torch.device, dtype: torch.dtype):
+    """Return bias_attention where it is asked for and can run, else None."""
+    has_bias = attention.attention_bias is not None
+    if not is_asked_for() or not has_bias or why_not(attention, device, dtype):
+        return None
+    return functools.partial(bias_attention, dtype=dtype)

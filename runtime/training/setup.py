@@ -100,7 +100,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         if config.compile:
             model.compile_in_place()
         share_out(model, plan)
-        for line in settle_kernels(model):
+        for line in settle_kernels(model, config.document_mask):
             tqdm.write(f"note     {line}")
         optimizer = build_optimizer(model, config, ranks)
         if config.resume:

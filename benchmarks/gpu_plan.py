@@ -315,9 +315,9 @@ def third(name: str, tiny: bool) -> dict[str, Stage]:
     attention = ["--cases", "table", "--variants", variants, *words(own)]
     model = steps("default", f"{name}_triton", LARGEST_MEMORY, tiny)
     return {
-        "triton_tests": Stage(30, [command("gpu_tests", f"{name}_triton", "--", *tests)]),
-        "triton_attention": Stage(22, [command("attention", f"{name}_table", *attention)]),
-        "triton_default": Stage(65, [model], TRITON),
+        "triton_tests": Stage(28, [command("gpu_tests", f"{name}_triton", "--", *tests)]),
+        "triton_attention": Stage(32, [command("attention", f"{name}_table", *attention)]),
+        "triton_default": Stage(57, [model], TRITON),
     }
 
 

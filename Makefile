@@ -30,7 +30,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	@echo "install  requirements-dev.txt and what it needs, for tests: about 0.1 GB more. This step needs a network."
+	@echo "install  requirements-dev.txt and what it needs, for tests: about 0.4 GB more. This step needs a network."
 	$(PIP_INSTALL) -r requirements-dev.txt
 	touch $@
 

@@ -13,10 +13,11 @@ and sdpa_expanded (F.scaled_dot_product_attention with the few key/value heads a
 repeated per query head, and the mask made in the call, as model_parts.Attention does),
 sdpa_compiled (the latter under torch.compile), sdpa_flash, sdpa_efficient, sdpa_cudnn and sdpa_math
 (the latter with one backend forced), c (runtime/kernels/cpu_attention.py, as the model does on a
-CPU), rescaled (runtime/kernels/sink_attention.py; sinks only), flex (FlexAttention compiled, with a
-block mask). Each runs as it is and under --deterministic. What a library refuses stays in the
-results with its reason. All variants of a case are measured in turns; the figures are medians and
-go to benchmarks/results/attention_NAME.json after each case.
+CPU), rescaled (runtime/kernels/sink_attention.py; sinks only), triton
+(runtime/kernels/bias_attention.py; table only), flex (FlexAttention compiled, with a block mask).
+Each runs as it is and under --deterministic. What a library refuses stays in the results with its
+reason. All variants of a case are measured in turns; the figures are medians and go to
+benchmarks/results/attention_NAME.json after each case.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ from runtime.base.device import (
 from runtime.base.text import human_bytes
 from runtime.kernels import cpu_attention
 from runtime.kernels.attention_choice import card_of
+from runtime.kernels.bias_attention import bias_attention, is_interpreted
 from runtime.kernels.sink_attention import sink_attention
 
 CASES = {
@@ -240,6 +242,15 @@ def in_c(p: Problem) -> Tensor:
     )[0]
 
 
+def triton(p: Problem) -> Tensor:
+    """Attention with the learned bias by our Triton kernels."""
+    if p.table_HTT is None or p.starts_BT is not None:
+        raise ValueError("the Triton kernels are for the learned bias alone")
+    if not (p.q_BHTD.is_cuda or is_interpreted()):
+        raise ValueError(f"Triton needs a CUDA GPU, and this is {p.q_BHTD.device.type}")
+    return bias_attention(p.q_BHTD, p.k_BGTD, p.v_BGTD, p.table_HTT, dtype=p.q_BHTD.dtype)
+
+
 def forced(p: Problem, backend: SDPBackend) -> Tensor:
     with sdpa_kernel(backend):
         return sdpa(p)
@@ -295,6 +306,7 @@ VARIANTS: dict[
     "sdpa_math": lambda p: lambda: forced(p, SDPBackend.MATH),
     "c": lambda p: lambda: in_c(p),
     "rescaled": lambda p: lambda: rescaled(p),
+    "triton": lambda p: lambda: triton(p),
     "flex": prepare_flex,
 }
 

@@ -4,6 +4,7 @@
     export GPTOSS_DATA=carried/data
     python -m benchmarks.gpu --name h100 --out results_of_the_gpu
     python -m benchmarks.gpu --name h100 --out results_of_the_gpu --second
+    python -m benchmarks.gpu --name h100 --out results_of_the_gpu --third
     python -m benchmarks.gpu --name h100 --out results_of_the_gpu --stages modern latency
 
 To carry: the checkout, and 10 MB of o200k_base shards in an ignored folder of it, which GPTOSS_DATA
@@ -14,7 +15,9 @@ nothing. Nothing is installed or downloaded. The second command reads the first'
 The first command: a probe of the machine, the GPU's tests, training steps of three models (no
 table, modern with Muon, the default) with the time by kernel, decoding one text, the loss, Hugging
 Face's Qwen3-MoE. The second: what failed in the tests, with long tracebacks; a run that is resumed,
-bit for bit; the tests that compile a decoder. Sizes follow the memory of the GPU, stages and
+bit for bit; the tests that compile a decoder. The third, of another session: attention with the
+learned bias by Triton, which is off by default: its tests, its speed, the default model's steps
+with it. Sizes follow the memory of the GPU, stages and
 predictions are in benchmarks/gpu_plan.py. A stage has seconds of its own and those that earlier
 ones left; at its end, or when they are up, it is killed with all its children, and the next one
 starts. OUT/NAME.log (NAME_second.log) is all that they print. OUT/NAME.json is written at each
@@ -262,12 +265,13 @@ def run_stage(
     """
     started, results = time.monotonic(), work / name
     results.mkdir()
-    env = STAGE_ENVIRONMENT | os.environ | {"GPTOSS_RESULTS": str(results)}
+    env = STAGE_ENVIRONMENT | os.environ | stage.environment | {"GPTOSS_RESULTS": str(results)}
     if "GPTOSS_DATA" in env:
         env["GPTOSS_DATA"] = os.path.abspath(env["GPTOSS_DATA"])
     own = record.stages[name] = {
         "limit_s": round(limit, 1),
         "commands": [shlex.join(command) for command in stage.commands],
+        "environment": stage.environment,
     }
     record.write()
     code = 0
@@ -301,6 +305,8 @@ def stages_of(
     """The chosen stages of a command. ValueError for one that it does not have."""
     if which == "first":
         stages = gpu_plan.first(args.name, memory, args.tiny)
+    elif which == "third":
+        stages = gpu_plan.third(args.name, args.tiny)
     else:
         first_json = next(
             (
@@ -373,10 +379,16 @@ def main(argv: list[str] | None = None) -> int:
         "--name", required=True, help="of the machine: results go to OUT/NAME.json and OUT/NAME.log"
     )
     parser.add_argument("--out", required=True, help="folder for them")
-    parser.add_argument(
+    later = parser.add_mutually_exclusive_group()
+    later.add_argument(
         "--second",
         action="store_true",
         help="the second command, after the first (NAME_second.json)",
+    )
+    later.add_argument(
+        "--third",
+        action="store_true",
+        help="the third command: kernels that are off by default (NAME_third.json)",
     )
     parser.add_argument(
         "--stages",
@@ -391,8 +403,8 @@ def main(argv: list[str] | None = None) -> int:
     if not re.fullmatch(r"[\w.-]+", args.name, re.ASCII):
         raise ValueError(f"name must be letters, digits, '.', '_' and '-', not {args.name!r}")
     check_data(os.environ.get("GPTOSS_DATA"), args.tiny)
-    which, out = "second" if args.second else "first", Path(args.out).resolve()
-    stem = args.name + "_second" * args.second
+    which = "second" if args.second else "third" if args.third else "first"
+    out, stem = Path(args.out).resolve(), args.name + (f"_{which}" if which != "first" else "")
     with tempfile.TemporaryDirectory(prefix="gptoss_gpu_", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         # A stage that there is not is refused before anything is written.

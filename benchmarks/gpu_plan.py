@@ -1,7 +1,8 @@
 """What `benchmarks/gpu.py` runs on one GPU: stages with seconds of their own, sizes by memory, and
 what is expected of each.
 
-FIRST is for one command of TOTAL_SECONDS["first"], SECOND for the one after it. Stages are in the
+FIRST is for one command of TOTAL_SECONDS["first"], SECOND for the one after it, THIRD for a session
+of its own: kernels that are off until a GPU has run them. Stages are in the
 order of what one would miss most. PREDICTIONS are computed from rates and byte counts, before
 anything ran on a GPU; none of them is a result.
 """
@@ -14,15 +15,15 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from config_model import PRESETS, ModelConfig, TrainConfig, flops_per_token
 from runtime.training.memory import training_memory_bytes
 
 PYTHON = sys.executable
-TOTAL_SECONDS = {"first": 585, "second": 120}
+TOTAL_SECONDS = {"first": 585, "second": 120, "third": 120}
 # A command's own seconds, outside its stages.
-OWN_SECONDS = {"first": 5, "second": 3}
+OWN_SECONDS = {"first": 5, "second": 3, "third": 3}
 GIB = 2**30
 # Files with tests that need a GPU; all of tests/ would need libraries that a rented machine may
 # lack.
@@ -33,6 +34,10 @@ TEST_FILES = [
     "tests/test_predict.py",
 ]
 COMPILED_TESTS = "tests/test_gpu.py::test_a_compiled_step_gives_the_cpus_texts"
+# Of kernels that the third command is for, and the setting that turns them on
+# (runtime/kernels/bias_attention.py).
+TRITON_TESTS = "by_triton"
+TRITON = {"GPTOSS_BIAS_KERNEL": "triton"}
 RESUME_STEPS = 40
 # Processes for the GPU's tests, which mostly wait: for the compiler, the CPU's side of a
 # comparison, launches.
@@ -41,16 +46,22 @@ PROCESSES = 10
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run one after another, also after one that fails, in `seconds` together."""
+    """Commands that run one after another, also after one that fails, in `seconds` together.
+
+    environment: their own variables.
+    """
 
     seconds: int
     commands: list[list[str]]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------- sizes by memory
 # CUDA's own memory in a process, which no count of tensors sees.
 CONTEXT_BYTES = 0.6 * GIB
 USABLE_SHARE = 0.95
+# Of an H200.
+LARGEST_MEMORY = 139 * GIB
 # Sequences of a micro-batch x micro-batches of a step, the fastest first; the last ones fit
 # wherever the model does.
 SIZES = {
@@ -189,7 +200,7 @@ def first(name: str, memory_bytes: float, tiny: bool) -> dict[str, Stage]:
             "-m",
             "gpu",
             "-k",
-            "not compiled_step",
+            f"not compiled_step and not {TRITON_TESTS}",
             *in_parallel(PROCESSES),
             "--tb",
             "short",
@@ -283,6 +294,33 @@ def second(name: str, tiny: bool, first_json: str, work: str) -> dict[str, Stage
     }
 
 
+def third(name: str, tiny: bool) -> dict[str, Stage]:
+    """The third command's stages: attention with the learned bias by Triton.
+
+    It holds no masks and no gradients of them, so the largest size is tried on each card.
+    """
+    tests = (
+        ["tests/base/test_process.py", "-k", "container"]
+        if tiny
+        else ["tests/test_gpu.py", "-m", "gpu", "-k", TRITON_TESTS, *in_parallel(4)]
+    )
+    own = (
+        "--batch_size 1 --num_heads 2 --num_kv_heads 1 --context_length 16 --head_dim 8 --repeats 1"
+        " --min_sample_seconds 0.001 --dtype float32"
+        if tiny
+        else "--batch_size 16 --num_heads 32 --num_kv_heads 8 --context_length 2048 --head_dim 32"
+        " --repeats 5 --dtype bfloat16"
+    )
+    variants = "sdpa_expanded,triton" if tiny else "sdpa_efficient,triton"
+    attention = ["--cases", "table", "--variants", variants, *words(own)]
+    model = steps("default", f"{name}_triton", LARGEST_MEMORY, tiny)
+    return {
+        "triton_tests": Stage(28, [command("gpu_tests", f"{name}_triton", "--", *tests)]),
+        "triton_attention": Stage(32, [command("attention", f"{name}_table", *attention)]),
+        "triton_default": Stage(57, [model], TRITON),
+    }
+
+
 # -------------------------------------------------------------------------------------- predictions
 @dataclass(frozen=True)
 class Card:
@@ -299,6 +337,8 @@ class Card:
     cudnn_64: float = 350e12
     table_forward: float = 60e12
     table_backward: float = 42e12
+    # Our kernels with the table.
+    triton: float = 150e12
 
 
 # Copy and product as measured on such cards, the rest assumed.
@@ -348,6 +388,13 @@ def causal_ms(rate: str, blocks: int = 1) -> Callable[[Card], float]:
 
 def table_ms(card: Card) -> float:
     return 1000 * (SQUARE_FLOPS / card.table_forward + 2.5 * SQUARE_FLOPS / card.table_backward)
+
+
+def triton_ms(card: Card) -> float:
+    """Eleven products over what the queries see: 2 forward, 4 for keys and values, 3 for queries,
+    2 for the table.
+    """
+    return 1000 * 11 / 2 * SQUARE_FLOPS / 2 / card.triton
 
 
 def loss_ms(rows: int) -> Callable[[Card], float]:
@@ -456,6 +503,19 @@ PREDICTIONS = [
         "attention 32 table",
         table_ms,
         "3.5 x the whole square's FLOPs at 60 and 42 TFLOP/s",
+    ),
+    Prediction(
+        "triton_attention",
+        "table triton time",
+        triton_ms,
+        "11 causal products at 150 TFLOP/s",
+    ),
+    Prediction(
+        "triton_default",
+        "speed",
+        by_card(104e3, 118e3),
+        "the default's micro-batch with attention at 100 to 200 TFLOP/s, its table read once",
+        size="16x1",
     ),
     *training_predictions(),
     Prediction("latency", "graph speed", lambda card: 525.0, "670 kernels a token: 450 to 600"),

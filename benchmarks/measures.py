@@ -68,9 +68,14 @@ class Measures:
         self.save()
 
 
+def _differing(row: dict) -> int:
+    """Tensors that had other bits in a second run."""
+    return sum(not same for same in row["same_bits"].values())
+
+
 def measures_of(results: dict) -> dict[str, dict]:
-    """The figures of a stored file, by name: of Measures as they are, of benchmarks.train and
-    benchmarks.loss the main ones.
+    """The figures of a stored file, by name: of Measures as they are, of benchmarks.train,
+    benchmarks.loss and benchmarks.attention the main ones.
     """
     if "measures" in results:
         return results["measures"]
@@ -89,5 +94,14 @@ def measures_of(results: dict) -> dict[str, dict]:
         for key in ("peak_above_states_bytes", "peak_above_inputs_and_gradients_bytes"):
             if row.get(key) is not None:
                 take(f"{name} memory", row[key] / 1e9, "GB")
+    for case, figures in results.get("cases", {}).items():
+        for name, modes in figures["variants"].items():
+            row = modes["default"]
+            if "why" in row:
+                found[f"{case} {name} time"] = {"why": row["why"]}
+                continue
+            take(f"{case} {name} time", 1000 * row["seconds"]["median"], "ms")
+            take(f"{case} {name} error", 100 * max(row["errors"].values()), "%")
+            take(f"{case} {name} differing bits", _differing(row), "tensors")
     found |= {name: {"why": why} for name, why in results.get("failed", {}).items()}
     return found

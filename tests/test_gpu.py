@@ -20,11 +20,13 @@ from model import sample
 from model_parts import attention_mask, attention_with_sinks
 from runtime.base.device import autocast
 from runtime.base.ranks import ONE_PROCESS
+from runtime.checks.kernels import settle_kernels
 from runtime.distributed.parallel import Parallel
 from runtime.inference import decoder as inference
 from runtime.inference.decoder import Decoder
 from runtime.inference.quantize import quantize_
 from runtime.kernels.attention_choice import card_of, choose_attention, gpu_attention
+from runtime.kernels.bias_attention import VARIABLE, bias_attention, plain_attention
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.linear_cross_entropy import IGNORE, add_product_
 from runtime.kernels.sink_attention import sink_attention
@@ -371,6 +373,108 @@ def test_sinks_at_full_size_by_a_gpus_kernels(T, D):
     got = (y, generated_y, *torch.autograd.grad(y, (q, k, v, sinks), gradient))
     for one, want in zip(got, expected, strict=True):
         assert (one.double() - want).norm() <= 8 * 2**-8 * want.norm() + 1e-6
+
+
+# --------------------------------------------------------------------- the learned bias, by Triton
+def bias_case(B: int, H: int, G: int, T: int, D: int, L: int, dtype: torch.dtype):
+    """Queries, keys, values, a table and the gradient of the output, as the model has them."""
+    g = torch.Generator(CUDA).manual_seed(T)
+    random = [torch.randn(B, T, n, D, generator=g, device=CUDA, dtype=dtype) for n in (H, G, G, H)]
+    q, k, v, dy = (x.transpose(1, 2) for x in random)
+    return [q, k, v, torch.randn(H, L, L, generator=g, device=CUDA)], dy
+
+
+def with_gradients(function, given, dy) -> list[torch.Tensor]:
+    """The output, and the gradients of all that is given."""
+    leaves = [x.detach().requires_grad_() for x in given]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize(
+    "B, H, G, T, D, L, dtype",
+    [
+        (2, 4, 2, 200, 32, 256, torch.bfloat16),
+        (1, 8, 1, 65, 64, 65, torch.bfloat16),
+        (3, 4, 4, 63, 128, 64, torch.bfloat16),
+        (1, 2, 1, 130, 24, 160, torch.float16),
+        (1, 2, 1, 1, 32, 16, torch.bfloat16),
+        (2, 4, 1, 100, 32, 112, torch.float32),
+        (16, 32, 8, 2048, 32, 2048, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_learned_bias_by_triton_is_the_plain_one(B, H, G, T, D, L, dtype):
+    """Against float64; the default model's size against the same in float32, a few heads of it.
+
+    Two runs give the same bits. What no query sees has a gradient of 0, in memory that held NaN.
+    """
+    given, dy = bias_case(B, H, G, T, D, L, dtype)
+    ours = functools.partial(bias_attention, dtype=dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = with_gradients(ours, given, dy), with_gradients(ours, given, dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    dtable = first[-1]
+    assert not dtable.triu(1).any() and not dtable[:, T:].any()
+    group = H // G
+    q, k, v, table = given
+    # All query heads of the first key head; the others are as many computations of the same kind.
+    given = [q[:, :group], k[:, :1], v[:, :1], table[:group]]
+    wide = torch.float64 if T < 1000 else torch.float32
+    exact = with_gradients(plain_attention, [x.to(wide) for x in given], dy[:, :group].to(wide))
+    y, dq, dk, dv, _ = first
+    got = [y[:, :group], dq[:, :group], dk[:, :1], dv[:, :1], dtable[:group]]
+    for one, want in zip(got, exact, strict=True):
+        # As for the other kernels here; float32 is not rounded to TF32.
+        bound = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        assert (one.double() - want.double()).norm() <= bound * want.double().norm() + 1e-6
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_a_model_trains_by_triton(monkeypatch, compile):
+    """Chosen by the variable, asked, and used: loss and gradients are a CPU's."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    model = random_model(tiny_config(use_attention_bias=True, qk_norm=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    loss, gradients = losses_and_gradients(model, torch.device("cpu"), torch.float32)
+    on_gpu = copy.deepcopy(model).to(CUDA)
+    choose_kernels(on_gpu, CUDA, torch.bfloat16)
+    (line,) = settle_kernels(on_gpu)
+    assert line.startswith("Triton computes attention with the learned bias")
+    if compile:
+        on_gpu.layers[0].attention.compile(fullgraph=True, dynamic=False)
+    torch.manual_seed(1)
+    ids = torch.randint(0, model.config.vocabulary_size, (2, 32)).to(CUDA)
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORE
+    with autocast(CUDA, torch.bfloat16):
+        out = on_gpu(ids, targets)
+    mean = out.cross_entropy_sum / out.num_targets
+    (mean + out.aux_loss).backward()
+    assert mean.item() == pytest.approx(loss, rel=0.02)
+    for name, parameter in on_gpu.named_parameters():
+        expected = gradients[name]
+        difference = (parameter.grad.float().cpu() - expected).norm()
+        assert difference <= 0.1 * expected.norm() + 1e-6, name
+
+
+def test_a_run_says_that_it_is_by_triton(data, tmp_path, monkeypatch, capsys):
+    """The whole program, and a step under a document mask, which the kernels do not know."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    flags = ["--device", "cuda", "--dtype", "bfloat16", "--max_steps", "12", "--lr", "1e-2"]
+    run = Run(data, tmp_path / "one")
+    assert run(*flags, "--use_attention_bias") == 0
+    losses = [r["loss"] for r in run.records() if r["kind"] == "train"]
+    assert losses[-1] < losses[0] and not run.final().run["skipped_steps"]
+    assert "Triton computes attention" in "".join(capsys.readouterr())
+    other = Run(data, tmp_path / "other")
+    assert other(*flags, "--use_attention_bias", "--document_mask") == 0
+    assert "the kernels know no documents" in "".join(capsys.readouterr())
 
 
 def test_generating_builds_no_plan_of_cudnn():

@@ -202,7 +202,7 @@ def test_every_flag_it_names_is_one(capsys):
     # benchmarks.gpu's, and that of the field which CONTRIBUTING.md's example adds.
     # And one of pip, and one of the mutants' runner.
     known = {"--name", "--out", "--tiny", "--second", "--shared_d_ff", "--extra-index-url"}
-    known.add("--left")
+    known |= {"--left", "--third"}
     for script in SCRIPTS:
         with pytest.raises(SystemExit):
             importlib.import_module(script).main(["--help"])

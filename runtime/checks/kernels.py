@@ -1,10 +1,10 @@
-"""The kernels of a CPU that stand in for parts of a block are asked before they are used.
+"""The kernels that stand in for parts of a block are asked before they are used.
 
-runtime/kernels/routed_experts.py, cpu_experts.py, cpu_attention.py and sink_attention.py compute
-again what model_parts.py says. Where that was changed (another activation, one more parameter of
-the experts), they would train and generate another function in silence. So each is compared with it
-on a few numbers; one that differs is taken out of the model, which then computes as model_parts.py
-does, and a line says so.
+On a CPU runtime/kernels/routed_experts.py, cpu_experts.py, cpu_attention.py and sink_attention.py
+compute again what model_parts.py says, on a GPU bias_attention.py does. Where that was changed
+(another activation, one more parameter of the experts), they would train and generate another
+function in silence. So each is compared with it on a few numbers; one that differs is taken out of
+the model, which then computes as model_parts.py does, and a line says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model_parts import activate, attention_mask, attention_with_sinks
 from runtime.checks.rounding import rounding, size_of
-from runtime.kernels import cpu_experts
+from runtime.kernels import bias_attention, cpu_experts
 
 # Parameters of Experts that runtime/kernels/cpu_experts.py is given.
 EXPERTS = ("w_in", "b_in", "w_out", "b_out")
@@ -27,16 +27,22 @@ NUM_EXPERTS, HIDDEN = 3, 8
 # Makes classes whose packed matrices are properties.
 PACKING = "runtime.inference.quantize"
 TOKENS, WINDOW = 7, 3
+# Sequences, tokens and side of the table for the kernels of a GPU: more than a tile, and what
+# Triton compiles for these sizes serves those of a run too (multiples of 16).
+GPU_ROWS, GPU_TOKENS, GPU_TABLE = 2, 80, 96
 
 
-def settle_kernels(model) -> list[str]:
-    """Take from the blocks of a model on a CPU what does not compute their functions; lines that
-    say why, for a user."""
+def settle_kernels(model, documents: bool = False) -> list[str]:
+    """Take from the blocks of a model what does not compute their functions; lines that say why,
+    for a user.
+
+    documents: several share a sequence, and none sees another.
+    """
     threads = torch.get_num_threads()
     # So little work is done before other threads are awake.
     torch.set_num_threads(1)
     try:
-        return _settle(model)
+        return [*_settle(model), *_settle_bias(model, documents)]
     finally:
         torch.set_num_threads(threads)
 
@@ -66,6 +72,34 @@ def _settle(model) -> list[str]:
         if attention.kernel is not None and (why := _why_not_attention(attention)):
             attention.kernel = None
             lines[slower.format("attention", why)] = None
+    return list(lines)
+
+
+def _settle_bias(model, documents: bool) -> list[str]:
+    """Say what computes attention with the learned bias, if Triton's kernels are asked for."""
+    lines: dict[str, None] = {}
+    if not bias_attention.is_asked_for():
+        return []
+    for block in model.layers:
+        attention = block.attention
+        if attention.attention_bias is None:
+            continue
+        bias = attention.attention_bias
+        why = bias_attention.why_not(attention, bias.device, bias.dtype)
+        if documents:
+            why = "the kernels know no documents that share a sequence"
+        if attention.bias_kernel is not None:
+            why = why or _why_not_bias(attention, bias.device)
+        if why:
+            attention.bias_kernel = None
+            why = f"plain operations compute attention with the learned bias: {why}"
+        elif attention.bias_kernel is not None:
+            why = (
+                "Triton computes attention with the learned bias, without a cache and where no "
+                f"documents share a sequence ({bias_attention.VARIABLE})"
+            )
+        if why:
+            lines[why] = None
     return list(lines)
 
 
@@ -174,9 +208,38 @@ def _why_not_attention(attention) -> str:
     return ""
 
 
-def _is_same(ours: Tensor, plain: Tensor, length: int = FEATURES) -> bool:
+@torch.inference_mode(False)
+def _why_not_bias(attention, device: torch.device) -> str:
+    """Results and gradients by the kernels, in the dtype that they were chosen for."""
+    dtype, generator = attention.bias_kernel.keywords["dtype"], torch.Generator().manual_seed(0)
+    B, T, L, H, G, D = GPU_ROWS, GPU_TOKENS, GPU_TABLE, attention.H, attention.G, attention.D
+    drawn = [torch.randn(B, T, n, D, generator=generator).transpose(1, 2) for n in (H, G, G, H)]
+    *given, dy_BHTD = (x.to(device, dtype) for x in drawn)
+    given.append(torch.randn(H, L, L, generator=generator).to(device))
+    positions_T = torch.arange(T, device=device)
+    hidden_TT = ~attention_mask(positions_T, positions_T, 0)
+
+    def plain(q, k, v, table):
+        mask = table[:, :T, :T].masked_fill(hidden_TT, -torch.inf)
+        return attention_with_sinks(q, k, v, None, mask, False)
+
+    results = []
+    for function, kind in ((attention.bias_kernel, None), (plain, torch.float64)):
+        leaves = [x.to(kind or x.dtype).detach().requires_grad_() for x in given]
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            y = function(*leaves)
+            results.append((y, *torch.autograd.grad(y, leaves, dy_BHTD.to(y.dtype))))
+    for ours, exact in zip(*results, strict=True):
+        if not _is_same(ours.detach(), exact.detach(), 2 * (D + T), dtype):
+            return "runtime/kernels/bias_attention.py has other results than model_parts.py"
+    return ""
+
+
+def _is_same(
+    ours: Tensor, plain: Tensor, length: int = FEATURES, dtype: torch.dtype = torch.float32
+) -> bool:
     """Whether two results differ by no more than rounding; False where one is not finite."""
     if ours.shape != plain.shape:
         return False
     difference = (ours.double() - plain.double()).abs().max().item()
-    return difference <= rounding(torch.float32, length) * size_of(plain)
+    return difference <= rounding(dtype, length) * size_of(plain)

@@ -10,6 +10,7 @@ import torch
 import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
 from runtime.kernels import cpu_attention, loss_in_c, routed_experts
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
+from runtime.kernels.bias_attention import bias_attention, is_asked_for, why_not
 from runtime.kernels.sink_attention import sink_attention
 
 
@@ -21,7 +22,8 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     gradients for experts without tokens). On a CPU: runtime/kernels/routed_experts.py, in C, and
     runtime/kernels/cpu_experts.py without a compiler. Attention: on a CPU
     runtime/kernels/cpu_attention.py, in C; else runtime/kernels/attention_choice.py, with sinks
-    runtime/kernels/sink_attention.py.
+    runtime/kernels/sink_attention.py, with the learned bias, if it is asked for,
+    runtime/kernels/bias_attention.py.
     """
     in_c, attends_in_c = _in_c(device, dtype)
     card = card_of(device) if device.type == "cuda" else None
@@ -44,6 +46,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         attention.kernel = cpu_attention.attend if attends_in_c else None
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
+        attention.bias_kernel = _bias_kernel(attention, device, dtype)
 
 
 def _in_c(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
@@ -73,3 +76,11 @@ def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | 
     if masked is None or masked.kernel == "torch":
         return None
     return functools.partial(sink_attention, card=card)
+
+
+def _bias_kernel(attention, device: torch.device, dtype: torch.dtype):
+    """Return bias_attention where it is asked for and can run, else None."""
+    has_bias = attention.attention_bias is not None
+    if not is_asked_for() or not has_bias or why_not(attention, device, dtype):
+        return None
+    return functools.partial(bias_attention, dtype=dtype)

@@ -102,7 +102,7 @@ def set_up(plan: TrainPlan, forward_backward: ForwardBackward) -> tuple[LLM, Opt
         if config.compile:
             model.compile_in_place()
         share_out(model, plan)
-        for line in settle_kernels(model):
+        for line in settle_kernels(model, config.document_mask):
             tqdm.write(f"note     {line}")
         optimizer = build_optimizer(model, config, ranks, plan.muon_dtype)
         if config.resume:

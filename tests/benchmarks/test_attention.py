@@ -358,7 +358,7 @@ def test_on_a_gpu(run):
         "--head_dim",
         "32",
         "--variants",
-        "sdpa_grouped,sdpa_expanded,sdpa_efficient,flex",
+        "sdpa_grouped,sdpa_expanded,sdpa_efficient,triton,flex",
     )
     kernels = {
         case: {name: modes["default"].get("kernel") for name, modes in figures["variants"].items()}
@@ -377,3 +377,5 @@ def test_on_a_gpu(run):
                 for row in modes.values()
             )
         assert "why" not in figures["variants"]["sdpa_expanded"]["default"], case
+    by_triton = results["cases"]["table"]["variants"]["triton"]["default"]
+    assert all(by_triton["same_bits"].values()), by_triton

@@ -22,6 +22,7 @@ from torch.autograd import DeviceType
 
 import train
 from benchmarks import (
+    attention,
     common,
     gpu,
     gpu_plan,
@@ -96,8 +97,9 @@ def test_the_stages_of_a_command_fit_its_seconds(card):
     plans = {
         "first": gpu_plan.first("x", CARD_MEMORY[card], False),
         "second": gpu_plan.second("x", False, "x.json", "work"),
+        "third": gpu_plan.third("x", False),
     }
-    assert gpu_plan.TOTAL_SECONDS == {"first": 585, "second": 120}
+    assert gpu_plan.TOTAL_SECONDS == {"first": 585, "second": 120, "third": 120}
     for which, stages in plans.items():
         seconds = [stage.seconds for stage in stages.values()]
         assert sum(seconds) + gpu_plan.OWN_SECONDS[which] <= gpu_plan.TOTAL_SECONDS[which]
@@ -113,6 +115,7 @@ def test_the_stages_of_a_command_fit_its_seconds(card):
         "hugging_face",
     ]
     assert list(plans["second"]) == ["failed_tests", "resume", "compiled_tests"]
+    assert list(plans["third"]) == ["triton_tests", "triton_attention", "triton_default"]
 
 
 def test_a_stage_has_its_own_seconds_and_those_that_others_left():
@@ -202,6 +205,12 @@ def test_every_program_understands_its_flags(card, results, monkeypatch):
     )
     monkeypatch.setattr(gpu_resume, "different_tensors", lambda *folders: ([], 1))
     monkeypatch.setattr(
+        attention,
+        "measure_case",
+        lambda args, case, names, *rest: seen.update(attention=(args, case, names)) or {},
+    )
+    monkeypatch.setattr(attention, "print_case", lambda case, results: None)
+    monkeypatch.setattr(
         bench,
         "random_tokens",
         lambda model_config, config: bench.RandomTokens(model_config.vocabulary_size, 9, 0),
@@ -223,8 +232,15 @@ def test_every_program_understands_its_flags(card, results, monkeypatch):
             assert (setting.config.batch_size, setting.config.grad_accum) == size
             assert setting.config.optimizer == changes.get("optimizer", "adamw")
     (results / "x.json").write_text('{"stages": {}}')
+    third = gpu_plan.third("x", False)
+    (command,) = third.pop("triton_default").commands
+    args = steps.make_parser().parse_args(command[3:])
+    setting = steps.make_setting(args, *steps.parse_sizes(args.sizes)[0])
+    assert (setting.config.batch_size, setting.config.grad_accum) == (16, 1)
+    assert setting.model_config == gpu_plan.models()["default"][0]
     for stage in (
         *plan.values(),
+        *third.values(),
         *gpu_plan.second("x", False, str(results / "x.json"), str(results / "work")).values(),
     ):
         for command in stage.commands:
@@ -249,6 +265,8 @@ def test_every_program_understands_its_flags(card, results, monkeypatch):
         == "modern-8gb"
     )
     assert seen["tests"][1] == gpu_plan.COMPILED_TESTS
+    args, case, names = seen["attention"]
+    assert (case, names) == ("table", ["sdpa_efficient", "triton"]) and args.batch_size == 16
 
 
 def test_all_gpu_tests_are_asked_for():
@@ -336,6 +354,10 @@ def test_what_is_predicted_is_what_was_worked_out():
     assert values["loss", "ours_2048_compiled time", ""][0] == pytest.approx(65 + 26, abs=1)
     assert values["loss", "ours_8192_compiled time", ""][0] == pytest.approx(65 + 16, abs=1)
     assert all(p.how for p in gpu_plan.PREDICTIONS)
+    # 12 blocks of 11 causal products, 9.1 TFLOP.
+    assert 12 * values["triton_attention", "table triton time", ""][0] == pytest.approx(
+        9.1e15 / 150e12, rel=0.02
+    )
 
 
 def test_a_card_is_known_by_its_name():
@@ -616,6 +638,7 @@ def test_bad_requests_are_told(results, data, monkeypatch):
         (["--name", "x", "--stages", "nothing"], "no such stage: nothing; there are probe, tests"),
         (["--name", "a/b"], "name must be letters"),
         (["--name", "x", "--second", "--stages", "probe"], "there are failed_tests, resume"),
+        (["--name", "x", "--third", "--stages", "probe"], "there are triton_tests, triton_att"),
     ):
         with pytest.raises(ValueError, match=message):
             gpu.main([*flags, "--out", str(results / "out")])
@@ -1163,7 +1186,7 @@ sys.meta_path.insert(0, Refuse())
 
 
 @pytest.mark.slow
-def test_both_commands_run_at_a_tiny_size(results, data):
+def test_all_commands_run_at_a_tiny_size(results, data):
     """Every program, with real shards.
 
     Without the library datasets, the tests' fixtures and a network.
@@ -1177,7 +1200,7 @@ def test_both_commands_run_at_a_tiny_size(results, data):
         "OMP_NUM_THREADS": "1",
     }
     told = {}
-    for flags in ([], ["--second"]):
+    for which in ("", "_second", "_third"):
         done = subprocess.run(
             [
                 sys.executable,
@@ -1188,23 +1211,27 @@ def test_both_commands_run_at_a_tiny_size(results, data):
                 "--out",
                 str(out),
                 "--tiny",
-                *flags,
+                *([which.replace("_", "--")] if which else []),
             ],
             cwd=REPO,
             env=env,
             capture_output=True,
             text=True,
         )
-        stem = "tiny_second" if flags else "tiny"
+        stem = f"tiny{which}"
         assert done.returncode == 0, (
             done.stdout + done.stderr + (out / f"{stem}.log").read_text()[-5000:]
         )
         told |= stored(out, stem)["stages"]
         assert "predicted" in done.stdout and "x off" not in done.stdout
     assert {path.name for path in out.iterdir()} == {
-        f"tiny{which}.{kind}" for which in ("", "_second") for kind in ("log", "json")
+        f"tiny{which}.{kind}" for which in ("", "_second", "_third") for kind in ("log", "json")
     }
-    assert list(told) == [*gpu_plan.first("x", GIB, True), *gpu_plan.second("x", True, "", "")]
+    assert list(told) == [
+        *gpu_plan.first("x", GIB, True),
+        *gpu_plan.second("x", True, "", ""),
+        *gpu_plan.third("x", True),
+    ]
     figures = {
         stage: {
             name: figure
@@ -1230,4 +1257,12 @@ def test_both_commands_run_at_a_tiny_size(results, data):
         figures["resume"]["tensors that differ"]["value"] == 0
         and figures["tests"]["passed"]["value"] > 0
     )
+    assert figures["triton_attention"]["table sdpa_expanded time"]["value"] > 0
+    assert "Triton needs a CUDA GPU" in figures["triton_attention"]["table triton time"]["why"]
+    # The setting reaches the stage that it is for, and no other.
+    assert figures["triton_default"]["speed"]["value"] > 0
+    assert told["triton_default"]["environment"] == {"GPTOSS_BIAS_KERNEL": "triton"}
+    assert (out / "tiny_third.log").read_text().count(
+        "note     plain operations compute attent"
+    ) == 1
     assert not any((REPO / "benchmarks" / "results").glob("*tiny*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 
 import pytest
@@ -404,8 +405,10 @@ def test_no_prompt_waits_for_a_plan_of_cudnn(emulated, monkeypatch, changes):
 
 
 # ---------------------------------------------------------------------------------- compiled blocks
-def traced(model, ids) -> tuple[set[str], set[str]]:
+def traced(model, ids, names: str = "scaled_dot") -> tuple[set[str], set[str]]:
     """Attention operations in compiled blocks: of a step of training, of a pass without gradients.
+
+    names: a regular expression that finds them.
 
     Nothing is computed, because a CPU has no such kernels.
     """
@@ -415,7 +418,7 @@ def traced(model, ids) -> tuple[set[str], set[str]]:
         seen.update(
             str(node.target).split(".")[1]
             for node in graph.graph.nodes
-            if "scaled_dot" in str(node.target)
+            if re.search(names, str(node.target))
         )
         output = next(node for node in graph.graph.nodes if node.op == "output")
         fakes = [

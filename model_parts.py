@@ -304,7 +304,7 @@ class Attention(nn.Module):
         y_BHTD = None
         if self.bias_kernel and cache is None and starts_BT is None and not self.dropout:
             y_BHTD = self.bias_kernel(q_BHTD, k_BGSD, v_BGSD, self.attention_bias)
-        elif self.kernel is not None:
+        elif self.kernel:
             y_BHTD = self.kernel(self, *given)
         if y_BHTD is None:
             y_BHTD = self.attend(*given)
@@ -661,7 +661,7 @@ class LocalDispatcher:
         experts: Experts,
     ) -> Tensor:
         """Return each token's experts' outputs, weighted and summed: [N, C] -> [N, C]."""
-        if self.kernel is not None:
+        if self.kernel:
             y_NC = self.kernel(x_NC, weights_NK, experts_NK, counts_E, experts)
             if y_NC is not None:
                 return y_NC

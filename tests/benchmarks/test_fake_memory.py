@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import fake_memory
 from benchmarks.fake_memory import StorageCounter, counted_peak_bytes
 from config_model import PRESETS, ModelConfig, TrainConfig
+from runtime.kernels import cpu_attention, routed_experts
 from runtime.training.memory import training_memory_bytes
 from tests.builders import tiny_config
 
@@ -55,8 +56,17 @@ def test_fake_tensors_are_as_many_as_real_ones(changes, train, dtype):
     )
 
 
-def test_a_gpu_holds_no_scores_and_a_cpu_does():
-    """With a learned table a CPU keeps all scores; a GPU's memory-efficient kernel keeps none."""
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """PyTorch's operations hold more than those in C, which are made on most machines."""
+    for kernels in (cpu_attention, routed_experts):
+        monkeypatch.setattr(kernels, "library", lambda *given: (None, "there is no C compiler"))
+
+
+def test_a_gpu_and_attention_in_c_hold_no_scores(no_compiler, monkeypatch):
+    """With a learned table PyTorch on a CPU keeps all scores; a GPU's memory-efficient kernel keeps
+    none, nor does attention in C.
+    """
     config = ModelConfig(
         d_model=32,
         transformer_blocks=2,
@@ -74,6 +84,9 @@ def test_a_gpu_holds_no_scores_and_a_cpu_does():
         counted_peak_bytes(config, train_config, torch.float32, where) for where in (False, True)
     )
     assert on_cpu - on_gpu > 0.5 * scores
+    monkeypatch.setattr(cpu_attention, "library", lambda *given: (object(), ""))
+    in_c = counted_peak_bytes(config, train_config, torch.float32, False)
+    assert on_cpu - in_c > 0.5 * scores
 
 
 # ------------------------------------------------------------------------------------- the estimate
@@ -159,6 +172,8 @@ def test_the_estimate_counts_every_option(model, train, dtype):
         (dict(dropout=0.1), {}),
     ],
 )
-def test_a_cpus_estimate_is_the_count_and_what_its_experts_use_inside(model, train, dtype):
+def test_a_cpus_estimate_is_the_count_and_what_its_experts_use_inside(
+    model, train, dtype, no_compiler
+):
     """The count does not see into the experts' operation, so it may only be lower."""
     assert -0.01 < off(SMALL | model, dict(batch_size=8, grad_accum=1) | train, dtype, False) < 0.1

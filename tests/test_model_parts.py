@@ -734,13 +734,16 @@ def test_one_expert_is_neither_chosen_sorted_nor_gathered(changes, kernels):
     mine = {name for name in names.seen if name.startswith("gptoss::")}
     for operation in ("sort", "argsort", "topk", "gather", "index_select", "scatter_", "index"):
         assert operation not in names.seen
-    assert not mine and "mm" in names.seen
+    # On a CPU with a compiler C does all of it; else there are two products.
+    in_c = {"gptoss::routed_experts", "gptoss::routed_experts_backward"}
+    assert mine == in_c if kernels and mine else not mine and "mm" in names.seen
 
 
 def test_one_expert_in_inference_keeps_the_operation_of_few_shapes():
     """Prompts come in every length, and oneDNN would keep a kernel for each (cpu_experts)."""
     model = random_model(tiny_config(num_experts=1, top_k=1, expert_activation="gelu"))
-    choose_kernels(model, torch.device("cpu"), torch.float32)
+    # As without a compiler.
+    model.layers[0].moe.experts.feed_forward = torch.ops.gptoss.feed_forward.default
     x_BTC = torch.randn(1, 9, 32)
     with torch.no_grad(), OperatorNames() as names:
         y, _ = model.layers[0].moe(x_BTC)

@@ -72,9 +72,6 @@ def dispatch(
         return None
     if experts.w_in.dtype != torch.float32 or (experts.dropout and experts.training):
         return None
-    if len(counts_E) == 1:
-        # Rows are tokens, and the weight of the only choice is 1.
-        weights_NK = experts_NK = None
     # The first call of a custom operation imports PyTorch's compiler, which takes a second.
     plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     return (_forward if plain else routed_experts)(

@@ -85,8 +85,11 @@ def test_float32_is_within_the_bound_of_float64_and_a_small_fault_is_not(seed):
         out = one(ids, ids)
         (out.cross_entropy_sum / out.num_targets).backward()
     for (name, parameter), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        # The router of one expert takes no part.
+        if other.grad is None:
+            assert parameter.grad is None and config.num_experts == 1
         # Where nothing but rounding is left, there is nothing to compare with.
-        if size_of(other.grad) > 1e-6:
+        elif size_of(other.grad) > 1e-6:
             assert_close(
                 parameter.grad,
                 other.grad,

@@ -1,5 +1,5 @@
-"""The experts of one block, forward and backward: one after another, PyTorch's grouped product, and
-one operation with an expert per core.
+"""The experts of one block, forward and backward: one after another, PyTorch's grouped product,
+one operation with an expert per core, and that operation in C.
 
     python -m benchmarks.experts --name cpu_256 --d_model 256 --d_ff 512 --num_experts 32 \\
         --expert_activation swiglu --no-expert_bias
@@ -29,6 +29,7 @@ from config_model import ModelConfig
 from model_parts import Experts
 from runtime.base import cli
 from runtime.base.device import choose_device, choose_dtype, device_name, synchronize
+from runtime.kernels import routed_experts
 
 VARIANTS = {
     "one_by_one": (
@@ -36,7 +37,16 @@ VARIANTS = {
     ),
     "grouped_mm": "F.grouped_mm, the GPU's path",
     "feed_forward": "runtime/kernels/cpu_experts.py: each expert on one core",
+    "in_c": "runtime/kernels/routed_experts.py: the same in C",
 }
+
+
+def variants_of(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the variants that a device has in a dtype."""
+    if device.type != "cpu":
+        return ["one_by_one", "grouped_mm"]
+    has_c = dtype == torch.float32 and routed_experts.library()[0] is not None
+    return list(VARIANTS) if has_c else [name for name in VARIANTS if name != "in_c"]
 
 
 def make_variant(
@@ -47,9 +57,10 @@ def make_variant(
 
     def run() -> list[Tensor]:
         experts.grouped = name == "grouped_mm"
-        experts.feed_forward = (
-            torch.ops.gptoss.feed_forward.default if name == "feed_forward" else None
-        )
+        experts.feed_forward = {
+            "feed_forward": torch.ops.gptoss.feed_forward.default,
+            "in_c": routed_experts.rows_of_experts,
+        }.get(name)
         y_RC = experts(x_RC, experts_R, counts_E)
         return [y_RC, *torch.autograd.grad(y_RC, inputs, grad_RC)]
 
@@ -114,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.randn(args.rows, config.d_model, dtype=dtype, requires_grad=True),
             torch.randn(args.rows, config.d_model, dtype=dtype),
         )
-    names = [name for name in VARIANTS if name != ("feed_forward" if device.type != "cpu" else "")]
+    names = variants_of(device, dtype)
     functions = {
         name: make_variant(name, experts, x_RC, experts_R, counts_E, grad_RC) for name in names
     }

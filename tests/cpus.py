@@ -52,6 +52,8 @@ FILES = [
     "inference/test_scorer.py",
     "kernels/test_cpu_attention.py",
     "kernels/test_cpu_experts.py",
+    "kernels/test_loss_in_c.py",
+    "kernels/test_newton_schulz.py",
     "kernels/test_routed_experts.py",
     "interop/test_custom_code.py",
     "scripts/test_export_hf.py",

@@ -82,9 +82,9 @@ def test_what_pads_the_rows_of_logits_is_no_garbage():
         assert logits_NV.stride() == (64, 1) and (seen[-1][:, 61:] == 0).all()
         return softmax_gradient_(logits_NV, bias_V, targets_N, needs_gradient)
 
-    h, w = torch.randn(7, 32, requires_grad=True), torch.randn(61, 32, requires_grad=True)
+    h, w = (torch.randn(n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (7, 61))
     # What the allocator gives out next.
-    garbage = torch.full((4, 64), math.nan)
+    garbage = torch.full((4, 64), math.nan, dtype=torch.bfloat16)
     del garbage
     linear_cross_entropy(h, w, None, torch.randint(0, 61, (7,)), 4, look).backward()
     assert len(seen) == 2 and h.grad.isfinite().all()

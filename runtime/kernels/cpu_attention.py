@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import FUSED, compiled, parallel_region
-from runtime.kernels.routed_experts import _scratch
+from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("attention.c")
 NUMBERS = "B T S H G D window threads"
@@ -195,7 +195,7 @@ def _run(which: str, call: _Call, dtype: torch.dtype) -> None:
     if code is None:
         raise ValueError(why)
     count = code.gptoss_attention_room(ctypes.byref(call), which == "backward")
-    call.room = _scratch.get("attention", count, dtype).data_ptr()
+    call.room = scratch.get("attention", count, dtype).data_ptr()
     getattr(code, f"gptoss_attention_{which}")(ctypes.byref(call))
 
 

@@ -15,9 +15,6 @@ enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 
 /* Rows that one task has at most: what it keeps of them stays in the second cache. */
 #define MOST_ROWS 252
-/* Of a weight's gradient: columns whose panels are kept, and tiles of rows that pass each panel. */
-#define WIDTH (REAL_BYTES == 4 ? 256 : 128)
-#define TILES_AT_ONCE 8
 /* Parts of the gradient of a weight whose expert has several tasks. */
 #define PARTS 4
 #define TOKENS 64           /* that are summed in one task */
@@ -48,64 +45,6 @@ typedef struct { int64_t expert, first, count; } Part;
 static const real *token_of(const Experts *p, const real *x, int64_t row)
 {
     return x + (p->experts ? p->order[row] / p->K : row) * p->C;
-}
-
-/* --------------------------------------------------------------------------------- products */
-typedef struct {
-    const real *weight;
-    int64_t step, K, N;
-    int is_transposed;          /* weight[n * step + k], else weight[k * step + n] */
-} Factor;
-
-/* out[i][n] = bias[n] + sum over k of rows[i][k] * factor(k, n). panel: room. */
-static void product(const Factor *f, int64_t count, const real *const *rows, const real *bias, real *out,
-                    int64_t out_step, real *panel)
-{
-    for (int64_t n = 0; n < f->N; n += COLUMNS) {
-        int64_t columns = least(f->N - n, COLUMNS);
-        real edge[COLUMNS] = {0};
-        const real *begin = bias ? bias + n : NULL;
-        if (bias && columns < COLUMNS)
-            begin = memcpy(edge, bias + n, columns * sizeof(real));
-        for (int64_t k = 0; k < f->K; k += DEPTH) {
-            int64_t depth = least(f->K - k, DEPTH);
-            if (f->is_transposed)
-                pack_transposed(f->weight + n * f->step + k, f->step, depth, columns, panel);
-            else {
-                const real *lines[DEPTH];
-                for (int64_t d = 0; d < depth; d++)
-                    lines[d] = f->weight + (k + d) * f->step;
-                pack(lines, n, depth, columns, panel);
-            }
-            rows_times(k ? SUM : bias ? BIAS : ZERO, count, rows, k, panel, depth, begin, out + n, out_step,
-                       columns);
-        }
-    }
-}
-
-/* out[m][n] = sum over rows r of a[r][m] * b[r][n], for m from `first` to `end`. room: for
-   WIDTH + TILES_AT_ONCE * ROWS columns of DEPTH rows, and a vector. */
-static void sum_over_rows(int64_t count, const real *const *a, int64_t first, int64_t end, const real *const *b,
-                          int64_t N, real *out, real *room)
-{
-    real *packed = room + WIDTH * DEPTH;
-    for (int64_t k = 0; k < count; k += DEPTH) {
-        int64_t depth = least(count - k, DEPTH);
-        for (int64_t w = 0; w < N; w += WIDTH) {
-            int64_t width = least(N - w, WIDTH);
-            for (int64_t n = 0; n < width; n += COLUMNS)
-                pack(b + k, w + n, depth, least(width - n, COLUMNS), room + n * depth);
-            for (int64_t m = first; m < end; m += TILES_AT_ONCE * ROWS) {
-                int64_t high = least(end - m, TILES_AT_ONCE * ROWS);
-                for (int64_t i = 0; i < high; i += ROWS)
-                    pack_rows(a + k, m + i, depth, end - m - i, packed + i * depth);
-                const real *from = packed;
-                for (int64_t n = 0; n < width; n += COLUMNS)
-                    packed_times(k ? SUM : ZERO, high, &from, 0, room + n * depth, depth, NULL,
-                                 out + m * N + w + n, N, least(width - n, COLUMNS));
-            }
-        }
-    }
 }
 
 /* --------------------------------------------------------------------------------- activations */
@@ -142,38 +81,12 @@ INLINE vec activate_backward(int activation, vec h, vec up, vec grad, vec *grad_
     return a * other;
 }
 
-/* Vectors of a row of `count` values, the last one of what is left, zeros after it. */
-INLINE vec some(const real *from, int64_t left)
-{
-    if (left >= LANES)
-        return LOAD(from);
-    vec v = ALL(0);
-    memcpy(&v, from, left * sizeof(real));
-    return v;
-}
-
-INLINE void put(real *to, vec v, int64_t left)
-{
-    if (left >= LANES)
-        STORE(to, v);
-    else
-        memcpy(to, &v, left * sizeof(real));
-}
-
 INLINE void activate_row(const int activation, int64_t F, const real *h, real *a)
 {
     for (int64_t f = 0; f < F; f += LANES) {
         vec up = some(h + (activation == GELU ? 0 : F) + f, F - f);
         put(a + f, activate(activation, some(h + f, F - f), up), F - f);
     }
-}
-
-static real sum_of(vec v)
-{
-    real sum = 0;
-    for (int l = 0; l < LANES; l++)
-        sum += v[l];
-    return sum;
 }
 
 /* From a row's hidden layer h [I] and the gradient grad_a [F] of its activation before it is
@@ -213,8 +126,7 @@ static real dot(const real *a, const real *b, int64_t count)
 static int64_t room_of(int64_t F, int64_t most_rows)
 {
     int64_t pointers = most(most_rows, MOST_ROWS) * 2 * sizeof(real *) / sizeof(real);
-    int64_t sums = (WIDTH + TILES_AT_ONCE * ROWS) * DEPTH + LANES;
-    return pointers + most(DEPTH * COLUMNS + MOST_ROWS * F, sums) + 2 * LANES;
+    return pointers + most(DEPTH * COLUMNS + MOST_ROWS * F, SUM_ROOM) + 2 * LANES;
 }
 
 /* Sort assignments by expert, each expert's in the tokens' order. Return 0 if that fits counts. */
@@ -284,7 +196,7 @@ static void forward_part(void *job, int64_t task, real *room)
         hidden[r] = a + r * F;
     }
     Factor in = {p->w_in + e * I * C, C, C, I, 1}, out = {p->w_out + e * C * F, F, F, C, 1};
-    product(&in, n, rows, p->b_in ? p->b_in + e * I : NULL, h, I, panel);
+    product_with(&in, n, rows, p->b_in ? p->b_in + e * I : NULL, h, I, panel);
     for (int64_t r = 0; r < n; r++)
         if (p->activation == GELU)
             activate_row(GELU, F, h + r * I, a + r * F);
@@ -292,7 +204,7 @@ static void forward_part(void *job, int64_t task, real *room)
             activate_row(SWIGLU, F, h + r * I, a + r * F);
         else
             activate_row(SWIGLU_CLAMPED, F, h + r * I, a + r * F);
-    product(&out, n, hidden, p->b_out ? p->b_out + e * C : NULL, p->y_rows + part.first * C, C, panel);
+    product_with(&out, n, hidden, p->b_out ? p->b_out + e * C : NULL, p->y_rows + part.first * C, C, panel);
 }
 
 /* The gradients of an expert's weights from the rows of all its parts: of w_in (0) or w_out (1),
@@ -309,7 +221,7 @@ static void weight_gradients(const Experts *p, int64_t e, int64_t first, int64_t
         b[r] = is_out ? p->a + (first + r) * F : token_of(p, p->x, first + r);
     }
     if (weight && n)
-        sum_over_rows(n, a, begin, end, b, N, weight + e * M * N, (real *)(b + most(n, MOST_ROWS)));
+        sum_over_rows(0, n, a, begin, end, b, N, weight + e * M * N, (real *)(b + most(n, MOST_ROWS)));
     else if (weight)
         memset(weight + (e * M + begin) * N, 0, (end - begin) * N * sizeof(real));
     if (!bias)
@@ -336,7 +248,7 @@ static void backward_part(void *job, int64_t task, real *room)
     }
     Factor out_back = {p->w_out + e * C * F, F, C, F, 0}, in_back = {p->w_in + e * I * C, C, I, C, 0};
     if (n && in)
-        product(&out_back, n, rows, NULL, grad_a, F, panel);
+        product_with(&out_back, n, rows, NULL, grad_a, F, panel);
     for (int64_t r = 0; r < n; r++) {
         int64_t row = part.first + r;
         real weight = p->weights ? p->weights[p->order[row]] : 1, grad_weight;
@@ -352,7 +264,7 @@ static void backward_part(void *job, int64_t task, real *room)
             p->grad_weights[p->order[row]] = grad_weight + (p->b_out ? dot(rows[r], p->b_out + e * C, C) : 0);
     }
     if (n && p->grad_x_rows)
-        product(&in_back, n, hidden, NULL, p->grad_x_rows + part.first * C, C, panel);
+        product_with(&in_back, n, hidden, NULL, p->grad_x_rows + part.first * C, C, panel);
     if (part.count == p->counts[e])
         for (int is_out = 0; is_out < 2; is_out++)
             weight_gradients(p, e, part.first, n, is_out, 0, 1, room);

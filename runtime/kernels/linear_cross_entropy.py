@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from runtime.kernels import loss_in_c
 from runtime.kernels.trained_rows import split_rows
 
 # A target with this value is not predicted and not counted.
@@ -104,7 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     A chunk's share of every gradient is known while its logits are there. So one buffer of
     `chunk_rows` rows serves them all, and no [N, V] tensor exists. The matrix products are in
-    `dtype`, the head's gradient is summed in float32.
+    `dtype`, the head's gradient is summed in float32. On a CPU in float32, C does all of it
+    (runtime/kernels/loss_in_c.py).
     """
 
     @staticmethod
@@ -131,6 +133,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_h, needs_weight, needs_bias = (
             needs_gradients and needed for needed in ctx.needs_input_grad[:3]
         )
+        if loss_in_c.takes(h.device.type, dtype) and rows_nC is None:
+            needed = (needs_h, needs_weight, needs_bias)
+            total, grads = loss_in_c.summed_loss(
+                h, weight, bias, targets_N, chunk_rows, IGNORE, needed
+            )
+            ctx.dtypes = [None if t is None else t.dtype for t in (h_NC, weight_VC, bias_V, None)]
+            if needs_gradients:
+                ctx.save_for_backward(*grads, None)
+            return total
         if needs_h:
             grad_h = torch.empty(h.shape, dtype=wide, device=h.device)
         if needs_weight:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import FUSED, compiled, parallel_region
+from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("experts.c")
 # In the order of the C code's enum.
@@ -57,24 +57,6 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
     if code.gptoss_size() != ctypes.sizeof(_Experts):
         raise ValueError("experts.c and routed_experts.py disagree about a structure")
     return code, ""
-
-
-class _Scratch(threading.local):
-    """Memory that is kept from call to call: fresh pages cost more than what is done in them."""
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple, Tensor] = {}
-
-    def get(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
-        """Return at least `count` uninitialised values."""
-        tensor = self.kept.get((name, dtype))
-        if tensor is None or tensor.numel() < count:
-            with torch.inference_mode(False):
-                tensor = self.kept[name, dtype] = torch.empty(count, dtype=dtype)
-        return tensor
-
-
-_scratch = _Scratch()
 
 
 def dispatch(
@@ -150,7 +132,7 @@ def routed_experts(
     y_NC = torch.empty_like(x_NC)
     h_RI = x_NC.new_empty(job.R, job.I)
     routed = experts_NK is not None
-    y_RC = _scratch.get("rows", job.R * job.C, x_NC.dtype) if routed else y_NC
+    y_RC = scratch.get("rows", job.R * job.C, x_NC.dtype) if routed else y_NC
     _call(job, "forward", b_in=b_in_EI, b_out=b_out_EC, h=h_RI, y=y_NC, y_rows=y_RC)
     return y_NC, h_RI
 
@@ -181,11 +163,11 @@ def _routed_experts_backward(
     dtype = x_NC.dtype
     if "grad_x" in given:
         routed = experts_NK is not None
-        rows = _scratch.get("rows", job.R * job.C, dtype) if routed else grads[0]
+        rows = scratch.get("rows", job.R * job.C, dtype) if routed else grads[0]
         given["grad_x_rows"] = rows
     if "grad_w_out" in given:
-        given["a"] = _scratch.get("a", job.R * job.F, dtype)
-    grad_h = _scratch.get("hidden", job.R * job.I, dtype)
+        given["a"] = scratch.get("a", job.R * job.F, dtype)
+    grad_h = scratch.get("hidden", job.R * job.I, dtype)
     _call(
         job,
         "backward",
@@ -238,10 +220,10 @@ def _call(job: _Experts, which: str, **tensors: Tensor | None) -> None:
     most_rows = job.R
     job.room_size = code.gptoss_room(job.F, most_rows)
     rooms = dict(
-        order=_scratch.get("order", job.R, torch.int64),
-        inverse=_scratch.get("inverse", job.R, torch.int64),
-        tasks=_scratch.get("tasks", 3 * code.gptoss_parts(job.R, job.E), torch.int64),
-        rooms=_scratch.get("rooms", job.threads * job.room_size, dtype),
+        order=scratch.get("order", job.R, torch.int64),
+        inverse=scratch.get("inverse", job.R, torch.int64),
+        tasks=scratch.get("tasks", 3 * code.gptoss_parts(job.R, job.E), torch.int64),
+        rooms=scratch.get("rooms", job.threads * job.room_size, dtype),
     )
     held += _set(job, rooms)
     if getattr(code, f"gptoss_experts_{which}")(ctypes.byref(job)):

@@ -80,6 +80,33 @@ INLINE vec all_of(real x) { return (vec){LANE_LIST(SAME, x)}; }
 #endif
 
 /* --------------------------------------------------------------------------------- functions */
+/* A vector of the next values of a row of which `left` are left, then zeros. */
+INLINE vec some(const real *from, int64_t left)
+{
+    if (left >= LANES)
+        return LOAD(from);
+    vec v = ALL(0);
+    memcpy(&v, from, left * sizeof(real));
+    return v;
+}
+
+/* Write a vector's first `left` values. */
+INLINE void put(real *to, vec v, int64_t left)
+{
+    if (left >= LANES)
+        STORE(to, v);
+    else
+        memcpy(to, &v, left * sizeof(real));
+}
+
+INLINE real sum_of(vec v)
+{
+    real sum = 0;
+    for (int l = 0; l < LANES; l++)
+        sum += v[l];
+    return sum;
+}
+
 /* The larger of x and the bound; what is not a number stays so. */
 INLINE vec at_least(vec x, real bound)
 {
@@ -171,8 +198,11 @@ __attribute__((noinline)) static void pack(const real *const *rows, int64_t at, 
 {
     if (columns >= COLUMNS)
         for (int64_t k = 0; k < depth; k++)
-            for (int j = 0; j < 2; j++)
+            for (int j = 0; j < 2; j++) {
+                /* The next panel's lines lie far apart, where the processor expects none. */
+                __builtin_prefetch(rows[k] + at + COLUMNS + j * LANES, 0, 2);
                 STORE(panel + k * COLUMNS + j * LANES, LOAD(rows[k] + at + j * LANES));
+            }
     else
         for (int64_t k = 0; k < depth; k++) {
             memset(panel + k * COLUMNS, 0, COLUMNS * sizeof(real));
@@ -323,6 +353,70 @@ INLINE void tile_to(const int rows, const int vectors, const real *const *a, con
 TILES(rows_times, 1)
 /* a[0]: what `pack_rows` made of all rows, ROWS of them after `depth` times ROWS values. */
 TILES(packed_times, ROWS)
+
+/* --------------------------------------------------------------------------------- products */
+/* Of a weight's gradient: columns whose panels are kept, and tiles of rows that pass each panel. */
+#define WIDTH (REAL_BYTES == 4 ? 256 : 128)
+#define TILES_AT_ONCE 8
+/* Values of room that `sum_over_rows` needs. */
+#define SUM_ROOM ((WIDTH + TILES_AT_ONCE * ROWS) * DEPTH + LANES)
+
+typedef struct {
+    const real *weight;
+    int64_t step, K, N;
+    int is_transposed;          /* weight[n * step + k], else weight[k * step + n] */
+} Factor;
+
+/* out[i][n] = bias[n] + sum over k of rows[i][k] * factor(k, n). panel: room. */
+__attribute__((unused)) static void product_with(const Factor *f, int64_t count, const real *const *rows, const real *bias, real *out,
+                    int64_t out_step, real *panel)
+{
+    for (int64_t n = 0; n < f->N; n += COLUMNS) {
+        int64_t columns = least(f->N - n, COLUMNS);
+        real edge[COLUMNS] = {0};
+        const real *begin = bias ? bias + n : NULL;
+        if (bias && columns < COLUMNS)
+            begin = memcpy(edge, bias + n, columns * sizeof(real));
+        for (int64_t k = 0; k < f->K; k += DEPTH) {
+            int64_t depth = least(f->K - k, DEPTH);
+            if (f->is_transposed)
+                pack_transposed(f->weight + n * f->step + k, f->step, depth, columns, panel);
+            else {
+                const real *lines[DEPTH];
+                for (int64_t d = 0; d < depth; d++)
+                    lines[d] = f->weight + (k + d) * f->step;
+                pack(lines, n, depth, columns, panel);
+            }
+            rows_times(k ? SUM : bias ? BIAS : ZERO, count, rows, k, panel, depth, begin, out + n, out_step,
+                       columns);
+        }
+    }
+}
+
+/* out[m][n] = sum over rows r of a[r][m] * b[r][n], for m from `first` to `end`; with `add` that is
+   added to what is there. room: SUM_ROOM. */
+__attribute__((unused)) static void sum_over_rows(int add, int64_t count, const real *const *a, int64_t first, int64_t end, const real *const *b,
+                          int64_t N, real *out, real *room)
+{
+    real *packed = room + WIDTH * DEPTH;
+    for (int64_t k = 0; k < count; k += DEPTH) {
+        int64_t depth = least(count - k, DEPTH);
+        for (int64_t w = 0; w < N; w += WIDTH) {
+            int64_t width = least(N - w, WIDTH);
+            for (int64_t n = 0; n < width; n += COLUMNS)
+                pack(b + k, w + n, depth, least(width - n, COLUMNS), room + n * depth);
+            for (int64_t m = first; m < end; m += TILES_AT_ONCE * ROWS) {
+                int64_t high = least(end - m, TILES_AT_ONCE * ROWS);
+                for (int64_t i = 0; i < high; i += ROWS)
+                    pack_rows(a + k, m + i, depth, end - m - i, packed + i * depth);
+                const real *from = packed;
+                for (int64_t n = 0; n < width; n += COLUMNS)
+                    packed_times(k || add ? SUM : ZERO, high, &from, 0, room + n * depth, depth, NULL,
+                                 out + m * N + w + n, N, least(width - n, COLUMNS));
+            }
+        }
+    }
+}
 
 /* --------------------------------------------------------------------------------- threads */
 /* Do task 0 .. tasks - 1 of a job, each by one thread with a room of its own. */

@@ -19,6 +19,7 @@ from config_model import TrainConfig
 from runtime.base.device import DTYPES, choose_dtype
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.checkpoint.optimizer_state import STATE_KEYS, initialise_state
+from runtime.kernels import squares
 from runtime.training.state import sums_dtype
 
 # One bias per expert, stacked to a matrix [E, F or C]: still biases.
@@ -186,9 +187,12 @@ def total_norm(gradients: list[Tensor], ranks: Ranks = ONE_PROCESS) -> Tensor:
     device = gradients[0].device
     wide = sums_dtype(device)
     total = torch.zeros((), dtype=wide, device=device)
-    for gradient in gradients:
-        for part in gradient.reshape(-1).split(_elements_at_once(gradient)):
-            total += torch.linalg.vector_norm(part, dtype=wide).square()
+    if squares.takes(gradients):
+        total = squares.sum_of_squares(gradients)
+    else:
+        for gradient in gradients:
+            for part in gradient.reshape(-1).split(_elements_at_once(gradient)):
+                total += torch.linalg.vector_norm(part, dtype=wide).square()
     return ranks.sum_of_shards_(total).sqrt().to(gradients[0].dtype)
 
 

@@ -38,7 +38,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -82,11 +82,13 @@ from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.base.text import human_bytes
 from runtime.data.loader import prefetch
 from runtime.data.shards import TokenShards, open_data
+from runtime.kernels import choose, loss_in_c, newton_schulz, squares
 from runtime.training.optimizer import build_adamw
 
 VARIANTS = {
     "ours": "this repository, eager",
     "ours_compiled": "this repository with --compile",
+    "ours_without_c": "this repository as without a C compiler: PyTorch's operations (a CPU)",
     "loop": (
         "the usual way: a Python loop over expert modules, all attention scores, all logits "
         "(benchmarks/baselines.py)"
@@ -104,6 +106,7 @@ VARIANTS = {
 }
 DEFAULT_VARIANTS = ("ours", "ours_compiled", "loop", "hf_eager", "hf_grouped", "dense")
 RATIOS_TO = ("loop", "hf_grouped")
+# Others than ours have no Muon.
 SAME_ON_ALL_SIDES = dict(
     optimizer="adamw",
     state_dtype="float32",
@@ -160,8 +163,11 @@ def make_setting(args: argparse.Namespace) -> Setting:
     """Flags -> setting. ValueError for what cannot be compared."""
     settings = cli.settings_from(args, ModelConfig, TrainConfig)
     config, model_config = settings.build(TrainConfig), settings.build(ModelConfig)
+    only_ours = all(
+        name.startswith(("ours", "dense")) for name in (args.variants or "loop").split(",")
+    )
     for name, value in SAME_ON_ALL_SIDES.items():
-        if getattr(config, name) != value:
+        if getattr(config, name) != value and not (name == "optimizer" and only_ours):
             hint = ": compiled or not is chosen by --variants" if name == "compile" else ""
             raise ValueError(
                 f"this benchmark runs with {name} {value!r} on all sides, not "
@@ -257,6 +263,32 @@ class Ours:
         )
         self.waiting_for_data = records[-1]["waiting_share"]
         return records[-1]["loss"]
+
+
+@contextlib.contextmanager
+def without_c() -> Iterator[None]:
+    """Let no kernel in C be chosen, as on a machine without a compiler."""
+    with contextlib.ExitStack() as stack:
+        for module, name, value in (
+            (choose, "_in_c", (False, False)),
+            (loss_in_c, "takes", False),
+            (squares, "takes", False),
+            (newton_schulz, "takes", False),
+        ):
+            stack.enter_context(mock.patch.object(module, name, return_value=value))
+        yield
+
+
+class OursWithoutC(Ours):
+    """Our model in our `fit`, by PyTorch's operations."""
+
+    def __init__(self, setting: Setting, model_config: ModelConfig):
+        with without_c():
+            super().__init__(setting, model_config)
+
+    def run(self, steps: int) -> float:
+        with without_c():
+            return super().run(steps)
 
 
 class Baseline:
@@ -355,6 +387,8 @@ def why_not(name: str, setting: Setting) -> str | None:
 def build(name: str, setting: Setting, our_weights: bool = True) -> Ours | Baseline:
     """A variant, ready to run; with our initial weights unless only its memory counts."""
     config, compiled = setting.model_config, name.endswith("_compiled")
+    if name == "ours_without_c":
+        return OursWithoutC(setting, config)
     if name.startswith("ours"):
         return Ours(setting, config, compiled)
     if name.startswith("dense"):

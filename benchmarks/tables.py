@@ -63,6 +63,7 @@ AGAINST_LLAMA_CPP = {
 NAMES = {
     "ours": "gptoss (eager)",
     "ours_compiled": "gptoss `--compile`",
+    "ours_without_c": "gptoss (eager) without C",
     "loop": "loop over experts",
     "hf_eager": "Hugging Face, eager experts",
     "hf_grouped": "Hugging Face, grouped_mm",

@@ -105,7 +105,7 @@ VARIANTS = {
     "dense_compiled": "the same with --compile",
 }
 DEFAULT_VARIANTS = ("ours", "ours_compiled", "loop", "hf_eager", "hf_grouped", "dense")
-RATIOS_TO = ("loop", "hf_grouped")
+RATIOS_TO = ("loop", "hf_grouped", "ours_without_c")
 # Others than ours have no Muon.
 SAME_ON_ALL_SIDES = dict(
     optimizer="adamw",
@@ -377,6 +377,8 @@ def why_not(name: str, setting: Setting) -> str | None:
             check_hf(setting.model_config)
     except ValueError as error:
         return str(error)
+    if name == "ours_without_c" and setting.device.type != "cpu":
+        return "ours_without_c is for a CPU"
     return (
         "hf_grouped_bf16 needs --dtype bfloat16"
         if name == "hf_grouped_bf16" and setting.dtype != torch.bfloat16

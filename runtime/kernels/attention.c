@@ -23,8 +23,6 @@
 #endif
 #define BLOCKS (QUERIES / ROWS)
 #define PANELS (KEYS / COLUMNS)
-/* Multiply-adds. */
-#define WORTH_A_THREAD (1 << 18)
 #define LN_2 0.69314718055994530942
 /* The position of a key that is not there: after every query. */
 #define NOWHERE INT32_MAX

@@ -312,7 +312,8 @@ static void sum_backward(void *job, int64_t task, real *room)
 
 static void all_tasks(const Experts *p, Task task, int64_t tasks)
 {
-    in_parallel(p->parallel, p->threads, task, (void *)p, tasks, p->rooms, p->room_size);
+    int threads = threads_for(p->threads, p->R * p->C * (p->I + p->F));
+    in_parallel(p->parallel, threads, task, (void *)p, tasks, p->rooms, p->room_size);
 }
 
 /* --------------------------------------------------------------------------------- the entries */

@@ -148,6 +148,7 @@ int gptoss_loss(Loss *p)
         if (p->targets[r] != p->ignore && (p->targets[r] < 0 || p->targets[r] >= p->V))
             return 1;
     int64_t ids = (p->V + IDS - 1) / IDS;
+    p->threads = threads_for(p->threads, least(p->N, p->chunk) * p->C * p->V);
     for (p->first = 0; p->first < p->N; p->first += p->chunk) {
         p->count = least(p->chunk, p->N - p->first);
         in_parallel(p->parallel, p->threads, logits_of_ids, p, ids, p->rooms, p->room_size);

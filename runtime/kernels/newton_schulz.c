@@ -81,5 +81,5 @@ int64_t gptoss_size(void) { return sizeof(Matrices); }
 
 void gptoss_newton_schulz(const Matrices *p)
 {
-    in_parallel(p->parallel, (int)p->threads, one_matrix, (void *)p, p->N, p->rooms, p->room_size);
+    in_parallel(p->parallel, threads_for(p->threads, p->N * p->R * p->R * p->C), one_matrix, (void *)p, p->N, p->rooms, p->room_size);
 }

@@ -462,6 +462,10 @@ static void *work_in_thread(void *team)
     return NULL;
 }
 
+/* Threads for so many multiply-adds: another one wants some to be worth waking. */
+#define WORTH_A_THREAD (1 << 18)
+INLINE int threads_for(int64_t threads, int64_t products) { return (int)least(threads, 1 + products / WORTH_A_THREAD); }
+
 /* rooms: room_size values for each thread. Which thread does a task must not matter. */
 static void in_parallel(Parallel parallel, int threads, Task task, void *job, int64_t tasks, real *rooms,
                         int64_t room_size)

@@ -304,11 +304,12 @@ def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path):
     """
     if not sys.platform.startswith("linux"):
         pytest.skip("a Linux compiler's flags")
-    checker = subprocess.run(
-        [*(os.environ.get("CC") or "cc").split(), "-print-file-name=libasan.so"],
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+
+    def library_file(name: str) -> str:
+        command = [*(os.environ.get("CC") or "cc").split(), f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    checker = library_file("libasan.so")
     checks = ["-march=native", "-fsanitize=undefined", "-fno-sanitize-recover=all"] + [
         "-fsanitize=address"
     ] * os.path.isabs(checker)
@@ -318,16 +319,20 @@ def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path):
     ):
         variables = {"XDG_CACHE_HOME": str(tmp_path / name), "OMP_NUM_THREADS": "1"}
         if "-fsanitize=address" in flags:
-            variables |= {"LD_PRELOAD": checker, "ASAN_OPTIONS": "detect_leaks=0"}
+            # With the C++ library: Triton throws an exception when it is imported, and the checker
+            # ends a process that throws without one.
+            preload = f"{checker} {library_file('libstdc++.so')}"
+            variables |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
         script = tmp_path / f"{name}.py"
         script.write_text(f"""
-import sys, random
+import subprocess, sys
 sys.path.insert(0, {str(REPO)!r})
+import torch
 import runtime.inference.cpu_decode as c
-real = c.subprocess.run
+real = subprocess.run
 def run(command, **more):
     return real([a for a in command if a != "-march=native"] + {flags!r}, **more)
-c.subprocess.run = run
+subprocess.run = run
 from tests.inference.test_cpu_decode import test_it_gives_the_plain_models_logits as check
 from tests.inference.test_cpu_decode import (
     test_a_text_can_go_from_pytorch_to_c_and_back as shared,
@@ -344,6 +349,18 @@ for V in (3, 17):
 for seed in range(100, 112):
     check(seed)
 shared()
+from tests.kernels import test_cpu_attention, test_loss_in_c, test_newton_schulz
+from tests.kernels import test_routed_experts
+for shape in test_routed_experts.SHAPES:
+    for activation in test_routed_experts.ACTIVATIONS:
+        test_routed_experts.check(activation, True, shape, torch.float32)
+for shape in test_loss_in_c.SHAPES:
+    test_loss_in_c.check(shape, True, torch.float32)
+for shape in test_newton_schulz.SHAPES:
+    test_newton_schulz.check(shape, torch.float32)
+for mask in test_cpu_attention.MASKS:
+    for T in (1, 49, 97):
+        test_cpu_attention.test_it_equals_plain_attention(mask, T)
 print("the same")
 """)
         done = subprocess.run(

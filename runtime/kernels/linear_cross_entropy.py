@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_h, needs_weight, needs_bias = (
             needs_gradients and needed for needed in ctx.needs_input_grad[:3]
         )
-        if loss_in_c.takes(h.device.type, dtype) and rows_nC is None:
+        if rows_nC is None and loss_in_c.takes(h, weight, bias):
             needed = (needs_h, needs_weight, needs_bias)
             total, grads = loss_in_c.summed_loss(
                 h, weight, bias, targets_N, chunk_rows, IGNORE, needed

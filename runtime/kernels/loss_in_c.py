@@ -102,7 +102,16 @@ def summed_loss(
     return losses_N.sum().to(dtype), grads
 
 
-def takes(device: str, dtype: torch.dtype) -> bool:
-    """Return whether `summed_loss` does a loss of this kind."""
-    is_kind = device == "cpu" and dtype == torch.float32 and not torch.compiler.is_compiling()
-    return is_kind and library()[0] is not None
+def takes(*tensors: Tensor | None) -> bool:
+    """Return whether `summed_loss` can read these tensors: in float32, in a CPU's memory.
+
+    Tensors of shapes alone, of a compiler or in shards have classes of their own.
+    """
+    is_plain = all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.dtype == torch.float32
+        for t in tensors
+        if t is not None
+    )
+    return is_plain and not torch.compiler.is_compiling() and library()[0] is not None

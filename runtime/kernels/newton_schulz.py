@@ -53,7 +53,9 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 def takes(matrices_NRC: Tensor) -> bool:
     """Return whether `steps_` does these matrices: on a CPU, in float32, not too large."""
     N, R, C = matrices_NRC.shape
-    is_kind = matrices_NRC.device.type == "cpu" and matrices_NRC.dtype == torch.float32
+    # Tensors of shapes alone, for instance, have a class of their own.
+    is_kind = type(matrices_NRC) is Tensor and matrices_NRC.device.type == "cpu"
+    is_kind = is_kind and matrices_NRC.dtype == torch.float32
     return is_kind and N > 0 and R * C <= LARGEST and library()[0] is not None
 
 

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runtime.kernels import linear_cross_entropy as plain
-from runtime.kernels import loss_in_c, squares
+from runtime.kernels import loss_in_c, newton_schulz, squares
 from runtime.kernels.compile import cpu_flags
 from runtime.training.optimizer import total_norm
 from tests.kernels.test_routed_experts import BUILDS
@@ -208,3 +209,14 @@ def test_a_norm_with_what_is_not_finite(value):
     tensor = torch.ones(100_000)
     tensor[77_777] = value
     assert not total_norm([tensor]).isfinite()
+
+
+def test_tensors_of_shapes_alone_have_nothing_to_read():
+    """They have addresses, too: memory was counted with them, and the process ended."""
+    with FakeTensorMode():
+        h_NC, weight_VC = torch.ones(4, 8, requires_grad=True), torch.ones(16, 8)
+        loss = plain.linear_cross_entropy(h_NC, weight_VC, None, torch.zeros(4).long(), 2)
+        assert not loss_in_c.takes(h_NC) and loss.shape == ()
+        assert not squares.takes([weight_VC])
+        assert not newton_schulz.takes(torch.ones(2, 4, 4))
+    assert loss_in_c.takes(torch.ones(4, 8), torch.nn.Parameter(torch.ones(16, 8)), None)

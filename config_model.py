@@ -735,7 +735,7 @@ class PredictConfig:
     )
     quantize: str = option(
         "none",
-        "int8, int4: experts, attention and head in 8 or 4 bits; less memory, faster on a CPU",
+        "int8, int4: experts, attention and head in 8 or 4 bits; less memory",
         choices=("none", "int8", "int4"),
     )
     lookup: int = option(

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_parts import Experts
-from runtime.kernels import cpu_experts
+from runtime.kernels import cpu_experts, routed_experts
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
@@ -234,6 +234,8 @@ def test_dropout_takes_the_plain_path_and_the_rest_this_one(monkeypatch):
         ),
     )
     model = random_model(tiny_config(dropout=0.5))
+    # As without a compiler.
+    monkeypatch.setattr(routed_experts, "library", lambda *given: (None, "no compiler"))
     choose_kernels(model, torch.device("cpu"), torch.float32)
     ids = torch.randint(0, 61, (2, 8))
     model.train()(ids)

@@ -34,6 +34,7 @@ DECODING = {
 DECODERS = {
     "ours": "gptoss (C kernel)",
     "ours_int8": "gptoss `--quantize int8`",
+    "ours_int4": "gptoss `--quantize int4`",
     "ours_torch": "gptoss without the C kernel",
     "ours_compiled": "gptoss `--compile`",
     "plain": "gptoss, plain `generate`",

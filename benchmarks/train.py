@@ -163,9 +163,8 @@ def make_setting(args: argparse.Namespace) -> Setting:
     """Flags -> setting. ValueError for what cannot be compared."""
     settings = cli.settings_from(args, ModelConfig, TrainConfig)
     config, model_config = settings.build(TrainConfig), settings.build(ModelConfig)
-    only_ours = all(
-        name.startswith(("ours", "dense")) for name in (args.variants or "loop").split(",")
-    )
+    names = (getattr(args, "variants", None) or "loop").split(",")
+    only_ours = all(name.startswith(("ours", "dense")) for name in names)
     for name, value in SAME_ON_ALL_SIDES.items():
         if getattr(config, name) != value and not (name == "optimizer" and only_ours):
             hint = ": compiled or not is chosen by --variants" if name == "compile" else ""

@@ -104,7 +104,7 @@ def test_an_editable_install_works_from_any_folder(tmp_path):
     assert kept == {*modules, "runtime", "scripts"}
 
 
-DATA = {".c", ".txt", ".html", ".css", ".js"}
+DATA = {".c", ".h", ".txt", ".html", ".css", ".js"}
 
 
 def test_no_other_kind_of_file_is_left_out():
@@ -116,5 +116,5 @@ def test_no_other_kind_of_file_is_left_out():
     }
     assert kinds <= DATA | {".py"}
     assert PYPROJECT["tool"]["setuptools"]["package-data"] == {
-        "*": ["*.c", "*.txt", "*.html", "*.css", "*.js"]
+        "*": ["*.c", "*.h", "*.txt", "*.html", "*.css", "*.js"]
     }

@@ -144,6 +144,10 @@ def test_extreme_logits_keep_their_probability():
         torch.ones(1, 1), weight_VC, None, torch.tensor([1]), 1, plain.IGNORE, (True, False, False)
     )
     assert loss.item() == 100.0 and grad_h.item() == 100.0
+    _, (_, grad_weight, _) = loss_in_c.summed_loss(
+        torch.ones(1, 1), weight_VC, None, torch.tensor([0]), 1, plain.IGNORE, (False, True, False)
+    )
+    assert (grad_weight == 0).all()
 
 
 @pytest.mark.parametrize("target", [61, -1, -101])

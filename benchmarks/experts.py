@@ -29,7 +29,7 @@ from config_model import ModelConfig
 from model_parts import Experts
 from runtime.base import cli
 from runtime.base.device import choose_device, choose_dtype, device_name, synchronize
-from runtime.kernels import routed_experts
+from runtime.kernels import cpu_experts, routed_experts
 
 VARIANTS = {
     "one_by_one": (
@@ -58,7 +58,7 @@ def make_variant(
     def run() -> list[Tensor]:
         experts.grouped = name == "grouped_mm"
         experts.feed_forward = {
-            "feed_forward": torch.ops.gptoss.feed_forward.default,
+            "feed_forward": cpu_experts.feed_forward,
             "in_c": routed_experts.rows_of_experts,
         }.get(name)
         y_RC = experts(x_RC, experts_R, counts_E)

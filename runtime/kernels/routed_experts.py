@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import FUSED, compiled, parallel_region
+from runtime.kernels.cpu_experts import feed_forward
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("experts.c")
@@ -101,9 +102,7 @@ def rows_of_experts(
     Rows [R, C] are sorted by expert already.
     """
     if x_RC.dtype != torch.float32:
-        return torch.ops.gptoss.feed_forward.default(
-            x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, activation
-        )
+        return feed_forward(x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, activation)
     return routed_experts(
         x_RC, None, None, counts_E, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, activation
     )

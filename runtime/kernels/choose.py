@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
-from runtime.kernels import cpu_attention, loss_in_c, routed_experts
+from runtime.kernels import cpu_attention, linear_cross_entropy, loss_in_c, routed_experts
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
 from runtime.kernels.bias_attention import bias_attention, is_asked_for, why_not
 from runtime.kernels.sink_attention import sink_attention
+
+# It asks for each loss whether C can do it.
+linear_cross_entropy.in_c = loss_in_c
 
 
 def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.kernels import loss_in_c
 from runtime.kernels.trained_rows import split_rows
 
 # A target with this value is not predicted and not counted.
 IGNORE = -100
+# runtime/kernels/loss_in_c.py, which runtime/kernels/choose.py puts here. Published copies of this
+# file do without.
+in_c = None
 
 
 def softmax_gradient_(
@@ -133,11 +135,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_h, needs_weight, needs_bias = (
             needs_gradients and needed for needed in ctx.needs_input_grad[:3]
         )
-        if rows_nC is None and loss_in_c.takes(h, weight, bias):
+        if in_c is not None and rows_nC is None and in_c.takes(h, weight, bias):
             needed = (needs_h, needs_weight, needs_bias)
-            total, grads = loss_in_c.summed_loss(
-                h, weight, bias, targets_N, chunk_rows, IGNORE, needed
-            )
+            total, grads = in_c.summed_loss(h, weight, bias, targets_N, chunk_rows, IGNORE, needed)
             ctx.dtypes = [None if t is None else t.dtype for t in (h_NC, weight_VC, bias_V, None)]
             if needs_gradients:
                 ctx.save_for_backward(*grads, None)

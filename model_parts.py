@@ -510,8 +510,8 @@ class Router(nn.Module):
             logits_NE = F.linear(x_NC.to(dtype), self.weight.to(dtype), bias)
         probabilities_NE = logits_NE.softmax(dim=-1)
         if self.num_experts == 1:
-            # The only choice, and its weight is 1, whatever its score.
-            weights_NK = torch.ones_like(probabilities_NE)
+            # The only choice, and its weight is 1, whatever its score: its gradient is 0, not none.
+            weights_NK = probabilities_NE / probabilities_NE
             return weights_NK, torch.zeros_like(weights_NK).long(), probabilities_NE, logits_NE
         scores_NE = probabilities_NE
         if self.selection_bias is not None:

@@ -143,7 +143,8 @@ def sinks_line() -> str:
     )
     faster = plain["seconds"]["median"] / ours["seconds"]["median"]
     return (
-        "Attention with gpt-oss's sinks uses PyTorch's flash kernel and rescales its output. "
+        "Where C does not, attention with gpt-oss's sinks uses PyTorch's flash kernel and rescales "
+        "its output. "
         f"Forward and backward are {faster:.1f} times as fast as with all scores, "
         f"in {human_bytes(ours['peak_above_inputs_bytes'])} "
         f"instead of {human_bytes(plain['peak_above_inputs_bytes'])} "

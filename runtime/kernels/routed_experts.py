@@ -222,8 +222,8 @@ def _call(job: _Experts, which: str, **tensors: Tensor | None) -> None:
     held = _set(job, tensors)
     job.threads = torch.get_num_threads()
     job.parallel = parallel_region()
-    most_rows = job.R
-    job.room_size = code.gptoss_room(job.F, most_rows)
+    # One expert may have all rows.
+    job.room_size = code.gptoss_room(job.F, job.R)
     rooms = dict(
         order=scratch.get("order", job.R, torch.int64),
         inverse=scratch.get("inverse", job.R, torch.int64),

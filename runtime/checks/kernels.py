@@ -130,7 +130,7 @@ def _why_not_experts(experts) -> str:
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _why_not_routed(moe) -> str:
     """Compare a dispatcher's kernel with the dispatcher, on small experts of the model's class."""
     generator, experts = torch.Generator().manual_seed(0), copy.copy(moe.experts)
@@ -149,7 +149,9 @@ def _why_not_routed(moe) -> str:
         else None
         for name, shape in shapes.items()
     }
-    experts._buffers, experts.feed_forward, experts.grouped = {}, None, False
+    # The products of grouped_linear are a custom operation, whose first call imports PyTorch's
+    # compiler: a second.
+    experts._buffers, experts.feed_forward, experts.grouped = {}, None, True
     plain = copy.copy(moe.dispatcher)
     plain.kernel = None
     x_NC = torch.randn(ROWS, FEATURES, generator=generator)

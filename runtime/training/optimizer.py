@@ -364,7 +364,7 @@ class MuonAdamW(Optimizer):
             if split is not None:
                 # A sum over the ranks would depend on their number. That of the gradient's squares
                 # is asked whether it is 0.
-                fact = self.ranks.sum_of_shards_(fact)
+                self.ranks.sum_of_shards_(fact[0])
                 part.copy_(self.ranks.whole(split, own[0])[None])
                 fact[1] = sums_of_squares(part)
             facts.append(fact)

@@ -553,7 +553,8 @@ def test_a_change_that_begins_far_into_a_text_is_found(monkeypatch):
     on.
     """
 
-    def in_chunks(self, T, q_BHTD, cache, starts_BT):
+    def in_chunks(self, q_BHTD, cache, starts_BT):
+        T = q_BHTD.shape[2]
         now_T = torch.arange(T) if cache is None else cache.query_positions(T, "cpu")
         keys_S = cache.key_positions(self.block, T) if cache is not None else now_T
         same_TS = now_T[..., :, None] // 128 == keys_S[..., None, :] // 128

@@ -20,6 +20,7 @@ from model_parts import KVCache
 from runtime.inference.cpu_decode import native_model
 from runtime.inference.decoder import Decoder
 from runtime.inference.quantize import KINDS, quantize_
+from runtime.kernels import compile
 from tests import children
 from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
@@ -281,7 +282,7 @@ def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why
     """
     monkeypatch.delenv("CC", raising=False)
     if how == "none":
-        monkeypatch.setattr(cpu_decode.shutil, "which", lambda name: None)
+        monkeypatch.setattr(compile.shutil, "which", lambda name: None)
     elif how == "broken":
         (tmp_path / "cc").write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
         (tmp_path / "cc").chmod(0o755)

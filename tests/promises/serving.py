@@ -46,7 +46,7 @@ def answers(
 
 
 def same_in_company(count: int) -> Tally:
-    """72. Random prompts, lengths, settings and seeds, half of them in 8 bits, by 32 at a time.
+    """72. Random prompts, settings and seeds, a third each in 8 and 4 bits, by 32 at a time.
 
     Each client asks again when it has its answer, and now and then another comes and waits. Held:
     ids, log-probabilities, the most likely ids and experts are the bits of the request alone.
@@ -54,7 +54,7 @@ def same_in_company(count: int) -> Tally:
     tally, tokens, reused = Tally(), 0, 0
     for packed in ("", "int8", "int4"):
         r = random.Random(72 + len(packed))
-        requests = [random_request(r, 3072, LENGTH) for _ in range(count // 2)]
+        requests = [random_request(r, 3072, LENGTH) for _ in range(-(-count // 3))]
         alone, _ = answers(packed, requests, 1, r)
         together, saved = answers(packed, requests, CLIENTS, r)
         reused += saved

@@ -296,9 +296,9 @@ static Plan plan_of(const Call *c, int is_backward)
     return p;
 }
 
-int gptoss_attention_size(void) { return sizeof(Call); }
+int64_t gptoss_size(void) { return sizeof(Call); }
 
-int64_t gptoss_attention_room(const Call *c, int is_backward) { return plan_of(c, is_backward).end; }
+int64_t gptoss_room(const Call *c, int is_backward) { return plan_of(c, is_backward).end; }
 
 static void find_keys(Plan *p)
 {

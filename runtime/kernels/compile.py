@@ -81,6 +81,26 @@ def compiled(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{source.name} could not be compiled: {' '.join(said.split())[:200]}"
 
 
+def kernel(
+    source: Path, arguments: type[ctypes.Structure], double: bool = False, *flags: str, **sizes: int
+) -> tuple[ctypes.CDLL | None, str]:
+    """Return (the library of a kernel of training, ""), or (None, why it is missing).
+
+    arguments: what its functions take, which C knows under another name; ValueError if it has
+    another size there. double: in float64, for tests, as are further flags. sizes: names of its
+    functions that return a number of elements, and how many int64 they take.
+    """
+    code, why = compiled(source, FUSED, *["-DGPTOSS_DOUBLE"] * double, *flags)
+    if code is None:
+        return None, why
+    for name, count in {"gptoss_size": 0, **sizes}.items():
+        function = getattr(code, name)
+        function.argtypes, function.restype = [ctypes.c_int64] * count, ctypes.c_int64
+    if code.gptoss_size() != ctypes.sizeof(arguments):
+        raise ValueError(f"{source.name} and {arguments.__module__} disagree about a structure")
+    return code, ""
+
+
 def _compile(command: list[str], path: Path) -> None:
     # Another process may be doing the same: the last one wins.
     with tempfile.TemporaryDirectory(dir=path.parent) as work:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.kernels.compile import FUSED, compiled, parallel_region
+from runtime.kernels.compile import kernel, parallel_region
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("attention.c")
@@ -48,13 +48,10 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 
     dtype: float32, or float64 in tests, as are further flags.
     """
-    code, why = compiled(SOURCE, FUSED, *["-DGPTOSS_DOUBLE"] * (dtype == torch.float64), *flags)
-    if code is None:
-        return None, why
-    code.gptoss_attention_room.restype = c_int64
-    if code.gptoss_attention_size() != ctypes.sizeof(_Call):
-        raise ValueError("attention.c and cpu_attention.py disagree about a structure")
-    return code, ""
+    code, why = kernel(SOURCE, _Call, dtype == torch.float64, *flags)
+    if code is not None:
+        code.gptoss_room.restype = c_int64
+    return code, why
 
 
 def attend(
@@ -194,7 +191,7 @@ def _run(which: str, call: _Call, dtype: torch.dtype) -> None:
     code, why = library(dtype)
     if code is None:
         raise ValueError(why)
-    count = code.gptoss_attention_room(ctypes.byref(call), which == "backward")
+    count = code.gptoss_room(ctypes.byref(call), which == "backward")
     call.room = scratch.get("attention", count, dtype).data_ptr()
     getattr(code, f"gptoss_attention_{which}")(ctypes.byref(call))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.kernels.compile import FUSED, compiled, parallel_region
+from runtime.kernels.compile import kernel, parallel_region
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("loss.c")
@@ -38,14 +38,7 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 
     dtype: float32, or float64 in tests, as are further flags.
     """
-    code, why = compiled(SOURCE, FUSED, *["-DGPTOSS_DOUBLE"] * (dtype == torch.float64), *flags)
-    if code is None:
-        return None, why
-    code.gptoss_room.argtypes, code.gptoss_room.restype = [c_int64], c_int64
-    code.gptoss_size.argtypes, code.gptoss_size.restype = [], c_int64
-    if code.gptoss_size() != ctypes.sizeof(_Loss):
-        raise ValueError("loss.c and loss_in_c.py disagree about a structure")
-    return code, ""
+    return kernel(SOURCE, _Loss, dtype == torch.float64, *flags, gptoss_room=1)
 
 
 def summed_loss(

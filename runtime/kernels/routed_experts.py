@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.kernels.compile import FUSED, compiled, parallel_region
+from runtime.kernels.compile import kernel, parallel_region
 from runtime.kernels.cpu_experts import feed_forward
 from runtime.kernels.scratch import scratch
 
@@ -49,15 +49,7 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 
     dtype: float32, or float64 in tests, as are further flags.
     """
-    code, why = compiled(SOURCE, FUSED, *["-DGPTOSS_DOUBLE"] * (dtype == torch.float64), *flags)
-    if code is None:
-        return None, why
-    for name in ("gptoss_room", "gptoss_parts", "gptoss_size"):
-        getattr(code, name).restype = c_int64
-        getattr(code, name).argtypes = [] if name == "gptoss_size" else [c_int64, c_int64]
-    if code.gptoss_size() != ctypes.sizeof(_Experts):
-        raise ValueError("experts.c and routed_experts.py disagree about a structure")
-    return code, ""
+    return kernel(SOURCE, _Experts, dtype == torch.float64, *flags, gptoss_room=2, gptoss_parts=2)
 
 
 def dispatch(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 
 import pytest
 
-from runtime.kernels.compile import compiled, parallel_region
+from runtime.kernels.compile import compiled, kernel, parallel_region
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux", reason="names of libraries and threads are Linux's"
@@ -55,3 +56,20 @@ def test_kernels_run_on_pytorchs_threads():
     if "libgomp" not in maps:
         pytest.skip("this PyTorch has another OpenMP")
     assert parallel_region()
+
+
+def test_structures_that_differ_are_an_error(source):
+    """A field that one side lacks would shift all that follow it, and memory would be overrun."""
+
+    class Arguments(ctypes.Structure):
+        _fields_ = (("a", ctypes.c_int64), ("b", ctypes.c_double))
+
+    source.write_text(
+        "#include <stdint.h>\nint64_t gptoss_size(void) { return 16; }\n"
+        "int64_t twice(int64_t n) { return 2 * n; }\n"
+    )
+    code, why = kernel(source, Arguments, twice=1)
+    assert why == "" and code.twice(1 << 40) == 1 << 41
+    source.write_text("long gptoss_size(void) { return 24; }\n")
+    with pytest.raises(ValueError, match="number.c and .* disagree about a structure"):
+        kernel(source, Arguments)

@@ -12,10 +12,10 @@ from torch import Tensor
 import model_parts
 from model_parts import KVCache, attention_mask, attention_with_sinks
 from runtime.checks.kernels import settle_kernels
-from runtime.kernels import compile as c_compile
 from runtime.kernels import cpu_attention
 from runtime.kernels.choose import choose_kernels, why_not_c
 from tests.builders import random_model, tiny_config
+from tests.kernels.builds import EVERY_BUILD, take
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding
 
 HAS_CODE, WHY_NOT = cpu_attention.library()
@@ -170,25 +170,10 @@ def test_derivatives_are_those_of_finite_differences(mask):
     assert torch.autograd.gradcheck(function, present)
 
 
-# What this processor has is in the tests above.
-BUILDS = {
-    "4 lanes": ("-DVECTOR_BYTES=16", "-mno-avx2", "-mno-avx", "-mno-fma"),
-    "8 lanes": ("-DVECTOR_BYTES=32",),
-    # As with AVX-512, from whatever instructions there are.
-    "16 lanes": ("-DVECTOR_BYTES=64",),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("build", BUILDS)
+@EVERY_BUILD
 def test_every_build_gives_the_same(monkeypatch, build, dtype):
-    """One source has tiles of 6 x 2 and of 12 x 2 vectors, of 2 to 16 lanes."""
-    if build != "8 lanes" and not c_compile.cpu_flags().count("avx2"):
-        pytest.skip("these flags are for processors with AVX2")
-    code = cpu_attention.library(dtype, "-O1", *BUILDS[build])
-    assert code[0] is not None, code[1]
-    monkeypatch.setattr(cpu_attention, "library", lambda dtype: code)
+    take(monkeypatch, cpu_attention, build, dtype)
     for mask in MASKS.values():
         for T, S in ((5, 5), (65, 65), (97, 200)):
             check(dtype, T, S, D=24, **mask)

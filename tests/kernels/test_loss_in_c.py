@@ -12,9 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import runtime.kernels.choose  # noqa: F401  (hands the loss in)
 from runtime.kernels import linear_cross_entropy as plain
 from runtime.kernels import loss_in_c, newton_schulz, squares
-from runtime.kernels.compile import cpu_flags
 from runtime.training.optimizer import total_norm
-from tests.kernels.test_routed_experts import BUILDS
+from tests.kernels.builds import EVERY_BUILD, take
 from tests.numeric import assert_close, rounding, size_of
 
 HAS_CODE, WHY_NOT = loss_in_c.library()
@@ -66,14 +65,9 @@ def test_it_equals_pytorch(shape, bias):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("build", BUILDS)
+@EVERY_BUILD
 def test_every_build_gives_the_same(monkeypatch, build, dtype):
-    if build != "8 lanes" and not cpu_flags().count("avx2"):
-        pytest.skip("these flags are for processors with AVX2")
-    code = loss_in_c.library(dtype, "-O1", *BUILDS[build])
-    assert code[0] is not None, code[1]
-    monkeypatch.setattr(loss_in_c, "library", lambda dtype: code)
+    take(monkeypatch, loss_in_c, build, dtype)
     for shape in SHAPES:
         check(shape, True, dtype)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from runtime.kernels import newton_schulz
-from runtime.kernels.compile import cpu_flags
-from tests.kernels.test_routed_experts import BUILDS
+from tests.kernels.builds import EVERY_BUILD, take
 from tests.numeric import assert_close, rounding
 
 HAS_CODE, WHY_NOT = newton_schulz.library()
@@ -45,14 +44,9 @@ def test_they_are_the_products_steps(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("build", BUILDS)
+@EVERY_BUILD
 def test_every_build_gives_the_same(monkeypatch, build, dtype):
-    if build != "8 lanes" and not cpu_flags().count("avx2"):
-        pytest.skip("these flags are for processors with AVX2")
-    code = newton_schulz.library(dtype, "-O1", *BUILDS[build])
-    assert code[0] is not None, code[1]
-    monkeypatch.setattr(newton_schulz, "library", lambda dtype: code)
+    take(monkeypatch, newton_schulz, build, dtype)
     for shape in SHAPES:
         check(shape, dtype)
 

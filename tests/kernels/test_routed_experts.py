@@ -9,10 +9,10 @@ import torch
 
 from model_parts import Experts, LocalDispatcher
 from runtime.checks.kernels import settle_kernels
-from runtime.kernels import compile as c_compile
 from runtime.kernels import routed_experts
 from runtime.kernels.choose import choose_kernels, why_not_c
 from tests.builders import random_model, tiny_config
+from tests.kernels.builds import EVERY_BUILD, take
 from tests.numeric import assert_close, rounding
 
 HAS_CODE, WHY_NOT = routed_experts.library()
@@ -114,26 +114,10 @@ def test_it_equals_the_plain_dispatcher(activation, bias, shape):
     check(activation, bias, shape, torch.float32)
 
 
-# What this processor has is in the test above.
-BUILDS = {
-    "4 lanes": ("-DVECTOR_BYTES=16", "-mno-avx2", "-mno-avx", "-mno-fma"),
-    "8 lanes": ("-DVECTOR_BYTES=32",),
-    # As with AVX-512, from whatever instructions there are.
-    "16 lanes": ("-DVECTOR_BYTES=64",),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("build", BUILDS)
+@EVERY_BUILD
 def test_every_build_gives_the_same(monkeypatch, build, dtype):
-    """One source has tiles of 6 x 2 and of 12 x 2 vectors, of 2 to 16 lanes."""
-    library = routed_experts.library
-    if build != "8 lanes" and not c_compile.cpu_flags().count("avx2"):
-        pytest.skip("these flags are for processors with AVX2")
-    code = library(dtype, "-O1", *BUILDS[build])
-    assert code[0] is not None, code[1]
-    monkeypatch.setattr(routed_experts, "library", lambda dtype: code)
+    take(monkeypatch, routed_experts, build, dtype)
     for activation in ACTIVATIONS:
         for shape in SHAPES:
             check(activation, True, shape, dtype)

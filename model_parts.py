@@ -272,9 +272,6 @@ class Attention(nn.Module):
         self.device_attention = None
         # With sinks, without dropout: (q, k, v, sinks, mask, is_causal) -> [B, H, T, D].
         self.sink_kernel = None
-        # With a learned bias, where neither a cache nor documents nor dropout take part:
-        # (q, k, v, bias) -> [B, H, T, D].
-        self.bias_kernel = None
         self.W_q = nn.Linear(config.d_model, self.H * self.D, bias=config.qkv_bias)
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
@@ -301,11 +298,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSD, v_BGSD = cache.update(self.block, k_BGSD, v_BGSD)
         given = (q_BHTD, k_BGSD, v_BGSD, cache, starts_BT)
-        y_BHTD = None
-        if self.bias_kernel and cache is None and starts_BT is None and not self.dropout:
-            y_BHTD = self.bias_kernel(q_BHTD, k_BGSD, v_BGSD, self.attention_bias)
-        elif self.kernel:
-            y_BHTD = self.kernel(self, *given)
+        y_BHTD = self.kernel(self, *given) if self.kernel else None
         if y_BHTD is None:
             y_BHTD = self.attend(*given)
         return self.out_proj(y_BHTD.transpose(1, 2).reshape(B, T, self.H * self.D))

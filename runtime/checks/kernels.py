@@ -10,6 +10,7 @@ the model, which then computes as model_parts.py does, and a line says so.
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import Tensor
@@ -88,12 +89,14 @@ def _settle_bias(model, documents: bool) -> list[str]:
         why = bias_attention.why_not(attention, bias.device, bias.dtype)
         if documents:
             why = "the kernels know no documents that share a sequence"
-        if attention.bias_kernel is not None:
-            why = why or _why_not_bias(attention, bias.device)
+        # Another kernel may stand there where these cannot run.
+        is_chosen = isinstance(attention.kernel, functools.partial)
+        if is_chosen and not why:
+            why = _why_not_bias(attention, bias.device)
         if why:
-            attention.bias_kernel = None
+            attention.kernel = None if is_chosen else attention.kernel
             why = f"plain operations compute attention with the learned bias: {why}"
-        elif attention.bias_kernel is not None:
+        elif is_chosen:
             why = (
                 "Triton computes attention with the learned bias, without a cache and where no "
                 f"documents share a sequence ({bias_attention.VARIABLE})"
@@ -213,7 +216,7 @@ def _why_not_attention(attention) -> str:
 @torch.inference_mode(False)
 def _why_not_bias(attention, device: torch.device) -> str:
     """Results and gradients by the kernels, in the dtype that they were chosen for."""
-    dtype, generator = attention.bias_kernel.keywords["dtype"], torch.Generator().manual_seed(0)
+    dtype, generator = attention.kernel.keywords["dtype"], torch.Generator().manual_seed(0)
     B, T, L, H, G, D = GPU_ROWS, GPU_TOKENS, GPU_TABLE, attention.H, attention.G, attention.D
     drawn = [torch.randn(B, T, n, D, generator=generator).transpose(1, 2) for n in (H, G, G, H)]
     *given, dy_BHTD = (x.to(device, dtype) for x in drawn)
@@ -221,12 +224,17 @@ def _why_not_bias(attention, device: torch.device) -> str:
     positions_T = torch.arange(T, device=device)
     hidden_TT = ~attention_mask(positions_T, positions_T, 0)
 
+    def by_kernel(q, k, v, table):
+        probe = copy.copy(attention)
+        probe._parameters = {**attention._parameters, "attention_bias": table}
+        return attention.kernel(probe, q, k, v, None, None)
+
     def plain(q, k, v, table):
         mask = table[:, :T, :T].masked_fill(hidden_TT, -torch.inf)
         return attention_with_sinks(q, k, v, None, mask, False)
 
     results = []
-    for function, kind in ((attention.bias_kernel, None), (plain, torch.float64)):
+    for function, kind in ((by_kernel, None), (plain, torch.float64)):
         leaves = [x.to(kind or x.dtype).detach().requires_grad_() for x in given]
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             y = function(*leaves)

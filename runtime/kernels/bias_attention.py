@@ -8,7 +8,7 @@ have the same bits in every run. The method is that of FlashAttention (Dao 2023)
 an online softmax, and a backward pass that computes the scores again.
 
 Nothing here has run on a GPU yet, so it is off: GPTOSS_BIAS_KERNEL=triton turns it on.
-`runtime.kernels.choose.choose_kernels` then puts `bias_attention` into `Attention.bias_kernel`.
+`runtime.kernels.choose.choose_kernels` then puts `attend` into `Attention.kernel`.
 TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests.
 """
 
@@ -66,6 +66,24 @@ def why_not(attention, device: torch.device, dtype: torch.dtype) -> str:
 
 
 # ------------------------------------------------------------------------------------- the function
+def attend(
+    owner,
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTD: Tensor,
+    cache,
+    starts_BT: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Do what model_parts.Attention.attend does, [B, H, T, D]; None for what the kernels lack.
+
+    That is a cache, documents that share a sequence, and dropout. owner: model_parts.Attention.
+    """
+    if cache is not None or starts_BT is not None or owner.dropout:
+        return None
+    return bias_attention(q_BHTD, k_BGTD, v_BGTD, owner.attention_bias, dtype)
+
+
 def bias_attention(
     q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, table_HLL: Tensor, dtype: torch.dtype
 ) -> Tensor:

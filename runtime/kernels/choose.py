@@ -8,9 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import runtime.kernels.cpu_experts  # noqa: F401  (registers gptoss::feed_forward)
-from runtime.kernels import cpu_attention, linear_cross_entropy, loss_in_c, routed_experts
+from runtime.kernels import (
+    bias_attention,
+    cpu_attention,
+    linear_cross_entropy,
+    loss_in_c,
+    routed_experts,
+)
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
-from runtime.kernels.bias_attention import bias_attention, is_asked_for, why_not
 from runtime.kernels.sink_attention import sink_attention
 
 # It asks for each loss whether C can do it.
@@ -47,9 +52,10 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
             block.moe.dispatcher.kernel = routed_experts.dispatch if in_c else None
         attention = block.attention
         attention.kernel = cpu_attention.attend if attends_in_c else None
+        if with_bias := _bias_kernel(attention, device, dtype):
+            attention.kernel = with_bias
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
-        attention.bias_kernel = _bias_kernel(attention, device, dtype)
 
 
 def _in_c(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
@@ -82,8 +88,10 @@ def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | 
 
 
 def _bias_kernel(attention, device: torch.device, dtype: torch.dtype):
-    """Return bias_attention where it is asked for and can run, else None."""
+    """Return bias_attention.attend where it is asked for and can run, else None."""
     has_bias = attention.attention_bias is not None
-    if not is_asked_for() or not has_bias or why_not(attention, device, dtype):
+    if not bias_attention.is_asked_for() or not has_bias:
         return None
-    return functools.partial(bias_attention, dtype=dtype)
+    if bias_attention.why_not(attention, device, dtype):
+        return None
+    return functools.partial(bias_attention.attend, dtype=dtype)

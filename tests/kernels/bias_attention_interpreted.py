@@ -197,8 +197,8 @@ def test_a_model_trains_with_it(monkeypatch):
     (line,) = settle_kernels(model)
     assert line.startswith("Triton computes attention with the learned bias")
     calls = []
-    kernel = model.layers[0].attention.bias_kernel
-    model.layers[0].attention.bias_kernel = lambda *given: calls.append(1) or kernel(*given)
+    kernel = model.layers[0].attention.kernel
+    model.layers[0].attention.kernel = lambda *given: calls.append(1) or kernel(*given)
     ids_BT = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     for one in (model, plain):
         one(ids_BT, ids_BT.roll(-1, 1)).cross_entropy_sum.backward()

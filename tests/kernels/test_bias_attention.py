@@ -5,6 +5,7 @@ The kernels themselves run in a process of their own (bias_attention_interpreted
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import os
@@ -116,11 +117,11 @@ def test_it_is_off_until_it_is_asked_for(monkeypatch, value, on):
     if value is not None:
         monkeypatch.setenv(kernels.VARIABLE, value)
     assert kernels.is_asked_for() is bool(on)
-    monkeypatch.setattr("runtime.kernels.choose.why_not", lambda *given: "")
+    monkeypatch.setattr("runtime.kernels.bias_attention.why_not", lambda *given: "")
     model = random_model(tiny_config(use_attention_bias=True))
     choose_kernels(model, CPU, FP32)
     for block in model.layers:
-        assert bool(block.attention.bias_kernel) is bool(on)
+        assert isinstance(block.attention.kernel, functools.partial) is bool(on)
 
 
 def test_a_value_that_it_does_not_know_is_refused(monkeypatch):
@@ -177,8 +178,7 @@ def test_on_a_cpu_a_line_says_that_it_is_not_used(monkeypatch):
 def chosen(monkeypatch):
     """A model whose kernel is chosen as on a GPU; on a CPU it is PyTorch's function."""
     monkeypatch.setenv(kernels.VARIABLE, "triton")
-    monkeypatch.setattr("runtime.kernels.choose.why_not", lambda *given: "")
-    monkeypatch.setattr(kernels, "why_not", lambda *given: "")
+    monkeypatch.setattr("runtime.kernels.bias_attention.why_not", lambda *given: "")
     model = random_model(tiny_config(use_attention_bias=True))
     choose_kernels(model, CPU, FP32)
     return model
@@ -187,7 +187,8 @@ def chosen(monkeypatch):
 def test_one_that_computes_the_same_is_kept(chosen):
     (line,) = settle_kernels(chosen)
     assert line.startswith("Triton computes attention with the learned bias")
-    assert all(block.attention.bias_kernel for block in chosen.layers)
+    for block in chosen.layers:
+        assert block.attention.kernel.func is kernels.attend
 
 
 def test_changed_attention_is_what_is_computed(chosen, monkeypatch):
@@ -197,18 +198,20 @@ def test_changed_attention_is_what_is_computed(chosen, monkeypatch):
     monkeypatch.setattr(check_kernels, "attention_with_sinks", scaled)
     (line,) = settle_kernels(chosen)
     assert line.startswith("plain operations") and "other results than model_parts.py" in line
-    assert not any(block.attention.bias_kernel for block in chosen.layers)
+    assert not any(block.attention.kernel for block in chosen.layers)
 
 
 def test_wrong_gradients_of_the_table_are_seen(chosen):
     """Results alone do not show them."""
     for block in chosen.layers:
-        own = block.attention.bias_kernel
+        own = block.attention.kernel
 
-        def halved(q, k, v, table, dtype, own=own):
-            return own(q, k, v, table / 2 + table.detach() / 2)
+        def halved(owner, *given, dtype, own=own):
+            probe, table = copy.copy(owner), owner.attention_bias
+            probe._parameters = {"attention_bias": table / 2 + table.detach() / 2}
+            return own(probe, *given)
 
-        block.attention.bias_kernel = functools.partial(halved, dtype=FP32)
+        block.attention.kernel = functools.partial(halved, dtype=FP32)
     (line,) = settle_kernels(chosen)
     assert "other results" in line
 
@@ -216,25 +219,26 @@ def test_wrong_gradients_of_the_table_are_seen(chosen):
 def test_under_a_document_mask_a_line_says_so(chosen):
     (line,) = settle_kernels(chosen, documents=True)
     assert "documents that share a sequence" in line
-    assert not any(block.attention.bias_kernel for block in chosen.layers)
+    assert not any(block.attention.kernel for block in chosen.layers)
 
 
 # ----------------------------------------------------------------------------------------- the call
-def test_the_model_calls_it_where_it_can(chosen):
+def test_the_model_calls_it_where_it_can(chosen, monkeypatch):
     """Not with a cache, documents or dropout, which the kernels do not know."""
     attention, seen = chosen.layers[0].attention, []
 
     def noted(*given):
         seen.append(given)
-        return plain_attention(*given)
+        return plain_attention(*given[:4])
 
-    attention.bias_kernel = noted
+    monkeypatch.setattr(kernels, "bias_attention", noted)
+    kernel = attention.kernel
     x_BTC = torch.randn(2, 9, chosen.config.d_model)
     expected = attention(x_BTC, None)
     assert len(seen) == 1 and seen[0][3] is attention.attention_bias
-    attention.bias_kernel = None
+    attention.kernel = None
     torch.testing.assert_close(attention(x_BTC, None), expected)
-    attention.bias_kernel = noted
+    attention.kernel = kernel
     attention(x_BTC, None, KVCache(chosen.config, 2, 16))
     attention(x_BTC, None, None, torch.zeros(2, 9, dtype=torch.int64))
     attention.dropout = 0.1
@@ -304,7 +308,9 @@ def test_a_compiled_block_holds_one_operation(monkeypatch):
         tiny_config(use_attention_bias=True, context_length=64, transformer_blocks=1)
     )
     for block in model.layers:
-        block.attention.bias_kernel = lambda *given: torch.ops.gptoss.bias_attention(*given)[0]
+        block.attention.kernel = lambda owner, q, k, v, *rest: torch.ops.gptoss.bias_attention(
+            q, k, v, owner.attention_bias
+        )[0]
     ids_BT = torch.randint(0, 61, (2, 64))
     training, generating = traced(model, ids_BT, r"scaled_dot|bias_attention")
     assert training == {"bias_attention", "bias_attention_backward"}

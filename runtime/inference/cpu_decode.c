@@ -344,10 +344,10 @@ static const float *row_of(const Matrix *a, int64_t row, float *room)
    line of the row. */
 typedef struct { int64_t from, pace; } Ahead;
 
-/* `dot` of NX inputs and TILE weight rows; sums[j][i]: input j, row i. Each sum has a name: gcc keeps an
-   array of them in memory. */
+/* NAME: `dot` of 1 to MOST_INPUTS inputs and TILE weight rows; sums[j][i]: input j, row i. Each sum has a
+   name: gcc keeps an array of them in memory. */
 #define PRODUCTS(NAME, TYPE, LOAD)                                                                              \
-    INLINE void NAME(const TYPE *const *w, const float *const *x, int cols, Ahead ahead, four *sums, const int NX)\
+    INLINE void NAME##_of(const TYPE *const *w, const float *const *x, int cols, Ahead ahead, four *sums, const int NX)\
     {                                                                                                           \
         enum { LINE = 64 / sizeof(TYPE) };                                                                      \
         const TYPE *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];                                              \
@@ -373,6 +373,15 @@ typedef struct { int64_t from, pace; } Ahead;
         for (; k < cols; k++)                                                                                   \
             for (int j = 0; j < NX; j++)                                                                        \
                 sums[j] = FMA4(((four){w0[k], w1[k], w2[k], w3[k]}), (four){0} + x[j][k], sums[j]);             \
+    }                                                                                                           \
+    static void NAME(const TYPE *const *w, const float *const *x, int nx, int cols, Ahead ahead, four *sums)    \
+    {                                                                                                           \
+        if (nx == 1)                                                                                            \
+            NAME##_of(w, x, cols, ahead, sums, 1);                                                              \
+        else if (nx == 2)                                                                                       \
+            NAME##_of(w, x, cols, ahead, sums, 2);                                                              \
+        else                                                                                                    \
+            NAME##_of(w, x, cols, ahead, sums, 3);                                                              \
     }
 #define STEP(LOAD, AT)                                                                                          \
     {                                                                                                           \
@@ -391,28 +400,8 @@ typedef struct { int64_t from, pace; } Ahead;
         if (NX > 2)                                                                                             \
             ADD_PRODUCT(C, weights, v2);                                                                            \
     }
-PRODUCTS(products, float, LOAD_FLOATS)
-PRODUCTS(products_of_bytes, int8_t, LOAD_BYTES)
-
-/* The two for 1 to MOST_INPUTS inputs. */
-static void float_products(const float *const *w, const float *const *x, int nx, int cols, Ahead ahead, four *sums)
-{
-    if (nx == 1)
-        products(w, x, cols, ahead, sums, 1);
-    else if (nx == 2)
-        products(w, x, cols, ahead, sums, 2);
-    else
-        products(w, x, cols, ahead, sums, 3);
-}
-static void byte_products(const int8_t *const *w, const float *const *x, int nx, int cols, Ahead ahead, four *sums)
-{
-    if (nx == 1)
-        products_of_bytes(w, x, cols, ahead, sums, 1);
-    else if (nx == 2)
-        products_of_bytes(w, x, cols, ahead, sums, 2);
-    else
-        products_of_bytes(w, x, cols, ahead, sums, 3);
-}
+PRODUCTS(float_products, float, LOAD_FLOATS)
+PRODUCTS(byte_products, int8_t, LOAD_BYTES)
 
 /* `dot` of an input and TILE rows of nibbles. */
 static void nibble_products(const Matrix *a, const int64_t *rows, const float *x, Ahead ahead, four *sums)

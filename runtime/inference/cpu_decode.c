@@ -280,20 +280,29 @@ static void rms_norm(const float *x, const float *weight, float eps, int count, 
 }
 
 /* ------------------------------------------------------------------------------ matrix products */
-/* The scale of a group of nibbles in all lanes. */
-static vec group_scale(const uint16_t *group) { return (vec)((ints){0} + (int32_t)((uint32_t)*group << 16)); }
+/* What a group's nibbles are worth, by their bits on 16 lanes, else the scale alone in all lanes. The
+   products are exact: a bfloat16 has 8 bits. */
+static vec worth_of(const uint16_t *group)
+{
+    vec scale = (vec)((ints){0} + (int32_t)((uint32_t)*group << 16));
+#if LANES == 16
+    scale *= (vec){0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+#endif
+    return scale;
+}
 
-/* LANES weights of a group of nibbles, from element `at` on, times their scale, which is exact: a
-   bfloat16 has 8 bits. Element e is in number e % 8, bits e / 8 * 4 to that plus 3. */
-INLINE vec of_nibbles(eight_ints numbers, const int at, vec scale)
+/* LANES weights of a group of nibbles, from element `at` on, times their scale. Element e is in number
+   e % 8, bits e / 8 * 4 to that plus 3. */
+INLINE vec of_nibbles(eight_ints numbers, const int at, vec worth)
 {
 #if LANES == 16
-    ints both = (ints)_mm512_broadcast_i64x4((__m256i)numbers);
-    int n = 28 - at / 2;
-    ints left = {n, n, n, n, n, n, n, n, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4, n - 4};
-    return __builtin_convertvector((both << left) >> 28, vec) * scale;
+    int n = at / 2;
+    ints right = {n, n, n, n, n, n, n, n, n + 4, n + 4, n + 4, n + 4, n + 4, n + 4, n + 4, n + 4};
+    ints both = (ints)_mm512_broadcast_i64x4((__m256i)numbers) >> right;
+    /* It looks at the lowest 4 bits. */
+    return (vec)_mm512_permutexvar_ps((__m512i)both, (__m512)worth);
 #else
-    return __builtin_convertvector((numbers << (28 - at / 2)) >> 28, vec) * scale;
+    return __builtin_convertvector((numbers << (28 - at / 2)) >> 28, vec) * worth;
 #endif
 }
 
@@ -311,9 +320,9 @@ static int64_t row_bytes_of(const Matrix *a)
 static void unpack_group(const void *packed, const uint16_t *group, float *to)
 {
     eight_ints numbers = WIDEN(packed);
-    vec scale = group_scale(group);
+    vec worth = worth_of(group);
     for (int at = 0; at < NIBBLES; at += LANES)
-        *(vec *)(to + at) = of_nibbles(numbers, at, scale);
+        *(vec *)(to + at) = of_nibbles(numbers, at, worth);
 }
 
 /* A row as floats without its row scale: where it is, or unpacked into `room`, with all of a last
@@ -423,9 +432,9 @@ static void nibble_products(const Matrix *a, const int64_t *rows, const float *x
                 __builtin_prefetch(w[i] + g * NIBBLES / 2 + ahead.from);
         for (int i = 0; i < TILE; i++) {
             eight_ints numbers = WIDEN(w[i] + g * NIBBLES / 2);
-            vec scale = group_scale(scales[i] + g);
+            vec worth = worth_of(scales[i] + g);
             for (int at = 0; at < NIBBLES; at += LANES)
-                s[i] = FMA(of_nibbles(numbers, at, scale), LOAD_FLOATS(x + g * NIBBLES + at), s[i]);
+                s[i] = FMA(of_nibbles(numbers, at, worth), LOAD_FLOATS(x + g * NIBBLES + at), s[i]);
         }
     }
     int at = 0;

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config_model import ModelConfig, loss_chunk_rows
-from model_parts import Block, KVCache, RouterStats, rope_tables
+from model_parts import Block, KVCache, RMSNorm, RouterStats, rope_tables
 from runtime.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy, softmax_gradient_
 from runtime.kernels.target_log_probs import target_log_probs
 
@@ -73,7 +73,7 @@ class LLM(nn.Module):
         self.embed = nn.Embedding(config.vocabulary_size, config.d_model)
         blocks = nn.ModuleList(Block(config, i) for i in range(config.transformer_blocks))
         self.layers = cast(Sequence[Block], blocks)
-        self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.out_head = Head(config)
         # Keep only the blocks' inputs; compute the rest again in the backward pass.
         self.activation_checkpointing = False

@@ -254,9 +254,20 @@ class KVCache:
         self.length += T
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's (Zhang and Sennrich 2019)."""
+
+    # The device's own, or None from it: (self, x) -> y.
+    kernel = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.kernel(self, x) if self.kernel else None
+        return super().forward(x) if y is None else y
+
+
 # ---------------------------------------------------------------------------------------- attention
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023); optional QK-norm, sinks and learned biases."""
+    """Grouped-query attention (Ainslie et al. 2023); optional QK-norm, sinks, biases."""
 
     sinks: nn.Parameter | None
     attention_bias: nn.Parameter | None
@@ -268,6 +279,8 @@ class Attention(nn.Module):
         # The device's own kernels, if it has any (runtime/kernels/choose.py). All of `attend`, or
         # None from it: (self, q, k, v, cache, starts) -> [B, H, T, D].
         self.kernel = None
+        # All of `turned`, or None from it: (x, norm, rope) -> [B, H, T, D].
+        self.turn_kernel = None
         # Without sinks: (q, k, v, mask, is_causal, dropout) -> [B, H, T, D].
         self.device_attention = None
         # With sinks, without dropout: (q, k, v, sinks, mask, is_causal) -> [B, H, T, D].
@@ -276,8 +289,8 @@ class Attention(nn.Module):
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.out_proj = nn.Linear(self.H * self.D, config.d_model, bias=config.out_proj_bias)
-        self.q_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
         sinks = nn.Parameter(torch.empty(self.H)) if config.attention_sinks else None
         self.register_parameter("sinks", sinks)
         bias = None
@@ -342,10 +355,8 @@ class Attention(nn.Module):
     def _attend_once(
         self, q_BH1D: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BHTS: Tensor | None
     ) -> Tensor:
-        """`attend` for one query a row: the J heads that share keys become J queries of one head.
-
-        So no key is copied. Nothing here depends on values, so a CUDA graph can hold it.
-        """
+        """`attend` for one query a row: J heads that share keys become J queries of one head."""
+        # So no key is copied. Nothing here depends on values, so a CUDA graph can hold it.
         B, S = len(q_BH1D), k_BGSD.shape[2]
         q_BGJD = q_BH1D.view(B, self.G, -1, self.D)
         # A learned bias has numbers of its own for each head.
@@ -366,14 +377,18 @@ class Attention(nn.Module):
             linear(x_BTC).view(B, T, -1, self.D).transpose(1, 2)
             for linear in (self.W_q, self.W_k, self.W_v)
         )
-        if self.q_norm is not None and self.k_norm is not None:
+        q_BHTD = self.turned(q_BHTD, self.q_norm, rope)
+        return q_BHTD, self.turned(k_BGTD, self.k_norm, rope), v_BGTD
+
+    def turned(self, x_BHTD: Tensor, norm, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Norm and rotate queries or keys."""
+        y_BHTD = self.turn_kernel(x_BHTD, norm, rope) if self.turn_kernel else None
+        if y_BHTD is not None:
+            return y_BHTD
+        if norm is not None:
             # In the weights' dtype: float32 under autocast.
-            dtype = self.q_norm.weight.dtype
-            q_BHTD = self.q_norm(q_BHTD.to(dtype)).to(v_BGTD.dtype)
-            k_BGTD = self.k_norm(k_BGTD.to(dtype)).to(v_BGTD.dtype)
-        if rope is not None:
-            q_BHTD, k_BGTD = rotate(q_BHTD, *rope), rotate(k_BGTD, *rope)
-        return q_BHTD, k_BGTD, v_BGTD
+            x_BHTD = norm(x_BHTD.to(norm.weight.dtype)).to(x_BHTD.dtype)
+        return x_BHTD if rope is None else rotate(x_BHTD, *rope)
 
     def _mask(
         self, q_BHTD: Tensor, cache: Cache | None, starts_BT: Tensor | None
@@ -407,10 +422,8 @@ class Attention(nn.Module):
 
 
 def bias_of_rows(bias_HTS: Tensor, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
-    """Return a learned bias [B, H, T, S] at positions that differ from row to row.
-
-    Rows that take no part in a step may have positions beyond it.
-    """
+    """Return a learned bias [B, H, T, S] at positions that differ from row to row."""
+    # Rows that take no part in a step may have positions beyond it.
     last = bias_HTS.shape[1] - 1
     q_BT1 = q_positions_BT.clamp(max=last)[:, :, None]
     k_B1S = k_positions_BS.clamp(0, last)[:, None, :]
@@ -622,10 +635,8 @@ class Experts(nn.Module):
     def _linear(
         self, x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, experts_R: Tensor, counts_E: Tensor
     ) -> Tensor:
-        """Return grouped_linear in the rows' dtype, by the device's own kernel if that is faster.
-
-        Autocast knows neither path.
-        """
+        """Return grouped_linear in the rows' dtype, by the device's own kernel if faster."""
+        # Autocast knows neither path.
         w_EOI, b_EO = w_EOI.to(x_RI.dtype), None if b_EO is None else b_EO.to(x_RI.dtype)
         if len(counts_E) == 1:
             return F.linear(x_RI, w_EOI.flatten(0, 1), None if b_EO is None else b_EO.flatten())
@@ -712,9 +723,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, block: int):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.norm1 = RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.attention = Attention(config, block)
-        self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.norm2 = RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.moe = MoE(config)
 
     def forward(

@@ -18,6 +18,7 @@ from torch import Tensor
 from model_parts import activate, attention_mask, attention_with_sinks
 from runtime.checks.rounding import rounding, size_of
 from runtime.kernels import bias_attention, cpu_experts
+from runtime.kernels.choose import norms_of
 
 # Parameters of Experts that runtime/kernels/cpu_experts.py is given.
 EXPERTS = ("w_in", "b_in", "w_out", "b_out")
@@ -52,6 +53,10 @@ def _settle(model) -> list[str]:
     lines: dict[str, None] = {}
     slower = "plain operations compute {}, which is slower: {}"
     asked: dict[type, str] = {}
+    for norm in norms_of(model):
+        if norm.kernel is not None and (why := _why_not_norm(norm)):
+            norm.kernel = None
+            lines[slower.format("norms", why)] = None
     for block in model.layers:
         experts, attention = block.moe.experts, block.attention
         if experts.w_in.device.type != "cpu":
@@ -66,6 +71,9 @@ def _settle(model) -> list[str]:
             if why := asked[type(experts)]:
                 block.moe.dispatcher.kernel = None
                 lines[slower.format("the experts", why)] = None
+        if attention.turn_kernel is not None and (why := _why_not_turn(attention)):
+            attention.turn_kernel = None
+            lines[slower.format("the rotation of heads", why)] = None
         has_sinks = attention.sink_kernel is not None and attention.sinks is not None
         if has_sinks and (why := _why_not_sinks(attention)):
             attention.sink_kernel = None
@@ -186,6 +194,36 @@ def _why_not_sinks(attention) -> str:
                 "runtime/kernels/sink_attention.py has other results than "
                 "model_parts.attention_with_sinks"
             )
+    return ""
+
+
+@torch.inference_mode()
+def _why_not_norm(norm) -> str:
+    generator, plain = torch.Generator().manual_seed(0), copy.copy(norm)
+    plain.kernel = None
+    x = torch.randn(2, 3, norm.weight.shape[-1], generator=generator)
+    ours = norm.kernel(norm, x)
+    if ours is not None and not _is_same(ours, plain(x), x.shape[-1]):
+        return "runtime/kernels/norms.py has other results than model_parts.RMSNorm"
+    return ""
+
+
+@torch.inference_mode()
+def _why_not_turn(attention) -> str:
+    """Compare the kernel of queries and keys with the plain operations, with and without angles."""
+    generator, probe = torch.Generator().manual_seed(0), copy.copy(attention)
+    probe.turn_kernel = None
+    D = attention.D
+    x_BHTD = torch.randn(2, TOKENS, 3, D, generator=generator).transpose(1, 2)
+    rope = tuple(torch.randn(TOKENS, D, generator=generator) for _ in range(2))
+    for norm in {attention.q_norm, attention.k_norm}:
+        for tables in (rope, None):
+            ours = attention.turn_kernel(x_BHTD, norm, tables)
+            plain = copy.copy(norm)
+            if hasattr(plain, "kernel"):
+                plain.kernel = None
+            if ours is not None and not _is_same(ours, probe.turned(x_BHTD, plain, tables), D):
+                return "runtime/kernels/norms.py has other results than Attention.turned"
     return ""
 
 

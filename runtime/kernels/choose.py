@@ -13,6 +13,7 @@ from runtime.kernels import (
     cpu_attention,
     linear_cross_entropy,
     loss_in_c,
+    norms,
     routed_experts,
 )
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
@@ -31,9 +32,11 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     runtime/kernels/cpu_experts.py without a compiler. Attention: on a CPU
     runtime/kernels/cpu_attention.py, in C; else runtime/kernels/attention_choice.py, with sinks
     runtime/kernels/sink_attention.py, with the learned bias, if it is asked for,
-    runtime/kernels/bias_attention.py.
+    runtime/kernels/bias_attention.py. Norms and rotations: on a CPU runtime/kernels/norms.py, in C.
     """
-    in_c, attends_in_c = _in_c(device, dtype)
+    in_c, attends_in_c, turns_in_c = _in_c(device, dtype)
+    for norm in norms_of(model):
+        norm.kernel = norms.rms_norm if turns_in_c else None
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
     for block in model.layers:
@@ -51,6 +54,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         if hasattr(block.moe.dispatcher, "kernel"):
             block.moe.dispatcher.kernel = routed_experts.dispatch if in_c else None
         attention = block.attention
+        attention.turn_kernel = norms.turn if turns_in_c else None
         attention.kernel = cpu_attention.attend if attends_in_c else None
         if with_bias := _bias_kernel(attention, device, dtype):
             attention.kernel = with_bias
@@ -58,17 +62,25 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
 
 
-def _in_c(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Return whether C does the experts, and attention.
+def norms_of(model) -> list:
+    """Return a model's norms that may have a kernel."""
+    found = [getattr(model, "norm", None)]
+    for block in model.layers:
+        found += [block.norm1, block.norm2, block.attention.q_norm, block.attention.k_norm]
+    return [norm for norm in found if hasattr(norm, "kernel")]
+
+
+def _in_c(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    """Return whether C does the experts, attention, norms and rotations.
 
     The first time on a machine, all kernels of training are compiled at once.
     """
     if device.type != "cpu" or dtype != torch.float32:
-        return False, False
-    libraries = (routed_experts.library, cpu_attention.library, loss_in_c.library)
-    with ThreadPoolExecutor(len(libraries)) as pool:
-        experts, attention, _ = pool.map(lambda library: library()[0] is not None, libraries)
-    return experts, attention
+        return False, False, False
+    sources = (routed_experts, cpu_attention, norms, loss_in_c)
+    with ThreadPoolExecutor(len(sources)) as pool:
+        experts, attention, turns, _ = pool.map(lambda s: s.library()[0] is not None, sources)
+    return experts, attention, turns
 
 
 def why_not_c(device: torch.device, dtype: torch.dtype) -> str:

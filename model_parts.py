@@ -261,7 +261,7 @@ class RMSNorm(nn.RMSNorm):
     kernel = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.kernel(self, x) if self.kernel else None
+        y = self.kernel and self.kernel(self, x)
         return super().forward(x) if y is None else y
 
 
@@ -382,7 +382,7 @@ class Attention(nn.Module):
 
     def turned(self, x_BHTD: Tensor, norm, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """Norm and rotate queries or keys."""
-        y_BHTD = self.turn_kernel(x_BHTD, norm, rope) if self.turn_kernel else None
+        y_BHTD = self.turn_kernel and self.turn_kernel(x_BHTD, norm, rope)
         if y_BHTD is not None:
             return y_BHTD
         if norm is not None:

@@ -12,7 +12,7 @@ typedef struct {
     const real *x, *weight, *cos, *sin, *grad;   /* all but x and, backward, grad: or NULL */
     real *y, *scales;           /* [R, n], [R] 1 / root mean square, where there is a weight */
     real *grad_x, *grad_weight; /* the second may be NULL */
-    real *sums;                 /* [tasks, n] */
+    real *sums;                 /* [tasks, n] where there is a weight */
 } Rows;
 
 /* The tables' numbers of a row. */
@@ -106,9 +106,10 @@ static void backward(void *job, int64_t task, real *room)
     const Rows *p = job;
     int64_t n = p->n, end = least((task + 1) * p->task_rows, p->R);
     const real *weight = p->weight;
-    real *sums = p->grad_weight ? p->sums + task * n : NULL;
+    /* Also for a frozen weight: x's gradient keeps its bits. */
+    real *sums = p->sums + task * n;
     (void)room;
-    if (sums)
+    if (weight)
         memset(sums, 0, n * sizeof(real));
     for (int64_t r = task * p->task_rows; r < end; r++) {
         const real *x = p->x + r * n;
@@ -121,8 +122,7 @@ static void backward(void *job, int64_t task, real *room)
     {                                                                                                           \
         vec product = some(grad + i, left) * some(x + i, left) * scale;                                         \
         total += product * some(weight + i, left);                                                              \
-        if (sums)                                                                                               \
-            put(sums + i, some(sums + i, left) + product, left);                                                \
+        put(sums + i, some(sums + i, left) + product, left);                                                    \
     }
         FOR_VECTORS(n, STEP)
 #undef STEP

@@ -133,7 +133,7 @@ def _run(which: str, x: Tensor, eps: float, **tensors: Tensor | None) -> None:
     if tensors["cos"] is not None:
         job.T, job.H = x.shape[1:3]
     job.threads, job.parallel = torch.get_num_threads(), parallel_region()
-    if tensors.get("grad_weight") is not None:
+    if which == "backward" and tensors["weight"] is not None:
         tasks = -(-job.R // job.task_rows)
         tensors["sums"] = scratch.get("norms", tasks * n, x.dtype)
     for name, tensor in dict(tensors, x=x).items():

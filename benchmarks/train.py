@@ -269,7 +269,7 @@ def without_c() -> Iterator[None]:
     """Let no kernel in C be chosen, as on a machine without a compiler."""
     with contextlib.ExitStack() as stack:
         for module, name, value in (
-            (choose, "_in_c", (False, False)),
+            (choose, "_in_c", choose.InC()),
             (loss_in_c, "takes", False),
             (squares, "takes", False),
             (newton_schulz, "takes", False),

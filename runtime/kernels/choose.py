@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -34,9 +35,9 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     runtime/kernels/sink_attention.py, with the learned bias, if it is asked for,
     runtime/kernels/bias_attention.py. Norms and rotations: on a CPU runtime/kernels/norms.py, in C.
     """
-    in_c, attends_in_c, turns_in_c = _in_c(device, dtype)
+    in_c = _in_c(device, dtype)
     for norm in norms_of(model):
-        norm.kernel = norms.rms_norm if turns_in_c else None
+        norm.kernel = norms.rms_norm if in_c.norms else None
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
     for block in model.layers:
@@ -50,12 +51,12 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         experts.feed_forward = None
         if device.type == "cpu":
             plain = torch.ops.gptoss.feed_forward.default
-            experts.feed_forward = routed_experts.rows_of_experts if in_c else plain
+            experts.feed_forward = routed_experts.rows_of_experts if in_c.experts else plain
         if hasattr(block.moe.dispatcher, "kernel"):
-            block.moe.dispatcher.kernel = routed_experts.dispatch if in_c else None
+            block.moe.dispatcher.kernel = routed_experts.dispatch if in_c.experts else None
         attention = block.attention
-        attention.turn_kernel = norms.turn if turns_in_c else None
-        attention.kernel = cpu_attention.attend if attends_in_c else None
+        attention.turn_kernel = norms.turn if in_c.norms else None
+        attention.kernel = cpu_attention.attend if in_c.attention else None
         if with_bias := _bias_kernel(attention, device, dtype):
             attention.kernel = with_bias
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
@@ -70,17 +71,25 @@ def norms_of(model) -> list:
     return [norm for norm in found if hasattr(norm, "kernel")]
 
 
-def _in_c(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool, bool]:
-    """Return whether C does the experts, attention, norms and rotations.
+class InC(NamedTuple):
+    """Which of a block's parts C does; norms: rotations, too."""
+
+    experts: bool = False
+    attention: bool = False
+    norms: bool = False
+
+
+def _in_c(device: torch.device, dtype: torch.dtype) -> InC:
+    """Return what C does.
 
     The first time on a machine, all kernels of training are compiled at once.
     """
     if device.type != "cpu" or dtype != torch.float32:
-        return False, False, False
+        return InC()
     sources = (routed_experts, cpu_attention, norms, loss_in_c)
     with ThreadPoolExecutor(len(sources)) as pool:
-        experts, attention, turns, _ = pool.map(lambda s: s.library()[0] is not None, sources)
-    return experts, attention, turns
+        *there, _ = pool.map(lambda source: source.library()[0] is not None, sources)
+    return InC(*there)
 
 
 def why_not_c(device: torch.device, dtype: torch.dtype) -> str:

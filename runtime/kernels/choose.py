@@ -22,6 +22,8 @@ from runtime.kernels.sink_attention import sink_attention
 
 # It asks for each loss whether C can do it.
 linear_cross_entropy.in_c = loss_in_c
+# The kernels of training, in the order of InC's fields.
+IN_C = (routed_experts, cpu_attention, norms, loss_in_c)
 
 
 def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
@@ -86,16 +88,16 @@ def _in_c(device: torch.device, dtype: torch.dtype) -> InC:
     """
     if device.type != "cpu" or dtype != torch.float32:
         return InC()
-    sources = (routed_experts, cpu_attention, norms, loss_in_c)
-    with ThreadPoolExecutor(len(sources)) as pool:
-        *there, _ = pool.map(lambda source: source.library()[0] is not None, sources)
+    with ThreadPoolExecutor(len(IN_C)) as pool:
+        *there, _ = pool.map(lambda kernel: kernel.library()[0] is not None, IN_C)
     return InC(*there)
 
 
 def why_not_c(device: torch.device, dtype: torch.dtype) -> str:
     """Return why a CPU does without the C kernels of training, "" where it has them."""
-    is_for_c = device.type == "cpu" and dtype == torch.float32
-    return (routed_experts.library()[1] or cpu_attention.library()[1]) if is_for_c else ""
+    if device.type != "cpu" or dtype != torch.float32:
+        return ""
+    return next(filter(None, (kernel.library()[1] for kernel in IN_C)), "")
 
 
 def _sink_kernel(device: torch.device, dtype: torch.dtype, D: int, card: Card | None):

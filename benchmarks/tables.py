@@ -17,10 +17,16 @@ from runtime.base import cli
 from runtime.base.text import human_bytes
 
 # Stored result: what was trained.
+# Whose steps are shown in parts.
+WITH_PARTS = {
+    "train_cpu_4x512": "4 x 512 tokens, vocabulary 8,192",
+    "train_cpu_nano": "8 x 256 tokens, `nano` with Muon",
+}
 TRAINING = {
     "train_cpu_4x512": "4 x 512 tokens, vocabulary 8,192",
     "train_cpu_1x2048": "1 x 2,048 tokens, vocabulary 8,192",
     "train_cpu_200k": "4 x 512 tokens, vocabulary 200,019",
+    "train_cpu_nano": WITH_PARTS["train_cpu_nano"],
 }
 PROGRAMS = {
     "end_to_end_nano_cpu": "`nano`, 3.87 M parameters, bpe:4096",
@@ -93,8 +99,9 @@ def machine(result: dict) -> str:
 def training_table() -> str:
     """Return the training steps of all sides; ratios are of medians measured in alternation."""
     lines = [
-        "| step | who | tokens/s | x loop | x Hugging Face | matmul speed | memory above states |",
-        "|---|---|---|---|---|---|---|",
+        "| step | who | tokens/s | x loop | x Hugging Face | x without C | matmul speed "
+        "| memory above states |",
+        "|---" * 8 + "|",
     ]
     results = {name: stored(name) for name in TRAINING}
     for name, what in TRAINING.items():
@@ -102,7 +109,7 @@ def training_table() -> str:
         for variant, v in result["variants"].items():
             ratios = " | ".join(
                 f"{v['ratio_to'][other]:.2f}" if other in v["ratio_to"] else ""
-                for other in ("loop", "hf_grouped")
+                for other in ("loop", "hf_grouped", "ours_without_c")
             )
             memory = (
                 human_bytes(v["peak_above_states_bytes"]) if "peak_above_states_bytes" in v else ""
@@ -124,13 +131,31 @@ def training_table() -> str:
     )
 
 
+def parts_table() -> str:
+    """Return the milliseconds of a step's parts with and without the kernels in C."""
+    lines: list[str] = []
+    for name, what in WITH_PARTS.items():
+        parts = stored(name)["time_by_part"]
+        sides = [parts[variant] for variant in ("ours_without_c", "ours")]
+        shown = [part for part in sides[0]["shares"] if part != "data"]
+        if not lines:
+            lines += [f"| ms a step | who | {' | '.join(shown)} | all |"]
+            lines += ["|---" * (3 + len(shown)) + "|"]
+        for side, who in zip(sides, ("without C", "with C"), strict=True):
+            ms = 1000 * side["seconds_per_step_under_profiler"]
+            cells = " | ".join(f"{ms * side['shares'][part]:,.0f}" for part in shown)
+            lines.append(f"| {what} | {who} | {cells} | {ms:,.0f} |")
+            what = ""
+    return "\n".join(lines)
+
+
 def allocator_line() -> str:
     """Return what the settings of the process give by themselves."""
     row = stored("train_cpu_4x512")["allocator_row"]
     before, after = (row[k]["tokens_per_sec"]["median"] for k in ("default", "tuned"))
     return (
-        f"These settings alone raise training from {before:,.0f} to {after:,.0f} tokens/s, "
-        f"{row['ratio']:.2f} times PyTorch's defaults "
+        f"A training step makes {after:,.0f} tokens/s with these settings, and {before:,.0f} with "
+        f"PyTorch's defaults: {row['ratio']:.2f} times as many "
         f"({row['processes_each']} processes each, in alternation)."
     )
 
@@ -591,6 +616,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed summary": speed_summary,
     "reliability summary": reliability_summary,
     "training speed": training_table,
+    "step parts": parts_table,
     "experts": experts_line,
     "prepare": prepare_line,
     "allocator": allocator_line,

@@ -149,6 +149,21 @@ def parts_table() -> str:
     return "\n".join(lines)
 
 
+def plain_line() -> str:
+    """Return how a small dense model's step compares with a plain PyTorch GPT's."""
+    result = stored("plain_gpt_nano_gpt")
+    ours, plain = (result["variants"][name] for name in ("ours", "plain"))
+    ms = [1000 * side["seconds_per_step"]["median"] for side in (ours, plain)]
+    return (
+        f"A dense model of {result['parameters'] / 1e6:.1f} M parameters, a token a character, "
+        f"takes {ms[0]:.0f} ms a step of {result['batch_size']} x "
+        f"{result['model']['context_length']} tokens. A plain GPT of the same shape, in PyTorch, "
+        f"takes {ms[1]:.0f}: ours has {ours['x_plain']:.2f} of its speed. After as many steps the "
+        f"loss is {ours['losses']['last']:.2f}, and the plain GPT's "
+        f"{plain['losses']['last']:.2f} (`plain_gpt_nano_gpt.json`)."
+    )
+
+
 def allocator_line() -> str:
     """Return what the settings of the process give by themselves."""
     row = stored("train_cpu_4x512")["allocator_row"]
@@ -617,6 +632,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability summary": reliability_summary,
     "training speed": training_table,
     "step parts": parts_table,
+    "plain": plain_line,
     "experts": experts_line,
     "prepare": prepare_line,
     "allocator": allocator_line,

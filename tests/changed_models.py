@@ -39,7 +39,7 @@ SHARED_EXPERT = '''class SharedExpert(nn.Module):
 
 '''
 DISPATCHER = "        self.dispatcher = LocalDispatcher()\n"
-NORM2 = "        self.norm2 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)\n"
+NORM2 = "        self.norm2 = RMSNorm(config.d_model, eps=config.rms_norm_eps)\n"
 ADD_ATTENTION = (
     "        x_BTC = x_BTC + self.attention(self.norm1(x_BTC), rope, cache, starts_BT)\n"
 )
@@ -91,7 +91,7 @@ CHANGES: dict[str, list[Edit]] = {
         (
             "model_parts.py",
             NORM2,
-            NORM2 + "        self.norm3 = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)\n",
+            NORM2 + "        self.norm3 = RMSNorm(config.d_model, eps=config.rms_norm_eps)\n",
         ),
         (
             "model_parts.py",

@@ -65,12 +65,11 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
 
 
-def norms_of(model) -> list:
-    """Return a model's norms that may have a kernel."""
-    found = [getattr(model, "norm", None)]
-    for block in model.layers:
-        found += [block.norm1, block.norm2, block.attention.q_norm, block.attention.k_norm]
-    return [norm for norm in found if hasattr(norm, "kernel")]
+def norms_of(model) -> list[torch.nn.RMSNorm]:
+    """Return a model's norms that may have a kernel: model_parts.RMSNorm."""
+    parts = [*model.layers, getattr(model, "norm", None)]
+    modules = (m for part in parts if part is not None for m in part.modules())
+    return [m for m in modules if isinstance(m, torch.nn.RMSNorm) and hasattr(m, "kernel")]
 
 
 class InC(NamedTuple):

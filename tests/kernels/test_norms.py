@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model_parts
-from model_parts import Attention, RMSNorm, rotate
+from model_parts import RMSNorm, rotate
 from runtime.checks.kernels import settle_kernels
 from runtime.kernels import norms
 from runtime.kernels.choose import choose_kernels, norms_of
@@ -248,10 +248,11 @@ def test_a_changed_rotation_is_what_is_computed(monkeypatch, qk_norm):
 
 
 def test_a_norm_of_another_kind_is_left_alone(monkeypatch):
-    """LayerNorm in a contributor's block has no place for a kernel."""
+    """LayerNorm in a contributor's block has no place for a kernel; a further RMSNorm has one."""
     model = random_model(tiny_config(**CONFIG))
     model.layers[0].norm1 = torch.nn.LayerNorm(model.config.d_model)
+    model.layers[0].attention.norm3 = RMSNorm(8)
     choose_kernels(model, CPU, torch.float32)
     assert settle_kernels(model) == [] and not hasattr(model.layers[0].norm1, "kernel")
-    assert isinstance(model.layers[0].attention, Attention)
+    assert model.layers[0].attention.norm3.kernel is norms.rms_norm
     model(torch.arange(8)[None])

@@ -49,7 +49,7 @@ def rms_norm(norm, x: Tensor) -> Tensor | None:
 
     norm: the module, whose weight has the length of x's last axis.
     """
-    if not _takes(x, norm.weight) or norm.weight.shape != x.shape[-1:]:
+    if not takes(x, norm.weight) or norm.weight.shape != x.shape[-1:]:
         return None
     return rows(x, norm.weight, None, norm.eps)
 
@@ -61,7 +61,7 @@ def turn(x_BHTD: Tensor, norm, rope: tuple[Tensor, Tensor] | None) -> Tensor | N
     of a head, or None.
     """
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    if not _takes(x_BHTD, *(() if weight is None else (weight,)), *(rope or ())):
+    if not takes(x_BHTD, *(() if weight is None else (weight,)), *(rope or ())):
         return None
     if rope is not None and any(t.shape != x_BHTD.shape[2:] for t in rope):
         return None
@@ -82,7 +82,8 @@ def rows(
     return _NormAndTurn.apply(x, weight_N, *(rope or (None, None)), eps)
 
 
-def _takes(*tensors: Tensor) -> bool:
+def takes(*tensors: Tensor) -> bool:
+    """Return whether the C code reads these tensors: in float32, in a CPU's memory."""
     # A compiler makes one pass of the plain operations itself.
     if torch.compiler.is_compiling():
         return False

@@ -9,7 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import fake_memory
 from benchmarks.fake_memory import StorageCounter, counted_peak_bytes
 from config_model import PRESETS, ModelConfig, TrainConfig
-from runtime.kernels import cpu_attention, loss_in_c, newton_schulz, routed_experts, squares
+from runtime.kernels import (
+    cpu_attention,
+    loss_in_c,
+    newton_schulz,
+    norms,
+    routed_experts,
+    squares,
+)
 from runtime.training.memory import training_memory_bytes
 from tests.builders import tiny_config
 
@@ -47,9 +54,9 @@ def test_what_is_alive_at_once_is_counted():
 def test_fake_tensors_are_as_many_as_real_ones(changes, train, dtype, monkeypatch):
     """The same step of a small model on a CPU, counted on fake tensors and on real ones.
 
-    Both by PyTorch where C reads the memory itself: the loss and the optimizer.
+    Both by PyTorch where C reads the memory itself: norms, the loss and the optimizer.
     """
-    for kernels in (loss_in_c, newton_schulz, squares):
+    for kernels in (loss_in_c, newton_schulz, norms, squares):
         monkeypatch.setattr(kernels, "takes", lambda *given: False)
     config, train_config = (
         tiny_config(**changes),

@@ -1185,6 +1185,17 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+def test_the_tiny_plan_has_time_on_a_busy_machine(tmp_path):
+    """Kernels that an interpreter runs met their 28 seconds, and the whole plan failed."""
+
+    def seconds(tiny: bool) -> list[int]:
+        args = SimpleNamespace(name="x", tiny=tiny, stages=["triton_tests", "triton_default"])
+        stages = gpu.stages_of(args, "third", 1e10, tmp_path, tmp_path)
+        return [stage.seconds for stage in stages.values()]
+
+    assert seconds(True) == [10 * s for s in seconds(False)] == [280, 570]
+
+
 @pytest.mark.slow
 def test_all_commands_run_at_a_tiny_size(results, data):
     """Every program, with real shards.

@@ -177,7 +177,7 @@ def _without_dispatch(model: LLM) -> list[tuple]:
     Return what was there, to be put back: (owner, attribute, kernel). The first call of a custom
     operation imports PyTorch's compiler. That takes a second, and a C decoder never needs it.
     """
-    found = []
+    found: list[tuple] = []
     for block in model.layers:
         experts, dispatcher = block.moe.experts, block.moe.dispatcher
         found.append((experts, "feed_forward", experts.feed_forward))

@@ -427,7 +427,7 @@ class NativeModel:
     # Kept here, and not in a cache of the function: that would keep each decoder that ever was.
     @functools.cached_property
     def _token_bytes(self) -> int:
-        def size(matrix: Matrix, rows: int) -> int:
+        def size(matrix, rows: int) -> int:
             row = matrix.cols + 4 if matrix.scale else 4 * matrix.cols
             if matrix.groups:
                 row = -(-matrix.cols // NIBBLES) * (NIBBLES // 2 + 2)

@@ -21,7 +21,7 @@ from runtime.kernels.attention_choice import Card, card_of, choose_attention, gp
 from runtime.kernels.sink_attention import sink_attention
 
 # It asks for each loss whether C can do it.
-linear_cross_entropy.in_c = loss_in_c
+linear_cross_entropy.in_c = loss_in_c  # type: ignore[assignment]
 # The kernels of training, in the order of InC's fields.
 IN_C = (routed_experts, cpu_attention, norms, loss_in_c)
 
@@ -65,7 +65,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
         attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
 
 
-def norms_of(model) -> list[torch.nn.RMSNorm]:
+def norms_of(model) -> list:
     """Return a model's norms that may have a kernel: model_parts.RMSNorm."""
     parts = [*model.layers, getattr(model, "norm", None)]
     modules = (m for part in parts if part is not None for m in part.modules())

@@ -59,8 +59,9 @@ def summed_loss(
     code, why = library(dtype)
     if code is None:
         raise ValueError(why)
+    empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
     grads = [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+        empty(t) if need and t is not None else None
         for t, need in zip((h_NC, weight_VC, bias_V), needed, strict=True)
     ]
     chunk = max(1, min(chunk_rows, N))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def _job(x_NC, weights_NK, experts_NK, counts_E, w_in_EIC, w_out_ECF, activation
     return job
 
 
-def _set(job: _Experts, tensors: dict[str, Tensor | None]) -> list[Tensor]:
+def _set(job: _Experts, tensors: Mapping[str, Tensor | None]) -> list[Tensor]:
     """Give pointers to the C code; return the tensors, which must live as long."""
     held = []
     for name, tensor in tensors.items():

@@ -54,14 +54,14 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     if code is None:
         raise ValueError(why)
     piece = code.gptoss_piece()
-    starts, counts = [], []
+    every_start, every_count = [], []
     for tensor in tensors:
         offsets = np.arange(0, tensor.numel(), piece, dtype=np.int64)
-        starts.append(tensor.data_ptr() + 4 * offsets)
-        counts.append(np.minimum(piece, tensor.numel() - offsets))
-    if not starts:
+        every_start.append(tensor.data_ptr() + 4 * offsets)
+        every_count.append(np.minimum(piece, tensor.numel() - offsets))
+    if not every_start:
         return torch.zeros((), dtype=torch.float64)
-    starts, counts = np.concatenate(starts), np.concatenate(counts)
+    starts, counts = np.concatenate(every_start), np.concatenate(every_count)
     sums = np.zeros(len(starts), dtype=np.float64)
     code.gptoss_squares(
         parallel_region(),

@@ -1,4 +1,5 @@
-/* RMSNorm of rows, and their rotation by a position's angle: forward and backward, in one pass each.
+/* RMSNorm of rows, and their rotation by a position's angle: forward and backward, each
+   in one pass over memory.
 
    R rows of n numbers. With a weight: y = x / sqrt(mean(x x) + eps) * weight. With tables [T, n] a row
    is a head, H of a token, and y's pairs (i, i + n / 2) are rotated as model_parts.rotate does it.

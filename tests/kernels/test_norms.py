@@ -13,7 +13,7 @@ import model_parts
 from model_parts import RMSNorm, rotate
 from runtime.checks.kernels import settle_kernels
 from runtime.kernels import norms
-from runtime.kernels.choose import choose_kernels, norms_of
+from runtime.kernels.choose import choose_kernels, norms_of, why_not_c
 from tests.builders import random_model, tiny_config
 from tests.kernels.builds import EVERY_BUILD, take
 from tests.numeric import assert_close, gradients_bound, rounding
@@ -121,7 +121,7 @@ def test_the_same_bits_on_any_number_of_threads(has_rope):
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_what_is_frozen_gets_no_gradient(frozen):
+def test_what_is_frozen_leaves_the_other_gradients_bits(frozen):
     x, weight, _, grad = (None if t is None else t.float() for t in case((9, 24), True, False))
     whole = results(norms.rows, x, weight, None, grad)[1:]
     wanted = weight if frozen == "x" else x
@@ -175,6 +175,18 @@ def test_a_model_trains_with_it(monkeypatch, changes):
     bound = gradients_bound(model.config, 9, 2)
     for ours, theirs in zip(model.parameters(), plain_model.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad, bound)
+
+
+def test_without_it_the_modules_compute_and_a_line_says_why(monkeypatch):
+    """One kernel may be missing while the others are there."""
+    why = "norms.c could not be compiled: no space"
+    monkeypatch.setattr(norms, "library", lambda *given: (None, why))
+    model = chosen()
+    assert why_not_c(CPU, torch.float32) == why and why_not_c(CPU, torch.bfloat16) == ""
+    assert not any(norm.kernel for norm in norms_of(model))
+    for block in model.layers:
+        assert block.attention.turn_kernel is None and block.attention.kernel is not None
+    model(torch.arange(8)[None])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

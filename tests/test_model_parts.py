@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -646,10 +647,10 @@ class OperatorNames(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen: set[str] = set()
+        self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(function.name().removeprefix("aten::").partition(".")[0])
+        self.seen[function.name().removeprefix("aten::").partition(".")[0]] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -733,12 +734,13 @@ def test_one_expert_is_neither_chosen_sorted_nor_gathered(changes, kernels):
     with OperatorNames() as names:
         y, stats = moe(torch.randn(2, 9, 32, requires_grad=True))
         (y.sum() + stats.aux_loss + stats.z_loss).backward()
-    mine = {name for name in names.seen if name.startswith("gptoss::")}
+    assert not any(name.startswith("gptoss::") for name in names.seen)
     for operation in ("sort", "argsort", "topk", "gather", "index_select", "scatter_", "index"):
         assert operation not in names.seen
-    # On a CPU with a compiler C does all of it; else there are two products.
-    in_c = {"gptoss::routed_experts", "gptoss::routed_experts_backward"}
-    assert mine == in_c if kernels and mine else not mine and "mm" in names.seen
+    # On a CPU with a compiler C does all of it; else there are two products besides the router's,
+    # and two more of each in the backward pass. A bias makes a product an addmm.
+    products = names.seen["mm"] + names.seen["addmm"]
+    assert products == (3 if moe.dispatcher.kernel else 9)
 
 
 def test_one_expert_in_inference_keeps_the_operation_of_few_shapes():

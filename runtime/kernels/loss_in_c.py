@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import kernel, parallel_region
+from runtime.kernels.eager import is_eager_float32
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("loss.c")
@@ -97,15 +98,5 @@ def summed_loss(
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Return whether `summed_loss` can read these tensors: in float32, in a CPU's memory.
-
-    Tensors of shapes alone, of a compiler or in shards have classes of their own.
-    """
-    is_plain = all(
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
-        and t.dtype == torch.float32
-        for t in tensors
-        if t is not None
-    )
-    return is_plain and not torch.compiler.is_compiling() and library()[0] is not None
+    """Return whether `summed_loss` can read these tensors: in float32, in a CPU's memory."""
+    return is_eager_float32(*tensors) and library()[0] is not None

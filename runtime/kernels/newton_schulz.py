@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import kernel, parallel_region
+from runtime.kernels.eager import is_eager_float32
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("newton_schulz.c")
@@ -45,10 +46,8 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 def takes(matrices_NRC: Tensor) -> bool:
     """Return whether `steps_` does these matrices: on a CPU, in float32, not too large."""
     N, R, C = matrices_NRC.shape
-    # Tensors of shapes alone, for instance, have a class of their own.
-    is_kind = type(matrices_NRC) is Tensor and matrices_NRC.device.type == "cpu"
-    is_kind = is_kind and matrices_NRC.dtype == torch.float32
-    return is_kind and N > 0 and R * C <= LARGEST and library()[0] is not None
+    fits = N > 0 and R * C <= LARGEST
+    return fits and is_eager_float32(matrices_NRC) and library()[0] is not None
 
 
 def steps_(matrices_NRC: Tensor, factors: Sequence[tuple[float, float, float]]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import kernel, parallel_region
+from runtime.kernels.eager import is_eager_float32, once_differentiable
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("norms.c")
@@ -49,7 +50,7 @@ def rms_norm(norm, x: Tensor) -> Tensor | None:
 
     norm: the module, whose weight has the length of x's last axis.
     """
-    if not takes(x, norm.weight) or norm.weight.shape != x.shape[-1:]:
+    if not is_eager_float32(x, norm.weight) or norm.weight.shape != x.shape[-1:]:
         return None
     return rows(x, norm.weight, None, norm.eps)
 
@@ -61,7 +62,7 @@ def turn(x_BHTD: Tensor, norm, rope: tuple[Tensor, Tensor] | None) -> Tensor | N
     of a head, or None.
     """
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    if not takes(x_BHTD, *(() if weight is None else (weight,)), *(rope or ())):
+    if not is_eager_float32(x_BHTD, weight, *(rope or ())):
         return None
     if rope is not None and any(t.shape != x_BHTD.shape[2:] for t in rope):
         return None
@@ -82,20 +83,6 @@ def rows(
     return _NormAndTurn.apply(x, weight_N, *(rope or (None, None)), eps)
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Return whether the C code reads these tensors: in float32, in a CPU's memory."""
-    # A compiler makes one pass of the plain operations itself.
-    if torch.compiler.is_compiling():
-        return False
-    return all(
-        # Tensors of shapes alone, and those that are counted, have classes of their own.
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
-        and t.dtype == torch.float32
-        for t in tensors
-    )
-
-
 class _NormAndTurn(torch.autograd.Function):
     """`rows`, with gradients of x and of the weight."""
 
@@ -110,7 +97,7 @@ class _NormAndTurn(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, cos, sin, scales = ctx.saved_tensors
         grad = grad.contiguous()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from runtime.kernels.compile import kernel, parallel_region
 from runtime.kernels.cpu_experts import feed_forward
+from runtime.kernels.eager import is_eager, once_differentiable
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("experts.c")
@@ -66,9 +67,7 @@ def dispatch(
         return None
     if experts.w_in.dtype != torch.float32 or (experts.dropout and experts.training):
         return None
-    # The first call of a custom operation imports PyTorch's compiler, which takes a second.
-    plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    return (_forward if plain else routed_experts)(
+    return _computed(
         x_NC,
         weights_NK,
         experts_NK,
@@ -96,9 +95,14 @@ def rows_of_experts(
     """
     if x_RC.dtype != torch.float32:
         return feed_forward(x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, activation)
-    return routed_experts(
-        x_RC, None, None, counts_E, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, activation
-    )
+    return _computed(x_RC, None, None, counts_E, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, activation)
+
+
+def _computed(*given) -> tuple[Tensor, Tensor]:
+    """Return `_forward`, with gradients, in the form that costs least."""
+    if not is_eager(*given[:-1]):
+        return routed_experts(*given)
+    return _RoutedExperts.apply(*given) if torch.is_grad_enabled() else _forward(*given)
 
 
 # N tokens, K experts of each, R = N * K rows, E experts, C d_model, F d_ff, I = F (gelu) or 2F.
@@ -135,8 +139,7 @@ routed_experts = torch.library.custom_op(
 )
 
 
-@torch.library.custom_op("gptoss::routed_experts_backward", mutates_args=(), device_types="cpu")
-def _routed_experts_backward(
+def _gradients(
     grad_NC: Tensor,
     x_NC: Tensor,
     weights_NK: Tensor | None,
@@ -176,6 +179,11 @@ def _routed_experts_backward(
         **given,
     )
     return grads
+
+
+_routed_experts_backward = torch.library.custom_op(
+    "gptoss::routed_experts_backward", _gradients, mutates_args=(), device_types="cpu"
+)
 
 
 def _job(x_NC, weights_NK, experts_NK, counts_E, w_in_EIC, w_out_ECF, activation) -> _Experts:
@@ -260,14 +268,29 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x_NC, weights_NK, experts_NK, counts_E, output[1], w_in, w_out, b_out)
 
 
-def _backward(ctx, grad_NC, _):
+def _backward(ctx, grad_NC, _, gradients=_routed_experts_backward):
     if grad_NC is None:
         return (None,) * 9
     wanted = ctx.needs_input_grad
     needed = [wanted[0], wanted[1], *wanted[4:8]]
-    grads = _routed_experts_backward(grad_NC, *ctx.saved_tensors, ctx.activation, needed)
+    grads = gradients(grad_NC, *ctx.saved_tensors, ctx.activation, needed)
     x, weights, *others = (g if need else None for g, need in zip(grads, needed, strict=True))
     return x, weights, None, None, *others, None
 
 
 routed_experts.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """`routed_experts` where no compiler is at work: a custom operation takes 0.1 ms more."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        output = _forward(*given)
+        _save_for_backward(ctx, given, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads, _gradients)

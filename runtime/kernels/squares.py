@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import FUSED, compiled, parallel_region
+from runtime.kernels.eager import is_eager_float32
 
 SOURCE = Path(__file__).with_name("squares.c")
 
@@ -34,13 +35,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 def takes(tensors: list[Tensor]) -> bool:
     """Return whether `sum_of_squares` can read these tensors: plain, float32, on a CPU."""
-    plain = all(
-        type(t) is Tensor
-        and t.device.type == "cpu"
-        and t.dtype == torch.float32
-        and t.is_contiguous()
-        for t in tensors
-    )
+    plain = is_eager_float32(*tensors) and all(t.is_contiguous() for t in tensors)
     return plain and library()[0] is not None
 
 

@@ -55,7 +55,7 @@ def plainly(q, k, v, sinks, bias, q_positions, k_positions, starts, window):
 
 
 def in_c(*given):
-    return cpu_attention.attention(*given)[0]
+    return cpu_attention._computed(*given)[0]
 
 
 def results(function, given, grad, dtype) -> dict[str, Tensor]:
@@ -336,6 +336,18 @@ def test_a_changed_mask_rule_is_what_is_computed(monkeypatch, changed):
     monkeypatch.setattr(model_parts, "attention_mask", other)
     assert settle_kernels(model)
     assert any(block.attention.kernel is None for block in model.layers)
+
+
+def test_a_compilers_operation_and_the_call_without_one_give_the_same_bits():
+    for changes in ({}, MASKS["all"]):
+        given, grad = case(9, 12, **changes)
+        mine = results(in_c, given, grad, torch.float32)
+        other = results(lambda *g: cpu_attention.attention(*g)[0], given, grad, torch.float32)
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    with torch.profiler.profile() as profile:
+        results(in_c, given, grad, torch.float32)
+    names = {event.key for event in profile.key_averages()}
+    assert "_Attention" in names and not any(name.startswith("gptoss::") for name in names)
 
 
 def test_operators_keep_what_pytorch_asks_of_them():

@@ -67,8 +67,8 @@ def case(activation, bias, shape, dtype, seed=0):
     return experts, (x_NC, weights_NK, experts_NK, counts_E), torch.randn(N, C, dtype=dtype)
 
 
-def in_c(experts, x_NC, weights_NK, experts_NK, counts_E):
-    return routed_experts.routed_experts(
+def in_c(experts, x_NC, weights_NK, experts_NK, counts_E, function=routed_experts._computed):
+    return function(
         x_NC,
         weights_NK,
         experts_NK,
@@ -253,6 +253,39 @@ def test_the_compiler_knows_its_shapes():
         torch.library.opcheck(
             torch.ops.gptoss.routed_experts.default, (*given, *parameters, activation)
         )
+
+
+def test_a_compilers_operation_and_the_call_without_one_give_the_same_bits():
+    """A dense model of 0.8 M parameters spent 3 % of its step on calls of custom operations."""
+    for activation in ACTIVATIONS:
+        experts, given, grad_NC = case(activation, True, (12, 8, [5, 0, 7], 2), torch.float32)
+        operation = functools.partial(in_c, function=routed_experts.routed_experts)
+        mine, other = (results(form, experts, given, grad_NC) for form in (in_c, operation))
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    with torch.profiler.profile() as profile:
+        in_c(experts, *given).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "_RoutedExperts" in names and not any(name.startswith("gptoss::") for name in names)
+
+
+@pytest.mark.parametrize("part", ["norm", "attention", "experts"])
+def test_a_second_derivative_is_refused_not_left_out(part):
+    """The kernel of norms gave a gradient without a graph: a penalty on it was a constant."""
+    model = small_model()
+    block, x_BTC = model.layers[0], torch.randn(1, 5, 32, requires_grad=True)
+    function = {
+        "norm": block.norm1,
+        "attention": lambda x: block.attention(x, None),
+        "experts": lambda x: block.moe(x)[0],
+    }[part]
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(function(x_BTC).square().sum(), x_BTC, create_graph=True)
+
+
+def test_without_gradients_nothing_is_kept():
+    experts, given, _ = case("swiglu", False, (12, 8, [5, 4], 1), torch.float32)
+    with torch.no_grad():
+        assert in_c(experts, *given).grad_fn is None
 
 
 # ------------------------------------------------------------------------------- where it is taken

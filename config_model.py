@@ -402,8 +402,8 @@ class Preset:
 # biases: Shazeer 2020; PaLM, Chowdhery et al. 2022, section 2. Per-head QK-norm: Dehghani et al.
 # 2023; Qwen3. No learned attention bias. Trained with Muon, which learned most per token of all
 # that benchmarks/ABLATIONS.md tries, and as much per second (at nano's size; no larger one was
-# measured). The balance loss weighs twice the default: at 0.01 one of nano's experts fell to 23 %
-# of its fair share under Muon.
+# measured). The balance loss weighs twice the default: at 0.01 one of plain-nano's experts fell to
+# 23 % of its fair share under Muon.
 _MODERN = dict(
     expert_activation="swiglu",
     expert_bias=False,
@@ -436,6 +436,28 @@ _GPT_OSS = dict(
     router_bias=True,
     head_bias=False,
     rms_norm_eps=1e-5,
+)
+# For a laptop's CPU: the model, and a run of it.
+_NANO = dict(
+    d_model=128,
+    transformer_blocks=4,
+    context_length=256,
+    vocabulary_size=4096,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    num_experts=8,
+    init_std=0.05,
+)
+_MINUTES = dict(
+    batch_size=8,
+    grad_accum=1,
+    max_steps=1_000,
+    min_lr=1e-4,
+    warmup_steps=50,
+    val_interval=100,
+    val_steps=20,
+    save_interval=250,
 )
 
 PRESETS = {
@@ -477,34 +499,17 @@ PRESETS = {
         ),
         dict(optimizer="muon", batch_size=8, grad_accum=8, max_steps=20_000, lr=1e-3, min_lr=1e-4),
     ),
+    # The settings that learn most in the same seconds on a CPU: benchmarks/ABLATIONS.md.
     "nano": Preset(
         "modern, for a laptop's CPU, minutes; wants a small vocabulary (bpe:4096)",
-        _MODERN
-        | dict(
-            d_model=128,
-            transformer_blocks=4,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=32,
-            num_experts=8,
-            d_ff=256,
-            context_length=256,
-            vocabulary_size=4096,
-            tie_embeddings=True,
-            init_std=0.05,
-        ),
-        dict(
-            optimizer="muon",
-            batch_size=8,
-            grad_accum=1,
-            max_steps=1_000,
-            lr=6e-3,
-            min_lr=1e-4,
-            warmup_steps=50,
-            val_interval=100,
-            val_steps=20,
-            save_interval=250,
-        ),
+        _MODERN | _NANO | dict(context_length=512, num_experts=16, d_ff=128, tie_embeddings=True),
+        _MINUTES
+        | dict(optimizer="muon", lr=1e-2, schedule="wsd", decay_fraction=0.4, document_mask=True),
+    ),
+    "plain-nano": Preset(
+        "nano untuned: fewer experts, half the context, no document mask",
+        _MODERN | _NANO | dict(d_ff=256, tie_embeddings=True),
+        _MINUTES | dict(optimizer="muon", lr=6e-3),
     ),
     "gpt-oss-20b": Preset(
         "OpenAI's gpt-oss-20b, for its numbers (not to be mixed up with gptoss)",
@@ -523,32 +528,9 @@ PRESETS = {
     "gpt-oss-nano": Preset(
         "gpt-oss's architecture for a laptop's CPU, minutes; wants a small vocabulary (bpe:4096)",
         _GPT_OSS
-        | dict(
-            d_model=128,
-            transformer_blocks=4,
-            context_length=256,
-            vocabulary_size=4096,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=32,
-            num_experts=8,
-            d_ff=128,
-            rope_scaling_factor=2.0,
-            yarn_truncate=True,
-            aux_loss_coef=0.02,
-            init_std=0.05,
-        ),
-        dict(
-            batch_size=8,
-            grad_accum=1,
-            max_steps=1_000,
-            lr=3e-3,
-            min_lr=1e-4,
-            warmup_steps=50,
-            val_interval=100,
-            val_steps=20,
-            save_interval=250,
-        ),
+        | _NANO
+        | dict(d_ff=128, rope_scaling_factor=2.0, yarn_truncate=True, aux_loss_coef=0.02),
+        _MINUTES | dict(lr=3e-3),
     ),
 }
 

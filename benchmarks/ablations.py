@@ -5,8 +5,11 @@ number of tokens.
     python -m benchmarks.ablations --run muon --seeds 42 43      one row
     python -m benchmarks.ablations --run all                     every row (hours)
     python -m benchmarks.ablations --run longer_muon_lr_6e-3     over three times as many tokens
+    python -m benchmarks.ablations --run settings_plain          settings of `nano`, in equal time
     python -m benchmarks.ablations --time 3
             seconds per step of every row, in turns, on a quiet machine
+    python -m benchmarks.ablations --time 7 --run settings_masked settings_8x512
+            the same of settings, as multiples of the first one
     python -m benchmarks.ablations --table --picture
             the table in benchmarks/ABLATIONS.md and public/default_against_modern.png
 
@@ -46,7 +49,7 @@ from runtime.training.task import GivenTask
 FOLDER = RESULTS / "ablations"
 PAGE = RESULTS.parent / "ABLATIONS.md"
 BASE = dict(
-    preset="nano",
+    preset="plain-nano",
     optimizer="adamw",
     lr=3e-3,
     aux_loss_coef=0.01,
@@ -72,7 +75,7 @@ DEFAULT = dict(
 # name: (what is changed, flags). d_ff 384 gives GELU experts the FLOPs of SwiGLU ones with 256.
 ROWS = {
     "base": (
-        "nano: SwiGLU, no biases, QK-norm, no table, tied, dropless, balance loss 0.01, AdamW 3e-3",
+        "SwiGLU, no biases, QK-norm, no table, tied, dropless, balance loss 0.01, AdamW 3e-3",
         {},
     ),
     "muon": ("Muon for the hidden matrices, the same rate", dict(optimizer="muon")),
@@ -138,7 +141,61 @@ TOKENIZERS = {
         ("o200k", "o200k_base"),
     )
 }
-ALL = ROWS | LONGER | TOKENIZERS
+# Settings of `nano` in equal time: of each as many steps as take the seconds of 600 of
+# settings_masked, by --time. Compared by bits per byte, because tokenizers differ.
+_MASKED = dict(document_mask=True, schedule="wsd", decay_fraction=0.4)
+_LONG = _MASKED | dict(context_length=512, batch_size=4)
+_WIDE = _MASKED | dict(context_length=512, batch_size=8, val_steps=24)
+_SMALL_EXPERTS = dict(num_experts=16, d_ff=128)
+_8192 = dict(vocabulary_size=8192)
+SETTINGS = {
+    f"settings_{name}": (
+        what,
+        dict(optimizer="muon", lr=6e-3, aux_loss_coef=0.02)
+        | dict(max_steps=steps, val_interval=steps // 4)
+        | flags,
+    )
+    for name, what, steps, flags in (
+        ("plain", "`plain-nano`: 8 x 256 tokens a step, 8 experts of 256, cosine", 600, {}),
+        ("masked", "documents do not see each other; wsd, falling over 40 %", 600, _MASKED),
+        ("4x512", "... 4 x 512 tokens a step", 600, _LONG),
+        ("4x512_lr_1e-2", "... 4 x 512, the rate 1e-2", 600, _LONG | dict(lr=1e-2)),
+        ("2x1024", "... 2 x 1,024", 620, _LONG | dict(context_length=1024, batch_size=2)),
+        (
+            "2x512",
+            "... 2 x 512: half the tokens a step",
+            900,
+            _LONG | dict(batch_size=2, val_steps=96),
+        ),
+        ("8x512", "... 8 x 512: twice the tokens a step", 360, _WIDE),
+        ("4x512_experts", "... 4 x 512, 16 experts of 128", 680, _LONG | _SMALL_EXPERTS),
+        ("8x512_experts", "... 8 x 512, 16 experts of 128", 413, _WIDE | _SMALL_EXPERTS),
+        *(
+            (
+                f"8x512_experts_lr_{rate}",
+                f"... 8 x 512, 16 experts of 128, the rate {rate}",
+                413,
+                _WIDE | _SMALL_EXPERTS | dict(lr=float(rate)),
+            )
+            for rate in ("1e-2", "15e-3")
+        ),
+        (
+            "16x512_experts_lr_1e-2",
+            "... 16 x 512, 16 experts of 128, the rate 1e-2",
+            240,
+            _WIDE | _SMALL_EXPERTS | dict(batch_size=16, val_steps=12, lr=1e-2),
+        ),
+        ("4x512_8192", "... 4 x 512, bpe:8192", 495, _LONG | _8192),
+        (
+            "4x512_experts_8192",
+            "... 4 x 512, 16 experts of 128, bpe:8192",
+            576,
+            _LONG | _SMALL_EXPERTS | _8192,
+        ),
+    )
+}
+SETTINGS_BASE = "settings_masked"
+ALL = ROWS | LONGER | SETTINGS | TOKENIZERS
 
 
 def make_plan(name: str, seed: int, data_dir: str, changes: dict) -> TrainPlan:
@@ -173,10 +230,14 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     """Train a row and store its curve."""
     plan = make_plan(name, seed, data_dir, changes)
     what, flags = ALL[name]
-    if name in TOKENIZERS and plan.task.train.tokenizer_state["name"] != what:
+    tokenizer = plan.task.train.tokenizer_state["name"]
+    wanted = what if name in TOKENIZERS else tokenizer
+    if ids := flags.get("vocabulary_size"):
+        wanted = f"bpe:{ids}"
+    if tokenizer != wanted:
         raise ValueError(
-            f"{data_dir} was made with {plan.task.train.tokenizer_state['name']}, and {name} "
-            f"wants {what}: python prepare_data.py --tokenizer {what}"
+            f"{data_dir} was made with {tokenizer}, and {name} wants {wanted}: "
+            f"python prepare_data.py --tokenizer {wanted}"
         )
     model, optimizer, _ = set_up(plan, train.forward_backward)
     records: list[dict] = []
@@ -230,7 +291,9 @@ def run_row(name: str, seed: int, data_dir: str, changes: dict) -> Path:
     return path
 
 
-def time_rows(names: list[str], data_dir: str, repeats: int, steps: int = 8) -> None:
+def time_rows(
+    names: list[str], base: str, file: str, data_dir: str, repeats: int, steps: int = 8
+) -> None:
     """Store the seconds per step of each row, in turns in this process, and their ratios."""
     functions = {}
     for name in names:
@@ -250,11 +313,11 @@ def time_rows(names: list[str], data_dir: str, repeats: int, steps: int = 8) -> 
     seconds = alternate(functions, repeats)
     median = {name: statistics.median(values) / steps for name, values in seconds.items()}
     ratios = {
-        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["base"], strict=True))
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
         for name in names
     }
     save_results(
-        "ablations_time",
+        file,
         {
             "seconds_per_step": median,
             "ratio_to_base": ratios,
@@ -328,6 +391,33 @@ def table(rows: dict = ROWS, base: str = "base") -> str:
 def longer_table() -> str:
     """The same of the runs over more tokens."""
     return table(LONGER, "longer_lr_6e-3")
+
+
+def settings_table() -> str:
+    """The Markdown table of the settings in equal time, best first."""
+    timing = RESULTS / "ablations_settings_time.json"
+    ratio = json.loads(timing.read_text())["ratio_to_base"] if timing.is_file() else {}
+    runs = {name: rs for name, rs in results().items() if name in SETTINGS}
+    lines = [
+        "| row | settings | step time | steps | tokens | bits per byte | expert load |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def mean(name: str) -> float:
+        return statistics.mean(r["bits_per_byte"] for r in runs[name])
+
+    for name in sorted(runs, key=mean):
+        rs = runs[name]
+        loads = [r["expert_load_after_twice_the_warm_up"] for r in rs]
+        lines.append(
+            f"| `{name}` | {SETTINGS[name][0]} "
+            f"| {format(ratio[name], '.2f') + 'x' if name in ratio else ''} "
+            f"| {SETTINGS[name][1]['max_steps']} | {rs[0]['tokens'] / 1e6:.2f} M "
+            f"| {', '.join(format(r['bits_per_byte'], '.4f') for r in rs)} "
+            f"| {100 * min(load['min'] for load in loads):.0f} to "
+            f"{100 * max(load['max'] for load in loads):.0f} % |"
+        )
+    return "\n".join(lines)
 
 
 def tokenizer_table() -> str:
@@ -435,7 +525,8 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         metavar="ROW",
         help=(
-            f"rows to run, or all: {', '.join(ROWS)}; besides: {', '.join([*LONGER, *TOKENIZERS])}"
+            f"rows to run, or all: {', '.join(ROWS)}; besides: "
+            f"{', '.join([*LONGER, *SETTINGS, *TOKENIZERS])}"
         ),
     )
     parser.add_argument(
@@ -466,14 +557,27 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.run or args.time or args.table or args.picture):
         raise ValueError("nothing to do: give --run ROW, --time REPEATS, --table or --picture")
     if args.time:
-        time_rows(names if "base" in names else ["base", *names], args.data_dir, args.time)
+        base, file = "base", "ablations_time"
+        if settings := [name for name in names if name in SETTINGS]:
+            base, file = SETTINGS_BASE, "ablations_settings_time"
+            if settings != names:
+                raise ValueError(
+                    "settings_ rows are timed against others than the rest: time either"
+                )
+        time_rows(list(dict.fromkeys([base, *names])), base, file, args.data_dir, args.time)
     elif args.run:
         for seed in args.seeds:
             for name in names:
                 run_row(name, seed, args.data_dir, {"max_steps": args.steps} if args.steps else {})
     if args.table:
         replace_between(
-            PAGE, {"rows": table(), "longer": longer_table(), "tokenizers": tokenizer_table()}
+            PAGE,
+            {
+                "rows": table(),
+                "longer": longer_table(),
+                "settings": settings_table(),
+                "tokenizers": tokenizer_table(),
+            },
         )
     if args.picture:
         picture(REPO / "public" / "default_against_modern.png")

@@ -1,7 +1,7 @@
 """What it costs that a Decoder asks its fast ways for a few tokens before it uses them
 (runtime/inference/asked.py).
 
-    python -m benchmarks.asked --preset nano
+    python -m benchmarks.asked --preset plain-nano
     python -m benchmarks.asked --name modern_8gb --preset modern-8gb --repeats 10
 
 Takes every flag of the model. A Decoder is made with the C kernel and without, and asked every

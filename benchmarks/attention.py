@@ -236,7 +236,7 @@ def in_c(p: Problem) -> Tensor:
     if code is None:
         raise ValueError(why)
     positions_T = torch.arange(p.q_BHTD.shape[2])
-    return cpu_attention.attention(
+    return cpu_attention.computed(
         *(p.q_BHTD, p.k_BGTD, p.v_BGTD, p.sinks_H, p.table_HTT),
         *(positions_T, positions_T, p.starts_BT, 0),
     )[0]

@@ -1,7 +1,7 @@
 """Two builds of the C kernel: how long a token takes with the one of this checkout, and with that
 of another commit.
 
-    python -m benchmarks.decode_builds --base main --preset nano
+    python -m benchmarks.decode_builds --base main --preset plain-nano
     python -m benchmarks.decode_builds --base main --name modern --preset modern-8gb --texts 1 8
 
 Takes every flag of the model. Both builds are in this process, run the same random weights in

@@ -1,7 +1,7 @@
 """The serving engine without HTTP: tokens/s by requests at a time, next to `generate`; any device.
 
     python -m benchmarks.engine --name modern_gpu --preset gptoss-modern --dtype bfloat16
-    python -m benchmarks.engine --name nano_cpu --preset nano --vocabulary_size 4096
+    python -m benchmarks.engine --name nano_cpu --preset plain-nano --vocabulary_size 4096
 
 Takes every flag of the model. Both sides are in this process, have the same random weights, greedy
 drawing and prompts, and take turns. `first_ms`: from submitting to the first token, of all requests

@@ -2,7 +2,7 @@
 after a prompt of a new length.
 
     python -m benchmarks.latency --name h100_no_table --no-use_attention_bias
-    python -m benchmarks.latency --name cpu --preset nano --vocabulary_size 512 --dtype float32
+    python -m benchmarks.latency --name cpu --preset plain-nano --vocabulary_size 512
 
 Takes every flag of the model, which has random weights. In this order: decoding without the
 compiler (on a GPU one CUDA graph), first tokens, decoding with the compiler, which takes longest to

@@ -1,7 +1,7 @@
 """One optimizer step: AdamW's implementations, one tensor per expert against stacked experts, Muon,
 moments in bfloat16.
 
-    python -m benchmarks.optimizer --name nano --preset nano --num_threads 1
+    python -m benchmarks.optimizer --name nano --preset plain-nano --num_threads 1
     python -m benchmarks.optimizer --name default_gpu --preset gptoss-modern \\
         --variants adamw_fused,adamw_foreach,muon,muon_bfloat16
 

@@ -1,4 +1,4 @@
-"""The loss curve of `nano` on four ranks, with experts and weights in shards, on one process's.
+"""The loss curve of `plain-nano` on four ranks, with shards of experts and weights, on that of one.
 
     python -m benchmarks.ranks_curve
             three runs, on TinyStories (GPTOSS_SHARED), into benchmarks/results/ranks_curve.json,
@@ -30,8 +30,8 @@ from runtime.base.files import write_atomic
 NAME = "ranks_curve"
 PICTURE = REPO / "public" / f"{NAME}.png"
 RANKS, EXPERTS = 4, 2
-# nano's 8 sequences a step, as a micro-batch for each rank.
-RUN = ["--preset", "nano", "--batch_size", "2", "--grad_accum", str(RANKS), "--seed", "0"]
+# plain-nano's 8 sequences a step, as a micro-batch for each rank.
+RUN = ["--preset", "plain-nano", "--batch_size", "2", "--grad_accum", str(RANKS), "--seed", "0"]
 RUN += ["--device", "cpu", "--dtype", "float32", "--log_interval", "1"]
 RUN += ["--save_interval", "1000000"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
@@ -40,14 +40,14 @@ SIDES = {
     "four ranks": [*TORCHRUN, "train.py", "--expert_parallel", str(EXPERTS)],
     "one process, AVX2": ["train.py"],
 }
-# PyTorch's kernels for another processor add in another order. No thread count changes nano's sums.
+# PyTorch's kernels for another processor add in another order. No thread count changes its sums.
 ENVIRONMENT = {"one process, AVX2": {"ATEN_CPU_CAPABILITY": "avx2"}}
 FIRST = "one process"
 TOKENIZER = "bpe:4096"
 
 
 def prepared(folder: Path) -> Path:
-    """Write shards of TinyStories with nano's vocabulary; return their folder."""
+    """Write shards of TinyStories with its vocabulary; return their folder."""
     stories = SHARED / "tinystories"
     if not stories.is_dir():
         raise ValueError(f"there is no {stories}: GPTOSS_SHARED names the folder that has it")
@@ -91,7 +91,7 @@ def picture(path: Path, stored: dict) -> None:
     with matplotlib.rc_context(plots.STYLE):
         page = plots.Page(
             "Four ranks on one process's curve",
-            f"nano, TinyStories; {EXPERTS} x {RANKS // EXPERTS} ranks: experts x FSDP",
+            f"plain-nano, TinyStories; {EXPERTS} x {RANKS // EXPERTS} ranks: experts x FSDP",
             columns=2,
             width=12,
         )
@@ -138,7 +138,7 @@ def summary(curves: dict[str, dict]) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--steps", type=int, default=200, help="of each run (default: 200)")
-    parser.add_argument("--data_dir", default="", help="shards with nano's vocabulary, if any")
+    parser.add_argument("--data_dir", default="", help="shards with its vocabulary, if any")
     parser.add_argument(
         "--picture", action="store_true", help="draw the stored runs, train nothing"
     )
@@ -155,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
 def train_all(args: argparse.Namespace) -> None:
     """Train the sides, one after the other, and store their curves."""
     if args.steps < 60:
-        raise ValueError(f"--steps must be at least 60 (nano warms up for 50), not {args.steps}")
+        raise ValueError(
+            f"--steps must be at least 60 (the preset warms up for 50), not {args.steps}"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = Path(args.data_dir) if args.data_dir else prepared(folder)

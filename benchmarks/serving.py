@@ -5,7 +5,7 @@ to llama.cpp's server.
         --transformer_blocks 6 --num_heads 8 --num_kv_heads 4 --d_ff 336 --vocabulary_size 8192 \\
         --context_length 1152 --expert_activation swiglu --no-expert_bias --no-out_proj_bias \\
         --no-head_bias --no-use_attention_bias --rms_norm_eps 1e-6
-    python -m benchmarks.serving --name nano --preset nano --vocabulary_size 4096
+    python -m benchmarks.serving --name nano --preset plain-nano --vocabulary_size 4096
 
 Takes every flag of the model. The servers run as a user starts them, in processes of their own, and
 wait while others are measured, which costs them nothing (`idle`). All sides have the same random

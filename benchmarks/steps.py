@@ -2,7 +2,7 @@
 compile, loss, kernels.
 
     python -m benchmarks.steps --name h100_modern --preset gptoss-modern --compile --sizes 16x4,8x8
-    python -m benchmarks.steps --name cpu --preset nano --vocabulary_size 512 --sizes 2x1
+    python -m benchmarks.steps --name cpu --preset plain-nano --vocabulary_size 512 --sizes 2x1
     torchrun --standalone --nproc_per_node 1 -m benchmarks.steps --name h100_modern_sharded ...
 
 The last one tells what sharding costs on one GPU, where nothing is split: FSDP's copies and calls.
@@ -98,6 +98,9 @@ def make_setting(
         warmup_steps=0,
         micro_batch="batch_size",
     )
+    if "document_mask" not in settings.explicit:
+        # A preset's.
+        config = replace(config, document_mask=False)
     model_config = settings.build(ModelConfig)
     if config.resume or config.init_from or config.profile or config.document_mask:
         raise ValueError(

@@ -157,7 +157,7 @@ def step_seconds(records: Iterable[dict]) -> float:
 
 def _run_seconds(folder: Path, data: Path, watches: bool, steps: int) -> float:
     """Train, with a page that asks every 2 seconds where `watches`; return the median step."""
-    flags = ["--data_dir", str(data), "--ckpt_dir", str(folder / "ckpt"), "--preset", "nano"]
+    flags = ["--data_dir", str(data), "--ckpt_dir", str(folder / "ckpt"), "--preset", "plain-nano"]
     flags += ["--graph_dir", str(folder / "graphs"), "--max_steps", str(steps)]
     flags += ["--log_interval", "1", "--save_interval", "100000", "--batch_size", "4"]
     flags += ["--grad_accum", "1", "--val_interval", "100000", "--context_length", "64"]

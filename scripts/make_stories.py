@@ -31,7 +31,7 @@ from runtime.interop.release import commit, release
 # Those of `make demo`, but for the steps. Inside a story only its own names are seen. Copying of
 # names forms earlier from larger initial weights, and with a learning rate that stays high for
 # longer: benchmarks/names.py.
-RECIPE = ["--preset=nano", "--document_mask", "--schedule=wsd", "--decay_fraction=0.3"]
+RECIPE = ["--preset=plain-nano", "--document_mask", "--schedule=wsd", "--decay_fraction=0.3"]
 RECIPE += ["--init_std=0.1"]
 VOCABULARY, STEPS = 3072, 1800
 

@@ -105,7 +105,8 @@ def test_the_default_is_the_published_model_and_its_table_is_named(report):
 def test_every_preset(report, name):
     config, train = ModelConfig(**PRESETS[name].model), TrainConfig(**PRESETS[name].train)
     lines = report("--preset", name)
-    check(lines, config, train.batch_size, optimizer=train.optimizer, grad_accum=train.grad_accum)
+    counted = ("optimizer", "grad_accum", "document_mask")
+    check(lines, config, train.batch_size, **{name: getattr(train, name) for name in counted})
     assert any("learned attention bias" in line for line in lines) == config.use_attention_bias
 
 

@@ -201,7 +201,7 @@ def _why_not_sinks(attention) -> str:
 def _why_not_norm(norm) -> str:
     generator, plain = torch.Generator().manual_seed(0), copy.copy(norm)
     plain.kernel = None
-    x = torch.randn(2, 3, norm.weight.shape[-1], generator=generator)
+    x = torch.randn(2, 3, *norm.normalized_shape, generator=generator)
     ours = norm.kernel(norm, x)
     if ours is not None and not _is_same(ours, plain(x), x.shape[-1]):
         return "runtime/kernels/norms.py has other results than model_parts.RMSNorm"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.compile import kernel, parallel_region
-from runtime.kernels.eager import is_eager, once_differentiable
+from runtime.kernels.eager import called, eager_function
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("attention.c")
@@ -79,17 +79,15 @@ def attend(
         bias_HTS = bias_HTS[:, start : start + T]
         ring = cache is not None and cache.is_ring[owner.block]
         bias_HTS = bias_HTS[:, :, k_positions_S] if ring else bias_HTS[:, :, : start + T]
-    return _computed(
+    return computed(
         *(q_BHTD, k_BGSD, v_BGSD, owner.sinks, bias_HTS),
         *(q_positions_T, k_positions_S, starts_BT, owner.window),
     )[0]
 
 
-def _computed(*given) -> tuple[Tensor, Tensor]:
-    """Return `_forward`, with gradients, in the form that costs least."""
-    if not is_eager(*given[:-1]):
-        return attention(*given)
-    return _Attention.apply(*given) if torch.is_grad_enabled() else _forward(*given)
+def computed(*given) -> tuple[Tensor, Tensor]:
+    """Return what `attention` does, in the way that costs least."""
+    return called(attention, _Attention, _forward, given)
 
 
 @torch.library.custom_op("gptoss::attention", mutates_args=(), device_types="cpu")
@@ -248,18 +246,7 @@ def _backward(ctx, grad_BHTD, _, gradients=_attention_backward):
 
 
 attention.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-class _Attention(torch.autograd.Function):
-    """`attention` where no compiler is at work: calling a custom operation takes 0.1 ms more."""
-
-    @staticmethod
-    def forward(ctx, *given):
-        output = _forward(*given)
-        _save_for_backward(ctx, given, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return _backward(ctx, *grads, _gradients)
+# Where no compiler is at work.
+_Attention = eager_function(
+    "_Attention", _forward, _save_for_backward, functools.partial(_backward, gradients=_gradients)
+)

@@ -174,6 +174,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the loss has first derivatives only, and create_graph=True asks for second ones: "
+                "compute it from the logits, with F.cross_entropy"
+            )
         # Scaled in place, because a copy of the head's gradient is 0.8 GB at full size. Not if the
         # graph is kept for another backward pass.
         is_last = not torch._C._autograd._get_current_graph_task_keep_graph()

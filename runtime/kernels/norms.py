@@ -50,18 +50,21 @@ def rms_norm(norm, x: Tensor) -> Tensor | None:
 
     norm: the module, whose weight has the length of x's last axis.
     """
-    if not is_eager_float32(x, norm.weight) or norm.weight.shape != x.shape[-1:]:
+    weight = norm.weight
+    if weight is None or weight.shape != x.shape[-1:] or not is_eager_float32(x, weight):
         return None
-    return rows(x, norm.weight, None, norm.eps)
+    return rows(x, weight, None, norm.eps)
 
 
 def turn(x_BHTD: Tensor, norm, rope: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """Do what model_parts.Attention.turned does, [B, H, T, D]; None for what C lacks.
 
-    That is a dtype other than float32, and positions that differ from row to row. norm: nn.RMSNorm
-    of a head, or None.
+    That is a dtype other than float32, a norm without a weight, and positions that differ from row
+    to row. norm: nn.RMSNorm of a head, or None.
     """
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    if norm is not None and weight is None:
+        return None
     if not is_eager_float32(x_BHTD, weight, *(rope or ())):
         return None
     if rope is not None and any(t.shape != x_BHTD.shape[2:] for t in rope):

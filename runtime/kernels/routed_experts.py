@@ -20,7 +20,7 @@ from torch import Tensor
 
 from runtime.kernels.compile import kernel, parallel_region
 from runtime.kernels.cpu_experts import feed_forward
-from runtime.kernels.eager import is_eager, once_differentiable
+from runtime.kernels.eager import called, eager_function
 from runtime.kernels.scratch import scratch
 
 SOURCE = Path(__file__).with_name("experts.c")
@@ -67,7 +67,7 @@ def dispatch(
         return None
     if experts.w_in.dtype != torch.float32 or (experts.dropout and experts.training):
         return None
-    return _computed(
+    return computed(
         x_NC,
         weights_NK,
         experts_NK,
@@ -95,14 +95,12 @@ def rows_of_experts(
     """
     if x_RC.dtype != torch.float32:
         return feed_forward(x_RC, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, counts_E, activation)
-    return _computed(x_RC, None, None, counts_E, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, activation)
+    return computed(x_RC, None, None, counts_E, w_in_EIC, b_in_EI, w_out_ECF, b_out_EC, activation)
 
 
-def _computed(*given) -> tuple[Tensor, Tensor]:
-    """Return `_forward`, with gradients, in the form that costs least."""
-    if not is_eager(*given[:-1]):
-        return routed_experts(*given)
-    return _RoutedExperts.apply(*given) if torch.is_grad_enabled() else _forward(*given)
+def computed(*given) -> tuple[Tensor, Tensor]:
+    """Return what `routed_experts` does, in the way that costs least."""
+    return called(routed_experts, _RoutedExperts, _forward, given)
 
 
 # N tokens, K experts of each, R = N * K rows, E experts, C d_model, F d_ff, I = F (gelu) or 2F.
@@ -279,18 +277,10 @@ def _backward(ctx, grad_NC, _, gradients=_routed_experts_backward):
 
 
 routed_experts.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-class _RoutedExperts(torch.autograd.Function):
-    """`routed_experts` where no compiler is at work: a custom operation takes 0.1 ms more."""
-
-    @staticmethod
-    def forward(ctx, *given):
-        output = _forward(*given)
-        _save_for_backward(ctx, given, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return _backward(ctx, *grads, _gradients)
+# Where no compiler is at work.
+_RoutedExperts = eager_function(
+    "_RoutedExperts",
+    _forward,
+    _save_for_backward,
+    functools.partial(_backward, gradients=_gradients),
+)

@@ -34,7 +34,7 @@ FIRST_HELD_OUT_STORY = 5_000_000_000
 STORIES_PER_EXERCISE = 1_000
 # A question comes after the sentences that fit.
 MOST_BEGINNING_WORDS = 60
-# A nano model reads 256 tokens: the request and its story must fit.
+# A small model may read 256 tokens: the request and its story must fit.
 MOST_STORY_WORDS = 140
 
 QUESTIONS = {

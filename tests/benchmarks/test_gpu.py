@@ -1277,3 +1277,14 @@ def test_all_commands_run_at_a_tiny_size(results, data):
         "note     plain operations compute attent"
     ) == 1
     assert not any((REPO / "benchmarks" / "results").glob("*tiny*"))
+
+
+def test_steps_takes_every_preset_and_no_mask_that_is_asked_for(monkeypatch):
+    """nano brings a document mask: its user was told to leave out a flag that was not given."""
+    monkeypatch.setattr(bench, "random_tokens", lambda model_config, config: None)
+    for name in ("nano", "plain-nano", "gptoss"):
+        args = steps.make_parser().parse_args(["--name", "x", "--preset", name, "--sizes", "2x1"])
+        assert not steps.make_setting(args, 2, 1).config.document_mask
+    flags = ["--name", "x", "--preset", "nano", "--sizes", "2x1", "--document_mask"]
+    with pytest.raises(ValueError, match="none of --resume.*--document_mask"):
+        steps.make_setting(steps.make_parser().parse_args(flags), 2, 1)

@@ -8,8 +8,10 @@ import re
 import pytest
 
 from benchmarks import ablations, common
-from benchmarks.ablations import LONGER, ROWS, at_tokens
+from benchmarks.ablations import LONGER, ROWS, SETTINGS, SETTINGS_BASE, at_tokens
 from tests.conftest import REPO
+
+BLOCKS = ("rows", "longer", "settings", "tokenizers")
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def test_rows_are_run_timed_and_tabled(results, data):
     ablations.main(["--run", "base", "--seeds", "43", "--steps", "4", "--data_dir", str(data)])
     ablations.main(["--run", "muon", "--time", "1", "--data_dir", str(data)])
     (results / "page.md").write_text(
-        "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("rows", "longer", "tokenizers"))
+        "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in BLOCKS)
     )
     with pytest.raises(
         ValueError, match="no run of the base: python -m benchmarks.ablations --run longer_lr_6e-3"
@@ -76,12 +78,27 @@ def test_the_stored_ablations_are_what_the_page_shows():
     for name, content in (
         ("rows", ablations.table()),
         ("longer", ablations.longer_table()),
+        ("settings", ablations.settings_table()),
         ("tokenizers", ablations.tokenizer_table()),
     ):
         assert (
             re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", page, re.DOTALL).group(1)
             == content
         )
+
+
+def test_settings_are_timed_against_the_first_of_theirs(results, data):
+    name = "settings_8x512"
+    flags = ["--steps", "4", "--data_dir", str(data)]
+    ablations.main(["--run", SETTINGS_BASE, name, *flags])
+    ablations.main(["--run", name, "--time", "1", "--data_dir", str(data)])
+    stored = json.loads((results / "ablations_settings_time.json").read_text())
+    assert stored["ratio_to_base"][SETTINGS_BASE] == 1.0
+    lines = ablations.settings_table().splitlines()
+    (line,) = [line for line in lines if name in line]
+    run = json.loads((results / "ablations" / f"{name}_42.json").read_text())
+    assert f"| {run['bits_per_byte']:.4f} |" in line and f"| {4 * 4096 / 1e6:.2f} M |" in line
+    assert f"| {stored['ratio_to_base'][name]:.2f}x |" in line and len(lines) == 4
 
 
 def test_bad_requests_are_told(results, data):
@@ -93,15 +110,34 @@ def test_bad_requests_are_told(results, data):
         ValueError, match="made with byte, and tokenizer_compact wants o200k_base:compact"
     ):
         ablations.main(["--run", "tokenizer_compact", "--data_dir", str(data)])
+    with pytest.raises(ValueError, match="made with byte, and settings_4x512_8192 wants bpe:8192"):
+        ablations.main(["--run", "settings_4x512_8192", "--data_dir", str(data)])
+    with pytest.raises(ValueError, match="time either"):
+        ablations.main(["--run", "base", SETTINGS_BASE, "--time", "1", "--data_dir", str(data)])
     with pytest.raises(ValueError, match="no run of the base"):
         ablations.table()
 
 
 def test_every_row_is_a_model_and_differs_from_the_base(data):
     base = ablations.make_plan("base", 42, str(data), {})
-    for name in (ROWS | LONGER).keys() - {"base"}:
+    for name in (ROWS | LONGER | SETTINGS).keys() - {"base"}:
         plan = ablations.make_plan(name, 42, str(data), {})
         assert (plan.model_config, plan.config) != (base.model_config, base.config), name
+
+
+def test_settings_are_compared_in_equal_time():
+    """Each row's steps and what its step costs, as they are stored: 600 of the base's.
+
+    plain-nano's are 600 too: the base was made from it.
+    """
+    timing = json.loads((REPO / "benchmarks/results/ablations_settings_time.json").read_text())
+    ratio = timing["ratio_to_base"]
+    stored = {name for name in ablations.results() if name in SETTINGS}
+    # A rate costs nothing.
+    assert stored == set(SETTINGS) == {name for name in SETTINGS if name in ratio or "_lr_" in name}
+    for name in ratio:
+        # A shared machine's ratios move by 5 % from run to run.
+        assert SETTINGS[name][1]["max_steps"] * ratio[name] == pytest.approx(600, rel=0.1), name
 
 
 def test_between_two_points_of_a_curve():

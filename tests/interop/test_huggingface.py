@@ -650,6 +650,7 @@ def test_families_of_the_presets():
         "modern-24gb": "qwen3_moe",
         "modern-8gb": "qwen3_moe",
         "nano": "qwen3_moe",
+        "plain-nano": "qwen3_moe",
         "gpt-oss-20b": "gpt_oss",
         "gpt-oss-nano": "gpt_oss",
     }

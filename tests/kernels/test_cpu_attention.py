@@ -55,7 +55,7 @@ def plainly(q, k, v, sinks, bias, q_positions, k_positions, starts, window):
 
 
 def in_c(*given):
-    return cpu_attention._computed(*given)[0]
+    return cpu_attention.computed(*given)[0]
 
 
 def results(function, given, grad, dtype) -> dict[str, Tensor]:

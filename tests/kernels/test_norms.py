@@ -203,11 +203,22 @@ def test_another_dtype_takes_the_modules_own(dtype):
 
 
 def test_what_it_lacks_is_left_to_the_modules():
-    """Positions that differ from row to row, another length, tensors of shapes alone."""
+    """Positions that differ from row to row, another length, no weight, tensors of shapes alone.
+
+    A norm without a weight was an error, and as that of a head it was left out.
+    """
     x, rope = torch.randn(2, 3, 5, 8), (torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8))
     assert norms.turn(x, None, rope) is None
     assert norms.turn(x, None, (rope[0][0, 0], rope[1][0, 0])) is not None
     assert norms.rms_norm(RMSNorm((5, 8)), x) is None
+    bare = RMSNorm(8, elementwise_affine=False)
+    bare.kernel = norms.rms_norm
+    assert bare(x).shape == x.shape and norms.turn(x, bare, None) is None
+    assert norms.turn(x, bare, (rope[0][0, 0], rope[1][0, 0])) is None
+    model = random_model(tiny_config(**CONFIG))
+    model.norm = RMSNorm(model.config.d_model, elementwise_affine=False)
+    choose_kernels(model, CPU, torch.float32)
+    assert settle_kernels(model) == []
     with FakeTensorMode():
         assert norms.rms_norm(RMSNorm(8), torch.empty(2, 8)) is None
 

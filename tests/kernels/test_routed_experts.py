@@ -11,6 +11,7 @@ from model_parts import Experts, LocalDispatcher
 from runtime.checks.kernels import settle_kernels
 from runtime.kernels import routed_experts
 from runtime.kernels.choose import choose_kernels, why_not_c
+from runtime.kernels.linear_cross_entropy import linear_cross_entropy
 from tests.builders import random_model, tiny_config
 from tests.kernels.builds import EVERY_BUILD, take
 from tests.numeric import assert_close, rounding
@@ -67,7 +68,7 @@ def case(activation, bias, shape, dtype, seed=0):
     return experts, (x_NC, weights_NK, experts_NK, counts_E), torch.randn(N, C, dtype=dtype)
 
 
-def in_c(experts, x_NC, weights_NK, experts_NK, counts_E, function=routed_experts._computed):
+def in_c(experts, x_NC, weights_NK, experts_NK, counts_E, function=routed_experts.computed):
     return function(
         x_NC,
         weights_NK,
@@ -268,24 +269,31 @@ def test_a_compilers_operation_and_the_call_without_one_give_the_same_bits():
     assert "_RoutedExperts" in names and not any(name.startswith("gptoss::") for name in names)
 
 
-@pytest.mark.parametrize("part", ["norm", "attention", "experts"])
+@pytest.mark.parametrize("part", ["norm", "attention", "experts", "loss"])
 def test_a_second_derivative_is_refused_not_left_out(part):
-    """The kernel of norms gave a gradient without a graph: a penalty on it was a constant."""
+    """Norms and loss gave gradients without a graph: a penalty on them was constant."""
     model = small_model()
     block, x_BTC = model.layers[0], torch.randn(1, 5, 32, requires_grad=True)
     function = {
         "norm": block.norm1,
         "attention": lambda x: block.attention(x, None),
         "experts": lambda x: block.moe(x)[0],
+        "loss": lambda x: linear_cross_entropy(
+            x.flatten(0, 1), model.head_weight, None, torch.arange(5), 8
+        ),
     }[part]
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(function(x_BTC).square().sum(), x_BTC, create_graph=True)
 
 
-def test_without_gradients_nothing_is_kept():
+def test_without_gradients_it_is_called_at_once(monkeypatch):
+    """Neither kept for a backward pass, nor by way of autograd."""
     experts, given, _ = case("swiglu", False, (12, 8, [5, 4], 1), torch.float32)
+    monkeypatch.setattr(routed_experts, "routed_experts", None)
+    in_c(experts, *given)
+    monkeypatch.setattr(routed_experts, "_RoutedExperts", None)
     with torch.no_grad():
-        assert in_c(experts, *given).grad_fn is None
+        in_c(experts, *given)
 
 
 # ------------------------------------------------------------------------------- where it is taken

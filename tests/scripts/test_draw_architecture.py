@@ -219,7 +219,7 @@ def test_every_field_that_changes_the_parameters_changes_the_figure():
 def test_the_command_writes_the_figure(tmp_path, capsys):
     out = tmp_path / "figures" / "model.png"
     assert main(["--preset", "nano", "--out", str(out)]) == 0
-    assert "3.87M parameters, 1.51M active" in capsys.readouterr().out
+    assert "3.88M parameters, 1.12M active" in capsys.readouterr().out
     from matplotlib.image import imread
 
     image = imread(out)

@@ -77,7 +77,7 @@ def test_the_command_trains_as_make_demo_does(made):
     """Else the file is not the demo's model, and the names' figures are not comparable."""
     (line,) = re.findall(r"DEMO_BASE = (.*) --max_steps", (REPO / "Makefile").read_text())
     recipe = [flag.replace("=", " ") for flag in make_stories.RECIPE]
-    assert recipe == re.findall(r"--\w+(?: [\w.]+)?", line)
+    assert recipe == re.findall(r"--\w+(?: \w[\w.-]*)?", line)
     assert made[2][0][: len(recipe)] == make_stories.RECIPE
     vocabulary = re.findall(r"bpe:(\d+)", (REPO / "Makefile").read_text())
     assert {str(make_stories.VOCABULARY)} == {*vocabulary}

@@ -77,7 +77,7 @@ RECIPES = {
         "laptop, 2 cores",
         4,
         (),
-        "--streaming --tokenizer bpe:4096 --max_tokens 2.5e6",
+        "--streaming --tokenizer bpe:4096 --max_tokens 5e6",
         "--preset nano --max_steps 2500",
         _STORY,
         _EXPORT,

@@ -9,7 +9,7 @@ number of tokens.
     python -m benchmarks.ablations --time 3
             seconds per step of every row, in turns, on a quiet machine
     python -m benchmarks.ablations --time 7 --run settings_masked settings_8x512
-            the same of settings, as multiples of the first one
+            the same of settings, as multiples of settings_masked
     python -m benchmarks.ablations --table --picture
             the table in benchmarks/ABLATIONS.md and public/default_against_modern.png
 

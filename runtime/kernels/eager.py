@@ -1,4 +1,4 @@
-"""Which tensors C code may read at once, and which derivatives it lacks."""
+"""How C kernels are called where no compiler is at work: with which tensors and derivatives."""
 
 from __future__ import annotations
 

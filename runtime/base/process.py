@@ -119,7 +119,7 @@ STOP_SIGNALS = [
 SAME_SIGNAL_SECONDS = 1.0
 
 
-# Signals that a failed rank ignores, and what heard them before.
+# Signals that a rank at its end ignores, and what heard them before.
 _ignored: dict[int, Any] = {}
 
 
@@ -144,14 +144,13 @@ class StopRequest:
         }
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, *_):
         for s, handler in self._before.items():
-            signal.signal(s, handler)
-        if kind and has_ranks():
-            # A rank that fails must say why: torchrun ends it as soon as it has seen another's end.
-            for s, handler in self._before.items():
+            if has_ranks():
+                # torchrun ends it as soon as it has seen another's end: first it says why it
+                # failed, or prints its last lines and leaves with the code of a stopped run.
                 _ignored[s] = handler
-                signal.signal(s, signal.SIG_IGN)
+            signal.signal(s, signal.SIG_IGN if has_ranks() else handler)
 
     def _on_signal(self, number, frame):
         if self.signal is not None:

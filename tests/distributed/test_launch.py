@@ -242,7 +242,17 @@ def test_a_rank_ends_soon_after_another_has_failed(monkeypatch, gone):
 
 
 # ----------------------------------------------------------------------------------------- signals
-def test_of_several_ranks_one_says_that_it_stops(monkeypatch, capfd):
+@pytest.fixture
+def handlers():
+    """Puts all handlers of signals back."""
+    before = {number: signal.getsignal(number) for number in process.STOP_SIGNALS}
+    yield
+    process._ignored.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_of_several_ranks_one_says_that_it_stops(monkeypatch, capfd, handlers):
     """Eight lines said it on eight GPUs."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     for rank, lines in (("0", 1), ("3", 0)):
@@ -258,24 +268,21 @@ def test_a_rank_that_stops_because_another_was_told_to_has_an_exit_code_too():
     assert StopRequest().exit_code == 128 + signal.SIGTERM
 
 
-@pytest.fixture
-def handlers():
-    """Puts all handlers of signals back."""
-    before = {number: signal.getsignal(number) for number in process.STOP_SIGNALS}
-    yield
-    process._ignored.clear()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def test_a_rank_at_its_end_is_not_ended_by_the_end_of_another(monkeypatch, handlers):
+    """torchrun ends the others with SIGTERM as soon as one has ended.
 
-
-def test_a_failing_rank_is_not_ended_before_it_has_said_why(monkeypatch, handlers):
-    """torchrun ends the others with SIGTERM as soon as one has ended."""
+    One that failed is to say why. One of a stopped run printed its last lines when the first had
+    left, and was reported as killed by signal 15, not as stopped with code 143.
+    """
     before = signal.getsignal(signal.SIGTERM)
     for ranks, handler in ((False, before), (True, signal.SIG_IGN)):
         if ranks:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
         with pytest.raises(KeyError), StopRequest():
             raise KeyError
+        assert signal.getsignal(signal.SIGTERM) == handler
+        with StopRequest():
+            pass
         assert signal.getsignal(signal.SIGTERM) == handler
 
 
@@ -288,7 +295,7 @@ def test_ranks_that_went_back_to_a_checkpoint_can_be_stopped(monkeypatch, handle
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert process._ignored[signal.SIGTERM] == before
 
 
 def test_one_rank_of_a_machine_says_what_is_wrong_with_the_command(monkeypatch, capsys):

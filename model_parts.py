@@ -289,14 +289,13 @@ class Attention(nn.Module):
         self.W_k = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.W_v = nn.Linear(config.d_model, self.G * self.D, bias=config.qkv_bias)
         self.out_proj = nn.Linear(self.H * self.D, config.d_model, bias=config.out_proj_bias)
-        self.q_norm = RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.D, eps=config.rms_norm_eps) if config.qk_norm else None for _ in range(2)
+        )
         sinks = nn.Parameter(torch.empty(self.H)) if config.attention_sinks else None
         self.register_parameter("sinks", sinks)
-        bias = None
-        if config.use_attention_bias:
-            L = config.context_length
-            bias = nn.Parameter(torch.empty(self.H, L, L))
+        shape = (self.H, config.context_length, config.context_length)
+        bias = nn.Parameter(torch.empty(shape)) if config.use_attention_bias else None
         self.register_parameter("attention_bias", bias)
 
     def forward(
@@ -528,14 +527,14 @@ class Router(nn.Module):
         return weights_NK, experts_NK, probabilities_NE, logits_NE
 
 
-def balance_loss(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
+def balance_loss(mean_E: Tensor, counts_E: Tensor) -> Tensor:
     """Return E * sum_e(f_e * P_e), 1.0 at perfect balance.
 
-    f_e is the share of the N*K assignments that go to expert e, P_e its mean probability. Switch
-    Transformer (Fedus et al. 2021), equations 4-6.
+    f_e is the share of the N*K assignments that go to expert e, P_e (mean_E) its mean probability.
+    Switch Transformer (Fedus et al. 2021), equations 4-6.
     """
-    share_E = counts_E.to(probabilities_NE.dtype) / counts_E.sum()
-    return probabilities_NE.shape[1] * (share_E * probabilities_NE.mean(dim=0)).sum()
+    share_E = counts_E.to(mean_E.dtype) / counts_E.sum()
+    return len(counts_E) * (share_E * mean_E).sum()
 
 
 def drop_over_capacity(
@@ -545,11 +544,11 @@ def drop_over_capacity(
 
     The capacity, ceil(capacity_factor * N * K / E), is GShard's (Lepikhin et al. 2020) and
     Switch's. The lowest weights are dropped, wherever they stand in the batch (batch priority
-    routing, Riquelme et al. 2021, section 4). What is left is not renormalised; a token that lost
-    all its experts passes through the residual.
+    routing, Riquelme et al. 2021, section 4).
     """
     # The rows are still computed: capacity is here to be studied, the dropless path is the fast
-    # one.
+    # one. What is left is not renormalised; a token that lost all its experts passes through the
+    # residual.
     (N, K), E = weights_NK.shape, counts_E.shape[0]
     # 1.1 * 100 * 2 / 20 is 11, in binary too.
     capacity = math.ceil(capacity_factor * N * K / E - 1e-9)
@@ -567,15 +566,14 @@ def drop_over_capacity(
 def activate(h: Tensor, activation: str) -> Tensor:
     """Return the hidden layer [..., F] from an expert's first product: [..., F], gated [..., 2F].
 
-    gelu: Hendrycks & Gimpel 2016. swiglu: Shazeer 2020. swiglu_clamped: gpt-oss's code, which
-    steepens the gate by 1.702 (as in GELU's sigmoid form), adds 1 to the other half, and keeps both
-    within SWIGLU_LIMIT.
+    gelu: Hendrycks & Gimpel 2016. swiglu: Shazeer 2020. swiglu_clamped: gpt-oss's code.
     """
     if activation == "gelu":
         return F.gelu(h)
     gate, up = h.chunk(2, dim=-1)
     if activation == "swiglu":
         return F.silu(gate) * up
+    # The gate is steepened as in GELU's sigmoid form.
     gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
     return gate * torch.sigmoid(SWIGLU_STEEPNESS * gate) * (up + 1)
 
@@ -617,13 +615,9 @@ class Experts(nn.Module):
         # In training one expert is faster without: nothing is computed twice.
         plain = len(counts_E) == 1 and torch.is_grad_enabled()
         if self.feed_forward is not None and not (plain or self.dropout and self.training):
-            w_in, b_in, w_out, b_out = (
-                None if p is None else p.to(dtype)
-                for p in (self.w_in, self.b_in, self.w_out, self.b_out)
-            )
-            return self.feed_forward(
-                x_RC.to(dtype), w_in, b_in, w_out, b_out, counts_E, self.activation
-            )[0]
+            parameters = (self.w_in, self.b_in, self.w_out, self.b_out)
+            given = (None if p is None else p.to(dtype) for p in parameters)
+            return self.feed_forward(x_RC.to(dtype), *given, counts_E, self.activation)[0]
         h_RF = self._linear(x_RC.to(dtype), self.w_in, self.b_in, experts_R, counts_E)
         h_RF = activate(h_RF, self.activation)
         # Expert dropout: Switch Transformer (Fedus et al. 2021), section 2.4. The one on attention
@@ -693,20 +687,26 @@ class MoE(nn.Module):
         self.dispatcher = LocalDispatcher()
         # runtime/distributed/balance.py counts more tokens than those of one pass.
         self.balance_loss = balance_loss
+        # `routed` in one operation, or None from it (runtime/kernels/router.py).
+        self.route_kernel = None
+
+    def routed(self, x_NC: Tensor) -> tuple[Tensor, ...]:
+        """Return weights, experts, counts [E], mean probabilities [E], z-loss, entropy."""
+        weights_NK, experts_NK, probabilities_NE, logits_NE = self.router(x_NC)
+        # Compared and summed: atomic additions would differ from run to run.
+        experts_E = torch.arange(logits_NE.shape[1], device=x_NC.device)
+        counts_E = (experts_NK.flatten()[:, None] == experts_E).sum(dim=0)
+        # ST-MoE (Zoph et al. 2022), equation 5
+        z_loss = logits_NE.logsumexp(dim=-1).square().mean()
+        entropy = torch.special.entr(probabilities_NE.detach()).sum(dim=-1).mean()
+        return weights_NK, experts_NK, counts_E, probabilities_NE.mean(dim=0), z_loss, entropy
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, RouterStats]:
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
-        weights_NK, experts_NK, probabilities_NE, logits_NE = self.router(x_NC)
-        E = probabilities_NE.shape[1]
-        # Compared and summed: atomic additions would differ from run to run.
-        is_chosen_RE = experts_NK.flatten()[:, None] == torch.arange(E, device=x_NC.device)
-        counts_E = is_chosen_RE.sum(dim=0)
-        aux_loss = self.balance_loss(probabilities_NE, counts_E)
-        # ST-MoE (Zoph et al. 2022), equation 5
-        z_loss = logits_NE.logsumexp(dim=-1).square().mean()
-        with torch.no_grad():
-            entropy = -torch.special.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1).mean()
-            load_E = counts_E.to(entropy.dtype) * (E / experts_NK.numel())
+        found = self.route_kernel and self.route_kernel(self.router, x_NC)
+        weights_NK, experts_NK, counts_E, mean_E, z_loss, entropy = found or self.routed(x_NC)
+        aux_loss = self.balance_loss(mean_E, counts_E)
+        load_E = counts_E.to(entropy.dtype) * (len(counts_E) / experts_NK.numel())
         dropped_share = torch.zeros_like(entropy)
         # Drops make a token depend on its batch; inference never does.
         if self.capacity_factor and self.training:

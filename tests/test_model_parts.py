@@ -446,13 +446,11 @@ def test_bias_gradients_of_grouped_experts_are_summed_in_float32():
 def test_balance_loss_is_one_at_balance_and_top_k_does_not_matter():
     """The original implementation's was top_k at balance (fault M6)."""
     for E, K in ((4, 1), (8, 2), (6, 3)):
-        uniform = torch.full((24, E), 1 / E)
+        uniform = torch.full((E,), 1 / E)
         assert balance_loss(uniform, torch.full((E,), 24 * K // E)).item() == pytest.approx(1.0)
-        collapsed = torch.zeros(24, E)
-        collapsed[:, 0] = 1.0
-        counts = torch.zeros(E)
-        counts[0] = 24
-        assert balance_loss(collapsed, counts).item() == pytest.approx(E)
+        collapsed = torch.zeros(E)
+        collapsed[0] = 1.0
+        assert balance_loss(collapsed, 24 * collapsed).item() == pytest.approx(E)
 
 
 def test_capacity_keeps_everything_at_balance_and_drops_by_weight():
@@ -665,7 +663,7 @@ def as_any_number_of_experts(moe: MoE, x_BTC: torch.Tensor):
     weights_N1 = probabilities_NE.gather(1, experts_N1)
     weights_N1 = weights_N1 / weights_N1.sum(dim=-1, keepdim=True)
     counts_E = torch.bincount(experts_N1.flatten(), minlength=1)
-    aux_loss = balance_loss(probabilities_NE, counts_E)
+    aux_loss = balance_loss(probabilities_NE.mean(dim=0), counts_E)
     z_loss = logits_NE.logsumexp(dim=-1).square().mean()
     entropy = -torch.special.xlogy(probabilities_NE, probabilities_NE).sum(dim=-1).mean()
     dropped = torch.zeros(())
@@ -687,8 +685,7 @@ def as_any_number_of_experts(moe: MoE, x_BTC: torch.Tensor):
 @pytest.mark.parametrize("changes", ONE_EXPERT)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_one_expert_computes_what_several_would(changes, kernels):
-    """Outputs and gradients are equal up to rounding; statistics and the router's gradient, to
-    the bit."""
+    """Equal up to rounding; without C, statistics and the router's gradient to the bit."""
     config = tiny_config(num_experts=1, top_k=1, **changes)
     model = random_model(config)
     if kernels:
@@ -707,13 +704,18 @@ def test_one_expert_computes_what_several_would(changes, kernels):
     old_y, old_stats, old_grad_x, old_gradients = outcome(
         lambda x: as_any_number_of_experts(moe, x)
     )
+
+    def check_router(own, old):
+        # A softmax of one number, its products of 32 features, and sums over 27 tokens.
+        assert_close(own, old, rounding(torch.float32, 32 + 27) if kernels else 0.0)
+
     for own, old in zip(stats, old_stats, strict=True):
-        assert torch.equal(own.detach(), old.detach())
+        check_router(own.detach(), old.detach())
     assert gradients.keys() == old_gradients.keys()
     routers = [name for name in gradients if name.startswith("router.")]
     assert routers and gradients["router.weight"].abs().max() > 0
     for name in routers:
-        assert torch.equal(gradients[name], old_gradients[name])
+        check_router(gradients[name], old_gradients[name])
     # Rows of 32 features, hidden layers of 24, and sums over 27 tokens.
     assert_close(y, old_y, rounding(torch.float32, 32 + 24))
     assert_close(grad_x, old_grad_x, rounding(torch.float32, 32 + 24))

@@ -71,6 +71,9 @@ def _settle(model) -> list[str]:
             if why := asked[type(experts)]:
                 block.moe.dispatcher.kernel = None
                 lines[slower.format("the experts", why)] = None
+        if block.moe.route_kernel is not None and (why := _why_not_router(block.moe)):
+            block.moe.route_kernel = None
+            lines[slower.format("routers", why)] = None
         if attention.turn_kernel is not None and (why := _why_not_turn(attention)):
             attention.turn_kernel = None
             lines[slower.format("the rotation of heads", why)] = None
@@ -174,6 +177,31 @@ def _why_not_routed(moe) -> str:
     if ours_NC is None or _is_same(ours_NC, plain(*given), FEATURES + HIDDEN):
         return ""
     return "runtime/kernels/routed_experts.py has other results than model_parts.LocalDispatcher"
+
+
+@torch.inference_mode()
+def _why_not_router(moe) -> str:
+    """Compare the kernel of a block's router with the plain operations, on a few tokens.
+
+    With random weights: among equal scores each would choose another expert.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe, router = copy.copy(moe), copy.copy(moe.router)
+    for kind in ("_parameters", "_buffers"):
+        drawn = dict(getattr(router, kind))
+        for name, tensor in drawn.items():
+            if tensor is not None:
+                drawn[name] = torch.randn(tensor.shape, generator=generator)
+        setattr(router, kind, drawn)
+    probe._modules, probe.route_kernel = {**moe._modules, "router": router}, None
+    x_NC = torch.randn(ROWS, router.weight.shape[1], generator=generator)
+    ours, plain = moe.route_kernel(router, x_NC), probe.routed(x_NC)
+    if ours is None:
+        return ""
+    length = sum(router.weight.shape)
+    if all(_is_same(a.double(), b.double(), length) for a, b in zip(ours, plain, strict=True)):
+        return ""
+    return "runtime/kernels/router.py has other results than MoE.routed"
 
 
 @torch.inference_mode()

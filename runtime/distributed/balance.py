@@ -21,10 +21,10 @@ def balance_over_ranks(moe: MoE) -> None:
     moe.balance_loss = _balance_loss_of_all
 
 
-def _balance_loss_of_all(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
+def _balance_loss_of_all(mean_E: Tensor, counts_E: Tensor) -> Tensor:
     # A compiled block is one graph, which a plain collective would break.
     total = sum_in_a_graph if torch.compiler.is_compiling() else _sum_over_ranks
-    return balance_loss(probabilities_NE, total(counts_E))
+    return balance_loss(mean_E, total(counts_E))
 
 
 def _sum_over_ranks(counts_E: Tensor) -> Tensor:

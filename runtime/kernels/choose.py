@@ -16,6 +16,7 @@ from runtime.kernels import (
     loss_in_c,
     norms,
     routed_experts,
+    router,
 )
 from runtime.kernels.attention_choice import Card, card_of, choose_attention, gpu_attention
 from runtime.kernels.sink_attention import sink_attention
@@ -23,7 +24,7 @@ from runtime.kernels.sink_attention import sink_attention
 # It asks for each loss whether C can do it.
 linear_cross_entropy.in_c = loss_in_c  # type: ignore[assignment]
 # The kernels of training, in the order of InC's fields.
-IN_C = (routed_experts, cpu_attention, norms, loss_in_c)
+IN_C = (routed_experts, cpu_attention, norms, router, loss_in_c)
 
 
 def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,7 +36,8 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     runtime/kernels/cpu_experts.py without a compiler. Attention: on a CPU
     runtime/kernels/cpu_attention.py, in C; else runtime/kernels/attention_choice.py, with sinks
     runtime/kernels/sink_attention.py, with the learned bias, if it is asked for,
-    runtime/kernels/bias_attention.py. Norms and rotations: on a CPU runtime/kernels/norms.py, in C.
+    runtime/kernels/bias_attention.py. Norms and rotations, routers: on a CPU
+    runtime/kernels/norms.py and router.py, in C.
     """
     in_c = _in_c(device, dtype)
     for norm in norms_of(model):
@@ -56,6 +58,7 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
             experts.feed_forward = routed_experts.rows_of_experts if in_c.experts else plain
         if hasattr(block.moe.dispatcher, "kernel"):
             block.moe.dispatcher.kernel = routed_experts.dispatch if in_c.experts else None
+        block.moe.route_kernel = router.route if in_c.router else None
         attention = block.attention
         attention.turn_kernel = norms.turn if in_c.norms else None
         attention.kernel = cpu_attention.attend if in_c.attention else None
@@ -78,6 +81,7 @@ class InC(NamedTuple):
     experts: bool = False
     attention: bool = False
     norms: bool = False
+    router: bool = False
 
 
 def _in_c(device: torch.device, dtype: torch.dtype) -> InC:

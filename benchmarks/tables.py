@@ -63,7 +63,7 @@ EXPORT_ROUTES = {
     "import": "Hugging Face folder -> checkpoint",
 }
 AGAINST_LLAMA_CPP = {
-    "llama_cpp_nano": "`plain-nano`, trained",
+    "llama_cpp_nano": "`nano`, trained",
     "llama_cpp_56m": "55 M, vocabulary 8,192",
     "llama_cpp_330m": "328 M, vocabulary 50,304",
 }
@@ -460,35 +460,35 @@ def export_sizes_table() -> str:
 
 def llama_cpp_table() -> str:
     """Return speed next to llama.cpp; ratios are of medians measured in alternation."""
+    kinds = {"ours": "float32", "ours_int8": "8 bits", "ours_int4": "4 bits"}
     lines = [
-        "| tokens/s (x llama.cpp) | decoding, float32 | decoding, 8 bits "
-        "| prompt of 256, float32 | prompt of 256, 8 bits |",
+        f"| tokens/s (x llama.cpp) | | {' | '.join(kinds.values())} |",
         "|---|---|---|---|---|",
     ]
     results = {name: stored(name) for name in AGAINST_LLAMA_CPP}
-    for name, what in AGAINST_LLAMA_CPP.items():
-        cells = [
-            results[name][kind][side]
-            for kind in ("decode", "prefill")
-            for side in ("ours", "ours_int8")
-        ]
-        lines.append(
-            f"| {what} | "
-            + " | ".join(
-                f"{c['tokens_per_sec']['median']:,.0f} ({c['ratio_to_llama_cpp']:.2f} x)"
-                for c in cells
+    for name, model in AGAINST_LLAMA_CPP.items():
+        result = results[name]
+        rows = {"one text": result["decode"]}
+        for count, found in result["batched"].items():
+            rows[f"{count} texts at a time"] = found["sides"]
+        rows[f"a prompt of {result['prefill_tokens']}"] = result["prefill"]
+        for what, sides in rows.items():
+            cells = " | ".join(
+                f"{sides[side]['tokens_per_sec']['median']:,.0f} "
+                f"({sides[side]['ratio_to_llama_cpp']:.2f} x)"
+                for side in kinds
             )
-            + " |"
-        )
+            lines.append(f"| {model} | {what} | {cells} |")
+            model = ""
     one = next(iter(results.values()))
     version = one["sides"]["llama_f32"]["llama_cpp_python"]
     return "\n".join(
         [
             *lines,
             "",
-            f"One text, greedy, {one['threads']} threads on both sides, "
+            f"Greedy, {one['threads']} threads on both sides, "
             f"{one['environment']['hardware']['cpu']}, llama-cpp-python {version}; "
-            "`llama_cpp_*.json`.",
+            "against its files F32, Q8_0 and Q4_0; `llama_cpp_*.json`.",
         ]
     )
 

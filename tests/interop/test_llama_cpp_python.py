@@ -70,6 +70,7 @@ def test_the_benchmark_of_speeds(tmp_path, monkeypatch):
         "repeats": 2,
         "min_sample_seconds": 1e-6,
         "num_threads": 1,
+        "batch_sizes": (1, 3),
         "d_model": 64,
         "transformer_blocks": 2,
         "num_heads": 8,
@@ -84,27 +85,30 @@ def test_the_benchmark_of_speeds(tmp_path, monkeypatch):
     off = ("expert_bias", "out_proj_bias", "head_bias", "use_attention_bias")
     assert (
         benchmark.main(
-            [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+            [
+                part
+                for name, value in flags.items()
+                for part in (f"--{name}", *map(str, value if isinstance(value, tuple) else [value]))
+            ]
             + [f"--no-{name}" for name in off]
         )
         == 0
     )
     stored = json.loads((tmp_path / "llama_cpp_tiny.json").read_text())
-    for what in ("decode", "prefill"):
-        speeds = {name: side["tokens_per_sec"]["median"] for name, side in stored[what].items()}
-        assert (
-            speeds.keys() == {"ours", "llama_f32", "ours_int8", "llama_q8_0"}
-            and min(speeds.values()) > 0
-        )
-        for ours, theirs in (("ours", "llama_f32"), ("ours_int8", "llama_q8_0")):
-            assert stored[what][ours]["ratio_to_llama_cpp"] == pytest.approx(
-                speeds[ours] / speeds[theirs]
-            )
+    three = stored["batched"]["3"]
+    for found in (stored["decode"], stored["prefill"], three["sides"]):
+        speeds = {name: side["tokens_per_sec"]["median"] for name, side in found.items()}
+        pairs = benchmark.PAIRS.values()
+        assert speeds.keys() == {name for pair in pairs for name in pair}
+        assert min(speeds.values()) > 0
+        for ours, theirs in pairs:
+            ratio = speeds[ours] / speeds[theirs]
+            assert found[ours]["ratio_to_llama_cpp"] == pytest.approx(ratio)
     sides = stored["sides"]
-    assert (
-        sides["llama_f32"]["same_tokens"] == "6 of 6"
-        and sides["llama_f32"]["file_bytes"] > 2 * sides["llama_q8_0"]["file_bytes"]
-    )
+    assert sides["llama_f32"]["same_tokens"] == "6 of 6"
+    assert three["agreement"]["same_tokens"] == "18 of 18"
+    sizes = [sides[f"llama_{kind}"]["file_bytes"] for kind in ("f32", "q8_0", "q4_0")]
+    assert sizes[0] > 2 * sizes[1] and sizes[1] > 1.2 * sizes[2]
     with pytest.raises(ValueError, match="do not fit the context_length 2048"):
         benchmark.main(
             [

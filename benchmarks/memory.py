@@ -26,6 +26,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from runtime.base.device import DTYPES
 from runtime.kernels.choose import choose_kernels
 from runtime.training.memory import training_memory_bytes
 from runtime.training.optimizer import build_optimizer
+from runtime.training.plots import draw_plots
 
 EARLY, LATE = 3, 40  # steps after which the growth is measured
 SECONDS = 600
@@ -143,7 +145,7 @@ def train_and_measure(setting: dict) -> dict:
             max_steps=setting.get("steps", LATE),
             warmup_steps=1,
             lr=1e-3,
-            log_interval=1000,
+            log_interval=1,
             device="cpu",
         )
         | setting.get("train", {})
@@ -164,9 +166,14 @@ def train_and_measure(setting: dict) -> dict:
         seconds.append(time.process_time() - started[0])
         started[0] = time.process_time()
 
-    train.fit(model, task, config, train.Hooks(on_step=on_step), optimizer=optimizer, dtype=dtype)
-    import matplotlib.pyplot  # noqa: F401 - as a run's plots do
-
+    records: list[dict] = []
+    hooks = train.Hooks(on_log=records.append, on_step=on_step)
+    train.fit(model, task, config, hooks, optimizer=optimizer, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        # As at two saves of a run: what the first leaves is in the second's way.
+        for _ in range(2):
+            draw_plots(records, folder, config.max_steps)
+            process.give_back_memory()
     needed = training_memory_bytes(model_config, config, dtype.itemsize)
     return {
         "program": program,

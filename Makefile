@@ -41,7 +41,7 @@ DEMO_DPO_STEPS ?= 220
 DEMO_GRPO_STEPS ?=
 # Further flags of the three fine-tunings.
 DEMO_FLAGS ?=
-# plain-nano: the figures of docs/post-training.md are of models that began as it does.
+# plain-nano: of these stories it learns names sooner than nano (benchmarks/ABLATIONS.md).
 DEMO_BASE = --preset plain-nano --document_mask --schedule wsd --decay_fraction 0.3 --init_std 0.1 --max_steps $(DEMO_STEPS)
 
 demo: $(VENV)/installed clean-demo

@@ -10,8 +10,9 @@ weights on both sides.
 Needs llama-cpp-python and gguf. float32 against F32, our int8 against Q8_0, our int4 against Q4_0;
 one text, then as many at a time as --batch_sizes says; greedy, caches in float32, as many threads
 on both sides, all in one process and in turns; a sample during which other processes used more than
-0.15 core is measured again. llama.cpp is called once for all texts' tokens, and numpy finds the
-likeliest. Figures are medians; they go to benchmarks/results/llama_cpp_NAME.json.
+0.15 core is measured again. llama.cpp is called once for all texts' tokens, without its flash
+attention, which rounds otherwise than float32 does, and numpy finds the likeliest. Figures are
+medians; they go to benchmarks/results/llama_cpp_NAME.json.
 """
 
 from __future__ import annotations
@@ -70,6 +71,15 @@ F32 = 0  # GGML_TYPE_F32
 PADDING = 256
 
 
+@functools.cache
+def quiet() -> None:
+    """Start llama.cpp, and let it say errors only."""
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    llama_cpp._logger.set_verbose(False)
+
+
 class LlamaCpp:
     """llama.cpp with our weights. Between two runs its caches keep the prompts, unless `fresh`.
 
@@ -80,6 +90,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.api, threads = llama_cpp, torch.get_num_threads()
+        quiet()
         of_model = llama_cpp.llama_model_default_params()
         of_model.n_gpu_layers = 0
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), of_model)
@@ -91,6 +102,7 @@ class LlamaCpp:
         settings.n_seq_max, settings.kv_unified = rows, False
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = F32
+        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         if not self.context:
             raise ValueError(f"llama.cpp has no room for {rows} texts of {max_tokens} tokens")
@@ -142,10 +154,11 @@ def write_files(model: LLM, folder: Path) -> dict[str, Path]:
     """Write a model for llama.cpp; return the files by PAIRS' names.
 
     Its F32 and Q8_0 files are our exporter's. Of the first, llama.cpp's own quantizer makes the
-    Q4_0 file, all matrices in that form.
+    Q4_0 file, all matrices in that form but the routers'.
     """
     import llama_cpp
 
+    quiet()
     gguf, config, paths = interop.import_gguf(), model.config, {}
     # Ids go in and out: which text they are does not matter.
     family, tokenizer = interop.family_of(config), load_tokenizer("byte")

@@ -1,10 +1,10 @@
 """The kernels that stand in for parts of a block are asked before they are used.
 
-On a CPU runtime/kernels/routed_experts.py, cpu_experts.py, cpu_attention.py and sink_attention.py
-compute again what model_parts.py says, on a GPU bias_attention.py does. Where that was changed
-(another activation, one more parameter of the experts), they would train and generate another
-function in silence. So each is compared with it on a few numbers; one that differs is taken out of
-the model, which then computes as model_parts.py does, and a line says so.
+On a CPU runtime/kernels/routed_experts.py, cpu_experts.py, router.py, norms.py, cpu_attention.py
+and sink_attention.py compute again what model_parts.py says, on a GPU bias_attention.py does. Where
+that was changed (another activation, one more parameter of the experts), they would train and
+generate another function in silence. So each is compared with it on a few numbers; one that differs
+is taken out of the model, which then computes as model_parts.py does, and a line says so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from runtime.kernels.choose import norms_of
 
 # Parameters of Experts that runtime/kernels/cpu_experts.py is given.
 EXPERTS = ("w_in", "b_in", "w_out", "b_out")
+# Parameters and buffers of Router that runtime/kernels/router.py is given.
+ROUTER = ("weight", "bias", "selection_bias")
 # Rows and features of what is compared, and up to which values: beyond the limits of
 # swiglu_clamped, and where the tails of the activations are.
 ROWS, FEATURES, LARGEST = 9, 16, 9.0
@@ -179,27 +181,39 @@ def _why_not_routed(moe) -> str:
     return "runtime/kernels/routed_experts.py has other results than model_parts.LocalDispatcher"
 
 
-@torch.inference_mode()
+@torch.inference_mode(False)
 def _why_not_router(moe) -> str:
-    """Compare the kernel of a block's router with the plain operations, on a few tokens.
+    """Compare the kernel of a block's router with the plain operations, results and a gradient.
 
-    With random weights: among equal scores each would choose another expert.
+    With random weights, as among equal scores each would choose another expert; with scores of
+    about 1, as a softmax turns differences into ratios.
     """
+    tensors = [*moe.router.named_parameters(), *moe.router.named_buffers()]
+    if unknown := sorted({name for name, _ in tensors} - set(ROUTER)):
+        return f"runtime/kernels/router.py does not know {', '.join(unknown)}"
     generator = torch.Generator().manual_seed(0)
     probe, router = copy.copy(moe), copy.copy(moe.router)
     for kind in ("_parameters", "_buffers"):
         drawn = dict(getattr(router, kind))
         for name, tensor in drawn.items():
             if tensor is not None:
-                drawn[name] = torch.randn(tensor.shape, generator=generator)
+                scale = tensor.shape[-1] ** -0.5
+                drawn[name] = torch.randn(tensor.shape, generator=generator) * scale
         setattr(router, kind, drawn)
     probe._modules, probe.route_kernel = {**moe._modules, "router": router}, None
-    x_NC = torch.randn(ROWS, router.weight.shape[1], generator=generator)
-    ours, plain = moe.route_kernel(router, x_NC), probe.routed(x_NC)
-    if ours is None:
-        return ""
-    length = sum(router.weight.shape)
-    if all(_is_same(a.double(), b.double(), length) for a, b in zip(ours, plain, strict=True)):
+    E, C = router.weight.shape
+    x_NC = torch.randn(ROWS, C, generator=generator)
+    found = []
+    with torch.enable_grad():
+        x_NC.requires_grad_()
+        for function in (functools.partial(moe.route_kernel, router), probe.routed):
+            results = function(x_NC)
+            if results is None:
+                return ""
+            weights_NK, _, _, mean_E, z_loss, _ = results
+            loss = weights_NK.square().sum() + mean_E.square().sum() + z_loss
+            found.append([*results, *torch.autograd.grad(loss, x_NC)])
+    if all(_is_same(a.double(), b.double(), C + E) for a, b in zip(*found, strict=True)):
         return ""
     return "runtime/kernels/router.py has other results than MoE.routed"
 

@@ -62,7 +62,8 @@ static void forward(void *job, int64_t task, real *room)
             highest = x[e] > highest ? x[e] : highest;
         vec mean = ALL(0), all = ALL(0);
         FOR_EXPERTS({
-            vec under = some(x + i, left) - highest;
+            /* From where exp_of changes no more: a share of nothing has an entropy, too. */
+            vec under = at_least(some(x + i, left) - highest, -87);
             put(share + i, exp_of(under), left);
             /* Read again: 0 where there is no expert. */
             vec s = some(share + i, left);

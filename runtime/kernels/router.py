@@ -61,15 +61,37 @@ def library(dtype: torch.dtype = torch.float32, *flags: str) -> tuple[ctypes.CDL
 def route(router, x_NC: Tensor) -> Routed | None:
     """Do what MoE.routed does with a model_parts.Router; None for what C lacks.
 
-    That is a dtype other than float32, autocast, no token, and a router with hooks: they are given
-    what its forward pass returns.
+    That is a dtype other than float32, autocast, no token, and any router that is not as it was: of
+    another class, with more inside, or with hooks, which are given what its forward pass returns.
     """
-    tensors = (x_NC, router.weight, router.bias, router.selection_bias)
-    if not is_eager_float32(*tensors) or torch.is_autocast_enabled("cpu") or not len(x_NC):
+    if not _is_plain(router) or torch.is_autocast_enabled("cpu") or not len(x_NC):
         return None
-    if router._forward_hooks or router._forward_pre_hooks:
+    tensors = (x_NC, router.weight, router.bias, router.selection_bias)
+    if not is_eager_float32(*tensors) or not _fits(router.weight, tensors[3], router.top_k):
         return None
     return routed(*tensors, router.top_k)
+
+
+# What torch.nn.Module calls next to a forward pass.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain(router) -> bool:
+    """Return whether a router computes with the three tensors that it had, and nobody watches."""
+    return (
+        type(router).forward.__qualname__ == "Router.forward"
+        and "forward" not in router.__dict__
+        and router._parameters.keys() == {"weight", "bias"}
+        and router._buffers.keys() == {"selection_bias"}
+        and not router._modules
+        and not any(getattr(router, hooks) for hooks in HOOKS)
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def _fits(weight_EC: Tensor, selection_E: Tensor | None, K: int) -> bool:
+    E = len(weight_EC)
+    return 1 <= K <= E and (selection_E is None or selection_E.shape == (E,))
 
 
 def routed(
@@ -78,8 +100,12 @@ def routed(
     """Route N tokens to K of E experts by the softmax of x @ weight.T + bias.
 
     selection_E: added to the shares for the choice alone. All have one dtype that `library` has.
-    Of equal scores the first is chosen.
+    Of equal scores the first is chosen. ValueError where K or selection_E do not fit E.
     """
+    if not _fits(weight_EC, selection_E, K):
+        shape = None if selection_E is None else list(selection_E.shape)
+        raise ValueError(f"{len(weight_EC)} experts, {K} for a token, a selection bias of {shape}")
+    selection_E = None if selection_E is None else selection_E.contiguous()
     return Routed(*_Route.apply(x_NC, weight_EC, bias_E, selection_E, K))
 
 

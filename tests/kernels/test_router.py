@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model_parts import MoE
+from model import LLM
+from model_parts import MoE, Router
 from runtime.checks.kernels import settle_kernels
 from runtime.kernels import router
 from runtime.kernels.choose import choose_kernels, why_not_c
@@ -206,7 +207,7 @@ def test_without_it_the_module_computes_and_a_line_says_why(monkeypatch):
 
 
 def test_what_it_lacks_is_left_to_the_module():
-    """Another dtype, autocast, no token, tensors of shapes alone."""
+    """Another dtype, autocast, no token, tensors of shapes alone, sizes that do not fit."""
     moe, x_NC = block(4, 5, 2, False, torch.float32)
     assert router.route(moe.router, x_NC) is not None
     assert router.route(moe.router, x_NC[:0]) is None
@@ -216,15 +217,148 @@ def test_what_it_lacks_is_left_to_the_module():
         assert router.route(moe.router, x_NC) is None
     with FakeTensorMode():
         assert router.route(moe.router, torch.empty(4, WIDTH)) is None
+    moe.router.selection_bias = torch.ones(1)
+    assert router.route(moe.router, x_NC) is None
+    moe.router.selection_bias, moe.router.top_k = None, 6
+    assert router.route(moe.router, x_NC) is None
 
 
-@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("K", [0, 6])
+def test_more_experts_than_there_are_is_an_error(K):
+    """It wrote beyond its memory, and the process ended."""
+    with pytest.raises(ValueError, match=f"5 experts, {K} for a token"):
+        router.routed(torch.randn(3, 4), torch.randn(5, 4), None, None, K)
+
+
+def test_numbers_that_do_not_lie_side_by_side():
+    """Every second number of a bias, and tokens that are columns."""
+    moe, _ = block(4, 5, 2, True, torch.float32)
+    x_NC = torch.randn(WIDTH, 4).t()
+    moe.router.selection_bias = torch.randn(10)[::2]
+    ours, plain = by_c(moe, x_NC), Routed(*moe.routed(x_NC))
+    assert torch.equal(ours.experts_NK, plain.experts_NK)
+    assert_close(ours.weights_NK, plain.weights_NK, rounding(torch.float32, 2 * (5 + WIDTH)))
+
+
+def test_an_expert_that_is_switched_off_has_no_share_and_no_part_in_the_entropy():
+    """A bias of minus infinity: the logged entropy was infinite."""
+    moe, x_NC = block(9, 5, 2, True)
+    moe.router.bias.data[3] = -math.inf
+    for ours, plain in zip(by_c(moe, x_NC), moe.routed(x_NC), strict=True):
+        assert_close(ours, plain, rounding(torch.float64, 2 * (5 + WIDTH), 9), size=1)
+
+
+# ------------------------------------------------------------------------- changed and watched ones
+class Noisy(Router):
+    """One more layer, which begins with zeros and trains."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = torch.nn.Linear(config.d_model, config.num_experts, bias=False)
+        torch.nn.init.zeros_(self.extra.weight)
+
+    def forward(self, x_NC):
+        return super().forward(x_NC + self.extra(x_NC).mean())
+
+
+class Gate(torch.nn.Module):
+    """A router without parameters of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.inside = Router(config)
+        self.num_experts = config.num_experts
+
+    def forward(self, x_NC):
+        return self.inside(x_NC)
+
+
+@pytest.mark.parametrize("kind", [Noisy, Gate])
+def test_a_router_of_another_class_is_called(kind):
+    """The kernel computed without the new layer, or ended the run as it found no weight."""
+    model = random_model(tiny_config(dropout=0.0))
+    for one in model.layers:
+        one.moe.router = kind(model.config)
+        for parameter in one.moe.router.parameters():
+            torch.nn.init.normal_(parameter)
+    choose_kernels(model, CPU, torch.float32)
+    lines = settle_kernels(model)
+    assert len(lines) == 1 and "runtime/kernels/router.py does not know" in lines[0]
+    assert not any(one.moe.route_kernel for one in model.layers)
+    model.layers[0].moe.route_kernel = router.route
+    out = model(torch.arange(18).view(2, 9), torch.arange(18).view(2, 9))
+    out.cross_entropy_sum.backward()
+    assert all(p.grad is not None for p in model.layers[0].moe.router.parameters())
+
+
+def test_a_forward_pass_that_was_replaced_on_one_router_is_called():
+    model, seen = chosen(), []
+    one = model.layers[0].moe.router
+    original = one.forward
+    one.forward = lambda x_NC: seen.append(len(x_NC)) or original(x_NC)
+    model(torch.arange(8)[None])
+    assert seen == [8]
+
+
+@pytest.mark.parametrize("sizes", [(2880, 32, 4), (2048, 64, 8), (1024, 32, 2)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_wide_models_keep_it(sizes, biased):
+    """Their comparison had scores of up to 200: shares of nothing, in other orders."""
+    C, E, K = sizes
+    config = tiny_config(
+        d_model=C,
+        num_experts=E,
+        top_k=K,
+        num_heads=2,
+        num_kv_heads=2,
+        d_ff=8,
+        transformer_blocks=1,
+        router_bias=biased,
+        router_bias_rate=0.1 * biased,
+    )
+    model = LLM(config)
+    choose_kernels(model, CPU, torch.float32)
+    assert settle_kernels(model) == [] and model.layers[0].moe.route_kernel is not None
+
+
+def test_a_gradient_that_was_changed_is_what_is_computed(monkeypatch):
+    """A contributor lets no gradient pass through the choice: all values are as before."""
+    original = MoE.routed
+
+    def routed(self, x_NC):
+        weights_NK, *rest = original(self, x_NC)
+        return weights_NK.detach(), *rest
+
+    monkeypatch.setattr(MoE, "routed", routed)
+    model = chosen()
+    (line,) = settle_kernels(model)
+    assert "router.py has other results than MoE.routed" in line
+
+
+KINDS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_router_with_a_hook_is_called(kind):
     """Whoever watches which experts are chosen sees them."""
     model, seen = chosen(), []
-    getattr(model.layers[0].moe.router, kind)(lambda *given: seen.append(len(given)))
-    model(torch.arange(8)[None])
+    one = model.layers[0].moe.router
+    getattr(one, f"register_{kind}")(lambda *given: seen.append(len(given)))
+    ids_BT = torch.arange(18).view(2, 9)
+    model(ids_BT, ids_BT).cross_entropy_sum.backward()
     assert len(seen) == 1
+
+
+def test_a_hook_of_all_modules_sees_routers():
+    model, seen = chosen(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, given, out: seen.append(type(module).__name__)
+    )
+    try:
+        model(torch.arange(8)[None])
+    finally:
+        handle.remove()
+    assert seen.count("Router") == model.config.transformer_blocks
 
 
 def test_a_changed_router_is_what_is_computed(monkeypatch):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from model import LLM
-from runtime.checks.rounding import gradients_bound, logits_bound, rounding, size_of
+from runtime.checks.rounding import MARGIN, gradients_bound, logits_bound, rounding, size_of
+from runtime.inference.quantize import INPUT_EPS, packed_kind
 
 __all__ = [
     "assert_close",
@@ -23,6 +24,7 @@ __all__ = [
     "gradients_bound",
     "is_close",
     "logits_bound",
+    "packed_bound",
     "rounding",
     "share_of",
     "size_of",
@@ -62,6 +64,16 @@ def assert_close(
     )
 
 
+def packed_bound(model: LLM) -> float:
+    """Return what is added to `logits_bound` where C multiplies with weights of 4 bits.
+
+    It rounds the inputs of each product to 16 bits. The products of a block follow one another.
+    """
+    products = 4 * model.config.transformer_blocks + 1
+    is_rounded = packed_kind(model) == "int4"
+    return MARGIN * INPUT_EPS * products**0.5 if is_rounded else 0.0
+
+
 @torch.no_grad()
 def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
     """Return a bool [B, T]: no router has met a near tie at this token or before it.
@@ -89,5 +101,5 @@ def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
         for handle in handles:
             handle.remove()
     # Scores are probabilities: an error of a router's logits moves them by a fraction of it.
-    is_clear = torch.stack(gaps).amin(0) > logits_bound(model.config, T)
+    is_clear = torch.stack(gaps).amin(0) > logits_bound(model.config, T) + packed_bound(model)
     return is_clear.view(B, T).cumprod(1).bool()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import runtime.inference.cpu_decode as cpu_decode
 from config_model import ModelConfig
+from model import LLM
 from model_parts import KVCache, MoE
 from runtime.inference.cpu_decode import native_model
 from runtime.inference.quantize import KINDS, quantize_
@@ -22,16 +23,26 @@ from tests.builders import (
     tiny_config,
     without_chance,
 )
-from tests.numeric import assert_close, before_ties, is_close, logits_bound, rounding, size_of
+from tests.numeric import (
+    assert_close,
+    before_ties,
+    is_close,
+    logits_bound,
+    packed_bound,
+    rounding,
+    size_of,
+)
 
 HAS_CODE, WHY_NOT = cpu_decode.library()
 needs_code = pytest.mark.skipif(HAS_CODE is None, reason=f"no native decoding here: {WHY_NOT}")
 
 
-def close(a: torch.Tensor, b: torch.Tensor, config: ModelConfig) -> bool:
+def close(a: torch.Tensor, b: torch.Tensor, model: LLM) -> bool:
+    config = model.config
     # A residual stream of one number may cancel to nearly 0, but what it is a sum of is about 1.
     size = max(size_of(b), 1.0) if config.d_model == 1 else None
-    return is_close(a, b, logits_bound(config, config.context_length), size)
+    bound = logits_bound(config, config.context_length) + packed_bound(model)
+    return is_close(a, b, bound, size)
 
 
 def check_native_logits(seed: int) -> None:
@@ -80,7 +91,7 @@ def check_native_logits(seed: int) -> None:
                 is_sure.append(clear[i][rows])
             sure = torch.cat(is_sure)
             compared += sure.sum().item()
-            assert not sure.any() or close(logits[sure], torch.cat(expected)[sure], config), config
+            assert not sure.any() or close(logits[sure], torch.cat(expected)[sure], model), config
             assert [cache.length for cache in caches] == done
         assert compared
     finally:

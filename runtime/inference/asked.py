@@ -41,7 +41,7 @@ from runtime.checks.kernels import settle_kernels
 from runtime.checks.known import Known
 from runtime.checks.rounding import MARGIN, logits_bound
 from runtime.inference import cpu_decode
-from runtime.inference.quantize import packed_kind
+from runtime.inference.quantize import INPUT_EPS, packed_kind
 from runtime.kernels.compile import cache_folder, cpu_flags
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
@@ -164,10 +164,13 @@ def explained(model: LLM) -> float:
     of the logits' size.
 
     That of float32 (runtime/checks/rounding.py). In a narrower dtype, what each block stores is
-    off by that dtype's eps too, and the errors of the blocks add up like a random walk.
+    off by that dtype's eps too, and the errors of the blocks add up like a random walk. So do those
+    of the C decoder with weights of 4 bits, whose inputs it rounds to 16.
     """
     c, dtype = model.config, model.embed.weight.dtype
     stored = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    if packed_kind(model) == "int4":
+        stored = max(stored, INPUT_EPS)
     return logits_bound(c, FAR) + MARGIN / 2 * math.sqrt(c.transformer_blocks + 1) * stored
 
 
@@ -316,6 +319,7 @@ class _Routers:
 
     def __init__(self, model: LLM):
         self._routers = [block.moe.router for block in model.layers]
+        self._near = MARGIN * INPUT_EPS if packed_kind(model) == "int4" else NEAR
         self._said: list[list[tuple]] = [[] for _ in self._routers]
         self._rows: Tensor | None = None
 
@@ -365,7 +369,7 @@ class _Routers:
             if K < E:
                 best = scores_NE.topk(K + 1, dim=1).values
                 near_N = near_N.to(best.device) | (
-                    best[:, K - 1] - best[:, K] <= NEAR * scores_NE.abs().amax(dim=1)
+                    best[:, K - 1] - best[:, K] <= self._near * scores_NE.abs().amax(dim=1)
                 )
         return near_N.to(experts_NK.device).expand(len(experts_NK))
 

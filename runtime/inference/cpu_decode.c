@@ -17,6 +17,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  /* sched_getcpu, cpu_set_t */
 #endif
+#include <float.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -38,9 +39,11 @@
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef int16_t narrow __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int32_t eight_ints __attribute__((vector_size(32)));
-typedef int16_t eight_shorts __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int32_t eight_ints __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int16_t shorts __attribute__((vector_size(32), aligned(2), may_alias));
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t four_ints __attribute__((vector_size(16)));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -65,6 +68,13 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #else
 #define FMA4(a, b, c) ((a) * (b) + (c))
 #endif
+#if defined(__AVX2__) && defined(__FMA__)
+#define FMA8(a, b, c) ((eight)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#elif defined(__aarch64__)
+#define FMA8(a, b, c) fma_of_halves(a, b, c)
+#else
+#define FMA8(a, b, c) ((a) * (b) + (c))
+#endif
 #if defined(__AVX2__) && defined(__FMA__) || defined(__aarch64__)
 #define FMA1(a, b, c) __builtin_fmaf(a, b, c)
 #else
@@ -88,12 +98,6 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #else
 #define ADD_PRODUCT(s, a, b) s = FMA(a, b, s)
 #endif
-/* The 8 numbers of 16 bits of a group of nibbles, each in 32 bits; a bfloat16 as a float. */
-#if defined(__AVX2__)
-#define WIDEN(p) ((eight_ints)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p))))
-#else
-#define WIDEN(p) __builtin_convertvector(*(const eight_shorts *)(p), eight_ints)
-#endif
 #define MOST_THREADS 256
 #define TILE 4              /* weight rows taken together */
 #define MOST_INPUTS 3       /* inputs taken together: TILE times as many sums fill AVX2's registers */
@@ -113,7 +117,8 @@ enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 #define STEEPNESS 1.702f
 
 /* float; with scale, int8 times the scale of its row; with groups, 4 bits times the scale, a bfloat16,
-   of their group of NIBBLES (quantize.py): the last group of a row is whole. */
+   of their group of NIBBLES (quantize.py): the last group of a row is whole. Products with 4 bits round
+   their inputs to 16. */
 typedef struct {
     const void *weight;
     const float *scale, *bias;   /* bias [rows] or NULL */
@@ -205,6 +210,13 @@ static vec fma_of_halves(vec a, vec b, vec c)
 }
 #endif
 
+static four fold_eight(eight a)
+{
+    four q[2];
+    memcpy(q, &a, sizeof(a));
+    return q[0] + q[1];
+}
+
 /* Add the four quarters of a vector (halves on 8 lanes). The order of additions is spelled out,
    because a compiler may not choose it. */
 static four fold(vec a)
@@ -224,14 +236,15 @@ static float sum_of(vec a)
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-/* `sum_of` of four vectors. */
-static four sums_of(vec a, vec b, vec c, vec d)
+/* `sum_of` of four vectors, each folded. */
+static four sums_of_folded(four x, four y, four z, four w)
 {
-    four x = fold(a), y = fold(b), z = fold(c), w = fold(d);
     four xy = SHUFFLE(four_ints, x, y, 0, 1, 4, 5) + SHUFFLE(four_ints, x, y, 2, 3, 6, 7);
     four zw = SHUFFLE(four_ints, z, w, 0, 1, 4, 5) + SHUFFLE(four_ints, z, w, 2, 3, 6, 7);
     return SHUFFLE(four_ints, xy, zw, 0, 2, 4, 6) + SHUFFLE(four_ints, xy, zw, 1, 3, 5, 7);
 }
+
+static four sums_of(vec a, vec b, vec c, vec d) { return sums_of_folded(fold(a), fold(b), fold(c), fold(d)); }
 
 /* The larger of x and the bound; what is not a number stays so. */
 static vec at_least(vec x, float bound)
@@ -280,36 +293,7 @@ static void rms_norm(const float *x, const float *weight, float eps, int count, 
 }
 
 /* ------------------------------------------------------------------------------ matrix products */
-/* What a group's nibbles are worth, by their bits on 16 lanes, else the scale alone in all lanes. The
-   products are exact: a bfloat16 has 8 bits. */
-static vec worth_of(const uint16_t *group)
-{
-    vec scale = (vec)((ints){0} + (int32_t)((uint32_t)*group << 16));
-#if LANES == 16
-    scale *= (vec){0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
-#endif
-    return scale;
-}
-
-/* LANES weights of a group of nibbles, from element `at` on, times their scale. Element e is in number
-   e % 8, bits e / 8 * 4 to that plus 3. */
-INLINE vec of_nibbles(eight_ints numbers, const int at, vec worth)
-{
-#if LANES == 16
-    int n = at / 2;
-    ints right = {n, n, n, n, n, n, n, n, n + 4, n + 4, n + 4, n + 4, n + 4, n + 4, n + 4, n + 4};
-    ints both = (ints)_mm512_broadcast_i64x4((__m256i)numbers) >> right;
-    /* It looks at the lowest 4 bits. */
-    return (vec)_mm512_permutexvar_ps((__m512i)both, (__m512)worth);
-#else
-    return __builtin_convertvector((numbers << (28 - at / 2)) >> 28, vec) * worth;
-#endif
-}
-
 static int groups_of(int cols) { return (cols + NIBBLES - 1) / NIBBLES; }
-
-/* Floats of an unpacked row. */
-static int padded(int cols) { return groups_of(cols) * NIBBLES; }
 
 /* Bytes of a row of weights. */
 static int64_t row_bytes_of(const Matrix *a)
@@ -317,28 +301,11 @@ static int64_t row_bytes_of(const Matrix *a)
     return a->groups ? (int64_t)groups_of(a->cols) * NIBBLES / 2 : a->scale ? a->cols : 4 * (int64_t)a->cols;
 }
 
-static void unpack_group(const void *packed, const uint16_t *group, float *to)
-{
-    eight_ints numbers = WIDEN(packed);
-    vec worth = worth_of(group);
-    for (int at = 0; at < NIBBLES; at += LANES)
-        *(vec *)(to + at) = of_nibbles(numbers, at, worth);
-}
-
-/* A row as floats without its row scale: where it is, or unpacked into `room`, with all of a last
-   group of nibbles. */
+/* A row of floats or bytes as floats without its row scale: where it is, or in `room`. */
 static const float *row_of(const Matrix *a, int64_t row, float *room)
 {
-    int cols = a->cols, i = 0, groups = groups_of(cols);
+    int cols = a->cols, i = 0;
     const char *weights = (const char *)a->weight + row * row_bytes_of(a);
-    if (a->groups) {
-        for (int g = 0; g < groups; g++) {
-            if (!(g & 3))
-                __builtin_prefetch(weights + g * NIBBLES / 2 + AHEAD);
-            unpack_group(weights + g * NIBBLES / 2, a->groups + row * groups + g, room + g * NIBBLES);
-        }
-        return room;
-    }
     if (!a->scale)
         return (const float *)weights;
     const int8_t *w = (const int8_t *)weights;
@@ -412,38 +379,151 @@ typedef struct { int64_t from, pace; } Ahead;
 PRODUCTS(float_products, float, LOAD_FLOATS)
 PRODUCTS(byte_products, int8_t, LOAD_BYTES)
 
-/* `dot` of an input and TILE rows of nibbles. */
-static void nibble_products(const Matrix *a, const int64_t *rows, const float *x, Ahead ahead, four *sums)
+/* ------------------------------------------------------------------- products with weights of 4 bits */
+/* NIBBLES inputs as 16 bits times a scale. A product of them and nibbles is exact: 8 lanes of 4 inputs,
+   from pairs of the first half and of the second. Lanes 4 to 7 are 16 times too large, as their nibbles
+   are the upper ones of a byte; `scale` makes up for it. `less` takes the 8 that nibbles are kept
+   too large by. */
+typedef struct {
+    shorts first, second;
+    eight_ints less;
+    eight scale;
+} Rounded;
+
+/* The nibbles of a group, 8 too large: of the first half of its elements, and of the second. */
+typedef struct { shorts first, second; } Halves;
+
+INLINE Halves halves_of(const uint8_t *group)
 {
-    int cols = a->cols, groups = groups_of(cols), k = cols / NIBBLES * NIBBLES;
-    vec s[TILE] = {0};
-    const uint8_t *w[TILE];
-    const uint16_t *scales[TILE];
-    float last[TILE][NIBBLES];
-    for (int i = 0; i < TILE; i++) {
-        w[i] = (const uint8_t *)a->weight + rows[i] * row_bytes_of(a);
-        scales[i] = a->groups + rows[i] * groups;
-        if (k < cols)
-            unpack_group(w[i] + k / 2, scales[i] + groups - 1, last[i]);
+    shorts both, mask = {15, 15, 15, 15, 15, 15, 15, 15, 240, 240, 240, 240, 240, 240, 240, 240};
+#if defined(__AVX2__)
+    both = (shorts)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)group));
+#else
+    memcpy(&both, group, NIBBLES / 2);
+    memcpy((char *)&both + NIBBLES / 2, group, NIBBLES / 2);
+#endif
+    return (Halves){both & mask, (both >> 8) & mask};
+}
+
+/* The sums of 8 lanes of a group's products. */
+INLINE eight_ints sums_of_pairs(Halves w, const Rounded *x)
+{
+#if defined(__AVX2__)
+    __m256i first = _mm256_madd_epi16((__m256i)w.first, (__m256i)x->first);
+    return (eight_ints)_mm256_add_epi32(first, _mm256_madd_epi16((__m256i)w.second, (__m256i)x->second));
+#else
+    eight_ints sums;
+    for (int l = 0; l < 8; l++)
+        sums[l] = w.first[2 * l] * x->first[2 * l] + w.first[2 * l + 1] * x->first[2 * l + 1] +
+                  w.second[2 * l] * x->second[2 * l] + w.second[2 * l + 1] * x->second[2 * l + 1];
+    return sums;
+#endif
+}
+
+INLINE eight group_sums(Halves w, const Rounded *x) { return __builtin_convertvector(sums_of_pairs(w, x) - x->less, eight); }
+
+static void round_group(const float *x, int count, Rounded *to)
+{
+    float in[NIBBLES] = {0};
+    int32_t largest = 0;
+    ints most = {0};
+    if (count < NIBBLES)
+        memcpy(in, x, sizeof(float) * count);
+    else
+        memcpy(in, x, sizeof(in));
+    for (int at = 0; at < NIBBLES; at += LANES) {
+        /* As integers: what is not a number is larger than all that are. */
+        ints size = (ints)LOAD_FLOATS(in + at) & 0x7fffffff, more = size > most;
+        most = (size & more) | (most & ~more);
     }
-    for (int g = 0; g < k / NIBBLES; g++) {
-        if (!(g & 3))    /* a line of the cache */
-            for (int i = 0; i < TILE; i++)
-                __builtin_prefetch(w[i] + g * NIBBLES / 2 + ahead.from);
-        for (int i = 0; i < TILE; i++) {
-            eight_ints numbers = WIDEN(w[i] + g * NIBBLES / 2);
-            vec worth = worth_of(scales[i] + g);
-            for (int at = 0; at < NIBBLES; at += LANES)
-                s[i] = FMA(of_nibbles(numbers, at, worth), LOAD_FLOATS(x + g * NIBBLES + at), s[i]);
+    for (int lane = 0; lane < LANES; lane++)
+        largest = most[lane] > largest ? most[lane] : largest;
+    float top, back, scale;
+    memcpy(&top, &largest, sizeof(top));
+    back = top > 1e-30f && top <= FLT_MAX ? 32767.0f / top : 0.0f;
+    /* Infinity has no place among 16 bits. */
+    scale = back > 0 ? top / 32767.0f : top <= FLT_MAX ? 0.0f : NAN;
+    for (int at = 0; at < NIBBLES; at += LANES) {
+        /* Rounded: 1.5 * 2^23 leaves no bits after the point. */
+        vec whole = back > 0 ? LOAD_FLOATS(in + at) * back + 12582912.0f - 12582912.0f : ALL(0.0f);
+        narrow n = __builtin_convertvector(__builtin_convertvector(whole, ints), narrow);
+        memcpy((int16_t *)to + at, &n, sizeof(n));
+    }
+    shorts eights = {8, 8, 8, 8, 8, 8, 8, 8, 128, 128, 128, 128, 128, 128, 128, 128};
+    to->less = sums_of_pairs((Halves){eights, eights}, to);
+    float high = scale / 16;
+    to->scale = (eight){scale, scale, scale, scale, high, high, high, high};
+}
+
+static void round_input(const float *x, int cols, Rounded *to)
+{
+    for (int g = 0; g < groups_of(cols); g++)
+        round_group(x + g * NIBBLES, least(NIBBLES, cols - g * NIBBLES), to + g);
+}
+
+/* The scales of two groups in all lanes: of the first in the lower halves. One, if there is no second. */
+INLINE eight_ints two_scales(const uint16_t *groups, int has_second)
+{
+    uint32_t both = groups[0];
+    if (has_second)
+        memcpy(&both, groups, sizeof(both));
+    return (eight_ints){0} + (int32_t)both;
+}
+
+/* Group AT of a row, whose scale is WORTH in all lanes, with NX inputs. */
+#define GROUP_STEP(WEIGHTS, AT, WORTH, A, B, C)                                                                 \
+    {                                                                                                           \
+        Halves halves = halves_of(WEIGHTS + (AT)*NIBBLES / 2);                                                  \
+        eight worth = (eight)(WORTH);                                                                           \
+        A = FMA8(group_sums(halves, x0 + (AT)), worth * x0[AT].scale, A);                                       \
+        if (NX > 1)                                                                                             \
+            B = FMA8(group_sums(halves, x1 + (AT)), worth * x1[AT].scale, B);                                   \
+        if (NX > 2)                                                                                             \
+            C = FMA8(group_sums(halves, x2 + (AT)), worth * x2[AT].scale, C);                                   \
+    }
+#define TWO_GROUPS(WEIGHTS, SCALES, A, B, C)                                                                    \
+    {                                                                                                           \
+        eight_ints scales = two_scales(SCALES + g, 1);                                                          \
+        GROUP_STEP(WEIGHTS, g, scales << 16, A, B, C)                                                           \
+        GROUP_STEP(WEIGHTS, g + 1, scales & (int32_t)0xffff0000, A, B, C)                                       \
+    }
+#define LAST_GROUP(WEIGHTS, SCALES, A, B, C) GROUP_STEP(WEIGHTS, g, two_scales(SCALES + g, 0) << 16, A, B, C)
+
+/* `dot` of NX inputs and TILE rows of nibbles. */
+INLINE void nibble_products_of(const Matrix *a, const int64_t *rows, const Rounded *const *x, Ahead ahead, four *sums,
+                               const int NX)
+{
+    int groups = groups_of(a->cols);
+    const uint8_t *w0 = (const uint8_t *)a->weight + rows[0] * row_bytes_of(a), *w1 = w0 + (rows[1] - rows[0]) * row_bytes_of(a);
+    const uint8_t *w2 = w0 + (rows[2] - rows[0]) * row_bytes_of(a), *w3 = w0 + (rows[3] - rows[0]) * row_bytes_of(a);
+    const uint16_t *s0 = a->groups + rows[0] * groups, *s1 = a->groups + rows[1] * groups;
+    const uint16_t *s2 = a->groups + rows[2] * groups, *s3 = a->groups + rows[3] * groups;
+    const Rounded *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];
+    eight a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
+    int g = 0;
+    for (; g + 2 <= groups; g += 2) {
+        if (!(g & 3) && ahead.from) {    /* a line of the cache */
+            __builtin_prefetch(w0 + g * NIBBLES / 2 + ahead.from);
+            __builtin_prefetch(w1 + g * NIBBLES / 2 + ahead.from);
+            __builtin_prefetch(w2 + g * NIBBLES / 2 + ahead.from);
+            __builtin_prefetch(w3 + g * NIBBLES / 2 + ahead.from);
         }
+        TWO_GROUPS(w0, s0, a0, b0, c0)
+        TWO_GROUPS(w1, s1, a1, b1, c1)
+        TWO_GROUPS(w2, s2, a2, b2, c2)
+        TWO_GROUPS(w3, s3, a3, b3, c3)
     }
-    int at = 0;
-    for (; k + at + LANES <= cols; at += LANES)
-        for (int i = 0; i < TILE; i++)
-            s[i] = FMA(LOAD_FLOATS(last[i] + at), LOAD_FLOATS(x + k + at), s[i]);
-    *sums = sums_of(s[0], s[1], s[2], s[3]);
-    for (; k + at < cols; at++)
-        *sums = FMA4(((four){last[0][at], last[1][at], last[2][at], last[3][at]}), (four){0} + x[k + at], *sums);
+    if (g < groups) {
+        LAST_GROUP(w0, s0, a0, b0, c0)
+        LAST_GROUP(w1, s1, a1, b1, c1)
+        LAST_GROUP(w2, s2, a2, b2, c2)
+        LAST_GROUP(w3, s3, a3, b3, c3)
+    }
+    sums[0] = sums_of_folded(fold_eight(a0), fold_eight(a1), fold_eight(a2), fold_eight(a3));
+    if (NX > 1)
+        sums[1] = sums_of_folded(fold_eight(b0), fold_eight(b1), fold_eight(b2), fold_eight(b3));
+    if (NX > 2)
+        sums[2] = sums_of_folded(fold_eight(c0), fold_eight(c1), fold_eight(c2), fold_eight(c3));
 }
 
 /* How many of `left` inputs are taken next: four are two and two, as one alone has few sums. */
@@ -478,10 +558,68 @@ static void put_tile(const Matrix *a, int64_t row, four sums, const float *facto
     *to = value;
 }
 
+static void nibble_products(const Matrix *a, const int64_t *rows, const Rounded *const *x, int nx, Ahead ahead, four *sums)
+{
+    if (nx == 1)
+        nibble_products_of(a, rows, x, ahead, sums, 1);
+    else if (nx == 2)
+        nibble_products_of(a, rows, x, ahead, sums, 2);
+    else
+        nibble_products_of(a, rows, x, ahead, sums, 3);
+}
+
+/* `product` for weights of 4 bits. room: for the rounded inputs. */
+static void product_of_nibbles(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx,
+                               float *const *out, const float *factor, float *room)
+{
+    int groups = groups_of(a->cols), is_few = nx <= FEW, row_bytes = (int)row_bytes_of(a);
+    const Rounded *rounded[GROUP];
+    for (int j = 0; j < nx; j++) {
+        rounded[j] = (Rounded *)room + (int64_t)j * groups;
+        round_input(x[j], a->cols, (Rounded *)rounded[j]);
+    }
+    /* Few inputs: long streams. Many: blocks of rows that stay in the second cache, while parts of the
+       inputs pass. */
+    int part = (int)(NEAR_BYTES / sizeof(Rounded)) / groups / MOST_INPUTS * MOST_INPUTS, block = BLOCK_BYTES / row_bytes / TILE * TILE;
+    part = is_few ? nx : part < MOST_INPUTS ? MOST_INPUTS : part;
+    block = is_few ? end - begin : block < TILE ? TILE : block;
+    for (int from = begin; from < end; from += block) {
+        int many = least(block, end - from), tiles = (many + TILE - 1) / TILE;
+        for (int j0 = 0; j0 < nx; j0 += part)
+            for (int i = 0; i < tiles; i++) {
+                int64_t rows[TILE];
+                int at[TILE];
+                for (int l = 0; l < TILE; l++) {
+                    at[l] = from + (is_few ? i + l * tiles : i * TILE + l);
+                    /* Beyond the end the last row is computed again, and not put. */
+                    rows[l] = first + least(at[l], from + many - 1);
+                }
+                for (int j = j0, count; j < least(j0 + part, nx); j += count) {
+                    four sums[MOST_INPUTS];
+                    count = next_inputs(least(j0 + part, nx) - j);
+                    /* The next row of a stream; of a block, the next tile. */
+                    Ahead ahead = {j == j0 ? (is_few ? 1 : TILE) * (int64_t)row_bytes : 0, 0};
+                    if (is_few && ahead.from && ahead.from < AHEAD)
+                        ahead.from = AHEAD;
+                    nibble_products(a, rows, rounded + j, count, ahead, sums);
+                    for (int k = j; k < j + count; k++) {
+                        const float *by = factor ? factor + k : NULL;
+                        if (!is_few && at[TILE - 1] < from + many)
+                            put_tile(a, rows[0], sums[k - j], by, out[k] + at[0]);
+                        else
+                            for (int l = 0; l < TILE; l++)
+                                if (at[l] < from + many)
+                                    put(a, rows[l], sums[k - j][l], by, out[k] + at[l]);
+                    }
+                }
+            }
+    }
+}
+
 /* `product` for few inputs: the weights come from memory, and a few long streams come twice as fast
    as adjacent rows. */
 static void product_of_few(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
-                           const float *factor, float *room)
+                           const float *factor)
 {
     int cols = a->cols, part = (end - begin + TILE - 1) / TILE;
     int64_t row_bytes = row_bytes_of(a);
@@ -495,19 +633,16 @@ static void product_of_few(const Matrix *a, int64_t first, int begin, int end, c
             /* Beyond the end the last row is computed again, and not put. */
             rows[l] = first + least(r[l], end - 1);
             packed[l] = (const int8_t *)a->weight + rows[l] * row_bytes;
-            /* Nibbles are unpacked once for several inputs. */
-            w[l] = a->groups && nx > 1 ? row_of(a, rows[l], room + l * padded(cols)) : (const float *)packed[l];
+            w[l] = (const float *)packed[l];
         }
         for (int j = 0, count; j < nx; j += count) {
             four sums[MOST_INPUTS];
             count = next_inputs(nx - j);
             Ahead ahead = ahead_of(j, count, nx, row_bytes, row_bytes);
-            if (a->groups && nx == 1)
-                nibble_products(a, rows, x[0], ahead, sums);
-            else if (a->scale)
+            if (a->scale)
                 byte_products(packed, x + j, count, cols, ahead, sums);
             else
-                float_products(w, x + j, count, cols, a->groups ? (Ahead){0} : ahead, sums);
+                float_products(w, x + j, count, cols, ahead, sums);
             for (int k = j; k < j + count; k++)
                 for (int l = 0; l < TILE; l++)
                     if (r[l] < end)
@@ -521,11 +656,15 @@ static void product_of_few(const Matrix *a, int64_t first, int begin, int end, c
 static void product(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
                     const float *factor, float *room)
 {
-    if (nx <= FEW) {
-        product_of_few(a, first, begin, end, x, nx, out, factor, room);
+    if (a->groups) {
+        product_of_nibbles(a, first, begin, end, x, nx, out, factor, room);
         return;
     }
-    int cols = a->cols, is_packed = a->scale || a->groups, block = BLOCK_BYTES / 4 / padded(cols) / TILE * TILE;
+    if (nx <= FEW) {
+        product_of_few(a, first, begin, end, x, nx, out, factor);
+        return;
+    }
+    int cols = a->cols, is_packed = !!a->scale, block = BLOCK_BYTES / 4 / cols / TILE * TILE;
     int part = NEAR_BYTES / 4 / cols / MOST_INPUTS * MOST_INPUTS;
     if (part < MOST_INPUTS)
         part = MOST_INPUTS;
@@ -535,13 +674,13 @@ static void product(const Matrix *a, int64_t first, int begin, int end, const fl
     for (int from = begin; from < end; from += block) {
         int rows = least(block, end - from);
         for (int r = 0; is_packed && r < rows; r++)
-            row_of(a, first + from + r, room + (int64_t)r * padded(cols));
+            row_of(a, first + from + r, room + (int64_t)r * cols);
         for (int j0 = 0; j0 < nx; j0 += part)
             for (int r = 0; r < rows; r += TILE) {
                 const float *w[TILE];
                 for (int l = 0; l < TILE; l++) {
                     int row = least(r + l, rows - 1);
-                    w[l] = is_packed ? room + (int64_t)row * padded(cols) : (const float *)a->weight + (first + from + row) * cols;
+                    w[l] = is_packed ? room + (int64_t)row * cols : (const float *)a->weight + (first + from + row) * cols;
                 }
                 for (int j = j0, count; j < least(j0 + part, nx); j += count) {
                     four sums[MOST_INPUTS];

@@ -34,7 +34,7 @@ from runtime.checks.known import (
     TRAINING,
     Known,
 )
-from runtime.inference.quantize import is_packed, kind_of
+from runtime.inference.quantize import is_packed, kind_of, packed_kind
 from runtime.kernels.compile import EXACT, compiled, digest
 
 SOURCE = Path(__file__).with_name("cpu_decode.c")
@@ -376,8 +376,12 @@ class NativeModel:
             torch.get_num_threads(),
             max(1, n * self.bytes_per_token() // self.least_bytes_per_thread),
         )
+        # Inputs that are rounded at a time, for weights of 4 bits.
+        is_rounded = packed_kind(self.model) == "int4"
+        rounded = min(max(n, num_logits), GROUP) if is_rounded else 0
         private = max(
-            TILE * -(-self._widest // NIBBLES) * NIBBLES,
+            rounded * -(-self._widest // NIBBLES) * NIBBLES,
+            TILE * self._widest,
             BLOCK_BYTES // 4,
             MOST_QUERIES * (cache.max_tokens + 16),
             c.num_experts,

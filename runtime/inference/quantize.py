@@ -2,7 +2,7 @@
 
 int8: symmetric, one float32 scale per output row. int4: from -8 to 7, one bfloat16 scale per group
 of GROUP weights along the inputs, 4.5 bits a weight. Embedding, norms, biases and router keep their
-dtype, and what a layer is given is not rounded.
+dtype, and what a layer is given is not rounded, but by the C decoder for weights of 4 bits: to 16.
 The model stays a plain LLM: a packed weight is a property that unpacks when it is read, so
 everything that works on a model still does. The fast paths read the packed form
 (runtime/inference/cpu_decode.c, runtime/inference/decoder.py).
@@ -22,6 +22,8 @@ from model import LLM
 KINDS = ("int8", "int4")
 # Weights of 4 bits that have a scale. NIBBLES in the C code.
 GROUP = 32
+# Of 16 bits next to the largest input of a group, which it has itself.
+INPUT_EPS = 2.0**-15
 # The largest weight of a group is tried at these multiples of the scale. With 8 it is exact; with
 # less the others are nearer, and it may be cut to 7 or 8 steps. The least squared error decides.
 LARGEST = (8.4, 8.0, 7.6, 7.2)
@@ -53,9 +55,9 @@ def unpack(packed: Tensor, scale: Tensor, dtype: torch.dtype, inputs: int) -> Te
     if kind_of(packed) == "int8":
         return (packed * scale).to(dtype)
     numbers = packed.view(torch.int16).unflatten(-1, (-1, 1, 8)).int()
-    # Four bits each, with their sign: the lowest are the first 8 of a group.
-    left = torch.tensor([28, 24, 20, 16], dtype=torch.int32, device=packed.device)
-    values = (numbers << left[:, None]) >> 28
+    # Four bits each: the lowest are the first 8 of a group.
+    right = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=packed.device)
+    values = ((numbers >> right[:, None]) & 15) - 8
     weight = values.flatten(-2) * scale.float()[..., None]
     return weight.flatten(-2)[..., :inputs].to(dtype)
 
@@ -64,7 +66,7 @@ def _pack_nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return `pack` for 4 bits.
 
     A group is 8 numbers of 16 bits. Its element e is in number e % 8, in bits 4 * (e // 8) to that
-    plus 3, as two's complement: 8 lanes of a vector then hold 8 elements that follow one another.
+    plus 3, 8 too large: 8 lanes of a vector then hold 8 elements that follow one another.
     """
     O, I = weight.shape[-2:]
     rows = weight.reshape(-1, I)
@@ -76,7 +78,7 @@ def _pack_nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
         chunk = slice(first, first + step)
         w = nn.functional.pad(rows[chunk].float(), (0, groups * GROUP - I))
         values, scales[chunk] = _round_groups(w.unflatten(-1, (groups, GROUP)))
-        bits = (values.int() & 15).unflatten(-1, (4, 8))
+        bits = (values.int() + 8).unflatten(-1, (4, 8))
         numbers = bits[..., 0, :].clone()
         for nibble in range(1, 4):
             numbers |= bits[..., nibble, :] << 4 * nibble

@@ -174,7 +174,7 @@ def test_a_token_is_the_same_bits_in_any_company(code, name, packed):
     clear = torch.tensor(np.stack(alone.experts[-2], axis=1)) == router_choices(model, texts[-2])[0]
     sure = clear.flatten(2).all(dim=2).all(dim=0)
     assert sure.float().mean() > 0.5
-    assert close(torch.stack(alone.logits[-2])[sure], expected[sure], model.config)
+    assert close(torch.stack(alone.logits[-2])[sure], expected[sure], model)
 
 
 @needs_code
@@ -216,7 +216,7 @@ def test_each_text_names_its_rows_and_what_is_scored_there(code, name):
         # Not only alike: the rows that are named, and not the same ones of the first text.
         sure_T = torch.tensor(same.all(axis=2).all(axis=0))
         expected_TV = model(torch.tensor([ids])).logits[0]
-        assert close(every.logits_RV[own][sure_T], expected_TV[sure_T], model.config)
+        assert close(every.logits_RV[own][sure_T], expected_TV[sure_T], model)
         assert np.allclose(scored.weights_LNK[:, own][same], weights_LTK.numpy()[same], atol=1e-4)
 
 

@@ -61,7 +61,7 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
             else native.forward([cache], chunk.tolist(), all_logits=True)
         )
         sure = is_sure[at : at + T]
-        assert not sure.any() or close(logits[sure], expected[at : at + T][sure], model.config)
+        assert not sure.any() or close(logits[sure], expected[at : at + T][sure], model)
         at += T
     assert at == 250
 
@@ -101,7 +101,7 @@ def test_scores_of_any_size_are_weighed_as_pytorch_does():
         0, model.config.vocabulary_size, (1, 77), generator=torch.Generator().manual_seed(0)
     )
     logits = native.forward([KVCache(model.config, 1, 128)], ids.tolist(), all_logits=True)
-    assert close(logits, model(ids).logits[0], model.config)
+    assert close(logits, model(ids).logits[0], model)
 
 
 @needs_code

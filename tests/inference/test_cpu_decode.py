@@ -69,7 +69,8 @@ def test_a_text_can_go_from_pytorch_to_c_and_back():
 @needs_code
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("chunk", [1, 12])
-def test_what_is_not_a_number_is_not_hidden(bad, chunk):
+@pytest.mark.parametrize("packed", ["", *KINDS])
+def test_what_is_not_a_number_is_not_hidden(bad, chunk, packed):
     """A bound on the softmax's exponent made NaN scores count as 0.
 
     A damaged weight gave text, and no error.
@@ -77,7 +78,7 @@ def test_what_is_not_a_number_is_not_hidden(bad, chunk):
     model = random_model(tiny_config(context_length=64))
     with torch.no_grad():
         model.embed.weight[7] = bad
-    native, _ = native_model(model)
+    native, _ = native_model(quantize_(model, packed) if packed else model)
     cache, ids = KVCache(model.config, 1, 64), [1, 2, 3, 7, 4, 5, 6, 8, 9, 1, 2, 3]
     for first in range(0, 12, chunk):
         logits = native.forward([cache], [ids[first : first + chunk]])

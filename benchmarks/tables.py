@@ -20,7 +20,7 @@ from runtime.base.text import human_bytes
 # Whose steps are shown in parts.
 WITH_PARTS = {
     "train_cpu_4x512": "4 x 512 tokens, vocabulary 8,192",
-    "train_cpu_nano": "8 x 256 tokens, `plain-nano` with Muon",
+    "train_cpu_nano": "8 x 512 tokens, `nano` with Muon",
 }
 TRAINING = {
     "train_cpu_4x512": "4 x 512 tokens, vocabulary 8,192",
@@ -29,7 +29,7 @@ TRAINING = {
     "train_cpu_nano": WITH_PARTS["train_cpu_nano"],
 }
 PROGRAMS = {
-    "end_to_end_nano_cpu": "`plain-nano`, 3.87 M parameters, bpe:4096",
+    "end_to_end_nano_cpu": "`nano`, 3.88 M parameters, bpe:4096",
     "end_to_end_small_o200k_cpu": "54.8 M parameters, 51 M in embedding and head, o200k_base",
 }
 # Stored result: the model.
@@ -302,7 +302,7 @@ def launch_line() -> str:
     result = stored("decode_nano_cpu")
     launch, quality = result["launch"], result["perplexity"]
     return (
-        "The process `python predict.py --prompt x --max_new_tokens 1` with a trained `plain-nano` "
+        "The process `python predict.py --prompt x --max_new_tokens 1` with a trained `nano` "
         f"model takes {launch['predict_s']['median']:.2f} s from start to end. "
         f"A separate process with `import torch` alone took "
         f"{launch['import_torch_s']['median']:.2f} s. "

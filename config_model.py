@@ -717,7 +717,7 @@ class PredictConfig:
     )
     quantize: str = option(
         "none",
-        "int8, int4: experts, attention and head in 8 or 4 bits; less memory",
+        "int8, int4: experts, attention and head in 8 bits, or experts and head in 4; less memory",
         choices=("none", "int8", "int4"),
     )
     lookup: int = option(

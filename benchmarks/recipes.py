@@ -262,9 +262,7 @@ def times_table() -> str:
             speed = measured["training"]["tokens_per_sec"]["median"]
             # A validation's token costs a third of a training step's.
             about = human_seconds((c.trained_tokens + c.validated_tokens / 3) / speed)
-            lines.append(
-                f"{start}| {cpu} | `nano`, measured: {speed:,.0f} tokens/s | {about} | |"
-            )
+            lines.append(f"{start}| {cpu} | `nano`, measured: {speed:,.0f} tokens/s | {about} | |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
 """Quantize the weights of experts, attention and head to 8 or 4 bits, from outside a finished LLM.
 
 int8: symmetric, one float32 scale per output row. int4: from -8 to 7, one bfloat16 scale per group
-of GROUP weights along the inputs, 4.5 bits a weight. Embedding, norms, biases and router keep their
+of GROUP weights along the inputs, 4.5 bits a weight; attention, which is small and suffers most, in
+8 bits. Embedding, norms, biases and router keep their
 dtype, and what a layer is given is not rounded, but by the C decoder for weights of 4 bits: to 16.
 The model stays a plain LLM: a packed weight is a property that unpacks when it is read, so
 everything that works on a model still does. The fast paths read the packed form
@@ -130,6 +131,13 @@ def quantized_weights(model: LLM) -> Iterator[tuple[nn.Module, str]]:
     yield model.out_head, "weight"
 
 
+def kind_in(module: nn.Module, kind: str) -> str:
+    """Return the one of KINDS that a module has in a model that is packed to `kind`."""
+    # Of what 4 bits cost a trained nano, attention had two fifths.
+    is_attention = isinstance(module, nn.Linear)
+    return "int8" if is_attention else kind
+
+
 @torch.no_grad()
 def quantize_(model: LLM, kind: str = "int8") -> LLM:
     """Pack the model's weights in place, one tensor at a time, and return the model.
@@ -141,7 +149,7 @@ def quantize_(model: LLM, kind: str = "int8") -> LLM:
         raise ValueError(f"weights are packed to {' or '.join(KINDS)}, not to {kind!r}")
     for module, name in quantized_weights(model):
         weight = model.head_weight if module is model.out_head else getattr(module, name)
-        packed, scale = pack(weight, kind)
+        packed, scale = pack(weight, kind_in(module, kind))
         delattr(module, name)
         module.register_buffer(f"{name}_packed", packed)
         module.register_buffer(f"{name}_scale", scale)

@@ -291,6 +291,13 @@ def test_a_router_of_another_class_is_called(kind):
     assert all(p.grad is not None for p in model.layers[0].moe.router.parameters())
 
 
+def test_a_router_with_a_further_part_is_called():
+    """Its class may have been given one: its forward pass then has the old name."""
+    moe, x_NC = block(4, 5, 2, False, torch.float32)
+    moe.router.add_module("extra", torch.nn.Identity())
+    assert router.route(moe.router, x_NC) is None
+
+
 def test_a_forward_pass_that_was_replaced_on_one_router_is_called():
     model, seen = chosen(), []
     one = model.layers[0].moe.router

@@ -9,8 +9,8 @@
    A row's numbers are the same bits whatever other rows the pass has, however its text was cut into
    passes, and on any number of threads. So every sum has one order, whichever function computes it:
    one accumulator of LANES lanes from the beginning on, then `sum_of`, then what does not fill a
-   vector. Nothing is left to the compiler: each multiply-add is written as one (FMA), and
-   cpu_decode.py forbids others (-ffp-contract=off).
+   vector; with weights of 4 bits one of 8 lanes, from group to group. Nothing is left to the compiler:
+   each multiply-add is written as one (FMA), and cpu_decode.py forbids others (-ffp-contract=off).
 
    Letters as in model_parts.py: C d_model, L blocks, H query heads, G key/value heads, D head_dim,
    E experts, K top_k, F d_ff, V vocabulary; n rows. Weights are [outputs, inputs], row by row. */

@@ -26,7 +26,7 @@ typedef struct {
         STEP                                                                                                    \
     }
 
-/* The best K by share and selection bias, the first of equals. Any order among numbers that are none:
+/* The best K by share and expert bias, the first of equals. Any order among numbers that are none:
    the experts are different ones in any case. */
 static void choose_experts(const Router *p, const real *share, int64_t *chosen)
 {

@@ -104,7 +104,7 @@ def routed(
     """
     if not _fits(weight_EC, selection_E, K):
         shape = None if selection_E is None else list(selection_E.shape)
-        raise ValueError(f"{len(weight_EC)} experts, {K} for a token, a selection bias of {shape}")
+        raise ValueError(f"{len(weight_EC)} experts, {K} for a token, an expert bias of {shape}")
     selection_E = None if selection_E is None else selection_E.contiguous()
     return Routed(*_Route.apply(x_NC, weight_EC, bias_E, selection_E, K))
 

@@ -55,6 +55,7 @@ FILES = [
     "kernels/test_loss_in_c.py",
     "kernels/test_newton_schulz.py",
     "kernels/test_norms.py",
+    "kernels/test_router.py",
     "kernels/test_routed_experts.py",
     "kernels/test_trained_rows.py",
     "interop/test_custom_code.py",

@@ -18,7 +18,7 @@ from torch import Tensor
 from model_parts import activate, attention_mask, attention_with_sinks
 from runtime.checks.rounding import rounding, size_of
 from runtime.kernels import bias_attention, cpu_experts
-from runtime.kernels.choose import norms_of
+from runtime.kernels.choose import leave_out, norms_of
 
 # Parameters of Experts that runtime/kernels/cpu_experts.py is given.
 EXPERTS = ("w_in", "b_in", "w_out", "b_out")
@@ -57,7 +57,7 @@ def _settle(model) -> list[str]:
     asked: dict[type, str] = {}
     for norm in norms_of(model):
         if norm.kernel is not None and (why := _why_not_norm(norm)):
-            norm.kernel = None
+            leave_out(norm, "kernel")
             lines[slower.format("norms", why)] = None
     for block in model.layers:
         experts, attention = block.moe.experts, block.attention
@@ -65,26 +65,26 @@ def _settle(model) -> list[str]:
             continue
         why = _why_not_experts(experts) if experts.feed_forward is not None else ""
         if why:
-            experts.feed_forward = None
+            leave_out(experts, "feed_forward")
             lines[slower.format("the experts", why)] = None
         if getattr(block.moe.dispatcher, "kernel", None) is not None:
             if type(experts) not in asked:
                 asked[type(experts)] = why or _why_not_routed(block.moe)
             if why := asked[type(experts)]:
-                block.moe.dispatcher.kernel = None
+                leave_out(block.moe.dispatcher, "kernel")
                 lines[slower.format("the experts", why)] = None
         if block.moe.route_kernel is not None and (why := _why_not_router(block.moe)):
-            block.moe.route_kernel = None
+            leave_out(block.moe, "route_kernel")
             lines[slower.format("routers", why)] = None
         if attention.turn_kernel is not None and (why := _why_not_turn(attention)):
-            attention.turn_kernel = None
+            leave_out(attention, "turn_kernel")
             lines[slower.format("the rotation of heads", why)] = None
         has_sinks = attention.sink_kernel is not None and attention.sinks is not None
         if has_sinks and (why := _why_not_sinks(attention)):
-            attention.sink_kernel = None
+            leave_out(attention, "sink_kernel")
             lines[slower.format("attention", why)] = None
         if attention.kernel is not None and (why := _why_not_attention(attention)):
-            attention.kernel = None
+            leave_out(attention, "kernel")
             lines[slower.format("attention", why)] = None
     return list(lines)
 
@@ -107,7 +107,8 @@ def _settle_bias(model, documents: bool) -> list[str]:
         if is_chosen and not why:
             why = _why_not_bias(attention, bias.device)
         if why:
-            attention.kernel = None if is_chosen else attention.kernel
+            if is_chosen:
+                leave_out(attention, "kernel")
             why = f"plain operations compute attention with the learned bias: {why}"
         elif is_chosen:
             why = (

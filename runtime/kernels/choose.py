@@ -37,11 +37,11 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
     runtime/kernels/cpu_attention.py, in C; else runtime/kernels/attention_choice.py, with sinks
     runtime/kernels/sink_attention.py, with the learned bias, if it is asked for,
     runtime/kernels/bias_attention.py. Norms and rotations, routers: on a CPU
-    runtime/kernels/norms.py and router.py, in C.
+    runtime/kernels/norms.py and router.py, in C. What `leave_out` took away stays away.
     """
     in_c = _in_c(device, dtype)
     for norm in norms_of(model):
-        norm.kernel = norms.rms_norm if in_c.norms else None
+        _put(norm, "kernel", norms.rms_norm if in_c.norms else None)
     card = card_of(device) if device.type == "cuda" else None
     capability = (0, 0) if card is None else card.capability
     for block in model.layers:
@@ -52,20 +52,31 @@ def choose_kernels(model, device: torch.device, dtype: torch.dtype) -> None:
             and experts.w_in.shape[2] % 8 == 0
             and experts.w_out.shape[2] % 8 == 0
         )
-        experts.feed_forward = None
-        if device.type == "cpu":
-            plain = torch.ops.gptoss.feed_forward.default
-            experts.feed_forward = routed_experts.rows_of_experts if in_c.experts else plain
+        plain = torch.ops.gptoss.feed_forward.default if device.type == "cpu" else None
+        _put(experts, "feed_forward", routed_experts.rows_of_experts if in_c.experts else plain)
         if hasattr(block.moe.dispatcher, "kernel"):
-            block.moe.dispatcher.kernel = routed_experts.dispatch if in_c.experts else None
-        block.moe.route_kernel = router.route if in_c.router else None
+            dispatch = routed_experts.dispatch if in_c.experts else None
+            _put(block.moe.dispatcher, "kernel", dispatch)
+        _put(block.moe, "route_kernel", router.route if in_c.router else None)
         attention = block.attention
-        attention.turn_kernel = norms.turn if in_c.norms else None
-        attention.kernel = cpu_attention.attend if in_c.attention else None
-        if with_bias := _bias_kernel(attention, device, dtype):
-            attention.kernel = with_bias
+        _put(attention, "turn_kernel", norms.turn if in_c.norms else None)
+        attend = cpu_attention.attend if in_c.attention else None
+        _put(attention, "kernel", _bias_kernel(attention, device, dtype) or attend)
         attention.device_attention = functools.partial(gpu_attention, card=card) if card else None
-        attention.sink_kernel = _sink_kernel(device, dtype, attention.D, card)
+        _put(attention, "sink_kernel", _sink_kernel(device, dtype, attention.D, card))
+
+
+def leave_out(part, slot: str) -> None:
+    """Take the kernel from a slot of a model's part for good: it computes something else.
+
+    A model's kernels are chosen again where its dtype is another one for a while.
+    """
+    setattr(part, slot, None)
+    part.left_out = getattr(part, "left_out", frozenset()) | {slot}
+
+
+def _put(part, slot: str, kernel) -> None:
+    setattr(part, slot, None if slot in getattr(part, "left_out", ()) else kernel)
 
 
 def norms_of(model) -> list:

@@ -40,6 +40,7 @@ from runtime.checkpoint.adapter import (
 )
 from runtime.checkpoint.format import Checkpoint, meta_model, shapes_of
 from runtime.checks.kernels import EXPERTS as EXPERT_PARAMETERS
+from runtime.checks.kernels import settle_kernels
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.cpu_adapters import adapted_feed_forward
 from runtime.kernels.trained_rows import with_trained_rows
@@ -292,6 +293,7 @@ def merged_model(model: LLM) -> LLM:
         plain.load_state_dict(tensors, assign=True)
         plain.eval().requires_grad_(False)
         choose_kernels(plain, model.embed.weight.device, model.embed.weight.dtype)
+        settle_kernels(plain)
         # Past nn.Module, which would make it a part of the model.
         model.__dict__["merged"] = plain
     for name in names:

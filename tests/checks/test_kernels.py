@@ -13,11 +13,15 @@ from runtime.checks import kernels as check_kernels
 from runtime.checks.kernels import settle_kernels
 from runtime.inference.decoder import Decoder
 from runtime.inference.quantize import quantize_
-from runtime.kernels.choose import choose_kernels
+from runtime.kernels.choose import choose_kernels, why_not_c
+from runtime.posttraining.lora import attach, merged_model
+from runtime.posttraining.rollouts import Sampler
 from tests.builders import random_config, random_model, tiny_config
+from tests.builders_lora import NOWHERE
 from tests.numeric import assert_close, logits_bound
 
 CPU = torch.device("cpu")
+WHY_NOT = why_not_c(CPU, torch.float32)
 
 
 def ready(**changes):
@@ -110,3 +114,44 @@ def test_changed_attention_with_sinks_is_what_is_computed(monkeypatch):
     assert "attention_with_sinks" in line
     assert all(block.attention.sink_kernel is None for block in model.layers)
     assert settle_kernels(ready()) == []
+
+
+@pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
+def test_what_was_taken_away_is_not_chosen_again(monkeypatch):
+    """GRPO samples with the model that it trains, in another dtype if it is told to, and chose the
+    kernels anew each time: a router with sigmoids was then trained as one with a softmax.
+    """
+    monkeypatch.setattr(model_parts.MoE, "routed", router_with_sigmoids(model_parts.MoE.routed))
+    model = ready()
+    (line,) = settle_kernels(model)
+    assert "runtime/kernels/router.py has other results" in line
+    sampler = Sampler(model, stop_ids=[9], max_new_tokens=3)
+    sampler.sample([[1, 2, 3]], 2, seed=7)
+    assert all(block.moe.route_kernel is None for block in model.layers)
+    assert all(block.attention.turn_kernel for block in model.layers)
+    assert settle_kernels(model) == []
+    # A decoder takes the kernels away even if nobody settled before.
+    other = ready()
+    Sampler(other, stop_ids=[9], max_new_tokens=3).sample([[1, 2, 3]], 2, seed=7)
+    assert all(block.moe.route_kernel is None for block in other.layers)
+
+
+@pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
+def test_merged_adapters_have_no_kernel_that_computes_something_else(monkeypatch):
+    """A model of its own, whose kernels nobody had compared with model_parts.py."""
+    monkeypatch.setattr(model_parts.MoE, "routed", router_with_sigmoids(model_parts.MoE.routed))
+    model = random_model(tiny_config())
+    attach(model, NOWHERE)
+    plain = merged_model(model)
+    assert all(block.moe.route_kernel is None for block in plain.layers)
+    assert all(block.attention.turn_kernel for block in plain.layers)
+
+
+def router_with_sigmoids(routed):
+    """MoE.routed as a contributor changed it: other weights of the same experts."""
+
+    def changed(self, x_NC):
+        weights_NK, *others = routed(self, x_NC)
+        return weights_NK.sigmoid(), *others
+
+    return changed

@@ -28,6 +28,8 @@ from tests.builders_rank_checkpoints import saved
 from tests.builders_runs import MODEL, SPEED, Run, settings_of
 from tests.ranks import run_on
 
+# The rate of SPEED, and float32's rounding.
+LR, EPS = 1e-2, torch.finfo(torch.float32).eps
 # Six experts and 61 ids: four ranks do not share them out evenly.
 EVERYTHING = tiny_config(
     num_experts=6,
@@ -187,12 +189,24 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
+def trained_apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Return the tensors that differ by more than the rounding of a few updates.
+
+    Numbers that fill no vector register are computed without fused multiply-add. The last of 257
+    of a bias is one of them in one process, and on its rank is not.
+    """
+    names = differing(one, other)
+    return [
+        n for n in names if (one[n] - other[n]).abs().max() > 8 * EPS * (LR + one[n].abs().max())
+    ]
+
+
 def test_a_large_model_is_never_whole_on_a_rank(data, tmp_path):
     """Every rank held all of it once, before it was sharded; what is drawn is small too."""
     flags = flags_of(data, tmp_path, *MODEL, "--tie_embeddings")
     one, _ = run_of(ONE_PROCESS, flags, True, steps=3)
     for weights, largest in run_on(2, run_of, flags, True, 3):
-        assert differing(one, weights) == []
+        assert trained_apart(one, weights) == []
         assert largest <= half_of_the_largest(one)
     _, whole = run_of(ONE_PROCESS, flags, True)
     assert whole == max(tensor.numel() for tensor in one.values()), "what _Largest counts"
@@ -222,7 +236,7 @@ def test_weights_of_a_file_are_read_by_each_rank_for_itself(data, tmp_path, dtyp
     flags = flags_of(data, tmp_path, "--init_from", str(path))
     one, _ = run_of(ONE_PROCESS, flags, large, steps=2)
     for weights, largest in run_on(2, run_of, flags, large, 2):
-        assert differing(one, weights) == []
+        assert trained_apart(one, weights) == []
         assert largest <= half_of_the_largest(one)
     before, _ = run_on(2, run_of, flags, large)[1]
     assert differing(dict(build_model(read_checkpoint(path)).state_dict()), before) == []
@@ -305,5 +319,5 @@ def test_a_large_run_is_resumed(data, tmp_path):
     alone, _ = run_of(ONE_PROCESS, flags, True, steps=2)
     assert differing(one, alone) == []
     for weights, largest in run_on(2, run_of, flags, True, 2):
-        assert differing(one, weights) == []
+        assert trained_apart(one, weights) == []
         assert largest <= half_of_the_largest(one)

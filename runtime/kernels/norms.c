@@ -19,16 +19,6 @@ typedef struct {
 /* The tables' numbers of a row. */
 INLINE int64_t table_of(const Rows *p, int64_t row) { return row / p->H % p->T * p->n; }
 
-/* Do STEP(i, left) for the vectors of `count` numbers from i on; only the last may have fewer left. */
-#define FOR_VECTORS(count, STEP)                                                                                \
-    {                                                                                                           \
-        int64_t i = 0;                                                                                          \
-        for (; i + LANES <= (count); i += LANES)                                                                \
-            STEP(i, LANES)                                                                                      \
-        if (i < (count))                                                                                        \
-            STEP(i, (count) - i)                                                                                \
-    }
-
 static real scale_of(const Rows *p, const real *x)
 {
     /* Four sums, as each addition waits for the one before. */
@@ -61,24 +51,21 @@ static void forward(void *job, int64_t task, real *room)
             scale = ALL(p->scales[r]);
         }
         if (!p->cos) {
-#define STEP(i, left) put(y + i, some(x + i, left) * scale * some(weight + i, left), left);
-            FOR_VECTORS(n, STEP)
-#undef STEP
+            FOR_VECTORS(n, {
+                put(y + i, some(x + i, left) * scale * some(weight + i, left), left);
+            })
             continue;
         }
         const real *cos = p->cos + table_of(p, r), *sin = p->sin + table_of(p, r);
-#define STEP(i, left)                                                                                           \
-    {                                                                                                           \
-        vec a = some(x + i, left), b = some(x + half + i, left);                                                \
-        if (weight) {                                                                                           \
-            a = a * scale * some(weight + i, left);                                                             \
-            b = b * scale * some(weight + half + i, left);                                                      \
-        }                                                                                                       \
-        put(y + i, a * some(cos + i, left) - b * some(sin + i, left), left);                                    \
-        put(y + half + i, b * some(cos + half + i, left) + a * some(sin + half + i, left), left);               \
-    }
-        FOR_VECTORS(half, STEP)
-#undef STEP
+        FOR_VECTORS(half, {
+            vec a = some(x + i, left), b = some(x + half + i, left);
+            if (weight) {
+                a = a * scale * some(weight + i, left);
+                b = b * scale * some(weight + half + i, left);
+            }
+            put(y + i, a * some(cos + i, left) - b * some(sin + i, left), left);
+            put(y + half + i, b * some(cos + half + i, left) + a * some(sin + half + i, left), left);
+        })
     }
 }
 
@@ -91,14 +78,11 @@ static const real *turned_back(const Rows *p, int64_t row, real *to)
         return grad;
     cos = p->cos + table_of(p, row);
     sin = p->sin + table_of(p, row);
-#define STEP(i, left)                                                                                           \
-    {                                                                                                           \
-        vec a = some(grad + i, left), b = some(grad + half + i, left);                                          \
-        put(to + i, a * some(cos + i, left) + b * some(sin + half + i, left), left);                            \
-        put(to + half + i, b * some(cos + half + i, left) - a * some(sin + i, left), left);                     \
-    }
-    FOR_VECTORS(half, STEP)
-#undef STEP
+    FOR_VECTORS(half, {
+        vec a = some(grad + i, left), b = some(grad + half + i, left);
+        put(to + i, a * some(cos + i, left) + b * some(sin + half + i, left), left);
+        put(to + half + i, b * some(cos + half + i, left) - a * some(sin + i, left), left);
+    })
     return to;
 }
 
@@ -119,19 +103,16 @@ static void backward(void *job, int64_t task, real *room)
         if (!weight)
             continue;
         vec total = ALL(0), scale = ALL(p->scales[r]);
-#define STEP(i, left)                                                                                           \
-    {                                                                                                           \
-        vec product = some(grad + i, left) * some(x + i, left) * scale;                                         \
-        total += product * some(weight + i, left);                                                              \
-        put(sums + i, some(sums + i, left) + product, left);                                                    \
-    }
-        FOR_VECTORS(n, STEP)
-#undef STEP
+        FOR_VECTORS(n, {
+            vec product = some(grad + i, left) * some(x + i, left) * scale;
+            total += product * some(weight + i, left);
+            put(sums + i, some(sums + i, left) + product, left);
+        })
         vec mean = ALL(sum_of(total) / n);
-#define STEP(i, left)                                                                                           \
-    put(out + i, (some(grad + i, left) * some(weight + i, left) - some(x + i, left) * scale * mean) * scale, left);
-        FOR_VECTORS(n, STEP)
-#undef STEP
+        FOR_VECTORS(n, {
+            vec product = some(x + i, left) * scale * mean;
+            put(out + i, (some(grad + i, left) * some(weight + i, left) - product) * scale, left);
+        })
     }
 }
 

@@ -19,13 +19,6 @@ typedef struct {
     real *grad_logits;                /* [N, E] */
 } Router;
 
-/* Do STEP(i, left) for the vectors of E numbers from i on; only the last may have fewer left. */
-#define FOR_EXPERTS(STEP)                                                                                       \
-    for (int64_t i = 0; i < E; i += LANES) {                                                                    \
-        int64_t left = least(E - i, LANES);                                                                     \
-        STEP                                                                                                    \
-    }
-
 /* The best K by share and expert bias, the first of equals. Any order among numbers that are none:
    the experts are different ones in any case. */
 static void choose_experts(const Router *p, const real *share, int64_t *chosen)
@@ -61,7 +54,7 @@ static void forward(void *job, int64_t task, real *room)
         for (int64_t e = 1; e < E; e++)
             highest = x[e] > highest ? x[e] : highest;
         vec mean = ALL(0), all = ALL(0);
-        FOR_EXPERTS({
+        FOR_VECTORS(E, {
             /* From where exp_of changes no more: a share of nothing has an entropy, too. */
             vec under = at_least(some(x + i, left) - highest, -87);
             put(share + i, exp_of(under), left);
@@ -71,7 +64,7 @@ static void forward(void *job, int64_t task, real *room)
             mean += s * under;
         })
         real total = sum_of(all), log_total = (real)log((double)total);
-        FOR_EXPERTS({
+        FOR_VECTORS(E, {
             vec s = some(share + i, left) / total;
             put(share + i, s, left);
             put(sums + i, some(sums + i, left) + s, left);
@@ -102,10 +95,10 @@ static void backward(void *job, int64_t task, real *room)
         real all = p->grad_z_loss ? 2 * *p->grad_z_loss * p->logs[n] / p->N : 0;
         if (p->grad_mean) {
             vec mean = ALL(0);
-            FOR_EXPERTS(mean += some(share + i, left) * some(p->grad_mean + i, left);)
+            FOR_VECTORS(E, mean += some(share + i, left) * some(p->grad_mean + i, left);)
             all -= sum_of(mean) / p->N;
         }
-        FOR_EXPERTS({
+        FOR_VECTORS(E, {
             vec of_share = ALL(all);
             if (p->grad_mean)
                 of_share += some(p->grad_mean + i, left) / ALL(p->N);

@@ -101,6 +101,20 @@ INLINE void put(real *to, vec v, int64_t left)
         memcpy(to, &v, left * sizeof(real));
 }
 
+/* Do something for the vectors of `count` numbers from i on; only the last may have `left` < LANES. */
+#define FOR_VECTORS(count, ...)                                                                                 \
+    {                                                                                                           \
+        int64_t i = 0;                                                                                          \
+        for (; i + LANES <= (count); i += LANES) {                                                              \
+            enum { left = LANES };                                                                              \
+            __VA_ARGS__                                                                                         \
+        }                                                                                                       \
+        if (i < (count)) {                                                                                      \
+            int64_t left = (count) - i;                                                                         \
+            __VA_ARGS__                                                                                         \
+        }                                                                                                       \
+    }
+
 INLINE real sum_of(vec v)
 {
     real sum = 0;

@@ -133,13 +133,17 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_weights_NK, _experts, _counts, grad_mean_E, grad_z_loss, _entropy):
         x_NC, weight_EC, weights_NK, experts_NK, shares_NE, logs_N = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if shares_NE.shape[1] == 1 and not grad_z_loss:
+            # The only share is 1, whatever its score: nothing for x, zeros for what is trained.
+            bias_E = torch.zeros_like(weight_EC[:, 0]) if wanted[2] else None
+            return None, torch.zeros_like(weight_EC) if wanted[1] else None, bias_E, None, None
         grads = (grad_weights_NK, grad_mean_E, grad_z_loss)
         weights, mean, z_loss = (None if grad is None else grad.contiguous() for grad in grads)
         grad_NE = torch.empty_like(shares_NE)
         tensors = dict(shares=shares_NE, weights=weights_NK, logs=logs_N, experts=experts_NK)
         tensors |= dict(grad_weights=weights, grad_mean=mean, grad_z_loss=z_loss)
         _run("backward", *shares_NE.shape, weights_NK.shape[1], grad_logits=grad_NE, **tensors)
-        wanted = ctx.needs_input_grad
         return (
             grad_NE @ weight_EC if wanted[0] else None,
             grad_NE.t() @ x_NC if wanted[1] else None,

@@ -476,8 +476,11 @@ static void *work_in_thread(void *team)
     return NULL;
 }
 
-/* Threads for so many multiply-adds: another one wants some to be worth waking. */
-#define WORTH_A_THREAD (1 << 18)
+/* Threads for so many multiply-adds: another one wants some to be worth waking. On a virtual machine
+   that costs as much as a million of them. */
+#ifndef WORTH_A_THREAD
+#define WORTH_A_THREAD (1 << 21)
+#endif
 INLINE int threads_for(int64_t threads, int64_t products) { return (int)least(threads, 1 + products / WORTH_A_THREAD); }
 
 /* rooms: room_size values for each thread. Which thread does a task must not matter. */

@@ -28,3 +28,10 @@ def take(monkeypatch, module, build: str, dtype: torch.dtype) -> None:
     code = module.library(dtype, "-O1", *FLAGS[build])
     assert code[0] is not None, code[1]
     monkeypatch.setattr(module, "library", lambda dtype: code)
+
+
+def share_small_work(monkeypatch, module) -> None:
+    """Let a kernel's module wake threads for work of any size."""
+    code = module.library(torch.float32, "-O1", "-DWORTH_A_THREAD=1")
+    assert code[0] is not None, code[1]
+    monkeypatch.setattr(module, "library", lambda *_: code)

@@ -13,7 +13,7 @@ import runtime.kernels.choose  # noqa: F401  (hands the loss in)
 from runtime.kernels import linear_cross_entropy as plain
 from runtime.kernels import loss_in_c, newton_schulz, squares
 from runtime.training.optimizer import total_norm
-from tests.kernels.builds import EVERY_BUILD, take
+from tests.kernels.builds import EVERY_BUILD, share_small_work, take
 from tests.numeric import assert_close, rounding, size_of
 
 HAS_CODE, WHY_NOT = loss_in_c.library()
@@ -100,7 +100,8 @@ def test_a_gradient_that_is_not_wanted_is_not_made(frozen):
         assert_close(value, grad, rounding(torch.float32, 12, 61, 61))
 
 
-def test_bits_do_not_depend_on_threads():
+def test_bits_do_not_depend_on_threads(monkeypatch):
+    share_small_work(monkeypatch, loss_in_c)
     *floats, targets_N = case(SHAPES[1], True)
     floats, before = [t.float() for t in floats], torch.get_num_threads()
     try:

@@ -15,7 +15,7 @@ from runtime.checks.kernels import settle_kernels
 from runtime.kernels import norms
 from runtime.kernels.choose import choose_kernels, norms_of, why_not_c
 from tests.builders import random_model, tiny_config
-from tests.kernels.builds import EVERY_BUILD, take
+from tests.kernels.builds import EVERY_BUILD, share_small_work, take
 from tests.numeric import assert_close, gradients_bound, rounding
 
 HAS_CODE, WHY_NOT = norms.library()
@@ -104,8 +104,9 @@ def test_without_an_epsilon_it_is_the_dtypes():
 
 
 @pytest.mark.parametrize("has_rope", [False, True])
-def test_the_same_bits_on_any_number_of_threads(has_rope):
+def test_the_same_bits_on_any_number_of_threads(monkeypatch, has_rope):
     """Sums over rows are made of the same parts: a resumed run may have other threads."""
+    share_small_work(monkeypatch, norms)
     before, found = torch.get_num_threads(), []
     x, weight, rope, grad = case((4, 300, 6, 32), True, has_rope)
     x, weight, grad = x.float(), weight.float(), grad.float()

@@ -13,7 +13,7 @@ from runtime.kernels import routed_experts
 from runtime.kernels.choose import choose_kernels, why_not_c
 from runtime.kernels.linear_cross_entropy import linear_cross_entropy
 from tests.builders import random_model, tiny_config
-from tests.kernels.builds import EVERY_BUILD, take
+from tests.kernels.builds import EVERY_BUILD, share_small_work, take
 from tests.numeric import assert_close, rounding
 
 HAS_CODE, WHY_NOT = routed_experts.library()
@@ -143,6 +143,7 @@ def test_gradients_are_those_of_finite_differences(activation):
 @pytest.mark.parametrize("team", ["PyTorch's threads", "threads of its own"])
 def test_bits_do_not_depend_on_threads(monkeypatch, team):
     """Experts of few rows are one task, others several: in any order, on any thread."""
+    share_small_work(monkeypatch, routed_experts)
     if team == "threads of its own":
         monkeypatch.setattr(routed_experts, "parallel_region", lambda: 0)
     before = torch.get_num_threads()

@@ -104,11 +104,11 @@ def _settle_bias(model, documents: bool) -> list[str]:
             why = "the kernels know no documents that share a sequence"
         # Another kernel may stand there where these cannot run.
         is_chosen = isinstance(attention.kernel, functools.partial)
-        if is_chosen and not why:
-            why = _why_not_bias(attention, bias.device)
+        if is_chosen and why:
+            attention.kernel = None
+        elif is_chosen and (why := _why_not_bias(attention, bias.device)):
+            leave_out(attention, "kernel")
         if why:
-            if is_chosen:
-                leave_out(attention, "kernel")
             why = f"plain operations compute attention with the learned bias: {why}"
         elif is_chosen:
             why = (

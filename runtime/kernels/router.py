@@ -135,7 +135,7 @@ class _Route(torch.autograd.Function):
         x_NC, weight_EC, weights_NK, experts_NK, shares_NE, logs_N = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         if shares_NE.shape[1] == 1 and not grad_z_loss:
-            # The only share is 1, whatever its score: nothing for x, zeros for what is trained.
+            # The share is 1, whatever the finite score: nothing for x, zeros for what is trained.
             bias_E = torch.zeros_like(weight_EC[:, 0]) if wanted[2] else None
             return None, torch.zeros_like(weight_EC) if wanted[1] else None, bias_E, None, None
         grads = (grad_weights_NK, grad_mean_E, grad_z_loss)

@@ -101,7 +101,8 @@ INLINE void put(real *to, vec v, int64_t left)
         memcpy(to, &v, left * sizeof(real));
 }
 
-/* Do something for the vectors of `count` numbers from i on; only the last may have `left` < LANES. */
+/* Do something for the vectors of `count` numbers from i on; only the last may have `left` < LANES. It is
+   written out twice, so no break or continue. */
 #define FOR_VECTORS(count, ...)                                                                                 \
     {                                                                                                           \
         int64_t i = 0;                                                                                          \

@@ -118,16 +118,17 @@ def test_changed_attention_with_sinks_is_what_is_computed(monkeypatch):
 
 @pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
 def test_what_was_taken_away_is_not_chosen_again(monkeypatch):
-    """GRPO samples with the model that it trains, in another dtype if it is told to, and chose the
-    kernels anew each time: a router with sigmoids was then trained as one with a softmax.
+    """GRPO chooses kernels anew before it samples, as a score samples with the same model in
+    another dtype. A router with sigmoids was trained, and answers were drawn by one with a softmax.
     """
     monkeypatch.setattr(model_parts.MoE, "routed", router_with_sigmoids(model_parts.MoE.routed))
     model = ready()
     (line,) = settle_kernels(model)
     assert "runtime/kernels/router.py has other results" in line
-    sampler = Sampler(model, stop_ids=[9], max_new_tokens=3)
-    sampler.sample([[1, 2, 3]], 2, seed=7)
-    assert all(block.moe.route_kernel is None for block in model.layers)
+    for dtype in (torch.bfloat16, torch.float32):
+        sampler = Sampler(model, stop_ids=[9], max_new_tokens=3, dtype=dtype)
+        sampler.sample([[1, 2, 3]], 2, seed=7)
+        assert all(block.moe.route_kernel is None for block in model.layers)
     assert all(block.attention.turn_kernel for block in model.layers)
     assert settle_kernels(model) == []
     # A decoder takes the kernels away even if nobody settled before.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime.kernels import newton_schulz
-from tests.kernels.builds import EVERY_BUILD, take
+from tests.kernels.builds import EVERY_BUILD, share_small_work, take
 from tests.numeric import assert_close, rounding
 
 HAS_CODE, WHY_NOT = newton_schulz.library()
@@ -51,8 +51,9 @@ def test_every_build_gives_the_same(monkeypatch, build, dtype):
         check(shape, dtype)
 
 
-def test_a_matrix_has_the_same_bits_in_any_company():
+def test_a_matrix_has_the_same_bits_in_any_company(monkeypatch):
     """A resumed run may stack matrices in another way, on another number of threads."""
+    share_small_work(monkeypatch, newton_schulz)
     shape, before = (5, 24, 40), torch.get_num_threads()
     found = []
     try:

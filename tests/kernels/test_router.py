@@ -132,9 +132,10 @@ def test_one_expert_s_router_gets_zeros_and_its_input_nothing(biased):
     moe, x_NC = block(40, 1, 1, biased)
     x_NC.requires_grad_()
     leaves = list(moe.router.parameters())
-    for factor, is_zero in ((0.0, True), (0.1, False)):
+    for factor, is_zero in ((None, True), (0.0, True), (0.1, False)):
         out = by_c(moe, x_NC)
-        loss = out.weights_NK.square().sum() + out.mean_E.sum() + factor * out.z_loss
+        loss = out.weights_NK.square().sum() + out.mean_E.sum()
+        loss = loss if factor is None else loss + factor * out.z_loss
         of_x, *others = torch.autograd.grad(loss, [x_NC, *leaves], allow_unused=True)
         assert (of_x is None) == is_zero
         assert all((grad.count_nonzero() == 0) == is_zero for grad in others)

@@ -242,13 +242,27 @@ def _why_not_sinks(attention) -> str:
 
 @torch.inference_mode()
 def _why_not_norm(norm) -> str:
-    generator, plain = torch.Generator().manual_seed(0), copy.copy(norm)
+    generator = torch.Generator().manual_seed(0)
+    probe = _with_drawn_weight(norm, generator)
+    plain = copy.copy(probe)
     plain.kernel = None
     x = torch.randn(2, 3, *norm.normalized_shape, generator=generator)
-    ours = norm.kernel(norm, x)
+    ours = norm.kernel(probe, x)
     if ours is not None and not _is_same(ours, plain(x), x.shape[-1]):
         return "runtime/kernels/norms.py has other results than model_parts.RMSNorm"
     return ""
+
+
+def _with_drawn_weight(norm, generator: torch.Generator):
+    """Return a copy of a norm with random weights: a run that resumes has not read its own yet."""
+    probe = copy.copy(norm)
+    probe._parameters = {
+        name: None
+        if weight is None
+        else torch.nn.Parameter(torch.randn(norm.normalized_shape, generator=generator))
+        for name, weight in norm._parameters.items()
+    }
+    return probe
 
 
 @torch.inference_mode()
@@ -260,6 +274,7 @@ def _why_not_turn(attention) -> str:
     x_BHTD = torch.randn(2, TOKENS, 3, D, generator=generator).transpose(1, 2)
     rope = tuple(torch.randn(TOKENS, D, generator=generator) for _ in range(2))
     for norm in {attention.q_norm, attention.k_norm}:
+        norm = norm and _with_drawn_weight(norm, generator)
         for tables in (rope, None):
             ours = attention.turn_kernel(x_BHTD, norm, tables)
             plain = copy.copy(norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -56,6 +57,21 @@ def test_the_model_as_it_is_keeps_its_kernels(activation, packed):
 @pytest.mark.parametrize("seed", range(20))
 def test_any_architecture_keeps_its_kernels(seed):
     model = random_model(random_config(seed), seed)
+    choose_kernels(model, CPU, torch.float32)
+    assert settle_kernels(model) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kernels_are_asked_whatever_the_weights_are(seed):
+    """A large run that resumes has weights of memory as it was until it reads its own.
+
+    Where that held no numbers, the norms' kernel was taken for a wrong one: other bits, now and
+    then, than those of the run that was not stopped.
+    """
+    model = random_model(random_config(seed), seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
     choose_kernels(model, CPU, torch.float32)
     assert settle_kernels(model) == []
 

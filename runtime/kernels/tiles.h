@@ -478,7 +478,7 @@ static void *work_in_thread(void *team)
 }
 
 /* Threads for so many multiply-adds: another one wants some to be worth waking. On a virtual machine
-   that costs as much as a million of them. */
+   that costs as much as some millions of them. */
 #ifndef WORTH_A_THREAD
 #define WORTH_A_THREAD (1 << 21)
 #endif

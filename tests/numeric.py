@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import LLM
 from runtime.checks.rounding import MARGIN, gradients_bound, logits_bound, rounding, size_of
-from runtime.inference.quantize import INPUT_EPS, packed_kind
+from runtime.inference.quantize import INPUT_EPS, is_packed
 
 __all__ = [
     "assert_close",
@@ -65,21 +65,22 @@ def assert_close(
 
 
 def packed_bound(model: LLM) -> float:
-    """Return what is added to `logits_bound` where C multiplies with weights of 4 bits.
+    """Return what is added to `logits_bound` where C multiplies with packed weights.
 
-    It rounds the inputs of each product to 16 bits. The products of a block follow one another.
+    It rounds the inputs of each product to 16 bits; next to weights of 4 bits if
+    NativeModel.planes is 2. The products of a block follow one another.
     """
     products = 4 * model.config.transformer_blocks + 1
-    is_rounded = packed_kind(model) == "int4"
-    return MARGIN * INPUT_EPS * products**0.5 if is_rounded else 0.0
+    return MARGIN * INPUT_EPS * products**0.5 if is_packed(model) else 0.0
 
 
 @torch.no_grad()
-def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
+def before_ties(model: LLM, ids_BT: Tensor, extra: float = 0.0) -> Tensor:
     """Return a bool [B, T]: no router has met a near tie at this token or before it.
 
     Every implementation then chooses the same experts. A near tie: the score of the last expert
-    that is chosen is above that of the first that is not by no more than rounding may make.
+    that is chosen is above that of the first that is not by no more than rounding may make, and
+    `extra`.
     """
     B, T = ids_BT.shape
     gaps = [torch.full((B * T,), float("inf"), dtype=torch.float64)]
@@ -101,5 +102,5 @@ def before_ties(model: LLM, ids_BT: Tensor) -> Tensor:
         for handle in handles:
             handle.remove()
     # Scores are probabilities: an error of a router's logits moves them by a fraction of it.
-    is_clear = torch.stack(gaps).amin(0) > logits_bound(model.config, T) + packed_bound(model)
+    is_clear = torch.stack(gaps).amin(0) > logits_bound(model.config, T) + extra
     return is_clear.view(B, T).cumprod(1).bool()

@@ -63,13 +63,13 @@ def check_native_logits(seed: int) -> None:
     assert native and not why
     cpu_decode_threads = r.choice([1, 2, 3])
     # However small it is.
-    native.least_bytes_per_thread = 1
+    native.least_bytes_per_thread, native.planes = 1, 2
     texts = [
         [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))]
         for _ in range(r.choice([1, 2, 5, 9]))
     ]
     plain = [model(torch.tensor([text])).logits[0] for text in texts]
-    clear = [before_ties(model, torch.tensor([text]))[0] for text in texts]
+    clear = [before_ties(model, torch.tensor([text]), packed_bound(model))[0] for text in texts]
     caches = KVCache(config, len(texts), 48).rows()
     is_ring, done, compared = any(caches[0].is_ring), [0] * len(texts), 0
     threads = torch.get_num_threads()

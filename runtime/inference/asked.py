@@ -41,7 +41,7 @@ from runtime.checks.kernels import settle_kernels
 from runtime.checks.known import Known
 from runtime.checks.rounding import MARGIN, logits_bound
 from runtime.inference import cpu_decode
-from runtime.inference.quantize import INPUT_EPS, packed_kind
+from runtime.inference.quantize import INPUT_EPS, is_packed, packed_kind
 from runtime.kernels.compile import cache_folder, cpu_flags
 
 # A text of so many tokens, of which the last STEPS come one by one; the other text is shorter.
@@ -100,6 +100,8 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
         model, decoder._whole, ids_B, positions_B, span
     )
     dispatched, threads = _without_dispatch(model), torch.get_num_threads()
+    if decoder.native is not None:
+        decoder.native.planes = 2
     if _weight_bytes(model) < LARGE_BYTES:
         # So little work is done before other threads are awake.
         torch.set_num_threads(1)
@@ -113,6 +115,8 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
         return f"{known.what} fails on this model: {' '.join(str(error).split())[:200]}"
     finally:
         del decoder._replay
+        if decoder.native is not None:
+            decoder.native.planes = 1
         torch.set_num_threads(threads)
         for owner, name, kernel in dispatched:
             setattr(owner, name, kernel)
@@ -165,11 +169,11 @@ def explained(model: LLM) -> float:
 
     That of float32 (runtime/checks/rounding.py). In a narrower dtype, what each block stores is
     off by that dtype's eps too, and the errors of the blocks add up like a random walk. So do those
-    of the C decoder with weights of 4 bits, whose inputs it rounds to 16.
+    of the C decoder with packed weights, whose inputs it rounds to 16 bits (NativeModel.planes).
     """
     c, dtype = model.config, model.embed.weight.dtype
     stored = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
-    if packed_kind(model) == "int4":
+    if is_packed(model):
         stored = max(stored, INPUT_EPS)
     return logits_bound(c, FAR) + MARGIN / 2 * math.sqrt(c.transformer_blocks + 1) * stored
 
@@ -319,7 +323,7 @@ class _Routers:
 
     def __init__(self, model: LLM):
         self._routers = [block.moe.router for block in model.layers]
-        self._near = MARGIN * INPUT_EPS if packed_kind(model) == "int4" else NEAR
+        self._near = MARGIN * INPUT_EPS if is_packed(model) else NEAR
         self._said: list[list[tuple]] = [[] for _ in self._routers]
         self._rows: Tensor | None = None
 

@@ -9,7 +9,7 @@
    A row's numbers are the same bits whatever other rows the pass has, however its text was cut into
    passes, and on any number of threads. So every sum has one order, whichever function computes it:
    one accumulator of LANES lanes from the beginning on, then `sum_of`, then what does not fill a
-   vector; with weights of 4 bits one of 8 lanes, from group to group. Nothing is left to the compiler:
+   vector; with packed weights one of 8 lanes, from piece to piece. Nothing is left to the compiler:
    each multiply-add is written as one (FMA), and cpu_decode.py forbids others (-ffp-contract=off).
 
    Letters as in model_parts.py: C d_model, L blocks, H query heads, G key/value heads, D head_dim,
@@ -40,7 +40,8 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t narrow __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int8_t chars __attribute__((vector_size(32), aligned(1), may_alias));
 typedef int32_t eight_ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int16_t shorts __attribute__((vector_size(32), aligned(2), may_alias));
@@ -82,13 +83,6 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
 #endif
 #define ALL(x) ((vec){0} + (x))
 #define LOAD_FLOATS(p) (*(const vec *)(p))
-#if defined(__AVX512F__)    /* gcc 12 does the last line byte by byte */
-#define LOAD_BYTES(p) ((vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
-#elif defined(__AVX2__)
-#define LOAD_BYTES(p) ((vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
-#else
-#define LOAD_BYTES(p) __builtin_convertvector(__builtin_convertvector(*(const bytes *)(p), ints), vec)
-#endif
 /* FMA(a, b, s) into s, in so many words: a compiler that is free to choose moves sums between
    registers and memory where they just fit. */
 #if defined(__AVX512F__) && defined(__FMA__)
@@ -109,6 +103,7 @@ typedef int32_t four_ints __attribute__((vector_size(16)));
    across the end of a short row. */
 #define AHEAD 1024
 #define NIBBLES 32          /* weights of 4 bits that have a scale: quantize.py */
+#define WIDE 128            /* inputs of weights of 8 bits that have a scale */
 #define GROUP 64            /* rows taken together: they stay in the cache with the weight rows */
 #define FEW 8               /* inputs for which weights come from memory at its own speed */
 
@@ -117,8 +112,7 @@ enum { GELU, SWIGLU, SWIGLU_CLAMPED };
 #define STEEPNESS 1.702f
 
 /* float; with scale, int8 times the scale of its row; with groups, 4 bits times the scale, a bfloat16,
-   of their group of NIBBLES (quantize.py): the last group of a row is whole. Products with 4 bits round
-   their inputs to 16. */
+   of their group of NIBBLES (quantize.py): the last group of a row is whole. */
 typedef struct {
     const void *weight;
     const float *scale, *bias;   /* bias [rows] or NULL */
@@ -166,11 +160,12 @@ typedef struct {
     /* [n, C], [n, max(C, H * D)], [n, H * D], [n, G * D] twice, [n * K, F] twice */
     float *x, *y, *q, *k, *v, *h, *up;
     int32_t *chosen, *order, *starts;    /* [n * K], [n * K] assignments by expert, [E + 1] */
-    float *gate, *private;               /* [n * K]; per thread: scores and unpacked weights */
+    float *gate, *private;               /* [n * K]; per thread: scores or rounded inputs */
     int64_t private_floats;
     int32_t team;               /* threads at work */
     atomic_int arrived, phase;  /* of the barrier; phase -1 while threads are being started */
-    int32_t unused;
+    /* 1; 2: inputs of weights of 4 bits are rounded to 16 bits, as the sum of two of 8. For comparisons. */
+    int32_t planes;
 } Pass;
 
 static void barrier(Pass *p)
@@ -301,56 +296,60 @@ static int64_t row_bytes_of(const Matrix *a)
     return a->groups ? (int64_t)groups_of(a->cols) * NIBBLES / 2 : a->scale ? a->cols : 4 * (int64_t)a->cols;
 }
 
-/* A row of floats or bytes as floats without its row scale: where it is, or in `room`. */
-static const float *row_of(const Matrix *a, int64_t row, float *room)
-{
-    int cols = a->cols, i = 0;
-    const char *weights = (const char *)a->weight + row * row_bytes_of(a);
-    if (!a->scale)
-        return (const float *)weights;
-    const int8_t *w = (const int8_t *)weights;
-    for (; i + LANES <= cols; i += LANES)
-        *(vec *)(room + i) = LOAD_BYTES(w + i);
-    for (; i < cols; i++)
-        room[i] = w[i];
-    return room;
-}
-
 /* What is prefetched while a row passes: from so many bytes after its beginning on, so many for each
    line of the row. */
 typedef struct { int64_t from, pace; } Ahead;
 
-/* NAME: `dot` of 1 to MOST_INPUTS inputs and TILE weight rows; sums[j][i]: input j, row i. Each sum has a
-   name: gcc keeps an array of them in memory. */
-#define PRODUCTS(NAME, TYPE, LOAD)                                                                              \
-    INLINE void NAME##_of(const TYPE *const *w, const float *const *x, int cols, Ahead ahead, four *sums, const int NX)\
+#define STEP(AT)                                                                                                \
     {                                                                                                           \
-        enum { LINE = 64 / sizeof(TYPE) };                                                                      \
-        const TYPE *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];                                              \
-        const float *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];                               \
-        vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};\
-        int k = 0;                                                                                              \
-        for (; k + LINE <= cols; k += LINE) {                                                                   \
-            __builtin_prefetch((const char *)w0 + ahead.from);                                                  \
-            __builtin_prefetch((const char *)w1 + ahead.from);                                                  \
-            __builtin_prefetch((const char *)w2 + ahead.from);                                                  \
-            __builtin_prefetch((const char *)w3 + ahead.from);                                                  \
-            ahead.from += ahead.pace;                                                                           \
-            for (int at = 0; at < LINE; at += LANES)                                                            \
-                STEP(LOAD, k + at)                                                                              \
-        }                                                                                                       \
-        for (; k + LANES <= cols; k += LANES)                                                                   \
-            STEP(LOAD, k)                                                                                       \
-        sums[0] = sums_of(a0, a1, a2, a3);                                                                      \
+        vec v0 = LOAD_FLOATS(x0 + (AT)), v1 = LOAD_FLOATS(x1 + (AT)), v2 = LOAD_FLOATS(x2 + (AT));              \
+        STEP_OF(LOAD_FLOATS(w0 + (AT)), a0, b0, c0)                                                             \
+        STEP_OF(LOAD_FLOATS(w1 + (AT)), a1, b1, c1)                                                             \
+        STEP_OF(LOAD_FLOATS(w2 + (AT)), a2, b2, c2)                                                             \
+        STEP_OF(LOAD_FLOATS(w3 + (AT)), a3, b3, c3)                                                             \
+    }
+#define STEP_OF(WEIGHTS, A, B, C)                                                                               \
+    {                                                                                                           \
+        vec weights = WEIGHTS;                                                                                  \
+        ADD_PRODUCT(A, weights, v0);                                                                            \
         if (NX > 1)                                                                                             \
-            sums[1] = sums_of(b0, b1, b2, b3);                                                                  \
+            ADD_PRODUCT(B, weights, v1);                                                                        \
         if (NX > 2)                                                                                             \
-            sums[2] = sums_of(c0, c1, c2, c3);                                                                  \
-        for (; k < cols; k++)                                                                                   \
-            for (int j = 0; j < NX; j++)                                                                        \
-                sums[j] = FMA4(((four){w0[k], w1[k], w2[k], w3[k]}), (four){0} + x[j][k], sums[j]);             \
-    }                                                                                                           \
-    static void NAME(const TYPE *const *w, const float *const *x, int nx, int cols, Ahead ahead, four *sums)    \
+            ADD_PRODUCT(C, weights, v2);                                                                        \
+    }
+/* `dot` of NX inputs and TILE weight rows; sums[j][i]: input j, row i. Each sum has a name: gcc keeps an
+   array of them in memory. */
+INLINE void float_products_of(const float *const *w, const float *const *x, int cols, Ahead ahead, four *sums, const int NX)
+{
+    enum { LINE = 64 / sizeof(float) };
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const float *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];
+    vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
+    int k = 0;
+    for (; k + LINE <= cols; k += LINE) {
+        __builtin_prefetch((const char *)w0 + ahead.from);
+        __builtin_prefetch((const char *)w1 + ahead.from);
+        __builtin_prefetch((const char *)w2 + ahead.from);
+        __builtin_prefetch((const char *)w3 + ahead.from);
+        ahead.from += ahead.pace;
+        for (int at = 0; at < LINE; at += LANES)
+            STEP(k + at)
+    }
+    for (; k + LANES <= cols; k += LANES)
+        STEP(k)
+    sums[0] = sums_of(a0, a1, a2, a3);
+    if (NX > 1)
+        sums[1] = sums_of(b0, b1, b2, b3);
+    if (NX > 2)
+        sums[2] = sums_of(c0, c1, c2, c3);
+    for (; k < cols; k++)
+        for (int j = 0; j < NX; j++)
+            sums[j] = FMA4(((four){w0[k], w1[k], w2[k], w3[k]}), (four){0} + x[j][k], sums[j]);
+}
+
+/* The function NAME for 1 to MOST_INPUTS inputs. */
+#define FOR_INPUTS(NAME, WEIGHTS, INPUT)                                                                        \
+    static void NAME(WEIGHTS, const INPUT *const *x, int nx, int cols, Ahead ahead, four *sums)                 \
     {                                                                                                           \
         if (nx == 1)                                                                                            \
             NAME##_of(w, x, cols, ahead, sums, 1);                                                              \
@@ -359,165 +358,255 @@ typedef struct { int64_t from, pace; } Ahead;
         else                                                                                                    \
             NAME##_of(w, x, cols, ahead, sums, 3);                                                              \
     }
-#define STEP(LOAD, AT)                                                                                          \
-    {                                                                                                           \
-        vec v0 = LOAD_FLOATS(x0 + (AT)), v1 = LOAD_FLOATS(x1 + (AT)), v2 = LOAD_FLOATS(x2 + (AT));              \
-        STEP_OF(LOAD(w0 + (AT)), a0, b0, c0)                                                                    \
-        STEP_OF(LOAD(w1 + (AT)), a1, b1, c1)                                                                    \
-        STEP_OF(LOAD(w2 + (AT)), a2, b2, c2)                                                                    \
-        STEP_OF(LOAD(w3 + (AT)), a3, b3, c3)                                                                    \
-    }
-#define STEP_OF(WEIGHTS, A, B, C)                                                                               \
-    {                                                                                                           \
-        vec weights = WEIGHTS;                                                                                  \
-        ADD_PRODUCT(A, weights, v0);                                                                                \
-        if (NX > 1)                                                                                             \
-            ADD_PRODUCT(B, weights, v1);                                                                            \
-        if (NX > 2)                                                                                             \
-            ADD_PRODUCT(C, weights, v2);                                                                            \
-    }
-PRODUCTS(float_products, float, LOAD_FLOATS)
-PRODUCTS(byte_products, int8_t, LOAD_BYTES)
+FOR_INPUTS(float_products, const float *const *w, float)
 
-/* ------------------------------------------------------------------- products with weights of 4 bits */
-/* NIBBLES inputs as 16 bits times a scale. A product of them and nibbles is exact: 8 lanes of 4 inputs,
-   from pairs of the first half and of the second. Lanes 4 to 7 are 16 times too large, as their nibbles
-   are the upper ones of a byte; `scale` makes up for it. `less` takes the 8 that nibbles are kept
-   too large by. */
+/* ------------------------------------------------------------------------------ products in integers */
+/* Packed weights are multiplied with rounded inputs, so that a product's sums are exact: 8 lanes of them,
+   which are scaled and added in float32 a piece at a time. */
+
+/* Inputs of weights of 8 bits: WIDE of them as 16 bits times one scale. */
 typedef struct {
-    shorts first, second;
-    eight_ints less;
+    shorts x[WIDE / 16];
     eight scale;
-} Rounded;
+} Wide;
 
-/* The nibbles of a group, 8 too large: of the first half of its elements, and of the second. */
-typedef struct { shorts first, second; } Halves;
+/* Inputs of weights of 4 bits: two groups as 8 bits times a scale each, in the order in which `halves_of`
+   has their weights. `begin` takes the 8 that weights are kept too large by; lanes 0 to 3 are of the
+   first group. */
+typedef struct {
+    chars low, high;
+    eight_ints begin;
+    eight scale;
+} Narrow;
 
-INLINE Halves halves_of(const uint8_t *group)
+/* sums + the products of 16 numbers, two of them in each lane. */
+INLINE eight_ints add_pairs(eight_ints sums, shorts w, shorts x)
 {
-    shorts both, mask = {15, 15, 15, 15, 15, 15, 15, 15, 240, 240, 240, 240, 240, 240, 240, 240};
-#if defined(__AVX2__)
-    both = (shorts)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)group));
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (eight_ints)_mm256_dpwssd_epi32((__m256i)sums, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__)
+    return sums + (eight_ints)_mm256_madd_epi16((__m256i)w, (__m256i)x);
 #else
-    memcpy(&both, group, NIBBLES / 2);
-    memcpy((char *)&both + NIBBLES / 2, group, NIBBLES / 2);
+    /* Their lower and their upper halves. */
+    eight_ints u = (eight_ints)w, v = (eight_ints)x;
+    return sums + (u << 16 >> 16) * (v << 16 >> 16) + (u >> 16) * (v >> 16);
 #endif
-    return (Halves){both & mask, (both >> 8) & mask};
 }
 
-/* The sums of 8 lanes of a group's products. */
-INLINE eight_ints sums_of_pairs(Halves w, const Rounded *x)
+INLINE shorts load_bytes(const int8_t *w)
 {
-#if defined(__AVX2__)
-    __m256i first = _mm256_madd_epi16((__m256i)w.first, (__m256i)x->first);
-    return (eight_ints)_mm256_add_epi32(first, _mm256_madd_epi16((__m256i)w.second, (__m256i)x->second));
+#if defined(__AVX2__)    /* gcc 12 does the last line byte by byte */
+    return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
 #else
-    eight_ints sums;
-    for (int l = 0; l < 8; l++)
-        sums[l] = w.first[2 * l] * x->first[2 * l] + w.first[2 * l + 1] * x->first[2 * l + 1] +
-                  w.second[2 * l] * x->second[2 * l] + w.second[2 * l + 1] * x->second[2 * l + 1];
+    return __builtin_convertvector(*(const bytes *)w, shorts);
+#endif
+}
+
+/* Two groups of nibbles, 8 too large, a byte each. */
+typedef struct { chars low, high; } Halves;
+
+/* count: groups that there are, 1 or 2. */
+INLINE Halves halves_of(const uint8_t *groups, const int count)
+{
+    shorts both = {0};
+    memcpy(&both, groups, count * (NIBBLES / 2));
+    return (Halves){(chars)(both & 0x0f0f), (chars)(both >> 4 & 0x0f0f)};
+}
+
+/* x->begin + the products of two groups, eight of them in each lane. */
+INLINE eight_ints sums_of_groups(Halves w, const Narrow *x)
+{
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    __m256i sums = _mm256_dpbusd_epi32((__m256i)x->begin, (__m256i)w.low, (__m256i)x->low);
+    return (eight_ints)_mm256_dpbusd_epi32(sums, (__m256i)w.high, (__m256i)x->high);
+#elif defined(__AVX2__)
+    /* Up to 4 * 15 * 127: there is room in 16 bits. */
+    __m256i low = _mm256_maddubs_epi16((__m256i)w.low, (__m256i)x->low);
+    __m256i fours = _mm256_add_epi16(low, _mm256_maddubs_epi16((__m256i)w.high, (__m256i)x->high));
+    return x->begin + (eight_ints)_mm256_madd_epi16(fours, _mm256_set1_epi16(1));
+#else
+    eight_ints sums = x->begin;
+    for (int at = 0; at < 32; at += 8) {
+        sums += ((eight_ints)w.low >> at & 15) * ((eight_ints)x->low << (24 - at) >> 24);
+        sums += ((eight_ints)w.high >> at & 15) * ((eight_ints)x->high << (24 - at) >> 24);
+    }
     return sums;
 #endif
 }
 
-INLINE eight group_sums(Halves w, const Rounded *x) { return __builtin_convertvector(sums_of_pairs(w, x) - x->less, eight); }
-
-static void round_group(const float *x, int count, Rounded *to)
+/* The scales of two groups, each in its four lanes. One, if there is no second. */
+INLINE eight worth_of(const uint16_t *groups, const int count)
 {
-    float in[NIBBLES] = {0};
+    uint32_t both = 0;
+    memcpy(&both, groups, count * sizeof(uint16_t));
+#if defined(__AVX2__)
+    const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 0, 1, -1, -1, 0, 1,
+                                            -1, -1, 2, 3, -1, -1, 2, 3, -1, -1, 2, 3, -1, -1, 2, 3);
+    return (eight)_mm256_shuffle_epi8(_mm256_set1_epi32((int)both), places);
+#else
+    int32_t first = (int32_t)(both << 16), second = (int32_t)(both & 0xffff0000);
+    return (eight)(eight_ints){first, first, first, first, second, second, second, second};
+#endif
+}
+
+/* The scale by which the largest of `count` inputs becomes `steps`, and `back`, by which inputs are divided:
+   0 where all become 0. Infinity has no place among integers: its scale is not a number. count: whole
+   vectors. */
+static float scale_of(const float *x, int count, float steps, float *back)
+{
     int32_t largest = 0;
     ints most = {0};
-    if (count < NIBBLES)
-        memcpy(in, x, sizeof(float) * count);
-    else
-        memcpy(in, x, sizeof(in));
-    for (int at = 0; at < NIBBLES; at += LANES) {
+    for (int at = 0; at < count; at += LANES) {
         /* As integers: what is not a number is larger than all that are. */
-        ints size = (ints)LOAD_FLOATS(in + at) & 0x7fffffff, more = size > most;
+        ints size = (ints)LOAD_FLOATS(x + at) & 0x7fffffff, more = size > most;
         most = (size & more) | (most & ~more);
     }
     for (int lane = 0; lane < LANES; lane++)
         largest = most[lane] > largest ? most[lane] : largest;
-    float top, back, scale;
+    float top;
     memcpy(&top, &largest, sizeof(top));
-    back = top > 1e-30f && top <= FLT_MAX ? 32767.0f / top : 0.0f;
-    /* Infinity has no place among 16 bits. */
-    scale = back > 0 ? top / 32767.0f : top <= FLT_MAX ? 0.0f : NAN;
-    for (int at = 0; at < NIBBLES; at += LANES) {
-        /* Rounded: 1.5 * 2^23 leaves no bits after the point. */
-        vec whole = back > 0 ? LOAD_FLOATS(in + at) * back + 12582912.0f - 12582912.0f : ALL(0.0f);
-        narrow n = __builtin_convertvector(__builtin_convertvector(whole, ints), narrow);
-        memcpy((int16_t *)to + at, &n, sizeof(n));
-    }
-    shorts eights = {8, 8, 8, 8, 8, 8, 8, 8, 128, 128, 128, 128, 128, 128, 128, 128};
-    to->less = sums_of_pairs((Halves){eights, eights}, to);
-    float high = scale / 16;
-    to->scale = (eight){scale, scale, scale, scale, high, high, high, high};
+    *back = top > 1e-30f && top <= FLT_MAX ? steps / top : 0.0f;
+    return *back > 0 ? top / steps : top <= FLT_MAX ? 0.0f : NAN;
 }
 
-static void round_input(const float *x, int cols, Rounded *to)
+/* x * back, rounded, of LANES inputs. */
+INLINE ints rounded(const float *x, float back)
 {
-    for (int g = 0; g < groups_of(cols); g++)
-        round_group(x + g * NIBBLES, least(NIBBLES, cols - g * NIBBLES), to + g);
+    /* 1.5 * 2^23 leaves no bits after the point. */
+    return back > 0 ? __builtin_convertvector(LOAD_FLOATS(x) * back + 12582912.0f - 12582912.0f, ints) : (ints){0};
 }
 
-/* The scales of two groups in all lanes: of the first in the lower halves. One, if there is no second. */
-INLINE eight_ints two_scales(const uint16_t *groups, int has_second)
+/* `count` inputs of a row, as many as are left of `most`, then zeros; in `room` unless all are there. */
+INLINE const float *filled(const float *x, int count, int most, float *room)
 {
-    uint32_t both = groups[0];
-    if (has_second)
-        memcpy(&both, groups, sizeof(both));
-    return (eight_ints){0} + (int32_t)both;
+    if (count >= most)
+        return x;
+    memset(room, 0, sizeof(float) * most);
+    memcpy(room, x, sizeof(float) * count);
+    return room;
 }
 
-/* Group AT of a row, whose scale is WORTH in all lanes, with NX inputs. */
-#define GROUP_STEP(WEIGHTS, AT, WORTH, A, B, C)                                                                 \
-    {                                                                                                           \
-        Halves halves = halves_of(WEIGHTS + (AT)*NIBBLES / 2);                                                  \
-        eight worth = (eight)(WORTH);                                                                           \
-        A = FMA8(group_sums(halves, x0 + (AT)), worth * x0[AT].scale, A);                                       \
-        if (NX > 1)                                                                                             \
-            B = FMA8(group_sums(halves, x1 + (AT)), worth * x1[AT].scale, B);                                   \
-        if (NX > 2)                                                                                             \
-            C = FMA8(group_sums(halves, x2 + (AT)), worth * x2[AT].scale, C);                                   \
-    }
-#define TWO_GROUPS(WEIGHTS, SCALES, A, B, C)                                                                    \
-    {                                                                                                           \
-        eight_ints scales = two_scales(SCALES + g, 1);                                                          \
-        GROUP_STEP(WEIGHTS, g, scales << 16, A, B, C)                                                           \
-        GROUP_STEP(WEIGHTS, g + 1, scales & (int32_t)0xffff0000, A, B, C)                                       \
-    }
-#define LAST_GROUP(WEIGHTS, SCALES, A, B, C) GROUP_STEP(WEIGHTS, g, two_scales(SCALES + g, 0) << 16, A, B, C)
-
-/* `dot` of NX inputs and TILE rows of nibbles. */
-INLINE void nibble_products_of(const Matrix *a, const int64_t *rows, const Rounded *const *x, Ahead ahead, four *sums,
-                               const int NX)
+static void round_wide(const float *x, int count, Wide *to)
 {
-    int groups = groups_of(a->cols);
-    const uint8_t *w0 = (const uint8_t *)a->weight + rows[0] * row_bytes_of(a), *w1 = w0 + (rows[1] - rows[0]) * row_bytes_of(a);
-    const uint8_t *w2 = w0 + (rows[2] - rows[0]) * row_bytes_of(a), *w3 = w0 + (rows[3] - rows[0]) * row_bytes_of(a);
-    const uint16_t *s0 = a->groups + rows[0] * groups, *s1 = a->groups + rows[1] * groups;
-    const uint16_t *s2 = a->groups + rows[2] * groups, *s3 = a->groups + rows[3] * groups;
-    const Rounded *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];
-    eight a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
-    int g = 0;
-    for (; g + 2 <= groups; g += 2) {
-        if (!(g & 3) && ahead.from) {    /* a line of the cache */
-            __builtin_prefetch(w0 + g * NIBBLES / 2 + ahead.from);
-            __builtin_prefetch(w1 + g * NIBBLES / 2 + ahead.from);
-            __builtin_prefetch(w2 + g * NIBBLES / 2 + ahead.from);
-            __builtin_prefetch(w3 + g * NIBBLES / 2 + ahead.from);
+    float room[WIDE], back;
+    x = filled(x, count, WIDE, room);
+    to->scale = (eight){0} + scale_of(x, WIDE, 32767.0f, &back);
+    for (int at = 0; at < WIDE; at += LANES) {
+        narrow n = __builtin_convertvector(rounded(x + at, back), narrow);
+        memcpy((int16_t *)to->x + at, &n, sizeof(n));
+    }
+}
+
+/* Two groups, as a sum of `planes` pieces, `distance` apart. */
+static void round_narrow(const float *x, int count, Narrow *to, int planes, int distance)
+{
+    float room[2 * NIBBLES], back;
+    int8_t low[2][NIBBLES], high[2][NIBBLES];
+    x = filled(x, count, 2 * NIBBLES, room);
+    for (int group = 0; group < 2; group++) {
+        const float *own = x + group * NIBBLES;
+        float scale = scale_of(own, NIBBLES, 127.0f, &back), left[NIBBLES];
+        for (int plane = 0; plane < planes; plane++) {
+            int32_t values[NIBBLES];
+            for (int at = 0; at < NIBBLES; at += LANES) {
+                ints whole = rounded(own + at, back);
+                vec rest = LOAD_FLOATS(own + at) - __builtin_convertvector(whole, vec) * scale;
+                memcpy(values + at, &whole, sizeof(whole));
+                memcpy(left + at, &rest, sizeof(rest));
+            }
+            /* Of each 16 bits of weights the lowest 4 are element e, the next e + 8, ...: quantize.py. */
+            for (int e = 0; e < 8; e++) {
+                int at = group * NIBBLES / 2 + 2 * e;
+                low[plane][at] = (int8_t)values[e];
+                high[plane][at] = (int8_t)values[e + 8];
+                low[plane][at + 1] = (int8_t)values[e + 16];
+                high[plane][at + 1] = (int8_t)values[e + 24];
+            }
+            for (int lane = 4 * group; lane < 4 * group + 4; lane++)
+                to[plane * distance].scale[lane] = scale;
+            /* What is left is half a step at most. */
+            own = left;
+            scale /= 254.0f;
+            back *= 254.0f;
         }
-        TWO_GROUPS(w0, s0, a0, b0, c0)
-        TWO_GROUPS(w1, s1, a1, b1, c1)
-        TWO_GROUPS(w2, s2, a2, b2, c2)
-        TWO_GROUPS(w3, s3, a3, b3, c3)
     }
-    if (g < groups) {
-        LAST_GROUP(w0, s0, a0, b0, c0)
-        LAST_GROUP(w1, s1, a1, b1, c1)
-        LAST_GROUP(w2, s2, a2, b2, c2)
-        LAST_GROUP(w3, s3, a3, b3, c3)
+    for (int plane = 0; plane < planes; plane++, to += distance) {
+        chars eights = (chars){0} + 8;
+        memcpy(&to->low, low[plane], sizeof(low[plane]));
+        memcpy(&to->high, high[plane], sizeof(high[plane]));
+        to->begin = (eight_ints){0};
+        to->begin = -sums_of_groups((Halves){eights, eights}, to);
+    }
+}
+
+/* cpu_decode.py makes room for this. */
+_Static_assert(sizeof(Wide) == 4 * 72 && 2 * sizeof(Narrow) <= sizeof(Wide), "ROUNDED_FLOATS");
+
+/* Pieces that a row's inputs are rounded in. */
+static int pieces_of(const Matrix *a)
+{
+    int piece = a->groups ? 2 * NIBBLES : WIDE;
+    return (a->cols + piece - 1) / piece;
+}
+
+static void round_input(const Matrix *a, const float *x, int planes, void *to)
+{
+    int pieces = pieces_of(a);
+    for (int i = 0; i < pieces; i++)
+        if (a->groups)
+            round_narrow(x + i * 2 * NIBBLES, a->cols - i * 2 * NIBBLES, (Narrow *)to + i, planes, pieces);
+        else
+            round_wide(x + i * WIDE, a->cols - i * WIDE, (Wide *)to + i);
+}
+
+/* 16 bytes of TILE rows, from byte AT of a piece on; LOAD: of a row. */
+#define BYTES_STEP(LOAD, AT)                                                                                    \
+    {                                                                                                           \
+        BYTES_STEP_OF(LOAD(w0), AT, i0, j0, k0)                                                                 \
+        BYTES_STEP_OF(LOAD(w1), AT, i1, j1, k1)                                                                 \
+        BYTES_STEP_OF(LOAD(w2), AT, i2, j2, k2)                                                                 \
+        BYTES_STEP_OF(LOAD(w3), AT, i3, j3, k3)                                                                 \
+    }
+#define BYTES_STEP_OF(WEIGHTS, AT, I, J, K)                                                                     \
+    {                                                                                                           \
+        shorts weights = WEIGHTS;                                                                               \
+        I = add_pairs(I, weights, x0->x[AT]);                                                                   \
+        if (NX > 1)                                                                                             \
+            J = add_pairs(J, weights, x1->x[AT]);                                                               \
+        if (NX > 2)                                                                                             \
+            K = add_pairs(K, weights, x2->x[AT]);                                                               \
+    }
+#define SCALED(SUMS, x, S) S = FMA8(__builtin_convertvector(SUMS, eight), x->scale, S)
+
+/* `dot` of NX inputs and TILE rows of bytes, without the rows' scales. */
+INLINE void byte_products_of(const int8_t *const *w, const Wide *const *x, int cols, Ahead ahead, four *sums, const int NX)
+{
+    const int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const Wide *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];
+    eight a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
+    for (int left = cols; left > 0; left -= WIDE, x0++, x1++, x2++) {
+        eight_ints i0 = {0}, i1 = {0}, i2 = {0}, i3 = {0}, j0 = {0}, j1 = {0}, j2 = {0}, j3 = {0}, k0 = {0}, k1 = {0}, k2 = {0}, k3 = {0};
+        int count = least(left, WIDE), at = 0;
+        for (; at + 16 <= count; at += 16) {
+            if (!(at & 63) && ahead.from) {    /* a line of the cache */
+                __builtin_prefetch(w0 + ahead.from);
+                __builtin_prefetch(w1 + ahead.from);
+                __builtin_prefetch(w2 + ahead.from);
+                __builtin_prefetch(w3 + ahead.from);
+            }
+            BYTES_STEP(load_bytes, at / 16)
+            w0 += 16, w1 += 16, w2 += 16, w3 += 16;
+        }
+        if (at < count) {
+#define LAST_BYTES(W) load_bytes(memcpy(last, W, count - at))
+            int8_t last[16] = {0};
+            BYTES_STEP(LAST_BYTES, at / 16)
+        }
+        SCALED(i0, x0, a0), SCALED(i1, x0, a1), SCALED(i2, x0, a2), SCALED(i3, x0, a3);
+        if (NX > 1)
+            SCALED(j0, x1, b0), SCALED(j1, x1, b1), SCALED(j2, x1, b2), SCALED(j3, x1, b3);
+        if (NX > 2)
+            SCALED(k0, x2, c0), SCALED(k1, x2, c1), SCALED(k2, x2, c2), SCALED(k3, x2, c3);
     }
     sums[0] = sums_of_folded(fold_eight(a0), fold_eight(a1), fold_eight(a2), fold_eight(a3));
     if (NX > 1)
@@ -525,6 +614,57 @@ INLINE void nibble_products_of(const Matrix *a, const int64_t *rows, const Round
     if (NX > 2)
         sums[2] = sums_of_folded(fold_eight(c0), fold_eight(c1), fold_eight(c2), fold_eight(c3));
 }
+FOR_INPUTS(byte_products, const int8_t *const *w, Wide)
+
+/* Weights of 4 bits: a row's, and the scales of its groups. */
+typedef struct {
+    const uint8_t *weights;
+    const uint16_t *scales;
+} Nibbles;
+
+/* COUNT groups, from piece g on, of TILE rows. */
+#define GROUPS_STEP(COUNT)                                                                                      \
+    {                                                                                                           \
+        GROUPS_STEP_OF(w[0], COUNT, a0, b0, c0)                                                                 \
+        GROUPS_STEP_OF(w[1], COUNT, a1, b1, c1)                                                                 \
+        GROUPS_STEP_OF(w[2], COUNT, a2, b2, c2)                                                                 \
+        GROUPS_STEP_OF(w[3], COUNT, a3, b3, c3)                                                                 \
+    }
+#define GROUPS_STEP_OF(W, COUNT, A, B, C)                                                                       \
+    {                                                                                                           \
+        Halves halves = halves_of((W).weights + g * NIBBLES, COUNT);                                            \
+        eight worth = worth_of((W).scales + 2 * g, COUNT);                                                      \
+        A = FMA8(__builtin_convertvector(sums_of_groups(halves, x0 + g), eight), worth * x0[g].scale, A);       \
+        if (NX > 1)                                                                                             \
+            B = FMA8(__builtin_convertvector(sums_of_groups(halves, x1 + g), eight), worth * x1[g].scale, B);   \
+        if (NX > 2)                                                                                             \
+            C = FMA8(__builtin_convertvector(sums_of_groups(halves, x2 + g), eight), worth * x2[g].scale, C);   \
+    }
+
+/* `dot` of NX inputs and TILE rows of nibbles. */
+INLINE void nibble_products_of(const Nibbles *w, const Narrow *const *x, int cols, Ahead ahead, four *sums, const int NX)
+{
+    int groups = groups_of(cols), g = 0;
+    const Narrow *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];
+    eight a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
+    for (; g < groups / 2; g++) {
+        if (!(g & 1) && ahead.from) {    /* a line of the cache */
+            __builtin_prefetch(w[0].weights + g * NIBBLES + ahead.from);
+            __builtin_prefetch(w[1].weights + g * NIBBLES + ahead.from);
+            __builtin_prefetch(w[2].weights + g * NIBBLES + ahead.from);
+            __builtin_prefetch(w[3].weights + g * NIBBLES + ahead.from);
+        }
+        GROUPS_STEP(2)
+    }
+    if (groups & 1)
+        GROUPS_STEP(1)
+    sums[0] = sums_of_folded(fold_eight(a0), fold_eight(a1), fold_eight(a2), fold_eight(a3));
+    if (NX > 1)
+        sums[1] = sums_of_folded(fold_eight(b0), fold_eight(b1), fold_eight(b2), fold_eight(b3));
+    if (NX > 2)
+        sums[2] = sums_of_folded(fold_eight(c0), fold_eight(c1), fold_eight(c2), fold_eight(c3));
+}
+FOR_INPUTS(nibble_products, const Nibbles *w, Narrow)
 
 /* How many of `left` inputs are taken next: four are two and two, as one alone has few sums. */
 static int next_inputs(int left) { return left == 4 ? 2 : least(left, MOST_INPUTS); }
@@ -558,58 +698,98 @@ static void put_tile(const Matrix *a, int64_t row, four sums, const float *facto
     *to = value;
 }
 
-static void nibble_products(const Matrix *a, const int64_t *rows, const Rounded *const *x, int nx, Ahead ahead, four *sums)
+/* TILE packed rows, and where they go. */
+typedef struct {
+    const int8_t *weights[TILE];
+    Nibbles nibbles[TILE];
+    int64_t rows[TILE];
+} Packed;
+
+static Packed packed_rows(const Matrix *a, int64_t row, int64_t step, int64_t last)
 {
-    if (nx == 1)
-        nibble_products_of(a, rows, x, ahead, sums, 1);
-    else if (nx == 2)
-        nibble_products_of(a, rows, x, ahead, sums, 2);
-    else
-        nibble_products_of(a, rows, x, ahead, sums, 3);
+    Packed w;
+    for (int l = 0; l < TILE; l++) {
+        /* Beyond the end the last row is computed again, and not put. */
+        w.rows[l] = row + l * step < last ? row + l * step : last;
+        w.weights[l] = (const int8_t *)a->weight + w.rows[l] * row_bytes_of(a);
+        w.nibbles[l].weights = (const uint8_t *)w.weights[l];
+        w.nibbles[l].scales = a->groups ? a->groups + w.rows[l] * groups_of(a->cols) : NULL;
+    }
+    return w;
 }
 
-/* `product` for weights of 4 bits. room: for the rounded inputs. */
-static void product_of_nibbles(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx,
-                               float *const *out, const float *factor, float *room)
+/* The products of packed rows and `count` rounded inputs. */
+INLINE void packed_products(const Matrix *a, const Packed *w, const void *const *inputs, int count, int planes, Ahead ahead,
+                            four *sums)
 {
-    int groups = groups_of(a->cols), is_few = nx <= FEW, row_bytes = (int)row_bytes_of(a);
-    const Rounded *rounded[GROUP];
-    for (int j = 0; j < nx; j++) {
-        rounded[j] = (Rounded *)room + (int64_t)j * groups;
-        round_input(x[j], a->cols, (Rounded *)rounded[j]);
+    if (!a->groups) {
+        byte_products(w->weights, (const Wide *const *)inputs, count, a->cols, ahead, sums);
+        return;
     }
-    /* Few inputs: long streams. Many: blocks of rows that stay in the second cache, while parts of the
-       inputs pass. */
-    int part = (int)(NEAR_BYTES / sizeof(Rounded)) / groups / MOST_INPUTS * MOST_INPUTS, block = BLOCK_BYTES / row_bytes / TILE * TILE;
-    part = is_few ? nx : part < MOST_INPUTS ? MOST_INPUTS : part;
-    block = is_few ? end - begin : block < TILE ? TILE : block;
+    nibble_products(w->nibbles, (const Narrow *const *)inputs, count, a->cols, ahead, sums);
+    if (planes > 1) {
+        const Narrow *rest[MOST_INPUTS];
+        four more[MOST_INPUTS];
+        for (int k = 0; k < count; k++)
+            rest[k] = (const Narrow *)inputs[k] + pieces_of(a);
+        nibble_products(w->nibbles, rest, count, a->cols, (Ahead){0}, more);
+        for (int k = 0; k < count; k++)
+            sums[k] += more[k];
+    }
+}
+
+/* `product` for packed weights. room: for the rounded inputs. */
+static void product_of_packed(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx,
+                              float *const *out, const float *factor, int planes, float *room)
+{
+    int row_bytes = (int)row_bytes_of(a), input_bytes = pieces_of(a) * (int)(a->groups ? planes * sizeof(Narrow) : sizeof(Wide));
+    const void *inputs[GROUP];
+    four sums[MOST_INPUTS];
+    for (int j = 0; j < nx; j++) {
+        inputs[j] = (char *)room + (int64_t)j * input_bytes;
+        round_input(a, x[j], planes, (char *)room + (int64_t)j * input_bytes);
+    }
+    if (nx <= FEW) {
+        /* As in `product_of_few`. */
+        int part = (end - begin) / TILE;
+        Packed w = packed_rows(a, first + begin, part, first + end - 1);
+        Ahead next = {row_bytes < AHEAD ? AHEAD : row_bytes, 0};
+        for (int i = 0; i < part; i++) {
+            for (int j = 0, count; j < nx; j += count) {
+                count = next_inputs(nx - j);
+                packed_products(a, &w, inputs + j, count, planes, j ? (Ahead){0} : next, sums);
+                for (int k = 0; k < count; k++)
+                    for (int l = 0; l < TILE; l++)
+                        put(a, w.rows[l], sums[k][l], factor ? factor + j + k : NULL, out[j + k] + (w.rows[l] - first));
+            }
+            for (int l = 0; l < TILE; l++) {
+                w.rows[l]++;
+                w.weights[l] += row_bytes;
+                w.nibbles[l].weights += row_bytes;
+                w.nibbles[l].scales += a->groups ? groups_of(a->cols) : 0;
+            }
+        }
+        begin += part * TILE;
+    }
+    /* Blocks of rows stay in the second cache, while parts of the inputs pass. */
+    int part = NEAR_BYTES / 2 / input_bytes / MOST_INPUTS * MOST_INPUTS, block = BLOCK_BYTES / 4 / row_bytes / TILE * TILE;
+    part = part < MOST_INPUTS ? MOST_INPUTS : part;
+    block = block < TILE ? TILE : block;
     for (int from = begin; from < end; from += block) {
-        int many = least(block, end - from), tiles = (many + TILE - 1) / TILE;
+        int many = least(block, end - from);
         for (int j0 = 0; j0 < nx; j0 += part)
-            for (int i = 0; i < tiles; i++) {
-                int64_t rows[TILE];
-                int at[TILE];
-                for (int l = 0; l < TILE; l++) {
-                    at[l] = from + (is_few ? i + l * tiles : i * TILE + l);
-                    /* Beyond the end the last row is computed again, and not put. */
-                    rows[l] = first + least(at[l], from + many - 1);
-                }
+            for (int r = from; r < from + many; r += TILE) {
+                Packed w = packed_rows(a, first + r, 1, first + end - 1);
                 for (int j = j0, count; j < least(j0 + part, nx); j += count) {
-                    four sums[MOST_INPUTS];
                     count = next_inputs(least(j0 + part, nx) - j);
-                    /* The next row of a stream; of a block, the next tile. */
-                    Ahead ahead = {j == j0 ? (is_few ? 1 : TILE) * (int64_t)row_bytes : 0, 0};
-                    if (is_few && ahead.from && ahead.from < AHEAD)
-                        ahead.from = AHEAD;
-                    nibble_products(a, rows, rounded + j, count, ahead, sums);
-                    for (int k = j; k < j + count; k++) {
-                        const float *by = factor ? factor + k : NULL;
-                        if (!is_few && at[TILE - 1] < from + many)
-                            put_tile(a, rows[0], sums[k - j], by, out[k] + at[0]);
+                    packed_products(a, &w, inputs + j, count, planes, (Ahead){j == j0 ? TILE * (int64_t)row_bytes : 0, 0}, sums);
+                    for (int k = 0; k < count; k++) {
+                        const float *by = factor ? factor + j + k : NULL;
+                        if (r + TILE <= end)
+                            put_tile(a, w.rows[0], sums[k], by, out[j + k] + r);
                         else
-                            for (int l = 0; l < TILE; l++)
-                                if (at[l] < from + many)
-                                    put(a, rows[l], sums[k - j][l], by, out[k] + at[l]);
+                            for (int l = 0; r + l < end; l++)
+                                put(a, w.rows[l], sums[k][l], by, out[j + k] + r + l);
                     }
                 }
             }
@@ -625,24 +805,19 @@ static void product_of_few(const Matrix *a, int64_t first, int begin, int end, c
     int64_t row_bytes = row_bytes_of(a);
     for (int i = 0; i < part; i++) {
         const float *w[TILE];
-        const int8_t *packed[TILE];
         int64_t rows[TILE];
         int r[TILE];
         for (int l = 0; l < TILE; l++) {
             r[l] = begin + i + l * part;
             /* Beyond the end the last row is computed again, and not put. */
             rows[l] = first + least(r[l], end - 1);
-            packed[l] = (const int8_t *)a->weight + rows[l] * row_bytes;
-            w[l] = (const float *)packed[l];
+            w[l] = (const float *)a->weight + rows[l] * cols;
         }
         for (int j = 0, count; j < nx; j += count) {
             four sums[MOST_INPUTS];
             count = next_inputs(nx - j);
             Ahead ahead = ahead_of(j, count, nx, row_bytes, row_bytes);
-            if (a->scale)
-                byte_products(packed, x + j, count, cols, ahead, sums);
-            else
-                float_products(w, x + j, count, cols, ahead, sums);
+            float_products(w, x + j, count, cols, ahead, sums);
             for (int k = j; k < j + count; k++)
                 for (int l = 0; l < TILE; l++)
                     if (r[l] < end)
@@ -654,34 +829,30 @@ static void product_of_few(const Matrix *a, int64_t first, int begin, int end, c
 /* Rows first + [begin, end) of `a` times the inputs x[j], put into out[j] from `begin` on. Many inputs
    pass a block of weights in parts, so that both come from caches. */
 static void product(const Matrix *a, int64_t first, int begin, int end, const float *const *x, int nx, float *const *out,
-                    const float *factor, float *room)
+                    const float *factor, int planes, float *room)
 {
-    if (a->groups) {
-        product_of_nibbles(a, first, begin, end, x, nx, out, factor, room);
+    if (a->groups || a->scale) {
+        product_of_packed(a, first, begin, end, x, nx, out, factor, planes, room);
         return;
     }
     if (nx <= FEW) {
         product_of_few(a, first, begin, end, x, nx, out, factor);
         return;
     }
-    int cols = a->cols, is_packed = !!a->scale, block = BLOCK_BYTES / 4 / cols / TILE * TILE;
+    int cols = a->cols, block = BLOCK_BYTES / 4 / cols / TILE * TILE;
     int part = NEAR_BYTES / 4 / cols / MOST_INPUTS * MOST_INPUTS;
     if (part < MOST_INPUTS)
         part = MOST_INPUTS;
     if (block < TILE)
         block = TILE;
-    int64_t distance = is_packed ? 0 : (int64_t)block * 4 * cols;
+    int64_t distance = (int64_t)block * 4 * cols;
     for (int from = begin; from < end; from += block) {
         int rows = least(block, end - from);
-        for (int r = 0; is_packed && r < rows; r++)
-            row_of(a, first + from + r, room + (int64_t)r * cols);
         for (int j0 = 0; j0 < nx; j0 += part)
             for (int r = 0; r < rows; r += TILE) {
                 const float *w[TILE];
-                for (int l = 0; l < TILE; l++) {
-                    int row = least(r + l, rows - 1);
-                    w[l] = is_packed ? room + (int64_t)row * cols : (const float *)a->weight + (first + from + row) * cols;
-                }
+                for (int l = 0; l < TILE; l++)
+                    w[l] = (const float *)a->weight + (first + from + least(r + l, rows - 1)) * cols;
                 for (int j = j0, count; j < least(j0 + part, nx); j += count) {
                     four sums[MOST_INPUTS];
                     count = next_inputs(least(j0 + part, nx) - j);
@@ -715,7 +886,7 @@ static void linear(const Pass *p, const Matrix *a, const float *x, int x_stride,
             outs[j] = out + (int64_t)(first + j) * a->rows;
             factors[j] = 1.0f;
         }
-        product(a, 0, begin, end, xs, count, outs, add ? factors : NULL, room);
+        product(a, 0, begin, end, xs, count, outs, add ? factors : NULL, p->planes, room);
     }
 }
 
@@ -1017,12 +1188,12 @@ static void experts(const Pass *p, const Block *b, int is_out, int t, float *roo
                 factors[j] = p->gate[r];
             }
             if (is_out) {
-                product(&b->w_out, (int64_t)e * m->C, begin, end, xs, count, outs, factors, room);
+                product(&b->w_out, (int64_t)e * m->C, begin, end, xs, count, outs, factors, p->planes, room);
                 continue;
             }
-            product(&b->w_in, (int64_t)e * b->w_in.rows, begin, end, xs, count, outs, NULL, room);
+            product(&b->w_in, (int64_t)e * b->w_in.rows, begin, end, xs, count, outs, NULL, p->planes, room);
             if (m->activation != GELU)
-                product(&b->w_in, (int64_t)e * b->w_in.rows + F, begin, end, xs, count, ups, NULL, room);
+                product(&b->w_in, (int64_t)e * b->w_in.rows + F, begin, end, xs, count, ups, NULL, p->planes, room);
             for (int j = 0; j < count; j++)
                 activate(outs[j] + begin, ups[j] + begin, end - begin, m->activation);
         }
@@ -1079,7 +1250,7 @@ static void run(Pass *p, int t)
     float *room = p->private + t * p->private_floats, *scores = room;
     for (int i = t; i < n; i += T)
         /* The embedding is never packed: runtime/inference/quantize.py. */
-        memcpy(p->x + (int64_t)i * C, row_of(&m->embed, p->ids[i], room), sizeof(float) * C);
+        memcpy(p->x + (int64_t)i * C, (const float *)m->embed.weight + p->ids[i] * C, sizeof(float) * C);
     for (int l = 0; l < m->L; l++) {
         const Block *b = &m->blocks[l];
         for (int i = t; i < n; i += T)
@@ -1129,7 +1300,7 @@ static void run(Pass *p, int t)
             xs[j] = p->y + (int64_t)(first + j) * C;
             outs[j] = p->logits + (int64_t)(p->targets ? j : first + j) * m->V;
         }
-        product(&m->head, 0, begin, end, xs, count, outs, NULL, room);
+        product(&m->head, 0, begin, end, xs, count, outs, NULL, p->planes, room);
         if (!p->best)
             continue;
         barrier(p);

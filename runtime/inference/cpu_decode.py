@@ -34,12 +34,14 @@ from runtime.checks.known import (
     TRAINING,
     Known,
 )
-from runtime.inference.quantize import is_packed, kind_of, packed_kind
+from runtime.inference.quantize import is_packed, kind_of
 from runtime.kernels.compile import EXACT, compiled, digest
 
 SOURCE = Path(__file__).with_name("cpu_decode.c")
 # As in the C code.
-TILE, GROUP, MOST_QUERIES, NIBBLES, BLOCK_BYTES = 4, 64, 6, 32, 128 << 10
+GROUP, MOST_QUERIES, NIBBLES, WIDE = 64, 6, 32, 128
+# Of working memory, for WIDE inputs.
+ROUNDED_FLOATS = 72
 # Of weights; of those packed to 8 bits, to 4, and of the scales of these.
 DTYPES = (torch.float32, torch.int8, torch.uint8, torch.bfloat16)
 # In the order of the C code's enum.
@@ -89,7 +91,7 @@ Pass = _struct(
     **_of(c_void_p, "best best_log_probs targets log_probs experts weights"),
     **_of(c_void_p, "x y q k v h up chosen order starts gate private"),
     private_floats=c_int64,
-    **_of(c_int32, "team arrived phase unused"),
+    **_of(c_int32, "team arrived phase planes"),
 )
 
 
@@ -191,6 +193,8 @@ class NativeModel:
         self._rows, self._named, self._threads = 0, 0, 0
         self._lock = threading.Lock()
         self.least_bytes_per_thread = LEAST_BYTES_PER_THREAD
+        # 2: inputs of weights of 4 bits are rounded to 16 bits, not 8. For comparisons.
+        self.planes = 1
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -308,7 +312,7 @@ class NativeModel:
             # A row may be named more than once: their normalised inputs have a place each.
             self._prepare(n, len(named), caches[0])
             p = self._pass
-            p.n, p.num_logits = n, len(named)
+            p.n, p.num_logits, p.planes = n, len(named), self.planes
             for name, array in (given | out).items():
                 setattr(p, name, None if array is None else array.ctypes.data)
             if scored is not None:
@@ -376,13 +380,10 @@ class NativeModel:
             torch.get_num_threads(),
             max(1, n * self.bytes_per_token() // self.least_bytes_per_thread),
         )
-        # Inputs that are rounded at a time, for weights of 4 bits.
-        is_rounded = packed_kind(self.model) == "int4"
-        rounded = min(max(n, num_logits), GROUP) if is_rounded else 0
+        # Inputs that are rounded at a time, for packed weights.
+        rounded = min(max(n, num_logits), GROUP) if is_packed(self.model) else 0
         private = max(
-            rounded * -(-self._widest // NIBBLES) * NIBBLES,
-            TILE * self._widest,
-            BLOCK_BYTES // 4,
+            self.planes * rounded * -(-self._widest // WIDE) * ROUNDED_FLOATS,
             MOST_QUERIES * (cache.max_tokens + 16),
             c.num_experts,
         )

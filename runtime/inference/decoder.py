@@ -58,6 +58,8 @@ CAPTURE = threading.Lock()
 # Weights of which a compiled step is tuned: smaller ones stay in a GPU's L2 cache (50 MB on an
 # H100), and tuning takes a minute.
 TUNED_BYTES = 1 << 26
+# Logits from which a CPU draws on all threads: to wake them takes 0.1 ms and more.
+WORTH_THREADS = 1 << 19
 # Tokens at the end of a text that prompt-lookup decoding searches for earlier in it, down to 2.
 LONGEST_MATCH = 4
 
@@ -599,6 +601,12 @@ class Drawing:
     def __call__(
         self, rows: list[int], ids: list[list[int]], logits_BV: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        with _threads_for(logits_BV):
+            return self._drawn(rows, ids, logits_BV)
+
+    def _drawn(
+        self, rows: list[int], ids: list[list[int]], logits_BV: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         given_BV = logits_BV
         if self.repetition_penalty != 1.0:
             logits_BV = torch.cat(
@@ -609,7 +617,13 @@ class Drawing:
             )
         generators = [self.generators[row] for row in rows] if self.generators else None
         drawn_B = sample(
-            logits_BV, self.temperature, self.top_k, self.top_p, self.banned, generators, self.min_p
+            logits_BV,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.banned,
+            generators,
+            self.min_p,
         )
         return drawn_B, self.log_probs(given_BV, drawn_B) if self.gives_log_probs else None
 
@@ -628,6 +642,20 @@ class Drawing:
         return penalise_repetition(
             logits_V[None].float(), seen_1T, self.repetition_penalty, self.stops
         )
+
+
+@contextlib.contextmanager
+def _threads_for(logits_BV: Tensor) -> Iterator[None]:
+    """Let one thread draw from few logits on a CPU: to wake others takes longer."""
+    threads = torch.get_num_threads()
+    if logits_BV.device.type != "cpu" or logits_BV.numel() >= WORTH_THREADS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def generate(
@@ -815,6 +843,8 @@ class Generation:
 
     def _next_logits(self, rows: list[int]) -> Tensor | None:
         """Return logits [rows, V] after the last tokens; rows over the context are read again."""
+        if not rows:
+            return None
         full = [row for row in rows if len(self.ids[row]) > self.context]
         fitting = [row for row in rows if len(self.ids[row]) <= self.context]
         logits = dict(zip(full, self.read(full), strict=True)) if full else {}
@@ -822,8 +852,11 @@ class Generation:
             last_B = torch.tensor(
                 [self.ids[row][-1] for row in fitting], device=self.decoder.device
             )
-            logits |= zip(fitting, self.step(fitting, last_B), strict=True)
-        return torch.stack([logits[row] for row in rows]) if rows else None
+            fitting_BV = self.step(fitting, last_B)
+            if not full:
+                return fitting_BV
+            logits |= zip(fitting, fitting_BV, strict=True)
+        return torch.stack([logits[row] for row in rows])
 
     def by_lookup(self, row: int, lookup: int) -> Iterator[list[tuple[int, int]]]:
         """Draw a row's tokens, several a pass where guesses from its own text are right."""

@@ -33,7 +33,7 @@ from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import MODELS, PROMPTS, alone, generated
-from tests.numeric import assert_close, before_ties, logits_bound, rounding
+from tests.numeric import assert_close, before_ties, logits_bound, packed_bound, rounding
 
 CONTEXT = 32
 
@@ -614,9 +614,28 @@ def test_long_prompts_of_a_packed_model_are_read_in_pieces(monkeypatch):
         0, decoder.config.vocabulary_size, (29,), generator=torch.Generator().manual_seed(0)
     ).tolist()
     expected = decoder.model(torch.tensor([ids])).logits[0]
-    bound = logits_bound(decoder.config, 29)
+    bound = logits_bound(decoder.config, 29) + packed_bound(decoder.model)
     assert_close(decoder.read(decoder.texts(1, 64)[0], ids, all_logits=True), expected, bound)
     assert_close(decoder.read(decoder.texts(1, 64)[0], ids), expected[-1:], bound)
+
+
+@pytest.mark.parametrize("V", [11, 1 << 18])
+def test_few_logits_are_drawn_from_by_one_thread(V, monkeypatch):
+    """To wake a second thread took longer than to draw from 50,000 logits, for each token."""
+    seen, real = [], inference.sample
+    monkeypatch.setattr(
+        inference, "sample", lambda *args: seen.append(torch.get_num_threads()) or real(*args)
+    )
+    draw = inference.Drawing(0.0, 0, 1.0, 0.0, 1.0, (), (), None, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        draw([0, 1], [[1], [2]], torch.randn(2, V))
+        with pytest.raises(IndexError):
+            draw([0], [[1]], torch.empty(1, 0))
+        assert seen == [1 if V == 11 else 2, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_bad_answer_does_not_spoil_the_next(decoder_of):

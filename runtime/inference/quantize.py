@@ -5,8 +5,8 @@ of GROUP weights along the inputs, 4.5 bits a weight; attention, which is small 
 8 bits. Embedding, norms, biases and router keep their dtype. The model stays a plain LLM: a packed
 weight is a property that unpacks when it is read, so everything that works on a model still does.
 The fast paths read the packed form (runtime/inference/cpu_decode.c, runtime/inference/decoder.py).
-The C decoder alone rounds what a layer is given, too: to 16 bits next to weights of 8, and to 8 next
-to weights of 4.
+The C decoder alone also rounds what a layer is given: to 16 bits next to weights of 8, to 8 bits
+next to weights of 4.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = ("int8", "int4")
 # Weights of 4 bits that have a scale. NIBBLES in the C code.
 GROUP = 32
 # What rounding to 16 bits does to inputs that share a scale, next to their size: two standard
-# deviations, each 1 / sqrt(12) of a step. A step is 1 / 32767 of the largest, some 3 times the size.
+# deviations of 1 / sqrt(12) step. A step is 1 / 32767 of the largest, about 3 times the size.
 INPUT_EPS = 2.0**-14
 # The largest weight of a group is tried at these multiples of the scale. With 8 it is exact; with
 # less the others are nearer, and it may be cut to 7 or 8 steps. The least squared error decides.

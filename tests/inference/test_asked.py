@@ -110,6 +110,7 @@ def test_asking_leaves_nothing_behind():
     assert not any(module._forward_hooks for module in model.modules())
     assert decoder._whole is None and "_replay" not in vars(decoder) and not decoder.compiles
     assert not model.training and all(p.requires_grad for p in model.parameters())
+    assert decoder.native is None or decoder.native.planes == 1
 
 
 def test_a_context_of_one_token_is_asked_too():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import runtime.inference.cpu_decode as cpu_decode
 from config_model import ModelConfig
 from model_parts import KVCache
 from runtime.checks.rounding import logits_bound, size_of
-from runtime.inference.cpu_decode import native_model
+from runtime.inference.cpu_decode import NativeModel, native_model
 from runtime.inference.quantize import KINDS, quantize_
+from runtime.kernels.compile import cpu_flags
 from tests.builders import random_model, tiny_config
 from tests.rounded_inputs import rounded, rounding_inputs
 from tests.shared_checks import needs_code
@@ -84,3 +88,32 @@ def test_the_largest_input_of_a_piece_is_kept(kind):
     x = torch.randn(3, 200)
     assert torch.equal(rounded(x, kind).abs().amax(dim=1), x.abs().amax(dim=1))
     assert torch.equal(rounded(torch.zeros(2, 5), kind), torch.zeros(2, 5))
+
+
+@needs_code
+@torch.no_grad()
+def test_both_builds_have_the_same_sums(monkeypatch, tmp_path):
+    """That for AVX-512 VNNI and that for AVX2: integers have no rounding.
+
+    A processor without VNNI gets its two instructions written out.
+    """
+    if "avx2" not in cpu_flags():
+        pytest.skip("these flags are for processors with AVX2")
+    header = tmp_path / "vnni.h"
+    header.write_text(Path(__file__).with_name("vnni.h").read_text())
+    # Elsewhere they differ: floats are added in the order of a vector's lanes.
+    builds = ["-mno-avx512f", f"-mno-avx512f -include {header}"]
+    for kind in KINDS:
+        model = model_of((40, 70), kind)
+        ids = torch.randint(model.config.vocabulary_size, (24,)).tolist()
+        logits = []
+        for flags in builds:
+            monkeypatch.setenv("GPTOSS_CFLAGS", flags)
+            cpu_decode.library.cache_clear()
+            code, why = cpu_decode.library()
+            assert code is not None, why
+            native = NativeModel(model, code)
+            caches = KVCache(model.config, 1, 24).rows()
+            logits.append(native.forward(caches, [ids], all_logits=True))
+        assert torch.equal(*logits)
+    cpu_decode.library.cache_clear()

@@ -102,9 +102,9 @@ test-fast: $(VENV)/installed-dev
 test-cpus: $(VENV)/installed-dev
 	$(PY) -m tests.cpus
 
-# What takes too long for every push: the same promises with larger counts.
+# What takes too long for every push: the same promises with larger counts, whole benchmarks, other engines, checked builds.
 test-nightly: $(VENV)/installed-dev
-	$(PY) -m pytest -m nightly
+	$(PYTEST) -m nightly
 
 # What needs llama-cpp-python: the export's own check, and the benchmark of speeds. It is compiled: minutes, and a C++
 # compiler. `make test` runs our files in llama.cpp without it. Not for this very CPU: GCC 12 breaks what ggml has for

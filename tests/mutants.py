@@ -197,7 +197,16 @@ for line in sys.stdin:
         """
         report, printed = self.folder.parent / "report.xml", self.folder.parent / "printed"
         report.unlink(missing_ok=True)
-        arguments = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *flags, *tests]
+        arguments = [
+            "-q",
+            "-m",
+            "",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *flags,
+            *tests,
+        ]
         self._server.stdin.write(json.dumps([arguments, str(printed)]) + "\n")
         self._server.stdin.flush()
         pid = int(self._server.stdout.readline())

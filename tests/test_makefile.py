@@ -132,6 +132,7 @@ def test_the_chat_demo_trains_each_stage_from_the_one_before(tmp_path):
     assert sum(line.endswith("--score_prompts 4") for line in lines) == 3
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_chat_demo_runs(tmp_path):
     """All of its lines but the install, on less text and for two steps a stage."""

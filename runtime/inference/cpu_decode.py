@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
@@ -186,6 +187,7 @@ class NativeModel:
             ),
             blocks=self._blocks,
         )
+        self._is_packed = is_packed(model)
         self._widest = max(c.d_model, c.num_heads * c.attention_head_dim, c.d_ff)
         self._room: dict[str, Tensor] | None = None
         # Logits that are scored, [GROUP, V].
@@ -275,7 +277,7 @@ class NativeModel:
         lengths = [len(own) for own in ids]
         self._check_room(caches, lengths)
         every = [i for own in ids for i in own]
-        n, firsts = len(every), np.cumsum([0, *lengths[:-1]])
+        n, firsts = len(every), [0, *itertools.accumulate(lengths[:-1])]
         named = [first + row for first, own in zip(firsts, rows, strict=True) for row in own]
         scored = None if targets is None else [i for own in targets for i in own]
         for some in (every, scored or [0]):
@@ -314,7 +316,7 @@ class NativeModel:
             p = self._pass
             p.n, p.num_logits, p.planes = n, len(named), self.planes
             for name, array in (given | out).items():
-                setattr(p, name, None if array is None else array.ctypes.data)
+                setattr(p, name, None if array is None else _address(array))
             if scored is not None:
                 p.logits = self._group_of_logits()
             self._code.gptoss_forward(ctypes.byref(p))
@@ -381,7 +383,7 @@ class NativeModel:
             max(1, n * self.bytes_per_token() // self.least_bytes_per_thread),
         )
         # Inputs that are rounded at a time, for packed weights.
-        rounded = min(max(n, num_logits), GROUP) if is_packed(self.model) else 0
+        rounded = min(max(n, num_logits), GROUP) if self._is_packed else 0
         private = max(
             self.planes * rounded * -(-self._widest // WIDE) * ROUNDED_FLOATS,
             MOST_QUERIES * (cache.max_tokens + 16),
@@ -446,6 +448,11 @@ class NativeModel:
             # The router.
             total += 4 * c.num_experts * c.d_model
         return total
+
+
+def _address(array: np.ndarray) -> int:
+    """Return where an array's numbers are; `array.ctypes.data` takes four times as long."""
+    return array.__array_interface__["data"][0]
 
 
 def _addresses(cache: KVCache) -> tuple[np.ndarray, np.ndarray]:

@@ -615,16 +615,18 @@ class Drawing:
                     for row, logits_V in zip(rows, logits_BV, strict=True)
                 ]
             )
-        generators = [self.generators[row] for row in rows] if self.generators else None
-        drawn_B = sample(
-            logits_BV,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.banned,
-            generators,
-            self.min_p,
-        )
+        if self.temperature == 0 and logits_BV.device.type == "cpu":
+            drawn_B = likeliest(logits_BV.float(), self.banned)
+        else:
+            drawn_B = sample(
+                logits_BV,
+                self.temperature,
+                self.top_k,
+                self.top_p,
+                self.banned,
+                [self.generators[row] for row in rows] if self.generators else None,
+                self.min_p,
+            )
         return drawn_B, self.log_probs(given_BV, drawn_B) if self.gives_log_probs else None
 
     def log_probs(self, logits_BV: Tensor, drawn_B: Tensor) -> Tensor:
@@ -642,6 +644,19 @@ class Drawing:
         return penalise_repetition(
             logits_V[None].float(), seen_1T, self.repetition_penalty, self.stops
         )
+
+
+def likeliest(logits_BV: Tensor, banned_ids: Tensor) -> Tensor:
+    """Return model.sample's ids [B] at temperature 0, of float32 logits on a CPU.
+
+    NumPy takes a tenth of the time. -1 in rows that are not finite.
+    """
+    numbers_BV = logits_BV.detach().numpy()
+    is_finite_B = np.isfinite(numbers_BV.min(axis=1)) & np.isfinite(numbers_BV.max(axis=1))
+    if len(banned_ids):
+        numbers_BV = numbers_BV.copy()
+        numbers_BV[:, banned_ids.numpy()] = -np.inf
+    return torch.from_numpy(np.where(is_finite_B, numbers_BV.argmax(axis=1), -1))
 
 
 @contextlib.contextmanager

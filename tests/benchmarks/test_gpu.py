@@ -1196,6 +1196,7 @@ def test_the_tiny_plan_has_time_on_a_busy_machine(tmp_path):
     assert seconds(True) == [10 * s for s in seconds(False)] == [280, 570]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_all_commands_run_at_a_tiny_size(results, data):
     """Every program, with real shards.

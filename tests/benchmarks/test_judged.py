@@ -16,6 +16,7 @@ def _results(tmp_path, monkeypatch):
     monkeypatch.setattr(judged, "RESULTS", tmp_path)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_model_is_judged_against_the_first(tmp_path):
     """The same model twice differs by nothing, and the table has a column for each."""

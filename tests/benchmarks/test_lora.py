@@ -14,6 +14,7 @@ from tests.builders import random_model, tiny_config
 from tests.builders_checkpoint import TRAIN
 
 
+@pytest.mark.nightly
 def test_the_figures_are_stored(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)

@@ -170,6 +170,7 @@ def test_what_follows_the_real_code_stays_right(name):
     assert code == 0 and "largest logit difference 0.0e+00" in text
 
 
+@pytest.mark.nightly
 @EACH
 def test_onnx_follows_the_real_code(name):
     """The graph is traced from the model, and onnxruntime gives its logits: the check says so."""

@@ -316,6 +316,7 @@ def test_special_words_in_the_library(bpe_folder, bpe):
     assert ids_of(theirs, SPECIAL_TEXT) == bpe.encode(SPECIAL_TEXT)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base"])
 def test_the_other_published_vocabularies_cut_words_as_tiktoken_does(

@@ -112,6 +112,7 @@ def test_large_indices_are_stories_too_and_negative_ones_are_refused():
         story(-1)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_100_000_stories_are_distinct_and_of_good_length():
     seen, words = set(), collections.Counter()

@@ -48,6 +48,7 @@ def left(run: RanksRun) -> list[str]:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
 def test_a_killed_rank_is_restarted_and_the_run_is_the_same():

@@ -17,6 +17,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.nightly
 def test_the_report_is_the_same_bytes_whatever_the_batches(tmp_path, monkeypatch):
     """Buffers, slots, rows of a pass, shared beginnings, threads, and the order of the lines."""
     files = write_texts(tmp_path / "valid.jsonl", texts(40))

@@ -62,6 +62,7 @@ def made_up_sets(count: int, num_documents: int, too_sure: float):
         yield sums_of(documents)
 
 
+@pytest.mark.nightly
 def test_the_interval_of_the_error_of_a_calibrated_model_reaches_to_zero():
     """Chance parts the bins of a sample, and those of a resample once more.
 
@@ -79,6 +80,7 @@ def test_the_interval_of_the_error_of_a_calibrated_model_reaches_to_zero():
     assert max(error["high"] for error in errors) < 0.08
 
 
+@pytest.mark.nightly
 def test_the_interval_of_a_small_error_holds_it_and_says_that_there_is_one():
     """0.1 too sure in all bins. The upper end was below the true value in every tenth set."""
     errors = [

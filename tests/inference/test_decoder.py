@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import LLM
+from model import LLM, sample
 from model_parts import KVCache
 from runtime.inference import decoder as inference
 from runtime.inference.decoder import (
@@ -626,7 +626,7 @@ def test_few_logits_are_drawn_from_by_one_thread(V, monkeypatch):
     monkeypatch.setattr(
         inference, "sample", lambda *args: seen.append(torch.get_num_threads()) or real(*args)
     )
-    draw = inference.Drawing(0.0, 0, 1.0, 0.0, 1.0, (), (), None, torch.device("cpu"))
+    draw = inference.Drawing(1.0, 0, 1.0, 0.0, 1.0, (), (), None, torch.device("cpu"))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -636,6 +636,23 @@ def test_few_logits_are_drawn_from_by_one_thread(V, monkeypatch):
         assert seen == [1 if V == 11 else 2, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("banned", [(), (2, 40)], ids=["all ids", "some banned"])
+def test_the_likeliest_ids_are_those_of_sample(banned):
+    """Of equals the first; -1 for a row with what is not a number, or with an infinity."""
+    logits = torch.randn(12, 61, generator=torch.Generator().manual_seed(0))
+    logits[1, [5, 9, 40]] = 7.0
+    logits[2] = 0.0
+    logits[3, 17], logits[4, 17], logits[5, 17] = torch.inf, -torch.inf, torch.nan
+    logits[6] = -torch.inf
+    logits[7, 2] = 9.0
+    ids = torch.tensor(banned, dtype=torch.int64)
+    expected = sample(logits, 0.0, banned_ids=ids)
+    assert expected[3:7].eq(-1).all() and expected[2] == 0
+    assert torch.equal(inference.likeliest(logits, ids), expected)
+    draw = inference.Drawing(0.0, 0, 1.0, 0.0, 1.0, (), banned, None, torch.device("cpu"))
+    assert torch.equal(draw(list(range(12)), [[1]] * 12, logits.double())[0], expected)
 
 
 def test_a_bad_answer_does_not_spoil_the_next(decoder_of):

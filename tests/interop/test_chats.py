@@ -223,6 +223,7 @@ def test_a_chat_in_llama_cpp(checkpoint, engine_of, arch):
             assert "reasoning_content" not in choice["message"]
 
 
+@pytest.mark.nightly
 def test_100_of_100_chats_end_in_three_programs(checkpoint, engine_of, tmp_path, capsys):
     """Peers' exports lost the stop token, and answers never ended."""
     transformers = pytest.importorskip("transformers")

@@ -8,8 +8,10 @@ from unittest import mock
 
 import torch
 
+from model import LLM
 from model_parts import KVCache
 from runtime.inference.cpu_decode import library
+from runtime.inference.quantize import is_packed
 from tests import builders
 from tests import shared_checks as checks
 from tests.builders import random_config, random_model, without_chance
@@ -68,13 +70,16 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def native(count: int) -> Tally:
     """The C kernel that decodes on a CPU against the plain model.
 
-    Over random architectures, 8-bit weights among them.
+    Over random architectures. Next to packed weights it rounds its inputs to 16 bits (to 8 next to
+    weights of 4 bits, but in comparisons).
     """
-    tally, worst = Tally(), [0.0]
+    tally, worst = Tally(), {"float32": 0.0, "packed": 0.0}
 
-    def close(a: torch.Tensor, b: torch.Tensor, _) -> bool:
-        worst.append(_relative(a, b))
-        return worst[-1] <= 1e-4
+    def close(a: torch.Tensor, b: torch.Tensor, of: LLM) -> bool:
+        name = "packed" if is_packed(of) else "float32"
+        difference = _relative(a, b)
+        worst[name] = max(worst[name], difference)
+        return difference <= {"float32": 1e-4, "packed": 2e-3}[name]
 
     with mock.patch.object(checks, "close", close), torch.no_grad():
         for seed in range(FIRST_SEED, FIRST_SEED + count):
@@ -83,7 +88,9 @@ def native(count: int) -> Tally:
                 f"seed {seed}",
                 functools.partial(checks.check_native_logits, seed),
             )
-    tally.detail = {"largest relative difference": f"{max(worst):.1g}"}
+    tally.detail = {
+        f"largest relative difference, {name}": f"{value:.1g}" for name, value in worst.items()
+    }
     return tally
 
 
@@ -174,7 +181,13 @@ PROMISES: list[Promise] = [
     *(
         [
             Promise(
-                12, "The native CPU decoder's logits are the model's, to 1e-4", native, 3, 100, 100
+                12,
+                "The native CPU decoder's logits are the model's, to 1e-4; with packed weights, "
+                "to 2e-3",
+                native,
+                3,
+                100,
+                100,
             )
         ]
         if library()[0] is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from runtime.serving import page
 from tests.builders_serve_page import HOSTILE
 from tests.promises import serve_page
@@ -14,6 +16,7 @@ def changed(monkeypatch, old: str, new: str) -> None:
     monkeypatch.setattr(page, "_script", lambda: script.replace(old, new))
 
 
+@pytest.mark.nightly
 def test_controls_that_are_not_escaped_are_noticed(monkeypatch):
     changed(monkeypatch, "let visible=text=>String(text)", "let visible=t=>t;let old=text=>text")
     (controls,) = (text for text in HOSTILE if "\u202e" in text)
@@ -21,6 +24,7 @@ def test_controls_that_are_not_escaped_are_noticed(monkeypatch):
     assert serve_page.hostile_outputs(1).held == 0
 
 
+@pytest.mark.nightly
 def test_markup_is_noticed_even_by_the_policy_alone(monkeypatch):
     changed(monkeypatch, "made.textContent=text", "made.innerHTML=text")
     assert serve_page.hostile_outputs(1).held == 0

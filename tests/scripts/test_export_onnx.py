@@ -113,6 +113,7 @@ def test_every_option_is_exported(config, tmp_path):
     assert compare(model, open_session(tmp_path / "m.onnx"), 3, config.context_length, 9) <= 1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_blocks_may_have_equal_weights(tmp_path):
     """torch.onnx stores equal weights once.
@@ -148,6 +149,7 @@ def test_greedy_text_is_the_models(exported):
         assert torch.equal(ours, torch.cat(theirs, dim=1))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_positions_far_out_are_exact(exported, tmp_path, monkeypatch):
     """Positions are float64 in the graph: in float32, angles at 200,000 are off by a thousandth.
@@ -261,6 +263,7 @@ def test_the_documented_example_says_what_the_model_says(exported, tmp_path, mon
     assert 256 not in ours and documented_example(tmp_path, monkeypatch)[:40] == ours
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_documented_example_is_right_for_an_imported_model(tmp_path, monkeypatch):
     """An imported model may have no start, or several end ids.
@@ -302,6 +305,7 @@ def test_help_is_one_line_and_the_arguments(capsys):
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_float16_with_external_data_replaces_only_when_forced(
     exported, tmp_path, monkeypatch, capsys
@@ -326,6 +330,7 @@ def test_float16_with_external_data_replaces_only_when_forced(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.tokenizer.json"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_what_is_off_is_not_written(exported, tmp_path, monkeypatch):
     """A graph of other weights fails the check; nothing is left, and what was there stays."""

@@ -323,7 +323,7 @@ class _Routers:
 
     def __init__(self, model: LLM):
         self._routers = [block.moe.router for block in model.layers]
-        self._near = MARGIN * INPUT_EPS if is_packed(model) else NEAR
+        self._near = MARGIN / 4 * INPUT_EPS if is_packed(model) else NEAR
         self._said: list[list[tuple]] = [[] for _ in self._routers]
         self._rows: Tensor | None = None
 

@@ -40,9 +40,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import train
 from benchmarks.baselines import HuggingFaceMoE, build_hf, check_hf
 from benchmarks.common import REPO, Samples, alternate_undisturbed, save_results, summary
 from config_model import ModelConfig, active_parameters, total_parameters
@@ -823,9 +823,26 @@ def measure_launch(ckpt: str, repeats: int) -> dict:
     }
 
 
+@torch.no_grad()
+def decoded_cross_entropy(decoder: inference.Decoder, batches: Iterable) -> float:
+    """Return the mean cross-entropy (nats a token) of batches of one window, read by a decoder.
+
+    By the C kernel where it decodes, which rounds the inputs of packed weights, too.
+    """
+    total, tokens = 0.0, 0
+    for ids_1T, targets_1T in batches:
+        T = ids_1T.shape[1]
+        text = decoder.texts(1, T)[0]
+        logits_TV = decoder.read(text, ids_1T[0].tolist(), all_logits=True)
+        targets_T = targets_1T[0].to(logits_TV.device)
+        total += F.cross_entropy(logits_TV, targets_T, reduction="sum").item()
+        tokens += T
+    return total / tokens
+
+
 def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: int) -> dict:
     """Validation cross-entropy (nats a token) in float32 as the checkpoint is, and with its weights
-    in 8 and in 4 bits, over the same windows.
+    in 8 and in 4 bits, over the same windows, as a Decoder computes them.
     """
     model, checkpoint = load_model(ckpt, device)
     _, val = open_data(data_dir)
@@ -847,9 +864,7 @@ def measure_perplexity(ckpt: str, data_dir: str, device: torch.device, windows: 
     for what in ("float32", *KINDS):
         if what != "float32":
             model = quantize_(load_model(ckpt, device)[0], what)
-        choose_kernels(model, device, torch.float32)
-        with torch.no_grad():
-            cross_entropy[what] = train.evaluate(model, batches)
+        cross_entropy[what] = decoded_cross_entropy(inference.Decoder(model), batches)
     return {
         "windows": len(batches),
         "tokens": len(batches) * model.config.context_length,

@@ -300,6 +300,7 @@ static int64_t row_bytes_of(const Matrix *a)
    line of the row. */
 typedef struct { int64_t from, pace; } Ahead;
 
+/* The vectors of TILE rows and NX inputs from AT on. */
 #define STEP(AT)                                                                                                \
     {                                                                                                           \
         vec v0 = LOAD_FLOATS(x0 + (AT)), v1 = LOAD_FLOATS(x1 + (AT)), v2 = LOAD_FLOATS(x2 + (AT));              \
@@ -317,6 +318,7 @@ typedef struct { int64_t from, pace; } Ahead;
         if (NX > 2)                                                                                             \
             ADD_PRODUCT(C, weights, v2);                                                                        \
     }
+
 /* `dot` of NX inputs and TILE weight rows; sums[j][i]: input j, row i. Each sum has a name: gcc keeps an
    array of them in memory. */
 INLINE void float_products_of(const float *const *w, const float *const *x, int cols, Ahead ahead, four *sums, const int NX)
@@ -406,7 +408,7 @@ INLINE shorts load_bytes(const int8_t *w)
 typedef struct { chars low, high; } Halves;
 
 /* count: groups that there are, 1 or 2. */
-INLINE Halves halves_of(const uint8_t *groups, const int count)
+INLINE Halves halves_of(const int8_t *groups, const int count)
 {
     shorts both = {0};
     memcpy(&both, groups, count * (NIBBLES / 2));
@@ -578,10 +580,17 @@ static void round_input(const Matrix *a, const float *x, int planes, void *to)
     }
 #define SCALED(SUMS, x, S) S = FMA8(__builtin_convertvector(SUMS, eight), x->scale, S)
 
+/* TILE rows of packed weights, and their scales if they have 4 bits. */
+typedef struct {
+    const int8_t *weights[TILE];
+    const uint16_t *scales[TILE];
+    int64_t rows[TILE];
+} Packed;
+
 /* `dot` of NX inputs and TILE rows of bytes, without the rows' scales. */
-INLINE void byte_products_of(const int8_t *const *w, const Wide *const *x, int cols, Ahead ahead, four *sums, const int NX)
+INLINE void byte_products_of(const Packed *w, const Wide *const *x, int cols, Ahead ahead, four *sums, const int NX)
 {
-    const int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const int8_t *w0 = w->weights[0], *w1 = w->weights[1], *w2 = w->weights[2], *w3 = w->weights[3];
     const Wide *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];
     eight a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
     for (int left = cols; left > 0; left -= WIDE, x0++, x1++, x2++) {
@@ -614,26 +623,20 @@ INLINE void byte_products_of(const int8_t *const *w, const Wide *const *x, int c
     if (NX > 2)
         sums[2] = sums_of_folded(fold_eight(c0), fold_eight(c1), fold_eight(c2), fold_eight(c3));
 }
-FOR_INPUTS(byte_products, const int8_t *const *w, Wide)
-
-/* Weights of 4 bits: a row's, and the scales of its groups. */
-typedef struct {
-    const uint8_t *weights;
-    const uint16_t *scales;
-} Nibbles;
+FOR_INPUTS(byte_products, const Packed *w, Wide)
 
 /* COUNT groups, from piece g on, of TILE rows. */
 #define GROUPS_STEP(COUNT)                                                                                      \
     {                                                                                                           \
-        GROUPS_STEP_OF(w[0], COUNT, a0, b0, c0)                                                                 \
-        GROUPS_STEP_OF(w[1], COUNT, a1, b1, c1)                                                                 \
-        GROUPS_STEP_OF(w[2], COUNT, a2, b2, c2)                                                                 \
-        GROUPS_STEP_OF(w[3], COUNT, a3, b3, c3)                                                                 \
+        GROUPS_STEP_OF(0, COUNT, a0, b0, c0)                                                                    \
+        GROUPS_STEP_OF(1, COUNT, a1, b1, c1)                                                                    \
+        GROUPS_STEP_OF(2, COUNT, a2, b2, c2)                                                                    \
+        GROUPS_STEP_OF(3, COUNT, a3, b3, c3)                                                                    \
     }
-#define GROUPS_STEP_OF(W, COUNT, A, B, C)                                                                       \
+#define GROUPS_STEP_OF(ROW, COUNT, A, B, C)                                                                     \
     {                                                                                                           \
-        Halves halves = halves_of((W).weights + g * NIBBLES, COUNT);                                            \
-        eight worth = worth_of((W).scales + 2 * g, COUNT);                                                      \
+        Halves halves = halves_of(w->weights[ROW] + g * NIBBLES, COUNT);                                        \
+        eight worth = worth_of(w->scales[ROW] + 2 * g, COUNT);                                                  \
         A = FMA8(__builtin_convertvector(sums_of_groups(halves, x0 + g), eight), worth * x0[g].scale, A);       \
         if (NX > 1)                                                                                             \
             B = FMA8(__builtin_convertvector(sums_of_groups(halves, x1 + g), eight), worth * x1[g].scale, B);   \
@@ -642,17 +645,17 @@ typedef struct {
     }
 
 /* `dot` of NX inputs and TILE rows of nibbles. */
-INLINE void nibble_products_of(const Nibbles *w, const Narrow *const *x, int cols, Ahead ahead, four *sums, const int NX)
+INLINE void nibble_products_of(const Packed *w, const Narrow *const *x, int cols, Ahead ahead, four *sums, const int NX)
 {
     int groups = groups_of(cols), g = 0;
     const Narrow *x0 = x[0], *x1 = x[NX > 1 ? 1 : 0], *x2 = x[NX > 2 ? 2 : 0];
     eight a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0}, c0 = {0}, c1 = {0}, c2 = {0}, c3 = {0};
     for (; g < groups / 2; g++) {
         if (!(g & 1) && ahead.from) {    /* a line of the cache */
-            __builtin_prefetch(w[0].weights + g * NIBBLES + ahead.from);
-            __builtin_prefetch(w[1].weights + g * NIBBLES + ahead.from);
-            __builtin_prefetch(w[2].weights + g * NIBBLES + ahead.from);
-            __builtin_prefetch(w[3].weights + g * NIBBLES + ahead.from);
+            __builtin_prefetch(w->weights[0] + g * NIBBLES + ahead.from);
+            __builtin_prefetch(w->weights[1] + g * NIBBLES + ahead.from);
+            __builtin_prefetch(w->weights[2] + g * NIBBLES + ahead.from);
+            __builtin_prefetch(w->weights[3] + g * NIBBLES + ahead.from);
         }
         GROUPS_STEP(2)
     }
@@ -664,7 +667,7 @@ INLINE void nibble_products_of(const Nibbles *w, const Narrow *const *x, int col
     if (NX > 2)
         sums[2] = sums_of_folded(fold_eight(c0), fold_eight(c1), fold_eight(c2), fold_eight(c3));
 }
-FOR_INPUTS(nibble_products, const Nibbles *w, Narrow)
+FOR_INPUTS(nibble_products, const Packed *w, Narrow)
 
 /* How many of `left` inputs are taken next: four are two and two, as one alone has few sums. */
 static int next_inputs(int left) { return left == 4 ? 2 : least(left, MOST_INPUTS); }
@@ -698,13 +701,6 @@ static void put_tile(const Matrix *a, int64_t row, four sums, const float *facto
     *to = value;
 }
 
-/* TILE packed rows, and where they go. */
-typedef struct {
-    const int8_t *weights[TILE];
-    Nibbles nibbles[TILE];
-    int64_t rows[TILE];
-} Packed;
-
 static Packed packed_rows(const Matrix *a, int64_t row, int64_t step, int64_t last)
 {
     Packed w;
@@ -712,8 +708,7 @@ static Packed packed_rows(const Matrix *a, int64_t row, int64_t step, int64_t la
         /* Beyond the end the last row is computed again, and not put. */
         w.rows[l] = row + l * step < last ? row + l * step : last;
         w.weights[l] = (const int8_t *)a->weight + w.rows[l] * row_bytes_of(a);
-        w.nibbles[l].weights = (const uint8_t *)w.weights[l];
-        w.nibbles[l].scales = a->groups ? a->groups + w.rows[l] * groups_of(a->cols) : NULL;
+        w.scales[l] = a->groups ? a->groups + w.rows[l] * groups_of(a->cols) : NULL;
     }
     return w;
 }
@@ -723,16 +718,16 @@ INLINE void packed_products(const Matrix *a, const Packed *w, const void *const 
                             four *sums)
 {
     if (!a->groups) {
-        byte_products(w->weights, (const Wide *const *)inputs, count, a->cols, ahead, sums);
+        byte_products(w, (const Wide *const *)inputs, count, a->cols, ahead, sums);
         return;
     }
-    nibble_products(w->nibbles, (const Narrow *const *)inputs, count, a->cols, ahead, sums);
+    nibble_products(w, (const Narrow *const *)inputs, count, a->cols, ahead, sums);
     if (planes > 1) {
         const Narrow *rest[MOST_INPUTS];
         four more[MOST_INPUTS];
         for (int k = 0; k < count; k++)
             rest[k] = (const Narrow *)inputs[k] + pieces_of(a);
-        nibble_products(w->nibbles, rest, count, a->cols, (Ahead){0}, more);
+        nibble_products(w, rest, count, a->cols, (Ahead){0}, more);
         for (int k = 0; k < count; k++)
             sums[k] += more[k];
     }
@@ -749,7 +744,7 @@ static void product_of_packed(const Matrix *a, int64_t first, int begin, int end
         inputs[j] = (char *)room + (int64_t)j * input_bytes;
         round_input(a, x[j], planes, (char *)room + (int64_t)j * input_bytes);
     }
-    if (nx <= FEW) {
+    if (nx <= FEW && end - begin >= TILE) {
         /* As in `product_of_few`. */
         int part = (end - begin) / TILE;
         Packed w = packed_rows(a, first + begin, part, first + end - 1);
@@ -765,8 +760,7 @@ static void product_of_packed(const Matrix *a, int64_t first, int begin, int end
             for (int l = 0; l < TILE; l++) {
                 w.rows[l]++;
                 w.weights[l] += row_bytes;
-                w.nibbles[l].weights += row_bytes;
-                w.nibbles[l].scales += a->groups ? groups_of(a->cols) : 0;
+                w.scales[l] += a->groups ? groups_of(a->cols) : 0;
             }
         }
         begin += part * TILE;

@@ -19,11 +19,11 @@ from model import generate
 from runtime.checkpoint.read import load_model
 from runtime.data.loader import validation_batches
 from runtime.data.shards import open_data
-from runtime.inference.decoder import NOT_ASKED_FOR
+from runtime.inference.decoder import NOT_ASKED_FOR, Decoder
 from runtime.inference.quantize import quantize_
 from tests.builders import random_model, tiny_config
 from tests.builders_runs import Run
-from tests.numeric import assert_close, logits_bound, size_of
+from tests.numeric import assert_close, logits_bound, packed_bound, size_of
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 needs_transformers = pytest.mark.skipif(
@@ -546,7 +546,12 @@ def test_perplexity_of_packed_weights(data, tmp_path, results_folder):
         with torch.no_grad():
             outs = [model(x, y) for x, y in validation_batches(open_data(data)[1], 16, 1, 5)]
         expected = sum(out.cross_entropy_sum for out in outs) / sum(out.num_targets for out in outs)
-        assert_close(p["cross_entropy"][what], expected, logits_bound(model.config, 16))
+        bound = logits_bound(model.config, 16) + packed_bound(model)
+        if what == "int4" and Decoder(model).native is not None:
+            # As it is decoded: with inputs of 8 bits.
+            assert abs(p["cross_entropy"][what] - expected) > 1e-5 * expected
+            bound = 1e-2
+        assert_close(p["cross_entropy"][what], expected, bound)
         assert p["perplexity"][what] == pytest.approx(math.exp(p["cross_entropy"][what]))
     for kind, name in (("int8", "ratio"), ("int4", "ratio_int4")):
         assert p[name] == pytest.approx(p["perplexity"][kind] / p["perplexity"]["float32"])

@@ -182,8 +182,8 @@ PROMISES: list[Promise] = [
         [
             Promise(
                 12,
-                "The native CPU decoder's logits are the model's, to 1e-4; with packed weights, "
-                "to 2e-3",
+                "The native CPU decoder's logits are the model's, to 1e-4; with packed weights and "
+                "inputs of 16 bits, to 2e-3",
                 native,
                 3,
                 100,

@@ -832,7 +832,7 @@ def decoded_cross_entropy(decoder: inference.Decoder, batches: Iterable) -> floa
     total, tokens = 0.0, 0
     for ids_1T, targets_1T in batches:
         T = ids_1T.shape[1]
-        text = decoder.texts(1, T)[0]
+        text = decoder.texts(1, T, rings=False)[0]
         logits_TV = decoder.read(text, ids_1T[0].tolist(), all_logits=True)
         targets_T = targets_1T[0].to(logits_TV.device)
         total += F.cross_entropy(logits_TV, targets_T, reduction="sum").item()

@@ -308,8 +308,8 @@ def launch_line() -> str:
         f"{launch['import_torch_s']['median']:.2f} s. "
         "`--quantize int8` changes that model's perplexity from "
         f"{quality['perplexity']['float32']:.3f} to {quality['perplexity']['int8']:.3f} "
-        f"({100 * (quality['ratio'] - 1):+.2f} %; {quality['tokens']:,} tokens "
-        "of TinyStories validation)."
+        f"({100 * (quality['ratio'] - 1):+.2f} %; {quality['tokens']:,} tokens of TinyStories "
+        f"validation), `--quantize int4` by {100 * (quality['ratio_int4'] - 1):+.2f} %."
     )
 
 

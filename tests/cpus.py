@@ -49,6 +49,7 @@ FILES = [
     "evaluation/test_lm_eval_harness.py",
     "inference/test_company.py",
     "inference/test_cpu_decode.py",
+    "inference/test_rounded_inputs.py",
     "inference/test_scorer.py",
     "kernels/test_cpu_attention.py",
     "kernels/test_cpu_experts.py",

@@ -15,7 +15,7 @@ from config_model import ModelConfig
 from model import LLM
 from model_parts import KVCache, MoE
 from runtime.inference.cpu_decode import native_model
-from runtime.inference.quantize import KINDS, quantize_
+from runtime.inference.quantize import KINDS, packed_kind, quantize_
 from tests.builders import (
     random_architecture,
     random_config,
@@ -63,12 +63,15 @@ def check_native_logits(seed: int) -> None:
     assert native and not why
     cpu_decode_threads = r.choice([1, 2, 3])
     # However small it is.
-    native.least_bytes_per_thread, native.planes = 1, 2
+    native.least_bytes_per_thread = 1
+    # Inputs of 8 bits are too coarse to compare: experts would differ.
+    native.planes = 2 if packed_kind(model) == "int4" else 1
     apart = packed_bound(model) / 4
     # Of the texts one at least meets no near tie.
-    for _ in range(50):
+    for attempt in range(200):
         texts = [
-            [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, 40))]
+            # Packed models with many blocks meet near ties wherever a long text goes.
+            [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, max(1, 40 - attempt)))]
             for _ in range(r.choice([1, 2, 5, 9]))
         ]
         clear = [before_ties(model, torch.tensor([text]), apart)[0] for text in texts]
@@ -98,8 +101,14 @@ def check_native_logits(seed: int) -> None:
             compared += sure.sum().item()
             assert not sure.any() or close(logits[sure], torch.cat(expected)[sure], model), config
             assert [cache.length for cache in caches] == done
-        # One in a hundred packed models meets near ties wherever it goes.
-        assert compared or apart
+        assert compared
+        if native.planes == 2:
+            # As users have it: the other distances between inputs, and half the room for them.
+            native, _ = native_model(model)
+            native.least_bytes_per_thread = 1
+            caches = KVCache(config, len(texts), 48).rows()
+            chunks = [text[:1] if is_ring else text for text in texts]
+            assert native.forward(caches, chunks).isfinite().all()
     finally:
         torch.set_num_threads(threads)
 

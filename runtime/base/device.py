@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -148,6 +149,21 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute on one thread: work so small is done before other threads are awake.
+
+    A thread whose first question for their number comes meanwhile keeps to one for good. So threads
+    of ours that compute ask (torch.get_num_threads()) before anything else.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model_parts import activate, attention_mask, attention_with_sinks
+from runtime.base.device import one_thread
 from runtime.checks.rounding import rounding, size_of
 from runtime.kernels import bias_attention, cpu_experts
 from runtime.kernels.choose import leave_out, norms_of
@@ -42,13 +43,8 @@ def settle_kernels(model, documents: bool = False) -> list[str]:
 
     documents: several share a sequence, and none sees another.
     """
-    threads = torch.get_num_threads()
-    # So little work is done before other threads are awake.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return [*_settle(model), *_settle_bias(model, documents)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _settle(model) -> list[str]:

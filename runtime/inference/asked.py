@@ -35,7 +35,7 @@ from torch import Tensor
 from config_model import kv_cache_bytes_per_token
 from model import LLM
 from model_parts import KVCache, activate
-from runtime.base.device import device_name, is_out_of_memory
+from runtime.base.device import device_name, is_out_of_memory, one_thread
 from runtime.base.files import write_text_atomic
 from runtime.checks.kernels import settle_kernels
 from runtime.checks.known import Known
@@ -99,16 +99,15 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     decoder._replay = lambda ids_B, positions_B, span: decode_step(
         model, decoder._whole, ids_B, positions_B, span
     )
-    dispatched, threads = _without_dispatch(model), torch.get_num_threads()
+    dispatched = _without_dispatch(model)
+    is_small = _weight_bytes(model) < LARGE_BYTES
     if decoder.native is not None:
         decoder.native.planes = 2
-    if _weight_bytes(model) < LARGE_BYTES:
-        # So little work is done before other threads are awake.
-        torch.set_num_threads(1)
     try:
-        probes = [_far_tokens(decoder, generator, rows) for rows in _rows(decoder)]
-        if decoder.native is not None:
-            probes.append(_short_texts(decoder, generator))
+        with one_thread() if is_small else contextlib.nullcontext():
+            probes = [_far_tokens(decoder, generator, rows) for rows in _rows(decoder)]
+            if decoder.native is not None:
+                probes.append(_short_texts(decoder, generator))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -117,7 +116,6 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
         del decoder._replay
         if decoder.native is not None:
             decoder.native.planes = 1
-        torch.set_num_threads(threads)
         for owner, name, kernel in dispatched:
             setattr(owner, name, kernel)
         decoder.compiles, decoder._whole, decoder._caches = compiles, None, []
@@ -125,7 +123,7 @@ def ask(decoder, decode_step: Callable, known: Known) -> str:
     plain_NV, fast_NV = (
         torch.cat(values) for values in zip(*((p.plain_NV, p.fast_NV) for p in probes), strict=True)
     )
-    limit = explained(model)
+    limit = explained(model, _rounds_inputs(decoder))
     share = difference(plain_NV, fast_NV)
     if not share <= limit and decoder.native is not None:
         # The C decoder chooses experts itself. Where two were as good, it may have taken the other.
@@ -163,19 +161,28 @@ def difference(plain_NV: Tensor, fast_NV: Tensor) -> float:
     return ((plain_NV - fast_NV).square().mean(dim=1).sqrt().amax() / size).item()
 
 
-def explained(model: LLM) -> float:
+def explained(model: LLM, rounds_inputs: bool = False) -> float:
     """Return how far two orders of the same operations may put a token's logits apart, as a share
     of the logits' size.
 
     That of float32 (runtime/checks/rounding.py). In a narrower dtype, what each block stores is
     off by that dtype's eps too, and the errors of the blocks add up like a random walk. So do those
-    of the C decoder with packed weights, whose inputs it rounds to 16 bits (NativeModel.planes).
+    of the inputs that one side rounds to 16 bits.
     """
     c, dtype = model.config, model.embed.weight.dtype
     stored = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
-    if is_packed(model):
+    if rounds_inputs:
         stored = max(stored, INPUT_EPS)
     return logits_bound(c, FAR) + MARGIN / 2 * math.sqrt(c.transformer_blocks + 1) * stored
+
+
+def _rounds_inputs(decoder) -> bool:
+    """Return whether the C decoder reads, and rounds the inputs of packed weights.
+
+    To 16 bits while it is asked (NativeModel.planes). With 4-bit weights it takes 8 afterwards: the
+    same code, but for the second plane.
+    """
+    return decoder.native is not None and is_packed(decoder.model)
 
 
 def _without_dispatch(model: LLM) -> list[tuple]:
@@ -234,7 +241,7 @@ def _short_texts(decoder, generator: torch.Generator) -> _Probe:
     num_steps = min(STEPS, T - 1)
     ids_BT = torch.randint(model.config.vocabulary_size, (2, T), generator=generator)
     lengths = [T - num_steps, max(1, T // 3)]
-    with _Routers(model) as routers:
+    with _Routers(decoder) as routers:
         plain_BTV = model(ids_BT.to(device)).logits
     texts = decoder.texts(2, T)
     places = [(row, length - 1) for row, length in enumerate(lengths)]
@@ -280,7 +287,7 @@ def _far_tokens(decoder, generator: torch.Generator, rows: int) -> _Probe:
         store.copy_(content[repeats])
     for text, position in zip(texts, positions, strict=True):
         text.cache.length = position
-    with _Routers(model) as routers:
+    with _Routers(decoder) as routers:
         plain = [
             model(ids_B[row : row + 1, None], cache=_copy(texts[row].cache)).logits[0]
             for row in range(min(rows, 2))
@@ -321,9 +328,9 @@ class _Routers:
     operations.
     """
 
-    def __init__(self, model: LLM):
-        self._routers = [block.moe.router for block in model.layers]
-        self._near = MARGIN / 4 * INPUT_EPS if is_packed(model) else NEAR
+    def __init__(self, decoder):
+        self._routers = [block.moe.router for block in decoder.model.layers]
+        self._near = MARGIN / 4 * INPUT_EPS if _rounds_inputs(decoder) else NEAR
         self._said: list[list[tuple]] = [[] for _ in self._routers]
         self._rows: Tensor | None = None
 

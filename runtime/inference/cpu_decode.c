@@ -363,8 +363,8 @@ INLINE void float_products_of(const float *const *w, const float *const *x, int 
 FOR_INPUTS(float_products, const float *const *w, float)
 
 /* ------------------------------------------------------------------------------ products in integers */
-/* Packed weights are multiplied with rounded inputs, so that a product's sums are exact: 8 lanes of them,
-   which are scaled and added in float32 a piece at a time. */
+/* Packed weights are multiplied with rounded inputs, so that a piece's sums are exact in integers: 8
+   lanes of them, which are then scaled and added in float32. */
 
 /* Inputs of weights of 8 bits: WIDE of them as 16 bits times one scale. */
 typedef struct {
@@ -542,7 +542,7 @@ static void round_narrow(const float *x, int count, Narrow *to, int planes, int 
 }
 
 /* cpu_decode.py makes room for this. */
-_Static_assert(sizeof(Wide) == 4 * 72 && 2 * sizeof(Narrow) <= sizeof(Wide), "ROUNDED_FLOATS");
+_Static_assert(2 * sizeof(Narrow) <= sizeof(Wide), "Narrow needs no more room than Wide");
 
 /* Pieces that a row's inputs are rounded in. */
 static int pieces_of(const Matrix *a)
@@ -760,7 +760,8 @@ static void product_of_packed(const Matrix *a, int64_t first, int begin, int end
             for (int l = 0; l < TILE; l++) {
                 w.rows[l]++;
                 w.weights[l] += row_bytes;
-                w.scales[l] += a->groups ? groups_of(a->cols) : 0;
+                if (a->groups)
+                    w.scales[l] += groups_of(a->cols);
             }
         }
         begin += part * TILE;
@@ -1364,4 +1365,7 @@ void gptoss_forward(Pass *p)
 }
 
 /* For the caller's check that both sides mean the same structures. */
-int gptoss_sizes(int which) { return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Block) : which == 2 ? sizeof(Model) : sizeof(Pass); }
+int gptoss_sizes(int which)
+{
+    return which == 0 ? sizeof(Matrix) : which == 1 ? sizeof(Block) : which == 2 ? sizeof(Model) : which == 3 ? sizeof(Pass) : sizeof(Wide);
+}

@@ -102,9 +102,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     code, why = compiled(SOURCE, EXACT)
     if code is None:
         return None, why
-    sizes = [code.gptoss_sizes(i) for i in range(4)]
+    sizes = [code.gptoss_sizes(i) for i in range(5)]
     # Python's -O leaves assertions out, and C would read elsewhere.
-    if sizes != [ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)]:
+    if sizes != [*(ctypes.sizeof(s) for s in (Matrix, Block, Model, Pass)), 4 * ROUNDED_FLOATS]:
         raise ValueError("cpu_decode.c and cpu_decode.py disagree about a structure")
     code.gptoss_forward.argtypes, code.gptoss_forward.restype = [POINTER(Pass)], None
     return code, ""

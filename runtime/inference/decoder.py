@@ -27,6 +27,7 @@ from config_model import ModelConfig
 from model import LLM, check_drawn, check_sampling, penalise_repetition, sample
 from model_parts import Block, KVCache, activate, rope_tables_at
 from runtime.base.compiler import explained_compiler_failure
+from runtime.base.device import one_thread
 from runtime.checks.known import (
     ATTENTION,
     EXPERTS,
@@ -121,14 +122,18 @@ class Decoder:
     def texts(self, count: int, max_tokens: int, rings: bool = True) -> list[Text]:
         """Return `count` empty texts with room for `max_tokens` each.
 
-        Those of an earlier call are no longer valid. rings: windowed blocks keep only their window.
-        Without, they keep all keys: such texts can be read in chunks, cut and copied.
+        Those of an earlier call are no longer valid. rings: windowed blocks keep only their window,
+        unless C decodes packed weights. Without, they keep all keys: such texts can be read in
+        chunks, cut and copied.
         """
         # First, so that both are never in memory at once.
         self._whole, self._caches, self._texts, self._graphs = None, [], [], {}
         # One slot more: where a step has texts that take no part, they write after their end.
         dtype = self.model.embed.weight.dtype
-        kind = KVCache if rings else WholeCache
+        # C reads prompts where caches are whole. PyTorch, which reads the others, does not round a
+        # packed layer's inputs: one prompt would have two sets of logits.
+        keeps_windows = rings and not (self._is_packed and self.native)
+        kind = KVCache if keeps_windows else WholeCache
         self._whole = kind(self.config, count, max_tokens + 1, dtype, self.device)
         self._caches = self._whole.rows()
         self._row = {id(cache): row for row, cache in enumerate(self._caches)}
@@ -649,7 +654,8 @@ class Drawing:
 def likeliest(logits_BV: Tensor, banned_ids: Tensor) -> Tensor:
     """Return model.sample's ids [B] at temperature 0, of float32 logits on a CPU.
 
-    NumPy's calls cost less than PyTorch's. -1 in rows that are not finite.
+    NumPy's calls cost less than PyTorch's. -1 in rows that are not finite. (`sample` also gives -1
+    where finite logits add up to infinity.)
     """
     numbers_BV = logits_BV.detach().numpy()
     is_finite_B = np.isfinite(numbers_BV.min(axis=1)) & np.isfinite(numbers_BV.max(axis=1))
@@ -659,18 +665,11 @@ def likeliest(logits_BV: Tensor, banned_ids: Tensor) -> Tensor:
     return torch.from_numpy(np.where(is_finite_B, numbers_BV.argmax(axis=1), -1))
 
 
-@contextlib.contextmanager
-def _threads_for(logits_BV: Tensor) -> Iterator[None]:
-    """Let one thread draw from few logits on a CPU: to wake others takes longer."""
-    threads = torch.get_num_threads()
-    if logits_BV.device.type != "cpu" or logits_BV.numel() >= WORTH_THREADS or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _threads_for(logits_BV: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which one thread draws from few logits on a CPU."""
+    is_small = logits_BV.device.type == "cpu" and logits_BV.numel() < WORTH_THREADS
+    is_wanted = is_small and torch.get_num_threads() > 1
+    return one_thread() if is_wanted else contextlib.nullcontext()
 
 
 def generate(

@@ -103,8 +103,11 @@ class Engine:
         self._has_cancelled = self._is_draining = self._is_closing = False
         # By a fault, not by `close`.
         self._has_stopped = False
+        self._has_begun = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        # Before another engine draws, or a model is compared (base/device.py: one_thread).
+        self._has_begun.wait()
 
     # -------------------------------------------------------------------------- for other threads
     @property
@@ -207,6 +210,8 @@ class Engine:
     # ------------------------------------------------------------------------- the engine's thread
     @torch.inference_mode()
     def _run(self) -> None:
+        torch.get_num_threads()
+        self._has_begun.set()
         try:
             while self._wait():
                 try:

@@ -26,7 +26,7 @@ from runtime.checkpoint.write import save_checkpoint
 from runtime.data.tokenizers import load_tokenizer
 from runtime.inference import asked, cpu_decode, predictor
 from runtime.inference import decoder as inference
-from runtime.inference.decoder import Decoder, generate
+from runtime.inference.decoder import KNOWS, Decoder, decode_step, generate
 from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_architecture, random_config, random_model, tiny_config
@@ -544,6 +544,17 @@ def test_the_benchmark_says_what_asking_costs(monkeypatch, capsys):
     assert "c_kernel" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--repeats must be at least 1, not 0"):
         benchmark.main(["--repeats", "0"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_step_has_no_room_for_rounded_inputs(kind, monkeypatch):
+    """The C kernel alone rounds them. Its room was PyTorch's too, and hid faults of 0.2 %."""
+    model = quantize_(random_model(tiny_config(), 7), kind)
+    decoder = Decoder(model, native=False)
+    assert asked.ask(decoder, decode_step, KNOWS) == ""
+    monkeypatch.setattr(inference, "decode_step", lambda *given: 1.002 * decode_step(*given))
+    why = asked.ask(decoder, inference.decode_step, KNOWS)
+    assert "they differ by 0.2" in why
 
 
 @needs_code

@@ -42,6 +42,19 @@ def test_it_gives_the_plain_models_logits(seed):
 
 
 @needs_code
+def test_matrices_that_no_cache_holds_are_read_in_blocks():
+    """One has more rows than stay in a cache while inputs pass (BLOCK_BYTES)."""
+    config = tiny_config(d_model=40, d_ff=1100, num_experts=2, vocabulary_size=2000)
+    model = random_model(config, 3)
+    native, _ = native_model(model)
+    ids = torch.randint(2000, (1, 30), generator=torch.Generator().manual_seed(0))
+    is_sure = before_ties(model, ids)[0]
+    assert is_sure.sum() > 20
+    logits = native.forward(KVCache(config, 1, 30).rows(), ids.tolist(), True)
+    assert close(logits[is_sure], model(ids).logits[0][is_sure], model)
+
+
+@needs_code
 def test_a_text_can_go_from_pytorch_to_c_and_back():
     """Texts share the cache; many rows are tiled, few are not: all chunk sizes agree."""
     model = random_model(

@@ -33,9 +33,18 @@ from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import MODELS, PROMPTS, alone, generated
-from tests.numeric import assert_close, before_ties, logits_bound, packed_bound, rounding
+from tests.numeric import (
+    assert_close,
+    before_ties,
+    logits_bound,
+    packed_bound,
+    rounding,
+    size_of,
+)
+from tests.shared_checks import needs_code
 
 CONTEXT = 32
+NO_RINGS = dict(rings=False)
 
 
 @pytest.fixture(params=[True, False], ids=["native", "pytorch"])
@@ -411,6 +420,23 @@ def test_generation_goes_on_from_the_cache(decoder_of, reads):
     # The last drawn, two new; steps of PyTorch do not pass through forward.
     assert sum(reads.tokens) == 3 + 4 if decoder.native else sum(reads.tokens) == 3
     assert second == alone(model, [1, 2, 3, *first, 4, 5], 5, temperature=0)
+
+
+@needs_code
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_windowed_packed_model_reads_prompts_by_the_kernel_that_decodes(kind):
+    """Its prompts were read by PyTorch, whose inputs nothing rounds, and the server's by C.
+
+    So the same prompt and seed gave predict.py another text than the server.
+    """
+    model = random_model(tiny_config(context_length=64, sliding_window=8), 5).eval()
+    decoder = Decoder(quantize_(model, kind))
+    ids = torch.randint(model.config.vocabulary_size, (30,)).tolist()
+    own, served = (decoder.read(decoder.texts(1, 64, **more)[0], ids) for more in ({}, NO_RINGS))
+    assert torch.equal(own, served)
+    # And it keeps to the window: the first ids are beyond it for all blocks.
+    expected = model(torch.tensor([ids])).logits[0, -1:]
+    assert size_of(own - expected) < 0.1 * size_of(expected)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=8)], ids=["full", "window"])

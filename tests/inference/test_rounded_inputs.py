@@ -10,23 +10,31 @@ import torch
 import runtime.inference.cpu_decode as cpu_decode
 from config_model import ModelConfig
 from model_parts import KVCache
-from runtime.checks.rounding import logits_bound, size_of
 from runtime.inference.cpu_decode import NativeModel, native_model
 from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.compile import cpu_flags
 from tests.builders import random_model, tiny_config
+from tests.numeric import logits_bound, size_of
 from tests.rounded_inputs import rounding_inputs
 from tests.shared_checks import needs_code
 
 # Whole pieces and groups, rows that end within a piece, a group, a vector, and one number.
 SHAPES = [(64, 128), (128, 32), (40, 70), (33, 200), (300, 17), (16, 1)]
+# The head then has more rows than stay in a cache while inputs pass (BLOCK_BYTES).
+VOCABULARY = 2100
 
 
 def model_of(shape: tuple[int, int], kind: str):
     """Return a packed model of one block whose attention adds nothing."""
     d_model, d_ff = shape
     config = tiny_config(
-        d_model=d_model, d_ff=d_ff, num_heads=1, num_kv_heads=1, head_dim=8, transformer_blocks=1
+        d_model=d_model,
+        d_ff=d_ff,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        transformer_blocks=1,
+        vocabulary_size=VOCABULARY,
     )
     model = random_model(config, sum(shape))
     torch.nn.init.zeros_(model.layers[0].attention.out_proj.weight)
@@ -85,13 +93,16 @@ def test_two_planes_are_16_bits():
 
 @needs_code
 @torch.no_grad()
-def test_both_builds_have_the_same_sums(monkeypatch, tmp_path):
+def test_both_builds_have_the_same_sums(monkeypatch, tmp_path, request):
     """That for AVX-512 VNNI and that for AVX2: integers have no rounding.
 
     A processor without VNNI gets its two instructions written out.
     """
     if "avx2" not in cpu_flags():
         pytest.skip("these flags are for processors with AVX2")
+    request.addfinalizer(cpu_decode.library.cache_clear)
+    # The header's place is in the flags, so each run makes builds of its own.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     header = tmp_path / "vnni.h"
     header.write_text(Path(__file__).with_name("vnni.h").read_text())
     # Elsewhere they differ: floats are added in the order of a vector's lanes.
@@ -109,4 +120,3 @@ def test_both_builds_have_the_same_sums(monkeypatch, tmp_path):
             caches = KVCache(model.config, 1, 24).rows()
             logits.append(native.forward(caches, [ids], all_logits=True))
         assert torch.equal(*logits)
-    cpu_decode.library.cache_clear()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from runtime.base.device import one_thread
 from runtime.inference.decoder import Decoder
 from runtime.serving import slots as slots_module
 from runtime.serving.engine import Engine
@@ -54,6 +55,25 @@ def test_the_queue_is_bounded_and_a_place_comes_back(native):
         for client in clients:
             client.wait()
         assert len(Client(engine, request_of([5], 2)).ids) == 2
+
+
+def test_an_engine_keeps_its_threads_whatever_goes_on_when_it_is_first_asked():
+    """A thread's first question for the number of threads takes what was set last, by any thread.
+
+    An engine's was its first request's. While another engine drew on one thread, or a model was
+    compared on one, it got one thread for good.
+    """
+    threads, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with engine_of(model_of()) as engine:
+            read = engine._reader.read
+            engine._reader.read = lambda parts: seen.append(torch.get_num_threads()) or read(parts)
+            with one_thread():
+                Client(engine, request_of([1], 2)).wait()
+        assert seen and set(seen) == {3}
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_who_gets_the_last_event_may_submit_the_next_request():

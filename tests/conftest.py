@@ -65,6 +65,37 @@ def no_network():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_pictures():
+    """A save draws no plots, which take longer than the runs of tests. `pictures` draws them."""
+    from runtime.training import reporter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporter, "draw_plots", lambda *_, **__: [])
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Draw plots, as a run does."""
+    from runtime.training import plots, reporter
+
+    monkeypatch.setattr(reporter, "draw_plots", plots.draw_plots)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """Work in an empty folder, and return it.
+
+    In the repository the default folders are those of whoever trains there: 24 tests of plans found
+    a run, which is not theirs to continue.
+    """
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_amx():
     """A CPU with products in bfloat16 is timed to see whether they are faster.
 

@@ -27,7 +27,6 @@ from runtime.inference import predictor
 from runtime.inference.cpu_decode import native_model
 from runtime.inference.decoder import Decoder
 from runtime.inference.decoder import generate as generate_texts
-from runtime.training import reporter
 from runtime.training.state import RecentLoss, RunState
 from tests import anchors, builders_runs
 from tests import mutants as mutants_module
@@ -501,7 +500,6 @@ def test_a_run_stopped_amid_bad_steps_goes_back_before_them(data, tmp_path, monk
     A resume begins there, a rollback must not.
     """
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 5)
-    monkeypatch.setattr(reporter, "draw_plots", lambda *_, **__: None)
     # Steps 6 to 13 of 2 micro-batches.
     poison(monkeypatch, range(10, 26))
     run, steps = Run(data, tmp_path), []

@@ -67,16 +67,8 @@ from tests.numeric import assert_close, gradients_bound, logits_bound, rounding,
 
 
 @pytest.fixture(autouse=True)
-def one_plot(monkeypatch):
-    """A save draws the loss alone: all eight plots took four fifths of these tests' time.
-
-    `straight` is made before and draws them all, as programs in processes of their own do.
-    """
-
-    def draw_loss(records, folder, step, **options):
-        return draw_plots(records, folder, step, ["loss"], **options)
-
-    monkeypatch.setattr(reporter, "draw_plots", draw_loss)
+def _elsewhere(elsewhere):
+    """Plans have the default folders."""
 
 
 @pytest.fixture
@@ -564,7 +556,6 @@ def test_resuming_after_every_step_equals_the_straight_run(straight, run, monkey
     The original implementation's resumed run re-read its first 80 sequences (T2), halved its first
     logged loss (T13) and lost count of its tokens (T14).
     """
-    monkeypatch.setattr(reporter, "draw_plots", lambda *_, **__: None)
 
     def requested(self):
         steps.append(1)
@@ -616,8 +607,9 @@ def test_best_is_the_lowest_validation(straight):
     assert best.val_loss == best.run["best_val_loss"]
 
 
-def test_plots_are_drawn(straight):
-    names = {p.name for p in straight.graph_dir.glob("latest_*.png")}
+def test_plots_are_drawn(run, pictures):
+    assert run("--max_steps", 4) == 0
+    names = {p.name for p in run.graph_dir.glob("latest_*.png")}
     assert {
         f"latest_{n}.png"
         for n in (
@@ -631,10 +623,10 @@ def test_plots_are_drawn(straight):
             "grad_norm",
         )
     } <= names
-    assert not list(straight.graph_dir.glob("step_*.png"))
+    assert not list(run.graph_dir.glob("step_*.png"))
 
 
-def test_plots_of_each_save_are_kept_if_asked_for_and_in_the_theme(run):
+def test_plots_of_each_save_are_kept_if_asked_for_and_in_the_theme(run, pictures):
     flags = ("--max_steps", 4, "--save_interval", 2, "--keep_plots", "--plot_theme", "light")
     assert run(*flags) == 0
     kept = {p.name for p in run.graph_dir.glob("step_*_loss.png")}
@@ -690,7 +682,7 @@ def test_log_lines_are_shown_above_the_progress_bar_too(run, monkeypatch, capsys
     assert lines == ["2", "4"] and "4/4" in err
 
 
-def test_missing_matplotlib_costs_the_plots_only(run, monkeypatch, capsys):
+def test_missing_matplotlib_costs_the_plots_only(run, pictures, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     assert run("--max_steps", 4, "--save_interval", 2) == 0
@@ -770,8 +762,7 @@ LONG = [
 @pytest.fixture(scope="session")
 def long_straight(data, tmp_path_factory) -> Run:
     run = Run(data, tmp_path_factory.mktemp("long"))
-    with mock.patch.object(reporter, "draw_plots", lambda *_, **__: None):
-        assert run(*LONG) == 0
+    assert run(*LONG) == 0
     return run
 
 

@@ -16,7 +16,6 @@ from tests.builders_posttraining import QUICK, chats, in_folder, tiny_base
 def _results(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(tuned, "RESULTS", tmp_path)
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
 
 
 @pytest.mark.slow

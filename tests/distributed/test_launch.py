@@ -370,7 +370,8 @@ def test_nan_on_one_rank_changes_no_bit_on_any(where):
 def micro_batch(ranks: Ranks, data: str, fitting: list[int]) -> list:
     """Return what --micro_batch auto takes where `fitting` sequences fit each rank, or the line."""
     sizes = ("--batch_size", "4", "--grad_accum", "4", "--micro_batch", "auto")
-    settings = settings_of(*MODEL, *SPEED, "--data_dir", data, *sizes)
+    folders = ("--data_dir", data, "--ckpt_dir", f"{data}/no_run")
+    settings = settings_of(*MODEL, *SPEED, *folders, *sizes)
     plan = plan_module.make_plan(settings, train.pretraining, ranks=ranks)
     config = dataclasses.replace(plan.config, batch_size=fitting[ranks.rank] or 1)
     needed = plan_module._estimate(dataclasses.replace(plan, config=config))

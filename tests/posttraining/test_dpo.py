@@ -20,11 +20,6 @@ from tests.builders_posttraining import QUICK, chats, in_folder, pairs, tiny_bas
 HALF_LIFE = ("latest.pt", "best.pt", "step_0000006.pt")
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
-
-
 def run(folder, *flags: object, base=None) -> int:
     start = ["--init_from", str(base)] if base else []
     return dpo.main([*start, *in_folder(folder), *QUICK, *map(str, flags)])

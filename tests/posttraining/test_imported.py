@@ -37,9 +37,8 @@ def imported(tmp_path_factory):
     return out
 
 
-def test_an_imported_chat_model_keeps_its_template(imported, tmp_path, capsys, monkeypatch):
+def test_an_imported_chat_model_keeps_its_template(imported, tmp_path, capsys):
     """No id is added, the answers end as the model's own do, and it learns them."""
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
     flags = ["--init_from", str(imported), "--data", str(chats(tmp_path / "chats.jsonl"))]
     steps = ["--max_steps", "40", "--optimizer", "muon", "--lr", "1e-2"]
     assert sft.main([*flags, *in_folder(tmp_path), *QUICK, *steps]) == 0
@@ -81,7 +80,6 @@ def test_a_template_that_changes_earlier_answers_is_one_line(imported, tmp_path)
 
 def test_a_template_with_the_date_resumes_on_another_day(imported, tmp_path, monkeypatch):
     """gpt-oss's own writes today's date. The run's ids were other ones then, and it was refused."""
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
     dated = "{{ strftime_now('%d %B %Y') }}\n" + CHATML
     out = imported_with(dated, imported, tmp_path / "dated")
     flags = ["--init_from", str(out), "--data", str(chats(tmp_path / "chats.jsonl"))]

@@ -30,11 +30,6 @@ def score(messages, text, ended, number):
 """
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
-
-
 def files(folder, body: str = PARITY, count: int = 12) -> dict:
     """Write prompts and a reward; return the settings that name them."""
     rows = [json.dumps({"prompt": f"say {i}", "number": i % 3}) for i in range(count)]

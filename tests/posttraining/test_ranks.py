@@ -113,10 +113,8 @@ def test_adapters_of_experts_that_ranks_share(tmp_path):
 
 # ---------------------------------------------------------------------------------------- its files
 def finished(ranks: Ranks, kind: str, flags: list[str]) -> int:
-    """Carry out a run with its files; plots apart, which take seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
-        return train.run(planned(ranks, kind, flags))
+    """Carry out a run with its files."""
+    return train.run(planned(ranks, kind, flags))
 
 
 def saved(folder: Path) -> Checkpoint:

@@ -20,11 +20,6 @@ from tests.builders_posttraining import QUICK, chats, in_folder, tiny_base
 from tests.builders_runs import prepared
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
-
-
 def run(folder, *flags: object, base=None) -> int:
     start = ["--init_from", str(base)] if base else []
     return sft.main([*start, *in_folder(folder), *QUICK, *map(str, flags)])

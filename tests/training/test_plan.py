@@ -24,7 +24,6 @@ from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.write import save_checkpoint
 from runtime.data.shards import open_data
 from runtime.training import plan as plan_module
-from runtime.training import reporter
 from runtime.training.plan import describe, initial_state, make_plan
 from runtime.training.task import Task
 from runtime.training.traffic import step_collectives
@@ -36,8 +35,8 @@ UNCUT = ["--aux_loss_coef", "0"]
 
 
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(reporter, "draw_plots", lambda *_, **__: None)
+def _elsewhere(elsewhere):
+    """Plans have the default folders."""
 
 
 @pytest.fixture

@@ -327,8 +327,7 @@ def carry_out_resumed(task: Task, folder, *flags: str) -> int:
 
 
 @pytest.mark.parametrize("task", [Bare(), Judged()], ids=["bare", "judged"])
-def test_a_run_of_any_task_trains_logs_and_saves(task, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
+def test_a_run_of_any_task_trains_logs_and_saves(task, tmp_path, capsys):
     assert carry_out(task, tmp_path) == 0
     checkpoint = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert checkpoint.step == 4 and checkpoint.tokenizer_state is None
@@ -363,8 +362,7 @@ class Remembers(Bare):
         return {"kind": self.kind, "base": "abc"}
 
 
-def test_a_task_continues_with_the_state_that_it_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
+def test_a_task_continues_with_the_state_that_it_saved(tmp_path):
     assert carry_out(Remembers(), tmp_path) == 0
     checkpoint = read_checkpoint(tmp_path / "ckpt" / "latest.pt")
     assert checkpoint.run["task"] == {"seen": [1, 2]}
@@ -374,9 +372,8 @@ def test_a_task_continues_with_the_state_that_it_saved(tmp_path, monkeypatch):
     assert again.restored and all(state == {"seen": [1, 2]} for state in again.restored)
 
 
-def test_another_kind_of_training_does_not_resume_a_run(tmp_path, monkeypatch):
+def test_another_kind_of_training_does_not_resume_a_run(tmp_path):
     """train.py --resume would have continued a fine-tuning with another loss and other data."""
-    monkeypatch.setattr("runtime.training.reporter.draw_plots", lambda *_, **__: None)
     carry_out(Remembers(), tmp_path)
     with pytest.raises(ValueError, match=r"another kind of training \(remembering\).*train\.py"):
         carry_out_resumed(Bare(), tmp_path)

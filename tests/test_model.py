@@ -20,6 +20,7 @@ from runtime.kernels.linear_cross_entropy import (
     softmax_gradient_,
 )
 from tests.builders import random_model, tiny_config
+from tests.nightly import nightly_but
 from tests.numeric import assert_close, gradients_bound, is_close, logits_bound, rounding
 
 
@@ -276,7 +277,9 @@ def test_elsewhere_the_product_is_rounded_as_ever(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing, on_cores", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "checkpointing, on_cores", nightly_but([(False, False), (True, False), (False, True)], 1, 2)
+)
 def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_cores):
     """T1: compiled in place, so a checkpoint's keys get no prefix (the original's did).
 
@@ -313,17 +316,20 @@ def test_compiled_in_one_graph_whatever_the_experts_loads_are(checkpointing, on_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [
-        dict(head_bias=True),
-        dict(
-            attention_sinks=True,
-            router_bias=True,
-            expert_activation="swiglu_clamped",
-            expert_bias=True,
-            sliding_window=9,
-            qk_norm=False,
-        ),
-    ],
+    nightly_but(
+        [
+            dict(head_bias=True),
+            dict(
+                attention_sinks=True,
+                router_bias=True,
+                expert_activation="swiglu_clamped",
+                expert_bias=True,
+                sliding_window=9,
+                qk_norm=False,
+            ),
+        ],
+        1,
+    ),
     ids=["modern", "gpt-oss"],
 )
 def test_compiled_by_the_real_compiler_computes_the_same(changes):
@@ -349,6 +355,7 @@ def test_compiled_by_the_real_compiler_computes_the_same(changes):
         assert_close(p.grad, gradients[n], gradients_bound(model.config, 100, rows=3), n)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compiled_blocks_take_another_length():
     """`is_causal=T > 1` became a symbol at a process's second length, and attention rejected it."""

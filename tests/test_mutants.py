@@ -49,6 +49,7 @@ from tests.mutants import (
     names,
 )
 from tests.mutants import run as try_mutants
+from tests.nightly import nightly_but
 
 needs_git = pytest.mark.skipif(
     not (REPO / ".git").exists(), reason="the files to copy are those that git knows of"
@@ -176,7 +177,7 @@ def test_every_confirmed_fault_is_put_back_or_cannot_be():
 
 
 @needs_git
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", nightly_but([1, 2], 1))
 def test_the_runner_tells_a_mutant_that_is_caught_from_one_that_survives(jobs):
     """A real one, one that changes a comment, and one whose module cannot be imported.
 

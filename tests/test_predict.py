@@ -1934,6 +1934,7 @@ def test_a_session_on_a_terminal(tmp_path):
         assert terminal.process.wait(60) == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="needs a pty that can be a controlling terminal"

@@ -46,6 +46,7 @@ from tests.builders import random_model, tiny_config
 from tests.builders_data import BAD
 from tests.builders_tokenizer import stand_in
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 
 BYTE = load_tokenizer("byte")
 
@@ -1028,7 +1029,7 @@ print(json.dumps({"kills": kill_at - 1, "old": left[0], "new": left[1]}))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-@pytest.mark.parametrize("tokenizer", ["bpe:270", "gpt2:compact"])
+@pytest.mark.parametrize("tokenizer", nightly_but(["bpe:270", "gpt2:compact"], 1))
 def test_killed_before_any_operation_one_whole_set_remains(tmp_path, old, monkeypatch, tokenizer):
     """Reliability 20: a kill at every operation on the output folder leaves the old set or the new.
 

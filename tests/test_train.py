@@ -63,6 +63,7 @@ from tests.builders_runs import (
     write_text,
 )
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 from tests.numeric import assert_close, gradients_bound, logits_bound, rounding, size_of
 
 
@@ -287,7 +288,7 @@ def test_going_back_passes_over_damage_and_never_takes_another_run(run, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [75, 95])
+@pytest.mark.parametrize("step", nightly_but([75, 95], 1))
 def test_a_spike_is_skipped_at_once(run, data, tmp_path, monkeypatch, step):
     """The step with the spike changes nothing, and only it.
 
@@ -766,6 +767,7 @@ def long_straight(data, tmp_path_factory) -> Run:
     return run
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_sigkill_in_the_middle_and_resume_equals_the_straight_run(long_straight, run):
     process = start(run, *MODEL, *SPEED, *LONG)
@@ -782,7 +784,7 @@ def test_sigkill_in_the_middle_and_resume_equals_the_straight_run(long_straight,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", nightly_but([signal.SIGINT, signal.SIGTERM], 1))
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(long_straight, run, number):
     process = start(run, *MODEL, *SPEED, *LONG)
     wait_for(lambda: logged(run) > 10, process)

@@ -21,6 +21,7 @@ from config_model import PRESETS, ModelConfig, TrainConfig, option
 from runtime.base import cli
 from tests.builders import NEEDS, as_flags, other_value
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 
 OWNERS = {"model": ModelConfig, "train": TrainConfig}
 FIELDS = [(table, f.name) for table, owner in OWNERS.items() for f in dataclasses.fields(owner)]
@@ -717,7 +718,7 @@ def by_path(path, cwd, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", nightly_but(SCRIPTS, 0), ids=lambda path: path.stem)
 def test_a_script_run_by_its_path_finds_the_repository(path, tmp_path):
     """`python scripts/export_hf.py` ended in `ModuleNotFoundError: No module named 'runtime'`."""
     done = by_path(path, tmp_path, "--help")

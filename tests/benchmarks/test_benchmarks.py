@@ -427,6 +427,7 @@ def test_baseline_out_of_memory_gets_smaller_micro_batches(monkeypatch):
         runner.run(1)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_all_logits_is_seen():
@@ -719,6 +720,7 @@ def test_loss_benchmark_notices_a_wrong_gradient_of_the_head(monkeypatch):
         loss.main([*LOSS, "--variants", "ours_8,full", "--no-memory"])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loss_memory_of_all_logits_is_seen():

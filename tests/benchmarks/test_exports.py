@@ -59,6 +59,7 @@ def test_a_reader_who_reads_otherwise_is_seen():
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_script_that_fails_ends_it():
     """Its last words are kept; a figure of half an export would be none."""

@@ -286,6 +286,7 @@ def test_all_gpu_tests_are_asked_for():
     assert sorted(gpu_plan.TEST_FILES) == sorted(marked)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_gpu_tests_compile_few_models():
     """They compiled some 70 whole models, several minutes.
@@ -510,6 +511,7 @@ def test_a_stage_that_fails_costs_the_others_nothing(plan, capsys):
     )
 
 
+@pytest.mark.nightly
 def test_a_stage_that_hangs_is_killed_with_all_its_children(plan):
     """Its place in the program is in the log; the next stage has its own seconds."""
     out = plan(hangs=Stage(12, [python(WRITE % 1 + HANGS)]), last=Stage(30, [python(WRITE % 2)]))
@@ -527,6 +529,7 @@ def test_a_stage_that_hangs_is_killed_with_all_its_children(plan):
     assert len(pids) == 3 and all_end(pids)
 
 
+@pytest.mark.nightly
 def test_a_child_that_outlives_its_stage_is_killed(plan):
     out = plan(leaves=Stage(60, [python(LEAVES)]))
     assert gpu.main(["--name", "box", "--out", str(out)]) == 0
@@ -775,6 +778,7 @@ def steps_on(ranks, folder: Path, flags: list[str]) -> dict | str:
         return stored(folder, "steps_x")
 
 
+@pytest.mark.nightly
 def test_steps_of_one_rank_that_shards(results):
     """What FSDP costs where nothing is split; the losses are those of one process."""
     flags = ["--name", "x", "--sizes", "2x1", "--min_sample_seconds", "1e-6", *TINY]
@@ -1155,6 +1159,7 @@ def test_only_what_failed_is_taken_again(results, monkeypatch):
         gpu_tests.main(["--name", "y", "--failed_in", str(results / "none.json")])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_difference_between_two_runs_is_seen(tmp_path, data, results, monkeypatch):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -29,6 +29,7 @@ def tiny_sides():
     return plain_gpt.build(setting, compiled=False), setting
 
 
+@pytest.mark.nightly
 def test_it_stores_both_sides(results_folder):
     assert plain_gpt.main([*TINY, "--steps", "150"]) == 0
     stored = json.loads((results_folder / "plain_gpt_tiny.json").read_text())

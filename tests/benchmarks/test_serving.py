@@ -23,6 +23,7 @@ def bench(tmp_path):
     return serving.bench_of(serving.make_parser().parse_args([*flags, *TINY]), tmp_path)
 
 
+@pytest.mark.nightly
 def test_all_sides_answer(bench):
     """The server, generation without it and predict.py: each gives the tokens it is asked for."""
     found = serving.scaling(bench, "none")
@@ -101,6 +102,7 @@ def test_growth_is_from_the_second_tenth_to_the_last():
     assert soak.growth([(0.0, 5), (1.0, 6)]) == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not HAS_PROC, reason="memory is read from Linux's /proc")
 def test_a_short_soak_compares_answers(monkeypatch):
     monkeypatch.setattr(soak, "SAMPLE_SECONDS", 0.2)

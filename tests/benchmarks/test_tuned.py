@@ -18,6 +18,7 @@ def _results(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "RESULTS", tmp_path)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_stages_are_scored_and_shown(tmp_path, capsys):
     """A base has no chat ids: it gets the rows that the first tuning gives it."""

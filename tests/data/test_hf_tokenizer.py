@@ -139,6 +139,7 @@ def bpe_folder(bpe, tmp_path) -> Path:
 
 
 # --------------------------------------------------------------------------------------------- ours
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_o200k_in_the_library(o200k_folder, tales, odd):
     """Thousands of texts, and every id.
@@ -160,6 +161,7 @@ def test_o200k_in_the_library(o200k_folder, tales, odd):
     assert all(theirs.id_to_token(i) == spell(ours.token_bytes(i)) for i in range(199_998))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_every_character_in_o200k(o200k_folder):
     """Two engines with their own Unicode tables cut words.

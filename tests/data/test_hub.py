@@ -20,6 +20,7 @@ from runtime.data.shards import open_data
 from runtime.data.tokenizers import tokenizer_from_state
 from tests.builders_hub import TOKEN, Hub, parquet, serving
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 
 # Each test starts processes that load `datasets`: a second of CPU for each.
 pytestmark = pytest.mark.slow
@@ -132,7 +133,7 @@ def test_all_shards_in_order_and_the_datasets_own_validation(tmp_path, hub, stre
     assert train == ALL and val == texts("validation", 10)
 
 
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize("streaming", nightly_but([[], ["--streaming"]], 0))
 def test_a_configuration_reads_its_own_files_only(tmp_path, hub, streaming):
     flags = ["--dataset", STORIES, "--dataset_config", "sample-10BT", "--val_ratio", "0.1"]
     train, val = written(hub, tmp_path, *flags, *streaming)
@@ -161,7 +162,7 @@ def test_streaming_stops_at_max_tokens(tmp_path, hub):
 
 
 # -------------------------------------------------------------------------------- what goes wrong
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+@pytest.mark.parametrize("streaming", nightly_but([[], ["--streaming"]], 0))
 def test_a_broken_connection_is_tried_again(tmp_path, hub, streaming):
     hub.broken = {SHARDS[1]: 1}
     train, val = written(hub, tmp_path, "--dataset", STORIES, *streaming)
@@ -169,6 +170,7 @@ def test_a_broken_connection_is_tried_again(tmp_path, hub, streaming):
     assert train == ALL and val == texts("validation", 10)
 
 
+@pytest.mark.nightly
 def test_a_killed_preparation_downloads_no_finished_file_again(tmp_path, hub):
     """And a third one downloads nothing: it needs no network."""
     hub.held = {SHARDS[1]: threading.Event()}
@@ -197,6 +199,7 @@ def test_a_killed_preparation_downloads_no_finished_file_again(tmp_path, hub):
     assert hub.begun + hub.parts == []
 
 
+@pytest.mark.nightly
 def test_after_a_lost_network_the_same_command_continues(tmp_path, hub):
     """The line said to do without a network, and not that the finished files are kept."""
     hub.broken = {SHARDS[1]: 99}
@@ -270,6 +273,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.nightly
 def test_a_mistake_is_told_with_what_to_do(tmp_path, hub):
     """All of them said "without a network use --dataset toy", with the network working.
 

@@ -190,6 +190,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert a == b != c
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_ten_thousand_shards_keep_their_order_and_few_files_open(tmp_path):
     """D7: by name, shard_10000 came before shard_9999.

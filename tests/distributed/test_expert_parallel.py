@@ -180,6 +180,7 @@ def compiled(ranks: Ranks) -> dict[str, Tensor]:
     return gradients(ranks, model)
 
 
+@pytest.mark.nightly
 def test_compiled_blocks_exchange_rows_between_two_graphs():
     """One graph has no room for sizes that differ at each pass."""
     expected = compiled(ONE_PROCESS)

@@ -17,6 +17,7 @@ from runtime.training.task import GivenTask
 from tests.builders import tiny_config
 from tests.builders_precision import EVERYTHING, dtypes_seen
 from tests.builders_ranks import SPEED, Trained, Windows, trained
+from tests.nightly import nightly_but
 from tests.promises.many_ranks import FOUR_RANKS_LOSS, FULL_REGISTERS, differing, without_times
 from tests.ranks import run_on
 
@@ -32,14 +33,17 @@ def trained_in_half(ranks: Ranks, config: ModelConfig, changes: dict) -> Trained
 
 @pytest.mark.parametrize(
     "config, changes",
-    [
-        (EVERYTHING, dict(dtype="bfloat16")),
-        (EVERYTHING, dict(dtype="float16", optimizer="muon")),
-        (
-            tiny_config(**FULL_REGISTERS, tie_embeddings=True, dropout=0.1),
-            dict(dtype="bfloat16", activation_checkpointing=True, shard="none"),
-        ),
-    ],
+    nightly_but(
+        [
+            (EVERYTHING, dict(dtype="bfloat16")),
+            (EVERYTHING, dict(dtype="float16", optimizer="muon")),
+            (
+                tiny_config(**FULL_REGISTERS, tie_embeddings=True, dropout=0.1),
+                dict(dtype="bfloat16", activation_checkpointing=True, shard="none"),
+            ),
+        ],
+        0,
+    ),
 )
 def test_gathering_in_half_precision_changes_no_bit(config, changes):
     """Autocast rounds the same weights after they are gathered; gradients are summed in float32."""
@@ -50,6 +54,7 @@ def test_gathering_in_half_precision_changes_no_bit(config, changes):
             assert differing(one, other) == []
 
 
+@pytest.mark.nightly
 def test_experts_on_several_ranks_are_gathered_in_half_precision():
     """Rows travel to them in autocast's dtype, and no bit is another than with float32 gathers."""
     changes = dict(dtype="bfloat16", expert_parallel=2, grad_accum=4, max_steps=3)
@@ -74,7 +79,7 @@ def test_only_what_is_cast_before_use_is_gathered_in_half(dtype):
         assert used == (dtype if name in halved else "float32"), name
 
 
-@pytest.mark.parametrize("kind", ["compiled", "adapted"])
+@pytest.mark.parametrize("kind", nightly_but(["compiled", "adapted"], 1))
 def test_where_half_is_not_known_to_be_right_float32_is_gathered(kind):
     """A compiled block has no place for a gather inside; adapters compute in float32 first."""
     found = run_on(2, dtypes_seen, "bfloat16", kind)[0]
@@ -187,7 +192,9 @@ def test_compiled_blocks_on_ranks():
         assert differing(one, other) == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "state_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", nightly_but([{}, {"optimizer": "muon", "state_dtype": "bfloat16"}], 0)
+)
 def test_weights_that_are_sharded_in_each_node(changes):
     """Four ranks that play two nodes (--shard node) train as one process does.
 

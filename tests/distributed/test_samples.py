@@ -12,6 +12,7 @@ from config_model import TrainConfig
 from runtime.base.ranks import Ranks
 from runtime.training.plan import make_plan
 from tests.builders_runs import MODEL, SPEED, prepared, settings_of
+from tests.nightly import nightly_but
 from tests.ranks import run_on
 
 
@@ -20,7 +21,9 @@ def trained(ranks: Ranks, flags: list[str]) -> int:
     return train.run(make_plan(settings_of(*flags), train.pretraining, TrainConfig, ranks))
 
 
-@pytest.mark.parametrize("more", [[], ["--expert_parallel", "2"]], ids=["sharded", "experts"])
+@pytest.mark.parametrize(
+    "more", nightly_but([[], ["--expert_parallel", "2"]], 0), ids=["sharded", "experts"]
+)
 def test_ranks_that_share_the_weights_answer_together(tmp_path, more):
     """One rank alone would wait for the others' weights, or experts, without end."""
     prompts = tmp_path / "p.txt"

@@ -24,6 +24,7 @@ from runtime.kernels import compile
 from tests import children
 from tests.builders import random_model, tiny_config
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 from tests.numeric import before_ties
 from tests.shared_checks import HAS_CODE, WHY_NOT, check_native_logits, close, needs_code
 
@@ -200,8 +201,9 @@ def test_a_decoder_that_nobody_uses_is_gone():
 # ------------------------------------------------------------------------------------- the compiler
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """library() as in a new process, with a cache folder of its own."""
+    """library() as in a new process, with a cache folder of its own; code that is soon compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("GPTOSS_CFLAGS", "-O0")
     cpu_decode.library.cache_clear()
     yield tmp_path / "gptoss"
     cpu_decode.library.cache_clear()
@@ -240,14 +242,14 @@ def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
     monkeypatch.setattr(
         subprocess, "run", lambda command, **more: commands.append(command) or real(command, **more)
     )
-    for flags in ("", "-O1 -fno-tree-vectorize"):
+    for flags in ("", "-O0 -fno-tree-vectorize"):
         monkeypatch.setenv("GPTOSS_CFLAGS", flags)
         cpu_decode.library.cache_clear()
         assert cpu_decode.library()[0] is not None
     assert len(list(fresh.iterdir())) == len(commands) == 2
     at = next(i for i, flag in enumerate(commands[1]) if flag.endswith("=native"))
     assert (
-        commands[1][at + 1 : at + 3] == ["-O1", "-fno-tree-vectorize"] and "-O1" not in commands[0]
+        commands[1][at + 1 : at + 3] == ["-O0", "-fno-tree-vectorize"] and "-O0" not in commands[0]
     )
     monkeypatch.setenv("GPTOSS_CFLAGS", "-no-such-flag")
     cpu_decode.library.cache_clear()
@@ -255,7 +257,7 @@ def test_flags_of_ones_own_come_last_and_make_another_file(fresh, monkeypatch):
 
 
 @needs_code
-@pytest.mark.parametrize("what", ["folder", "file", "link"])
+@pytest.mark.parametrize("what", nightly_but(["folder", "file", "link"], 2))
 def test_code_is_taken_from_nobody_else(fresh, what, tmp_path):
     """The name of the compiled code can be guessed.
 
@@ -309,9 +311,9 @@ def test_without_a_working_compiler_pytorch_goes_on(fresh, monkeypatch, how, why
     assert re.search(why, decoder.why_not_native)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_code
-@pytest.mark.parametrize("build", ["oldest", pytest.param("checked", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("build", ["oldest", "checked"])
 def test_any_processor_will_do_and_no_memory_is_overrun(tmp_path, build):
     """Compile for the oldest x86-64, without this machine's vectors.
 

@@ -58,12 +58,27 @@ def decoder_of(request):
     return make
 
 
+def by_both_ways(cases: dict[str, dict], *pytorch: str):
+    """Let C decode all cases at every push, and PyTorch, which takes long, those that are named."""
+    both = [
+        pytest.param(
+            native,
+            changes,
+            id=f"{'native' if native else 'pytorch'}-{name}",
+            marks=[] if native or name in pytorch else pytest.mark.nightly,
+        )
+        for native in (True, False)
+        for name, changes in cases.items()
+    ]
+    return pytest.mark.parametrize(("decoder_of", "changes"), both, indirect=["decoder_of"])
+
+
 def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 # ----------------------------------------------------------------------------------- the same texts
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@by_both_ways(MODELS, "plain", "gpt-oss")
 def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
     """Greedy and drawn, past the end of the context (several times) or up to it.
 
@@ -243,6 +258,7 @@ def test_what_a_gpu_computes_without_asking_is_the_same(rows, quantized, changes
             )
 
 
+@pytest.mark.nightly
 def test_every_span_of_the_cache_is_compiled(monkeypatch):
     """The compiler rejects the ninth version of one function.
 
@@ -514,17 +530,16 @@ def repetitive_model(seed: int = 0):
     return model
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(temperature=0),
-        dict(temperature=0, repetition_penalty=1.2),
-        dict(temperature=0.3, top_k=4),
-        dict(temperature=0, stop_ids=[3]),
-    ],
-    ids=str,
+@by_both_ways(
+    dict(
+        greedy=dict(temperature=0),
+        penalised=dict(temperature=0, repetition_penalty=1.2),
+        drawn=dict(temperature=0.3, top_k=4),
+        stopped=dict(temperature=0, stop_ids=[3]),
+    ),
+    "drawn",
 )
-def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings):
+def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, changes):
     """Greedy and drawn, across the end of the context, with each token's usual noise.
 
     A guess is only ever checked.
@@ -534,12 +549,12 @@ def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, settings
     # 3 and 10 are): reading several tokens at once adds in another order than reading one.
     for seed in (4, 5, 7, 8, 11, 13):
         decoder = decoder_of(repetitive_model(seed))
-        plain = generated(decoder, [[1, 2, 3, 1, 2]], 100, generators=seeded(7), **settings)
+        plain = generated(decoder, [[1, 2, 3, 1, 2]], 100, generators=seeded(7), **changes)
         passes = []
         real = decoder.read
         decoder.read = lambda *a, real=real, passes=passes, **k: passes.append(1) or real(*a, **k)
         assert (
-            generated(decoder, [[1, 2, 3, 1, 2]], 100, lookup=5, generators=seeded(7), **settings)
+            generated(decoder, [[1, 2, 3, 1, 2]], 100, lookup=5, generators=seeded(7), **changes)
             == plain
         )
         accepted += len(plain[0]) - len(passes)

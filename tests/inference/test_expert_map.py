@@ -823,6 +823,7 @@ def in_frames(page: str, fonts: Sequence[str], skip: int, folder) -> list[dict]:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "L, E, K, fonts, skip",
     [

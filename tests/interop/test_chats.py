@@ -33,7 +33,7 @@ END = CHAT_BYTE.chat.end
 # One architecture where tests must be fast: the others take a minute of training each.
 ARCHITECTURES = [
     "gpt-oss",
-    *(pytest.param(arch, marks=pytest.mark.slow) for arch in EXACT if arch != "gpt-oss"),
+    *(pytest.param(arch, marks=pytest.mark.nightly) for arch in EXACT if arch != "gpt-oss"),
 ]
 
 

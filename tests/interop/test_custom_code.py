@@ -142,6 +142,7 @@ torch.save(results, work / "results.pt")
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_folder_works_where_gptoss_is_not(tmp_path):
     """Compare logits and greedy text of many configs, through the Auto classes, without this repo.

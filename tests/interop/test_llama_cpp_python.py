@@ -19,6 +19,7 @@ from runtime.data.tokenizers import load_tokenizer
 from runtime.interop.gguf import QUANTIZE
 from scripts.export_gguf import main
 from tests.builders import random_model, tiny_config
+from tests.nightly import nightly_but
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed (make test-llamacpp)"
@@ -26,7 +27,7 @@ llama_cpp = pytest.importorskip(
 pytestmark = pytest.mark.llamacpp
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("quantize", nightly_but(QUANTIZE, 3))
 def test_the_script_runs_its_file_in_llama_cpp(tmp_path, capsys, quantize):
     """(Not in the smallest shapes.)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from scripts.export_gguf import main
 from tests.builders import random_model, tiny_config
 from tests.builders_export import FAMILIES, GPT_OSS, LLAMA3, MIXTRAL, QWEN2, imported
 from tests.builders_llamacpp import Engine, need_llama_cpp
+from tests.nightly import nightly_but
 from tests.numeric import logits_bound, share_of, size_of
 
 need_llama_cpp()
@@ -190,8 +192,11 @@ def test_llama_cpp_rounds_yarns_ramp(tmp_path):
         assert difference(rounded, engine, ids_of(CHECK_TEXT, CONTEXT - 1)) <= 1
 
 
-@pytest.mark.parametrize("quantize", interop.QUANTIZE)
-@pytest.mark.parametrize("arch", EXACT)
+@pytest.mark.parametrize(
+    ("arch", "quantize"),
+    # In another type each.
+    nightly_but(itertools.product(EXACT, interop.QUANTIZE), 0, 5, 11),
+)
 def test_every_file_of_the_script_says_what_the_model_learned(tmp_path, arch, quantize):
     """All architectures in all types. It continues the sentence, and stops where the text ends."""
     model = trained(arch)
@@ -274,6 +279,7 @@ def texts_of(shared: Path, count: int) -> list[str]:
         return [json.loads(line)["text"] for line, _ in zip(lines, range(count), strict=False)]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_same_ids_with_o200k_base(tmp_path, shared_dir, o200k):
     """llama.cpp's rule does not count combining marks as part of a word.

@@ -87,6 +87,7 @@ def test_the_kernels_compute_the_plain_attention():
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.nightly
 @needs_triton
 @pytest.mark.slow
 def test_the_kernels_compile_for_hopper(tmp_path):

@@ -106,6 +106,7 @@ def test_the_base_comes_back_with_its_expert_biases(run, tmp_path):
     assert checkpoint.stage["kind"] == "sft" and checkpoint.adapter.rank == 4
 
 
+@pytest.mark.nightly
 def test_a_run_that_diverges_goes_back_to_its_adapters(run, tmp_path, monkeypatch, capsys):
     """The rollback reads the run's own file, and its base again."""
     monkeypatch.setattr(train, "MOST_SKIPPED_IN_A_ROW", 2)
@@ -132,6 +133,7 @@ def test_a_resume_without_its_base_says_which_file_is_missing(run):
         run("--resume", "--max_steps", "5", fresh=False)
 
 
+@pytest.mark.nightly
 def test_a_second_tuning_starts_from_the_merged_weights(run, tmp_path):
     """Its base is the first run's file; the chat ids have rows already."""
     run()

@@ -31,6 +31,7 @@ from tests.builders_posttraining import QUICK, chats, in_folder, pairs, tiny_bas
 from tests.builders_runs import comparable
 from tests.builders_tuned import differing, planned, tuned
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 from tests.ranks import run_on
 
 # Half of each tensor fills vector registers: kernels round what does not in another way.
@@ -55,12 +56,15 @@ def flags_of(folder: Path, kind: str, *flags: object) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "flags", "shard"),
-    [
-        ("sft", ["--dropout", "0.1"], "full"),
-        ("sft", ["--lora_rank", "4", "--optimizer", "adamw"], "full"),
-        ("dpo", ["--optimizer", "muon"], "full"),
-        ("dpo", ["--lora_rank", "4", "--sft_coef", "0.5"], "none"),
-    ],
+    nightly_but(
+        [
+            ("sft", ["--dropout", "0.1"], "full"),
+            ("sft", ["--lora_rank", "4", "--optimizer", "adamw"], "full"),
+            ("dpo", ["--optimizer", "muon"], "full"),
+            ("dpo", ["--lora_rank", "4", "--sft_coef", "0.5"], "none"),
+        ],
+        3,
+    ),
     ids=["sft", "sft with adapters", "dpo", "dpo with adapters"],
 )
 def test_two_ranks_are_one_process(tmp_path, data, kind, flags, shard):
@@ -121,7 +125,7 @@ def saved(folder: Path) -> Checkpoint:
     return read_checkpoint(folder / "ckpt" / "latest.pt", optimizer=True)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_rank", "4"]], ids=["full", "lora"])
+@pytest.mark.parametrize("more", nightly_but([[], ["--lora_rank", "4"]], 1), ids=["full", "lora"])
 def test_a_run_resumes_on_any_number_of_ranks(tmp_path, more):
     """Two ranks stop and resume, then one process does: the weights and files of one whole run.
 

@@ -46,7 +46,7 @@ class Promise:
     text: str
     # Tries it about so many times.
     run: Callable[[int], Tally]
-    # Count in make test.
+    # Count in make test; 0: too long for every push.
     at_push: int
     # Count in make test-nightly.
     nightly: int

@@ -344,7 +344,7 @@ PROMISES: list[Promise] = [
         8,
         "A hostile file runs nothing, takes no memory (2 GB at most) and is refused in a line",
         hostile,
-        100,
+        40,
         100,
         100,
         "the payload runs with torch before 2.6; a 3.36 TB request",

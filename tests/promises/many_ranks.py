@@ -191,7 +191,7 @@ PROMISES = [
         60,
         "Two ranks train as one process: weights, moments, gradients, losses, norms, to the bit",
         two_ranks,
-        9,
+        4,
         60,
         60,
     ),
@@ -200,7 +200,7 @@ PROMISES = [
         "Four ranks are the same to the bit, and one process to rounding (loss 5e-7, gradients "
         "2e-6)",
         four_ranks,
-        3,
+        1,
         40,
         40,
     ),

@@ -208,7 +208,7 @@ PROMISES = [
         69,
         "A run on two ranks that is resumed at any step is the run without a stop, to the bit",
         resumed_ranks,
-        8,
+        0,
         32,
         32,
     ),

@@ -498,7 +498,7 @@ PROMISES = [
         "A rank killed (-9) at any moment, a third in a save, and all restarted: the same run, "
         "bit for bit",
         same_after_kills,
-        5,
+        2,
         50,
         50,
     ),
@@ -506,7 +506,7 @@ PROMISES = [
         66,
         "A hang, a bug, NaN, SIGTERM, divergence on a rank: all end in time, with one line",
         every_end,
-        5,
+        2,
         len(ENDS),
         len(ENDS),
     ),

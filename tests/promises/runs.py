@@ -1228,7 +1228,7 @@ PROMISES = [
         "Killed (-9) at any moment, also inside a save, and restarted: the same weights and "
         "optimizer state, bit for bit",
         same_after_kills,
-        6,
+        3,
         200,
         50,
         "0 of 1; 3 of 5 kills inside a save leave a run that cannot go on",
@@ -1237,7 +1237,7 @@ PROMISES = [
         2,
         "Stopped after any step and resumed: the run that was never stopped, bit for bit",
         same_after_resume,
-        5,
+        3,
         39,
         39,
         "4 of 58 tensors equal",
@@ -1247,7 +1247,7 @@ PROMISES = [
         "No crash of the program or the power, at any operation of a save, costs a finished "
         "checkpoint or leaves a broken one",
         no_crash_loses_a_checkpoint,
-        3,
+        2,
         6,
         4,
         "unloadable: 32 of 73 states after a kill, 7,098 of 9,020 after a power loss",
@@ -1257,7 +1257,7 @@ PROMISES = [
         "SIGTERM, SIGINT, SIGUSR1: finishes the step, saves, leaves with 128 + N; resumed, "
         "the same run bit for bit",
         signals_save_and_leave,
-        6,
+        3,
         90,
         90,
         "0 of 2",
@@ -1267,7 +1267,7 @@ PROMISES = [
         "A full or failing disk, at any write, costs one line: earlier checkpoints load, and "
         "the run can go on",
         full_disks_cost_nothing,
-        16,
+        8,
         600,
         400,
         "a traceback and a torn file",
@@ -1277,7 +1277,7 @@ PROMISES = [
         "Metrics of a killed run are those of the run that was not: no step twice, none "
         "missing, strict JSON",
         same_metrics_after_kills,
-        6,
+        3,
         200,
         50,
         "halved loss, steps 4, 8, 4, 8",

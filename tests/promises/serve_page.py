@@ -100,7 +100,7 @@ PROMISES: list[Promise] = [
         82,
         "Whatever a model says is text on the server's page: nothing of it runs or is fetched",
         hostile_outputs,
-        6,
+        0,
         20,
         20,
     ),

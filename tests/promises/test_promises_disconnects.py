@@ -21,6 +21,7 @@ def points() -> set[str]:
     return {line.split(": ")[0].split(", ")[1] for line in failures if line.startswith("case")}
 
 
+@pytest.mark.nightly
 def test_a_slot_that_is_not_given_back_is_noticed(monkeypatch):
     # Each client is waited for in vain.
     monkeypatch.setattr(disconnects, "PATIENCE_SECONDS", 1)

@@ -43,6 +43,7 @@ def copied(target, link):
     in_place(link, lambda file: file.write(target.read_bytes()))
 
 
+@pytest.mark.nightly
 def test_crash_points_of_the_references_protocol():
     """torch.save under the final name, then a copy of it as latest.pt: torn by a kill already."""
     crashes = enumerate_crashes(1, patches={"write_atomic": in_place, "link_atomic": copied})

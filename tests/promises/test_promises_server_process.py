@@ -50,6 +50,7 @@ def test_an_end_that_is_no_drain_is_noticed(code):
     assert len(server_process.signals(1, with_fault(code)).failures) == 1
 
 
+@pytest.mark.nightly
 def test_a_second_signal_that_ends_nothing_is_noticed(monkeypatch):
     monkeypatch.setattr(server_process, "PATIENCE_SECONDS", 3)
     (failure,) = server_process.signals(2, with_fault(ONE_SIGNAL)).failures
@@ -99,6 +100,7 @@ Server.main_loop = begin
 """
 
 
+@pytest.mark.nightly
 def test_a_server_that_looks_ten_times_a_second_is_noticed(monkeypatch):
     """That is what uvicorn does: too little for the ticks of a few seconds."""
     monkeypatch.setattr(server_process, "MOST_WINDOWS", 1)

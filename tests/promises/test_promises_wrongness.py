@@ -57,12 +57,14 @@ def test_a_fallback_without_a_word_is_found():
         broken(damage.fallback(2), "step_0000006.pt")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_pairing_that_is_accepted_is_found():
     with mock.patch.object(plan_module, "_check_vocabulary", lambda *_: None):
         broken(pairing.pairings(1000), "accepted: work began")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_payload_that_runs_is_found():
     """With the unpickler that the original implementation uses in place of ours."""

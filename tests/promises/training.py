@@ -284,7 +284,7 @@ PROMISES: list[Promise] = [
         19,
         "The same seed gives the same run: weights, optimizer state and metrics, to the bit",
         same_seed,
-        2,
+        0,
         3,
         3,
         "2 of 2 on a CPU",

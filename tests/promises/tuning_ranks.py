@@ -67,7 +67,7 @@ PROMISES = [
         64,
         "SFT and DPO on two ranks are those of one process, to the bit, with adapters or without",
         two_ranks,
-        4,
+        2,
         60,
         60,
     ),

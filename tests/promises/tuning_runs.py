@@ -86,7 +86,7 @@ PROMISES = [
         "A fine-tuning (SFT, LoRA, DPO, GRPO) killed (-9) at any moment and restarted: the same "
         "run, bit for bit",
         same_after_kills,
-        4,
+        2,
         80,
         80,
         "",

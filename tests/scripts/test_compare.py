@@ -91,6 +91,7 @@ def test_the_table_says_what_the_numbers_are(tmp_path):
     assert any(line.split() == ["lr", "0.0003", "0.001"] for line in shown)
 
 
+@pytest.mark.nightly
 def test_a_real_run_and_its_resumed_twin(tmp_path, capsys):
     data = prepared(tmp_path)
     one, two = Run(data, tmp_path / "one"), Run(data, tmp_path / "two")

@@ -202,6 +202,7 @@ def test_the_mask_is_causal_and_the_window_a_band():
     assert seen(sliding_window=64) == [q - 4 < k <= q for q in range(9) for k in range(9)]
 
 
+@pytest.mark.nightly
 def test_every_field_that_changes_the_parameters_changes_the_figure():
     base = ModelConfig(**ODD["no positions"])
     drawn = [t.get_text() for t in draw(base).axes[0].texts]

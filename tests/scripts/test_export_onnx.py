@@ -24,6 +24,7 @@ from scripts.export_onnx import main, open_session, run, to_onnx
 from tests.builders import random_config, random_model, tiny_config
 from tests.builders_export import imported
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 from tests.numeric import assert_close, logits_bound, rounding, share_of
 
 
@@ -94,11 +95,15 @@ CONFIGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    [
-        *(tiny_config(**changes) for changes in CONFIGS.values()),
-        random_config(1),
-        random_config(25),
-    ],
+    nightly_but(
+        [
+            *(tiny_config(**changes) for changes in CONFIGS.values()),
+            random_config(1),
+            random_config(25),
+        ],
+        0,
+        1,
+    ),
     ids=[*CONFIGS, "random 1", "random 25"],
 )
 def test_every_option_is_exported(config, tmp_path):
@@ -134,6 +139,7 @@ def test_blocks_may_have_equal_weights(tmp_path):
     assert compare(model, open_session(tmp_path / "m.onnx"), 3, 20, 9) <= 1
 
 
+@pytest.mark.nightly
 def test_greedy_text_is_the_models(exported):
     """40 greedy tokens through onnxruntime's cache, one row and two, equal model.generate's."""
     model, _ = load_model(exported[0])
@@ -215,6 +221,7 @@ def test_what_a_user_needs_is_in_and_beside_the_file(exported):
     ]
 
 
+@pytest.mark.nightly
 def test_a_file_without_a_tokenizer(tmp_path):
     """The metadata name no special id, and no tokenizer.json is next to the file."""
     path = save_checkpoint(

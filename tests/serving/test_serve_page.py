@@ -273,6 +273,7 @@ def test_a_character_may_come_in_two_tokens_and_two_reads(browser, serve):
     page.close()
 
 
+@pytest.mark.nightly
 def test_old_text_is_folded_and_none_is_lost(browser, serve):
     """A browser becomes slow with many thousands of elements."""
     words = [f" w{i}" for i in range(5_200)]

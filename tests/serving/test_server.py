@@ -414,6 +414,7 @@ def test_a_kept_connection_answers_again_and_closes_when_idle():
         assert read_all(connection) == b""
 
 
+@pytest.mark.nightly
 def test_a_client_that_does_not_read_is_cut():
     """Its answer would wait in memory, and its slot with it, as long as it likes."""
     engine = FakeEngine(at_once=False)

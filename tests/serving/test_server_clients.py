@@ -310,7 +310,7 @@ def test_the_log_has_no_texts(server):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)]
 )
 def test_a_signal_lets_a_stream_end_and_then_the_server(number):
     flags = ["--ckpt", str(READY), "--when_full", "slide", "--max_new_tokens", "100000"]
@@ -329,6 +329,7 @@ def test_a_signal_lets_a_stream_end_and_then_the_server(number):
         assert "Traceback" not in "\n".join(server.lines)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_a_second_signal_ends_it_at_once():

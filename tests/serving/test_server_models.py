@@ -130,7 +130,7 @@ serve(ServeConfig(port=0), {"a": "b.pt"}, "", load)
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
 )
 def test_a_signal_while_it_loads_ends_it_at_once(number):
     """Loading is on another thread, which a process would wait for."""

@@ -159,6 +159,7 @@ def test_what_a_run_appends_is_shown(browser, serve, tmp_path):
     page.close()
 
 
+@pytest.mark.nightly
 def test_the_server_is_asked_again_after_it_was_away(browser, tmp_path):
     """A tunnel breaks; another server of the same files then has another session."""
     run = MadeRun(tmp_path / "nano").train(10, 100)
@@ -394,6 +395,7 @@ def test_charts_keep_their_order_and_the_focus(browser, serve, tmp_path):
     page.close()
 
 
+@pytest.mark.nightly
 def test_a_page_left_open_keeps_the_beginning_of_a_run(browser, serve, tmp_path, monkeypatch):
     """It halved its own rows when they were many, those of the beginning each time again.
 

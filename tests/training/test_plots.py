@@ -212,6 +212,7 @@ def test_every_plot_is_written_twice_numbered_and_latest(tmp_path):
         assert width == 1500 and height >= 780
 
 
+@pytest.mark.nightly
 def test_light_pictures_are_light_and_hold_the_same(tmp_path, coarse):
     """On paper and in a light document the dark plots were black boxes."""
     dark = {p.name: pixels(p) for p in draw_plots(synthetic() + scores(), tmp_path / "dark", 600)}
@@ -593,6 +594,7 @@ def test_records_out_of_order_are_drawn_in_order():
 
 
 # ------------------------------------------------------------------------------------- bounded cost
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_long_runs_cost_bounded_memory_and_time(tmp_path):
     """30,000 records with routers of 12 x 32 are over 100 MB as lists.

@@ -14,7 +14,7 @@ PIP_INSTALL = $(VENV)/bin/pip install --disable-pip-version-check $(PIP_ARGS)
 export GOMP_SPINCOUNT ?= 1000
 # Each worker is a process with one torch thread. Tests start in order, so that a module's fixtures
 # are made once; a worker that has none left takes some of the other's.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
 .PHONY: demo demo-chat test test-fast test-cpus test-nightly test-llamacpp test-lm-eval test-vllm mutants figures lint clean-demo clean-demo-chat

@@ -124,8 +124,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     failed = 0
     for promise in chosen:
-        started = time.perf_counter()
-        tally = promise.run(getattr(promise, args.counts))
+        started, count = time.perf_counter(), getattr(promise, args.counts)
+        if not count:
+            # Too long for every push.
+            continue
+        tally = promise.run(count)
         rows[promise.text] = {
             "number": promise.number,
             "text": promise.text,

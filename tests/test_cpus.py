@@ -18,7 +18,6 @@ import torch
 from runtime.inference import cpu_decode
 from tests import cpus
 from tests.conftest import REPO
-from tests.nightly import nightly_but
 
 CHILD = """
 import hashlib, torch
@@ -70,11 +69,11 @@ def as_it_is():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @is_x86
 @pytest.mark.parametrize(
     "name, capability, threads, onednn",
-    nightly_but([("plain", "DEFAULT", 1, "SSE4.1"), ("avx2", "AVX2", 2, "AVX2")], 1),
+    [("plain", "DEFAULT", 1, "SSE4.1"), ("avx2", "AVX2", 2, "AVX2")],
 )
 def test_the_settings_take_effect(name, capability, threads, onednn, as_it_is):
     """A variable that no library reads would show the same code twice. MKL_ENABLE_INSTRUCTIONS is

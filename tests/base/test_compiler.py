@@ -67,7 +67,6 @@ def compiled(tmp_path: Path, **variables: object) -> str:
             ("junk", "files cannot be written or used (.*file too short): set the environment"),
             ("no folder", "files cannot be written or used (.*File exists: '/dev/null')"),
         ],
-        0,
     ),
 )
 def test_a_machine_that_cannot_compile_is_one_line(tmp_path, how, said):

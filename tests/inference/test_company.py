@@ -20,6 +20,7 @@ from runtime.inference.cpu_decode import NativeModel
 from runtime.inference.decoder import router_choices
 from runtime.inference.quantize import quantize_
 from tests.builders import random_model, tiny_config
+from tests.nightly import nightly_but
 from tests.shared_checks import close, needs_code
 
 # Widths around the 8 or 16 lanes of a vector, the splits of them between threads, and each thing
@@ -50,7 +51,9 @@ MODELS = {
 CONTEXT = 64
 
 
-@pytest.fixture(scope="module", params=["", "-mno-avx512f"], ids=["own", "no AVX-512"])
+@pytest.fixture(
+    scope="module", params=nightly_but(["", "-mno-avx512f"], 0), ids=["own", "no AVX-512"]
+)
 def code(request):
     """Return the C code, compiled for this machine and for one with shorter vectors."""
     with pytest.MonkeyPatch.context() as patch:

@@ -33,6 +33,7 @@ from runtime.inference.quantize import KINDS, quantize_
 from runtime.kernels.choose import choose_kernels
 from tests.builders import random_model, tiny_config
 from tests.builders_inference import MODELS, PROMPTS, alone, generated
+from tests.nightly import nightly_but
 from tests.numeric import (
     assert_close,
     before_ties,
@@ -45,6 +46,7 @@ from tests.shared_checks import needs_code
 
 CONTEXT = 32
 NO_RINGS = dict(rings=False)
+AT_PUSH = ("plain", "biases", "window", "gpt-oss")
 
 
 @pytest.fixture(params=[True, False], ids=["native", "pytorch"])
@@ -58,16 +60,16 @@ def decoder_of(request):
     return make
 
 
-def by_both_ways(cases: dict[str, dict], *pytorch: str):
-    """Let C decode all cases at every push, and PyTorch, which takes long, those that are named."""
+def by_both_ways(cases: dict[str, dict], native: tuple[str, ...], pytorch: tuple[str, ...]):
+    """Let C and PyTorch decode cases: those that are named at every push, and all in the night."""
     both = [
         pytest.param(
-            native,
+            way == "native",
             changes,
-            id=f"{'native' if native else 'pytorch'}-{name}",
-            marks=[] if native or name in pytorch else pytest.mark.nightly,
+            id=f"{way}-{name}",
+            marks=[] if name in at_push else pytest.mark.nightly,
         )
-        for native in (True, False)
+        for way, at_push in (("native", native), ("pytorch", pytorch))
         for name, changes in cases.items()
     ]
     return pytest.mark.parametrize(("decoder_of", "changes"), both, indirect=["decoder_of"])
@@ -78,7 +80,7 @@ def seeded(*seeds):
 
 
 # ----------------------------------------------------------------------------------- the same texts
-@by_both_ways(MODELS, "plain", "gpt-oss")
+@by_both_ways(MODELS, AT_PUSH, ("gpt-oss",))
 def test_ragged_prompts_give_what_each_gives_alone(decoder_of, changes):
     """Greedy and drawn, past the end of the context (several times) or up to it.
 
@@ -121,7 +123,11 @@ def test_the_caller_can_end_a_row(decoder_of):
     assert counts == [10, 4, 10]
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    "changes",
+    nightly_but(MODELS.values(), *map(list(MODELS).index, AT_PUSH)),
+    ids=MODELS,
+)
 def test_a_decode_step_is_the_forward_pass_at_any_positions(changes):
     """What a CUDA graph needs: static shapes, and a position per row.
 
@@ -537,7 +543,8 @@ def repetitive_model(seed: int = 0):
         drawn=dict(temperature=0.3, top_k=4),
         stopped=dict(temperature=0, stop_ids=[3]),
     ),
-    "drawn",
+    ("greedy", "penalised", "drawn", "stopped"),
+    ("drawn",),
 )
 def test_look_up_gives_the_same_text_in_fewer_passes(decoder_of, reads, changes):
     """Greedy and drawn, across the end of the context, with each token's usual noise.

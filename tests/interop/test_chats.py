@@ -153,7 +153,7 @@ def test_an_unknown_role_is_refused_there_too(folder):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_chat_in_transformers(checkpoint, tmp_path, arch, capsys):
     transformers = pytest.importorskip("transformers")
-    ckpt, out, prompts = checkpoint(arch), tmp_path / "hf", chats(20)
+    ckpt, out, prompts = checkpoint(arch), tmp_path / "hf", chats(8)
     assert export_hf(["--ckpt", ckpt, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert ("note: vLLM's chat server writes harmony's channels" in said) == (arch == "gpt-oss")

@@ -78,7 +78,7 @@ def test_the_kernels_compute_the_plain_attention():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", INTERPRETED, "-q", "--tb=short", "-p", "no:cacheprovider"],
         cwd=REPO,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -506,7 +506,7 @@ PROMISES = [
         66,
         "A hang, a bug, NaN, SIGTERM, divergence on a rank: all end in time, with one line",
         every_end,
-        2,
+        0,
         len(ENDS),
         len(ENDS),
     ),

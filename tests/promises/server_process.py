@@ -304,7 +304,7 @@ PROMISES: list[Promise] = [
         84,
         "SIGTERM and Ctrl-C: running answers end as alone, new ones get 503; twice ends at once",
         signals,
-        2,
+        0,
         50,
         50,
     ),

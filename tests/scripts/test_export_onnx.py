@@ -102,7 +102,6 @@ CONFIGS = {
             random_config(25),
         ],
         0,
-        1,
     ),
     ids=[*CONFIGS, "random 1", "random 25"],
 )

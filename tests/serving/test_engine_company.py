@@ -27,6 +27,7 @@ from tests.builders_serving import (
     random_request,
     request_of,
 )
+from tests.nightly import nightly_but
 from tests.shared_checks import needs_code
 
 BANNED = (3, 17, 60)
@@ -104,8 +105,13 @@ def test_draws_of_a_row_do_not_depend_on_the_rows_next_to_it():
     check_company(model, 1, 12, threads=2)
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_code), False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("native", "name"),
+    [
+        *(pytest.param(True, name, marks=needs_code) for name in MODELS),
+        *nightly_but(((False, name) for name in MODELS), 0),
+    ],
+)
 def test_ids_are_those_of_generate(name, native):
     """With the same seed and settings, past the end of the context, too."""
     model, r = model_of(name), random.Random(2)

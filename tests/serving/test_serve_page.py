@@ -338,6 +338,7 @@ def test_the_counts_are_those_of_the_usage(browser, serve):
     page.close()
 
 
+@pytest.mark.nightly
 def test_one_who_scrolls_up_while_it_streams_stays_there(browser, serve):
     """The end of the text counted as in sight under the text field: each notch of the wheel was
     undone by the next token."""

@@ -541,6 +541,7 @@ def test_openapi_says_how_many_answers_fit_the_slots_and_the_queue():
                 assert status == 400 and answer["error"]["param"] == "n"
 
 
+@pytest.mark.nightly
 def test_at_its_end_it_lets_a_slow_client_read_its_whole_answer():
     """A plain answer counted as told when it was handed over, and what its client had not read a
     second after the drain was cut off.

@@ -13,12 +13,9 @@ from runtime.base.device import peak_memory_bytes
 from tests.conftest import REPO
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "gelu")) for name in PEAKS],
-)
+@pytest.mark.parametrize("name", PEAKS)
 def test_the_announced_peak_is_the_measured_one(name):
     """It was 1.3 to 1.75 times too low.
 

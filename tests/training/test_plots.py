@@ -253,6 +253,7 @@ def cell(load: float) -> dict:
     return {"step": 1, "kind": "train", "expert_load": [[load]]}
 
 
+@pytest.mark.nightly
 def test_the_name_of_the_run_is_in_every_plot():
     for name in PLOTS:
         for run_name, shown in (("muon_1", "muon_1"), ("x" * 99 + "end", "xxxxend"), ("", None)):

@@ -90,6 +90,7 @@ def test_a_machine_that_cannot_compile_is_one_line(tmp_path, how, said):
     ), output
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_train_without_a_compiler_ends_before_step_1_with_exit_code_2(tmp_path):
     run = builders_runs.Run(builders_runs.prepared(tmp_path), tmp_path)

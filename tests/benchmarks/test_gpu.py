@@ -50,6 +50,7 @@ from tests.builders_inference import (
 )
 from tests.builders_runs import Run
 from tests.conftest import REPO
+from tests.nightly import nightly_but
 from tests.ranks import run_on
 
 CARD_MEMORY = {"H100": 79 * GIB, "H200": 139 * GIB}
@@ -538,7 +539,7 @@ def test_a_child_that_outlives_its_stage_is_killed(plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", nightly_but([signal.SIGKILL, signal.SIGTERM], 1))
 def test_the_command_may_be_killed_at_any_time(results, how):
     """What ended is stored by then, what the stage in between has measured too.
 

@@ -16,6 +16,7 @@ from runtime.inference.decoder import Decoder, router_choices
 from runtime.inference.quantize import quantize_
 from runtime.inference.scorer import Scorer, Window, windows
 from tests.builders import random_model, tiny_config
+from tests.nightly import nightly_but
 from tests.numeric import logits_bound
 from tests.shared_checks import needs_code
 
@@ -203,7 +204,9 @@ def test_what_cannot_be_scored_is_refused(native):
 
 
 @needs_code
-@pytest.mark.parametrize("packed", ["", "int8", "int4"], ids=["float32", "int8", "int4"])
+@pytest.mark.parametrize(
+    "packed", nightly_but(["", "int8", "int4"], 0, 2), ids=["float32", "int8", "int4"]
+)
 @pytest.mark.parametrize("name", ["plain", "window"])
 def test_scores_are_the_same_bits_whatever_else_is_scored(name, packed, monkeypatch):
     """In any order and batch, on one thread and two, with shared beginnings copied or read."""

@@ -533,7 +533,7 @@ PROMISES: list[Promise] = [
         "Wrong pairings of data, tokenizer, model, checkpoint and flags are named and "
         "refused before any work",
         pairings,
-        100,
+        50,
         200,
         200,
         "at least 5 accepted in silence",

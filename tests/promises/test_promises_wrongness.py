@@ -33,6 +33,7 @@ def broken(tally, words: str) -> None:
         tally.check()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "owner, name, fake, count, words",
     [

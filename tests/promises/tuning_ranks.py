@@ -67,7 +67,7 @@ PROMISES = [
         64,
         "SFT and DPO on two ranks are those of one process, to the bit, with adapters or without",
         two_ranks,
-        2,
+        0,
         60,
         60,
     ),

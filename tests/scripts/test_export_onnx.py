@@ -24,7 +24,6 @@ from scripts.export_onnx import main, open_session, run, to_onnx
 from tests.builders import random_config, random_model, tiny_config
 from tests.builders_export import imported
 from tests.conftest import REPO
-from tests.nightly import nightly_but
 from tests.numeric import assert_close, logits_bound, rounding, share_of
 
 
@@ -92,17 +91,15 @@ CONFIGS = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    nightly_but(
-        [
-            *(tiny_config(**changes) for changes in CONFIGS.values()),
-            random_config(1),
-            random_config(25),
-        ],
-        0,
-    ),
+    [
+        *(tiny_config(**changes) for changes in CONFIGS.values()),
+        random_config(1),
+        random_config(25),
+    ],
     ids=[*CONFIGS, "random 1", "random 25"],
 )
 def test_every_option_is_exported(config, tmp_path):

@@ -37,6 +37,10 @@ HAS_CODE, WHY_NOT = cpu_decode.library()
 needs_code = pytest.mark.skipif(HAS_CODE is None, reason=f"no native decoding here: {WHY_NOT}")
 
 
+# Far from the seeds that are tried.
+OTHER_MODEL = 10**6
+
+
 def close(a: torch.Tensor, b: torch.Tensor, model: LLM) -> bool:
     config = model.config
     # A residual stream of one number may cancel to nearly 0, but what it is a sum of is about 1.
@@ -68,15 +72,17 @@ def check_native_logits(seed: int) -> None:
     native.planes = 2 if packed_kind(model) == "int4" else 1
     apart = packed_bound(model) / 4
     # Of the texts one at least meets no near tie.
-    for attempt in range(200):
+    for longest in range(40, 0, -1):
         texts = [
-            # Packed models with many blocks meet near ties wherever a long text goes.
-            [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, max(1, 40 - attempt)))]
+            [r.randrange(config.vocabulary_size) for _ in range(r.randint(1, longest))]
             for _ in range(r.choice([1, 2, 5, 9]))
         ]
         clear = [before_ties(model, torch.tensor([text]), apart)[0] for text in texts]
         if any(clear_T.all() for clear_T in clear):
             break
+    else:
+        # One in fifty packed models meets near ties at each token; another is as good.
+        return check_native_logits(seed + OTHER_MODEL)
     plain = [model(torch.tensor([text])).logits[0] for text in texts]
     caches = KVCache(config, len(texts), 48).rows()
     is_ring, done, compared = any(caches[0].is_ring), [0] * len(texts), 0

@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         if path.exists()
         else {}
     )
+    # Before the results of the first are a change that is not committed.
+    code = {name: environment()[name] for name in ("commit", "uncommitted_changes")}
     failed = 0
     for promise in chosen:
         started, count = time.perf_counter(), getattr(promise, args.counts)
@@ -138,11 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             "failures": tally.failures[:20],
             "reference": promise.reference,
             "seconds": round(time.perf_counter() - started, 1),
-            "measured": {
-                name: value
-                for name, value in environment().items()
-                if name in ("commit", "uncommitted_changes", "time")
-            },
+            "measured": code | {"time": environment()["time"]},
         }
         failed += tally.held != tally.tried or not tally.tried
         print(

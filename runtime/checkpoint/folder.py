@@ -8,6 +8,8 @@ from pathlib import Path
 
 from runtime.base.files import link_atomic
 from runtime.checkpoint.format import (
+    BEST,
+    LATEST,
     Checkpoint,
     CheckpointError,
 )
@@ -15,7 +17,6 @@ from runtime.checkpoint.read import (
     read_checkpoint,
 )
 
-LATEST, BEST = "latest.pt", "best.pt"
 # A file, or a folder of the same step (sharded.py).
 STEP_FILE = re.compile(r"step_(\d{7,})(\.pt)?")
 

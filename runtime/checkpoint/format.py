@@ -46,6 +46,8 @@ from model import LLM
 from runtime.checkpoint.adapter import Adapter
 
 FORMAT, VERSION = "gptoss-checkpoint", 1
+# Names of a folder's newest checkpoint and of that with the lowest validation loss.
+LATEST, BEST = "latest.pt", "best.pt"
 # What a header holds, by key; with model, optimizer and digests that is the whole file.
 HEADER = {
     "step": int,

@@ -33,8 +33,10 @@ from runtime.checkpoint.adapter import (
     weights_digest,
 )
 from runtime.checkpoint.format import (
+    BEST,
     FORMAT,
     HEADER,
+    LATEST,
     OPTIONAL_HEADER,
     TENSOR_KEYS,
     VERSION,
@@ -137,7 +139,11 @@ def unpack(path: Path, read_only: bool = False) -> tuple[dict, set[tuple[int, in
     Every reader's failure becomes a CheckpointError.
     """
     if not path.exists():
-        raise CheckpointError(path, "no such file")
+        hint = ""
+        if path.name == BEST and path.with_name(LATEST).exists():
+            # A run that was stopped early has nothing to compare.
+            hint = f": it is named at the first validation. {path.with_name(LATEST)} is there"
+        raise CheckpointError(path, f"no such file{hint}")
     if is_folder(path):
         return _unpack_folder(path), set()
     if not path.is_file():

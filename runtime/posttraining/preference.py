@@ -33,7 +33,7 @@ from runtime.posttraining.packing import PackedValidation, PairLoader, rows_of
 from runtime.posttraining.reference import Reference
 from runtime.posttraining.score import Exam
 from runtime.posttraining.showing import show_example
-from runtime.posttraining.tuning import FineTuning
+from runtime.posttraining.tuning import FineTuning, many_epochs
 from runtime.training.metrics import HIGH, LOW
 from runtime.training.task import Batch
 
@@ -350,6 +350,7 @@ class Preference(FineTuning):
             f"rows     2 x {len(rows):,} of {tokens} tokens, {100 * rows.fill:.0f} % full",
             f"steps    {config.max_steps:,} steps of {config.batch_size} x {config.grad_accum} "
             f"rows of chosen and as many of rejected answers: {steps / len(rows):.2f} epochs",
+            *many_epochs(steps / len(rows), config),
             "example  the first pair, what is compared "
             + ("in green:" if sys.stdout.isatty() else "in brackets:"),
             *self._first_pair(),

@@ -19,7 +19,7 @@ from runtime.posttraining.encode import CONVERSATIONS, Encoded
 from runtime.posttraining.packing import PackedLoader, PackedValidation, rows_of
 from runtime.posttraining.score import Exam, Score, greedy_answers
 from runtime.posttraining.showing import show_example
-from runtime.posttraining.tuning import FineTuning
+from runtime.posttraining.tuning import FineTuning, many_epochs
 from runtime.training.task import Batch
 
 
@@ -104,6 +104,7 @@ class Sft(FineTuning):
             f"full; {100 * targets / len(self.train.ids):.0f} % of the tokens are answers",
             f"steps    {config.max_steps:,} steps of {config.batch_size} x {config.grad_accum} "
             f"rows: {steps / len(rows):.2f} epochs",
+            *many_epochs(steps / len(rows), config),
             "example  the first, what is learned "
             + ("in green:" if sys.stdout.isatty() else "in brackets:"),
             self._first_example(),

@@ -38,7 +38,7 @@ from runtime.posttraining.packing import can_share_rows
 from runtime.posttraining.score import Score
 from runtime.training.memory import hidden_matrices
 from runtime.training.metrics import HIGH, LOW
-from runtime.training.task import Task, document_starts
+from runtime.training.task import MOST_EPOCHS, Task, document_starts
 
 # Batches of the base's own text that its loss is taken from.
 BASE_BATCHES = 16
@@ -287,6 +287,14 @@ class FineTuning(Task):
                 "tuning costs on its own text is not measured (--data_dir)"
             )
         return lines
+
+
+def many_epochs(epochs: float, config: TrainConfig) -> list[str]:
+    """Return a note if a new run sees its examples more often than they teach something."""
+    if epochs <= MOST_EPOCHS or config.resume:
+        return []
+    advice = f"give more examples, or take --epochs {MOST_EPOCHS}"
+    return [f"note     more than {MOST_EPOCHS} epochs teach little new: {advice}"]
 
 
 def _with_kernels(model: LLM) -> LLM:

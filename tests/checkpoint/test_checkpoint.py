@@ -382,6 +382,10 @@ def test_files_that_are_no_checkpoint(tmp_path, content, match):
 def test_paths_that_are_no_file(tmp_path):
     refused(tmp_path, "directory")
     refused(tmp_path / "none.pt", "no such file")
+    (tmp_path / "latest.pt").touch()
+    refused(tmp_path / "none.pt", "no such file$")
+    # As after Ctrl-C in the first steps.
+    refused(tmp_path / "best.pt", "no such file: .* first validation. .*latest.pt is there")
     os.mkfifo(tmp_path / "pipe") if hasattr(os, "mkfifo") else (tmp_path / "pipe").mkdir()
     # And does not wait for someone to write into it.
     refused(tmp_path / "pipe", "device")

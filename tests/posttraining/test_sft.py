@@ -47,6 +47,15 @@ def test_a_run_learns_its_answers_and_says_so(tmp_path, capsys):
     assert tokenizer_from_state(found.tokenizer_state).chat is not None
 
 
+def test_a_run_of_many_epochs_says_so(tmp_path, capsys):
+    """The default 1,000 steps on a file of two conversations were 4,000 epochs, without a word."""
+    base, data = tiny_base(tmp_path / "base"), chats(tmp_path / "chats.jsonl", 12)
+    for folder, steps in (("few", 4), ("many", 60)):
+        assert run(tmp_path / folder, "--data", data, "--max_steps", steps, base=base) == 0
+        said = "more than 10 epochs teach little new" in capsys.readouterr().out
+        assert said is (folder == "many")
+
+
 def test_new_rows_of_the_vocabulary_begin_as_the_mean_of_the_old(tmp_path):
     """Rows of random numbers, or of zeros, are far from every trained row."""
     base = read_checkpoint(tiny_base(tmp_path))

@@ -13,7 +13,8 @@ PIP_INSTALL = $(VENV)/bin/pip install --disable-pip-version-check $(PIP_ARGS)
 # Threads that wait for each other spin; on a shared machine that costs more than it saves.
 export GOMP_SPINCOUNT ?= 1000
 # Each worker is a process with one torch thread. Tests start in order, so that a module's fixtures
-# are made once; a worker that has none left takes some of the other's.
+# are made once; a worker that has none left takes some of another's. More workers than cores: tests
+# wait a quarter of their time.
 WORKERS ?= 3
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations=25
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 import train
 from config_model import ModelConfig, TrainConfig
 from model import LLM
-from runtime.base.device import DTYPES
+from runtime.base.device import DTYPES, one_thread
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.kernels.choose import choose_kernels
 from runtime.kernels.linear_cross_entropy import IGNORE
@@ -64,17 +62,7 @@ class Windows:
         return ids_BS[:, :-1].contiguous(), targets_BT
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, as ranks do in tests: two of them add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
+# As ranks do in tests: two threads add in another order.
 @one_thread()
 def trained(
     ranks: Ranks, model_config: ModelConfig, changes: dict, device: torch.device = CPU

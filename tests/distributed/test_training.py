@@ -8,11 +8,12 @@ import torch
 import train
 from config_model import TrainConfig
 from model import LLM
+from runtime.base.device import one_thread
 from runtime.base.ranks import ONE_PROCESS, Ranks
 from runtime.training.task import GivenTask
 from tests import children
 from tests.builders import tiny_config
-from tests.builders_ranks import Windows, one_thread, trained
+from tests.builders_ranks import Windows, trained
 from tests.builders_runs import MODEL, SPEED
 from tests.promises.many_ranks import FULL_REGISTERS, differing
 from tests.ranks import run_on
